@@ -1,0 +1,128 @@
+"""What a person sees: stdout is data, stderr is talk.
+
+Colour, bars and spinners appear on a terminal only; rich is imported only then, because it costs more than a verb with nothing to do.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from workspace.core.errors import WorkspaceError
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.progress
+
+State = Literal["done", "skipped", "ok", "warn", "FAIL", "stale", "missing", "kept"]
+_STYLES: dict[str, str] = {"done": "green", "ok": "green", "skipped": "dim", "kept": "dim", "warn": "yellow", "stale": "yellow", "missing": "yellow", "FAIL": "bold red"}
+STATE_WIDTH = 9
+NAME_WIDTH = 14
+
+
+@dataclass
+class Step:
+    """One step of a verb while it runs: what it reports of itself."""
+
+    title: str
+    state: State = "done"
+    reason: str = ""
+    _progress: "rich.progress.Progress | None" = field(default=None, repr=False)
+
+    def skip(self, reason: str) -> None:
+        self.state, self.reason = "skipped", reason
+
+    def progress(self, done: float, total: float | None, text: str = "") -> None:
+        """Move the bar; `done` and `total` in any unit, `text` says which."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done, total=total, detail=text)
+
+    def line(self, text: str) -> None:
+        """Show the newest line of a command's output beside the spinner."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], detail=text.strip()[:60])
+
+
+class Console:
+    """The terminal or file behind stdout and stderr."""
+
+    def __init__(self, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._rich: rich.console.Console | None = None
+        if self._err.isatty():
+            import rich.console
+
+            self._rich = rich.console.Console(file=self._err, highlight=False, soft_wrap=True)
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._rich is not None
+
+    def data(self, text: str) -> None:
+        """Print what a program may read."""
+        print(text, file=self._out, flush=True)
+
+    def say(self, text: str, *, style: str | None = None) -> None:
+        """Print a line of talk as it is, without markup."""
+        if self._rich is not None:
+            self._rich.print(text, style=style, markup=False)
+        else:
+            print(text, file=self._err, flush=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", style="yellow")
+
+    def command(self, text: str) -> None:
+        """Echo a changing command so that it can be copied into a shell."""
+        self.say(f"+ {text}", style="dim")
+
+    def error(self, error: WorkspaceError) -> None:
+        """Print a failure: details first, so that the sentence and the way on stand last on the screen."""
+        for line in error.details:
+            self.say(f"  {line}")
+        self.say(f"error: {error.message}", style="bold red")
+        if error.hint:
+            self.say(f"hint: {error.hint}")
+
+    def row(self, state: State, name: str, text: str) -> None:
+        """Print one thing of a status screen: state word first, then what, then why or what next."""
+        if self._rich is not None:
+            from rich.text import Text
+
+            self._rich.print(Text.assemble((f"{state:<{STATE_WIDTH}}", _STYLES.get(state, "")), f"{name:<{NAME_WIDTH}}", text))
+        else:
+            self.say(f"{state:<{STATE_WIDTH}}{name:<{NAME_WIDTH}}{text}".rstrip())
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[Step]:
+        """Show a step while the block runs, and one line with its state, reason and seconds when it ends."""
+        step = Step(title)
+        started = time.monotonic()
+        try:
+            with self._spinner(step):
+                yield step
+        except BaseException:
+            step.state = "FAIL"
+            raise
+        finally:
+            seconds = f"  {time.monotonic() - started:.1f} s" if step.state != "skipped" else ""
+            self.row(step.state, title, f"{step.reason}{seconds}".strip())
+
+    @contextlib.contextmanager
+    def _spinner(self, step: Step) -> Iterator[None]:
+        if self._rich is None:
+            yield
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn())
+        with Progress(*columns, console=self._rich, transient=True) as progress:
+            progress.add_task(step.title, total=None, detail="")
+            step._progress = progress
+            try:
+                yield
+            finally:
+                step._progress = None

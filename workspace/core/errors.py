@@ -1,0 +1,94 @@
+"""Expected failures, one class per exit code.
+
+Raised where the failure is known, caught at the doors, which print the message and the hint and exit with `exit_code`.
+Anything else is a bug and keeps its traceback.
+"""
+
+from typing import ClassVar
+
+USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+
+
+class WorkspaceError(Exception):
+    """An expected failure: names the object, what was observed against what was expected, and the way on."""
+
+    exit_code: ClassVar[int] = 1
+    meaning: ClassVar[str] = "any other expected failure"
+
+    def __init__(self, message: str, *, hint: str | None = None, details: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+
+class SettingsError(WorkspaceError):
+    exit_code = 2
+    meaning = "a flag, a setting or .env cannot be used"
+
+
+class CheckoutError(WorkspaceError):
+    exit_code = 3
+    meaning = "a checkout under vendor/ is in a state that must not be touched"
+
+
+class PatchConflict(WorkspaceError):
+    exit_code = 4
+    meaning = "a patch does not apply"
+
+
+class PatchDrift(WorkspaceError):
+    exit_code = 5
+    meaning = "patches and commits say different things"
+
+
+class ToolchainError(WorkspaceError):
+    exit_code = 6
+    meaning = "the machine lacks something: interpreter, compiler, driver, disk, rights"
+
+
+class BuildError(WorkspaceError):
+    exit_code = 7
+    meaning = "an installation or a build failed, or its result is not what was asked for"
+
+
+class SmokeError(WorkspaceError):
+    exit_code = 8
+    meaning = "the built tree does not compute rightly, or is missing or stale"
+
+
+class Regression(WorkspaceError):
+    exit_code = 9
+    meaning = "a benchmark got worse"
+
+
+class ServeError(WorkspaceError):
+    exit_code = 10
+    meaning = "a server could not be started, reached or stopped"
+
+
+class SourceError(WorkspaceError):
+    exit_code = 11
+    meaning = "something could not be fetched, or is not what its hash says"
+
+
+class LockError(WorkspaceError):
+    exit_code = 12
+    meaning = "another verb is changing this workspace"
+
+
+ERRORS: tuple[type[WorkspaceError], ...] = (
+    WorkspaceError,
+    SettingsError,
+    CheckoutError,
+    PatchConflict,
+    PatchDrift,
+    ToolchainError,
+    BuildError,
+    SmokeError,
+    Regression,
+    ServeError,
+    SourceError,
+    LockError,
+)

@@ -1,0 +1,111 @@
+"""Files on disk and from the network: written whole or not at all, proven by hash."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from workspace.core.errors import SourceError
+
+CHUNK_BYTES = 1 << 20
+
+
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace `path` by `content` so that a reader, or a power cut, sees the old or the new file and never a half.
+
+    Raises OSError where the folder cannot be written; the old file is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is durable only once its folder is synced (fsync(2))."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 lower-case hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(
+    url: str,
+    destination: Path,
+    *,
+    expected_sha256: str,
+    timeout_s: float,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> None:
+    """Fetch `url` to `destination`, which appears only when whole and right.
+
+    A transfer that broke off leaves `NAME.part` and is resumed by the next call (RFC 9110 range request).
+    `on_progress` gets bytes so far and bytes in all, the latter None where the server does not say.
+    Raises SourceError on a network failure, a status other than 200 or 206, or a wrong hash (the part is then deleted).
+    """
+    import requests
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    part = destination.with_name(destination.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    # A transfer coding would make the byte counts, and so the resume, wrong.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as reply:
+            complete = have and reply.status_code == requests.codes.requested_range_not_satisfiable
+            if not complete:
+                reply.raise_for_status()
+                if reply.status_code != requests.codes.partial_content:
+                    have = 0
+                length = reply.headers.get("Content-Length")
+                total = have + int(length) if length else None
+                with part.open("ab" if have else "wb") as file:
+                    for chunk in reply.iter_content(CHUNK_BYTES):
+                        file.write(chunk)
+                        have += len(chunk)
+                        if on_progress:
+                            on_progress(have, total)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if total is not None and have < total:
+                    raise requests.ConnectionError(f"the transfer ended after {have} of {total} bytes")
+    except requests.RequestException as exc:
+        raise SourceError(
+            f"{destination.name} could not be fetched: {_reason(exc)}",
+            hint="check the network and run the same command again; it goes on where it stopped",
+        ) from exc
+    found = sha256(part)
+    if found != expected_sha256:
+        part.unlink()
+        raise SourceError(
+            f"{destination.name} has sha256 {found}, pinned is {expected_sha256}: it was not used",
+            hint="run the command again; if the hash stays wrong, the index or mirror serves another file than was pinned",
+        )
+    os.replace(part, destination)
+    _sync_folder(destination.parent)
+
+
+def _reason(exc: BaseException) -> str:
+    """The innermost cause in its own words: requests wraps a name that does not resolve four times."""
+    while exc.__context__ is not None:
+        exc = exc.__context__
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,78 @@
+"""The record of one run of a verb: what the console shows and what the log file keeps.
+
+The file appears with the first line written to it, so a verb with nothing to do leaves none.
+"""
+
+import datetime
+from pathlib import Path
+from typing import TextIO
+
+from workspace.core.console import Console, Step
+
+KEPT_LOGS = 30
+
+
+class Journal:
+    """Console and log of one run. Use as a context manager; phases are the steps' titles."""
+
+    def __init__(self, console: Console, folder: Path, *, verb: str, secrets: tuple[str, ...] = ()) -> None:
+        self.console = console
+        self.step: Step | None = None
+        self._folder = folder
+        self._verb = verb
+        self._secrets = tuple(secret for secret in secrets if secret)
+        self._file: TextIO | None = None
+        self._phase = ""
+
+    @property
+    def path(self) -> Path | None:
+        """The log file, or None while nothing was written."""
+        return Path(self._file.name) if self._file else None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def phase(self, name: str, step: Step | None = None) -> None:
+        """Mark the beginning of a phase; it is written once something follows it."""
+        self._phase, self.step = name, step
+
+    def command(self, text: str) -> None:
+        text = self.redact(text)
+        self.console.command(text)
+        self.write(f"+ {text}")
+
+    def line(self, text: str) -> None:
+        """Keep a line of a command's output and show it beside the spinner."""
+        self.write(text)
+        if self.step:
+            self.step.line(self.redact(text))
+
+    def write(self, text: str) -> None:
+        """Write one line to the log, secrets masked."""
+        file = self._opened()
+        if self._phase:
+            print(f"== {self._phase} · {_now()}", file=file)
+            self._phase = ""
+        print(self.redact(text), file=file, flush=True)
+
+    def redact(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "****")
+        return text
+
+    def _opened(self) -> TextIO:
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for old in sorted(self._folder.glob("*.log"))[: -KEPT_LOGS + 1]:
+                old.unlink(missing_ok=True)
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+            self._file = (self._folder / f"{stamp}-{self._verb}.log").open("w", encoding="utf-8")
+        return self._file
+
+
+def _now() -> str:
+    return datetime.datetime.now().isoformat(timespec="seconds")

@@ -1,0 +1,83 @@
+"""Where things live. Every path of the workspace is spelled here and nowhere else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECTS = ("vllm", "triton")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths below one clone of the workspace."""
+
+    root: Path
+
+    @property
+    def vllm(self) -> Path:
+        return self.root / "vendor" / "vllm"
+
+    @property
+    def triton(self) -> Path:
+        return self.root / "vendor" / "triton"
+
+    @property
+    def pins(self) -> Path:
+        return self.root / "vendor" / "pins.toml"
+
+    def patches(self, project: str) -> Path:
+        return self.root / "patches" / project
+
+    @property
+    def dotenv(self) -> Path:
+        return self.root / ".env"
+
+    @property
+    def environment(self) -> Path:
+        """The built environment, a virtual environment."""
+        return self.root / ".vllm"
+
+    @property
+    def environment_python(self) -> Path:
+        return self.environment / "bin" / "python"
+
+    def stamp(self, name: str) -> Path:
+        """A stamp lives inside the environment that it describes, so that both vanish together."""
+        return self.environment / ".workspace" / f"{name}.json"
+
+    @property
+    def probes(self) -> Path:
+        return self.root / "workspace" / "probes"
+
+    @property
+    def state(self) -> Path:
+        return self.root / ".workspace"
+
+    @property
+    def tools(self) -> Path:
+        """The environment of `inv` and `nox` themselves."""
+        return self.state / "tools"
+
+    @property
+    def logs(self) -> Path:
+        return self.state / "logs"
+
+    @property
+    def lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
+    def models(self) -> Path:
+        return self.state / "models"
+
+    @property
+    def smoke_record(self) -> Path:
+        return self.state / "smoke.json"
+
+    def relative(self, path: Path) -> str:
+        """The path as a person would type it in the root of the clone."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+
+def here() -> Layout:
+    """The layout of the clone that this package lies in."""
+    return Layout(Path(__file__).resolve().parents[2])

@@ -1,0 +1,57 @@
+"""One lock for everything that writes.
+
+The kernel releases a flock when its holder dies, so a dead holder's lock is no lock.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from workspace.core.errors import LockError
+
+POLL_S = 0.2
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the workspace's lock for the duration of the block.
+
+    Raises LockError, saying who holds it, since when and doing what, unless `wait` is set; `on_wait` then gets that sentence once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Python opens files close-on-exec: no child can keep the lock alive.
+    with path.open("a+", encoding="utf-8") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                sentence = _holder(file.name)
+                if not wait:
+                    raise LockError(sentence, hint="wait for it, or run the command with --wait") from None
+                if on_wait and not told:
+                    on_wait(f"waiting: {sentence}")
+                    told = True
+                time.sleep(POLL_S)
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "verb": verb, "since": since}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _holder(name: str) -> str:
+    try:
+        record = json.loads(Path(name).read_text(encoding="utf-8"))
+        return f"inv {record['verb']} (process {record['pid']}) has been changing this workspace since {record['since']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "another process is changing this workspace"

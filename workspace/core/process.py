@@ -1,0 +1,165 @@
+"""The process seam: the only door through which the workspace starts programs.
+
+argv lists, never a shell; stdin closed; each child in its own process group, which ends with the verb;
+the environment is the caller's word, see Settings.child_environment.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
+from workspace.core.journal import Journal
+
+INTERRUPT_GRACE_S = 10.0
+TERMINATE_GRACE_S = 5.0
+SHOWN_TAIL_LINES = 15
+# Words with which uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line that matters.
+_ERROR_LINE = re.compile(r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas fatal|[A-Za-z.]*Error|[A-Za-z.]*Exception|×)(?:\[E\d+\])?\b\s?[:: ]", re.IGNORECASE)
+
+Argument = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a captured program left: its exit status as subprocess counts it, negative for a signal."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def capture(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None = None, timeout_s: float | None = None) -> Completed:
+    """Run a program that only looks, and return what it said. The caller judges the status.
+
+    Raises ToolchainError when the program is not there or does not end within `timeout_s` seconds.
+    """
+    with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
+        try:
+            out, err = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ToolchainError(f"{shlex.join(map(os.fspath, argv))} gave no answer in {timeout_s:g} s") from None
+    return Completed(child.returncode, out, err)
+
+
+def run(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str],
+    journal: Journal,
+    cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    failure: type[WorkspaceError] = BuildError,
+    hint: str | None = None,
+) -> None:
+    """Run a program that changes something: echoed, logged line by line, ended with its whole group on ^C.
+
+    Raises `failure` with the first error line, the last lines and the log's path on any status but 0.
+    """
+    words = [os.fspath(word) for word in argv]
+    journal.command(shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}")
+    tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
+    first_error: str | None = None
+    with _started(words, env=env, cwd=cwd, stderr=subprocess.STDOUT) as child:
+        assert child.stdout is not None
+        for raw in child.stdout:
+            line = raw.rstrip()
+            tail.append(line)
+            journal.line(line)
+            if first_error is None and _ERROR_LINE.search(line):
+                first_error = line.strip()
+            if on_line:
+                on_line(line)
+        child.wait()
+    if child.returncode != 0:
+        raise failure(
+            journal.redact(f"{_name(words)} {describe_status(child.returncode)}" + (f": {first_error}" if first_error else "")),
+            hint=hint,
+            details=(*(journal.redact(line) for line in tail), f"log: {journal.path}"),
+        )
+
+
+def describe_status(returncode: int) -> str:
+    """Name an exit status in words: a signal by its name, 137 and -9 also as what the kernel does when memory runs out."""
+    if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "was killed by SIGKILL (what the kernel does when memory runs out)"
+    if returncode < 0:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"exited with {returncode}"
+
+
+@contextlib.contextmanager
+def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int) -> Iterator["subprocess.Popen[str]"]:
+    try:
+        child = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            process_group=0,
+        )
+    except FileNotFoundError as exc:
+        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="inv bootstrap says what is missing and how to get it") from exc
+    except OSError as exc:
+        raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}") from exc
+    try:
+        yield child
+    except BaseException as exc:
+        first = signal.SIGINT if isinstance(exc, KeyboardInterrupt) else signal.SIGTERM
+        _end_group(child, first)
+        raise
+    finally:
+        for stream in (child.stdout, child.stderr):
+            if stream:
+                stream.close()
+
+
+def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
+    """Ask, ask again, then kill: the whole group, so that no compiler outlives its build."""
+    drains = [threading.Thread(target=_drain, args=(stream,), daemon=True) for stream in (child.stdout, child.stderr) if stream]
+    for thread in drains:
+        thread.start()
+    for number, grace_s in ((first, INTERRUPT_GRACE_S), (signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, TERMINATE_GRACE_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            child.poll()
+            if not _group_lives(child.pid):
+                return
+            time.sleep(0.02)
+
+
+def _drain(stream: object) -> None:
+    """A child that is told to stop may write more than a pipe holds before it does."""
+    with contextlib.suppress(ValueError, OSError):
+        while stream.read(1 << 16):  # type: ignore[attr-defined]
+            pass
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _name(words: list[str]) -> str:
+    """The program and its verb, enough to recognise the command: `uv pip install`."""
+    verbs = [word for word in words[1:3] if re.fullmatch(r"[a-z][a-z-]*", word)]
+    return " ".join([Path(words[0]).name, *verbs])
