@@ -1,0 +1,40 @@
+"""The first .env: what this machine suggests, every other setting left to its default.
+
+Written only where there is none; a user's file is never touched.
+"""
+
+from workspace.core.files import write_atomic
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.environment import machine, toolchain
+
+# The largest compiler process seen in a build of vLLM for this architecture (scaled_mm_sm120_fp8, qutlass gemm), GiB.
+LARGEST_COMPILER_GIB = 9.5
+# What is left to the desktop, the page cache and everything else that shares the memory.
+BUILD_SHARE = 0.75
+KV_CACHE_SHARE = 1 / 6
+# The architecture of a GB10 must carry its suffix: its own instructions are not in plain 12.1.
+_ARCH_WITH_SUFFIX = {"12.1": "12.1a"}
+
+
+def write(layout: Layout, settings: Settings, *, device: str) -> str:
+    """Write `.env`, readable by its owner only, and return what was put into it as `NAME=value` pairs."""
+    lines = suggest(machine.observe(settings), toolchain.find_toolkit(settings), device=device)
+    head = "# Settings of this clone; .env.example explains every one. A variable in the shell goes before a line here.\n"
+    write_atomic(layout.dotenv, (head + "".join(f"{name}={text}\n" for name, text in lines.items())).encode(), mode=0o600)
+    return ", ".join(f"{name}={text}" for name, text in lines.items()) or "no line is needed here"
+
+
+def suggest(host: machine.Machine, toolkit: toolchain.Toolkit | None, *, device: str) -> dict[str, str]:
+    """Decide the lines from what the machine has."""
+    lines: dict[str, str] = {}
+    if device == "cuda":
+        if toolkit:
+            lines["CUDA_HOME"] = str(toolkit.home)
+        capabilities = sorted({gpu.capability for gpu in host.gpus if gpu.capability})
+        if capabilities:
+            lines["TORCH_CUDA_ARCH_LIST"] = ";".join(_ARCH_WITH_SUFFIX.get(capability, capability) for capability in capabilities)
+    lines["MAX_JOBS"] = str(max(1, min(host.cores, int(host.memory_gib * BUILD_SHARE / LARGEST_COMPILER_GIB))))
+    if device == "cpu":
+        lines["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(host.memory_gib * KV_CACHE_SHARE)))
+    return lines

@@ -1,0 +1,141 @@
+"""What goes into `.vllm`, in order: the interpreter, torch, what the tree requires, and the accelerators' compilers.
+
+Each function acts and returns a sentence that says what is there now. Nothing here decides whether it is due.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from workspace.core import process
+from workspace.core.errors import BuildError, SourceError
+from workspace.core.files import write_atomic
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.environment import interpreter, requirements, torch
+
+CUDA_MAJOR = "13"
+
+
+@dataclass(frozen=True)
+class Provided:
+    """The finished environment: what to say of it, and every package in it with its version."""
+
+    said: str
+    packages: Mapping[str, str]
+
+
+def make_python(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> str:
+    """Make `.vllm`, or keep the one that is there and works."""
+    there = interpreter.describe(layout, settings)
+    needs = _needs(layout, settings, device=device, python_version=there.version if there else settings.text("PYTHON_VERSION"), journal=None)
+    if there and there.version in needs.python:
+        return f"Python {there.version} is there"
+    wheels = torch.local_wheel_pythons(needs.torch, settings) if device == "cpu" and not settings.switch("USE_EXISTING_TORCH") else None
+    choice = interpreter.choose(layout, settings, supported=needs.python, wheel_pythons=wheels)
+    interpreter.create(layout, settings, choice, journal=journal)
+    return f"Python {choice.version}" + (f": {choice.reason}" if choice.reason else "")
+
+
+def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> str:
+    """Install the pin's torch, or keep what is there under USE_EXISTING_TORCH=1.
+
+    Raises BuildError where there is none to keep, or where the one installed is for another device.
+    """
+    there = torch.observe(layout, settings)
+    if settings.switch("USE_EXISTING_TORCH"):
+        if there is None:
+            raise BuildError(
+                "USE_EXISTING_TORCH=1, and .vllm holds no torch",
+                hint="uv pip install --python .vllm/bin/python torch  # the one you want; then ./scripts/inv bootstrap",
+            )
+        build = torch.load(layout, settings)
+        return f"{build.version} is there and stays (USE_EXISTING_TORCH=1)"
+    wanted = torch.plan(_needs(layout, settings, device=device, journal=None).torch, device=device, settings=settings)
+    # A CPU build satisfies `torch==2.13.0` in uv's eyes, and so would stay when the device becomes cuda.
+    again = ("--reinstall-package", "torch") if there and device == "cuda" and there.cuda is None else ()
+    said = wanted.said
+    attempts = (wanted.arguments, *wanted.alternatives)
+    for number, arguments in enumerate(attempts, 1):
+        try:
+            interpreter.install(layout, settings, [*again, *arguments, wanted.requirement], journal=journal)
+            break
+        except SourceError as exc:
+            if number == len(attempts):
+                raise
+            said = f"from {' '.join(attempts[number]) or 'the plain index'}"
+            journal.console.say(f"{exc.message}; now {said}")
+    build = torch.load(layout, settings)
+    if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
+        raise BuildError(
+            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is {CUDA_MAJOR}",
+            hint="set TORCH_INDEX_URL in .env to an index that has the CUDA 13 build",
+        )
+    return f"{build.version}, CUDA {build.cuda or 'none'}; {said}"
+
+
+def put_requirements(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> str:
+    """Install what builds and runs the tree, torch held; then torch's companions where they can work."""
+    needs = _needs(layout, settings, device=device, journal=journal)
+    listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
+    # As a file, for the sake of who reads the command; it stays, so that the command can be copied into a shell.
+    written = layout.state / "requirements.txt"
+    write_atomic(written, "".join(f"{line}\n" for line in listed).encode())
+    interpreter.install(layout, settings, ["-r", str(written)], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides)
+    for requirement, why in needs.left_out:
+        journal.write(f"left out: {requirement}: {why}")
+    left_out = f", {len(needs.left_out)} left out (see the log)" if needs.left_out else ""
+    return f"{len(listed)} from requirements/{left_out}{_companions(layout, settings, needs, device=device, journal=journal)}"
+
+
+def put_accelerators(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> Provided:
+    """Install xgrammar, triton and FlashInfer as the pin asks."""
+    needs = _needs(layout, settings, device=device, journal=None)
+    if needs.accelerators:
+        arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
+        interpreter.install(
+            layout, settings, [*arguments, *needs.accelerators], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides
+        )
+    packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
+    named = [f"{name} {packages[name]}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
+    return Provided(", ".join(named) or "none is needed here", packages)
+
+
+def _needs(layout: Layout, settings: Settings, *, device: str, journal: Journal | None, python_version: str | None = None) -> requirements.Requirements:
+    if python_version is None:
+        there = interpreter.describe(layout, settings)
+        if there is None:
+            raise BuildError(".vllm holds no working Python", hint="./scripts/inv bootstrap")
+        python_version = there.version
+    return requirements.read(
+        layout.vllm,
+        device=device,
+        machine=platform.machine(),
+        python_version=python_version,
+        use_existing_torch=settings.switch("USE_EXISTING_TORCH"),
+        settings=settings,
+        journal=journal,
+    )
+
+
+def _companions(layout: Layout, settings: Settings, needs: requirements.Requirements, *, device: str, journal: Journal) -> str:
+    """Install torchvision and friends from where torch came, and take out again what does not import: a broken one breaks transformers."""
+    wanted = torch.plan(needs.torch, device=device, settings=settings) if needs.torch else None
+    arguments = torch.companion_arguments(layout, wanted, device=device) if wanted and needs.companions else None
+    if arguments is not None:
+        try:
+            interpreter.install(layout, settings, [*arguments, *needs.companions], journal=journal, constraints=torch.constraints(layout))
+        except (SourceError, BuildError) as exc:
+            journal.console.say(f"torchvision, torchaudio and torchcodec are left out: {exc.message}")
+    here = [name for name in ("torchvision", "torchaudio", "torchcodec") if name in interpreter.installed(layout)]
+    if not here:
+        return ", no torchvision, torchaudio, torchcodec beside this torch"
+    done = process.capture([layout.environment_python, layout.probes / "companions.py"], env=settings.child_environment("run"), timeout_s=600)
+    broken = [name for name, error in json.loads(done.stdout).items() if error and name in here] if done.returncode == 0 else here
+    if broken:
+        uv = interpreter.uv(layout)
+        process.run([uv, "pip", "uninstall", "--python", layout.environment_python, *broken], env=settings.child_environment("plain"), journal=journal)
+        journal.console.say(f"{', '.join(broken)} cannot be imported beside this torch and was taken out again")
+    return f", with {', '.join(name for name in here if name not in broken)}" if len(broken) < len(here) else ""
