@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     import rich.progress
 
 State = Literal["done", "skipped", "ok", "warn", "FAIL", "stale", "missing", "kept"]
-_STYLES: dict[str, str] = {"done": "green", "ok": "green", "skipped": "dim", "kept": "dim", "warn": "yellow", "stale": "yellow", "missing": "yellow", "FAIL": "bold red"}
+_STYLES: dict[str, str] = {
+    "done": "green",
+    "ok": "green",
+    "skipped": "dim",
+    "kept": "dim",
+    "warn": "yellow",
+    "stale": "yellow",
+    "missing": "yellow",
+    "FAIL": "bold red",
+}
 STATE_WIDTH = 9
 NAME_WIDTH = 14
 
@@ -53,9 +62,9 @@ class Console:
         self._err = err or sys.stderr
         self._rich: rich.console.Console | None = None
         if self._err.isatty():
-            import rich.console
+            from rich.console import Console as Terminal
 
-            self._rich = rich.console.Console(file=self._err, highlight=False, soft_wrap=True)
+            self._rich = Terminal(file=self._err, highlight=False, soft_wrap=True)
 
     @property
     def is_terminal(self) -> bool:
@@ -118,7 +127,13 @@ class Console:
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self._rich, transient=True) as progress:
             progress.add_task(step.title, total=None, detail="")
             step._progress = progress

@@ -105,7 +105,14 @@ def download(
 
 
 def _reason(exc: BaseException) -> str:
-    """The innermost cause in its own words: requests wraps a name that does not resolve four times."""
+    """The innermost cause in its own words: requests wraps a name that does not resolve four times.
+
+    A status goes without requests' sentence, which holds the address and with it any password there.
+    """
+    import requests
+
+    if isinstance(exc, requests.HTTPError) and exc.response is not None:
+        return f"the server answers {exc.response.status_code} {exc.response.reason}"
     while exc.__context__ is not None:
         exc = exc.__context__
     return str(exc) or type(exc).__name__

@@ -1,6 +1,6 @@
 """The process seam: the only door through which the workspace starts programs.
 
-argv lists, never a shell; stdin closed; each child in its own process group, which ends with the verb;
+argv lists, never a shell; stdin closed; each child behind a guard in its own process group, which ends with the verb;
 the environment is the caller's word, see Settings.child_environment.
 """
 
@@ -8,15 +8,19 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
+from workspace.core import guard
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.journal import Journal
 
@@ -24,7 +28,10 @@ INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0
 SHOWN_TAIL_LINES = 15
 # Words with which uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line that matters.
-_ERROR_LINE = re.compile(r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas fatal|[A-Za-z.]*Error|[A-Za-z.]*Exception|×)(?:\[E\d+\])?\b\s?[:: ]", re.IGNORECASE)
+_ERROR_LINE = re.compile(
+    r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas fatal|[A-Za-z.]*Error|[A-Za-z.]*Exception|×)(?:\[E\d+\])?\b\s?[:: ]",
+    re.IGNORECASE,
+)
 
 Argument = str | os.PathLike[str]
 
@@ -47,7 +54,7 @@ def capture(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | Non
         try:
             out, err = child.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise ToolchainError(f"{shlex.join(map(os.fspath, argv))} gave no answer in {timeout_s:g} s") from None
+            raise ToolchainError(f"{shlex.join([os.fspath(word) for word in argv])} gave no answer in {timeout_s:g} s") from None
     return Completed(child.returncode, out, err)
 
 
@@ -97,11 +104,42 @@ def describe_status(returncode: int) -> str:
     return f"exited with {returncode}"
 
 
+@dataclass(frozen=True)
+class _Child:
+    """A guarded program, and the end of its guard's pipe that keeps it alive."""
+
+    popen: "subprocess.Popen[str]"
+    lifeline: int
+
+
 @contextlib.contextmanager
 def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int) -> Iterator["subprocess.Popen[str]"]:
+    child: _Child | None = None
     try:
-        child = subprocess.Popen(
-            argv,
+        with _signals_held():
+            child = _spawn(argv, env=env, cwd=cwd, stderr=stderr)
+        yield child.popen
+    except BaseException as exc:
+        if child is not None:
+            first = signal.SIGINT if isinstance(exc, KeyboardInterrupt) else signal.SIGTERM
+            _end_group(child.popen, first)
+        raise
+    finally:
+        if child is not None:
+            os.close(child.lifeline)
+            for stream in (child.popen.stdout, child.popen.stderr):
+                if stream:
+                    stream.close()
+
+
+def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int) -> _Child:
+    program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
+    if program is None:
+        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="inv bootstrap says what is missing and how to get it")
+    inherited, lifeline = os.pipe()
+    try:
+        popen = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, str(inherited), program, *argv[1:]],
             env=dict(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -111,37 +149,54 @@ def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | No
             encoding="utf-8",
             errors="replace",
             process_group=0,
+            pass_fds=(inherited,),
         )
-    except FileNotFoundError as exc:
-        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="inv bootstrap says what is missing and how to get it") from exc
     except OSError as exc:
+        os.close(lifeline)
         raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}") from exc
-    try:
-        yield child
-    except BaseException as exc:
-        first = signal.SIGINT if isinstance(exc, KeyboardInterrupt) else signal.SIGTERM
-        _end_group(child, first)
-        raise
     finally:
-        for stream in (child.stdout, child.stderr):
-            if stream:
-                stream.close()
+        os.close(inherited)
+    return _Child(popen, lifeline)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let ^C and SIGTERM wait until the block is left: between a fork and its return nobody knows the child's number yet.
+
+    Only Python's handlers are held. A blocked or ignored signal would be inherited by the child, which could then not be ended.
+    """
+    arrived: list[tuple[int, FrameType | None]] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    held = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        held = {}
+    for number in held:
+        signal.signal(number, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    for arrival in arrived:
+        held[signal.Signals(arrival[0])](*arrival)
 
 
 def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
-    """Ask, ask again, then kill: the whole group, so that no compiler outlives its build."""
+    """Ask, ask again, then kill: the whole group, so that no compiler outlives its build. One more ^C goes on to the next at once."""
     drains = [threading.Thread(target=_drain, args=(stream,), daemon=True) for stream in (child.stdout, child.stderr) if stream]
     for thread in drains:
         thread.start()
     for number, grace_s in ((first, INTERRUPT_GRACE_S), (signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, TERMINATE_GRACE_S)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline:
-            child.poll()
-            if not _group_lives(child.pid):
-                return
-            time.sleep(0.02)
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+            deadline = time.monotonic() + grace_s
+            while time.monotonic() < deadline:
+                if child.poll() is not None and not _group_lives(child.pid):
+                    return
+                time.sleep(0.02)
+        except KeyboardInterrupt:
+            continue
 
 
 def _drain(stream: object) -> None:
@@ -152,11 +207,18 @@ def _drain(stream: object) -> None:
 
 
 def _group_lives(group: int) -> bool:
+    """Whether anything of the group still runs. The dead whom nobody has waited for do not count: in a container init may never do so."""
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    return True
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # proc_pid_stat(5): after the name in brackets come state, parent and group.
+            state, _, its_group = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _name(words: list[str]) -> str:

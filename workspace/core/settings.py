@@ -7,7 +7,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,8 @@ Kind = Literal["text", "path", "url", "count", "switch", "choice", "archs"]
 Phase = Literal["workspace", "build", "run", "both"]
 Source = Literal["flag", "shell", ".env", "default"]
 
+# Flags that are not called after their setting.
+_FLAGS = {"MAX_JOBS": "jobs"}
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
 
@@ -45,7 +47,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("DEVICE", "choice", "auto", "workspace", "what vLLM is built for; auto: cuda where a GPU driver answers, else cpu", ("auto", "cuda", "cpu")),
     Setting("SOURCE", "choice", "auto", "workspace", "where vendor/vllm comes from; auto: git, else the release archive", ("auto", "git", "release")),
     Setting("KERNELS", "text", "donor", "workspace", "compiled libraries: donor (release wheel of the pin), native (compile), or a wheel file"),
-    Setting("PYTHON_VERSION", "text", "3.12", "workspace", "Python of the built environment; another one the pin supports is taken, and said, where it is missing"),
+    Setting(
+        "PYTHON_VERSION", "text", "3.12", "workspace", "Python of the built environment; another one the pin supports is taken, and said, where it is missing"
+    ),
     Setting("USE_EXISTING_TORCH", "switch", "0", "workspace", "1: keep the torch that is in .vllm, whatever its version"),
     Setting("ALLOW_PRERELEASE", "switch", "0", "workspace", "1: let xgrammar, triton and flashinfer be pre-releases"),
     Setting("TORCH_INDEX_URL", "url", "", "workspace", "package index to take torch from instead of PyTorch's own"),
@@ -57,7 +61,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("TORCH_CUDA_ARCH_LIST", "archs", "", "build", "GPU architectures to compile for; 12.1a on a GB10"),
     Setting("MAX_JOBS", "count", "", "both", "compilers at once; also bounds FlashInfer's compilations at run time"),
     Setting("NVCC_THREADS", "count", "", "build", "threads of one nvcc; MAX_JOBS is divided by it"),
-    Setting("CMAKE_BUILD_TYPE", "choice", "", "build", "Debug, Release or RelWithDebInfo; empty: the tree's default", ("", "Debug", "Release", "RelWithDebInfo")),
+    Setting(
+        "CMAKE_BUILD_TYPE", "choice", "", "build", "Debug, Release or RelWithDebInfo; empty: the tree's default", ("", "Debug", "Release", "RelWithDebInfo")
+    ),
     Setting("CMAKE_ARGS", "text", "", "build", "more arguments for CMake"),
     Setting("TRITON_PTXAS_PATH", "path", "", "both", "ptxas for Triton up to 3.5; later ones bring a better one for a GB10"),
     Setting("TRITON_PTXAS_BLACKWELL_PATH", "path", "", "both", "ptxas for Triton from 3.6 on, Blackwell GPUs"),
@@ -71,8 +77,15 @@ KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 # What would make a child look at another interpreter, checkout or build than the one it is given.
-_FOREIGN = re.compile(r"(PYTHON(PATH|HOME|STARTUP|SAFEPATH|INSPECT|USERBASE)|VIRTUAL_ENV(_PROMPT)?|CONDA_.*|UV_(PYTHON|TORCH_BACKEND|PROJECT.*|SYSTEM_PYTHON|WORKING_DIR.*)|PIP_(TARGET|PREFIX|USER|REQUIRE_VIRTUALENV)|MAKEFLAGS|MAKELEVEL|VLLM_USE_PRECOMPILED.*|VLLM_PRECOMPILED_.*|VLLM_TARGET_DEVICE|VLLM_VERSION_OVERRIDE|SETUPTOOLS_SCM_.*)$")
-_GIT_LOCAL = re.compile(r"GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|NAMESPACE|PREFIX|QUARANTINE_PATH|CONFIG_(PARAMETERS|COUNT|KEY_\d+|VALUE_\d+)|CEILING_DIRECTORIES)$")
+_FOREIGN = re.compile(
+    r"(PYTHON(PATH|HOME|STARTUP|SAFEPATH|INSPECT|USERBASE)|VIRTUAL_ENV(_PROMPT)?|CONDA_.*"
+    r"|UV_(PYTHON|TORCH_BACKEND|PROJECT.*|SYSTEM_PYTHON|WORKING_DIR.*)|PIP_(TARGET|PREFIX|USER|REQUIRE_VIRTUALENV)|MAKEFLAGS|MAKELEVEL"
+    r"|VLLM_USE_PRECOMPILED.*|VLLM_PRECOMPILED_.*|VLLM_TARGET_DEVICE|VLLM_VERSION_OVERRIDE|SETUPTOOLS_SCM_.*)$"
+)
+_GIT_LOCAL = re.compile(
+    r"GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|NAMESPACE|PREFIX|QUARANTINE_PATH"
+    r"|CONFIG_(PARAMETERS|COUNT|KEY_\d+|VALUE_\d+)|CEILING_DIRECTORIES)$"
+)
 
 
 @dataclass(frozen=True)
@@ -142,11 +155,13 @@ def is_secret(name: str) -> bool:
     return setting.secret if setting else bool(_SECRET_NAME.search(name))
 
 
-def load(layout: Layout, *, flags: Mapping[str, str | None] | None = None, also_known: Iterable[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
+def load(
+    layout: Layout, *, flags: Mapping[str, str | None] | None = None, also_known: Callable[[], Iterable[str]] = tuple, environ: Mapping[str, str] | None = None
+) -> Settings:
     """Read flags, shell and .env into one set of settings.
 
-    `flags` maps setting names to what the command line said, None where it said nothing; `also_known` are names that are not
-    worth a warning, such as those of the pinned tree's own registry.
+    `flags` maps setting names to what the command line said, None where it said nothing; `also_known` gives names that are not
+    worth a warning, such as those of the pinned tree's own registry, and is asked only where .env has a name unknown here.
     Raises SettingsError for a .env that cannot be read and for a bad value, naming the line or the flag.
     """
     shell = dict(os.environ if environ is None else environ)
@@ -155,7 +170,7 @@ def load(layout: Layout, *, flags: Mapping[str, str | None] | None = None, also_
     for setting in SETTINGS:
         flag = (flags or {}).get(setting.name)
         if flag is not None:
-            value, place = Value(flag, "flag"), f"--{setting.name.lower().replace('_', '-')}"
+            value, place = Value(flag, "flag"), f"--{_FLAGS.get(setting.name) or setting.name.lower().replace('_', '-')}"
         elif setting.name in shell:
             value, place = Value(shell[setting.name], "shell"), f"{setting.name} in the shell"
         elif setting.name in written:
@@ -166,7 +181,7 @@ def load(layout: Layout, *, flags: Mapping[str, str | None] | None = None, also_
         values[setting.name] = value
     unknown = {name: text for name, (text, _) in written.items() if name not in KNOWN}
     passed = {name: Value(shell.get(name, text), "shell" if name in shell else ".env") for name, text in unknown.items()}
-    known = {*KNOWN, *also_known}
+    known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
     warnings = [_hidden(name, shell[name], text) for name, (text, _) in written.items() if name in shell and shell[name] != text]
     warnings += [_unknown(name, written[name][1], known) for name in unknown if name not in known]
     return Settings(values, passed, shell, tuple(warnings))
@@ -203,7 +218,8 @@ def _read_dotenv(path: Path, shell: Mapping[str, str]) -> dict[str, tuple[str, i
         line = raw[: raw.index(b"\r")].count(b"\n") + 1
         raise SettingsError(f".env, line {line}: has Windows line ends, which a shell takes into the value", hint=r"sed -i 's/\r$//' .env")
     if b"\0" in raw:
-        raise SettingsError(f".env, line {raw[: raw.index(bytes(1))].count(bytes([10])) + 1}: has a zero byte; no program can be given that", hint="write the line again")
+        line = raw[: raw.index(b"\0")].count(b"\n") + 1
+        raise SettingsError(f".env, line {line}: has a zero byte; no program can be given that", hint="write the line again")
     try:
         text = raw.decode()
     except UnicodeDecodeError as exc:

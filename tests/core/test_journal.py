@@ -1,0 +1,52 @@
+"""The journal: no file for nothing, no secret anywhere."""
+
+import io
+from pathlib import Path
+
+from workspace.core.console import Console
+from workspace.core.journal import KEPT_LOGS, Journal
+
+
+def journal(folder: Path, *secrets: str) -> tuple[Journal, io.StringIO]:
+    talk = io.StringIO()
+    return Journal(Console(out=io.StringIO(), err=talk), folder, verb="bootstrap", secrets=secrets), talk
+
+
+def test_run_without_a_line_leaves_no_log(tmp_path: Path) -> None:
+    with journal(tmp_path / "logs")[0] as run:
+        run.phase("source")
+    assert run.path is None
+    assert not (tmp_path / "logs").exists()
+
+
+def test_phase_is_written_before_its_first_line_only(tmp_path: Path) -> None:
+    with journal(tmp_path)[0] as run:
+        run.phase("empty")
+        run.phase("source")
+        run.line("one")
+        run.line("two")
+        assert run.path is not None
+        lines = run.path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("== source · 20")
+    assert lines[1:] == ["one", "two"]
+
+
+def test_secrets_are_masked_on_screen_and_in_the_log(tmp_path: Path) -> None:
+    run, talk = journal(tmp_path, "hunter2", "")
+    with run:
+        run.command("git clone https://me:hunter2@host/x")
+        run.line("fatal: hunter2 refused")
+        assert run.path is not None
+        log = run.path.read_text(encoding="utf-8")
+    assert log == "+ git clone https://me:****@host/x\nfatal: **** refused\n"
+    assert talk.getvalue() == "+ git clone https://me:****@host/x\n"
+
+
+def test_old_logs_go_and_the_newest_stay(tmp_path: Path) -> None:
+    for number in range(KEPT_LOGS + 5):
+        (tmp_path / f"2000-{number:03}-bootstrap.log").touch()
+    with journal(tmp_path)[0] as run:
+        run.line("new")
+    logs = sorted(path.name for path in tmp_path.iterdir())
+    assert len(logs) == KEPT_LOGS
+    assert logs[0] == "2000-006-bootstrap.log"

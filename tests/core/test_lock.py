@@ -1,0 +1,76 @@
+"""The lock: held by the living only."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from workspace.core import lock
+from workspace.core.errors import LockError
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDER = """
+import sys
+from pathlib import Path
+from workspace.core import lock
+with lock.hold(Path(sys.argv[1]), verb="bootstrap"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(path: Path) -> "subprocess.Popen[str]":
+    """Start a process that holds the lock until its stdin closes."""
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def test_second_verb_stops_and_says_who_holds_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "lock"
+    with holder(path) as child:
+        with (
+            pytest.raises(LockError, match=rf"^inv bootstrap \(process {child.pid}\) has been changing this workspace since 20"),
+            lock.hold(path, verb="status"),
+        ):
+            pass
+        child.communicate()
+    with lock.hold(path, verb="status"):
+        pass
+
+
+def test_lock_of_a_killed_holder_is_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with holder(path) as child:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    with lock.hold(path, verb="status"):
+        assert str(os.getpid()) in path.read_text(encoding="utf-8")
+
+
+def test_waiting_says_so_once_and_then_gets_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    said: list[str] = []
+    with holder(path) as child:
+
+        def release(sentence: str) -> None:
+            said.append(sentence)
+            threading.Thread(target=child.communicate).start()
+
+        with lock.hold(path, verb="status", wait=True, on_wait=release):
+            assert len(said) == 1
+            assert said[0].startswith("waiting: inv bootstrap")
+
+
+def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with holder(path) as child:
+        path.write_text("{", encoding="utf-8")
+        with pytest.raises(LockError, match="^another process is changing this workspace"), lock.hold(path, verb="status"):
+            pass
+        child.communicate()

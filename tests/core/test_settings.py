@@ -1,0 +1,146 @@
+"""Settings: what counts where a thing is said twice, what stops, and what no child may see."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from workspace.core import settings
+from workspace.core.errors import SettingsError
+from workspace.core.layout import Layout
+
+BARE = {"PATH": "/usr/bin:/bin", "HOME": "/home/someone"}
+
+
+def load(root: Path, text: str | bytes = "", *, shell: dict[str, str] | None = None, **more) -> settings.Settings:
+    (root / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return settings.load(Layout(root), environ={**BARE, **(shell or {})}, **more)
+
+
+def test_flag_beats_shell_beats_dotenv_beats_default(tmp_path: Path) -> None:
+    text = "MAX_JOBS=3\nSOURCE=git\nDEVICE=cpu\n"
+    found = load(tmp_path, text, shell={"MAX_JOBS": "2", "SOURCE": "release"}, flags={"MAX_JOBS": "1", "SOURCE": None})
+    assert [(found.text(name), found.source(name)) for name in ("MAX_JOBS", "SOURCE", "DEVICE", "KERNELS")] == [
+        ("1", "flag"),
+        ("release", "shell"),
+        ("cpu", ".env"),
+        ("donor", "default"),
+    ]
+
+
+def test_shell_variable_that_hides_a_line_of_dotenv_is_said(tmp_path: Path) -> None:
+    found = load(tmp_path, 'TORCH_CUDA_ARCH_LIST="12.1a"\n', shell={"TORCH_CUDA_ARCH_LIST": "9.0"})
+    assert found.text("TORCH_CUDA_ARCH_LIST") == "9.0"
+    assert found.warnings == ("TORCH_CUDA_ARCH_LIST=9.0 in the shell hides TORCH_CUDA_ARCH_LIST=12.1a in .env; `unset TORCH_CUDA_ARCH_LIST` to use .env's",)
+
+
+def test_hidden_secret_is_said_without_either_value(tmp_path: Path) -> None:
+    found = load(tmp_path, "HF_TOKEN=hf_written\n", shell={"HF_TOKEN": "hf_exported"})
+    assert "HF_TOKEN" in found.warnings[0]
+    assert not any(value in found.warnings[0] for value in ("hf_written", "hf_exported"))
+
+
+def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) -> None:
+    found = load(tmp_path, "MAX_JOB=2\nVLLM_LOGGING_LEVEL=DEBUG\n", also_known=lambda: ["VLLM_LOGGING_LEVEL"])
+    assert found.warnings == (".env, line 1: MAX_JOB is no setting known here; did you mean MAX_JOBS? It is passed on as it is.",)
+    assert found.child_environment("run")["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"\xef\xbb\xbfDEVICE=cpu\n", ".env, line 1: begins with a byte order mark"),
+        (b"DEVICE=cpu\nSOURCE=git\r\n", ".env, line 2: has Windows line ends"),
+        (b"DEVICE=cpu\n\nMAX_\0JOBS=1\n", ".env, line 3: has a zero byte"),
+        (b"# caf\xe9\n", ".env, line 1: is not UTF-8"),
+        (b"# fine\n\nDEVICE\n", ".env, line 3: is not of the form NAME=value"),
+        (b"DEVICE=cpu\n12=a\n", ".env, line 2: is not of the form NAME=value"),
+        (b"\n\nDEVICE=gpu\n", ".env, line 3: DEVICE: 'gpu' is not one of auto, cuda, cpu"),
+        (b"MAX_JOBS=0\n", ".env, line 1: MAX_JOBS: '0' is not a whole number of at least 1"),
+        (b"USE_EXISTING_TORCH=perhaps\n", ".env, line 1: USE_EXISTING_TORCH: 'perhaps' is not 0 or 1"),
+        (b"TORCH_INDEX_URL=ftp://x\n", ".env, line 1: TORCH_INDEX_URL: 'ftp://x' is not an address"),
+        (b"TORCH_CUDA_ARCH_LIST=sm_121\n", ".env, line 1: TORCH_CUDA_ARCH_LIST: 'sm_121' is not architectures"),
+    ],
+)
+def test_damaged_dotenv_stops_with_its_line(tmp_path: Path, text: bytes, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, text)
+    assert caught.value.message.startswith(says)
+    assert caught.value.hint
+
+
+def test_directory_in_the_place_of_dotenv_stops(tmp_path: Path) -> None:
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(SettingsError, match="is a directory"):
+        settings.load(Layout(tmp_path), environ=BARE)
+
+
+@pytest.mark.parametrize(("name", "flag"), [("MAX_JOBS", "--jobs"), ("DEVICE", "--device")])
+def test_bad_flag_is_called_as_it_was_typed(tmp_path: Path, name: str, flag: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{flag}: 'x' is not "):
+        load(tmp_path, flags={name: "x"})
+
+
+def test_bad_shell_value_is_said_to_be_in_the_shell(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="^NVCC_THREADS in the shell: '-1' is not"):
+        load(tmp_path, shell={"NVCC_THREADS": "-1"})
+
+
+@hypothesis_settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.one_of(st.binary(max_size=80), st.text(alphabet="ABMAX_JOS=#'\"\\ \n${}:-\tDEVIC01é", max_size=80).map(str.encode)))
+def test_no_content_of_dotenv_gives_anything_but_settings_or_a_sentence(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = load(Path(folder), content)
+        except SettingsError as exc:
+            assert exc.hint
+        else:
+            assert all("\0" not in text and "\n" not in found.text(name) for name, text in found.child_environment("run").items() if name in settings.KNOWN)
+
+
+def test_children_do_not_inherit_another_interpreter_checkout_or_build(tmp_path: Path) -> None:
+    foreign = {
+        "PYTHONPATH": "/x",
+        "CONDA_PREFIX": "/c",
+        "UV_PYTHON": "3.8",
+        "PIP_TARGET": "/t",
+        "GIT_DIR": "/g",
+        "MAKEFLAGS": "-j",
+        "VLLM_TARGET_DEVICE": "tpu",
+    }
+    kept = {"UV_DEFAULT_INDEX": "https://index.example", "HTTPS_PROXY": "http://proxy.example", "SSL_CERT_FILE": "/c.pem"}
+    found = load(tmp_path, shell={**foreign, **kept, "VIRTUAL_ENV": "/v", "PATH": "/v/bin:/usr/bin"})
+    child = found.child_environment("plain")
+    assert not {*foreign, "VIRTUAL_ENV"} & child.keys()
+    assert kept.items() <= child.items()
+    assert child["PATH"] == "/usr/bin"
+
+
+def test_compilers_see_build_settings_but_no_secret(tmp_path: Path) -> None:
+    text = "HF_TOKEN=hf_12345\nMAX_JOBS=4\nMY_SECRET=hush\nFREE=1\n"
+    found = load(tmp_path, text, shell={"AWS_SECRET_ACCESS_KEY": "hushhush"})
+    build, run, plain = (found.child_environment(phase) for phase in ("build", "run", "plain"))
+    assert (build["MAX_JOBS"], build["FREE"]) == ("4", "1")
+    assert not {"HF_TOKEN", "MY_SECRET", "AWS_SECRET_ACCESS_KEY"} & build.keys()
+    assert (run["HF_TOKEN"], run["MY_SECRET"]) == ("hf_12345", "hush")
+    assert not {"HF_TOKEN", "MAX_JOBS", "FREE"} & plain.keys()
+    assert set(found.secrets) == {"hf_12345", "hush", "hushhush"}
+
+
+def test_cuda_home_is_put_first_once_and_nothing_old_is_stored(tmp_path: Path) -> None:
+    found = load(tmp_path, "CUDA_HOME=/usr/local/cuda\n", shell={"PATH": "/usr/bin:/usr/local/cuda/bin"})
+    child = found.child_environment("build")
+    assert child["PATH"] == "/usr/local/cuda/bin:/usr/bin"
+    assert child["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64"
+
+
+def test_outer_git_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_KEY_0"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("GIT_SSL_CAINFO", "kept")
+    settings.forget_outer_git()
+    assert [name for name in os.environ if name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_KEY_0", "GIT_SSL_CAINFO")] == ["GIT_SSL_CAINFO"]

@@ -1,0 +1,101 @@
+"""Stands between a verb and a program that it starts, so that nothing of the program outlives the verb, however that one ends.
+
+Run as `python -I -S guard.py FD PROGRAM ARG…`: FD is the read end of a pipe that the verb alone holds open. When the verb dies the
+pipe closes, and every descendant is ended, also those in process groups of their own, as ninja's compilers are.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import select
+import signal
+import sys
+import time
+
+# prctl(2): orphaned descendants become children of this process, and so can be found and waited for.
+PR_SET_CHILD_SUBREAPER = 36
+TERMINATE_GRACE_S = 5.0
+KILL_GRACE_S = 5.0
+NOT_STARTED = 127
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(lifeline: int, argv: list[str]) -> int:
+    """Run the program and return its wait status; end it with everything below it when the lifeline breaks."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    told_to_end: list[int] = []
+    # The verb signals the whole group; the guard notes it and stays to wait.
+    for number in ENDING:
+        signal.signal(number, lambda number, _: told_to_end.append(number))
+    # Held over the fork: a signal that met the guard's handlers in the child, before exec, would be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    child = os.fork()
+    if child == 0:
+        os.close(lifeline)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        try:
+            os.execvp(argv[0], argv)
+        except OSError as exc:
+            os.write(2, f"{argv[0]}: {exc.strerror}\n".encode())
+            os._exit(NOT_STARTED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    poll = select.poll()
+    poll.register(lifeline, select.POLLHUP)
+    poll.register(os.pidfd_open(child), select.POLLIN)
+    if any(descriptor == lifeline for descriptor, _ in poll.poll()):
+        end_descendants()
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            # What a program leaves behind on purpose, such as a compiler cache's server, stays; what an interrupted one leaves does not.
+            if told_to_end:
+                end_descendants()
+            return status
+
+
+def end_descendants() -> None:
+    """Terminate, then kill, all that lives below this process."""
+    for number, grace_s in ((signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
+        deadline = time.monotonic() + grace_s
+        told: set[int] = set()
+        while (living := descendants()) and time.monotonic() < deadline:
+            # One that is told once may start another before it ends: look again.
+            for pid in living - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            told |= living
+            time.sleep(0.02)
+
+
+def descendants() -> set[int]:
+    """The processes below this one that still run (proc_pid_stat(5))."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
+                state, parent = file.read().rpartition(b")")[2].split()[:2]
+                if state not in (b"Z", b"X"):
+                    parents[int(entry)] = int(parent)
+    below: set[int] = set()
+    generation = {os.getpid()}
+    while generation := {pid for pid, parent in parents.items() if parent in generation}:
+        below |= generation
+    return below
+
+
+def leave(status: int) -> None:
+    """End as the program did: with its code, or by its signal, without a second core."""
+    if os.WIFSIGNALED(status):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(OSError):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1)
+
+
+if __name__ == "__main__":
+    leave(main(int(sys.argv[1]), sys.argv[2:]))
