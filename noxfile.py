@@ -1,0 +1,103 @@
+"""The door of `nox`: it passes judgement on the workspace. Imports nothing of ours.
+
+A single session ends the process with its child's exit code (8: smoke failed); of several all are run, and nox exits 1 if any failed.
+scripts/nox starts it in the tool environment; a nox from elsewhere hands over to that.
+"""
+
+import os
+import signal
+import sys
+
+import nox
+
+ROOT = os.path.dirname(os.path.realpath(__file__))
+TOOLS = os.path.join(ROOT, ".workspace", "tools")
+HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
+
+# Seconds that a child gets to end its own children after ^C; nox's own 0.3 s would kill it in the middle of that.
+INTERRUPT_TIMEOUT_S = 30.0
+TERMINATE_TIMEOUT_S = 10.0
+# What would make a child import from elsewhere, or believe that it runs in another environment.
+FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", HANDED_OVER)
+
+
+def hand_over():
+    """Become scripts/nox with all arguments, once: exec keeps the process number, which thus tells a loop."""
+    if os.environ.get(HANDED_OVER) == str(os.getpid()):
+        sys.exit("error: scripts/nox did not lead to {}".format(TOOLS))
+    os.environ[HANDED_OVER] = str(os.getpid())
+    # nox has left the folder that relative arguments count from.
+    os.chdir(os.environ.get("PWD") if os.path.isdir(os.environ.get("PWD", "")) else ROOT)
+    sys.stdout.flush()
+    os.execv("/bin/sh", ["sh", os.path.join(ROOT, "scripts", "nox")] + sys.argv[1:])
+
+
+if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
+    hand_over()
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["tests", "lint", "typecheck"]
+
+
+def run(session, *words):
+    """Run a module of the tool environment in the root of the clone; end as it ends."""
+    ended_by = []
+
+    def end(number, _):
+        """Pass a SIGTERM on, which unlike ^C reaches this process alone, and unwind as for ^C."""
+        import psutil
+
+        signal.signal(number, signal.SIG_IGN)
+        ended_by.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(number)
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        session.run(
+            sys.executable,
+            "-m",
+            *words,
+            *session.posargs,
+            external=True,
+            env=dict.fromkeys(FOREIGN),
+            interrupt_timeout=INTERRUPT_TIMEOUT_S,
+            terminate_timeout=TERMINATE_TIMEOUT_S,
+        )
+    except KeyboardInterrupt:
+        if ended_by:
+            raise SystemExit(128 + ended_by[0]) from None
+        raise
+    except nox.command.CommandFailed as exc:
+        # nox has no public way to ask how many sessions there are.
+        if exc.return_code is None or len(session._runner.manifest) > 1:
+            raise
+        raise SystemExit(exc.return_code if exc.return_code > 0 else 128 - exc.return_code) from None
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@nox.session
+def tests(session):
+    """The workspace's own tests; words after -- go to pytest."""
+    run(session, "pytest")
+
+
+@nox.session
+def lint(session):
+    """ruff: rules, then format; words after -- go to both."""
+    run(session, "ruff", "check")
+    run(session, "ruff", "format", "--check")
+
+
+@nox.session
+def typecheck(session):
+    """mypy, strict, on workspace/."""
+    run(session, "mypy")
+
+
+@nox.session
+def smoke(session):
+    """Does the built tree compute rightly."""
+    run(session, "workspace.smoke")

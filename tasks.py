@@ -1,0 +1,142 @@
+"""The door of `inv`: parse, call, print.
+
+scripts/inv runs this file as a program of the tool environment. Whoever else loads it, a plain `inv` from pipx or an old Python,
+hands over to scripts/inv, so that every way in has the same verbs, messages and exit codes. It therefore parses in old Pythons.
+"""
+
+import os
+import sys
+
+_ROOT = os.path.dirname(os.path.realpath(__file__))
+_TOOLS = os.path.join(_ROOT, ".workspace", "tools")
+_HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
+
+
+def _hand_over():
+    """Become scripts/inv with all arguments, once: exec keeps the process number, which thus tells a loop."""
+    if os.environ.get(_HANDED_OVER) == str(os.getpid()):
+        return
+    if os.path.realpath(sys.prefix) == os.path.realpath(_TOOLS):
+        # The tool environment itself lacks something: without the copy of its requirements it is made anew.
+        try:
+            os.unlink(os.path.join(_TOOLS, "requirements.txt"))
+        except OSError:
+            pass
+    os.environ[_HANDED_OVER] = str(os.getpid())
+    sys.stdout.flush()
+    os.execv("/bin/sh", ["sh", os.path.join(_ROOT, "scripts", "inv")] + sys.argv[1:])
+
+
+if __name__ != "__main__" or sys.version_info < (3, 11):
+    _hand_over()
+try:
+    import invoke
+    from invoke import Argument, Collection, Config, Exit, ParseError, Program, task
+except ImportError:
+    _hand_over()
+    raise
+
+import difflib
+import re
+
+from workspace import door
+from workspace.core import layout
+from workspace.core.errors import SettingsError
+
+
+@task(
+    help={
+        "device": "what vLLM is built for: auto, cuda or cpu",
+        "source": "where vendor/vllm comes from: auto, git or release",
+        "kernels": "compiled libraries: donor, native, or a wheel file",
+        "jobs": "compilers at once, with --kernels native",
+        "wait": "wait for another verb instead of stopping",
+    }
+)
+def bootstrap(_, device=None, source=None, kernels=None, jobs=None, wait=False):
+    """Make a fresh clone generate text; safe to repeat."""
+    here = layout.here()
+    settings = door.load_settings(here, flags={"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs})
+    from workspace.build import bootstrap as verb
+
+    verb.run(here, settings, console=door.console(), wait=wait)
+
+
+@task(default=True, help={"json": "print one JSON document instead of the table"})
+def status(_, json=False):
+    """Show what is built, what is stale, what to do next."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.build import status as verb
+
+    verb.show(here, settings, console=door.console(), as_json=json)
+
+
+class _Config(Config):
+    """Invoke's configuration without what a user set for other projects in ~/.invoke.yaml or INVOKE_*."""
+
+    prefix = "vllm_workspace"
+
+
+class _Door(Program):
+    """Invoke's parser and lists; failures leave it as exceptions, not as its own exit codes."""
+
+    # The other core flags change how Invoke runs shell commands. No verb does that, and `--dry bootstrap` must not seem to be dry.
+    core_flags = ("complete", "debug", "help", "list", "list-depth", "list-format", "print-completion-script", "version", "write-pyc")
+
+    def core_args(self):
+        # A plain `inv --search-root CLONE` hands its flags over too; which clone is meant is settled by then.
+        root = Argument(names=("search-root", "r"), help="Taken for Invoke's sake; this clone is always meant.")
+        return [argument for argument in super().core_args() if argument.name in self.core_flags] + [root]
+
+    def parse_core(self, argv):
+        # Invoke turns bytecode off for the sake of the tasks file; here it would have every verb compile the library anew.
+        writes = sys.dont_write_bytecode
+        super().parse_core(argv)
+        sys.dont_write_bytecode = writes
+
+    def update_config(self, merge=True):
+        """Leave out the core flags that are not there."""
+
+    def run(self, argv=None, exit=True):
+        try:
+            self.create_config()
+            self.parse_core(argv)
+            self.parse_collection()
+            self.parse_tasks()
+            self.parse_cleanup()
+            self.execute()
+        except ParseError as exc:
+            raise self._misuse(exc) from exc
+        except Exit as exc:
+            if exc.message:
+                raise SettingsError(exc.message, hint="inv --list") from exc
+
+    def _misuse(self, error):
+        """Say what is wrong with the command line, and what it is like. Invoke puts the word at fault into its sentence only."""
+        unknown = re.search(r"No idea what '(.+)' is", str(error))
+        verb = error.context.name if error.context is not None else None
+        more = "inv --help {}".format(verb) if verb else "inv --help"
+        if unknown is None:
+            return SettingsError(re.sub(r"^Flag <Argument: ([\w-]+).*> needed value.*", r"--\1 needs a value", str(error)), hint=more)
+        word = unknown.group(1)
+        if word.startswith("-"):
+            context = self.parser.contexts[verb] if verb else self.initial_context
+            like = difflib.get_close_matches(word, list(context.flags), n=3)
+            sentence = "{} has no flag {}".format("inv " + verb if verb else "inv", word)
+        else:
+            like = difflib.get_close_matches(word, list(self.parser.contexts), n=3)
+            sentence, more = "there is no verb {}".format(word), "inv --list"
+        return SettingsError(sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more)
+
+
+def _main():
+    os.environ.pop(_HANDED_OVER, None)
+    program = _Door(
+        namespace=Collection(bootstrap, status), name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=_Config
+    )
+    return door.run(lambda: program.run(sys.argv))
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
