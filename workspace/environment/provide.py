@@ -5,7 +5,8 @@ Each function acts and returns a sentence that says what is there now. Nothing h
 
 import json
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from workspace.core import process
@@ -17,6 +18,10 @@ from workspace.core.settings import Settings
 from workspace.environment import interpreter, requirements, torch
 
 CUDA_MAJOR = "13"
+# What uv says of a download of some size, off a terminal: `Downloading torch (502.3MiB)`, later ` Downloaded torch`.
+_ANNOUNCED = re.compile(r"^\s*Downloading (\S+) \(([\d.]+)([KMG])iB\)")
+_FINISHED = re.compile(r"^\s*Downloaded (\S+)")
+_MEBIBYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journ
     attempts = (wanted.arguments, *wanted.alternatives)
     for number, arguments in enumerate(attempts, 1):
         try:
-            interpreter.install(layout, settings, [*again, *arguments, wanted.requirement], journal=journal)
+            interpreter.install(layout, settings, [*again, *arguments, wanted.requirement], journal=journal, on_line=_bar(journal))
             break
         except SourceError as exc:
             if number == len(attempts):
@@ -83,7 +88,9 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, journal
     # As a file, for the sake of who reads the command; it stays, so that the command can be copied into a shell.
     written = layout.state / "requirements.txt"
     write_atomic(written, "".join(f"{line}\n" for line in listed).encode())
-    interpreter.install(layout, settings, ["-r", str(written)], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides)
+    interpreter.install(
+        layout, settings, ["-r", str(written)], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides, on_line=_bar(journal)
+    )
     for requirement, why in needs.left_out:
         journal.write(f"left out: {requirement}: {why}")
     left_out = f", {len(needs.left_out)} left out (see the log)" if needs.left_out else ""
@@ -101,6 +108,23 @@ def put_accelerators(layout: Layout, settings: Settings, *, device: str, journal
     packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
     named = [f"{name} {packages[name]}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
     return Provided(", ".join(named) or "none is needed here", packages)
+
+
+def _bar(journal: Journal) -> Callable[[str], None]:
+    """Move the step's bar by what uv says of its downloads."""
+    announced: dict[str, float] = {}
+    finished: set[str] = set()
+
+    def show(line: str) -> None:
+        if found := _ANNOUNCED.match(line):
+            announced[found[1]] = float(found[2]) * _MEBIBYTES[found[3]]
+        elif found := _FINISHED.match(line):
+            finished.add(found[1])
+        if found and journal.step:
+            done = sum(size for name, size in announced.items() if name in finished)
+            journal.step.progress(done, sum(announced.values()), f"{done:.0f} of {sum(announced.values()):.0f} MiB")
+
+    return show
 
 
 def _needs(layout: Layout, settings: Settings, *, device: str, journal: Journal | None, python_version: str | None = None) -> requirements.Requirements:

@@ -1,0 +1,1 @@
+"""Where the code comes from: pins, package index, git checkouts, release archives and the patches on top."""
