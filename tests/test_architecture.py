@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "engine": {"core", "source", "environment"},
     "build": {"core", "source", "environment"},
     "smoke": WORKFLOWS,
+    "perf": WORKFLOWS,
     "bench": WORKFLOWS,
     "serve": WORKFLOWS,
     "pin": WORKFLOWS | {"smoke", "bench", "serve"},

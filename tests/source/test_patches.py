@@ -117,7 +117,7 @@ def test_unexported_commits_stop_apply_and_the_hint_keeps_them(checked_out: Work
     with pytest.raises(PatchDrift, match="commits") as failure:
         checked_out.apply()
     assert failure.value.hint
-    commands = failure.value.hint.split(": ", 1)[1].removesuffix(" && inv bootstrap")
+    commands = failure.value.hint.split(": ", 1)[1].removesuffix(" && ./scripts/inv bootstrap")
     subprocess.run(commands, shell=True, cwd=checked_out.layout.root, check=True, capture_output=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
     assert checked_out.apply().state is State.APPLIED
     assert sh_git(checked_out.vllm, "rev-parse", "mine") == mine

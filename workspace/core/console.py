@@ -114,7 +114,8 @@ class Console:
             with self._spinner(step):
                 yield step
         except BaseException:
-            step.state = "FAIL"
+            # Why it was due is no reason why it failed; the error says that.
+            step.state, step.reason = "FAIL", ""
             raise
         finally:
             seconds = f"  {time.monotonic() - started:.1f} s" if step.state != "skipped" else ""

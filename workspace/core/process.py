@@ -135,7 +135,7 @@ def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | No
 def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int) -> _Child:
     program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
     if program is None:
-        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="inv bootstrap says what is missing and how to get it")
+        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="./scripts/inv bootstrap says what is missing and how to get it")
     inherited, lifeline = os.pipe()
     try:
         popen = subprocess.Popen(

@@ -28,7 +28,7 @@ def make(source: Path, destination: Path, pin: Pin, *, on_progress: Callable[[in
     """
     archive = pin.archive
     if archive is None:
-        raise SourceError(f"{pin.name} has no release archive in vendor/pins.toml", hint="inv bootstrap --source git")
+        raise SourceError(f"{pin.name} has no release archive in vendor/pins.toml", hint="./scripts/inv bootstrap --source git")
     with scratch.beside(destination) as folder:
         tree = folder / "tree"
         commit, found = build(source, tree, pin, on_progress=on_progress)

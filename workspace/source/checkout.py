@@ -141,7 +141,7 @@ def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice,
 
 def _make_from_archive(layout: Layout, pin: Pin, settings: Settings, step: Step) -> None:
     if pin.archive is None:
-        raise SourceError(f"{pin.name} has no release archive in vendor/pins.toml", hint="inv bootstrap --source git")
+        raise SourceError(f"{pin.name} has no release archive in vendor/pins.toml", hint="./scripts/inv bootstrap --source git")
     name = pin.archive.filename
     file = index.fetch(pin.name, name, pin.archive.sha256, settings=settings, on_progress=lambda done, total: step.progress(done, total, f"bytes of {name}"))
     archive.make(file, folder_of(layout, pin), pin, on_progress=lambda done, total: step.progress(done, total, f"unpacking {name}"))
@@ -271,7 +271,7 @@ def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
 
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    aside = f"mv {name} {name.replace('/', '-')}.mine && inv bootstrap"
+    aside = f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
     hint = f"to keep it aside: {aside}"
     if found.head:
         hint = f"to give it the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
@@ -286,7 +286,7 @@ def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> Ch
         away = f"git submodule deinit {name}"
     return CheckoutError(
         f"{name} is {found.detail}, SOURCE asks for {choice}; it was left as it is",
-        hint=f"to go on with it: inv bootstrap --source auto    or, to have the other: {away} && inv bootstrap --source {choice}",
+        hint=f"to go on with it: ./scripts/inv bootstrap --source auto    or, to have the other: {away} && ./scripts/inv bootstrap --source {choice}",
     )
 
 

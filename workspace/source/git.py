@@ -134,10 +134,13 @@ class Git:
         """Tracked paths whose content is not HEAD's, staged or not."""
         return tuple(sorted(path for _, path in self._status("no")))
 
-    def changed_files(self, base: str) -> tuple[str, ...]:
-        """Paths that differ between the commit `base` and the working tree, committed or not, new and not ignored ones included."""
+    def changed_files(self, base: str, paths: Sequence[str] = ()) -> tuple[str, ...]:
+        """Paths that differ between the commit `base` and the working tree, committed or not, new and not ignored ones included.
+
+        Only those below `paths`, where there are any.
+        """
         # Not `git diff`: it rewrites the index where a file was touched, whatever GIT_OPTIONAL_LOCKS says.
-        before, now = self._entries((), base), self._entries((), None)
+        before, now = self.entries(paths, base), self.entries(paths, None)
         return tuple(sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)))
 
     def digest(self, paths: Sequence[str], *, commit: str | None = None) -> str:
@@ -146,7 +149,7 @@ class Git:
         Of `commit`, or of the working content: edits, deletions and new files that are not ignored count as if they were
         committed, so that committing them changes nothing.
         """
-        return content.digest(self._entries(paths, commit))
+        return content.digest(self.entries(paths, commit))
 
     def patch_paths(self, patch: Path) -> tuple[str, ...]:
         """The paths that a patch file changes."""
@@ -217,9 +220,12 @@ class Git:
         """Let the index hold a commit's tree; no file is touched."""
         self._write("read-tree", commit)
 
-    def write_files(self) -> None:
-        """Write every file that the index holds."""
-        self._write("checkout-index", "--all", "--force", "--index", "--quiet")
+    def write_files(self, *paths: str) -> None:
+        """Write the named files, or every one, as the index holds them."""
+        self._write("checkout-index", "--force", "--index", "--quiet", *(("--", *paths) if paths else ("--all",)))
+
+    def blob(self, oid: str) -> bytes:
+        return self._look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
     def move_to(self, commit: str, *, journal: Journal) -> None:
         """Move the checkout to a commit: files that differ are written, all others and local edits stay, or nothing is done."""
@@ -277,7 +283,7 @@ class Git:
             journal=journal,
             on_line=on_line,
             failure=SourceError,
-            hint="check the network and run the same command again, or take the release archive: inv bootstrap --source release",
+            hint="check the network and run the same command again, or take the release archive: ./scripts/inv bootstrap --source release",
         )
 
     # How
@@ -331,7 +337,7 @@ class Git:
             raise self._failure(f"{what}: another git, or one that was killed, left {found[1]}", hint=hint)
         raise self._failure(f"{what}: {first_line(answer.err) or f'exited with {answer.status}'}", details=tuple(answer.err.splitlines()[1:10]))
 
-    def _entries(self, paths: Sequence[str], commit: str | None) -> content.Entries:
+    def entries(self, paths: Sequence[str], commit: str | None) -> content.Entries:
         """`mode oid` by path, of a commit or of the working content."""
         if commit is not None:
             return content.tree_entries(self._look("ls-tree", "-r", "-z", "--full-tree", commit, "--", *paths).out)

@@ -83,6 +83,8 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
         return stack
     path = checkouts.folder_of(layout, pin)
     git = Git(path)
+    if stack.state is State.DIRTY and stack.base is not None and _finish(git, stack.base, stack.expected_tree, journal):
+        return observe(layout, project, pin, checkouts.observe(layout, pin))
     if stack.state is not State.UNAPPLIED or stack.base is None:
         raise _refusal(layout.relative(path), git, stack)
     files = [layout.patches(project) / name for name in stack.names]
@@ -98,12 +100,42 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
             hint=f"if upstream has it, take its line out of patches/{project}/series",
         )
     if git.tree(applied.tip) != stack.expected_tree:
-        raise PatchDrift(f"the series gives tree {git.tree(applied.tip)}, expected {stack.expected_tree}; nothing was changed", hint="inv bootstrap")
+        raise PatchDrift(f"the series gives tree {git.tree(applied.tip)}, expected {stack.expected_tree}; nothing was changed", hint="./scripts/inv bootstrap")
     # First the reference, so that the commits are safe whenever this run is killed.
     git.set_ref(TIP_REF, applied.tip)
     git.move_to(applied.tip, journal=journal)
     git.set_ref(BASE_REF, stack.base)
     return observe(layout, project, pin, checkouts.observe(layout, pin))
+
+
+def _finish(git: Git, base: str, expected_tree: str | None, journal: Journal) -> bool:
+    """Finish the move to the stack's tip that a killed run began. False, and nothing done, where any edit may be the user's.
+
+    Such a run leaves HEAD at the base and each file of the series as the base or the tip has it, or begun; perhaps an index.lock.
+    """
+    tip = git.resolve(TIP_REF)
+    if tip is None or expected_tree is None or git.tree(tip) != expected_tree:
+        return False
+    before, after, now = git.entries((), base), git.entries((), tip), git.entries((), None)
+    changed = [path for path in now.keys() | after.keys() if now.get(path) != after.get(path)]
+    if not all(now.get(path) == before.get(path) or _is_begun(git, path, after.get(path)) for path in changed):
+        return False
+    journal.write(f"finishing the interrupted move of {git.path} to {tip}")
+    git.path_of("index.lock").unlink(missing_ok=True)
+    git.read_index(tip)
+    for gone in (path for path in changed if path not in after):
+        (git.path / gone).unlink(missing_ok=True)
+    if written := [path for path in changed if path in after]:
+        git.write_files(*written)
+    git.set_ref("HEAD", tip)
+    git.set_ref(BASE_REF, base)
+    return True
+
+
+def _is_begun(git: Git, path: str, entry: str | None) -> bool:
+    """Whether the file holds the first bytes of what it is to become."""
+    file = git.path / path
+    return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
 
 
 def _expected_tree(layout: Layout, project: str, git: Git, base: str, names: Sequence[str]) -> str | None:
@@ -131,17 +163,17 @@ def _refusal(shown: str, git: Git, stack: Stack) -> WorkspaceError:
     """Why the series cannot be put on what is there, and the commands that lead on without loss."""
     base = (stack.base or "")[:12]
     if stack.state is State.MISSING:
-        return CheckoutError(f"{shown} is not there", hint="inv bootstrap")
+        return CheckoutError(f"{shown} is not there", hint="./scripts/inv bootstrap")
     if stack.state is State.IN_PROGRESS:
         verb = git.under_way()
-        return CheckoutError(f"{shown} is in the middle of a git {verb}", hint=f"git -C {shown} {verb} --continue    or --abort, then inv bootstrap")
+        return CheckoutError(f"{shown} is in the middle of a git {verb}", hint=f"git -C {shown} {verb} --continue    or --abort, then ./scripts/inv bootstrap")
     if stack.state is State.DIRTY:
         edited = ", ".join(stack.dirty[:3]) + (f" and {len(stack.dirty) - 3} more" if len(stack.dirty) > 3 else "")
         return CheckoutError(
             f"{shown} has edits ({edited}) where {len(stack.names)} patches are to be applied; they were left as they are",
-            hint=f"git -C {shown} stash && inv bootstrap && git -C {shown} stash pop",
+            hint=f"git -C {shown} stash && ./scripts/inv bootstrap && git -C {shown} stash pop",
         )
-    keep = f"git -C {shown} branch mine && git -C {shown} checkout --detach {base} && inv bootstrap"
+    keep = f"git -C {shown} branch mine && git -C {shown} checkout --detach {base} && ./scripts/inv bootstrap"
     if stack.state is State.UNEXPORTED:
         return PatchDrift(f"{shown} has commits on {base} that are not what the series makes; they were left as they are", hint=f"to keep them aside: {keep}")
     return CheckoutError(
@@ -154,6 +186,6 @@ def _conflict(layout: Layout, project: str, path: Path, stack: Stack, applied: A
     up_to = " ".join(f"../../patches/{project}/{earlier}" for earlier in stack.names[: applied.position])
     return PatchConflict(
         f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply to {(stack.base or '')[:12]}; nothing was changed",
-        hint=f"git -C {shown} {AM_BY_HAND} {up_to}    stops at the conflict; or take its line out of patches/{project}/series and run inv bootstrap",
+        hint=f"git -C {shown} {AM_BY_HAND} {up_to}    stops at the conflict; or take its line out of patches/{project}/series and run ./scripts/inv bootstrap",
         details=tuple(f"conflict in {conflicted}" for conflicted in applied.conflicted),
     )

@@ -1,0 +1,43 @@
+"""Shared fixtures: the small world. What it is made of is in tests/small."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small.index import serve
+from tests.small.materials import Materials, gather, prepare
+from tests.small.world import World, make_world
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
+    """Upstream, archive, wheels and a package index, once a session."""
+    folder = tmp_path_factory.mktemp("small")
+    with serve(prepare(folder)) as index:
+        yield gather(folder, index)
+
+
+@pytest.fixture
+def world(materials: Materials, tmp_path: Path) -> Iterator[World]:
+    """A fresh clone in which nothing was built."""
+    made = make_world(materials, tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def _bootstrapped(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = make_world(materials, tmp_path_factory.mktemp("built"))
+    # As on a machine that has a package index and no way to the git server.
+    made.first = made.bootstrap("--source", "auto", env={"VLLM_MIRROR": (made.folder / "nowhere").as_uri()})
+    made.save()
+    return made
+
+
+@pytest.fixture
+def built(_bootstrapped: World) -> Iterator[World]:
+    """A bootstrapped clone, put back to that state for each test; always at the same path, which its environment holds."""
+    _bootstrapped.restore()
+    yield _bootstrapped
+    _bootstrapped.end()

@@ -1,0 +1,64 @@
+"""PEP 660 hooks that run setup.py of the working directory, and leave an egg-info there as the real ones do."""
+
+import base64
+import hashlib
+import os
+import runpy
+import sys
+import zipfile
+
+import setuptools
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return []
+
+
+def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
+    name = _dist_info(_run_setup())
+    folder = os.path.join(metadata_directory, name)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "METADATA"), "w") as file:
+        file.write(_metadata())
+    return name
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    arguments = _run_setup()
+    arguments["cmdclass"]["build_ext"](arguments).run()
+    os.makedirs("vllm.egg-info", exist_ok=True)
+    with open("vllm.egg-info/PKG-INFO", "w") as file:
+        file.write(_metadata())
+    info = _dist_info(arguments)
+    members = {
+        f"__editable__.{arguments['name']}.pth": os.getcwd() + "\n",
+        f"{info}/METADATA": _metadata(),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: small\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},sha256={_digest(text)},{len(text.encode())}\n" for name, text in members.items()) + f"{info}/RECORD,,\n"
+    wheel = f"{arguments['name']}-{arguments['version']}-0.editable-py3-none-any.whl"
+    with zipfile.ZipFile(os.path.join(wheel_directory, wheel), "w") as archive:
+        for name, text in {**members, f"{info}/RECORD": record}.items():
+            archive.writestr(name, text)
+    return wheel
+
+
+def _run_setup():
+    sys.argv = ["setup.py", "editable_wheel"]
+    sys.path.insert(0, os.getcwd())
+    runpy.run_path("setup.py", run_name="__main__")
+    return setuptools.recorded
+
+
+def _metadata():
+    arguments = setuptools.recorded
+    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in arguments["install_requires"])
+    return f"Metadata-Version: 2.1\nName: {arguments['name']}\nVersion: {arguments['version']}\n{requires}"
+
+
+def _dist_info(arguments):
+    return f"{arguments['name']}-{arguments['version']}.dist-info"
+
+
+def _digest(text):
+    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()

@@ -1,0 +1,5 @@
+from setuptools import Command
+
+
+class build_ext(Command):
+    pass

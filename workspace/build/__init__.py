@@ -1,0 +1,1 @@
+"""From a checkout and an environment to an installed, verified, stamped vLLM."""

@@ -1,0 +1,71 @@
+"""Compiled libraries from a wheel: the pinned donor or a wheel of the user's.
+
+The wheel gives its libraries only; every Python file is the tree's own. The tree's setup.py takes them out
+(VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held against it.
+"""
+
+import platform
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from workspace.build.plan import Kernels
+from workspace.core.errors import BuildError, SourceError
+from workspace.core.settings import Settings
+from workspace.source import index
+from workspace.source.pins import Pin
+
+_BINARIES = ("vllm/vllm-rs",)
+
+
+def fetch(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_progress: Callable[[int, int | None], None]) -> Path:
+    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no donor for this machine."""
+    if kernels.kind == "wheel":
+        if kernels.wheel is None or not kernels.wheel.is_file():
+            raise SourceError(f"the wheel that the kernels came from is gone: {kernels.wheel}", hint="./scripts/inv bootstrap --kernels donor")
+        return kernels.wheel
+    key = f"{device}-{platform.machine()}"
+    donor = pin.donors.get(key)
+    if donor is None:
+        raise SourceError(
+            f"vendor/pins.toml names no donor for {key}: it has {', '.join(sorted(pin.donors)) or 'none'}",
+            hint="./scripts/inv bootstrap --kernels native --jobs 4",
+        )
+    return index.fetch(donor.project, donor.filename, donor.sha256, settings=settings, on_progress=on_progress)
+
+
+def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
+    """Map each compiled file of the wheel to its bytes and CRC-32. Raises SourceError for a file that is no wheel of vLLM."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = {item.filename: (item.file_size, item.CRC) for item in archive.infolist() if item.filename.startswith("vllm/")}
+    except (zipfile.BadZipFile, OSError) as exc:
+        raise SourceError(f"{wheel.name} is not a wheel that can be read: {exc}", hint="./scripts/inv bootstrap --kernels donor") from exc
+    compiled = {name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES}
+    if not compiled:
+        raise SourceError(f"{wheel.name} holds no compiled library of vLLM", hint="./scripts/inv bootstrap --kernels donor")
+    return compiled
+
+
+def check_taken(wheel: Path, tree: Path) -> None:
+    """Hold every library in the tree against the wheel, byte count and CRC-32. Raises BuildError naming what was left behind."""
+    wrong = [name for name, (size, crc) in compiled_members(wheel).items() if not _is(tree / name, size, crc)]
+    if wrong:
+        raise BuildError(
+            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
+            hint="its list of precompiled members lacks them: see patches/vllm for the patch that mends 0.31.0, and `./scripts/inv status`",
+        )
+
+
+def _is(path: Path, size: int, crc: int) -> bool:
+    try:
+        if path.stat().st_size != size:
+            return False
+        found = 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found = zlib.crc32(chunk, found)
+    except OSError:
+        return False
+    return found == crc

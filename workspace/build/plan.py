@@ -1,0 +1,214 @@
+"""What is there, and what is stale and why.
+
+Looks at pins, checkout, environment and stamps without changing anything; bootstrap acts on it, status shows it, smoke refuses on it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from workspace.build import stamp
+from workspace.core.errors import SettingsError
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.environment import doctor, interpreter, machine, torch
+from workspace.source import checkout, patches, pins
+from workspace.source.git import Git
+
+Device = Literal["cpu", "cuda"]
+State = Literal["ok", "stale", "missing"]
+
+# What a compiled library is made from, below the tree (CMakeLists.txt, setup.py's cmake_build_ext).
+COMPILED_SOURCES = ("csrc", "cmake", "CMakeLists.txt")
+REQUIREMENT_FILES = ("requirements", "pyproject.toml")
+METADATA_FILES = ("setup.py", "pyproject.toml", "requirements", "tools/build_rust.py")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where compiled libraries come from: a pinned donor, a wheel file, or a compiler."""
+
+    kind: Literal["donor", "wheel", "native"]
+    origin: str
+    wheel: Path | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the built tree, and why it is not `ok`."""
+
+    name: str
+    state: State
+    reasons: tuple[str, ...] = ()
+    inputs: dict[str, str] | None = None
+    recorded: stamp.Stamp | None = None
+
+    @property
+    def why(self) -> str:
+        return "; ".join(self.reasons)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that bootstrap, status and smoke decide from. The layers are None while there is no checkout."""
+
+    pin: pins.Pin
+    device: Device
+    kernels_wanted: Kernels
+    checkout: checkout.Checkout
+    stack: patches.Stack | None
+    python: interpreter.PythonFacts | None
+    torch: torch.TorchBuild | None
+    environment: Layer
+    kernels: Layer
+    install: Layer
+    # Compiled sources that differ from the pin while the kernels come from a wheel: only a compiler can mend that.
+    outrun: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str:
+        """The version that the installed vLLM bears: the letters `cpu` in it select the platform (vllm/platforms/__init__.py)."""
+        return version_of(self.pin, self.device, self.torch)
+
+
+def observe(layout: Layout, settings: Settings) -> Observation:
+    """Look at the whole house. Raises SettingsError for broken pins; touches nothing."""
+    pin = pins.load(layout.pins).vllm
+    environment_stamp = stamp.read(layout.stamp("environment"))
+    build_stamp = stamp.read(layout.stamp("vllm"))
+    device = _device(settings, environment_stamp)
+    wanted = _kernels_wanted(settings, pin, device, build_stamp)
+    there = checkout.observe(layout, pin)
+    is_usable = there.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    stack = patches.observe(layout, "vllm", pin, there) if is_usable else None
+    python = interpreter.describe(layout, settings)
+    build = torch.observe(layout, settings) if python else None
+    git = Git(layout.vllm) if is_usable else None
+    environment = _environment(layout, settings, git, device, python, build, environment_stamp)
+    outrun = _outrun(git, there) if wanted.kind != "native" else ()
+    kernels = _kernels(layout, settings, git, device, wanted, build, build_stamp, outrun)
+    install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
+    return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun)
+
+
+def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) -> str:
+    if device == "cpu":
+        return f"{pin.version}+cpu"
+    return f"{pin.version}+cu{(build.cuda if build and build.cuda else '13.0').replace('.', '')}"
+
+
+def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
+    """A flag or setting, else what the environment was made for, else what the machine has: asking the driver costs up to a second."""
+    if settings.text("DEVICE") == "auto" and recorded and recorded.inputs.get("device") in ("cpu", "cuda"):
+        return "cuda" if recorded.inputs["device"] == "cuda" else "cpu"
+    if settings.text("DEVICE") == "auto":
+        return doctor.device(settings, machine.observe(settings))
+    return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
+
+
+def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded: stamp.Stamp | None) -> Kernels:
+    choice = settings.text("KERNELS")
+    if settings.source("KERNELS") == "default" and recorded and recorded.inputs.get("origin", "").startswith(("native", "wheel")):
+        # What was asked for once stays until something else is asked for.
+        origin = recorded.inputs["origin"]
+        kept = recorded.outcome.get("wheel")
+        return Kernels("native", origin) if origin == "native" else Kernels("wheel", origin, Path(kept) if kept else None)
+    if choice == "native":
+        return Kernels("native", "native")
+    if choice == "donor":
+        import platform
+
+        donor = pin.donors.get(f"{device}-{platform.machine()}")
+        return Kernels("donor", f"donor {donor.filename} {donor.sha256}" if donor else "donor none")
+    wheel = Path(choice).expanduser().resolve()
+    if wheel.suffix != ".whl" or not wheel.is_file():
+        raise SettingsError(f"KERNELS={choice}: is neither donor nor native nor a wheel file that is there", hint="./scripts/inv bootstrap --kernels donor")
+    from workspace.core.files import sha256
+
+    return Kernels("wheel", f"wheel {wheel.name} {sha256(wheel)}", wheel)
+
+
+def _environment(
+    layout: Layout,
+    settings: Settings,
+    git: Git | None,
+    device: Device,
+    python: interpreter.PythonFacts | None,
+    build: torch.TorchBuild | None,
+    recorded: stamp.Stamp | None,
+) -> Layer:
+    if python is None:
+        return Layer("environment", "missing", ("there is no .vllm" if not layout.environment.exists() else ".vllm holds no working Python",))
+    if git is None:
+        return Layer("environment", "missing", ("there is no checkout to take requirements from",))
+    inputs = {
+        "place": str(layout.environment),
+        "python": python.version,
+        "device": device,
+        "requirements": git.digest(REQUIREMENT_FILES),
+        "use existing torch": settings.text("USE_EXISTING_TORCH"),
+        "pre-releases": settings.text("ALLOW_PRERELEASE"),
+        "torch": f"{build.version} CUDA {build.cuda or 'none'}" if build else "none",
+    }
+    if recorded is None:
+        return Layer("environment", "missing", ("it was not finished",), inputs)
+    installed = interpreter.installed(layout)
+    reasons = stamp.differences(recorded.inputs, inputs)
+    reasons += tuple(f"{name} {old} → {installed.get(name, 'none')}" for name, old in recorded.packages.items() if installed.get(name) != old)
+    return Layer("environment", "stale" if reasons else "ok", reasons, inputs, recorded)
+
+
+def _kernels(
+    layout: Layout,
+    settings: Settings,
+    git: Git | None,
+    device: Device,
+    wanted: Kernels,
+    build: torch.TorchBuild | None,
+    recorded: stamp.Stamp | None,
+    outrun: tuple[str, ...],
+) -> Layer:
+    if git is None or build is None:
+        return Layer("kernels", "missing", ("there is no checkout" if git is None else "there is no torch",))
+    inputs = {"origin": wanted.origin, "device": device, "torch": f"{build.version} CUDA {build.cuda or 'none'}"}
+    if wanted.kind == "native":
+        inputs |= {name: settings.text(name) for name in ("TORCH_CUDA_ARCH_LIST", "CMAKE_BUILD_TYPE", "CMAKE_ARGS", "CUDA_HOME")}
+        inputs["compiled sources"] = git.digest(COMPILED_SOURCES)
+    if recorded is None:
+        return Layer("kernels", "missing", ("no build was finished",), inputs)
+    reasons = stamp.differences(recorded.inputs, inputs)
+    reasons += tuple(f"{library.path} changed" for library in recorded.libraries if _size(layout.vllm / library.path) != library.size)
+    if outrun:
+        reasons += (outrun_sentence(outrun),)
+    return Layer("kernels", "stale" if reasons else "ok", reasons, inputs, recorded)
+
+
+def _install(layout: Layout, git: Git | None, version: str, python: interpreter.PythonFacts | None, recorded: stamp.Stamp | None) -> Layer:
+    if git is None or python is None:
+        return Layer("install", "missing", ("there is no checkout" if git is None else "there is no environment",))
+    inputs = {"place": str(layout.vllm), "metadata": git.digest(METADATA_FILES), "version": version, "interpreter": python.version}
+    if recorded is None:
+        return Layer("install", "missing", ("no build was finished",), inputs)
+    reasons = stamp.differences(recorded.inputs, inputs)
+    found = interpreter.installed(layout).get("vllm")
+    if found != version:
+        reasons += (f"installed vllm {found or 'none'} → {version}",)
+    return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
+
+
+def _outrun(git: Git | None, there: checkout.Checkout) -> tuple[str, ...]:
+    if git is None or there.base is None:
+        return ()
+    return git.changed_files(there.base, COMPILED_SOURCES)
+
+
+def outrun_sentence(changed: tuple[str, ...], limit: int = 3) -> str:
+    names = ", ".join(changed[:limit]) + (f" and {len(changed) - limit} more" if len(changed) > limit else "")
+    return f"compiled from the pin's sources, which {names} {'differs' if len(changed) == 1 else 'differ'} from"
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

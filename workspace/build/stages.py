@@ -1,0 +1,118 @@
+"""The steps of a bootstrap, each as one act. When one is due is bootstrap's business; how it is done is that of the modules called here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from workspace.build import donor, install, plan, stamp, verify
+from workspace.core.console import Step
+from workspace.core.errors import BuildError, SettingsError
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.environment import dotenv, provide
+from workspace.source import checkout, patches
+from workspace.source.git import Git
+
+
+@dataclass
+class Run:
+    """One bootstrap: what its steps share, and what an earlier step leaves for a later one."""
+
+    layout: Layout
+    settings: Settings
+    journal: Journal
+    outcome: dict[str, str] = field(default_factory=dict)
+
+    def observe(self) -> plan.Observation:
+        return plan.observe(self.layout, self.settings)
+
+
+def write_dotenv(run: Run, view: Step) -> None:
+    view.reason = f"written for this machine: {dotenv.write(run.layout, run.settings, device=run.observe().device)}"
+
+
+def make_source(run: Run, view: Step) -> None:
+    choice = cast("checkout.Choice", run.settings.text("SOURCE"))
+    view.reason = checkout.ensure(run.layout, run.observe().pin, run.settings, choice=choice, journal=run.journal, step=view).detail
+    checkout.protect(run.layout)
+
+
+def apply_patches(run: Run, view: Step) -> None:
+    observed = run.observe()
+    stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, journal=run.journal)
+    view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
+    checkout.protect(run.layout)
+
+
+def make_python(run: Run, view: Step) -> None:
+    stamp.withdraw(run.layout.stamp("environment"))
+    view.reason = provide.make_python(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+
+
+def put_torch(run: Run, view: Step) -> None:
+    view.reason = provide.put_torch(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+
+
+def put_requirements(run: Run, view: Step) -> None:
+    view.reason = provide.put_requirements(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+
+
+def put_accelerators(run: Run, view: Step) -> None:
+    """The last step of the environment: its stamp follows."""
+    provided = provide.put_accelerators(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+    inputs = run.observe().environment.inputs
+    if inputs is None:
+        raise BuildError("the environment is not there after it was made", hint="./scripts/inv status")
+    stamp.write(run.layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=provided.packages))
+    view.reason = provided.said
+
+
+def get_kernels(run: Run, view: Step) -> None:
+    """Have the wheel at hand, or the bound on compilers; nothing in the tree is touched yet."""
+    observed, settings = run.observe(), run.settings
+    wanted = observed.kernels_wanted
+    if wanted.kind == "native":
+        jobs = settings.count("MAX_JOBS")
+        if jobs is None:
+            raise SettingsError("--kernels native needs a bound on the compilers at once", hint="./scripts/inv bootstrap --kernels native --jobs 4")
+        run.outcome["jobs"] = str(jobs)
+        view.reason = f"compiled here, at most {jobs} at once (MAX_JOBS from {settings.source('MAX_JOBS')})"
+        return
+    wheel = donor.fetch(wanted, observed.pin, observed.device, settings, on_progress=_megabytes(view))
+    members = donor.compiled_members(wheel)
+    run.outcome["wheel"] = str(wheel)
+    view.reason = f"{len(members)} compiled files from {wheel.name}"
+
+
+def put_vllm(run: Run, view: Step) -> None:
+    """Install editable; from here until the stamp the build is unproven."""
+    stamp.withdraw(run.layout.stamp("vllm"))
+    observed = run.observe()
+    if jobs := run.outcome.get("jobs"):
+        install.native(run.layout, run.settings, observed, jobs=int(jobs), journal=run.journal)
+    else:
+        wheel = donor.fetch(observed.kernels_wanted, observed.pin, observed.device, run.settings, on_progress=_megabytes(view))
+        install.from_wheel(run.layout, run.settings, observed, wheel, journal=run.journal)
+        donor.check_taken(wheel, run.layout.vllm)
+    view.reason = f"vllm {observed.version}, editable"
+
+
+def verify_vllm(run: Run, view: Step) -> None:
+    """The last step: the stamp is written once the built interpreter has said that all is as asked for."""
+    observed = run.observe()
+    verdict = verify.check(run.layout, run.settings, observed)
+    outcome = run.outcome | {"version": verdict.version, "platform": verdict.platform, "tree": Git(run.layout.vllm).tree("HEAD")}
+    inputs = {**(observed.kernels.inputs or {}), **(observed.install.inputs or {})}
+    stamp.write(run.layout.stamp("vllm"), stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries))
+    view.reason = f"{verdict.version} on {verdict.platform} from vendor/vllm, {len(verdict.libraries)} libraries load with all symbols bound"
+
+
+ENVIRONMENT = (("python", make_python), ("torch", put_torch), ("requirements", put_requirements), ("accelerators", put_accelerators))
+VLLM = (("kernels", get_kernels), ("install", put_vllm), ("verify", verify_vllm))
+# Steps before which there may be no torch, or after which it may rightly be another one.
+CHANGES_TORCH = (".env", "source", "patches", "python", "torch")
+
+
+def _megabytes(view: Step) -> Callable[[int, int | None], None]:
+    return lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")

@@ -1,0 +1,77 @@
+"""Stamps: what a layer of the built environment was made from, and what came out.
+
+A stamp lies inside `.vllm`, is deleted before the layer is changed and written after it was verified.
+Staleness is the difference between its inputs and today's.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from workspace.core.files import write_atomic
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library of the tree: path below the tree, bytes, SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """`inputs` name what a layer was made from, `outcome` what came out of it; all values are text."""
+
+    inputs: Mapping[str, str]
+    outcome: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = field(default_factory=dict)
+    libraries: tuple[Library, ...] = ()
+
+
+def read(path: Path) -> Stamp | None:
+    """Return the stamp, or None where there is none that this version can read: a damaged stamp proves nothing."""
+    try:
+        record = json.loads(path.read_bytes())
+        if record["schema"] != SCHEMA:
+            return None
+        mappings = {name: record[name] for name in ("inputs", "outcome", "packages")}
+        if any(not isinstance(text, str) for mapping in mappings.values() for pair in mapping.items() for text in pair):
+            return None
+        libraries = tuple(Library(path=str(item["path"]), size=int(item["size"]), sha256=str(item["sha256"])) for item in record["libraries"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return Stamp(libraries=libraries, **mappings)
+
+
+def write(path: Path, stamp: Stamp) -> None:
+    """Write the claim; the caller has verified it.
+
+    A claim must not survive a power cut that what it claims does not: uv, git and compilers sync nothing, so all is synced first.
+    """
+    os.sync()
+    record = {"schema": SCHEMA, **asdict(stamp)}
+    write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+def withdraw(path: Path) -> None:
+    """Take a claim back, before what it claims is changed. Where there is no environment, or a file in its place, there is no claim."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.unlink()
+
+
+def differences(recorded: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
+    """Say each input that changed: `torch 2.13.0 → 2.14.0`. Digests are told apart by name only."""
+    return tuple(_difference(name, recorded.get(name, "nothing"), text) for name, text in current.items() if recorded.get(name) != text)
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    if len(new) == 64 and len(old) in (64, len("nothing")):
+        return f"{name} changed"
+    return f"{name} {old or 'none'} → {new or 'none'}"

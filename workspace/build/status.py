@@ -1,0 +1,110 @@
+"""What is built, what is stale and why, and what to type next."""
+
+import json
+from dataclasses import dataclass
+
+from workspace.build import plan
+from workspace.core.console import Console, State
+from workspace.core.errors import SmokeError
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.source import checkout, patches
+
+BOOTSTRAP = "./scripts/inv bootstrap"
+
+
+@dataclass(frozen=True)
+class Row:
+    state: State
+    name: str
+    text: str
+
+
+def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+    """Print one row a layer and the next command; as JSON on stdout where a program asks."""
+    observed = plan.observe(layout, settings)
+    rows = _rows(layout, observed)
+    following = next_command(observed)
+    if as_json:
+        record = {"schema": 1, "rows": [{"state": row.state, "name": row.name, "text": row.text} for row in rows], "next": following}
+        console.data(json.dumps(record, indent=1))
+        return
+    for row in rows:
+        console.row(row.state, row.name, row.text)
+    console.say(f"next: {following}")
+
+
+def require_built(layout: Layout, settings: Settings) -> plan.Observation:
+    """Return what is there when kernels and install are fresh. Raises SmokeError naming what is stale and the command that mends it."""
+    observed = plan.observe(layout, settings)
+    for layer in (observed.environment, observed.kernels, observed.install):
+        if layer.state != "ok":
+            raise SmokeError(f"{layer.name} {layer.state}: {layer.why}", hint=next_command(observed))
+    return observed
+
+
+def next_command(observed: plan.Observation) -> str:
+    """What to type next."""
+    if observed.checkout.kind is checkout.Kind.FOREIGN:
+        return f"git -C vendor/vllm status   # {observed.checkout.detail}"
+    if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
+        return "git -C vendor/vllm status   # an am, rebase, merge or cherry-pick is under way; finish or abort it"
+    if observed.outrun and observed.environment.state == "ok":
+        return f"{BOOTSTRAP} --kernels native --jobs 4"
+    if any(layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)):
+        return BOOTSTRAP
+    return "./scripts/nox -s smoke"
+
+
+def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
+    pin = observed.pin
+    rows = [Row("ok", "pin", f"{pin.tag} {pin.commit[:12]}"), _source(observed), _patches(observed)]
+    built = observed.kernels.recorded
+    said = {
+        "environment": f"Python {observed.python.version}, torch {observed.torch.version}" if observed.python and observed.torch else "",
+        "kernels": f"{' '.join(word for word in built.inputs.get('origin', '').split() if len(word) < 64)}, {len(built.libraries)} compiled files"
+        if built
+        else "",
+        "install": built.outcome.get("version", "") if built else "",
+    }
+    for layer in (observed.environment, observed.kernels, observed.install):
+        rows.append(Row(layer.state, layer.name, layer.why if layer.state != "ok" else said[layer.name]))
+    rows.append(_smoke(layout, observed))
+    return tuple(rows)
+
+
+def _source(observed: plan.Observation) -> Row:
+    there = observed.checkout
+    state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(there.kind, "ok")  # type: ignore[assignment]
+    return Row(state, "source", there.detail)
+
+
+def _patches(observed: plan.Observation) -> Row:
+    stack = observed.stack
+    if stack is None:
+        return Row("missing", "patches", "no checkout to apply them to")
+    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+    edited = f"; {len(stack.dirty)} edited {'file' if len(stack.dirty) == 1 else 'files'}" if stack.dirty else ""
+    words: dict[patches.State, tuple[State, str]] = {
+        patches.State.APPLIED: ("ok", f"{count} applied"),
+        patches.State.UNAPPLIED: ("missing" if stack.names else "ok", f"{count}, not applied" if stack.names else "none"),
+        patches.State.UNEXPORTED: ("warn", f"{count}; vendor/vllm has commits that patches/vllm does not"),
+        patches.State.DIRTY: ("warn", f"{count}, not applied: edited files stand in the way"),
+        patches.State.IN_PROGRESS: ("FAIL", "an am, rebase, merge or cherry-pick is under way in vendor/vllm"),
+        patches.State.FOREIGN: ("FAIL", "vendor/vllm does not descend from the pin"),
+        patches.State.MISSING: ("missing", "no checkout"),
+    }
+    state, text = words[stack.state]
+    return Row(state, "patches", text + edited)
+
+
+def _smoke(layout: Layout, observed: plan.Observation) -> Row:
+    try:
+        record = json.loads(layout.smoke_record.read_bytes())
+        tree, verdict, when = str(record["tree"]), str(record["verdict"]), str(record["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Row("missing", "smoke", "not run yet")
+    if verdict != "pass":
+        return Row("FAIL", "smoke", f"failed {when}")
+    same = observed.stack is not None and observed.stack.tree == tree and not observed.stack.dirty
+    return Row("ok" if same else "stale", "smoke", f"passed {when}" + ("" if same else ", on another tree"))
