@@ -35,6 +35,13 @@ def hand_over():
 if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
     hand_over()
 
+# Name of a proof: what pytest is given.
+PROOFS = {
+    "bootstrap": ["tests/proof/test_bootstrap.py"],
+    "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
+    "kill": ["tests/proof/kill"],
+}
+
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["tests", "lint", "typecheck"]
 
@@ -59,9 +66,10 @@ def run(session, *words):
             sys.executable,
             "-m",
             *words,
-            *session.posargs,
             external=True,
             env=dict.fromkeys(FOREIGN),
+            # As it is: nox would put talk among the data, and hide the terminal from it.
+            stderr=None,
             interrupt_timeout=INTERRUPT_TIMEOUT_S,
             terminate_timeout=TERMINATE_TIMEOUT_S,
         )
@@ -81,23 +89,40 @@ def run(session, *words):
 @nox.session
 def tests(session):
     """The workspace's own tests; words after -- go to pytest."""
-    run(session, "pytest")
+    run(session, "pytest", *session.posargs)
 
 
 @nox.session
 def lint(session):
     """ruff: rules, then format; words after -- go to both."""
-    run(session, "ruff", "check")
-    run(session, "ruff", "format", "--check")
+    run(session, "ruff", "check", *session.posargs)
+    run(session, "ruff", "format", "--check", *session.posargs)
 
 
 @nox.session
 def typecheck(session):
     """mypy, strict, on workspace/."""
-    run(session, "mypy")
+    run(session, "mypy", *session.posargs)
 
 
 @nox.session
 def smoke(session):
     """Does the built tree compute rightly."""
-    run(session, "workspace.smoke")
+    run(session, "workspace.smoke", *session.posargs)
+
+
+@nox.session
+def perf(session):
+    """What the workspace itself costs, as ratios."""
+    run(session, "workspace.perf", *session.posargs)
+
+
+@nox.session
+def proof(session):
+    """The long proofs: kill, fuzz, bootstrap; words after the name go to pytest."""
+    chosen = session.posargs[:1] or sorted(PROOFS)
+    unknown = [name for name in chosen if name not in PROOFS]
+    if unknown:
+        session.error("no proof is called {}; there are {}".format(unknown[0], ", ".join(sorted(PROOFS))))
+    for name in chosen:
+        run(session, "pytest", *PROOFS[name], *session.posargs[1:])

@@ -91,6 +91,11 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun)
 
 
+def edits_digest(layout: Layout, stack: patches.Stack | None) -> str | None:
+    """Return one SHA-256 over the edited tracked files of the tree and their content, None where nothing is edited."""
+    return Git(layout.vllm).digest(stack.dirty) if stack and stack.dirty else None
+
+
 def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) -> str:
     if device == "cpu":
         return f"{pin.version}+cpu"

@@ -25,6 +25,8 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
     observed = plan.observe(layout, settings)
     rows = _rows(layout, observed)
     following = next_command(observed)
+    if all(row.state == "ok" for row in rows):
+        following = f"nothing is due; after a change in vendor/vllm: {following}"
     if as_json:
         record = {"schema": 1, "rows": [{"state": row.state, "name": row.name, "text": row.text} for row in rows], "next": following}
         console.data(json.dumps(record, indent=1))
@@ -101,10 +103,10 @@ def _patches(observed: plan.Observation) -> Row:
 def _smoke(layout: Layout, observed: plan.Observation) -> Row:
     try:
         record = json.loads(layout.smoke_record.read_bytes())
-        tree, verdict, when = str(record["tree"]), str(record["verdict"]), str(record["time"])
-    except (OSError, ValueError, KeyError, TypeError):
+        tree, edits, verdict, when = record["tree"], record["dirty"], str(record["verdict"]), str(record["time"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Row("missing", "smoke", "not run yet")
     if verdict != "pass":
         return Row("FAIL", "smoke", f"failed {when}")
-    same = observed.stack is not None and observed.stack.tree == tree and not observed.stack.dirty
+    same = observed.stack is not None and observed.stack.tree == tree and plan.edits_digest(layout, observed.stack) == edits
     return Row("ok" if same else "stale", "smoke", f"passed {when}" + ("" if same else ", on another tree"))

@@ -27,6 +27,19 @@ class Verdict:
     libraries: tuple[Library, ...]
 
 
+@dataclass(frozen=True)
+class _Said:
+    """The document of probes/verify.py. `broken` are sentences on libraries that do not load."""
+
+    error: str | None
+    file: Path | None
+    version: str
+    platform: str
+    torch: TorchBuild
+    libraries: tuple[Library, ...]
+    broken: tuple[str, ...]
+
+
 def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
     """Import vLLM from a neutral folder and from inside the tree, and load every library with all symbols bound.
 
@@ -35,47 +48,55 @@ def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         said = _ask(layout, settings, Path(neutral), libraries=True)
     inside = _ask(layout, settings, layout.vllm, libraries=False)
-    wrong: list[str] = []
-    for record, place in ((said, "a neutral folder"), (inside, "inside vendor/vllm")):
-        wrong += [f"from {place}: {sentence}" for sentence in _judge(record, layout, observed)]
-    wrong += [f"{item['path']}: {item['error']}" for item in said["libraries"] if item["verdict"] == "broken"]
-    if not said["libraries"]:
+    wrong = [f"from a neutral folder: {sentence}" for sentence in _judge(said, layout, observed)]
+    wrong += [f"from inside vendor/vllm: {sentence}" for sentence in _judge(inside, layout, observed)]
+    wrong += said.broken
+    if not said.libraries:
         wrong.append("the tree holds no compiled library")
     if wrong:
+        more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
         raise BuildError(
-            f"the installed vLLM is not what was asked for: {wrong[0]}" + (f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""),
+            f"the installed vLLM is not what was asked for: {wrong[0]}{more}",
             hint="./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch: ./scripts/inv bootstrap --kernels native --jobs 4",
             details=tuple(wrong),
         )
-    libraries = tuple(Library(item["path"], item["size"], item["sha256"]) for item in said["libraries"])
-    return Verdict(said["version"], said["platform"], TorchBuild(said["torch"]["version"], said["torch"]["cuda"]), libraries)
+    return Verdict(said.version, said.platform, said.torch, said.libraries)
 
 
-def _judge(record: dict, layout: Layout, observed: Observation) -> list[str]:  # type: ignore[type-arg]
+def _judge(said: _Said, layout: Layout, observed: Observation) -> list[str]:
+    if said.error:
+        return [said.error]
     wrong = []
-    if record.get("error"):
-        return [record["error"]]
-    if not Path(record["file"]).is_relative_to(layout.vllm):
-        wrong.append(f"vllm was imported from {record['file']}, not from vendor/vllm")
-    if record["version"] != observed.version:
-        wrong.append(f"vllm calls itself {record['version']}, asked for was {observed.version}")
-    if record["platform"] != observed.device:
-        wrong.append(f"vllm found the platform {record['platform'] or 'none'}, built for was {observed.device}")
-    if observed.torch and record["torch"]["version"] != observed.torch.version:
-        wrong.append(f"torch calls itself {record['torch']['version']}, installed was {observed.torch.version}")
+    if said.file is None or not said.file.is_relative_to(layout.vllm.resolve()):
+        wrong.append(f"vllm was imported from {said.file}, not from vendor/vllm")
+    if said.version != observed.version:
+        wrong.append(f"vllm calls itself {said.version}, asked for was {observed.version}")
+    if said.platform != observed.device:
+        wrong.append(f"vllm found the platform {said.platform or 'none'}, built for was {observed.device}")
+    if observed.torch and said.torch.version != observed.torch.version:
+        wrong.append(f"torch calls itself {said.torch.version}, installed was {observed.torch.version}")
     return wrong
 
 
-def _ask(layout: Layout, settings: Settings, folder: Path, *, libraries: bool) -> dict:  # type: ignore[type-arg]
+def _ask(layout: Layout, settings: Settings, folder: Path, *, libraries: bool) -> _Said:
     argv: list[process.Argument] = [layout.environment_python, layout.probes / "verify.py", layout.vllm, *([] if libraries else ["--no-libraries"])]
     done = process.capture(argv, env=settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"}), cwd=folder, timeout_s=TIMEOUT_S)
+    last = tuple(done.stderr.strip().splitlines()[-15:])
     try:
-        record = json.loads(done.stdout)
+        record = json.loads(done.stdout) if done.returncode == 0 else None
     except ValueError:
         record = None
-    if done.returncode != 0 or not isinstance(record, dict):
-        last = done.stderr.strip().splitlines()[-15:]
-        raise BuildError(
-            f"the built interpreter {process.describe_status(done.returncode)} while it imported vllm: {last[-1] if last else 'no word'}", details=tuple(last)
-        )
-    return record
+    if not isinstance(record, dict):
+        said = last[-1] if last else "no word"
+        raise BuildError(f"the built interpreter {process.describe_status(done.returncode)} while it imported vllm: {said}", details=last)
+    rows = record["libraries"]
+    torch = record["torch"] or {"version": "none", "cuda": None}
+    return _Said(
+        error=record["error"],
+        file=Path(record["file"]) if record["file"] else None,
+        version=str(record["version"]),
+        platform=str(record["platform"] or ""),
+        torch=TorchBuild(torch["version"], torch["cuda"]),
+        libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
+        broken=tuple(f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"),
+    )

@@ -1,0 +1,151 @@
+"""The sequence with stand-in probes: real processes that answer, hang, die or babble."""
+
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from workspace.core.console import Console
+from workspace.core.errors import SmokeError
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.process import Completed
+from workspace.core.settings import load
+from workspace.smoke import suite
+from workspace.smoke.__main__ import judge
+from workspace.smoke.checks import Check, Expected
+
+TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
+
+
+class Clone:
+    """A built clone in which only the probes are not the real ones."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        self.layout.environment_python.parent.mkdir(parents=True)
+        self.layout.environment_python.symlink_to(sys.executable)
+        self.layout.probes.mkdir(parents=True)
+        self.err = io.StringIO()
+        self.probe("tiny_model", TINY)
+        self.says("verify", {"error": None, "libraries": [{"path": "vllm/_C.so", "verdict": "ok", "sha256": "a"}]})
+        vllm = {"file": str(self.layout.vllm / "vllm" / "__init__.py"), "version": "1+cpu", "platform": "cpu", "kernels": ["vllm/_C.so"]}
+        measures = {"prompts": [{"same_prompt": True}], "equal": 2, "total": 2, "compared": 4, "max_difference": 0.0, "not_finite": 0}
+        self.says("parity", {"error": None, "vllm": vllm, "torch": {"version": "2"}, **measures})
+
+    def probe(self, name: str, code: str) -> None:
+        (self.layout.probes / f"{name}.py").write_text(code)
+
+    def says(self, name: str, record: dict) -> None:
+        self.probe(name, f"import sys\nprint('a greeting', file=sys.stderr)\nprint({json.dumps(json.dumps(record))})\n")
+
+    def run(self, *, timeout_s: float = 30.0, **shell: str) -> dict[str, Check]:
+        settings = load(self.layout, environ={"PATH": "/usr/bin:/bin", **shell})
+        expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": "a"})
+        with Journal(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as journal:
+            checks, _ = suite.run(self.layout, settings, expected, journal=journal, timeout_s=timeout_s)
+        return {check.identifier: check for check in checks}
+
+    def failed(self, **words: object) -> set[str]:
+        return {name for name, check in self.run(**words).items() if check.verdict == "fail"}  # type: ignore[arg-type]
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in self.layout.logs.glob("*.log"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(clone: Clone) -> None:
+    assert clone.failed() == set()
+    rows = [line.split() for line in clone.err.getvalue().splitlines() if not line.startswith("+ ")]
+    assert [row[:2] for row in rows] == [["ok", "binary.load"], ["ok", "parity.llama"], ["ok", "provenance.import"]]
+
+
+def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(clone: Clone, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    clone.probe("parity", f"import os, time\nos.fork()\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n")
+    found = clone.run(timeout_s=1.0)
+    assert found["binary.load"].verdict == "pass"
+    assert "parity.py gave no answer in 1 s" in found["parity.llama"].evidence
+    assert found["provenance.import"].verdict == "fail"
+    left = pids.read_text().split()
+    assert len(left) == 2
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(is_running(pid) for pid in left)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "the probe was killed by SIGSEGV: no word"),
+        ("raise ImportError('libtorch.so is missing')", "the probe exited with 1: ImportError: libtorch.so is missing"),
+        ("print('{\"equal\": 320'); import sys; print('last words', file=sys.stderr)", "the probe printed no document: last words"),
+        ("print('[]')", "the probe printed no document: no word"),
+        ("pass", "the probe printed no document: no word"),
+    ],
+)
+def test_probe_without_a_document_fails_its_checks_and_no_others(clone: Clone, code: str, said: str) -> None:
+    clone.probe("parity", code)
+    found = clone.run()
+    assert found["parity.llama"].evidence == said
+    assert {name for name, check in found.items() if check.verdict == "fail"} == {"parity.llama", "provenance.import"}
+
+
+def test_what_a_failed_probe_said_is_kept_in_the_log_without_secrets(clone: Clone) -> None:
+    clone.probe("verify", "import os, sys\nprint('token', os.environ.get('HF_TOKEN'), file=sys.stderr)\nprint('why it failed', file=sys.stderr)\nsys.exit(1)\n")
+    assert clone.failed(HF_TOKEN="hf_geheim") == {"binary.load"}
+    assert "why it failed" in clone.log()
+    assert "hf_geheim" not in clone.log() + clone.err.getvalue()
+
+
+def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judged(clone: Clone) -> None:
+    clone.probe("tiny_model", "raise ImportError('no transformers')")
+    found = clone.run()
+    assert found["binary.load"].verdict == "pass"
+    assert "the tiny model could not be made" in found["parity.llama"].evidence
+    assert "no transformers" in found["parity.llama"].evidence
+
+
+def test_missing_interpreter_is_a_failed_check_and_no_crash(clone: Clone) -> None:
+    clone.layout.environment_python.unlink()
+    assert clone.failed() == {"binary.load", "parity.llama", "provenance.import"}
+
+
+def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_count(clone: Clone, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    clone.probe("parity", f"import json, os\njson.dump([os.getcwd(), dict(os.environ)], open({str(seen)!r}, 'w'))")
+    clone.run(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_KVCACHE_SPACE="12", HF_HUB_OFFLINE="0", PYTHONPATH="/elsewhere")
+    folder, environment = json.loads(seen.read_text())
+    assert not Path(folder).is_relative_to(tmp_path)
+    assert not os.path.exists(folder)
+    assert {name: environment[name] for name in suite.ENVIRONMENT} == suite.ENVIRONMENT
+    assert "PYTHONPATH" not in environment
+
+
+def test_only_the_last_line_of_talk_is_taken_for_the_reason() -> None:
+    assert suite.read(Completed(1, "", "first\nlast\n\n")) == ({}, "the probe exited with 1: last")
+
+
+def test_failed_checks_are_named_with_the_way_on_from_the_most_telling_one() -> None:
+    fine, load_, words = (Check(name, verdict, "", 0.0) for name, verdict in (("provenance.import", "pass"), ("binary.load", "fail"), ("parity.llama", "fail")))
+    judge((fine,), log=None)
+    with pytest.raises(SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load") as caught:
+        judge((words, fine, load_), log=".workspace/logs/x.log")
+    assert "inv bootstrap" in (caught.value.hint or "")
+    assert caught.value.details == ("log: .workspace/logs/x.log",)

@@ -1,0 +1,1 @@
+"""One vLLM process and the models that are always there to try it with."""

@@ -1,0 +1,117 @@
+"""Make a tiny language model with fixed weights and its tokenizer in a folder: whole or not at all, without network.
+
+The same recipe gives the same bytes. Nothing in it was trained; it is there to be computed with, twice. One JSON document on stdout.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+SCHEMA = 1
+# vllm/benchmarks/latency.py draws token ids below 10000.
+VOCABULARY = 10240
+CONTEXT = 2048
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+# With the usual 0.02 all logits are nearly equal, and an error would be lost among them.
+SPREAD = 0.3
+SPECIAL = ("<s>", "</s>", "<unk>")
+# Llama's and Qwen3's forms differ here in what attention does to queries and keys: Qwen3 normalises them by head.
+ARCHITECTURES = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen3": ("Qwen3Config", "Qwen3ForCausalLM")}
+
+
+def make(folder: Path, architecture: str, seed: int) -> None:
+    import torch
+    import transformers
+
+    config_class, model_class = (getattr(transformers, name) for name in ARCHITECTURES[architecture])
+    torch.manual_seed(seed)
+    random.seed(seed)
+    config = config_class(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        initializer_range=SPREAD,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        dtype="float32",
+        **SHAPE,
+    )
+    model = model_class(config).to(torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                # A norm's weights begin as ones, and a norm that forgets them would go unseen.
+                parameter.uniform_(0.5, 1.5)
+    model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    model.save_pretrained(folder, safe_serialization=True)
+    _save_tokenizer(folder)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Bytes are tokens, so that any text can be said; the rest of the vocabulary has names and never comes out of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*SPECIAL, *letters]
+    names += [f"<{number}>" for number in range(len(names), VOCABULARY)]
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>", model_max_length=CONTEXT)
+    fast.save_pretrained(folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def place(made: Path, folder: Path) -> bool:
+    """Rename the finished folder into place; False where another process was first with the same recipe."""
+    for path in made.iterdir():
+        path.chmod(0o644)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    made.chmod(0o755)
+    try:
+        made.rename(folder)
+    except OSError:
+        if (folder / "config.json").is_file():
+            return False
+        raise
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a tiny model with fixed weights, for tests.")
+    parser.add_argument("folder", type=Path, help="where to make it; must not exist")
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="llama")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    if os.path.lexists(folder):
+        parser.error(f"{folder} is there already")
+    # Libraries greet on stdout; the document must stand there alone.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        make(made, arguments.architecture, arguments.seed)
+        files = digests(made)
+        is_new = place(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    record = {"schema": SCHEMA, "folder": str(folder), "architecture": arguments.architecture, "seed": arguments.seed, "new": is_new, "files": files}
+    print(json.dumps(record), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

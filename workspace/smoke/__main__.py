@@ -1,0 +1,82 @@
+"""The door of the smoke: `python -m workspace.smoke`, run by `nox -s smoke` with the tool environment's Python."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from workspace import door
+from workspace.core import layout as layouts
+from workspace.core.console import Console
+from workspace.core.errors import SmokeError
+from workspace.core.files import write_atomic
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.smoke.checks import Check
+
+# Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a start alone has taken 123 s.
+TIMEOUT_S = 600.0
+
+# The way on from each failed check, most telling first.
+_NEXT = {
+    "binary.load": "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # takes the compiled libraries anew",
+    "provenance.import": "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap",
+    "parity.llama": "git -C vendor/vllm diff refs/patches/base --stat   # what differs from the pin",
+}
+
+
+def smoke(layout: Layout, settings: Settings, *, console: Console, json_file: Path | None, timeout_s: float) -> None:
+    """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check failed or nothing is built."""
+    from workspace.build.status import require_built
+    from workspace.environment import machine
+    from workspace.smoke import record, suite
+
+    started = time.monotonic()
+    observed = require_built(layout, settings)
+    expected = suite.expect(layout, observed)
+    with Journal(console, layout.logs, verb="smoke", secrets=settings.secrets) as journal:
+        checks, parity = suite.run(layout, settings, expected, journal=journal, timeout_s=timeout_s)
+        document = record.compose(
+            checks,
+            tree=record.tree(layout, observed),
+            machine=machine.observe(settings),
+            parity=parity,
+            seconds=time.monotonic() - started,
+        )
+        text = record.encode(document)
+        write_atomic(layout.smoke_record, f"{text}\n".encode())
+        console.data(text)
+        if json_file:
+            write_atomic(json_file, f"{text}\n".encode())
+        judge(checks, log=layout.relative(journal.path) if journal.path else None)
+    console.say(f"smoke passed in {time.monotonic() - started:.1f} s")
+
+
+def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
+    """Raise SmokeError naming the failed checks, each of which has said why in its row."""
+    failed = [check for check in checks if check.verdict == "fail"]
+    if failed:
+        hint = next(step for name, step in _NEXT.items() if any(check.identifier == name for check in failed))
+        message = f"{len(failed)} of {len(checks)} checks failed: {', '.join(check.identifier for check in failed)}"
+        raise SmokeError(message, hint=hint, details=(f"log: {log}",) if log else ())
+
+
+def main() -> int:
+    description = "Judge whether the built vLLM computes rightly. The record goes to stdout and .workspace/smoke.json."
+    parser = argparse.ArgumentParser(prog="nox -s smoke --", description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
+    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, metavar="SECONDS", help=f"how long each probe may take (default {TIMEOUT_S:g})")
+    arguments = parser.parse_args()
+    if not arguments.timeout_s > 0:
+        parser.error("--timeout-s is a number above 0")
+    layout = layouts.here()
+
+    def work() -> None:
+        smoke(layout, door.load_settings(layout), console=door.console(), json_file=arguments.json, timeout_s=arguments.timeout_s)
+
+    return door.run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
