@@ -72,6 +72,16 @@ def status(_, json=False):
     verb.show(here, settings, console=door.console(), as_json=json)
 
 
+@task(help={"json": "print one JSON document instead of the table", "offline": "leave out what asks the network"})
+def doctor(_, json=False, offline=False):
+    """Check machine, toolchain, GPU, network; print cures."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.environment import doctor as verb
+
+    verb.show(here, settings, console=door.console(), as_json=json, offline=offline)
+
+
 class _Config(Config):
     """Invoke's configuration without what a user set for other projects in ~/.invoke.yaml or INVOKE_*."""
 
@@ -133,7 +143,7 @@ class _Door(Program):
 def _main():
     os.environ.pop(_HANDED_OVER, None)
     program = _Door(
-        namespace=Collection(bootstrap, status), name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=_Config
+        namespace=Collection(bootstrap, status, doctor), name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=_Config
     )
     return door.run(lambda: program.run(sys.argv))
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import sys
@@ -5,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from workspace.core.console import Console
+from workspace.core.errors import ToolchainError
 from workspace.environment import doctor, machine
+from workspace.environment.doctor_case import Case
 
 CMAKE = 'message(FATAL_ERROR\n  "GCC >= 11.3 is required to build vLLM (found ${X}). ")\n'
 CPU_CMAKE = 'message(FATAL_ERROR "X86 backend requires gcc/g++ >= 12.3")\n'
@@ -159,3 +163,83 @@ def test_device_is_what_was_asked_for_and_otherwise_what_the_driver_shows(house)
     assert (doctor.device(house.settings(), bare), doctor.device(house.settings(), spark)) == ("cpu", "cuda")
     assert doctor.device(house.settings(DEVICE="cpu"), spark) == "cpu"
     assert doctor.device(house.settings(DEVICE="cuda"), bare) == "cuda"
+
+
+def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError | None]:
+    """What a doctor without network rows prints on stdout and stderr, and what it raises."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        doctor.show(house.layout, settings, console=Console(out=out, err=err), as_json=as_json, offline=True)
+    except ToolchainError as exc:
+        return out.getvalue(), err.getvalue(), exc
+    return out.getvalue(), err.getvalue(), None
+
+
+def test_json_has_every_row_with_its_five_words_and_a_verdict(house, built, tree):
+    built()
+    house.program("nvidia-smi", "exit 9")
+    out, _, error = shown(house, house.settings(DEVICE="cuda"), as_json=True)
+    said = json.loads(out)
+    assert (said["schema"], said["verdict"]) == (1, "FAIL")
+    assert {tuple(sorted(row)) for row in said["rows"]} == {("cure", "name", "seen", "state", "why")}
+    assert {row["state"] for row in said["rows"]} <= {"ok", "warn", "FAIL"}
+    assert error is not None
+    assert (error.exit_code, "driver" in error.message) == (6, True)
+    assert error.hint in {row["cure"] for row in said["rows"] if row["state"] == "FAIL"}
+
+
+def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(house, built, tree):
+    settings = built()
+    house.program("g++", "echo 9.1.0")
+    out, err, error = shown(house, settings)
+    assert out == ""
+    assert error is None
+    lines = err.splitlines()
+    assert len([line for line in lines if line.startswith("ok       uv")]) == 1
+    assert "                       $ sudo apt install g++-13 && export CC=gcc-13 CXX=g++-13" in lines
+
+
+def test_doctor_on_a_machine_with_no_program_at_all_names_them_and_does_not_break(house, tmp_path):
+    settings = house.settings(PATH=str(tmp_path / "nothing"))
+    out, _, error = shown(house, settings, as_json=True)
+    found = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert (found["git"]["state"], found["compiler"]["state"]) == ("FAIL", "warn")
+    assert error is not None
+
+
+def test_doctor_looks_and_leaves_nothing_behind(house, built, tree):
+    settings = built()
+    before = {path: path.lstat().st_mtime_ns for path in house.layout.root.rglob("*")}
+    shown(house, settings)
+    assert {path: path.lstat().st_mtime_ns for path in house.layout.root.rglob("*")} == before
+
+
+def test_check_that_the_machine_answers_with_nonsense_does_not_end_the_others(house):
+    def hostile(_):
+        raise ValueError("'N/A' is no number")
+        yield
+
+    def sound(_):
+        yield doctor.Row("ok", "sound", "", "")
+
+    case = Case(house.layout, house.settings(), device="cpu", kernels="donor")
+    found = doctor.examine(case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())])
+    assert [(row.state, row.name) for row in found] == [("warn", "hostile"), ("ok", "sound")]
+
+
+def test_preflight_is_a_selection_from_the_doctors_own_rows(house, built, tree):
+    settings = built()
+    names = {row["name"] for row in json.loads(shown(house, settings, as_json=True)[0])["rows"]}
+    for kernels in ("donor", "native"):
+        assert set(rows(house, settings, kernels=kernels)) <= names
+
+
+def test_device_that_cannot_be_told_is_what_the_torch_in_the_environment_is_built_for(house, tree):
+    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
+    (packages / "torch-2.13.0.dist-info").mkdir()
+    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+    # Its driver no longer answers: a fault, and no machine without a GPU.
+    out, _, _ = shown(house, house.settings(), as_json=True)
+    assert {row["name"]: row["state"] for row in json.loads(out)["rows"]}["driver"] == "FAIL"

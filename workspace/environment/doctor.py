@@ -1,44 +1,74 @@
-"""What this machine lacks for a bootstrap, each lack with the command that mends it.
+"""What this machine lacks, each lack with the command that mends it: `inv doctor`, and the preflight of verbs that build or serve.
 
-Rows are plain statements: printing and stopping is the caller's. It looks and changes nothing.
+One table of checks; a preflight is a selection from it. Checks look and change nothing; they run beside each other.
 """
 
+import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from workspace.core import process
+from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console
 from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import interpreter, machine, requirements, toolchain
+from workspace.environment import doctor_cache, doctor_cuda, doctor_machine, doctor_network, doctor_ptxas, doctor_shell, doctor_tools, machine
+from workspace.environment.doctor_case import Case, Row, State
+from workspace.environment.doctor_tools import demanded_compiler
 
-if TYPE_CHECKING:
-    from packaging.specifiers import SpecifierSet
+__all__ = ["CHECKS", "Row", "State", "demanded_compiler", "device", "examine", "preflight", "show"]
 
-State = Literal["ok", "warn", "FAIL"]
-OLDEST_TOOLS_PYTHON = (3, 11)
-CUDA_MAJOR = "13"
-ANSWER_S = 20.0
-WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
-# "GCC >= 11.3 is required to build vLLM", "X86 backend requires gcc/g++ >= 12.3".
-_COMPILER_DEMAND = re.compile(r"(?:GCC|gcc/g\+\+|g\+\+)\s*>=\s*(\d+(?:\.\d+)*)")
+# What a check is for: a bootstrap for a device, compiling kernels, serving. The doctor itself runs all, `network` unless told not to.
+Purpose = Literal["cpu", "cuda", "native", "serve", "network"]
+SCHEMA = 1
+ORDER: tuple[State, ...] = ("ok", "warn", "FAIL")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One finding: what was looked at, what was seen, why it matters, and the command that mends it."""
+class Check:
+    look: Callable[[Case], Iterator[Row]]
+    purposes: frozenset[Purpose]
 
-    state: State
-    name: str
-    seen: str
-    why: str
-    cure: str | None = None
+
+def _check(look: Callable[[Case], Iterator[Row]], *purposes: Purpose) -> Check:
+    return Check(look, frozenset(purposes))
+
+
+CHECKS: tuple[Check, ...] = (
+    _check(doctor_machine.disk, "cpu", "cuda", "native"),
+    _check(doctor_machine.folders, "cpu", "cuda", "native"),
+    _check(doctor_machine.architecture),
+    _check(doctor_machine.cores, "native", "serve"),
+    _check(doctor_machine.memory, "native", "serve"),
+    _check(doctor_machine.swap, "native", "serve"),
+    _check(doctor_machine.brake, "native", "serve"),
+    _check(doctor_tools.python, "cpu", "cuda", "native"),
+    _check(doctor_tools.git, "cpu", "cuda", "native"),
+    _check(doctor_tools.uv, "cpu", "cuda", "native"),
+    _check(doctor_tools.headers, "cpu", "cuda", "native", "serve"),
+    _check(doctor_tools.compiler, "cuda", "native"),
+    _check(doctor_tools.cmake, "native"),
+    _check(doctor_tools.ninja, "native"),
+    _check(doctor_cache.ccache, "native"),
+    _check(doctor_cuda.driver, "cuda", "serve"),
+    _check(doctor_cuda.toolkit, "cuda", "native"),
+    _check(doctor_cuda.agreement, "cuda", "native", "serve"),
+    _check(doctor_cuda.archs, "native"),
+    _check(doctor_ptxas.ptxas, "serve"),
+    _check(doctor_shell.library_path, "native", "serve"),
+    _check(doctor_cuda.residents, "native", "serve"),
+    _check(doctor_shell.token),
+    _check(doctor_shell.settings),
+    _check(doctor_network.vllm, "network"),
+    _check(doctor_network.triton, "network"),
+    _check(doctor_network.index, "network"),
+    _check(doctor_network.torch_index, "network"),
+)
 
 
 def device(settings: Settings, host: machine.Machine) -> Literal["cuda", "cpu"]:
@@ -49,134 +79,76 @@ def device(settings: Settings, host: machine.Machine) -> Literal["cuda", "cpu"]:
     return "cuda" if asked == "cuda" else "cpu"
 
 
-def preflight(layout: Layout, settings: Settings, *, device: str, kernels: str, need_gib: Mapping[Path, float]) -> tuple[Row, ...]:
-    """Check what a bootstrap needs, disk first. `kernels` is donor, native, or anything else for a wheel; `need_gib` maps folders to GiB."""
-    rows = [*_disk(need_gib), *_writable(need_gib), *_tools(layout, settings), _headers(layout, settings, device=device, kernels=kernels)]
-    if device == "cuda":
-        rows += _cuda(settings, machine.observe(settings), kernels=kernels)
-    if device == "cuda" or kernels == "native":
-        rows.append(_compiler(layout, settings, device=device, is_needed=kernels == "native"))
-    return tuple(rows)
+def preflight(layout: Layout, settings: Settings, *, device: str, kernels: str, need_gib: Mapping[Path, float], for_serving: bool = False) -> tuple[Row, ...]:
+    """Check what a verb needs, disk first. `kernels` is donor, native, or anything else for a wheel; `need_gib` maps folders to GiB.
+
+    For a bootstrap or, with `for_serving`, for running what was built.
+    """
+    wanted: set[Purpose] = {"serve"} if for_serving else {"cuda" if device == "cuda" else "cpu"}
+    if kernels == "native" and not for_serving:
+        wanted.add("native")
+    case = Case(layout, settings, device=device, kernels=kernels, places=doctor_machine.preflight_places(need_gib))
+    return examine(case, [check for check in CHECKS if check.purposes & wanted])
 
 
-def _disk(need_gib: Mapping[Path, float]) -> Iterator[Row]:
-    """One row per file system: folders on the same one share what is free."""
-    places: dict[int, tuple[Path, float]] = {}
-    for path, need in need_gib.items():
-        number = machine.existing(path).stat().st_dev
-        first, sum_gib = places.get(number, (path, 0.0))
-        places[number] = (first, sum_gib + need)
-    for path, need in places.values():
-        free = machine.free_gib(path)
-        seen = f"{free:.1f} GiB free for {path}"
-        if free < need:
-            yield Row("FAIL", "disk", seen, f"{need:.1f} GiB are needed there", f"df -h {machine.existing(path)}; uv cache prune")
-        else:
-            yield Row("ok", "disk", seen, f"{need:.1f} GiB are needed there")
+def examine(case: Case, checks: Sequence[Check]) -> tuple[Row, ...]:
+    """Run checks beside each other and return their rows in the checks' order."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=max(1, len(checks))) as pool:
+        return tuple(row for rows in pool.map(lambda check: _rows(check, case), checks) for row in rows)
 
 
-def _writable(need_gib: Mapping[Path, float]) -> Iterator[Row]:
-    for path in need_gib:
-        place = machine.existing(path)
-        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-            yield Row("FAIL", "folder", f"{place} cannot be written", f"{path} is made or changed there", f'sudo chown -R "$USER" {place}')
-
-
-def _tools(layout: Layout, settings: Settings) -> Iterator[Row]:
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    oldest = ".".join(str(part) for part in OLDEST_TOOLS_PYTHON)
-    state: State = "ok" if sys.version_info[:2] >= OLDEST_TOOLS_PYTHON else "FAIL"
-    yield Row(state, "python", version, f"the tools need {oldest} or newer", None if state == "ok" else "sudo apt install python3.12 python3.12-venv")
-    environment = settings.child_environment("plain")
-    git = shutil.which("git", path=environment.get("PATH", ""))
-    said = _said([git, "version"], settings) if git else None
-    yield Row("ok" if said else "FAIL", "git", said or "not there", "the tree and its patches are a git repository", None if said else "sudo apt install git")
+def _rows(check: Check, case: Case) -> tuple[Row, ...]:
+    """A machine in trouble must not end the look at the rest of it: files that cannot be read, answers of no known form."""
+    name = check.look.__name__.replace("_", " ")
     try:
-        said = _said([str(interpreter.uv(layout)), "--version"], settings)
-    except ToolchainError:
-        said = None
-    cure = None if said else "rm -rf .workspace/tools && ./scripts/inv bootstrap"
-    yield Row("ok" if said else "FAIL", "uv", said or "not there, or does not run", "it makes .vllm and fills it", cure)
+        return tuple(check.look(case))
+    except WorkspaceError as exc:
+        return (Row("warn", name, exc.message, "it could not be looked at", exc.hint),)
+    except (OSError, ValueError) as exc:
+        return (Row("warn", name, f"could not be looked at: {exc}", "what the machine says there has no known form, or cannot be read"),)
 
 
-def _headers(layout: Layout, settings: Settings, *, device: str, kernels: str) -> Row:
-    """Python.h of the interpreter that `.vllm` has, or will have as far as that can be told without fetching one."""
-    is_certain, python, headers, base = True, "", None, Path("/")
-    if there := interpreter.describe(layout, settings):
-        python, headers, base = there.version, there.headers, there.base
+def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False, offline: bool = False) -> None:
+    """Print every row, or one JSON document. Raises ToolchainError where a row is FAIL."""
+    case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
+    rows = examine(case, [check for check in CHECKS if not (offline and "network" in check.purposes)])
+    verdict = max((row.state for row in rows), key=ORDER.index, default="ok")
+    if as_json:
+        console.data(json.dumps({"schema": SCHEMA, "rows": [asdict(row) for row in rows], "verdict": verdict}, indent=1))
     else:
-        try:
-            choice = interpreter.foresee(layout, settings, supported=_supported(layout))
-        except WorkspaceError as exc:
-            return Row("FAIL", "headers", exc.message, "the Python of .vllm cannot be told", exc.hint)
-        if choice is None:
-            cure = f"uv python install {settings.text('PYTHON_VERSION')}"
-            return Row("warn", "headers", "no Python for .vllm is installed yet", "uv fetches one, with its headers", cure)
-        # Another one may still be fetched, or a torch wheel may decide.
-        python, headers, base, is_certain = choice.version, interpreter.headers_of(choice.path, settings), choice.path.parent.parent, not choice.reason
-    if headers:
-        return Row("ok", "headers", f"Python.h of {python}", f"in {headers}")
-    minor = ".".join(python.split(".")[:2])
-    # Only a system's Python has a package beside it; others bring their headers, so take one of those.
-    cure = f"sudo apt install python{minor}-dev" if base == Path("/usr") else f"uv python install {minor}" + (" && mv .vllm .vllm.old" if there else "")
-    is_needed = (kernels == "native" or device == "cuda") and is_certain
-    why = "compilers, FlashInfer's and Triton's at run time too, include Python.h"
-    return Row("FAIL" if is_needed else "warn", "headers", f"no Python.h for {python}", why, cure)
+        _print(rows, console)
+    bad = [row for row in rows if row.state == "FAIL"]
+    if bad:
+        raise ToolchainError(f"this machine lacks something: {', '.join(dict.fromkeys(row.name for row in bad))}", hint=bad[0].cure)
 
 
-def _cuda(settings: Settings, host: machine.Machine, *, kernels: str) -> Iterator[Row]:
-    if host.gpus:
-        gpu = host.gpus[0]
-        seen = f"{gpu.driver or 'a driver'}, {gpu.name}" + (f", capability {gpu.capability}" if gpu.capability else "")
-        yield Row("ok", "driver", seen, "nvidia-smi answers")
-    else:
-        yield Row("FAIL", "driver", "nvidia-smi shows no GPU", "a CUDA build needs a GPU and its driver", f"nvidia-smi; without a GPU: {WITHOUT_GPU}")
-    lacking: State = "FAIL" if kernels == "native" else "warn"
-    why = "it compiles the kernels" if kernels == "native" else "FlashInfer compiles kernels with it at run time"
-    toolkit, home = toolchain.find_toolkit(settings), settings.path("CUDA_HOME")
-    if toolkit is None:
-        seen = f"CUDA_HOME={home} has no nvcc that runs" if home else "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
-        yield Row(lacking, "toolkit", seen, why, f"sudo apt install cuda-toolkit-{CUDA_MAJOR}-0 && export CUDA_HOME=/usr/local/cuda-{CUDA_MAJOR}.0")
-    elif toolkit.version.split(".")[0] != CUDA_MAJOR:
-        cure = f"export CUDA_HOME=/usr/local/cuda-{CUDA_MAJOR}.0  # after: sudo apt install cuda-toolkit-{CUDA_MAJOR}-0"
-        yield Row(lacking, "toolkit", f"CUDA {toolkit.version} in {toolkit.home}", f"torch is built for CUDA {CUDA_MAJOR}", cure)
-    else:
-        yield Row("ok", "toolkit", f"CUDA {toolkit.version} in {toolkit.home}", why)
+def _print(rows: tuple[Row, ...], console: Console) -> None:
+    """What is well on one line each; of the rest what was seen, why it matters and the command, each on its own line."""
+    room = (_width() if console.is_terminal else sys.maxsize) - STATE_WIDTH - NAME_WIDTH
+    indent = " " * (STATE_WIDTH + NAME_WIDTH)
+    for row in rows:
+        first, *more = _wrapped(row.seen, room)
+        console.row(row.state, row.name, first)
+        if row.state != "ok":
+            more += _wrapped(row.why, room)
+        for line in more:
+            console.say(indent + line)
+        if row.cure and row.state != "ok":
+            # Never wrapped, so that it can be copied.
+            console.say(f"{indent}$ {row.cure}", style="bold")
+    counts = {state: sum(row.state == state for row in rows) for state in ORDER}
+    console.say(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} in the way")
 
 
-def _compiler(layout: Layout, settings: Settings, *, device: str, is_needed: bool) -> Row:
-    lacking: State = "FAIL" if is_needed else "warn"
-    found, demand = toolchain.compiler_version(settings), demanded_compiler(layout.vllm, device=device)
-    why = f"the tree needs {demand} or newer" if demand else "kernels are compiled with it"
-    if found is None:
-        return Row(lacking, "compiler", "no g++ that runs", why, "sudo apt install g++")
-    if demand and _key(found) < _key(demand):
-        major = _key(demand)[0] + (1 if "." in demand else 0)
-        return Row(lacking, "compiler", f"g++ {found}", why, f"sudo apt install g++-{major} && export CC=gcc-{major} CXX=g++-{major}")
-    return Row("ok", "compiler", f"g++ {found}", why)
+def _wrapped(text: str, room: int) -> list[str]:
+    return textwrap.wrap(text, max(20, room), break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def demanded_compiler(tree: Path, *, device: str) -> str | None:
-    """Return the oldest g++ that the tree's CMake files accept for a device, read from their own words; None where they say nothing."""
-    files = [tree / "CMakeLists.txt", *([tree / "cmake" / "cpu_extension.cmake"] if device == "cpu" else [])]
-    found = [demand for file in files if file.is_file() for demand in _COMPILER_DEMAND.findall(file.read_text(encoding="utf-8", errors="replace"))]
-    return max(found, key=_key, default=None)
-
-
-def _said(argv: list[str], settings: Settings) -> str | None:
+def _width() -> int:
+    """Columns of the terminal that the rows are printed on, which is stderr's."""
     try:
-        done = process.capture(argv, env=settings.child_environment("plain"), timeout_s=ANSWER_S)
-    except ToolchainError:
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
-
-
-def _supported(layout: Layout) -> "SpecifierSet":
-    """What the tree supports; before it is there, what every recent vLLM does."""
-    from packaging.specifiers import SpecifierSet
-
-    return requirements.python_of(layout.vllm) if (layout.vllm / "pyproject.toml").is_file() else SpecifierSet(">=3.10,<3.15")
-
-
-def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size((100, 24)).columns
