@@ -49,7 +49,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     with lock.hold(layout.lock, verb="bootstrap", wait=wait, on_wait=console.say):
         _preflight(layout, settings, observed, console)
         with Journal(console, layout.logs, verb="bootstrap", secrets=settings.secrets) as journal:
-            observed = _act(stages.Run(layout, settings, journal))
+            observed = _act(stages.Run(layout, settings, journal, observed))
             if journal.path:
                 console.say(f"log: {layout.relative(journal.path)}")
     _close(observed, console, "")
@@ -94,7 +94,7 @@ def _act(run: stages.Run) -> plan.Observation:
     acted: list[tuple[str, Act]] = []
     shown = 0
     while True:
-        observed = plan.observe(run.layout, run.settings)
+        observed = run.observed = run.observe()
         due = stages_of(run.layout, run.settings, observed)
         first = next((number for number, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:

@@ -17,11 +17,15 @@ from workspace.source.git import Git
 
 @dataclass
 class Run:
-    """One bootstrap: what its steps share, and what an earlier step leaves for a later one."""
+    """One bootstrap: what its steps share, and what an earlier step leaves for a later one.
+
+    `observed` is what was there when the stage began; a step that needs what another step of its stage made looks again.
+    """
 
     layout: Layout
     settings: Settings
     journal: Journal
+    observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
 
     def observe(self) -> plan.Observation:
@@ -29,17 +33,17 @@ class Run:
 
 
 def write_dotenv(run: Run, view: Step) -> None:
-    view.reason = f"written for this machine: {dotenv.write(run.layout, run.settings, device=run.observe().device)}"
+    view.reason = f"written for this machine: {dotenv.write(run.layout, run.settings, device=run.observed.device)}"
 
 
 def make_source(run: Run, view: Step) -> None:
     choice = cast("checkout.Choice", run.settings.text("SOURCE"))
-    view.reason = checkout.ensure(run.layout, run.observe().pin, run.settings, choice=choice, journal=run.journal, step=view).detail
+    view.reason = checkout.ensure(run.layout, run.observed.pin, run.settings, choice=choice, journal=run.journal, step=view).detail
     checkout.protect(run.layout)
 
 
 def apply_patches(run: Run, view: Step) -> None:
-    observed = run.observe()
+    observed = run.observed
     stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, journal=run.journal)
     view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
     checkout.protect(run.layout)
@@ -47,20 +51,20 @@ def apply_patches(run: Run, view: Step) -> None:
 
 def make_python(run: Run, view: Step) -> None:
     stamp.withdraw(run.layout.stamp("environment"))
-    view.reason = provide.make_python(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+    view.reason = provide.make_python(run.layout, run.settings, device=run.observed.device, journal=run.journal)
 
 
 def put_torch(run: Run, view: Step) -> None:
-    view.reason = provide.put_torch(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+    view.reason = provide.put_torch(run.layout, run.settings, device=run.observed.device, journal=run.journal)
 
 
 def put_requirements(run: Run, view: Step) -> None:
-    view.reason = provide.put_requirements(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+    view.reason = provide.put_requirements(run.layout, run.settings, device=run.observed.device, journal=run.journal)
 
 
 def put_accelerators(run: Run, view: Step) -> None:
     """The last step of the environment: its stamp follows."""
-    provided = provide.put_accelerators(run.layout, run.settings, device=run.observe().device, journal=run.journal)
+    provided = provide.put_accelerators(run.layout, run.settings, device=run.observed.device, journal=run.journal)
     inputs = run.observe().environment.inputs
     if inputs is None:
         raise BuildError("the environment is not there after it was made", hint="./scripts/inv status")
@@ -70,7 +74,7 @@ def put_accelerators(run: Run, view: Step) -> None:
 
 def get_kernels(run: Run, view: Step) -> None:
     """Have the wheel at hand, or the bound on compilers; nothing in the tree is touched yet."""
-    observed, settings = run.observe(), run.settings
+    observed, settings = run.observed, run.settings
     wanted = observed.kernels_wanted
     if wanted.kind == "native":
         jobs = settings.count("MAX_JOBS")
@@ -88,7 +92,7 @@ def get_kernels(run: Run, view: Step) -> None:
 def put_vllm(run: Run, view: Step) -> None:
     """Install editable; from here until the stamp the build is unproven."""
     stamp.withdraw(run.layout.stamp("vllm"))
-    observed = run.observe()
+    observed = run.observed
     if jobs := run.outcome.get("jobs"):
         install.native(run.layout, run.settings, observed, jobs=int(jobs), journal=run.journal)
     else:

@@ -1,0 +1,1 @@
+"""What the workspace itself costs, as ratios measured in one run."""

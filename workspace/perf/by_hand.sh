@@ -1,0 +1,36 @@
+#!/bin/sh
+# What a person types to have vLLM run from a release archive and a wheel's kernels, without this workspace and with warm caches.
+# `nox -s perf` times it against `inv bootstrap`. It runs in an empty folder that holds patches/ and the lists *.txt; UV, PYTHON,
+# ARCHIVE, TAG, PROBE and the VLLM_* of vLLM's setup.py are in the environment; the arguments say which torch, and from where.
+set -eu
+export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null
+export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
+python=$PWD/.venv/bin/python
+
+mkdir vllm
+tar -xzf "$ARCHIVE" --strip-components=1 --no-same-owner -C vllm
+rm -rf vllm/*.egg-info vllm/PKG-INFO vllm/vllm/_version.py
+cd vllm
+git init --quiet
+git add --all --force
+git commit --quiet -m "vLLM $TAG"
+git tag "$TAG"
+series=$(sed -e '/^[[:space:]]*#/d' -e '/^[[:space:]]*$/d' -e 's|^|../patches/|' ../patches/series)
+# shellcheck disable=SC2086 # names of patches hold no blanks
+[ -z "$series" ] || git am --quiet $series
+cd ..
+
+"$UV" venv --no-project --python "$PYTHON" .venv
+"$UV" pip install --python "$python" "$@"
+"$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r requirements.txt
+[ ! -s companions.txt ] || "$UV" pip install --python "$python" --constraints constraints.txt -r companions.txt
+[ ! -s accelerators.txt ] || "$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r accelerators.txt
+"$UV" pip install --python "$python" --no-build-isolation --no-deps --editable vllm
+
+# The same proof as a bootstrap's: vLLM is imported from elsewhere and from inside its tree, and every library is loaded.
+tree=$PWD/vllm
+mkdir elsewhere
+cd elsewhere
+"$python" "$PROBE" "$tree" > said.json
+cd "$tree"
+"$python" "$PROBE" "$tree" --no-libraries > ../said.json

@@ -1,0 +1,146 @@
+"""Two commands timed against each other.
+
+Runs alternate (A B, B A, …), so that a machine that gets slower or busier slows both; what is compared is always the two of a pair.
+What the process seam itself takes, a Python as guard among it, is measured beside them and taken off.
+"""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from workspace.core import process
+from workspace.core.errors import BuildError
+
+_NOTHING = ("true",)
+_LEAST_S = 0.0001
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program to time. `before` runs ahead of each start and is not timed; `statuses` are the exit statuses of a run that counts."""
+
+    argv: tuple[process.Argument, ...]
+    cwd: Path
+    env: Mapping[str, str] = field(repr=False)
+    before: Callable[[], None] | None = None
+    statuses: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: seconds on the clock, and of all processors, its children's included."""
+
+    wall_s: float
+    cpu_s: float
+
+    def less(self, other: "Sample") -> "Sample":
+        """The sample without another one in it; never nothing or less, for it is divided by."""
+        return Sample(max(self.wall_s - other.wall_s, _LEAST_S), max(self.cpu_s - other.cpu_s, _LEAST_S))
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The two sides of each pair, in the order of the pairs. `seam` is what starting any program took, already taken off."""
+
+    measured: tuple[Sample, ...]
+    against: tuple[Sample, ...]
+    seam: Sample
+
+    @property
+    def ratio(self) -> Spread:
+        return _spread([one.wall_s / other.wall_s for one, other in zip(self.measured, self.against, strict=True)])
+
+    @property
+    def cpu_ratio(self) -> Spread:
+        return _spread([one.cpu_s / other.cpu_s for one, other in zip(self.measured, self.against, strict=True)])
+
+    @property
+    def extra_s(self) -> Spread:
+        return _spread([one.wall_s - other.wall_s for one, other in zip(self.measured, self.against, strict=True)])
+
+    @property
+    def measured_s(self) -> Spread:
+        return _spread([one.wall_s for one in self.measured])
+
+    @property
+    def against_s(self) -> Spread:
+        return _spread([one.wall_s for one in self.against])
+
+
+@dataclass(frozen=True)
+class Aim:
+    """At most `limit`: times as much (ratio), seconds more (extra), or seconds in all (wall)."""
+
+    kind: Literal["ratio", "extra", "wall"]
+    limit: float
+
+    def is_met(self, comparison: Comparison) -> bool:
+        found = {"ratio": comparison.ratio, "extra": comparison.extra_s, "wall": comparison.measured_s}[self.kind]
+        return found.median <= self.limit
+
+    def __str__(self) -> str:
+        return {"ratio": f"{self.limit:g}x", "extra": f"+{self.limit * 1000:g} ms", "wall": f"{self.limit:g} s"}[self.kind]
+
+
+def compare(measured: Command, against: Command, *, pairs: int, warm_ups: int, on_run: Callable[[int, int], None] = lambda done, total: None) -> Comparison:
+    """Run both `warm_ups` times without counting, then in `pairs` pairs. `on_run` gets the runs so far and in all.
+
+    Raises BuildError where a run ends with a status that does not count, ToolchainError where a program is not there.
+    """
+    sides = (measured, against)
+    samples: tuple[list[Sample], list[Sample]] = ([], [])
+    seams = []
+    total = 2 * (warm_ups + pairs)
+    for number in range(warm_ups + pairs):
+        seams.append(run(Command(_NOTHING, Path(measured.cwd.anchor), measured.env)))
+        for place, side in enumerate((0, 1) if (number - warm_ups) % 2 == 0 else (1, 0), 1):
+            sample = run(sides[side])
+            if number >= warm_ups:
+                samples[side].append(sample)
+            on_run(2 * number + place, total)
+    seam = Sample(statistics.median(one.wall_s for one in seams), statistics.median(one.cpu_s for one in seams))
+    return Comparison(tuple(one.less(seam) for one in samples[0]), tuple(one.less(seam) for one in samples[1]), seam)
+
+
+def run(command: Command) -> Sample:
+    """Run a command once. Raises BuildError with what it said where its status does not count."""
+    if command.before:
+        command.before()
+    cpu_s, started = _cpu_s(), time.perf_counter()
+    done = process.capture(command.argv, env=command.env, cwd=command.cwd)
+    sample = Sample(time.perf_counter() - started, _cpu_s() - cpu_s)
+    if done.returncode not in command.statuses:
+        raise _failed(command, done)
+    return sample
+
+
+def _cpu_s() -> float:
+    """Processor seconds of all children that have ended and were waited for (getrusage(2)); os.times() counts in hundredths."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _failed(command: Command, done: process.Completed) -> BuildError:
+    """Pass on the sentence and the hint of a verb of ours, and the last words of any other program."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    said = {word: next((line for line in reversed(lines) if line.startswith(f"{word}: ")), "") for word in ("error", "hint")}
+    sentence = said["error"].removeprefix("error: ") or (lines[-1].strip() if lines else "it said nothing")
+    # Later words may be an index address with a password in it.
+    words = " ".join([Path(word).name for word in command.argv if not str(word).startswith("-")][:2])
+    hint = said["hint"].removeprefix("hint: ") or None
+    return BuildError(f"{words} {process.describe_status(done.returncode)}: {sentence}", hint=hint, details=tuple(lines[-8:]))
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))

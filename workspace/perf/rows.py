@@ -1,0 +1,82 @@
+"""The rows: what is measured, against what, and the aim. A new row is one more entry of ROWS."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from workspace.perf import by_hand
+from workspace.perf.ground import Ground
+from workspace.perf.measure import Aim, Command
+
+Sides = tuple[Command, Command]
+
+
+@dataclass(frozen=True)
+class Row:
+    """`prepare` makes what the two sides need and yields them, the measured one first; it raises a WorkspaceError where it cannot."""
+
+    name: str
+    measured: str
+    against: str
+    aim: Aim | None
+    prepare: Callable[[Ground], AbstractContextManager[Sides]]
+    pairs: int = 10
+    warm_ups: int = 1
+
+
+@contextlib.contextmanager
+def _list(ground: Ground) -> Iterator[Sides]:
+    yield ground.inv("--list"), ground.bare()
+
+
+@contextlib.contextmanager
+def _inv_wrapper(ground: Ground) -> Iterator[Sides]:
+    direct = ground.inv("--list")
+    yield Command((ground.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env), direct
+
+
+@contextlib.contextmanager
+def _nox_wrapper(ground: Ground) -> Iterator[Sides]:
+    direct = ground.tool("-I", "-m", "nox", "-f", ground.layout.root / "noxfile.py", "--list")
+    yield Command((ground.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env), direct
+
+
+@contextlib.contextmanager
+def _status(ground: Ground) -> Iterator[Sides]:
+    # An unbuilt tree is looked at in less time, which says nothing.
+    _ = ground.built
+    yield ground.inv("status"), ground.bare()
+
+
+@contextlib.contextmanager
+def _doctor(ground: Ground) -> Iterator[Sides]:
+    # 6: the machine lacks something, which takes as long to find out.
+    yield ground.inv("doctor", "--offline", statuses=(0, 6)), ground.bare()
+
+
+_BARE = "a bare invoke with one empty task"
+ROWS: tuple[Row, ...] = (
+    Row("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
+    Row("wrapper-inv", "scripts/inv --list", "the same, the tool called directly", Aim("extra", 0.03), _inv_wrapper),
+    Row("wrapper-nox", "scripts/nox --list", "the same, the tool called directly", Aim("extra", 0.03), _nox_wrapper),
+    Row("status", "inv status", _BARE, None, _status),
+    Row("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
+    Row(
+        "no-op",
+        "inv bootstrap with nothing to do",
+        "uv pip install --no-build-isolation --no-deps -e, done before",
+        Aim("ratio", 0.1),
+        by_hand.installed_again,
+        pairs=3,
+    ),
+    Row(
+        "warm",
+        "inv bootstrap in a fresh clone, caches warm",
+        "the same commands typed by hand (by_hand.sh)",
+        Aim("ratio", 1.1),
+        by_hand.from_warm_caches,
+        pairs=1,
+        warm_ups=0,
+    ),
+)
