@@ -1,6 +1,7 @@
 """The lock: held by the living only."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,9 +18,22 @@ HOLDER = """
 import sys
 from pathlib import Path
 from workspace.core import lock
-with lock.hold(Path(sys.argv[1]), verb="bootstrap"):
+with lock.hold(Path(sys.argv[1]), verb="inv bootstrap") as held:
+    held.note("torch")
     print("held", flush=True)
     sys.stdin.read()
+"""
+
+
+VERB = """
+import sys
+from pathlib import Path
+from workspace.core import lock, process
+from workspace.core.console import Console
+from workspace.core.journal import Journal
+script = "trap : TERM HUP INT; echo $$; while :; do sleep 0.1; done"
+with lock.hold(Path(sys.argv[1]), verb="test") as held, Journal(Console(), Path(sys.argv[2]), verb="test", held=held) as journal:
+    process.run(["/bin/sh", "-c", script], env={"PATH": "/usr/bin:/bin"}, journal=journal, on_line=lambda line: print(line, flush=True))
 """
 
 
@@ -35,7 +49,7 @@ def test_second_verb_stops_and_says_who_holds_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "state" / "lock"
     with holder(path) as child:
         with (
-            pytest.raises(LockError, match=rf"^inv bootstrap \(process {child.pid}\) has been changing this workspace since 20"),
+            pytest.raises(LockError, match=rf"^inv bootstrap \(process {child.pid}\) has been changing this workspace since 20.*, now torch$"),
             lock.hold(path, verb="status"),
         ):
             pass
@@ -74,3 +88,18 @@ def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> Non
         with pytest.raises(LockError, match="^another process is changing this workspace"), lock.hold(path, verb="status"):
             pass
         child.communicate()
+
+
+def test_lock_of_a_killed_verb_is_held_until_what_it_started_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    # Deaf to being told to end, the program lives until the guard kills it.
+    with subprocess.Popen([sys.executable, "-c", VERB, str(path), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as verb:
+        assert verb.stdout is not None
+        program = os.pidfd_open(int(verb.stdout.readline()))
+        verb.kill()
+        verb.wait()
+    with pytest.raises(LockError, match="^test "), lock.hold(path, verb="next"):
+        pass
+    with lock.hold(path, verb="next", wait=True):
+        assert select.select([program], [], [], 0)[0]
+    os.close(program)

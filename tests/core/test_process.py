@@ -74,7 +74,7 @@ def test_second_interrupt_does_not_orphan_a_child_that_is_deaf_to_the_first(tmp_
     heard = tmp_path / "heard"
     os.mkfifo(heard)
     # The grandchild dies of the first ^C, the shell only says that it heard it.
-    with verb(tmp_path, f"trap 'echo x > {heard}' INT; echo $$; while :; do sleep 1000; done") as started:
+    with verb(tmp_path, f"trap 'echo x > {heard}' INT; echo $$; while :; do sleep 0.1; done") as started:
         assert started.stdout is not None
         deaf = int(started.stdout.readline())
         started.send_signal(signal.SIGINT)

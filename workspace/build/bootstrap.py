@@ -46,9 +46,9 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     console.say(
         f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due: {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
-    with lock.hold(layout.lock, verb="bootstrap", wait=wait, on_wait=console.say):
+    with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
         _preflight(layout, settings, observed, console)
-        with Journal(console, layout.logs, verb="bootstrap", secrets=settings.secrets) as journal:
+        with Journal(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as journal:
             observed = _act(stages.Run(layout, settings, journal, observed))
             if journal.path:
                 console.say(f"log: {layout.relative(journal.path)}")

@@ -1,7 +1,8 @@
 """Stands between a verb and a program that it starts, so that nothing of the program outlives the verb, however that one ends.
 
-Run as `python -I -S guard.py FD PROGRAM ARG…`: FD is the read end of a pipe that the verb alone holds open. When the verb dies the
-pipe closes, and every descendant is ended, also those in process groups of their own, as ninja's compilers are.
+Run as `python -I -S guard.py FD[,FD] PROGRAM ARG…`: the first FD is the read end of a pipe that the verb alone holds open. When the verb
+dies the pipe closes, and every descendant is ended, also those in process groups of their own, as ninja's compilers are. Another FD, the
+workspace's lock, is kept open until then, and from the program.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ NOT_STARTED = 127
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def main(lifeline: int, argv: list[str]) -> int:
+def main(lifeline: int, kept: list[int], argv: list[str]) -> int:
     """Run the program and return its wait status; end it with everything below it when the lifeline breaks."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     told_to_end: list[int] = []
@@ -32,7 +33,8 @@ def main(lifeline: int, argv: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     child = os.fork()
     if child == 0:
-        os.close(lifeline)
+        for descriptor in (lifeline, *kept):
+            os.close(descriptor)
         for number in ENDING:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
@@ -98,4 +100,5 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    leave(main(int(sys.argv[1]), sys.argv[2:]))
+    lifeline, *kept = map(int, sys.argv[1].split(","))
+    leave(main(lifeline, kept, sys.argv[2:]))

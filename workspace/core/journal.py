@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from workspace.core.console import Console, Step
+from workspace.core.lock import Held
 
 KEPT_LOGS = 30
 
@@ -15,8 +16,9 @@ KEPT_LOGS = 30
 class Journal:
     """Console and log of one run. Use as a context manager; phases are the steps' titles."""
 
-    def __init__(self, console: Console, folder: Path, *, verb: str, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, console: Console, folder: Path, *, verb: str, secrets: tuple[str, ...] = (), held: Held | None = None) -> None:
         self.console = console
+        self.held = held
         self.step: Step | None = None
         self._folder = folder
         self._verb = verb
@@ -39,6 +41,8 @@ class Journal:
     def phase(self, name: str, step: Step | None = None) -> None:
         """Mark the beginning of a phase; it is written once something follows it."""
         self._phase, self.step = name, step
+        if self.held:
+            self.held.note(name)
 
     def command(self, text: str) -> None:
         text = self.redact(text)

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core.errors import LockError
@@ -17,14 +18,22 @@ from workspace.core.errors import LockError
 POLL_S = 0.2
 
 
+@dataclass(frozen=True)
+class Held:
+    """The lock while it is held. Whoever inherits `descriptor` keeps it held; `note` says what the holder is doing."""
+
+    descriptor: int
+    note: Callable[[str], None]
+
+
 @contextlib.contextmanager
-def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the workspace's lock for the duration of the block.
+def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], None] | None = None) -> Iterator[Held]:
+    """Hold the workspace's lock for the duration of the block. `verb` is what was typed, such as `inv bootstrap`.
 
     Raises LockError, saying who holds it, since when and doing what, unless `wait` is set; `on_wait` then gets that sentence once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Python opens files close-on-exec: no child can keep the lock alive.
+    # Python opens files close-on-exec: only a guard keeps the lock alive, until it has ended what a killed verb began.
     with path.open("a+", encoding="utf-8") as file:
         told = False
         while True:
@@ -39,12 +48,18 @@ def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], 
                     on_wait(f"waiting: {sentence}")
                     told = True
                 time.sleep(POLL_S)
-        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "verb": verb, "since": since}))
-        file.flush()
+        record = {"pid": str(os.getpid()), "verb": verb, "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+        def note(doing: str) -> None:
+            # One write: a reader sees the old or the new record, or none, and never a mixture.
+            text = json.dumps({**record, "doing": doing})
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+
+        note("")
         try:
-            yield
+            yield Held(file.fileno(), note)
         finally:
             file.truncate(0)
 
@@ -52,6 +67,7 @@ def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], 
 def _holder(name: str) -> str:
     try:
         record = json.loads(Path(name).read_text(encoding="utf-8"))
-        return f"inv {record['verb']} (process {record['pid']}) has been changing this workspace since {record['since']}"
+        doing = f", now {record['doing']}" if record["doing"] else ""
+        return f"{record['verb']} (process {record['pid']}) has been changing this workspace since {record['since']}{doing}"
     except (ValueError, KeyError, TypeError, OSError):
         return "another process is changing this workspace"

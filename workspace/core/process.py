@@ -76,7 +76,7 @@ def run(
     journal.command(shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}")
     tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
     first_error: str | None = None
-    with _started(words, env=env, cwd=cwd, stderr=subprocess.STDOUT) as child:
+    with _started(words, env=env, cwd=cwd, stderr=subprocess.STDOUT, held=journal.held.descriptor if journal.held else None) as child:
         assert child.stdout is not None
         for raw in child.stdout:
             line = raw.rstrip()
@@ -113,11 +113,11 @@ class _Child:
 
 
 @contextlib.contextmanager
-def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int) -> Iterator["subprocess.Popen[str]"]:
+def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int, held: int | None = None) -> Iterator["subprocess.Popen[str]"]:
     child: _Child | None = None
     try:
         with _signals_held():
-            child = _spawn(argv, env=env, cwd=cwd, stderr=stderr)
+            child = _spawn(argv, env=env, cwd=cwd, stderr=stderr, held=held)
         yield child.popen
     except BaseException as exc:
         if child is not None:
@@ -132,14 +132,16 @@ def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | No
                     stream.close()
 
 
-def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int) -> _Child:
+def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int, held: int | None) -> _Child:
     program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
     if program is None:
         raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="./scripts/inv bootstrap says what is missing and how to get it")
     inherited, lifeline = os.pipe()
+    # With the lock in its hands, a guard that has to clear up after a killed verb keeps the next one out until it has.
+    kept = (inherited,) if held is None else (inherited, held)
     try:
         popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, str(inherited), program, *argv[1:]],
+            [sys.executable, "-I", "-S", guard.__file__, ",".join(map(str, kept)), program, *argv[1:]],
             env=dict(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -149,7 +151,7 @@ def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None
             encoding="utf-8",
             errors="replace",
             process_group=0,
-            pass_fds=(inherited,),
+            pass_fds=kept,
         )
     except OSError as exc:
         os.close(lifeline)

@@ -48,7 +48,7 @@ def installed_again(ground: Ground) -> Iterator[tuple[Command, Command]]:
     argv = (uv, "pip", "install", "--python", environment / "bin" / "python", "--no-build-isolation", "--no-deps", "--editable", tree)
     hand = Command(argv, ground.folder, ground.settings.child_environment("build", _build_variables(ground, observed)))
     # With the lock held here, a bootstrap that finds something to do after all stops instead of doing it.
-    with lock.hold(layout.lock, verb="perf"):
+    with lock.hold(layout.lock, verb="nox -s perf"):
         yield ground.inv("bootstrap"), hand
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from workspace import door
 from workspace.core import layout as layouts
+from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import SmokeError
 from workspace.core.files import write_atomic
@@ -35,7 +36,8 @@ def smoke(layout: Layout, settings: Settings, *, console: Console, json_file: Pa
     started = time.monotonic()
     observed = require_built(layout, settings)
     expected = suite.expect(layout, observed)
-    with Journal(console, layout.logs, verb="smoke", secrets=settings.secrets) as journal:
+    # What is judged must not change meanwhile.
+    with lock.hold(layout.lock, verb="nox -s smoke") as held, Journal(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as journal:
         checks, parity = suite.run(layout, settings, expected, journal=journal, timeout_s=timeout_s)
         document = record.compose(
             checks,
