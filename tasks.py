@@ -82,10 +82,26 @@ def doctor(_, json=False, offline=False):
     verb.show(here, settings, console=door.console(), as_json=json, offline=offline)
 
 
+@task
+def report(_):
+    """Collect a redacted bundle for a bug report."""
+    here = layout.here()
+    from workspace.build import report as verb
+
+    # A broken .env or pins.toml is what a report may be about: it does not stop here.
+    verb.write(here, verb.settings_of(here), console=door.console())
+
+
 class _Config(Config):
-    """Invoke's configuration without what a user set for other projects in ~/.invoke.yaml or INVOKE_*."""
+    """Invoke's configuration without files and variables: what is in them is for other projects, or for nobody."""
 
     prefix = "vllm_workspace"
+
+    def load_base_conf_files(self):
+        """Leave /etc and the home folder alone."""
+
+    def load_shell_env(self):
+        """Leave VLLM_WORKSPACE_* alone: Invoke would fail on a value that is not of its type."""
 
 
 class _Door(Program):
@@ -111,7 +127,7 @@ class _Door(Program):
     def run(self, argv=None, exit=True):
         try:
             self.create_config()
-            self.parse_core(argv)
+            self._parse_core_flags(argv)
             self.parse_collection()
             self.parse_tasks()
             self.parse_cleanup()
@@ -121,6 +137,22 @@ class _Door(Program):
         except Exit as exc:
             if exc.message:
                 raise SettingsError(exc.message, hint="inv --list") from exc
+
+    def _parse_core_flags(self, argv):
+        try:
+            self.parse_core(argv)
+        except ValueError as exc:
+            # The one flag that Invoke takes for a number.
+            raise SettingsError("--list-depth needs a whole number", hint="inv --help") from exc
+
+    def parse_cleanup(self):
+        try:
+            super().parse_cleanup()
+        except ValueError as exc:
+            # What is to be completed has a quote that is still open.
+            if not self.args.complete.value:
+                raise
+            raise Exit from exc
 
     def _misuse(self, error):
         """Say what is wrong with the command line, and what it is like. Invoke puts the word at fault into its sentence only."""
@@ -143,7 +175,7 @@ class _Door(Program):
 def _main():
     os.environ.pop(_HANDED_OVER, None)
     program = _Door(
-        namespace=Collection(bootstrap, status, doctor), name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=_Config
+        namespace=Collection(bootstrap, status, doctor, report), name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=_Config
     )
     return door.run(lambda: program.run(sys.argv))
 
