@@ -16,15 +16,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
-from workspace.core import settings
+from workspace.core import files, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
+# Python's stand-ins for bytes that are no text, and what ends a line.
+_UNWRITABLE = re.compile("[\n\r\ud800-\udfff]")
+_LOOK_FURTHER = "./scripts/inv doctor    looks for what may be wrong; ./scripts/inv report collects what a bug report needs"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Something else lies where the workspace keeps a file or a folder.
+_NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EIO)
 
 
 class _Ended(BaseException):
@@ -42,7 +47,12 @@ def console() -> Console:
 
 
 def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None) -> Settings:
-    """Read the settings for a verb and print their warnings, each once in a process. Raises SettingsError."""
+    """Read the settings for a verb and print their warnings, each once in a process.
+
+    Raises SettingsError, and WorkspaceError for a clone in a folder whose name no log and no pyvenv.cfg can hold.
+    """
+    if _UNWRITABLE.search(str(layout.root)):
+        raise WorkspaceError(f"{str(layout.root)!r} has bytes in it that are not UTF-8, or a line end", hint="move the clone into a folder with a plain name")
     settings.forget_outer_git()
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
     for warning in loaded.warnings:
@@ -53,7 +63,7 @@ def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = No
 def _registered(layout: Layout) -> list[str]:
     """The names in the pinned tree's own registry of variables (vllm/envs.py, environment_variables)."""
     try:
-        return re.findall(r'^    "([A-Z][A-Z0-9_]*)":', (layout.vllm / "vllm" / "envs.py").read_text(encoding="utf-8"), re.MULTILINE)
+        return re.findall(r'^    "([A-Z][A-Z0-9_]*)":', files.read_regular(layout.vllm / "vllm" / "envs.py").decode(), re.MULTILINE)
     except (OSError, UnicodeDecodeError):
         return []
 
@@ -69,6 +79,7 @@ def run(work: Callable[[], None]) -> int:
     An expected failure is printed with its hint; ^C, SIGTERM and SIGHUP unwind the work, which ends its children, and are named;
     a reader of stdout that went away (`inv --list | head -1`) ends it without a word. A bug keeps its traceback.
     """
+    settings.forget_odd_terminal()
     _make_streams_usable()
     try:
         with _ending_signals():
@@ -87,7 +98,7 @@ def run(work: Callable[[], None]) -> int:
             raise
         return BROKEN_PIPE_EXIT_CODE
     except OSError as exc:
-        if exc.errno not in (*_NO_SPACE, *_NO_RIGHTS):
+        if exc.errno not in (*_NO_SPACE, *_NO_RIGHTS, *_NO_PLACE) and not _names_a_link(exc):
             raise
         return _failed(_refused(exc))
 
@@ -104,6 +115,8 @@ def _make_streams_usable() -> None:
 
 
 def _failed(error: WorkspaceError) -> int:
+    # Such as what git says of a repository that a power cut damaged: nobody foresaw it, and there is a way on all the same.
+    error.hint = error.hint or _LOOK_FURTHER
     # What was printed for a program to read comes before the reason why there is no more of it.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -111,11 +124,17 @@ def _failed(error: WorkspaceError) -> int:
     return error.exit_code
 
 
+def _names_a_link(exc: OSError) -> bool:
+    """Whether a link that leads nowhere is what is missing; any other missing file was there a moment ago, or is a bug."""
+    return exc.errno == errno.ENOENT and isinstance(exc.filename, str | bytes) and os.path.islink(exc.filename)
+
+
 def _refused(exc: OSError) -> ToolchainError:
     """The machine's refusal, wherever in a verb it came up, as a sentence."""
     place = Path(os.fsdecode(exc.filename)) if isinstance(exc.filename, str | bytes) else None
     folder = place.parent if place else Path()
-    hint = shlex.join(["df", "-h", str(folder)] if exc.errno in _NO_SPACE else ["ls", "-ld", str(folder)])
+    looked_at = folder if place is None or exc.errno in _NO_RIGHTS else place
+    hint = shlex.join(["df", "-h", str(folder)] if exc.errno in _NO_SPACE else ["ls", "-ld", str(looked_at)])
     return ToolchainError(f"{place or 'a file'} cannot be written or read: {exc.strerror}", hint=hint)
 
 

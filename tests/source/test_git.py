@@ -9,7 +9,8 @@ import pytest
 
 from tests.source.conftest import Snapshot, Workspace, commit, sh_git, write
 from workspace.core.errors import BuildError, CheckoutError
-from workspace.source.git import Git, first_line
+from workspace.source.content import first_line
+from workspace.source.git import Git
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,11 +108,24 @@ def test_failure_is_raised_as_the_caller_wants_with_gits_own_words(tmp_path: Pat
         Git(tmp_path / "nowhere", failure=BuildError).tree("HEAD")
 
 
-def test_lock_that_a_killed_git_left_is_named(tree: Git) -> None:
+def test_lock_that_a_killed_git_left_does_not_stand_in_the_way(tree: Git) -> None:
+    locks = [tree.path / ".git" / name for name in ("index.lock", "config.lock")]
+    for lock in locks:
+        lock.touch()
+    tree.hide("README")
+    tree.set_setting("user.name", "Ada")
+    assert not any(lock.exists() for lock in locks)
+
+
+def test_lock_that_a_living_git_holds_is_named(tree: Git) -> None:
     lock = tree.path / ".git" / "index.lock"
-    lock.touch()
-    with pytest.raises(CheckoutError, match="index.lock") as failure:
-        tree.hide("README")
+    with lock.open("w") as file, subprocess.Popen(["sleep", "60"], stdout=file) as holder:
+        try:
+            with pytest.raises(CheckoutError, match="index.lock") as failure:
+                tree.hide("README")
+        finally:
+            holder.kill()
+    assert lock.exists()
     assert failure.value.hint
     assert f"rm {lock}" in failure.value.hint
 

@@ -104,7 +104,7 @@ def test_edits_in_the_way_stop_the_series_and_stay(release: Workspace) -> None:
 
 def test_new_file_of_the_user_where_a_patch_makes_one_is_kept(release: Workspace, snapshot: Snapshot) -> None:
     write(release.vllm, {"vllm/new.py": "mine\n"})
-    with pytest.raises(CheckoutError, match="git reset"):
+    with pytest.raises(CheckoutError, match="would be overwritten"):
         release.apply()
     assert (release.vllm / "vllm" / "new.py").read_text() == "mine\n"
     assert (release.vllm / "vllm" / "lines.py").read_text() == LINES

@@ -3,6 +3,7 @@
 Looks at pins, checkout, environment and stamps without changing anything; bootstrap acts on it, status shows it, smoke refuses on it.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -125,9 +126,16 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
 
         donor = pin.donors.get(f"{device}-{platform.machine()}")
         return Kernels("donor", f"donor {donor.filename} {donor.sha256}" if donor else "donor none")
-    wheel = Path(choice).expanduser().resolve()
-    if wheel.suffix != ".whl" or not wheel.is_file():
-        raise SettingsError(f"KERNELS={choice}: is neither donor nor native nor a wheel file that is there", hint="./scripts/inv bootstrap --kernels donor")
+    wheel = None
+    # A name that is too long, or a link that leads round and round, names no wheel either.
+    with contextlib.suppress(OSError, RuntimeError):
+        named = Path(choice).expanduser().resolve()
+        wheel = named if named.suffix == ".whl" and named.is_file() else None
+    if wheel is None:
+        raise SettingsError(
+            f"KERNELS={settings.presentable(choice)}: is neither donor nor native nor a wheel file that is there",
+            hint="./scripts/inv bootstrap --kernels donor",
+        )
     from workspace.core.files import sha256
 
     return Kernels("wheel", f"wheel {wheel.name} {sha256(wheel)}", wheel)

@@ -10,7 +10,7 @@ from workspace.core.errors import BuildError, SettingsError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import dotenv, provide
+from workspace.environment import dotenv, provide, wholeness
 from workspace.source import checkout, patches
 from workspace.source.git import Git
 
@@ -50,6 +50,12 @@ def apply_patches(run: Run, view: Step) -> None:
 
 
 def make_python(run: Run, view: Step) -> None:
+    # uv believes what lies there: nothing that an unfinished run left may be taken for whole.
+    if run.layout.environment.exists():
+        is_interrupted = stamp.read(run.layout.stamp("environment")) is None
+        wholeness.mend(run.layout, run.settings, journal=run.journal, with_cache=is_interrupted)
+        if is_interrupted:
+            wholeness.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("environment"))
     view.reason = provide.make_python(run.layout, run.settings, device=run.observed.device, journal=run.journal)
 
@@ -91,7 +97,10 @@ def get_kernels(run: Run, view: Step) -> None:
 
 def put_vllm(run: Run, view: Step) -> None:
     """Install editable; from here until the stamp the build is unproven."""
+    if stamp.read(run.layout.stamp("vllm")) is None:
+        wholeness.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("vllm"))
+    wholeness.mend(run.layout, run.settings, journal=run.journal, names=("vllm",))
     observed = run.observed
     if jobs := run.outcome.get("jobs"):
         install.native(run.layout, run.settings, observed, jobs=int(jobs), journal=run.journal)

@@ -7,13 +7,15 @@ Staleness is the difference between its inputs and today's.
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from workspace.core.files import write_atomic
+from workspace.core.files import read_regular, write_atomic
 
 SCHEMA = 1
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,27 @@ class Stamp:
 def read(path: Path) -> Stamp | None:
     """Return the stamp, or None where there is none that this version can read: a damaged stamp proves nothing."""
     try:
-        record = json.loads(path.read_bytes())
-        if record["schema"] != SCHEMA:
+        record = json.loads(read_regular(path))
+        if type(record["schema"]) is not int or record["schema"] != SCHEMA or not isinstance(record["libraries"], list):
             return None
         mappings = {name: record[name] for name in ("inputs", "outcome", "packages")}
-        if any(not isinstance(text, str) for mapping in mappings.values() for pair in mapping.items() for text in pair):
+        if not all(_is_text(text) for mapping in mappings.values() for pair in mapping.items() for text in pair):
             return None
-        libraries = tuple(Library(path=str(item["path"]), size=int(item["size"]), sha256=str(item["sha256"])) for item in record["libraries"])
+        libraries = tuple(Library(**item) for item in record["libraries"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Stamp(libraries=libraries, **mappings)
+    return Stamp(libraries=libraries, **mappings) if all(_is_library(library) for library in libraries) else None
+
+
+def _is_text(value: object) -> bool:
+    """Half a surrogate pair, which JSON can spell, is no text: no file system and no terminal takes it."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _is_library(library: Library) -> bool:
+    place = PurePosixPath(library.path) if _is_text(library.path) else PurePosixPath("/")
+    is_below = not place.is_absolute() and ".." not in place.parts and len(place.parts) > 0
+    return is_below and type(library.size) is int and library.size >= 0 and _is_text(library.sha256) and bool(_SHA256.fullmatch(library.sha256))
 
 
 def write(path: Path, stamp: Stamp) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from workspace.build import plan
 from workspace.core.console import Console, State
 from workspace.core.errors import SmokeError
+from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.source import checkout, patches
 
 BOOTSTRAP = "./scripts/inv bootstrap"
+LONGEST_TIME = 40
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,14 @@ def _patches(observed: plan.Observation) -> Row:
 
 def _smoke(layout: Layout, observed: plan.Observation) -> Row:
     try:
-        record = json.loads(layout.smoke_record.read_bytes())
-        tree, edits, verdict, when = record["tree"], record["dirty"], str(record["verdict"]), str(record["time"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = json.loads(read_regular(layout.smoke_record))
+        tree, edits, verdict, when = record["tree"], record["dirty"], record["verdict"], record["time"]
+        if verdict not in ("pass", "fail") or not (isinstance(when, str) and len(when) < LONGEST_TIME and when.isprintable()):
+            raise ValueError("not what a smoke writes")
+    except FileNotFoundError:
         return Row("missing", "smoke", "not run yet")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return Row("missing", "smoke", f"{layout.relative(layout.smoke_record)} is damaged and proves nothing")
     if verdict != "pass":
         return Row("FAIL", "smoke", f"failed {when}")
     same = observed.stack is not None and observed.stack.tree == tree and plan.edits_digest(layout, observed.stack) == edits

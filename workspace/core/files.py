@@ -1,8 +1,12 @@
 """Files on disk and from the network: written whole or not at all, proven by hash."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +22,8 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     Raises OSError where the folder cannot be written; the old file is then untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _remove_abandoned(path)
+    descriptor, name = _locked_beside(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -33,6 +38,25 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     _sync_folder(path.parent)
 
 
+def _locked_beside(path: Path) -> tuple[int, str]:
+    """Make an empty file beside `path`, locked as long as its writer lives: who finds it unlocked knows that it was left behind."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, name
+        # Another writer took it for abandoned before it was locked.
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what a writer of `path` that was killed has left. mkstemp draws eight letters."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with contextlib.suppress(OSError), old.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            old.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
     """A rename is durable only once its folder is synced (fsync(2))."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -40,6 +64,18 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_regular(path: Path) -> bytes:
+    """Return what a regular file holds. Raises OSError, also for a pipe or a device, which could keep the reader for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
 
 
 def sha256(path: Path) -> str:

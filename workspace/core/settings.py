@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core.errors import SettingsError
+from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 
 Kind = Literal["text", "path", "url", "count", "switch", "choice", "archs"]
@@ -20,10 +21,15 @@ Kind = Literal["text", "path", "url", "count", "switch", "choice", "archs"]
 Phase = Literal["workspace", "build", "run", "both"]
 Source = Literal["flag", "shell", ".env", "default"]
 
+# Texts that may be a path, and then may begin with ~.
+_EXPANDED = ("KERNELS", "VLLM_MIRROR", "TRITON_MIRROR")
 # Flags that are not called after their setting.
 _FLAGS = {"MAX_JOBS": "jobs"}
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
+# As a time-out in ms this is what poll(2) can still count; of compilers, threads and GiB it is more than there are.
+LARGEST_COUNT = 1_000_000
+_SHOWN = 120
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class Settings:
         """The folder of downloads that all clones of this user share (XDG Base Directory Specification)."""
         own = self.path("WORKSPACE_CACHE_DIR")
         base = self.shell.get("XDG_CACHE_HOME")
+        if not own and not base and not _expands("~"):
+            raise SettingsError("there is no home folder to keep downloads in: HOME is not set", hint="export WORKSPACE_CACHE_DIR=/a/folder/of/yours")
         return own or (Path(base) if base else Path("~/.cache").expanduser()) / "vllm-workspace"
 
     @property
@@ -129,6 +137,10 @@ class Settings:
         """Values that no log and no screen may show."""
         named = {name: value.text for name, value in (*self.values.items(), *self.passed.items())} | dict(self.shell)
         return tuple(sorted({text for name, text in named.items() if is_secret(name) and len(text) >= 4}, key=len, reverse=True))
+
+    def presentable(self, text: str) -> str:
+        """A value as it may be shown: without secrets, without the user of an address, and no longer than a line or two."""
+        return _presentable(text, self.secrets)
 
     def child_environment(self, phase: Literal["plain", "build", "run"], extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """The environment of a child: the shell's, without what points elsewhere, plus the settings of its phase and `extra`.
@@ -165,7 +177,10 @@ def load(
     Raises SettingsError for a .env that cannot be read and for a bad value, naming the line or the flag.
     """
     shell = dict(os.environ if environ is None else environ)
-    written = _read_dotenv(layout.dotenv, shell)
+    written = _read_dotenv(layout.dotenv)
+    # .env may put a secret into any other value: DEVICE=${HF_TOKEN}.
+    named = [*shell.items(), *((name, text) for name, (text, _) in written.items())]
+    secrets = sorted({text for name, text in named if is_secret(name) and len(text) >= 4}, key=len, reverse=True)
     values: dict[str, Value] = {}
     for setting in SETTINGS:
         flag = (flags or {}).get(setting.name)
@@ -177,12 +192,15 @@ def load(
             value, place = Value(written[setting.name][0], ".env"), f".env, line {written[setting.name][1]}: {setting.name}"
         else:
             value, place = Value(setting.default, "default"), setting.name
-        _check(setting, value.text, place)
+        if expected := _expected(setting, value.text):
+            shown = "a value" if setting.secret else repr(_presentable(value.text, secrets))
+            raise SettingsError(f"{place}: {shown} is not {expected}", hint=f"{setting.name}: {setting.meaning}")
         values[setting.name] = value
     unknown = {name: text for name, (text, _) in written.items() if name not in KNOWN}
     passed = {name: Value(shell.get(name, text), "shell" if name in shell else ".env") for name, text in unknown.items()}
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
-    warnings = [_hidden(name, shell[name], text) for name, (text, _) in written.items() if name in shell and shell[name] != text]
+    differing = [(name, shell[name], text) for name, (text, _) in written.items() if name in shell and shell[name] != text]
+    warnings = [_hidden(name, _presentable(outer, secrets), _presentable(text, secrets)) for name, outer, text in differing]
     warnings += [_unknown(name, written[name][1], known) for name in unknown if name not in known]
     return Settings(values, passed, shell, tuple(warnings))
 
@@ -193,19 +211,26 @@ def forget_outer_git() -> None:
         del os.environ[name]
 
 
+def forget_odd_terminal() -> None:
+    """Drop a size of the terminal that is none, which rich would take for a number and fail on."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch(r"[0-9]{1,4}", os.environ.get(name, "0")):
+            del os.environ[name]
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, or None where none is like it."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return found[0] if found else None
 
 
-def _read_dotenv(path: Path, shell: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
     """Names with value and line. References such as ${HOME} are resolved as python-dotenv does."""
     from dotenv.main import DotEnv
     from dotenv.parser import parse_stream
 
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         return {}
     except IsADirectoryError:
@@ -235,12 +260,13 @@ def _read_dotenv(path: Path, shell: Mapping[str, str]) -> dict[str, tuple[str, i
     return {name: (value, lines[name]) for name, value in resolved.items() if value is not None}
 
 
-def _check(setting: Setting, text: str, place: str) -> None:
+def _expected(setting: Setting, text: str) -> str | None:
+    """What the value should be, None where it is."""
     expected: str | None = None
     if setting.kind == "choice" and text not in setting.choices:
         expected = "one of " + ", ".join(choice for choice in setting.choices if choice)
-    elif setting.kind == "count" and text and not (text.isascii() and text.isdigit() and int(text) > 0):
-        expected = "a whole number of at least 1"
+    elif setting.kind == "count" and text and not (re.fullmatch(r"[0-9]{1,9}", text) and 0 < int(text) <= LARGEST_COUNT):
+        expected = "a whole number of at least 1" + (f" and at most {LARGEST_COUNT}" if re.fullmatch(r"0*[1-9][0-9]*", text) else "")
     elif setting.kind == "switch" and text.lower() not in _TRUE | _FALSE:
         expected = "0 or 1"
     elif setting.kind == "url" and text and not re.match(r"(https?|file)://\S+$", text):
@@ -249,9 +275,24 @@ def _check(setting: Setting, text: str, place: str) -> None:
         expected = "architectures such as 12.1a, several with ; between them"
     elif "\n" in text or "\0" in text:
         expected = "one line"
-    if expected:
-        shown = "a value" if setting.secret else repr(text)
-        raise SettingsError(f"{place}: {shown} is not {expected}", hint=f"{setting.name}: {setting.meaning}")
+    elif (setting.kind == "path" or setting.name in _EXPANDED) and not _expands(text):
+        expected = "below a home folder that is known here"
+    return expected
+
+
+def _expands(text: str) -> bool:
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _presentable(text: str, secrets: Iterable[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "****")
+    text = re.sub(r"(?<=://)\S*@|\S*:\S*@", "****@", text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _hidden(name: str, shell_text: str, text: str) -> str:

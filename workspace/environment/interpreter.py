@@ -57,6 +57,10 @@ class PythonFacts:
     base: Path
 
 
+class NotOffered(SourceError):
+    """An index that was reached has no version that fits: to ask again does not help."""
+
+
 def uv(layout: Layout) -> Path:
     """Return the uv of the tool environment, else the one on PATH. Raises ToolchainError where there is none."""
     own = layout.tools / "bin" / "uv"
@@ -128,26 +132,44 @@ def create(layout: Layout, settings: Settings, choice: Choice, *, journal: Journ
     """
     environment, marker = layout.environment, layout.environment / ".workspace" / "made-here"
     is_ours = marker.is_file()
-    there = describe(layout, settings)
+    there = describe(layout, settings) if is_finished(layout) else None
     if there and (_minor(there.version) == _minor(choice.version) or not is_ours):
         if _minor(there.version) != _minor(choice.version):
             raise _foreign(f".vllm was not made by this workspace and has Python {there.version}, needed is {choice.version}")
         return
     if not is_ours and (environment.is_symlink() or (environment.exists() and not environment.is_dir())):
         raise _foreign(".vllm is a file or a link that leads nowhere, not an environment")
-    if not is_ours and environment.is_dir() and any(environment.iterdir()):
+    if not is_ours and environment.is_dir() and any(not _is_begun(entry, marker) for entry in environment.rglob("*")):
         raise _foreign(".vllm was not made by this workspace and holds no working Python")
     try:
         if is_ours:
             _clear(environment, keep=marker)
         else:
             write_atomic(marker, b"A half-made environment with this file in it is made anew.\n")
+        write_atomic(_unfinished(layout), b"")
     except OSError as exc:
         raise ToolchainError(f".vllm cannot be written: {exc.strerror}", hint=f"ls -ld {layout.root} {environment}") from exc
     argv: list[process.Argument] = [uv(layout), "venv", "--no-project", "--allow-existing", "--python", choice.path, environment]
     process.run(argv, env=settings.child_environment("plain"), journal=journal, failure=ToolchainError, hint=f"{choice.path} -V  # does this Python work?")
     if describe(layout, settings) is None:
         raise BuildError(f".vllm was made with {choice.path}, and its Python does not run", hint=f"{layout.environment_python} -V")
+    # uv syncs nothing: after a power cut its Python may run while the scripts beside it are empty.
+    os.sync()
+    _unfinished(layout).unlink()
+
+
+def is_finished(layout: Layout) -> bool:
+    """Whether `.vllm`, if it is there, was made to its end, or by somebody else."""
+    return not _unfinished(layout).exists()
+
+
+def _unfinished(layout: Layout) -> Path:
+    return layout.environment / ".workspace" / "unfinished"
+
+
+def _is_begun(entry: Path, marker: Path) -> bool:
+    """Whether an entry of `.vllm` is what a run leaves that was killed while it wrote its marker."""
+    return entry == marker.parent or (entry.parent == marker.parent and entry.name.startswith(f".{marker.name}."))
 
 
 def install(
@@ -251,7 +273,7 @@ def classify(said: Sequence[str], *, layout: Layout, is_build: bool, otherwise: 
         # uv writes the marker of a dependency behind its name, in braces.
         name = next(group for group in missing.groups() if group).split("{")[0]
         hint = "export UV_DEFAULT_INDEX=…  # another index; TORCH_INDEX_URL in .env is one for torch"
-        return SourceError(f"the package index has no {name} that fits", hint=hint, details=otherwise.details)
+        return NotOffered(f"the package index has no {name} that fits", hint=hint, details=otherwise.details)
     return otherwise
 
 

@@ -15,7 +15,7 @@ from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import interpreter, requirements, torch
+from workspace.environment import interpreter, requirements, torch, wholeness
 
 CUDA_MAJOR = "13"
 # What uv says of a download of some size, off a terminal: `Downloading torch (502.3MiB)`, later ` Downloaded torch`.
@@ -36,7 +36,7 @@ def make_python(layout: Layout, settings: Settings, *, device: str, journal: Jou
     """Make `.vllm`, or keep the one that is there and works."""
     there = interpreter.describe(layout, settings)
     needs = _needs(layout, settings, device=device, python_version=there.version if there else settings.text("PYTHON_VERSION"), journal=None)
-    if there and there.version in needs.python:
+    if there and there.version in needs.python and interpreter.is_finished(layout):
         return f"Python {there.version} is there"
     wheels = torch.local_wheel_pythons(needs.torch, settings) if device == "cpu" and not settings.switch("USE_EXISTING_TORCH") else None
     choice = interpreter.choose(layout, settings, supported=needs.python, wheel_pythons=wheels)
@@ -98,16 +98,26 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, journal
 
 
 def put_accelerators(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> Provided:
-    """Install xgrammar, triton and FlashInfer as the pin asks."""
+    """Install xgrammar, triton and FlashInfer as the pin asks, and see that every package is whole."""
+    _put_accelerators(layout, settings, device=device, journal=journal)
+    if wholeness.mend(layout, settings, journal=journal, with_cache=False):
+        # What uv has just linked is short: its cache was damaged, by a power cut say.
+        wholeness.mend(layout, settings, journal=journal, with_cache=True)
+        put_torch(layout, settings, device=device, journal=journal)
+        put_requirements(layout, settings, device=device, journal=journal)
+        _put_accelerators(layout, settings, device=device, journal=journal)
+    packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
+    named = [f"{name} {packages[name]}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
+    return Provided(", ".join(named) or "none is needed here", packages)
+
+
+def _put_accelerators(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> None:
     needs = _needs(layout, settings, device=device, journal=None)
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
             layout, settings, [*arguments, *needs.accelerators], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides
         )
-    packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
-    named = [f"{name} {packages[name]}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
-    return Provided(", ".join(named) or "none is needed here", packages)
 
 
 def _bar(journal: Journal) -> Callable[[str], None]:
@@ -152,6 +162,9 @@ def _companions(layout: Layout, settings: Settings, needs: requirements.Requirem
         try:
             interpreter.install(layout, settings, [*arguments, *needs.companions], journal=journal, constraints=torch.constraints(layout))
         except (SourceError, BuildError) as exc:
+            # A network that failed, or an installer that was killed, is no word on what fits: what is left out now would stay so.
+            if not isinstance(exc, interpreter.NotOffered) and not any("No solution found" in line for line in exc.details):
+                raise
             journal.console.say(f"torchvision, torchaudio and torchcodec are left out: {exc.message}")
     here = [name for name in ("torchvision", "torchaudio", "torchcodec") if name in interpreter.installed(layout)]
     if not here:

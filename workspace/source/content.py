@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -53,3 +54,10 @@ def digest(entries: Entries) -> str:
     """The SHA-256 over sorted `mode oid path`."""
     text = "".join(f"{entries[path]} {path}\n" for path in sorted(entries))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def first_line(err: str) -> str:
+    """The line of git's talk that says what went wrong."""
+    lines = [line.strip() for line in err.splitlines() if line.strip()]
+    said = next((line for line in lines if line.startswith(("fatal:", "error:"))), lines[0] if lines else "")
+    return re.sub(r"^(fatal|error): ", "", said)

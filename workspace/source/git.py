@@ -18,14 +18,15 @@ from workspace.core import process
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError, WorkspaceError
 from workspace.core.journal import Journal
 from workspace.core.settings import Settings
-from workspace.source import content, hardening
-from workspace.source.content import split
+from workspace.source import content, hardening, leftover
+from workspace.source.content import first_line, split
 
 if TYPE_CHECKING:
     import git as gitpython
 
 _HASHED_AT_ONCE = 500
 OnLine = Callable[[str], None]
+_LOCKS_MET = 3
 _UNDER_WAY = {
     "rebase-apply/applying": "am",
     "rebase-apply": "rebase",
@@ -135,19 +136,15 @@ class Git:
         return tuple(sorted(path for _, path in self._status("no")))
 
     def changed_files(self, base: str, paths: Sequence[str] = ()) -> tuple[str, ...]:
-        """Paths that differ between the commit `base` and the working tree, committed or not, new and not ignored ones included.
-
-        Only those below `paths`, where there are any.
-        """
+        """Paths, below `paths` if given, that differ between the commit `base` and the working tree, new and not ignored ones included."""
         # Not `git diff`: it rewrites the index where a file was touched, whatever GIT_OPTIONAL_LOCKS says.
         before, now = self.entries(paths, base), self.entries(paths, None)
         return tuple(sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)))
 
     def digest(self, paths: Sequence[str], *, commit: str | None = None) -> str:
-        """Return the SHA-256 over sorted `mode oid path` of all files below `paths` (of all files where there are none).
+        """Return the SHA-256 over sorted `mode oid path` of all files below `paths`, or of all files.
 
-        Of `commit`, or of the working content: edits, deletions and new files that are not ignored count as if they were
-        committed, so that committing them changes nothing.
+        Of `commit`, or of the working content: what is edited, deleted or new and not ignored counts as if it were committed.
         """
         return content.digest(self.entries(paths, commit))
 
@@ -229,6 +226,11 @@ class Git:
 
     def move_to(self, commit: str, *, journal: Journal) -> None:
         """Move the checkout to a commit: files that differ are written, all others and local edits stay, or nothing is done."""
+        # All files of a clone that was copied count as edited until a refresh.
+        self._write("update-index", "-q", "--refresh", check=False)
+        # HEAD goes last: files that a power cut left empty would under it be taken for the user's edits.
+        self._write("read-tree", "-m", "-u", "HEAD", commit)
+        os.sync()
         self._write("reset", "--quiet", "--keep", commit, journal=journal)
 
     def applied(self, base: str, patches: Sequence[Path], *, scratch: Path) -> Applied:
@@ -276,6 +278,7 @@ class Git:
         self._talk(("checkout", "--progress", "--force", "--detach", commit), settings, journal, on_line)
 
     def _talk(self, words: Sequence[str], settings: Settings, journal: Journal, on_line: OnLine) -> None:
+        leftover.remove_at_top(Path(self._extra.get("GIT_DIR", self.path / ".git")), self.path)
         places = [f"--git-dir={self._extra['GIT_DIR']}", f"--work-tree={self.path}"] if "GIT_DIR" in self._extra else ["-C", str(self.path)]
         process.run(
             [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *words],
@@ -305,17 +308,21 @@ class Git:
         argv = [program.GIT_PYTHON_GIT_EXECUTABLE or "git", "-C", str(self.path), *words]
         from git.exc import GitCommandNotFound
 
-        try:
-            status, out, err = program().execute(
-                argv,
-                env={**self._extra, **env},
-                with_extended_output=True,
-                with_exceptions=False,
-                stdout_as_string=False,
-                strip_newline_in_stdout=False,
-            )
-        except GitCommandNotFound as exc:
-            raise _missing() from exc
+        # A lock that a killed git left is removed, and the command that met it run again.
+        for _ in range(_LOCKS_MET):
+            try:
+                status, out, err = program().execute(
+                    argv,
+                    env={**self._extra, **env},
+                    with_extended_output=True,
+                    with_exceptions=False,
+                    stdout_as_string=False,
+                    strip_newline_in_stdout=False,
+                )
+            except GitCommandNotFound as exc:
+                raise _missing() from exc
+            if status == 0 or not leftover.remove_named(err, self.path):
+                break
         answer = _Answer(status, out.decode(errors="surrogateescape"), err)
         if status != 0:
             self._explain(answer, said, check=check)
@@ -386,13 +393,6 @@ def advertised(url: str, names: Sequence[str], *, cwd: Path, settings: Settings,
 def without_user(url: str) -> str:
     """A URL as it may be shown: without name and password."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)
-
-
-def first_line(err: str) -> str:
-    """The line of git's talk that says what went wrong."""
-    lines = [line.strip() for line in err.splitlines() if line.strip()]
-    said = next((line for line in lines if line.startswith(("fatal:", "error:"))), lines[0] if lines else "")
-    return re.sub(r"^(fatal|error): ", "", said)
 
 
 def _missing() -> ToolchainError:

@@ -35,6 +35,8 @@ HARDENED: Mapping[str, str] = {
     "gc.auto": "0",
     "maintenance.auto": "false",
     "advice.detachedHead": "false",
+    # By default loose objects and the index are not: after a power cut a reference would name an empty file.
+    "core.fsync": "all",
 }
 
 

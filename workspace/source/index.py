@@ -76,7 +76,10 @@ def _page(project: str, settings: Settings) -> "ProjectPage":
         page = _local(endpoint) / canonicalize_name(project) / "index.html"
         if not page.is_file():
             raise SourceError(f"the package index has no project {project}: {page} is missing", hint=_OFFLINE_HINT)
-        return ProjectPage.from_html(project, page.read_bytes(), base_url=page.as_uri())
+        try:
+            return ProjectPage.from_html(project, page.read_bytes(), base_url=page.as_uri())
+        except ValueError as exc:
+            raise SourceError(f"{page} is no index page: {exc}", hint=_OFFLINE_HINT) from exc
     connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
     try:
         with PyPISimple(endpoint) as client:
@@ -107,7 +110,10 @@ def _copy(source: Path, destination: Path, sha256: str) -> None:
 
 
 def _local(url: str) -> Path:
-    return Path(unquote(urlsplit(url).path))
+    try:
+        return Path(unquote(urlsplit(url).path))
+    except ValueError as exc:
+        raise SourceError(f"the package index is or names {_without_user(url)}, which is no address: {exc}", hint=_OFFLINE_HINT) from exc
 
 
 def _version(filename: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import enum
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.source import checkout as checkouts
-from workspace.source import scratch, series
+from workspace.source import leftover, scratch, series
 from workspace.source.checkout import Checkout, Kind
 from workspace.source.git import AM_BY_HAND, Applied, Git
 from workspace.source.pins import Pin
@@ -101,10 +102,10 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
         )
     if git.tree(applied.tip) != stack.expected_tree:
         raise PatchDrift(f"the series gives tree {git.tree(applied.tip)}, expected {stack.expected_tree}; nothing was changed", hint="./scripts/inv bootstrap")
-    # First the reference, so that the commits are safe whenever this run is killed.
+    # First the references, so that the commits are safe whenever this run is killed.
     git.set_ref(TIP_REF, applied.tip)
-    git.move_to(applied.tip, journal=journal)
     git.set_ref(BASE_REF, stack.base)
+    git.move_to(applied.tip, journal=journal)
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
@@ -121,14 +122,16 @@ def _finish(git: Git, base: str, expected_tree: str | None, journal: Journal) ->
     if not all(now.get(path) == before.get(path) or _is_begun(git, path, after.get(path)) for path in changed):
         return False
     journal.write(f"finishing the interrupted move of {git.path} to {tip}")
-    git.path_of("index.lock").unlink(missing_ok=True)
+    leftover.remove_at_top(git.path_of("index").parent, git.path)
     git.read_index(tip)
     for gone in (path for path in changed if path not in after):
         (git.path / gone).unlink(missing_ok=True)
     if written := [path for path in changed if path in after]:
         git.write_files(*written)
-    git.set_ref("HEAD", tip)
+    # As in Git.move_to: the files are on the disk before HEAD names them.
+    os.sync()
     git.set_ref(BASE_REF, base)
+    git.set_ref("HEAD", tip)
     return True
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core.errors import PatchDrift, SettingsError
+from workspace.core.files import read_regular
 
 FILE = "series"
 _BASE = re.compile(r"# base: ([0-9a-f]{40})")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+_SHOWN = 200
 # The line with which format-patch begins each message (git-format-patch(1), DISCUSSION).
 _MESSAGE = re.compile(rb"^From [0-9a-f]{40} Mon Sep 17 00:00:00 2001$", re.MULTILINE)
 
@@ -28,7 +30,8 @@ def read(folder: Path, *, pin: str) -> Series:
     """
     shown = f"patches/{folder.name}/{FILE}"
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: what an editor shows as one line may hold form feeds and Unicode's separators.
+        lines = read_regular(folder / FILE).decode().split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
         raise SettingsError(f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}") from exc
@@ -47,7 +50,10 @@ def read(folder: Path, *, pin: str) -> Series:
             continue
         place = f"{shown}, line {number}"
         if not _NAME.fullmatch(name) or not name.endswith(".patch"):
-            raise SettingsError(f"{place}: {name!r} is not the name of a .patch file in patches/{folder.name}", hint="one file name a line, without a folder")
+            shown_name = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
+            raise SettingsError(
+                f"{place}: {shown_name} is not the name of a .patch file in patches/{folder.name}", hint="one file name a line, without a folder"
+            )
         if name in names:
             raise SettingsError(
                 f"{place}: {name} stands there a second time", hint="take one of the two lines out; two patches of one name need better subjects"
@@ -60,7 +66,7 @@ def read(folder: Path, *, pin: str) -> Series:
 def _look_at(patch: Path, place: str) -> None:
     shown = f"patches/{patch.parent.name}/{patch.name}"
     try:
-        content = patch.read_bytes()
+        content = read_regular(patch)
     except FileNotFoundError:
         raise PatchDrift(f"{place}: {shown} is not there", hint=f"git checkout -- {shown}    or take the line out of the series") from None
     except OSError as exc:

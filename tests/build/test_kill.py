@@ -1,0 +1,85 @@
+"""A few of the kills of tests/proof/kill, and one test for each fault that those have found."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.proof.kill import judge, launcher
+from tests.small.materials import Materials, git
+from tests.small.world import World, make_world
+from workspace.core.files import write_atomic
+
+CALLS = (3, 60, 150, 230)
+
+
+def test_bootstrap_killed_again_and_again_leaves_what_an_undisturbed_one_does(world: World, built: World) -> None:
+    for call in CALLS:
+        launch = [*world.argv()[:3], str(Path(launcher.__file__)), str(world.folder / "calls"), str(call), "before"]
+        world.run("bootstrap", through=launch)
+        _, living = judge.await_no_stray(f"HOME={world.folder / 'home'}")
+        assert not living
+    world.bootstrap()
+    assert set(judge.fingerprint(world.layout)) == set(judge.fingerprint(built.layout))
+    assert world.python("import vllm; print(vllm.__version__)") == "0.31.0+cpu"
+
+
+def test_half_removed_package_is_installed_anew(built: World) -> None:
+    info = next(built.layout.environment.glob("lib/*/site-packages/tokenizers-*.dist-info"))
+    (info / "METADATA").unlink()
+    built.bootstrap()
+    assert (info / "METADATA").exists()
+
+
+def test_half_linked_package_is_not_taken_for_whole(built: World) -> None:
+    module = next(built.layout.environment.glob("lib/*/site-packages/regex/__init__.py"))
+    module.unlink()
+    built.layout.stamp("environment").unlink()
+    built.bootstrap()
+    assert module.exists()
+
+
+@pytest.fixture
+def alone(materials: Materials, tmp_path: Path) -> World:
+    """A fresh clone with a cache of uv's of its own, which a test may damage."""
+    made = make_world(materials, tmp_path)
+    made.env["UV_CACHE_DIR"] = str(tmp_path / "uv-cache")
+    return made
+
+
+def test_what_a_power_cut_left_short_is_replaced(alone: World) -> None:
+    # What is left of a run that was killed while it wrote the marker of an environment of ours.
+    (alone.layout.environment / ".workspace").mkdir(parents=True)
+    (alone.layout.environment / ".workspace" / ".made-here.abcdefgh").touch()
+    alone.bootstrap()
+    whole = judge.fingerprint(alone.layout)
+    module = next(alone.layout.environment.glob("lib/*/site-packages/regex/__init__.py"))
+    cached = [path for path in (alone.folder / "uv-cache").rglob("regex/__init__.py") if path.samefile(module)]
+    # One file under two names: uv links.
+    module.write_bytes(module.read_bytes()[:3])
+    assert cached
+    bytecode = next(alone.layout.environment.glob("lib/*/site-packages/setuptools/__pycache__/__init__*.pyc"))
+    bytecode.write_bytes(bytecode.read_bytes()[:40])
+    (alone.layout.environment / "bin" / "activate").write_bytes(b"")
+    (alone.layout.environment / ".workspace" / "unfinished").touch()
+    for name in ("environment", "vllm"):
+        alone.layout.stamp(name).unlink()
+    alone.bootstrap()
+    assert judge.differences(whole, judge.fingerprint(alone.layout)) == []
+
+
+def test_series_goes_on_a_clone_that_was_copied(built: World) -> None:
+    built.git("checkout", "--quiet", "--detach", built.materials.archive_commit)
+    copy = built.folder / "copy"
+    shutil.copytree(built.root, copy, symlinks=True)
+    shutil.rmtree(built.root)
+    copy.rename(built.root)
+    built.bootstrap()
+    assert git(built.layout.vllm, "rev-parse", "HEAD") == git(built.layout.vllm, "rev-parse", "refs/patches/tip")
+
+
+def test_file_that_a_killed_writer_left_beside_its_own_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".claim.json.abcdefgh").write_text("half")
+    (tmp_path / ".claim.json.mine").write_text("of another name")
+    write_atomic(tmp_path / "claim.json", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".claim.json.mine", "claim.json"]

@@ -1,0 +1,253 @@
+"""One kill after the other: put the world back, end the verb at a chosen place, look, let it run again, and judge.
+
+A place is prepared once for a case; its states are told apart by content, and one that was completed rightly before is not run again.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.proof.kill import judge, launcher, power, preload
+from tests.proof.kill.cases import KillCase
+from tests.small.materials import Materials
+from tests.small.world import Ended, World, make_world
+from workspace.core.errors import ERRORS
+
+WORKERS = 2
+CODES = tuple(error.exit_code for error in ERRORS)
+PARTS = ("clone", "cache", "uv-cache", "tmp")
+# One failure often comes again at each of the neighbouring calls.
+ENOUGH_FAILURES = 12
+
+
+@dataclass(frozen=True)
+class Kill:
+    """How a verb ended: where that was, in words, the code that the harness saw, and seconds until nothing of it lived."""
+
+    place: str
+    code: int | None
+    quiet_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The verdict on one kill; no complaints means that all is as if nothing had happened."""
+
+    case: str
+    kind: str
+    place: str
+    complaints: tuple[str, ...]
+    seconds: float
+    was_seen: bool = False
+    leftovers: int = 0
+
+
+@dataclass
+class Place:
+    """A world that a case starts from again and again, always at the same path, with downloads and uv's cache of its own."""
+
+    case: KillCase
+    world: World
+    expected: judge.Fingerprint = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    undisturbed_s: float = 0.0
+
+    @property
+    def kept(self) -> Path:
+        return self.world.folder / "kept"
+
+    @property
+    def mark(self) -> str:
+        """What every process of this world has in its environment."""
+        return f"HOME={self.world.folder / 'home'}"
+
+    def keep(self) -> None:
+        shutil.rmtree(self.kept, ignore_errors=True)
+        self.kept.mkdir()
+        self._copy(self.world.folder, self.kept)
+
+    def restore(self) -> None:
+        """Bring everything back; hard links between uv's cache and .vllm stay what they are."""
+        for part in PARTS:
+            shutil.rmtree(self.world.folder / part, ignore_errors=True)
+        self._copy(self.kept, self.world.folder)
+        self.world.index.faults.clear()
+        self.world.index.requests.clear()
+
+    def _copy(self, origin: Path, target: Path) -> None:
+        subprocess.run(["cp", "-a", "--reflink=auto", *[origin / part for part in PARTS], target], check=True)
+
+
+def make_place(case: KillCase, materials: Materials, folder: Path, warm: Path | None = None) -> Place:
+    """Prepare a world for a case, and learn from two undisturbed runs what is to be expected."""
+    world = make_world(materials, folder)
+    if warm and warm.exists():
+        shutil.copytree(warm, folder / "uv-cache", symlinks=True)
+    else:
+        (folder / "uv-cache").mkdir()
+    (folder / "tmp").mkdir()
+    world.env |= {"UV_CACHE_DIR": str(folder / "uv-cache"), "TMPDIR": str(folder / "tmp")}
+    case.prepare(world)
+    place = Place(case, world)
+    place.keep()
+    for number in range(2):
+        place.restore()
+        started = time.monotonic()
+        ended = world.run(*case.argv)
+        place.undisturbed_s = time.monotonic() - started
+        assert ended.code == 0, ended.said
+        found = judge.fingerprint(world.layout, world.folder / "cache")
+        if number:
+            assert not judge.differences(place.expected, found), judge.differences(place.expected, found)
+        place.expected = found
+        case.check(world)
+    return place
+
+
+def by_launcher(place: Place, limit: int, delay: str) -> Kill:
+    """Kill the verb's own process at its `limit`-th changing call; 0 lets it run."""
+    world = place.world
+    log = world.folder / "calls"
+    child = world.start(*place.case.argv, through=[sys.executable, "-Es", "-B", str(Path(launcher.__file__)), str(log), str(limit), delay])
+    child.communicate(timeout=120)
+    lines = log.read_text().splitlines() or ["0 none"]
+    after = "" if delay == "before" else f", {delay} s after it started"
+    quiet_s, living = judge.await_no_stray(place.mark)
+    _refuse_strays(living)
+    return Kill(f"call {limit} of the verb: {lines[-1]}{after}", child.returncode, quiet_s)
+
+
+def by_preload(place: Place, shim: preload.Preload, limit: int, mode: int) -> Kill:
+    """End everything, one child, or the verb at the `limit`-th changing call of all processes together."""
+    child = place.world.start(*place.case.argv, env=shim.environment(limit=limit, mode=mode))
+    out, err = child.communicate(timeout=120)
+    quiet_s, living = judge.await_no_stray(place.mark)
+    _refuse_strays(living)
+    if mode == preload.ONE_CHILD and child.returncode != -signal.SIGKILL:
+        # A verb that lost a child may well go on without it (uv tries once more what failed); where not, it says so in its own words.
+        wrong = failed_rightly(Ended(child.returncode, out, err), (0, *CODES))
+        assert not wrong, f"{shim.call(limit)}: {wrong}"
+    return Kill(f"call {limit} of all: {shim.call(limit)}", child.returncode, quiet_s)
+
+
+def judged(place: Place, kind: str, kill: Callable[[], Kill], *, damage: Callable[[], None] | None = None) -> Result:
+    """Put the world back, kill, perhaps damage, run the verb again, and hold what came of it against what should have."""
+    started = time.monotonic()
+    place.restore()
+    where = "before the kill"
+    complaints: list[str] = []
+    leftovers, was_seen = 0, False
+    try:
+        done = kill()
+        where = done.place
+        if damage:
+            damage()
+        state = _state(place.world)
+        was_seen = state in place.seen
+        if not was_seen:
+            complaints = complete(place)
+            leftovers = len(list((place.world.folder / "tmp").iterdir()))
+        if not complaints:
+            place.seen.add(state)
+    except (AssertionError, subprocess.TimeoutExpired, RuntimeError, OSError) as exc:
+        complaints = [f"{type(exc).__name__}: {exc}"]
+    finally:
+        place.world.end()
+    return Result(place.case.name, kind, where, tuple(complaints), time.monotonic() - started, was_seen, leftovers)
+
+
+def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, with_uv_cache: bool) -> Result:
+    """The machine stops at a call; what was not synced by then is damaged; the verb runs again."""
+    began: list[int] = []
+
+    def kill() -> Kill:
+        time.sleep(2 * power.TICK_NS / 1e9)
+        began.append(time.time_ns())
+        return by_preload(place, shim, limit, preload.EVERYTHING)
+
+    def damage() -> None:
+        parts = ("clone", "cache", "uv-cache") if with_uv_cache else ("clone", "cache")
+        damaged = power.cut([place.world.folder / part for part in parts], shim.syncs(), began_ns=began[0], draw=random.Random(f"{seed} {limit}"))
+        (place.world.folder / "damaged").write_text("\n".join(damaged))
+
+    return judged(place, "power cut, uv's cache damaged" if with_uv_cache else "power cut", kill, damage=damage)
+
+
+def complete(place: Place) -> list[str]:
+    """Run the verb again; say everything that is not as after an undisturbed run."""
+    ended = place.world.run(*place.case.argv)
+    if ended.code != 0:
+        return [f"the next run: {ended.said}"]
+    complaints = judge.differences(place.expected, judge.fingerprint(place.world.layout, place.world.folder / "cache"))
+    try:
+        place.case.check(place.world)
+    except (AssertionError, RuntimeError, OSError) as exc:
+        complaints.append(f"the user's work: {exc!r}")
+    return complaints
+
+
+def failed_rightly(ended: Ended, codes: Iterable[int]) -> list[str]:
+    """What is wrong with the way in which a verb reported a failure: it has a sentence, a hint, a code of the table and no traceback."""
+    wrong = []
+    if ended.code not in codes:
+        wrong.append(f"exit {ended.code}, expected one of {sorted(codes)}: {ended.said}")
+    if "Traceback" in ended.err:
+        wrong.append(f"a traceback: {ended.err}")
+    if ended.code > 0 and "\nerror: " not in f"\n{ended.err}":
+        wrong.append(f"no sentence: {ended.err}")
+    return wrong
+
+
+def each(places: list[Place], work: Callable[[Place, int], Result | None], numbers: Iterable[int]) -> list[Result]:
+    """Do the work for every number, side by side on the places given, until enough of them fail."""
+    left = iter(list(numbers))
+    lock = threading.Lock()
+    results: list[Result] = []
+
+    def worker(place: Place) -> None:
+        while True:
+            with lock:
+                number = next(left, None)
+                failures = sum(bool(result.complaints) for result in results)
+            if number is None or failures >= ENOUGH_FAILURES:
+                return
+            result = work(place, number)
+            if result:
+                with lock:
+                    results.append(result)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        for future in [pool.submit(worker, place) for place in places]:
+            future.result()
+    return results
+
+
+def _state(world: World) -> str:
+    """The content of everything that the next run may look at, so that equal states are run once. Names drawn at random count as equal."""
+    digest = hashlib.sha256()
+    for part in ("clone", "cache"):
+        for place, folders, names in os.walk(world.folder / part):
+            folders[:] = sorted(name for name in folders if name not in ("logs", "__pycache__"))
+            for name in sorted((*folders, *names)):
+                path = Path(place, name)
+                stat = path.lstat()
+                digest.update(f"{path.relative_to(world.folder)} {stat.st_mode} ".encode())
+                if path.is_symlink():
+                    digest.update(os.readlink(path).encode())
+                elif path.is_file() and name != "lock":
+                    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _refuse_strays(living: list[str]) -> None:
+    assert not living, f"still alive {judge.STRAY_S:g} s after the kill: {living}"

@@ -1,0 +1,96 @@
+"""What a clone is, down to each file, so that two runs can be compared; and what may not be left of the first of them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.small.materials import git
+from workspace.core.layout import Layout
+
+STRAY_S = 15.0
+Fingerprint = Mapping[str, str]
+
+# Whose presence counts, not what is in it: times, process numbers, caches and logs of git's own.
+_NAMES_ONLY = re.compile(r"(.*/)?\.git/.*|\.workspace/lock|\.vllm/\.lock|.*/(RECORD|uv_cache\.json|REQUESTED)|\.vllm/pyvenv\.cfg")
+_IGNORED = re.compile(
+    r".*/__pycache__(/.*)?|.*\.pyc|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_).*|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
+    r"|cache/.*/lock|\.workspace/(logs|expected-trees|tools)(/.*)?|\.vllm/\.workspace/\w+\.json"
+)
+
+
+def fingerprint(layout: Layout, cache: Path | None = None) -> Fingerprint:
+    """Every file of clone and downloads by digest, every reference, and what the stamps claim."""
+    found: dict[str, str] = {}
+    for top, prefix in ((layout.root, ""), *([(cache, "cache/")] if cache else [])):
+        for place, folders, names in os.walk(top):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            for name in (*folders, *names):
+                path = Path(place, name)
+                shown = f"{prefix}{path.relative_to(top)}"
+                if not _IGNORED.fullmatch(shown):
+                    found[shown] = _content(path, shown)
+    for name in ("environment", "vllm"):
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(layout.stamp(name).read_text())
+            found |= {f"stamp {name} {key}": json.dumps(record[key], sort_keys=True) for key in ("inputs", "packages", "libraries", "outcome")}
+    for name, folder in (("clone", layout.root), ("vllm", layout.vllm)):
+        if (folder / ".git").exists():
+            found |= _repository(name, folder)
+    return found
+
+
+def _content(path: Path, shown: str) -> str:
+    if path.is_symlink():
+        return f"-> {os.readlink(path)}"
+    if path.is_dir() or _NAMES_ONLY.fullmatch(shown):
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{path.stat().st_mode & 0o111:o} {path.stat().st_size} {digest[:16]}"
+
+
+def _repository(name: str, folder: Path) -> dict[str, str]:
+    return {
+        f"{name} HEAD": git(folder, "rev-parse", "HEAD", "HEAD^{tree}"),
+        f"{name} branch": git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
+        f"{name} refs": git(folder, "for-each-ref"),
+        f"{name} status": git(folder, "-c", "core.fsmonitor=false", "status", "--porcelain", "--untracked-files=all"),
+        f"{name} settings": "\n".join(sorted(git(folder, "config", "--local", "--list").splitlines())),
+        f"{name} fsck": git(folder, "fsck", "--no-dangling", "--no-progress", "--connectivity-only"),
+    }
+
+
+def differences(expected: Fingerprint, found: Fingerprint) -> list[str]:
+    """Each thing that is not as after an undisturbed run."""
+    lines = []
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            lines.append(f"{name}: expected {expected.get(name, 'nothing')!r:.160}, found {found.get(name, 'nothing')!r:.160}")
+    return lines
+
+
+def await_no_stray(mark: str) -> tuple[float, list[str]]:
+    """Wait until nothing lives that has `NAME=text` in its environment; return the seconds that it took and what still does."""
+    started = time.monotonic()
+    while living := strays(mark):
+        if time.monotonic() - started > STRAY_S:
+            break
+        time.sleep(0.01)
+    return time.monotonic() - started, living
+
+
+def strays(mark: str) -> list[str]:
+    """Processes that have the mark in their environment (proc_pid_environ(5)); the dead have none."""
+    wanted = f"{mark}\0".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if wanted in Path(f"/proc/{entry}/environ").read_bytes():
+                    found.append(f"{entry} {Path(f'/proc/{entry}/cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:200]}")
+    return found

@@ -1,0 +1,49 @@
+"""What a power cut leaves of a world whose processes have all just died: only what was synced is sure to be there.
+
+A file whose content is newer than the last sync comes back empty, cut short, whole or not at all; one that is older and was only
+linked or renamed since comes back or does not. What is older than the start of the run is on the disk.
+"""
+
+import os
+import random
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.proof.kill.preload import Sync
+
+# Times of files are taken from a clock that ticks every 4 ms or 10 ms.
+TICK_NS = 10_000_000
+
+
+def cut(folders: Sequence[Path], syncs: Sequence[Sync], *, began_ns: int, draw: random.Random) -> list[str]:
+    """Damage what was not synced since `began_ns`; return a line for each file that was."""
+    whole_ns = max((sync.at_ns for sync in syncs if sync.inode is None), default=began_ns)
+    synced: dict[int, int] = {}
+    for sync in syncs:
+        if sync.inode is not None:
+            synced[sync.inode] = max(sync.at_ns, synced.get(sync.inode, 0))
+    said = []
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            for name in sorted(names):
+                path = Path(place, name)
+                found = path.lstat()
+                if not stat.S_ISREG(found.st_mode) or found.st_ctime_ns <= whole_ns + TICK_NS:
+                    continue
+                if found.st_mtime_ns <= synced.get(found.st_ino, 0) + TICK_NS:
+                    continue
+                if verdict := _damage(path, is_new=found.st_mtime_ns > max(whole_ns, began_ns) + TICK_NS, draw=draw):
+                    said.append(f"{verdict} {path}")
+    return said
+
+
+def _damage(path: Path, *, is_new: bool, draw: random.Random) -> str:
+    choice = draw.choice(("kept", "empty", "cut", "gone") if is_new else ("kept", "gone"))
+    if choice == "gone":
+        path.unlink()
+    elif choice in ("empty", "cut"):
+        size = path.stat().st_size
+        # Written anew under its name: other names of this file are damaged, or not, on their own.
+        os.truncate(path, 0 if choice == "empty" or not size else draw.randrange(size))
+    return "" if choice == "kept" else choice

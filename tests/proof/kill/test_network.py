@@ -1,0 +1,80 @@
+"""The network fails in the middle of each page and each file: a sentence, a hint, exit 11; then the next run goes on from there."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tests.proof.kill import judge
+from tests.proof.kill.cases import VERBS
+from tests.proof.kill.conftest import Grounds
+from tests.proof.kill.harness import Place, Result, complete, each, failed_rightly
+from tests.small.index import Fault
+
+SOURCE_ERROR = 11
+CUT_AFTER = 100
+# uv's own patience, shortened; the workspace's is a constant of 30 s.
+PATIENCE = {"UV_HTTP_TIMEOUT": "3"}
+
+
+@dataclass(frozen=True)
+class Break:
+    """A way for a transfer to go wrong; `is_fatal` where the verb cannot go on."""
+
+    fault: Fault
+    is_fatal: bool = True
+
+
+BREAKS = {
+    "answers 503": Break(Fault(status=503)),
+    "is cut off": Break(Fault(cut_after=CUT_AFTER)),
+    "is slow": Break(Fault(delay_s=1.5), is_fatal=False),
+    "falls silent": Break(Fault(delay_s=45.0)),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_network_fails_in_each_page_and_file(how: str, grounds: Grounds, judge_all: Callable[[list[Result]], None]) -> None:
+    places = grounds(VERBS[0])
+    asked = requested(places[0])
+
+    def fail(place: Place, number: int) -> Result:
+        return broken(place, asked[number], how)
+
+    judge_all(each(places, fail, range(len(asked))))
+
+
+def requested(place: Place) -> list[str]:
+    """The pages and files that a first bootstrap asks for, uv's cache being empty."""
+    begin(place)
+    assert place.world.run(*place.case.argv).code == 0
+    names = [path.rsplit("/", 1)[-1] or path.rsplit("/", 2)[-2] for path in place.world.index.requests]
+    return list(dict.fromkeys(names))
+
+
+def begin(place: Place) -> None:
+    place.restore()
+    shutil.rmtree(place.world.folder / "uv-cache")
+    (place.world.folder / "uv-cache").mkdir()
+
+
+def broken(place: Place, name: str, how: str) -> Result:
+    """One fault for the whole of a run, then a run without."""
+    started = time.monotonic()
+    begin(place)
+    planned = BREAKS[how]
+    world = place.world
+    world.index.faults[name] = planned.fault
+    ended = world.run(*place.case.argv, env=PATIENCE)
+    complaints = failed_rightly(ended, (SOURCE_ERROR,) if planned.is_fatal else (0,))
+    if complaints and ended.code == 0:
+        complaints = [f"went on as if {name} were not needed: {line}" for line in ended.err.splitlines() if "left out" in line] or complaints
+    parts = list((world.folder / "cache").rglob("*.part"))
+    if planned.fault.cut_after and any(name in part.name for part in parts) and parts[0].stat().st_size != CUT_AFTER:
+        complaints.append(f"{parts[0].name} holds {parts[0].stat().st_size} bytes of the {CUT_AFTER} that came")
+    world.index.faults.clear()
+    complaints += complete(place)
+    _, living = judge.await_no_stray(place.mark)
+    return Result(place.case.name, f"network: {how}", name, tuple(complaints + living), time.monotonic() - started)

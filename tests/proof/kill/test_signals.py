@@ -1,0 +1,47 @@
+"""^C and SIGTERM at random moments: the verb says so and ends its children; the next run completes."""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.proof.kill.cases import VERBS, KillCase
+from tests.proof.kill.conftest import Grounds
+from tests.proof.kill.harness import Kill, Place, Result, each, judged
+from tests.proof.kill.judge import await_no_stray
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# Before the door stands, Python itself ends by the signal.
+STARTS_S = 0.4
+ENDED_WITHIN_S = 8.0
+
+
+def by_signal(place: Place, number: signal.Signals, after_s: float) -> Kill:
+    child = place.world.start(*place.case.argv)
+    time.sleep(after_s)
+    asked = time.monotonic()
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    ended_s = time.monotonic() - asked
+    _, living = await_no_stray(place.mark)
+    assert not living, living
+    assert child.returncode in (0, CODES[number]) or (child.returncode == -number and after_s < STARTS_S), (child.returncode, err)
+    assert ended_s < ENDED_WITHIN_S, f"{ended_s:.1f} s"
+    assert "Traceback" not in err or after_s < STARTS_S, err
+    return Kill(f"{number.name} after {after_s:.2f} s", child.returncode, ended_s)
+
+
+@pytest.mark.parametrize("case", VERBS, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_signal_at_a_random_moment(
+    case: KillCase, number: signal.Signals, grounds: Grounds, seed: int, times: int, judge_all: Callable[[list[Result]], None]
+) -> None:
+    places = grounds(case)
+
+    def send(place: Place, turn: int) -> Result:
+        after_s = random.Random(f"{seed} {case.name} {number} {turn}").random() * place.undisturbed_s
+        return judged(place, number.name, lambda: by_signal(place, number, after_s))
+
+    judge_all(each(places, send, range(times // 2)))
