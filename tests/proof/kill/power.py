@@ -4,6 +4,7 @@ A file whose content is newer than the last sync comes back empty, cut short, wh
 linked or renamed since comes back or does not. What is older than the start of the run is on the disk.
 """
 
+import filecmp
 import os
 import random
 import stat
@@ -16,16 +17,20 @@ from tests.proof.kill.preload import Sync
 TICK_NS = 10_000_000
 
 
-def cut(folders: Sequence[Path], syncs: Sequence[Sync], *, began_ns: int, draw: random.Random) -> list[str]:
-    """Damage what was not synced since `began_ns`; return a line for each file that was."""
+def cut(parts: Sequence[str], folder: Path, before: Path, syncs: Sequence[Sync], *, began_ns: int, draw: random.Random) -> list[str]:
+    """Damage what was written since `began_ns` below the parts of `folder` and not synced; return a line for each such file.
+
+    `before` holds the parts as they were: a file whose content is still that of then was at most touched, as git touches an object
+    that it need not write.
+    """
     whole_ns = max((sync.at_ns for sync in syncs if sync.inode is None), default=began_ns)
     synced: dict[int, int] = {}
     for sync in syncs:
         if sync.inode is not None:
             synced[sync.inode] = max(sync.at_ns, synced.get(sync.inode, 0))
     said = []
-    for folder in folders:
-        for place, _, names in os.walk(folder):
+    for part in parts:
+        for place, _, names in os.walk(folder / part):
             for name in sorted(names):
                 path = Path(place, name)
                 found = path.lstat()
@@ -33,9 +38,15 @@ def cut(folders: Sequence[Path], syncs: Sequence[Sync], *, began_ns: int, draw: 
                     continue
                 if found.st_mtime_ns <= synced.get(found.st_ino, 0) + TICK_NS:
                     continue
+                if _is_same(path, before / path.relative_to(folder)):
+                    continue
                 if verdict := _damage(path, is_new=found.st_mtime_ns > max(whole_ns, began_ns) + TICK_NS, draw=draw):
                     said.append(f"{verdict} {path}")
     return said
+
+
+def _is_same(path: Path, former: Path) -> bool:
+    return former.is_file() and filecmp.cmp(path, former, shallow=False)
 
 
 def _damage(path: Path, *, is_new: bool, draw: random.Random) -> str:
