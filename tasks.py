@@ -175,7 +175,12 @@ class _Door(Program):
 def _main():
     os.environ.pop(_HANDED_OVER, None)
     program = _Door(
-        namespace=Collection(bootstrap, status, doctor, report), name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=_Config
+        namespace=Collection(bootstrap, status, doctor, report),
+        name="Invoke",
+        version=invoke.__version__,
+        binary="inv",
+        binary_names=["inv"],
+        config_class=_Config,
     )
     return door.run(lambda: program.run(sys.argv))
 

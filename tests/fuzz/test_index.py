@@ -55,9 +55,14 @@ def test_any_address_is_a_sentence(tmp_path: Path, url: str) -> None:
     assert fetch(tmp_path, url) is None
 
 
+# What the parser of pages says to programmers.
+@pytest.mark.filterwarnings("ignore:\\s*The input passed in")
 @fuzz(fast=30, deep=3000)
 @given(damaged(PAGE).filter(lambda raw: b"http" not in raw))
 @example(PAGE.encode())
+@example(PAGE.replace("<!DOCTYPE", "<![OCTYPE").encode())
+@example(b"/a/path.html")
+@example(b"file:///")
 @example(PAGE.replace("../../", "file://[").encode())
 @example(PAGE.replace("../../", "../../%00").encode())
 @example(PAGE.replace(f"#sha256={SHA256}", "").replace("../../", "/").encode())

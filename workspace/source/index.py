@@ -67,6 +67,7 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
 
 def _page(project: str, settings: Settings) -> "ProjectPage":
     import requests
+    from bs4.exceptions import ParserRejectedMarkup
     from packaging.utils import canonicalize_name
     from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, ProjectPage, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
 
@@ -78,7 +79,7 @@ def _page(project: str, settings: Settings) -> "ProjectPage":
             raise SourceError(f"the package index has no project {project}: {page} is missing", hint=_OFFLINE_HINT)
         try:
             return ProjectPage.from_html(project, page.read_bytes(), base_url=page.as_uri())
-        except ValueError as exc:
+        except (ParserRejectedMarkup, ValueError) as exc:
             raise SourceError(f"{page} is no index page: {exc}", hint=_OFFLINE_HINT) from exc
     connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
     try:
@@ -90,7 +91,7 @@ def _page(project: str, settings: Settings) -> "ProjectPage":
         raise SourceError(f"the package index answered {exc.response.status_code} for {project}", hint=_OFFLINE_HINT) from exc
     except requests.RequestException as exc:
         raise SourceError(f"the package index cannot be reached for {project}: {_innermost(exc)}", hint=_OFFLINE_HINT) from exc
-    except (UnsupportedContentTypeError, UnsupportedRepoVersionError, ValueError) as exc:
+    except (UnsupportedContentTypeError, UnsupportedRepoVersionError, ParserRejectedMarkup, ValueError) as exc:
         raise SourceError(f"the package index answered for {project} with something else than an index page", hint=_OFFLINE_HINT) from exc
 
 

@@ -118,7 +118,8 @@ def _finish(git: Git, base: str, expected_tree: str | None, journal: Journal) ->
     if tip is None or expected_tree is None or git.tree(tip) != expected_tree:
         return False
     before, after, now = git.entries((), base), git.entries((), tip), git.entries((), None)
-    changed = [path for path in now.keys() | after.keys() if now.get(path) != after.get(path)]
+    # A file that neither of them has is a new one of the user's, and stays.
+    changed = [path for path in before.keys() | after.keys() if now.get(path) != after.get(path)]
     if not all(now.get(path) == before.get(path) or _is_begun(git, path, after.get(path)) for path in changed):
         return False
     journal.write(f"finishing the interrupted move of {git.path} to {tip}")
@@ -136,8 +137,10 @@ def _finish(git: Git, base: str, expected_tree: str | None, journal: Journal) ->
 
 
 def _is_begun(git: Git, path: str, entry: str | None) -> bool:
-    """Whether the file holds the first bytes of what it is to become."""
+    """Whether the file is gone, as git removes it before it writes it, or holds the first bytes of what it is to become."""
     file = git.path / path
+    if not os.path.lexists(file):
+        return True
     return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
 
 
