@@ -39,7 +39,8 @@ if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
 PROOFS = {
     "bootstrap": ["tests/proof/test_bootstrap.py"],
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
-    "kill": ["tests/proof/kill"],
+    # It runs its worlds beside each other by itself.
+    "kill": ["tests/proof/kill", "-n", "0"],
 }
 
 nox.options.default_venv_backend = "none"

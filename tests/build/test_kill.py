@@ -10,7 +10,7 @@ from tests.small.materials import Materials, git
 from tests.small.world import World, make_world
 from workspace.core.files import write_atomic
 
-CALLS = (3, 60, 150, 230)
+CALLS = (60, 200)
 
 
 def test_bootstrap_killed_again_and_again_leaves_what_an_undisturbed_one_does(world: World, built: World) -> None:
@@ -76,6 +76,17 @@ def test_series_goes_on_a_clone_that_was_copied(built: World) -> None:
     copy.rename(built.root)
     built.bootstrap()
     assert git(built.layout.vllm, "rev-parse", "HEAD") == git(built.layout.vllm, "rev-parse", "refs/patches/tip")
+
+
+def test_move_to_the_series_that_was_killed_is_finished_beside_a_new_file_of_the_users(built: World) -> None:
+    built.git("checkout", "--quiet", "--detach", built.materials.archive_commit)
+    (built.layout.vllm / "new.txt").write_text("mine\n")
+    # As git leaves it between removing a file and writing it anew.
+    (built.layout.vllm / "setup.py").unlink()
+    (built.layout.vllm / ".git" / "index.lock").touch()
+    built.bootstrap()
+    assert git(built.layout.vllm, "rev-parse", "HEAD") == git(built.layout.vllm, "rev-parse", "refs/patches/tip")
+    assert git(built.layout.vllm, "status", "--porcelain") == "?? new.txt"
 
 
 def test_file_that_a_killed_writer_left_beside_its_own_is_removed(tmp_path: Path) -> None:

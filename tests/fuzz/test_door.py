@@ -105,7 +105,7 @@ def test_any_surroundings(fresh: Door, env: dict[str, str | None], line: tuple[s
         is_decent(fresh(*line, env={"HF_TOKEN": SECRET, **env}), secrets=[SECRET])
 
 
-@fuzz(fast=2, deep=100)
+@fuzz(fast=1, deep=100)
 @given(surroundings)
 def test_doctor_in_any_surroundings(fresh: Door, env: dict[str, str | None]) -> None:
     is_decent(fresh("doctor", "--offline", env={"HF_TOKEN": SECRET, **env}), secrets=[SECRET])
