@@ -102,9 +102,9 @@ DEEP = ("[" * 3000, '{"a":' * 1500, "[" * 1500 + "]" * 1500)
 
 
 @st.composite
-def damaged_document(draw: st.DrawFn, original: object, *, is_ever_deep: bool = True) -> bytes:
+def damaged_document(draw: st.DrawFn, original: object) -> bytes:
     """A JSON document in which one or two parts are gone or of another type; seldom damaged as a text, or nested beyond all reason."""
-    if is_ever_deep and draw(st.integers(0, 9)) == 0:
+    if draw(st.integers(0, 9)) == 0:
         return draw(st.sampled_from(DEEP)).encode()
     text = json.dumps(original, indent=1)
     if draw(st.integers(0, 4)) == 0:

@@ -15,6 +15,7 @@ from email.policy import default as mail
 from email.utils import getaddresses
 from pathlib import Path
 
+from workspace.core.files import read_regular
 from workspace.core.layout import PROJECTS, Layout
 from workspace.core.redaction import Private
 from workspace.core.settings import Settings, is_secret
@@ -120,13 +121,15 @@ def assignments(path: Path) -> list[tuple[str, str]]:
 def read(path: Path) -> bytes:
     """Return a small file, nothing where it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return b""
 
 
 def tail(path: Path) -> str:
     """Return the end of a file, from the beginning of a line: half a token would not be known for one. Or why it cannot be read."""
+    if path.exists() and not path.is_file():
+        return "error: it cannot be read: not a regular file\n"
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -74,7 +74,7 @@ class Journal:
             for old in sorted(self._folder.glob("*.log"))[: -KEPT_LOGS + 1]:
                 old.unlink(missing_ok=True)
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            self._file = (self._folder / f"{stamp}-{self._verb}.log").open("w", encoding="utf-8")
+            self._file = (self._folder / f"{stamp}-{self._verb}.log").open("w", encoding="utf-8", errors="backslashreplace")
         return self._file
 
 

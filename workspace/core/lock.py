@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.errors import LockError
+from workspace.core.errors import LockError, ToolchainError
 
 POLL_S = 0.2
 
@@ -33,6 +33,8 @@ def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], 
     Raises LockError, saying who holds it, since when and doing what, unless `wait` is set; `on_wait` then gets that sentence once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise ToolchainError(f"{path} is not a regular file, so it cannot be the lock", hint=f"ls -ld {path}    shows what it is")
     # Python opens files close-on-exec: only a guard keeps the lock alive, until it has ended what a killed verb began.
     with path.open("a+", encoding="utf-8") as file:
         told = False
@@ -69,5 +71,5 @@ def _holder(name: str) -> str:
         record = json.loads(Path(name).read_text(encoding="utf-8"))
         doing = f", now {record['doing']}" if record["doing"] else ""
         return f"{record['verb']} (process {record['pid']}) has been changing this workspace since {record['since']}{doing}"
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return "another process is changing this workspace"

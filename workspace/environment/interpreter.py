@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from workspace.core import process
 from workspace.core.errors import BuildError, SettingsError, SourceError, ToolchainError, WorkspaceError
-from workspace.core.files import write_atomic
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
@@ -230,8 +230,8 @@ def site_packages(layout: Layout) -> tuple[Path, ...]:
     """Return the package folder of `.vllm`: that of the Python that pyvenv.cfg names, should an older one have left its own."""
     folders = sorted((layout.environment / "lib").glob("python3.*/site-packages"))
     try:
-        found = re.search(r"^version(?:_info)?\s*=\s*(3\.\d+)", (layout.environment / "pyvenv.cfg").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
+        found = re.search(r"^version(?:_info)?\s*=\s*(3\.\d+)", read_regular(layout.environment / "pyvenv.cfg").decode(), re.MULTILINE)
+    except (OSError, ValueError):
         found = None
     return tuple(folder for folder in folders if found is None or folder.parent.name == f"python{found[1]}")
 

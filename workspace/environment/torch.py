@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
@@ -59,8 +60,8 @@ def observe(layout: Layout, settings: Settings) -> TorchBuild | None:
         return None
     for folder in interpreter.site_packages(layout):
         for place in (folder / "torch", *_editable(folder / f"torch-{version}.dist-info")):
-            with contextlib.suppress(OSError):
-                text = (place / "version.py").read_text(encoding="utf-8")
+            with contextlib.suppress(OSError, ValueError):
+                text = read_regular(place / "version.py").decode()
                 own, cuda = _VERSION.search(text), _CUDA.search(text)
                 return TorchBuild(own[1] if own else version, cuda[1] if cuda else None)
     return None

@@ -18,6 +18,8 @@ from workspace.smoke.checks import Check
 
 # Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a start alone has taken 123 s.
 TIMEOUT_S = 600.0
+# A day; poll(2) counts milliseconds in 32 bits.
+LONGEST_TIMEOUT_S = 86400.0
 
 # The way on from each failed check, most telling first.
 _NEXT = {
@@ -70,8 +72,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, metavar="SECONDS", help=f"how long each probe may take (default {TIMEOUT_S:g})")
     arguments = parser.parse_args()
-    if not arguments.timeout_s > 0:
-        parser.error("--timeout-s is a number above 0")
+    if not 0 < arguments.timeout_s <= LONGEST_TIMEOUT_S:
+        parser.error(f"--timeout-s is a number above 0 and at most {LONGEST_TIMEOUT_S:g}")
     layout = layouts.here()
 
     def work() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, WorkspaceError
-from workspace.core.files import write_atomic
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.source import checkout as checkouts
@@ -153,8 +153,8 @@ def _expected_tree(layout: Layout, project: str, git: Git, base: str, names: Seq
         digest.update(f"{file.name} {len(content)}\n".encode() + content)
     key = {"base": base, "series": digest.hexdigest()}
     memory = layout.state / "expected-trees" / f"{project}.json"
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(memory.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        known = json.loads(read_regular(memory))
         if isinstance(known, dict) and {name: known.get(name) for name in key} == key and isinstance(known.get("tree"), str):
             return str(known["tree"])
     tree = git.tree_after(base, files)
