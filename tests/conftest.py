@@ -1,5 +1,6 @@
 """Shared fixtures: the small world. What it is made of is in tests/small."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 from tests.small.index import serve
 from tests.small.materials import Materials, gather, prepare
 from tests.small.world import World, make_world
+
+
+def pytest_configure() -> None:
+    # A shell's background job ignores SIGINT, and so would the verbs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
