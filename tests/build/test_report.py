@@ -162,7 +162,7 @@ def test_fresh_clone_with_nothing_built_can_be_reported(reported: tuple[World, E
 def test_what_cannot_be_read_is_said_in_its_place(reported: tuple[World, Ended]) -> None:
     files = unpacked(reported[1])
     assert files["stamps/vllm.json"] == "error: it cannot be read: Invalid argument\n"
-    assert files["smoke.json"] == "error: it cannot be read: Is a directory\n"
+    assert files["smoke.json"] == "error: it cannot be read: not a regular file\n"
 
 
 def test_archive_is_private_and_tells_no_owner(reported: tuple[World, Ended]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.source.conftest import Snapshot, Workspace, commit, sh_git, write
 from workspace.core.errors import BuildError, CheckoutError
-from workspace.source.content import first_line
+from workspace.source.content import first_line, refusal_of_disk
 from workspace.source.git import Git
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,3 +156,9 @@ def test_first_line_is_the_one_that_says_why() -> None:
     assert first_line("warning: x\nhint: y\nfatal: it broke\nmore\n") == "it broke"
     assert first_line("only this\n") == "only this"
     assert first_line("") == ""
+
+
+def test_full_disk_is_told_from_a_patch_that_does_not_apply() -> None:
+    assert refusal_of_disk("error: unable to write file setup.py\nfatal: sha1 file 'index.lock' write error. Out of diskspace\n")
+    assert refusal_of_disk("error: unable to create temporary file: Read-only file system\nerror: patch does not apply\n")
+    assert refusal_of_disk("error: patch failed: setup.py:1\nerror: setup.py: patch does not apply\n") is None

@@ -61,3 +61,8 @@ def first_line(err: str) -> str:
     lines = [line.strip() for line in err.splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith(("fatal:", "error:"))), lines[0] if lines else "")
     return re.sub(r"^(fatal|error): ", "", said)
+
+
+def refusal_of_disk(err: str) -> str | None:
+    """The line of git's talk that names a disk that is full or read-only: no patch's and no network's fault, whatever else follows."""
+    return next((line.strip() for line in err.splitlines() if re.search(r"No space left|Out of diskspace|Read-only file system|quota exceeded", line)), None)

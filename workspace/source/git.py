@@ -19,14 +19,13 @@ from workspace.core.errors import CheckoutError, SourceError, ToolchainError, Wo
 from workspace.core.journal import Journal
 from workspace.core.settings import Settings
 from workspace.source import content, hardening, leftover
-from workspace.source.content import first_line, split
+from workspace.source.content import first_line, refusal_of_disk, split
 
 if TYPE_CHECKING:
     import git as gitpython
 
 _HASHED_AT_ONCE = 500
 OnLine = Callable[[str], None]
-_LOCKS_MET = 3
 _UNDER_WAY = {
     "rebase-apply/applying": "am",
     "rebase-apply": "rebase",
@@ -309,7 +308,7 @@ class Git:
         from git.exc import GitCommandNotFound
 
         # A lock that a killed git left is removed, and the command that met it run again.
-        for _ in range(_LOCKS_MET):
+        for _ in range(3):
             try:
                 status, out, err = program().execute(
                     argv,
@@ -329,6 +328,8 @@ class Git:
         return answer
 
     def _explain(self, answer: _Answer, said: Sequence[str], *, check: bool) -> None:
+        if refusal := refusal_of_disk(answer.err):
+            raise ToolchainError(f"git in {self.path}: {refusal}", hint=f"df -h {self.path}; ls -ld {self.path}")
         if found := re.search(r"dubious ownership in repository at '([^']*)'", answer.err):
             place = shlex.quote(found[1])
             raise CheckoutError(
