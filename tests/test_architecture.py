@@ -28,13 +28,13 @@ MAY_IMPORT = {
     "door": {"core"},
     "probes": set(),
 }
-# A package that only one module, or nobody, may import.
+# A package that only one module, one package, or nobody, may import.
 SINGLE_DOORS = {
     "subprocess": "workspace/core/process.py",
     "multiprocessing": None,
     "pty": None,
     "dotenv": "workspace/core/settings.py",
-    "git": "workspace/source/git.py",
+    "git": "workspace/source/git/",
     "invoke": "tasks.py",
     "nox": "noxfile.py",
 }
@@ -94,12 +94,17 @@ def wrong_doors(source: str, path: str) -> list[str]:
     if path.startswith("workspace/probes/"):
         # A program of its own in another environment: it can use none of our doors.
         return []
-    complaints = [f"{path} imports {name}" for name in imports(tree, path) if SINGLE_DOORS.get(name.split(".")[0], path) != path]
+    complaints = [f"{path} imports {name}" for name in imports(tree, path) if not _is_door(name.split(".")[0], path)]
     for name in attributes(tree):
         starts = STARTS_A_PROGRAM.match(name) and path not in STARTS_PROGRAMS
         if starts or (READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"):
             complaints.append(f"{path} uses {name}")
     return complaints
+
+
+def _is_door(package: str, path: str) -> bool:
+    door = SINGLE_DOORS.get(package, path)
+    return door is not None and (path == door or (door.endswith("/") and path.startswith(door)))
 
 
 def wrong_probe(source: str, path: str) -> list[str]:

@@ -27,6 +27,24 @@ class Layout:
     def patches(self, project: str) -> Path:
         return self.root / "patches" / project
 
+    def upstream(self, project: str) -> Path:
+        """A bare repository of the workspace's own, in which other releases than the pinned one are looked at."""
+        return self.state / "upstream" / f"{project}.git"
+
+    def times(self, project: str) -> Path:
+        """When the files of a checkout were written last with which content; see source/times.py."""
+        return self.state / "times" / f"{project}.json"
+
+    @property
+    def workshop(self) -> Path:
+        """A clone in small, with a tree and an environment of its own, in which a pin is moved before anything else is."""
+        return self.state / "bump"
+
+    @property
+    def goods(self) -> Path:
+        """What `inv pin.back` returns to, a folder each."""
+        return self.state / "good"
+
     @property
     def dotenv(self) -> Path:
         return self.root / ".env"
