@@ -60,6 +60,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("ALLOW_PRERELEASE", "switch", "0", "workspace", "1: let xgrammar, triton and flashinfer be pre-releases"),
     Setting("TORCH_INDEX_URL", "url", "", "workspace", "package index to take torch from instead of PyTorch's own"),
     Setting("VLLM_MIRROR", "text", "", "workspace", "git URL or path to fetch vLLM from instead of GitHub"),
+    Setting("TRITON_REF", "text", "main", "workspace", "branch, tag or commit of Triton that inv pin.bump triton takes"),
+    Setting("PIN_MIN_AGE_DAYS", "count", "7", "workspace", "days that a release must have been out before inv pin.bump takes it"),
     Setting("TRITON_MIRROR", "text", "", "workspace", "git URL or path to fetch Triton from instead of GitHub"),
     Setting("CONNECT_TIMEOUT_S", "count", "5", "workspace", "seconds to wait for a remote before falling back"),
     Setting("WORKSPACE_CACHE_DIR", "path", "", "workspace", "downloads shared by all clones; empty: vllm-workspace in the user's cache folder"),

@@ -4,6 +4,7 @@ All packages go in through `install`, which says in one sentence what stood in t
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -293,16 +294,23 @@ def _facts(python: Path, settings: Settings, *, follow: bool = False) -> tuple[P
 
 def _installed_pythons(layout: Layout, settings: Settings) -> Iterator[tuple[str, Path]]:
     """Yield version and path of what uv finds. Shims that lead nowhere only make it print warnings."""
-    argv: list[process.Argument] = [uv(layout), "python", "list", "--only-installed", "--output-format", "json"]
-    done = process.capture(argv, env=settings.child_environment("plain"), timeout_s=ANSWER_S * 3)
+    done = _listed(uv(layout), tuple(sorted(settings.child_environment("plain").items())))
     try:
         listed = json.loads(done.stdout)
     except ValueError as exc:
+        _listed.cache_clear()
         raise ToolchainError(f"uv python list gave no list: {done.stderr.strip()[-200:]}", hint=f"{uv(layout)} python list") from exc
     for python in listed:
         usual = python.get("implementation") == "cpython" and python.get("variant", "default") == "default"
         if usual and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
             yield python["version"], Path(python["path"])
+
+
+@functools.cache
+def _listed(program: Path, environment: tuple[tuple[str, str], ...]) -> process.Completed:
+    # Preflight and the environment both ask, and uv starts every Python and every shim that it finds: seconds where there are many.
+    argv: list[process.Argument] = [program, "python", "list", "--only-installed", "--output-format", "json"]
+    return process.capture(argv, env=dict(environment), timeout_s=ANSWER_S * 3)
 
 
 def _fetch(layout: Layout, settings: Settings, version: str, journal: Journal | None) -> bool:
@@ -318,6 +326,7 @@ def _fetch(layout: Layout, settings: Settings, version: str, journal: Journal | 
         journal.command(" ".join(argv))
     with contextlib.suppress(ToolchainError):
         if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
+            _listed.cache_clear()
             return True
     with contextlib.suppress(OSError):
         write_atomic(tried, b"")
