@@ -1,4 +1,4 @@
-"""Two commands timed against each other.
+"""Two ways to do one thing, timed against each other: programs, or calls in this process.
 
 Runs alternate (A B, B A, …), so that a machine that gets slower or busier slows both; what is compared is always the two of a pair.
 What the process seam itself takes, a Python as guard among it, is measured beside them and taken off.
@@ -31,6 +31,17 @@ class Command:
 
 
 @dataclass(frozen=True)
+class Call:
+    """Work in this process: what a verb does once its door stands. `before` runs ahead of each and is not timed."""
+
+    work: Callable[[], object]
+    before: Callable[[], None] | None = None
+
+
+Timed = Command | Call
+
+
+@dataclass(frozen=True)
 class Sample:
     """One run: seconds on the clock, and of all processors, its children's included."""
 
@@ -51,7 +62,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two sides of each pair, in the order of the pairs. `seam` is what starting any program took, already taken off."""
+    """The two sides of each pair, in the order of the pairs. `seam` is what starting any program took, taken off where a side is one."""
 
     measured: tuple[Sample, ...]
     against: tuple[Sample, ...]
@@ -93,42 +104,45 @@ class Aim:
         return {"ratio": f"{self.limit:g}x", "extra": f"+{self.limit * 1000:g} ms", "wall": f"{self.limit:g} s"}[self.kind]
 
 
-def compare(measured: Command, against: Command, *, pairs: int, warm_ups: int, on_run: Callable[[int, int], None] = lambda done, total: None) -> Comparison:
+def compare(measured: Timed, against: Timed, *, pairs: int, warm_ups: int, on_run: Callable[[int, int], None] = lambda done, total: None) -> Comparison:
     """Run both `warm_ups` times without counting, then in `pairs` pairs. `on_run` gets the runs so far and in all.
 
     Raises BuildError where a run ends with a status that does not count, ToolchainError where a program is not there.
     """
     sides = (measured, against)
+    programs = [side for side in sides if isinstance(side, Command)]
     samples: tuple[list[Sample], list[Sample]] = ([], [])
     seams = []
     total = 2 * (warm_ups + pairs)
     for number in range(warm_ups + pairs):
-        seams.append(run(Command(_NOTHING, Path(measured.cwd.anchor), measured.env)))
+        for program in programs[:1]:
+            seams.append(run(Command(_NOTHING, Path(program.cwd.anchor), program.env)))
         for place, side in enumerate((0, 1) if (number - warm_ups) % 2 == 0 else (1, 0), 1):
             sample = run(sides[side])
             if number >= warm_ups:
                 samples[side].append(sample)
             on_run(2 * number + place, total)
-    seam = Sample(statistics.median(one.wall_s for one in seams), statistics.median(one.cpu_s for one in seams))
-    return Comparison(tuple(one.less(seam) for one in samples[0]), tuple(one.less(seam) for one in samples[1]), seam)
+    seam = Sample(statistics.median(one.wall_s for one in seams), statistics.median(one.cpu_s for one in seams)) if seams else Sample(0.0, 0.0)
+    one, other = (tuple(sample.less(seam) if isinstance(side, Command) else sample for sample in taken) for side, taken in zip(sides, samples, strict=True))
+    return Comparison(one, other, seam)
 
 
-def run(command: Command) -> Sample:
-    """Run a command once. Raises BuildError with what it said where its status does not count."""
-    if command.before:
-        command.before()
+def run(timed: Timed) -> Sample:
+    """Run one side once. Raises BuildError with what a program said where its status does not count, and whatever a call raises."""
+    if timed.before:
+        timed.before()
     cpu_s, started = _cpu_s(), time.perf_counter()
-    done = process.capture(command.argv, env=command.env, cwd=command.cwd)
+    done = timed.work() if isinstance(timed, Call) else process.capture(timed.argv, env=timed.env, cwd=timed.cwd)
     sample = Sample(time.perf_counter() - started, _cpu_s() - cpu_s)
-    if done.returncode not in command.statuses:
-        raise _failed(command, done)
+    if isinstance(timed, Command) and isinstance(done, process.Completed) and done.returncode not in timed.statuses:
+        raise _failed(timed, done)
     return sample
 
 
 def _cpu_s() -> float:
-    """Processor seconds of all children that have ended and were waited for (getrusage(2)); os.times() counts in hundredths."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Processor seconds of this process and of all children that have ended and were waited for (getrusage(2)); os.times() counts in hundredths."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _failed(command: Command, done: process.Completed) -> BuildError:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from workspace.perf import by_hand
 from workspace.perf.ground import Ground
-from workspace.perf.measure import Aim, Command
+from workspace.perf.measure import Aim, Command, Timed
 
-Sides = tuple[Command, Command]
+Sides = tuple[Timed, Timed]
 
 
 @dataclass(frozen=True)
