@@ -164,3 +164,17 @@ def test_library_for_another_python_is_hashed_and_never_loaded(tree: Tree) -> No
     verdicts = tree.verdicts("--no-import")
     assert verdicts[f"_C.{other}"] == ("other python", None)
     assert verdicts[f"_C.{own}"][0] == "broken"
+
+
+def test_tree_that_hides_what_is_installed_is_seen_from_inside_only(tree: Tree, tmp_path: Path) -> None:
+    tree.package()
+    elsewhere = tmp_path / "other"
+    (elsewhere / "vllm").mkdir(parents=True)
+    (elsewhere / "vllm" / "__init__.py").write_text("raise ImportError('a half-made tree')\n")
+    environment = {"PYTHONPATH": f"{tree.root / 'lib'}:{tree.root}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-B", PROBE, elsewhere, "--no-libraries", "--inside"], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    record = json.loads(done.stdout)
+    assert (record["error"], record["version"]) == (None, "0.31.0+cpu")
+    assert record["inside"]["error"] == "vllm cannot be imported: ImportError: a half-made tree"

@@ -46,8 +46,7 @@ def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
     Raises BuildError naming each thing that is not as it should be.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        said = _ask(layout, settings, Path(neutral), libraries=True)
-    inside = _ask(layout, settings, layout.vllm, libraries=False)
+        said, inside = _ask(layout, settings, Path(neutral))
     wrong = [f"from a neutral folder: {sentence}" for sentence in _judge(said, layout, observed)]
     wrong += [f"from inside vendor/vllm: {sentence}" for sentence in _judge(inside, layout, observed)]
     wrong += said.broken
@@ -78,8 +77,9 @@ def _judge(said: _Said, layout: Layout, observed: Observation) -> list[str]:
     return wrong
 
 
-def _ask(layout: Layout, settings: Settings, folder: Path, *, libraries: bool) -> _Said:
-    argv: list[process.Argument] = [layout.environment_python, layout.probes / "verify.py", layout.vllm, *([] if libraries else ["--no-libraries"])]
+def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said]:
+    """What the built interpreter says from `folder` and from inside the tree."""
+    argv: list[process.Argument] = [layout.environment_python, layout.probes / "verify.py", layout.vllm, "--inside"]
     done = process.capture(argv, env=settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"}), cwd=folder, timeout_s=TIMEOUT_S)
     last = tuple(done.stderr.strip().splitlines()[-15:])
     try:
@@ -89,14 +89,17 @@ def _ask(layout: Layout, settings: Settings, folder: Path, *, libraries: bool) -
     if not isinstance(record, dict):
         said = last[-1] if last else "no word"
         raise BuildError(f"the built interpreter {process.describe_status(done.returncode)} while it imported vllm: {said}", details=last)
-    rows = record["libraries"]
-    torch = record["torch"] or {"version": "none", "cuda": None}
-    return _Said(
-        error=record["error"],
-        file=Path(record["file"]) if record["file"] else None,
-        version=str(record["version"]),
-        platform=str(record["platform"] or ""),
-        torch=TorchBuild(torch["version"], torch["cuda"]),
-        libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
-        broken=tuple(f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"),
+    rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
+    outside, inside = (
+        _Said(
+            error=reply["error"],
+            file=Path(reply["file"]) if reply["file"] else None,
+            version=str(reply["version"]),
+            platform=str(reply["platform"] or ""),
+            torch=TorchBuild(torch["version"], torch["cuda"]),
+            libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
+            broken=tuple(f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"),
+        )
+        for reply in (record, record["inside"])
     )
+    return outside, inside

@@ -87,8 +87,10 @@ def mapped(tree: Path) -> list[str]:
     return sorted(str(file.relative_to(tree)) for file in files if _LIBRARY.fullmatch(file.name) and file.is_relative_to(tree))
 
 
-def imported(tree: Path) -> dict:
-    """Import vLLM as `python -c` would, and say what it is and which libraries it takes on this machine."""
+def imported(tree: Path, folder: Path | None = None) -> dict:
+    """Import vLLM as `python -c` would in `folder`, and say what it is and which libraries it takes on this machine."""
+    if folder:
+        os.chdir(folder)
     import vllm
     from vllm.platforms import current_platform
 
@@ -157,7 +159,7 @@ def torch_record() -> dict:
     return {"version": torch.__version__, "cuda": torch.version.cuda}
 
 
-def examine(tree: Path, *, imports: bool, libraries: bool) -> dict:
+def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False) -> dict:
     record: dict = {"schema": SCHEMA, "error": None, "file": None, "version": None, "platform": None, "kernels": None, "libraries": []}
     record |= {"python": sys.version.split()[0], "torch": None}
     try:
@@ -171,12 +173,18 @@ def examine(tree: Path, *, imports: bool, libraries: bool) -> dict:
         record["libraries"] = [judge(path, tree) for path in compiled(tree)]
     if asked is None and any(row["signal"] == "SIGILL" for row in record["libraries"]):
         asked = Question(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S)
+    # torch is imported by now: a second child is spared the half of it.
+    from_tree = Question(lambda: imported(tree, tree), timeout_s=IMPORT_TIMEOUT_S) if inside else None
     if asked:
         said = asked.ask()
         record |= said.get("value", {})
         if "value" not in said:
             record["error"] = record["error"] or f"vllm cannot be imported: {said['error']}"
         excuse_other_cpu(record["libraries"], record["kernels"])
+    if from_tree:
+        said = from_tree.ask()
+        error = None if "value" in said else record["error"] or f"vllm cannot be imported: {said['error']}"
+        record["inside"] = {"error": error, "file": None, "version": None, "platform": None} | said.get("value", {})
     return record
 
 
@@ -185,6 +193,7 @@ def main() -> None:
     parser.add_argument("tree", type=Path, help="the checkout that vLLM should come from")
     parser.add_argument("--no-import", action="store_true", help="load libraries only; vLLM is asked for its choice where one is for another processor")
     parser.add_argument("--no-libraries", action="store_true", help="import only")
+    parser.add_argument("--inside", action="store_true", help="import also with the tree as working directory, where it may hide what is installed")
     arguments = parser.parse_args()
     tree = arguments.tree.resolve()
     if not (tree / "vllm").is_dir():
@@ -195,7 +204,7 @@ def main() -> None:
     # As `python -c` and `python -m` do: a tree, or an egg-info in it, that hides the installed vLLM must show here.
     if sys.path and sys.path[0] == str(Path(__file__).resolve().parent):
         sys.path[0] = ""
-    record = examine(tree, imports=not arguments.no_import, libraries=not arguments.no_libraries)
+    record = examine(tree, imports=not arguments.no_import, libraries=not arguments.no_libraries, inside=arguments.inside)
     print(json.dumps(record), file=out, flush=True)
 
 
