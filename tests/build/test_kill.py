@@ -3,11 +3,9 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from tests.proof.kill import judge, launcher
-from tests.small.materials import Materials, git
-from tests.small.world import World, make_world
+from tests.small.materials import git
+from tests.small.world import World
 from workspace.core.files import write_atomic
 
 CALLS = (60, 200)
@@ -37,35 +35,6 @@ def test_half_linked_package_is_not_taken_for_whole(built: World) -> None:
     built.layout.stamp("environment").unlink()
     built.bootstrap()
     assert module.exists()
-
-
-@pytest.fixture
-def alone(materials: Materials, tmp_path: Path) -> World:
-    """A fresh clone with a cache of uv's of its own, which a test may damage."""
-    made = make_world(materials, tmp_path)
-    made.env["UV_CACHE_DIR"] = str(tmp_path / "uv-cache")
-    return made
-
-
-def test_what_a_power_cut_left_short_is_replaced(alone: World) -> None:
-    # What is left of a run that was killed while it wrote the marker of an environment of ours.
-    (alone.layout.environment / ".workspace").mkdir(parents=True)
-    (alone.layout.environment / ".workspace" / ".made-here.abcdefgh").touch()
-    alone.bootstrap()
-    whole = judge.fingerprint(alone.layout)
-    module = next(alone.layout.environment.glob("lib/*/site-packages/regex/__init__.py"))
-    cached = [path for path in (alone.folder / "uv-cache").rglob("regex/__init__.py") if path.samefile(module)]
-    # One file under two names: uv links.
-    module.write_bytes(module.read_bytes()[:3])
-    assert cached
-    bytecode = next(alone.layout.environment.glob("lib/*/site-packages/setuptools/__pycache__/__init__*.pyc"))
-    bytecode.write_bytes(bytecode.read_bytes()[:40])
-    (alone.layout.environment / "bin" / "activate").write_bytes(b"")
-    (alone.layout.environment / ".workspace" / "unfinished").touch()
-    for name in ("environment", "vllm"):
-        alone.layout.stamp(name).unlink()
-    alone.bootstrap()
-    assert judge.differences(whole, judge.fingerprint(alone.layout)) == []
 
 
 def test_series_goes_on_a_clone_that_was_copied(built: World) -> None:

@@ -28,6 +28,9 @@ from pathlib import Path
 from workspace import door
 from workspace.build import report
 from workspace.core.layout import Layout
+
+# Its module's fixture is made once, on one worker.
+pytestmark = pytest.mark.xdist_group("report")
 report.COLLECT_ENV_S = float(sys.argv[2])
 here = Layout(Path(sys.argv[1]))
 sys.exit(door.run(lambda: report.write(here, report.settings_of(here), console=door.console())))

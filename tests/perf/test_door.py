@@ -53,27 +53,6 @@ def test_cheap_rows_are_measured_in_an_unbuilt_clone_and_the_others_name_bootstr
     assert not list(world.layout.state.glob(".perf*"))
 
 
-def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays_as_it_is(built: World) -> None:
-    before = kept(built)
-    record = built.folder / "record.json"
-    words = [word for name in ("wrapper-inv", "wrapper-nox", "status", "no-op", "warm") for word in ("--row", name)]
-    ended = perf(built, *words, "--repeat", "1", "--json", str(record))
-    assert ended.code == 0, ended.said
-    rows = rows_of(ended)
-    assert list(rows) == ["wrapper-inv", "wrapper-nox", "status", "no-op", "warm"]
-    for row in rows.values():
-        ratio, samples = row["ratio"], row["samples"]
-        assert isinstance(ratio, dict)
-        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
-        assert isinstance(samples, dict)
-        assert [len(samples[side]) for side in ("measured", "against")] == [1, 1]
-        assert row["verdict"] in ("met", "missed", "no aim")
-    assert json.loads(record.read_text()) == json.loads(ended.out)
-    assert kept(built) == before
-    assert built.status()["install"] == "ok"
-    assert not list(built.layout.state.glob(".perf*"))
-
-
 def test_a_verb_that_is_changing_the_workspace_keeps_the_no_op_from_being_measured(built: World) -> None:
     with lock.hold(built.layout.lock, verb="rebuild"):
         ended = perf(built, "--row", "no-op", "--repeat", "1")
