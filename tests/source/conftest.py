@@ -17,7 +17,7 @@ from workspace.core.files import sha256
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.source import archive, checkout, patches
+from workspace.source import archive, checkout, patches, resume
 from workspace.source.checkout import Checkout, Choice
 from workspace.source.patches import Stack
 from workspace.source.pins import Archive, Pin
@@ -231,8 +231,14 @@ class Workspace:
     def stack(self) -> Stack:
         return patches.observe(self.layout, "vllm", self.pin, self.observe())
 
-    def apply(self) -> Stack:
-        return patches.apply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal)
+    def apply(self, *, stop_at_conflict: bool = False) -> Stack:
+        return patches.apply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal, stop_at_conflict=stop_at_conflict)
+
+    def unapply(self) -> Stack:
+        return patches.unapply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal)
+
+    def go_on(self, how: resume.How) -> Stack:
+        return resume.go_on(self.layout, "vllm", self.pin, self.observe(), how=how, journal=self.journal)
 
     def series(self, content: Mapping[str, bytes], *, base: str | None = None) -> None:
         """Replace the series."""

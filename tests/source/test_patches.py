@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from tests.source.conftest import LINES, PATCHED, Snapshot, Upstream, Workspace, commit, export, sh_git, write
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift
+from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, WorkspaceError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.source import checkout, patches, pins
@@ -165,7 +167,7 @@ def test_operation_under_way_is_named_and_left(release: Workspace, upstream: Ups
     with pytest.raises(CheckoutError, match=f"in the middle of a git {verb}") as failure:
         release.apply()
     assert failure.value.hint
-    assert f"git -C vendor/vllm {verb} --continue    or --abort" in failure.value.hint
+    assert failure.value.hint.startswith("./scripts/inv patch.continue    ")
     sh_git(vllm, verb, "--abort")
     assert sh_git(vllm, "rev-parse", "HEAD") == last
 
@@ -201,12 +203,16 @@ def test_conflicts_hint_leads_to_that_conflict(checked_out: Workspace, upstream:
     sh_git(checked_out.vllm, "fetch", "--quiet", str(upstream.work), "drift")
     with pytest.raises(PatchConflict) as failure:
         checked_out.apply()
-    assert failure.value.hint
-    command = failure.value.hint.split("    ")[0]
-    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b.invalid"}
-    assert subprocess.run(command, shell=True, cwd=checked_out.layout.root, check=False, capture_output=True, env=environ).returncode != 0
+    assert (failure.value.hint or "").startswith("./scripts/inv patch.apply    ")
+    with pytest.raises(PatchConflict, match=r"patch 2 of 2, patches/vllm/XX-to-YY\.patch, .* vendor/vllm waits at the conflict") as stopped:
+        checked_out.apply(stop_at_conflict=True)
+    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue    " in (stopped.value.hint or "")
+    assert "patch.continue --skip" in (stopped.value.hint or "")
+    assert "patch.continue --abort" in (stopped.value.hint or "")
+    assert stopped.value.details == ("conflict in vllm/lines.py",)
     assert checked_out.stack().state is State.IN_PROGRESS
     assert sh_git(checked_out.vllm, "log", "-1", "--format=%f") == second[0].removesuffix(".patch")
+    assert "<<<<<<<" in (checked_out.vllm / "vllm" / "lines.py").read_text()
 
 
 def test_three_way_merge_of_am_equals_the_expected_tree(workspace: Workspace, upstream: Upstream, tmp_path: Path) -> None:
@@ -331,3 +337,214 @@ def test_shipped_patch_makes_a_commit_of_its_name_and_round_trips(tmp_path: Path
     # The index line names the whole file of the pin, which is not at hand here.
     without_index = re.compile(rb"^index .*$|^@@ .*$", re.MULTILINE)
     assert without_index.sub(b"", export(layout.vllm, "HEAD")) == without_index.sub(b"", content)
+
+
+def everything(workspace: Workspace) -> dict[str, str]:
+    """All that must survive a refusal: every reference, HEAD, the index against HEAD, and every file."""
+    vllm = workspace.vllm
+    files = {
+        str(path): os.readlink(path) if path.is_symlink() else str(path.read_bytes())
+        for path in vllm.rglob("*")
+        if ".git" not in path.parts and not path.is_dir()
+    }
+    return files | {"refs": sh_git(vllm, "for-each-ref"), "HEAD": sh_git(vllm, "rev-parse", "HEAD"), "status": sh_git(vllm, "status", "--porcelain", "-uall")}
+
+
+def test_unapply_goes_back_to_the_base_and_keeps_the_commits_under_refs(checked_out: Workspace) -> None:
+    before = everything(checked_out)
+    applied = checked_out.apply()
+    after = checked_out.unapply()
+    assert (after.state, after.head) == (State.UNAPPLIED, applied.base)
+    assert sh_git(checked_out.vllm, "rev-parse", "refs/patches/base", "refs/patches/tip").split() == [applied.base, applied.head]
+    assert everything(checked_out) | {"refs": ""} == before | {"refs": ""}
+    assert checked_out.apply().head == applied.head
+
+
+def test_unapply_with_nothing_applied_touches_nothing(release: Workspace, snapshot: Snapshot) -> None:
+    release.stack()
+    before = snapshot(release.layout.root)
+    assert release.unapply().state is State.UNAPPLIED
+    write(release.vllm, {"README": "edited\n"})
+    assert release.unapply().state is State.DIRTY
+    assert (release.vllm / "README").read_text() == "edited\n"
+    sh_git(release.vllm, "checkout", "--quiet", "README")
+    readme = str(release.vllm / "README")
+    index = str(release.vllm / ".git" / "index")
+    after = snapshot(release.layout.root)
+    assert {name for name in after if after[name] != before.get(name)} <= {readme, index, str(release.vllm), str(release.vllm / ".git")}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "says", "hint"),
+    [
+        ("edit", CheckoutError, r"has edits \(csrc/a\.cu\)", "git -C vendor/vllm stash && ./scripts/inv patch.unapply && git -C vendor/vllm stash pop"),
+        ("commit", PatchDrift, "commits on .* that are not what the series makes", "./scripts/inv patch.export    "),
+        ("foreign", CheckoutError, "which is not on", "git -C vendor/vllm branch mine && git -C vendor/vllm checkout --detach"),
+        ("merge", CheckoutError, "in the middle of a git merge", "./scripts/inv patch.continue --abort && ./scripts/inv patch.unapply"),
+        ("missing", CheckoutError, "is not there", "./scripts/inv bootstrap"),
+    ],
+)
+def test_unapply_refuses_what_it_could_lose(release: Workspace, trouble: str, error: type[Exception], says: str, hint: str) -> None:
+    release.apply()
+    vllm = release.vllm
+    if trouble in ("edit", "merge"):
+        write(vllm, {"csrc/a.cu": "mine\n"})
+    if trouble in ("commit", "merge"):
+        commit(vllm, "mine", {"csrc/a.cu": "mine\n"})
+    if trouble == "merge":
+        mine = sh_git(vllm, "rev-parse", "HEAD")
+        sh_git(vllm, "checkout", "--quiet", "HEAD~1")
+        commit(vllm, "theirs", {"csrc/a.cu": "theirs\n"})
+        sh_git(vllm, "merge", mine, check=False)
+    if trouble == "foreign":
+        sh_git(vllm, "checkout", "--quiet", "--orphan", "other")
+        commit(vllm, "other", {"a": "a\n"})
+    if trouble == "missing":
+        vllm.rename(vllm.with_name("elsewhere"))
+        with pytest.raises(error, match=says) as failure:
+            release.unapply()
+    else:
+        before = everything(release)
+        with pytest.raises(error, match=says) as failure:
+            release.unapply()
+        assert everything(release) == before
+    assert hint in (failure.value.hint or "")
+
+
+def test_unexported_commits_are_off_and_safe_after_the_hint_of_unapply(release: Workspace) -> None:
+    release.apply()
+    mine = commit(release.vllm, "mine", {"vllm/mine.py": "mine\n"})
+    with pytest.raises(PatchDrift) as failure:
+        release.unapply()
+    commands = (failure.value.hint or "").split(": ", 1)[1]
+    subprocess.run(commands, shell=True, cwd=release.layout.root, check=True, capture_output=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
+    assert (release.stack().state, sh_git(release.vllm, "rev-parse", "mine")) == (State.UNAPPLIED, mine)
+
+
+def test_unapply_that_was_killed_is_finished(release: Workspace) -> None:
+    before = everything(release)
+    head = release.apply().head
+    # As read-tree leaves it when it is killed: the first files written, one begun, one gone, HEAD and index as they were.
+    write(release.vllm, {"vllm/lines.py": LINES, "csrc/dos.h": b"dos\r\nli"})
+    (release.vllm / "vllm" / "new.py").unlink()
+    write(release.vllm, {".git/index.lock": ""})
+    assert release.unapply().state is State.UNAPPLIED
+    assert everything(release) | {"refs": ""} == before | {"refs": ""}
+    assert sh_git(release.vllm, "rev-parse", "refs/patches/tip") == head
+
+
+def test_lock_that_a_killed_git_left_does_not_make_touched_files_look_edited(release: Workspace) -> None:
+    os.utime(release.vllm / "vllm" / "lines.py", ns=(1, 1))
+    write(release.vllm, {".git/index.lock": ""})
+    assert release.apply().state is State.APPLIED
+
+
+def made_on_the_release(workspace: Workspace, tmp_path: Path, message: str, change: str) -> tuple[str, bytes, str]:
+    """A patch that `change`, a shell script, makes of the checkout's base: its name, its content, and the tree it gives."""
+    work = tmp_path / "made"
+    sh_git(tmp_path, "clone", "--quiet", str(workspace.vllm), str(work))
+    subprocess.run(["bash", "-ec", change], cwd=work, check=True)
+    commit(work, f"{message}\n\nUpstream-Status: Pending", {})
+    return f"{sh_git(work, 'log', '-1', '--format=%f')}.patch", export(work, "HEAD"), sh_git(work, "rev-parse", "HEAD^{tree}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "printf 'dos\\r\\nother\\r\\n' > csrc/dos.h",
+        "head -c 70000 /dev/urandom > binary.bin",
+        "chmod 755 README; chmod 644 run.sh",
+        "mv vllm/lines.py vllm/moved.py; echo more >> vllm/moved.py",
+        "ln -sf README link; ln -s nowhere dangling",
+        "printf '\\351t\\351\\n' > latin.txt; printf 'x' > $'n\\351\\n\"'",
+        "rm README; mkdir README; echo now a folder > README/file",
+        "seq 700000 > five-megabytes.txt",
+        "printf 'no newline at the end' > README; printf '' > empty",
+    ],
+    ids=["crlf", "binary", "modes", "rename", "symlinks", "not-utf-8", "file-to-folder", "5-MB", "no-newline-and-empty"],
+)
+def test_patch_of_any_content_goes_on_and_off_without_a_trace(release: Workspace, tmp_path: Path, change: str) -> None:
+    name, content, tree = made_on_the_release(release, tmp_path, "Change it", change)
+    release.series({name: content})
+    before = everything(release)
+    assert (release.apply().state, release.stack().tree, release.stack().dirty) == (State.APPLIED, tree, ())
+    assert release.unapply().state is State.UNAPPLIED
+    assert everything(release) | {"refs": ""} == before | {"refs": ""}
+
+
+@pytest.mark.parametrize(
+    ("series", "code", "says"),
+    [
+        ("gone.patch\n", 5, r"gone\.patch is not there"),
+        ("a.patch\na.patch\n", 2, "a second time"),
+        ("mbox.patch\n", 2, "is not a mail"),
+        ("../a.patch\n", 2, "not the name"),
+        ("crlf.patch\n", 4, "patch 1 of 1"),
+        ("cut.patch\n", 4, "patch 1 of 1"),
+    ],
+)
+@pytest.mark.parametrize("stop_at_conflict", [False, True])
+def test_bad_series_is_a_sentence_and_a_hint_and_every_file_stays(
+    release: Workspace, upstream: Upstream, series: str, code: int, says: str, stop_at_conflict: bool
+) -> None:
+    good = next(iter(upstream.patches.values()))
+    release.series({"a.patch": good, "mbox.patch": b"no mail\n", "crlf.patch": good.replace(b" line 19\n", b" line 19\r\n"), "cut.patch": good[:-40]})
+    write(release.layout.patches("vllm"), {"series": f"# base: {release.pin.commit}\n{series}"})
+    before = everything(release)
+    with pytest.raises(WorkspaceError, match=says) as failure:
+        release.apply(stop_at_conflict=stop_at_conflict)
+    assert (failure.value.exit_code, bool(failure.value.hint)) == (code, True)
+    if code == 4 and stop_at_conflict:
+        assert release.go_on("abort").state is State.UNAPPLIED
+    assert everything(release) | {"refs": ""} == before | {"refs": ""}
+
+
+def test_shallow_clone_without_the_contents_of_a_merge_is_a_conflict(release: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+    shutil.rmtree(release.vllm)
+    sh_git(tmp_path, "clone", "--quiet", "--depth=1", "--branch=v1.0.0", upstream.bare.as_uri(), str(release.vllm))
+    release.series({"XX-to-YY.patch": conflicting(upstream, tmp_path)})
+    before = everything(release)
+    with pytest.raises(PatchConflict, match="patch 1 of 1"):
+        release.apply()
+    assert everything(release) == before
+    release.series(upstream.patches)
+    assert release.apply().state is State.APPLIED
+
+
+FULL = """
+mount -t tmpfs -o size=$2k none "$1/objects" && cp -a "$1/objects.kept/." "$1/objects/" && head -c 100m /dev/zero >"$1/objects/filler" 2>/dev/null
+shift 2; exec "$@"
+"""
+VERB = """
+import sys
+from pathlib import Path
+from workspace.core.console import Console
+from workspace.core.errors import WorkspaceError
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.source import checkout, patches
+from workspace.source.pins import Archive, Pin
+layout, base = Layout(Path(sys.argv[1])), sys.argv[2]
+pin = Pin("vllm", "v1.0.0", "1.0.0", sys.argv[3], "u", Archive("f", "0", base, "0"), {})
+with Journal(Console(), layout.logs, verb="test") as journal:
+    try:
+        patches.apply(layout, "vllm", pin, checkout.observe(layout, pin), journal=journal, stop_at_conflict=True)
+    except WorkspaceError as exc:
+        journal.console.error(exc)
+        sys.exit(exc.exit_code)
+"""
+
+
+def test_full_disk_is_said_and_nothing_is_lost(release: Workspace) -> None:
+    namespace = ("unshare", "--user", "--map-root-user", "--mount")
+    if (tried := subprocess.run([*namespace, "true"], capture_output=True, text=True)).returncode != 0:
+        pytest.skip(f"no user namespaces here, so no full disk was tried: {tried.stderr.strip()}")
+    git_dir = release.vllm / ".git"
+    shutil.copytree(git_dir / "objects", git_dir / "objects.kept")
+    before = everything(release)
+    argv = [*namespace, "bash", "-c", FULL, "bash", str(git_dir), "400", sys.executable, "-c", VERB]
+    argv += [str(release.layout.root), release.observe().base or "", release.pin.commit]
+    done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}, capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr, "hint: df -h" in done.stderr) == (6, False, True), done.stderr
+    assert everything(release) == before
+    assert release.apply().state is State.APPLIED

@@ -1,12 +1,14 @@
 """vendor/pins.toml: the shipped one, and what is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from workspace.core.errors import SettingsError
 from workspace.source import pins
+from workspace.source.pins import Pin
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "vendor" / "pins.toml"
@@ -67,3 +69,49 @@ def test_table_in_place_of_a_word_and_the_other_way_round(tmp_path: Path) -> Non
 def test_missing_file_is_no_traceback(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
         pins.load(tmp_path / "pins.toml")
+
+
+def moved(before: bytes) -> Pin:
+    return replace(pins.parse(before).vllm, tag="v9.9.9", version="9.9.9", commit="9" * 40)
+
+
+def test_another_pin_changes_values_only_and_every_remark_stays() -> None:
+    before = SHIPPED.read_bytes()
+    pin = moved(before)
+    after = pins.dump(before, pin)
+    assert pins.parse(after) == replace(pins.parse(before), vllm=pin)
+    changed = [new for old, new in zip(before.decode().splitlines(), after.decode().splitlines(), strict=True) if old != new]
+    assert changed == ['tag = "v9.9.9"', 'version = "9.9.9"', f'commit = "{"9" * 40}"']
+    assert pins.dump(after, pins.parse(before).vllm) == before
+
+
+def test_tables_come_and_go_with_archive_and_donors_and_the_next_project_keeps_its_remark() -> None:
+    before = SHIPPED.read_bytes()
+    pin = replace(moved(before), archive=None, donors={})
+    after = pins.dump(before, pin)
+    assert b"donors" not in after
+    assert b"[vllm.archive]" not in after
+    lines = after.decode().splitlines()
+    assert lines[lines.index("[triton]") - 1].startswith("#")
+    whole = pins.dump(after, moved(before))
+    assert pins.parse(whole).vllm == moved(before)
+    assert whole.index(b"[vllm.donors.cpu-aarch64]") < whole.index(b"[triton]")
+
+
+def test_triton_moves_alone() -> None:
+    before = SHIPPED.read_bytes()
+    after = pins.dump(before, replace(pins.parse(before).triton, commit="1" * 40))
+    assert (pins.parse(after).vllm, pins.parse(after).triton.commit) == (pins.parse(before).vllm, "1" * 40)
+
+
+def test_layout_that_cannot_be_rewritten_is_refused_and_the_file_is_left(tmp_path: Path) -> None:
+    before = SHIPPED.read_bytes()
+    vllm = pins.parse(before).vllm
+    inline = f'vllm = {{ tag = "{vllm.tag}", version = "{vllm.version}", commit = "{vllm.commit}", url = "{vllm.url}" }}\n'.encode()
+    path = tmp_path / "pins.toml"
+    triton = "".join(f'triton.{key} = "{getattr(pins.parse(before).triton, key)}"\n' for key in ("tag", "version", "commit", "url"))
+    path.write_bytes(inline + triton.encode())
+    content = path.read_bytes()
+    with pytest.raises(SettingsError, match="cannot be rewritten"):
+        pins.save(path, moved(before))
+    assert path.read_bytes() == content

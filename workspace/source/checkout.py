@@ -127,7 +127,7 @@ def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice,
     if modules and modules.exists() and any(modules.iterdir()):
         _restore(layout, pin, settings, modules, journal, step)
         return True
-    url = _url(layout, pin, settings)
+    url = url_of(layout, pin, settings)
     try:
         references = _advertised(layout, pin, settings, url)
     except SourceError as exc:
@@ -150,7 +150,7 @@ def _make_from_archive(layout: Layout, pin: Pin, settings: Settings, step: Step)
 def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, references: Mapping[str, str], journal: Journal, step: Step) -> None:
     """Fetch the pin into a new repository and put it in place: as a submodule where `modules` says where its git directory goes."""
     path = folder_of(layout, pin)
-    url = _url(layout, pin, settings)
+    url = url_of(layout, pin, settings)
     refspecs = _refspecs(pin, references)
     # A server may refuse filters, or refuse the contents that a filter left out; then all of it is fetched, and at last by branches.
     attempts = [(refspecs, False), (refspecs, True)]
@@ -164,12 +164,12 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
             made = Git(tree, git_dir=git_dir, failure=SourceError)
             made.init()
             try:
-                made.fetch(url, wanted, whole=whole, settings=settings, journal=journal, on_line=_shown(step))
+                made.fetch(url, wanted, whole=whole, settings=settings, journal=journal, on_line=shown(step))
                 _check_pin(made, pin, url)
                 if f"refs/tags/{pin.tag}" not in references and f"refs/heads/{pin.tag}" not in references:
                     # setuptools-scm derives the version from it; that it belongs to this commit, the pins say.
                     made.set_ref(f"refs/tags/{pin.tag}", pin.commit)
-                made.check_out(pin.commit, settings=settings, journal=journal, on_line=_shown(step))
+                made.check_out(pin.commit, settings=settings, journal=journal, on_line=shown(step))
             except SourceError:
                 if number == len(attempts):
                     raise
@@ -196,12 +196,12 @@ def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, journa
         tree.mkdir()
         kept = Git(tree, git_dir=modules, failure=SourceError)
         if pin.commit not in kept.present((pin.commit,)):
-            url = _url(layout, pin, settings)
+            url = url_of(layout, pin, settings)
             whole = kept.setting("remote.origin.promisor") != "true"
-            kept.fetch(url, _refspecs(pin, _advertised(layout, pin, settings, url)), whole=whole, settings=settings, journal=journal, on_line=_shown(step))
+            kept.fetch(url, _refspecs(pin, _advertised(layout, pin, settings, url)), whole=whole, settings=settings, journal=journal, on_line=shown(step))
             _check_pin(kept, pin, url)
         if kept.head() is None or not (modules / "index").exists():
-            kept.check_out(kept.head() or pin.commit, settings=settings, journal=journal, on_line=_shown(step))
+            kept.check_out(kept.head() or pin.commit, settings=settings, journal=journal, on_line=shown(step))
         else:
             kept.write_files()
         _settle(layout, pin, kept, modules)
@@ -238,7 +238,8 @@ def _modules(layout: Layout, pin: Pin) -> Path | None:
     return outer.path_of(f"modules/{name}")
 
 
-def _url(layout: Layout, pin: Pin, settings: Settings) -> str:
+def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
+    """Where the project is fetched from: its mirror if one is set, a path made absolute, else the pinned address."""
     mirror = settings.text(f"{pin.name.upper()}_MIRROR")
     if not mirror or re.match(r"[a-z+]+://|[^/]+:", mirror):
         return mirror or pin.url
@@ -290,7 +291,9 @@ def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> Ch
     )
 
 
-def _shown(step: Step) -> "git.OnLine":
+def shown(step: Step) -> "git.OnLine":
+    """Lead the progress that git reports to the bar of a step."""
+
     def on_line(line: str) -> None:
         if found := _PROGRESS.match(line.strip()):
             step.progress(int(found[2]), int(found[3]), found[1].lower())

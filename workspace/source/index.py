@@ -50,8 +50,8 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
     """The address of the file on the index."""
-    page = _page(project, settings)
-    package = next((package for package in page.packages if package.filename == filename), None)
+    found = page(project, settings)
+    package = next((package for package in found.packages if package.filename == filename), None)
     if package is None:
         raise SourceError(
             f"the package index has no {filename} ({project} {_version(filename)})", hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names an index that has it"
@@ -65,7 +65,8 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
     return package.url
 
 
-def _page(project: str, settings: Settings) -> "ProjectPage":
+def page(project: str, settings: Settings) -> "ProjectPage":
+    """Return what the package index lists for a project. Raises SourceError where it cannot be reached, or has no such project."""
     import requests
     from bs4.exceptions import ParserRejectedMarkup
     from packaging.utils import canonicalize_name
@@ -74,13 +75,13 @@ def _page(project: str, settings: Settings) -> "ProjectPage":
     endpoint = settings.index_url or PYPI_SIMPLE_ENDPOINT
     if endpoint.startswith("file://"):
         # requests knows no file addresses; a folder that serves as an index holds plain HTML (PEP 503).
-        page = _local(endpoint) / canonicalize_name(project) / "index.html"
-        if not page.is_file():
-            raise SourceError(f"the package index has no project {project}: {page} is missing", hint=_OFFLINE_HINT)
+        file = _local(endpoint) / canonicalize_name(project) / "index.html"
+        if not file.is_file():
+            raise SourceError(f"the package index has no project {project}: {file} is missing", hint=_OFFLINE_HINT)
         try:
-            return ProjectPage.from_html(project, page.read_bytes(), base_url=page.as_uri())
+            return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
         except (ParserRejectedMarkup, ValueError) as exc:
-            raise SourceError(f"{page} is no index page: {exc}", hint=_OFFLINE_HINT) from exc
+            raise SourceError(f"{file} is no index page: {exc}", hint=_OFFLINE_HINT) from exc
     connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
     try:
         with PyPISimple(endpoint) as client:

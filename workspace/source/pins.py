@@ -4,11 +4,11 @@ import re
 import reprlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core.errors import SettingsError
-from workspace.core.files import read_regular
+from workspace.core.files import read_regular, write_atomic
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -17,6 +17,9 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # What git takes for the name of a tag (git-check-ref-format(1)), of the usual letters.
 _TAG = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?")
 _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
+# The layout that this module writes, and that it can rewrite.
+_HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
+_VALUE = re.compile(r"""(([a-z0-9]+)\s*=\s*)(?:"[^"\\]*"|'[^']*')(\s*(?:#.*)?)$""", re.DOTALL)
 _HINT = "git checkout -- vendor/pins.toml    brings the committed pins back"
 _SHOWN = 80
 DONORS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
@@ -98,14 +101,85 @@ class _Table:
 def load(path: Path) -> Pins:
     """Read the pins. Raises SettingsError that names the key for anything that is missing or not of its form."""
     try:
-        root = _Table(tomllib.loads(read_regular(path).decode()), "")
+        return parse(read_regular(path))
     except OSError as exc:
         raise SettingsError(f"vendor/pins.toml cannot be read: {exc.strerror}", hint=_HINT) from exc
+
+
+def parse(content: bytes) -> Pins:
+    """Read the content of a pins file. Raises SettingsError as `load` does."""
+    try:
+        root = _Table(tomllib.loads(content.decode()), "")
     except ValueError as exc:
         raise SettingsError(f"vendor/pins.toml is not TOML: {exc}", hint=_HINT) from exc
     except RecursionError as exc:
         raise SettingsError("vendor/pins.toml is not TOML that can be read: it is nested too deeply", hint=_HINT) from exc
     return Pins(_pin(root, "vllm"), _pin(root, "triton"))
+
+
+def dump(content: bytes, pin: Pin) -> bytes:
+    """Return the content of a pins file with another pin of `pin.name` in it; remarks, order and everything else stay as they are.
+
+    Raises SettingsError where the file is laid out so that this cannot be done, as with inline tables.
+    """
+    before = parse(content)
+    wanted = {pin.name: {"tag": pin.tag, "version": pin.version, "commit": pin.commit, "url": pin.url}}
+    if pin.archive:
+        wanted[f"{pin.name}.archive"] = vars(pin.archive)
+    wanted |= {f"{pin.name}.donors.{key}": vars(donor) for key, donor in pin.donors.items()}
+    made = "".join(_with_tables(_sections(content.decode()), pin.name, wanted)).encode()
+    expected = replace(before, triton=pin) if pin.name == "triton" else replace(before, vllm=pin)
+    try:
+        is_right = parse(made) == expected
+    except SettingsError:
+        is_right = False
+    if not is_right:
+        raise SettingsError('vendor/pins.toml is not laid out as tables with one `key = "value"` a line, so it cannot be rewritten', hint=_HINT)
+    return made
+
+
+def save(path: Path, pin: Pin) -> None:
+    """Put another pin of `pin.name` into the file. Raises SettingsError as `load` and `dump` do."""
+    before = read_regular(path)
+    if (made := dump(before, pin)) != before:
+        write_atomic(path, made)
+
+
+def _sections(text: str) -> list[tuple[str, list[str]]]:
+    """The file as tables in their order: name and lines, from the remarks right above the header on. What precedes the first has no name."""
+    sections: list[tuple[str, list[str]]] = [("", [])]
+    for line in text.splitlines(keepends=True):
+        if found := _HEADER.match(line):
+            lines = sections[-1][1]
+            start = len(lines)
+            while start and lines[start - 1].startswith("#"):
+                start -= 1
+            # Remarks that a blank line parts from the first header are on the whole file.
+            sections.append((found[1], [*lines[start:], line]))
+            del lines[start:]
+        else:
+            sections[-1][1].append(line)
+    return sections
+
+
+def _with_tables(sections: list[tuple[str, list[str]]], project: str, wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The lines of the file with the project's tables as `wanted`: values replaced, tables left out, and new ones after its last."""
+    kept = [(name, lines) for name, lines in sections if name in wanted or name.split(".")[0] != project]
+    lines_of = {name: [_with_value(line, wanted.get(name, {})) for line in lines] for name, lines in kept}
+    there = [name for name, _ in kept]
+    last = max((number for number, name in enumerate(there) if name.split(".")[0] == project), default=len(there) - 1)
+    made: list[str] = []
+    for number, name in enumerate(there):
+        made += lines_of[name]
+        for new in (name for name in wanted if number == last and name not in there):
+            blank = [] if made and made[-1] == "\n" else ["\n"]
+            made += [*blank, f"[{new}]\n", *(f'{key} = "{text}"\n' for key, text in wanted[new].items()), "\n"]
+    return made if made and made[-1] != "\n" else made[:-1]
+
+
+def _with_value(line: str, values: Mapping[str, str]) -> str:
+    found = _VALUE.match(line)
+    return f'{found[1]}"{values[found[2]]}"{found[3]}' if found and found[2] in values else line
 
 
 def _pin(root: _Table, name: str) -> Pin:

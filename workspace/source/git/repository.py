@@ -1,7 +1,6 @@
 """One repository: what is in it, and the few ways in which the workspace changes it."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,21 +15,14 @@ from workspace.source.git.command import Command, OnLine
 
 _HASHED_AT_ONCE = 500
 _UNDER_WAY = {
-    "rebase-apply/applying": "am",
-    "rebase-apply": "rebase",
+    "rebase-apply/rebasing": "rebase",
+    # Also where a kill left no more than the folder, which `git am --abort` takes away.
+    "rebase-apply": "am",
     "rebase-merge": "rebase",
     "MERGE_HEAD": "merge",
     "CHERRY_PICK_HEAD": "cherry-pick",
     "REVERT_HEAD": "revert",
 }
-
-# One `am` for a whole series; see the git facts in the design: nothing here may depend on who applies, where and when.
-_AM = (
-    *("am", "--quiet", "--3way", "--patch-format=mbox", "--keep-non-patch", "--keep-cr", "--no-scissors", "--no-signoff", "--no-gpg-sign"),
-    *("--no-message-id", "--whitespace=nowarn", "--committer-date-is-author-date"),
-)
-# The same in the hands of a person who resolves a conflict.
-AM_BY_HAND = "am --3way --keep-non-patch --keep-cr --no-scissors --committer-date-is-author-date"
 
 
 @dataclass(frozen=True)
@@ -47,15 +39,6 @@ class Gitlink:
 
     commit: str
     hidden: bool
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What one `am` of a series led to: the last commit, or the place of the conflict, counted from 1."""
-
-    tip: str | None
-    position: int = 0
-    conflicted: tuple[str, ...] = ()
 
 
 class Git(Command):
@@ -89,6 +72,9 @@ class Git(Command):
         """Those of the given commits, as 40 hex, that the repository holds."""
         return frozenset(self.look("rev-list", "--no-walk", "--ignore-missing", *commits, "--", check=False).out.split())
 
+    def have_common_history(self, one: str, other: str) -> bool:
+        return self.look("merge-base", one, other, check=False).status == 0
+
     def is_ancestor(self, ancestor: str, commit: str) -> bool:
         return self.look("merge-base", "--is-ancestor", ancestor, commit, check=False).status == 0
 
@@ -98,8 +84,12 @@ class Git(Command):
 
     def under_way(self) -> str | None:
         """Name the operation that waits to be continued or aborted, or None."""
-        folder = Path(self.look("rev-parse", "--absolute-git-dir").out.strip())
-        return next((name for entry, name in _UNDER_WAY.items() if (folder / entry).exists()), None)
+        return _operation(Path(self.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")))
+
+    def standing(self, commit: str) -> tuple[str | None, str]:
+        """What `under_way` and `tree` say, from one start of git."""
+        folder, tree = self.look("rev-parse", "--absolute-git-dir", f"{commit}^{{tree}}").out.rstrip("\n").rsplit("\n", 1)
+        return _operation(Path(folder)), tree
 
     def edits(self) -> tuple[str, ...]:
         """Tracked paths whose content is not HEAD's, staged or not."""
@@ -196,36 +186,14 @@ class Git(Command):
 
     def move_to(self, commit: str, *, journal: Journal) -> None:
         """Move the checkout to a commit: files that differ are written, all others and local edits stay, or nothing is done."""
-        # All files of a clone that was copied count as edited until a refresh.
-        self.write("update-index", "-q", "--refresh", check=False)
+        # All files of a clone that was copied count as edited until a refresh. With -q it would not say that a lock was left.
+        self.write("update-index", "--refresh", check=False)
+        before = self.look("rev-parse", "--verify", "HEAD").out.strip()
         # HEAD goes last: files that a power cut left empty would under it be taken for the user's edits.
-        self.write("read-tree", "-m", "-u", "HEAD", commit)
+        self.write("read-tree", "-m", "-u", "HEAD", commit, journal=journal)
         os.sync()
-        self.write("reset", "--quiet", "--keep", commit, journal=journal)
-
-    def applied(self, base: str, patches: Sequence[Path], *, scratch: Path) -> Applied:
-        """Make the commits of a series on `base` in one `am`, in the empty folder `scratch`: no file and no ref here is touched.
-
-        The commits lie in this repository's objects afterwards. The same input gives the same SHAs, whoever runs it.
-        """
-        aside = Git(scratch / "tree", git_dir=scratch / "git", objects=self.path_of("objects"))
-        aside.path.mkdir()
-        aside.init()
-        # `am` needs the files of a merge, never of a patch that applies as it stands: they are written only when that failed.
-        for with_files in (False, True):
-            aside.set_ref("HEAD", base)
-            aside.read_index(base)
-            if with_files:
-                aside.write_files()
-            if aside.write(*_AM, *map(str, patches), check=False).status == 0:
-                return Applied(aside.head())
-            state = scratch / "git" / "rebase-apply"
-            position = int(state.joinpath("next").read_text()) if state.joinpath("next").exists() else 1
-            conflicted = {entry.split("\t", 1)[1] for entry in split(aside.look("ls-files", "-u", "-z").out)}
-            aside.write("am", "--quit", check=False)
-            shutil.rmtree(aside.path)
-            aside.path.mkdir()
-        return Applied(None, position, tuple(sorted(conflicted)) or self.patch_paths(patches[position - 1]))
+        # Not `reset --keep`: it takes a file that was a folder before for the user's. A branch that is checked out moves along.
+        self.write("update-ref", "-m", "moved by the workspace", "HEAD", commit, before, journal=journal)
 
     # Remotes
 
@@ -264,3 +232,7 @@ class Git(Command):
     def _status(self, untracked: Literal["no", "all"], paths: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
         for entry in split(self.look("status", "--porcelain=v1", "-z", "--no-renames", f"--untracked-files={untracked}", "--", *paths).out):
             yield entry[:2], entry[3:]
+
+
+def _operation(git_dir: Path) -> str | None:
+    return next((name for entry, name in _UNDER_WAY.items() if (git_dir / entry).exists()), None)

@@ -1,0 +1,32 @@
+"""What is known of the stack of local patches on a pin: its state, its commits, and the references that keep them."""
+
+import enum
+from dataclasses import dataclass
+
+# What keeps the commits of the last stack alive when something else moves HEAD (gitsubmodules(7)).
+BASE_REF, TIP_REF = "refs/patches/base", "refs/patches/tip"
+# What lay in the checkout, edits included, when an operation under way was last given up, or a patch of it skipped.
+LEFT_REF = "refs/patches/left"
+
+
+class State(enum.Enum):
+    MISSING = "missing"
+    IN_PROGRESS = "in progress"
+    DIRTY = "dirty"
+    UNAPPLIED = "unapplied"
+    APPLIED = "applied"
+    UNEXPORTED = "unexported"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The stack as it stands. `dirty` are tracked paths with edits, whatever the state; DIRTY means that they stand in the way."""
+
+    state: State
+    base: str | None
+    head: str | None
+    tree: str | None
+    expected_tree: str | None
+    names: tuple[str, ...]
+    dirty: tuple[str, ...]
