@@ -41,6 +41,7 @@ PROOFS = {
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
+    "pins": ["tests/proof/test_pins.py"],
 }
 
 nox.options.default_venv_backend = "none"
@@ -110,6 +111,8 @@ def typecheck(session):
 def smoke(session):
     """Does the built tree compute rightly."""
     run(session, "workspace.smoke", *session.posargs)
+    # What passed is what inv pin.back returns to.
+    run(session, "workspace.pin")
 
 
 @nox.session
@@ -120,7 +123,7 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """The long proofs: kill, fuzz, bootstrap; words after the name go to pytest."""
+    """The long proofs: bootstrap, fuzz, kill, pins; words after the name go to pytest."""
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:

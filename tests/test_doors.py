@@ -440,9 +440,10 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 def session(clone: Clone, *words: str, body: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
     """Run nox in the clone with a module of the workspace that does `body` in place of the smoke check."""
-    (clone.root / "workspace" / "smoke").mkdir(exist_ok=True)
-    (clone.root / "workspace" / "smoke" / "__init__.py").touch()
-    (clone.root / "workspace" / "smoke" / "__main__.py").write_text(body)
+    for name, text in (("smoke", body), ("pin", "")):
+        (clone.root / "workspace" / name).mkdir(exist_ok=True)
+        (clone.root / "workspace" / name / "__init__.py").touch()
+        (clone.root / "workspace" / name / "__main__.py").write_text(text)
     return clone.run(clone.root / "scripts" / "nox", *words, **more)
 
 

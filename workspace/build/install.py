@@ -14,6 +14,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
+from workspace.source import times
 
 # No program of this name exists: setuptools-rust then reports the optional frontend as not built, at once and without a network.
 _NO_CARGO = "/nonexistent/cargo"
@@ -36,6 +37,8 @@ def native(layout: Layout, settings: Settings, observed: Observation, *, jobs: i
         "CARGO_BUILD_JOBS": str(jobs),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
     }
+    # What is compiled from now on is newer than any time that is remembered of the sources.
+    times.forget(layout, "vllm")
     _install(layout, settings, observed, extra, journal=journal)
 
 

@@ -11,7 +11,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import dotenv, provide, wholeness
-from workspace.source import checkout, patches
+from workspace.source import checkout, export, patches
 from workspace.source.git import Git
 
 
@@ -45,6 +45,7 @@ def make_source(run: Run, view: Step) -> None:
 def apply_patches(run: Run, view: Step) -> None:
     observed = run.observed
     stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, journal=run.journal)
+    export.template(run.layout, "vllm", Git(run.layout.vllm), run.journal)
     view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
     checkout.protect(run.layout)
 

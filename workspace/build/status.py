@@ -9,7 +9,7 @@ from workspace.core.errors import SmokeError
 from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.source import checkout, patches
+from workspace.source import checkout, overview, patches
 
 BOOTSTRAP = "./scripts/inv bootstrap"
 LONGEST_TIME = 40
@@ -61,8 +61,7 @@ def next_command(observed: plan.Observation) -> str:
 
 
 def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
-    pin = observed.pin
-    rows = [Row("ok", "pin", f"{pin.tag} {pin.commit[:12]}"), _source(observed), _patches(observed)]
+    rows = [_pin(layout, observed), _source(layout, observed), _patches(observed)]
     built = observed.kernels.recorded
     said = {
         "environment": f"Python {observed.python.version}, torch {observed.torch.version}" if observed.python and observed.torch else "",
@@ -77,8 +76,17 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _source(observed: plan.Observation) -> Row:
+def _pin(layout: Layout, observed: plan.Observation) -> Row:
+    text = f"{observed.pin.tag} {observed.pin.commit[:12]}"
+    if Layout(layout.workshop).pins.exists():
+        return Row("warn", "pin", f"{text}; it is being moved: ./scripts/inv pin")
+    return Row("ok", "pin", text)
+
+
+def _source(layout: Layout, observed: plan.Observation) -> Row:
     there = observed.checkout
+    if observed.stack and (sentence := overview.moved(layout, observed.pin.name, observed.pin, there, observed.stack)):
+        return Row("warn", "source", sentence)
     state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(there.kind, "ok")  # type: ignore[assignment]
     return Row(state, "source", there.detail)
 
