@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "engine": {"core", "source", "environment"},
     "build": {"core", "source", "environment"},
     "smoke": WORKFLOWS,
-    "perf": WORKFLOWS,
+    "perf": WORKFLOWS | {"pin"},
     "bench": WORKFLOWS,
     "serve": WORKFLOWS,
     "pin": WORKFLOWS | {"smoke", "bench", "serve"},

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from workspace.perf import by_hand
+from workspace.perf import by_hand, stacks
 from workspace.perf.ground import Ground
 from workspace.perf.measure import Aim, Command, Timed
 
@@ -79,4 +79,16 @@ ROWS: tuple[Row, ...] = (
         pairs=1,
         warm_ups=0,
     ),
+    Row("apply", "inv patch.apply of a hundred patches, in this process", "git am of them", Aim("ratio", 1.15), stacks.applied, pairs=5),
+    Row(
+        "export",
+        "inv patch.export with its proof, in this process",
+        "git format-patch, and one git apply --cached of all files",
+        Aim("ratio", 1.5),
+        stacks.exported,
+        pairs=5,
+    ),
+    Row("forecast", "inv pin.forecast of them, in this process", "git apply --cached one by one", Aim("ratio", 1.5), stacks.forecast, pairs=5),
+    Row("re-apply", "inv patch.apply with nothing to do, in this process", "git status --porcelain", Aim("ratio", 2.0), stacks.applied_again),
+    Row("patches", "inv patch, in this process", "git status --porcelain", Aim("ratio", 2.0), stacks.looked_at),
 )
