@@ -92,6 +92,127 @@ def report(_):
     verb.write(here, verb.settings_of(here), console=door.console())
 
 
+PROJECT = "vllm or triton"
+WAIT = "wait for another verb instead of stopping"
+JSON = "print one JSON document instead of the table"
+
+
+@task(default=True, name="status", help={"project": PROJECT, "json": JSON})
+def patch_status(_, project="vllm", json=False):
+    """One row a patch: state, subject, Upstream-Status."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.source import overview
+
+    overview.show(here, settings, project, console=door.console(), as_json=json)
+
+
+@task(name="apply", help={"project": PROJECT, "wait": WAIT})
+def patch_apply(_, project="vllm", wait=False):
+    """Put the series on the pin, all or nothing."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    patching.apply(here, settings, project, console=door.console(), wait=wait)
+
+
+@task(name="unapply", help={"project": PROJECT, "wait": WAIT})
+def patch_unapply(_, project="vllm", wait=False):
+    """Take the series off; the commits are kept under refs."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    patching.unapply(here, settings, project, console=door.console(), wait=wait)
+
+
+@task(
+    name="export",
+    help={
+        "check": "write nothing; print the difference and exit with 5",
+        "branch": "put one patch, signed off, on upstream's main under this name",
+        "patch": "which patch --branch is for, by its file name",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def patch_export(_, check=False, branch="", patch="", project="vllm", wait=False):
+    """Write the commits on the pin as patches and series."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    if bool(patch) != bool(branch) or (branch and check):
+        raise SettingsError("--branch and --patch belong together, and without --check", hint="inv patch.export --branch NAME --patch FILE")
+    if branch:
+        patching.branch(here, settings, project, branch, patch, console=door.console(), wait=wait)
+    else:
+        patching.export(here, settings, project, console=door.console(), wait=wait, check=check)
+
+
+@task(name="import", positional=["origin"], help={"origin": "a mail file, an address, or the number of a pull request", "project": PROJECT, "wait": WAIT})
+def patch_import(_, origin, project="vllm", wait=False):
+    """Take a patch: a file, an address, a pull request."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    patching.take(here, settings, project, origin, console=door.console(), wait=wait)
+
+
+@task(name="continue", help={"skip": "leave out the patch that conflicts", "abort": "give up and go back", "project": PROJECT, "wait": WAIT})
+def patch_continue(_, skip=False, abort=False, project="vllm", wait=False):
+    """Go on after a conflict, a bump's too."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    if skip and abort:
+        raise SettingsError("--skip and --abort exclude each other", hint="inv --help patch.continue")
+    patching.go_on(here, settings, project, "skip" if skip else "abort" if abort else "continue", console=door.console(), wait=wait)
+
+
+@task(default=True, name="show", help={"json": JSON, "offline": "leave out what asks the network"})
+def pin_show(_, json=False, offline=False):
+    """Show the pin, what is newer, what to return to."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import show
+
+    show.show(here, settings, console=door.console(), as_json=json, offline=offline)
+
+
+@task(name="forecast", positional=["ref"], help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON})
+def pin_forecast(_, ref, json=False):
+    """Say what a move of the pin would break; touch nothing."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import forecast
+
+    forecast.run(here, settings, ref, console=door.console(), as_json=json)
+
+
+@task(name="bump", positional=["ref"], help={"ref": "a tag of vLLM, or the word triton", "young": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT})
+def pin_bump(_, ref, young=False, wait=False):
+    """Move the pin beside the working tree; promote if green."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import bump
+
+    bump.run(here, settings, ref, console=door.console(), young=young, wait=wait)
+
+
+@task(name="back", positional=["good"], help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
+def pin_back(_, good="", wait=False):
+    """Return to the last good pin, environment included."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import back
+
+    back.run(here, settings, good or None, console=door.console(), wait=wait)
+
+
 class _Config(Config):
     """Invoke's configuration without files and variables: what is in them is for other projects, or for nobody."""
 
@@ -174,8 +295,11 @@ class _Door(Program):
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
+    namespace = Collection(bootstrap, status, doctor, report)
+    namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
+    namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     program = _Door(
-        namespace=Collection(bootstrap, status, doctor, report),
+        namespace=namespace,
         name="Invoke",
         version=invoke.__version__,
         binary="inv",

@@ -53,12 +53,13 @@ class Fault:
 
 @dataclass
 class View:
-    """The index as one world sees it. Keys of `faults` are file names or project names."""
+    """The index as one world sees it. Keys of `faults` are file names or project names, `published` is when a file came (PEP 700)."""
 
     name: str
     port: int
     files: dict[str, Path]
     faults: dict[str, Fault] = field(default_factory=dict)
+    published: dict[str, str] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
     def gate(self, name: str) -> Gate:
@@ -209,4 +210,5 @@ def _row(view: View, name: str) -> dict[str, object]:
     said = view.faults.get(name, Fault()).says_sha256 or sha256(view.files[name])
     is_wheel = name.endswith(".whl")
     url = f"/{view.name}/files/{urllib.parse.quote(name)}"
-    return {"filename": name, "url": url, "hashes": {"sha256": said}, "size": view.files[name].stat().st_size, "core-metadata": is_wheel}
+    row = {"filename": name, "url": url, "hashes": {"sha256": said}, "size": view.files[name].stat().st_size, "core-metadata": is_wheel}
+    return row | ({"upload-time": view.published[name]} if name in view.published else {})

@@ -169,6 +169,7 @@ class World:
         self.env = dict(self.kept_env)
         self.index.files = dict(self.materials.index.files)
         self.index.faults.clear()
+        self.index.published.clear()
         self.index.requests.clear()
 
     def end(self) -> None:

@@ -150,7 +150,8 @@ def create(layout: Layout, settings: Settings, choice: Choice, *, journal: Journ
         write_atomic(_unfinished(layout), b"")
     except OSError as exc:
         raise ToolchainError(f".vllm cannot be written: {exc.strerror}", hint=f"ls -ld {layout.root} {environment}") from exc
-    argv: list[process.Argument] = [uv(layout), "venv", "--no-project", "--allow-existing", "--python", choice.path, environment]
+    # Relocatable: a bump makes it in a place of its own and renames it to where it will be used.
+    argv: list[process.Argument] = [uv(layout), "venv", "--no-project", "--relocatable", "--allow-existing", "--python", choice.path, environment]
     process.run(argv, env=settings.child_environment("plain"), journal=journal, failure=ToolchainError, hint=f"{choice.path} -V  # does this Python work?")
     if describe(layout, settings) is None:
         raise BuildError(f".vllm was made with {choice.path}, and its Python does not run", hint=f"{layout.environment_python} -V")

@@ -1,0 +1,64 @@
+"""What stands in the way of a return, and what is kept of that from which one returns."""
+
+from tests.small.materials import git
+from tests.small.world import World
+from workspace.pin import good
+from workspace.source import pins
+
+
+def pretend_good(world: World, tag: str) -> str:
+    """Another good state, with the present one's files, at the base: what bootstrap then does with its series is the present state again."""
+    layout, base = world.layout, world.git("rev-parse", "HEAD~1")
+    before = good.every(layout)[0]
+    tree = world.git("rev-parse", f"{base}^{{tree}}")
+    name = good.name_of(tag, tree)
+    folder = good.folder(layout, name)
+    kept = good.folder(layout, before.name)
+    folder.mkdir()
+    for part in ("freeze.txt", "kernels", "files"):
+        (folder / part).symlink_to(kept / part)
+    record = (kept / "good.json").read_text().replace(before.name, name).replace(before.head, base).replace(before.tree, tree)
+    (folder / "good.json").write_text(record)
+    return name
+
+
+def test_nothing_to_return_to_and_unknown_names_are_sentences(clone: World) -> None:
+    assert "there is no good state to return to" in clone.run("pin.back").error(2)
+    name = pretend_good(clone, "v0.31.0")
+    assert f"there are {name}" in clone.run("pin.back", "--good", "v0.1.0-000000000000").error(2)
+
+
+def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:
+    pretend_good(clone, "v0.31.0")
+    edited = clone.layout.vllm / "vllm" / "envs.py"
+    text = edited.read_text()
+    edited.write_text(text + "# mine\n")
+    ended = clone.run("pin.back")
+    assert "has edits (vllm/envs.py)" in ended.error(3)
+    assert "git -C vendor/vllm stash" in ended.err
+    assert edited.read_text() == text + "# mine\n"
+    clone.git("checkout", "--quiet", "--", "vllm/envs.py")
+    folder = clone.layout.vllm / ".git" / "rebase-apply"
+    folder.mkdir()
+    (folder / "applying").touch()
+    assert "in the middle of a git am" in clone.run("pin.back").error(3)
+
+
+def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_references(clone: World) -> None:
+    layout = clone.layout
+    wanted = pretend_good(clone, "v0.31.0")
+    (layout.patches("vllm") / "mine.patch").write_text("not in the series yet\n")
+    layout.pins.write_text(layout.pins.read_text() + "# my remark\n")
+    (layout.vllm / "mine.py").write_text("MINE = 1\n")
+    clone.git("add", "mine.py")
+    clone.git("commit", "--quiet", "-m", "Mine")
+    mine, tag = clone.git("rev-parse", "HEAD"), pins.load(layout.pins).vllm.tag
+    ended = clone.run("pin.back", "--good", wanted)
+    assert ended.code == 0, ended.said
+    assert clone.git("rev-parse", "HEAD") == clone.git("rev-parse", f"{mine}~1")
+    left = git(clone.root, "for-each-ref", "--format=%(refname)", "refs/left")
+    assert clone.git("rev-parse", left) == mine
+    assert git(clone.root, "show", f"{left}:patches/vllm/mine.patch") == "not in the series yet"
+    assert "# my remark" in git(clone.root, "show", f"{left}:vendor/pins.toml")
+    assert (layout.patches("vllm") / "mine.patch").exists(), "a file that no series names is the user's"
+    assert pins.load(layout.pins).vllm.tag == tag

@@ -1,0 +1,85 @@
+"""The workshop's own tree, and what git keeps of it."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small.materials import git
+from workspace.core.console import Console
+from workspace.core.journal import Journal
+from workspace.source.git import Git, worktree
+
+
+@pytest.fixture
+def submodule(tmp_path: Path) -> Path:
+    """A superproject with one submodule that has two commits, the first of them checked out by neither."""
+    upstream, outer = tmp_path / "upstream", tmp_path / "super"
+    for folder in (upstream, outer):
+        folder.mkdir()
+        git(folder, "init", "--quiet")
+    for text in ("one\n", "two\n"):
+        (upstream / "file").write_text(text)
+        git(upstream, "add", "file")
+        git(upstream, "commit", "--quiet", "-m", text.strip())
+    git(outer, "submodule", "--quiet", "add", str(upstream), "vendor/vllm")
+    git(outer, "commit", "--quiet", "-m", "The workspace")
+    return outer / "vendor" / "vllm"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test") as made:
+        yield made
+
+
+def test_linked_tree_of_a_submodule_is_not_led_astray_by_its_core_worktree(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    assert Git(submodule).setting("core.worktree")
+    path = tmp_path / "linked"
+    tree = worktree.add(Git(submodule), path, git(submodule, "rev-parse", "HEAD~1"), journal=journal)
+    tree.write("reset", "--quiet", "--hard")
+    place = tree.place()
+    assert place is not None
+    assert place.top == path
+    assert (path / "file").read_text() == "one\n"
+    assert (submodule / "file").read_text() == "two\n"
+    tree.set_ref("refs/worktree/applied", tree.head() or "")
+    assert Git(submodule).resolve("refs/worktree/applied") is None
+
+
+def test_forgetting_one_tree_leaves_others_alone_that_are_out_of_reach(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    mine, ours = tmp_path / "mine", tmp_path / "ours"
+    for path in (mine, ours):
+        worktree.add(Git(submodule), path, "HEAD", journal=journal)
+        path.rename(tmp_path / f"{path.name}-elsewhere")
+    worktree.forget(Git(submodule), ours)
+    listed = git(submodule, "worktree", "list")
+    assert "mine" in listed
+    assert "ours" not in listed
+    # A half-made one of the same place is no hindrance.
+    worktree.add(Git(submodule), mine, "HEAD", journal=journal)
+
+
+def test_snapshot_holds_edits_new_files_and_conflicts_and_moves_nothing(submodule: Path) -> None:
+    tree = Git(submodule)
+    assert worktree.snapshot(tree, "nothing") == tree.head()
+    git(submodule, "checkout", "--quiet", "-b", "other", "HEAD~1")
+    (submodule / "file").write_text("three\n")
+    git(submodule, "commit", "--quiet", "--all", "-m", "three")
+    with pytest.raises(RuntimeError, match="CONFLICT|merge"):
+        git(submodule, "merge", "main" if "main" in git(submodule, "branch", "--all") else "master")
+    (submodule / "new").write_text("new\n")
+    before = (git(submodule, "status", "--porcelain"), git(submodule, "rev-parse", "HEAD"))
+    made = worktree.snapshot(tree, "all")
+    assert "<<<<<<<" in git(submodule, "show", f"{made}:file")
+    assert git(submodule, "show", f"{made}:new") == "new"
+    assert (git(submodule, "status", "--porcelain"), git(submodule, "rev-parse", "HEAD")) == before
+
+
+def test_what_a_build_left_is_told_from_what_the_user_ignores(submodule: Path) -> None:
+    (submodule / ".gitignore").write_text("*.so\n/out/\n")
+    (submodule / "vllm" / "deep").mkdir(parents=True)
+    for name in ("vllm/_C.so", "vllm/deep/x.so", "vllm/note.txt", "vllm/x.pyc"):
+        (submodule / name).write_text("")
+    assert worktree.products(Git(submodule), "vllm") == ("vllm/_C.so", "vllm/deep/x.so")

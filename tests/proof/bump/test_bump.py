@@ -1,0 +1,228 @@
+"""The bump's long ways: from git, upstreamed patches, environments that are gone, and a kill at every tenth of a second."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pin.conftest import PARITY, ROWS, TINY, smoke, user_files
+from tests.small.materials import Materials, git
+from tests.small.releases import CLEAN, CONFLICT, RED, UPSTREAMED, Releases
+from tests.small.world import World, make_world
+from workspace.pin import good
+from workspace.source import pins
+
+CONFLICTS = re.compile(r"<<<<<<< .*?\n(.*?)(?:\|\|\|\|\|\|\|.*?)?=======\n(.*?)>>>>>>> [^\n]*\n", re.DOTALL)
+
+
+def assert_stands_on(world: World, version: str) -> None:
+    assert pins.load(world.layout.pins).vllm.tag == f"v{version}"
+    assert {name: state for name, state in world.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
+    assert world.python("import vllm; print(vllm.__version__)") == f"{version}+cpu"
+    assert world.git("status", "--porcelain") == ""
+
+
+def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_finished(clone: World) -> None:
+    before = user_files(clone)
+    gate = clone.index.gate("xgrammar")
+    clone.env["UV_NO_CACHE"] = "1"
+    child = clone.start("pin.bump", f"v{CLEAN}")
+    gate.wait()
+    assert "inv pin.bump" in clone.run("pin.bump", f"v{CLEAN}").error(12)
+    assert "inv pin.bump" in clone.run("patch.continue", "--abort").error(12)
+    clone.kill(child)
+    gate.opened.set()
+    clone.index.faults.clear()
+    assert user_files(clone) == before
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CLEAN)
+
+
+def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
+    ended = clone.run("pin.bump", UPSTREAMED)
+    assert ended.code == 0, ended.said
+    assert "0 of 1 on v0.34.0; upstream has" in ended.err
+    assert not (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
+    assert f"Dropped {clone.materials.patch.name}: upstream has it" in (clone.layout.state / "bump-message.txt").read_text()
+    assert_stands_on(clone, UPSTREAMED)
+    ended = clone.run("pin.back")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, "0.31.0")
+    assert (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
+
+
+def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clone: World) -> None:
+    clone.uv("install", "xgrammar==0.2.7", "numba==0.65.0")
+    # The smoke refuses a stale environment: what was installed by hand is made known first.
+    (clone.layout.environment / ".workspace" / "environment.json").unlink()
+    clone.bootstrap()
+    assert smoke(clone).code == 0
+    assert "numba==0.65.0" in (good.folder(clone.layout, good.every(clone.layout)[0].name) / "freeze.txt").read_text()
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    kept = list(clone.layout.goods.glob("*/environment"))
+    assert len(kept) == 1
+    kept[0].rename(clone.folder / "lost")
+    ended = clone.run("pin.back")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, "0.31.0")
+    assert "numba" in clone.uv("list")
+
+
+def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_on(clone: World) -> None:
+    before = user_files(clone)
+    ended = clone.run("pin.bump", f"v{CONFLICT}")
+    assert "patch 1 of 1, patches/vllm/" in ended.error(4)
+    assert "conflict in setup.py" in ended.err
+    for words in ("git -C .workspace/bump/vendor/vllm add setup.py", "patch.continue", "--skip", "--abort"):
+        assert words in ended.err
+    assert user_files(clone) == before
+    # Leave, come back, ask again for something else, and for the same.
+    assert "a bump to v0.33.0 is under way" in clone.run("pin.bump", f"v{CLEAN}").error(3)
+    assert "patch 1 of 1" in clone.run("pin.bump", f"v{CONFLICT}").error(4)
+    assert "is under way" in clone.run("pin.back").error(3)
+    setup = (clone.layout.workshop / "vendor" / "vllm") / "setup.py"
+    text = setup.read_text()
+    start, end = text.index("<<<<<<<"), text.index("\n", text.index(">>>>>>>")) + 1
+    line = '                        "vllm/_C.abi3.so",\n'
+    setup.write_text(text[:start] + line + line.replace("_C", "_C_AVX2") + line.replace("_C", "_C_AVX512") + text[end:])
+    git((clone.layout.workshop / "vendor" / "vllm"), "add", "setup.py")
+    assert user_files(clone) == before
+    ended = clone.run("patch.continue")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CONFLICT)
+    assert "_C_AVX2" in (clone.layout.patches("vllm") / clone.materials.patch.name).read_text()
+    assert clone.python("import vllm; print(vllm.RELEASE)") == CONFLICT
+
+
+def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_the_bump(clone: World) -> None:
+    before = user_files(clone)
+    ended = clone.run("pin.bump", RED)
+    assert "checks failed: parity.llama" in ended.error(8)
+    assert "the working tree is untouched" in ended.err
+    assert "commit a fix in .workspace/bump/vendor/vllm" in ended.err
+    assert user_files(clone) == before
+    package = (clone.layout.workshop / "vendor" / "vllm") / "vllm" / "__init__.py"
+    package.write_text(package.read_text().replace("BROKEN = True\n", ""))
+    assert "has edits (vllm/__init__.py) that no commit has" in clone.run("patch.continue").error(3)
+    git((clone.layout.workshop / "vendor" / "vllm"), "commit", "--quiet", "--all", "-m", "Mend what is broken\n\nUpstream-Status: Pending")
+    ended = clone.run("pin.bump", RED)
+    assert ended.code == 0, ended.said
+    series = (clone.layout.patches("vllm") / "series").read_text().split()
+    assert series[-2:] == [clone.materials.patch.name, "Mend-what-is-broken.patch"]
+    assert clone.status()["patches"] == "ok"
+
+
+@pytest.fixture
+def from_git(materials: Materials, releases: Releases, tmp_path) -> Iterator[World]:
+    made = make_world(materials, tmp_path)
+    (made.layout.probes / "parity.py").write_text(PARITY)
+    (made.layout.probes / "tiny_model.py").write_text(TINY)
+    git(made.root, "commit", "--quiet", "--all", "-m", "A smoke for the small world")
+    made.env |= {"VLLM_MIRROR": releases.upstream.as_uri(), "SOURCE": "git"}
+    made.bootstrap()
+    assert smoke(made).code == 0
+    releases.publish(made, *releases.files)
+    yield made
+    made.end()
+
+
+def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_staged(from_git: World, releases: Releases) -> None:
+    before = user_files(from_git)
+    ended = from_git.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert before != user_files(from_git)
+    assert_stands_on(from_git, CLEAN)
+    assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == releases.commit(CLEAN)
+    git(from_git.root, "add", "vendor/pins.toml", "patches/vllm")
+    git(from_git.root, "commit", "--quiet", "-F", ".workspace/bump-message.txt")
+    assert git(from_git.root, "ls-tree", "HEAD", "vendor/vllm").split()[2] == releases.commit(CLEAN)
+    assert git(from_git.root, "status", "--porcelain") == ""
+    ended = from_git.run("pin.back")
+    assert ended.code == 0, ended.said
+    assert_stands_on(from_git, "0.31.0")
+    assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
+
+
+def test_am_that_was_killed_between_two_patches_goes_on_with_the_rest_of_the_series(clone: World) -> None:
+    setup, tree = clone.layout.vllm / "setup.py", clone.layout.workshop / "vendor" / "vllm"
+    line = '                        "vllm/_C_AVX512.abi3.so",\n'
+    setup.write_text(setup.read_text().replace(line, line + line.replace("AVX512", "AMX")))
+    clone.git("commit", "--quiet", "--all", "-m", "Take one more\n\nUpstream-Status: Pending")
+    ended = clone.run("patch.export")
+    assert ended.code == 0, ended.said
+    assert "patch 1 of 2" in clone.run("pin.bump", CONFLICT).error(4)
+    here = tree / "setup.py"
+    here.write_text(CONFLICTS.sub(lambda found: found[2], here.read_text()))
+    git(tree, "add", "setup.py")
+    # What a kill of `inv patch.continue` leaves whose `am` had come to the second patch, and had begun to write its files.
+    git(tree, "-c", "core.editor=true", "commit", "--quiet", "--no-edit", "-m", "Take the AVX2 and AVX-512 kernels out of a wheel\n\nUpstream-Status: Pending")
+    git_dir = Path(git(tree, "rev-parse", "--absolute-git-dir"))
+    (git_dir / "rebase-apply" / "next").write_text("2\n")
+    (clone.layout.workshop / "applying.json").write_text('{"facts": {"number": "1"}, "done": []}')
+    here.write_text("half\n")
+    ended = clone.run("patch.continue")
+    if ended.code == 4:
+        assert "patch 1 of 1, patches/vllm/Take-one-more.patch" in ended.error(4)
+        here.write_text(CONFLICTS.sub(lambda found: found[2], here.read_text()))
+        git(tree, "add", "setup.py")
+        ended = clone.run("patch.continue")
+    assert ended.code == 0, ended.said
+    assert clone.git("log", "--format=%s", "-2").splitlines()[0] == "Take one more"
+    assert len((clone.layout.patches("vllm") / "series").read_text().split("\n")[2:]) == 3
+    assert_stands_on(clone, CONFLICT)
+
+
+@pytest.mark.parametrize("tenths", range(2, 42, 4))
+def test_bump_that_was_killed_before_its_promotion_has_touched_nothing_and_goes_on(clone: World, tenths: int) -> None:
+    before = user_files(clone)
+    child = clone.start("pin.bump", f"v{CLEAN}")
+    time.sleep(tenths / 10)
+    clone.kill(child)
+    if pins.load(clone.layout.pins).vllm.tag == "v0.31.0" and not (clone.layout.workshop / "promoting.json").exists():
+        assert user_files(clone) == before
+    finish_bump(clone)
+
+
+@pytest.mark.parametrize("delay_ms", range(0, 480, 40))
+def test_promotion_that_was_killed_is_finished_by_the_next_bump(clone: World, delay_ms: int) -> None:
+    kill_after(clone, clone.layout.workshop / "promoting.json", delay_ms, "pin.bump", f"v{CLEAN}")
+    if clone.layout.workshop.exists():
+        assert "goes forward only" in clone.run("patch.continue", "--abort").error(3)
+    finish_bump(clone)
+    assert clone.git("rev-parse", "refs/patches/tip") == clone.git("rev-parse", "HEAD")
+    assert len(good.every(clone.layout)) >= 1
+
+
+@pytest.mark.parametrize("delay_ms", range(0, 480, 40))
+def test_return_that_was_killed_is_finished_by_the_next(clone: World, delay_ms: int) -> None:
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    marker = clone.layout.state / "back.json"
+    kill_after(clone, marker, delay_ms, "pin.back")
+    if marker.exists():
+        ended = clone.run("pin.back")
+        assert ended.code == 0, ended.said
+    assert_stands_on(clone, "0.31.0")
+    assert not marker.exists()
+
+
+def kill_after(world: World, path: Path, delay_ms: int, *words: str) -> None:
+    """Start a verb, and kill it that long after it has written `path`."""
+    child = world.start(*words)
+    deadline = time.monotonic() + 120
+    while not path.exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert path.exists()
+    time.sleep(delay_ms / 1000)
+    world.kill(child)
+
+
+def finish_bump(world: World) -> None:
+    ended = world.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert not world.layout.workshop.exists()
+    assert_stands_on(world, CLEAN)

@@ -1,0 +1,111 @@
+"""The moves that a promotion and the way back share: the tree, what was built in it, and what names its place."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from workspace.build import stamp
+from workspace.core.errors import CheckoutError
+from workspace.core.files import read_regular, write_atomic
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.source import checkout, leftover, series, times
+from workspace.source.git import Git, worktree
+
+
+def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
+    """Move vendor/vllm from one commit to another; a move that was ended in the middle is finished.
+
+    Raises CheckoutError where HEAD is at neither, or where an edit may be the user's.
+    """
+    git, shown = Git(layout.vllm), layout.relative(layout.vllm)
+    head = git.head()
+    if head == new:
+        return
+    if head != old:
+        raise CheckoutError(f"{shown} is at {(head or 'no commit')[:12]}, expected was {old[:12]}", hint=f"git -C {shown} checkout --detach {old[:12]}")
+    edited = git.edits()
+    if edited and not _finish(git, old, new, journal):
+        hint = f"git -C {shown} stash    and the same command again"
+        raise CheckoutError(f"{shown} has edits ({', '.join(edited[:3])}), which were left as they are", hint=hint)
+    if not edited:
+        times.move(git, new, memory=layout.times("vllm"), journal=journal)
+
+
+def _finish(git: Git, old: str, new: str, journal: Journal) -> bool:
+    """Finish a move to `new` that was killed: it leaves HEAD, and each file as `old` or `new` has it or begun. False where one is otherwise."""
+    before, after, now = git.entries((), old), git.entries((), new), git.entries((), None)
+    changed = [path for path in before.keys() | after.keys() if now.get(path) != after.get(path)]
+    if not all(now.get(path) == before.get(path) or _is_begun(git, path, after.get(path)) for path in changed):
+        return False
+    journal.write(f"finishing the interrupted move of {git.path} to {new}")
+    leftover.remove_at_top(git.path_of("index").parent, git.path)
+    git.read_index(new)
+    for gone in (path for path in changed if path not in after):
+        (git.path / gone).unlink(missing_ok=True)
+    if written := [path for path in changed if path in after]:
+        git.write_files(*written)
+    # As in Git.move_to: the files are on the disk before HEAD names them.
+    os.sync()
+    git.set_ref("HEAD", new)
+    return True
+
+
+def _is_begun(git: Git, path: str, entry: str | None) -> bool:
+    file = git.path / path
+    if not os.path.lexists(file):
+        return True
+    return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
+
+
+def put_aside(environment: Path, aside: Path) -> None:
+    """Rename an environment to where it waits; where another one is left from earlier, that one is out of date."""
+    if os.path.lexists(environment):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(environment, aside)
+
+
+def remove_libraries(layout: Layout, libraries: str, *, but: Layout) -> None:
+    """Take compiled libraries (their paths below the tree, a line each) out of vendor/vllm, except those that `but`'s stamp names."""
+    build = stamp.read(but.stamp("vllm"))
+    stay = {library.path for library in build.libraries} if build else set()
+    for path in libraries.split("\n"):
+        if path and path not in stay:
+            (layout.vllm / path).unlink(missing_ok=True)
+
+
+def libraries_of(layout: Layout) -> str:
+    build = stamp.read(layout.stamp("vllm"))
+    return "\n".join(library.path for library in build.libraries) if build else ""
+
+
+def write_patches(source: Path, target: Path, *, pin: str, former: str) -> None:
+    """Put a series and its patches into another folder; of what lies there only the `former` names (a line each) are taken out."""
+    names = series.read(source, pin=pin).names
+    for name in (*names, series.FILE):
+        content = read_regular(source / name)
+        if not (target / name).exists() or read_regular(target / name) != content:
+            write_atomic(target / name, content)
+    for name in former.split("\n"):
+        if name and name not in names:
+            (target / name).unlink(missing_ok=True)
+
+
+def names_of(folder: Path) -> str:
+    """The patches that a series names, a line each, whatever its base."""
+    with contextlib.suppress(OSError):
+        lines = read_regular(folder / series.FILE).decode(errors="replace").split("\n")
+        return "\n".join(name for line in lines if (name := line.split("#", 1)[0].strip()).endswith(".patch") and "/" not in name)
+    return ""
+
+
+def set_gitlink(layout: Layout, commit: str | None, *, journal: Journal) -> None:
+    """Let the superproject's index name this commit, unless it is None, and keep git's hands off the submodule as before."""
+    outer = checkout.superproject(layout)
+    path = layout.relative(layout.vllm)
+    link = outer.gitlink(path) if outer else None
+    if outer and link and commit and link.commit != commit:
+        worktree.set_gitlink(outer, path, commit, journal=journal)
+    checkout.protect(layout, journal=journal)

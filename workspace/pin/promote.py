@@ -1,0 +1,197 @@
+"""A bump whose smoke is green takes the place of the working state: tree, compiled files, environment, patches, pins, gitlink.
+
+Done in steps that the next `inv pin.bump` or `inv patch.continue` finishes, whatever ended them. Nothing is fetched or compiled.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from workspace.build import plan, stages, stamp
+from workspace.core.errors import BuildError, CheckoutError, PatchDrift
+from workspace.core.files import read_regular, write_atomic
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.environment import relocation, wholeness
+from workspace.pin import forward, good, moving, workshop
+from workspace.pin.forward import Marker
+from workspace.pin.workshop import Workshop
+from workspace.source import pins, series
+from workspace.source.git import Git, worktree
+from workspace.source.stack import BASE_REF, TIP_REF
+
+SUBJECT_WIDTH = 72
+# More of a range-diff is for a pager.
+LONGEST_RANGE_DIFF = 300
+
+
+def message_file(layout: Layout) -> Path:
+    return layout.state / "bump-message.txt"
+
+
+def is_begun(shop: Workshop) -> bool:
+    return shop.promoting.exists()
+
+
+def is_begun_in(layout: Layout) -> bool:
+    """Whether a promotion is under way, be the workshop's record readable or not."""
+    return (layout.workshop / workshop.PROMOTING).exists()
+
+
+def require_unmoved(shop: Workshop) -> None:
+    """Raise CheckoutError or PatchDrift where the clone is no longer as it was when the bump began: what is new there would be lost."""
+    layout, begun = shop.outer, shop.begun
+    git, pin = Git(layout.vllm), pins.load(layout.pins).vllm
+    again = f"./scripts/inv patch.export where it is to stay, then ./scripts/inv patch.continue --abort && ./scripts/inv pin.bump {begun.ref}"
+    if verb := git.under_way():
+        raise CheckoutError(f"vendor/vllm is in the middle of a git {verb}; nothing was promoted", hint=f"git -C vendor/vllm {verb} --continue    or --abort")
+    if git.head() != begun.tip:
+        raise CheckoutError(f"vendor/vllm is no longer at {begun.tip[:12]}, where this bump began; nothing was promoted", hint=again)
+    if edited := git.edits():
+        raise CheckoutError(
+            f"vendor/vllm has edits ({', '.join(edited[:3])}); nothing was promoted", hint="git -C vendor/vllm stash    and the same command again"
+        )
+    if workshop.digest_of(layout.patches("vllm"), pin=pin.commit) != begun.patches:
+        raise PatchDrift("patches/vllm changed after this bump began; nothing was promoted", hint=again)
+
+
+def begin(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
+    """Write down what is to be done. From here on it goes forward only. Raises what require_unmoved and require_way raise."""
+    layout, tip = shop.outer, Git(shop.layout.vllm).head() or ""
+    require_unmoved(shop)
+    worktree.require_way(Git(layout.vllm), tip)
+    observed = plan.observe(layout, settings)
+    why = good.refusal(layout, observed)
+    name = "" if why else good.keep(layout, observed, journal=journal).name
+    if why:
+        journal.console.say(f"{observed.pin.tag} is not kept to return to: {why}")
+    facts = {
+        "good": name,
+        "tag": observed.pin.tag,
+        "tip": tip,
+        "libraries": moving.libraries_of(layout),
+        "names": moving.names_of(layout.patches("vllm")),
+    }
+    Marker(shop.promoting, facts).write()
+
+
+def finish(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
+    """Do what is still to be done of a promotion, then take the workshop away."""
+    marker = forward.find(shop.promoting)
+    assert marker is not None
+    layout, patches_new = shop.outer, shop.layout.patches("vllm")
+    # Only a commit of upstream's belongs into the superproject: nobody could fetch the one that is made of an archive.
+    gitlink = None if is_archives(shop.pin) else shop.pin.commit
+    with journal.console.step("promote") as view:
+        journal.phase("promote", view)
+        forward.finish(
+            marker,
+            (
+                ("keep", lambda facts: _keep(shop, facts)),
+                ("environment aside", lambda facts: _put_aside(shop, facts)),
+                ("source", lambda facts: moving.move_tree(layout, old=shop.begun.tip, new=facts["tip"], journal=journal)),
+                ("products", lambda facts: _move_products(shop, facts)),
+                ("environment", lambda facts: _move_environment(shop)),
+                ("patches", lambda facts: moving.write_patches(patches_new, layout.patches("vllm"), pin=shop.pin.commit, former=facts["names"])),
+                ("pins", lambda facts: write_atomic(layout.pins, pins.dump(read_regular(layout.pins), shop.pin))),
+                ("gitlink", lambda facts: moving.set_gitlink(layout, gitlink, journal=journal)),
+                ("message", lambda facts: _write_message(shop, facts)),
+            ),
+        )
+        view.reason = f"{marker.facts['tag']} → {shop.pin.tag}"
+    journal.step = None
+    _stamp(shop, settings, journal)
+    workshop.remove(layout)
+    _say(shop, marker.facts, journal)
+
+
+def _keep(shop: Workshop, facts: Mapping[str, str]) -> None:
+    if not facts["good"]:
+        good.keep_aside(shop.outer, f"Before the bump to {shop.pin.tag}")
+    git = Git(shop.outer.vllm)
+    git.set_ref(TIP_REF, facts["tip"])
+    git.set_ref(BASE_REF, shop.begun.new_base)
+
+
+def _put_aside(shop: Workshop, facts: Mapping[str, str]) -> None:
+    """The old environment waits with the good state that it belongs to; one that proved nothing goes with the workshop."""
+    aside = good.environment(shop.outer, facts["good"]) if facts["good"] else shop.layout.root / "old-environment"
+    moving.put_aside(shop.outer.environment, aside)
+
+
+def _move_products(shop: Workshop, facts: Mapping[str, str]) -> None:
+    """Put what was built in the workshop into the tree, and take the old libraries out. Those of a good state are kept with it."""
+    old, new = shop.outer.vllm, shop.layout.vllm
+    made = worktree.products(Git(new), *good.BUILT)
+    for path in made:
+        (old / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / path, old / path)
+    moving.remove_libraries(shop.outer, facts["libraries"], but=shop.layout)
+
+
+def _move_environment(shop: Workshop) -> None:
+    if os.path.lexists(shop.layout.environment):
+        os.rename(shop.layout.environment, shop.outer.environment)
+    for old in {shop.layout.vllm, shop.layout.vllm.resolve()}:
+        relocation.retarget(shop.outer, "vllm", old=old, new=shop.outer.vllm)
+
+
+def is_archives(pin: pins.Pin) -> bool:
+    return pin.archive is not None and pin.commit == pin.archive.commit
+
+
+def _stamp(shop: Workshop, settings: Settings, journal: Journal) -> None:
+    """Prove that what was moved works in its new place, and only then let its stamps say so. Bootstrap makes anew what does not."""
+    layout = shop.outer
+    old = stamp.read(layout.stamp("vllm"))
+    environment = stamp.read(layout.stamp("environment"))
+    if old is None or environment is None:
+        return
+    if wholeness.mend(layout, settings, journal=journal):
+        stamp.withdraw(layout.stamp("environment"))
+        return
+    inputs = {**environment.inputs, "place": str(layout.environment)}
+    stamp.write(layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=environment.packages))
+    with journal.console.step("verify") as view:
+        try:
+            outcome = {key: text for key, text in old.outcome.items() if key in ("jobs", "wheel")}
+            stages.verify_vllm(stages.Run(layout, settings, journal, plan.observe(layout, settings), outcome), view)
+        except BuildError as exc:
+            stamp.withdraw(layout.stamp("vllm"))
+            view.state, view.reason = "warn", f"{exc.message}: to be installed anew"
+
+
+def dropped(shop: Workshop, facts: Mapping[str, str]) -> dict[str, str]:
+    """The patches that are not on the new base any more, and why."""
+    names = series.read(shop.layout.patches("vllm"), pin=shop.pin.commit).names
+    gone = [name for name in facts["names"].split("\n") if name and name not in names]
+    return {name: "left out with --skip" if name in shop.skipped else "upstream has it, or it has another subject now" for name in gone}
+
+
+def _write_message(shop: Workshop, facts: Mapping[str, str]) -> None:
+    """The commit message of the bump: what moved, each patch, and the range-diff."""
+    old, new = shop.begun, shop.pin
+    kept = series.read(shop.layout.patches("vllm"), pin=new.commit).names
+    compared = worktree.range_diff(Git(shop.outer.vllm), (old.base, old.tip), (old.new_base, facts["tip"])).splitlines()
+    more = [f"… {len(compared) - LONGEST_RANGE_DIFF} lines more"] if len(compared) > LONGEST_RANGE_DIFF else []
+    lines = [
+        f"pin: move vLLM from {facts['tag']} to {new.tag}"[:SUBJECT_WIDTH],
+        "",
+        f"Commit {new.commit}" + (", made of the release archive." if is_archives(new) else "."),
+        f"{len(kept)} {'patch' if len(kept) == 1 else 'patches'} on it; the smoke has passed.",
+        *(f"Dropped {name}: {why}." for name, why in dropped(shop, facts).items()),
+        *(["", f"git range-diff {old.base[:12]}..{old.tip[:12]} {old.new_base[:12]}..{facts['tip'][:12]}", ""] if compared else []),
+        *(f"    {line}".rstrip() for line in [*compared[:LONGEST_RANGE_DIFF], *more]),
+    ]
+    write_atomic(message_file(shop.outer), ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
+
+
+def _say(shop: Workshop, facts: Mapping[str, str], journal: Journal) -> None:
+    layout, console = shop.outer, journal.console
+    if is_archives(shop.pin):
+        console.say("the gitlink of vendor/vllm stays as it is: this pin is the release archive's commit, which upstream does not have")
+    if facts["good"]:
+        console.say(f"{facts['tag']} is kept as {facts['good']}; ./scripts/inv pin.back returns to it")
+    # Without a path of the submodule's: the gitlink is staged already, and by its path git may take the patched commit that is checked out.
+    console.say(f"to commit: git add vendor/pins.toml patches/vllm && git commit -F {layout.relative(message_file(layout))}")
