@@ -41,7 +41,7 @@ PROOFS = {
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
-    "pins": ["tests/proof/test_pins.py"],
+    "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
 }
 
 nox.options.default_venv_backend = "none"

@@ -193,7 +193,11 @@ def pin_forecast(_, ref, json=False):
     forecast.run(here, settings, ref, console=door.console(), as_json=json)
 
 
-@task(name="bump", positional=["ref"], help={"ref": "a tag of vLLM, or the word triton", "young": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT})
+@task(
+    name="bump",
+    positional=["ref"],
+    help={"ref": "a tag of vLLM, or the word triton", "young": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT},
+)
 def pin_bump(_, ref, young=False, wait=False):
     """Move the pin beside the working tree; promote if green."""
     here = layout.here()
@@ -203,7 +207,7 @@ def pin_bump(_, ref, young=False, wait=False):
     bump.run(here, settings, ref, console=door.console(), young=young, wait=wait)
 
 
-@task(name="back", positional=["good"], help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
+@task(name="back", help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
 def pin_back(_, good="", wait=False):
     """Return to the last good pin, environment included."""
     here = layout.here()

@@ -34,11 +34,18 @@ class Stage:
     steps: tuple[tuple[str, Act], ...]
 
 
-def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False) -> None:
-    """Bring the workspace to a verified, stamped vLLM. Raises the WorkspaceError of the step that failed."""
+def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False) -> None:
+    """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to type next to that.
+
+    Raises the WorkspaceError of the step that failed.
+    """
+    plan.require_settled(layout)
     observed = plan.observe(layout, settings)
     due = stages_of(layout, settings, observed)
     if not any(stage.is_due for stage in due):
+        if is_part:
+            console.row("skipped", "build", f"vllm {observed.version} is there already")
+            return
         for stage in due:
             _show_skipped(stage, console)
         _close(observed, console, "nothing to do: ")
@@ -52,7 +59,8 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
             observed = _act(stages.Run(layout, settings, journal, observed))
             if journal.path:
                 console.say(f"log: {layout.relative(journal.path)}")
-    _close(observed, console, "")
+    if not is_part:
+        _close(observed, console, "")
 
 
 def stages_of(layout: Layout, settings: Settings, observed: plan.Observation) -> tuple[Stage, ...]:

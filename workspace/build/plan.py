@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.build import stamp
-from workspace.core.errors import SettingsError
+from workspace.core.errors import CheckoutError, SettingsError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import doctor, interpreter, machine, torch
@@ -90,6 +90,19 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     kernels = _kernels(layout, settings, git, device, wanted, build, build_stamp, outrun)
     install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
     return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun)
+
+
+def require_settled(layout: Layout) -> None:
+    """Raise CheckoutError where a move of the whole house was begun and not finished: half of it is of one pin, half of another."""
+    if following := half_moved(layout):
+        raise CheckoutError("a move to another pin was begun and not finished; nothing was changed", hint=following)
+
+
+def half_moved(layout: Layout) -> str | None:
+    """The command that finishes a promotion or a return which was ended in the middle, None where there is none."""
+    if layout.promoting.exists():
+        return "./scripts/inv patch.continue"
+    return "./scripts/inv pin.back" if layout.returning.exists() else None
 
 
 def edits_digest(layout: Layout, stack: patches.Stack | None) -> str | None:

@@ -26,7 +26,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
     """Print one row a layer and the next command; as JSON on stdout where a program asks."""
     observed = plan.observe(layout, settings)
     rows = _rows(layout, observed)
-    following = next_command(observed)
+    following = plan.half_moved(layout) or next_command(observed)
     if all(row.state == "ok" for row in rows):
         following = f"nothing is due; after a change in vendor/vllm: {following}"
     if as_json:

@@ -41,6 +41,16 @@ class Layout:
         return self.state / "bump"
 
     @property
+    def promoting(self) -> Path:
+        """Is there while what the workshop made takes the place of the working state, or a run that did so was ended."""
+        return self.workshop / "promoting.json"
+
+    @property
+    def returning(self) -> Path:
+        """The same of a return to a good state."""
+        return self.state / "back.json"
+
+    @property
     def goods(self) -> Path:
         """What `inv pin.back` returns to, a folder each."""
         return self.state / "good"

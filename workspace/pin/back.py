@@ -34,15 +34,15 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
         lock.hold(layout.lock, verb="inv pin.back", wait=wait, on_wait=console.say) as held,
         Journal(console, layout.logs, verb="pin.back", secrets=settings.secrets, held=held) as journal,
     ):
-        marker = forward.find(_marker(layout)) or _begin(layout, name, console)
+        marker = forward.find(layout.returning) or _begin(layout, name, console)
         wanted = good.read(layout, marker.facts["good"])
         if wanted is None:
-            hint = f"rm {layout.relative(_marker(layout))}    gives the return up; then ./scripts/inv status"
+            hint = f"rm {layout.relative(layout.returning)}    gives the return up; then ./scripts/inv status"
             raise CheckoutError(f"{marker.facts['good']} is not there any more, and a return to it was begun", hint=hint)
         _finish(layout, marker, wanted, journal)
     if not layout.environment.exists():
         console.say("its environment was not kept: it is made anew and brought to the versions that it had")
-    bootstrap.run(layout, settings, console=console, wait=True)
+    bootstrap.run(layout, settings, console=console, wait=True, is_part=True)
     _hold_to_freeze(layout, settings, wanted, console)
     try:
         bump.run_smoke(layout, settings, console)
@@ -53,7 +53,7 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
 
 
 def is_under_way(layout: Layout) -> bool:
-    return _marker(layout).exists()
+    return layout.returning.exists()
 
 
 def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
@@ -82,7 +82,7 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
         "names": moving.names_of(layout.patches("vllm")),
         "left": good.keep_aside(layout, f"Before the return to {wanted.name}"),
     }
-    return Marker(_marker(layout), facts).write()
+    return Marker(layout.returning, facts).write()
 
 
 def _choose(layout: Layout, name: str | None) -> Good:
@@ -173,7 +173,3 @@ def _hold_to_freeze(layout: Layout, settings: Settings, wanted: Good, console: C
             packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
             stamp.write(layout.stamp("environment"), stamp.Stamp(inputs=before.inputs, packages=packages))
         view.reason = f"{len(differing)} packages at the versions of {wanted.name}"
-
-
-def _marker(layout: Layout) -> Path:
-    return layout.state / "back.json"

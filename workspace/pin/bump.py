@@ -233,7 +233,7 @@ def _advance(shop: Workshop, settings: Settings, journal: Journal) -> bool:
         _export(shop, tree, journal)
         wanted = as_built(settings, plan.observe(shop.outer, settings))
         with _said_of(shop):
-            bootstrap.run(shop.layout, wanted, console=journal.console, wait=True)
+            bootstrap.run(shop.layout, wanted, console=journal.console, wait=True, is_part=True)
         _smoke(shop, tree, wanted, journal.console)
         promote.begin(shop, settings, journal=journal)
     promote.finish(shop, settings, journal=journal)
@@ -380,7 +380,7 @@ def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
 def _prove(layout: Layout, settings: Settings, console: Console) -> None:
     """What was promoted stands in its place: bootstrap finds nothing to do, the smoke passes there, and the state is recorded as good."""
     observed = plan.observe(layout, settings)
-    bootstrap.run(layout, as_built(settings, observed), console=console, wait=True)
+    bootstrap.run(layout, as_built(settings, observed), console=console, wait=True, is_part=True)
     try:
         run_smoke(layout, settings, console)
     except SmokeError as exc:

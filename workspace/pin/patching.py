@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from workspace.build import plan
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
@@ -88,6 +89,7 @@ def go_on(layout: Layout, settings: Settings, project: str, how: Literal["contin
 def _opened(layout: Layout, settings: Settings, project: str, verb: str, console: Console, *, wait: bool) -> Iterator[Opened]:
     if project not in PROJECTS:
         raise SettingsError(f"there is no project {project}, only {' and '.join(PROJECTS)}", hint="inv --help patch.apply")
+    plan.require_settled(layout)
     pinned = pins.load(layout.pins)
     pin = pinned.triton if project == "triton" else pinned.vllm
     with (

@@ -36,7 +36,7 @@ def is_begun(shop: Workshop) -> bool:
 
 def is_begun_in(layout: Layout) -> bool:
     """Whether a promotion is under way, be the workshop's record readable or not."""
-    return (layout.workshop / workshop.PROMOTING).exists()
+    return layout.promoting.exists()
 
 
 def require_unmoved(shop: Workshop) -> None:

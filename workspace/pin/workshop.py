@@ -22,7 +22,6 @@ from workspace.source.pins import Pin
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
-PROMOTING = "promoting.json"
 # Set in the workshop's tree when the whole series is on the new base; git itself knows no longer by then.
 APPLIED_REF = f"{worktree.OWN_REFS}/applied"
 _BASE = re.compile(rb"^(\s*# base: )([0-9a-f]{40})\s*$", re.MULTILINE)
@@ -55,7 +54,7 @@ class Workshop:
 
     @property
     def promoting(self) -> Path:
-        return self.layout.root / PROMOTING
+        return self.outer.promoting
 
     @property
     def applying(self) -> Path:

@@ -74,7 +74,9 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
         return None
     outer = checkouts.superproject(layout)
     link = outer.gitlink(shown) if outer else None
-    if link and link.commit != pin.commit:
+    # Of a pin that is known by its archive alone upstream has no commit for the gitlink.
+    is_archives = pin.archive is not None and pin.archive.commit == pin.commit
+    if link and link.commit != pin.commit and not is_archives:
         return (
             f"the superproject's index has {shown} at {link.commit[:12]}, vendor/pins.toml at {pin.commit[:12]};"
             f" git log --oneline -3 -- vendor/pins.toml {shown}    shows which of the two moved"
