@@ -127,6 +127,12 @@ def test_conflicts_name_the_upstream_commits_that_touched_the_file(clone: Clone,
         assert any("unknown" in line and "no history" in line for line in clone.err.getvalue().splitlines())
 
 
+@pytest.mark.parametrize("kind", ["git"])
+def test_partial_clone_alone_has_what_a_merge_with_renames_reads(clone: Clone, kind: str) -> None:
+    shutil.rmtree(clone.layout.upstream("vllm"))
+    assert fates(run(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")) == FATES["git"]
+
+
 def test_forecast_is_what_am_then_does(clone: Clone) -> None:
     made = run(clone)
     kept = [patch.name for patch in made.patches if patch.state == "clean"]

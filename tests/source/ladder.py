@@ -70,6 +70,7 @@ FATES: Mapping[str, tuple[str | None, str]] = {
 ORDER = ("clean", "taken", "conflict", "after", "moved", "squashed", "backport", "cherry", "new")
 OLD_TREE: Mapping[str, str | bytes] = {
     "README": "old\n",
+    "dropped.cfg": lines("dropped"),
     "csrc/größe.cu": "g\n",
     "requirements/common.txt": "# all\nnumpy\nsix>=1 ; python_version > '3.0' # why\nonly-there ; sys_platform == 'win32'\ngone\n",
     "requirements/cuda.txt": "-r common.txt\n--extra-index-url https://a.invalid\ntorch==2.13.0\n",
@@ -84,6 +85,8 @@ OLD_TREE: Mapping[str, str | bytes] = {
     "vllm/entrypoints/openai/cli_args.py": "class FrontendArgs:\n    lora_modules: str = ''\n    chat_template: str = ''\n",
 }
 NEW_TREE: Mapping[str, str | bytes] = {
+    # Nothing of the series has to do with it, but a merge looks whether the dropped file has become this one.
+    "notes.rst": lines("notes", **{f"l{number}": f"dropped {number}" for number in range(1, 30)}),
     "requirements/common.txt": "numpy>=2\nsix>=1 ; python_version > '3.0'\nfresh\nonly-there>2 ; sys_platform == 'win32'\n",
     "requirements/cuda.txt": "-r common.txt\n--extra-index-url https://b.invalid\ntorch==2.14.0\n",
     "requirements/rocm.txt": "torch==2\n",
@@ -124,6 +127,7 @@ def build(root: Path) -> Ladder:
             commits[name] = commit(work, f"[Misc] Upstream's {name} (#{number})", {f"vllm/{name}.py": there, **more})
     commit(work, "Once more (#8)", {"vllm/cherry.py": lines("cherry", l10="ten", l11="eleven").replace("ten\n", "ten, and on\n")})
     sh_git(work, "mv", "vllm/mover.py", "vllm/moved.py")
+    sh_git(work, "rm", "--quiet", "dropped.cfg")
     commits["moved"] = commit(work, "Move the mover (#9)", {"vllm/moved.py": lines("mover", l38="there")})
     sh_git(work, "mv", "vllm/entrypoints/openai/cli_args.py", "vllm/entrypoints/cli_args.py")
     commit(work, "Other requirements (#10)", {**NEW_TREE, "vllm/entrypoints/cli_args.py": "class FrontendArgs:\n    lora_modules: str = ''\n"})

@@ -266,10 +266,8 @@ class _Search:
         touched = trial.paths_of(into, patches)
         every = frozenset().union(*touched)
         differing = history.changed(into, self.base, commit)
-        read = {path for path in differing if is_looked_at(path) or path in every}
-        gone = [path for path in every if path in differing and differing[path][1] is None]
-        if gone:
-            read.update(history.likely(gone, [path for path, (before, _) in differing.items() if before is None]))
+        # A merge holds every file that is gone against every one that is new: either may be a touched one under another name.
+        read = {path for path, pair in differing.items() if is_looked_at(path) or path in every or None in pair}
         pairs = [differing[path] for path in read]
         for commit_ in history.candidates_of(history.log(into, self.base, commit, sorted(every)), touched):
             pairs += commit_.paths.values()
