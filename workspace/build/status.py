@@ -53,6 +53,8 @@ def next_command(observed: plan.Observation) -> str:
         return f"git -C vendor/vllm status   # {observed.checkout.detail}"
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
         return "git -C vendor/vllm status   # an am, rebase, merge or cherry-pick is under way; finish or abort it"
+    if observed.stack and observed.stack.state is patches.State.FOREIGN:
+        return "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
     if observed.outrun and observed.environment.state == "ok":
         return f"{BOOTSTRAP} --kernels native --jobs 4"
     if any(layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)):

@@ -47,7 +47,7 @@ def observe(settings: Settings) -> Machine:
 
     memory = psutil.virtual_memory()
     total, available = float(memory.total), float(memory.available)
-    for limit, used in _memory_limits():
+    for limit, used in memory_limits():
         total = min(total, limit)
         available = min(available, max(0.0, limit - used))
     return Machine(platform.machine(), len(os.sched_getaffinity(0)), total / GIB, available / GIB, _gpus(settings))
@@ -88,7 +88,7 @@ def _gpu(said: dict[str, str]) -> Gpu:
     return Gpu(known.get("name", "GPU"), known.get("compute_cap"), known.get("driver_version"))
 
 
-def _memory_limits() -> Iterator[tuple[float, float]]:
+def memory_limits() -> Iterator[tuple[float, float]]:
     """Yield limit and use, in bytes, of each control group around this process (cgroups(7), versions 1 and 2)."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()

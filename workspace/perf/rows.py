@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from workspace.perf import by_hand, stacks
+from workspace.perf import by_hand, replay, stacks
 from workspace.perf.ground import Ground
-from workspace.perf.measure import Aim, Command, Timed
+from workspace.perf.measure import Aim, Command, Timed, Told
 
 Sides = tuple[Timed, Timed]
 
@@ -55,6 +55,26 @@ def _doctor(ground: Ground) -> Iterator[Sides]:
     yield ground.inv("doctor", "--offline", statuses=(0, 6)), ground.bare()
 
 
+def _told(prepare: Callable[[Ground], AbstractContextManager[replay.Sides]]) -> Callable[[Ground], AbstractContextManager[Sides]]:
+    @contextlib.contextmanager
+    def sides(ground: Ground) -> Iterator[Sides]:
+        with prepare(ground) as (measured, against):
+            yield Told(measured), Told(against)
+
+    return sides
+
+
+def _replays() -> Iterator[Row]:
+    bound = "the least that any order takes"
+    for gib in (24.0, 48.0, 96.0):
+        here = f"the recorded build on {replay.CORES} cores in {gib:g} GiB"
+        yield Row(f"replay-{gib:g}", f"{here}, admitted", bound, Aim("ratio", 1.1), _told(replay.in_thought(gib)), pairs=1, warm_ups=0)
+        yield Row(f"static-{gib:g}", f"{here}, safe static jobs", bound, None, _told(replay.in_thought(gib, way=replay.static)), pairs=1, warm_ups=0)
+    for gib in (24.0, 48.0):
+        here = f"the same in {gib:g} GiB, {replay.SCALE:g} times as fast, through ninja and launchers"
+        yield Row(f"ninja-{gib:g}", here, bound, Aim("ratio", 1.2), _told(replay.in_small_time(gib)), pairs=1, warm_ups=0)
+
+
 _BARE = "a bare invoke with one empty task"
 ROWS: tuple[Row, ...] = (
     Row("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
@@ -91,4 +111,5 @@ ROWS: tuple[Row, ...] = (
     Row("forecast", "inv pin.forecast of them, in this process", "git apply --cached one by one", Aim("ratio", 1.5), stacks.forecast, pairs=5),
     Row("re-apply", "inv patch.apply with nothing to do, in this process", "git status --porcelain", Aim("ratio", 2.0), stacks.applied_again),
     Row("patches", "inv patch, in this process", "git status --porcelain", Aim("ratio", 2.0), stacks.looked_at),
+    *_replays(),
 )

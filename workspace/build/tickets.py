@@ -1,0 +1,400 @@
+"""Tickets for compilers: a socket in the verb's own process, at which each launcher (launcher.py) asks before it starts its compiler.
+
+Who may start is decided in admission.py. An open connection is a ticket, so the kernel gives back what a killed compiler held, and a killed verb
+ends all that wait. A broker's end refuses who waits and ends who runs: ninja may have been killed alone. A compiler that the kernel killed for want
+of memory runs again on half the budget, twice.
+"""
+
+import contextlib
+import os
+import selectors
+import shlex
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from workspace.build import launcher, processes
+from workspace.build.admission import Admission, Live
+from workspace.build.costs import KILLED_HELD, LIGHT, Cost, Costs, History, Unit, unit_of
+from workspace.core.errors import BuildError
+from workspace.core.files import write_atomic
+
+# How often processes are looked at. Between two looks a peak may be missed; what the largest process of a unit held at the most is known exactly.
+LOOK_S = 1.0
+# The first compilers wait until all have asked, or nobody has for so long, and no longer than the other: the order is worth most when all units are seen.
+QUIET_S, LONGEST_QUIET_S = 0.3, 2.0
+SAVE_S = 30.0
+TERMINATE_GRACE_S, KILL_GRACE_S = 3.0, 2.0
+# For launchers that ninja had started when it was killed.
+LATECOMERS_S = 0.3
+# So many times memory may run out in one build.
+KILLS = 3
+_KIB_PER_GIB = 1 << 20
+_LONGEST_REQUEST = 1 << 22
+# These compile in a server, which a launcher has not started and cannot measure.
+_ELSEWHERE = ("sccache", "distcc", "icecc")
+_HAS_ENDED = "the build that this unit belongs to has ended"
+_OTHER_FAILED = "another unit failed"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A unit that has ended. `peak_gib` is the larger of two figures: the largest process of the unit at its largest, and all of them at one look a second.
+
+    `status` is its exit code, negative for a signal, or None where the launcher itself was killed; `is_killed`: as the kernel does when memory runs out.
+    """
+
+    unit: Unit
+    expected: Cost
+    started: float
+    seconds: float
+    peak_gib: float
+    status: int | None
+    is_killed: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """What a progress bar shows: units that run, how many wait and why, memory reckoned with and memory held."""
+
+    running: tuple[Unit, ...] = ()
+    waiting: int = 0
+    why: str = ""
+    charged_gib: float = 0.0
+    held_gib: float = 0.0
+
+
+@dataclass
+class _Caller:
+    """A connection: the launcher at its other end, and what it has asked for."""
+
+    connection: socket.socket
+    number: int
+    pid: int
+    group: int
+    received: bytearray = field(default_factory=bytearray)
+    has_asked: bool = False
+    unit: Unit = field(default_factory=lambda: Unit("", ""))
+    expected: Cost = LIGHT
+    is_elsewhere: bool = False
+    is_nested: bool = False
+    started: float | None = None
+    peak_gib: float = 0.0
+
+    @property
+    def is_counted(self) -> bool:
+        return self.started is not None and not self.is_nested
+
+
+def install(folder: Path, *, python: str = sys.executable) -> Path:
+    """Make `folder` hold the program to name as compiler launcher, and return it. One that is right is not touched: ninja compares the command.
+
+    One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
+    """
+    program = folder / "ticket"
+    words = shlex.join([python, "-I", "-S", launcher.__file__, str(folder)])
+    content = f'#!/bin/sh\nexec {words} "$@"\n'.encode()
+    if not program.is_file() or program.read_bytes() != content:
+        write_atomic(program, content, mode=0o755)
+    return program
+
+
+class Broker:
+    """Gives out tickets while the block is entered, from a thread.
+
+    `look` says what the machine has left; without it only the bounds count. `units` is how many will ask, where that is known: the first then need not
+    wait to see whether another comes. Once a unit has failed those that wait are refused, unless told to `keep_going`: for ninja they run already, and
+    it would wait for them all. `trouble` is a sentence once memory has run out too often.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        admission: Admission,
+        costs: Costs,
+        *,
+        look: Callable[[], Live] | None = None,
+        history: History | None = None,
+        units: int = 0,
+        keep_going: bool = False,
+    ) -> None:
+        self.state = State()
+        self.trouble: str | None = None
+        self._units, self._keep_going = units, keep_going
+        self._folder, self._admission, self._costs, self._look, self._history = folder, admission, costs, look, history
+        self._callers: dict[int, _Caller] = {}
+        self._finished: list[Finished] = []
+        self._failure: BaseException | None = None
+        self._selector = selectors.DefaultSelector()
+        self._last_number = self._asked = 0
+        self._budgets: list[float] = []
+        self._last_kill = -1.0
+        self._has_failed = False
+        self._quiet_until = self._longest_quiet_until = 0.0
+        self._looked = self._saved = time.monotonic()
+        self._is_ending = False
+
+    @property
+    def finished(self) -> tuple[Finished, ...]:
+        """The units that have ended so far."""
+        return tuple(self._finished)
+
+    def __enter__(self) -> "Broker":
+        install(self._folder)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        # An address holds 108 bytes, a path many more (unix(7)).
+        place = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            (self._folder / "socket").unlink(missing_ok=True)
+            self._listener.bind(f"/proc/self/fd/{place}/socket")
+        finally:
+            os.close(place)
+        self._listener.listen(4096)
+        self._woken, self._waker = os.pipe()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._serve, name="tickets", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what still waits or runs. Raises BuildError where the thread had failed: launchers were then refused."""
+        self._is_ending = True
+        os.close(self._waker)
+        self._thread.join()
+        if self._failure is not None:
+            hint = "a fault of the workspace: run the same command again"
+            raise BuildError(f"the tickets for compilers failed: {self._failure!r}", hint=hint) from self._failure
+
+    def _serve(self) -> None:
+        try:
+            while not self._is_ending:
+                self._turn()
+            self._end()
+            self._save()
+        except BaseException as exc:
+            self._failure = exc
+        finally:
+            (self._folder / "socket").unlink(missing_ok=True)
+            self._listener.close()
+            os.close(self._woken)
+            for caller in self._callers.values():
+                caller.connection.close()
+            self._selector.close()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        pause_s = LOOK_S if self._callers else None
+        if (settled := min(self._quiet_until, self._longest_quiet_until)) > now:
+            pause_s = settled - now
+        for key, _ in self._selector.select(pause_s):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fd in self._callers:
+                self._hear(self._callers[key.fd])
+        now = time.monotonic()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            self._measure()
+        if now - self._saved >= SAVE_S:
+            self._saved = now
+            self._save()
+        self._admit(now)
+
+    def _admit(self, now: float) -> None:
+        admission = self._admission
+        if admission.waiting and now >= min(self._quiet_until, self._longest_quiet_until):
+            callers = {caller.number: caller for caller in self._callers.values()}
+            for number in admission.admit(now, self._look() if self._look else None):
+                self._start(callers[number], now)
+        units = tuple(caller.unit for caller in self._callers.values() if caller.is_counted)
+        held_gib = sum(ticket.held_gib for ticket in admission.running)
+        self.state = State(units, len(admission.waiting), admission.why, admission.charged_gib, held_gib)
+
+    def _start(self, caller: _Caller, now: float) -> None:
+        caller.started = now
+        # Who is gone by now is heard of by the end of its connection.
+        with contextlib.suppress(OSError):
+            caller.connection.send(b"go\n")
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+                group = 0
+                with contextlib.suppress(OSError):
+                    group = os.getpgid(pid)
+                self._last_number += 1
+                self._callers[connection.fileno()] = _Caller(connection, self._last_number, pid, group)
+                self._selector.register(connection, selectors.EVENT_READ)
+
+    def _hear(self, caller: _Caller) -> None:
+        try:
+            heard = caller.connection.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            heard = b""
+        caller.received += heard
+        try:
+            is_over = not heard or len(caller.received) > _LONGEST_REQUEST
+            self._understand(caller)
+        except ValueError:
+            is_over = True
+        if is_over and caller.connection.fileno() in self._callers:
+            self._drop(caller)
+            self._finish(caller, None)
+
+    def _understand(self, caller: _Caller) -> None:
+        """Act on what was received as soon as it is whole: the length of a command and the command, then a line for each of its ends."""
+        line, newline, words = bytes(caller.received).partition(b"\n")
+        if newline and caller.has_asked:
+            caller.received.clear()
+            self._heard_end(caller, line)
+        elif newline and len(words) >= int(line):
+            caller.received.clear()
+            self._ask(caller, [os.fsdecode(word) for word in words.split(b"\0")])
+
+    def _ask(self, caller: _Caller, argv: list[str]) -> None:
+        caller.has_asked = True
+        caller.unit = unit_of(argv)
+        caller.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
+        caller.expected = self._costs.expected(caller.unit)
+        if self._is_inside_another(caller.pid):
+            # It is part of what that one was admitted for. To wait for a second ticket with the first in hand may be to wait for ever.
+            caller.is_nested = True
+            self._start(caller, time.monotonic())
+        else:
+            self._queue(caller)
+
+    def _queue(self, caller: _Caller) -> None:
+        if self._has_failed:
+            self._refuse(caller, _OTHER_FAILED)
+            return
+        now = time.monotonic()
+        if not self._admission.waiting and not self._admission.running:
+            self._longest_quiet_until = now + LONGEST_QUIET_S
+        self._asked += 1
+        self._quiet_until = now if 0 < self._units <= self._asked else now + QUIET_S
+        self._admission.ask(caller.number, caller.expected, now, is_light=caller.unit.is_light)
+
+    def _is_inside_another(self, pid: int) -> bool:
+        """Whether a launcher that has a ticket is among the parents of this one."""
+        holders = {caller.pid for caller in self._callers.values() if caller.started is not None}
+        return bool(holders) and any(parent in holders for parent in processes.parents(pid))
+
+    def _heard_end(self, caller: _Caller, line: bytes) -> None:
+        """The launcher says how its compiler ended: wait status, seconds, KiB of the largest process."""
+        status, seconds, largest_kib = (float(word) for word in line.split())
+        began = caller.started or 0.0
+        is_killed = launcher.is_killed(int(status)) and not self._is_ending
+        caller.peak_gib = max(caller.peak_gib, largest_kib / _KIB_PER_GIB)
+        done = self._finish(caller, os.waitstatus_to_exitcode(int(status)), seconds, is_killed=is_killed)
+        if done is None or not is_killed:
+            self._drop(caller)
+            return
+        self._admission.leave(caller.number)
+        self._make_room(done, began)
+        caller.expected = replace(done.expected, peak_gib=max(done.expected.peak_gib, done.peak_gib * KILLED_HELD))
+        caller.started, caller.peak_gib = None, 0.0
+        if self.trouble:
+            self._refuse(caller, self.trouble)
+            self._fail()
+        else:
+            self._queue(caller)
+
+    def _make_room(self, done: Finished, began: float) -> None:
+        """Halve the budget. What had begun before it was halved last fell to the same shortage."""
+        if began < self._last_kill:
+            return
+        bounds = self._admission.bounds
+        self._last_kill = time.monotonic()
+        self._budgets.append(bounds.budget_gib)
+        self._admission.bounds = replace(bounds, budget_gib=bounds.budget_gib / 2)
+        if len(self._budgets) >= KILLS:
+            tried = ", ".join(f"{budget:.1f}" for budget in self._budgets)
+            self.trouble = (
+                f"memory ran out {len(self._budgets)} times, with budgets of {tried} GiB; the last to be killed was {done.unit.source} of "
+                f"{done.unit.target or 'no target'}: {done.expected.peak_gib:.1f} GiB expected, at least {done.peak_gib:.1f} held"
+            )
+
+    def _finish(self, caller: _Caller, status: int | None, seconds: float = 0.0, *, is_killed: bool = False) -> Finished | None:
+        """Keep what a unit took; None for one that had not begun, or is part of another."""
+        if caller.started is None or caller.is_nested:
+            return None
+        done = Finished(caller.unit, caller.expected, caller.started, seconds, caller.peak_gib, status, is_killed)
+        self._finished.append(done)
+        if self._history and not done.unit.is_light and not caller.is_elsewhere and (status == 0 or is_killed):
+            self._history.add(done.unit, seconds=seconds, peak_gib=done.peak_gib, is_killed=is_killed)
+        if status != 0 and not is_killed and not self._keep_going:
+            self._fail()
+        return done
+
+    def _fail(self) -> None:
+        self._has_failed = True
+        for caller in [caller for caller in self._callers.values() if caller.has_asked and caller.started is None]:
+            self._refuse(caller, _OTHER_FAILED)
+
+    def _drop(self, caller: _Caller) -> None:
+        """Take the ticket back: the compiler has ended, or all that had the connection in their hands are gone."""
+        self._selector.unregister(caller.connection)
+        del self._callers[caller.connection.fileno()]
+        caller.connection.close()
+        self._admission.leave(caller.number)
+
+    def _measure(self) -> None:
+        running = [caller for caller in self._callers.values() if caller.is_counted]
+        if not running:
+            return
+        living = processes.living()
+        trees = processes.below(frozenset(caller.pid for caller in running), living)
+        for caller in running:
+            held_gib = sum(living[number].held_gib for number in trees[caller.pid])
+            caller.peak_gib = max(caller.peak_gib, held_gib)
+            self._admission.measured(caller.number, held_gib)
+
+    def _save(self) -> None:
+        """A history that cannot be written costs the next build its best figures, and this one nothing."""
+        with contextlib.suppress(OSError):
+            if self._history:
+                self._history.save()
+
+    def _end(self) -> None:
+        """Refuse who waits, end who runs, and do not go before they have."""
+        was_busy = bool(self._callers)
+        for caller in [caller for caller in self._callers.values() if caller.started is None]:
+            self._refuse(caller, _HAS_ENDED)
+        for number, grace_s in ((signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
+            deadline = time.monotonic() + grace_s
+            while self._callers and time.monotonic() < deadline:
+                # Below its launcher, and in the launcher's group, which ninja makes for each command: a launcher may have been killed.
+                holders = [caller for caller in self._callers.values() if caller.started is not None]
+                processes.tell(frozenset(caller.pid for caller in holders), frozenset(caller.group for caller in holders), number)
+                self._refuse_latecomers(0.1)
+        if was_busy:
+            self._refuse_latecomers(LATECOMERS_S)
+
+    def _refuse_latecomers(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left_s):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fd in self._callers:
+                    caller = self._callers[key.fd]
+                    self._hear(caller) if caller.started is not None else self._refuse(caller, _HAS_ENDED)
+                else:
+                    self._selector.unregister(self._woken)
+
+    def _refuse(self, caller: _Caller, why: str) -> None:
+        with contextlib.suppress(OSError):
+            caller.connection.send(f"{why}\n".encode())
+        self._drop(caller)
