@@ -548,3 +548,18 @@ def test_full_disk_is_said_and_nothing_is_lost(release: Workspace) -> None:
     assert (done.returncode, "Traceback" in done.stderr, "hint: df -h" in done.stderr) == (6, False, True), done.stderr
     assert everything(release) == before
     assert release.apply().state is State.APPLIED
+
+
+def test_own_commits_that_apply_makes_anew_stay_in_a_reference(checked_out: Workspace) -> None:
+    git = checked_out.vllm
+    base = checked_out.apply().base or ""
+    # As if they had been committed by hand before they were exported.
+    sh_git(git, "rebase", "--quiet", "--force-rebase", base)
+    own = sh_git(git, "rev-parse", "HEAD")
+    for _ in range(2):
+        checked_out.unapply()
+        checked_out.apply()
+    assert sh_git(git, "rev-parse", "HEAD") != own
+    assert sh_git(git, "for-each-ref", "--format=%(refname)", "--contains", own) == f"refs/patches/kept/{own[:12]}"
+    # Commits that am makes of patches are made again whenever they are wanted, and need no reference.
+    assert len(sh_git(git, "for-each-ref", "--format=%(refname)", "refs/patches/kept").split()) == 1

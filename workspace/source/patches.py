@@ -17,6 +17,7 @@ from workspace.source.checkout import Checkout, Kind
 from workspace.source.git import Git, am
 from workspace.source.pins import Pin
 from workspace.source.stack import BASE_REF as BASE_REF
+from workspace.source.stack import KEPT_REFS
 from workspace.source.stack import TIP_REF as TIP_REF
 from workspace.source.stack import Stack as Stack
 from workspace.source.stack import State as State
@@ -130,7 +131,13 @@ def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
 
 
 def _keep(git: Git, base: str, tip: str) -> None:
-    """Let references name the stack before anything moves, so that its commits are safe whenever this run is killed."""
+    """Let references name the stack before anything moves, so that its commits are safe whenever this run is killed.
+
+    A former stack that has commits of the user's own, and not those that `am` makes of patches, gets a reference of its own.
+    """
+    former = git.resolve(TIP_REF)
+    if former and former != tip and not git.is_ancestor(former, tip) and git.has_own_commits(base, former):
+        git.set_ref(f"{KEPT_REFS}/{former[:12]}", former)
     git.set_ref(TIP_REF, tip)
     git.set_ref(BASE_REF, base)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 # What keeps the commits of the last stack alive when something else moves HEAD (gitsubmodules(7)).
 BASE_REF, TIP_REF = "refs/patches/base", "refs/patches/tip"
+# Stacks of the user's own commits that a verb has replaced by the commits of the same patches.
+KEPT_REFS = "refs/patches/kept"
 # What lay in the checkout, edits included, when an operation under way was last given up, or a patch of it skipped.
 LEFT_REF = "refs/patches/left"
 

@@ -31,10 +31,11 @@ class Clone:
     layout: Layout
     env: Mapping[str, str]
     mark: str
+    words: tuple[str, ...] = ("bootstrap",)
 
     def start(self) -> "subprocess.Popen[bytes]":
         with (self.layout.root.parent / "said").open("wb") as said:
-            argv = [self.layout.root / "scripts" / "inv", "bootstrap"]
+            argv = [self.layout.root / "scripts" / "inv", *self.words]
             return subprocess.Popen(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
 
     @property

@@ -9,7 +9,7 @@ from typing import Literal
 
 from workspace.core.journal import Journal
 from workspace.core.settings import Settings
-from workspace.source import content
+from workspace.source import content, hardening
 from workspace.source.content import split
 from workspace.source.git.command import Command, OnLine
 
@@ -77,6 +77,10 @@ class Git(Command):
 
     def is_ancestor(self, ancestor: str, commit: str) -> bool:
         return self.look("merge-base", "--is-ancestor", ancestor, commit, check=False).status == 0
+
+    def has_own_commits(self, base: str, tip: str) -> bool:
+        """Whether anybody but the workspace has made a commit of base..tip."""
+        return set(self.look("log", "--no-show-signature", "--format=%ce", f"{base}..{tip}", "--").out.split("\n")) - {"", hardening.IDENTITY[1]} != set()
 
     def slugs(self, base: str, tip: str) -> tuple[str, ...]:
         """The subjects in base..tip as patch file names spell them, oldest first."""

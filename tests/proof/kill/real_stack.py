@@ -1,0 +1,146 @@
+"""The verbs of the patch stack, killed at random moments on the real tree with thirty patches, beside a file and a branch of the user's.
+
+Needs the release archive, from the cache or the network, and 0.3 GB of disk; no environment is built.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.proof.kill import judge
+from tests.proof.kill.real import Clone, make_clone
+from tests.small.materials import git
+from workspace.core import settings
+from workspace.source import archive, index, pins
+
+PATCHES = 30
+VERBS = ("patch.apply", "patch.unapply", "patch.export")
+AGAIN_S = 120.0
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A clone with the real tree and an applied, exported stack; `tip` is its last commit, `side` a commit of a branch of the user's."""
+
+    clone: Clone
+    base: str
+    tip: str
+    side: str
+
+    @property
+    def vllm(self) -> Path:
+        return self.clone.layout.vllm
+
+    def inv(self, *words: str) -> None:
+        child = replace(self.clone, words=words).start()
+        code = child.wait(timeout=AGAIN_S)
+        assert code == 0, f"inv {' '.join(words)}: exit {code}: {self.clone.said}"
+
+    def check(self) -> None:
+        """Everything that is the user's is there, and every commit is whole and reachable."""
+        assert (self.vllm / "mine.txt").read_text() == "mine\n"
+        assert (self.clone.layout.root / "notes.txt").read_text() == "mine\n"
+        assert git(self.vllm, "rev-parse", "side") == self.side
+        assert git(self.vllm, "for-each-ref", "--contains", self.tip), "the stack's commits are in no reference"
+        assert git(self.vllm, "status", "--porcelain") == "?? mine.txt"
+        git(self.vllm, "fsck", "--connectivity-only", "--no-dangling", "--no-progress")
+
+
+def make_stand(folder: Path) -> Stand:
+    clone = make_clone(folder)
+    layout = clone.layout
+    pin = pins.load(layout.pins).vllm
+    assert pin.archive is not None
+    packed = index.fetch(pin.name, pin.archive.filename, pin.archive.sha256, settings=settings.load(layout))
+    archive.make(packed, layout.vllm, pin)
+    git(layout.vllm, "config", "user.name", "Me")
+    git(layout.vllm, "config", "user.email", "me@localhost")
+    stand = Stand(clone, pin.archive.commit, "", "")
+    stand.inv("patch.apply")
+    for number, path in enumerate(sorted((layout.vllm / "vllm").rglob("*.py"))[:PATCHES]):
+        commit(stand, path, number)
+    stand.inv("patch.export")
+    git(layout.root, "add", "patches")
+    git(layout.root, "commit", "--quiet", "-m", "Thirty patches")
+    git(layout.vllm, "branch", "side", "HEAD~3")
+    (layout.vllm / "mine.txt").write_text("mine\n")
+    return replace(stand, tip=git(layout.vllm, "rev-parse", "HEAD"), side=git(layout.vllm, "rev-parse", "side"))
+
+
+def commit(stand: Stand, path: Path, number: int) -> None:
+    path.write_text(f"# change {number}\n{path.read_text()}")
+    git(stand.vllm, "commit", "--quiet", "--all", "-m", f"Change number {number}\n\nUpstream-Status: Pending")
+
+
+def prove(folder: Path, *, seed: int, times: int) -> int:
+    """Kill `times` times; return how often the next run did not lead to what an undisturbed one does."""
+    stand = make_stand(folder)
+    whole_s: dict[str, float] = {}
+    failures, number, struck = 0, -1, 0
+    print(f"seed {seed}, {times} times, {PATCHES} patches on the real tree", flush=True)
+    while struck < times:
+        number += 1
+        draw = random.Random(f"{seed} stack {number}")
+        verb = VERBS[number % len(VERBS)]
+        _begin(stand, verb, number)
+        after_s = draw.random() * whole_s.get(verb, 1.0)
+        is_all = draw.random() < 0.5
+        started = time.monotonic()
+        child = replace(stand.clone, words=(verb,)).start()
+        try:
+            time.sleep(after_s)
+            if child.poll() is not None:
+                whole_s[verb] = min(time.monotonic() - started, whole_s.get(verb, 9.0) * 0.9)
+                _end(stand, verb)
+                continue
+            for entry in judge.strays(stand.clone.mark) if is_all else ():
+                _kill(int(entry.split()[0]))
+            child.kill()
+            child.wait(timeout=60)
+            _, living = judge.await_no_stray(stand.clone.mark)
+            assert not living, f"still alive: {living}"
+            struck += 1
+            stand.inv(verb)
+            _end(stand, verb)
+            verdict = "ok"
+        except AssertionError as exc:
+            verdict, failures = f"FAIL {exc}", failures + 1
+        how = "SIGKILL to all" if is_all else "SIGKILL to the verb"
+        print(f"{number:3}  {verb:14}{how:20} after {after_s:.2f} s: {verdict}", flush=True)
+    print(f"{times} kills, {failures} not completed rightly, seed {seed}", flush=True)
+    return failures
+
+
+def _begin(stand: Stand, verb: str, number: int) -> None:
+    if verb == "patch.apply":
+        stand.inv("patch.unapply")
+    elif verb == "patch.export":
+        # One commit more, and one file less in it: written, and removed.
+        git(stand.vllm, "reset", "--quiet", "--hard", "HEAD~2")
+        commit(stand, sorted((stand.vllm / "vllm").rglob("*.py"))[PATCHES + 1], 1000 + number)
+
+
+def _end(stand: Stand, verb: str) -> None:
+    """Hold what came of it against what should have, and bring the stack back."""
+    if verb == "patch.unapply":
+        assert git(stand.vllm, "rev-parse", "HEAD") == stand.base
+        stand.inv("patch.apply")
+    if verb == "patch.export":
+        stand.inv("patch.export", "--check")
+        git(stand.vllm, "branch", "--force", "exported")
+        git(stand.vllm, "reset", "--quiet", "--hard", stand.tip)
+        git(stand.clone.layout.root, "checkout", "--quiet", "--", "patches")
+        git(stand.clone.layout.root, "clean", "--quiet", "-fd", "patches")
+        stand.inv("patch.export")
+        assert git(stand.clone.layout.root, "status", "--porcelain", "patches") == ""
+    assert git(stand.vllm, "rev-parse", "HEAD^{tree}") == git(stand.vllm, "rev-parse", f"{stand.tip}^{{tree}}")
+    stand.check()
+
+
+def _kill(number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(number, signal.SIGKILL)
