@@ -129,9 +129,11 @@ def patch_unapply(_, project="vllm", wait=False):
 
 @task(
     name="export",
+    # -p is --project with every verb.
+    auto_shortflags=False,
     help={
         "check": "write nothing; print the difference and exit with 5",
-        "branch": "put one patch, signed off, on upstream's main under this name",
+        "branch": "put one patch, signed off, on upstream's main",
         "patch": "which patch --branch is for, by its file name",
         "project": PROJECT,
         "wait": WAIT,

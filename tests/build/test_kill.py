@@ -49,6 +49,7 @@ def test_series_goes_on_a_clone_that_was_copied(built: World) -> None:
 
 def test_move_to_the_series_that_was_killed_is_finished_beside_a_new_file_of_the_users(built: World) -> None:
     built.git("checkout", "--quiet", "--detach", built.materials.archive_commit)
+    built.begin_move(built.git("rev-parse", "refs/patches/tip"))
     (built.layout.vllm / "new.txt").write_text("mine\n")
     # As git leaves it between removing a file and writing it anew.
     (built.layout.vllm / "setup.py").unlink()

@@ -105,6 +105,7 @@ def test_patches_that_were_killed_while_they_were_written_are_no_edits_of_the_us
     # What SIGKILL leaves of `git reset`: new files under the old HEAD, with the old index and its lock, or with the new index.
     tip = built.git("rev-parse", "HEAD")
     built.git("update-ref", "--no-deref", "HEAD", "HEAD~1")
+    built.begin_move(tip)
     if moment == "files written":
         built.git("read-tree", "HEAD")
         (built.layout.vllm / ".git" / "index.lock").touch()

@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import git
+from workspace.core import settings as settings_module
 from workspace.core.console import Console
 from workspace.core.journal import Journal
-from workspace.source.git import Git, worktree
+from workspace.core.layout import Layout
+from workspace.pin import workshop
+from workspace.pin.workshop import Begun, Workshop
+from workspace.source.git import Git, store, worktree
+from workspace.source.pins import Pin
 
 
 @pytest.fixture
@@ -83,3 +88,49 @@ def test_what_a_build_left_is_told_from_what_the_user_ignores(submodule: Path) -
     for name in ("vllm/_C.so", "vllm/deep/x.so", "vllm/note.txt", "vllm/x.pyc"):
         (submodule / name).write_text("")
     assert worktree.products(Git(submodule), "vllm") == ("vllm/_C.so", "vllm/deep/x.so")
+
+
+def test_commit_of_which_a_killed_fetch_has_left_no_more_than_itself_is_fetched_whole(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    made, other = tmp_path / "store", tmp_path / "other"
+    git(tmp_path, "clone", "--quiet", "--bare", str(submodule), str(made))
+    git(tmp_path, "clone", "--quiet", str(made), str(other))
+    (other / "file").write_text("three\n")
+    git(other, "commit", "--quiet", "--all", "-m", "three")
+    git(other, "push", "--quiet", "origin", "HEAD")
+    new = git(other, "rev-parse", "HEAD")
+    objects = Path(git(submodule, "rev-parse", "--absolute-git-dir")) / "objects" / new[:2]
+    objects.mkdir(exist_ok=True)
+    (objects / new[2:]).write_bytes((other / ".git" / "objects" / new[:2] / new[2:]).read_bytes())
+    assert new in Git(submodule).present((new,))
+    worktree.bring(Git(submodule), made, new, "refs/pins/new", journal=journal)
+    assert git(submodule, "show", "refs/pins/new:file") == "three"
+
+
+def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_it_is_not_taken_for_it(submodule: Path) -> None:
+    place = submodule.parent.parent / "store.git"
+    store.opened(place, submodule)
+    (place / "HEAD").write_text("")
+    head = git(submodule, "rev-parse", "HEAD")
+    store.opened(place, submodule).set_ref("refs/tags/made", head)
+    assert git(place, "rev-parse", "refs/tags/made") == head
+    assert not git(submodule.parent.parent, "for-each-ref", "refs/tags")
+
+
+def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    layout, base = Layout(submodule.parent.parent), git(submodule, "rev-parse", "HEAD")
+    settings = settings_module.load(layout, environ={})
+    own = Layout(layout.workshop)
+    shop = Workshop(layout, own, Begun("v2", "v1", base, base, "", base), Pin("vllm", "v2", "2", base, "", None, {}))
+    tree = workshop.open_tree(shop, settings, journal=journal)
+    (own.vllm / "file").write_text("mine\n")
+    assert workshop.open_tree(shop, settings, journal=journal).edits() == ("file",), "a user's edit stays"
+    tree.write("update-ref", "-d", workshop.MADE_REF)
+    (own.vllm / "file").write_text("")
+    assert workshop.open_tree(shop, settings, journal=journal).edits() == ()
+    # Or no more than the first file of all is there, cut short so that it leads to the clone's own repository.
+    (own.vllm / "file").unlink()
+    (own.vllm / ".git").write_text(f"gitdir: {git(submodule, 'rev-parse', '--absolute-git-dir')}\n")
+    git(submodule, "checkout", "--quiet", "HEAD~1")
+    assert workshop.open_tree(shop, settings, journal=journal).edits() == ()
+    assert (own.vllm / "file").read_text() == "two\n"
+    assert git(submodule, "rev-parse", "HEAD") == git(submodule, "rev-parse", f"{base}~1"), "the clone's own HEAD was moved"

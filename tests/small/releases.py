@@ -31,8 +31,17 @@ class Releases:
         return git(self.upstream, "rev-parse", f"v{version}^{{commit}}")
 
 
+_made: dict[Path, Releases] = {}
+
+
 def make(materials: Materials) -> Releases:
-    """Make the releases; each is a commit of its own on the pinned one."""
+    """Make the releases, once for the same materials; each is a commit of its own on the pinned one."""
+    if materials.folder not in _made:
+        _made[materials.folder] = _make(materials)
+    return _made[materials.folder]
+
+
+def _make(materials: Materials) -> Releases:
     folder = materials.folder / "releases"
     folder.mkdir()
     tree = folder / "upstream"

@@ -142,6 +142,12 @@ class World:
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
+    def begin_move(self, target: str) -> None:
+        """What is written down before the first file of vendor/vllm is touched."""
+        note = self.layout.moving("vllm")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"from": self.git("rev-parse", "HEAD"), "to": target}))
+
     def git(self, *words: str) -> str:
         """Git in vendor/vllm by the user's own hand."""
         return git(self.layout.vllm, *words, env={"GIT_AUTHOR_NAME": "Ada", "GIT_COMMITTER_NAME": "Ada"})

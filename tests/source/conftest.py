@@ -1,6 +1,7 @@
 """A small upstream in real git, its release archive, and workspaces that pin it. The user's git configuration is hostile throughout."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -236,6 +237,10 @@ class Workspace:
 
     def unapply(self) -> Stack:
         return patches.unapply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal)
+
+    def begin_move(self, target: str) -> None:
+        """What is written down before the first file of a move is touched."""
+        write(self.layout.root, {".workspace/moving/vllm.json": json.dumps({"from": sh_git(self.vllm, "rev-parse", "HEAD"), "to": target})})
 
     def go_on(self, how: resume.How) -> Stack:
         return resume.go_on(self.layout, "vllm", self.pin, self.observe(), how=how, journal=self.journal)

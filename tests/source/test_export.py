@@ -10,7 +10,7 @@ import pytest
 
 from tests.source.conftest import Snapshot, Upstream, Workspace, commit, sh_git, write
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, PatchDrift, SettingsError
+from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.core.journal import Journal
 from workspace.source import export
 from workspace.source.export import Export
@@ -221,7 +221,7 @@ def test_series_for_another_base_or_with_a_line_that_is_no_name_is_refused(relea
         run(release)
     release.series(dict(upstream.patches))
     series(release).write_bytes(series(release).read_bytes() + b"../x.patch\n")
-    with pytest.raises(SettingsError, match="line 5"):
+    with pytest.raises(PatchDrift, match="line 5"):
         run(release)
 
 
@@ -351,9 +351,18 @@ def test_export_that_was_killed_is_finished_by_the_next(release: Workspace, upst
     (release.layout.patches("vllm") / whole[0][0]).write_bytes(whole[0][1])
     assert run(release).removed == (second,)
     assert order(release) == [first, "Another-name.patch"]
-    # As before the last file was removed and the references were set.
-    (release.layout.patches("vllm") / second).write_bytes(upstream.patches[second])
-    assert second in run(release).unlisted
+
+
+def test_export_that_was_killed_at_its_last_file_leaves_nothing_behind(release: Workspace, upstream: Upstream) -> None:
+    release.apply()
+    first, second = upstream.patches
+    sh_git(release.vllm, "reset", "--quiet", "--keep", "HEAD~1")
+    folder = release.layout.patches("vllm")
+    # All of it was put in place, and the folder that it was made in is still there; or only the removal was done.
+    (folder.parent / ".vllm.making-abcdefgh").mkdir()
+    (folder / second).unlink()
+    assert run(release).names == (first,)
+    assert sorted(path.name for path in folder.parent.rglob("*")) == sorted(["vllm", "series", first])
 
 
 def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(release: Workspace, upstream: Upstream) -> None:
@@ -455,3 +464,13 @@ def test_rewritten_base_line_and_removed_files_of_a_bump(tmp_path: Path, upstrea
     assert export.write(folder, base="2" * 40, patches=((second, upstream.patches[second]),)) == (("series",), (first,))
     assert (folder / "series").read_text().split("\n")[1:] == ["# base: " + "2" * 40, second, ""]
     assert sorted(path.name for path in folder.iterdir()) == sorted([second, "series"])
+
+
+def test_objects_of_the_stack_have_their_names_only_when_they_are_whole(release: Workspace) -> None:
+    """An object that a power cut has emptied counts as there for git, which would never write it again."""
+    release.apply()
+    objects = release.vllm / ".git" / "objects"
+    assert not list(objects.glob("*/tmp_obj_*"))
+    assert sh_git(release.vllm, "fsck", "--connectivity-only") == ""
+    head = release.observe().head or ""
+    assert (objects / head[:2] / head[2:]).stat().st_mode & 0o777 == 0o444

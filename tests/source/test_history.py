@@ -83,8 +83,6 @@ def test_blobs_of_any_bytes_come_in_one_call(tmp_path: Path) -> None:
     oids = {name: entry.split()[1] for name, entry in git.entries((), "HEAD").items()}
     found = history.blobs(git, [*oids.values(), "0" * 39 + "1", *oids.values()])
     assert {name: found[oid] for name, oid in oids.items() if name in contents} == contents
-    assert history.show_file(git, "HEAD", "c") == contents["c"]
-    assert history.show_file(git, "HEAD", "none") is None
     assert history.blobs(git, []) == {}
 
 

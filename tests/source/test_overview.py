@@ -114,6 +114,7 @@ def test_own_verbs_have_not_moved_anything(checked_out: Workspace) -> None:
     assert moved(checked_out) == ""
     checked_out.apply()
     # A run that was killed, and is finished by the next.
+    checked_out.begin_move(checked_out.observe().base or "")
     write(checked_out.vllm, {"vllm/lines.py": LINES})
     checked_out.unapply()
     assert (checked_out.observe().head, moved(checked_out)) == (checked_out.observe().base, "")

@@ -106,7 +106,7 @@ def test_edits_in_the_way_stop_the_series_and_stay(release: Workspace) -> None:
 
 def test_new_file_of_the_user_where_a_patch_makes_one_is_kept(release: Workspace, snapshot: Snapshot) -> None:
     write(release.vllm, {"vllm/new.py": "mine\n"})
-    with pytest.raises(CheckoutError, match="would be overwritten"):
+    with pytest.raises(CheckoutError, match="is in the way"):
         release.apply()
     assert (release.vllm / "vllm" / "new.py").read_text() == "mine\n"
     assert (release.vllm / "vllm" / "lines.py").read_text() == LINES
@@ -425,12 +425,65 @@ def test_unapply_that_was_killed_is_finished(release: Workspace) -> None:
     before = everything(release)
     head = release.apply().head
     # As read-tree leaves it when it is killed: the first files written, one begun, one gone, HEAD and index as they were.
+    release.begin_move(release.observe().base or "")
     write(release.vllm, {"vllm/lines.py": LINES, "csrc/dos.h": b"dos\r\nli"})
     (release.vllm / "vllm" / "new.py").unlink()
     write(release.vllm, {".git/index.lock": ""})
     assert release.unapply().state is State.UNAPPLIED
     assert everything(release) | {"refs": ""} == before | {"refs": ""}
     assert sh_git(release.vllm, "rev-parse", "refs/patches/tip") == head
+
+
+def test_apply_that_was_killed_after_its_new_files_is_finished(release: Workspace) -> None:
+    tip = release.apply().head or ""
+    release.unapply()
+    release.begin_move(tip)
+    # The file is nobody's edit: HEAD does not have it yet.
+    (release.vllm / "vllm" / "new.py").write_text("new\n")
+    assert release.apply().head == tip
+    assert sh_git(release.vllm, "status", "--porcelain") == ""
+
+
+def test_edits_that_look_like_a_killed_move_are_the_users_where_none_was_begun(checked_out: Workspace) -> None:
+    checked_out.apply()
+    checked_out.unapply()
+    (checked_out.vllm / "README").unlink()
+    (checked_out.vllm / "vllm" / "lines.py").write_text("line 1\n")
+    with pytest.raises(CheckoutError, match="has edits"):
+        checked_out.apply()
+    assert not (checked_out.vllm / "README").exists()
+    assert (checked_out.vllm / "vllm" / "lines.py").read_text() == "line 1\n"
+
+
+def test_edit_of_a_file_that_a_killed_move_does_not_touch_stays(release: Workspace) -> None:
+    tip = release.apply().head or ""
+    release.unapply()
+    release.begin_move(tip)
+    (release.vllm / "vllm" / "lines.py").write_text("line 1\n")
+    (release.vllm / "README").unlink()
+    assert release.apply().head == tip
+    assert sh_git(release.vllm, "status", "--porcelain") == " D README"
+    assert (release.vllm / "vllm" / "lines.py").read_text() == PATCHED
+
+
+def test_new_file_of_the_users_that_git_ignores_is_not_taken_for_one_of_a_killed_apply(release: Workspace) -> None:
+    tip = release.apply().head or ""
+    release.unapply()
+    release.begin_move(tip)
+    write(release.vllm, {".git/info/exclude": "new.py\n", "vllm/new.py": "mine\n"})
+    with pytest.raises(CheckoutError, match="new.py in .* is in the way") as caught:
+        release.apply()
+    assert (caught.value.hint or "").startswith("mv ")
+    assert (release.vllm / "vllm" / "new.py").read_text() == "mine\n"
+
+
+def test_commits_that_something_else_left_behind_get_a_reference_before_apply_goes_on(checked_out: Workspace) -> None:
+    base = checked_out.apply().base or ""
+    commit(checked_out.vllm, "Mine\n\nUpstream-Status: Pending", {"vllm/mine.py": "mine\n"})
+    mine = sh_git(checked_out.vllm, "rev-parse", "HEAD")
+    sh_git(checked_out.vllm, "checkout", "--quiet", "--detach", base)
+    checked_out.apply()
+    assert sh_git(checked_out.vllm, "for-each-ref", "--format=%(refname)", "--contains", mine) == f"refs/patches/kept/{mine[:12]}"
 
 
 def test_lock_that_a_killed_git_left_does_not_make_touched_files_look_edited(release: Workspace) -> None:
@@ -476,9 +529,9 @@ def test_patch_of_any_content_goes_on_and_off_without_a_trace(release: Workspace
     ("series", "code", "says"),
     [
         ("gone.patch\n", 5, r"gone\.patch is not there"),
-        ("a.patch\na.patch\n", 2, "a second time"),
-        ("mbox.patch\n", 2, "is not a mail"),
-        ("../a.patch\n", 2, "not the name"),
+        ("a.patch\na.patch\n", 5, "a second time"),
+        ("mbox.patch\n", 5, "is not a mail"),
+        ("../a.patch\n", 5, "not the name"),
         ("crlf.patch\n", 4, "patch 1 of 1"),
         ("cut.patch\n", 4, "patch 1 of 1"),
     ],

@@ -10,6 +10,7 @@ import pytest
 from tests.source.conftest import LINES, PATCHED, Upstream, Workspace, commit, export, sh_git, write
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
 from workspace.source import resume
+from workspace.source.export import run as export_run
 from workspace.source.git import Git
 from workspace.source.patches import State
 
@@ -55,8 +56,16 @@ def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_wo
     assert sh_git(vllm, "log", "--reverse", "--format=%f", f"{stack.base}..HEAD").split()[1:] == ["XX-to-YY", "Last"]
     assert set(sh_git(vllm, "log", "--format=%cn <%ce>", f"{stack.base}..HEAD").splitlines()) == {"vLLM workspace <workspace@invalid>"}
     assert all(one == other for one, other in (line.split("|") for line in sh_git(vllm, "log", "--format=%ad|%cd", f"{stack.base}..HEAD").splitlines()))
-    assert sh_git(vllm, "rev-parse", "refs/patches/base", "refs/patches/tip").split() == [stack.base, stack.head]
     assert (vllm / "vllm" / "lines.py").read_text() == RESOLVED
+
+
+def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(stopped: Workspace) -> None:
+    resolve(stopped)
+    head = stopped.go_on("continue").head
+    done = export_run(stopped.layout, "vllm", stopped.pin, stopped.observe(), journal=stopped.journal)
+    assert done.written == ("XX-to-YY.patch",)
+    assert stopped.stack().state is State.APPLIED
+    assert sh_git(stopped.vllm, "rev-parse", "refs/patches/tip") == head
 
 
 def test_same_resolution_gives_the_same_commits_again(stopped: Workspace) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.errors import PatchDrift, SettingsError
+from workspace.core.errors import PatchDrift
 from workspace.source import pins, series
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,17 +51,17 @@ def test_remarks_and_blank_lines_are_no_patches(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "complaint"),
     [
-        ("a.patch\n", SettingsError, "has 0 lines"),
-        (f"# base: {BASE}\n# base: {BASE}\n", SettingsError, "has 2 lines"),
-        (f"# base: {BASE[:12]}\n", SettingsError, "has 0 lines"),
+        ("a.patch\n", PatchDrift, "has 0 lines"),
+        (f"# base: {BASE}\n# base: {BASE}\n", PatchDrift, "has 2 lines"),
+        (f"# base: {BASE[:12]}\n", PatchDrift, "has 0 lines"),
         (f"# base: {'f' * 40}\n", PatchDrift, "pinned is"),
-        (f"# base: {BASE}\na.patch\na.patch\n", SettingsError, "line 3: a.patch stands there a second time"),
+        (f"# base: {BASE}\na.patch\na.patch\n", PatchDrift, "line 3: a.patch stands there a second time"),
         (f"# base: {BASE}\nb.patch\n", PatchDrift, "b.patch is not there"),
-        (f"# base: {BASE}\n../vllm/a.patch\n", SettingsError, "line 2"),
-        (f"# base: {BASE}\n/etc/a.patch\n", SettingsError, "line 2"),
-        (f"# base: {BASE}\n--directory=x.patch\n", SettingsError, "line 2"),
-        (f"# base: {BASE}\nseries\n", SettingsError, "line 2"),
-        (f"# base: {BASE}\na.patch -p0\n", SettingsError, "line 2"),
+        (f"# base: {BASE}\n../vllm/a.patch\n", PatchDrift, "line 2"),
+        (f"# base: {BASE}\n/etc/a.patch\n", PatchDrift, "line 2"),
+        (f"# base: {BASE}\n--directory=x.patch\n", PatchDrift, "line 2"),
+        (f"# base: {BASE}\nseries\n", PatchDrift, "line 2"),
+        (f"# base: {BASE}\na.patch -p0\n", PatchDrift, "line 2"),
     ],
 )
 def test_what_is_no_series_is_refused_with_its_line(folder: Path, text: str, error: type[Exception], complaint: str) -> None:
@@ -72,20 +72,20 @@ def test_what_is_no_series_is_refused_with_its_line(folder: Path, text: str, err
 @pytest.mark.parametrize("content", [b"", b"diff --git a/x b/x\n", MAIL + MAIL, MAIL.replace(b"diff --git", b"nothing"), b"\n" + MAIL])
 def test_patch_that_is_no_single_mail_is_refused(folder: Path, content: bytes) -> None:
     (folder / "a.patch").write_bytes(content)
-    with pytest.raises(SettingsError, match=r"patches/vllm/a\.patch is not a mail"):
+    with pytest.raises(PatchDrift, match=r"patches/vllm/a\.patch is not a mail"):
         written(folder, f"# base: {BASE}\na.patch\n")
 
 
 def test_missing_or_binary_series_is_no_traceback(folder: Path) -> None:
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(PatchDrift, match="cannot be read"):
         series.read(folder, pin=BASE)
     (folder / "series").write_bytes(b"\xff\xfe")
-    with pytest.raises(SettingsError, match="not UTF-8"):
+    with pytest.raises(PatchDrift, match="not UTF-8"):
         series.read(folder, pin=BASE)
 
 
 def test_folder_in_place_of_a_patch_is_no_traceback(folder: Path) -> None:
     (folder / "a.patch").unlink()
     (folder / "a.patch").mkdir()
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(PatchDrift, match="cannot be read"):
         written(folder, f"# base: {BASE}\na.patch\n")

@@ -133,6 +133,6 @@ def test_edited_file_is_remembered_as_what_it_is(aged: Workspace) -> None:
 def test_move_that_git_refuses_leaves_the_times(aged: Workspace, snapshot: Snapshot) -> None:
     write(aged.vllm, {"vllm/new.py": "mine\n"})
     before = files(aged, snapshot)
-    with pytest.raises(Exception, match="overwritten"):
+    with pytest.raises(Exception, match="is in the way"):
         aged.apply()
     assert files(aged, snapshot) == before

@@ -15,7 +15,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import doctor, torch
-from workspace.source import checkout, patches
+from workspace.source import checkout, moves, patches
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
 # CUDA environment 10 and libraries 0.8; in the cache the release archive and the donor wheel.
@@ -72,7 +72,7 @@ def stages_of(layout: Layout, settings: Settings, observed: plan.Observation) ->
     return (
         Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
         Stage(*_source(settings, observed), (("source", stages.make_source),)),
-        Stage(*_patches(observed), (("patches", stages.apply_patches),)),
+        Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),
         Stage(environment.state != "ok", environment.why or "up to date", stages.ENVIRONMENT),
         Stage(bool(build), "; ".join(build) or "up to date", stages.VLLM),
     )
@@ -84,10 +84,12 @@ def _source(settings: Settings, observed: plan.Observation) -> tuple[bool, str]:
     return not is_there or choice not in ("auto", there.kind.name.lower()), there.detail
 
 
-def _patches(observed: plan.Observation) -> tuple[bool, str]:
+def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
     stack = observed.stack
     if stack is None:
         return True, "there is no checkout yet"
+    if moves.is_begun(layout, "vllm"):
+        return True, "a move was ended in the middle"
     if stack.state is patches.State.APPLIED:
         return False, f"{len(stack.names)} applied"
     if stack.state is patches.State.UNAPPLIED and not stack.names:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from workspace.build import plan
 from workspace.core.console import Console, State
-from workspace.core.errors import SmokeError
+from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
@@ -24,9 +24,12 @@ class Row:
 
 def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
     """Print one row a layer and the next command; as JSON on stdout where a program asks."""
-    observed = plan.observe(layout, settings)
-    rows = _rows(layout, observed)
-    following = plan.half_moved(layout) or next_command(observed)
+    try:
+        observed = plan.observe(layout, settings)
+        rows, following = _rows(layout, observed), plan.half_moved(layout) or next_command(observed)
+    except PatchDrift as exc:
+        # A broken series is one of the things that this screen is looked at for.
+        rows, following = (Row("FAIL", "patches", exc.message),), exc.hint or "./scripts/inv patch"
     if all(row.state == "ok" for row in rows):
         following = f"nothing is due; after a change in vendor/vllm: {following}"
     if as_json:
@@ -52,7 +55,7 @@ def next_command(observed: plan.Observation) -> str:
     if observed.checkout.kind is checkout.Kind.FOREIGN:
         return f"git -C vendor/vllm status   # {observed.checkout.detail}"
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
-        return "git -C vendor/vllm status   # an am, rebase, merge or cherry-pick is under way; finish or abort it"
+        return "./scripts/inv patch.continue   # or --skip, --abort: an am, rebase, merge or cherry-pick is under way in vendor/vllm"
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
         return "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
     if observed.outrun and observed.environment.state == "ok":

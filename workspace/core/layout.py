@@ -35,6 +35,10 @@ class Layout:
         """When the files of a checkout were written last with which content; see source/times.py."""
         return self.state / "times" / f"{project}.json"
 
+    def moving(self, project: str) -> Path:
+        """Is there while a checkout moves from one commit to another, or a run that did so was ended."""
+        return self.state / "moving" / f"{project}.json"
+
     @property
     def workshop(self) -> Path:
         """A clone in small, with a tree and an environment of its own, in which a pin is moved before anything else is."""

@@ -98,6 +98,9 @@ def _begin(layout: Layout, settings: Settings, ref: str, journal: Journal, *, yo
     pin, there, stack = observed.pin, observed.checkout, _ready(layout, observed)
     assert there.base
     assert stack.head
+    if ref in (pin.tag, pin.version, pin.commit) and not promote.is_archives(pin):
+        journal.console.say(f"nothing to do: {pin.tag} is pinned already")
+        return None
     with journal.console.step("upstream") as view:
         journal.phase("upstream", view)
         candidate = upstream.find(layout, pin, ref, settings, there, journal=journal, step=view)
@@ -158,7 +161,7 @@ def _bring(layout: Layout, pin: pins.Pin, base: str, kind: Kind, store: Path, se
     git, ref = Git(layout.vllm), f"refs/pins/{pin.tag}"
     with journal.console.step("fetch") as view:
         journal.phase("fetch", view)
-        if kind is Kind.GIT and base not in git.present((base,)):
+        if kind is Kind.GIT and not worktree.is_kept(git, base):
             # The store looks only, and has not the content of all files.
             url, whole = checkout.url_of(layout, pin, settings), git.setting("remote.origin.promisor") != "true"
             git.fetch(url, (f"+{base}:{ref}",), whole=whole, settings=settings, journal=journal, on_line=checkout.shown(view))

@@ -4,6 +4,7 @@ The marker says what is to be done and which steps are; each step bears being be
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,4 +44,6 @@ def finish(marker: Marker, steps: Sequence[tuple[str, Act]]) -> None:
     for name, act in steps:
         if name not in marker.done:
             act(marker.facts)
+            # The marker is: after a power cut it must not speak of files that are not.
+            os.sync()
             marker = Marker(marker.path, marker.facts, (*marker.done, name)).write()

@@ -10,7 +10,7 @@ from workspace.core.errors import CheckoutError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
-from workspace.source import checkout, leftover, series, times
+from workspace.source import checkout, moves, series
 from workspace.source.git import Git, worktree
 
 
@@ -20,43 +20,17 @@ def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
     Raises CheckoutError where HEAD is at neither, or where an edit may be the user's.
     """
     git, shown = Git(layout.vllm), layout.relative(layout.vllm)
+    if moves.is_begun(layout, "vllm"):
+        moves.finish(layout, "vllm", git, journal=journal)
     head = git.head()
     if head == new:
         return
     if head != old:
         raise CheckoutError(f"{shown} is at {(head or 'no commit')[:12]}, expected was {old[:12]}", hint=f"git -C {shown} checkout --detach {old[:12]}")
-    edited = git.edits()
-    if edited and not _finish(git, old, new, journal):
+    if edited := git.edits():
         hint = f"git -C {shown} stash    and the same command again"
         raise CheckoutError(f"{shown} has edits ({', '.join(edited[:3])}), which were left as they are", hint=hint)
-    if not edited:
-        times.move(git, new, memory=layout.times("vllm"), journal=journal)
-
-
-def _finish(git: Git, old: str, new: str, journal: Journal) -> bool:
-    """Finish a move to `new` that was killed: it leaves HEAD, and each file as `old` or `new` has it or begun. False where one is otherwise."""
-    before, after, now = git.entries((), old), git.entries((), new), git.entries((), None)
-    changed = [path for path in before.keys() | after.keys() if now.get(path) != after.get(path)]
-    if not all(now.get(path) == before.get(path) or _is_begun(git, path, after.get(path)) for path in changed):
-        return False
-    journal.write(f"finishing the interrupted move of {git.path} to {new}")
-    leftover.remove_at_top(git.path_of("index").parent, git.path)
-    git.read_index(new)
-    for gone in (path for path in changed if path not in after):
-        (git.path / gone).unlink(missing_ok=True)
-    if written := [path for path in changed if path in after]:
-        git.write_files(*written)
-    # As in Git.move_to: the files are on the disk before HEAD names them.
-    os.sync()
-    git.set_ref("HEAD", new)
-    return True
-
-
-def _is_begun(git: Git, path: str, entry: str | None) -> bool:
-    file = git.path / path
-    if not os.path.lexists(file):
-        return True
-    return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
+    moves.move(layout, "vllm", git, new, journal=journal)
 
 
 def put_aside(environment: Path, aside: Path) -> None:

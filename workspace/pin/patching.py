@@ -12,8 +12,9 @@ from workspace.core.errors import SettingsError
 from workspace.core.journal import Journal
 from workspace.core.layout import PROJECTS, Layout
 from workspace.core.settings import Settings
-from workspace.source import checkout, pins
+from workspace.source import checkout, moves, pins
 from workspace.source.checkout import Checkout
+from workspace.source.git import Git
 from workspace.source.patches import Stack, State
 from workspace.source.pins import Pin
 
@@ -96,6 +97,8 @@ def _opened(layout: Layout, settings: Settings, project: str, verb: str, console
         lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held,
         Journal(console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held) as journal,
     ):
+        if moves.is_begun(layout, project):
+            moves.finish(layout, project, Git(checkout.folder_of(layout, pin)), journal=journal)
         yield Opened(pin, checkout.observe(layout, pin), journal)
 
 

@@ -62,6 +62,11 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
         new = replace(pin, commit=found.commit, tag=found.branch, version=found.branch if pin.version == pin.tag else pin.version)
         if (layout.triton / ".git").exists():
             _move_tree(layout, settings, pin, new, names, journal)
+        else:
+            with journal.console.step("vendor/triton") as view:
+                journal.phase("vendor/triton", view)
+                view.reason = checkout.ensure(layout, new, settings, choice="git", journal=journal, step=view).detail
+            journal.step = None
         workshop.write_series_base(layout.patches("triton"), new.commit)
         if pin == new:
             console.say(f"nothing to do: {new.tag} is at {new.commit[:12]}, which is pinned already")
@@ -86,7 +91,7 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, names: li
     _require_clean(tree, shown, pin, new, layout)
     with journal.console.step("fetch") as view:
         journal.phase("fetch", view)
-        if new.commit not in tree.present((new.commit,)):
+        if not worktree.is_kept(tree, new.commit):
             url, whole = checkout.url_of(layout, new, settings), tree.setting("remote.origin.promisor") != "true"
             ref = f"+{new.commit}:refs/pins/triton"
             tree.fetch(url, (ref,), whole=whole, settings=settings, journal=journal, on_line=checkout.shown(view))

@@ -24,6 +24,8 @@ RECORD = "begun.json"
 SKIPPED = "skipped"
 # Set in the workshop's tree when the whole series is on the new base; git itself knows no longer by then.
 APPLIED_REF = f"{worktree.OWN_REFS}/applied"
+# Set when all files of the new base are written and on the disk: before, nobody has worked there.
+MADE_REF = f"{worktree.OWN_REFS}/made"
 _BASE = re.compile(rb"^(\s*# base: )([0-9a-f]{40})\s*$", re.MULTILINE)
 
 
@@ -114,19 +116,27 @@ def open_tree(workshop: Workshop, settings: Settings, *, journal: Journal) -> Gi
     """
     git, path, base = Git(workshop.outer.vllm), workshop.layout.vllm, workshop.begun.new_base
     tree = Git(path)
+    if path.is_dir() and os.listdir(path) == [".git"] and not _is_linked(tree):
+        # A power cut between the first file and the rest of what git writes for a working tree.
+        (path / ".git").unlink()
     if not os.path.lexists(path / ".git"):
         if path.exists() and any(path.iterdir()):
             raise CheckoutError(f"{workshop.shown} has files and is no working tree", hint="./scripts/inv patch.continue --abort")
         tree = worktree.add(git, path, base, journal=journal)
-    place = tree.place()
-    if place is None or place.top.resolve() != path.resolve():
+    if not _is_linked(tree):
         raise CheckoutError(f"{workshop.shown} is no working tree of vendor/vllm", hint="./scripts/inv patch.continue --abort")
-    # Whoever was ended while it wrote the first files left no index, or a lock beside it: nobody has worked there yet.
-    index = tree.path_of("index")
-    if not index.exists():
-        leftover.remove_at_top(index.parent, path)
+    if tree.resolve(MADE_REF) is None:
+        leftover.remove_at_top(tree.path_of("index").parent, path)
         tree.check_out(base, settings=settings, journal=journal, on_line=lambda line: None)
+        os.sync()
+        tree.set_ref(MADE_REF, base)
     return tree
+
+
+def _is_linked(tree: Git) -> bool:
+    """Whether git takes the folder for a working tree of its own. One whose .git was cut short may lead to the clone's very HEAD."""
+    place = tree.place()
+    return place is not None and place.top.resolve() == tree.path.resolve() and place.git_dir.parent.name == "worktrees"
 
 
 def remove(layout: Layout) -> str | None:

@@ -81,7 +81,7 @@ def _main(layout: Layout, pin: Pin, settings: Settings, git: Git, journal: Journ
     url = checkouts.url_of(layout, pin, settings)
     known = git.resolve(branch.UPSTREAM)
     try:
-        with journal.console.step("upstream's main") as view:
+        with journal.console.step("main") as view:
             branch.fetch_main(git, url, settings=settings, journal=journal, on_line=checkouts.shown(view))
     except SourceError as exc:
         if known is None:

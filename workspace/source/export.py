@@ -347,9 +347,11 @@ def _keep_aside(layout: Layout, folder: Path, plan: _Plan, known: set[bytes]) ->
 
 
 def _put(folder: Path, plan: _Plan) -> None:
-    """Write the patches, then the series, then take away what it no longer names."""
+    """Write the patches, take away those that go, then write the series: whoever is killed before finds in it all that is to be done."""
     changed = dict(plan.changed)
     text = changed.pop(series.FILE, None)
+    # One that was killed may have left an empty folder, and nothing to write anew.
+    scratch.sweep(folder)
     if changed:
         folder.mkdir(parents=True, exist_ok=True)
         with scratch.beside(folder) as aside:
@@ -359,11 +361,11 @@ def _put(folder: Path, plan: _Plan) -> None:
             os.sync()
             for name in changed:
                 os.replace(aside / name, folder / name)
-    if text is not None:
-        write_atomic(folder / series.FILE, text)
     for name in plan.gone:
         if plan.present.get(name) is not None:
             (folder / name).unlink(missing_ok=True)
+    if text is not None:
+        write_atomic(folder / series.FILE, text)
 
 
 def _unlisted(folder: Path, plan: _Plan) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.source import checkout as checkouts
-from workspace.source import conflict, export, mail, mailing, patches, times
+from workspace.source import conflict, export, mail, mailing, moves, patches
 from workspace.source.checkout import Checkout
 from workspace.source.git import AM_BY_HAND, Git, am, without_user
 from workspace.source.git import mail as mails
@@ -68,7 +68,7 @@ def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, settings: Se
         hint = f"{by_hand}    then reword: git -C {shown} rebase -i {stack.head[:12]} && ./scripts/inv patch.export"
         raise mailing.Unfit(f"{origin.name}: {exc.message}", hint=hint, details=exc.details) from exc
     git.set_ref(TIP_REF, tip)
-    times.move(git, tip, memory=layout.times(project), journal=journal)
+    moves.move(layout, project, git, tip, journal=journal)
     done = export.finish(layout, prepared)
     export.show(done, console=journal.console)
     return done

@@ -46,6 +46,9 @@ def show(layout: Layout, settings: Settings, project: str, *, console: Console, 
     checkout = checkouts.observe(layout, pin)
     stack = patches.observe(layout, project, pin, checkout)
     table, following = _rows(layout, project, pin, checkout, stack), next_command(layout, pin, stack)
+    sentence = moved(layout, project, pin, checkout, stack) or ""
+    # The way back goes before the way on.
+    following = next((sentence.split(mark, 1)[1] for mark in ("; back: ", "; to follow: ") if mark in sentence), following)
     if as_json:
         console.data(json.dumps({"schema": 1, "rows": [dataclasses.asdict(row) for row in table], "next": following}, indent=1))
         return
@@ -110,7 +113,7 @@ def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Sta
         return None
     is_series = lost == tip and stack.state in (State.UNAPPLIED, State.DIRTY) and git.tree(tip) == stack.expected_tree
     way = patches.APPLY if is_series else f"git -C {shown} checkout {TIP_REF if lost == tip else lost[:12]}"
-    return f"something else moved {shown} from the stack to {head[:12]} ({move.what or 'submodule.recurse'}); its commits are safe at {lost[:12]}; back: {way}"
+    return f"something else moved {shown} from the stack to {head[:12]} ({move.what or 'submodule.recurse'}); its commits are at {lost[:12]}; back: {way}"
 
 
 def _rows(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> tuple[Row, ...]:

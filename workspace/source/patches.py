@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.source import checkout as checkouts
-from workspace.source import conflict, leftover, series, times
+from workspace.source import conflict, moves, series, times
 from workspace.source.checkout import Checkout, Kind
-from workspace.source.git import Git, am
+from workspace.source.git import Git, am, reflog, worktree
 from workspace.source.pins import Pin
 from workspace.source.stack import BASE_REF as BASE_REF
 from workspace.source.stack import KEPT_REFS
@@ -58,15 +57,10 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
     Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something; PatchDrift where it holds
     commits that are no patches yet, or a patch changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
     """
-    stack = observe(layout, project, pin, checkout)
+    path = checkouts.folder_of(layout, pin)
+    git, stack = Git(path), _settled(layout, project, pin, checkout, journal)
     if stack.state is State.APPLIED:
         return stack
-    path = checkouts.folder_of(layout, pin)
-    git, memory = Git(path), layout.times(project)
-    if stack.state is State.DIRTY and stack.base and stack.expected_tree:
-        tip = git.resolve(TIP_REF)
-        if tip and git.tree(tip) == stack.expected_tree and _finish(git, stack.base, tip, memory, journal):
-            return observe(layout, project, pin, checkouts.observe(layout, pin))
     if stack.state is not State.UNAPPLIED or stack.base is None:
         raise conflict.refusal(layout.relative(path), git, stack, verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap")
     files = [layout.patches(project) / name for name in stack.names]
@@ -79,7 +73,8 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
             raise conflict.refused(project, stack.names[applied.position - 1], stack, applied)
         _check(project, git, stack, stack.base, applied.tip)
         _keep(git, stack.base, applied.tip)
-        times.move(git, applied.tip, memory=memory, journal=journal)
+        _keep_lost(git)
+        moves.move(layout, project, git, applied.tip, journal=journal)
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
@@ -89,19 +84,24 @@ def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journ
     Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something, and PatchDrift where it holds
     commits that are no patches yet.
     """
-    stack = observe(layout, project, pin, checkout)
+    stack = _settled(layout, project, pin, checkout, journal)
     if stack.base and stack.head == stack.base and stack.state is not State.IN_PROGRESS:
         return stack
     path = checkouts.folder_of(layout, pin)
-    git, memory = Git(path), layout.times(project)
-    if stack.state is not State.APPLIED or stack.base is None or stack.head is None:
+    git = Git(path)
+    if stack.state is not State.APPLIED or stack.base is None or stack.head is None or stack.dirty:
         raise conflict.refusal(layout.relative(path), git, stack, verb=UNAPPLY)
-    if not stack.dirty:
-        _keep(git, stack.base, stack.head)
-        times.move(git, stack.base, memory=memory, journal=journal)
-    elif git.resolve(TIP_REF) != stack.head or not _finish(git, stack.head, stack.base, memory, journal):
-        raise conflict.refusal(layout.relative(path), git, stack, verb=UNAPPLY)
+    _keep(git, stack.base, stack.head)
+    moves.move(layout, project, git, stack.base, journal=journal)
     return observe(layout, project, pin, checkouts.observe(layout, pin))
+
+
+def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, journal: Journal) -> Stack:
+    """The stack, after a move that a killed run began has been finished."""
+    stack = observe(layout, project, pin, checkout)
+    if moves.is_begun(layout, project) and moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), journal=journal):
+        return observe(layout, project, pin, checkouts.observe(layout, pin))
+    return stack
 
 
 def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base: str, files: Sequence[Path], journal: Journal) -> None:
@@ -142,37 +142,11 @@ def _keep(git: Git, base: str, tip: str) -> None:
     git.set_ref(BASE_REF, base)
 
 
-def _finish(git: Git, source: str, target: str, memory: Path, journal: Journal) -> bool:
-    """Finish the move from one commit to another that a killed run began. False, and nothing done, where any edit may be the user's.
-
-    Such a run leaves HEAD at the source and each file of the series as the source or the target has it, or begun; perhaps an index.lock.
-    """
-    before, after, now = git.entries((), source), git.entries((), target), git.entries((), None)
-    # A file that neither of them has is a new one of the user's, and stays.
-    changed = [path for path in before.keys() | after.keys() if now.get(path) != after.get(path)]
-    if not all(now.get(path) == before.get(path) or _is_begun(git, path, after.get(path)) for path in changed):
-        return False
-    journal.write(f"finishing the interrupted move of {git.path} to {target}")
-    known = times.read(memory, git.path)
-    leftover.remove_at_top(git.path_of("index").parent, git.path)
-    git.read_index(target)
-    for gone in (path for path in changed if path not in after):
-        (git.path / gone).unlink(missing_ok=True)
-    if written := [path for path in changed if path in after]:
-        git.write_files(*written)
-    times.restore(git, known)
-    # As in Git.move_to: the files are on the disk before HEAD names them.
-    os.sync()
-    git.set_ref("HEAD", target)
-    return True
-
-
-def _is_begun(git: Git, path: str, entry: str | None) -> bool:
-    """Whether the file is gone, as git removes it before it writes it, or holds the first bytes of what it is to become."""
-    file = git.path / path
-    if not os.path.lexists(file):
-        return True
-    return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
+def _keep_lost(git: Git) -> None:
+    """Give a reference to the commits that something else than a verb moved the checkout away from, if they have none."""
+    move = reflog.last_move(git)
+    if move and not move.is_ours and move.before in git.present((move.before,)) and not worktree.is_kept(git, move.before):
+        git.set_ref(f"{KEPT_REFS}/{move.before[:12]}", move.before)
 
 
 def _expected_tree(layout: Layout, project: str, git: Git, base: str, names: Sequence[str]) -> str | None:

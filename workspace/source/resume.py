@@ -4,6 +4,7 @@ All state is git's own, so it does not matter who began it, nor when. Before any
 checkout, edits included, is kept as a commit under refs/patches/left.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,7 +18,7 @@ from workspace.source.content import first_line
 from workspace.source.git import Git, am, worktree
 from workspace.source.git.am import Applied
 from workspace.source.pins import Pin
-from workspace.source.stack import BASE_REF, LEFT_REF, TIP_REF, Stack
+from workspace.source.stack import BASE_REF, LEFT_REF, TIP_REF, Stack, State
 
 How = Literal["continue", "skip", "abort"]
 
@@ -37,12 +38,14 @@ def go_on(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: Ho
     except WorkspaceError:
         # Whatever is wrong with the series, what is under way can be ended.
         journal.write("the series cannot be read, so patches are named by their subjects")
-    tip = go_on_in(git, base=checkout.base or checkout.head, how=how, journal=journal, names=names, shown=layout.relative(path))
-    if tip and checkout.base and tip != checkout.base and git.is_ancestor(checkout.base, tip):
-        git.set_ref(TIP_REF, tip)
-        git.set_ref(BASE_REF, checkout.base)
+    go_on_in(git, base=checkout.base or checkout.head, how=how, journal=journal, names=names, shown=layout.relative(path))
     times.restore(git, known)
-    return patches.observe(layout, project, pin, checkouts.observe(layout, pin))
+    stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
+    # What was resolved otherwise than the series has it is named by the export that is due, which would else take the patch for the newer one.
+    if stack.state is State.APPLIED and stack.base and stack.head and stack.head != stack.base:
+        git.set_ref(TIP_REF, stack.head)
+        git.set_ref(BASE_REF, stack.base)
+    return stack
 
 
 def go_on_in(git: Git, *, base: str, how: How, journal: Journal, names: Sequence[str] = (), shown: str | None = None) -> str | None:
@@ -69,6 +72,8 @@ def go_on_in(git: Git, *, base: str, how: How, journal: Journal, names: Sequence
     author = am.user(git) if verb in ("merge", "revert") else {}
     before = am.position(git)
     answer = git.write(verb, *dates, f"--{how}", env=author, check=False, journal=journal)
+    # git syncs the commits that it makes, and not the files.
+    os.sync()
     waits = git.under_way()
     if waits is None and answer.status == 0:
         if how != "abort":

@@ -20,13 +20,12 @@ def beside(destination: Path) -> Iterator[Path]:
 
     Raises ToolchainError where that, or anything that the block writes, fails for want of rights or space.
     """
-    prefix = f".{destination.name}.making-"
+    prefix = _prefix(destination)
     lock: int | None = None
     folder: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for old in destination.parent.glob(f"{prefix}*"):
-            _remove_abandoned(old)
+        sweep(destination)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         # The kernel drops the lock when its holder dies, whatever it dies of.
@@ -40,6 +39,16 @@ def beside(destination: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def sweep(destination: Path) -> None:
+    """Remove the folders beside `destination` that killed runs have left."""
+    for old in destination.parent.glob(f"{_prefix(destination)}*"):
+        _remove_abandoned(old)
+
+
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.making-"
 
 
 def put_in_place(made: Path, destination: Path) -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.errors import PatchDrift, SettingsError
+from workspace.core.errors import PatchDrift
 from workspace.core.files import read_regular
 
 FILE = "series"
@@ -26,7 +26,7 @@ class Series:
 def read(folder: Path, *, pin: str) -> Series:
     """Read a series and look at its patches. `pin` is the pinned commit, which the base line must name.
 
-    Raises SettingsError for a file that is not of its form and PatchDrift where series, patches and pin do not fit together.
+    Raises PatchDrift for a file that is not of its form, and where series, patches and pin do not fit together.
     """
     shown = f"patches/{folder.name}/{FILE}"
     try:
@@ -34,10 +34,10 @@ def read(folder: Path, *, pin: str) -> Series:
         lines = read_regular(folder / FILE).decode().split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise SettingsError(f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}") from exc
+        raise PatchDrift(f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}") from exc
     bases = [found[1] for line in lines if (found := _BASE.fullmatch(line.strip()))]
     if len(bases) != 1:
-        raise SettingsError(f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one", hint=f"git checkout -- {shown}")
+        raise PatchDrift(f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one", hint=f"git checkout -- {shown}")
     if bases[0] != pin:
         raise PatchDrift(
             f"{shown} is for base {bases[0]}, pinned is {pin}",
@@ -51,13 +51,9 @@ def read(folder: Path, *, pin: str) -> Series:
         place = f"{shown}, line {number}"
         if not _NAME.fullmatch(name) or not name.endswith(".patch"):
             shown_name = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
-            raise SettingsError(
-                f"{place}: {shown_name} is not the name of a .patch file in patches/{folder.name}", hint="one file name a line, without a folder"
-            )
+            raise PatchDrift(f"{place}: {shown_name} is not the name of a .patch file in patches/{folder.name}", hint="one file name a line, without a folder")
         if name in names:
-            raise SettingsError(
-                f"{place}: {name} stands there a second time", hint="take one of the two lines out; two patches of one name need better subjects"
-            )
+            raise PatchDrift(f"{place}: {name} stands there a second time", hint="take one of the two lines out; two patches of one name need better subjects")
         _look_at(folder / name, place)
         names.append(name)
     return Series(bases[0], tuple(names))
@@ -70,10 +66,10 @@ def _look_at(patch: Path, place: str) -> None:
     except FileNotFoundError:
         raise PatchDrift(f"{place}: {shown} is not there", hint=f"git checkout -- {shown}    or take the line out of the series") from None
     except OSError as exc:
-        raise SettingsError(f"{shown} cannot be read: {exc.strerror}", hint=f"ls -l {shown}") from exc
+        raise PatchDrift(f"{shown} cannot be read: {exc.strerror}", hint=f"ls -l {shown}") from exc
     messages = len(_MESSAGE.findall(content))
     if messages != 1 or not content.startswith(b"From ") or b"\ndiff --git " not in content:
-        raise SettingsError(
+        raise PatchDrift(
             f"{shown} is not a mail of git format-patch with one commit in it",
             hint="make it with git format-patch --zero-commit -1 in the tree that has the commit",
         )

@@ -1,4 +1,4 @@
-"""The verbs that are killed, each from states in which it has something to do. A later verb adds a KillCase here."""
+"""What is killed: a verb, from a state in which it has something to do. Here bootstrap's; those of patches and pins are in moves.py."""
 
 import shutil
 from collections.abc import Callable
@@ -10,12 +10,26 @@ from tests.small.world import World
 
 @dataclass(frozen=True)
 class KillCase:
-    """A verb to kill. `prepare` brings a fresh world into the state to start from, `check` raises where something of the user's is gone."""
+    """A verb to kill. `prepare` brings a fresh world into the state to start from, `check` raises where something of the user's is gone.
+
+    `again` does what a user does after the kill, by what the workspace says is next, until nothing is due; None where the same
+    command line is all of it. The disk is filled once stderr has `full_from`, or before the verb starts where that is empty.
+    """
 
     name: str
     prepare: Callable[[World], None]
     argv: tuple[str, ...]
     check: Callable[[World], None]
+    again: Callable[[World], None] | None = None
+    full_from: str = "done *preflight"
+
+    def go_on(self, world: World) -> None:
+        """Bring what a kill, or nothing, has left to the end. Raises AssertionError with what a command said that does not end as it should."""
+        if self.again is None:
+            ended = world.run(*self.argv)
+            assert ended.code == 0, f"the next run: {ended.said}"
+        else:
+            self.again(world)
 
 
 def plant(world: World) -> None:
@@ -140,7 +154,7 @@ def check_patches_off(world: World) -> None:
     assert (world.layout.vllm / "new.txt").read_text() == "mine\n"
 
 
-VERBS: tuple[KillCase, ...] = (
+BOOTSTRAP: tuple[KillCase, ...] = (
     KillCase("bootstrap from the release archive", fresh_release, ("bootstrap",), check_planted),
     KillCase("bootstrap from git", fresh_git, ("bootstrap",), check_planted),
     KillCase("bootstrap without .vllm, work in the tree", environment_gone, ("bootstrap",), check_environment_gone),

@@ -11,18 +11,28 @@ from pathlib import Path
 
 from tests.small.materials import git
 from workspace.core.layout import Layout
+from workspace.source.stack import LEFT_REF
 
 STRAY_S = 15.0
 # Of a fetch that was ended the whole history is asked for, should it have been the server that refuses a partial clone.
 _HOW_MUCH = re.compile(r"core\.repositoryformatversion|extensions\.|remote\.origin\.(promisor|partialclonefilter)")
 Fingerprint = Mapping[str, str]
 
+# Of git's objects, a loose one that was begun is git's to prune; a half pack would not be small. Nobody takes a dated name again.
 # Whose presence counts, not what is in it: times, process numbers, caches and logs of git's own.
-_NAMES_ONLY = re.compile(r"(.*/)?\.git/.*|\.workspace/lock|\.vllm/\.lock|.*/(RECORD|uv_cache\.json|REQUESTED)|\.vllm/pyvenv\.cfg")
-_IGNORED = re.compile(
-    r".*/__pycache__(/.*)?|.*\.pyc|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_).*|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
-    r"|cache/.*/lock|\.workspace/(logs|expected-trees|tools)(/.*)?|\.vllm/\.workspace/\w+\.json"
+# Of a good state, its record has the time and its list of packages is proven by the stamp; the other environment is as the one in use.
+_NAMES_ONLY = re.compile(
+    r"(.*/)?\.git/.*|\.workspace/(lock|smoke\.json|good/[^/]+/good\.json)|(\.vllm|\.workspace/good/[^/]+/environment)/(\.lock|pyvenv\.cfg)"
+    r"|.*/(RECORD|uv_cache\.json|REQUESTED)"
 )
+_IGNORED = re.compile(
+    r".*/__pycache__(/.*)?|.*\.pyc|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_(?!obj_)).*|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
+    r"|(.*/)?\.git/refs/(left/TIME\.lock|patches/left)|cache/.*/lock|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
+    r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/\w+\.json"
+)
+# What is kept aside bears the time of day, and what was left by a run that was killed is kept beside what the next one left.
+_TIME = re.compile(r"\d{8}T\d{6}Z")
+_DATED_REF = re.compile(r"refs/(left|good)/")
 
 
 def fingerprint(layout: Layout, cache: Path | None = None) -> Fingerprint:
@@ -33,7 +43,7 @@ def fingerprint(layout: Layout, cache: Path | None = None) -> Fingerprint:
             folders[:] = [name for name in folders if name != "__pycache__"]
             for name in (*folders, *names):
                 path = Path(place, name)
-                shown = f"{prefix}{path.relative_to(top)}"
+                shown = _TIME.sub("TIME", f"{prefix}{path.relative_to(top)}")
                 if not _IGNORED.fullmatch(shown):
                     found[shown] = _content(path, shown)
     for name in ("environment", "vllm"):
@@ -60,11 +70,19 @@ def _repository(name: str, folder: Path) -> dict[str, str]:
     return {
         f"{name} HEAD": git(folder, "rev-parse", "HEAD", "HEAD^{tree}"),
         f"{name} branch": git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
-        f"{name} refs": git(folder, "for-each-ref"),
+        f"{name} refs": _references(folder),
         f"{name} status": git(folder, "-c", "core.fsmonitor=false", "status", "--porcelain", "--untracked-files=all"),
         f"{name} settings": "\n".join(sorted(line for line in git(folder, "config", "--local", "--list").splitlines() if not _HOW_MUCH.match(line))),
         f"{name} fsck": git(folder, "fsck", "--no-dangling", "--no-progress", "--connectivity-only"),
     }
+
+
+def _references(folder: Path) -> str:
+    """Every reference with what it names; of a commit that is made anew each time, its tree. What was kept on giving up is extra."""
+    lines = (line.split() for line in git(folder, "for-each-ref", "--format=%(refname) %(objectname) %(tree)").splitlines())
+    return "\n".join(
+        sorted({f"{_TIME.sub('TIME', name)} {tree[0] if tree and _DATED_REF.match(name) else oid}" for name, oid, *tree in lines if name != LEFT_REF})
+    )
 
 
 def differences(expected: Fingerprint, found: Fingerprint) -> list[str]:

@@ -1,7 +1,7 @@
 """What a power cut leaves of a world whose processes have all just died: only what was synced is sure to be there.
 
 A file whose content is newer than the last sync comes back empty, cut short, whole or not at all; one that is older and was only
-linked or renamed since comes back or does not. What is older than the start of the run is on the disk.
+linked or renamed since comes back or does not. One that was only given another time or mode stays, and so does what is older than the run.
 """
 
 import filecmp
@@ -11,18 +11,19 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.proof.kill.preload import Sync
+from tests.proof.kill.preload import Preload
 
 # Times of files are taken from a clock that ticks every 4 ms or 10 ms.
 TICK_NS = 10_000_000
 
 
-def cut(parts: Sequence[str], folder: Path, before: Path, syncs: Sequence[Sync], *, began_ns: int, draw: random.Random) -> list[str]:
+def cut(parts: Sequence[str], folder: Path, before: Path, shim: Preload, *, began_ns: int, draw: random.Random) -> list[str]:
     """Damage what was written since `began_ns` below the parts of `folder` and not synced; return a line for each such file.
 
     `before` holds the parts as they were: a file whose content is still that of then was at most touched, as git touches an object
     that it need not write.
     """
+    syncs, named, opened = shim.syncs(), shim.last("rename", "link"), shim.last("open")
     whole_ns = max((sync.at_ns for sync in syncs if sync.inode is None), default=began_ns)
     synced: dict[int, int] = {}
     for sync in syncs:
@@ -40,7 +41,10 @@ def cut(parts: Sequence[str], folder: Path, before: Path, syncs: Sequence[Sync],
                     continue
                 if _is_same(path, before / path.relative_to(folder)):
                     continue
-                if verdict := _damage(path, is_new=found.st_mtime_ns > max(whole_ns, began_ns) + TICK_NS, draw=draw):
+                is_new = max(found.st_mtime_ns, opened.get(name, 0)) > max(whole_ns, began_ns) + TICK_NS
+                if not is_new and named.get(name, 0) <= whole_ns:
+                    continue
+                if verdict := _damage(path, is_new=is_new, draw=draw):
                     said.append(f"{verdict} {path}")
     return said
 

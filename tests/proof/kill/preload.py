@@ -52,6 +52,15 @@ class Preload:
                 found.append(Sync(int(at_ns), int(inode) if what == "fsync" else None))
         return found
 
+    def last(self, *kinds: str) -> dict[str, int]:
+        """When a file of each name was last subject to a call of these kinds, in ns; folders are left out, for git names paths from where it stands."""
+        found: dict[str, int] = {}
+        for line in self._lines():
+            _, at_ns, _, what, path = line.split(" ", 4)
+            if what in kinds:
+                found[path.rsplit("/", 1)[-1]] = int(at_ns)
+        return found
+
     def _lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines()
 

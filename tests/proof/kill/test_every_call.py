@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.proof.kill import preload
-from tests.proof.kill.cases import VERBS, KillCase
+from tests.proof.kill.cases import KillCase
 from tests.proof.kill.conftest import Grounds
 from tests.proof.kill.harness import Place, Result, by_launcher, by_preload, each, judged, power_cut
+from tests.proof.kill.verbs import VERBS
 
 BY_CASE = pytest.mark.parametrize("case", VERBS, ids=lambda case: case.name.replace(" ", "-"))
 KINDS = {"all die": preload.EVERYTHING, "a child dies": preload.ONE_CHILD, "the verb dies, children run": preload.THE_VERB}

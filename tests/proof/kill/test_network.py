@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.proof.kill import judge
-from tests.proof.kill.cases import VERBS
 from tests.proof.kill.conftest import Grounds
 from tests.proof.kill.harness import Place, Result, complete, each, failed_rightly
+from tests.proof.kill.verbs import VERBS
 from tests.small.index import Fault
 
 SOURCE_ERROR = 11

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.proof.kill.cases import VERBS, KillCase
+from tests.proof.kill.cases import KillCase
 from tests.proof.kill.conftest import Grounds
 from tests.proof.kill.harness import Kill, Place, Result, each, judged
 from tests.proof.kill.judge import await_no_stray
+from tests.proof.kill.verbs import VERBS
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # Before the door stands, Python itself ends by the signal.

@@ -37,12 +37,10 @@ class Command:
     Raises ToolchainError where git is missing and CheckoutError where git refuses a directory that belongs to someone else.
     """
 
-    def __init__(self, path: Path, *, git_dir: Path | None = None, objects: Path | None = None, failure: type[WorkspaceError] = CheckoutError) -> None:
+    def __init__(self, path: Path, *, git_dir: Path | None = None, failure: type[WorkspaceError] = CheckoutError) -> None:
         self.path = path.absolute()
         self._failure = failure
         self._extra = {"GIT_DIR": str(git_dir.absolute()), "GIT_WORK_TREE": str(self.path)} if git_dir else {}
-        if objects:
-            self._extra["GIT_OBJECT_DIRECTORY"] = str(objects.absolute())
         self._trusted = False
 
     def look(self, *words: str, check: bool = True) -> Answer:
@@ -109,7 +107,7 @@ class Command:
             journal=journal,
             on_line=on_line,
             failure=SourceError,
-            hint="check the network and run the same command again, or take the release archive: ./scripts/inv bootstrap --source release",
+            hint="check the network and run the same command again; VLLM_MIRROR or TRITON_MIRROR names a copy, and bootstrap --source release needs none",
         )
 
 

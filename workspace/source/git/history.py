@@ -150,12 +150,6 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
     return contents
 
 
-def show_file(git: Git, revision: str, path: str) -> bytes | None:
-    """A file as it is in a commit, or None where it is not there."""
-    answer = git.look("cat-file", "blob", f"{revision}:{path}", check=False)
-    return answer.out.encode(errors="surrogateescape") if answer.status == 0 else None
-
-
 def missing(git: Git, tree: str, paths: Sequence[str]) -> tuple[str, ...]:
     """The blobs of a commit's tree, below the paths, that a partial clone has not fetched yet."""
     listed = git.look("rev-list", "--objects", "--missing=print", "--no-walk", f"{tree}^{{tree}}", "--", *paths).out

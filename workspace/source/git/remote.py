@@ -20,7 +20,7 @@ def advertised(url: str, names: Sequence[str], *, cwd: Path, settings: Settings,
     """
     argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
     environment = settings.child_environment("plain", hardening.environment(offline=False))
-    hint = "check the network, or set VLLM_MIRROR to a copy that can be reached"
+    hint = "check the network, or set VLLM_MIRROR (TRITON_MIRROR for Triton) to a copy that can be reached"
     try:
         reply = process.capture(argv, cwd=cwd, env=environment, timeout_s=timeout_s)
     except ToolchainError:

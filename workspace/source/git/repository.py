@@ -1,12 +1,14 @@
 """One repository: what is in it, and the few ways in which the workspace changes it."""
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core.errors import CheckoutError
 from workspace.core.journal import Journal
 from workspace.core.settings import Settings
 from workspace.source import content, hardening
@@ -189,10 +191,20 @@ class Git(Command):
         return self.look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
     def move_to(self, commit: str, *, journal: Journal) -> None:
-        """Move the checkout to a commit: files that differ are written, all others and local edits stay, or nothing is done."""
+        """Move the checkout to a commit: files that differ are written, all others and local edits stay, or nothing is done.
+
+        Raises CheckoutError where a file that git does not track, ignored or not, lies where the commit has one.
+        """
         # All files of a clone that was copied count as edited until a refresh. With -q it would not say that a lock was left.
         self.write("update-index", "--refresh", check=False)
         before = self.look("rev-parse", "--verify", "HEAD").out.strip()
+        # read-tree would write over a file that is ignored (since git 2.34).
+        new = split(self.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "--diff-filter=A", before, commit).out)
+        if in_way := [path for path in new if (self.path / path).is_symlink() or (self.path / path).is_file()]:
+            raise CheckoutError(
+                f"{in_way[0]} in {self.path} is in the way: git does not track it, and {commit[:12]} has a file of that name; nothing was moved",
+                hint=f"mv {shlex.quote(str(self.path / in_way[0]))} {shlex.quote(str(self.path / in_way[0]) + '.mine')}    and the same command again",
+            )
         # HEAD goes last: files that a power cut left empty would under it be taken for the user's edits.
         self.write("read-tree", "-m", "-u", "HEAD", commit, journal=journal)
         os.sync()

@@ -1,5 +1,7 @@
 """A bare repository of the workspace's own that borrows a checkout's objects: what is fetched for a look lands here, and nothing in the checkout."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +24,13 @@ def opened(path: Path, checkout: Path) -> Git:
     objects = Git(checkout).path_of("objects")
     path.mkdir(parents=True, exist_ok=True)
     store = Git(path, failure=SourceError)
-    if not (path / "HEAD").is_file():
+    found = store.look("rev-parse", "--absolute-git-dir", check=False).out.rstrip("\n")
+    if os.path.realpath(found) != os.path.realpath(path):
+        # What a power cut has left of it git takes for no repository, and would look, and write, in the one that the folder lies in.
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(exist_ok=True)
         store.write("-c", "init.defaultBranch=main", "init", "--quiet", "--bare", "--template=", str(path))
+        os.sync()
     borrowed = path / "objects" / "info" / "alternates"
     line = f"{objects}\n".encode(errors="surrogateescape")
     if not borrowed.is_file() or borrowed.read_bytes() != line:

@@ -1,5 +1,6 @@
 """What a move of the pin asks of git: a second working tree of one repository, commits kept under references, and the gitlink."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ def bring(git: Git, store: Path, commit: str, ref: str, *, journal: Journal) -> 
     """Fetch a commit from another repository of this disk and let `ref` name it."""
     if git.resolve(ref) == commit:
         return
-    if commit in git.present((commit,)):
+    # One that is there and that nothing leads to may lack the rest: a fetch that was killed leaves single objects.
+    if is_kept(git, commit):
         git.set_ref(ref, commit)
         return
     words = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no", str(store.absolute()), f"+{commit}:{ref}")
@@ -31,6 +33,8 @@ def add(git: Git, path: Path, commit: str, *, journal: Journal) -> Git:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     git.write("worktree", "add", "--quiet", "--force", "--force", "--no-checkout", "--detach", str(path.absolute()), commit, journal=journal)
+    # Git itself syncs none of the small files that make it a working tree.
+    os.sync()
     return Git(path)
 
 
@@ -108,6 +112,8 @@ def commits_between(git: Git, old: str, new: str) -> int | None:
 
 def is_kept(git: Git, commit: str) -> bool:
     """Whether a reference of the repository, its HEAD included, leads to the commit; a linked tree's own does not count."""
+    if commit not in git.present((commit,)):
+        return False
     if git.is_ancestor(commit, "HEAD"):
         return True
     return bool(git.look("for-each-ref", "--count=1", "--format=1", "--contains", commit).out.strip())
