@@ -141,6 +141,18 @@ def test_abort_returns_to_the_base_and_keeps_what_lay_there(stopped: Workspace) 
     assert "git -C vendor/vllm show refs/patches/left" in stopped.err.getvalue()
 
 
+def test_what_lay_there_at_an_earlier_abort_stays_too(stopped: Workspace) -> None:
+    for text in ("first", "second"):
+        resolve(stopped, f"{text}\n")
+        stopped.go_on("abort")
+        if text == "first":
+            with pytest.raises(PatchConflict):
+                stopped.apply(stop_at_conflict=True)
+    kept = sh_git(stopped.vllm, "rev-list", "refs/patches/left").split()
+    shown = [sh_git(stopped.vllm, "show", f"{commit}:vllm/lines.py", check=False) for commit in kept]
+    assert {"first", "second"} <= set(shown)
+
+
 def test_abort_gives_the_files_their_times_back(release: Workspace, conflicting: dict[str, bytes]) -> None:
     header = release.vllm / "csrc" / "dos.h"
     before = header.stat().st_mtime_ns

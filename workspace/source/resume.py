@@ -63,7 +63,8 @@ def go_on_in(git: Git, *, base: str, how: How, journal: Journal, names: Sequence
     if how == "continue":
         _require_resolved(git, verb, base, names, shown)
     else:
-        git.set_ref(LEFT_REF, worktree.snapshot(git, f"What lay in {shown} before git {verb} --{how}"))
+        # Each leads to the one before it, so that a second --skip does not lose what was kept at the first.
+        git.set_ref(LEFT_REF, worktree.snapshot(git, f"What lay in {shown} before git {verb} --{how}", after=git.resolve(LEFT_REF)))
         journal.console.say(f"what lay in {shown} is kept: git -C {shown} show {LEFT_REF}")
         if verb == "am":
             am.drop_begun(git)

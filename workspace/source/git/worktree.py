@@ -43,8 +43,10 @@ def forget(git: Git, path: Path) -> None:
     git.write("worktree", "remove", "--force", "--force", str(path.absolute()), check=False)
 
 
-def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Mapping[str, str] | None = None) -> str:
+def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Mapping[str, str] | None = None, after: str | None = None) -> str:
     """Commit the working content on HEAD without moving anything, and return the commit: HEAD itself where nothing differs.
+
+    It leads to the commit `after` too, where there is one.
 
     New files that are not ignored go in. With `paths` only what lies below those counts and all else is as in HEAD; `gitlinks`
     are the commits of submodules. An index with conflicts is no hindrance.
@@ -64,9 +66,11 @@ def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Map
             git.write("update-index", "--add", "--cacheinfo", f"160000,{commit},{path}", env=aside)
         tree = git.write("write-tree", env=aside).out.strip()
     head = git.head()
-    if head is not None and git.tree(head) == tree:
+    others = [after] if after and after != head and not (head and git.is_ancestor(after, head)) else []
+    if head is not None and git.tree(head) == tree and not others:
         return head
-    return git.write("commit-tree", "-m", message, *(("-p", head) if head else ()), tree).out.strip()
+    parents = [word for parent in (head, *others) if parent for word in ("-p", parent)]
+    return git.write("commit-tree", "-m", message, *parents, tree).out.strip()
 
 
 def require_way(git: Git, commit: str) -> None:
