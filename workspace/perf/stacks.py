@@ -29,7 +29,7 @@ _SCRIPT = Path(__file__).with_name("stack.sh")
 _NEXT = "refs/perf/next"
 # What git format-patch writes (its manual page, DISCUSSION).
 _MAIL = """From {zeros} Mon Sep 17 00:00:00 2001
-From: me <me@localhost>
+From: A Developer <developer@example.org>
 Date: Thu, 1 Jan 2026 00:00:00 +0000
 Subject: Change number {number:03}
 
