@@ -112,6 +112,8 @@ def _act(run: stages.Run) -> plan.Observation:
                 _show_skipped(stage, run.journal.console)
         shown = max(shown, first)
         if first == len(due):
+            # Again, for a full disk may have ended the step that did so first.
+            checkout.protect(run.layout)
             return observed
         stage = due[first]
         if stage.steps[0] in acted:
