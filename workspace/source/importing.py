@@ -101,7 +101,9 @@ def _made(layout: Layout, project: str, git: Git, head: str, mbox: Path, origin:
         lost = [subject for subject in subjects if subject not in there] or subjects
         raise PatchDrift(
             f"{origin.name}: upstreamed: {', '.join(map(repr, lost))} changes nothing on {head[:12]}; nothing was changed",
-            hint=f"to take the others of it: {by_hand} && ./scripts/inv patch.export" if made else "nothing is left to import",
+            hint=f"to take the others of it: {by_hand} && ./scripts/inv patch.export"
+            if made
+            else "./scripts/inv patch    shows what is there; what is no patch yet becomes one with ./scripts/inv patch.export",
         )
     return made
 
