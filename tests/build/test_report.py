@@ -15,6 +15,9 @@ from tests.build.test_trouble import read_only
 from tests.small.materials import Materials, git
 from tests.small.world import Ended, World, make_world
 
+# Its module's fixture is made once, on one worker.
+pytestmark = pytest.mark.xdist_group("report")
+
 USER, HOST, PERSON = "quentinxavier", "spark-zq7", "Zoe Plantagenet"
 TOKEN, KEY, PASSWORD = "hf_ZqPlantedToken0123456789", 'pl"anted/Key+9=%ü', "plantedPw77xy"
 EMAIL, ADDRESS, MAC, MIRROR = "zoe.p@corp.planted.org", "10.77.66.55", "02:42:ac:77:66:55", "git.corp.planted.org"
@@ -29,8 +32,6 @@ from workspace import door
 from workspace.build import report
 from workspace.core.layout import Layout
 
-# Its module's fixture is made once, on one worker.
-pytestmark = pytest.mark.xdist_group("report")
 report.COLLECT_ENV_S = float(sys.argv[2])
 here = Layout(Path(sys.argv[1]))
 sys.exit(door.run(lambda: report.write(here, report.settings_of(here), console=door.console())))
