@@ -23,7 +23,6 @@ from workspace.core.errors import BuildError
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"PATH": os.environ["PATH"]}
 NINJA = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-needs_ninja = pytest.mark.skipif(NINJA is None, reason="there is no ninja on this machine")
 
 
 class Site:
@@ -180,7 +179,6 @@ def test_a_pipe_that_nobody_reads_ends_a_compiler_as_ever(site: Site) -> None:
     assert said == "y\n"
 
 
-@needs_ninja
 def test_the_bound_holds_with_ninja_letting_all_units_go_at_once(site: Site) -> None:
     names = [f"u{number}" for number in range(30)]
     site.compiler("sleep 0.05")
@@ -192,7 +190,6 @@ def test_the_bound_holds_with_ninja_letting_all_units_go_at_once(site: Site) -> 
     assert site.most() == 3
 
 
-@needs_ninja
 def test_one_that_is_larger_than_the_budget_is_built_alone(site: Site) -> None:
     site.compiler("sleep 0.05")
     costs = Costs([Entry("t", "big.cu", 1.0, 50.0), *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(8)]])
@@ -206,7 +203,6 @@ def test_one_that_is_larger_than_the_budget_is_built_alone(site: Site) -> None:
     assert site.most() <= 4
 
 
-@needs_ninja
 def test_after_a_failure_ninja_is_not_kept_until_all_that_waits_was_compiled(site: Site) -> None:
     site.compiler('case "$5" in *bad*) echo "error: bad"; exit 5;; esac')
     costs = Costs([Entry("t", "bad.cu", 9.0, 9.0), *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(19)]])
@@ -221,7 +217,6 @@ def test_after_a_failure_ninja_is_not_kept_until_all_that_waits_was_compiled(sit
     assert "not compiled: another unit failed" in said
 
 
-@needs_ninja
 def test_told_to_keep_going_all_that_can_be_compiled_is(site: Site) -> None:
     site.compiler('case "$5" in *bad*) exit 5;; esac')
     with broker(site, jobs=1, units=6, keep_going=True) as tickets_:
@@ -338,7 +333,6 @@ def test_compilers_that_fall_to_one_shortage_halve_the_budget_once(site: Site) -
     assert sum(done.is_killed for done in tickets_.finished) == 3
 
 
-@needs_ninja
 def test_when_ninja_alone_is_killed_nothing_of_it_goes_on(site: Site) -> None:
     site.compiler("sh -c 'gate() { read -r word < gate; }; gate; sleep 100'")
     with broker(site, jobs=2, units=8) as tickets_:
@@ -352,7 +346,6 @@ def test_when_ninja_alone_is_killed_nothing_of_it_goes_on(site: Site) -> None:
     assert not [pid for pid in processes.living() if _command(pid).startswith(str(site.folder))]
 
 
-@needs_ninja
 def test_after_an_interruption_nothing_is_left_and_the_next_build_goes_on(site: Site) -> None:
     # A shell that starts a child while the signal comes loses it: let there be none.
     site.compiler("test -e calm || exec sleep 100")
@@ -430,7 +423,6 @@ sys.exit(door.run(work))
 """
 
 
-@needs_ninja
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_whatever_ends_a_verb_that_builds_no_compiler_outlives_it(site: Site, number: signal.Signals) -> None:
     site.compiler("exec sleep 100")

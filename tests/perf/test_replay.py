@@ -52,7 +52,6 @@ def test_bounds_that_were_not_kept_fail_the_row_however_quick_it_was(found: repl
         replay.checked(found, Bounds(4, 24.0))
 
 
-@pytest.mark.skipif(NINJA is None, reason="there is no ninja on this machine")
 def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count(tmp_path: Path) -> None:
     entries = [replace(entry, seconds=entry.seconds / 250) for entry in TRACE[::4]]
     bounds = Bounds(12, 24.0)
@@ -63,7 +62,6 @@ def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count
     assert replay.lower_bound(entries, bounds) < found.seconds < replay.static(entries, bounds).seconds
 
 
-@pytest.mark.skipif(NINJA is None, reason="there is no ninja on this machine")
 def test_a_unit_that_fails_fails_the_replay(tmp_path: Path) -> None:
     entries = [Entry("t", "a.cu", 0.01, 1.0), Entry("t", "b.cu", 0.01, 1.0)]
     assert NINJA is not None
