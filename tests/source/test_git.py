@@ -10,7 +10,7 @@ import pytest
 from tests.source.conftest import Snapshot, Workspace, commit, sh_git, write
 from workspace.core.errors import BuildError, CheckoutError
 from workspace.source.content import first_line, refusal_of_disk
-from workspace.source.git import Git
+from workspace.source.git import Git, worktree
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,7 +140,7 @@ def test_machine_without_git_is_told_how_to_get_it(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
 from workspace.core.errors import ToolchainError
-from workspace.source.git import Git
+from workspace.source.git import Git, worktree
 try:
     Git(Path(".")).head()
 except ToolchainError as error:
@@ -162,3 +162,17 @@ def test_full_disk_is_told_from_a_patch_that_does_not_apply() -> None:
     assert refusal_of_disk("error: unable to write file setup.py\nfatal: sha1 file 'index.lock' write error. Out of diskspace\n")
     assert refusal_of_disk("error: unable to create temporary file: Read-only file system\nerror: patch does not apply\n")
     assert refusal_of_disk("error: patch failed: setup.py:1\nerror: setup.py: patch does not apply\n") is None
+
+
+def test_snapshot_has_an_edit_of_the_same_size_and_the_same_tick(tree: Git) -> None:
+    # Git tells such an edit from the index being no newer than the file, which a copy of the index must not lose.
+    sh_git(tree.path, "config", "core.trustctime", "false")
+    file, index, tick = tree.path / "vllm" / "lines.py", tree.path_of("index"), (1_700_000_000 * 10**9,) * 2
+    text = file.read_text()
+    os.utime(file, ns=tick)
+    sh_git(tree.path, "update-index", "--refresh")
+    file.write_text(text.replace("line 20\n", "line YY\n"))
+    os.utime(file, ns=tick)
+    os.utime(index, ns=tick)
+    kept = worktree.snapshot(tree, "what lay there")
+    assert sh_git(tree.path, "show", f"{kept}:vllm/lines.py").splitlines()[19] == "line YY"

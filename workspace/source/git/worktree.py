@@ -57,7 +57,8 @@ def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Map
         if paths or not index.exists():
             git.write("read-tree", "HEAD", env=aside)
         else:
-            shutil.copyfile(index, folder + "/index")
+            # With its time: an entry is as new as the index where a file was written in the same tick, and git then reads the file.
+            shutil.copy2(index, folder + "/index")
         tracked = git.write("ls-files", "-z", "--", *paths, env=aside).out if paths else ""
         present = [path for path in paths if (git.path / path).exists() or any(name == path or name.startswith(f"{path}/") for name in split(tracked))]
         if present or not paths:
