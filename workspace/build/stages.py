@@ -119,7 +119,7 @@ def verify_vllm(run: Run, view: Step) -> None:
     outcome = run.outcome | {"version": verdict.version, "platform": verdict.platform, "tree": Git(run.layout.vllm).tree("HEAD")}
     inputs = {**(observed.kernels.inputs or {}), **(observed.install.inputs or {})}
     stamp.write(run.layout.stamp("vllm"), stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries))
-    view.reason = f"{verdict.version} on {verdict.platform} from vendor/vllm, {len(verdict.libraries)} libraries load with all symbols bound"
+    view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
 
 
 ENVIRONMENT = (("python", make_python), ("torch", put_torch), ("requirements", put_requirements), ("accelerators", put_accelerators))

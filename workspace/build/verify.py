@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from workspace.core import process
 from workspace.core.errors import BuildError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
+from workspace.environment import machine
 from workspace.environment.torch import TorchBuild
 
 # Importing vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it has taken a minute.
@@ -25,11 +27,21 @@ class Verdict:
     platform: str
     torch: TorchBuild
     libraries: tuple[Library, ...]
+    undriven: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What was proven, in a sentence."""
+        count = len(self.libraries) - len(self.undriven)
+        loaded = f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
+        if not self.platform:
+            return f"{loaded}; on which platform it runs no GPU is here to tell" + (f", and {len(self.undriven)} wait for its driver" if self.undriven else "")
+        return f"on {self.platform}, {loaded}"
 
 
 @dataclass(frozen=True)
 class _Said:
-    """The document of probes/verify.py. `broken` are sentences on libraries that do not load."""
+    """The document of probes/verify.py. `broken` are sentences on libraries that do not load, `undriven` those that lack the GPU's driver only."""
 
     error: str | None
     file: Path | None
@@ -38,6 +50,7 @@ class _Said:
     torch: TorchBuild
     libraries: tuple[Library, ...]
     broken: tuple[str, ...]
+    undriven: tuple[str, ...]
 
 
 def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
@@ -47,8 +60,10 @@ def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
     """
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         said, inside = _ask(layout, settings, Path(neutral))
-    wrong = [f"from a neutral folder: {sentence}" for sentence in _judge(said, layout, observed)]
-    wrong += [f"from inside vendor/vllm: {sentence}" for sentence in _judge(inside, layout, observed)]
+    # vLLM asks the driver which platform it is on: built for a GPU that is elsewhere, it finds none.
+    platforms = {observed.device, ""} if observed.device == "cuda" and not machine.observe(settings).gpus else {observed.device}
+    wrong = [f"from a neutral folder: {sentence}" for sentence in _judge(said, layout, observed, platforms)]
+    wrong += [f"from inside vendor/vllm: {sentence}" for sentence in _judge(inside, layout, observed, platforms)]
     wrong += said.broken
     if not said.libraries:
         wrong.append("the tree holds no compiled library")
@@ -59,10 +74,10 @@ def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
             hint="./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch: ./scripts/inv bootstrap --kernels native --jobs 4",
             details=tuple(wrong),
         )
-    return Verdict(said.version, said.platform, said.torch, said.libraries)
+    return Verdict(said.version, said.platform, said.torch, said.libraries, said.undriven)
 
 
-def _judge(said: _Said, layout: Layout, observed: Observation) -> list[str]:
+def _judge(said: _Said, layout: Layout, observed: Observation, platforms: Collection[str]) -> list[str]:
     if said.error:
         return [said.error]
     wrong = []
@@ -70,7 +85,7 @@ def _judge(said: _Said, layout: Layout, observed: Observation) -> list[str]:
         wrong.append(f"vllm was imported from {said.file}, not from vendor/vllm")
     if said.version != observed.version:
         wrong.append(f"vllm calls itself {said.version}, asked for was {observed.version}")
-    if said.platform != observed.device:
+    if said.platform not in platforms:
         wrong.append(f"vllm found the platform {said.platform or 'none'}, built for was {observed.device}")
     if observed.torch and said.torch.version != observed.torch.version:
         wrong.append(f"torch calls itself {said.torch.version}, installed was {observed.torch.version}")
@@ -99,6 +114,7 @@ def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said
             torch=TorchBuild(torch["version"], torch["cuda"]),
             libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
             broken=tuple(f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"),
+            undriven=tuple(row["path"] for row in rows if row["verdict"] == "no driver"),
         )
         for reply in (record, record["inside"])
     )

@@ -94,6 +94,11 @@ class Layout:
         return self.state / "logs"
 
     @property
+    def builds(self) -> Path:
+        """Build directories, one for each set of inputs; see build/native/inputs.py."""
+        return self.state / "build"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 

@@ -27,6 +27,7 @@ IMPORT_TIMEOUT_S = 400.0
 _LIBRARY = re.compile(r".+\.so(\.\d+)*$")
 # PEP 3149: an extension for one version of CPython. DeepGEMM's comes for each of them (vllm/third_party/deep_gemm).
 _FOR_PYTHON = re.compile(r".+\.cpython-(\d+)[a-z]*-.+\.so$")
+_DRIVER = "libcuda.so.1"
 # dlopen(3) names the file first, and often by its whole path.
 _DLERROR_PREFIX = re.compile(r"^/\S+?: ")
 
@@ -153,6 +154,16 @@ def excuse_other_cpu(rows: list[dict], kernels: list[str] | None) -> None:
             row |= {"verdict": "other cpu", "error": "holds instructions that this processor lacks; vLLM takes another library here"}
 
 
+def excuse_no_driver(rows: list[dict]) -> None:
+    """Tell a library that lacks nothing but the GPU's driver, which the machine that it was built on need not have."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        for row in rows:
+            if row["error"] and row["error"].startswith(f"{_DRIVER}: "):
+                row |= {"verdict": "no driver"}
+
+
 def torch_record() -> dict:
     import torch
 
@@ -171,6 +182,7 @@ def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False)
     asked = Question(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S) if imports else None
     if libraries:
         record["libraries"] = [judge(path, tree) for path in compiled(tree)]
+        excuse_no_driver(record["libraries"])
     if asked is None and any(row["signal"] == "SIGILL" for row in record["libraries"]):
         asked = Question(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S)
     # torch is imported by now: a second child is spared the half of it.
