@@ -144,3 +144,15 @@ def test_outer_git_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_SSL_CAINFO", "kept")
     settings.forget_outer_git()
     assert [name for name in os.environ if name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_KEY_0", "GIT_SSL_CAINFO")] == ["GIT_SSL_CAINFO"]
+
+
+@pytest.mark.parametrize(("cores", "memory_gib", "jobs"), [(20, 119.7, 9), (2, 23.5, 1), (2, 4.0, 1), (144, 4000.0, 144)])
+def test_jobs_at_run_time_fit_into_memory_whatever_they_compile(cores: int, memory_gib: float, jobs: int) -> None:
+    assert settings.fitting_jobs(cores, memory_gib) == jobs
+
+
+def test_run_time_always_has_a_bound_on_compilers_and_a_build_has_its_own(tmp_path: Path) -> None:
+    found = load(tmp_path, "")
+    assert int(found.child_environment("run")["MAX_JOBS"]) >= 1
+    assert "MAX_JOBS" not in found.child_environment("build")
+    assert load(tmp_path, "MAX_JOBS=3\n").child_environment("run")["MAX_JOBS"] == "3"

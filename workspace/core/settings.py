@@ -30,6 +30,9 @@ _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
 # As a time-out in ms this is what poll(2) can still count; of compilers, threads and GiB it is more than there are.
 LARGEST_COUNT = 1_000_000
 _SHOWN = 120
+# The largest compiler process seen in a build of vLLM for a GB10 (scaled_mm_sm120_fp8, qutlass gemm), GiB, and the share of all memory that
+# compilers may have beside a running model's.
+LARGEST_COMPILER_GIB, COMPILERS_SHARE = 9.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,13 @@ class Value:
 SETTINGS: tuple[Setting, ...] = (
     Setting("DEVICE", "choice", "auto", "workspace", "what vLLM is built for; auto: cuda where a GPU driver answers, else cpu", ("auto", "cuda", "cpu")),
     Setting("SOURCE", "choice", "auto", "workspace", "where vendor/vllm comes from; auto: git, else the release archive", ("auto", "git", "release")),
-    Setting("KERNELS", "text", "donor", "workspace", "compiled libraries: donor (release wheel of the pin), native (compile), or a wheel file"),
+    Setting(
+        "KERNELS",
+        "text",
+        "donor",
+        "workspace",
+        "compiled libraries: auto (donor, and compiled where sources differ), donor (the pin's release wheel), native, a wheel",
+    ),
     Setting(
         "PYTHON_VERSION", "text", "3.12", "workspace", "Python of the built environment; another one the pin supports is taken, and said, where it is missing"
     ),
@@ -157,11 +166,20 @@ class Settings:
         if phase != "plain":
             environment |= {name: value.text for name, value in self.passed.items() if phase == "run" or not is_secret(name)}
             environment |= {name: value.text for name, value in self.values.items() if value.text and KNOWN[name].phase in (phase, "both")}
+            if phase == "run":
+                environment.setdefault(
+                    "MAX_JOBS", str(fitting_jobs(len(os.sched_getaffinity(0)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30))
+                )
             if home := self.path("CUDA_HOME"):
                 for name, folder in (("PATH", "bin"), ("LD_LIBRARY_PATH", "lib64")):
                     former = [entry for entry in environment.get(name, "").split(os.pathsep) if entry and entry != str(home / folder)]
                     environment[name] = os.pathsep.join([str(home / folder), *former])
         return environment | dict(extra or {})
+
+
+def fitting_jobs(cores: int, memory_gib: float) -> int:
+    """How many compilers of any size fit at once: what FlashInfer is told at run time, which else starts one for each core (flashinfer-ai/flashinfer#3634)."""
+    return max(1, min(cores, int(memory_gib * COMPILERS_SHARE / LARGEST_COMPILER_GIB)))
 
 
 def is_secret(name: str) -> bool:

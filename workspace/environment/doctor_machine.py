@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.environment import machine
 from workspace.environment.doctor_case import Case, Place, Row, State
-from workspace.environment.dotenv import LARGEST_COMPILER_GIB
 
 # What PyTorch and the donors are released for.
 RELEASED_FOR = ("aarch64", "x86_64")
@@ -27,13 +27,11 @@ def architecture(case: Case) -> Iterator[Row]:
 def cores(case: Case) -> Iterator[Row]:
     """Check MAX_JOBS against cores and memory."""
     host, jobs = case.host(), case.settings.count("MAX_JOBS")
-    fitting = max(1, min(host.cores, int(host.memory_gib / LARGEST_COMPILER_GIB)))
-    seen = f"{host.cores}, MAX_JOBS {jobs or 'not set'}"
-    why = "compilers at once, FlashInfer's at run time too: without it one for each core, up to 9.5 GiB each (flashinfer-ai/flashinfer#3634)"
-    if case.device == "cuda" and jobs is None and host.cores > fitting:
-        yield Row("warn", "cores", seen, why, f"echo MAX_JOBS={fitting} >> .env")
-    elif case.device == "cuda" and jobs and jobs > fitting:
-        yield Row("warn", "cores", seen, f"{jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB", f"sed -i 's/^MAX_JOBS=.*/MAX_JOBS={fitting}/' .env")
+    fitting = fitting_jobs(host.cores, host.memory_gib)
+    seen = f"{host.cores}, MAX_JOBS {jobs or f'not set: {fitting} at run time, a build is bounded by memory'}"
+    why = "compilers at once, FlashInfer's at run time too: up to 9.5 GiB each (flashinfer-ai/flashinfer#3634)"
+    if case.device == "cuda" and jobs and jobs > fitting:
+        yield Row("warn", "cores", seen, f"at run time {jobs} nvcc may take {jobs * LARGEST_COMPILER_GIB:.0f} GiB", "sed -i '/^MAX_JOBS=/d' .env")
     else:
         yield Row("ok", "cores", seen, why)
 

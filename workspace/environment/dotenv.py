@@ -8,10 +8,6 @@ from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import machine, toolchain
 
-# The largest compiler process seen in a build of vLLM for this architecture (scaled_mm_sm120_fp8, qutlass gemm), GiB.
-LARGEST_COMPILER_GIB = 9.5
-# What is left to the desktop, the page cache and everything else that shares the memory.
-BUILD_SHARE = 0.75
 KV_CACHE_SHARE = 1 / 6
 # The architecture of a GB10 must carry its suffix: its own instructions are not in plain 12.1.
 _ARCH_WITH_SUFFIX = {"12.1": "12.1a"}
@@ -36,7 +32,6 @@ def suggest(host: machine.Machine, toolkit: toolchain.Toolkit | None, *, device:
             lines["TORCH_CUDA_ARCH_LIST"] = ";".join(_ARCH_WITH_SUFFIX.get(capability, capability) for capability in capabilities)
         elif archs:
             lines["TORCH_CUDA_ARCH_LIST"] = archs
-    lines["MAX_JOBS"] = str(max(1, min(host.cores, int(host.memory_gib * BUILD_SHARE / LARGEST_COMPILER_GIB))))
     if device == "cpu":
         lines["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(host.memory_gib * KV_CACHE_SHARE)))
     return lines
