@@ -22,7 +22,7 @@ Phase = Literal["workspace", "build", "run", "both"]
 Source = Literal["flag", "shell", ".env", "default"]
 
 # Texts that may be a path, and then may begin with ~.
-_EXPANDED = ("KERNELS", "VLLM_MIRROR", "TRITON_MIRROR")
+_EXPANDED = ("KERNELS", "VLLM_MIRROR", "TRITON_MIRROR", "EXTERNALS_MIRROR")
 # Flags that are not called after their setting.
 _FLAGS = {"MAX_JOBS": "jobs"}
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
@@ -72,6 +72,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("TRITON_REF", "text", "main", "workspace", "branch, tag or commit of Triton that inv pin.bump triton takes"),
     Setting("PIN_MIN_AGE_DAYS", "count", "7", "workspace", "days that a release must have been out before inv pin.bump takes it"),
     Setting("TRITON_MIRROR", "text", "", "workspace", "git URL or path to fetch Triton from instead of GitHub"),
+    Setting("EXTERNALS_MIRROR", "text", "", "workspace", "git URL or folder that stands for https://github.com/ where a build fetches sources"),
     Setting("CONNECT_TIMEOUT_S", "count", "5", "workspace", "seconds to wait for a remote before falling back"),
     Setting("WORKSPACE_CACHE_DIR", "path", "", "workspace", "downloads shared by all clones; empty: vllm-workspace in the user's cache folder"),
     Setting("CUDA_HOME", "path", "", "both", "CUDA toolkit; its bin and lib64 are put first on PATH and LD_LIBRARY_PATH of children"),

@@ -1,0 +1,278 @@
+"""Sources that the tree's CMake files take from elsewhere: which, at what tag, for which targets; fetched once for all clones, or stood in for.
+
+A fetched one lies in the cache as name/tag, whole or not at all. No `.deps` of the tree is ever used: upstream's own files take one for
+theirs if a single file of it exists, whatever its tag (vllm-project/vllm#51112).
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace.build.native import listfile, placeholder
+from workspace.core import lock
+from workspace.core.console import Step
+from workspace.core.errors import SettingsError, SourceError
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.source import scratch
+from workspace.source.git import shallow
+
+_DECLARING = ("fetchcontent_declare", "fetchcontent_populate", "externalproject_add")
+_KEY = re.compile(r"[A-Z][A-Z_]{3,}")
+_VALUES = frozenset({"TRUE", "FALSE"})
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OVERRIDE = re.compile(r"\$?ENV\{(\w+_(?:SRC|ROOT)_DIR|FETCHCONTENT_SOURCE_DIR_\w+)\}")
+_SUFFIXED = re.compile(r"\$\{([\w-]+)\}/([\w./+-]+\.[A-Za-z]\w*)")
+_DEFINING = ("add_custom_target", "define_extension_target", "add_library", "define_gpu_extension_target")
+
+
+@dataclass(frozen=True)
+class External:
+    """A project that a configure fetches. `submodules`: their paths, None for all of them."""
+
+    name: str
+    repository: str
+    tag: str
+    # The user's own variable, and the one in which a copy of ours is handed over.
+    override: str
+    variable: str
+    targets: tuple[str, ...]
+    submodules: tuple[str, ...] | None
+    # What a placeholder has to have: files below it, and targets that only the project itself defines.
+    files: tuple[str, ...]
+    defines: tuple[str, ...]
+
+
+def pinned(text: str) -> Iterator[tuple[str, str]]:
+    """The projects that one CMake file fetches, with their GIT_TAG; a variable stands for every value that the file gives it."""
+    values: dict[str, list[str]] = {}
+    found = tuple(listfile.commands(text))
+    for command in found:
+        if command.name == "set" and len(command.words) > 1:
+            values.setdefault(command.words[0], []).append(command.words[1])
+    for command in found:
+        if command.name in _DECLARING and command.words:
+            for tag in _options(command.words).get("GIT_TAG", [])[:1]:
+                variable = re.fullmatch(r"\$\{(\w+)\}", tag)
+                for value in values.get(variable[1], [tag]) if variable else [tag]:
+                    yield command.words[0].lower(), value
+
+
+def declared(tree: Path, device: str, *, machine: str | None = None) -> tuple[External, ...]:
+    """Return what a configure of `tree` for a device fetches on this machine, in its order."""
+    steps = tuple(listfile.walk(tree, device, machine=machine))
+    defined = {step.resolved(step.command.words[0]) for step in steps if step.command.name in _DEFINING and step.command.words}
+    found: dict[str, External] = {}
+    override = file = ""
+    for step in steps:
+        if step.file != file:
+            override, file = "", step.file
+        for word in step.command.words:
+            if named := _OVERRIDE.search(word):
+                override = named[1]
+        if step.command.name in _DECLARING and step.command.words:
+            options = _options([step.resolved(word) for word in step.command.words])
+            if options.get("GIT_REPOSITORY") and options.get("GIT_TAG"):
+                name = step.command.words[0]
+                found[name.lower()] = _external(step, options, override, steps, defined)
+    return tuple(found.values())
+
+
+def provide(
+    layout: Layout, settings: Settings, wanted: Collection[External], others: Collection[External], *, journal: Journal, step: Step
+) -> Mapping[str, str]:
+    """Have the sources at hand and return, for configure, variable and folder: the user's own, else fetched if `wanted`, else a placeholder.
+
+    Raises SettingsError for an override that leads nowhere, SourceError where something cannot be fetched; the cache then has no half of it.
+    """
+    given: dict[str, str] = {}
+    for external in (*wanted, *others):
+        own = _own(layout, settings, external)
+        if own:
+            given |= own
+        elif external in wanted:
+            given[external.variable] = str(_fetched(settings, external, journal=journal, step=step))
+        else:
+            given[external.variable] = str(_stand_in(layout, external))
+    return given
+
+
+def is_placeholder(layout: Layout, folder: str) -> bool:
+    return Path(folder).is_relative_to(_placeholders(layout))
+
+
+def leftover(tree: Path) -> tuple[str, ...]:
+    """Say which sources a former build of another pin has left in `.deps` of the tree. They are not used."""
+    tags = {external.name.lower(): external.tag for device in ("cuda", "cpu") for external in declared(tree, device)}
+    found = []
+    for folder in sorted((tree / ".deps").glob("*-src")):
+        name, there = folder.name.removesuffix("-src"), _checked_out(folder)
+        tag = tags.get(name)
+        if tag is None:
+            found.append(f".deps/{folder.name}: this pin fetches no {name}; it is not used")
+        elif there != (tag if _COMMIT.fullmatch(tag) else _tagged(folder, tag)):
+            found.append(f".deps/{folder.name} is {(there or 'no git checkout')[:12]}, this pin asks for {tag[:12]}; it is not used")
+    return tuple(found)
+
+
+def _options(words: Sequence[str]) -> Mapping[str, list[str]]:
+    """What stands after each keyword of a declaration."""
+    options: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words[1:]:
+        if _KEY.fullmatch(word) and word not in _VALUES:
+            values = options.setdefault(word, [])
+        else:
+            values.append(word)
+    return options
+
+
+def _external(step: listfile.Step, options: Mapping[str, list[str]], override: str, steps: Sequence[listfile.Step], defined: Collection[str]) -> External:
+    name = step.command.words[0]
+    generic = f"FETCHCONTENT_SOURCE_DIR_{name.upper()}"
+    # FETCHCONTENT_SOURCE_DIR does as a download would, where a SRC_DIR may install links in place of copies (vllm_flash_attn.cmake). But a
+    # FetchContent_Populate with its options in place knows none (FetchContent(3cmake)).
+    is_known = step.command.name == "fetchcontent_declare"
+    targets = _targets(name, step.file, steps)
+    submodules = options.get("GIT_SUBMODULES")
+    return External(
+        name=name,
+        repository=options["GIT_REPOSITORY"][0],
+        tag=options["GIT_TAG"][0],
+        override=override or generic,
+        variable=generic if is_known or not override else override,
+        targets=targets,
+        submodules=None if submodules is None else tuple(path for path in submodules if path),
+        files=_files(name, steps),
+        defines=tuple(target for target in targets if target not in defined),
+    )
+
+
+def _targets(name: str, file: str, steps: Sequence[listfile.Step]) -> tuple[str, ...]:
+    """Targets that need the project: those that name its variables, with every target of another file that does; else all of its file."""
+    mention = re.compile(rf"\$\{{{re.escape(name)}_", re.IGNORECASE)
+    naming: dict[str, None] = {}
+    for path in dict.fromkeys(step.file for step in steps):
+        of_file = [step for step in steps if step.file == path]
+        if path == file:
+            naming |= dict.fromkeys(_defined([step for step in of_file if any(mention.search(word) for word in step.command.words)], of_file))
+        elif any(mention.search(word) for step in of_file for word in step.command.words):
+            naming |= dict.fromkeys(_defined(of_file, of_file))
+    return tuple(naming or dict.fromkeys(_defined([step for step in steps if step.file == file], steps)))
+
+
+def _defined(steps: Sequence[listfile.Step], of_file: Sequence[listfile.Step]) -> Iterator[str]:
+    """Names of the targets that these steps define or install, those of a loop's variable too."""
+    loops = {step.command.words[0]: step.command.words[1:] for step in of_file if step.command.name == "foreach" and step.command.words}
+    for step in steps:
+        words = step.command.words
+        if step.command.name in ("add_custom_target", "define_extension_target", "define_gpu_extension_target") and words:
+            yield step.resolved(words[0])
+        if step.command.name == "install" and "COMPONENT" in words[:-1]:
+            component = words[words.index("COMPONENT") + 1]
+            looped = re.fullmatch(r"\$\{(\w+)\}", component)
+            yield from loops.get(looped[1], ()) if looped else (component,)
+
+
+def _files(name: str, steps: Sequence[listfile.Step]) -> tuple[str, ...]:
+    """Files of the project that the tree's CMake files name. What they only install is left out: then an install fails, as it should."""
+    places = {"_SOURCE_DIR": "", "_DIR": "", "_INCLUDE_DIR": "include/", "_TOOLS_UTIL_INCLUDE_DIR": "tools/util/include/"}
+    prefixes = {f"{name}{suffix}".lower(): place for suffix, place in places.items()}
+    found: dict[str, None] = {}
+    for step in steps:
+        if step.command.name != "install":
+            for variable, path in (match for word in step.command.words for match in _SUFFIXED.findall(word)):
+                if variable.lower() in prefixes and ".." not in path:
+                    found[prefixes[variable.lower()] + path] = None
+    return tuple(sorted(found))
+
+
+def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str, str]:
+    """The user's own sources, by the environment, .env, or -D in CMAKE_ARGS."""
+    environment = settings.child_environment("build")
+    for name in dict.fromkeys((external.override, external.variable)):
+        argument = re.findall(rf"-D{re.escape(name)}(?::\w+)?=(\S+)", settings.text("CMAKE_ARGS"))
+        text = argument[-1] if argument else environment.get(name, "")
+        if text:
+            folder = layout.vllm / Path(text).expanduser()
+            if not folder.is_dir():
+                raise SettingsError(f"{name}={settings.presentable(text)}: there is no such folder", hint=f"unset {name}    and {external.name} is fetched")
+            return {name: str(folder)}
+    return {}
+
+
+def _fetched(settings: Settings, external: External, *, journal: Journal, step: Step) -> Path:
+    place = settings.cache / "externals" / external.name.lower() / external.tag.replace("/", "_")
+    if _is_there(place, external):
+        return place
+    # Two clones that ask at once: one fetches, the other waits.
+    with lock.hold(place.with_name(f".{place.name}.lock"), verb=f"fetching {external.name}", wait=True, on_wait=step.line):
+        if not _is_there(place, external):
+            with scratch.beside(place) as made:
+                commit = _clone(made, settings, external, journal=journal, step=step)
+                if _COMMIT.fullmatch(external.tag) and commit != external.tag:
+                    raise SourceError(f"{external.name}: {external.repository} served {commit[:12]}, asked for was {external.tag[:12]}")
+                scratch.put_in_place(made, place)
+    return place
+
+
+def _clone(made: Path, settings: Settings, external: External, *, journal: Journal, step: Step) -> str:
+    mirror = settings.text("EXTERNALS_MIRROR")
+    try:
+        return shallow.clone(
+            made,
+            external.repository,
+            external.tag,
+            submodules=external.submodules,
+            mirror=mirror,
+            settings=settings,
+            journal=journal,
+            on_line=lambda line: step.line(f"{external.name}: {line}"),
+        )
+    except SourceError as exc:
+        place = f"{external.repository} in EXTERNALS_MIRROR" if mirror else external.repository
+        hint = f"check the network, set EXTERNALS_MIRROR to a copy of https://github.com/, or export {external.override}=/your/copy"
+        raise SourceError(f"{external.name} {external.tag[:12]} could not be fetched from {place}: {exc.message}", hint=hint, details=exc.details) from exc
+
+
+def _is_there(place: Path, external: External) -> bool:
+    """It came to its name whole; a tag that is a commit says by itself what must be checked out."""
+    there = _checked_out(place)
+    return there is not None and (not _COMMIT.fullmatch(external.tag) or there == external.tag)
+
+
+def _checked_out(folder: Path) -> str | None:
+    """The commit at which HEAD is detached, read without git: this is asked of every external project before every build."""
+    try:
+        text = (folder / ".git" / "HEAD").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return text if _COMMIT.fullmatch(text) else None
+
+
+def _tagged(folder: Path, tag: str) -> str | None:
+    """The commit of a tag in a checkout that CMake made, None where it is not known there."""
+    for line in _lines(folder / ".git" / "packed-refs"):
+        oid, _, name = line.partition(" ")
+        if name == f"refs/tags/{tag}":
+            return oid
+    return next(iter(_lines(folder / ".git" / "refs" / "tags" / tag)), None)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _placeholders(layout: Layout) -> Path:
+    return layout.builds / placeholder.FOLDER
+
+
+def _stand_in(layout: Layout, external: External) -> Path:
+    place = _placeholders(layout) / external.name.lower() / external.tag.replace("/", "_")
+    placeholder.make(place, external.name, external.tag, files=external.files, defines=external.defines)
+    return place
