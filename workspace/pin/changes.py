@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from workspace.build.native import externals
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings, nearest
 from workspace.pin import names
@@ -26,9 +27,6 @@ Facts = dict[str, set[str]]
 _REQUIREMENTS = re.compile(r"requirements/(common|cuda|cpu|build/(cuda|cpu|rust))\.txt")
 # What a compiled library is made from; see build/plan.py.
 _COMPILED = re.compile(r"csrc/.*|cmake/.*|CMakeLists\.txt")
-_EXTERNAL = re.compile(r"\b(?:FetchContent_Declare|FetchContent_Populate|ExternalProject_Add)\s*\(\s*([\w.-]+)([^()]*)\)")
-_TAG = re.compile(r"\bGIT_TAG\s+\"?([^\s\")]+)")
-_SET = re.compile(r"\bset\s*\(\s*(\w+)\s+\"?([^\s\")]+)\"?")
 _MINIMA: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("CMake", re.compile(r"\bcmake_minimum_required\s*\(\s*VERSION\s+([0-9.]+)")),
     ("C++ compiler", re.compile(r"CMAKE_CXX_COMPILER_VERSION\s+VERSION_LESS\s+\"?([0-9.]+)")),
@@ -123,15 +121,7 @@ def externals_of(path: str, content: str) -> Iterator[tuple[str, str]]:
     """The projects that CMake fetches, with their GIT_TAG; a variable stands for every value that the file gives it."""
     if not path.endswith((".cmake", "CMakeLists.txt")):
         return
-    text = _REMARK.sub("", content)
-    values: dict[str, list[str]] = {}
-    for name, value in _SET.findall(text):
-        values.setdefault(name, []).append(value)
-    for name, body in _EXTERNAL.findall(text):
-        for tag in _TAG.findall(body):
-            variable = re.fullmatch(r"\$\{(\w+)\}", tag)
-            for value in values.get(variable[1], [tag]) if variable else [tag]:
-                yield name.lower(), value
+    yield from externals.pinned(content)
 
 
 def _facts(topic: Topic, before: Mapping[str, bytes], after: Mapping[str, bytes], read: Callable[[str, str], Iterator[tuple[str, str]]]) -> Iterator[Change]:
