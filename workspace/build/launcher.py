@@ -16,6 +16,8 @@ NICE = 10
 # The first to be ended when memory runs out, before a shell or a server (proc_pid_oom_score_adj(5)).
 OOM_SCORE_ADJ = b"1000"
 REFUSED, KILLED, NOT_STARTED = 1, 128 + 9, 127
+# The answer that lets a compiler start.
+GO = "go"
 INTERRUPTING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 # Without one of these a compiler is only asked something, such as its version.
 WORKING = ("-c", "-E", "-o", "--out-dir")
@@ -24,7 +26,7 @@ WORKING = ("-c", "-E", "-o", "--out-dir")
 def main(folder: str, argv: "list[str]") -> int:
     """Return the wait status of the compiler, or end this program where it may not start.
 
-    One that is killed for want of memory is run again, if the build says so once there is more room.
+    One that fails may have been killed for want of memory, which only the build can tell: it is run again where the build says so, once there is room.
     """
     # Hundreds of tracebacks are no help to anybody who types ^C.
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
@@ -35,21 +37,24 @@ def main(folder: str, argv: "list[str]") -> int:
     if ticket is None:
         return run(argv, turn(folder))[0]
     words = b"\0".join(map(os.fsencode, argv))
-    message, otherwise = b"%d\n" % len(words) + words, REFUSED
+    said = tell(ticket, b"%d\n" % len(words) + words)
+    if said != GO:
+        refuse(said or "the build that this unit belongs to has ended")
     while True:
-        ask(ticket, message, otherwise)
         started = monotonic()
         status, largest_kib = run(argv, ticket.fileno())
-        message = b"%d %.3f %d\n" % (status, monotonic() - started, largest_kib)
-        if not is_killed(status):
-            try:
-                ticket.sendall(message)
-            except OSError:
-                # Who wanted to know has gone; the object file is there all the same.
-                return status
+        end = b"%d %.3f %d\n" % (status, monotonic() - started, largest_kib)
+        if status == 0:
+            # Where nobody wants to know any more, the object file is there all the same.
+            tell(ticket, end, is_last=True)
             return status
-        os.write(2, b"killed by SIGKILL, as the kernel does when memory runs out\n")
-        otherwise = KILLED
+        if is_killed(status):
+            os.write(2, b"killed by SIGKILL, as the kernel does when memory runs out\n")
+        said = tell(ticket, end)
+        if said != GO:
+            if said:
+                os.write(2, f"not compiled: {said}\n".encode())
+            return status
 
 
 def connect(folder: str) -> "_socket.socket | None":
@@ -64,20 +69,19 @@ def connect(folder: str) -> "_socket.socket | None":
     return ticket
 
 
-def ask(ticket: "_socket.socket", message: bytes, otherwise: int) -> None:
-    """Send the command, its length first, or that it was killed and how; wait for `go`, and end with the code `otherwise` where there is none."""
+def tell(ticket: "_socket.socket", message: bytes, is_last: bool = False) -> str:
+    """Send a command, its length first, or how it ended, and return the answer: `go`, or why not. It is empty where nobody listens any more."""
     answer = b""
     try:
         ticket.sendall(message)
-        while not answer.endswith(b"\n"):
+        while not is_last and not answer.endswith(b"\n"):
             piece = ticket.recv(4096)
             if not piece:
-                raise ConnectionResetError
+                return ""
             answer += piece
     except OSError:
-        refuse("the build that this unit belongs to has ended", otherwise)
-    if answer != b"go\n":
-        refuse(answer.decode().strip(), otherwise)
+        return ""
+    return answer.decode().strip()
 
 
 def turn(folder: str) -> int:
@@ -134,9 +138,9 @@ def become(argv: "list[str]") -> None:
         os._exit(NOT_STARTED)
 
 
-def refuse(why: str, code: int = REFUSED) -> None:
+def refuse(why: str) -> None:
     os.write(2, f"not compiled: {why}\n".encode())
-    os._exit(code)
+    os._exit(REFUSED)
 
 
 def leave(status: int) -> None:

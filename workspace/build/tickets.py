@@ -10,18 +10,17 @@ import os
 import selectors
 import shlex
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from workspace.build import launcher, processes
+from workspace.build import connection, launcher, processes
 from workspace.build.admission import Admission, Live
-from workspace.build.costs import KILLED_HELD, LIGHT, Cost, Costs, History, Unit, unit_of
+from workspace.build.connection import Caller, End, Finished, Running, State
+from workspace.build.costs import KILLED_HELD, Costs, History, unit_of
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 
@@ -35,61 +34,12 @@ TERMINATE_GRACE_S, KILL_GRACE_S = 3.0, 2.0
 LATECOMERS_S = 0.3
 # So many times memory may run out in one build.
 KILLS = 3
-_KIB_PER_GIB = 1 << 20
-_LONGEST_REQUEST = 1 << 22
 # These compile in a server, which a launcher has not started and cannot measure.
 _ELSEWHERE = ("sccache", "distcc", "icecc")
 _HAS_ENDED = "the build that this unit belongs to has ended"
 _OTHER_FAILED = "another unit failed"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A unit that has ended. `peak_gib` is the larger of two figures: the largest process of the unit at its largest, and all of them at one look a second.
-
-    `status` is its exit code, negative for a signal, or None where the launcher itself was killed; `is_killed`: as the kernel does when memory runs out.
-    """
-
-    unit: Unit
-    expected: Cost
-    started: float
-    seconds: float
-    peak_gib: float
-    status: int | None
-    is_killed: bool = False
-
-
-@dataclass(frozen=True)
-class State:
-    """What a progress bar shows: units that run, how many wait and why, memory reckoned with and memory held."""
-
-    running: tuple[Unit, ...] = ()
-    waiting: int = 0
-    why: str = ""
-    charged_gib: float = 0.0
-    held_gib: float = 0.0
-
-
-@dataclass
-class _Caller:
-    """A connection: the launcher at its other end, and what it has asked for."""
-
-    connection: socket.socket
-    number: int
-    pid: int
-    group: int
-    received: bytearray = field(default_factory=bytearray)
-    has_asked: bool = False
-    unit: Unit = field(default_factory=lambda: Unit("", ""))
-    expected: Cost = LIGHT
-    is_elsewhere: bool = False
-    is_nested: bool = False
-    started: float | None = None
-    peak_gib: float = 0.0
-
-    @property
-    def is_counted(self) -> bool:
-        return self.started is not None and not self.is_nested
+# Below the folder of the tickets.
+STAND_INS = "compilers"
 
 
 def install(folder: Path, *, python: str = sys.executable) -> Path:
@@ -97,9 +47,26 @@ def install(folder: Path, *, python: str = sys.executable) -> Path:
 
     One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
     """
-    program = folder / "ticket"
-    words = shlex.join([python, "-I", "-S", launcher.__file__, str(folder)])
-    content = f'#!/bin/sh\nexec {words} "$@"\n'.encode()
+    # What a compiler with a ticket starts needs none: the stand-ins are for those that have no launcher.
+    path = f'PATH="${{PATH#{shlex.quote(str(folder / STAND_INS))}:}}"'
+    return _write_program(folder / "ticket", f"{path} exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}")
+
+
+def stand_in(folder: Path, compilers: Mapping[str, Sequence[str]]) -> Path:
+    """Make a folder to be put first on PATH, so that also a command which calls a compiler by its name takes a ticket, and return it.
+
+    `compilers` gives the words that each name stands for.
+    """
+    place = folder / STAND_INS
+    for name, words in compilers.items():
+        _write_program(place / name, f"exec {shlex.join([str(install(folder)), *words])}")
+    for old in set(os.listdir(place)) - set(compilers) if place.is_dir() else ():
+        (place / old).unlink()
+    return place
+
+
+def _write_program(program: Path, command: str) -> Path:
+    content = f'#!/bin/sh\n{command} "$@"\n'.encode()
     if not program.is_file() or program.read_bytes() != content:
         write_atomic(program, content, mode=0o755)
     return program
@@ -108,9 +75,9 @@ def install(folder: Path, *, python: str = sys.executable) -> Path:
 class Broker:
     """Gives out tickets while the block is entered, from a thread.
 
-    `look` says what the machine has left; without it only the bounds count. `units` is how many will ask, where that is known: the first then need not
-    wait to see whether another comes. Once a unit has failed those that wait are refused, unless told to `keep_going`: for ninja they run already, and
-    it would wait for them all. `trouble` is a sentence once memory has run out too often.
+    `look` says what the machine has left; without it only the bounds count. `kills` counts how often the kernel has killed for want of memory. `units` is how
+    many will ask, where that is known: the first then need not wait to see whether another comes. Once a unit has failed those that wait are refused, unless
+    told to `keep_going`: for ninja they run already, and it would wait for them all. `trouble` is a sentence once memory has run out too often.
     """
 
     def __init__(
@@ -120,15 +87,16 @@ class Broker:
         costs: Costs,
         *,
         look: Callable[[], Live] | None = None,
+        kills: Callable[[], int] | None = None,
         history: History | None = None,
         units: int = 0,
         keep_going: bool = False,
     ) -> None:
         self.state = State()
         self.trouble: str | None = None
-        self._units, self._keep_going = units, keep_going
+        self._units, self._keep_going, self._kills = units, keep_going, kills
         self._folder, self._admission, self._costs, self._look, self._history = folder, admission, costs, look, history
-        self._callers: dict[int, _Caller] = {}
+        self._callers: dict[int, Caller] = {}
         self._finished: list[Finished] = []
         self._failure: BaseException | None = None
         self._selector = selectors.DefaultSelector()
@@ -147,15 +115,7 @@ class Broker:
 
     def __enter__(self) -> "Broker":
         install(self._folder)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        # An address holds 108 bytes, a path many more (unix(7)).
-        place = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            (self._folder / "socket").unlink(missing_ok=True)
-            self._listener.bind(f"/proc/self/fd/{place}/socket")
-        finally:
-            os.close(place)
-        self._listener.listen(4096)
+        self._listener = connection.listen(self._folder)
         self._woken, self._waker = os.pipe()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -213,58 +173,34 @@ class Broker:
             callers = {caller.number: caller for caller in self._callers.values()}
             for number in admission.admit(now, self._look() if self._look else None):
                 self._start(callers[number], now)
-        units = tuple(caller.unit for caller in self._callers.values() if caller.is_counted)
+        running = tuple(Running(caller.unit, caller.expected, caller.started or now) for caller in self._callers.values() if caller.is_counted)
         held_gib = sum(ticket.held_gib for ticket in admission.running)
-        self.state = State(units, len(admission.waiting), admission.why, admission.charged_gib, held_gib)
+        self.state = State(running, len(admission.waiting), admission.why, admission.charged_gib, held_gib, admission.bounds.budget_gib)
 
-    def _start(self, caller: _Caller, now: float) -> None:
-        caller.started = now
-        # Who is gone by now is heard of by the end of its connection.
-        with contextlib.suppress(OSError):
-            caller.connection.send(b"go\n")
+    def _start(self, caller: Caller, now: float) -> None:
+        caller.start(now, self._kills() if self._kills else 0)
 
     def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-                group = 0
-                with contextlib.suppress(OSError):
-                    group = os.getpgid(pid)
-                self._last_number += 1
-                self._callers[connection.fileno()] = _Caller(connection, self._last_number, pid, group)
-                self._selector.register(connection, selectors.EVENT_READ)
+        while caller := connection.accept(self._listener, self._last_number + 1):
+            self._last_number += 1
+            self._callers[caller.connection.fileno()] = caller
+            self._selector.register(caller.connection, selectors.EVENT_READ)
 
-    def _hear(self, caller: _Caller) -> None:
+    def _hear(self, caller: Caller) -> None:
+        is_over = caller.hear()
         try:
-            heard = caller.connection.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            heard = b""
-        caller.received += heard
-        try:
-            is_over = not heard or len(caller.received) > _LONGEST_REQUEST
-            self._understand(caller)
+            said = caller.understand()
         except ValueError:
-            is_over = True
+            said, is_over = None, True
+        if isinstance(said, End):
+            self._heard_end(caller, said)
+        elif said is not None:
+            self._ask(caller, said)
         if is_over and caller.connection.fileno() in self._callers:
             self._drop(caller)
             self._finish(caller, None)
 
-    def _understand(self, caller: _Caller) -> None:
-        """Act on what was received as soon as it is whole: the length of a command and the command, then a line for each of its ends."""
-        line, newline, words = bytes(caller.received).partition(b"\n")
-        if newline and caller.has_asked:
-            caller.received.clear()
-            self._heard_end(caller, line)
-        elif newline and len(words) >= int(line):
-            caller.received.clear()
-            self._ask(caller, [os.fsdecode(word) for word in words.split(b"\0")])
-
-    def _ask(self, caller: _Caller, argv: list[str]) -> None:
-        caller.has_asked = True
+    def _ask(self, caller: Caller, argv: list[str]) -> None:
         caller.unit = unit_of(argv)
         caller.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
         caller.expected = self._costs.expected(caller.unit)
@@ -275,7 +211,7 @@ class Broker:
         else:
             self._queue(caller)
 
-    def _queue(self, caller: _Caller) -> None:
+    def _queue(self, caller: Caller) -> None:
         if self._has_failed:
             self._refuse(caller, _OTHER_FAILED)
             return
@@ -291,25 +227,27 @@ class Broker:
         holders = {caller.pid for caller in self._callers.values() if caller.started is not None}
         return bool(holders) and any(parent in holders for parent in processes.parents(pid))
 
-    def _heard_end(self, caller: _Caller, line: bytes) -> None:
-        """The launcher says how its compiler ended: wait status, seconds, KiB of the largest process."""
-        status, seconds, largest_kib = (float(word) for word in line.split())
-        began = caller.started or 0.0
-        is_killed = launcher.is_killed(int(status)) and not self._is_ending
-        caller.peak_gib = max(caller.peak_gib, largest_kib / _KIB_PER_GIB)
-        done = self._finish(caller, os.waitstatus_to_exitcode(int(status)), seconds, is_killed=is_killed)
+    def _heard_end(self, caller: Caller, end: End) -> None:
+        began, status = caller.started or 0.0, os.waitstatus_to_exitcode(end.status)
+        is_killed = not self._is_ending and (launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(caller)))
+        caller.peak_gib = max(caller.peak_gib, end.largest_gib)
+        done = self._finish(caller, status, end.seconds, is_killed=is_killed)
         if done is None or not is_killed:
-            self._drop(caller)
+            self._refuse(caller, "")
             return
         self._admission.leave(caller.number)
         self._make_room(done, began)
         caller.expected = replace(done.expected, peak_gib=max(done.expected.peak_gib, done.peak_gib * KILLED_HELD))
-        caller.started, caller.peak_gib = None, 0.0
+        caller.started = None
         if self.trouble:
             self._refuse(caller, self.trouble)
             self._fail()
         else:
             self._queue(caller)
+
+    def _has_been_killed(self, caller: Caller) -> bool:
+        """Whether the kernel has killed for want of memory since this compiler began: g++ exits with 1 when its own child is the one."""
+        return self._kills is not None and self._kills() > caller.kills
 
     def _make_room(self, done: Finished, began: float) -> None:
         """Halve the budget. What had begun before it was halved last fell to the same shortage."""
@@ -326,7 +264,7 @@ class Broker:
                 f"{done.unit.target or 'no target'}: {done.expected.peak_gib:.1f} GiB expected, at least {done.peak_gib:.1f} held"
             )
 
-    def _finish(self, caller: _Caller, status: int | None, seconds: float = 0.0, *, is_killed: bool = False) -> Finished | None:
+    def _finish(self, caller: Caller, status: int | None, seconds: float = 0.0, *, is_killed: bool = False) -> Finished | None:
         """Keep what a unit took; None for one that had not begun, or is part of another."""
         if caller.started is None or caller.is_nested:
             return None
@@ -343,7 +281,7 @@ class Broker:
         for caller in [caller for caller in self._callers.values() if caller.has_asked and caller.started is None]:
             self._refuse(caller, _OTHER_FAILED)
 
-    def _drop(self, caller: _Caller) -> None:
+    def _drop(self, caller: Caller) -> None:
         """Take the ticket back: the compiler has ended, or all that had the connection in their hands are gone."""
         self._selector.unregister(caller.connection)
         del self._callers[caller.connection.fileno()]
@@ -394,7 +332,6 @@ class Broker:
                 else:
                     self._selector.unregister(self._woken)
 
-    def _refuse(self, caller: _Caller, why: str) -> None:
-        with contextlib.suppress(OSError):
-            caller.connection.send(f"{why}\n".encode())
+    def _refuse(self, caller: Caller, why: str) -> None:
+        caller.say(why)
         self._drop(caller)
