@@ -6,7 +6,7 @@ This machine's own history comes first, then the shipped table (costs.tsv), then
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -70,14 +70,21 @@ def unit_of(argv: Sequence[str]) -> Unit:
     if "--crate-name" in argv[:-1]:
         return Unit("cargo", argv[argv.index("--crate-name") + 1])
     is_light = "-E" in argv
-    output = PurePosixPath(argv[argv.index("-o") + 1] if "-o" in argv[:-1] else argv[-1])
-    parts = output.parts
-    if "CMakeFiles" in parts[:-2]:
-        at = parts.index("CMakeFiles") + 1
-        return Unit(parts[at].removesuffix(".dir"), "/".join(parts[at + 1 :]).removesuffix(".o"), is_light)
+    output = argv[argv.index("-o") + 1] if "-o" in argv[:-1] else argv[-1]
+    if unit := unit_at(output):
+        return replace(unit, is_light=is_light)
     if "-c" in argv or is_light:
-        return Unit("", str(output).removesuffix(".o"), is_light)
-    return Unit(output.name.split(".")[0], "link")
+        return Unit("", output.removesuffix(".o"), is_light)
+    return Unit(PurePosixPath(output).name.split(".")[0], "link")
+
+
+def unit_at(output: str) -> Unit | None:
+    """Name the unit that an output of CMake's belongs to, None where it is no object of a target."""
+    parts = PurePosixPath(output).parts
+    if "CMakeFiles" not in parts[:-2]:
+        return None
+    at = parts.index("CMakeFiles") + 1
+    return Unit(parts[at].removesuffix(".dir"), "/".join(parts[at + 1 :]).removesuffix(".o"))
 
 
 class Costs:

@@ -1,0 +1,214 @@
+"""ninja under tickets: what it is told, what its children are told, and what its failures mean in words.
+
+The build directory stays from run to run. What an end in the middle leaves there is ninja's to judge: it compiles again what its own records do not vouch for.
+"""
+
+import errno
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace.build import jobs as bounds
+from workspace.build import pressure, tickets
+from workspace.build.admission import Admission, Bounds
+from workspace.build.connection import Finished
+from workspace.build.costs import Costs, History, read_table, unit_at
+from workspace.build.jobs import Jobs, Memory
+from workspace.build.native import timeline
+from workspace.build.native.failures import Failures
+from workspace.build.native.progress import Meter
+from workspace.build.native.project import Unit
+from workspace.core import process
+from workspace.core.console import Step
+from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.files import read_regular
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.environment import compiler_cache, machine
+
+GO_ON = "./scripts/inv rebuild    goes on where it was"
+# Called by their names, by whatever does not ask CMake: DeepGEMM's builder, torch's, a nested configure.
+_COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
+# How the files begin in which ninja keeps what it has done.
+_RECORDS = {".ninja_log": b"# ninja log v", ".ninja_deps": b"# ninjadeps\n"}
+# With less than this left, a failure that says nothing of the disk is the disk's all the same.
+_FULL_GIB = 0.0625
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a run of ninja came to. `trace` opens in a trace viewer; `summary` are lines for a person."""
+
+    finished: tuple[Finished, ...]
+    seconds: float
+    trace: Path | None
+    summary: tuple[str, ...]
+
+
+def find(layout: Layout, settings: Settings) -> Path:
+    """Return the ninja of `.vllm`, else that of the tools, else the one on PATH. Raises ToolchainError where there is none."""
+    for folder in (layout.environment / "bin", layout.tools / "bin"):
+        if os.access(folder / "ninja", os.X_OK):
+            return folder / "ninja"
+    found = shutil.which("ninja", path=settings.child_environment("build").get("PATH", ""))
+    if found is None:
+        raise ToolchainError("there is no ninja, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap")
+    return Path(found)
+
+
+def history_file(settings: Settings) -> Path:
+    """Where this machine's compile times are kept, for all clones; a home folder may be shared with another machine."""
+    return settings.cache / f"compile-costs-{os.uname().nodename}.json"
+
+
+def launchers(settings: Settings, ticket: Path) -> Mapping[str, str]:
+    """Return CMake's variables that put a ticket before each compiler and linker.
+
+    ccache comes first, and asks for a ticket itself once it has missed (`environment`); what sccache runs it runs in its server, so its caller holds one.
+    """
+    cache = compiler_cache.find(settings)
+    word = str(ticket) if cache is None else str(cache.program) if cache.kind == "ccache" else f"{ticket};{cache.program}"
+    compilers = {f"CMAKE_{language}_COMPILER_LAUNCHER": word for language in ("C", "CXX", "CUDA")}
+    return compilers | {f"CMAKE_{language}_LINKER_LAUNCHER": str(ticket) for language in ("C", "CXX")}
+
+
+def environment(layout: Layout, settings: Settings, jobs: Jobs, ticket: Path) -> Mapping[str, str]:
+    """Return what configure and ninja are told beside the settings: the bound, for what starts compilers by itself, and the compiler cache's settings."""
+    path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
+    told = {"PATH": os.pathsep.join(path), **bounds.environment(jobs, ticket=str(ticket)), **launchers(settings, ticket)}
+    cache = compiler_cache.find(settings)
+    if cache is not None and cache.kind == "ccache":
+        told |= {**compiler_cache.configuration(layout, settings), "CCACHE_PREFIX": str(ticket), "CCACHE_PREFIX_CPP": str(ticket)}
+    return told
+
+
+def compile(
+    layout: Layout,
+    settings: Settings,
+    build: Path,
+    targets: Sequence[str],
+    *,
+    setup: str,
+    jobs: Jobs,
+    memory: Memory,
+    units: Sequence[Unit],
+    journal: Journal,
+    step: Step,
+    keep_going: bool = False,
+) -> Compiled:
+    """Bring `targets` up to date in `build`, which is configured. `units` are those that are expected to be compiled; `setup` is what their costs depend on.
+
+    Raises BuildError with the first error of the first unit that failed, with all budgets that were tried once memory has run out too often, and with what is
+    full where a disk is. The same call goes on where this one ended.
+    """
+    if not targets:
+        return Compiled((), 0.0, None, ())
+    for sentence in mend(build):
+        journal.console.warn(sentence)
+    history = History(history_file(settings), setup=setup)
+    before, costs = history.entries, Costs(read_table()[0], history.entries)
+    planned = [unit for unit in (unit_at(one.object) for one in units) if unit]
+    broker = tickets.Broker(
+        build / "tickets",
+        Admission(Bounds(jobs.count, memory.budget_gib)),
+        costs,
+        look=lambda: pressure.look(memory.reserve_gib),
+        kills=pressure.kills,
+        history=history,
+        units=len(planned),
+        keep_going=keep_going,
+    )
+    meter = Meter(broker, planned, costs, jobs=jobs.count, console=journal.console, step=step)
+    argv: list[process.Argument] = [find(layout, settings), "-C", build, f"-j{bounds.visible(len(planned), jobs)}", *(["-k0"] if keep_going else []), *targets]
+    began, failures, shown = time.monotonic(), Failures(), journal.step
+    # The bar shows what the meter says, not ninja's newest line.
+    journal.step = None
+    try:
+        with broker, meter:
+            process.run(argv, env=_child_environment(layout, settings, build, jobs), journal=journal, on_line=failures.hear, hint=GO_ON)
+    except (BuildError, OSError) as exc:
+        _write_trace(journal, broker.finished, meter, began)
+        raise _explained(exc, broker, failures, settings, build, journal) from exc
+    finally:
+        journal.step = shown
+    seconds = time.monotonic() - began
+    trace = _write_trace(journal, broker.finished, meter, began)
+    return Compiled(broker.finished, seconds, trace, timeline.summary(broker.finished, before))
+
+
+def mend(build: Path) -> tuple[str, ...]:
+    """Remove what is no record of ninja's where one should be, and say so: it would stop, or crash, on some of it."""
+    said = []
+    for name, head in _RECORDS.items():
+        record = build / name
+        try:
+            is_right = read_regular(record).startswith(head)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            is_right = False
+        if not is_right:
+            shutil.rmtree(record) if record.is_dir() and not record.is_symlink() else record.unlink()
+            said.append(f"{build.name}/{name} was damaged and is begun anew: what it vouched for is compiled again")
+    return tuple(said)
+
+
+def _child_environment(layout: Layout, settings: Settings, build: Path, jobs: Jobs) -> dict[str, str]:
+    """The environment of ninja itself: on its PATH each compiler takes a ticket, also one that a command calls by its name."""
+    ticket = tickets.install(build / "tickets")
+    told = settings.child_environment("build", environment(layout, settings, jobs, ticket))
+    found = {name: [program] for name in _COMPILERS if (program := shutil.which(name, path=told["PATH"]))}
+    for variable in ("CC", "CXX"):
+        if words := _words(told.get(variable, "")):
+            name = f"{variable}-{Path(words[-1]).name}"
+            found[name], told[variable] = words, str(build / "tickets" / tickets.STAND_INS / name)
+    stand_ins = tickets.stand_in(build / "tickets", found)
+    # torch's builder calls the toolkit's nvcc by its path, or what this names (torch/utils/cpp_extension.py).
+    if "PYTORCH_NVCC" in told:
+        told["PYTORCH_NVCC"] = f"{shlex.quote(str(ticket))} {told['PYTORCH_NVCC']}"
+    elif "nvcc" in found:
+        told["PYTORCH_NVCC"] = str(stand_ins / "nvcc")
+    told.pop("CCACHE_NODEPEND", None)
+    return told | {"PATH": os.pathsep.join([str(stand_ins), told["PATH"]]), "NINJA_STATUS": "[%f/%t] "}
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:
+        # Quotes that do not match: what takes the variable for a command will say so.
+        return []
+
+
+def _write_trace(journal: Journal, finished: Sequence[Finished], meter: Meter, began: float) -> Path | None:
+    """A trace that cannot be written is no reason to fail."""
+    if journal.path is None or not finished:
+        return None
+    try:
+        return timeline.write(journal.path, finished, meter.samples, began=began)
+    except OSError:
+        return None
+
+
+def _explained(exc: BuildError | OSError, broker: tickets.Broker, failures: Failures, settings: Settings, build: Path, journal: Journal) -> Exception:
+    """What a failure of ninja's means: memory, a disk, a compiler's own error, or what it said itself."""
+    is_full = failures.has_no_space or (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT))
+    log = (f"log: {journal.path}",)
+    if broker.trouble:
+        return BuildError(broker.trouble, hint="./scripts/inv rebuild --jobs 1    goes on where it was, one compiler at a time", details=log)
+    places = [build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
+    full = [place for place in places if machine.free_gib(place) < _FULL_GIB]
+    if full or is_full:
+        said = " and ".join(f"{place} has {machine.free_gib(place) * 1024:.0f} MiB left" for place in full or places)
+        hint = f"{shlex.join(['df', '-h', *map(str, full or places)])}    then ./scripts/inv rebuild goes on where it was"
+        return BuildError(f"the disk is full: {said}", hint=hint, details=log)
+    if isinstance(exc, OSError) or not (failure := failures.first):
+        return exc
+    unit = unit_at(failure.output)
+    name = f"{unit.source} of {unit.target}" if unit else failure.output
+    return BuildError(journal.redact(f"{name} failed: {failure.error}"), hint=GO_ON, details=(*(journal.redact(line) for line in failure.shown), *log))
