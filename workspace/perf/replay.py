@@ -10,12 +10,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from workspace.build import jobs, tickets
+from workspace.build import jobs, replay, tickets
 from workspace.build.admission import Admission, Bounds
 from workspace.build.costs import Cost, Costs, Entry, read_table
+from workspace.build.replay import Replayed
 from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.perf.ground import Ground
@@ -35,15 +36,6 @@ echo "- $5" >> log
 Sides = tuple[Callable[[], float], Callable[[], float]]
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """What came of it: seconds from the first start to the last end, and the most memory (sum of the peaks of those that ran) and compilers at any time."""
-
-    seconds: float
-    most_gib: float
-    most_jobs: int
-
-
 def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
     """Return the seconds that no order can beat: the work on all cores, the memory-time in the budget, the longest unit."""
     work = sum(entry.seconds for entry in entries) / bounds.jobs
@@ -53,19 +45,7 @@ def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
 
 def simulate(entries: Sequence[Entry], bounds: Bounds) -> Replayed:
     """Let all entries ask at once, and set the clock forward from the end of a unit to that of the next."""
-    admission = Admission(bounds)
-    for number, entry in enumerate(entries):
-        admission.ask(number, Cost(entry.seconds, entry.peak_gib, "table"), 0.0)
-    now, most_gib, most_jobs = 0.0, 0.0, 0
-    running: list[tuple[float, int]] = []
-    while admission.waiting or running:
-        for number in admission.admit(now):
-            heapq.heappush(running, (now + entries[number].seconds, number))
-        most_gib = max(most_gib, sum(entries[number].peak_gib for _, number in running))
-        most_jobs = max(most_jobs, len(running))
-        now, ended = heapq.heappop(running)
-        admission.leave(ended)
-    return Replayed(now, most_gib, most_jobs)
+    return replay.simulate([Cost(entry.seconds, entry.peak_gib, "table") for entry in entries], bounds)
 
 
 def static(entries: Sequence[Entry], bounds: Bounds) -> Replayed:

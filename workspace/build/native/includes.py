@@ -1,0 +1,187 @@
+"""Who may include whom, read from the sources themselves: for units that no compiler has yet written down the dependencies of.
+
+It errs toward an include: conditions are not weighed, comments count, and what cannot be known is taken for any changed file that it could be.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from glob import glob
+from os import path as paths
+from pathlib import Path
+
+# Headers of the toolchain, of Python's packages and of the system are released without knowing of this tree: they are not followed.
+_FOREIGN = ("/usr/", "/lib/")
+_FOREIGN_PARTS = ("/site-packages/", "/dist-packages/")
+_SYSTEM = ("/usr/include", "/usr/local/include", "/usr/local/cuda/include", "/usr/include/c++/*")
+# A backslash ends a line also with blanks behind it, in GCC.
+_SPLICE = re.compile(rb"\\[ \t\f\v\r]*\n")
+_BLANK = rb"(?:[ \t\f\v\r]|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/)*"
+_WORDS = (b"include", b"import", b"embed")
+# The word before a name says enough, `#` and `__has_include(` or not: a comment that looks like it costs a compilation, no more.
+_NAME = rb"(?:_next)?" + _BLANK + rb"\(?" + _BLANK + rb'(?:"([^"\n]+)"|<([^>\n]+)>)'
+_NAMED = tuple((word, re.compile(word + _NAME)) for word in _WORDS)
+_MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])'
+_COMPUTED = tuple((word, re.compile(word + _MACRO)) for word in _WORDS)
+_HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z")
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a file includes by name. `is_computed`: by a macro as well, so it may be anything."""
+
+    quoted: frozenset[str]
+    angled: frozenset[str]
+    is_computed: bool
+
+
+def names(text: bytes) -> Named:
+    """Find the names in all `#include` of a file, in whatever spelling a compiler takes."""
+    if b"\\" in text:
+        text = _SPLICE.sub(b"", text)
+    quoted, angled = set[str](), set[str]()
+    for word, pattern in _NAMED:
+        if word in text:
+            for in_quotes, in_angles in pattern.findall(text):
+                (quoted if in_quotes else angled).add(os.fsdecode(in_quotes or in_angles))
+    return Named(frozenset(quoted), frozenset(angled), _is_computed(text))
+
+
+def _is_computed(text: bytes) -> bool:
+    for word, pattern in _COMPUTED:
+        if word not in text:
+            continue
+        for found in pattern.finditer(text):
+            before = text[: found.start()]
+            if before.rstrip().endswith((b"#", b"%:", b"??=", b"*/")) and _HASH.search(before):
+                return True
+    return False
+
+
+class Scan:
+    """The includes of one tree, and which of its `changed` files, relative to it, a source may take in."""
+
+    def __init__(self, tree: Path, changed: Collection[str]) -> None:
+        # Files go by the real path of their folder and their name: so a link and its neighbours are found, and what git knows of it.
+        self._real = cache(paths.realpath)
+        self._tree = paths.realpath(tree)
+        self._changed = {paths.normpath(paths.join(self._tree, name)): name for name in changed}
+        self._gone = frozenset(path for path in self._changed if not paths.isfile(path))
+        self._by_name: dict[str, set[str]] = defaultdict(set)
+        for path in self._changed:
+            self._by_name[paths.basename(path)].add(path)
+        self._tops = {self._top(path) for path in self._changed if paths.dirname(path) != self._tree}
+        self._walked: set[str] = set()
+        self._named: dict[str, Named | None] = {}
+        self._is_file = cache(self._look_for)
+
+    def taken_in(self, sources: Collection[str], folders: Collection[str]) -> dict[str, frozenset[str]]:
+        """Map each of the sources to the changed files that it may include, itself among them; `folders` are searched for both kinds of names.
+
+        Both are relative to the tree, or absolute.
+        """
+        searched = tuple(self._real(paths.join(self._tree, folder)) for folder in folders)
+        starts = {source: self._spelled(paths.join(self._tree, source)) for source in sources}
+        below = [path for path in (*searched, *map(paths.dirname, starts.values())) if f"{path}/".startswith(f"{self._tree}/")]
+        self._tops |= {self._top(path) for path in below}
+        includers = self._includers(starts.values(), searched)
+        everywhere = frozenset(self._changed[path] for path in self._changed if self._shadows(path, searched))
+        found: dict[str, set[str]] = {source: set(everywhere) for source in sources}
+        for path, name in self._changed.items():
+            reached = _closure(path, includers)
+            for source, start in starts.items():
+                if start in reached or self._real(start) in reached:
+                    found[source].add(name)
+        return {source: frozenset(name) for source, name in found.items()}
+
+    def _includers(self, starts: Iterable[str], searched: tuple[str, ...]) -> dict[str, set[str]]:
+        """Map each file to those that may include it, for all that can be come to from `starts`."""
+        includers: dict[str, set[str]] = defaultdict(set)
+        waiting = [path for start in starts for path in {start, self._real(start)}]
+        seen = set(waiting)
+        while waiting:
+            path = waiting.pop()
+            for included in self._included(path, searched):
+                includers[included].add(path)
+                if included not in seen and self._is_followed(included):
+                    seen.add(included)
+                    waiting.append(included)
+        return includers
+
+    def _included(self, path: str, searched: tuple[str, ...]) -> Iterator[str]:
+        named = self._read(path)
+        if named is None or named.is_computed:
+            yield from self._changed
+        if named is None:
+            return
+        folder = paths.dirname(path)
+        for name in named.quoted | named.angled:
+            is_found = False
+            for place in (folder, *searched) if name in named.quoted else searched:
+                candidate = paths.join(place, name)
+                if self._is_file(candidate):
+                    is_found = True
+                    yield self._spelled(candidate)
+                    yield self._real(candidate)
+            if not is_found:
+                # In a folder that nobody told of: all that could be it.
+                end = paths.normpath("/" + name)
+                yield from (path for other in self._called(paths.basename(name)) if other.endswith(end) for path in (other, self._real(other)))
+
+    def _called(self, name: str) -> Collection[str]:
+        """The files of that name in those top folders of the tree in which sources, includes or changes lie."""
+        for top in self._tops - self._walked:
+            for folder, folders, files in os.walk(paths.join(self._tree, top)):
+                folders[:] = [below for below in folders if not below.startswith(".")]
+                for file in files:
+                    self._by_name[file].add(f"{folder}/{file}")
+        self._walked |= self._tops
+        return self._by_name.get(name, ())
+
+    def _top(self, path: str) -> str:
+        """The top folder that a path below the tree lies in, or is; the tree itself where it lies in none."""
+        return path.removeprefix(f"{self._tree}/").split("/")[0] if path.startswith(f"{self._tree}/") else ""
+
+    def _read(self, path: str) -> Named | None:
+        """What the file includes; nothing where it is gone on purpose, None where it cannot be read and may include anything."""
+        if path not in self._named:
+            try:
+                self._named[path] = names(Path(path).read_bytes())
+            except OSError:
+                self._named[path] = Named(frozenset(), frozenset(), False) if path in self._gone else None
+        return self._named[path]
+
+    def _look_for(self, path: str) -> bool:
+        return paths.isfile(path) or self._spelled(path) in self._gone
+
+    def _spelled(self, path: str) -> str:
+        folder, name = paths.split(path)
+        return paths.join(self._real(folder), name)
+
+    def _is_followed(self, path: str) -> bool:
+        if path.startswith(f"{self._tree}/"):
+            return True
+        return not path.startswith(_FOREIGN) and not any(part in path for part in _FOREIGN_PARTS)
+
+    def _shadows(self, path: str, searched: tuple[str, ...]) -> bool:
+        """Whether a changed file bears the name of a header that is not followed: whoever includes that one may get this one."""
+        for folder in searched:
+            if path.startswith(f"{folder}/"):
+                name = path[len(folder) + 1 :]
+                others = [*searched, *(place for pattern in _SYSTEM for place in glob(pattern))]
+                if any(not self._is_followed(f"{other}/") and self._is_file(f"{other}/{name}") for other in others):
+                    return True
+        return False
+
+
+def _closure(path: str, includers: dict[str, set[str]]) -> set[str]:
+    reached, waiting = {path}, [path]
+    while waiting:
+        for includer in includers.get(waiting.pop(), ()):
+            if includer not in reached:
+                reached.add(includer)
+                waiting.append(includer)
+    return reached
