@@ -13,6 +13,8 @@ LOOKING = OFFLINE | {"GIT_OPTIONAL_LOCKS": "0", "GIT_ATTR_NOSYSTEM": "1"}
 _LOOKING = (
     *("core.attributesFile=/dev/null", "core.autocrlf=false", "core.eol=lf", "core.safecrlf=false"),
     *("core.sparseCheckout=false", "core.fsmonitor=false"),
+    # A file that was replaced by one of its size and time is seen by its inode.
+    *("core.trustctime=true", "core.checkStat=default"),
 )
 LOOKING_FLAGS = ("--literal-pathspecs", *(word for setting in _LOOKING for word in ("-c", setting)))
 # A remote that sends less than this for a minute is gone (git-config(1), http.lowSpeedLimit).
@@ -26,6 +28,10 @@ HARDENED: Mapping[str, str] = {
     "core.eol": "lf",
     "core.safecrlf": "false",
     "core.fsmonitor": "false",
+    "core.trustctime": "true",
+    "core.checkStat": "default",
+    # Or every file that is written would from then on count as unchanged.
+    "core.ignoreStat": "false",
     "core.sparseCheckout": "false",
     "commit.gpgSign": "false",
     "tag.gpgSign": "false",

@@ -59,6 +59,8 @@ def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Map
         else:
             # With its time: an entry is as new as the index where a file was written in the same tick, and git then reads the file.
             shutil.copy2(index, folder + "/index")
+            # Edits of files that git was told to take for unchanged are edits.
+            git.write("update-index", "-q", "--really-refresh", env=aside, check=False)
         tracked = git.write("ls-files", "-z", "--", *paths, env=aside).out if paths else ""
         present = [path for path in paths if (git.path / path).exists() or any(name == path or name.startswith(f"{path}/") for name in split(tracked))]
         if present or not paths:
