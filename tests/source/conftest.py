@@ -14,6 +14,7 @@ import pytest
 
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
+from workspace.core.errors import PatchConflict
 from workspace.core.files import sha256
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
@@ -67,6 +68,7 @@ def commit(repository: Path, message: str, files: Mapping[str, str | bytes]) -> 
 
 
 LINES = "".join(f"line {number}\n" for number in range(1, 41))
+RESOLVED = LINES.replace("line 20\n", "line both\n")
 PATCHED = LINES.replace("line 20\n", "line twenty\n")
 MESSAGE = "[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nUpstream-Status: Pending"
 
@@ -337,3 +339,34 @@ def snapshot() -> Snapshot:
         return found
 
     return take
+
+
+@pytest.fixture
+def conflicting(release: Workspace, upstream: Upstream, tmp_path: Path) -> dict[str, bytes]:
+    """A series of three: the second is made for another line 20; its contents are at hand, so that it is merged."""
+    work = tmp_path / "work"
+    sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
+    sh_git(work, "checkout", "--quiet", "origin/drift")
+    commit(work, "XX to YY\n\nUpstream-Status: Pending", {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n")})
+    second = export(work, "HEAD")
+    sh_git(work, "checkout", "--quiet", "v1.0.0")
+    commit(work, "Last\n\nUpstream-Status: Pending", {"csrc/a.cu": "last\n"})
+    first = list(upstream.patches.items())[1]
+    series = {first[0]: first[1], "XX-to-YY.patch": second, "Last.patch": export(work, "HEAD")}
+    release.series(series)
+    sh_git(release.vllm, "fetch", "--quiet", str(upstream.work), "drift")
+    return series
+
+
+@pytest.fixture
+def stopped(release: Workspace, conflicting: dict[str, bytes]) -> Workspace:
+    """A stack that waits at the conflict of its second patch."""
+    with pytest.raises(PatchConflict):
+        release.apply(stop_at_conflict=True)
+    return release
+
+
+def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
+    write(workspace.vllm, {"vllm/lines.py": content})
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    subprocess.run("git -C vendor/vllm add vllm/lines.py", shell=True, cwd=workspace.layout.root, check=True, env=environ)

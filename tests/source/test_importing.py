@@ -101,6 +101,26 @@ def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(checked_out:
     assert "line 2O" in (checked_out.vllm / "vllm/lines.py").read_text(), "the conflict stands in the file"
 
 
+def test_import_that_was_ended_before_its_export_goes_on_to_it(release: Workspace, mails: Path) -> None:
+    release.apply()
+    before = {path.name: path.read_bytes() for path in release.layout.patches("vllm").iterdir()}
+    take(release, mails / "both.mbox")
+    head = release.stack().head
+    release.series({name: content for name, content in before.items() if name != "series"})
+    assert release.stack().state is State.UNEXPORTED
+    assert take(release, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
+    assert (release.stack().state, release.stack().head) == (State.APPLIED, head)
+
+
+def test_same_subjects_of_the_users_own_are_not_taken_for_an_import(release: Workspace, mails: Path) -> None:
+    release.apply()
+    commit(release.vllm, "[Core] Ä first one\n\nUpstream-Status: Pending", {"csrc/a.cu": "of my own\n"})
+    head = release.stack().head
+    with pytest.raises(PatchConflict, match="conflicts"):
+        take(release, mails / "first.patch")
+    assert release.stack().head == head
+
+
 def test_what_is_there_already_is_upstreamed(release: Workspace, mails: Path, upstream: Upstream, snapshot: Snapshot, tmp_path: Path) -> None:
     release.apply()
     first = next(iter(upstream.patches))
@@ -131,7 +151,7 @@ def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(release
     release.apply()
     write(release.vllm, {"README": "edited\n"})
     before = state(release, snapshot)
-    with pytest.raises(CheckoutError, match=r"has edits \(README\)") as failure:
+    with pytest.raises(CheckoutError, match=r"has edits \(README\) where commits are to be imported; they were left") as failure:
         take(release, mails / "first.patch")
     assert "stash" in (failure.value.hint or "")
     assert state(release, snapshot) == before

@@ -212,3 +212,6 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(release:
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert record["next"] == "nothing is due; after commits in vendor/vllm: ./scripts/inv patch.export"
+    write(release.vllm, {"README": "edited\n"})
+    overview.show(release.layout, release.settings(), "vllm", console=Console(out=out, err=err))
+    assert [line for line in err.getvalue().splitlines() if line.startswith("applied")][3].endswith("  edits: README")

@@ -122,7 +122,7 @@ def test_unexported_commits_stop_apply_and_the_hint_keeps_them(checked_out: Work
     commands = failure.value.hint.split(": ", 1)[1].removesuffix(" && ./scripts/inv bootstrap")
     subprocess.run(commands, shell=True, cwd=checked_out.layout.root, check=True, capture_output=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
     assert checked_out.apply().state is State.APPLIED
-    assert sh_git(checked_out.vllm, "rev-parse", "mine") == mine
+    assert sh_git(checked_out.vllm, "rev-parse", f"mine-{mine[:12]}") == mine
 
 
 def test_commits_on_top_of_the_stack_are_unexported(release: Workspace) -> None:
@@ -379,7 +379,7 @@ def test_unapply_with_nothing_applied_touches_nothing(release: Workspace, snapsh
     [
         ("edit", CheckoutError, r"has edits \(csrc/a\.cu\)", "git -C vendor/vllm stash && ./scripts/inv patch.unapply && git -C vendor/vllm stash pop"),
         ("commit", PatchDrift, "commits on .* that are not what the series makes", "./scripts/inv patch.export    "),
-        ("foreign", CheckoutError, "which is not on", "git -C vendor/vllm branch mine && git -C vendor/vllm checkout --detach"),
+        ("foreign", CheckoutError, "which is not on", "git -C vendor/vllm branch mine-"),
         ("merge", CheckoutError, "in the middle of a git merge", "./scripts/inv patch.continue --abort && ./scripts/inv patch.unapply"),
         ("missing", CheckoutError, "is not there", "./scripts/inv bootstrap"),
     ],
@@ -418,7 +418,7 @@ def test_unexported_commits_are_off_and_safe_after_the_hint_of_unapply(release: 
         release.unapply()
     commands = (failure.value.hint or "").split(": ", 1)[1]
     subprocess.run(commands, shell=True, cwd=release.layout.root, check=True, capture_output=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
-    assert (release.stack().state, sh_git(release.vllm, "rev-parse", "mine")) == (State.UNAPPLIED, mine)
+    assert (release.stack().state, sh_git(release.vllm, "rev-parse", f"mine-{mine[:12]}")) == (State.UNAPPLIED, mine)
 
 
 def test_unapply_that_was_killed_is_finished(release: Workspace) -> None:

@@ -7,45 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.source.conftest import LINES, PATCHED, Upstream, Workspace, commit, export, sh_git, write
+from tests.source.conftest import LINES, PATCHED, RESOLVED, Upstream, Workspace, commit, resolve, sh_git, write
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
 from workspace.source import resume
 from workspace.source.export import run as export_run
 from workspace.source.git import Git
 from workspace.source.patches import State
-
-RESOLVED = LINES.replace("line 20\n", "line both\n")
-
-
-@pytest.fixture
-def conflicting(release: Workspace, upstream: Upstream, tmp_path: Path) -> dict[str, bytes]:
-    """A series of three: the second is made for another line 20; its contents are at hand, so that it is merged."""
-    work = tmp_path / "work"
-    sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
-    sh_git(work, "checkout", "--quiet", "origin/drift")
-    commit(work, "XX to YY\n\nUpstream-Status: Pending", {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n")})
-    second = export(work, "HEAD")
-    sh_git(work, "checkout", "--quiet", "v1.0.0")
-    commit(work, "Last\n\nUpstream-Status: Pending", {"csrc/a.cu": "last\n"})
-    first = list(upstream.patches.items())[1]
-    series = {first[0]: first[1], "XX-to-YY.patch": second, "Last.patch": export(work, "HEAD")}
-    release.series(series)
-    sh_git(release.vllm, "fetch", "--quiet", str(upstream.work), "drift")
-    return series
-
-
-@pytest.fixture
-def stopped(release: Workspace, conflicting: dict[str, bytes]) -> Workspace:
-    """A stack that waits at the conflict of its second patch."""
-    with pytest.raises(PatchConflict):
-        release.apply(stop_at_conflict=True)
-    return release
-
-
-def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
-    write(workspace.vllm, {"vllm/lines.py": content})
-    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
-    subprocess.run("git -C vendor/vllm add vllm/lines.py", shell=True, cwd=workspace.layout.root, check=True, env=environ)
 
 
 def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_workspace(stopped: Workspace) -> None:

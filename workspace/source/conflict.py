@@ -19,18 +19,17 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     base = (stack.base or "")[:12]
     if stack.state is State.MISSING:
         return CheckoutError(f"{shown} is not there", hint="./scripts/inv bootstrap")
+    if stack.ended:
+        return CheckoutError(f"{stack.ended.what} in {shown} was ended in the middle", hint=f"{stack.ended.again}    takes it back and begins it again")
     if stack.state is State.IN_PROGRESS:
         return CheckoutError(
             f"{shown} is in the middle of a git {git.under_way()}",
             hint=f"{CONTINUE}    goes on with it once its conflicts are resolved; to give it up: {CONTINUE} --abort && {verb}",
         )
     if stack.state is State.DIRTY or (stack.state is State.APPLIED and stack.dirty):
-        return CheckoutError(
-            f"{shown} has edits ({_few(stack.dirty)}) where {len(stack.names)} patches are to be {'applied' if stack.state is State.DIRTY else 'taken off'};"
-            " they were left as they are",
-            hint=f"git -C {shown} stash && {verb} && git -C {shown} stash pop",
-        )
-    keep = f"git -C {shown} branch mine && git -C {shown} checkout --detach {base}" + (f" && {verb}" if "unapply" not in verb else "")
+        done = "applied" if stack.state is State.DIRTY else "taken off"
+        return edited(shown, stack.dirty, f"{len(stack.names)} {'patch is' if len(stack.names) == 1 else 'patches are'} to be {done}", verb=verb)
+    keep = keeping(shown, git, stack.head) + f"git -C {shown} checkout --detach {base}" + (f" && {verb}" if "unapply" not in verb else "")
     if stack.state is State.UNEXPORTED:
         return PatchDrift(
             f"{shown} has commits on {base} that are not what the series makes; they were left as they are",
@@ -39,6 +38,22 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     return CheckoutError(
         f"{shown} is at {(stack.head or 'no commit')[:12]}, which is not on {base or 'the pin'}; it was left as it is", hint=f"to keep it aside: {keep}"
     )
+
+
+def edited(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -> CheckoutError:
+    """Why edits in the checkout `shown` are in the way of what is to be done there."""
+    hint = f"git -C {shown} stash && {verb} && git -C {shown} stash pop"
+    return CheckoutError(f"{shown} has edits ({_few(paths)}) where {purpose}; they were left as they are", hint=hint)
+
+
+def keeping(shown: str, git: Git, commit: str | None) -> str:
+    """The first part of a command line: a branch that keeps a commit, named by it. Nothing where that branch is there already."""
+    return "" if not commit or git.resolve(f"refs/heads/{kept_as(commit)}") == commit else f"git -C {shown} branch {kept_as(commit)} && "
+
+
+def kept_as(commit: str) -> str:
+    """The name of the branch that is to keep a commit: no two commits share it, so that the same hint works a second time."""
+    return f"mine-{commit[:12]}"
 
 
 def refused(project: str, name: str, stack: Stack, applied: Applied) -> PatchConflict:

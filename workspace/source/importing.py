@@ -3,10 +3,11 @@
 The commits are made and proven aside first: what does not apply, or cannot be a patch, is refused and nothing was changed.
 """
 
+import contextlib
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,13 @@ def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, settings: Se
     kept = layout.state / "imported" / f"{origin.name}.patch"
     write_atomic(kept, _as_mail(origin))
     by_hand = f"git -C {shown} {AM_BY_HAND} ../../{layout.relative(kept)}"
-    tip = _with_status(git, stack.head, _made(layout, project, git, stack.head, kept, origin, by_hand), origin)
+    with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
+        parts = mails.taken_apart(git, kept, Path(folder))
+
+        def put_on(head: str) -> str:
+            return _with_status(git, head, _made(layout, project, git, head, parts, origin, by_hand), origin)
+
+        tip = stack.head if _is_on(git, stack, parts, put_on) else put_on(stack.head)
     try:
         prepared = export.prepare(layout, project, pin, replace(checkout, head=tip))
     except mailing.Unfit as exc:
@@ -78,16 +85,27 @@ def _refusal(layout: Layout, project: str, shown: str, git: Git, stack: Stack, v
     if stack.state is State.UNAPPLIED:
         return CheckoutError(f"{shown} is at the pin, without the {len(stack.names)} patches of patches/{project}/series", hint="./scripts/inv patch.apply")
     if stack.dirty and stack.state in (State.APPLIED, State.UNEXPORTED):
-        stack = replace(stack, state=State.DIRTY)
+        return conflict.edited(shown, stack.dirty, "commits are to be imported", verb=verb)
     return conflict.refusal(shown, git, stack, verb=verb)
 
 
-def _made(layout: Layout, project: str, git: Git, head: str, mbox: Path, origin: Origin, by_hand: str) -> tuple[Commit, ...]:
+def _is_on(git: Git, stack: Stack, parts: Sequence[Path], put_on: Callable[[str], str]) -> bool:
+    """Whether a run that was ended has put these very commits on the stack, and not exported them: made again, they are the same."""
+    if stack.state is not State.UNEXPORTED or not stack.base or not stack.head:
+        return False
+    slugs, wanted = git.slugs(stack.base, stack.head), tuple(mail.read(part).slug for part in parts)
+    below = git.resolve(f"{stack.head}~{len(wanted)}")
+    if not below or slugs[-len(wanted) :] != wanted:
+        return False
+    with contextlib.suppress(PatchConflict, PatchDrift):
+        return put_on(below) == stack.head
+    return False
+
+
+def _made(layout: Layout, project: str, git: Git, head: str, parts: Sequence[Path], origin: Origin, by_hand: str) -> tuple[Commit, ...]:
     """Make the commits on `head`, with all messages as they came. No file and no reference is touched."""
-    with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
-        parts = mails.taken_apart(git, mbox, Path(folder))
-        done = am.applied(git, head, parts, place=layout.state / f"{project}-stack")
-        subjects = [mail.read(part).subject for part in parts]
+    done = am.applied(git, head, parts, place=layout.state / f"{project}-stack")
+    subjects = [mail.read(part).subject for part in parts]
     if done.tip is None:
         where = f"conflicts ({', '.join(done.conflicted)})" if done.conflicted else "is no patch that git can read"
         raise PatchConflict(

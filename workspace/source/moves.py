@@ -1,26 +1,69 @@
-"""A move of a checkout from one commit to another, which a run that is killed leaves begun and the next one finishes.
+"""A move of a checkout from one commit to another, which a run that is killed leaves begun and the next one finishes; and an act of git's own,
+such as an `am` in the checkout, which the next run takes back.
 
-It is written down before the first file is touched. Only then may a file that is missing or cut short be one of a killed move, and only one
+Either is written down before the first file is touched. Only then may a file that is missing or cut short be one of a killed move, and only one
 that differs between the two commits: every other is the user's.
 """
 
 import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
-from workspace.source import leftover, times
-from workspace.source.git import Git
+from workspace.source import leftover, scratch, times
+from workspace.source.git import Git, checkpoint
+from workspace.source.stack import LEFT_REF, Attempt
 
 
 def move(layout: Layout, project: str, git: Git, target: str, *, journal: Journal) -> None:
     """Move the checkout to a commit, as Git.move_to does, with content-true times."""
     note = layout.moving(project)
     write_atomic(note, json.dumps({"from": git.head(), "to": target}).encode())
-    times.move(git, target, memory=layout.times(project), journal=journal)
+    try:
+        times.move(git, target, memory=layout.times(project), journal=journal)
+    except CheckoutError:
+        # Refused before any file was touched: nobody must finish it over what is in its way.
+        note.unlink(missing_ok=True)
+        raise
     note.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def attempt(layout: Layout, project: str, git: Git, tried: Attempt, *, journal: Journal) -> Iterator[None]:
+    """Let git itself act on the checkout in the block, and sync. Where that is killed, interrupted or has no room, `finish` takes it back.
+
+    Raises ToolchainError where it cannot be written down; git has not begun then.
+    """
+    note, point = layout.moving(project), _point(layout, project)
+    shutil.rmtree(point, ignore_errors=True)
+    with scratch.beside(point) as folder:
+        (folder / "point").mkdir()
+        checkpoint.keep(git, folder / "point")
+        scratch.put_in_place(folder / "point", point)
+        write_atomic(note, json.dumps({"what": tried.what, "again": tried.again}).encode())
+    journal.write(f"{tried.what} in {git.path} begins")
+    try:
+        yield
+    except WorkspaceError as exc:
+        # On a full disk git ends anywhere.
+        if not isinstance(exc, ToolchainError):
+            _forget(note, point)
+        raise
+    _forget(note, point)
+
+
+def attempted(layout: Layout, project: str) -> Attempt | None:
+    """The act of git's own that waits to be taken back, or None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(read_regular(layout.moving(project)))
+        return Attempt(str(record["what"]), str(record["again"]))
+    return None
 
 
 def is_begun(layout: Layout, project: str) -> bool:
@@ -28,11 +71,15 @@ def is_begun(layout: Layout, project: str) -> bool:
 
 
 def finish(layout: Layout, project: str, git: Git, *, journal: Journal) -> bool:
-    """Finish a move that a killed run began. False, and no file touched, where there is none, or where an edit may be the user's.
+    """Finish a move that a killed run began, or take back what git did. False, and no file touched, where there is none, or where it may be the user's.
 
-    Such a run leaves HEAD where it was and each file that differs as the one or the other commit has it, or begun; perhaps an index.lock.
+    A move leaves HEAD where it was and each file that differs as the one or the other commit has it, or begun; perhaps an index.lock.
     """
     note = layout.moving(project)
+    if tried := attempted(layout, project):
+        is_done = _take_back(layout, project, git, tried, journal)
+        _forget(note, _point(layout, project))
+        return is_done
     try:
         record = json.loads(read_regular(note))
         source, target = str(record["from"]), str(record["to"])
@@ -41,8 +88,33 @@ def finish(layout: Layout, project: str, git: Git, *, journal: Journal) -> bool:
     is_done = bool(source) and git.head() == source and len(git.present((source, target))) == len({source, target})
     is_done = is_done and _finish(layout, project, git, source, target, journal)
     # What lies there is finished, or the user's from now on.
-    note.unlink(missing_ok=True)
+    _forget(note, _point(layout, project))
     return is_done
+
+
+def _point(layout: Layout, project: str) -> Path:
+    return layout.moving(project).with_suffix("")
+
+
+def _forget(note: Path, point: Path) -> None:
+    """Remove a note and what belongs to it, in such an order that no power cut brings back one that counts."""
+    if point.exists():
+        write_atomic(note, b"{}")
+        shutil.rmtree(point, ignore_errors=True)
+    note.unlink(missing_ok=True)
+
+
+def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, journal: Journal) -> bool:
+    known, shown = times.read(layout.times(project), git.path), layout.relative(git.path)
+    before = git.resolve(LEFT_REF)
+    done = checkpoint.restore(git, _point(layout, project), ref=LEFT_REF, message=f"What lay in {shown} when {tried.what} was ended")
+    kept = f"; what lay there is kept: git -C {shown} show {LEFT_REF}" if git.resolve(LEFT_REF) != before else ""
+    if not done:
+        journal.console.warn(f"{tried.what} in {shown} was ended in the middle, and something else has gone on from there{kept}")
+        return False
+    times.restore(git, known)
+    journal.console.say(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
+    return True
 
 
 def _finish(layout: Layout, project: str, git: Git, source: str, target: str, journal: Journal) -> bool:
@@ -61,6 +133,8 @@ def _finish(layout: Layout, project: str, git: Git, source: str, target: str, jo
         (git.path / gone).unlink(missing_ok=True)
     if written := [path for path in changed if path in after]:
         git.write_files(*written)
+    # The index was read anew: without it every look would read all files.
+    git.write("update-index", "-q", "--refresh", check=False)
     times.restore(git, known)
     # As in Git.move_to: the files are on the disk before HEAD names them.
     os.sync()

@@ -54,7 +54,10 @@ def show(layout: Layout, settings: Settings, project: str, *, console: Console, 
         return
     for row in table:
         files = ", ".join(row.files[:_SHOWN_FILES]) + (f" and {len(row.files) - _SHOWN_FILES} more" if len(row.files) > _SHOWN_FILES else "")
-        told = [row.subject, *([row.status or "no Upstream-Status"] if row.name != "stack" else []), *([files] if files else [])]
+        if row.name == "stack":
+            told = [row.subject, *([f"edits: {files}"] if files else [])]
+        else:
+            told = [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
         console.say(f"{row.state:<{_WIDTH}}{'  '.join(told)}")
     console.say(f"next: {following}")
 
@@ -90,14 +93,14 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
         way = f"git -C {shown} fetch {pin.url} {pin.commit} && git -C {shown} checkout --detach {pin.commit[:12]}"
         return f"{shown} is at {checkout.head[:12]} and lacks {pin.tag}: the pin moved, as by git pull, and the checkout did not; to follow: {way}"
     if tip is None or git.is_ancestor(tip, checkout.head):
-        return _pin_moved(shown, checkout.head, checkout.base, base, tip, stack)
+        return _pin_moved(git, shown, checkout.head, checkout.base, base, tip, stack)
     return _head_moved(git, shown, checkout.head, checkout.base, tip, stack)
 
 
-def _pin_moved(shown: str, head: str, base: str, old: str | None, tip: str | None, stack: Stack) -> str | None:
+def _pin_moved(git: Git, shown: str, head: str, base: str, old: str | None, tip: str | None, stack: Stack) -> str | None:
     if stack.state is not State.FOREIGN or old in (None, base):
         return None
-    keep = "" if tip == head else f"git -C {shown} branch mine && "
+    keep = "" if tip == head else conflict.keeping(shown, git, head)
     way = f"{keep}git -C {shown} checkout --detach {base[:12]} && {patches.APPLY}"
     return f"{shown} stands on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, as by git pull, and the checkout did not; to follow: {way}"
 
@@ -160,13 +163,19 @@ def _commits(layout: Layout, pin: Pin, checkout: Checkout, stack: Stack) -> dict
     return named
 
 
+def _waiting(layout: Layout, pin: Pin, stack: Stack) -> str:
+    if stack.ended:
+        return f"{stack.ended.what} was ended in the middle"
+    return f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}"
+
+
 def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Row:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
     said = {
         State.APPLIED: f"tree {(stack.tree or '')[:12]}",
         State.UNEXPORTED: "its commits and the series differ",
-        State.IN_PROGRESS: f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}" if stack.state is State.IN_PROGRESS else "",
+        State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
         State.FOREIGN: f"at {(stack.head or 'no commit')[:12]}, which is not on the pin",
     }
     parts = [f"{count} for {place}", said.get(stack.state, ""), moved(layout, project, pin, checkout, stack) or ""]

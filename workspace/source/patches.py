@@ -16,7 +16,7 @@ from workspace.source.checkout import Checkout, Kind
 from workspace.source.git import Git, am, reflog, worktree
 from workspace.source.pins import Pin
 from workspace.source.stack import BASE_REF as BASE_REF
-from workspace.source.stack import KEPT_REFS
+from workspace.source.stack import KEPT_REFS, Attempt
 from workspace.source.stack import TIP_REF as TIP_REF
 from workspace.source.stack import Stack as Stack
 from workspace.source.stack import State as State
@@ -35,11 +35,12 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.MISSING if checkout.kind is Kind.MISSING else State.FOREIGN
         return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
     git = Git(checkouts.folder_of(layout, pin))
+    ended = moves.attempted(layout, project)
     verb, tree = git.standing(checkout.head)
     expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
     dirty = git.edits()
     is_at_base = checkout.head == checkout.base
-    if verb:
+    if verb or ended:
         state = State.IN_PROGRESS
     elif is_at_base:
         state = State.APPLIED if tree == expected else State.DIRTY if dirty else State.UNAPPLIED
@@ -47,7 +48,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.APPLIED if tree == expected else State.UNEXPORTED
     else:
         state = State.FOREIGN
-    return Stack(state, checkout.base, checkout.head, tree, expected, wanted.names, dirty)
+    return Stack(state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, ended)
 
 
 def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal, stop_at_conflict: bool = False) -> Stack:
@@ -108,11 +109,13 @@ def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base:
     """Put the series on in the checkout itself. Raises PatchConflict where the `am` stops, and leaves it there."""
     known = times.read(layout.times(project), git.path)
     times.remember(git, (path for file in files for path in git.patch_paths(file)), memory=layout.times(project))
-    applied = am.start(git, files, journal=journal)
-    if applied.tip is None:
-        patch = f"patches/{project}/{stack.names[applied.position - 1]}"
-        raise conflict.sentence(git, applied, count=len(files), patch=patch, shown=layout.relative(git.path), base=base)
-    _keep(git, base, applied.tip)
+    again = APPLY if project == "vllm" else f"{APPLY} --project {project}"
+    with moves.attempt(layout, project, git, Attempt("git am", again), journal=journal):
+        applied = am.start(git, files, journal=journal)
+        if applied.tip is None:
+            patch = f"patches/{project}/{stack.names[applied.position - 1]}"
+            raise conflict.sentence(git, applied, count=len(files), patch=patch, shown=layout.relative(git.path), base=base)
+        _keep(git, base, applied.tip)
     times.restore(git, known)
     _check(project, git, stack, base, applied.tip)
 

@@ -4,6 +4,7 @@ All state is git's own, so it does not matter who began it, nor when. Before any
 checkout, edits included, is kept as a commit under refs/patches/left.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Literal
@@ -12,13 +13,13 @@ from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.source import checkout as checkouts
-from workspace.source import conflict, mail, patches, series, times
+from workspace.source import conflict, mail, moves, patches, series, times
 from workspace.source.checkout import Checkout
 from workspace.source.content import first_line
 from workspace.source.git import Git, am, worktree
 from workspace.source.git.am import Applied
 from workspace.source.pins import Pin
-from workspace.source.stack import BASE_REF, LEFT_REF, TIP_REF, Stack, State
+from workspace.source.stack import BASE_REF, LEFT_REF, TIP_REF, Attempt, Stack, State
 
 How = Literal["continue", "skip", "abort"]
 
@@ -38,7 +39,11 @@ def go_on(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: Ho
     except WorkspaceError:
         # Whatever is wrong with the series, what is under way can be ended.
         journal.write("the series cannot be read, so patches are named by their subjects")
-    go_on_in(git, base=checkout.base or checkout.head, how=how, journal=journal, names=names, shown=layout.relative(path))
+    again = conflict.CONTINUE + ("" if how == "continue" else f" --{how}") + ("" if project == "vllm" else f" --project {project}")
+    with contextlib.ExitStack() as held:
+        if verb := git.under_way():
+            held.enter_context(moves.attempt(layout, project, git, Attempt(f"git {verb} --{how}", again), journal=journal))
+        go_on_in(git, base=checkout.base or checkout.head, how=how, journal=journal, names=names, shown=layout.relative(path))
     times.restore(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
     # What was resolved otherwise than the series has it is named by the export that is due, which would else take the patch for the newer one.

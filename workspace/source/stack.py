@@ -22,8 +22,19 @@ class State(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """An act of git's own that was ended in the middle: `what` it was, and the command line that takes it back and begins it `again`."""
+
+    what: str
+    again: str
+
+
+@dataclass(frozen=True)
 class Stack:
-    """The stack as it stands. `dirty` are tracked paths with edits, whatever the state; DIRTY means that they stand in the way."""
+    """The stack as it stands. `dirty` are tracked paths with edits, whatever the state; DIRTY means that they stand in the way.
+
+    IN_PROGRESS is also what an `ended` act of git's left.
+    """
 
     state: State
     base: str | None
@@ -32,3 +43,4 @@ class Stack:
     expected_tree: str | None
     names: tuple[str, ...]
     dirty: tuple[str, ...]
+    ended: Attempt | None = None

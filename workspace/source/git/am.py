@@ -5,7 +5,6 @@ the code of any other failure, and a patch that is upstream already is dropped w
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.core.journal import Journal
 from workspace.source import hardening, scratch
 from workspace.source.content import first_line, split
+from workspace.source.git.objects import take_in
 from workspace.source.git.repository import Git
 
 # See the git facts in the design: nothing here may depend on who applies, where and when.
@@ -77,32 +77,11 @@ def _applied_in(place: Path, git: Git, base: str, patches: Sequence[Path], *, wi
             aside.write_files()
         # A sync for all is a third of the time of one for each object.
         if aside.write("-c", "core.fsync=none", *_AM, *map(str, patches), check=False).status == 0:
-            _take_in(made, objects)
+            take_in(made, objects)
             return Applied(aside.head())
         there = position(aside)
         number = there.number if there else 1
         return Applied(None, number, unmerged(aside) or git.patch_paths(patches[number - 1]))
-
-
-def _take_in(made: Path, objects: Path) -> None:
-    """Put loose objects into a repository, each with its content on the disk before it has its name.
-
-    One that a power cut has emptied git would take for there ever after, and never write again.
-    """
-    begun: dict[Path, Path] = {}
-    for file in made.glob("??/*"):
-        target = objects / file.parent.name / file.name
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            # Named so that git prunes what a kill leaves.
-            begun[target] = target.with_name(f"tmp_obj_{file.name[:12]}")
-            begun[target].unlink(missing_ok=True)
-            shutil.copy(file, begun[target])
-    if begun:
-        os.sync()
-        for target, aside in begun.items():
-            os.replace(aside, target)
-        os.sync()
 
 
 def start(git: Git, patches: Sequence[Path], *, journal: Journal) -> Applied:
@@ -111,6 +90,8 @@ def start(git: Git, patches: Sequence[Path], *, journal: Journal) -> Applied:
     Raises CheckoutError where git refuses to begin.
     """
     answer = git.write(*_AM, *(str(patch.absolute()) for patch in patches), check=False, journal=journal)
+    # git syncs the commits that it makes, and not the files.
+    os.sync()
     there = position(git)
     if there and there.number == 1 and not there.is_begun:
         # An index that is not HEAD's, say: no commit was made, and no patch is at fault.
