@@ -474,3 +474,16 @@ def test_objects_of_the_stack_have_their_names_only_when_they_are_whole(release:
     assert sh_git(release.vllm, "fsck", "--connectivity-only") == ""
     head = release.observe().head or ""
     assert (objects / head[:2] / head[2:]).stat().st_mode & 0o777 == 0o444
+
+
+def test_broken_patch_file_is_to_be_taken_back_from_the_superproject_and_no_other_way_is_named_first(
+    release: Workspace, upstream: Upstream, snapshot: Snapshot
+) -> None:
+    release.apply()
+    first = next(iter(upstream.patches))
+    file = release.layout.patches("vllm") / first
+    file.write_bytes(file.read_bytes()[:-40])
+    failure = refused(release, f"{first} is no patch that git can read", snapshot)
+    assert (failure.hint or "").startswith(f"git checkout -- patches/vllm/{first}    ")
+    file.write_bytes(upstream.patches[first])
+    assert run(release).written == ()

@@ -20,7 +20,7 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.source import checkout as checkouts
-from workspace.source import mail, mailing, scratch, series
+from workspace.source import conflict, mail, mailing, scratch, series
 from workspace.source.checkout import Checkout, Kind
 from workspace.source.git import Git
 from workspace.source.git import mail as mails
@@ -110,7 +110,7 @@ def prepare(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, prove
         patches = mailing.patches_of(git, base, stack, shown=shown)
         plan = _plan(folder, pin.commit, patches)
     former = _former(git) if plan.gone or any(plan.present.get(name) is not None for name in plan.changed) else {}
-    _refuse_newer(layout, plan, dict(patches), former, folder, shown)
+    _refuse_newer(layout, git, head, plan, dict(patches), former, folder)
     if proven and (plan.changed or plan.gone):
         _refuse_unproven(mails.failing(git, base, [plan.files[name] for name, _ in patches], differences.result()), patches)
     return Prepared(git, base, head, stack[-1].tree if stack else git.tree(head), folder, patches, plan, former, edits.result())
@@ -207,7 +207,7 @@ def _ready(git: Git, checkout: Checkout, shown: str) -> tuple[str, str]:
 def _refuse_foreign(git: Git, base: str, head: str, stack: Sequence[Commit], shown: str) -> None:
     """Stop where the base is no ancestor of HEAD: then none of the commits that the base lacks is on it."""
     if head != base and not any(base in commit.parents for commit in stack):
-        back = f"git -C {shown} branch mine && git -C {shown} checkout --detach {TIP_REF if git.resolve(TIP_REF) else base[:12]}"
+        back = f"{conflict.keeping(shown, git, head)}git -C {shown} checkout --detach {TIP_REF if git.resolve(TIP_REF) else base[:12]}"
         raise CheckoutError(f"{shown} is at {head[:12]}, which is not on {base[:12]}: nothing was exported", hint=f"to keep it aside: {back}")
 
 
@@ -285,12 +285,12 @@ def _former(git: Git) -> Mapping[str, bytes]:
     return {}
 
 
-def _refuse_newer(layout: Layout, plan: _Plan, patches: Mapping[str, bytes], former: Mapping[str, bytes], folder: Path, shown: str) -> None:
+def _refuse_newer(layout: Layout, git: Git, head: str, plan: _Plan, patches: Mapping[str, bytes], former: Mapping[str, bytes], folder: Path) -> None:
     """Stop where the folder says something newer than the checkout: a patch never applied here, or one that changed while its commit did not."""
-    place = layout.relative(folder)
+    place, shown = layout.relative(folder), layout.relative(git.path)
     if unknown := [name for name in plan.gone if name not in former or not patches]:
-        git = f"git -C {shown}"
-        keep = f"{git} branch mine && {git} checkout --detach {BASE_REF} && ./scripts/inv patch.apply && {git} cherry-pick {TIP_REF}..mine"
+        mine, there = conflict.keeping(shown, git, head), f"git -C {shown}"
+        keep = f"{mine}{there} checkout --detach {BASE_REF} && ./scripts/inv patch.apply && {there} cherry-pick {TIP_REF}..{conflict.kept_as(head)}"
         way = keep if patches else "./scripts/inv patch.apply"
         raise PatchDrift(
             f"{place}/{unknown[0]} is in the series and no commit in {shown} is of it" + (f"; {len(unknown) - 1} more" if len(unknown) > 1 else ""),
@@ -298,8 +298,13 @@ def _refuse_newer(layout: Layout, plan: _Plan, patches: Mapping[str, bytes], for
             details=tuple(f"{place}/{name}" for name in unknown[1:10]),
         )
     for name in plan.changed:
-        there = plan.present.get(name)
-        if there and former.get(name) == patches.get(name, b"") and not mail.same_change(there, patches[name], anywhere=True):
+        text = plan.present.get(name)
+        if text and former.get(name) == patches.get(name, b"") and not mail.same_change(text, patches[name], anywhere=True):
+            if not git.patch_paths(folder / name):
+                raise PatchDrift(
+                    f"{place}/{name} is no patch that git can read, and was one when it was applied; nothing was written",
+                    hint=f"git checkout -- {place}/{name}    or, to take the commit: rm {place}/{name} && ./scripts/inv patch.export",
+                )
             raise PatchDrift(
                 f"{place}/{name} was changed since it was applied, and its commit in {shown} was not; nothing was written",
                 hint=f"to take the file: ./scripts/inv patch.unapply && ./scripts/inv patch.apply    or, to take the commit: "
