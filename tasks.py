@@ -48,7 +48,7 @@ from workspace.core.errors import SettingsError
     help={
         "device": "what vLLM is built for: auto, cuda or cpu",
         "source": "where vendor/vllm comes from: auto, git or release",
-        "kernels": "compiled libraries: donor, native, or a wheel file",
+        "kernels": "compiled libraries: auto, donor, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
         "wait": "wait for another verb instead of stopping",
     }
@@ -60,6 +60,29 @@ def bootstrap(_, device=None, source=None, kernels=None, jobs=None, wait=False):
     from workspace.build import bootstrap as verb
 
     verb.run(here, settings, console=door.console(), wait=wait)
+
+
+@task(
+    iterable=["target"],
+    help={
+        "jobs": "compilers at once, or auto: as many as cores and memory allow",
+        "memory": "GiB for all compilers together, or auto: what is available",
+        "kernels": "auto, donor, native, or a wheel file",
+        "target": "compile this CMake target too; may be given again",
+        "clean": "throw the build directory away first",
+        "plan": "print what would be compiled and why; compile nothing",
+        "json": "with --plan, one JSON document instead of the table",
+        "wait": "wait for another verb instead of stopping",
+    },
+)
+def rebuild(_, jobs=None, memory=None, kernels=None, target=None, clean=False, plan=False, json=False, wait=False):
+    """Compile what changed, within cores and memory."""
+    here = layout.here()
+    settings = door.load_settings(here, flags={"KERNELS": kernels})
+    from workspace.build import rebuild as verb
+
+    asked = verb.Asked(jobs=jobs, memory=memory, targets=tuple(target or ()), clean=clean, plan_only=plan, as_json=json)
+    verb.run(here, settings, asked, console=door.console(), wait=wait)
 
 
 @task(default=True, help={"json": "print one JSON document instead of the table"})
@@ -301,7 +324,7 @@ class _Door(Program):
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
-    namespace = Collection(bootstrap, status, doctor, report)
+    namespace = Collection(bootstrap, rebuild, status, doctor, report)
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     program = _Door(

@@ -98,7 +98,9 @@ def _link_programs(folder: Path) -> None:
     """A PATH of its own, so that shims and wrappers of this machine are not asked."""
     folder.mkdir()
     base = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
-    for name, target in {"uv": find_uv(), f"python{sys.version_info[0]}.{sys.version_info[1]}": base, "python3": base}.items():
+    # A CMake of the distribution may be older than what the trees demand; the tool environment's is not.
+    beside = {name: Path(sys.executable).parent / name for name in ("cmake", "ninja")}
+    for name, target in {"uv": find_uv(), f"python{sys.version_info[0]}.{sys.version_info[1]}": base, "python3": base, **beside}.items():
         (folder / name).symlink_to(target)
 
 

@@ -3,26 +3,22 @@
 Done twice equals done once. Whatever ended a run, the next one goes on from what is proven to be there.
 """
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from workspace.build import plan, stages, status
 from workspace.core import lock
-from workspace.core.console import Console, Step
+from workspace.core.console import Console
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import doctor, torch
+from workspace.environment import doctor
 from workspace.source import checkout, moves, patches
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
 # CUDA environment 10 and libraries 0.8; in the cache the release archive and the donor wheel.
 NEEDED_GIB = {"cpu": 5.0, "cuda": 14.0}
 NEEDED_CACHE_GIB = 1.0
-
-Act = Callable[[stages.Run, Step], None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Stage:
 
     is_due: bool
     reason: str
-    steps: tuple[tuple[str, Act], ...]
+    steps: tuple[tuple[str, stages.Act], ...]
 
 
 def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False) -> None:
@@ -67,14 +63,18 @@ def stages_of(layout: Layout, settings: Settings, observed: plan.Observation) ->
     """Decide, stage by stage in their order, what is due and why."""
     is_written = layout.dotenv.exists()
     environment = observed.environment
-    unmendable = (plan.outrun_sentence(observed.outrun),) if observed.outrun else ()
-    build = tuple(reason for reason in dict.fromkeys((*observed.kernels.reasons, *observed.install.reasons)) if reason not in unmendable)
+    build = tuple(reason for reason in dict.fromkeys((*observed.kernels.reasons, *observed.install.reasons)) if reason not in observed.for_compiler)
+    steps: tuple[tuple[str, stages.Act], ...] = stages.VLLM
+    if observed.kernels_wanted.kind == "native":
+        from workspace.build import compiling
+
+        steps = (*compiling.PLAN, *compiling.COMPILE, *compiling.PUT)
     return (
         Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
         Stage(*_source(settings, observed), (("source", stages.make_source),)),
         Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),
         Stage(environment.state != "ok", environment.why or "up to date", stages.ENVIRONMENT),
-        Stage(bool(build), "; ".join(build) or "up to date", stages.VLLM),
+        Stage(bool(build), "; ".join(build) or "up to date", steps),
     )
 
 
@@ -101,7 +101,7 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
 
 def _act(run: stages.Run) -> plan.Observation:
     """Act on the first stage that is due and look again, until none is: a stage may make another one due, or done."""
-    acted: list[tuple[str, Act]] = []
+    acted: list[tuple[str, stages.Act]] = []
     shown = 0
     while True:
         observed = run.observed = run.observe()
@@ -122,13 +122,7 @@ def _act(run: stages.Run) -> plan.Observation:
                 hint="a fault of the workspace, or something else changes this clone: ./scripts/inv status",
             )
         acted.append(stage.steps[0])
-        for name, act in stage.steps:
-            with run.journal.console.step(name) as view:
-                view.reason = stage.reason
-                run.journal.phase(name, view)
-                with contextlib.nullcontext() if name in stages.CHANGES_TORCH else torch.held(run.layout, run.settings, step=name):
-                    act(run, view)
-            run.journal.step = None
+        stages.act(run, stage.steps, reason=stage.reason)
 
 
 def _preflight(layout: Layout, settings: Settings, observed: plan.Observation, console: Console) -> None:

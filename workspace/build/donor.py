@@ -30,7 +30,7 @@ def fetch(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_pro
     if donor is None:
         raise SourceError(
             f"vendor/pins.toml names no donor for {key}: it has {', '.join(sorted(pin.donors)) or 'none'}",
-            hint="./scripts/inv bootstrap --kernels native --jobs 4",
+            hint="./scripts/inv bootstrap --kernels native",
         )
     return index.fetch(donor.project, donor.filename, donor.sha256, settings=settings, on_progress=on_progress)
 

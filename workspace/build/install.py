@@ -1,10 +1,13 @@
-"""The editable install of the tree, with compiled libraries from a wheel or from a compiler.
+"""The editable install of the tree, with compiled libraries from a wheel or with none.
 
 Through the tree's own setup.py, without build isolation and without resolving dependencies anew: torch stays what it is.
 """
 
 import os
 import re
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +17,6 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
-from workspace.source import times
 
 # No program of this name exists: setuptools-rust then reports the optional frontend as not built, at once and without a network.
 _NO_CARGO = "/nonexistent/cargo"
@@ -27,19 +29,18 @@ def from_wheel(layout: Layout, settings: Settings, observed: Observation, wheel:
     _install(layout, settings, observed, extra, journal=journal)
 
 
-def native(layout: Layout, settings: Settings, observed: Observation, *, jobs: int, journal: Journal) -> None:
-    """Install editable, everything compiled here by at most `jobs` compilers at once, cargo and nested builds included."""
-    nvcc_threads = settings.count("NVCC_THREADS") or 1
-    # vLLM divides MAX_JOBS by NVCC_THREADS (setup.py, compute_num_jobs; vllm-project/vllm#20079): undo it, the bound is `jobs` nvcc processes.
-    extra = {
-        "MAX_JOBS": str(jobs * nvcc_threads if observed.device == "cuda" else jobs),
-        "NVCC_THREADS": str(nvcc_threads),
-        "CARGO_BUILD_JOBS": str(jobs),
-        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-    }
-    # What is compiled from now on is newer than any time that is remembered of the sources.
-    times.forget(layout, "vllm")
-    _install(layout, settings, observed, extra, journal=journal)
+def alone(layout: Layout, settings: Settings, observed: Observation, *, build: Mapping[str, str], journal: Journal) -> None:
+    """Install editable without any library: they are compiled, and put into the tree afterwards. `build` bounds cargo, which comes from here.
+
+    The tree's setup.py would compile in a new temporary folder each time, unless it is told of a wheel; so it is given one with nothing in it.
+    """
+    # The frontend in Rust is optional: setuptools-rust leaves it out where there is no cargo.
+    cargo = {} if shutil.which("cargo", path=settings.child_environment("build").get("PATH", "")) else {"CARGO": _NO_CARGO}
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
+        wheel = Path(folder) / f"vllm-{observed.pin.version}-py3-none-any.whl"
+        zipfile.ZipFile(wheel, "w").close()
+        extra = {"VLLM_USE_PRECOMPILED": "1", "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel), **build, **cargo}
+        _install(layout, settings, observed, extra, journal=journal)
 
 
 def _install(layout: Layout, settings: Settings, observed: Observation, extra: Mapping[str, str], *, journal: Journal) -> None:

@@ -27,9 +27,9 @@ METADATA_FILES = ("setup.py", "pyproject.toml", "requirements", "tools/build_rus
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where compiled libraries come from: a pinned donor, a wheel file, or a compiler."""
+    """Where compiled libraries come from: a pinned donor, a wheel file, a compiler, or a donor but for what differs from the pin (hybrid)."""
 
-    kind: Literal["donor", "wheel", "native"]
+    kind: Literal["donor", "hybrid", "wheel", "native"]
     origin: str
     wheel: Path | None = None
 
@@ -63,8 +63,9 @@ class Observation:
     environment: Layer
     kernels: Layer
     install: Layer
-    # Compiled sources that differ from the pin while the kernels come from a wheel: only a compiler can mend that.
+    # Compiled sources that differ from the pin while the kernels come from a wheel, and all else that only a compiler can mend.
     outrun: tuple[str, ...] = ()
+    for_compiler: tuple[str, ...] = ()
 
     @property
     def version(self) -> str:
@@ -78,7 +79,6 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     environment_stamp = stamp.read(layout.stamp("environment"))
     build_stamp = stamp.read(layout.stamp("vllm"))
     device = _device(settings, environment_stamp)
-    wanted = _kernels_wanted(settings, pin, device, build_stamp)
     there = checkout.observe(layout, pin)
     is_usable = there.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
     stack = patches.observe(layout, "vllm", pin, there) if is_usable else None
@@ -86,10 +86,12 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     build = torch.observe(layout, settings) if python else None
     git = Git(layout.vllm) if is_usable else None
     environment = _environment(layout, settings, git, device, python, build, environment_stamp)
-    outrun = _outrun(git, there) if wanted.kind != "native" else ()
-    kernels = _kernels(layout, settings, git, device, wanted, build, build_stamp, outrun)
+    outrun = _outrun(git, there)
+    wanted = _kernels_wanted(settings, pin, device, build_stamp, is_outrun=bool(outrun))
+    outrun = outrun if wanted.kind != "native" else ()
+    kernels, for_compiler = _kernels(layout, settings, git, pin, device, wanted, build, build_stamp, outrun)
     install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
-    return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun)
+    return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun, for_compiler)
 
 
 def require_settled(layout: Layout) -> None:
@@ -125,20 +127,21 @@ def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
     return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
 
 
-def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded: stamp.Stamp | None) -> Kernels:
+def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded: stamp.Stamp | None, *, is_outrun: bool) -> Kernels:
     choice = settings.text("KERNELS")
-    if settings.source("KERNELS") == "default" and recorded and recorded.inputs.get("origin", "").startswith(("native", "wheel")):
+    if choice == "auto" and settings.source("KERNELS") != "flag" and recorded and recorded.inputs.get("origin", "").startswith(("native", "wheel")):
         # What was asked for once stays until something else is asked for.
         origin = recorded.inputs["origin"]
         kept = recorded.outcome.get("wheel")
         return Kernels("native", origin) if origin == "native" else Kernels("wheel", origin, Path(kept) if kept else None)
-    if choice == "native":
-        return Kernels("native", "native")
-    if choice == "donor":
-        import platform
+    import platform
 
-        donor = pin.donors.get(f"{device}-{platform.machine()}")
-        return Kernels("donor", f"donor {donor.filename} {donor.sha256}" if donor else "donor none")
+    donor = pin.donors.get(f"{device}-{platform.machine()}")
+    if choice == "native" or (choice == "auto" and donor is None):
+        return Kernels("native", "native")
+    if choice in ("auto", "donor"):
+        origin = f"donor {donor.filename} {donor.sha256}" if donor else "donor none"
+        return Kernels("hybrid", f"hybrid {origin}") if choice == "auto" and is_outrun else Kernels("donor", origin)
     wheel = None
     # A name that is too long, or a link that leads round and round, names no wheel either.
     with contextlib.suppress(OSError, RuntimeError):
@@ -146,8 +149,8 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
         wheel = named if named.suffix == ".whl" and named.is_file() else None
     if wheel is None:
         raise SettingsError(
-            f"KERNELS={settings.presentable(choice)}: is neither donor nor native nor a wheel file that is there",
-            hint="./scripts/inv bootstrap --kernels donor",
+            f"KERNELS={settings.presentable(choice)}: is neither auto nor donor nor native nor a wheel file that is there",
+            hint="./scripts/inv rebuild --kernels auto",
         )
     from workspace.core.files import sha256
 
@@ -188,25 +191,61 @@ def _kernels(
     layout: Layout,
     settings: Settings,
     git: Git | None,
+    pin: pins.Pin,
     device: Device,
     wanted: Kernels,
     build: torch.TorchBuild | None,
     recorded: stamp.Stamp | None,
     outrun: tuple[str, ...],
-) -> Layer:
+) -> tuple[Layer, tuple[str, ...]]:
+    """The layer, and those of its reasons that only a compiler can mend."""
     if git is None or build is None:
-        return Layer("kernels", "missing", ("there is no checkout" if git is None else "there is no torch",))
+        return Layer("kernels", "missing", ("there is no checkout" if git is None else "there is no torch",)), ()
     inputs = {"origin": wanted.origin, "device": device, "torch": f"{build.version} CUDA {build.cuda or 'none'}"}
-    if wanted.kind == "native":
-        inputs |= {name: settings.text(name) for name in ("TORCH_CUDA_ARCH_LIST", "CMAKE_BUILD_TYPE", "CMAKE_ARGS", "CUDA_HOME")}
-        inputs["compiled sources"] = git.digest(COMPILED_SOURCES)
+    compiled = compiled_inputs(layout, settings, git, pin, device, build) if wanted.kind in ("native", "hybrid") else {}
     if recorded is None:
-        return Layer("kernels", "missing", ("no build was finished",), inputs)
+        sentence = (outrun_sentence(outrun),) if outrun else ()
+        return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
+    was_hybrid = recorded.inputs.get("origin", "").startswith("hybrid ")
+    for_compiler: tuple[str, ...] = ()
+    if outrun and not (wanted.kind == "hybrid" and was_hybrid):
+        for_compiler = (outrun_sentence(outrun),)
+        inputs["origin"] = wanted.origin.removeprefix("hybrid ")
+    else:
+        for_compiler = stamp.differences(recorded.inputs, compiled)
     reasons = stamp.differences(recorded.inputs, inputs)
     reasons += tuple(f"{library.path} changed" for library in recorded.libraries if _size(layout.vllm / library.path) != library.size)
-    if outrun:
-        reasons += (outrun_sentence(outrun),)
-    return Layer("kernels", "stale" if reasons else "ok", reasons, inputs, recorded)
+    is_native = wanted.kind == "native"
+    layer = Layer("kernels", "stale" if reasons or for_compiler else "ok", reasons + for_compiler, inputs | compiled, recorded)
+    return layer, () if is_native else for_compiler
+
+
+def kernel_inputs(layout: Layout, settings: Settings, observed: Observation, *, kind: str) -> dict[str, str]:
+    """What kernels of this kind, made now, are made from: what a stamp says of them."""
+    build = observed.torch
+    if build is None:
+        raise CheckoutError("there is no torch that the kernels could be for", hint="./scripts/inv bootstrap")
+    donor = observed.kernels_wanted.origin.removeprefix("hybrid ")
+    origin = {"native": "native", "hybrid": f"hybrid {donor}"}.get(kind, donor)
+    inputs = {"origin": origin, "device": observed.device, "torch": f"{build.version} CUDA {build.cuda or 'none'}"}
+    if kind in ("native", "hybrid"):
+        inputs |= compiled_inputs(layout, settings, Git(layout.vllm), observed.pin, observed.device, build)
+    return inputs
+
+
+def compiled_inputs(layout: Layout, settings: Settings, git: Git, pin: pins.Pin, device: Device, build: torch.TorchBuild) -> dict[str, str]:
+    """What a compiler makes libraries from, besides torch and device: toolchain, architectures, build type and the sources' digest."""
+    from workspace.build.native import inputs
+
+    made = inputs.observe(layout, settings, device=device, pin=pin, torch=build)
+    return {
+        "architectures": made.archs,
+        "cuda": made.cuda,
+        "compiler": made.compiler,
+        "build type": made.build_type,
+        "cmake arguments": settings.text("CMAKE_ARGS"),
+        "compiled sources": git.digest(COMPILED_SOURCES),
+    }
 
 
 def _install(layout: Layout, git: Git | None, version: str, python: interpreter.PythonFacts | None, recorded: stamp.Stamp | None) -> Layer:

@@ -1,18 +1,23 @@
 """The steps of a bootstrap, each as one act. When one is due is bootstrap's business; how it is done is that of the modules called here."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from workspace.build import donor, install, plan, stamp, verify
 from workspace.core.console import Step
-from workspace.core.errors import BuildError, SettingsError
+from workspace.core.errors import BuildError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import dotenv, provide, wholeness
+from workspace.environment import dotenv, provide, torch, wholeness
 from workspace.source import checkout, export, patches
 from workspace.source.git import Git
+
+if TYPE_CHECKING:
+    from workspace.build.compiling import Job
 
 
 @dataclass
@@ -27,9 +32,24 @@ class Run:
     journal: Journal
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
+    job: "Job | None" = None
 
     def observe(self) -> plan.Observation:
         return plan.observe(self.layout, self.settings)
+
+
+Act = Callable[[Run, Step], None]
+
+
+def act(run: Run, steps: Iterable[tuple[str, Act]], *, reason: str = "") -> None:
+    """Do steps in their order, each shown with its state and written into the log as a phase; torch stays what it is in all but its own."""
+    for name, do in steps:
+        with run.journal.console.step(name) as view:
+            view.reason = reason
+            run.journal.phase(name, view)
+            with contextlib.nullcontext() if name in CHANGES_TORCH else torch.held(run.layout, run.settings, step=name):
+                do(run, view)
+        run.journal.step = None
 
 
 def write_dotenv(run: Run, view: Step) -> None:
@@ -80,17 +100,9 @@ def put_accelerators(run: Run, view: Step) -> None:
 
 
 def get_kernels(run: Run, view: Step) -> None:
-    """Have the wheel at hand, or the bound on compilers; nothing in the tree is touched yet."""
-    observed, settings = run.observed, run.settings
-    wanted = observed.kernels_wanted
-    if wanted.kind == "native":
-        jobs = settings.count("MAX_JOBS")
-        if jobs is None:
-            raise SettingsError("--kernels native needs a bound on the compilers at once", hint="./scripts/inv bootstrap --kernels native --jobs 4")
-        run.outcome["jobs"] = str(jobs)
-        view.reason = f"compiled here, at most {jobs} at once (MAX_JOBS from {settings.source('MAX_JOBS')})"
-        return
-    wheel = donor.fetch(wanted, observed.pin, observed.device, settings, on_progress=_megabytes(view))
+    """Have the wheel at hand; nothing in the tree is touched yet."""
+    observed = run.observed
+    wheel = donor.fetch(observed.kernels_wanted, observed.pin, observed.device, run.settings, on_progress=megabytes(view))
     members = donor.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
     view.reason = f"{len(members)} compiled files from {wheel.name}"
@@ -103,12 +115,9 @@ def put_vllm(run: Run, view: Step) -> None:
     stamp.withdraw(run.layout.stamp("vllm"))
     wholeness.mend(run.layout, run.settings, journal=run.journal, names=("vllm",))
     observed = run.observed
-    if jobs := run.outcome.get("jobs"):
-        install.native(run.layout, run.settings, observed, jobs=int(jobs), journal=run.journal)
-    else:
-        wheel = donor.fetch(observed.kernels_wanted, observed.pin, observed.device, run.settings, on_progress=_megabytes(view))
-        install.from_wheel(run.layout, run.settings, observed, wheel, journal=run.journal)
-        donor.check_taken(wheel, run.layout.vllm)
+    wheel = Path(run.outcome["wheel"])
+    install.from_wheel(run.layout, run.settings, observed, wheel, journal=run.journal)
+    donor.check_taken(wheel, run.layout.vllm)
     view.reason = f"vllm {observed.version}, editable"
 
 
@@ -116,10 +125,17 @@ def verify_vllm(run: Run, view: Step) -> None:
     """The last step: the stamp is written once the built interpreter has said that all is as asked for."""
     observed = run.observe()
     verdict = verify.check(run.layout, run.settings, observed)
-    outcome = run.outcome | {"version": verdict.version, "platform": verdict.platform, "tree": Git(run.layout.vllm).tree("HEAD")}
-    inputs = {**(observed.kernels.inputs or {}), **(observed.install.inputs or {})}
-    stamp.write(run.layout.stamp("vllm"), stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries))
+    # A donor's kernels that the sources have outrun are still the donor's: only inv rebuild makes them hybrid.
+    kind = "donor" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
+    write_stamp(run, observed, verdict, kind=kind)
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
+
+
+def write_stamp(run: Run, observed: plan.Observation, verdict: verify.Verdict, *, kind: str) -> None:
+    """Claim what was verified: libraries by hash, and what they and the install were made from."""
+    outcome = run.outcome | {"version": verdict.version, "platform": verdict.platform, "tree": Git(run.layout.vllm).tree("HEAD")}
+    inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (observed.install.inputs or {})
+    stamp.write(run.layout.stamp("vllm"), stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries))
 
 
 ENVIRONMENT = (("python", make_python), ("torch", put_torch), ("requirements", put_requirements), ("accelerators", put_accelerators))
@@ -128,5 +144,5 @@ VLLM = (("kernels", get_kernels), ("install", put_vllm), ("verify", verify_vllm)
 CHANGES_TORCH = (".env", "source", "patches", "python", "torch")
 
 
-def _megabytes(view: Step) -> Callable[[int, int | None], None]:
+def megabytes(view: Step) -> Callable[[int, int | None], None]:
     return lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")

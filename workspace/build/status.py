@@ -59,7 +59,7 @@ def next_command(observed: plan.Observation) -> str:
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
         return "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
     if observed.outrun and observed.environment.state == "ok":
-        return f"{BOOTSTRAP} --kernels native --jobs 4"
+        return "./scripts/inv rebuild"
     if any(layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)):
         return BOOTSTRAP
     return "./scripts/nox -s smoke"

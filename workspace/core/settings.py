@@ -58,7 +58,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "KERNELS",
         "text",
-        "donor",
+        "auto",
         "workspace",
         "compiled libraries: auto (donor, and compiled where sources differ), donor (the pin's release wheel), native, a wheel",
     ),

@@ -1,10 +1,8 @@
-"""The switches of the real setup.py: target, version, precompiled libraries, bound on compilers."""
+"""The switches of the real setup.py: target, version, precompiled libraries, the extensions that CMake makes."""
 
-import concurrent.futures
 import importlib.util
 import os
 import platform
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -29,25 +27,17 @@ if TARGET == "cuda" and torch.version.cuda is None:
     TARGET = "cpu"
 
 
-class compiled_build_ext(build_ext):
-    """Compile each source, at most MAX_JOBS at once, and link them into the tree."""
+class CMakeExtension(Extension):
+    def __init__(self, name, cmake_lists_dir=".", **kwa):
+        super().__init__(name, sources=[], **kwa)
+        self.cmake_lists_dir = os.path.abspath(cmake_lists_dir)
+
+
+class cmake_build_ext(build_ext):
+    """The real one configures, compiles and installs in a new folder each time."""
 
     def run(self):
-        jobs = int(envs.MAX_JOBS or os.cpu_count() or 1)
-        compiler = os.environ.get("CC", "cc")
-        for extension in self.extensions:
-            work = ROOT_DIR / "build" / extension.name
-            work.mkdir(parents=True, exist_ok=True)
-            objects = [work / (Path(source).stem + ".o") for source in extension.sources]
-            commands = [[compiler, "-O1", "-fPIC", "-c", source, "-o", str(made)] for source, made in zip(extension.sources, objects, strict=True)]
-            total = len(commands) + 1
-            print(f"compiling {extension.name} with at most {jobs} jobs", flush=True)
-            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-                for number, _ in enumerate(pool.map(lambda command: subprocess.run(command, cwd=ROOT_DIR, check=True), commands), 1):
-                    print(f"[{number}/{total}] compiled", flush=True)
-            library = ROOT_DIR / (extension.name.replace(".", "/") + ".abi3.so")
-            subprocess.run([compiler, "-shared", "-o", str(library), *map(str, objects)], check=True)
-            print(f"[{total}/{total}] linked {library.name}", flush=True)
+        raise SystemExit("compiling in pip's temporary folder is what the workspace is there to avoid")
 
 
 class precompiled_build_ext(build_ext):
@@ -101,11 +91,18 @@ def get_requirements():
 if envs.VLLM_USE_PRECOMPILED:
     precompiled_wheel_utils.extract(os.environ["VLLM_PRECOMPILED_WHEEL_LOCATION"], extract_extensions=True)
 
-names = ["vllm._C", *(["vllm._C_AVX2", "vllm._C_AVX512"] if platform.machine() == "x86_64" else [])]
+ext_modules = [CMakeExtension(name="vllm.spinloop")]
+if platform.machine() in ("x86_64", "AMD64"):
+    ext_modules.append(CMakeExtension(name="vllm._C"))
+    ext_modules.append(CMakeExtension(name="vllm._C_AVX512"))
+    ext_modules.append(CMakeExtension(name="vllm._C_AVX2"))
+else:
+    ext_modules.append(CMakeExtension(name="vllm._C"))
+
 setup(
     name="vllm",
     version=get_vllm_version(),
     install_requires=get_requirements(),
-    ext_modules=[Extension(name, sorted(str(path.relative_to(ROOT_DIR)) for path in ROOT_DIR.glob("csrc/cpu/*.c"))) for name in names],
-    cmdclass={"build_ext": precompiled_build_ext if envs.VLLM_USE_PRECOMPILED else compiled_build_ext},
+    ext_modules=ext_modules,
+    cmdclass={"build_ext": precompiled_build_ext if envs.VLLM_USE_PRECOMPILED else cmake_build_ext},
 )
