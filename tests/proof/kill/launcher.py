@@ -39,10 +39,10 @@ class Counter:
 
     def is_changing(self, event: str, arguments: tuple[object, ...]) -> bool:
         if event == "open":
-            name, flags = arguments[0], arguments[2]
-            return (
-                isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)) and not str(name).startswith(("/dev/", "/proc/"))
-            )
+            name, flags = str(arguments[0]), arguments[2]
+            # A world may well lie in /dev/shm; what else is below these is no file.
+            is_file = name.startswith("/dev/shm/") or not name.startswith(("/dev/", "/proc/"))
+            return is_file and isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
         return event in CHANGING
 
 

@@ -55,8 +55,13 @@ __attribute__((constructor)) static void begin(void) {
 
 static void alive(void) { if (state && atomic_load(&state->dead)) die(); }
 
+/* A device or the kernel's own; a world may well lie in /dev/shm. */
+static int is_special(const char *path) {
+    return !strncmp(path, "/proc/", 6) || (!strncmp(path, "/dev/", 5) && strncmp(path, "/dev/shm/", 9));
+}
+
 static void changing(const char *what, const char *path) {
-    if (!state || (path && (!strncmp(path, "/dev/", 5) || !strncmp(path, "/proc/", 6)))) return;
+    if (!state || (path && is_special(path))) return;
     alive();
     int saved = errno;
     uint64_t number = atomic_fetch_add(&state->count, 1) + 1;
