@@ -12,22 +12,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.proof.kill import judge, launcher, power, preload
 from tests.proof.kill.cases import KillCase
+from tests.proof.kill.ledger import Ledger, Result, failed
 from tests.small.materials import Materials
 from tests.small.world import Ended, World, make_world
 from workspace.core.errors import ERRORS
 
-WORKERS = 2
 CODES = tuple(error.exit_code for error in ERRORS)
+CUT, CUT_WITH_CACHE = "power cut", "power cut, uv's cache damaged"
 PARTS = ("clone", "cache", "uv-cache", "tmp")
 # One failure often comes again at each of the neighbouring calls.
 ENOUGH_FAILURES = 12
+# What a verb, the programs that it runs, and its world on a tmpfs take at most.
+WORKER_BYTES = 512 << 20
+SAY_EVERY_S = 20.0
+CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -39,25 +44,13 @@ class Kill:
     quiet_s: float
 
 
-@dataclass(frozen=True)
-class Result:
-    """The verdict on one kill; no complaints means that all is as if nothing had happened."""
-
-    case: str
-    kind: str
-    place: str
-    complaints: tuple[str, ...]
-    seconds: float
-    was_seen: bool = False
-    leftovers: int = 0
-
-
 @dataclass
 class Place:
     """A world that a case starts from again and again, always at the same path, with downloads and uv's cache of its own."""
 
     case: KillCase
     world: World
+    ledger: Ledger
     expected: judge.Fingerprint = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     undisturbed_s: float = 0.0
@@ -78,8 +71,7 @@ class Place:
 
     def restore(self) -> None:
         """Bring everything back; hard links between uv's cache and .vllm stay what they are."""
-        for part in PARTS:
-            shutil.rmtree(self.world.folder / part, ignore_errors=True)
+        subprocess.run(["rm", "-rf", "--", *[self.world.folder / part for part in PARTS]], check=True)
         self._copy(self.kept, self.world.folder)
         self.world.index.faults.clear()
         self.world.index.requests.clear()
@@ -88,19 +80,37 @@ class Place:
         subprocess.run(["cp", "-a", "--reflink=auto", *[origin / part for part in PARTS], target], check=True)
 
 
-def make_place(case: KillCase, materials: Materials, folder: Path, warm: Path | None = None) -> Place:
-    """Prepare a world for a case, and learn from two undisturbed runs what is to be expected."""
+def workers() -> int:
+    """How many worlds are worked on side by side: one for each core that we may use, as far as memory goes."""
+    import psutil
+
+    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // WORKER_BYTES))
+
+
+def compile_below(folder: Path) -> None:
+    """Write bytecode, as is there wherever a verb ran before: verbs run with -B here, and would compile all that they import, each time."""
+    subprocess.run([sys.executable, "-Es", "-m", "compileall", "-q", "-j", "0", folder], stdout=subprocess.DEVNULL)
+
+
+def make_places(case: KillCase, materials: Sequence[Materials], folders: Sequence[Path], ledger: Ledger) -> list[Place]:
+    """Prepare a world for each worker, all at once; each has an index of its own."""
+    with ThreadPoolExecutor(len(folders)) as pool:
+        pairs = enumerate(zip(materials, folders, strict=True))
+        made = [pool.submit(make_place, case, given, folder, ledger, runs=1 if number else 2) for number, (given, folder) in pairs]
+        return [future.result() for future in made]
+
+
+def make_place(case: KillCase, materials: Materials, folder: Path, ledger: Ledger, *, runs: int) -> Place:
+    """Prepare a world for a case, and learn from undisturbed runs what is to be expected; of two, that they come to the same."""
     world = make_world(materials, folder)
-    if warm and warm.exists():
-        shutil.copytree(warm, folder / "uv-cache", symlinks=True)
-    else:
-        (folder / "uv-cache").mkdir()
-    (folder / "tmp").mkdir()
+    for part in ("uv-cache", "tmp"):
+        (folder / part).mkdir()
     world.env |= {"UV_CACHE_DIR": str(folder / "uv-cache"), "TMPDIR": str(folder / "tmp")}
+    compile_below(world.root / "workspace")
     case.prepare(world)
-    place = Place(case, world)
+    place = Place(case, world, ledger)
     place.keep()
-    for number in range(2):
+    for number in range(runs):
         place.restore()
         started = time.monotonic()
         ended = world.run(*case.argv)
@@ -183,7 +193,7 @@ def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, wit
         damaged = power.cut(parts, place.world.folder, place.kept, shim, began_ns=began[0], draw=draw)
         (place.world.folder / "damaged").write_text("\n".join(damaged))
 
-    return judged(place, "power cut, uv's cache damaged" if with_uv_cache else "power cut", kill, damage=damage)
+    return judged(place, CUT_WITH_CACHE if with_uv_cache else CUT, kill, damage=damage)
 
 
 def complete(place: Place) -> list[str]:
@@ -213,25 +223,38 @@ def failed_rightly(ended: Ended, codes: Iterable[int]) -> list[str]:
 
 
 def each(places: list[Place], work: Callable[[Place, int], Result | None], numbers: Iterable[int]) -> list[Result]:
-    """Do the work for every number, side by side on the places given, until enough of them fail."""
-    left = iter(list(numbers))
+    """Do the work for every number, side by side on the places given, until enough of them fail or the time given is over.
+
+    Each place takes the next few numbers: what comes of neighbours is often the same state, and that is run once by a place.
+    """
+    left = list(numbers)
+    size = max(1, min(CHUNK, len(left) // (4 * len(places))))
+    chunks = iter([left[at : at + size] for at in range(0, len(left), size)])
     lock = threading.Lock()
     results: list[Result] = []
+    ledger = places[0].ledger
 
     def worker(place: Place) -> None:
         while True:
             with lock:
-                number = next(left, None)
-                failures = sum(bool(result.complaints) for result in results)
-            if number is None or failures >= ENOUGH_FAILURES:
+                chunk = next(chunks, None)
+            if chunk is None:
                 return
-            result = work(place, number)
-            if result:
-                with lock:
-                    results.append(result)
+            for number in chunk:
+                if ledger.is_over or failed(tuple(results)) >= ENOUGH_FAILURES:
+                    return
+                result = work(place, number)
+                if result:
+                    results.append(replace(result, number=number))
+                    ledger.take(results[-1])
 
+    started = time.monotonic()
     with ThreadPoolExecutor(len(places)) as pool:
-        for future in [pool.submit(worker, place) for place in places]:
+        futures = [pool.submit(worker, place) for place in places]
+        while wait(futures, timeout=SAY_EVERY_S).not_done:
+            last = f", {results[-1].kind}" if results else ""
+            ledger.say(f"{places[0].case.name}{last}: {len(results)} of {len(left)}, {failed(tuple(results))} failed, {time.monotonic() - started:.0f} s")
+        for future in futures:
             future.result()
     return results
 
