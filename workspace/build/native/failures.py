@@ -12,7 +12,8 @@ _KEPT_LINES = 2000
 # NINJA_STATUS is set to this form.
 _STATUS = re.compile(r"\[\d+/\d+\] ")
 _ERROR = re.compile(
-    r"\berror\b ?[:#(]|\bfatal( error)?\b ?:|[a-z]+ fatal\b|undefined reference|cannot find -l|[A-Za-z]*(Error|Exception)\b ?:|\b[Kk]illed\b|died due to signal"
+    r"\berror\b *[:\[(#]|CMake Error|\bfatal( error)?\b ?:|[a-z]+ fatal *:|undefined reference|cannot find -l"
+    r"|[A-Za-z]*(Error|Exception)\b ?:|\b[Kk]illed\b|died due to signal"
 )
 _NO_SPACE = "No space left on device"
 REFUSAL = "not compiled: "
@@ -47,6 +48,7 @@ class Failures:
     def __init__(self) -> None:
         self.has_no_space = False
         self._first: Failure | None = None
+        self._silent: Failure | None = None
         self._output: str | None = None
         self._lines: list[str] = []
         self._is_command = False
@@ -54,7 +56,7 @@ class Failures:
     @property
     def first(self) -> Failure | None:
         self._close()
-        return self._first
+        return self._first or self._silent
 
     def hear(self, line: str) -> None:
         """Take in the next line of ninja's."""
@@ -74,7 +76,9 @@ class Failures:
             self._is_command = False
 
     def _close(self) -> None:
-        """The end of a failure's lines: those that were refused said nothing else."""
-        if self._output is not None and not (self._lines and all(line.startswith(REFUSAL) for line in self._lines if line)):
+        """The end of a failure's lines: those that were refused said nothing else. One that said nothing counts where no other does."""
+        if self._output is not None and not self._lines:
+            self._silent = self._silent or Failure(self._output, ())
+        elif self._output is not None and not all(line.startswith(REFUSAL) for line in self._lines if line):
             self._first = self._first or Failure(self._output, tuple(self._lines))
         self._output, self._lines = None, []

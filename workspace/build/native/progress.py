@@ -22,6 +22,7 @@ _BESIDE = 42
 _NARROWEST = 24
 # A unit that takes longer than expected is nearly done, and never quite.
 _NEARLY = 0.95
+_PRIOR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ def estimate(planned: Mapping[Unit, Cost], finished: Sequence[Finished], state: 
     done = {one.unit: one for one in finished if one.status == 0 and not one.unit.is_light}
     running = {one.unit: one for one in state.running if not one.unit.is_light}
     costs = {unit: one.expected for unit, one in done.items()} | {unit: one.expected for unit, one in running.items()} | dict(planned)
-    pace = (sum(one.seconds for one in done.values()) or 1.0) / (sum(costs[unit].seconds for unit in done) or 1.0)
+    elapsed = {unit: one.seconds for unit, one in done.items()}
+    elapsed |= {unit: now - one.started for unit, one in running.items() if now - one.started > costs[unit].seconds}
+    # Few units say little: as much as a tenth of the build speaks for the expected times.
+    prior = _PRIOR_SHARE * sum(cost.seconds for cost in costs.values()) or 1.0
+    pace = (sum(elapsed.values()) + prior) / (sum(costs[unit].seconds for unit in elapsed) + prior)
     over = {unit: costs[unit].seconds for unit in done}
     over |= {unit: min((now - one.started) / pace, costs[unit].seconds * _NEARLY) for unit, one in running.items() if unit not in done}
     left = {unit: cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items() if unit not in done}
