@@ -20,10 +20,10 @@ def row(house, *, device="cuda", kernels="donor", **shell) -> Row:
 
 
 def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_what_decides_a_hit(house):
-    ccache(house, base_dir="/src", sloppiness="time_macros")
+    ccache(house, base_dir=house.layout.root, sloppiness="time_macros")
     found = row(house)
     assert (found.state, found.cure) == ("ok", None)
-    for word in ("1.0 GiB", "limit 20.0G", "hash_dir false", "base_dir /src", "sloppiness time_macros"):
+    for word in ("1.0 GiB", "limit 20.0G", "hash_dir false", f"base_dir {house.layout.root}", "sloppiness time_macros"):
         assert word in found.seen
 
 
@@ -39,9 +39,10 @@ def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
     [
         ({"disable": "true"}, "ccache --set-config disable=false"),
         ({"read_only": "true"}, "ccache --set-config read_only=false"),
-        ({"hash_dir": "true"}, "ccache --set-config hash_dir=false"),
+        ({"hash_dir": "true"}, "unset CCACHE_HASHDIR"),
+        ({"base_dir": "/elsewhere"}, "unset CCACHE_BASEDIR"),
         ({"max_size": "5.0G"}, "ccache --set-config max_size=20G"),
-        ({"max_size": "500.0M", "hash_dir": "true"}, "ccache --set-config max_size=20G && ccache --set-config hash_dir=false"),
+        ({"max_size": "500.0M", "hash_dir": "true"}, "ccache --set-config max_size=20G && unset CCACHE_HASHDIR"),
     ],
 )
 def test_what_keeps_the_cache_from_a_hit_is_a_warning_with_its_cure(house, config, cure):
@@ -73,12 +74,19 @@ def test_cache_that_talks_nonsense_never_breaks_the_row(house, script):
     assert row(house).state in ("ok", "warn")
 
 
-def test_sccache_goes_before_ccache_as_in_vllms_setup_unless_it_is_disabled(house):
-    ccache(house)
+def test_ccache_is_asked_with_the_settings_that_a_build_gives_it(house):
+    house.program("ccache", 'echo "(environment) base_dir = $CCACHE_BASEDIR"; echo "(environment) depend_mode = $CCACHE_DEPEND"')
+    assert f"base_dir {house.layout.root}" in row(house).seen
+    assert row(house, CCACHE_BASEDIR="/elsewhere").cure == "unset CCACHE_BASEDIR"
+
+
+def test_ccache_goes_before_sccache_because_its_compilers_step_back(house):
     house.program("sccache", "echo sccache 0.10.0")
     assert row(house, SCCACHE_BUCKET="mine").seen.startswith("sccache 0.10.0: limit 10G")
     assert "remote by SCCACHE_BUCKET" in row(house, SCCACHE_BUCKET="mine").seen
-    assert "ccache: 1.0 GiB" in row(house, VLLM_DISABLE_SCCACHE="1").seen
+    assert row(house, VLLM_DISABLE_SCCACHE="1").seen == "none"
+    ccache(house)
+    assert "ccache: 1.0 GiB" in row(house, SCCACHE_BUCKET="mine").seen
 
 
 def test_no_cache_is_a_warning_only_where_kernels_are_compiled(house):

@@ -1,4 +1,4 @@
-"""The doctor's check of the compiler cache: which one vLLM takes, its size and limit, and whether it can hit at all."""
+"""The doctor's check of the compiler cache: which one a build takes, its size and limit, and whether it can hit at all."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from workspace.environment import compiler_cache
 from workspace.environment.doctor_case import Case, Row, State, without_user
 
 # Room for the objects of two builds, compressed: an estimate, no measurement.
@@ -16,19 +17,17 @@ _CONFIG_LINE = re.compile(r"^\((?P<origin>[^)]*)\) (?P<key>\w+) = ?(?P<value>.*)
 
 
 def ccache(case: Case) -> Iterator[Row]:
-    """Check the compiler cache that vLLM's setup.py takes (sccache before ccache): its size, its limit, and whether it can hit."""
-    environment = case.settings.child_environment("build")
-    if (program := case.which("sccache")) and not _is_on(environment.get("VLLM_DISABLE_SCCACHE", "")):
-        yield _sccache(case, program)
-    elif program := case.which("ccache"):
-        yield _ccache(case, program)
-    else:
+    """Check the compiler cache that a build takes, as a build sets it: its size, its limit, and whether it can hit."""
+    cache = compiler_cache.find(case.settings)
+    if cache is None:
         state: State = "warn" if case.is_native else "ok"
         yield Row(state, "ccache", "none", "without it every build from an empty folder compiles everything again", "sudo apt install ccache")
+    else:
+        yield _sccache(case, str(cache.program)) if cache.kind == "sccache" else _ccache(case, str(cache.program))
 
 
 def _ccache(case: Case, program: str) -> Row:
-    listed = case.ask([program, "--show-config"])
+    listed = case.ask([program, "--show-config"], extra=compiler_cache.configuration(case.layout, case.settings))
     config = {found["key"]: (found["value"].strip(), found["origin"]) for found in _CONFIG_LINE.finditer(listed.stdout)} if listed else {}
     why = "objects that were compiled before are taken from it"
     if not config or listed is None or listed.returncode != 0:
@@ -58,7 +57,7 @@ def _ccache_faults(case: Case, config: dict[str, tuple[str, str]], limit_gib: fl
     """Yield what keeps ccache from a hit, each with its cure."""
     for name, harm in (("disable", "it is switched off"), ("read_only", "it never keeps what it compiles"), ("recache", "it never takes what it has")):
         text, origin = config.get(name, ("", ""))
-        if _is_on(text):
+        if compiler_cache.is_on(text):
             variable = {"read_only": "CCACHE_READONLY"}.get(name, f"CCACHE_{name.upper()}")
             yield f"{harm} ({name})", f"unset {variable}" if origin == "environment" else f"ccache --set-config {name}=false"
     folder = Path(config["cache_dir"][0]) if config.get("cache_dir", ("",))[0] else None
@@ -67,16 +66,18 @@ def _ccache_faults(case: Case, config: dict[str, tuple[str, str]], limit_gib: fl
     need = CACHE_GIB[case.device]
     if limit_gib is not None and 0 < limit_gib < need * 0.9:
         yield f"a build may need {need:.0f} GiB and would push its own objects out", f"ccache --set-config max_size={2 * need:.0f}G"
-    if _is_on(config.get("hash_dir", ("", ""))[0]):
-        harm = "with debug information an object counts for one build folder only, and an editable install has a new one each time (vllm-project/vllm#20947)"
-        yield harm, "ccache --set-config hash_dir=false"
+    if compiler_cache.is_on(config.get("hash_dir", ("", ""))[0]):
+        yield "with debug information an object counts for one clone only (hash_dir)", "unset CCACHE_HASHDIR"
+    base = config.get("base_dir", ("", ""))[0]
+    if base and not case.layout.root.is_relative_to(base):
+        yield f"objects count for this clone only: it does not lie below {base} (base_dir)", "unset CCACHE_BASEDIR"
 
 
 def _sccache(case: Case, program: str) -> Row:
-    """Its statistics are not asked for: that would start its server."""
+    """Its statistics are not asked for: that would start its server. vLLM's own setup.py would take it too."""
     environment = case.settings.child_environment("build")
     said = case.said([program, "--version"])
-    why = "objects that were compiled before are taken from it; vLLM prefers it to ccache"
+    why = "objects that were compiled before are taken from it; with ccache instead, compilers step back and are measured"
     if said is None:
         return Row("warn", "ccache", f"{program} does not run, and vLLM would compile through it", why, "echo VLLM_DISABLE_SCCACHE=1 >> .env")
     limit = environment.get("SCCACHE_CACHE_SIZE") or "10G"
@@ -92,7 +93,3 @@ def size_gib(text: str) -> float | None:
     """Return a size as ccache(1) and sccache write it, such as 5.0G or 500 MiB, in GiB; None where it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     return float(found[1]) * _UNITS[found[2]] / 1024**3 if found and found[2] in _UNITS else None
-
-
-def _is_on(text: str) -> bool:
-    return text.strip().lower() in ("1", "true", "yes", "on")
