@@ -1,7 +1,9 @@
 """What libraries hold, and whether it is right for a GPU. The fat binaries are nvcc 13.0's own, of a kernel of one line."""
 
+import functools
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,16 +33,31 @@ SPARK = (
 )
 
 
+# The linker's own file with room for fat binaries; compiled once, for that takes longer than all else here.
+ROOM = 1 << 14
+SOURCE = f'void *nothing(void) {{ return 0; }}\n__asm__(".section .nv_fatbin, \\"a\\"\\n.balign 8\\n.fill {ROOM}, 1, 0x5a\\n.text\\n");\n'
+
+
+@functools.cache
+def linked(source: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"], input=source, text=True, check=True)
+        return Path(folder, "x.so").read_bytes()
+
+
 def library(path: Path, section: Path | bytes | None) -> Path:
-    """A shared library that this machine's compiler makes, with a section of fat binaries in it."""
-    source = "void *nothing(void) { return 0; }\n"
-    if isinstance(section, bytes):
-        path.with_suffix(".fatbin").write_bytes(section)
-        section = path.with_suffix(".fatbin")
-    if section:
-        source += f'__asm__(".section .nv_fatbin, \\"a\\"\\n.balign 8\\n.incbin \\"{section}\\"\\n.text\\n");\n'
+    """A shared library with a section of fat binaries in it, or with none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)], input=source, text=True, check=True)
+    if section is None:
+        path.write_bytes(linked("void *nothing(void) { return 0; }\n"))
+        return path
+    held = section.read_bytes() if isinstance(section, Path) else section
+    content = linked(SOURCE)
+    at = content.index(b"\x5a" * ROOM)
+    # Offset and size stand side by side in the header of a section (elf(5)).
+    was, now = struct.pack("<QQ", at, ROOM), struct.pack("<QQ", at, len(held))
+    assert content.count(was) == 1
+    path.write_bytes((content[:at] + held + content[at + len(held) :]).replace(was, now))
     return path
 
 
