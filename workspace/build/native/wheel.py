@@ -12,6 +12,7 @@ import platform
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,8 @@ from pathlib import Path, PurePosixPath
 from workspace.build import plan, stamp
 from workspace.build.native import cubins, put
 from workspace.build.native.inputs import Inputs
-from workspace.core.console import Step
+from workspace.core import lock
+from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import CHUNK_BYTES, sha256
 from workspace.core.layout import Layout
@@ -38,6 +40,8 @@ _FOR_PYTHON = re.compile(r"(.+)\.cpython-3(\d+)[a-z]*-.+\.so$")
 # zip cannot say an earlier one.
 _WHEN = (1980, 1, 1, 0, 0, 0)
 _OWN_INPUTS = ("place", "interpreter")
+# Of what a wheel says of itself; a release with DeepGEMM for each Python has 20 libraries and 4 KB.
+_LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,20 @@ class Written:
     sha256: str
 
 
+def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False) -> None:
+    """Pack the verified build into dist/, and print its SHA-256 and path as sha256sum does."""
+    plan.require_settled(layout)
+    with lock.hold(layout.lock, verb="inv wheel", wait=wait, on_wait=console.say):
+        observed = plan.observe(layout, settings)
+        with console.step("wheel") as view:
+            made = pack(layout, settings, observed, layout.root / "dist", step=view)
+            view.reason = f"{made.path.name}, {made.size / 1e6:.1f} MB"
+    console.data(f"{made.sha256}  {layout.relative(made.path)}")
+    if ".dirty" in made.path.name:
+        console.warn("vendor/vllm has edits that no commit holds: the wheel is named by them")
+    console.say(f"a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels {made.path}")
+
+
 def pack(layout: Layout, settings: Settings, observed: plan.Observation, folder: Path, *, step: Step | None = None) -> Written:
     """Pack the verified build into `folder`; hold the workspace's lock. An existing wheel of the same name is replaced as a whole.
 
@@ -95,17 +113,19 @@ def read(path: Path) -> Packed | None:
     """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises SourceError for what is no whole wheel."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f".dist-info/{RECORD}")]
-            record = json.loads(archive.read(names[0])) if names else None
-        if record is None:
-            return None
+            found = [item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")]
+            if not found:
+                return None
+            if found[0].file_size > _LONGEST:
+                raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+            record = json.loads(archive.read(found[0]))
         if record.pop("schema") != SCHEMA:
             raise SourceError(f"{path.name} was packed by another version of the workspace", hint="pack it again: ./scripts/inv wheel")
         libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
         held = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
         inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
         return Packed(**{name: str(text) for name, text in record.items()}, inputs=inputs, libraries=libraries, cubins=held)
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError) as exc:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise SourceError(f"{path.name} is no whole wheel: {exc}", hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel") from exc
 
 
