@@ -22,7 +22,7 @@ _SPLICE = re.compile(rb"\\[ \t\f\v\r]*\n")
 _BLANK = rb"(?:[ \t\f\v\r]|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/)*"
 _WORDS = (b"include", b"import", b"embed")
 # The word before a name says enough, `#` and `__has_include(` or not: a comment that looks like it costs a compilation, no more.
-_NAME = rb"(?:_next)?" + _BLANK + rb"\(?" + _BLANK + rb'(?:"([^"\n]+)"|<([^>\n]+)>)'
+_NAME = rb"(_next)?" + _BLANK + rb"\(?" + _BLANK + rb'(?:"([^"\n]+)"|<([^>\n]+)>)'
 _NAMED = tuple((word, re.compile(word + _NAME)) for word in _WORDS)
 _MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])'
 _COMPUTED = tuple((word, re.compile(word + _MACRO)) for word in _WORDS)
@@ -31,23 +31,24 @@ _HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z"
 
 @dataclass(frozen=True)
 class Named:
-    """What a file includes by name. `is_computed`: by a macro as well, so it may be anything."""
+    """What a file includes by name; `next_to_it` by include_next. `is_computed`: by a macro as well, so it may be anything."""
 
-    quoted: frozenset[str]
-    angled: frozenset[str]
-    is_computed: bool
+    quoted: frozenset[str] = frozenset()
+    angled: frozenset[str] = frozenset()
+    next_to_it: frozenset[str] = frozenset()
+    is_computed: bool = False
 
 
 def names(text: bytes) -> Named:
     """Find the names in all `#include` of a file, in whatever spelling a compiler takes."""
     if b"\\" in text:
         text = _SPLICE.sub(b"", text)
-    quoted, angled = set[str](), set[str]()
+    quoted, angled, next_to_it = set[str](), set[str](), set[str]()
     for word, pattern in _NAMED:
         if word in text:
-            for in_quotes, in_angles in pattern.findall(text):
-                (quoted if in_quotes else angled).add(os.fsdecode(in_quotes or in_angles))
-    return Named(frozenset(quoted), frozenset(angled), _is_computed(text))
+            for following, in_quotes, in_angles in pattern.findall(text):
+                (next_to_it if following else quoted if in_quotes else angled).add(os.fsdecode(in_quotes or in_angles))
+    return Named(frozenset(quoted), frozenset(angled), frozenset(next_to_it), _is_computed(text))
 
 
 def _is_computed(text: bytes) -> bool:
@@ -77,6 +78,7 @@ class Scan:
         self._walked: set[str] = set()
         self._named: dict[str, Named | None] = {}
         self._is_file = cache(self._look_for)
+        self._is_folder = cache(paths.isdir)
 
     def taken_in(self, sources: Collection[str], folders: Collection[str]) -> dict[str, frozenset[str]]:
         """Map each of the sources to the changed files that it may include, itself among them; `folders` are searched for both kinds of names.
@@ -118,28 +120,35 @@ class Scan:
         if named is None:
             return
         folder = paths.dirname(path)
-        for name in named.quoted | named.angled:
+        beside = named.quoted | named.next_to_it
+        for name in beside | named.angled:
             is_found = False
-            for place in (folder, *searched) if name in named.quoted else searched:
+            for place in (folder, *searched) if name in beside or name.startswith("/") else searched:
                 candidate = paths.join(place, name)
                 if self._is_file(candidate):
                     is_found = True
                     yield self._spelled(candidate)
                     yield self._real(candidate)
+                    # What lies beside the file comes first for every compiler. In which order the folders follow is not relied on.
+                    if place is folder and self._spelled(candidate) not in self._gone and name not in named.angled | named.next_to_it:
+                        break
             if not is_found:
                 # In a folder that nobody told of: all that could be it.
                 end = paths.normpath("/" + name)
-                yield from (path for other in self._called(paths.basename(name)) if other.endswith(end) for path in (other, self._real(other)))
+                yield from (path for other in self._called(end) if other.endswith(end) for path in (other, self._real(other)))
 
-    def _called(self, name: str) -> Collection[str]:
-        """The files of that name in those top folders of the tree in which sources, includes or changes lie."""
+    def _called(self, end: str) -> Collection[str]:
+        """The files of the last name of `end` in those top folders of the tree in which sources, includes or changes lie, or that it names."""
+        _, top, *below = end.split("/")
+        if below and self._is_folder(paths.join(self._tree, top)):
+            self._tops.add(top)
         for top in self._tops - self._walked:
             for folder, folders, files in os.walk(paths.join(self._tree, top)):
                 folders[:] = [below for below in folders if not below.startswith(".")]
                 for file in files:
                     self._by_name[file].add(f"{folder}/{file}")
         self._walked |= self._tops
-        return self._by_name.get(name, ())
+        return self._by_name.get(paths.basename(end), ())
 
     def _top(self, path: str) -> str:
         """The top folder that a path below the tree lies in, or is; the tree itself where it lies in none."""
@@ -151,7 +160,7 @@ class Scan:
             try:
                 self._named[path] = names(Path(path).read_bytes())
             except OSError:
-                self._named[path] = Named(frozenset(), frozenset(), False) if path in self._gone else None
+                self._named[path] = Named() if path in self._gone else None
         return self._named[path]
 
     def _look_for(self, path: str) -> bool:

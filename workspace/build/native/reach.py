@@ -64,7 +64,9 @@ def follow(tree: Path, changed: Collection[str], project: Project, *, build: Pat
     `project` is what is configured in `build`, `pinned` the same for the pin's own tree. Without the latter a changed CMake file reaches every target.
     """
     finals = final_targets(project)
-    parts = {target.name: with_dependencies(target, project) for target in finals}
+    # What is put into the tree by itself is built before a target that waits for it, and is no part of that one.
+    apart = {target.name for target in finals}
+    parts = {target.name: [part for part in with_dependencies(target, project) if part is target or part.name not in apart] for target in finals}
     everything = {part.name: part for group in parts.values() for part in group}
     state = built.ask(build, tree, tuple(everything.values())) if changed else None
     reasons = _by_sources(tree, changed, tuple(everything.values()), state)
@@ -98,7 +100,7 @@ def final_targets(project: Project) -> tuple[Target, ...]:
 
 
 def with_dependencies(target: Target, project: Project) -> tuple[Target, ...]:
-    """Return the target and all that it is made from."""
+    """Return the target and all that is built before it."""
     known = {one.name: one for one in project.targets}
     found, waiting = {target.name: target}, [target]
     while waiting:
