@@ -21,6 +21,7 @@ from workspace.source.git import shallow
 
 _DECLARING = ("fetchcontent_declare", "fetchcontent_populate", "externalproject_add")
 _KEY = re.compile(r"[A-Z][A-Z_]{3,}")
+_TOP = "CMakeLists.txt"
 _VALUES = frozenset({"TRUE", "FALSE"})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OVERRIDE = re.compile(r"\$?ENV\{(\w+_(?:SRC|ROOT)_DIR|FETCHCONTENT_SOURCE_DIR_\w+)\}")
@@ -151,16 +152,17 @@ def _external(step: listfile.Step, options: Mapping[str, list[str]], override: s
 
 
 def _targets(name: str, file: str, steps: Sequence[listfile.Step]) -> tuple[str, ...]:
-    """Targets that need the project: those that name its variables, with every target of another file that does; else all of its file."""
+    """Targets that need the project: all of a file of its own, and of every other one that names its variables; of the top one those that name them."""
     mention = re.compile(rf"\$\{{{re.escape(name)}_", re.IGNORECASE)
     naming: dict[str, None] = {}
     for path in dict.fromkeys(step.file for step in steps):
         of_file = [step for step in steps if step.file == path]
-        if path == file:
-            naming |= dict.fromkeys(_defined([step for step in of_file if any(mention.search(word) for word in step.command.words)], of_file))
-        elif any(mention.search(word) for step in of_file for word in step.command.words):
+        by_name = [step for step in of_file if any(mention.search(word) for word in step.command.words)]
+        if path == file == _TOP:
+            naming |= dict.fromkeys(_defined(by_name, of_file))
+        elif path == file or (by_name and path != _TOP):
             naming |= dict.fromkeys(_defined(of_file, of_file))
-    return tuple(naming or dict.fromkeys(_defined([step for step in steps if step.file == file], steps)))
+    return tuple(naming)
 
 
 def _defined(steps: Sequence[listfile.Step], of_file: Sequence[listfile.Step]) -> Iterator[str]:
@@ -209,7 +211,10 @@ def _fetched(settings: Settings, external: External, *, journal: Journal, step: 
         return place
     # Two clones that ask at once: one fetches, the other waits.
     with lock.hold(place.with_name(f".{place.name}.lock"), verb=f"fetching {external.name}", wait=True, on_wait=step.line):
-        if not _is_there(place, external):
+        if place.exists() and not _is_there(place, external):
+            said = f"{place} is at {(_checked_out(place) or 'no commit')[:12]}, not at {external.tag[:12]}: it was not used"
+            raise SourceError(said, hint=f"rm -rf {place}    and the same command fetches it again")
+        if not place.exists():
             with scratch.beside(place) as made:
                 commit = _clone(made, settings, external, journal=journal, step=step)
                 if _COMMIT.fullmatch(external.tag) and commit != external.tag:
