@@ -84,14 +84,14 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
     if as_json:
         console.data(json.dumps({"schema": 1, **asdict(plan)}, indent=1))
         return
-    for line in _table(plan.rows, width=shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else _WIDTH):
+    for line in table(plan.rows, width=shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else _WIDTH):
         console.say(line)
     for line in _sentences(plan):
         console.say(line)
 
 
-def _table(rows: Sequence[Row], *, width: int) -> list[str]:
-    """The reason stands between target and numbers where all fit, else below its target."""
+def table(rows: Sequence[Row], *, width: int) -> list[str]:
+    """Return the lines of the screen: the reason stands between target and numbers where all fit into `width` columns, else below its target."""
     if not rows:
         return []
     first = max(len("target"), *(len(row.target) for row in rows))
