@@ -174,6 +174,8 @@ def _child_environment(layout: Layout, settings: Settings, build: Path, jobs: Jo
     elif "nvcc" in found:
         told["PYTORCH_NVCC"] = str(stand_ins / "nvcc")
     told.pop("CCACHE_NODEPEND", None)
+    # ccache counts the g++ that nvcc will find on PATH as a part of the object, by date and size; those of a stand-in are of this clone only.
+    told.setdefault("CCACHE_PATH", told["PATH"])
     return told | {"PATH": os.pathsep.join([str(stand_ins), told["PATH"]]), "NINJA_STATUS": "[%f/%t] "}
 
 
