@@ -119,10 +119,19 @@ def judge_all(ledger: Ledger) -> Callable[[list[Result]], None]:
 
     def take(results: list[Result]) -> None:
         ledger.take_rest(results)
-        wrong = [f"{result.kind} of {result.case}, {result.place}:\n  " + "\n  ".join(result.complaints) for result in results if result.complaints]
+        wrong = [
+            f"{result.kind} of {result.case}, {result.place}{alone(ledger, result)}:\n  " + "\n  ".join(result.complaints)
+            for result in results
+            if result.complaints
+        ]
         assert not wrong, "\n".join(wrong)
 
     return take
+
+
+def alone(ledger: Ledger, result: Result) -> str:
+    """How to do this kill and no other of its test: a share so small that it has one call."""
+    return f" (alone: --part {result.number + 1}/1000000)" if (result.kind, result.case) in ledger.calls else ""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
