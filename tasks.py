@@ -85,6 +85,16 @@ def rebuild(_, jobs=None, memory=None, kernels=None, target=None, clean=False, p
     verb.run(here, settings, asked, console=door.console(), wait=wait)
 
 
+@task(help={"wait": "wait for another verb instead of stopping"})
+def wheel(_, wait=False):
+    """Pack the verified build for another clone or Spark."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.build.native import wheel as verb
+
+    verb.run(here, settings, console=door.console(), wait=wait)
+
+
 @task(default=True, help={"json": "print one JSON document instead of the table"})
 def status(_, json=False):
     """Show what is built, what is stale, what to do next."""
@@ -324,7 +334,7 @@ class _Door(Program):
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
-    namespace = Collection(bootstrap, rebuild, status, doctor, report)
+    namespace = Collection(bootstrap, rebuild, wheel, status, doctor, report)
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     program = _Door(

@@ -182,3 +182,22 @@ def test_bootstrap_leaves_compiling_to_rebuild_and_says_so(built: World) -> None
     ended = built.bootstrap()
     assert "next: ./scripts/inv rebuild" in ended.err
     assert observed(built).kernels.reasons == (f"compiled from the pin's sources, which {ANSWER} differs from",)
+
+
+def test_wheel_of_a_patched_build_gives_its_kernels_to_the_same_sources_and_to_no_other(patched: World, tmp_path: Path) -> None:
+    rebuild(patched)
+    compiled = library(patched, "_C")
+    said = patched.run("wheel")
+    assert said.code == 0, said.said
+    wheel = patched.root / said.out.split()[1]
+    patched.git("stash")
+    rebuild(patched)
+    assert library(patched, "_C") != compiled
+    refused = patched.run("rebuild", "--kernels", str(wheel))
+    assert "compiled from other sources" in refused.error(11)
+    patched.git("stash", "pop")
+    rebuild(patched, "--kernels", str(wheel))
+    assert library(patched, "_C") == compiled
+    assert observed(patched).kernels.state == "ok"
+    edit(patched, ANSWER, "43", "44")
+    assert observed(patched).kernels.state == "stale"

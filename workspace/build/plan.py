@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.build import stamp
-from workspace.core.errors import CheckoutError, SettingsError
+from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import doctor, interpreter, machine, torch
@@ -22,6 +22,8 @@ State = Literal["ok", "stale", "missing"]
 # What a compiled library is made from, below the tree (CMakeLists.txt, setup.py's cmake_build_ext).
 COMPILED_SOURCES = ("csrc", "cmake", "CMakeLists.txt")
 REQUIREMENT_FILES = ("requirements", "pyproject.toml")
+# In a stamp's outcome: what the wheel of another clone was compiled from.
+PACKED_SOURCES = "packed sources"
 METADATA_FILES = ("setup.py", "pyproject.toml", "requirements", "tools/build_rust.py")
 
 
@@ -88,7 +90,8 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     environment = _environment(layout, settings, git, device, python, build, environment_stamp)
     outrun = _outrun(git, there)
     wanted = _kernels_wanted(settings, pin, device, build_stamp, is_outrun=bool(outrun))
-    outrun = outrun if wanted.kind != "native" else ()
+    if wanted.kind == "native" or (outrun and git and wanted.kind == "wheel" and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)):
+        outrun = ()
     kernels, for_compiler = _kernels(layout, settings, git, pin, device, wanted, build, build_stamp, outrun)
     install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
     return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun, for_compiler)
@@ -259,6 +262,20 @@ def _install(layout: Layout, git: Git | None, version: str, python: interpreter.
     if found != version:
         reasons += (f"installed vllm {found or 'none'} → {version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
+
+
+def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
+    """The digest of the sources that a wheel of `inv wheel` was compiled from; None for any other wheel."""
+    if recorded and recorded.inputs.get("origin") == wanted.origin:
+        return recorded.outcome.get(PACKED_SOURCES)
+    from workspace.build.native import wheel
+
+    try:
+        packed = wheel.read(wanted.wheel) if wanted.wheel else None
+    except SourceError:
+        # Whoever takes it will say so.
+        return None
+    return packed.digest if packed else None
 
 
 def _outrun(git: Git | None, there: checkout.Checkout) -> tuple[str, ...]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, cast
 
 from workspace.build import donor, install, plan, stamp, verify
 from workspace.core.console import Step
-from workspace.core.errors import BuildError
+from workspace.core.errors import BuildError, SourceError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import dotenv, provide, torch, wholeness
+from workspace.environment import dotenv, machine, provide, torch, wholeness
 from workspace.source import checkout, export, patches
 from workspace.source.git import Git
 
@@ -105,7 +105,25 @@ def get_kernels(run: Run, view: Step) -> None:
     wheel = donor.fetch(observed.kernels_wanted, observed.pin, observed.device, run.settings, on_progress=megabytes(view))
     members = donor.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
+    if observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
+        run.outcome[plan.PACKED_SOURCES] = packed
     view.reason = f"{len(members)} compiled files from {wheel.name}"
+
+
+def _fitting(run: Run, path: Path) -> str | None:
+    """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises SourceError where it is not for this tree and environment."""
+    from workspace.build.native import inputs, wheel
+
+    packed, observed = wheel.read(path), run.observed
+    if packed is None or observed.torch is None or observed.python is None:
+        return None
+    made = inputs.observe(run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch)
+    capabilities = tuple(gpu.capability for gpu in machine.observe(run.settings).gpus if gpu.capability)
+    digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
+    version = ".".join(observed.python.version.split(".")[:2])
+    if why := wheel.fits(packed, made, digest, python=version, capabilities=capabilities):
+        raise SourceError(f"{path.name} does not fit: {why}", hint="./scripts/inv rebuild --kernels auto    compiles what differs from the pin")
+    return packed.digest
 
 
 def put_vllm(run: Run, view: Step) -> None:
