@@ -69,7 +69,7 @@ def test_units_that_nobody_measured_are_counted_as_guessed() -> None:
     plan = work_out(Reached("_new_C", "--target", units("_new_C", "csrc/n.cu", "csrc/n.cpp"), True), MOE)
     assert (plan.units, plan.guessed) == (4, 2)
     assert "4 units, 6.1 minutes of compiler time" in (said := shown(plan)[0])[3]
-    assert said[3].endswith("; 2 units of these never measured, so guessed")
+    assert said[3].endswith("; 2 of them never measured, so guessed")
 
 
 def test_a_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:

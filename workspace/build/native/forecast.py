@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,7 +22,7 @@ _NUMBERS = ("units", "minutes", "peak GiB")
 
 @dataclass(frozen=True)
 class Row:
-    """One target: `minutes` of compiler time and the link, `peak_gib` of the hungriest of its units."""
+    """One target: `minutes` of compiler time with the link, `peak_gib` of the hungriest of its units or its link."""
 
     target: str
     reason: str
@@ -54,8 +55,9 @@ def work_out(reached: Sequence[Reached], project: Project, costs: Costs, bounds:
         compiled |= expected.keys()
         link = {f"{one.target} link": costs.expected(_link(one.target))} if one.units else {}
         everything |= expected | link
-        minutes = sum(cost.seconds for cost in (expected | link).values()) / _MINUTE_S
-        rows.append(Row(one.target, one.reason, len(one.units), minutes, max((cost.peak_gib for cost in expected.values()), default=0.0), one.is_whole))
+        of_target = (expected | link).values()
+        minutes, peak_gib = sum(cost.seconds for cost in of_target) / _MINUTE_S, max((cost.peak_gib for cost in of_target), default=0.0)
+        rows.append(Row(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_whole))
     replayed = replay.simulate(tuple(everything.values()), bounds)
     names = {one.target for one in reached}
     return RebuildPlan(
@@ -84,10 +86,11 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
     if as_json:
         console.data(json.dumps({"schema": 1, **asdict(plan)}, indent=1))
         return
-    for line in table(plan.rows, width=shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else _WIDTH):
-        console.say(line)
-    for line in _sentences(plan):
-        console.say(line)
+    width = shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else None
+    for line in (*table(plan.rows, width=width or _WIDTH), *_sentences(plan)):
+        # A file and a pipe get each sentence as one line.
+        for part in textwrap.wrap(line, width - 1, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False) if width else [line]:
+            console.say(part)
 
 
 def table(rows: Sequence[Row], *, width: int) -> list[str]:
@@ -118,7 +121,7 @@ def _sentences(plan: RebuildPlan) -> list[str]:
     if plan.why_not_hybrid:
         said.append(f"not hybrid: {plan.why_not_hybrid}; every target is compiled here")
     if plan.units:
-        known = f"; {_count(plan.guessed, 'unit')} of these never measured, so guessed" if plan.guessed else ""
+        known = f"; {plan.guessed} of them never measured, so guessed" if plan.guessed else ""
         said.append(
             f"{_count(plan.units, 'unit')}, {plan.compiler_minutes:.1f} minutes of compiler time: about {plan.minutes:.1f} minutes "
             f"with at most {plan.bounds.jobs} at once in {plan.bounds.budget_gib:.1f} GiB, {plan.peak_gib:.1f} GiB at the most{known}"
