@@ -50,6 +50,8 @@ class Entry:
     peak_gib: float
 
 
+# The source of a unit that puts objects together.
+LINK = "link"
 # What a compiler needs is taken to be so many times what it held when it was killed; the next kill raises it again.
 KILLED_HELD = 1.25
 # The preprocessor of a cache miss takes about 1 s and 160 MiB.
@@ -75,7 +77,7 @@ def unit_of(argv: Sequence[str]) -> Unit:
         return replace(unit, is_light=is_light)
     if "-c" in argv or is_light:
         return Unit("", output.removesuffix(".o"), is_light)
-    return Unit(PurePosixPath(output).name.split(".")[0], "link")
+    return Unit(PurePosixPath(output).name.split(".")[0], LINK)
 
 
 def unit_at(output: str) -> Unit | None:

@@ -54,6 +54,14 @@ def test_what_nobody_planned_and_what_ran_twice_count_once() -> None:
     assert (found.done, found.units) == (2, 4)
 
 
+def test_a_link_at_the_end_is_no_work_left() -> None:
+    link = Unit("_C", "link")
+    state = State(running=(Running(link, Cost(20.0, 2.0, "guess"), 9.0),), budget_gib=100.0)
+    found = progress.estimate({}, [finished("a.cu", 500.0), Finished(Unit("_D", "link"), Cost(20.0, 2.0, "guess"), 0.0, 1.0, 1.0, 0)], state, jobs=4, now=10.0)
+    assert (found.done, found.units, found.share, found.left_s) == (1, 1, 1.0, 0.0)
+    assert progress.units(state) == ("link of _C",)
+
+
 def test_with_nothing_planned_and_nothing_done_it_is_no_division_by_zero() -> None:
     assert progress.estimate({}, [], State(), jobs=1, now=0.0) == progress.Estimate(0, 0, 0.0, 0.0)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.build.connection import Finished, State
-from workspace.build.costs import Cost, Costs, Unit
+from workspace.build.costs import LINK, Cost, Costs, Unit
 from workspace.build.native.timeline import Sample
 from workspace.build.tickets import Broker
 from workspace.core.console import Console, Step
@@ -40,8 +40,8 @@ def estimate(planned: Mapping[Unit, Cost], finished: Sequence[Finished], state: 
 
     Machines differ: what the units that are done took, against what was expected, is what the others are expected to take.
     """
-    done = {one.unit: one for one in finished if one.status == 0 and not one.unit.is_light}
-    running = {one.unit: one for one in state.running if not one.unit.is_light}
+    done = {one.unit: one for one in finished if one.status == 0 and _is_reckoned(one.unit)}
+    running = {one.unit: one for one in state.running if _is_reckoned(one.unit)}
     costs = {unit: one.expected for unit, one in done.items()} | {unit: one.expected for unit, one in running.items()} | dict(planned)
     elapsed = {unit: one.seconds for unit, one in done.items()}
     elapsed |= {unit: now - one.started for unit, one in running.items() if now - one.started > costs[unit].seconds}
@@ -54,6 +54,11 @@ def estimate(planned: Mapping[Unit, Cost], finished: Sequence[Finished], state: 
     memory = sum(seconds * costs[unit].peak_gib for unit, seconds in left.items()) / state.budget_gib if state.budget_gib else 0.0
     left_s = max(sum(left.values()) / jobs, memory, *left.values(), 0.0) * pace
     return Estimate(len(done), len(costs), sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0), left_s)
+
+
+def _is_reckoned(unit: Unit) -> bool:
+    """Links come as they come: nobody plans them, and they are short."""
+    return not unit.is_light and unit.source != LINK
 
 
 def figures(found: Estimate, state: State) -> tuple[str, ...]:
@@ -70,7 +75,7 @@ def units(state: State) -> tuple[str, ...]:
     if state.waiting and not state.running:
         return (state.why,)
     return tuple(
-        Path(one.unit.source).name if one.unit.source != "link" else f"link of {one.unit.target}"
+        Path(one.unit.source).name if one.unit.source != LINK else f"link of {one.unit.target}"
         for one in sorted(state.running, key=lambda one: one.started)
         if not one.unit.is_light
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.build.connection import Finished
-from workspace.build.costs import Entry
+from workspace.build.costs import LINK, Entry
 from workspace.core.files import write_atomic
 
 SUFFIX = ".trace.json"
@@ -97,7 +97,7 @@ def summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tuple[str,
 
 
 def _line(word: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
-    said = f"{word:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB  {done.unit.source if done.unit.source != 'link' else f'link of {done.unit.target}'}"
+    said = f"{word:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB  {done.unit.source if done.unit.source != LINK else f'link of {done.unit.target}'}"
     entry = known.get((done.unit.target, done.unit.source))
     if entry is None:
         return said
