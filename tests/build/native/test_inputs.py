@@ -96,3 +96,16 @@ def test_what_a_small_toolkit_lacks_is_taken_from_torchs_wheels(site: Site) -> N
         "CMAKE_CUDA_STANDARD_INCLUDE_DIRECTORIES": str(wheel / "include"),
         "CUDA_nvrtc_LIBRARY": str(wheel / "lib" / "libnvrtc.so.13"),
     }
+
+
+def test_a_stub_of_the_drivers_library_is_made_where_there_is_no_driver_and_once(site: Site) -> None:
+    put(site.root / "cuda", {"include/cublas_v2.h": "", "lib64/libnvrtc.so": ""})
+    has_driver = any(path for place in ("/usr/lib", "/usr/lib64", "/usr/local/lib") for path in Path(place).glob("**/libcuda.so"))
+    stub = site.root / "build" / "stub" / "libcuda.so"
+    assert arguments(site) == ({} if has_driver else {"CUDA_cuda_driver_LIBRARY": str(stub)})
+    if not has_driver:
+        # What is linked against it asks for the driver's own name when it is loaded.
+        assert b"libcuda.so.1\0" in stub.read_bytes()
+        before = stub.stat().st_mtime_ns
+        arguments(site)
+        assert stub.stat().st_mtime_ns == before

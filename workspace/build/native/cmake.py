@@ -216,7 +216,8 @@ def _state(was: Sequence[object]) -> State:
 
 
 def _moved(name: str, recorded: Mapping[str, str], sources: Mapping[str, str]) -> str:
-    return f"{name} {recorded.get(name) or 'unset'} → {sources.get(name) or 'unset'}"
+    was, is_now = (placeholder.named(side.get(name)) for side in (recorded, sources))
+    return f"{name} {was} → {is_now}"
 
 
 def _changed(tree: Path, read: Mapping[str, State]) -> Iterator[str]:

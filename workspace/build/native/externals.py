@@ -71,7 +71,7 @@ def declared(tree: Path, device: str, *, machine: str | None = None) -> tuple[Ex
         if step.file != file:
             override, file = "", step.file
         for word in step.command.words:
-            if named := _OVERRIDE.search(word):
+            if "ENV{" in word and (named := _OVERRIDE.search(word)):
                 override = named[1]
         if step.command.name in _DECLARING and step.command.words:
             options = _options([step.resolved(word) for word in step.command.words])
@@ -106,9 +106,10 @@ def is_placeholder(layout: Layout, folder: str) -> bool:
 
 def leftover(tree: Path) -> tuple[str, ...]:
     """Say which sources a former build of another pin has left in `.deps` of the tree. They are not used."""
-    tags = {external.name.lower(): external.tag for device in ("cuda", "cpu") for external in declared(tree, device)}
+    folders = sorted((tree / ".deps").glob("*-src"))
+    tags = {external.name.lower(): external.tag for device in ("cuda", "cpu") for external in declared(tree, device)} if folders else {}
     found = []
-    for folder in sorted((tree / ".deps").glob("*-src")):
+    for folder in folders:
         name, there = folder.name.removesuffix("-src"), _checked_out(folder)
         tag = tags.get(name)
         if tag is None:
@@ -153,11 +154,11 @@ def _external(step: listfile.Step, options: Mapping[str, list[str]], override: s
 
 def _targets(name: str, file: str, steps: Sequence[listfile.Step]) -> tuple[str, ...]:
     """Targets that need the project: all of a file of its own, and of every other one that names its variables; of the top one those that name them."""
-    mention = re.compile(rf"\$\{{{re.escape(name)}_", re.IGNORECASE)
+    mention = f"${{{name}_".lower()
     naming: dict[str, None] = {}
     for path in dict.fromkeys(step.file for step in steps):
         of_file = [step for step in steps if step.file == path]
-        by_name = [step for step in of_file if any(mention.search(word) for word in step.command.words)]
+        by_name = [step for step in of_file if any(mention in word.lower() for word in step.command.words if "$" in word)]
         if path == file == _TOP:
             naming |= dict.fromkeys(_defined(by_name, of_file))
         elif path == file or (by_name and path != _TOP):
@@ -185,7 +186,7 @@ def _files(name: str, steps: Sequence[listfile.Step]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for step in steps:
         if step.command.name != "install":
-            for variable, path in (match for word in step.command.words for match in _SUFFIXED.findall(word)):
+            for variable, path in (match for word in step.command.words if "$" in word for match in _SUFFIXED.findall(word)):
                 if variable.lower() in prefixes and ".." not in path:
                     found[prefixes[variable.lower()] + path] = None
     return tuple(sorted(found))

@@ -34,6 +34,11 @@ def complete(root: Path, said: str) -> tuple[Path, ...]:
     return absent
 
 
+def named(folder: str | None) -> str:
+    """A folder of sources as it is said to a person."""
+    return "nothing" if not folder else "a placeholder" if FOLDER in Path(folder).parts else folder
+
+
 def _listfile(name: str, tag: str, defines: Sequence[str]) -> str:
     prefix = name.upper()
     here = "${CMAKE_CURRENT_SOURCE_DIR}"
