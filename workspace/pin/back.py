@@ -6,16 +6,17 @@ What is there now is kept under references first. Done in steps; whatever ends t
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from workspace.build import bootstrap, plan, stamp
+from workspace.build import plan, stamp
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import read_regular
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, Value
 from workspace.environment import interpreter
 from workspace.pin import bump, forward, good, moving, workshop
 from workspace.pin.forward import Marker
@@ -40,9 +41,11 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
             hint = f"rm {layout.relative(layout.returning)}    gives the return up; then ./scripts/inv status"
             raise CheckoutError(f"{marker.facts['good']} is not there any more, and a return to it was begun", hint=hint)
         _finish(layout, marker, wanted, journal)
+    moving.say_left(layout, marker.facts, console=console)
     if not layout.environment.exists():
         console.say("its environment was not kept: it is made anew and brought to the versions that it had")
-    bootstrap.run(layout, settings, console=console, wait=True, is_part=True)
+        settings = _as_it_was(settings, wanted)
+    moving.build(layout, settings, console=console)
     _hold_to_freeze(layout, settings, wanted, console)
     try:
         bump.run_smoke(layout, settings, console)
@@ -50,6 +53,12 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
         exc.hint = f"./scripts/inv doctor    looks at the machine; {exc.hint or ''}"
         raise
     good.record(layout, settings, plan.observe(layout, settings), console=console)
+
+
+def _as_it_was(settings: Settings, wanted: Good) -> Settings:
+    """The settings that make the good state's kernels again: those that were compiled here are no donor's."""
+    is_native = wanted.inputs.get("origin") == "native" and settings.text("KERNELS") == "auto"
+    return replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")}) if is_native else settings
 
 
 def is_under_way(layout: Layout) -> bool:
@@ -74,13 +83,15 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
     console.say(f"{present or 'the present state'} → {wanted.name}")
     if not kept:
         console.say("what is there now never passed the smoke, so its environment is not kept")
+    left = good.now()
+    good.keep_aside(layout, f"Before the return to {wanted.name}", name=left)
     facts = {
         "good": wanted.name,
         "present": kept,
         "tip": git.head() or "",
-        "libraries": moving.libraries_of(layout),
+        "left": left,
         "names": moving.names_of(layout.patches("vllm")),
-        "left": good.keep_aside(layout, f"Before the return to {wanted.name}"),
+        **moving.products_of(layout),
     }
     return Marker(layout.returning, facts).write()
 
@@ -109,13 +120,14 @@ def _finish(layout: Layout, marker: Marker, wanted: Good, journal: Journal) -> N
                 ("source", lambda facts: moving.move_tree(layout, old=facts["tip"], new=wanted.head, journal=journal)),
                 ("references", lambda facts: _set_refs(layout, wanted)),
                 ("environment", lambda facts: _bring_environment(layout, wanted)),
-                ("products", lambda facts: _bring_products(layout, wanted, facts)),
+                ("products aside", lambda facts: moving.take_products_away(layout, facts, good_state=facts["present"])),
+                ("products", lambda facts: _bring_products(layout, wanted)),
                 ("patches", lambda facts: _write_patches(layout, wanted, facts)),
                 ("pins", lambda facts: pins.save(layout.pins, pins.load(good.kept(layout, wanted.name).pins).vllm)),
                 ("gitlink", lambda facts: moving.set_gitlink(layout, wanted.gitlink, journal=journal)),
             ),
         )
-        view.reason = f"{wanted.name}; what was there is kept as {marker.facts['left']}"
+        view.reason = f"{wanted.name}; what was there is kept as refs/left/{marker.facts['left']}"
     journal.step = None
     marker.path.unlink()
     shutil.rmtree(discarded, ignore_errors=True)
@@ -141,11 +153,10 @@ def _bring_environment(layout: Layout, wanted: Good) -> None:
         os.rename(kept, layout.environment)
 
 
-def _bring_products(layout: Layout, wanted: Good, facts: Mapping[str, str]) -> None:
+def _bring_products(layout: Layout, wanted: Good) -> None:
     """Compiled files as they were; the good state keeps its own."""
     folder = good.kernels(layout, wanted.name)
-    good.copy_files(folder, layout.vllm, tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()))
-    moving.remove_libraries(layout, facts["libraries"], but=layout)
+    good.copy_files(folder, layout.vllm, good.files_below(folder))
 
 
 def _write_patches(layout: Layout, wanted: Good, facts: Mapping[str, str]) -> None:

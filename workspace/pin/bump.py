@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.build import bootstrap, plan
+from workspace.build import plan
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, ToolchainError, WorkspaceError
@@ -236,7 +236,9 @@ def _advance(shop: Workshop, settings: Settings, journal: Journal) -> bool:
         _export(shop, tree, journal)
         wanted = as_built(settings, plan.observe(shop.outer, settings))
         with _said_of(shop):
-            bootstrap.run(shop.layout, wanted, console=journal.console, wait=True, is_part=True)
+            if settings.switch("USE_EXISTING_TORCH"):
+                workshop.borrow_environment(shop, journal=journal)
+            moving.build(shop.layout, wanted, console=journal.console)
         _smoke(shop, tree, wanted, journal.console)
         promote.begin(shop, settings, journal=journal)
     promote.finish(shop, settings, journal=journal)
@@ -345,7 +347,7 @@ def as_built(settings: Settings, observed: plan.Observation) -> Settings:
     values = dict(settings.values)
     if settings.text("DEVICE") == "auto":
         values["DEVICE"] = Value(observed.device, "flag")
-    if settings.source("KERNELS") == "default" and observed.kernels_wanted.kind == "native":
+    if settings.text("KERNELS") == "auto" and observed.kernels_wanted.kind == "native":
         values["KERNELS"] = Value("native", "flag")
         jobs = observed.kernels.recorded.outcome.get("jobs") if observed.kernels.recorded else None
         if jobs and not settings.text("MAX_JOBS"):
@@ -383,7 +385,7 @@ def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
 def _prove(layout: Layout, settings: Settings, console: Console) -> None:
     """What was promoted stands in its place: bootstrap finds nothing to do, the smoke passes there, and the state is recorded as good."""
     observed = plan.observe(layout, settings)
-    bootstrap.run(layout, as_built(settings, observed), console=console, wait=True, is_part=True)
+    moving.build(layout, as_built(settings, observed), console=console)
     try:
         run_smoke(layout, settings, console)
     except SmokeError as exc:

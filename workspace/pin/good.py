@@ -21,14 +21,13 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
+from workspace.pin import products
 from workspace.source import checkout, pins, scratch
 from workspace.source.git import Git, worktree
 from workspace.source.stack import State
 
 KEPT = 3
 SCHEMA = 1
-# Below these lies what a build leaves in the tree.
-BUILT = ("vllm", "vllm.egg-info")
 # ioctl_ficlone(2): share the blocks of a file, where the file system can.
 _FICLONE = 0x40049409
 
@@ -136,34 +135,43 @@ def keep(layout: Layout, observed: plan.Observation, *, journal: Journal) -> Goo
     if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
         shutil.rmtree(kernels(layout, name), ignore_errors=True)
         with scratch.beside(kernels(layout, name)) as aside:
-            copy_files(layout.vllm, aside / "kernels", worktree.products(git, *BUILT))
+            copy_files(layout.vllm, aside / "kernels", products.found(layout.vllm))
             scratch.put_in_place(aside / "kernels", kernels(layout, name))
     _keep_files(layout, name)
     packages = {package: version for package, version in interpreter.installed(layout).items() if package != "vllm"}
     write_atomic(path / "freeze.txt", "".join(f"{package}=={version}\n" for package, version in sorted(packages.items())).encode())
-    now = datetime.datetime.now(datetime.UTC).isoformat()
+    recorded = datetime.datetime.now(datetime.UTC).isoformat()
     smoke = str(smoke_record(layout).get("time"))
-    made = Good(name, observed.pin.tag, stack.head, stack.base, stack.tree, link.commit if link else None, now, smoke, inputs)
+    made = Good(name, observed.pin.tag, stack.head, stack.base, stack.tree, link.commit if link else None, recorded, smoke, inputs)
     os.sync()
     write_atomic(path / "good.json", json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
     _prune(layout, using=name, journal=journal)
     return made
 
 
-def keep_aside(layout: Layout, why: str) -> str:
-    """Let references in both repositories name the present state, edits of pins and patches included; return their name."""
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    ref = f"refs/left/{now}"
+def now() -> str:
+    """The name under which what a move leaves behind is kept."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def keep_aside(layout: Layout, why: str, *, name: str) -> None:
+    """Let references in both repositories, `refs/left/NAME`, name the present state, edits of pins and patches included."""
+    ref = f"refs/left/{name}"
     git, outer = Git(layout.vllm), checkout.superproject(layout)
     if head := git.head():
         git.set_ref(ref, head)
     if outer and outer.head():
         outer.set_ref(ref, worktree.snapshot(outer, why, paths=("vendor/pins.toml", "patches")))
     else:
-        with scratch.beside(layout.state / f"left-{now}") as aside:
+        with scratch.beside(left(layout, name)) as aside:
             _copy_pins(layout, Layout(aside / "left"))
-            scratch.put_in_place(aside / "left", layout.state / f"left-{now}")
-    return ref
+            shutil.rmtree(left(layout, name), ignore_errors=True)
+            scratch.put_in_place(aside / "left", left(layout, name))
+
+
+def left(layout: Layout, name: str) -> Path:
+    """Where files lie that a move has left behind and that no repository keeps."""
+    return layout.state / f"left-{name}"
 
 
 def copy_files(source: Path, target: Path, paths: tuple[str, ...]) -> None:
@@ -179,6 +187,11 @@ def copy_files(source: Path, target: Path, paths: tuple[str, ...]) -> None:
         else:
             _copy(source / path, aside)
         os.replace(aside, made)
+
+
+def files_below(folder: Path) -> tuple[str, ...]:
+    """The paths of all files and links below a folder."""
+    return tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -3,15 +3,28 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from workspace.build import stamp
+from workspace.build import bootstrap, plan, stamp
+from workspace.core.console import Console
 from workspace.core.errors import CheckoutError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.pin import good, products
 from workspace.source import checkout, moves, series
 from workspace.source.git import Git, worktree
+
+
+def build(layout: Layout, settings: Settings, *, console: Console) -> None:
+    """Bring a layout to a stamped vLLM, what its patches change of compiled sources compiled too. Raises what bootstrap and rebuild raise."""
+    bootstrap.run(layout, settings, console=console, wait=True, is_part=True)
+    if plan.observe(layout, settings).for_compiler:
+        from workspace.build import rebuild
+
+        rebuild.run(layout, settings, rebuild.Asked(), console=console, wait=True)
 
 
 def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
@@ -41,18 +54,23 @@ def put_aside(environment: Path, aside: Path) -> None:
         os.rename(environment, aside)
 
 
-def remove_libraries(layout: Layout, libraries: str, *, but: Layout) -> None:
-    """Take compiled libraries (their paths below the tree, a line each) out of vendor/vllm, except those that `but`'s stamp names."""
-    build = stamp.read(but.stamp("vllm"))
-    stay = {library.path for library in build.libraries} if build else set()
-    for path in libraries.split("\n"):
-        if path and path not in stay:
-            (layout.vllm / path).unlink(missing_ok=True)
-
-
-def libraries_of(layout: Layout) -> str:
+def products_of(layout: Layout) -> dict[str, str]:
+    """What a marker says of the products in vendor/vllm: their paths, and the compiled libraries that the stamp names, a line each."""
     build = stamp.read(layout.stamp("vllm"))
-    return "\n".join(library.path for library in build.libraries) if build else ""
+    return {"products": "\n".join(products.found(layout.vllm)), "libraries": "\n".join(library.path for library in build.libraries) if build else ""}
+
+
+def take_products_away(layout: Layout, facts: Mapping[str, str], *, good_state: str) -> None:
+    """Take the products of the pin that is left out of vendor/vllm; those that the good state has not are kept aside."""
+    listed, ours = (tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries"))
+    kept = good.kernels(layout, good_state) if good_state else None
+    products.take_away(layout, listed, ours=ours, kept=kept, left=good.left(layout, facts["left"]) / "products")
+
+
+def say_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
+    left = good.left(layout, facts["left"])
+    if left.exists():
+        console.say(f"what a build had left in vendor/vllm and no good state holds is in {layout.relative(left)}")
 
 
 def write_patches(source: Path, target: Path, *, pin: str, former: str) -> None:

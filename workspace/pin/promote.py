@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from workspace.build import plan, stages, stamp
+from workspace.build import plan, stages, stamp, verify
 from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import relocation, wholeness
-from workspace.pin import forward, good, moving, workshop
+from workspace.pin import forward, good, moving, products, workshop
 from workspace.pin.forward import Marker
 from workspace.pin.workshop import Workshop
 from workspace.source import pins, series
@@ -70,8 +70,9 @@ def begin(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
         "good": name,
         "tag": observed.pin.tag,
         "tip": tip,
-        "libraries": moving.libraries_of(layout),
+        "left": good.now(),
         "names": moving.names_of(layout.patches("vllm")),
+        **moving.products_of(layout),
     }
     Marker(shop.promoting, facts).write()
 
@@ -91,7 +92,8 @@ def finish(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
                 ("keep", lambda facts: _keep(shop, facts)),
                 ("environment aside", lambda facts: _put_aside(shop, facts)),
                 ("source", lambda facts: moving.move_tree(layout, old=shop.begun.tip, new=facts["tip"], journal=journal)),
-                ("products", lambda facts: _move_products(shop, facts)),
+                ("products aside", lambda facts: moving.take_products_away(layout, facts, good_state=facts["good"])),
+                ("products", lambda facts: products.move(shop.layout.vllm, layout.vllm, products.found(shop.layout.vllm))),
                 ("environment", lambda facts: _move_environment(shop)),
                 ("patches", lambda facts: moving.write_patches(patches_new, layout.patches("vllm"), pin=shop.pin.commit, former=facts["names"])),
                 ("pins", lambda facts: write_atomic(layout.pins, pins.dump(read_regular(layout.pins), shop.pin))),
@@ -108,7 +110,7 @@ def finish(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
 
 def _keep(shop: Workshop, facts: Mapping[str, str]) -> None:
     if not facts["good"]:
-        good.keep_aside(shop.outer, f"Before the bump to {shop.pin.tag}")
+        good.keep_aside(shop.outer, f"Before the bump to {shop.pin.tag}", name=facts["left"])
     git = Git(shop.outer.vllm)
     git.set_ref(TIP_REF, facts["tip"])
     git.set_ref(BASE_REF, shop.begun.new_base)
@@ -118,16 +120,6 @@ def _put_aside(shop: Workshop, facts: Mapping[str, str]) -> None:
     """The old environment waits with the good state that it belongs to; one that proved nothing goes with the workshop."""
     aside = good.environment(shop.outer, facts["good"]) if facts["good"] else shop.layout.root / "old-environment"
     moving.put_aside(shop.outer.environment, aside)
-
-
-def _move_products(shop: Workshop, facts: Mapping[str, str]) -> None:
-    """Put what was built in the workshop into the tree, and take the old libraries out. Those of a good state are kept with it."""
-    old, new = shop.outer.vllm, shop.layout.vllm
-    made = worktree.products(Git(new), *good.BUILT)
-    for path in made:
-        (old / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new / path, old / path)
-    moving.remove_libraries(shop.outer, facts["libraries"], but=shop.layout)
 
 
 def _move_environment(shop: Workshop) -> None:
@@ -155,8 +147,12 @@ def _stamp(shop: Workshop, settings: Settings, journal: Journal) -> None:
     stamp.write(layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=environment.packages))
     with journal.console.step("verify") as view:
         try:
-            outcome = {key: text for key, text in old.outcome.items() if key in ("jobs", "wheel")}
-            stages.verify_vllm(stages.Run(layout, settings, journal, plan.observe(layout, settings), outcome), view)
+            observed = plan.observe(layout, settings)
+            verdict = verify.check(layout, settings, observed)
+            run = stages.Run(layout, settings, journal, observed, dict(old.outcome))
+            # What the workshop made is of the same kind here.
+            stages.write_stamp(run, observed, verdict, kind=old.inputs["origin"].split()[0])
+            view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
         except BuildError as exc:
             stamp.withdraw(layout.stamp("vllm"))
             view.state, view.reason = "warn", f"{exc.message}: to be installed anew"
@@ -193,5 +189,6 @@ def _say(shop: Workshop, facts: Mapping[str, str], journal: Journal) -> None:
         console.say("the gitlink of vendor/vllm stays as it is: this pin is the release archive's commit, which upstream does not have")
     if facts["good"]:
         console.say(f"{facts['tag']} is kept as {facts['good']}; ./scripts/inv pin.back returns to it")
+    moving.say_left(layout, facts, console=console)
     # Without a path of the submodule's: the gitlink is staged already, and by its path git may take the patched commit that is checked out.
     console.say(f"to commit: git add vendor/pins.toml patches/vllm && git commit -F {layout.relative(message_file(layout))}")

@@ -11,11 +11,13 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from workspace.build import stamp
 from workspace.core.errors import CheckoutError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
+from workspace.pin import good
 from workspace.source import leftover, pins, scratch, series
 from workspace.source.git import Git, worktree
 from workspace.source.pins import Pin
@@ -131,6 +133,33 @@ def open_tree(workshop: Workshop, settings: Settings, *, journal: Journal) -> Gi
         os.sync()
         tree.set_ref(MADE_REF, base)
     return tree
+
+
+def borrow_environment(workshop: Workshop, *, journal: Journal) -> None:
+    """Copy the clone's environment into the workshop, where there is none yet: a torch of the user's own may be had nowhere else.
+
+    Without stamps, so that everything but torch is due. Raises ToolchainError for want of rights or space.
+    """
+    source, target = workshop.outer.environment, workshop.layout.environment
+    if os.path.lexists(target) or not source.is_dir():
+        return
+    with journal.console.step("environment") as view, scratch.beside(target) as aside:
+        journal.phase("environment", view)
+        made = Layout(aside)
+        good.copy_files(source, made.environment, good.files_below(source))
+        for name in ("environment", "vllm"):
+            stamp.withdraw(made.stamp(name))
+        _make_relocatable(made.environment / "pyvenv.cfg")
+        scratch.put_in_place(made.environment, target)
+        view.reason = f"a copy of {workshop.outer.relative(source)}, for its torch stays (USE_EXISTING_TORCH=1)"
+    journal.step = None
+
+
+def _make_relocatable(config: Path) -> None:
+    """Let uv write scripts that bear the promotion's rename, as `uv venv --relocatable` does; an environment of the user's making may lack the line."""
+    text = read_regular(config).decode()
+    if not re.search(r"^relocatable\s*=\s*true", text, re.MULTILINE | re.IGNORECASE):
+        write_atomic(config, (text.rstrip("\n") + "\nrelocatable = true\n").encode())
 
 
 def _is_linked(tree: Git) -> bool:

@@ -1,0 +1,145 @@
+"""What a move takes along and what it leaves: kernels that were compiled here, files beside them, and a torch of the user's own."""
+
+from pathlib import Path
+
+from tests.pin.conftest import smoke
+from tests.proof.bump.test_bump import assert_stands_on
+from tests.small import wheels
+from tests.small.releases import CLEAN
+from tests.small.world import World
+from workspace.build import stamp
+from workspace.pin import good
+
+STRAY = 'const char *of_the_old_pin(void) { return "old"; }\n'
+
+
+def origin(world: World) -> str:
+    made = stamp.read(world.layout.stamp("vllm"))
+    assert made is not None
+    return made.inputs["origin"]
+
+
+def answer(world: World) -> str:
+    library = world.layout.vllm / "vllm" / "_C.abi3.so"
+    return world.python(f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())")
+
+
+def patched(world: World) -> None:
+    """A patch on compiled sources."""
+    source = world.layout.vllm / "csrc" / "cpu" / "answer.c"
+    source.write_text(source.read_text().replace("42", "43"))
+    world.git("commit", "--quiet", "--all", "-m", "Answer otherwise\n\nUpstream-Status: Pending")
+    assert world.run("patch.export").code == 0
+
+
+def compiled(world: World, tmp_path: Path) -> Path:
+    """A clone with kernels of its own making, a library that no later pin has, and a log of the user's."""
+    tree = world.layout.vllm
+    patched(world)
+    world.bootstrap("--kernels", "native", "--jobs", "2")
+    (tree / ".git" / "info").mkdir()
+    (tree / ".git" / "info" / "exclude").write_text("*.log\n")
+    (tree / "vllm" / "run.log").write_text("mine\n")
+    stray = tree / "vllm" / "_of_the_old_pin.so"
+    stray.write_bytes(wheels.compile_library(tmp_path, "stray", STRAY))
+    # Verified and stamped with the rest.
+    world.layout.stamp("vllm").unlink()
+    world.bootstrap("--kernels", "native", "--jobs", "2")
+    assert smoke(world).code == 0
+    return stray
+
+
+def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_own(clone: World, tmp_path: Path) -> None:
+    tree, stray = clone.layout.vllm, compiled(clone, tmp_path)
+    own = {path.name: path.read_bytes() for path in (tree / "vllm").glob("*.so")}
+    assert answer(clone) == "43"
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CLEAN)
+    # Compiled in the workshop, from the new pin's sources, for that is how the old ones were made.
+    assert origin(clone) == "native"
+    assert not stray.exists()
+    assert (tree / "vllm" / "run.log").read_text() == "mine\n"
+    assert answer(clone) == "43"
+
+    assert clone.run("pin.back").code == 0
+    assert_stands_on(clone, "0.31.0")
+    assert origin(clone) == "native"
+    assert {path.name: path.read_bytes() for path in (tree / "vllm").glob("*.so")} == own
+    assert (tree / "vllm" / "run.log").read_text() == "mine\n"
+    assert not list(clone.layout.state.glob("left-*")), "what a good state keeps is kept there"
+
+
+def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_and_the_rest_is_the_donors(clone: World) -> None:
+    patched(clone)
+    assert clone.run("rebuild", "--jobs", "2").code == 0
+    assert smoke(clone).code == 0
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CLEAN)
+    assert origin(clone).startswith("hybrid donor ")
+    assert CLEAN in origin(clone)
+    assert answer(clone) == "43"
+    assert clone.run("pin.back").code == 0
+    assert_stands_on(clone, "0.31.0")
+    assert (origin(clone).startswith("hybrid donor "), CLEAN in origin(clone)) == (True, False)
+    assert answer(clone) == "43"
+
+
+def test_donors_kernels_do_not_mix_with_those_that_were_compiled_here(clone: World, tmp_path: Path) -> None:
+    tree, stray = clone.layout.vllm, compiled(clone, tmp_path)
+    clone.git("revert", "--no-edit", "HEAD")
+    clone.git("reset", "--quiet", "--soft", "HEAD~2")
+    assert clone.run("patch.export").code == 0
+    before = {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
+    # Never smoked in this state: nothing of it is kept but what nobody else has.
+    clone.env["KERNELS"] = "donor"
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CLEAN)
+    assert origin(clone).startswith("donor ")
+    left = next(clone.layout.state.glob("left-*"))
+    assert (left / "products" / "vllm" / "_version.py").exists()
+    assert left.name in ended.err
+    assert not stray.exists()
+    assert not before & {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
+    wanted = next(found for found in good.every(clone.layout) if found.tag == "v0.31.0" and found.inputs["origin"] == "native")
+    del clone.env["KERNELS"]
+    assert clone.run("pin.back", "--good", wanted.name).code == 0
+    assert origin(clone) == "native"
+    assert answer(clone) == "43"
+
+
+def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path: Path) -> None:
+    clone.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
+    clone.env["USE_EXISTING_TORCH"] = "1"
+    clone.bootstrap()
+    assert smoke(clone).code == 0
+    mine = next(clone.layout.environment.glob("lib/python*/site-packages/torch/version.py")).stat()
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CLEAN)
+    assert clone.python("import torch; print(torch.__version__)") == "9.9.9+local"
+    named = [path for path in clone.layout.environment.rglob("*") if path.is_file() and b".workspace/bump" in path.read_bytes()]
+    assert [path for path in named if path.suffix != ".pyc"] == []
+    ended = clone.run("pin.back")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, "0.31.0")
+    back = next(clone.layout.environment.glob("lib/python*/site-packages/torch/version.py")).stat()
+    assert (back.st_ino, back.st_mtime_ns) == (mine.st_ino, mine.st_mtime_ns)
+    assert clone.python("import torch; print(torch.__version__)") == "9.9.9+local"
+
+
+def test_torch_in_an_environment_of_the_users_making_goes_along(clone: World, tmp_path: Path) -> None:
+    clone.layout.environment.rename(tmp_path / "former")
+    clone.venv()
+    clone.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
+    clone.env["USE_EXISTING_TORCH"] = "1"
+    clone.bootstrap()
+    assert smoke(clone).code == 0
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert ended.code == 0, ended.said
+    assert_stands_on(clone, CLEAN)
+    assert clone.python("import torch; print(torch.__version__)") == "9.9.9+local"
+    named = [path for path in clone.layout.environment.rglob("*") if path.is_file() and b".workspace/bump" in path.read_bytes()]
+    assert [path for path in named if path.suffix != ".pyc"] == []
