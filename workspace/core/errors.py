@@ -6,7 +6,6 @@ Anything else is a bug and keeps its traceback.
 
 from typing import ClassVar
 
-USAGE_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 
 

@@ -73,10 +73,6 @@ class Forecast:
     changes: tuple[Change, ...]
     tree: str | None
 
-    @property
-    def is_clean(self) -> bool:
-        return all(patch.state != "conflicts" for patch in self.patches)
-
 
 @dataclass
 class _Tried:
