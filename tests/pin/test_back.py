@@ -1,9 +1,7 @@
 """What stands in the way of a return, and what is kept of that from which one returns."""
 
-from tests.small.materials import git
 from tests.small.world import World
 from workspace.pin import good
-from workspace.source import pins
 
 
 def pretend_good(world: World, tag: str) -> str:
@@ -42,23 +40,3 @@ def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:
     folder.mkdir()
     (folder / "applying").touch()
     assert "in the middle of a git am" in clone.run("pin.back").error(3)
-
-
-def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_references(clone: World) -> None:
-    layout = clone.layout
-    wanted = pretend_good(clone, "v0.31.0")
-    (layout.patches("vllm") / "mine.patch").write_text("not in the series yet\n")
-    layout.pins.write_text(layout.pins.read_text() + "# my remark\n")
-    (layout.vllm / "mine.py").write_text("MINE = 1\n")
-    clone.git("add", "mine.py")
-    clone.git("commit", "--quiet", "-m", "Mine")
-    mine, tag = clone.git("rev-parse", "HEAD"), pins.load(layout.pins).vllm.tag
-    ended = clone.run("pin.back", "--good", wanted)
-    assert ended.code == 0, ended.said
-    assert clone.git("rev-parse", "HEAD") == clone.git("rev-parse", f"{mine}~1")
-    left = git(clone.root, "for-each-ref", "--format=%(refname)", "refs/left")
-    assert clone.git("rev-parse", left) == mine
-    assert git(clone.root, "show", f"{left}:patches/vllm/mine.patch") == "not in the series yet"
-    assert "# my remark" in git(clone.root, "show", f"{left}:vendor/pins.toml")
-    assert (layout.patches("vllm") / "mine.patch").exists(), "a file that no series names is the user's"
-    assert pins.load(layout.pins).vllm.tag == tag

@@ -1,22 +1,15 @@
 """A pin is moved beside the working tree, and takes its place when its smoke is green; until then not a file of the user's is touched."""
 
-import datetime
-import json
 from pathlib import Path
 
 from tests.pin.conftest import ROWS, user_files
-from tests.small.index import Fault
 from tests.small.materials import git
-from tests.small.releases import CLEAN, CONFLICT, Releases
+from tests.small.releases import CLEAN
 from tests.small.world import World
 from workspace.source import pins
 
 
-def tree_of(world: World) -> Path:
-    return world.layout.workshop / "vendor" / "vllm"
-
-
-def test_there_and_back(clone: World, releases: Releases) -> None:
+def test_there_and_back(clone: World) -> None:
     """One story, because each part needs what the one before has made."""
     layout, remarks = clone.layout, [line for line in clone.layout.pins.read_text().splitlines() if line.startswith("#")]
     before, old_head, old_pins = user_files(clone), clone.git("rev-parse", "HEAD"), layout.pins.read_text()
@@ -65,22 +58,6 @@ def test_there_and_back(clone: World, releases: Releases) -> None:
     assert clone.python("import vllm; print(vllm.__version__)") == "0.31.0+cpu"
     assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
 
-    # And to the new one again, by its name.
-    name = next(row["facts"]["name"] for row in shown(clone) if row["name"] == "good" and not row["facts"]["current"])
-    ended = clone.run("pin.back", "--good", name)
-    assert ended.code == 0, ended.said
-    assert clone.python("import vllm; print(vllm.RELEASE)") == CLEAN
-    assert clone.status()["smoke"] == "ok"
-
-    # Once upstream's git can be reached, the same release is pinned by its own commit, and nothing is built for it.
-    clone.env["VLLM_MIRROR"] = releases.upstream.as_uri()
-    releases.publish(clone, CLEAN)
-    head = clone.git("rev-parse", "HEAD")
-    ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert "pinned by upstream's own commit now" in ended.err, ended.said
-    assert git(clone.root, "ls-files", "-s", "vendor/vllm").split()[1] == releases.commit(CLEAN) == pins.load(layout.pins).vllm.commit
-    assert (clone.git("rev-parse", "HEAD"), clone.status()["patches"], clone.status()["install"]) == (head, "ok", "ok")
-
 
 def changed_by_a_move(paths: set[str]) -> set[str]:
     """What differs between the two releases, and folders, whose times are nobody's."""
@@ -88,51 +65,9 @@ def changed_by_a_move(paths: set[str]) -> set[str]:
     return {path for path in paths if path in names or not Path(path).suffix or "egg-info" in path}
 
 
-def shown(world: World) -> list[dict]:
-    ended = world.run("pin.show", "--json", "--offline")
-    assert ended.code == 0, ended.said
-    return json.loads(ended.out)["rows"]
-
-
-def test_abort_leaves_everything_and_keeps_what_was_done_in_the_workshop(clone: World) -> None:
-    before = user_files(clone)
-    ended = clone.run("pin.bump", f"v{CONFLICT}")
-    assert "patch 1 of 1, patches/vllm/" in ended.error(4)
-    assert "conflict in setup.py" in ended.err
-    assert user_files(clone) == before
-    bump = next(row for row in shown(clone) if row["name"] == "bump")
-    assert "patch 1 of 1 conflicts in setup.py" in bump["text"]
-    (tree_of(clone) / "mine.py").write_text("MINE = 1\n")
-    # A commit that came meanwhile would be lost by a promotion.
-    clone.git("commit", "--quiet", "--allow-empty", "-m", "Meanwhile")
-    assert "is no longer at" in clone.run("patch.continue").error(3)
-    clone.git("reset", "--quiet", "--soft", "HEAD~1")
-    ended = clone.run("patch.continue", "--abort")
-    assert ended.code == 0, ended.said
-    assert user_files(clone) == before
-    assert not clone.layout.workshop.exists()
-    left = clone.git("for-each-ref", "--format=%(refname)", "refs/pins/left-*").strip()
-    assert left in ended.err
-    assert clone.git("show", f"{left}:mine.py") == "MINE = 1"
-    assert len(clone.git("worktree", "list").splitlines()) == 1
-    assert "no bump" not in clone.run("pin.show", "--offline").err
-
-
-def test_what_is_not_ready_is_refused_and_nothing_is_made(clone: World, releases: Releases) -> None:
+def test_what_is_not_ready_is_refused_and_nothing_is_made(clone: World) -> None:
     edited = clone.layout.vllm / "vllm" / "envs.py"
     text = edited.read_text()
     edited.write_text(text + "# mine\n")
     assert "has edits (vllm/envs.py)" in clone.run("pin.bump", f"v{CLEAN}").error(3)
-    clone.git("commit", "--quiet", "--all", "-m", "Mine")
-    assert "patch.export" in clone.run("pin.bump", f"v{CLEAN}").err
-    clone.git("reset", "--quiet", "--hard", "HEAD~1")
-    day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
-    releases.publish(clone, CLEAN, when=day.strftime("%Y-%m-%dT%H:%M:%S.000000Z"))
-    assert "was published 2.0 days ago, PIN_MIN_AGE_DAYS asks for 7" in clone.run("pin.bump", f"v{CLEAN}").error(2)
-    assert "0.99.0" in clone.run("pin.bump", "v0.99.0").error(11)
-    ended = clone.run("pin.bump", "v0.31.0")
-    assert ended.code == 0, ended.said
-    assert "nothing to do: v0.31.0 is pinned already" in ended.err
-    clone.index.faults["vllm"] = Fault(status=503)
-    clone.run("pin.bump", f"v{CONFLICT}").error(11)
     assert not clone.layout.workshop.exists()

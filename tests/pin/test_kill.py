@@ -1,8 +1,7 @@
-"""A few of the kills of tests/proof/kill: verbs on patches and the return to a good state, ended at calls of their own."""
+"""One of the kills of tests/proof/kill, at a call of the verb's own."""
 
 from pathlib import Path
 
-from tests.pin.test_back import pretend_good
 from tests.proof.kill import judge, launcher
 from tests.small.world import World
 
@@ -25,30 +24,3 @@ def test_killed_apply_is_finished_by_the_next(clone: World) -> None:
     assert ended.code == 0, ended.said
     assert clone.git("rev-parse", "HEAD", "refs/patches/tip").split() == [tip, tip]
     assert clone.git("status", "--porcelain") == "?? new.txt"
-
-
-def test_killed_export_is_finished_by_the_next(clone: World) -> None:
-    clone.git("checkout", "--quiet", "--detach", "HEAD~1")
-    (clone.layout.vllm / "vllm" / "mine.py").write_text("MINE = 1\n")
-    clone.git("add", "vllm/mine.py")
-    clone.git("commit", "--quiet", "-m", "Mine\n\nUpstream-Status: Pending")
-    kill(clone, 14, "patch.export")
-    ended = clone.run("patch.export")
-    assert ended.code == 0, ended.said
-    patches = clone.layout.patches("vllm")
-    assert sorted(path.name for path in patches.iterdir()) == ["Mine.patch", "series"]
-    assert not list(patches.parent.glob(".*"))
-    assert clone.status()["patches"] == "ok"
-
-
-def test_killed_return_is_finished_by_the_next(clone: World) -> None:
-    wanted, tip = pretend_good(clone, "v0.31.0"), clone.git("rev-parse", "HEAD")
-    kill(clone, 46, "pin.back", "--good", wanted)
-    assert (clone.layout.state / "back.json").exists()
-    assert "./scripts/inv pin.back" in clone.status()["next"]
-    ended = clone.run("pin.back")
-    assert ended.code == 0, ended.said
-    assert not (clone.layout.state / "back.json").exists()
-    # The series of that state is this one's, and bootstrap, a part of the return, has put it on.
-    assert tip in clone.git("rev-list", "--all", "HEAD").split()
-    assert clone.status()["install"] == "ok"

@@ -1,5 +1,7 @@
 """The bump's long ways: from git, upstreamed patches, environments that are gone, and a kill at every tenth of a second."""
 
+import datetime
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.pin.conftest import PARITY, ROWS, TINY, smoke, user_files
+from tests.small.index import Fault
 from tests.small.materials import Materials, git
 from tests.small.releases import CLEAN, CONFLICT, RED, UPSTREAMED, Releases
 from tests.small.world import World, make_world
@@ -39,6 +42,77 @@ def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_f
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, CLEAN)
+
+
+def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_reached(clone: World, releases: Releases) -> None:
+    layout = clone.layout
+    for words in (("pin.bump", f"v{CLEAN}"), ("pin.back",)):
+        ended = clone.run(*words)
+        assert ended.code == 0, ended.said
+    name = next(row["facts"]["name"] for row in shown(clone) if row["name"] == "good" and not row["facts"]["current"])
+    ended = clone.run("pin.back", "--good", name)
+    assert ended.code == 0, ended.said
+    assert clone.python("import vllm; print(vllm.RELEASE)") == CLEAN
+    assert clone.status()["smoke"] == "ok"
+
+    # Once upstream's git can be reached, the same release is pinned by its own commit, and nothing is built for it.
+    clone.env["VLLM_MIRROR"] = releases.upstream.as_uri()
+    head = clone.git("rev-parse", "HEAD")
+    ended = clone.run("pin.bump", f"v{CLEAN}")
+    assert "pinned by upstream's own commit now" in ended.err, ended.said
+    assert git(clone.root, "ls-files", "-s", "vendor/vllm").split()[1] == releases.commit(CLEAN) == pins.load(layout.pins).vllm.commit
+    assert (clone.git("rev-parse", "HEAD"), clone.status()["patches"], clone.status()["install"]) == (head, "ok", "ok")
+
+
+def shown(world: World) -> list[dict]:
+    ended = world.run("pin.show", "--json", "--offline")
+    assert ended.code == 0, ended.said
+    return json.loads(ended.out)["rows"]
+
+
+def test_abort_leaves_everything_and_keeps_what_was_done_in_the_workshop(clone: World) -> None:
+    before = user_files(clone)
+    ended = clone.run("pin.bump", f"v{CONFLICT}")
+    assert "patch 1 of 1, patches/vllm/" in ended.error(4)
+    assert "conflict in setup.py" in ended.err
+    ((clone.layout.workshop / "vendor" / "vllm") / "mine.py").write_text("MINE = 1\n")
+    ended = clone.run("patch.continue", "--abort")
+    assert ended.code == 0, ended.said
+    assert user_files(clone) == before
+    assert not clone.layout.workshop.exists()
+    left = clone.git("for-each-ref", "--format=%(refname)", "refs/pins/left-*").strip()
+    assert left in ended.err
+    assert clone.git("show", f"{left}:mine.py") == "MINE = 1"
+    assert len(clone.git("worktree", "list").splitlines()) == 1
+
+
+def test_bump_that_waits_is_shown_and_a_commit_that_came_meanwhile_is_not_lost(clone: World) -> None:
+    clone.run("pin.bump", f"v{CONFLICT}").error(4)
+    bump = next(row for row in shown(clone) if row["name"] == "bump")
+    assert "patch 1 of 1 conflicts in setup.py" in bump["text"]
+    clone.git("commit", "--quiet", "--allow-empty", "-m", "Meanwhile")
+    assert "is no longer at" in clone.run("patch.continue").error(3)
+    clone.git("reset", "--quiet", "--soft", "HEAD~1")
+    ended = clone.run("patch.continue", "--abort")
+    assert ended.code == 0, ended.said
+    assert "bump" not in {row["name"] for row in shown(clone)}
+
+
+def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(clone: World, releases: Releases) -> None:
+    day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
+    releases.publish(clone, CLEAN, when=day.strftime("%Y-%m-%dT%H:%M:%S.000000Z"))
+    assert "was published 2.0 days ago, PIN_MIN_AGE_DAYS asks for 7" in clone.run("pin.bump", f"v{CLEAN}").error(2)
+    clone.git("commit", "--quiet", "--allow-empty", "-m", "Mine")
+    assert "patch.export" in clone.run("pin.bump", f"v{CLEAN}").err
+    clone.git("reset", "--quiet", "--hard", "HEAD~1")
+    assert "0.99.0" in clone.run("pin.bump", "v0.99.0").error(11)
+    ended = clone.run("pin.bump", "v0.31.0")
+    assert ended.code == 0, ended.said
+    assert "nothing to do: v0.31.0 is pinned already" in ended.err
+    clone.index.faults["vllm"] = Fault(status=503)
+    clone.run("pin.bump", f"v{CONFLICT}").error(11)
+    assert "newer         unknown: " in clone.run("pin.show").err
+    assert not clone.layout.workshop.exists()
 
 
 def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:

@@ -1,0 +1,46 @@
+"""What is recorded as good of patches that are not committed, and which states stay."""
+
+from tests.pin.conftest import RECORD, run, smoke
+from tests.pin.test_good import names
+from tests.small.materials import git
+from tests.small.world import World
+from workspace.pin import good
+
+
+def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(clone: World) -> None:
+    layout, first = clone.layout, names(clone)[0]
+    package = layout.vllm / "vllm" / "envs.py"
+    package.write_text(package.read_text() + "# mine\n")
+    clone.git("commit", "--quiet", "--all", "-m", "Mine\n\nUpstream-Status: Pending")
+    ended = clone.run("patch.export")
+    assert ended.code == 0, ended.said
+    assert "not recorded as good: the smoke has not passed on this tree" in run(clone, *RECORD).err
+    assert names(clone) == [first]
+
+    # With patches that are not committed the reference is a commit of its own, and no branch moved.
+    (clone.root / "README.md").write_text("staged, and no business of a good state\n")
+    git(clone.root, "add", "README.md")
+    head = git(clone.root, "rev-parse", "HEAD")
+    assert smoke(clone).code == 0
+    second = names(clone)[0]
+    assert second != first
+    kept = git(clone.root, "rev-parse", f"refs/good/{second}")
+    assert git(clone.root, "rev-parse", f"{kept}^", "HEAD").split() == [head, head]
+    assert set(git(clone.root, "diff", "--name-only", head, kept).split()) == {"patches/vllm/Mine.patch", "patches/vllm/series"}
+    assert git(clone.root, "ls-tree", kept, "vendor/vllm").split()[2] == clone.materials.commit
+    assert git(clone.root, "diff", "--cached", "--name-only") == "README.md"
+
+    # The oldest goes, with its references; never the one in use.
+    for number in (3, 4):
+        record = (good.folder(layout, second) / "good.json").read_text()
+        other = f"v0.0.{number}-{'0' * 12}"
+        (layout.goods / other).mkdir()
+        (layout.goods / other / "good.json").write_text(record.replace(second, other))
+        clone.git("update-ref", f"refs/good/{other}", "HEAD")
+    assert run(clone, *RECORD).code == 0
+    assert len(names(clone)) == good.KEPT
+    assert names(clone)[0] == second
+    assert first not in names(clone)
+    assert not good.folder(layout, first).exists()
+    assert clone.git("for-each-ref", f"refs/good/{first}") == ""
+    assert git(clone.root, "for-each-ref", f"refs/good/{first}") == ""

@@ -1,0 +1,29 @@
+"""Triton's checkout moves along with its pin only where nothing of the user's is in the way."""
+
+from pathlib import Path
+
+from tests.pin.test_triton import triton
+from tests.small.materials import git
+from tests.small.world import World
+
+__all__ = ["triton"]
+
+
+def test_clean_checkout_moves_along_and_one_with_edits_or_commits_is_left(world: World, triton: Path) -> None:
+    tree, first, new = world.layout.triton, git(triton, "rev-parse", "main~1"), git(triton, "rev-parse", "main")
+    git(triton, "clone", "--quiet", triton.as_uri(), str(tree))
+    git(tree, "checkout", "--quiet", "--detach", first)
+    (tree / "file").write_text("mine\n")
+    before = world.layout.pins.read_bytes()
+    assert "vendor/triton has edits (file)" in world.run("pin.bump", "triton").error(3)
+    git(tree, "commit", "--quiet", "--all", "-m", "Mine")
+    assert "is not what pin and patches make" in world.run("pin.bump", "triton").error(3)
+    assert world.layout.pins.read_bytes() == before
+    git(tree, "branch", "mine")
+    git(tree, "checkout", "--quiet", "--detach", first)
+    assert "1 commits ahead" in world.run("pin.show").err
+    ended = world.run("pin.bump", "triton")
+    assert ended.code == 0, ended.said
+    assert (git(tree, "rev-parse", "HEAD"), (tree / "file").read_text()) == (new, "two\n")
+    assert git(tree, "rev-parse", "mine~1") == first
+    assert "nothing to do" in world.run("pin.bump", "triton").err
