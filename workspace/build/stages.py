@@ -64,8 +64,9 @@ def make_source(run: Run, view: Step) -> None:
 
 def apply_patches(run: Run, view: Step) -> None:
     observed = run.observed
-    stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, journal=run.journal)
+    # First: once the patches are on, nothing is due that would bring it.
     export.template(run.layout, "vllm", Git(run.layout.vllm), run.journal)
+    stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, journal=run.journal)
     view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
     checkout.protect(run.layout)
 
