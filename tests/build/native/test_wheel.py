@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.small import wheels
-from tests.small.materials import VERSION
+from tests.small.materials import ROOT, VERSION
 from tests.small.world import World
 from workspace.build import plan
 from workspace.build.native import wheel
@@ -155,6 +156,34 @@ def test_folder_that_cannot_be_written_is_named(built: World, tmp_path: Path) ->
     (tmp_path / "dist").write_text("a file where the folder should be\n")
     with pytest.raises(ToolchainError, match="dist"):
         pack(built, tmp_path / "dist")
+
+
+FULL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from workspace.build import plan
+from workspace.build.native import wheel
+from workspace.core import settings
+from workspace.core.errors import ToolchainError
+from workspace.core.layout import Layout
+layout = Layout(Path(sys.argv[2]))
+known = settings.load(layout)
+try:
+    wheel.pack(layout, known, plan.observe(layout, known), Path(sys.argv[3]))
+except ToolchainError as exc:
+    print(exc.message, list(Path(sys.argv[3]).iterdir()))
+"""
+
+
+def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
+    dist.mkdir()
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k small "$0" && exec "$@"', str(dist)]
+    if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine lets nobody mount a small file system")
+    argv = [*mount, sys.executable, "-B", "-c", FULL, str(ROOT), str(built.root), str(dist)]
+    said = subprocess.run(argv, env=built.env, capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith("cannot be written: No space left on device []")
 
 
 def test_wheel_of_somebody_else_says_nothing(built: World) -> None:
