@@ -39,6 +39,15 @@ if(VLLM_TARGET_DEVICE STREQUAL "rocm")
   message(FATAL_ERROR "no")
 endif()
 include(cmake/external_projects/flashy.cmake)
+set(SPARED ${CMAKE_CURRENT_SOURCE_DIR}/csrc/spared.py)
+file(MD5 ${SPARED} SPARED_HASH)
+if(NOT DEFINED CACHE{SPARED_HASH} OR NOT $CACHE{SPARED_HASH} STREQUAL ${SPARED_HASH})
+  execute_process(
+    COMMAND ${CMAKE_COMMAND} -E env PYTHONPATH=${flashy_SOURCE_DIR}/python ${VLLM_PYTHON_EXECUTABLE} ${SPARED} RESULT_VARIABLE generated)
+  if(NOT generated EQUAL 0)
+    message(FATAL_ERROR "Machete generation failed.")
+  endif()
+endif()
 add_dependencies(_C _flashy_C)
 """
 UTILS = """\
@@ -90,6 +99,7 @@ FILES = {
     "cmake/utils.cmake": UTILS,
     "cmake/external_projects/flashy.cmake": FLASHY,
     "csrc/generate.py": GENERATOR,
+    "csrc/spared.py": "import of_flashy\n",
     "csrc/include/wide.h": "#define WIDTH 8\n",
     "csrc/c.c": '#include "wide.h"\n#include "patched.h"\nint c(void) { return WIDTH + WIDE + PATCHED; }\n',
     "csrc/spinloop.c": "int spin(void) { return 1; }\n",

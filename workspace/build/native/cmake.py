@@ -125,6 +125,7 @@ def arguments(layout: Layout, settings: Settings, inputs: Inputs, sources: Mappi
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
         **{name: place for name, place in sources.items() if name.startswith("FETCHCONTENT_")},
     }
+    defined |= dict(_spared(Path(inputs.place), inputs.device, sources))
     if settings.child_environment("build").get("VERBOSE", "0") not in ("", "0"):
         defined["CMAKE_VERBOSE_MAKEFILE"] = "ON"
     if inputs.device == "cuda":
@@ -180,8 +181,6 @@ def _hint(said: str) -> str:
 
 def _begin(build: Path) -> None:
     """Leave nothing of a former configure but objects: a cache, compiler checks or answers that are half written would be believed."""
-    if build.exists() and not build.is_dir():
-        build.unlink()
     build.mkdir(parents=True, exist_ok=True)
     (build / project.RECORD).unlink(missing_ok=True)
     (build / "CMakeCache.txt").unlink(missing_ok=True)
@@ -229,7 +228,7 @@ def _changed(tree: Path, read: Mapping[str, State]) -> Iterator[str]:
 def _read_of(tree: Path) -> Iterator[str]:
     """CMake files, patches and generators of the tree. A generator may import others, so every Python file beside sources counts."""
     yield from (str(path.relative_to(tree)) for path in listfiles(tree))
-    yield from sorted(path for path in written.sources(tree) if path.endswith((".py", ".cmake", ".txt")))
+    yield from sorted(path for path in written.sources(tree) if path.endswith((".py", ".cmake", ".in", ".jinja", ".j2", "/CMakeLists.txt")))
 
 
 def _written_to(tree: Path, device: str) -> tuple[str, ...]:
@@ -239,13 +238,33 @@ def _written_to(tree: Path, device: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for path in named if ".." not in path and not Path(path).suffix))
 
 
+def _spared(tree: Path, device: str, sources: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Generators that import something of a placeholder, by the variable in which the tree's files remember that they ran: nothing needs their outcome.
+
+    Machete's needs CUTLASS's Python part.
+    """
+    absent = [f"${{{Path(place).parent.name}_".lower() for place in sources.values() if placeholder.FOLDER in Path(place).parts]
+    scripts: dict[str, tuple[str, str]] = {}
+    for step in listfile.walk(tree, device) if absent else ():
+        words = step.command.words
+        if step.command.name == "file" and len(words) == 3 and words[0] == "MD5":
+            scripts[words[1]] = words[2], _within(step.resolved(words[1]))
+        if step.command.name == "execute_process" and any(name in word.lower() for word in words for name in absent):
+            for remembered, script in (scripts[word] for word in words if word in scripts):
+                yield remembered, hashlib.md5(read_regular(tree / script), usedforsecurity=False).hexdigest()
+
+
+def _within(path: str) -> str:
+    return re.sub(r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", path)
+
+
 def _globs(tree: Path, device: str) -> Iterator[str]:
     """Patterns below the tree by which its CMake files find sources; ninja is not let to look for itself."""
     for step in listfile.walk(tree, device):
         words = step.command.words
         if step.command.name == "file" and len(words) > 2 and words[0] in ("GLOB", "GLOB_RECURSE"):
             for word in words[2:]:
-                pattern = re.sub(r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", step.resolved(word))
+                pattern = _within(step.resolved(word))
                 if "$" not in pattern and not pattern.startswith("/") and "/" in pattern:
                     folder_of, _, name = pattern.rpartition("/")
                     yield f"{folder_of}/**/{name}" if words[0] == "GLOB_RECURSE" else pattern
