@@ -325,6 +325,14 @@ def test_where_cmake_has_to_run_first_ninja_is_not_believed(site: Site, compiled
     assert built.ask(damaged, site.tree, compiled[1].targets) is None
 
 
+def test_a_source_that_is_gone_spoils_what_is_known_of_its_own_target_only(site: Site, compiled: tuple[Path, Project]) -> None:
+    build, project = compiled
+    assert site.ninja(build, "spinloop").returncode == 0
+    with written(site.tree / "csrc/c.c", None):
+        found = reach.reached(site.tree, ["csrc/c.c", "csrc/spinloop.c"], project, build=build, pinned=project)
+    assert [(one.target, one.reason, len(one.units)) for one in found] == [("_C", "csrc/c.c deleted", 5), ("spinloop", "csrc/spinloop.c changed", 0)]
+
+
 # Real git.
 
 

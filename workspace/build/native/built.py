@@ -31,16 +31,15 @@ class Built:
 
 def ask(build: Path, tree: Path, targets: Collection[Target]) -> Built | None:
     """Ask ninja about these targets. None where it cannot tell: it is not there, the directory is damaged, or CMake would have to run first."""
-    objects = {unit.object for target in targets for unit in target.units}
+    compiled = {target.name: {unit.object for unit in target.units} for target in targets if target.units}
+    objects = {one for group in compiled.values() for one in group}
     if not (build / ".ninja_deps").is_file() or not objects:
         return Built(frozenset(objects), {})
     try:
         cached = dict(_CACHED.findall((build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")))
-        said = _ninja(cached["CMAKE_MAKE_PROGRAM"], build, *(target.name for target in targets))
-        # It says the object last, after what CMake calls the step; what it means to do first is to let CMake make the build anew.
-        if said is None or any(line.startswith("Re-running CMake") for line in said):
+        due = _due(cached["CMAKE_MAKE_PROGRAM"], build, compiled)
+        if due is None:
             return None
-        due = objects.intersection(line.rsplit(" ", 1)[-1] for line in said) | {one for one in objects if " " in one}
         wanted, taken_in = sorted(objects - due), dict[str, frozenset[str]]()
         tops = tuple(dict.fromkeys(f"{top}/" for top in (cached["CMAKE_HOME_DIRECTORY"], str(tree.absolute()), paths.realpath(tree))))
         for start in range(0, len(wanted), _ASKED_AT_ONCE):
@@ -52,6 +51,23 @@ def ask(build: Path, tree: Path, targets: Collection[Target]) -> Built | None:
         return None
     # Of what ninja holds for whole and has no dependencies of, nothing is known.
     return Built(frozenset(due | {one for one in wanted if one not in taken_in}), taken_in)
+
+
+def _due(program: str, build: Path, compiled: Mapping[str, Collection[str]]) -> set[str] | None:
+    """The objects that ninja would make for these targets; all of a target of which it cannot say."""
+    objects = {one for group in compiled.values() for one in group}
+    said = _ninja(program, build, *compiled)
+    if said is None and len(compiled) > 1:
+        # A source that is gone stops ninja before it says anything, of other targets too.
+        alone = [_due(program, build, {name: group}) for name, group in compiled.items()]
+        return None if None in alone else {one for group in alone if group for one in group}
+    if said is None:
+        return objects
+    # What it means to do first is to let CMake make the build anew.
+    if any(line.startswith("Re-running CMake") for line in said):
+        return None
+    # It names the object last, behind what CMake calls the step.
+    return objects.intersection(line.rsplit(" ", 1)[-1] for line in said) | {one for one in objects if " " in one}
 
 
 def _ninja(program: str, build: Path, *words: str) -> list[str] | None:
