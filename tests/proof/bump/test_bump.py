@@ -102,7 +102,9 @@ def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(clone: World, r
     day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
     releases.publish(clone, CLEAN, when=day.strftime("%Y-%m-%dT%H:%M:%S.000000Z"))
     assert "was published 2.0 days ago, PIN_MIN_AGE_DAYS asks for 7" in clone.run("pin.bump", f"v{CLEAN}").error(2)
-    clone.git("commit", "--quiet", "--allow-empty", "-m", "Mine")
+    edited = clone.layout.vllm / "vllm" / "envs.py"
+    edited.write_text(edited.read_text() + "# mine\n")
+    clone.git("commit", "--quiet", "--all", "-m", "Mine")
     assert "patch.export" in clone.run("pin.bump", f"v{CLEAN}").err
     clone.git("reset", "--quiet", "--hard", "HEAD~1")
     assert "0.99.0" in clone.run("pin.bump", "v0.99.0").error(11)
