@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from workspace.core.errors import PatchDrift
@@ -59,24 +61,44 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
     commits that are no patches yet, or a patch changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
     """
     path = checkouts.folder_of(layout, pin)
-    git, stack = Git(path), _settled(layout, project, pin, checkout, journal)
+    git, checkout = Git(path), _settled(layout, project, pin, checkout, journal)
+    place, files = layout.state / f"{project}-stack", [layout.patches(project) / name for name in series.read(layout.patches(project), pin=pin.commit).names]
+    stack, applied = _looked_and_tried(layout, project, pin, checkout, git, files, place)
     if stack.state is State.APPLIED:
         return stack
     if stack.state is not State.UNAPPLIED or stack.base is None:
         raise conflict.refusal(layout.relative(path), git, stack, verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap")
-    files = [layout.patches(project) / name for name in stack.names]
     if stop_at_conflict and stack.expected_tree is None:
-        # It need not be tried aside first.
         _put_on_in_place(layout, project, git, stack, stack.base, files, journal)
     else:
-        applied = am.applied(git, stack.base, files, place=layout.state / f"{project}-stack")
+        if applied.tip is None:
+            applied = am.applied(git, stack.base, files, place=place)
         if applied.tip is None:
             raise conflict.refused(project, stack.names[applied.position - 1], stack, applied)
         _check(project, git, stack, stack.base, applied.tip)
         _keep(git, stack.base, applied.tip)
-        _keep_lost(git)
         moves.move(layout, project, git, applied.tip, journal=journal)
-    return observe(layout, project, pin, checkouts.observe(layout, pin))
+    return observe(layout, project, pin, replace(checkout, head=git.head()))
+
+
+def _looked_and_tried(layout: Layout, project: str, pin: Pin, checkout: Checkout, git: Git, files: Sequence[Path], place: Path) -> tuple[Stack, am.Applied]:
+    """Look at the stack, and meanwhile make the commits of one that may have to be put on: most of the time goes into that, on one core.
+
+    The repository gets them only where the stack is to be put on.
+    """
+    decided: Future[bool] = Future()
+    is_wanted = False
+    with ThreadPoolExecutor(1) as pool:
+        is_at_base = files and checkout.base and checkout.head == checkout.base and not git.under_way()
+        begun = pool.submit(am.tried, git, checkout.base or "", files, place=place, is_wanted=decided.result) if is_at_base else None
+        try:
+            stack = observe(layout, project, pin, checkout)
+            is_wanted = stack.state is State.UNAPPLIED and stack.expected_tree is not None
+            if stack.state is State.UNAPPLIED:
+                _keep_lost(git)
+        finally:
+            decided.set_result(is_wanted)
+    return stack, begun.result() if begun and is_wanted else am.Applied(None)
 
 
 def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal) -> Stack:
@@ -85,7 +107,7 @@ def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journ
     Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something, and PatchDrift where it holds
     commits that are no patches yet.
     """
-    stack = _settled(layout, project, pin, checkout, journal)
+    stack = observe(layout, project, pin, _settled(layout, project, pin, checkout, journal))
     if stack.base and stack.head == stack.base and stack.state is not State.IN_PROGRESS:
         return stack
     path = checkouts.folder_of(layout, pin)
@@ -97,12 +119,11 @@ def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journ
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
-def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, journal: Journal) -> Stack:
-    """The stack, after a move that a killed run began has been finished."""
-    stack = observe(layout, project, pin, checkout)
+def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, journal: Journal) -> Checkout:
+    """The checkout, after a move that a killed run began has been finished."""
     if moves.is_begun(layout, project) and moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), journal=journal):
-        return observe(layout, project, pin, checkouts.observe(layout, pin))
-    return stack
+        return checkouts.observe(layout, pin)
+    return checkout
 
 
 def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base: str, files: Sequence[Path], journal: Journal) -> None:

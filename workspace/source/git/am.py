@@ -5,7 +5,7 @@ the code of any other failure, and a patch that is upstream already is dropped w
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ _AM = (
 )
 # The same in the hands of a person who resolves a conflict.
 AM_BY_HAND = "am --3way --keep-non-patch --keep-cr --no-scissors --committer-date-is-author-date"
+# git-update-index(1), --index-version; git 2.40 can leave its checksum out.
+_SMALL_INDEX = ("-c", "index.version=4", "-c", "index.skipHash=true")
 # `am` writes twenty small files a patch into its git directory: in memory (tmpfs(5)) that takes half the time.
 _IN_MEMORY = Path("/dev/shm")
 
@@ -51,19 +53,25 @@ def applied(git: Git, base: str, patches: Sequence[Path], *, place: Path) -> App
 
     The commits lie in its objects afterwards, safely on the disk. The same input gives the same SHAs, whoever runs it.
     """
+    done = tried(git, base, patches, place=place)
+    return done if done.tip else _applied_in(place, git, base, patches, with_files=True)
+
+
+def tried(git: Git, base: str, patches: Sequence[Path], *, place: Path, is_wanted: Callable[[], bool] = lambda: True) -> Applied:
+    """What `applied` does where each patch applies as it stands; otherwise no tip, and the position says nothing.
+
+    The same where `is_wanted`, asked when the commits are made and before the repository gets them, says no.
+    """
     quick = _IN_MEMORY / f"workspace-{os.getuid()}-{place.name}" if os.access(_IN_MEMORY, os.W_OK) else place
     try:
         # `am` needs the files of a merge, never of a patch that applies as it stands: they are written only when that failed.
-        done = _applied_in(quick, git, base, patches, with_files=False)
+        return _applied_in(quick, git, base, patches, with_files=False, is_wanted=is_wanted)
     except ToolchainError:
         # The memory may be full where the disk is not.
-        done = Applied(None)
-    if done.tip is None:
-        done = _applied_in(place, git, base, patches, with_files=True)
-    return done
+        return Applied(None)
 
 
-def _applied_in(place: Path, git: Git, base: str, patches: Sequence[Path], *, with_files: bool) -> Applied:
+def _applied_in(place: Path, git: Git, base: str, patches: Sequence[Path], *, with_files: bool, is_wanted: Callable[[], bool] = lambda: True) -> Applied:
     with scratch.beside(place) as folder:
         aside, objects = Git(folder / "tree", git_dir=folder / "git"), git.path_of("objects")
         aside.path.mkdir()
@@ -72,11 +80,14 @@ def _applied_in(place: Path, git: Git, base: str, patches: Sequence[Path], *, wi
         (made / "info").mkdir(exist_ok=True)
         (made / "info" / "alternates").write_bytes(os.fsencode(objects) + b"\n")
         aside.set_ref("HEAD", base)
-        aside.read_index(base)
+        # It is written anew for each patch: the smaller the better.
+        aside.write(*_SMALL_INDEX, "read-tree", base)
         if with_files:
             aside.write_files()
         # A sync for all is a third of the time of one for each object.
-        if aside.write("-c", "core.fsync=none", *_AM, *map(str, patches), check=False).status == 0:
+        if aside.write(*_SMALL_INDEX, "-c", "core.fsync=none", *_AM, *map(str, patches), check=False).status == 0:
+            if not is_wanted():
+                return Applied(None)
             take_in(made, objects)
             return Applied(aside.head())
         there = position(aside)
