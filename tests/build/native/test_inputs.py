@@ -1,6 +1,7 @@
 """What a build directory is keyed by, and what else a configure depends on, read from a clone and its environment."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,18 @@ def test_what_a_small_toolkit_lacks_is_taken_from_torchs_wheels(site: Site) -> N
 
 
 def test_a_stub_of_the_drivers_library_is_made_where_there_is_no_driver_and_once(site: Site) -> None:
-    put(site.root / "cuda", {"include/cublas_v2.h": "", "lib64/libnvrtc.so": ""})
+    renamed = "#define cuMemFree cuMemFree_v2\nCUresult cuMemFree(int);\nCUresult cuMemAddressFree(int, long);\n"
+    put(site.root / "cuda", {"include/cublas_v2.h": "", "lib64/libnvrtc.so": "", "include/cuda.h": f"typedef int CUresult;\n{renamed}"})
     has_driver = any(path for place in ("/usr/lib", "/usr/lib64", "/usr/local/lib") for path in Path(place).glob("**/libcuda.so"))
     stub = site.root / "build" / "stub" / "libcuda.so"
     assert arguments(site) == ({} if has_driver else {"CUDA_cuda_driver_LIBRARY": str(stub)})
     if not has_driver:
-        # What is linked against it asks for the driver's own name when it is loaded.
-        assert b"libcuda.so.1\0" in stub.read_bytes()
+        # What is linked against it asks for the driver's own name when it is loaded, also by a linker that keeps only what is used.
+        made = site.root / "made.so"
+        source = "int cuMemAddressFree(int, long); int cuMemFree_v2(int); int f(void) { return cuMemAddressFree(0, 0) + cuMemFree_v2(0); }"
+        words = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made), "-Wl,-z,defs", "-Wl,--as-needed", f"-L{stub.parent}", "-lcuda"]
+        subprocess.run(words, input=source, text=True, check=True)
+        assert b"libcuda.so.1\0" in made.read_bytes()
         before = stub.stat().st_mtime_ns
         arguments(site)
         assert stub.stat().st_mtime_ns == before
