@@ -18,8 +18,11 @@ from workspace.core import settings
 from workspace.source import archive, index, pins
 
 PATCHES = 30
-VERBS = ("patch.apply", "patch.unapply", "patch.export")
-AGAIN_S = 120.0
+VERBS = ("patch.apply", "patch.unapply", "patch.export", "patch.continue")
+AGAIN_S = 300.0
+# The patch in whose first line another one, put before it, conflicts.
+DISPUTED = 15
+MOST_COMMANDS = 6
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,18 @@ class Stand:
     base: str
     tip: str
     side: str
+    disputed: str = ""
 
     @property
     def vllm(self) -> Path:
         return self.clone.layout.vllm
 
-    def inv(self, *words: str) -> None:
+    def inv(self, *words: str, codes: tuple[int, ...] = (0,)) -> int:
         child = replace(self.clone, words=words).start()
         code = child.wait(timeout=AGAIN_S)
-        assert code == 0, f"inv {' '.join(words)}: exit {code}: {self.clone.said}"
+        assert code in codes, f"inv {' '.join(words)}: exit {code}: {self.clone.said}"
+        assert "Traceback" not in self.clone.said, self.clone.said
+        return code
 
     def check(self) -> None:
         """Everything that is the user's is there, and every commit is whole and reachable."""
@@ -61,14 +67,16 @@ def make_stand(folder: Path) -> Stand:
     git(layout.vllm, "config", "user.email", "me@localhost")
     stand = Stand(clone, pin.archive.commit, "", "")
     stand.inv("patch.apply")
-    for number, path in enumerate(sorted((layout.vllm / "vllm").rglob("*.py"))[:PATCHES]):
+    files = sorted((layout.vllm / "vllm").rglob("*.py"))[:PATCHES]
+    for number, path in enumerate(files):
         commit(stand, path, number)
     stand.inv("patch.export")
     git(layout.root, "add", "patches")
     git(layout.root, "commit", "--quiet", "-m", "Thirty patches")
     git(layout.vllm, "branch", "side", "HEAD~3")
     (layout.vllm / "mine.txt").write_text("mine\n")
-    return replace(stand, tip=git(layout.vllm, "rev-parse", "HEAD"), side=git(layout.vllm, "rev-parse", "side"))
+    disputed = str(files[DISPUTED].relative_to(layout.vllm))
+    return replace(stand, tip=git(layout.vllm, "rev-parse", "HEAD"), side=git(layout.vllm, "rev-parse", "side"), disputed=disputed)
 
 
 def commit(stand: Stand, path: Path, number: int) -> None:
@@ -87,7 +95,7 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
         draw = random.Random(f"{seed} stack {number}")
         verb = VERBS[number % len(VERBS)]
         _begin(stand, verb, number)
-        after_s = draw.random() * whole_s.get(verb, 1.0)
+        after_s = draw.random() * whole_s.get(verb, 3.0)
         is_all = draw.random() < 0.5
         started = time.monotonic()
         child = replace(stand.clone, words=(verb,)).start()
@@ -104,13 +112,16 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
             _, living = judge.await_no_stray(stand.clone.mark)
             assert not living, f"still alive: {living}"
             struck += 1
-            stand.inv(verb)
+            if verb == "patch.continue":
+                _go_on(stand)
+            else:
+                stand.inv(verb)
             _end(stand, verb)
             verdict = "ok"
         except AssertionError as exc:
             verdict, failures = f"FAIL {exc}", failures + 1
         how = "SIGKILL to all" if is_all else "SIGKILL to the verb"
-        print(f"{number:3}  {verb:14}{how:20} after {after_s:.2f} s: {verdict}", flush=True)
+        print(f"{number:3}  {verb:16}{how:20} after {after_s:.2f} s: {verdict}", flush=True)
     print(f"{times} kills, {failures} not completed rightly, seed {seed}", flush=True)
     return failures
 
@@ -123,22 +134,64 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
         git(stand.vllm, "reset", "--quiet", "--hard", "HEAD~2")
         commit(stand, sorted((stand.vllm / "vllm").rglob("*.py"))[PATCHES + 1], 1000 + number)
 
+    elif verb == "patch.continue":
+        stand.inv("patch.unapply")
+        commit(stand, stand.vllm / stand.disputed, 2000)
+        folder = stand.clone.layout.patches("vllm")
+        words = ("format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1")
+        (folder / "Change-number-2000.patch").write_text(git(stand.vllm, *words) + "\n")
+        lines = (folder / "series").read_text().splitlines()
+        (folder / "series").write_text("\n".join([*lines[:2], "Change-number-2000.patch", *lines[2:]]) + "\n")
+        git(stand.vllm, "checkout", "--quiet", "--detach", stand.base)
+        stand.inv("patch.apply", codes=(4,))
+        _resolve(stand)
+
+
+def _resolve(stand: Stand) -> None:
+    """Take both sides of the conflict, as a user would."""
+    assert git(stand.vllm, "diff", "--name-only", "--diff-filter=U") == stand.disputed, stand.clone.said
+    file = stand.vllm / stand.disputed
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||"))))
+    git(stand.vllm, "add", stand.disputed)
+
+
+def _go_on(stand: Stand) -> None:
+    """Go on by what is hinted at, until nothing is under way; an `am` that was begun anew has its conflict resolved again."""
+    for _ in range(MOST_COMMANDS):
+        if git(stand.vllm, "rev-parse", "HEAD") == stand.base:
+            stand.inv("patch.apply", codes=(4,))
+            _resolve(stand)
+        if stand.inv("patch.continue", codes=(0, 3, 4)) == 0 or "nothing is under way" in stand.clone.said:
+            return
+        stand.inv("patch.continue", "--skip" if "--skip    where that is right" in stand.clone.said else "--abort")
+    raise AssertionError(f"{MOST_COMMANDS} commands did not lead to the end: {stand.clone.said}")
+
 
 def _end(stand: Stand, verb: str) -> None:
     """Hold what came of it against what should have, and bring the stack back."""
     if verb == "patch.unapply":
         assert git(stand.vllm, "rev-parse", "HEAD") == stand.base
         stand.inv("patch.apply")
+    if verb == "patch.continue":
+        assert git(stand.vllm, "diff", "--name-only", stand.tip, "HEAD") == stand.disputed
+        assert (stand.vllm / stand.disputed).read_text().startswith(f"# change 2000\n# change {DISPUTED}\n")
+        git(stand.vllm, "branch", "--force", "continued")
+        _restore(stand)
     if verb == "patch.export":
         stand.inv("patch.export", "--check")
         git(stand.vllm, "branch", "--force", "exported")
-        git(stand.vllm, "reset", "--quiet", "--hard", stand.tip)
-        git(stand.clone.layout.root, "checkout", "--quiet", "--", "patches")
-        git(stand.clone.layout.root, "clean", "--quiet", "-fd", "patches")
-        stand.inv("patch.export")
-        assert git(stand.clone.layout.root, "status", "--porcelain", "patches") == ""
+        _restore(stand)
     assert git(stand.vllm, "rev-parse", "HEAD^{tree}") == git(stand.vllm, "rev-parse", f"{stand.tip}^{{tree}}")
     stand.check()
+
+
+def _restore(stand: Stand) -> None:
+    git(stand.vllm, "reset", "--quiet", "--hard", stand.tip)
+    git(stand.clone.layout.root, "checkout", "--quiet", "--", "patches")
+    git(stand.clone.layout.root, "clean", "--quiet", "-fd", "patches")
+    stand.inv("patch.export")
+    assert git(stand.clone.layout.root, "status", "--porcelain", "patches") == ""
 
 
 def _kill(number: int) -> None:
