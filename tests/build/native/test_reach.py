@@ -95,6 +95,33 @@ def test_the_scan_misses_nothing_that_a_compiler_takes_in(graph: Graph) -> None:
             assert name in taken, f"{name} is included, and was not found"
 
 
+def test_every_spelling_that_a_compiler_takes_is_found_beside_and_by_folder(tmp_path: Path) -> None:
+    spelled = [(form, name, place) for form in FORMS for name in ('"sub/e.h"', "<sub/e.h>") for place in ("moe", "other") if place == "other" or name[0] == '"']
+    units = {f"csrc/{place}/u{number}.cpp": form.format(name, name[1:-1]) + "\n" for number, (form, name, place) in enumerate(spelled)}
+    put(tmp_path, units | {"csrc/moe/sub/e.h": ""})
+    words = ["g++", "-M", "-w", f"-I{tmp_path / 'inc'}", f"-I{tmp_path / 'csrc/moe'}", *(str(tmp_path / unit) for unit in units)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert said.count("/csrc/moe/sub/e.h") == len(units)
+    found = Scan(tmp_path, ["csrc/moe/sub/e.h"]).taken_in(units, ("inc", "csrc/moe"))
+    assert [text for unit, text in units.items() if not found[unit]] == []
+
+
+def test_a_link_reaches_as_what_it_names_and_finds_what_lies_beside_itself(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        {"csrc/u.cu": '#include "link/x.h"\n', "real/x.h": '#include "y.h"\n', "csrc/link/y.h": "", "real/y.h": "", "csrc/v.cu": '#include "dir/x.h"\n'},
+    )
+    (tmp_path / "csrc/link/x.h").symlink_to("../../real/x.h")
+    (tmp_path / "csrc/dir").symlink_to("../real")
+    assert scanned(tmp_path, ["real/x.h", "csrc/link/x.h", "csrc/link/y.h"]) == {"real/x.h", "csrc/link/x.h", "csrc/link/y.h"}
+    assert scanned(tmp_path, ["real/x.h", "real/y.h", "csrc/link/y.h"], "csrc/v.cu") == {"real/x.h", "real/y.h"}
+
+
+def test_a_name_in_several_include_folders_may_be_any_of_them(tmp_path: Path) -> None:
+    put(tmp_path, {"csrc/u.cu": "#include <a.h>\n#include_next <b.h>\n", "one/a.h": "", "two/a.h": "", "csrc/b.h": "", "two/b.h": ""})
+    assert scanned(tmp_path, ["one/a.h", "two/a.h", "two/b.h"], folders=("one", "two")) == {"one/a.h", "two/a.h", "two/b.h"}
+
+
 def scanned(tree: Path, changed: Sequence[str], source: str = "csrc/u.cu", folders: Sequence[str] = ("csrc",)) -> frozenset[str]:
     return Scan(tree, changed).taken_in([source], folders)[source]
 
