@@ -54,6 +54,8 @@ def test_the_trace_keeps_to_the_rules_of_the_trace_event_format() -> None:
     complete = [event for event in document["traceEvents"] if event["ph"] == "X"]
     assert {event["tid"] for event in complete} == set(named)
     (first,) = [event for event in complete if event["name"] == "b.cu"]
+    memory = [event["args"] for event in document["traceEvents"] if event["name"] == "memory GiB"]
+    assert memory[0] == {"held": 1.5, "expected beyond": 2.5}
     assert (first["ts"], first["dur"], first["args"]["target"], first["args"]["peak GiB"]) == (500_000, 3_000_000, "t", 1.0)
 
 

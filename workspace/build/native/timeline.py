@@ -52,7 +52,7 @@ def trace(finished: Sequence[Finished], samples: Iterable[Sample], *, began: flo
     for done, lane in zip(finished, found, strict=True):
         events.append(
             {
-                "name": Path(done.unit.source).name or done.unit.target or "?",
+                "name": f"link of {done.unit.target}" if done.unit.source == LINK else Path(done.unit.source).name or "?",
                 "cat": "preprocess" if done.unit.is_light else "killed" if done.is_killed else "compile" if done.status == 0 else "failed",
                 "ph": "X",
                 "ts": _us(done.started - began),
@@ -72,7 +72,9 @@ def trace(finished: Sequence[Finished], samples: Iterable[Sample], *, began: flo
         )
     for sample in samples:
         at = _us(sample.at - began)
-        events.append(_counted("memory GiB", at, {"held": round(sample.held_gib, 3), "reckoned with": round(sample.charged_gib, 3)}))
+        # A viewer puts the values of a counter on top of each other: together they are what the budget is held against.
+        expected_gib = max(0.0, sample.charged_gib - sample.held_gib)
+        events.append(_counted("memory GiB", at, {"held": round(sample.held_gib, 3), "expected beyond": round(expected_gib, 3)}))
         events.append(_counted("units", at, {"running": sample.running, "waiting": sample.waiting}))
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
