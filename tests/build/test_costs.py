@@ -19,6 +19,7 @@ NVCC = "nvcc -forward-unknown-to-host-compiler -x cu -c {} -o {}"
         (NVCC.format("/t/b.cu", "vllm-flash-attn/CMakeFiles/_vllm_fa2_C.dir/csrc/b.cu.o"), Unit("_vllm_fa2_C", "csrc/b.cu")),
         ("nvcc -E -o /tmp/x.ii /tree/csrc/a.cu", Unit("", "/tmp/x.ii", is_light=True)),
         ("g++ -shared -o _C.abi3.so a.o b.o", Unit("_C", "link")),
+        ("g++ -shared -fPIC -I/t/csrc /t/csrc/python_api.cpp -ltorch -o /b/_C.cpython-312.so", Unit("_C", "/t/csrc/python_api.cpp")),
         ("rustc --crate-name tokio --edition=2021 src/lib.rs --out-dir /t", Unit("cargo", "tokio")),
         ("cc -c a.c -o a.o", Unit("", "a")),
         ("cc -c a.c", Unit("", "a.c")),

@@ -65,6 +65,7 @@ _UNKNOWN: Mapping[str, Cost] = {
     ".c": Cost(5.0, 0.5, "guess"),
     "": Cost(20.0, 2.0, "guess"),
 }
+_SOURCES = {suffix for suffix in _UNKNOWN if suffix}
 
 
 def unit_of(argv: Sequence[str]) -> Unit:
@@ -77,7 +78,9 @@ def unit_of(argv: Sequence[str]) -> Unit:
         return replace(unit, is_light=is_light)
     if "-c" in argv or is_light:
         return Unit("", output.removesuffix(".o"), is_light)
-    return Unit(PurePosixPath(output).name.split(".")[0], LINK)
+    # Compiled and linked in one go, as DeepGEMM's builder does: its output bears the name of another target's.
+    source = next((word for word in argv if PurePosixPath(word).suffix in _SOURCES), LINK)
+    return Unit(PurePosixPath(output).name.split(".")[0], source)
 
 
 def unit_at(output: str) -> Unit | None:
