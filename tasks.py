@@ -69,7 +69,7 @@ def bootstrap(_, device=None, source=None, kernels=None, jobs=None, wait=False):
         "memory": "GiB for all compilers together, or auto: what is available",
         "kernels": "auto, donor, native, or a wheel file",
         "target": "compile this CMake target too; may be given again",
-        "clean": "throw the build directory away first",
+        "clean": "throw the build directories of this clone away first",
         "plan": "print what would be compiled and why; compile nothing",
         "json": "with --plan, one JSON document instead of the table",
         "wait": "wait for another verb instead of stopping",

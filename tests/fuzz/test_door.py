@@ -23,8 +23,20 @@ from workspace.door import load_settings
 SECRET = "hf_swordfish42"
 FLAGS = ("--device", "--source", "--kernels", "--jobs", "--wait", "--json", "-d", "-k", "-w", "--no-wait", "--help", "--list", "-l", "--version")
 CORE = ("--complete", "--debug", "--list-depth", "--list-format", "--print-completion-script", "--write-pyc", "--search-root", "--dry", "--config", "--", "-")
-pieces = st.sampled_from(("bootstrap", "status", "statu", "pin.show", *FLAGS, *CORE)) | arguments
-joined = st.tuples(st.sampled_from((*FLAGS, *CORE)), arguments).map("=".join)
+MORE_FLAGS = (
+    *("--memory", "--target", "--clean", "--plan", "--offline", "--check", "--branch", "--patch", "--project", "--skip", "--abort", "--young", "--good"),
+    *("--origin", "--ref", "-m", "-t", "-p"),
+)
+VERBS = (
+    *("bootstrap", "rebuild", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.back"),
+    *("patch.status", "patch.apply", "patch.unapply", "patch.export", "patch.import", "patch.continue"),
+)
+pieces = st.sampled_from((*VERBS, *FLAGS, *MORE_FLAGS, *CORE)) | arguments
+joined = st.tuples(st.sampled_from((*FLAGS, *MORE_FLAGS, *CORE)), arguments).map("=".join)
+rebuilds = st.lists(
+    st.sampled_from(("--clean", "--plan", "--json")) | st.tuples(st.sampled_from(("--jobs", "--memory", "--target", "--kernels")), arguments).map("=".join),
+    max_size=3,
+).map(lambda flags: ("rebuild", *flags))
 command_lines = st.lists(pieces | joined, max_size=4).map(tuple)
 bootstraps = st.lists(st.sampled_from(("--wait",)) | st.tuples(st.sampled_from(FLAGS[:4]), arguments).map("=".join), max_size=3).map(
     lambda flags: ("bootstrap", *flags)
@@ -77,14 +89,18 @@ def test_any_command_line(fresh: Door, line: tuple[str, ...]) -> None:
 
 
 @fuzz(fast=30, deep=2000)
-@given(bootstraps)
+@given(bootstraps | rebuilds)
+@example(("rebuild", "--jobs="))
+@example(("rebuild", "--jobs=auto", "--memory=" + HUGE))
+@example(("rebuild", "--memory=nan"))
+@example(("rebuild", "--target=", "--plan", "--json"))
 @example(("bootstrap", "--jobs", HUGE))
 @example(("bootstrap", "--kernels=~nobody-of-this-name/a.whl"))
 @example(("bootstrap", "--kernels=" + "a" * 300 + ".whl"))
 @example(("bootstrap", "--kernels=/dev/zero"))
 @example(("bootstrap", "--kernels=a\nb"))
 @example(("bootstrap", "--source=git", "--wait"))
-def test_any_flag_of_bootstrap(fresh: Door, line: tuple[str, ...]) -> None:
+def test_any_flag_of_bootstrap_and_rebuild(fresh: Door, line: tuple[str, ...]) -> None:
     with blocked(fresh):
         ended = fresh(*line)
     is_decent(ended)

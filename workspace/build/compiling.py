@@ -1,6 +1,5 @@
 """The steps of a rebuild that compiles: donor, configure, compile, install, verify. What is reached and what it costs is worked out in build/native."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +34,6 @@ class Job:
     jobs: Jobs
     memory: Memory
     targets: tuple[str, ...] = ()
-    is_clean: bool = False
     why_native: str | None = None
     project: Project = field(default_factory=lambda: Project((), ()))
     reached: tuple[Reached, ...] = ()
@@ -74,8 +72,6 @@ class Job:
     def configure(self, view: Step) -> None:
         """Ask CMake what there is to build, then find what the changes reach. Sources of other projects come only for what is compiled."""
         run = self.run
-        if self.is_clean and self.folder.exists():
-            shutil.rmtree(self.folder)
         for sentence in externals.leftover(run.layout.vllm):
             run.journal.console.warn(sentence)
         declared = externals.declared(run.layout.vllm, run.observed.device)

@@ -3,6 +3,7 @@
 Observe → plan → show → act → verify → stamp. In hybrid mode the donor wheel gives every library that no change reaches; the stamp is written last.
 """
 
+import shutil
 from dataclasses import dataclass
 
 from workspace.build import compiling, jobs, plan, stages, status
@@ -37,10 +38,12 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, w
     plan.require_settled(layout)
     if asked.as_json and not asked.plan_only:
         raise SettingsError("--json is of the plan", hint="./scripts/inv rebuild --plan --json")
+    bounds = _bounds(settings, asked) if asked.jobs is not None or asked.memory is not None else None
     observed = plan.observe(layout, settings)
     _require_ground(observed)
-    bounds = _bounds(settings, asked) if asked.jobs or asked.memory else None
-    if not (asked.targets or asked.clean) and observed.kernels.state == observed.install.state == "ok":
+    if asked.clean and not asked.plan_only:
+        _clean(layout, console, wait=wait)
+    if not asked.targets and observed.kernels.state == observed.install.state == "ok":
         console.say(f"nothing to do: the kernels of vllm {observed.version} are up to date ({_origin(observed)}); Python files are live")
         return
     bounds = bounds or _bounds(settings, asked)
@@ -55,6 +58,16 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, w
                 console.say(f"log: {layout.relative(journal.path)}")
     if not asked.plan_only:
         console.say(f"vllm {observed.version} is rebuilt; next: {status.next_command(plan.observe(layout, settings))}")
+
+
+def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
+    """Throw all build directories of this clone away; what was built and put into the tree stays."""
+    with lock.hold(layout.lock, verb="inv rebuild --clean", wait=wait, on_wait=console.say), console.step("clean") as view:
+        if not layout.builds.exists():
+            view.skip("there is no build directory")
+            return
+        shutil.rmtree(layout.builds)
+        view.reason = f"{layout.relative(layout.builds)} is gone"
 
 
 def _bounds(settings: Settings, asked: Asked) -> tuple[Jobs, Memory]:
@@ -93,7 +106,7 @@ def _act(run: stages.Run, asked: Asked, bounds: tuple[Jobs, Memory], *, is_compi
     if not is_compiled:
         stages.act(run, stages.VLLM)
         return
-    run.job = job = compiling.Job(run, *bounds, targets=asked.targets, is_clean=asked.clean)
+    run.job = job = compiling.Job(run, *bounds, targets=asked.targets)
     stages.act(run, compiling.PLAN)
     job.show(as_json=asked.as_json)
     if asked.plan_only:

@@ -112,7 +112,7 @@ def get_kernels(run: Run, view: Step) -> None:
 
 
 def _fitting(run: Run, path: Path) -> str | None:
-    """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises SourceError where it is not for this tree and environment."""
+    """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises SourceError where it is not for this tree."""
     from workspace.build.native import inputs, wheel
 
     packed, observed = wheel.read(path), run.observed
