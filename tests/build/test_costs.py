@@ -23,7 +23,7 @@ NVCC = "nvcc -forward-unknown-to-host-compiler -x cu -c {} -o {}"
         ("rustc --crate-name tokio --edition=2021 src/lib.rs --out-dir /t", Unit("cargo", "tokio")),
         ("cc -c a.c -o a.o", Unit("", "a")),
         ("cc -c a.c", Unit("", "a.c")),
-        ("cc a.c -o", Unit("-o", "link")),
+        ("cc a.c -o", Unit("-o", "a.c")),
     ],
 )
 def test_a_unit_is_named_by_what_its_command_writes(argv: str, unit: Unit) -> None:
