@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.source.conftest import Snapshot, Workspace, commit, sh_git, write
-from workspace.core.errors import BuildError, CheckoutError
+from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.source.content import first_line, refusal_of_disk
 from workspace.source.git import Git, worktree
 
@@ -176,3 +176,9 @@ def test_snapshot_has_an_edit_of_the_same_size_and_the_same_tick(tree: Git) -> N
     os.utime(index, ns=tick)
     kept = worktree.snapshot(tree, "what lay there")
     assert sh_git(tree.path, "show", f"{kept}:vllm/lines.py").splitlines()[19] == "line YY"
+
+
+def test_git_that_was_killed_has_refused_nothing(tree: Git) -> None:
+    for check in (True, False):
+        with pytest.raises(ToolchainError, match="git die in .* was killed by SIGKILL"):
+            tree.write("-c", "alias.die=!kill -9 $PPID", "die", check=check)

@@ -34,7 +34,8 @@ class Answer:
 class Command:
     """Git in one directory. Expected failures are raised as `failure`, with git's own first line.
 
-    Raises ToolchainError where git is missing and CheckoutError where git refuses a directory that belongs to someone else.
+    Raises ToolchainError where git is missing, was killed or finds no room, and CheckoutError where it refuses a directory that belongs to
+    someone else.
     """
 
     def __init__(self, path: Path, *, git_dir: Path | None = None, failure: type[WorkspaceError] = CheckoutError) -> None:
@@ -89,10 +90,15 @@ class Command:
                 f"{found[1]} belongs to another user than you, so git refuses to look into it",
                 hint=f"sudo chown -R $(id -un) {place}    or, to trust it as it is: git config --global --add safe.directory {place}",
             )
-        if not check:
-            return
         verb = next(word for word in said if not word.startswith("-") and "=" not in word)
         what = f"git {verb} in {self.path}"
+        if answer.status < 0:
+            # It may have ended anywhere, which is neither of git's answers.
+            raise ToolchainError(
+                f"{what} {process.describe_status(answer.status)}", hint="free -h    and the same command again: it goes on, or takes back what was begun"
+            )
+        if not check:
+            return
         if found := re.search(r"Unable to create '([^']*\.lock)': File exists", answer.err):
             hint = f"when no other git runs there: rm {shlex.quote(found[1])}"
             raise self._failure(f"{what}: another git, or one that was killed, left {found[1]}", hint=hint)
