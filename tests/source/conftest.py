@@ -1,5 +1,6 @@
 """A small upstream in real git, its release archive, and workspaces that pin it. The user's git configuration is hostile throughout."""
 
+import importlib
 import io
 import json
 import os
@@ -9,9 +10,12 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.source.shell import commit, export, sh_git, write
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
 from workspace.core.errors import PatchConflict
@@ -24,50 +28,13 @@ from workspace.source.checkout import Checkout, Choice
 from workspace.source.patches import Stack
 from workspace.source.pins import Archive, Pin
 
+if TYPE_CHECKING:
+    from tests.source.ladder import Index, Ladder
+
 URL = "https://upstream.invalid/vllm.git"
-_DATE = "2026-01-02T03:04:05+0000"
-_PLAIN = {
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-    "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_AUTHOR_NAME": "Ünal",
-    "GIT_AUTHOR_EMAIL": "u@example.invalid",
-    "GIT_COMMITTER_NAME": "c",
-    "GIT_COMMITTER_EMAIL": "c@example.invalid",
-    "GIT_AUTHOR_DATE": _DATE,
-    "GIT_COMMITTER_DATE": _DATE,
-}
-_EXPORT = "--keep-subject --no-numbered --zero-commit --full-index --binary --no-signature --no-stat --no-renames --no-base --no-thread --no-attach --no-notes"
-_EXPORT += " -U3 --diff-algorithm=myers --src-prefix=a/ --dst-prefix=b/ --encode-email-headers"
-
-
-def sh_git(path: Path, *words: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
-    """Plain git, as a person without any configuration would run it."""
-    done = subprocess.run(["git", "-C", str(path), *words], env={**os.environ, **_PLAIN, **(env or {})}, capture_output=True, check=False)
-    assert not check or done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode().rstrip("\n")
-
-
-def write(root: Path, files: Mapping[str, str | bytes]) -> None:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def export(repository: Path, revision: str) -> bytes:
-    """One commit as the project stores it."""
-    words = ["git", "-C", str(repository), "format-patch", "--stdout", *_EXPORT.split(), "-1", revision]
-    return subprocess.run(words, env={**os.environ, **_PLAIN}, capture_output=True, check=True).stdout
-
-
-def commit(repository: Path, message: str, files: Mapping[str, str | bytes]) -> str:
-    write(repository, files)
-    sh_git(repository, "add", "--all", "--force")
-    sh_git(repository, "commit", "--quiet", "--message", message)
-    return sh_git(repository, "rev-parse", "HEAD")
-
-
 LINES = "".join(f"line {number}\n" for number in range(1, 41))
+# When the files of a checkout that was copied were written.
+OLD_NS = 1_600_000_000_123_456_789
 RESOLVED = LINES.replace("line 20\n", "line both\n")
 PATCHED = LINES.replace("line 20\n", "line twenty\n")
 MESSAGE = "[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nUpstream-Status: Pending"
@@ -281,28 +248,35 @@ def workspace(tmp_path: Path, upstream: Upstream, superproject: Path) -> Iterato
     yield from opened(tmp_path, upstream)
 
 
-def opened(folder: Path, upstream: Upstream) -> Iterator[Workspace]:
+def opened(folder: Path, upstream: Upstream, series: Mapping[str, bytes] | None = None) -> Iterator[Workspace]:
     err = io.StringIO()
     assert upstream.pin.archive
     write(folder, {f"cache/files/{upstream.pin.archive.sha256}/{upstream.archive.name}": upstream.archive.read_bytes()})
     layout = Layout(folder / "clone")
     with Journal(Console(out=io.StringIO(), err=err), layout.logs, verb="test") as journal:
         made = Workspace(layout, upstream.pin, journal, err, {"WORKSPACE_CACHE_DIR": str(folder / "cache")})
-        made.series(upstream.patches)
+        made.series(series or upstream.patches)
         yield made
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, superproject: Path, hostile_home: Path) -> Path:
-    """One clone with a checkout of each kind, made once: `git` and `release`."""
+def made(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, superproject: Path, conflicting: dict[str, bytes], hostile_home: Path) -> Path:
+    """Clones made once, to be copied: a checkout of each kind, `git` and `release`, with the stack applied, and `stopped` at a conflict."""
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", str(hostile_home / "config"))
         for kind in ("git", "release"):
-            folder = root / kind
-            shutil.copytree(superproject, folder / "clone")
-            for workspace in opened(folder, upstream):
+            shutil.copytree(superproject, root / kind / "clone")
+            for workspace in opened(root / kind, upstream):
                 workspace.ensure(kind)
+                _age(workspace.vllm)
+            for workspace in copied(root / f"{kind}-applied", upstream, root / kind):
+                workspace.apply()
+        for workspace in copied(root / "stopped", upstream, root / "release"):
+            workspace.series(conflicting)
+            sh_git(workspace.vllm, "fetch", "--quiet", str(upstream.work), "drift")
+            with pytest.raises(PatchConflict):
+                workspace.apply(stop_at_conflict=True)
     return root
 
 
@@ -312,16 +286,41 @@ def checked_out(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstre
     yield from copied(tmp_path, upstream, made / request.param)
 
 
+@pytest.fixture(params=["git", "release"])
+def either_applied(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+    """The same with the stack applied."""
+    yield from copied(tmp_path, upstream, made / f"{request.param}-applied")
+
+
 @pytest.fixture
 def release(tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
     yield from copied(tmp_path, upstream, made / "release")
 
 
-def copied(folder: Path, upstream: Upstream, original: Path) -> Iterator[Workspace]:
+@pytest.fixture
+def applied(tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+    yield from copied(tmp_path, upstream, made / "release-applied")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, upstream: Upstream, made: Path, conflicting: dict[str, bytes]) -> Iterator[Workspace]:
+    """A stack that waits at the conflict of its second patch."""
+    yield from copied(tmp_path, upstream, made / "stopped", series=conflicting)
+
+
+def _age(folder: Path) -> None:
+    """Let all files have been written long ago."""
+    for path in folder.rglob("*"):
+        if ".git" not in path.relative_to(folder).parts and not path.is_symlink():
+            os.utime(path, ns=(OLD_NS, OLD_NS))
+    sh_git(folder, "update-index", "-q", "--refresh")
+
+
+def copied(folder: Path, upstream: Upstream, original: Path, series: Mapping[str, bytes] | None = None) -> Iterator[Workspace]:
     shutil.copytree(original / "clone", folder / "clone", symlinks=True)
     # A copy has other inodes than its index says.
-    sh_git(folder / "clone" / "vendor" / "vllm", "update-index", "--refresh")
-    yield from opened(folder, upstream)
+    sh_git(folder / "clone" / "vendor" / "vllm", "update-index", "-q", "--refresh", check=False)
+    yield from opened(folder, upstream, series)
 
 
 Snapshot = Callable[[Path], dict[str, tuple[int, int]]]
@@ -341,28 +340,25 @@ def snapshot() -> Snapshot:
     return take
 
 
-@pytest.fixture
-def conflicting(release: Workspace, upstream: Upstream, tmp_path: Path) -> dict[str, bytes]:
-    """A series of three: the second is made for another line 20; its contents are at hand, so that it is merged."""
-    work = tmp_path / "work"
-    sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
+@pytest.fixture(scope="session")
+def conflicting(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> dict[str, bytes]:
+    """A series of three: the second is made for another line 20; where its contents are at hand, it is merged."""
+    work = tmp_path_factory.mktemp("conflicting") / "work"
+    sh_git(work.parent, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "origin/drift")
     commit(work, "XX to YY\n\nUpstream-Status: Pending", {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n")})
     second = export(work, "HEAD")
     sh_git(work, "checkout", "--quiet", "v1.0.0")
     commit(work, "Last\n\nUpstream-Status: Pending", {"csrc/a.cu": "last\n"})
     first = list(upstream.patches.items())[1]
-    series = {first[0]: first[1], "XX-to-YY.patch": second, "Last.patch": export(work, "HEAD")}
-    release.series(series)
-    sh_git(release.vllm, "fetch", "--quiet", str(upstream.work), "drift")
-    return series
+    return {first[0]: first[1], "XX-to-YY.patch": second, "Last.patch": export(work, "HEAD")}
 
 
 @pytest.fixture
-def stopped(release: Workspace, conflicting: dict[str, bytes]) -> Workspace:
-    """A stack that waits at the conflict of its second patch."""
-    with pytest.raises(PatchConflict):
-        release.apply(stop_at_conflict=True)
+def mergeable(release: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> Workspace:
+    """That series on a checkout that has the contents of the merge."""
+    release.series(conflicting)
+    sh_git(release.vllm, "fetch", "--quiet", str(upstream.work), "drift")
     return release
 
 
@@ -370,3 +366,21 @@ def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
     write(workspace.vllm, {"vllm/lines.py": content})
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
     subprocess.run("git -C vendor/vllm add vllm/lines.py", shell=True, cwd=workspace.layout.root, check=True, env=environ)
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> "Ladder":
+    return _ladder().build(tmp_path_factory.mktemp("ladder"))
+
+
+@pytest.fixture
+def index(ladder: "Ladder", monkeypatch: pytest.MonkeyPatch) -> Iterator["Index"]:
+    """The package index of the ladder's releases."""
+    monkeypatch.setenv("no_proxy", "*")
+    with _ladder().serve(ladder) as served:
+        yield served
+
+
+def _ladder() -> ModuleType:
+    # It is made of what stands here.
+    return importlib.import_module("tests.source.ladder")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source.conftest import LINES, RESOLVED, Workspace, commit, resolve, sh_git, write
+from tests.source.conftest import LINES, RESOLVED, Upstream, Workspace, commit, copied, resolve, sh_git, write
 from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError
 from workspace.source import moves, overview
 from workspace.source.git import Git
@@ -24,6 +24,15 @@ def ended(workspace: Workspace) -> Iterator[Path]:
     with contextlib.suppress(KeyboardInterrupt), moves.attempt(workspace.layout, "vllm", Git(workspace.vllm), TRIED, journal=workspace.journal):
         yield workspace.vllm / ".git"
         raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, made: Path, conflicting: dict[str, bytes]) -> str:
+    """The last commit of the resolved series where nothing was ended."""
+    for workspace in copied(tmp_path_factory.mktemp("undisturbed"), upstream, made / "stopped", series=conflicting):
+        resolve(workspace)
+        return workspace.go_on("continue").head or ""
+    raise AssertionError
 
 
 def finish(workspace: Workspace) -> bool:
@@ -66,7 +75,7 @@ def new_file_of_a_patch(git_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, notes_gone, all_done, done_and_damaged, new_file_of_a_patch])
-def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commits(stopped: Workspace, damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commits(stopped: Workspace, damage: Callable[[Path], None], undisturbed: str) -> None:
     resolve(stopped)
     write(stopped.vllm, {"mine.txt": "not tracked\n", "README": "an edit beside it\n"})
     before = lying(stopped)
@@ -81,13 +90,7 @@ def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commit
         kept = sh_git(stopped.vllm, "show", "--name-only", "--format=", "-m", "refs/patches/left").split()
         assert kept, "what lay there is kept"
     assert not stopped.layout.moving("vllm").exists()
-    head = stopped.go_on("continue").head
-    sh_git(stopped.vllm, "checkout", "--quiet", "README")
-    sh_git(stopped.vllm, "checkout", "--quiet", "--detach", stopped.observe().base or "")
-    with pytest.raises(PatchConflict):
-        stopped.apply(stop_at_conflict=True)
-    resolve(stopped)
-    assert stopped.go_on("continue").head == head
+    assert stopped.go_on("continue").head == undisturbed
     assert (stopped.vllm / "mine.txt").read_text() == "not tracked\n"
 
 
@@ -144,20 +147,20 @@ def test_damaged_note_of_an_attempt_touches_nothing(stopped: Workspace) -> None:
     assert stopped.go_on("continue").state is State.UNEXPORTED
 
 
-def test_apply_that_was_ended_at_a_conflict_is_begun_again(release: Workspace, conflicting: dict[str, bytes]) -> None:
-    base = lying(release)
+def test_apply_that_was_ended_at_a_conflict_is_begun_again(mergeable: Workspace, conflicting: dict[str, bytes]) -> None:
+    base = lying(mergeable)
     with pytest.raises(PatchConflict):
-        release.apply(stop_at_conflict=True)
-    at_conflict = lying(release)
-    release.go_on("abort")
-    with ended(release) as git_dir:
-        sh_git(release.vllm, "am", *(str(release.layout.patches("vllm") / name) for name in conflicting), check=False)
+        mergeable.apply(stop_at_conflict=True)
+    at_conflict = lying(mergeable)
+    mergeable.go_on("abort")
+    with ended(mergeable) as git_dir:
+        sh_git(mergeable.vllm, "am", *(str(mergeable.layout.patches("vllm") / name) for name in conflicting), check=False)
         (git_dir / "rebase-apply" / "last").unlink()
     with pytest.raises(PatchConflict, match="patch 2 of 3"):
-        release.apply(stop_at_conflict=True)
-    assert lying(release).keys() == at_conflict.keys()
-    release.go_on("abort")
-    assert lying(release) == base
+        mergeable.apply(stop_at_conflict=True)
+    assert lying(mergeable).keys() == at_conflict.keys()
+    mergeable.go_on("abort")
+    assert lying(mergeable) == base
 
 
 def test_what_was_ended_is_said_with_the_command_that_begins_it_again(stopped: Workspace) -> None:

@@ -37,11 +37,10 @@ def left(workspace: Workspace) -> tuple[str, str, list[Path]]:
 
 
 @pytest.mark.usefixtures("user")
-def test_branch_has_one_signed_commit_on_main_without_the_status(checked_out: Workspace, upstream: Upstream, moved: Path) -> None:
-    checked_out.apply()
-    head = sh_git(checked_out.vllm, "rev-parse", "HEAD")
-    path = run(checked_out, "fix/twenty", next(iter(upstream.patches)), VLLM_MIRROR=moved.as_uri())
-    assert path == checked_out.layout.state / "branches" / "fix" / "twenty"
+def test_branch_has_one_signed_commit_on_main_without_the_status(either_applied: Workspace, upstream: Upstream, moved: Path) -> None:
+    head = sh_git(either_applied.vllm, "rev-parse", "HEAD")
+    path = run(either_applied, "fix/twenty", next(iter(upstream.patches)), VLLM_MIRROR=moved.as_uri())
+    assert path == either_applied.layout.state / "branches" / "fix" / "twenty"
     main = sh_git(moved, "rev-parse", "main")
     assert sh_git(path, "rev-parse", "--abbrev-ref", "HEAD") == "fix/twenty"
     assert sh_git(path, "rev-list", "HEAD", "--not", main) == sh_git(path, "rev-parse", "HEAD")
@@ -50,43 +49,41 @@ def test_branch_has_one_signed_commit_on_main_without_the_status(checked_out: Wo
     assert (path / "vllm/lines.py").read_text() == PATCHED
     assert (path / "README").read_text() == "three\n"
     assert sh_git(path, "status", "--porcelain") == ""
-    assert "git -C .workspace/branches/fix/twenty push git@github.com:YOUR-NAME/vllm.git fix/twenty" in checked_out.err.getvalue()
-    assert (sh_git(checked_out.vllm, "rev-parse", "HEAD"), checked_out.stack().dirty) == (head, ())
-    before = left(checked_out)
+    assert "git -C .workspace/branches/fix/twenty push git@github.com:YOUR-NAME/vllm.git fix/twenty" in either_applied.err.getvalue()
+    assert (sh_git(either_applied.vllm, "rev-parse", "HEAD"), either_applied.stack().dirty) == (head, ())
+    before = left(either_applied)
     with pytest.raises(CheckoutError, match="has a branch fix/twenty already"):
-        run(checked_out, "fix/twenty", next(iter(upstream.patches)))
-    assert left(checked_out) == before
+        run(either_applied, "fix/twenty", next(iter(upstream.patches)))
+    assert left(either_applied) == before
 
 
 @pytest.mark.usefixtures("user")
-def test_conflict_with_main_leaves_nothing_behind(checked_out: Workspace, upstream: Upstream, moved: Path, tmp_path: Path) -> None:
-    checked_out.apply()
+def test_conflict_with_main_leaves_nothing_behind(applied: Workspace, upstream: Upstream, moved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     sh_git(tmp_path, "clone", "--quiet", str(moved), str(other))
     commit(other, "twenty otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "line XX\n")})
-    before = left(checked_out)
+    before = left(applied)
     first = next(iter(upstream.patches))
     with pytest.raises(PatchConflict, match=r"conflicts \(vllm/lines.py\) with upstream's main") as failure:
-        run(checked_out, "fix", first, VLLM_MIRROR=str(other))
+        run(applied, "fix", first, VLLM_MIRROR=str(other))
     assert failure.value.hint
-    assert left(checked_out) == before
+    assert left(applied) == before
     commit(other, "taken", {"vllm/lines.py": PATCHED})
     with pytest.raises(PatchDrift, match="is upstreamed"):
-        run(checked_out, "fix", f"patches/vllm/{first}", VLLM_MIRROR=str(other))
-    assert left(checked_out) == before
+        run(applied, "fix", f"patches/vllm/{first}", VLLM_MIRROR=str(other))
+    assert left(applied) == before
 
 
 @pytest.mark.usefixtures("user")
-def test_offline_the_main_that_was_fetched_last_is_taken_and_that_is_said(release: Workspace, upstream: Upstream) -> None:
-    release.apply()
-    nowhere = (release.layout.root / "nowhere").as_uri()
-    before = left(release)
+def test_offline_the_main_that_was_fetched_last_is_taken_and_that_is_said(applied: Workspace, upstream: Upstream) -> None:
+    nowhere = (applied.layout.root / "nowhere").as_uri()
+    before = left(applied)
     with pytest.raises(SourceError):
-        run(release, "fix", next(iter(upstream.patches)), VLLM_MIRROR=nowhere)
-    assert left(release) == before
-    sh_git(release.vllm, "fetch", "--quiet", str(upstream.bare), "+main:refs/remotes/origin/main")
-    run(release, "fix", next(iter(upstream.patches)), VLLM_MIRROR=nowhere)
-    assert "going on from refs/remotes/origin/main as it was fetched last" in release.err.getvalue()
+        run(applied, "fix", next(iter(upstream.patches)), VLLM_MIRROR=nowhere)
+    assert left(applied) == before
+    sh_git(applied.vllm, "fetch", "--quiet", str(upstream.bare), "+main:refs/remotes/origin/main")
+    run(applied, "fix", next(iter(upstream.patches)), VLLM_MIRROR=nowhere)
+    assert "going on from refs/remotes/origin/main as it was fetched last" in applied.err.getvalue()
 
 
 @pytest.mark.usefixtures("user")

@@ -77,18 +77,17 @@ def test_snapshot_has_an_edit_that_git_was_told_to_overlook(release: Workspace) 
 
 
 @pytest.mark.parametrize("verb", ["apply", "unapply"])
-def test_edit_in_the_second_in_which_a_move_ended_is_seen(release: Workspace, verb: str) -> None:
+def test_edit_in_the_second_in_which_a_move_ended_is_seen(applied: Workspace, verb: str) -> None:
     # The move has set times back, so that the index is newer than the files.
-    release.apply()
-    release.unapply()
+    applied.unapply()
     if verb == "apply":
-        release.apply()
-    file = release.vllm / "vllm" / "lines.py"
+        applied.apply()
+    file = applied.vllm / "vllm" / "lines.py"
     text = file.read_text().replace("line 30\n", "line XX\n")
     file.write_text(text)
-    assert Git(release.vllm).edits() == ("vllm/lines.py",)
+    assert Git(applied.vllm).edits() == ("vllm/lines.py",)
     with pytest.raises(CheckoutError, match=r"has edits \(vllm/lines\.py\)"):
-        release.unapply() if verb == "apply" else release.apply()
+        applied.unapply() if verb == "apply" else applied.apply()
     assert file.read_text() == text
 
 

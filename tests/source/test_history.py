@@ -4,18 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.source import ladder as ladders
 from tests.source.conftest import commit, sh_git, write
 from tests.source.ladder import Ladder
 from workspace.core.errors import WorkspaceError
 from workspace.source.git import Git, history, trial
 
 OLD, NEW = "v1.0.0", "v1.1.0"
-
-
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
-    return ladders.build(tmp_path_factory.mktemp("ladder"))
 
 
 @pytest.fixture

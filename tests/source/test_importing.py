@@ -45,103 +45,93 @@ def mails(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
     return root
 
 
-def test_file_lands_as_commit_and_patch_with_author_and_date(checked_out: Workspace, mails: Path) -> None:
-    checked_out.apply()
-    done = take(checked_out, mails / "first.patch")
+def test_file_lands_as_commit_and_patch_with_author_and_date(either_applied: Workspace, mails: Path) -> None:
+    done = take(either_applied, mails / "first.patch")
     assert done.written == ("Core-first-one.patch",)
-    stack = checked_out.stack()
+    stack = either_applied.stack()
     assert (stack.state, stack.dirty) == (State.APPLIED, ())
-    assert sh_git(checked_out.vllm, "log", "-1", "--format=%an %ae %ad", "--date=raw") == "Ünal u@example.invalid 1767323045 +0000"
-    assert sh_git(checked_out.vllm, "log", "-1", "--format=%B") == ("[Core] Ä first one\n\nWhy.\n\nSigned-off-by: a <a@b>\nUpstream-Status: Pending")
-    assert (checked_out.vllm / "csrc/a.cu").read_text() == "first\n"
+    assert sh_git(either_applied.vllm, "log", "-1", "--format=%an %ae %ad", "--date=raw") == "Ünal u@example.invalid 1767323045 +0000"
+    assert sh_git(either_applied.vllm, "log", "-1", "--format=%B") == ("[Core] Ä first one\n\nWhy.\n\nSigned-off-by: a <a@b>\nUpstream-Status: Pending")
+    assert (either_applied.vllm / "csrc/a.cu").read_text() == "first\n"
     head = stack.head
-    checked_out.unapply()
-    assert checked_out.apply().head == head, "as every machine makes it of the series"
+    either_applied.unapply()
+    assert either_applied.apply().head == head, "as every machine makes it of the series"
 
 
-def test_several_commits_land_in_order_and_a_status_of_their_own_stays(release: Workspace, mails: Path) -> None:
-    release.apply()
-    assert take(release, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
-    assert "Backport [0123456]" in sh_git(release.vllm, "log", "-1", "--format=%B")
-    assert (release.vllm / "csrc/größe.cu").read_bytes() == b"g\r\nsecond\r\n"
+def test_several_commits_land_in_order_and_a_status_of_their_own_stays(applied: Workspace, mails: Path) -> None:
+    assert take(applied, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
+    assert "Backport [0123456]" in sh_git(applied.vllm, "log", "-1", "--format=%B")
+    assert (applied.vllm / "csrc/größe.cu").read_bytes() == b"g\r\nsecond\r\n"
 
 
-def test_files_that_no_patch_changes_keep_their_times(release: Workspace, mails: Path, snapshot: Snapshot) -> None:
-    release.apply()
-    before = snapshot(release.vllm / "vllm")
-    take(release, mails / "first.patch")
-    assert snapshot(release.vllm / "vllm") == before
+def test_files_that_no_patch_changes_keep_their_times(applied: Workspace, mails: Path, snapshot: Snapshot) -> None:
+    before = snapshot(applied.vllm / "vllm")
+    take(applied, mails / "first.patch")
+    assert snapshot(applied.vllm / "vllm") == before
 
 
-def test_commits_that_are_not_exported_yet_are_exported_along(release: Workspace, mails: Path) -> None:
-    release.apply()
-    commit(release.vllm, "mine\n\nUpstream-Status: Pending", {"vllm/mine.py": "mine\n"})
-    assert take(release, mails / "first.patch").written == ("mine.patch", "Core-first-one.patch")
+def test_commits_that_are_not_exported_yet_are_exported_along(applied: Workspace, mails: Path) -> None:
+    commit(applied.vllm, "mine\n\nUpstream-Status: Pending", {"vllm/mine.py": "mine\n"})
+    assert take(applied, mails / "first.patch").written == ("mine.patch", "Core-first-one.patch")
 
 
-def test_pull_request_of_a_mirror_on_this_disk(release: Workspace, mails: Path) -> None:
-    release.apply()
-    done = take(release, "#1", VLLM_MIRROR=str(mails / "work"))
+def test_pull_request_of_a_mirror_on_this_disk(applied: Workspace, mails: Path) -> None:
+    done = take(applied, "#1", VLLM_MIRROR=str(mails / "work"))
     assert done.written == ("Core-first-one.patch", "A-second-one.patch"), "the merge is left out"
     with pytest.raises(SourceError, match="pull request 7 of https://upstream.invalid/vllm.git: only GitHub's"):
-        take(release, "7", VLLM_MIRROR=str(mails / "work"))
+        take(applied, "7", VLLM_MIRROR=str(mails / "work"))
 
 
-def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(checked_out: Workspace, mails: Path, snapshot: Snapshot) -> None:
-    checked_out.apply()
-    before = state(checked_out, snapshot)
+def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(either_applied: Workspace, mails: Path, snapshot: Snapshot) -> None:
+    before = state(either_applied, snapshot)
     with pytest.raises(PatchConflict, match=r"'Twenty again', conflicts \(vllm/lines.py\); nothing was changed") as failure:
-        take(checked_out, mails / "conflict.patch")
-    assert state(checked_out, snapshot) == before
+        take(either_applied, mails / "conflict.patch")
+    assert state(either_applied, snapshot) == before
     hint = failure.value.hint
     assert hint
     words = hint.split("    ")[0].split()
-    assert (checked_out.vllm / words[-1]).read_bytes() == (mails / "conflict.patch").read_bytes()
-    sh_git(checked_out.vllm, *words[3:], check=False)
-    assert "line 2O" in (checked_out.vllm / "vllm/lines.py").read_text(), "the conflict stands in the file"
+    assert (either_applied.vllm / words[-1]).read_bytes() == (mails / "conflict.patch").read_bytes()
+    sh_git(either_applied.vllm, *words[3:], check=False)
+    assert "line 2O" in (either_applied.vllm / "vllm/lines.py").read_text(), "the conflict stands in the file"
 
 
-def test_import_that_was_ended_before_its_export_goes_on_to_it(release: Workspace, mails: Path) -> None:
-    release.apply()
-    before = {path.name: path.read_bytes() for path in release.layout.patches("vllm").iterdir()}
-    take(release, mails / "both.mbox")
-    head = release.stack().head
-    release.series({name: content for name, content in before.items() if name != "series"})
-    assert release.stack().state is State.UNEXPORTED
-    assert take(release, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
-    assert (release.stack().state, release.stack().head) == (State.APPLIED, head)
+def test_import_that_was_ended_before_its_export_goes_on_to_it(applied: Workspace, mails: Path) -> None:
+    before = {path.name: path.read_bytes() for path in applied.layout.patches("vllm").iterdir()}
+    take(applied, mails / "both.mbox")
+    head = applied.stack().head
+    applied.series({name: content for name, content in before.items() if name != "series"})
+    assert applied.stack().state is State.UNEXPORTED
+    assert take(applied, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
+    assert (applied.stack().state, applied.stack().head) == (State.APPLIED, head)
 
 
-def test_same_subjects_of_the_users_own_are_not_taken_for_an_import(release: Workspace, mails: Path) -> None:
-    release.apply()
-    commit(release.vllm, "[Core] Ä first one\n\nUpstream-Status: Pending", {"csrc/a.cu": "of my own\n"})
-    head = release.stack().head
+def test_same_subjects_of_the_users_own_are_not_taken_for_an_import(applied: Workspace, mails: Path) -> None:
+    commit(applied.vllm, "[Core] Ä first one\n\nUpstream-Status: Pending", {"csrc/a.cu": "of my own\n"})
+    head = applied.stack().head
     with pytest.raises(PatchConflict, match="conflicts"):
-        take(release, mails / "first.patch")
-    assert release.stack().head == head
+        take(applied, mails / "first.patch")
+    assert applied.stack().head == head
 
 
-def test_what_is_there_already_is_upstreamed(release: Workspace, mails: Path, upstream: Upstream, snapshot: Snapshot, tmp_path: Path) -> None:
-    release.apply()
+def test_what_is_there_already_is_upstreamed(applied: Workspace, mails: Path, upstream: Upstream, snapshot: Snapshot, tmp_path: Path) -> None:
     first = next(iter(upstream.patches))
     (tmp_path / "again.patch").write_bytes(upstream.patches[first])
-    before = state(release, snapshot)
+    before = state(applied, snapshot)
     with pytest.raises(PatchDrift, match="upstreamed: ") as failure:
-        take(release, tmp_path / "again.patch")
+        take(applied, tmp_path / "again.patch")
     assert failure.value.hint
-    assert state(release, snapshot) == before
+    assert state(applied, snapshot) == before
 
 
-def test_second_patch_of_a_name_is_refused_before_anything_moves(release: Workspace, mails: Path, snapshot: Snapshot, tmp_path: Path) -> None:
-    release.apply()
-    take(release, mails / "first.patch")
+def test_second_patch_of_a_name_is_refused_before_anything_moves(applied: Workspace, mails: Path, snapshot: Snapshot, tmp_path: Path) -> None:
+    take(applied, mails / "first.patch")
     again = (mails / "second.patch").read_bytes().replace(b"Subject: A second one", b"Subject: [Core] first one!")
     (tmp_path / "x.patch").write_bytes(again)
-    before = state(release, snapshot)
+    before = state(applied, snapshot)
     with pytest.raises(PatchDrift, match="another patch is called") as failure:
-        take(release, tmp_path / "x.patch")
+        take(applied, tmp_path / "x.patch")
     assert "rebase -i" in (failure.value.hint or "")
-    assert state(release, snapshot) == before
+    assert state(applied, snapshot) == before
 
 
 def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(release: Workspace, mails: Path, snapshot: Snapshot) -> None:
@@ -172,29 +162,26 @@ def test_checkout_that_is_missing_is_said_to_be(workspace: Workspace, mails: Pat
         (b"\xff\0" * 100, "is no mail"),
     ],
 )
-def test_what_is_no_mail_is_refused_with_the_way_to_make_one(release: Workspace, tmp_path: Path, content: bytes, match: str) -> None:
-    release.apply()
+def test_what_is_no_mail_is_refused_with_the_way_to_make_one(applied: Workspace, tmp_path: Path, content: bytes, match: str) -> None:
     (tmp_path / "x.patch").write_bytes(content)
     with pytest.raises(SettingsError, match=match) as failure:
-        take(release, tmp_path / "x.patch")
+        take(applied, tmp_path / "x.patch")
     assert failure.value.hint
 
 
-def test_mail_without_a_diff_and_a_file_that_is_none(release: Workspace, tmp_path: Path) -> None:
-    release.apply()
+def test_mail_without_a_diff_and_a_file_that_is_none(applied: Workspace, tmp_path: Path) -> None:
     (tmp_path / "x.patch").write_bytes(b"From: a <a@b>\nSubject: x\n\nonly words\n")
     with pytest.raises(PatchConflict, match="is no patch that git can read"):
-        take(release, tmp_path / "x.patch")
+        take(applied, tmp_path / "x.patch")
     with pytest.raises(SettingsError, match="cannot be read"):
-        take(release, tmp_path / "nothing.patch")
+        take(applied, tmp_path / "nothing.patch")
     with pytest.raises(SettingsError, match="cannot be read"):
-        take(release, tmp_path)
+        take(applied, tmp_path)
 
 
-def test_mail_with_the_line_ends_of_another_system(release: Workspace, mails: Path, tmp_path: Path) -> None:
-    release.apply()
+def test_mail_with_the_line_ends_of_another_system(applied: Workspace, mails: Path, tmp_path: Path) -> None:
     (tmp_path / "x.eml").write_bytes((mails / "first.patch").read_bytes().replace(b"\n", b"\r\n"))
-    assert take(release, tmp_path / "x.eml").written == ("Core-first-one.patch",)
+    assert take(applied, tmp_path / "x.eml").written == ("Core-first-one.patch",)
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -245,25 +232,23 @@ def server(mails: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
         thread.join()
 
 
-def test_address_is_followed_and_named_in_the_status_without_credentials(release: Workspace, server: _Server) -> None:
-    release.apply()
-    take(release, f"http://me:hunter2@127.0.0.1:{server.server_port}/moved")
-    assert f"Upstream-Status: Submitted [http://127.0.0.1:{server.server_port}/moved]" in sh_git(release.vllm, "log", "-1", "--format=%B")
-    assert "hunter2" not in release.err.getvalue()
-    assert not [path for path in release.layout.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+def test_address_is_followed_and_named_in_the_status_without_credentials(applied: Workspace, server: _Server) -> None:
+    take(applied, f"http://me:hunter2@127.0.0.1:{server.server_port}/moved")
+    assert f"Upstream-Status: Submitted [http://127.0.0.1:{server.server_port}/moved]" in sh_git(applied.vllm, "log", "-1", "--format=%B")
+    assert "hunter2" not in applied.err.getvalue()
+    assert not [path for path in applied.layout.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
 
 
-def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(release: Workspace, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    release.apply()
+def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(applied: Workspace, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "LARGEST_BYTES", 3 << 20)
     place = f"http://127.0.0.1:{server.server_port}"
     for path, match in (("/nothing", "the server answers 404"), ("/endless", "is larger than 3 MiB")):
         with pytest.raises(SourceError, match=match) as failure:
-            take(release, place + path)
+            take(applied, place + path)
         assert failure.value.hint
     assert server.seen == [None, None]
     with pytest.raises(SourceError, match=re.escape("http://127.0.0.1:1/x could not be fetched: ")) as failure:
-        take(release, "http://me:hunter2@127.0.0.1:1/x")
+        take(applied, "http://me:hunter2@127.0.0.1:1/x")
     assert "hunter2" not in failure.value.message
 
 

@@ -51,23 +51,22 @@ def test_each_patch_is_pending_then_applied_with_subject_status_and_files(checke
     assert (second.state, set(second.files)) == ("applied", {"csrc/dos.h", "vllm/new.py"})
 
 
-def test_changed_patch_and_commit_without_a_file_are_told_apart(release: Workspace) -> None:
-    release.apply()
-    commit(release.vllm, "Mine\n\nUpstream-Status: Inappropriate [local]", {"vllm/mine.py": "mine\n"})
-    assert states(release) == ["unexported", "applied", "applied", "unexported"]
-    mine = table(release)[-1]
+def test_changed_patch_and_commit_without_a_file_are_told_apart(applied: Workspace) -> None:
+    commit(applied.vllm, "Mine\n\nUpstream-Status: Inappropriate [local]", {"vllm/mine.py": "mine\n"})
+    assert states(applied) == ["unexported", "applied", "applied", "unexported"]
+    mine = table(applied)[-1]
     assert (mine.name, mine.subject, mine.status, mine.files) == (
-        sh_git(release.vllm, "rev-parse", "HEAD")[:12],
+        sh_git(applied.vllm, "rev-parse", "HEAD")[:12],
         "Mine",
         "Inappropriate [local]",
         ("vllm/mine.py",),
     )
-    sh_git(release.vllm, "reset", "--quiet", "--hard", "HEAD~1")
-    write(release.vllm, {"vllm/new.py": "other\n"})
-    sh_git(release.vllm, "commit", "--quiet", "--all", "--amend", "--no-edit")
-    assert states(release) == ["unexported", "applied", "changed"]
-    sh_git(release.vllm, "reset", "--quiet", "--hard", "HEAD~1")
-    assert states(release) == ["unexported", "applied", "pending"]
+    sh_git(applied.vllm, "reset", "--quiet", "--hard", "HEAD~1")
+    write(applied.vllm, {"vllm/new.py": "other\n"})
+    sh_git(applied.vllm, "commit", "--quiet", "--all", "--amend", "--no-edit")
+    assert states(applied) == ["unexported", "applied", "changed"]
+    sh_git(applied.vllm, "reset", "--quiet", "--hard", "HEAD~1")
+    assert states(applied) == ["unexported", "applied", "pending"]
 
 
 def test_commit_that_only_shifts_the_patches_after_it_changes_none_of_them(release: Workspace) -> None:
@@ -79,12 +78,11 @@ def test_commit_that_only_shifts_the_patches_after_it_changes_none_of_them(relea
     assert states(release) == ["unexported", "applied", "applied", "unexported"]
 
 
-def test_merge_in_the_stack_is_listed_and_no_traceback(release: Workspace) -> None:
-    release.apply()
-    sh_git(release.vllm, "checkout", "--quiet", "-b", "side", "HEAD~1")
-    commit(release.vllm, "Side", {"vllm/side.py": "side\n"})
-    sh_git(release.vllm, "merge", "--quiet", "--no-edit", "refs/patches/tip")
-    rows = table(release)
+def test_merge_in_the_stack_is_listed_and_no_traceback(applied: Workspace) -> None:
+    sh_git(applied.vllm, "checkout", "--quiet", "-b", "side", "HEAD~1")
+    commit(applied.vllm, "Side", {"vllm/side.py": "side\n"})
+    sh_git(applied.vllm, "merge", "--quiet", "--no-edit", "refs/patches/tip")
+    rows = table(applied)
     assert [row.state for row in rows] == ["unexported", "applied", "applied", "unexported", "unexported"]
     assert {row.subject for row in rows[3:]} >= {"Side"}
 
@@ -103,21 +101,21 @@ def test_missing_checkout_shows_the_series(workspace: Workspace) -> None:
     assert moved(workspace) == ""
 
 
-def test_own_verbs_have_not_moved_anything(checked_out: Workspace) -> None:
-    assert moved(checked_out) == ""
-    checked_out.apply()
-    assert moved(checked_out) == ""
-    commit(checked_out.vllm, "Mine", {"vllm/mine.py": "mine\n"})
-    assert moved(checked_out) == ""
-    sh_git(checked_out.vllm, "checkout", "--quiet", "--detach", "refs/patches/tip")
-    checked_out.unapply()
-    assert moved(checked_out) == ""
-    checked_out.apply()
+def test_own_verbs_have_not_moved_anything(release: Workspace) -> None:
+    assert moved(release) == ""
+    release.apply()
+    assert moved(release) == ""
+    commit(release.vllm, "Mine", {"vllm/mine.py": "mine\n"})
+    assert moved(release) == ""
+    sh_git(release.vllm, "checkout", "--quiet", "--detach", "refs/patches/tip")
+    release.unapply()
+    assert moved(release) == ""
+    release.apply()
     # A run that was killed, and is finished by the next.
-    checked_out.begin_move(checked_out.observe().base or "")
-    write(checked_out.vllm, {"vllm/lines.py": LINES})
-    checked_out.unapply()
-    assert (checked_out.observe().head, moved(checked_out)) == (checked_out.observe().base, "")
+    release.begin_move(release.observe().base or "")
+    write(release.vllm, {"vllm/lines.py": LINES})
+    release.unapply()
+    assert (release.observe().head, moved(release)) == (release.observe().base, "")
 
 
 def test_submodule_update_that_detached_to_the_pin_is_said_with_the_way_back(made: Path, tmp_path: Path, upstream: Upstream) -> None:
@@ -149,14 +147,13 @@ def test_submodule_recurse_of_a_branch_switch_is_said_too(made: Path, tmp_path: 
         assert workspace.observe().head == tip
 
 
-def test_commits_that_were_never_exported_are_what_the_way_back_leads_to(release: Workspace) -> None:
-    release.apply()
-    mine = commit(release.vllm, "Mine", {"vllm/mine.py": "mine\n"})
-    sh_git(release.vllm, "checkout", "--quiet", "--detach", release.observe().base or "")
-    told = moved(release)
+def test_commits_that_were_never_exported_are_what_the_way_back_leads_to(applied: Workspace) -> None:
+    mine = commit(applied.vllm, "Mine", {"vllm/mine.py": "mine\n"})
+    sh_git(applied.vllm, "checkout", "--quiet", "--detach", applied.observe().base or "")
+    told = moved(applied)
     assert told.endswith(f"back: git -C vendor/vllm checkout {mine[:12]}")
-    follow(release, told)
-    assert (release.observe().head, moved(release)) == (mine, "")
+    follow(applied, told)
+    assert (applied.observe().head, moved(applied)) == (mine, "")
 
 
 def test_another_branch_of_the_users_is_said_with_the_way_back(release: Workspace) -> None:
@@ -195,23 +192,22 @@ def test_pin_that_moved_under_a_stack_is_said_with_the_way_to_follow(made: Path,
         assert (workspace.observe().head, moved(workspace)) == (drift, "")
 
 
-def test_screen_has_state_first_and_next_command_last_and_json_the_same(release: Workspace) -> None:
-    release.apply()
-    pin, archive = release.pin, release.pin.archive
+def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied: Workspace) -> None:
+    pin, archive = applied.pin, applied.pin.archive
     assert archive
     tables = f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
     tables += "[vllm.archive]\n" + "".join(f'{key} = "{getattr(archive, key)}"\n' for key in ("filename", "sha256", "commit", "tree"))
     tables += f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
-    write(release.layout.root, {"vendor/pins.toml": tables})
+    write(applied.layout.root, {"vendor/pins.toml": tables})
     err, out = io.StringIO(), io.StringIO()
-    overview.show(release.layout, release.settings(), "vllm", console=Console(out=out, err=err))
+    overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
     lines = err.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["applied", "applied", "applied", "next:"]
     assert lines[1] == "applied     [Bugfix] Größer: twenty in words  Pending  vllm/lines.py"
-    overview.show(release.layout, release.settings(), "vllm", console=Console(out=out, err=err), as_json=True)
+    overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err), as_json=True)
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert record["next"] == "nothing is due; after commits in vendor/vllm: ./scripts/inv patch.export"
-    write(release.vllm, {"README": "edited\n"})
-    overview.show(release.layout, release.settings(), "vllm", console=Console(out=out, err=err))
+    write(applied.vllm, {"README": "edited\n"})
+    overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
     assert [line for line in err.getvalue().splitlines() if line.startswith("applied")][3].endswith("  edits: README")

@@ -1,30 +1,16 @@
 """What a package index on the loopback, or in a folder, has of a project's releases."""
 
 import datetime
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.source import ladder as ladders
 from tests.source.ladder import NEW, OLD, Index, Ladder
 from workspace.core import settings as settings_module
 from workspace.core.errors import SourceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.source import releases
-
-
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
-    return ladders.build(tmp_path_factory.mktemp("ladder"))
-
-
-@pytest.fixture
-def index(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-    monkeypatch.setenv("no_proxy", "*")
-    with ladders.serve(ladder) as served:
-        yield served
 
 
 def settings(folder: Path, address: str) -> Settings:

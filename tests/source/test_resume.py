@@ -63,36 +63,36 @@ def test_resolution_to_no_change_is_told_to_be_skipped(stopped: Workspace) -> No
     assert sh_git(stopped.vllm, "log", "-2", "--format=%f").split()[0] == "Last"
 
 
-def test_resolution_that_is_not_staged_is_not_taken_for_no_change(release: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> None:
+def test_resolution_that_is_not_staged_is_not_taken_for_no_change(mergeable: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> None:
     # Without the contents at hand git changes nothing, and marks nothing.
     name, content = next((name, content) for name, content in conflicting.items() if name.startswith("XX"))
-    release.series({name: re.sub(rb"index [0-9a-f]{40}", b"index " + b"1" * 40, content)})
+    mergeable.series({name: re.sub(rb"index [0-9a-f]{40}", b"index " + b"1" * 40, content)})
     with pytest.raises(PatchConflict, match="waits at the conflict") as failure:
-        release.apply(stop_at_conflict=True)
+        mergeable.apply(stop_at_conflict=True)
     reject = (failure.value.hint or "").split("    ")[0]
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
-    assert subprocess.run(reject, shell=True, cwd=release.layout.root, capture_output=True, env=environ).returncode == 1
-    rejected = release.vllm / "vllm" / "lines.py.rej"
+    assert subprocess.run(reject, shell=True, cwd=mergeable.layout.root, capture_output=True, env=environ).returncode == 1
+    rejected = mergeable.vllm / "vllm" / "lines.py.rej"
     assert "+line YY" in rejected.read_text()
     rejected.unlink()
-    write(release.vllm, {"vllm/lines.py": RESOLVED})
+    write(mergeable.vllm, {"vllm/lines.py": RESOLVED})
     with pytest.raises(PatchConflict, match=r"has edits \(vllm/lines\.py\) for patch 1 of 1.* not staged") as unstaged:
-        release.go_on("continue")
+        mergeable.go_on("continue")
     assert (unstaged.value.hint or "").startswith("git -C vendor/vllm add --update && ./scripts/inv patch.continue")
-    resolve(release)
-    assert release.go_on("continue").state is State.UNEXPORTED
+    resolve(mergeable)
+    assert mergeable.go_on("continue").state is State.UNEXPORTED
 
 
-def test_next_conflict_stops_it_again_with_its_own_name(release: Workspace, conflicting: dict[str, bytes], upstream: Upstream) -> None:
+def test_next_conflict_stops_it_again_with_its_own_name(mergeable: Workspace, conflicting: dict[str, bytes], upstream: Upstream) -> None:
     _, second, last = conflicting.items()
-    release.series({second[0]: second[1], "again.patch": second[1].replace(b"XX to YY", b"again"), last[0]: last[1]})
+    mergeable.series({second[0]: second[1], "again.patch": second[1].replace(b"XX to YY", b"again"), last[0]: last[1]})
     with pytest.raises(PatchConflict, match="patch 1 of 3"):
-        release.apply(stop_at_conflict=True)
-    resolve(release)
+        mergeable.apply(stop_at_conflict=True)
+    resolve(mergeable)
     with pytest.raises(PatchConflict, match=r"patch 2 of 3, patches/vllm/again\.patch, does not apply") as failure:
-        release.go_on("continue")
+        mergeable.go_on("continue")
     assert failure.value.details == ("conflict in vllm/lines.py",)
-    assert release.go_on("skip").state is State.UNEXPORTED
+    assert mergeable.go_on("skip").state is State.UNEXPORTED
 
 
 def test_abort_returns_to_the_base_and_keeps_what_lay_there(stopped: Workspace) -> None:
@@ -120,27 +120,27 @@ def test_what_lay_there_at_an_earlier_abort_stays_too(stopped: Workspace) -> Non
     assert {"first", "second"} <= set(shown)
 
 
-def test_abort_gives_the_files_their_times_back(release: Workspace, conflicting: dict[str, bytes]) -> None:
-    header = release.vllm / "csrc" / "dos.h"
+def test_abort_gives_the_files_their_times_back(mergeable: Workspace, conflicting: dict[str, bytes]) -> None:
+    header = mergeable.vllm / "csrc" / "dos.h"
     before = header.stat().st_mtime_ns
     with pytest.raises(PatchConflict):
-        release.apply(stop_at_conflict=True)
+        mergeable.apply(stop_at_conflict=True)
     assert header.stat().st_mtime_ns != before
-    release.go_on("abort")
+    mergeable.go_on("abort")
     assert header.stat().st_mtime_ns == before
 
 
-def test_am_from_elsewhere_is_continued_just_the_same(release: Workspace, conflicting: dict[str, bytes], tmp_path: Path) -> None:
+def test_am_from_elsewhere_is_continued_just_the_same(mergeable: Workspace, conflicting: dict[str, bytes], tmp_path: Path) -> None:
     write(tmp_path, {"mine.patch": conflicting["XX-to-YY.patch"].replace(b"XX to YY", b"of my own")})
-    sh_git(release.vllm, "am", "--3way", str(tmp_path / "mine.patch"), check=False)
+    sh_git(mergeable.vllm, "am", "--3way", str(tmp_path / "mine.patch"), check=False)
     with pytest.raises(PatchConflict, match="1 path has a conflict left"):
-        release.go_on("continue")
-    resolve(release, LINES)
+        mergeable.go_on("continue")
+    resolve(mergeable, LINES)
     with pytest.raises(PatchConflict, match="patch 1 of 1, “of my own”, changes nothing"):
-        release.go_on("continue")
-    resolve(release)
-    assert release.go_on("continue").state is State.UNEXPORTED
-    assert sh_git(release.vllm, "log", "-1", "--format=%f") == "of-my-own"
+        mergeable.go_on("continue")
+    resolve(mergeable)
+    assert mergeable.go_on("continue").state is State.UNEXPORTED
+    assert sh_git(mergeable.vllm, "log", "-1", "--format=%f") == "of-my-own"
 
 
 def test_am_that_was_killed_before_a_patch_leaves_no_way_to_lose_it(stopped: Workspace) -> None:

@@ -19,18 +19,6 @@ from workspace.source.checkout import Kind
 from workspace.source.upstream import Candidate
 
 
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
-    return ladders.build(tmp_path_factory.mktemp("ladder"))
-
-
-@pytest.fixture
-def index(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-    monkeypatch.setenv("no_proxy", "*")
-    with ladders.serve(ladder) as served:
-        yield served
-
-
 @pytest.fixture
 def clone(tmp_path: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
     with ladders.cloned(tmp_path, ladder, index) as opened:
