@@ -113,9 +113,10 @@ def compile(
     history = History(history_file(settings), setup=setup)
     before, costs = history.entries, Costs(read_table()[0], history.entries)
     planned = [unit for unit in (unit_at(one.object) for one in units) if unit]
+    limits = Bounds(jobs.count, memory.budget_gib)
     broker = tickets.Broker(
         build / "tickets",
-        Admission(Bounds(jobs.count, memory.budget_gib)),
+        Admission(limits),
         costs,
         look=lambda: pressure.look(memory.reserve_gib),
         kills=pressure.kills,
@@ -123,7 +124,7 @@ def compile(
         units=len(planned),
         keep_going=keep_going,
     )
-    meter = Meter(broker, planned, costs, jobs=jobs.count, console=journal.console, step=step)
+    meter = Meter(broker, planned, costs, bounds=limits, console=journal.console, step=step)
     argv: list[process.Argument] = [find(layout, settings), "-C", build, f"-j{bounds.visible(len(planned), jobs)}", *(["-k0"] if keep_going else []), *targets]
     began, failures, shown = time.monotonic(), Failures(), journal.step
     # The bar shows what the meter says, not ninja's newest line.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workspace.build.admission import Bounds
 from workspace.build.connection import Finished, State
 from workspace.build.costs import LINK, Cost, Costs, Unit
 from workspace.build.native.timeline import Sample
@@ -107,12 +108,12 @@ def duration(seconds: float) -> str:
 class Meter:
     """Shows how a build goes while the block is entered, from a thread. `samples` are what it saw."""
 
-    def __init__(self, broker: Broker, planned: Sequence[Unit], costs: Costs, *, jobs: int, console: Console, step: Step) -> None:
+    def __init__(self, broker: Broker, planned: Sequence[Unit], costs: Costs, *, bounds: Bounds, console: Console, step: Step) -> None:
         self.samples: list[Sample] = []
-        self._broker, self._jobs, self._console, self._step = broker, jobs, console, step
+        self._broker, self._jobs, self._console, self._step = broker, bounds.jobs, console, step
         self._planned = {unit: costs.expected(unit) for unit in planned}
         self._is_over = threading.Event()
-        self._budget_gib = 0.0
+        self._budget_gib = bounds.budget_gib
         self._said = ""
 
     def __enter__(self) -> "Meter":
@@ -124,6 +125,8 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
+        # What came after the last look is said all the same.
+        self._warn(self._broker.state, self._broker.finished)
 
     def _watch(self) -> None:
         # A terminal that is gone (SIGHUP) is no reason to stop looking.
@@ -161,10 +164,10 @@ class Meter:
 
     def _warn(self, state: State, finished: Sequence[Finished]) -> None:
         killed = next((one for one in reversed(finished) if one.is_killed), None)
-        if killed and state.budget_gib < self._budget_gib:
+        if killed and 0 < state.budget_gib < self._budget_gib and not self._broker.trouble:
             name = Path(killed.unit.source).name
             self._console.warn(f"memory ran out while {name} was compiled: it goes on, with {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}")
-        self._budget_gib = state.budget_gib
+        self._budget_gib = state.budget_gib or self._budget_gib
 
 
 def _columns() -> int:
