@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.build.launching import NINJA, ROOT, Site, broker, command_of, until
+from tests.build.launching import ROOT, Site, broker, command_of, until
 from workspace.build import processes, tickets
 from workspace.build.admission import Admission, Bounds
 from workspace.build.costs import Costs, History
@@ -201,38 +201,3 @@ def test_a_killed_verb_ends_who_waits_and_the_next_one_works(site: Site) -> None
     site.compiler("echo compiled")
     with broker(site):
         assert site.launch("b").communicate(timeout=10)[0] == "compiled\n"
-
-
-BUILD = """
-import sys
-from pathlib import Path
-from workspace import door
-from workspace.build import tickets
-from workspace.build.admission import Admission, Bounds
-from workspace.build.costs import Costs
-from workspace.core import process
-from workspace.core.journal import Journal
-
-def work():
-    folder = Path(sys.argv[1])
-    with Journal(door.console(), folder / "logs", verb="test") as journal:
-        with tickets.Broker(folder / "tickets", Admission(Bounds(2, 100.0)), Costs([]), units=8):
-            process.run([sys.argv[2], "-C", folder, "-j100"], env={"PATH": sys.argv[3]}, journal=journal)
-
-sys.exit(door.run(work))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_whatever_ends_a_verb_that_builds_no_compiler_outlives_it(site: Site, number: signal.Signals) -> None:
-    site.compiler("exec sleep 100")
-    site.write_build([f"u{number}" for number in range(8)])
-    assert NINJA is not None
-    argv = [sys.executable, "-c", BUILD, str(site.folder), NINJA, os.environ["PATH"]]
-    verb = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until(lambda: [Path(f"/proc/{pid}/comm").read_text() for pid in site.running()] == ["sleep\n"] * 2)
-    verb.send_signal(number)
-    _, talk = verb.communicate(timeout=20)
-    assert "Traceback" not in talk
-    until(lambda: site.running() == [] and not [pid for pid in processes.living() if command_of(pid).startswith(str(site.folder))])
-    assert len(site.log) == 2
