@@ -79,6 +79,7 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
     if wanted.head not in git.present((wanted.head,)):
         raise CheckoutError(f"{shown} no longer holds commit {wanted.head[:12]} of {wanted.name}", hint="./scripts/inv pin    names the others")
     worktree.require_way(git, wanted.head)
+    moving.require_one_disk(layout)
     kept = present if present and good.read(layout, present) else ""
     console.say(f"{present or 'the present state'} → {wanted.name}")
     if not kept:

@@ -14,7 +14,7 @@ from typing import Literal
 from workspace.build import plan
 from workspace.core import lock
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, ToolchainError, WorkspaceError
+from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
@@ -111,11 +111,7 @@ def _begin(layout: Layout, settings: Settings, ref: str, journal: Journal, *, yo
         return None
     if not young:
         _require_age(candidate.pin.tag, candidate.published, settings)
-    disks = {path.stat().st_dev for path in (layout.root, layout.state, layout.vllm)}
-    if len(disks) > 1:
-        raise ToolchainError(
-            "the clone, .workspace and vendor/vllm lie on several disks, so nothing can be renamed between them", hint="df . .workspace vendor/vllm"
-        )
+    moving.require_one_disk(layout)
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     journal.console.say(
         f"{pin.tag} → {candidate.pin.tag}, {count}: tree, patches, environment and smoke in {layout.relative(layout.workshop)}; until all is green"

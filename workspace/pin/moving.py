@@ -8,7 +8,7 @@ from pathlib import Path
 
 from workspace.build import bootstrap, plan, stamp
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError
+from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
@@ -46,12 +46,25 @@ def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
     moves.move(layout, "vllm", git, new, journal=journal)
 
 
+def require_one_disk(layout: Layout) -> None:
+    """Raise ToolchainError where what a move renames lies on several disks."""
+    places = (layout.root, layout.state, layout.vllm, layout.environment)
+    if len({path.stat().st_dev for path in places if path.exists()}) > 1:
+        sentence = "the clone, .workspace, vendor/vllm and .vllm lie on several disks, so nothing can be renamed between them"
+        raise ToolchainError(sentence, hint="df . .workspace vendor/vllm .vllm")
+
+
 def put_aside(environment: Path, aside: Path) -> None:
     """Rename an environment to where it waits; where another one is left from earlier, that one is out of date."""
     if os.path.lexists(environment):
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(environment, aside)
+        try:
+            os.rename(environment, aside)
+        except OSError as exc:
+            # Where something is mounted, be it of the same disk.
+            hint = f"findmnt {environment}    unmount it; the same command again goes on"
+            raise ToolchainError(f"{environment} cannot be renamed: {exc.strerror}", hint=hint) from exc
 
 
 def products_of(layout: Layout) -> dict[str, str]:
