@@ -36,10 +36,12 @@ def test_wheel_that_is_none_is_refused_before_anything_is_touched(built: World, 
 
 def test_native_kernels_that_do_not_compile_show_the_compilers_error(built: World) -> None:
     (built.layout.vllm / "csrc" / "cpu" / "answer.c").write_text("int vllm_small_answer(void) { return fortytwo; }\n")
+    donors = (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes()
     ended = built.run("bootstrap", "--kernels", "native", "--jobs", "2")
     assert ended.code == 7, ended.said
     assert "fortytwo" in ended.err
-    assert not built.layout.stamp("vllm").exists()
+    # Nothing in the tree was touched, so what is claimed of it still holds.
+    assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == donors
 
 
 def test_wheel_file_gives_its_libraries(built: World, tmp_path: Path) -> None:
@@ -52,10 +54,9 @@ def test_wheel_file_gives_its_libraries(built: World, tmp_path: Path) -> None:
 def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     source = built.layout.vllm / "csrc" / "cpu" / "answer.c"
     source.write_text(source.read_text().replace("42", "43"))
-    built.bootstrap("--kernels", "native", "--jobs", "2")
+    assert "2 compilers at once: --jobs 2" in built.bootstrap("--kernels", "native", "--jobs", "2").err
     load = f"import ctypes; print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
     assert built.python(load) == "43"
-    assert "at most 2 jobs" in max(built.layout.logs.glob("*.log")).read_text()
     # What was asked for once stays until something else is asked for.
     seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
     assert (seen.kernels_wanted.kind, seen.kernels.state) == ("native", "ok")

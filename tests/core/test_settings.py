@@ -28,7 +28,7 @@ def test_flag_beats_shell_beats_dotenv_beats_default(tmp_path: Path) -> None:
         ("1", "flag"),
         ("release", "shell"),
         ("cpu", ".env"),
-        ("donor", "default"),
+        ("auto", "default"),
     ]
 
 

@@ -146,8 +146,8 @@ def _show_skipped(stage: Stage, console: Console) -> None:
 
 
 def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
-    if observed.outrun:
-        console.warn(f"the kernels are {plan.outrun_sentence(observed.outrun)}")
+    if observed.for_compiler:
+        console.warn(f"the kernels are stale: {'; '.join(observed.for_compiler)}")
     if observed.stack and observed.stack.dirty:
         console.say(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, and not touched")
     console.say(f"{prefix}vllm {observed.version} stands in .vllm; next: {status.next_command(observed)}")

@@ -58,7 +58,8 @@ def next_command(observed: plan.Observation) -> str:
         return "./scripts/inv patch.continue   # or --skip, --abort: an am, rebase, merge or cherry-pick is under way in vendor/vllm"
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
         return "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
-    if observed.outrun and observed.environment.state == "ok":
+    is_native_stale = observed.kernels_wanted.kind == "native" and observed.kernels.state == "stale"
+    if (observed.for_compiler or is_native_stale) and observed.environment.state == "ok":
         return "./scripts/inv rebuild"
     if any(layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)):
         return BOOTSTRAP

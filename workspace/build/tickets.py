@@ -48,8 +48,8 @@ def install(folder: Path, *, python: str = sys.executable) -> Path:
     One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
     """
     # What a compiler with a ticket starts needs none: the stand-ins are for those that have no launcher.
-    path = f'PATH="${{PATH#{shlex.quote(str(folder / STAND_INS))}:}}"'
-    return _write_program(folder / "ticket", f"{path} exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}")
+    without = f'own={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$own":}}"'
+    return _write_program(folder / "ticket", f"{without}; exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}")
 
 
 def stand_in(folder: Path, compilers: Mapping[str, Sequence[str]]) -> Path:

@@ -123,6 +123,15 @@ def ninja(case: Case) -> Iterator[Row]:
         yield Row(case.lacking, "ninja", "not there, or does not run", "it runs the compilers, FlashInfer's at run time too", cure)
 
 
+def patch(case: Case) -> Iterator[Row]:
+    """Check for patch(1), with which the tree's CMake mends a header of torch for CUDA."""
+    why = "the tree's CMakeLists.txt may mend a header of torch with it"
+    if case.device == "cpu" or case.which("patch"):
+        yield Row("ok", "patch", "is there" if case.device == "cuda" else "not asked for: the device is cpu", why)
+    else:
+        yield Row(case.lacking, "patch", "not there", why, "sudo apt install patch")
+
+
 def demanded_compiler(tree: Path, *, device: str) -> str | None:
     """Return the oldest g++ that the tree's CMake files accept for a device, read from their own words; None where they say nothing."""
     files = [tree / "CMakeLists.txt", *([tree / "cmake" / "cpu_extension.cmake"] if device == "cpu" else [])]

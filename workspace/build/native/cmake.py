@@ -30,7 +30,8 @@ SCHEMA = 1
 # Each try finds at least one more file of a placeholder missing; the tree's own words have named most of them before.
 MOST_TRIES = 12
 NINJA_FILE = "build.ninja"
-_NOT_BUILT = re.compile(r"^(?:-- )?(Not building .*)$")
+# As it says of kernels, then of external projects.
+_NOT_BUILT = re.compile(r"^(?:-- )?(Not building .*|\S+ will not compile\b.*|\[\w+\] Skipping build\b.*)$")
 _FAULT = re.compile(r"^CMake Error(?: at (\S+?:\d+)(?: \(\w+\))?)?:", re.MULTILINE)
 _IN_TREE = re.compile(r"\$\{CMAKE_(?:CURRENT_)?SOURCE_DIR\}/(vllm/[\w./-]+)")
 

@@ -149,6 +149,8 @@ class _Reader:
             defines = sorted(define["define"] for define in group.get("defines", []))
             standard = group.get("languageStandard", {}).get("standard", "")
             recipes.append(json.dumps([group["language"], standard, *map(self._alike, [*fragments, "", *defines, "", *folders, "", *sorted(sources)])]))
+        # Linked with other words is another library too.
+        recipes.append(json.dumps([self._alike(part["fragment"]) for part in entry.get("link", {}).get("commandFragments", [])]))
         return Target(
             name=entry["name"],
             kind=entry["type"],
