@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.build.launching import PLAIN, Site, broker, until
 from workspace.build import launcher, tickets
 
@@ -102,7 +104,9 @@ def test_the_launcher_runs_in_old_pythons_and_imports_nothing_heavy() -> None:
     assert not names & {"socket", "signal", "enum", "re", "typing", "subprocess", "contextlib", "json", "site", "fcntl"}
 
 
-def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_takes_none(site: Site) -> None:
+@pytest.mark.parametrize("name", ["plain", "with 'quotes', \"more\" $HOME and * blanks"])
+def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_takes_none(tmp_path: Path, name: str) -> None:
+    site = Site(tmp_path / name)
     site.compiler("command -v compiler")
     stand_ins = tickets.stand_in(site.tickets, {"compiler": [str(site.folder / "compiler")]})
     environment = {"PATH": f"{stand_ins}:{site.folder}:{PLAIN['PATH']}"}

@@ -48,7 +48,7 @@ def install(folder: Path, *, python: str = sys.executable) -> Path:
     One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
     """
     # What a compiler with a ticket starts needs none: the stand-ins are for those that have no launcher.
-    without = f'own={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$own":}}"'
+    without = f'_stand_ins={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$_stand_ins":}}"'
     return _write_program(folder / "ticket", f"{without}; exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}")
 
 
