@@ -230,13 +230,14 @@ def _advance(shop: Workshop, settings: Settings, journal: Journal) -> bool:
         tree = workshop.open_tree(shop, settings, journal=journal)
         _apply(shop, tree, journal)
         _export(shop, tree, journal)
+        tip = tree.head() or ""
         wanted = as_built(settings, plan.observe(shop.outer, settings))
         with _said_of(shop):
             if settings.switch("USE_EXISTING_TORCH"):
                 workshop.borrow_environment(shop, journal=journal)
             moving.build(shop.layout, wanted, console=journal.console)
         _smoke(shop, tree, wanted, journal.console)
-        promote.begin(shop, settings, journal=journal)
+        promote.begin(shop, settings, tip=tip, journal=journal)
     promote.finish(shop, settings, journal=journal)
     return True
 

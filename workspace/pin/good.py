@@ -89,6 +89,8 @@ def record(layout: Layout, settings: Settings, observed: plan.Observation, *, co
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.say) as held,
         Journal(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as journal,
     ):
+        # Of a run that was ended while it deleted.
+        shutil.rmtree(gone(layout), ignore_errors=True)
         why = refusal(layout, observed)
         if why:
             console.say(f"not recorded as good: {why}")
@@ -167,6 +169,11 @@ def keep_aside(layout: Layout, why: str, *, name: str) -> None:
             _copy_pins(layout, Layout(aside / "left"))
             shutil.rmtree(left(layout, name), ignore_errors=True)
             scratch.put_in_place(aside / "left", left(layout, name))
+
+
+def gone(layout: Layout) -> Path:
+    """Where a workshop lies that is done with, until it is deleted."""
+    return layout.workshop.with_name(f".{layout.workshop.name}.gone")
 
 
 def left(layout: Layout, name: str) -> Path:

@@ -56,10 +56,15 @@ def require_unmoved(shop: Workshop) -> None:
         raise PatchDrift("patches/vllm changed after this bump began; nothing was promoted", hint=again)
 
 
-def begin(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
-    """Write down what is to be done. From here on it goes forward only. Raises what require_unmoved and require_way raise."""
-    layout, tip = shop.outer, Git(shop.layout.vllm).head() or ""
+def begin(shop: Workshop, settings: Settings, *, tip: str, journal: Journal) -> None:
+    """Write down what is to be done. From here on it goes forward only.
+
+    `tip` is what was exported and smoked. Raises what require_unmoved and require_way raise, and CheckoutError where the workshop moved on.
+    """
+    layout, made = shop.outer, Git(shop.layout.vllm)
     require_unmoved(shop)
+    if made.head() != tip or made.edits():
+        raise CheckoutError(f"{shop.shown} changed while its smoke ran; nothing was promoted", hint="./scripts/inv patch.continue    judges what is there now")
     worktree.require_way(Git(layout.vllm), tip)
     observed = plan.observe(layout, settings)
     why = good.refusal(layout, observed)

@@ -93,7 +93,7 @@ def make(layout: Layout, begun: Begun, pin: Pin) -> Workshop:
     """Make the workshop without its tree, whole or not at all: from then on a bump is under way."""
     for shared in (layout.logs, layout.models):
         shared.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(_gone(layout), ignore_errors=True)
+    shutil.rmtree(good.gone(layout), ignore_errors=True)
     with scratch.beside(layout.workshop) as folder:
         made = Layout(folder / "bump")
         made.pins.parent.mkdir(parents=True)
@@ -172,11 +172,11 @@ def remove(layout: Layout) -> str | None:
     """Take the workshop away. What was committed or edited there stays under the reference of vendor/vllm that is returned."""
     kept = _keep_work(layout) if is_there(layout) else None
     if os.path.lexists(layout.workshop):
-        shutil.rmtree(_gone(layout), ignore_errors=True)
+        shutil.rmtree(good.gone(layout), ignore_errors=True)
         # The rename ends the bump at once; what is slow comes after it.
-        os.rename(layout.workshop, _gone(layout))
+        os.rename(layout.workshop, good.gone(layout))
     worktree.forget(Git(layout.vllm), Layout(layout.workshop).vllm)
-    shutil.rmtree(_gone(layout), ignore_errors=True)
+    shutil.rmtree(good.gone(layout), ignore_errors=True)
     return kept
 
 
@@ -216,7 +216,3 @@ def _keep_work(layout: Layout) -> str | None:
     ref = f"refs/pins/left-{work[:12]}"
     Git(layout.vllm).set_ref(ref, work)
     return ref
-
-
-def _gone(layout: Layout) -> Path:
-    return layout.workshop.with_name(f".{layout.workshop.name}.gone")

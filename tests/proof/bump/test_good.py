@@ -21,7 +21,10 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
     (clone.root / "README.md").write_text("staged, and no business of a good state\n")
     git(clone.root, "add", "README.md")
     head = git(clone.root, "rev-parse", "HEAD")
+    # What a bump leaves that was ended while it deleted its workshop.
+    (good.gone(layout) / "vendor").mkdir(parents=True)
     assert smoke(clone).code == 0
+    assert not good.gone(layout).exists()
     second = names(clone)[0]
     assert second != first
     kept = git(clone.root, "rev-parse", f"refs/good/{second}")
