@@ -68,6 +68,7 @@ def done_and_damaged(git_dir: Path) -> None:
     (git_dir.parent / "csrc" / "a.cu").write_text("")
     (git_dir / "logs" / "HEAD").write_text("")
     (git_dir / "index.lock").write_text("")
+    (git_dir / "REBASE_HEAD.lock").write_text("")
 
 
 def new_file_of_a_patch(git_dir: Path) -> None:
@@ -90,6 +91,7 @@ def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commit
         kept = sh_git(stopped.vllm, "show", "--name-only", "--format=", "-m", "refs/patches/left").split()
         assert kept, "what lay there is kept"
     assert not stopped.layout.moving("vllm").exists()
+    assert not [*(stopped.vllm / ".git").glob("*.lock")]
     assert stopped.go_on("continue").head == undisturbed
     assert (stopped.vllm / "mine.txt").read_text() == "not tracked\n"
 

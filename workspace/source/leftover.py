@@ -14,7 +14,7 @@ QUIET_S = 1.0
 POLL_S = 0.1
 _NAMED = re.compile(r"Unable to create '([^']+\.lock)': File exists|could not lock config file (.+?): File exists")
 # What git locks at the top of its directory; references and their like are found by what git says.
-_AT_TOP = ("index.lock", "HEAD.lock", "ORIG_HEAD.lock", "config.lock", "shallow.lock", "packed-refs.lock")
+_AT_TOP = ("index.lock", "HEAD.lock", "ORIG_HEAD.lock", "REBASE_HEAD.lock", "CHERRY_PICK_HEAD.lock", "config.lock", "shallow.lock", "packed-refs.lock")
 
 
 def remove_named(said: str, folder: Path) -> bool:
