@@ -42,6 +42,7 @@ PROOFS = {
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
+    "source": ["tests/proof/source"],
 }
 
 nox.options.default_venv_backend = "none"
