@@ -101,6 +101,7 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
 
 def _act(run: stages.Run) -> plan.Observation:
     """Act on the first stage that is due and look again, until none is: a stage may make another one due, or done."""
+    checkout.sweep(run.layout, run.observed.pin)
     acted: list[tuple[str, stages.Act]] = []
     shown = 0
     while True:

@@ -71,7 +71,7 @@ def check(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
         more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
         raise BuildError(
             f"the installed vLLM is not what was asked for: {wrong[0]}{more}",
-            hint="./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch: ./scripts/inv bootstrap --kernels native --jobs 4",
+            hint="./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch: ./scripts/inv rebuild --kernels native",
             details=tuple(wrong),
         )
     return Verdict(said.version, said.platform, said.torch, said.libraries, said.undriven)

@@ -114,6 +114,12 @@ def protect(layout: Layout, *, journal: Journal | None = None) -> None:
         outer.hide(path, journal=journal)
 
 
+def sweep(layout: Layout, pin: Pin) -> None:
+    """Remove what runs that were killed right after the checkout was put in place have left beside it, and beside its git directory."""
+    for place in filter(None, (folder_of(layout, pin), _modules(layout, pin))):
+        scratch.sweep(place)
+
+
 def superproject(layout: Layout) -> Git | None:
     """The workspace's own repository, or None for a copy that is none, or lies inside another one."""
     outer = Git(layout.root)
