@@ -72,10 +72,12 @@ def test_patch_and_its_revert_leave_every_file_untouched(release: Workspace, ups
     commit(work, "and back", {"csrc/a.cu": "a\n"})
     release.series({"there.patch": export(work, "HEAD~1"), "and-back.patch": export(work, "HEAD")})
     before = snapshot(release.vllm)
-    # The tree is that of the base: nothing is to be done.
+    # The tree is that of the base, and yet the commits have to be there: an export would find the patches lost.
+    assert release.observe().state is State.UNAPPLIED
     assert release.apply().state is State.APPLIED
-    assert {name: entry for name, entry in snapshot(release.vllm).items() if "/objects/" not in name} == {
-        name: entry for name, entry in before.items() if "/objects/" not in name
+    assert sh_git(release.vllm, "log", "-2", "--format=%f").split() == ["and-back", "there"]
+    assert {name: entry for name, entry in snapshot(release.vllm).items() if "/.git" not in name} == {
+        name: entry for name, entry in before.items() if "/.git" not in name
     }
 
 

@@ -53,6 +53,8 @@ def run(layout: Layout, settings: Settings, ref: str, *, console: Console, young
                 f"a bump to {shop.pin.tag} is under way, asked for is {ref}",
                 hint=f"{CONTINUE}    goes on with it; {CONTINUE} --abort gives it up",
             )
+        if shop is None and not workshop.is_there(layout):
+            workshop.tidy(layout)
         shop = shop or _begin(layout, settings, ref, journal, young=young)
         is_promoted = shop is not None and _advance(shop, settings, journal)
     if is_promoted:

@@ -168,6 +168,15 @@ def _is_linked(tree: Git) -> bool:
     return place is not None and place.top.resolve() == tree.path.resolve() and place.git_dir.parent.name == "worktrees"
 
 
+def tidy(layout: Layout) -> None:
+    """Finish what a verb left that was killed while it made a workshop or took one away; there is none."""
+    scratch.sweep(layout.workshop)
+    shutil.rmtree(good.gone(layout), ignore_errors=True)
+    git = Git(layout.vllm)
+    if git.place() and any(git.path_of("worktrees").glob("*")):
+        worktree.forget(git, Layout(layout.workshop).vllm)
+
+
 def remove(layout: Layout) -> str | None:
     """Take the workshop away. What was committed or edited there stays under the reference of vendor/vllm that is returned."""
     kept = _keep_work(layout) if is_there(layout) else None
@@ -177,6 +186,7 @@ def remove(layout: Layout) -> str | None:
         os.rename(layout.workshop, good.gone(layout))
     worktree.forget(Git(layout.vllm), Layout(layout.workshop).vllm)
     shutil.rmtree(good.gone(layout), ignore_errors=True)
+    scratch.sweep(layout.workshop)
     return kept
 
 

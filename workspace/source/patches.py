@@ -45,7 +45,8 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
     if verb or ended:
         state = State.IN_PROGRESS
     elif is_at_base:
-        state = State.APPLIED if tree == expected else State.DIRTY if dirty else State.UNAPPLIED
+        # Patches that undo each other leave the tree of the base: on it they are only once their commits are there.
+        state = State.APPLIED if tree == expected and not wanted.names else State.DIRTY if dirty else State.UNAPPLIED
     elif git.is_ancestor(checkout.base, checkout.head):
         state = State.APPLIED if tree == expected else State.UNEXPORTED
     else:
