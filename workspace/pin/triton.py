@@ -10,7 +10,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.pin import workshop
-from workspace.source import checkout, git, pins, series
+from workspace.source import checkout, conflict, git, pins, series
 from workspace.source.git import Git, am, worktree
 from workspace.source.pins import COMMIT, Pin
 
@@ -122,7 +122,7 @@ def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) ->
     if head not in known and tree.tree(head) != expected:
         raise CheckoutError(
             f"{shown} is at {head[:12]}, which is not what pin and patches make",
-            hint=f"./scripts/inv patch.export --project triton    or: git -C {shown} branch mine",
+            hint=f"./scripts/inv patch.export --project triton    or: git -C {shown} branch {conflict.kept_as(head)}",
         )
 
 
