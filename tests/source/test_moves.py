@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source.conftest import LINES, PATCHED, Workspace, sh_git, write
+from tests.source.conftest import LINES, PATCHED, Workspace, commit, sh_git, write
 from tests.source.states import everything
 from workspace.core.errors import CheckoutError, ToolchainError
 from workspace.source import moves
@@ -136,3 +136,18 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(r
     assert moves.is_begun(release.layout, "vllm")
     assert moves.finish(release.layout, "vllm", git, journal=release.journal)
     assert (git.head(), git.edits()) == (tip, ())
+
+
+def test_finished_move_leaves_no_folder_that_it_has_emptied_and_no_file_of_the_user_goes_with_one(release: Workspace) -> None:
+    base = release.observe().head or ""
+    tip = commit(release.vllm, "folders", {"a/b/c/d": "d\n", "e/f/g": "g\n"})
+    release.begin_move(base)
+    # As read-tree leaves it: files are removed first, folders at its end.
+    (release.vllm / "a" / "b" / "c" / "d").unlink()
+    write(release.vllm, {"e/f/mine": "mine\n"})
+    assert release.observe().head == tip
+    assert moves.finish(release.layout, "vllm", Git(release.vllm), journal=release.journal)
+    assert sh_git(release.vllm, "rev-parse", "HEAD") == base
+    assert not (release.vllm / "a").exists()
+    assert (release.vllm / "e" / "f" / "mine").read_text() == "mine\n"
+    assert not (release.vllm / "e" / "f" / "g").exists()

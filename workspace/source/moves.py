@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
@@ -131,6 +131,7 @@ def _finish(layout: Layout, project: str, git: Git, source: str, target: str, jo
     git.read_index(target)
     for gone in (path for path in changed if path not in after):
         (git.path / gone).unlink(missing_ok=True)
+    _remove_empty(git.path, {folder for path in touched if path not in after for folder in Path(path).parents[:-1]})
     if written := [path for path in changed if path in after]:
         git.write_files(*written)
     # The index was read anew: without it every look would read all files.
@@ -140,6 +141,13 @@ def _finish(layout: Layout, project: str, git: Git, source: str, target: str, jo
     os.sync()
     git.set_ref("HEAD", target)
     return True
+
+
+def _remove_empty(top: Path, folders: Collection[Path]) -> None:
+    """Remove the folders that hold nothing any more, as git does once it comes to its end."""
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with contextlib.suppress(OSError):
+            (top / folder).rmdir()
 
 
 def _is_begun(git: Git, path: str, entry: str | None) -> bool:
