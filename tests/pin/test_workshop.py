@@ -134,3 +134,19 @@ def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(submodule:
     assert workshop.open_tree(shop, settings, journal=journal).edits() == ()
     assert (own.vllm / "file").read_text() == "two\n"
     assert git(submodule, "rev-parse", "HEAD") == git(submodule, "rev-parse", f"{base}~1"), "the clone's own HEAD was moved"
+
+
+def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_users_stays(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    layout = Layout(submodule.parents[1])
+    mine, ours = tmp_path / "mine", Layout(layout.workshop).vllm
+    for path in (mine, ours):
+        worktree.add(Git(submodule), path, "HEAD", journal=journal)
+    # Killed after the rename that ends the bump, before git was told; and one that was killed when it had just been made.
+    layout.workshop.rename(tmp_path / "gone")
+    begun = layout.state / ".bump.making-k7a3ox9q"
+    begun.mkdir()
+    workshop.tidy(layout)
+    listed = git(submodule, "worktree", "list")
+    assert str(mine) in listed
+    assert str(ours) not in listed
+    assert not begun.exists()
