@@ -99,6 +99,11 @@ class Layout:
         return self.state / "build"
 
     @property
+    def jit(self) -> Path:
+        """Kernels that were compiled while vLLM ran, a folder for each stack; see environment/jit_caches.py."""
+        return self.state / "jit"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 
