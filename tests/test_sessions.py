@@ -1,0 +1,69 @@
+"""nox: its sessions end as their child ends, see nothing of the caller's Python, and wait for a child that clears up."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.doorway import HOSTILE, Clone, booby_trap, make_clone
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone with its tool environment for tests that put a smoke check of their own into it."""
+    clone = make_clone(tmp_path_factory.mktemp("judged"))
+    assert clone.inv("--list").returncode == 0
+    return clone
+
+
+def session(clone: Clone, *words: str, body: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
+    """Run nox in the clone with a module of the workspace that does `body` in place of the smoke check."""
+    for name, text in (("smoke", body), ("pin", "")):
+        (clone.root / "workspace" / name).mkdir(exist_ok=True)
+        (clone.root / "workspace" / name / "__init__.py").touch()
+        (clone.root / "workspace" / name / "__main__.py").write_text(text)
+    return clone.run(clone.root / "scripts" / "nox", *words, **more)
+
+
+def test_single_session_exits_with_the_code_of_its_child(judged: Clone) -> None:
+    result = session(judged, "-s", "smoke", "--", "a b", body="import sys; print(sys.argv[1:]); sys.exit(8)")
+    assert (result.returncode, result.stdout) == (8, "['a b']\n")
+    assert "Traceback" not in result.stderr
+    assert session(judged, "-s", "smoke", body="import os; os.kill(os.getpid(), 9)").returncode == 137
+    assert session(judged, "-s", "smoke", body="").returncode == 0
+
+
+def test_of_several_sessions_all_are_run_and_nox_exits_1(judged: Clone) -> None:
+    result = session(judged, "-s", "smoke", "tests", body="import sys; sys.exit(8)")
+    assert result.returncode == 1
+    assert "Session smoke failed." in result.stderr
+    assert "Running session tests" in result.stderr
+
+
+def test_session_does_not_see_the_callers_python(judged: Clone, tmp_path: Path) -> None:
+    trap = booby_trap(tmp_path / "trap")
+    body = "import os; print(sorted(name for name in os.environ if name.startswith(('PYTHON', 'VIRTUAL'))))"
+    assert session(judged, "-s", "smoke", body=body, PYTHONPATH=str(trap), **HOSTILE).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ended_nox_waits_for_its_child_to_clear_up(judged: Clone, number: signal.Signals, code: int) -> None:
+    # Longer than the 0.3 s after which nox would kill it by default.
+    body = (
+        "import os, signal, sys, time\n"
+        "def end(number, _):\n    time.sleep(0.6)\n    os.write(1, b'cleared up\\n')\n    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGINT, end)\nsignal.signal(signal.SIGTERM, end)\nprint('here', flush=True)\nsignal.pause()\n"
+    )
+    session(judged, "--list", body=body)
+    argv = [judged.root / "scripts" / "nox", "-s", "smoke"]
+    with subprocess.Popen(argv, env=judged.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "here\n"
+        if number == signal.SIGINT:
+            os.killpg(running.pid, number)
+        else:
+            running.send_signal(number)
+        rest, talk = running.communicate(timeout=9)
+    assert (rest, running.returncode) == ("cleared up\n", code), talk
