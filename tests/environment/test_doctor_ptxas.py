@@ -2,7 +2,7 @@
 
 import pytest
 
-from workspace.environment import doctor_ptxas
+from workspace.environment import assemblers, doctor_ptxas
 from workspace.environment.doctor_case import Case, Row
 
 PTXAS = """case "$1" in --version) echo 'Cuda compilation tools, release {release}, V{release}.1'; exit;; esac
@@ -17,6 +17,8 @@ def triton(house, version, *, first=OLD, second=None) -> None:
     (packages / f"triton-{version}.dist-info").mkdir(parents=True)
     (packages / f"triton-{version}.dist-info" / "METADATA").touch()
     folder = packages / "triton" / "backends" / "nvidia" / "bin"
+    folder.mkdir(parents=True)
+    (packages / "triton" / "__init__.py").touch()
     house.program("ptxas", PTXAS.format(release="12.8", known=first), folder=folder)
     if second is not None:
         house.program("ptxas-blackwell", PTXAS.format(release="13.1", known=second), folder=folder)
@@ -65,7 +67,7 @@ def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
     house.program("nvidia-smi", "echo 'NVIDIA H100, 9.0, 580.1'")
     triton(house, "3.8.0", second="")
     assert {name: row.state for name, row in rows(house).items()} == {"ptxas": "ok", "ptxas-bw": "ok"}
-    assert not doctor_ptxas.assemblers(house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin", "3.9.0", "9.0")[0].is_used
+    assert not assemblers.of_triton(house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin", "3.9.0", "9.0")[0].is_used
 
 
 def test_path_that_leads_nowhere_is_told_since_triton_passes_over_it_in_silence(house):
@@ -99,4 +101,4 @@ def test_nothing_is_assembled_for_the_cpu_or_without_triton_and_the_row_says_so(
     ("capability", "target"), [("12.1", ("sm_121a", "8.8")), ("12.0", ("sm_120a", "8.7")), ("9.0", ("sm_90a", "8.0")), ("8.9", ("sm_89", "8.0"))]
 )
 def test_probe_asks_for_no_newer_ptx_than_the_architecture_needs(capability, target):
-    assert doctor_ptxas.target_of(capability) == target
+    assert assemblers.target_of(capability) == target

@@ -137,9 +137,9 @@ def constraints(layout: Layout) -> tuple[str, ...]:
     if "torch" not in there:
         return ()
     lines = [f"torch=={there['torch']}"]
-    of_torch = _demands(layout, "torch", there)
+    of_torch = demands(layout, "torch", there)
     for name in COMPANIONS:
-        if name in there and _is_met(_demands(layout, name, there).get("torch"), there["torch"]) and _is_met(of_torch.get(name), there[name]):
+        if name in there and _is_met(demands(layout, name, there).get("torch"), there["torch"]) and _is_met(of_torch.get(name), there[name]):
             lines.append(f"{name}=={there[name]}")
     # A Triton that torch does not ask for in this version was put there on purpose, or by xgrammar: a constraint would clash.
     if "triton" in there and "triton" in of_torch and _is_met(of_torch["triton"], there["triton"]):
@@ -157,8 +157,8 @@ def _is_met(specifier: str | None, version: str) -> bool:
     return specifier is None or SpecifierSet(specifier).contains(version, prereleases=True)
 
 
-def _demands(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, str]:
-    """Read what an installed package requires without an extra: canonical name and specifier."""
+def demands(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, str]:
+    """Return what an installed package requires without an extra: canonical name and specifier."""
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
