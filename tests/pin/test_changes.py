@@ -10,7 +10,9 @@ import pytest
 from tests.source.conftest import commit, sh_git, write
 from workspace.core import settings as settings_module
 from workspace.core.layout import Layout
-from workspace.pin import changes, forecast, names
+from workspace.engine import flags
+from workspace.environment import registry
+from workspace.pin import changes, forecast
 from workspace.pin.changes import Change
 from workspace.source.checkout import Kind
 from workspace.source.git import Git, history
@@ -155,7 +157,7 @@ def test_flags_in_use_that_are_gone_are_named_however_they_are_spelled(ground: G
 
 @pytest.mark.parametrize("source", [b"def", b"\x00", b"environment_variables = 3\n", b"environment_variables = {**a, 3: 4}\n", b"(" * 999])
 def test_source_that_is_no_registry_has_no_names(source: bytes) -> None:
-    assert names.variables_of(source) == names.flags_of(source) == frozenset()
+    assert registry.variables_of(source) == flags.flags_of(source) == frozenset()
 
 
 def test_file_of_a_patch_that_moved_or_vanished_is_named(ground: Ground) -> None:

@@ -12,6 +12,8 @@ from typing import Literal
 from workspace.build.native import externals
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings, nearest
+from workspace.engine import flags as known_flags
+from workspace.environment import registry
 from workspace.pin import names
 from workspace.source.checkout import Kind
 from workspace.source.git import Git, history
@@ -159,8 +161,8 @@ def _sources(differing: Mapping[str, Difference]) -> Iterator[Change]:
 def _names(layout: Layout, settings: Settings, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterator[Change]:
     variables, flags = names.used(layout, settings)
     kinds: tuple[tuple[Topic, names.Uses, Callable[[bytes], frozenset[str]], re.Pattern[str]], ...] = (
-        ("variable", variables, names.variables_of, re.compile(r"vllm/envs\.py")),
-        ("flag", flags, names.flags_of, re.compile(r"vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py")),
+        ("variable", variables, registry.variables_of, re.compile(r"vllm/envs\.py")),
+        ("flag", flags, known_flags.flags_of, re.compile(r"vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py")),
     )
     for topic, uses, known_in, files in kinds:
         if not uses:
