@@ -312,7 +312,11 @@ def _expands(text: str) -> bool:
 def _presentable(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "****")
-    text = re.sub(r"(?<=://)\S*@|\S*:\S*@", "****@", text)
+    return shortened(re.sub(r"(?<=://)\S*@|\S*:\S*@", "****@", text))
+
+
+def shortened(text: str) -> str:
+    """A text no longer than a line or two."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
