@@ -112,6 +112,11 @@ class Layout:
         return self.state / "models"
 
     @property
+    def encodings(self) -> Path:
+        """Vocabularies of tiktoken, where the pinned tree needs files of them."""
+        return self.state / "encodings"
+
+    @property
     def smoke_record(self) -> Path:
         return self.state / "smoke.json"
 
