@@ -1,5 +1,6 @@
 """What a move takes along and what it leaves: kernels that were compiled here, files beside them, and a torch of the user's own."""
 
+import os
 from pathlib import Path
 
 from tests.pin.conftest import smoke
@@ -110,36 +111,41 @@ def test_donors_kernels_do_not_mix_with_those_that_were_compiled_here(clone: Wor
     assert answer(clone) == "43"
 
 
-def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path: Path) -> None:
-    clone.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
-    clone.env["USE_EXISTING_TORCH"] = "1"
-    clone.bootstrap()
-    assert smoke(clone).code == 0
-    mine = next(clone.layout.environment.glob("lib/python*/site-packages/torch/version.py")).stat()
-    ended = clone.run("pin.bump", f"v{CLEAN}")
+def torch_version(world: World) -> str:
+    return world.python("import torch; print(torch.__version__)")
+
+
+def torch_file(world: World) -> os.stat_result:
+    return next(world.layout.environment.glob("lib/python*/site-packages/torch/version.py")).stat()
+
+
+def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
+    """Install a torch that no index has, move the pin, and see it gone along, no name of the workshop left; return its file as it was before."""
+    world.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
+    world.env["USE_EXISTING_TORCH"] = "1"
+    world.bootstrap()
+    assert smoke(world).code == 0
+    mine = torch_file(world)
+    ended = world.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
-    assert_stands_on(clone, CLEAN)
-    assert clone.python("import torch; print(torch.__version__)") == "9.9.9+local"
-    named = [path for path in clone.layout.environment.rglob("*") if path.is_file() and b".workspace/bump" in path.read_bytes()]
+    assert_stands_on(world, CLEAN)
+    assert torch_version(world) == "9.9.9+local"
+    named = [path for path in world.layout.environment.rglob("*") if path.is_file() and b".workspace/bump" in path.read_bytes()]
     assert [path for path in named if path.suffix != ".pyc"] == []
+    return mine
+
+
+def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path: Path) -> None:
+    mine = bump_with_own_torch(clone, tmp_path)
     ended = clone.run("pin.back")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, "0.31.0")
-    back = next(clone.layout.environment.glob("lib/python*/site-packages/torch/version.py")).stat()
+    back = torch_file(clone)
     assert (back.st_ino, back.st_mtime_ns) == (mine.st_ino, mine.st_mtime_ns)
-    assert clone.python("import torch; print(torch.__version__)") == "9.9.9+local"
+    assert torch_version(clone) == "9.9.9+local"
 
 
 def test_torch_in_an_environment_of_the_users_making_goes_along(clone: World, tmp_path: Path) -> None:
     clone.layout.environment.rename(tmp_path / "former")
     clone.venv()
-    clone.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
-    clone.env["USE_EXISTING_TORCH"] = "1"
-    clone.bootstrap()
-    assert smoke(clone).code == 0
-    ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
-    assert_stands_on(clone, CLEAN)
-    assert clone.python("import torch; print(torch.__version__)") == "9.9.9+local"
-    named = [path for path in clone.layout.environment.rglob("*") if path.is_file() and b".workspace/bump" in path.read_bytes()]
-    assert [path for path in named if path.suffix != ".pyc"] == []
+    bump_with_own_torch(clone, tmp_path)

@@ -150,11 +150,14 @@ def resolved_conflict(world: World) -> None:
 
 
 def resolve(world: World) -> None:
-    """Take both sides of a conflict in setup.py."""
-    setup = world.layout.vllm / "setup.py"
-    lines = setup.read_text().splitlines(keepends=True)
-    setup.write_text("".join(line for line in lines if not line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||"))))
+    take_both_sides(world.layout.vllm / "setup.py")
     world.git("add", "setup.py")
+
+
+def take_both_sides(file: Path) -> None:
+    """Take git's marks of a conflict out of a file."""
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||"))))
 
 
 def small_good(world: World) -> None:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -37,6 +38,22 @@ class Clone:
         with (self.layout.root.parent / "said").open("wb") as said:
             argv = [self.layout.root / "scripts" / "inv", *self.words]
             return subprocess.Popen(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+
+    def end(self, child: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGKILL, *, is_all: bool = False) -> tuple[int, float]:
+        """Send the verb a signal, or SIGKILL to everything; return its code and the seconds until nothing of it lived. No stray, no traceback."""
+        for entry in judge.strays(self.mark) if is_all else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(entry.split()[0]), signal.SIGKILL)
+        child.send_signal(number)
+        try:
+            code = child.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise AssertionError(f"still running 60 s after {number.name}: {self.said}") from None
+        quiet_s, living = judge.await_no_stray(self.mark)
+        assert not living, f"still alive: {living}"
+        assert "Traceback" not in self.said, self.said
+        return code, quiet_s
 
     @property
     def said(self) -> str:
@@ -151,22 +168,8 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
 def _disturb(clone: Clone, kind: str, after_s: float) -> tuple[str, int, float]:
     child = clone.start()
     time.sleep(after_s)
-    if kind == "SIGKILL to all":
-        for entry in judge.strays(clone.mark):
-            try:
-                os.kill(int(entry.split()[0]), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-    else:
-        child.send_signal({"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL))
-    try:
-        code = child.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        raise AssertionError(f"still running 60 s after {kind}: {clone.said}") from None
-    quiet_s, living = judge.await_no_stray(clone.mark)
-    assert not living, f"still alive: {living}"
-    assert "Traceback" not in clone.said, clone.said
+    number = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL)
+    code, quiet_s = clone.end(child, number, is_all=kind == "SIGKILL to all")
     allowed = {"SIGTERM": (143, -15), "SIGINT": (130, -2)}.get(kind, (-9,))
     assert code in (0, *allowed), f"exit {code} after {kind}: {clone.said}"
     return clone.step(), code, quiet_s

@@ -4,16 +4,11 @@ One bump to the next release and two returns are killed at moments drawn in each
 `inv` says is next. What comes of it is held against a bump that nothing disturbed. Needs the network or warm caches, and 8 GB of disk.
 """
 
-import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -191,19 +186,8 @@ def strike(stand: Stand, verb: Sequence[str], step: str, window_s: float, draw: 
         if child.returncode == 8:
             mend(stand)
         return None
-    for entry in judge.strays(stand.clone.mark) if is_all else ():
-        _kill(int(entry.split()[0]))
-    child.kill()
-    child.wait(timeout=60)
-    _, living = judge.await_no_stray(stand.clone.mark)
-    assert not living, f"still alive: {living}"
-    assert "Traceback" not in stand.clone.said, stand.clone.said
+    stand.clone.end(child, is_all=is_all)
     return f"SIGKILL to {'all' if is_all else 'the verb'} {after_s:.2f} s into {step or 'its start'}, at {at}"
-
-
-def _kill(number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(number, signal.SIGKILL)
 
 
 def way_on(stand: Stand, verb: Sequence[str], tag: str, draw: random.Random) -> tuple[str, ...]:
@@ -285,19 +269,3 @@ def prove(folder: Path, *, seed: int) -> int:
 
 def good_of(stand: Stand, tag: str) -> str:
     return str(next(row["facts"]["name"] for row in stand.rows() if row["name"] == "good" and row["facts"]["tag"] == tag))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--folder", type=Path)
-    words = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="kill-pin-", dir=words.folder))
-    try:
-        return 1 if prove(folder, seed=words.seed) else 0
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,15 +3,12 @@
 Needs the release archive, from the cache or the network, and 0.3 GB of disk; no environment is built.
 """
 
-import contextlib
-import os
 import random
-import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.proof.kill import judge
+from tests.proof.kill.moves import take_both_sides
 from tests.proof.kill.real import Clone, make_clone
 from tests.small.materials import git
 from workspace.core import settings
@@ -105,12 +102,7 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
                 whole_s[verb] = min(time.monotonic() - started, whole_s.get(verb, 9.0) * 0.9)
                 _end(stand, verb)
                 continue
-            for entry in judge.strays(stand.clone.mark) if is_all else ():
-                _kill(int(entry.split()[0]))
-            child.kill()
-            child.wait(timeout=60)
-            _, living = judge.await_no_stray(stand.clone.mark)
-            assert not living, f"still alive: {living}"
+            stand.clone.end(child, is_all=is_all)
             struck += 1
             if verb == "patch.continue":
                 _go_on(stand)
@@ -133,7 +125,6 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
         # One commit more, and one file less in it: written, and removed.
         git(stand.vllm, "reset", "--quiet", "--hard", "HEAD~2")
         commit(stand, sorted((stand.vllm / "vllm").rglob("*.py"))[PATCHES + 1], 1000 + number)
-
     elif verb == "patch.continue":
         stand.inv("patch.unapply")
         commit(stand, stand.vllm / stand.disputed, 2000)
@@ -150,9 +141,7 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
 def _resolve(stand: Stand) -> None:
     """Take both sides of the conflict, as a user would."""
     assert git(stand.vllm, "diff", "--name-only", "--diff-filter=U") == stand.disputed, stand.clone.said
-    file = stand.vllm / stand.disputed
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(line for line in lines if not line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||"))))
+    take_both_sides(stand.vllm / stand.disputed)
     git(stand.vllm, "add", stand.disputed)
 
 
@@ -192,8 +181,3 @@ def _restore(stand: Stand) -> None:
     git(stand.clone.layout.root, "clean", "--quiet", "-fd", "patches")
     stand.inv("patch.export")
     assert git(stand.clone.layout.root, "status", "--porcelain", "patches") == ""
-
-
-def _kill(number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(number, signal.SIGKILL)
