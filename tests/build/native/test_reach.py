@@ -38,6 +38,7 @@ FORMS = (
     "#import {0}",
     "#include_next {0}",
     "#define H {0}\n#include H",
+    "#define A(x) <x>\n#include A({1})",
     "#define S(x) #x\n#define T(x) S(x)\n# /* of\n lines */ include T({1})",
     "#if __has_include({0})\n#include {0}\n#endif",
     'const char* s = "/*";\n#include {0}\nconst char* t = "*/";',
@@ -150,6 +151,19 @@ def test_an_include_by_a_macro_may_be_any_changed_file_and_prose_about_includes_
     )
     assert scanned(tmp_path, ["csrc/x.h"]) == {"csrc/x.h"}
     assert scanned(tmp_path, ["csrc/x.h"], "csrc/v.cu") == frozenset()
+
+
+def test_a_macro_that_makes_the_name_of_its_argument_is_that_file_and_no_other(tmp_path: Path) -> None:
+    # CUTLASS names the C++ headers of the toolkit in this way, and nearly every unit takes it in.
+    shared = "#define STD(header) <cuda/std/header>  // of the toolkit\n"
+    put(tmp_path, {"csrc/u.cu": '#include "ext/a.h"\n#include "ext/std.h"\n', "csrc/ext/std.h": shared, "csrc/ext/a.h": "#include STD(cassert)\n"})
+    put(tmp_path, {"csrc/x.h": "", "csrc/cuda/std/cassert": '#include "y.h"\n', "csrc/cuda/std/y.h": ""})
+    assert scanned(tmp_path, ["csrc/x.h"]) == frozenset()
+    assert scanned(tmp_path, ["csrc/x.h", "csrc/cuda/std/y.h"]) == {"csrc/cuda/std/y.h"}
+    # Where a second definition, or that of a word in the name, is no name at once, nobody can tell.
+    for further in ("#define STD(header) NAMED(header)\n", "#define cassert x.h\n", "#define STD(a, b) <a/b>\n"):
+        put(tmp_path, {"csrc/ext/std.h": shared + further})
+        assert scanned(tmp_path, ["csrc/x.h"]) == {"csrc/x.h"}, further
 
 
 def test_a_name_in_a_folder_that_nobody_told_of_is_matched_by_its_last_parts(tmp_path: Path) -> None:

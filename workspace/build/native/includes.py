@@ -3,10 +3,11 @@
 It errs toward an include: conditions are not weighed, comments count, and what cannot be known is taken for any changed file that it could be.
 """
 
+import contextlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from glob import glob
@@ -24,19 +25,23 @@ _WORDS = (b"include", b"import", b"embed")
 # The word before a name says enough, `#` and `__has_include(` or not: a comment that looks like it costs a compilation, no more.
 _NAME = rb"(_next)?" + _BLANK + rb"\(?" + _BLANK + rb'(?:"([^"\n]+)"|<([^>\n]+)>)'
 _NAMED = tuple((word, re.compile(word + _NAME)) for word in _WORDS)
-_MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])'
+_MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])([^\n]*)'
 _COMPUTED = tuple((word, re.compile(word + _MACRO)) for word in _WORDS)
 _HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z")
+# A macro with parameters, as it is used and as it is defined: CUTLASS's CUDA_STD_HEADER(cstdint) is <cuda/std/cstdint>.
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_CALL = re.compile(r"([A-Za-z_]\w*)\(([^()]*)\)\s*(?://.*|/\*.*)?")
+_BODY = re.compile(r'(?:<([^<>"]+)>|"([^"]+)")\s*(?://.*|/\*.*)?')
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a file includes by name; `next_to_it` by include_next. `is_computed`: by a macro as well, so it may be anything."""
+    """What a file includes by name; `next_to_it` by include_next; `computed` what stands where a macro stands for the name."""
 
     quoted: frozenset[str] = frozenset()
     angled: frozenset[str] = frozenset()
     next_to_it: frozenset[str] = frozenset()
-    is_computed: bool = False
+    computed: frozenset[str] = frozenset()
 
 
 def names(text: bytes) -> Named:
@@ -48,18 +53,40 @@ def names(text: bytes) -> Named:
         if word in text:
             for following, in_quotes, in_angles in pattern.findall(text):
                 (next_to_it if following else quoted if in_quotes else angled).add(os.fsdecode(in_quotes or in_angles))
-    return Named(frozenset(quoted), frozenset(angled), frozenset(next_to_it), _is_computed(text))
+    return Named(frozenset(quoted), frozenset(angled), frozenset(next_to_it), frozenset(_computed(text)))
 
 
-def _is_computed(text: bytes) -> bool:
+def _computed(text: bytes) -> Iterator[str]:
     for word, pattern in _COMPUTED:
         if word not in text:
             continue
         for found in pattern.finditer(text):
             before = text[: found.start()]
             if before.rstrip().endswith((b"#", b"%:", b"??=", b"*/")) and _HASH.search(before):
-                return True
-    return False
+                yield os.fsdecode(found[1]).strip()
+
+
+def expanded(use: str, definitions: Iterable[tuple[str, str]]) -> Named | None:
+    """What `#include` of a macro with arguments names by its definitions, each parameters and body; None where one of them, or the lack of any, leaves it open.
+
+    A macro without parameters is always open: compilers are often given another body on the command line.
+    """
+    call = _CALL.fullmatch(use)
+    quoted, angled = set[str](), set[str]()
+    for parameters, body in definitions if call else ():
+        given = dict(zip(_words(parameters), _words(call[2]), strict=False)) if call else {}
+        named = _BODY.fullmatch(body.strip())
+        if named is None or len(given) != len(_words(parameters)):
+            return None
+        if named[1]:
+            angled.add(_WORD.sub(lambda word, given=given: given.get(word[0], word[0]), named[1]))
+        else:
+            quoted.add(named[2])
+    return Named(frozenset(quoted), frozenset(angled)) if quoted or angled else None
+
+
+def _words(listed: str) -> list[str]:
+    return [word.strip() for word in listed.split(",")]
 
 
 class Scan:
@@ -111,14 +138,34 @@ class Scan:
                 if included not in seen and self._is_followed(included):
                     seen.add(included)
                     waiting.append(included)
+            # What a macro stands for is known once all files are there that may define it.
+            if not waiting:
+                for path, included in self._by_macro(seen, searched):
+                    includers[included].add(path)
+                    if included not in seen and self._is_followed(included):
+                        seen.add(included)
+                        waiting.append(included)
         return includers
+
+    def _by_macro(self, seen: Collection[str], searched: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        """Includes whose names are macros, of all files seen: which file, and what it may take in."""
+        used = {path: named.computed for path in sorted(seen) if (named := self._read(path)) and named.computed}
+        defined = _definitions(seen, {call[1] for uses in used.values() for use in uses if (call := _CALL.fullmatch(use))})
+        for path, uses in used.items():
+            for use in uses:
+                named = expanded(use, defined.get(use.split("(")[0], ()))
+                # A word of the name may be a macro as well.
+                if named and any(_defining(seen, {word for name in named.angled for word in _WORD.findall(name)}, b"")):
+                    named = None
+                for included in self._changed if named is None else self._places(path, named, searched):
+                    yield path, included
 
     def _included(self, path: str, searched: tuple[str, ...]) -> Iterator[str]:
         named = self._read(path)
-        if named is None or named.is_computed:
-            yield from self._changed
-        if named is None:
-            return
+        yield from self._changed if named is None else self._places(path, named, searched)
+
+    def _places(self, path: str, named: Named, searched: tuple[str, ...]) -> Iterator[str]:
+        """Where the files may be that `path` names."""
         folder = paths.dirname(path)
         beside = named.quoted | named.next_to_it
         for name in beside | named.angled:
@@ -184,6 +231,24 @@ class Scan:
                 if any(not self._is_followed(f"{other}/") and self._is_file(f"{other}/{name}") for other in others):
                     return True
         return False
+
+
+def _definitions(files: Iterable[str], macros: Collection[str]) -> Mapping[str, list[tuple[str, str]]]:
+    """Map each of the macros with parameters to what the files define it as: parameters and body."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for macro, parameters, body in _defining(files, macros, rb"\(([^()\n]*)\)([^\n]*)"):
+        found[macro].append((parameters, body))
+    return found
+
+
+def _defining(files: Iterable[str], macros: Collection[str], rest: bytes) -> Iterator[tuple[str, ...]]:
+    """The `#define` of any of the macros: its name, and the groups of `rest`."""
+    pattern = re.compile(rb"define" + _BLANK + rb"\b(%s)\b" % b"|".join(sorted(map(os.fsencode, macros))) + rest)
+    for file in files if macros else ():
+        with contextlib.suppress(OSError):
+            text = Path(file).read_bytes()
+            if b"define" in text:
+                yield from (tuple(map(os.fsdecode, found.groups())) for found in pattern.finditer(_SPLICE.sub(b"", text)))
 
 
 def _closure(path: str, includers: dict[str, set[str]]) -> set[str]:
