@@ -181,8 +181,10 @@ def judged(place: Place, kind: str, kill: Callable[[], Kill], *, damage: Callabl
 def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, with_uv_cache: bool) -> Result:
     """The machine stops at a call; what was not synced by then is damaged; the verb runs again."""
     began: list[int] = []
+    stood: dict[int, int] = {}
 
     def kill() -> Kill:
+        stood.update(power.standing(PARTS, place.world.folder))
         time.sleep(2 * power.TICK_NS / 1e9)
         began.append(time.time_ns())
         return by_preload(place, shim, limit, preload.EVERYTHING)
@@ -190,7 +192,7 @@ def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, wit
     def damage() -> None:
         parts = ("clone", "cache", "uv-cache") if with_uv_cache else ("clone", "cache")
         draw = random.Random(f"{seed} {limit}")
-        damaged = power.cut(parts, place.world.folder, place.kept, shim, began_ns=began[0], draw=draw)
+        damaged = power.cut(parts, place.world.folder, place.kept, shim, stood=stood, began_ns=began[0], draw=draw)
         (place.world.folder / "damaged").write_text("\n".join(damaged))
 
     return judged(place, CUT_WITH_CACHE if with_uv_cache else CUT, kill, damage=damage)

@@ -8,7 +8,7 @@ import filecmp
 import os
 import random
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.proof.kill.preload import Preload
@@ -17,11 +17,17 @@ from tests.proof.kill.preload import Preload
 TICK_NS = 10_000_000
 
 
-def cut(parts: Sequence[str], folder: Path, before: Path, shim: Preload, *, began_ns: int, draw: random.Random) -> list[str]:
+def standing(parts: Sequence[str], folder: Path) -> dict[int, int]:
+    """Every file that there is, by its inode, with the time of its content in ns."""
+    return {found.st_ino: found.st_mtime_ns for path in _files(parts, folder) if stat.S_ISREG((found := path.lstat()).st_mode)}
+
+
+def cut(parts: Sequence[str], folder: Path, before: Path, shim: Preload, *, stood: Mapping[int, int], began_ns: int, draw: random.Random) -> list[str]:
     """Damage what was written since `began_ns` below the parts of `folder` and not synced; return a line for each such file.
 
-    `before` holds the parts as they were: a file whose content is still that of then was at most touched, as git touches an object
-    that it need not write.
+    `before` holds the parts as they were: a file whose content is still that of then was at most touched, and so was one that nobody has
+    opened or named since the sync: git touches an object that it need not write. What `stood` then may lie under another name now, moved
+    or linked: that name may be lost, not the content.
     """
     syncs, named, opened = shim.syncs(), shim.last("rename", "link"), shim.last("open")
     whole_ns = max((sync.at_ns for sync in syncs if sync.inode is None), default=began_ns)
@@ -30,23 +36,29 @@ def cut(parts: Sequence[str], folder: Path, before: Path, shim: Preload, *, bega
         if sync.inode is not None:
             synced[sync.inode] = max(sync.at_ns, synced.get(sync.inode, 0))
     said = []
+    for path in _files(parts, folder):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_ctime_ns <= whole_ns + TICK_NS:
+            continue
+        if found.st_mtime_ns <= synced.get(found.st_ino, 0) + TICK_NS:
+            continue
+        if _is_same(path, before / path.relative_to(folder)):
+            continue
+        was_opened, was_named = (calls.get(path.name, 0) > whole_ns for calls in (opened, named))
+        # Calls are known by the name alone, and many a file is called __init__.py.
+        is_new = was_opened or (was_named and found.st_mtime_ns > max(whole_ns, began_ns) + TICK_NS)
+        is_new = is_new and stood.get(found.st_ino) != found.st_mtime_ns
+        if not is_new and not was_named:
+            continue
+        if verdict := _damage(path, is_new=is_new, draw=draw):
+            said.append(f"{verdict} {path}")
+    return said
+
+
+def _files(parts: Sequence[str], folder: Path) -> Iterator[Path]:
     for part in parts:
         for place, _, names in os.walk(folder / part):
-            for name in sorted(names):
-                path = Path(place, name)
-                found = path.lstat()
-                if not stat.S_ISREG(found.st_mode) or found.st_ctime_ns <= whole_ns + TICK_NS:
-                    continue
-                if found.st_mtime_ns <= synced.get(found.st_ino, 0) + TICK_NS:
-                    continue
-                if _is_same(path, before / path.relative_to(folder)):
-                    continue
-                is_new = max(found.st_mtime_ns, opened.get(name, 0)) > max(whole_ns, began_ns) + TICK_NS
-                if not is_new and named.get(name, 0) <= whole_ns:
-                    continue
-                if verdict := _damage(path, is_new=is_new, draw=draw):
-                    said.append(f"{verdict} {path}")
-    return said
+            yield from (Path(place, name) for name in sorted(names))
 
 
 def _is_same(path: Path, former: Path) -> bool:
