@@ -96,6 +96,17 @@ def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commit
     assert (stopped.vllm / "mine.txt").read_text() == "not tracked\n"
 
 
+def test_index_that_was_cut_short_hides_nothing(stopped: Workspace) -> None:
+    resolve(stopped)
+    before = lying(stopped)
+    with ended(stopped) as git_dir:
+        (git_dir / "index").write_bytes((git_dir / "index").read_bytes()[:40])
+        write(stopped.vllm, {"vllm/lines.py": "half\n"})
+    assert finish(stopped)
+    assert lying(stopped) == before
+    assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "half"
+
+
 def test_what_was_edited_after_a_kill_is_kept_before_anything_is_taken_back(stopped: Workspace) -> None:
     resolve(stopped)
     with ended(stopped):

@@ -5,6 +5,7 @@ name, the content of tracked files, and of the others the names: git writes over
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -69,6 +70,8 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
         return None
     top = git.path_of("index").parent
     leftover.remove_at_top(top, git.path)
+    if not _is_whole(top / "index"):
+        _replace_index(top, folder)
     if not _is_left_so(git, facts.head):
         take_in(folder / _OBJECTS, git.path_of("objects"))
         git.set_ref(ref, _commit(git, message, facts.tree, facts.head, ref))
@@ -82,8 +85,7 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
     for name in _NOTES:
         _remove(top / name)
         _copy(folder / name, top / name)
-    _copy(folder / "index", top / "index.restored")
-    os.replace(top / "index.restored", top / "index")
+    _replace_index(top, folder)
     if facts.branch and facts.tip:
         git.set_ref(facts.branch, facts.tip)
     if facts.symbolic:
@@ -93,6 +95,17 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
     git.write("update-index", "-q", "--refresh", check=False)
     os.sync()
     return True
+
+
+def _is_whole(index: Path) -> bool:
+    """Whether an index ends in the checksum of what it holds, or in zeros for none (gitformat-index(5)): git itself does not look."""
+    content = index.read_bytes() if index.exists() else b""
+    return content[-20:] in (hashlib.sha1(content[:-20]).digest(), bytes(20))
+
+
+def _replace_index(top: Path, folder: Path) -> None:
+    _copy(folder / "index", top / "index.restored")
+    os.replace(top / "index.restored", top / "index")
 
 
 def _read(git: Git, folder: Path) -> Facts | None:
