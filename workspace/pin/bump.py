@@ -22,10 +22,10 @@ from workspace.core.settings import Settings, Value
 from workspace.pin import forward, good, moving, promote, workshop
 from workspace.pin.forward import Marker
 from workspace.pin.workshop import Begun, Workshop
-from workspace.source import checkout, pins, series
+from workspace.source import checkout, moves, pins, series
 from workspace.source.checkout import Kind
 from workspace.source.git import Applied, Git, worktree
-from workspace.source.stack import Stack, State
+from workspace.source.stack import Attempt, Stack, State
 
 How = Literal["continue", "skip", "abort"]
 CONTINUE = "./scripts/inv patch.continue"
@@ -209,7 +209,7 @@ def _resume(shop: Workshop, settings: Settings, how: How, journal: Journal) -> N
         skipped = dict.fromkeys((*shop.skipped, names[there.number - 1]))
         write_atomic(shop.layout.root / workshop.SKIPPED, "".join(f"{name}\n" for name in skipped).encode())
     try:
-        with _marked(shop, {"number": str(there.number)}):
+        with moves.attempt(shop.layout, "vllm", tree, Attempt(f"git am --{how}", CONTINUE), journal=journal):
             shown = [f"patches/vllm/{name}" for name in names]
             resume.go_on_in(tree, base=shop.begun.new_base, how=how, journal=journal, names=shown, shown=shop.shown)
     except PatchConflict as exc:
@@ -275,7 +275,6 @@ def _run_am(shop: Workshop, tree: Git, names: Sequence[str], start: str, journal
     from workspace.source.git import am
 
     with _marked(shop, {"from": start, "names": "\n".join(names)}):
-        worktree.start_over(tree, start)
         done = am.start(tree, [shop.outer.patches("vllm") / name for name in names], journal=journal)
     if done.tip is None:
         raise _conflict(shop, tree, done)
@@ -294,18 +293,13 @@ def _marked(shop: Workshop, facts: Mapping[str, str]) -> Iterator[None]:
 
 
 def _recover(shop: Workshop, tree: Git, journal: Journal) -> None:
-    """Run the `am` again that a kill ended in the middle. Where it had a conflict to continue from, what the user resolved stays."""
-    from workspace.source.git import am
-
-    applying, there = forward.find(shop.applying), am.position(tree)
-    if applying is None:
-        return
-    if "names" in applying.facts:
-        _run_am(shop, tree, applying.facts["names"].split("\n"), applying.facts["from"], journal)
-    elif there and str(there.number) != applying.facts["number"]:
-        _run_am(shop, tree, _names(shop)[-there.last :][there.number - 1 :], tree.head() or shop.begun.new_base, journal)
-    else:
-        applying.path.unlink()
+    """Run the `am` again that was ended in the middle; one that went on from a conflict is taken back to it, with what the user resolved."""
+    if moves.is_begun(shop.layout, "vllm"):
+        moves.finish(shop.layout, "vllm", tree, journal=journal, shown=shop.shown)
+    if applying := forward.find(shop.applying):
+        start, names = applying.facts["from"], applying.facts["names"].split("\n")
+        worktree.start_over(tree, start, [path for name in names for path in tree.patch_paths(shop.outer.patches("vllm") / name)])
+        _run_am(shop, tree, names, start, journal)
 
 
 def _conflict(shop: Workshop, tree: Git, done: Applied | None = None) -> PatchConflict:

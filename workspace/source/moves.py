@@ -70,14 +70,14 @@ def is_begun(layout: Layout, project: str) -> bool:
     return layout.moving(project).exists()
 
 
-def finish(layout: Layout, project: str, git: Git, *, journal: Journal) -> bool:
+def finish(layout: Layout, project: str, git: Git, *, journal: Journal, shown: str | None = None) -> bool:
     """Finish a move that a killed run began, or take back what git did. False, and no file touched, where there is none, or where it may be the user's.
 
     A move leaves HEAD where it was and each file that differs as the one or the other commit has it, or begun; perhaps an index.lock.
     """
     note = layout.moving(project)
     if tried := attempted(layout, project):
-        is_done = _take_back(layout, project, git, tried, journal)
+        is_done = _take_back(layout, project, git, tried, shown or layout.relative(git.path), journal)
         _forget(note, _point(layout, project))
         return is_done
     try:
@@ -104,8 +104,8 @@ def _forget(note: Path, point: Path) -> None:
     note.unlink(missing_ok=True)
 
 
-def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, journal: Journal) -> bool:
-    known, shown = times.read(layout.times(project), git.path), layout.relative(git.path)
+def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, shown: str, journal: Journal) -> bool:
+    known = times.read(layout.times(project), git.path)
     before = git.resolve(LEFT_REF)
     done = checkpoint.restore(git, _point(layout, project), ref=LEFT_REF, message=f"What lay in {shown} when {tried.what} was ended")
     kept = f"; what lay there is kept: git -C {shown} show {LEFT_REF}" if git.resolve(LEFT_REF) != before else ""

@@ -223,35 +223,6 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
     assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
 
 
-def test_am_that_was_killed_between_two_patches_goes_on_with_the_rest_of_the_series(clone: World) -> None:
-    setup, tree = clone.layout.vllm / "setup.py", clone.layout.workshop / "vendor" / "vllm"
-    line = '                        "vllm/_C_AVX512.abi3.so",\n'
-    setup.write_text(setup.read_text().replace(line, line + line.replace("AVX512", "AMX")))
-    clone.git("commit", "--quiet", "--all", "-m", "Take one more\n\nUpstream-Status: Pending")
-    ended = clone.run("patch.export")
-    assert ended.code == 0, ended.said
-    assert "patch 1 of 2" in clone.run("pin.bump", CONFLICT).error(4)
-    here = tree / "setup.py"
-    here.write_text(CONFLICTS.sub(lambda found: found[2], here.read_text()))
-    git(tree, "add", "setup.py")
-    # What a kill of `inv patch.continue` leaves whose `am` had come to the second patch, and had begun to write its files.
-    git(tree, "-c", "core.editor=true", "commit", "--quiet", "--no-edit", "-m", "Take the AVX2 and AVX-512 kernels out of a wheel\n\nUpstream-Status: Pending")
-    git_dir = Path(git(tree, "rev-parse", "--absolute-git-dir"))
-    (git_dir / "rebase-apply" / "next").write_text("2\n")
-    (clone.layout.workshop / "applying.json").write_text('{"facts": {"number": "1"}, "done": []}')
-    here.write_text("half\n")
-    ended = clone.run("patch.continue")
-    if ended.code == 4:
-        assert "patch 1 of 1, patches/vllm/Take-one-more.patch" in ended.error(4)
-        here.write_text(CONFLICTS.sub(lambda found: found[2], here.read_text()))
-        git(tree, "add", "setup.py")
-        ended = clone.run("patch.continue")
-    assert ended.code == 0, ended.said
-    assert clone.git("log", "--format=%s", "-2").splitlines()[0] == "Take one more"
-    assert len((clone.layout.patches("vllm") / "series").read_text().split("\n")[2:]) == 3
-    assert_stands_on(clone, CONFLICT)
-
-
 @pytest.mark.parametrize("tenths", range(2, 42, 4))
 def test_bump_that_was_killed_before_its_promotion_has_touched_nothing_and_goes_on(clone: World, tenths: int) -> None:
     before = user_files(clone)

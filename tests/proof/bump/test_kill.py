@@ -1,8 +1,100 @@
-"""Single kills of verbs that write patches and pins, each at a call at which one was once not made good."""
+"""Single kills and power cuts of verbs that write patches and pins, each at a call at which one was once not made good."""
+
+import shutil
+from pathlib import Path
+
+import pytest
 
 from tests.pin.test_back import pretend_good
 from tests.pin.test_kill import kill
+from tests.proof.bump.test_bump import CONFLICTS, assert_stands_on
+from tests.small.materials import git
+from tests.small.releases import CONFLICT
 from tests.small.world import World
+
+# Stands before git on PATH. A command line that has both words is run, then the power goes: the verb dies, and a part of what git wrote is lost.
+CUT = """#!/bin/sh
+case " $* " in
+*" @FIRST@ "*"@SECOND@ "*)
+  rm -- "$0"
+  @GIT@ "$@"
+  cd "$(@GIT@ -C "$2" rev-parse --absolute-git-dir)"
+  @DAMAGE@
+  kill -9 $PPID
+  exit 9;;
+esac
+exec @GIT@ "$@"
+"""
+
+
+def cut_power(world: World, words: tuple[str, str], damage: str, *verb: str) -> None:
+    """Run a verb whose machine stops as the git of these words ends; `damage` is what shell commands make of that git's directory."""
+    folder = world.folder / "programs"
+    folder.mkdir(exist_ok=True)
+    text = CUT.replace("@FIRST@", words[0]).replace("@SECOND@", words[1]).replace("@DAMAGE@", damage).replace("@GIT@", shutil.which("git") or "")
+    (folder / "git").write_text(text)
+    (folder / "git").chmod(0o755)
+    ended = world.run(*verb, env={"PATH": f"{folder}:{world.env['PATH']}"})
+    assert ended.code == -9, ended.said
+    assert not (folder / "git").exists()
+
+
+@pytest.fixture
+def three_patches(clone: World) -> Path:
+    """A patch with a new file before the one that conflicts in 0.33.0, and one after it; the workshop's tree."""
+    tip, setup, status = clone.git("rev-parse", "HEAD"), clone.layout.vllm / "setup.py", "\n\nUpstream-Status: Pending"
+    clone.git("checkout", "--quiet", "--detach", clone.materials.archive_commit)
+    (clone.layout.vllm / "vllm" / "amx.py").write_text("AMX = 1\n")
+    clone.git("add", "vllm/amx.py")
+    clone.git("commit", "--quiet", "-m", "Add AMX" + status)
+    clone.git("cherry-pick", tip)
+    line = '                        "vllm/_C_AVX512.abi3.so",\n'
+    setup.write_text(setup.read_text().replace(line, line + line.replace("AVX512", "AMX")))
+    clone.git("commit", "--quiet", "--all", "-m", "Take one more" + status)
+    ended = clone.run("patch.export")
+    assert ended.code == 0, ended.said
+    return clone.layout.workshop / "vendor" / "vllm"
+
+
+def resolve(tree: Path) -> None:
+    here = tree / "setup.py"
+    here.write_text(CONFLICTS.sub(lambda found: found[2], here.read_text()))
+    git(tree, "add", "setup.py")
+
+
+DAMAGE = {
+    "notes": "test ! -d rebase-apply || : > rebase-apply/next",
+    "index": ": > index",
+    "files": ': > "$(dirname "$(cat gitdir)")/setup.py"',
+    "nothing": "true",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(clone: World, three_patches: Path, damage: str) -> None:
+    assert "patch 2 of 3" in clone.run("pin.bump", CONFLICT).error(4)
+    resolve(three_patches)
+    (three_patches / "setup.py").write_text((three_patches / "setup.py").read_text() + "# by hand\n")
+    git(three_patches, "add", "setup.py")
+    cut_power(clone, ("am", "--continue"), DAMAGE[damage], "patch.continue")
+    ended = clone.run("patch.continue")
+    if ended.code == 4:
+        assert "Take-one-more.patch" in ended.error(4)
+        resolve(three_patches)
+        ended = clone.run("patch.continue")
+    assert ended.code == 0, ended.said
+    assert clone.git("show", "HEAD~1:setup.py").endswith("# by hand")
+    assert clone.git("log", "--format=%s", "-1") == "Take one more"
+    assert_stands_on(clone, CONFLICT)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_power_cut_while_a_bumps_patches_are_put_on_costs_no_more_than_their_conflict(clone: World, three_patches: Path, damage: str) -> None:
+    cut_power(clone, (str(three_patches), "am"), DAMAGE[damage], "pin.bump", CONFLICT)
+    ended = clone.run("pin.bump", CONFLICT)
+    assert "patch 2 of 3" in ended.error(4)
+    assert "conflict in setup.py" in ended.err
+    assert git(three_patches, "status", "--porcelain") == "UU setup.py"
 
 
 def test_killed_export_is_finished_by_the_next(clone: World) -> None:

@@ -32,6 +32,7 @@ def add(git: Git, path: Path, commit: str, *, journal: Journal) -> Git:
     A submodule's core.worktree does not count there (git-config(1)). A half-made one of a killed run is made anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_books(git, path)
     git.write("worktree", "add", "--quiet", "--force", "--force", "--no-checkout", "--detach", str(path.absolute()), commit, journal=journal)
     # Git itself syncs none of the small files that make it a working tree.
     os.sync()
@@ -41,6 +42,27 @@ def add(git: Git, path: Path, commit: str, *, journal: Journal) -> Git:
 def forget(git: Git, path: Path) -> None:
     """Take a linked working tree out of the repository's books, and its folder away; others, be they out of reach, are left alone."""
     git.write("worktree", "remove", "--force", "--force", str(path.absolute()), check=False)
+    _drop_books(git, path)
+
+
+def _drop_books(git: Git, path: Path) -> None:
+    """Remove what the repository knows of a linked working tree at `path`, whose .git is gone.
+
+    Git cannot read what a power cut has cut short of it, and then neither makes nor lists any working tree, nor fetches.
+    """
+    ours = str(path.absolute() / ".git")
+    for books in git.path_of("worktrees").glob(f"{path.name}*"):
+        leads_to = _first_line(books / "gitdir")
+        # One that leads nowhere may have been anybody's; without an index nobody has worked there.
+        if leads_to == ours or (ours.startswith(leads_to) and not (books / "index").exists()):
+            shutil.rmtree(books)
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(errors="surrogateescape").partition("\n")[0]
+    except OSError:
+        return ""
 
 
 def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Mapping[str, str] | None = None, after: str | None = None) -> str:
@@ -126,7 +148,12 @@ def is_kept(git: Git, commit: str) -> bool:
     return bool(git.look("for-each-ref", "--count=1", "--format=1", "--contains", commit).out.strip())
 
 
-def start_over(tree: Git, commit: str) -> None:
-    """Bring a working tree in which nobody has worked to a commit, whatever an `am` that was killed has left."""
+def start_over(tree: Git, commit: str, paths: Sequence[str]) -> None:
+    """Bring a working tree in which nobody has worked to a commit, whatever an `am` of files at these paths has left that was killed or lost its power."""
     shutil.rmtree(tree.path_of("rebase-apply"), ignore_errors=True)
+    # Git reads it before it writes it anew, and gives up at one that was cut short.
+    tree.path_of("index").unlink(missing_ok=True)
     tree.write("reset", "--quiet", "--hard", commit)
+    # Without it git no longer knows which files are those of patches, and `am` would not write over them.
+    for path in set(paths) - tree.entries(paths, commit).keys() if paths else ():
+        (tree.path / path).unlink(missing_ok=True)
