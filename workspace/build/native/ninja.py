@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from workspace.build import pressure, tickets
 from workspace.build.admission import Admission, Bounds
 from workspace.build.connection import Finished
 from workspace.build.costs import Costs, History, read_table, unit_at
+from workspace.build.costs import Unit as CostUnit
 from workspace.build.jobs import Jobs, Memory
 from workspace.build.native import timeline
 from workspace.build.native.failures import Failures
@@ -110,31 +111,68 @@ def compile(
         return Compiled((), 0.0, None, ())
     for sentence in mend(build):
         journal.console.warn(sentence)
-    history = History(history_file(settings), setup=setup)
+    planned = tuple(unit for unit in (unit_at(one.object) for one in units) if unit)
+    argv: list[process.Argument] = [find(layout, settings), "-C", build, f"-j{bounds.visible(len(planned), jobs)}", *(["-k0"] if keep_going else []), *targets]
+    work = Work(build, setup, jobs, memory, planned, keep_going=keep_going)
+    return under_tickets(settings, argv, _child_environment(layout, settings, build, jobs), work, journal=journal, step=step)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a program that runs ninja compiles: where, within what, and which units, where that is known. `setup` is what costs depend on."""
+
+    build: Path
+    setup: str
+    jobs: Jobs
+    memory: Memory
+    planned: tuple[CostUnit, ...] = ()
+    keep_going: bool = False
+    go_on: str = GO_ON
+
+
+def under_tickets(
+    settings: Settings,
+    argv: Sequence[process.Argument],
+    environment: Mapping[str, str],
+    work: Work,
+    *,
+    journal: Journal,
+    step: Step,
+    on_line: Callable[[str, Meter], None] = lambda line, meter: None,
+    cwd: Path | None = None,
+) -> Compiled:
+    """Run a program whose compilers ask for tickets in `work.build`, showing how far it is. `on_line` hears it too, with the meter.
+
+    Raises BuildError as `compile` does.
+    """
+    history = History(history_file(settings), setup=work.setup)
     before, costs = history.entries, Costs(read_table()[0], history.entries)
-    planned = [unit for unit in (unit_at(one.object) for one in units) if unit]
-    limits = Bounds(jobs.count, memory.budget_gib)
+    limits = Bounds(work.jobs.count, work.memory.budget_gib)
     broker = tickets.Broker(
-        build / "tickets",
+        work.build / "tickets",
         Admission(limits),
         costs,
-        look=lambda: pressure.look(memory.reserve_gib),
+        look=lambda: pressure.look(work.memory.reserve_gib),
         kills=pressure.kills,
         history=history,
-        units=len(planned),
-        keep_going=keep_going,
+        units=len(work.planned),
+        keep_going=work.keep_going,
     )
-    meter = Meter(broker, planned, costs, bounds=limits, console=journal.console, step=step)
-    argv: list[process.Argument] = [find(layout, settings), "-C", build, f"-j{bounds.visible(len(planned), jobs)}", *(["-k0"] if keep_going else []), *targets]
+    meter = Meter(broker, work.planned, costs, bounds=limits, console=journal.console, step=step)
     began, failures, shown = time.monotonic(), Failures(), journal.step
     # The bar shows what the meter says, not ninja's newest line.
     journal.step = None
+
+    def hear(line: str) -> None:
+        failures.hear(line)
+        on_line(line, meter)
+
     try:
         with broker, meter:
-            process.run(argv, env=_child_environment(layout, settings, build, jobs), journal=journal, on_line=failures.hear, hint=GO_ON)
+            process.run(argv, env=environment, journal=journal, on_line=hear, hint=work.go_on, cwd=cwd)
     except (BuildError, OSError) as exc:
         _write_trace(journal, broker.finished, meter, began)
-        raise _explained(exc, broker, failures, settings, build, journal) from exc
+        raise _explained(exc, broker, failures, settings, work, journal) from exc
     finally:
         journal.step = shown
     seconds = time.monotonic() - began
@@ -198,20 +236,21 @@ def _write_trace(journal: Journal, finished: Sequence[Finished], meter: Meter, b
         return None
 
 
-def _explained(exc: BuildError | OSError, broker: tickets.Broker, failures: Failures, settings: Settings, build: Path, journal: Journal) -> Exception:
+def _explained(exc: BuildError | OSError, broker: tickets.Broker, failures: Failures, settings: Settings, work: Work, journal: Journal) -> Exception:
     """What a failure of ninja's means: memory, a disk, a compiler's own error, or what it said itself."""
     is_full = failures.has_no_space or (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT))
     log = (f"log: {journal.path}",)
     if broker.trouble:
-        return BuildError(broker.trouble, hint="./scripts/inv rebuild --jobs 1    goes on where it was, one compiler at a time", details=log)
-    places = [build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
+        one_by_one = f"{work.go_on.partition('    ')[0]} --jobs 1    goes on where it was, one compiler at a time"
+        return BuildError(broker.trouble, hint=one_by_one, details=log)
+    places = [work.build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
     full = [place for place in places if machine.free_gib(place) < _FULL_GIB]
     if full or is_full:
         said = " and ".join(f"{place} has {machine.free_gib(place) * 1024:.0f} MiB left" for place in full or places)
-        hint = f"{shlex.join(['df', '-h', *map(str, full or places)])}    then ./scripts/inv rebuild goes on where it was"
+        hint = f"{shlex.join(['df', '-h', *map(str, full or places)])}    then {work.go_on}"
         return BuildError(f"the disk is full: {said}", hint=hint, details=log)
     if isinstance(exc, OSError) or not (failure := failures.first):
         return exc
     unit = unit_at(failure.output)
     name = f"{unit.source} of {unit.target}" if unit else failure.output
-    return BuildError(journal.redact(f"{name} failed: {failure.error}"), hint=GO_ON, details=(*(journal.redact(line) for line in failure.shown), *log))
+    return BuildError(journal.redact(f"{name} failed: {failure.error}"), hint=work.go_on, details=(*(journal.redact(line) for line in failure.shown), *log))

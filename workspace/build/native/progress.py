@@ -111,10 +111,15 @@ class Meter:
     def __init__(self, broker: Broker, planned: Sequence[Unit], costs: Costs, *, bounds: Bounds, console: Console, step: Step) -> None:
         self.samples: list[Sample] = []
         self._broker, self._jobs, self._console, self._step = broker, bounds.jobs, console, step
-        self._planned = {unit: costs.expected(unit) for unit in planned}
+        self._costs = costs
+        self.expect(planned)
         self._is_over = threading.Event()
         self._budget_gib = bounds.budget_gib
         self._said = ""
+
+    def expect(self, planned: Sequence[Unit]) -> None:
+        """Reckon with these units from now on, where they became known only after the start."""
+        self._planned = {unit: self._costs.expected(unit) for unit in planned}
 
     def __enter__(self) -> "Meter":
         self._last_line = time.monotonic()
