@@ -85,6 +85,27 @@ def rebuild(_, jobs=None, memory=None, kernels=None, target=None, clean=False, p
     verb.run(here, settings, asked, console=door.console(), wait=wait)
 
 
+@task(
+    help={
+        "from-source": "build vendor/triton, whatever the diagnosis says",
+        "ref": "with --from-source, pin this branch, tag or commit first",
+        "jobs": "with --from-source, compilers at once, or auto",
+        "check": "only look; exit with 6 where something is wrong",
+        "wait": "wait for another verb instead of stopping",
+    },
+)
+def fix_triton(_, from_source=False, ref=None, jobs=None, check=False, wait=False):
+    """Find the Triton fault, mend it, prove it."""
+    here = layout.here()
+    settings = door.load_settings(here, flags={"TRITON_REF": ref})
+    from workspace.build.triton import fix as verb
+    from workspace.pin import triton as pin
+
+    asked = verb.Asked(check=check, from_source=from_source, ref=ref, jobs=jobs)
+    provide = lambda: pin.move(here, settings, console=door.console(), wait=wait)  # noqa: E731
+    verb.run(here, settings, asked, console=door.console(), provide=provide, wait=wait)
+
+
 @task(help={"wait": "wait for another verb instead of stopping"})
 def wheel(_, wait=False):
     """Pack the verified build for another clone or Spark."""
@@ -334,7 +355,7 @@ class _Door(Program):
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
-    namespace = Collection(bootstrap, rebuild, wheel, status, doctor, report)
+    namespace = Collection(bootstrap, rebuild, fix_triton, wheel, status, doctor, report)
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     program = _Door(

@@ -44,7 +44,7 @@ STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "work
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
 # What the built environment is sure to have: vLLM's own requirements.
-PROBES_MAY_IMPORT = {"torch", "vllm", "transformers", "tokenizers", "safetensors", "numpy"}
+PROBES_MAY_IMPORT = {"torch", "triton", "vllm", "transformers", "tokenizers", "safetensors", "numpy"}
 LONGEST_MODULE = 400
 
 

@@ -104,6 +104,11 @@ class Layout:
         return self.state / "jit"
 
     @property
+    def aside(self) -> Path:
+        """Folders that stood in the way and may be somebody's, each below the time at which it was moved here."""
+        return self.state / "aside"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 
