@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 from workspace.build import plan
+from workspace.build.triton import installed
 from workspace.core.console import Console, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.files import read_regular
@@ -78,6 +79,8 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
     }
     for layer in (observed.environment, observed.kernels, observed.install):
         rows.append(Row(layer.state, layer.name, layer.why if layer.state != "ok" else said[layer.name]))
+    if found := installed.row(layout, observed.torch):
+        rows.append(Row(found[0], "triton", found[1]))
     rows.append(_smoke(layout, observed))
     return tuple(rows)
 

@@ -15,7 +15,7 @@ from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import interpreter, requirements, torch, wholeness
+from workspace.environment import interpreter, requirements, torch, triton, wholeness
 
 CUDA_MAJOR = "13"
 # What uv says of a download of some size, off a terminal: `Downloading torch (502.3MiB)`, later ` Downloaded torch`.
@@ -65,7 +65,10 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journ
     attempts = (wanted.arguments, *wanted.alternatives)
     for number, arguments in enumerate(attempts, 1):
         try:
-            interpreter.install(layout, settings, [*again, *arguments, wanted.requirement], journal=journal, on_line=_bar(journal))
+            # Over torch's own word: it asks for the Triton that it was released with.
+            interpreter.install(
+                layout, settings, [*again, *arguments, wanted.requirement], journal=journal, overrides=triton.kept(layout), on_line=_bar(journal)
+            )
             break
         except SourceError as exc:
             if number == len(attempts):
@@ -89,7 +92,13 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, journal
     written = layout.state / "requirements.txt"
     write_atomic(written, "".join(f"{line}\n" for line in listed).encode())
     interpreter.install(
-        layout, settings, ["-r", str(written)], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides, on_line=_bar(journal)
+        layout,
+        settings,
+        ["-r", str(written)],
+        journal=journal,
+        constraints=torch.constraints(layout),
+        overrides=_overrides(layout, needs),
+        on_line=_bar(journal),
     )
     for requirement, why in needs.left_out:
         journal.write(f"left out: {requirement}: {why}")
@@ -107,7 +116,8 @@ def put_accelerators(layout: Layout, settings: Settings, *, device: str, journal
         put_requirements(layout, settings, device=device, journal=journal)
         _put_accelerators(layout, settings, device=device, journal=journal)
     packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
-    named = [f"{name} {packages[name]}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
+    meant = " (put there on purpose: it stays)" if triton.kept(layout) else ""
+    named = [f"{name} {packages[name]}{meant if name == 'triton' else ''}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
     return Provided(", ".join(named) or "none is needed here", packages)
 
 
@@ -116,8 +126,14 @@ def _put_accelerators(layout: Layout, settings: Settings, *, device: str, journa
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
-            layout, settings, [*arguments, *needs.accelerators], journal=journal, constraints=torch.constraints(layout), overrides=needs.overrides
+            layout, settings, [*arguments, *needs.accelerators], journal=journal, constraints=torch.constraints(layout), overrides=_overrides(layout, needs)
         )
+
+
+def _overrides(layout: Layout, needs: requirements.Requirements) -> tuple[str, ...]:
+    """What the tree wants left out, and the Triton that somebody put there on purpose, whatever anything asks for."""
+    meant = triton.kept(layout)
+    return (*(line for line in needs.overrides if not meant or line.split(" ")[0] != "triton"), *meant)
 
 
 def _bar(journal: Journal) -> Callable[[str], None]:

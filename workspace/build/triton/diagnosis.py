@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.build import stamp
+from workspace.build.triton.installed import is_met, origin, pairing
 from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.layout import Layout
@@ -180,26 +181,17 @@ def _foreign_to_build(layout: Layout, name: str, recorded: stamp.Stamp | None) -
 
 
 def _installed(layout: Layout, there: triton.Installed | None, build: torch.TorchBuild | None, paired: str | None) -> Finding:
-    beside = f"torch {build.version} pairs with {paired.removeprefix('==') if paired else 'none'}" if build else "there is no torch"
+    beside = pairing(build, paired)
     if there is None:
         if build and build.cuda and paired is not None:
             return Finding("FAIL", "triton", f"none; {beside}", "torch compiles its kernels with it", "the wheel that torch pairs with")
         return Finding("ok", "triton", f"none; {beside}")
-    seen = f"{there.version} {described(layout, there)}; {beside}"
+    seen = f"{there.version} {origin(layout, there)}; {beside}"
     if there.package is None:
         return Finding("FAIL", "triton", seen, "its files are not there", "the wheel that torch pairs with")
-    if paired and not there.is_meant and not _is_met(paired, there.version):
+    if paired and not there.is_meant and not is_met(paired, there.version):
         return Finding("FAIL", "triton", seen, "torch asks for another one, and nobody has put this one here on purpose", "the wheel that torch pairs with")
     return Finding("ok", "triton", seen)
-
-
-def described(layout: Layout, there: triton.Installed) -> str:
-    """Say where a Triton came from; of one that was built here, from which commit."""
-    recorded = stamp.read(layout.stamp("triton"))
-    if recorded and recorded.outcome.get("version") == there.version and there.origin == "file":
-        patched = f" and {recorded.inputs['patches']}" if recorded.inputs.get("patches") else ""
-        return f"built here from {recorded.inputs.get('commit', '')[:12]} ({recorded.inputs.get('ref', '')}){patched}"
-    return {"index": "from an index", "file": f"from {there.place}", "editable": f"editable, from {there.place}"}[there.origin]
 
 
 def _assembler(case: Case, verdict: Verdict, capability: str) -> Finding:
@@ -243,9 +235,3 @@ def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
 def _caches(foreign: tuple[jit_caches.Foreign, ...]) -> tuple[Finding, ...]:
     rows = tuple(Finding("FAIL", "caches", f"{one.cache.kind}: {one.cache.place}", one.wrote, "moved aside") for one in foreign)
     return rows or (Finding("ok", "caches", "nothing of another stack where kernels are loaded from"),)
-
-
-def _is_met(specifier: str, version: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(specifier).contains(version, prereleases=True)
