@@ -22,7 +22,7 @@ Phase = Literal["workspace", "build", "run", "both"]
 Source = Literal["flag", "shell", ".env", "default"]
 
 # Texts that may be a path, and then may begin with ~.
-_EXPANDED = ("KERNELS", "VLLM_MIRROR", "TRITON_MIRROR", "EXTERNALS_MIRROR")
+_EXPANDED = ("KERNELS", "VLLM_MIRROR", "TRITON_MIRROR", "TRITON_DOWNLOADS_MIRROR", "EXTERNALS_MIRROR")
 # Flags that are not called after their setting.
 _FLAGS = {"MAX_JOBS": "jobs"}
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
@@ -69,9 +69,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("ALLOW_PRERELEASE", "switch", "0", "workspace", "1: let xgrammar, triton and flashinfer be pre-releases"),
     Setting("TORCH_INDEX_URL", "url", "", "workspace", "package index to take torch from instead of PyTorch's own"),
     Setting("VLLM_MIRROR", "text", "", "workspace", "git URL or path to fetch vLLM from instead of GitHub"),
-    Setting("TRITON_REF", "text", "main", "workspace", "branch, tag or commit of Triton that inv pin.bump triton takes"),
+    Setting("TRITON_REF", "text", "main", "workspace", "branch, tag or commit of Triton that inv pin.bump triton and fix-triton --ref take"),
     Setting("PIN_MIN_AGE_DAYS", "count", "7", "workspace", "days that a release must have been out before inv pin.bump takes it"),
     Setting("TRITON_MIRROR", "text", "", "workspace", "git URL or path to fetch Triton from instead of GitHub"),
+    Setting("TRITON_DOWNLOADS_MIRROR", "text", "", "workspace", "address or folder that stands for https:// where a build of Triton downloads LLVM and tools"),
     Setting("EXTERNALS_MIRROR", "text", "", "workspace", "git URL or folder that stands for https://github.com/ where a build fetches sources"),
     Setting("CONNECT_TIMEOUT_S", "count", "5", "workspace", "seconds to wait for a remote before falling back"),
     Setting("WORKSPACE_CACHE_DIR", "path", "", "workspace", "downloads shared by all clones; empty: vllm-workspace in the user's cache folder"),
@@ -85,6 +86,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("CMAKE_ARGS", "text", "", "build", "more arguments for CMake"),
     Setting("TRITON_PTXAS_PATH", "path", "", "both", "ptxas for Triton up to 3.5; later ones bring a better one for a GB10"),
     Setting("TRITON_PTXAS_BLACKWELL_PATH", "path", "", "both", "ptxas for Triton from 3.6 on, Blackwell GPUs"),
+    Setting("LLVM_SYSPATH", "path", "", "build", "LLVM for a build of Triton, of the commit that its tree names, instead of a download"),
+    Setting("JSON_SYSPATH", "path", "", "build", "nlohmann/json for a build of Triton, the folder above its include, instead of a download"),
+    Setting("TRITON_OFFLINE_BUILD", "switch", "", "build", "1: a build of Triton downloads nothing; it then needs LLVM_SYSPATH and JSON_SYSPATH"),
     Setting("VLLM_CPU_KVCACHE_SPACE", "count", "", "run", "GiB for the KV cache without a GPU; empty: vLLM takes about half of the memory"),
     Setting("HF_HOME", "path", "", "run", "where Hugging Face keeps models"),
     Setting("HF_HUB_OFFLINE", "switch", "", "run", "1: never ask the Hugging Face hub"),
@@ -92,7 +96,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("VLLM_API_KEY", "text", "", "run", "key that a served model asks for", secret=True),
 )
 KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+# The tokens of a language model are no secrets.
+_SECRET_NAME = re.compile(r"(?<!TIK)TOKEN(?!IZER|S_PER)|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 # What would make a child look at another interpreter, checkout or build than the one it is given.
 _FOREIGN = re.compile(
@@ -100,6 +105,15 @@ _FOREIGN = re.compile(
     r"|UV_(PYTHON|TORCH_BACKEND|PROJECT.*|SYSTEM_PYTHON|WORKING_DIR.*)|PIP_(TARGET|PREFIX|USER|REQUIRE_VIRTUALENV)|MAKEFLAGS|MAKELEVEL"
     r"|VLLM_USE_PRECOMPILED.*|VLLM_PRECOMPILED_.*|VLLM_TARGET_DEVICE|VLLM_VERSION_OVERRIDE|SETUPTOOLS_SCM_.*)$"
 )
+# What CMake, setup.py, cargo and Triton's build read, and no running vLLM (setup.py, cmake/, tools/).
+_BUILD_ONLY = re.compile(
+    r"(\w+_SRC_DIR|VLLM_(VERSION_OVERRIDE|MAIN_CUDA_VERSION|DOCKER_BUILD_CONTEXT|REQUIRE_RUST_FRONTEND|RS_BUILD_VERSION|DISABLE_SCCACHE|BUILD_\w+"
+    r"|SKIP_(PRECOMPILED_)?VERSION_SUFFIX|KERNEL_SYMBOL_MAP|CPU_ARM_BF16|PYTHON_EXECUTABLE|PYTHON_PATH|IMAGE_TAG|PRECOMPILED_\w+|USE_PRECOMPILED\w*|TARGET_DEVICE)"
+    r"|CMAKE_\w+|FETCHCONTENT_\w+|CARGO_\w+|RUSTC_\w+|TRITON_(BUILD_\w+|PARALLEL_LINK_JOBS|OFFLINE_BUILD|APPEND_CMAKE_ARGS|WHEEL_\w+)|LLVM_SYSPATH|JSON_SYSPATH"
+    r"|TORCH_NIGHTLY|ACL_ROOT_DIR)$"
+)
+# What a running vLLM reads, and no build; VLLM_CONFIG_ROOT is read by both.
+_RUN_ONLY = re.compile(r"(VLLM_(?!CONFIG_ROOT$)\w+|HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+)$")
 _GIT_LOCAL = re.compile(
     r"GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|NAMESPACE|PREFIX|QUARANTINE_PATH"
     r"|CONFIG_(PARAMETERS|COUNT|KEY_\d+|VALUE_\d+)|CEILING_DIRECTORIES)$"
@@ -150,6 +164,12 @@ class Settings:
         named = {name: value.text for name, value in (*self.values.items(), *self.passed.items())} | dict(self.shell)
         return tuple(sorted({text for name, text in named.items() if is_secret(name) and len(text) >= 4}, key=len, reverse=True))
 
+    def masked(self, text: str) -> str:
+        """A text without secrets, as long as it was."""
+        for secret in self.secrets:
+            text = text.replace(secret, "****")
+        return text
+
     def presentable(self, text: str) -> str:
         """A value as it may be shown: without secrets, without the user of an address, and no longer than a line or two."""
         return _presentable(text, self.secrets)
@@ -160,12 +180,14 @@ class Settings:
         plain: no settings, for uv, git and programs that only look; build: what a compiler may see, no secrets; run: the built vLLM.
         """
         environment = {name: text for name, text in self.shell.items() if not _FOREIGN.match(name) and not _GIT_LOCAL.match(name) and name not in KNOWN}
+        environment = {name: text for name, text in environment.items() if phase == "plain" or is_for(name, phase)}
         if phase == "build":
             environment = {name: text for name, text in environment.items() if not is_secret(name)}
         if foreign := self.shell.get("VIRTUAL_ENV"):
             environment["PATH"] = os.pathsep.join(entry for entry in environment.get("PATH", "").split(os.pathsep) if entry != str(Path(foreign) / "bin"))
         if phase != "plain":
-            environment |= {name: value.text for name, value in self.passed.items() if phase == "run" or not is_secret(name)}
+            passed = {name: value.text for name, value in self.passed.items() if is_for(name, phase) and not _FOREIGN.match(name)}
+            environment |= {name: text for name, text in passed.items() if phase == "run" or not is_secret(name)}
             environment |= {name: value.text for name, value in self.values.items() if value.text and KNOWN[name].phase in (phase, "both")}
             if phase == "run":
                 environment.setdefault(
@@ -181,6 +203,20 @@ class Settings:
 def fitting_jobs(cores: int, memory_gib: float) -> int:
     """How many compilers of any size fit at once: what FlashInfer is told at run time, which else starts one for each core (flashinfer-ai/flashinfer#3634)."""
     return max(1, min(cores, int(memory_gib * COMPILERS_SHARE / LARGEST_COMPILER_GIB)))
+
+
+def is_for(name: str, phase: Literal["build", "run"]) -> bool:
+    """Whether a variable is any business of a build, or of a running vLLM; of what is not known it is taken to be."""
+    if name in KNOWN:
+        return KNOWN[name].phase in (phase, "both")
+    if _BUILD_ONLY.match(name):
+        return phase == "build"
+    return phase == "run" or not _RUN_ONLY.match(name)
+
+
+def is_set_by_the_workspace(name: str) -> bool:
+    """Whether a variable would point children elsewhere, so that nobody's word on it is passed on."""
+    return bool(_FOREIGN.match(name))
 
 
 def is_secret(name: str) -> bool:
@@ -222,8 +258,13 @@ def load(
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
     differing = [(name, shell[name], text) for name, (text, _) in written.items() if name in shell and shell[name] != text]
     warnings = [_hidden(name, _presentable(outer, secrets), _presentable(text, secrets)) for name, outer, text in differing]
-    warnings += [_unknown(name, written[name][1], known) for name in unknown if name not in known]
+    warnings += [_unknown(name, written[name][1], known) for name in unknown if name not in known and not _BUILD_ONLY.match(name)]
     return Settings(values, passed, shell, tuple(warnings))
+
+
+def written(layout: Layout) -> Mapping[str, str]:
+    """What .env says by itself, whatever the shell says. Raises SettingsError for one that cannot be read."""
+    return {name: text for name, (text, _) in _read_dotenv(layout.dotenv).items()}
 
 
 def forget_outer_git() -> None:
@@ -328,4 +369,5 @@ def _hidden(name: str, shell_text: str, text: str) -> str:
 
 def _unknown(name: str, line: int, known: Iterable[str]) -> str:
     like = nearest(name, known)
-    return f".env, line {line}: {name} is no setting known here" + (f"; did you mean {like}?" if like else "") + " It is passed on as it is."
+    follows = "./scripts/inv env says what becomes of it." if name.startswith("VLLM_") else "It is passed on as it is."
+    return f".env, line {line}: {name} is no setting known here" + (f"; did you mean {like}?" if like else ".") + f" {follows}"
