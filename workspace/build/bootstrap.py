@@ -12,7 +12,7 @@ from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import doctor
+from workspace.environment import check, doctor
 from workspace.source import checkout, moves, patches
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
@@ -37,6 +37,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     """
     plan.require_settled(layout)
     observed = plan.observe(layout, settings)
+    check.require(layout, settings, console=console, device=observed.device)
     due = stages_of(layout, settings, observed)
     if not any(stage.is_due for stage in due):
         if is_part:

@@ -12,7 +12,7 @@ from workspace.core.errors import BuildError, SourceError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.environment import dotenv, machine, provide, torch, wholeness
+from workspace.environment import check, dotenv, machine, provide, torch, wholeness
 from workspace.source import checkout, export, patches
 from workspace.source.git import Git
 
@@ -60,6 +60,8 @@ def make_source(run: Run, view: Step) -> None:
     choice = cast("checkout.Choice", run.settings.text("SOURCE"))
     view.reason = checkout.ensure(run.layout, run.observed.pin, run.settings, choice=choice, journal=run.journal, step=view).detail
     checkout.protect(run.layout)
+    # Only now it is known which variables this vLLM reads.
+    check.require(run.layout, run.settings, console=run.journal.console, device=run.observed.device)
 
 
 def apply_patches(run: Run, view: Step) -> None:

@@ -19,7 +19,7 @@ from workspace.core import process
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.layout import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, shortened
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -55,6 +55,7 @@ class Misread:
     is_error: bool
 
 
+@functools.lru_cache(maxsize=4)
 def variables_of(source: bytes) -> frozenset[str]:
     """The names in the registry of vllm/envs.py, the dictionary `environment_variables`; none where there is no such thing."""
     names: set[str] = set()
@@ -95,7 +96,7 @@ def misread(layout: Layout, settings: Settings, values: Mapping[str, str]) -> tu
     try:
         found = json.loads(process.capture(argv, env=environment, timeout_s=ANSWER_S).stdout)
         rows = [*((row, True) for row in found["refused"]), *((row, False) for row in found["ignored"])]
-        return tuple(Misread(str(row["name"]), str(row["said"]), is_error) for row, is_error in rows)
+        return tuple(Misread(str(row["name"]), shortened(str(row["said"])), is_error) for row, is_error in rows)
     except (ToolchainError, ValueError, KeyError, TypeError):
         return ()
 

@@ -32,11 +32,12 @@ _NEXT = {
 def smoke(layout: Layout, settings: Settings, *, console: Console, json_file: Path | None, timeout_s: float) -> None:
     """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check failed or nothing is built."""
     from workspace.build.status import require_built
-    from workspace.environment import machine
+    from workspace.environment import check, machine
     from workspace.smoke import record, suite
 
     started = time.monotonic()
     observed = require_built(layout, settings)
+    check.require(layout, settings, console=console, device=observed.device)
     expected = suite.expect(layout, observed)
     # What is judged must not change meanwhile.
     with lock.hold(layout.lock, verb="nox -s smoke") as held, Journal(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as journal:

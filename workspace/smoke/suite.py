@@ -16,7 +16,7 @@ from workspace.core.errors import BuildError, SmokeError, ToolchainError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.engine import models
+from workspace.engine import models, surroundings
 from workspace.smoke import checks
 from workspace.smoke.checks import Answer, Check, Expected
 
@@ -84,15 +84,16 @@ class _Asker:
     """Runs a probe in a neutral folder, where no import can come from by accident."""
 
     def __init__(self, layout: Layout, settings: Settings, folder: Path, journal: Journal, timeout_s: float) -> None:
-        self._layout, self._settings, self._folder, self._journal, self._timeout_s = layout, settings, folder, journal, timeout_s
+        self._layout, self._folder, self._journal, self._timeout_s = layout, folder, journal, timeout_s
+        # What the shell says of torch's threads and vLLM's caches goes in, what it says of these does not.
+        self._environment = surroundings.variables(layout, settings, more=ENVIRONMENT)
 
     def __call__(self, probe: str, *words: str) -> Answer:
         started = time.monotonic()
         argv: list[process.Argument] = [self._layout.environment_python, self._layout.probes / probe, *words]
         record: Mapping[str, object] = {}
         try:
-            # What the shell says of torch's threads and vLLM's caches goes in, what it says of these does not.
-            done = process.capture(argv, env=self._settings.child_environment("run", ENVIRONMENT), cwd=self._folder, timeout_s=self._timeout_s)
+            done = process.capture(argv, env=self._environment, cwd=self._folder, timeout_s=self._timeout_s)
         except ToolchainError as exc:
             seconds = time.monotonic() - started
             hangs = f"{probe} gave no answer in {self._timeout_s:g} s and was ended"
