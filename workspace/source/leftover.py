@@ -1,4 +1,4 @@
-"""Lock files that a git which was killed has left behind. Git itself never removes them, and from then on refuses to write.
+"""What a git that was killed has left behind: lock files, which git itself never removes, and which let it refuse to write; and begun packs.
 
 One counts as abandoned when no git runs in its repository, no process has it open, and it is still there a second later.
 """
@@ -31,6 +31,12 @@ def remove_at_top(git_dir: Path, folder: Path) -> None:
     for name in _AT_TOP:
         if (git_dir / name).exists():
             _remove(git_dir / name, folder)
+
+
+def remove_packs(packs: Path, folder: Path) -> None:
+    """Remove from the folder `packs` what fetches that were killed have begun there. Git does it too, once it is two weeks old and a gc is due (git-gc(1))."""
+    for path in packs.glob("tmp_*"):
+        _remove(path, folder)
 
 
 def _remove(path: Path, folder: Path) -> bool:

@@ -105,7 +105,12 @@ class Command:
         raise self._failure(f"{what}: {first_line(answer.err) or f'exited with {answer.status}'}", details=tuple(answer.err.splitlines()[1:10]))
 
     def talk(self, words: Sequence[str], settings: Settings, journal: Journal, on_line: OnLine) -> None:
-        leftover.remove_at_top(Path(self._extra.get("GIT_DIR", self.path / ".git")), self.path)
+        # A submodule's own directory lies with the superproject's.
+        there = self.look("rev-parse", "--path-format=absolute", "--absolute-git-dir", "--git-path", "objects/pack", check=False)
+        if there.status == 0:
+            git_dir, packs = map(Path, there.out.splitlines())
+            leftover.remove_at_top(git_dir, self.path)
+            leftover.remove_packs(packs, self.path)
         places = [f"--git-dir={self._extra['GIT_DIR']}", f"--work-tree={self.path}"] if "GIT_DIR" in self._extra else ["-C", str(self.path)]
         process.run(
             [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *words],

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from workspace.core.journal import Journal
+from workspace.source import leftover
 from workspace.source.content import split
 from workspace.source.git.repository import Git
 
@@ -22,6 +23,7 @@ def bring(git: Git, store: Path, commit: str, ref: str, *, journal: Journal) -> 
     if is_kept(git, commit):
         git.set_ref(ref, commit)
         return
+    leftover.remove_packs(git.path_of("objects/pack"), git.path)
     words = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no", str(store.absolute()), f"+{commit}:{ref}")
     git.write("fetch", *words, env={"GIT_ALLOW_PROTOCOL": "file"}, journal=journal)
 
