@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from workspace.core import guard
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
@@ -93,6 +94,25 @@ def run(
             hint=hint,
             details=(*(journal.redact(line) for line in tail), f"log: {journal.path}"),
         )
+
+
+def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
+    """Replace this process by a program, in the folder and at the terminal where it stands: signals reach the program itself, its exit code is ours.
+
+    Raises ToolchainError when the program is not there or cannot be started.
+    """
+    program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
+    if program is None:
+        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="the command is looked for in .vllm/bin, then on PATH")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What Python ignores stays ignored over exec (signal(7)), and `… | head` would not end.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execve(program, [os.fspath(word) for word in argv], dict(env))
+    except OSError as exc:
+        raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}", hint=f"ls -l {program}") from exc
 
 
 def describe_status(returncode: int) -> str:
