@@ -16,7 +16,7 @@ from workspace.core import process
 from workspace.core.errors import ToolchainError
 from workspace.core.settings import Settings
 from workspace.engine import flags
-from workspace.environment import machine
+from workspace.environment import machine, page_cache
 from workspace.environment.machine import GIB, GPU_KILL_S, GPU_QUERY_S
 from workspace.serve.recipes import DEFAULT_UTILIZATION, Recipe
 
@@ -27,7 +27,6 @@ MARGIN_GIB = 2.0
 CPU_KV_SHARE = 0.5
 # A cache below this serves one short request at a time.
 LEAST_KV_GIB = 0.5
-MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Fit:
 def observe(settings: Settings, *, device: str) -> Free:
     """Look at memory and GPU. A driver that hangs costs 8 s at most and counts as none."""
     host = machine.observe(settings)
-    droppable = droppable_gib(read_meminfo())
+    droppable = page_cache.droppable_gib(page_cache.read())
     if device == "cuda" and host.gpus:
         own = _own_memory(settings)
         residents = _residents(settings)
@@ -108,22 +107,6 @@ def judge(recipe: Recipe, free: Free, *, device: str, environment: Mapping[str, 
     utilization, kv_gib = _suggestion(free, needs, fixed, device=device)
     hint = _hint(free, utilization, kv_gib, device=device)
     return Fit("no", needs, takes, free, f"does not fit: {seen}{holding}", hint, utilization, kv_gib)
-
-
-def droppable_gib(meminfo: Mapping[str, int]) -> float:
-    """Page cache that `drop_caches` would give back: what is neither shared memory nor still to be written (proc_meminfo(5)), from KiB."""
-    held = meminfo.get("Cached", 0) + meminfo.get("Buffers", 0) - meminfo.get("Shmem", 0) - meminfo.get("Dirty", 0)
-    return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB
-
-
-def read_meminfo() -> Mapping[str, int]:
-    """The kernel's figures in KiB by name; none where they cannot be read."""
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return {}
-    words = [line.split() for line in lines]
-    return {word[0].rstrip(":"): int(word[1]) for word in words if len(word) >= 2 and word[1].isdigit()}
 
 
 def _takes(recipe: Recipe, words: Sequence[str], free: Free, fixed: float, *, device: str, environment: Mapping[str, str]) -> float:
