@@ -273,6 +273,72 @@ def pin_back(_, good="", wait=False):
     back.run(here, settings, good or None, console=door.console(), wait=wait)
 
 
+@task(default=True, name="check", help={"json": JSON})
+def env_check(_, json=False):
+    """Show each setting: value, source, verdict."""
+    here = layout.here()
+    # What a door warns of stands in the rows.
+    settings = door.load_settings(here, is_quiet=True)
+    from workspace.environment import check
+
+    check.show(here, settings, console=door.console(), as_json=json)
+
+
+@task(name="init", help={"replace": "change lines that differ too; the old ones stay as remarks"})
+def env_init(_, replace=False):
+    """Write or complete .env from what this machine has."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.environment import proposal
+
+    proposal.run(here, settings, console=door.console(), replace=replace)
+
+
+@task(name="export")
+def env_export(_):
+    """Print lines for eval in sh; inv and nox on PATH."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.engine import shell as verb
+
+    verb.export(here, settings, console=door.console())
+
+
+@task
+def run(_):
+    """Run a command in the built environment: -- CMD."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.engine import shell as verb
+
+    verb.run(here, settings, _after_dashes(), console=door.console())
+
+
+@task
+def shell(_):
+    """Open a shell in the built environment."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.engine import shell as verb
+
+    verb.shell(here, settings, console=door.console())
+
+
+@task
+def drop_caches(_):
+    """Give the page cache back before a large load."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.environment import page_cache
+
+    page_cache.drop(settings, console=door.console())
+
+
+def _after_dashes():
+    """The words after `--` as the shell gave them: Invoke's own remainder joins them with blanks."""
+    return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+
+
 class _Config(Config):
     """Invoke's configuration without files and variables: what is in them is for other projects, or for nobody."""
 
@@ -355,9 +421,10 @@ class _Door(Program):
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
-    namespace = Collection(bootstrap, rebuild, fix_triton, wheel, status, doctor, report)
+    namespace = Collection(bootstrap, rebuild, fix_triton, wheel, status, doctor, report, run, shell, drop_caches)
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
+    namespace.add_collection(Collection("env", env_check, env_init, env_export))
     program = _Door(
         namespace=namespace,
         name="Invoke",

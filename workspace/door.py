@@ -46,8 +46,8 @@ def console() -> Console:
     return Console()
 
 
-def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None) -> Settings:
-    """Read the settings for a verb and print their warnings, each once in a process.
+def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False) -> Settings:
+    """Read the settings for a verb and print their warnings, each once in a process; with `is_quiet` the verb shows them itself.
 
     Raises SettingsError, and WorkspaceError for a clone in a folder whose name no log and no pyvenv.cfg can hold.
     """
@@ -55,7 +55,7 @@ def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = No
         raise WorkspaceError(f"{str(layout.root)!r} has bytes in it that are not UTF-8, or a line end", hint="move the clone into a folder with a plain name")
     settings.forget_outer_git()
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
-    for warning in loaded.warnings:
+    for warning in () if is_quiet else loaded.warnings:
         _warn(warning)
     return loaded
 
