@@ -43,6 +43,7 @@ PROOFS = {
     "kill": ["tests/proof/kill", "-n", "0"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
     "source": ["tests/proof/source"],
+    "triton": ["tests/proof/triton"],
 }
 
 nox.options.default_venv_backend = "none"
@@ -124,7 +125,7 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """The long proofs: bootstrap, fuzz, kill, pins; words after the name go to pytest."""
+    """The long proofs: bootstrap, fuzz, kill, pins, triton; words after the name go to pytest."""
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:

@@ -53,7 +53,7 @@ def ran() -> dict[str, object] | None:
         import torch
     except ImportError:
         return None
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None or not torch.cuda.is_available():
         return None
     generator = torch.Generator(device="cuda").manual_seed(0)
     a, b = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.float16, generator=generator) for _ in range(2))

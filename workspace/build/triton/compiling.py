@@ -57,9 +57,10 @@ def put_requirements(layout: Layout, settings: Settings, source: Source, *, jour
 
 
 def folder(layout: Layout, settings: Settings) -> Path:
-    """The build directory: one for each Python and compiler, whatever commit is built in it."""
-    facts = interpreter.describe(layout, settings)
-    made_with = [str(layout.triton), facts.version if facts else "", toolchain.compiler_version(settings) or "", platform.machine()]
+    """The build directory: one for each Python and compiler, for CMake remembers both, whatever commit is built in it."""
+    facts, told = interpreter.describe(layout, settings), settings.child_environment("build")
+    compilers = [told.get("CC", ""), told.get("CXX", ""), toolchain.compiler_version(settings) or ""]
+    made_with = [str(layout.triton), facts.version if facts else "", platform.machine(), *compilers]
     return layout.builds / f"triton-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:12]}"
 
 

@@ -1,0 +1,196 @@
+"""The build of Triton from source, on the small one: real git, CMake, ninja and compilers, its downloads from a folder that stands for the network."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.small import tritons
+from tests.small.materials import git
+from tests.small.tritons import Upstream
+from tests.small.world import World
+
+SLOW = """#!/bin/sh
+case "$*" in *second.cpp*) [ -e "{gate}" ] || {{ echo > "{gate}"; sleep 60; }};; esac
+exec c++ "$@"
+"""
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+@pytest.fixture
+def upstream(built: World, tmp_path: Path) -> Upstream:
+    return tritons.make(built, tmp_path)
+
+
+def answer(world: World) -> str:
+    return world.python("import triton; print(triton._library.triton_small_answer())")
+
+
+def build(world: World, *words: str) -> str:
+    ended = world.run("fix-triton", "--from-source", *words)
+    assert ended.code == 0, ended.said
+    return ended.err
+
+
+@pytest.mark.parametrize("layout", ["root", "python"])
+def test_built_installed_proven_and_kept_by_all_that_comes_after(built: World, tmp_path: Path, layout: str) -> None:
+    upstream = tritons.make(built, tmp_path, layout=layout)
+    build(built, "--jobs", "2")
+    version = f"3.9.0+git{upstream.pinned[:8]}"
+    record = json.loads(built.layout.stamp("triton").read_text())
+    assert (record["inputs"]["commit"], record["inputs"]["ref"], record["outcome"]["version"]) == (upstream.pinned, "main", version)
+    assert "compiled for sm_121a" in record["outcome"]["kernel"]
+    assert git(built.layout.triton, "status", "--porcelain", "--ignored") == "", "the tree is as git made it"
+    assert answer(built) == "42"
+    assert f"{version} built here from {upstream.pinned[:12]} (main)" in built.run("status").err
+    built.layout.stamp("environment").unlink()
+    assert f"triton {version} (put there on purpose: it stays)" in built.bootstrap().err
+    assert "nothing to do" in built.bootstrap().err
+    assert answer(built) == "42"
+
+
+def test_second_build_compiles_what_changed_and_a_ref_moves_the_pin(built: World, upstream: Upstream) -> None:
+    assert " 3 units" not in build(built)
+    git(upstream.tree, "checkout", "--quiet", "-b", "next", upstream.pinned)
+    (upstream.tree / "src" / "second.cpp").write_text('extern "C" int triton_small_second() { return 3; }\n')
+    git(upstream.tree, "commit", "--quiet", "--all", "-m", "Three")
+    new = git(upstream.tree, "rev-parse", "HEAD")
+    said = build(built, "--ref", "next")
+    # second.cpp and the link.
+    assert " 2 units, " in said
+    assert "0 of them fetched" in said or ", 5 there" in said or "5 there  " in said
+    assert built.python("import triton; print(triton._library.triton_small_second())") == "3"
+    assert f'commit = "{new}"' in built.layout.pins.read_text()
+    assert json.loads(built.layout.stamp("triton").read_text())["inputs"] | {"tree": ""} == {
+        "commit": new,
+        "ref": "next",
+        "tree": "",
+        "patches": "",
+        "torch": "2.13.0+cpu",
+    }
+    assert len(tritons.builds(built)) == 1
+
+
+def test_module_that_the_tree_no_longer_has_does_not_come_along_in_the_second_wheel(built: World, upstream: Upstream) -> None:
+    git(upstream.tree, "checkout", "--quiet", "-b", "more", upstream.pinned)
+    (upstream.tree / "python" / "triton" / "extra.py").touch()
+    git(upstream.tree, "add", "--all")
+    git(upstream.tree, "commit", "--quiet", "-m", "More")
+    build(built, "--ref", "more")
+    assert built.python("import triton.extra; print(1)") == "1"
+    build(built, "--ref", "main")
+    assert built.python("import importlib.util; print(importlib.util.find_spec('triton.extra'))") == "None"
+
+
+def test_patches_on_triton_are_in_what_is_built(built: World, upstream: Upstream) -> None:
+    git(upstream.tree, "checkout", "--quiet", "--detach", upstream.pinned)
+    (upstream.tree / "src" / "second.cpp").write_text('extern "C" int triton_small_second() { return 9; }\n')
+    git(upstream.tree, "commit", "--quiet", "--all", "-m", "Nine\n\nUpstream-Status: Pending")
+    words = ("format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1")
+    folder = built.layout.patches("triton")
+    (folder / "Nine.patch").write_text(git(upstream.tree, *words) + "\n")
+    (folder / "series").write_text(f"# patches on Triton, in order\n# base: {upstream.pinned}\nNine.patch\n")
+    build(built)
+    assert built.python("import triton; print(triton._library.triton_small_second())") == "9"
+    assert "and 1 patch;" in built.run("status").err
+
+
+def test_one_that_compiles_wrongly_is_taken_out_and_the_former_is_back_file_by_file(built: World, upstream: Upstream) -> None:
+    build(built)
+    before, stamped = answer(built), built.layout.stamp("triton").read_bytes()
+    ended = built.run("fix-triton", "--from-source", "--ref", "broken")
+    sentence = ended.error(7)
+    assert "a small kernel does not come out right: RuntimeError: a wrong answer" in sentence
+    assert f"triton 3.9.0+git{upstream.pinned[:8]} is back in .vllm" in sentence
+    assert (answer(built), built.layout.stamp("triton").read_bytes()) == (before, stamped)
+    assert built.status()["environment"] == "ok"
+    assert not (built.layout.environment / ".workspace" / "former-triton").exists()
+
+
+def test_error_of_a_compiler_is_named_and_the_former_was_never_touched(built: World, upstream: Upstream) -> None:
+    tritons.install_former(built)
+    ended = built.run("fix-triton", "--from-source", "--ref", "dead")
+    assert "first.cpp" in ended.error(7)
+    assert "was not declared in this scope" in ended.error(7)
+    assert built.python("import triton; print(triton.__version__)") == "3.7.1"
+
+
+def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(built: World, upstream: Upstream, tmp_path: Path) -> None:
+    gate, slow = tmp_path / "gate", tmp_path / "slow-c++"
+    slow.write_text(SLOW.format(gate=gate))
+    slow.chmod(0o755)
+    child = built.start("fix-triton", "--from-source", env={"CXX": str(slow)})
+    deadline = time.monotonic() + 60
+    while not gate.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, "interrupted" in err, "Traceback" in err) == (130, True, False), err + out
+    assert not any(b"second.cpp" in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    built.env["CXX"] = str(slow)
+    assert " 8 units" not in build(built)
+    assert answer(built) == "42"
+
+
+def test_killed_between_two_tritons_the_next_run_takes_it_back_first(built: World, upstream: Upstream) -> None:
+    from workspace.build.triton import former
+
+    build(built)
+    former.keep(built.layout)
+    built.uv("uninstall", "triton")
+    ended = built.run("fix-triton", "--from-source")
+    assert ended.code == 0, ended.said
+    assert f"a run that was ended in the middle is taken back: triton 3.9.0+git{upstream.pinned[:8]} is in .vllm again" in ended.err
+
+
+def test_no_such_ref_changes_nothing(built: World, upstream: Upstream) -> None:
+    before = built.layout.pins.read_bytes()
+    assert "has no branch nowhere" in built.run("fix-triton", "--from-source", "--ref", "nowhere").error(11)
+    assert built.layout.pins.read_bytes() == before
+    assert tritons.builds(built) == []
+
+
+def test_without_a_network_each_download_is_named_with_the_setting_that_replaces_it(built: World, upstream: Upstream) -> None:
+    del built.env["TRITON_DOWNLOADS_MIRROR"]
+    ended = built.run("fix-triton", "--from-source", through=("unshare", "-n"))
+    assert "llvm-62b7cf96" in ended.error(11)
+    assert "LLVM_SYSPATH=/a/folder" in ended.err
+    assert "TRITON_DOWNLOADS_MIRROR=/a/folder/or/address" in ended.err
+    built.env["TRITON_DOWNLOADS_MIRROR"] = str(upstream.network)
+    ended = built.run("fix-triton", "--from-source", through=("unshare", "-n"))
+    assert ended.code == 0, ended.said
+
+
+def test_download_with_another_hash_than_the_tree_or_nvidia_names_is_not_used(built: World, upstream: Upstream) -> None:
+    for pattern in ("**/llvm-*.tar.gz", "**/cuda_nvcc-*-13.3.33-archive.tar.xz"):
+        files = [(path, path.read_bytes()) for path in upstream.network.glob(pattern)]
+        for path, content in files:
+            path.write_bytes(content + b"\0")
+        assert "it was not used" in built.run("fix-triton", "--from-source").error(11)
+        for path, content in files:
+            path.write_bytes(content)
+    assert answer(built) if build(built) else ""
+
+
+def test_offline_switch_needs_local_folders_and_builds_with_them(built: World, upstream: Upstream, tmp_path: Path) -> None:
+    (tmp_path / "llvm" / "include" / "llvm").mkdir(parents=True)
+    (tmp_path / "llvm" / "include" / "llvm" / "small.h").write_text("#define SMALL_LLVM 40\n")
+    built.env |= {"TRITON_OFFLINE_BUILD": "1", "TRITON_DOWNLOADS_MIRROR": str(tmp_path / "nowhere")}
+    assert "LLVM_SYSPATH and JSON_SYSPATH" in built.run("fix-triton", "--from-source").error(2)
+    built.env |= {"LLVM_SYSPATH": str(tmp_path / "llvm"), "JSON_SYSPATH": str(tmp_path / "llvm")}
+    assert "none is wanted" in build(built)
+
+
+def test_environment_that_cannot_be_written_is_told_before_anything_is_fetched(built: World, upstream: Upstream) -> None:
+    ended = built.run("fix-triton", "--from-source", through=("unshare", "-m", "sh", "-c", READ_ONLY, str(built.layout.environment)))
+    assert ".vllm cannot be written" in ended.error(6)
+    assert not built.layout.triton.exists()
+    assert tritons.builds(built) == []
+
+
+def test_assembler_for_running_is_kept_from_the_build(built: World, upstream: Upstream) -> None:
+    build(built)
+    built.env["TRITON_PTXAS_BLACKWELL_PATH"] = "/bin/true"
+    build(built)

@@ -1,0 +1,3 @@
+from types import SimpleNamespace
+
+nvidia = SimpleNamespace(ptxas=SimpleNamespace(path="ptxas"), ptxas_blackwell=SimpleNamespace(path="ptxas-blackwell"))

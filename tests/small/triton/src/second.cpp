@@ -1,0 +1,1 @@
+extern "C" int triton_small_second() { return 2; }
