@@ -128,7 +128,10 @@ def keep(layout: Layout, observed: plan.Observation, *, journal: Journal) -> Goo
     git.set_ref(f"refs/good/{name}", stack.head)
     if outer and outer.head():
         gitlinks = {layout.relative(layout.vllm): link.commit} if link else {}
-        outer.set_ref(f"refs/good/{name}", worktree.snapshot(outer, f"Good: {name}", paths=("vendor/pins.toml", "patches"), gitlinks=gitlinks))
+        commit = worktree.snapshot(outer, f"Good: {name}", paths=("vendor/pins.toml", "patches"), gitlinks=gitlinks)
+        # One that differs by its date alone would leave the former to the reflog.
+        if not worktree.are_alike(outer, commit, f"refs/good/{name}"):
+            outer.set_ref(f"refs/good/{name}", commit)
     path = folder(layout, name)
     before = read(layout, name)
     stamp.withdraw(path / "good.json")

@@ -41,6 +41,7 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
         (layout.goods / other / "good.json").write_text(record.replace(second, other))
         clone.git("update-ref", f"refs/good/{other}", "HEAD")
     assert run(clone, *RECORD).code == 0
+    assert git(clone.root, "rev-parse", f"refs/good/{second}") == kept, "recorded again, it is the same commit"
     assert len(names(clone)) == good.KEPT
     assert names(clone)[0] == second
     assert first not in names(clone)

@@ -141,6 +141,12 @@ def commits_between(git: Git, old: str, new: str) -> int | None:
     return int(answer.out) if answer.status == 0 else None
 
 
+def are_alike(git: Git, one: str, other: str) -> bool:
+    """Whether two commits are there that have the same content and the same parents."""
+    lines = git.look("log", "--no-walk=unsorted", "--no-show-signature", "--format=%T %P", one, other, "--", check=False).out.splitlines()
+    return len(lines) == 2 and lines[0] == lines[1]
+
+
 def is_kept(git: Git, commit: str) -> bool:
     """Whether a reference of the repository, its HEAD included, leads to the commit; a linked tree's own does not count."""
     if commit not in git.present((commit,)):
