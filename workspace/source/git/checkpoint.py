@@ -69,7 +69,9 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
     if facts is None:
         return None
     top = git.path_of("index").parent
-    leftover.remove_at_top(top, git.path)
+    # Of a linked working tree what all of them share lies elsewhere.
+    for place in {top, git.path_of("packed-refs").parent}:
+        leftover.remove_at_top(place, git.path)
     if not _is_whole(top / "index"):
         _replace_index(top, folder)
     if not _is_left_so(git, facts.head):
