@@ -115,7 +115,7 @@ def make_place(case: KillCase, materials: Materials, folder: Path, ledger: Ledge
         started = time.monotonic()
         ended = world.run(*case.argv)
         place.undisturbed_s = time.monotonic() - started
-        assert ended.code == 0, ended.said
+        assert ended.code == case.code, ended.said
         if case.again:
             case.go_on(world)
         found = judge.fingerprint(world.layout, world.folder / "cache")

@@ -18,16 +18,19 @@ STRAY_S = 15.0
 _HOW_MUCH = re.compile(r"core\.repositoryformatversion|extensions\.|remote\.origin\.(promisor|partialclonefilter)")
 Fingerprint = Mapping[str, str]
 
-# Of git's objects, a loose one that was begun is git's to prune; a half pack would not be small. Nobody takes a dated name again.
+# Of git's objects, a loose one that was begun is git's to prune; a half pack would not be small. Nobody takes a dated name again;
+# the lock of a good state's name goes when that is recorded next.
 # Whose presence counts, not what is in it: times, process numbers, caches and logs of git's own.
 # Of a good state, its record has the time and its list of packages is proven by the stamp; the other environment is as the one in use.
 _NAMES_ONLY = re.compile(
     r"(.*/)?\.git/.*|\.workspace/(lock|smoke\.json|good/[^/]+/good\.json)|(\.vllm|\.workspace/good/[^/]+/environment)/(\.lock|pyvenv\.cfg)"
     r"|.*/(RECORD|uv_cache\.json|REQUESTED)"
+    r"|cache/compile-costs-.*\.json|\.workspace/build/.*/(\.ninja_(deps|log)|CMakeConfigureLog\.yaml|configured\.json|install_manifest_\w+\.txt)"
 )
 _IGNORED = re.compile(
     r".*/__pycache__(/.*)?|.*\.pyc|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_(?!obj_)).*|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
-    r"|(.*/)?\.git/refs/(left/TIME\.lock|patches/left)|cache/.*/lock|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
+    r"|(.*/)?\.git/refs/(left/TIME\.lock|good/[^/]+\.lock|patches/left)|cache/.*/lock|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
+    r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)"
     r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/\w+\.json"
 )
 # What is kept aside bears the time of day, and what was left by a run that was killed is kept beside what the next one left.
@@ -49,6 +52,7 @@ def fingerprint(layout: Layout, cache: Path | None = None) -> Fingerprint:
     for name in ("environment", "vllm"):
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(layout.stamp(name).read_text())
+            record["outcome"].pop("seconds", None)
             found |= {f"stamp {name} {key}": json.dumps(record[key], sort_keys=True) for key in ("inputs", "packages", "libraries", "outcome")}
     for name, folder in (("clone", layout.root), ("vllm", layout.vllm)):
         if (folder / ".git").exists():

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.pin.conftest import PARITY, ROWS, TINY, smoke
 from tests.proof.kill.cases import KillCase, plant, write_dotenv
 from tests.small import releases
 from tests.small.materials import git
-from tests.small.releases import CLEAN
+from tests.small.releases import CLEAN, CONFLICT
 from tests.small.world import World
 from workspace.source import hardening
 
@@ -184,6 +184,37 @@ def bumped(world: World) -> None:
     remember(world)
 
 
+def to_be_bumped_into_a_conflict(world: World) -> None:
+    """Three patches, of which the second does not apply to the release after the next; with a new file before it, and one that builds on it."""
+    small_good(world)
+    releases.make(world.materials).publish(world, CONFLICT)
+    tip, setup, line = world.git("rev-parse", "HEAD"), world.layout.vllm / "setup.py", LINE
+    world.git("checkout", "--quiet", "--detach", world.materials.archive_commit)
+    commit(world, "The first one", "vllm/one.py", "ONE = 1\n")
+    world.git("cherry-pick", tip)
+    setup.write_text(setup.read_text().replace(line, line + line.replace("AVX512", "AMX")))
+    world.git("commit", "--quiet", "--all", "-m", "Take AMX" + STATUS)
+    typed(world, "patch.export")
+    world.git("branch", "made-here")
+    world.bootstrap()
+    ended = smoke(world)
+    assert ended.code == 0, ended.said
+    remember(world)
+
+
+def resolved_in_the_workshop(world: World) -> None:
+    to_be_bumped_into_a_conflict(world)
+    assert "patch 2 of 3" in world.run("pin.bump", f"v{CONFLICT}").error(4)
+    resolve_in_the_workshop(world)
+    remember(world)
+
+
+def resolve_in_the_workshop(world: World) -> None:
+    tree = world.layout.workshop / "vendor" / "vllm"
+    take_both_sides(tree / "setup.py")
+    git(tree, "add", "setup.py")
+
+
 def stack(world: World) -> tuple[str, set[str]]:
     """The state of the stack, and the patches and commits that `inv patch` names."""
     ended = world.run("patch.status", "--json")
@@ -229,8 +260,11 @@ def again_continue(world: World) -> None:
     assert {"Take AMX", "The third one"} < subjects, subjects
 
 
-def lead_on(world: World, tag: str, verb: tuple[str, ...]) -> None:
-    """What `inv pin`, then `inv status` say is next, until the pin is at `tag`, all is built, and the state is recorded as good."""
+def lead_on(world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[World], None] | None = None) -> None:
+    """What `inv pin`, then `inv status` say is next, until the pin is at `tag`, all is built, and the state is recorded as good.
+
+    A conflict on the way is mended, and is a failure where nobody is to.
+    """
     for _ in range(MOST_COMMANDS):
         ended = world.run("pin.show", "--json", "--offline")
         assert ended.code == 0, ended.said
@@ -238,10 +272,13 @@ def lead_on(world: World, tag: str, verb: tuple[str, ...]) -> None:
         names = {row["name"] for row in rows}
         if "back" in names:
             typed(world, "pin.back")
-        elif "bump" in names:
-            typed(world, "patch.continue")
-        elif next(row["facts"]["tag"] for row in rows if row["name"] == "pin") != tag:
-            typed(world, *verb)
+        elif "bump" in names or next(row["facts"]["tag"] for row in rows if row["name"] == "pin") != tag:
+            ended = world.run(*(("patch.continue",) if "bump" in names else verb))
+            assert "Traceback" not in ended.err, ended.said
+            if ended.code == 4 and mend:
+                mend(world)
+            else:
+                assert ended.code == 0, ended.said
         elif any(state != "ok" for name, state in world.status().items() if name in ROWS):
             typed(world, "bootstrap")
         elif not any(row["name"] == "good" and row["facts"]["current"] for row in rows if row["facts"]) or world.status()["smoke"] != "ok":
@@ -257,6 +294,15 @@ def again_bump(world: World) -> None:
     lead_on(world, f"v{CLEAN}", ("pin.bump", f"v{CLEAN}"))
 
 
+def again_conflict(world: World) -> None:
+    lead_on(world, f"v{CONFLICT}", ("pin.bump", f"v{CONFLICT}"), mend=resolve_in_the_workshop)
+
+
+def again_resolved(world: World) -> None:
+    """What the user has resolved need not be resolved again."""
+    lead_on(world, f"v{CONFLICT}", ("patch.continue",))
+
+
 def again_back(world: World) -> None:
     lead_on(world, "v0.31.0", ("pin.back",))
 
@@ -269,4 +315,6 @@ MOVES = (
     KillCase("patch.continue of a resolved am", resolved_conflict, ("patch.continue",), check_remembered, again_continue, full_from=""),
     KillCase("pin.bump to the next release", to_be_bumped, ("pin.bump", f"v{CLEAN}"), check_remembered, again_bump),
     KillCase("pin.back after a bump", bumped, ("pin.back",), check_remembered, again_back, full_from=""),
+    KillCase("pin.bump into a conflict", to_be_bumped_into_a_conflict, ("pin.bump", f"v{CONFLICT}"), check_remembered, again_conflict, code=4),
+    KillCase("patch.continue of a bump", resolved_in_the_workshop, ("patch.continue",), check_remembered, again_resolved),
 )
