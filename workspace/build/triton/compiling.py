@@ -99,20 +99,39 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
     argv: list[process.Argument] = [interpreter.uv(layout), "build", "--wheel", "--no-build-isolation", "--no-config", "--python", layout.environment_python]
     argv += ["--out-dir", out, source.project]
     work = ninja.Work(build, f"triton {platform.machine()} {toolchain.compiler_version(settings) or 'none'}", jobs, memory, go_on=GO_ON)
-    known = False
+    known, configured = False, Configure()
 
     def hear(line: str, meter: Meter) -> None:
         nonlocal known
+        configured.hear(line)
         found = _STATUS.match(line.strip())
         if found and not known:
             known = True
             _expect(build, int(found[2]), meter)
 
-    made = ninja.under_tickets(settings, argv, told, work, journal=journal, step=step, on_line=hear, cwd=layout.root)
+    try:
+        made = ninja.under_tickets(settings, argv, told, work, journal=journal, step=step, on_line=hear, cwd=layout.root)
+    except BuildError as exc:
+        if not configured.error:
+            raise
+        raise BuildError(f"Triton cannot be configured: {configured.error}", hint=exc.hint, details=exc.details) from exc
     wheels = sorted(out.glob("triton-*.whl"))
     if len(wheels) != 1:
         raise BuildError(f"the build ended well and left {len(wheels)} wheels of Triton in {layout.relative(out)}", hint=f"log: {journal.path}")
     return Wheel(wheels[0], made.seconds, len(made.finished), made.summary)
+
+
+class Configure:
+    """Hears what CMake says, for the sentence below the heading of its first error."""
+
+    def __init__(self) -> None:
+        self.error = ""
+        self._is_begun = False
+
+    def hear(self, line: str) -> None:
+        if self._is_begun and not self.error:
+            self.error = line.strip()
+        self._is_begun = self._is_begun or line.lstrip().startswith("CMake Error at ")
 
 
 def _expect(build: Path, due: int, meter: Meter) -> None:

@@ -50,12 +50,14 @@ class Remedy:
 def assembler_changes(ground: Ground, found: Diagnosis) -> dict[str, str | None]:
     """Decide other values for Triton's variables: none where its own assembler serves, else the newest on this machine that does.
 
-    Never one that is older than Triton's own: what that lacks today an older one lacks as well, or will with the next kernel.
+    Never one that is older than Triton's own: what that lacks today an older one lacks as well, or will with the next kernel. And none for a
+    Triton that is the wrong one, and about to go.
     """
     changes: dict[str, str | None] = {}
+    is_leaving = any(finding.name == "triton" for finding in found.bad)
     for verdict in found.verdicts:
         if verdict.assembler.is_used and (not verdict.is_good or verdict.is_ignored):
-            value = _better(ground, found, verdict)
+            value = None if is_leaving else _better(ground, found, verdict)
             if value is not None or verdict.own is not None:
                 changes[verdict.assembler.variable] = value
     return changes

@@ -1,0 +1,170 @@
+"""inv fix-triton on the real wheels of Triton 3.5.1, 3.6.0 and 3.7.1, from the package index that this machine has; no GPU is needed.
+
+What each can assemble is for its own assemblers to say. Seeded faults are found and mended: a stale cache, a shadow, broken paths, another wheel.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small.materials import Materials
+from tests.small.wheels import write
+from tests.small.world import Ended, World, make_world
+from workspace.core.layout import Layout
+
+OLD, MIDDLE, NEW = "3.5.1", "3.6.0", "3.7.1"
+NO_SM = "Value 'sm_121a' is not defined for option 'gpu-name'"
+TOOLKIT = Path("/usr/local/cuda/bin/ptxas")
+# As much of torch as is asked for by who finds no GPU.
+TORCH = "from torch import cuda, version\n"
+
+
+@pytest.fixture
+def ground(materials: Materials, tmp_path: Path) -> Iterator[World]:
+    """A clone with an empty environment, whose packages come from where this machine takes them."""
+    made = make_world(materials, tmp_path)
+    made.venv()
+    for name in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "TORCH_INDEX_URL", "PIP_CONFIG_FILE", "UV_NO_CONFIG", "UV_CACHE_DIR", "DEVICE"):
+        made.env.pop(name, None)
+    made.env |= {name: text for name, text in os.environ.items() if name.startswith(("UV_", "PIP_", "SSL_")) or name.lower().endswith("_proxy")}
+    made.env["UV_CACHE_DIR"] = os.environ.get("UV_CACHE_DIR") or str(Path.home() / ".cache" / "uv")
+    made.env["TMPDIR"] = str(tmp_path)
+    yield made
+    made.end()
+
+
+def install(world: World, version: str) -> None:
+    argv = [world.materials.bin / "uv", "pip", "install", "--quiet", "--python", world.layout.environment_python, "--no-deps", f"triton=={version}"]
+    done = subprocess.run(argv, env=world.env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"the wheel of triton {version} cannot be had here: {done.stderr.strip()[-200:]}")
+
+
+def torch(world: World, folder: Path, *, cuda: str | None = None) -> None:
+    """A torch that is for the CPU, or pairs with 3.7.1, and sees no GPU."""
+    version = "2.13.0" if cuda else "2.13.0+cpu"
+    files = {
+        "torch/__init__.py": TORCH.encode(),
+        "torch/version.py": f"__version__ = {version!r}\ncuda = {cuda!r}\n".encode(),
+        "torch/cuda.py": b"def is_available():\n    return False\n",
+    }
+    made = write(folder, "torch", version, files, requires=(f"triton=={NEW}",) if cuda else ())
+    world.uv("install", "--no-deps", str(made))
+
+
+def rows(ended: Ended) -> dict[str, str]:
+    """The first row of each name: state word and the rest."""
+    found: dict[str, str] = {}
+    for line in ended.err.splitlines():
+        words = line.split(None, 2)
+        if len(words) == 3 and words[0] in ("ok", "warn", "FAIL"):
+            found.setdefault(words[1], f"{words[0]} {words[2]}")
+    return found
+
+
+@pytest.mark.parametrize(("version", "used", "code"), [(OLD, "ptxas", 6), (MIDDLE, "ptxas-bw", 0), (NEW, "ptxas-bw", 0)])
+def test_what_a_wheel_can_assemble_is_told_by_assembling(ground: World, tmp_path: Path, version: str, used: str, code: int) -> None:
+    install(ground, version)
+    torch(ground, tmp_path)
+    ended = ground.run("fix-triton", "--check")
+    assert ended.code == code, ended.said
+    said = rows(ended)
+    assert said["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with none"
+    if version == OLD:
+        assert NO_SM in ended.err
+        assert said["kernel"].startswith("FAIL")
+    else:
+        assert said[used].endswith("assembles sm_121a")
+        assert said["kernel"].startswith("ok compiled for sm_121a, PTX ")
+        assert "not run: torch is for the CPU" in said["kernel"]
+    assert not ground.layout.dotenv.exists(), "only looked at"
+
+
+@pytest.mark.skipif(not TOOLKIT.exists(), reason="there is no CUDA toolkit at /usr/local/cuda")
+def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(ground: World) -> None:
+    install(ground, OLD)
+    ground.layout.dotenv.write_text("MAX_JOBS=2\n")
+    ended = ground.run("fix-triton")
+    assert ended.code == 0, ended.said
+    lines = ground.layout.dotenv.read_text().splitlines()
+    assert (lines[0], lines[2]) == ("MAX_JOBS=2", f"TRITON_PTXAS_PATH={TOOLKIT.resolve()}")
+    assert f"  +{lines[2]}" in ended.err, "the difference was shown"
+    assert ground.run("fix-triton", "--check").code == 0
+
+
+def test_newer_wheel_is_not_given_the_toolkits_older_assembler(ground: World, tmp_path: Path) -> None:
+    install(ground, NEW)
+    ground.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
+    assert "passes over it in silence" in ground.run("fix-triton", "--check").err
+    ended = ground.run("fix-triton")
+    assert ended.code == 0, ended.said
+    assert f"# TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n" in ground.layout.dotenv.read_text()
+    assert [line for line in ground.layout.dotenv.read_text().splitlines() if not line.startswith("#")] == []
+
+
+def test_path_that_is_no_program_stops_a_kernel_and_is_taken_out_of_dotenv(ground: World, tmp_path: Path) -> None:
+    install(ground, NEW)
+    (tmp_path / "ptxas").touch()
+    ground.layout.dotenv.write_text(f"export TRITON_PTXAS_BLACKWELL_PATH='{tmp_path / 'ptxas'}'\n")
+    ended = ground.run("fix-triton", "--check")
+    assert "PermissionError" in ended.err
+    assert "ptxas-bw, kernel" in ended.error(6)
+    assert ground.run("fix-triton").code == 0
+
+
+def test_path_in_the_shell_is_for_the_person_to_change(ground: World, tmp_path: Path) -> None:
+    install(ground, NEW)
+    ground.env["TRITON_PTXAS_BLACKWELL_PATH"] = str(tmp_path / "nowhere")
+    ended = ground.run("fix-triton")
+    assert "is set in the shell, where only you can change it" in ended.error(6)
+    assert "unset TRITON_PTXAS_BLACKWELL_PATH" in ended.err
+
+
+def test_stale_cache_and_shadow_are_found_and_moved_aside(ground: World) -> None:
+    install(ground, MIDDLE)
+    home = Path(ground.env["HOME"])
+    cache = home / ".triton" / "cache"
+    argv = [ground.layout.environment_python, Layout(ground.root).probes / "triton_kernel.py"]
+    said = subprocess.run(argv, env=ground.env | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout)["cubin_bytes"] > 0
+    install(ground, NEW)
+    packages = next((ground.layout.environment / "lib").glob("python3*/site-packages"))
+    (packages / "triton_kernels").mkdir()
+    (packages / "triton_kernels" / "__init__.py").write_text("raise ImportError('shadow')\n")
+    ended = ground.run("fix-triton", "--check")
+    assert "shadows, caches" in ended.error(6)
+    assert f"written by triton {MIDDLE}, installed is {NEW}" in ended.err
+    ended = ground.run("fix-triton")
+    assert ended.code == 0, ended.said
+    assert not cache.exists()
+    assert len(list(cache.parent.glob("cache.of-*/*/kernel.cubin"))) == 1
+    assert not (packages / "triton_kernels").exists()
+    assert len(list(ground.layout.aside.glob("*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"))) == 1
+    assert ground.run("fix-triton", "--check").code == 0
+
+
+def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does(ground: World, tmp_path: Path) -> None:
+    install(ground, NEW)
+    install(ground, OLD)
+    torch(ground, tmp_path, cuda="13.0")
+    ended = ground.run("fix-triton", "--check")
+    assert "torch asks for another one" in ended.err
+    ended = ground.run("fix-triton")
+    assert ended.code == 0, ended.said
+    assert f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}" in ended.err
+    assert f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}" in ground.run("status").err
+    assert not ground.layout.dotenv.exists(), "no word for an assembler that has gone"
+
+
+def test_half_a_wheel_beside_a_torch_for_the_cpu_cannot_be_mended_and_is_said_to_be(ground: World) -> None:
+    install(ground, NEW)
+    packages = next((ground.layout.environment / "lib").glob("python3*/site-packages"))
+    shutil.rmtree(packages / "triton" / "_C")
+    ended = ground.run("fix-triton")
+    assert "kernel" in ended.error(6)
+    assert "ImportError" in ended.err or "ModuleNotFoundError" in ended.err
