@@ -18,6 +18,7 @@ STRAY_S = 15.0
 _HOW_MUCH = re.compile(r"core\.repositoryformatversion|extensions\.|remote\.origin\.(promisor|partialclonefilter)")
 Fingerprint = Mapping[str, str]
 
+# What units cost is written down when some were compiled: after a kill that may be with the next edit.
 # Of git's objects, a loose one that was begun is git's to prune; a half pack would not be small. Nobody takes a dated name again;
 # the lock of a good state's name goes when that is recorded next.
 # Whose presence counts, not what is in it: times, process numbers, caches and logs of git's own.
@@ -25,12 +26,12 @@ Fingerprint = Mapping[str, str]
 _NAMES_ONLY = re.compile(
     r"(.*/)?\.git/.*|\.workspace/(lock|smoke\.json|good/[^/]+/good\.json)|(\.vllm|\.workspace/good/[^/]+/environment)/(\.lock|pyvenv\.cfg)"
     r"|.*/(RECORD|uv_cache\.json|REQUESTED)"
-    r"|cache/compile-costs-.*\.json|\.workspace/build/.*/(\.ninja_(deps|log)|CMakeConfigureLog\.yaml|configured\.json|install_manifest_\w+\.txt)"
+    r"|\.workspace/build/.*/(\.ninja_(deps|log)|CMakeConfigureLog\.yaml|configured\.json|install_manifest_\w+\.txt)"
 )
 _IGNORED = re.compile(
     r".*/__pycache__(/.*)?|.*\.pyc|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_(?!obj_)).*|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
     r"|(.*/)?\.git/refs/(left/TIME\.lock|good/[^/]+\.lock|patches/left)|cache/.*/lock|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
-    r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)"
+    r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)|cache/\.?compile-costs-.*"
     r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/\w+\.json"
 )
 # What is kept aside bears the time of day, and what was left by a run that was killed is kept beside what the next one left.
