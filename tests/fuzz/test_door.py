@@ -25,10 +25,10 @@ FLAGS = ("--device", "--source", "--kernels", "--jobs", "--wait", "--json", "-d"
 CORE = ("--complete", "--debug", "--list-depth", "--list-format", "--print-completion-script", "--write-pyc", "--search-root", "--dry", "--config", "--", "-")
 MORE_FLAGS = (
     *("--memory", "--target", "--clean", "--plan", "--offline", "--check", "--branch", "--patch", "--project", "--skip", "--abort", "--young", "--good"),
-    *("--origin", "--ref", "--replace", "-m", "-t", "-p"),
+    *("--origin", "--ref", "--replace", "--from-source", "-m", "-t", "-p"),
 )
 VERBS = (
-    *("bootstrap", "rebuild", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.back"),
+    *("bootstrap", "rebuild", "fix-triton", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.back"),
     # Not run, shell, drop-caches, env.init: they become what the words say, or change machine and .env.
     *("env.check", "env.export", "env"),
     *("patch.status", "patch.apply", "patch.unapply", "patch.export", "patch.import", "patch.continue"),
@@ -39,6 +39,9 @@ rebuilds = st.lists(
     st.sampled_from(("--clean", "--plan", "--json")) | st.tuples(st.sampled_from(("--jobs", "--memory", "--target", "--kernels")), arguments).map("=".join),
     max_size=3,
 ).map(lambda flags: ("rebuild", *flags))
+fixes = st.lists(
+    st.sampled_from(("--from-source", "--check", "--wait")) | st.tuples(st.sampled_from(("--ref", "--jobs")), arguments).map("=".join), max_size=3
+).map(lambda flags: ("fix-triton", *flags))
 command_lines = st.lists(pieces | joined, max_size=4).map(tuple)
 bootstraps = st.lists(st.sampled_from(("--wait",)) | st.tuples(st.sampled_from(FLAGS[:4]), arguments).map("=".join), max_size=3).map(
     lambda flags: ("bootstrap", *flags)
@@ -91,7 +94,7 @@ def test_any_command_line(fresh: Door, line: tuple[str, ...]) -> None:
 
 
 @fuzz(fast=30, deep=2000)
-@given(bootstraps | rebuilds)
+@given(bootstraps | rebuilds | fixes)
 @example(("rebuild", "--jobs="))
 @example(("rebuild", "--jobs=auto", "--memory=" + HUGE))
 @example(("rebuild", "--memory=nan"))
@@ -102,7 +105,9 @@ def test_any_command_line(fresh: Door, line: tuple[str, ...]) -> None:
 @example(("bootstrap", "--kernels=/dev/zero"))
 @example(("bootstrap", "--kernels=a\nb"))
 @example(("bootstrap", "--source=git", "--wait"))
-def test_any_flag_of_bootstrap_and_rebuild(fresh: Door, line: tuple[str, ...]) -> None:
+@example(("fix-triton", "--from-source", "--ref=", "--jobs=auto"))
+@example(("fix-triton", "--from-source", "--ref=-x\nmain"))
+def test_any_flag_of_bootstrap_rebuild_and_fix_triton(fresh: Door, line: tuple[str, ...]) -> None:
     with blocked(fresh):
         ended = fresh(*line)
     is_decent(ended)
