@@ -334,6 +334,26 @@ def drop_caches(_):
     page_cache.drop(settings, console=door.console())
 
 
+@task(name="list", help={"json": JSON})
+def serve_list(_, json=False):
+    """Show recipes: fits here? on disk, or to be fetched?"""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.serve import listing
+
+    listing.show(here, settings, console=door.console(), as_json=json)
+
+
+@task(name="fetch", positional=["recipe"], help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"})
+def serve_fetch(_, recipe):
+    """Get weights and vocabularies before any load."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.serve import fetch
+
+    fetch.run(here, settings, recipe, console=door.console())
+
+
 def _after_dashes():
     """The words after `--` as the shell gave them: Invoke's own remainder joins them with blanks."""
     return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
@@ -425,6 +445,7 @@ def _main():
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     namespace.add_collection(Collection("env", env_check, env_init, env_export))
+    namespace.add_collection(Collection("serve", serve_list, serve_fetch))
     program = _Door(
         namespace=namespace,
         name="Invoke",

@@ -43,8 +43,8 @@ STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|
 STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "workspace/build/launcher.py"}
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
-# What the built environment is sure to have: vLLM's own requirements.
-PROBES_MAY_IMPORT = {"torch", "triton", "vllm", "transformers", "tokenizers", "safetensors", "numpy"}
+# What the built environment is sure to have: vLLM's own requirements, and what those require; gguf comes with the model that needs it.
+PROBES_MAY_IMPORT = {"torch", "triton", "vllm", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "httpx", "gguf"}
 LONGEST_MODULE = 400
 # A table of verbs: ten lines each, and nothing to understand beyond one of them.
 LONGEST_TABLE = {"tasks.py": 700}
