@@ -41,6 +41,7 @@ PROOFS = {
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
+    "kernels": ["tests/proof/kernels", "-n", "0", "-s"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
     "source": ["tests/proof/source"],
     "triton": ["tests/proof/triton"],

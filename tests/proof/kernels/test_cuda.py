@@ -1,0 +1,108 @@
+"""The pin's own CUDA target, built through `inv rebuild` for a GB10 where no GPU is: planned, interrupted, gone on with, and again for one unit.
+
+Needs nvcc, the package index, upstream's external sources or EXTERNALS_MIRROR, and 8 GB of disk; on two cores about half an hour.
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.proof.kill.real import Clone, make_clone
+from workspace.build import stamp
+
+TARGET = "_moe_C_stable_libtorch"
+SOURCE = "csrc/libtorch_stable/moe/topk_softmax_kernels.cu"
+LIMIT_S = 3600.0
+# Of compiling, before ^C: the shortest units are done by then.
+FIRST_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    folder = tmp_path_factory.mktemp("cuda")
+    made = make_clone(folder)
+    made = replace(made, env={**made.env, "TORCH_CUDA_ARCH_LIST": "12.1a"})
+    inv(made, "bootstrap", "--device", "cuda")
+    yield made
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clone: Clone) -> None:
+    donor = libraries(clone)
+    edit(clone, "one")
+    units = planned(clone)
+    assert units > 20
+
+    # ^C in the middle: nothing goes on, nothing in the tree has changed, and the next run takes up what is done.
+    child = replace(clone, words=("rebuild",)).start()
+    wait_for_compilers(clone)
+    time.sleep(FIRST_S)
+    assert clone.end(child, signal.SIGINT)[0] == 130, clone.said[-2000:]
+    assert libraries(clone) == donor
+    left = planned(clone)
+    assert 0 < left < units
+
+    began = time.monotonic()
+    assert "has code for 12.1a" in inv(clone, "rebuild")
+    whole_s = time.monotonic() - began
+    changed = {path for path, digest in libraries(clone).items() if donor.get(path) != digest}
+    assert changed == {f"vllm/{TARGET}.abi3.so"}, "the rest is the donor's"
+
+    edit(clone, "two")
+    assert planned(clone) == 1
+    began = time.monotonic()
+    inv(clone, "rebuild")
+    one_s = time.monotonic() - began
+    assert "nothing to do" in inv(clone, "rebuild")
+    print(f"\nkernels: {TARGET} for 12.1a: {left} of {units} units after ^C in {whole_s:.0f} s; then one unit and the link in {one_s:.0f} s")
+
+
+def inv(clone: Clone, *words: str) -> str:
+    child = replace(clone, words=words).start()
+    assert child.wait(timeout=LIMIT_S) == 0, clone.said[-4000:]
+    return clone.said
+
+
+def planned(clone: Clone) -> int:
+    """How many units the next rebuild would compile; all of the one target that the change reaches."""
+    argv = [clone.layout.root / "scripts" / "inv", "rebuild", "--plan", "--json"]
+    said = subprocess.run(argv, env=clone.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout
+    plan = json.loads(said)
+    assert [row["target"] for row in plan["rows"]] == [TARGET]
+    return plan["units"]
+
+
+def libraries(clone: Clone) -> dict[str, str]:
+    recorded = stamp.read(clone.layout.stamp("vllm"))
+    assert recorded is not None
+    return {library.path: library.sha256 for library in recorded.libraries}
+
+
+def edit(clone: Clone, text: str) -> None:
+    source = clone.layout.vllm / SOURCE
+    source.write_text(re.sub(r"\n// proof: .*\n", "\n", source.read_text()) + f"\n// proof: {text}\n")
+
+
+def wait_for_compilers(clone: Clone) -> None:
+    """Wait until one of the clone's compilers is at work."""
+    import psutil
+
+    until = time.monotonic() + LIMIT_S
+    while not any(process.info["name"] in ("cicc", "ptxas") for process in psutil.process_iter(["name"]) if is_of(process.pid, clone)):
+        assert time.monotonic() < until, "no compiler was started"
+        time.sleep(0.2)
+
+
+def is_of(pid: int, clone: Clone) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as environ:
+            return clone.mark.encode() in environ.read()
+    except OSError:
+        return False
