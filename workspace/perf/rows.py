@@ -50,6 +50,12 @@ def _status(ground: Ground) -> Iterator[Sides]:
 
 
 @contextlib.contextmanager
+def _rebuild(ground: Ground) -> Iterator[Sides]:
+    _ = ground.built
+    yield ground.inv("rebuild"), ground.bare()
+
+
+@contextlib.contextmanager
 def _doctor(ground: Ground) -> Iterator[Sides]:
     # 6: the machine lacks something, which takes as long to find out.
     yield ground.inv("doctor", "--offline", statuses=(0, 6)), ground.bare()
@@ -81,6 +87,7 @@ ROWS: tuple[Row, ...] = (
     Row("wrapper-inv", "scripts/inv --list", "the same, the tool called directly", Aim("extra", 0.03), _inv_wrapper),
     Row("wrapper-nox", "scripts/nox --list", "the same, the tool called directly", Aim("extra", 0.03), _nox_wrapper),
     Row("status", "inv status", _BARE, None, _status),
+    Row("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
     Row("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
     Row(
         "no-op",
