@@ -1,0 +1,13 @@
+"""The built environment of the clone that these tests lie in: `./scripts/inv bootstrap` first."""
+
+import pytest
+
+from workspace.core.layout import Layout, here
+
+
+@pytest.fixture(scope="session")
+def layout() -> Layout:
+    found = here()
+    if not found.environment_python.exists() or not (found.vllm / "vllm" / "envs.py").exists():
+        pytest.skip("nothing is built in this clone: ./scripts/inv bootstrap")
+    return found
