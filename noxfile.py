@@ -43,6 +43,7 @@ PROOFS = {
     "kill": ["tests/proof/kill", "-n", "0"],
     "kernels": ["tests/proof/kernels", "-n", "0", "-s"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
+    "serve": ["tests/proof/serve"],
     "source": ["tests/proof/source"],
     "triton": ["tests/proof/triton"],
 }
