@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 WAIT_S = 3.0
@@ -23,35 +24,34 @@ def remove_named(said: str, folder: Path) -> bool:
     if found is None:
         return False
     path = folder / (found[1] or f"{found[2]}.lock")
-    return _remove(path, folder)
+    return _remove([path], folder)
 
 
 def remove_at_top(git_dir: Path, folder: Path) -> None:
     """Remove abandoned locks of the git directory `git_dir`, whose files lie in `folder`."""
-    for name in _AT_TOP:
-        if (git_dir / name).exists():
-            _remove(git_dir / name, folder)
+    _remove([git_dir / name for name in _AT_TOP], folder)
 
 
 def remove_packs(packs: Path, folder: Path) -> None:
     """Remove from the folder `packs` what fetches that were killed have begun there. Git does it too, once it is two weeks old and a gc is due (git-gc(1))."""
-    for path in packs.glob("tmp_*"):
-        _remove(path, folder)
+    _remove(list(packs.glob("tmp_*")), folder)
 
 
-def _remove(path: Path, folder: Path) -> bool:
-    deadline = time.monotonic() + WAIT_S
-    quiet_since = time.monotonic()
-    while time.monotonic() < deadline:
-        if not path.exists():
-            return True
-        if _is_held(path, folder):
-            quiet_since = time.monotonic()
-        elif time.monotonic() - quiet_since >= QUIET_S:
-            path.unlink(missing_ok=True)
-            return True
+def _remove(paths: Sequence[Path], folder: Path) -> bool:
+    """Remove those that are abandoned, watched side by side. False where one stays."""
+    began = time.monotonic()
+    quiet_since = dict.fromkeys(paths, began)
+    while left := [path for path in paths if path.exists()]:
+        now = time.monotonic()
+        if now - began >= WAIT_S:
+            return False
+        for path in left:
+            if _is_held(path, folder):
+                quiet_since[path] = now
+            elif now - quiet_since[path] >= QUIET_S:
+                path.unlink(missing_ok=True)
         time.sleep(POLL_S)
-    return False
+    return True
 
 
 def _is_held(path: Path, folder: Path) -> bool:
