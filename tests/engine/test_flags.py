@@ -41,6 +41,7 @@ class EngineArgs:
         group.add_argument("--async-scheduling", **kwargs["async_scheduling"])
         group.add_argument("--trust-remote-code", **kwargs["trust_remote_code"])
         group.add_argument("--gpu-memory-utilization", **kwargs["gpu"])
+        group.add_argument("--quantization", "-q", **kwargs["quantization"])
         group.add_argument("--moe-backend", **kwargs["moe"])
         group.add_argument("--hf-token", **kwargs["hf_token"])
         group.add_argument("--quantization-config", **kwargs["q"])
@@ -91,7 +92,7 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
         (["--quantization_config.moe.activation_x", "mxfp8"], ["--quantization-config.moe.activation_x", "mxfp8"]),
         (["--quantization-config.moe=a.b_c"], ["--quantization-config.moe=a.b_c"]),
         (["--max-model", "7"], ["--max-model-len", "7"]),
-        (["-tp", "2", "-tp=2", "-tp2", "-O3", "-cc.mode=3"], ["-tp", "2", "-tp=2", "-tp2", "-O3", "-cc.mode=3"]),
+        (["-tp", "2", "-tp=2", "-q8", "-O3", "-cc.mode=3"], ["-tp", "2", "-tp=2", "-q8", "-O3", "-cc.mode=3"]),
         (["some/model", "-1", "-.5", "-", "--"], ["some/model", "-1", "-.5", "-", "--"]),
         (["--swap_space=4", "x"], ["x"]),
         (["--num-scheduler-steps", "8", "--use-v2-block-manager", "--port", "1"], ["--port", "1"]),
@@ -111,6 +112,8 @@ def test_spellings_that_vllms_parser_takes_are_taken(known: flags.Flags, words: 
         ("--m", ""),
         ("--max-", ""),
         ("-tpx", "-tp"),
+        # Not even vLLM's parser takes it.
+        ("-tp2", "-tp"),
         ("-z", ""),
         ("--", None),
         ("---", ""),

@@ -144,9 +144,8 @@ def words_of(name: str, value: object) -> list[str]:
 
 
 def _short(word: str, flags: Flags) -> str:
-    found = _SHORT.match(word)
-    # -tp2, -O3 and -cc.mode=3 are one word each.
-    if found and (found[0] in flags.shorts or any(word.startswith(short) and not word[len(short) :].isalpha() for short in flags.shorts)):
+    # argparse takes -q8 for -q 8, but -tp2 for a name of its own; -O3 and -cc.mode=3 are vLLM's own forms.
+    if _written(word) in flags.shorts or word[:2] in flags.shorts:
         return word
     raise _unknown(word, flags)
 
