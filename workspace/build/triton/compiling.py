@@ -122,16 +122,22 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
 
 
 class Configure:
-    """Hears what CMake says, for the sentence below the heading of its first error."""
+    """Hears what CMake says, for the paragraph below the heading of its first error."""
 
     def __init__(self) -> None:
-        self.error = ""
-        self._is_begun = False
+        self._lines: list[str] | None = None
+        self._is_over = False
+
+    @property
+    def error(self) -> str:
+        return " ".join(self._lines or ())
 
     def hear(self, line: str) -> None:
-        if self._is_begun and not self.error:
-            self.error = line.strip()
-        self._is_begun = self._is_begun or line.lstrip().startswith("CMake Error at ")
+        if self._lines is not None and not self._is_over:
+            self._is_over = not line.strip()
+            self._lines += [line.strip()] if line.strip() else []
+        elif self._lines is None and line.lstrip().startswith("CMake Error at "):
+            self._lines = []
 
 
 def _expect(build: Path, due: int, meter: Meter) -> None:

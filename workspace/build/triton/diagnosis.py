@@ -224,7 +224,9 @@ def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Finding:
 def _shadow(layout: Layout, shadow: Path | None) -> Finding:
     if shadow is None:
         return Finding("ok", "shadows", "no triton_kernels beside vLLM's own")
-    return Finding("FAIL", "shadows", f"{layout.relative(shadow)}", "vLLM imports it instead of its own triton_kernels", "moved out of .vllm")
+    is_own = shadow.is_relative_to(layout.environment)
+    remedy = "moved out of .vllm" if is_own else "only you can: uv pip uninstall --python .vllm/bin/python triton_kernels"
+    return Finding("FAIL", "shadows", f"{layout.relative(shadow)}", "vLLM imports it instead of its own triton_kernels", remedy)
 
 
 def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:

@@ -48,7 +48,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, p
     found = diagnose(layout, settings)
     _show(found.findings, console)
     if asked.check or (not found.bad and not asked.from_source):
-        _close(found, console)
+        _close(found, console, f"{VERB}    mends what it can{_in_shell(found, settings)}")
         return
     with (
         lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.say) as held,
@@ -61,7 +61,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, p
             console.say(f"log: {layout.relative(journal.path)}")
     if asked.from_source or not (found.can_compile or found.paired is None):
         found = _from_source(ground, asked, limits or _limits(settings, asked), console=console, provide=provide, wait=wait)
-    _close(found, console)
+    _close(found, console, f"{source.FROM_SOURCE}    builds one here; rm -rf .vllm && ./scripts/inv bootstrap    makes all anew{_in_shell(found, settings)}")
 
 
 def _require_sense(asked: Asked) -> None:
@@ -86,17 +86,19 @@ def _show(findings: tuple[Finding, ...], console: Console) -> None:
             console.say(f"{indent}remedy: {finding.remedy}")
 
 
-def _close(found: Diagnosis, console: Console) -> None:
+def _close(found: Diagnosis, console: Console, way_on: str) -> None:
     if found.bad:
         first = found.bad[0]
         names = ", ".join(dict.fromkeys(finding.name for finding in found.bad))
-        raise ToolchainError(f"something is wrong with Triton here: {names}; first: {first.seen}: {first.cause}", hint=_way_on(found))
+        raise ToolchainError(f"something is wrong with Triton here: {names}; first: {first.seen}: {first.cause}", hint=way_on)
     console.say(f"nothing is wrong with Triton here; next: {'./scripts/nox -s smoke' if found.installed else './scripts/inv status'}")
 
 
-def _way_on(found: Diagnosis) -> str:
-    in_shell = [verdict.assembler.variable for verdict in found.verdicts if verdict.own and not verdict.is_good]
-    return f"{VERB}    mends what it can" + (f"; or first: unset {' '.join(in_shell)}" if in_shell else "")
+def _in_shell(found: Diagnosis, settings: Settings) -> str:
+    """What only the person can change, as the end of a hint."""
+    names = [verdict.assembler.variable for verdict in found.verdicts if verdict.own and (verdict.is_ignored or not verdict.is_good)]
+    in_shell = [name for name in names if settings.source(name) == "shell"]
+    return f"; first: unset {' '.join(in_shell)}" if in_shell else ""
 
 
 def _mended(ground: Ground, found: Diagnosis, *, is_source_asked: bool) -> Diagnosis:

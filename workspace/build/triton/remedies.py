@@ -60,6 +60,8 @@ def assembler_changes(ground: Ground, found: Diagnosis) -> dict[str, str | None]
             value = None if is_leaving else _better(ground, found, verdict)
             if value is not None or verdict.own is not None:
                 changes[verdict.assembler.variable] = value
+        elif verdict.is_refused or verdict.is_ignored:
+            changes[verdict.assembler.variable] = None
     return changes
 
 

@@ -5,4 +5,4 @@ from workspace.source.git.repository import Git
 
 def is_tracked(git: Git, path: str) -> bool:
     """Whether any file at or below `path`, relative to the checkout, is in the index."""
-    return bool(git.look("ls-files", "-z", "--", f":(literal){path}").out)
+    return bool(git.look("ls-files", "-z", "--", path).out)
