@@ -153,9 +153,12 @@ def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) 
     verb.kill()
     verb.wait()
     assert "not fetched" in (own.tree / INTERFACE).read_text()
+    # What CMake has begun to write, and would never look at again.
+    put(build_of(own), {"build.ninja.tmpe227e": "half", "_deps/a-subbuild/cmake_install.cmake.tmp0c1f9": "half", "mine.tmpfiles": "no digits"})
     put(own.tree, {"CMakeLists.txt": TOP})
     assert due(own) == "it is not configured yet"
     own.configure()
+    assert [path.name for path in build_of(own).rglob("*.tmp?????*")] == ["mine.tmpfiles"]
     assert (own.tree / INTERFACE).read_text() == "from a donor\n"
 
 

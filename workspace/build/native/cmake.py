@@ -192,6 +192,10 @@ def _begin(build: Path) -> None:
         else:
             old.unlink()
     shutil.rmtree(build / ".cmake", ignore_errors=True)
+    for begun in build.rglob("*.tmp*"):
+        # As cmGeneratedFileStream names what it has not finished.
+        if re.fullmatch(r"\.tmp[0-9a-f]{5}", begun.suffix) and begun.is_file():
+            begun.unlink()
     project.ask(build)
 
 
