@@ -37,7 +37,7 @@ if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
 
 # Name of a proof: what pytest is given.
 PROOFS = {
-    "bootstrap": ["tests/proof/test_bootstrap.py", "tests/proof/test_perf.py"],
+    "bootstrap": ["tests/proof/test_bootstrap.py", "tests/proof/test_rebuild.py", "tests/proof/test_perf.py"],
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],

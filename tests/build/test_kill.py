@@ -1,25 +1,11 @@
-"""A few of the kills of tests/proof/kill, and one test for each fault that those have found."""
+"""A test for each fault that the kills of tests/proof/kill have found in bootstrap."""
 
 import shutil
 from pathlib import Path
 
-from tests.proof.kill import judge, launcher
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.core.files import write_atomic
-
-CALLS = (60, 200)
-
-
-def test_bootstrap_killed_again_and_again_leaves_what_an_undisturbed_one_does(world: World, built: World) -> None:
-    for call in CALLS:
-        launch = [*world.argv()[:3], str(Path(launcher.__file__)), str(world.folder / "calls"), str(call), "before"]
-        world.run("bootstrap", through=launch)
-        _, living = judge.await_no_stray(f"HOME={world.folder / 'home'}")
-        assert not living
-    world.bootstrap()
-    assert set(judge.fingerprint(world.layout)) == set(judge.fingerprint(built.layout))
-    assert world.python("import vllm; print(vllm.__version__)") == "0.31.0+cpu"
 
 
 def test_half_removed_package_is_installed_anew(built: World) -> None:

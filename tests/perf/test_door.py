@@ -59,16 +59,6 @@ def test_a_verb_that_is_changing_the_workspace_keeps_the_no_op_from_being_measur
     assert "changing this workspace" in ended.error(7)
 
 
-def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_that(built: World) -> None:
-    link, aside = built.layout.vllm / ".git", built.folder / "aside.git"
-    link.rename(aside)
-    link.write_text(f"gitdir: {aside}\n")
-    before = {path: path.stat().st_mtime_ns for path in aside.rglob("*")}
-    ended = perf(built, "--row", "no-op", "--repeat", "1")
-    assert ended.code == 0, ended.said
-    assert {path: path.stat().st_mtime_ns for path in aside.rglob("*")} == before
-
-
 def test_a_wrong_row_or_count_is_misuse(world: World) -> None:
     for words in (("--row", "speed"), ("--repeat", "0"), ("--repeat", "many")):
         ended = perf(world, *words)

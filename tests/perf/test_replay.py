@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,16 +49,6 @@ def test_static_is_the_budget_by_the_largest_peak_in_the_order_of_the_build() ->
 def test_bounds_that_were_not_kept_fail_the_row_however_quick_it_was(found: replay.Replayed) -> None:
     with pytest.raises(BuildError, match="at once, where 4 and 24 GiB may be"):
         replay.checked(found, Bounds(4, 24.0))
-
-
-def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count(tmp_path: Path) -> None:
-    entries = [replace(entry, seconds=entry.seconds / 250) for entry in TRACE[::4]]
-    bounds = Bounds(12, 24.0)
-    assert NINJA is not None
-    found = replay.through_ninja(entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA))
-    assert replay.checked(found, bounds) == found.seconds
-    assert found.most_jobs > 2
-    assert replay.lower_bound(entries, bounds) < found.seconds < replay.static(entries, bounds).seconds
 
 
 def test_a_unit_that_fails_fails_the_replay(tmp_path: Path) -> None:

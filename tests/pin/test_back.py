@@ -1,7 +1,11 @@
 """What stands in the way of a return, and what is kept of that from which one returns."""
 
+import pytest
+
 from tests.small.world import World
 from workspace.pin import good
+
+pytestmark = pytest.mark.xdist_group("good")
 
 
 def pretend_good(world: World, tag: str) -> str:

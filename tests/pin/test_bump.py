@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.pin.conftest import ROWS, user_files
 from tests.small.materials import git
 from tests.small.releases import CLEAN
 from tests.small.world import World
 from workspace.source import pins
+
+pytestmark = pytest.mark.xdist_group("good")
 
 
 def test_there_and_back(clone: World) -> None:

@@ -1,10 +1,14 @@
 """What is recorded as good, and what not."""
 
+import pytest
+
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.build import plan
 from workspace.core import settings
 from workspace.pin import good
+
+pytestmark = pytest.mark.xdist_group("good")
 
 
 def names(world: World) -> list[str]:

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.proof.kill import judge, launcher
 from tests.small.world import World
+
+pytestmark = pytest.mark.xdist_group("good")
 
 
 def kill(world: World, call: int, *words: str) -> None:

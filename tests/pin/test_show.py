@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.small.index import Fault
 from tests.small.world import World
+
+pytestmark = pytest.mark.xdist_group("good")
 
 
 def rows(world: World, *words: str) -> dict[str, dict]:

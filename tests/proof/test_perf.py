@@ -1,9 +1,15 @@
-"""Every row of perf on a small built clone: measured, recorded, and nothing of the user's touched."""
+"""Every row of perf on a small built clone: measured, recorded, and nothing of the user's touched; and the recorded build through real ninja."""
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 
 from tests.perf.test_door import kept, perf, rows_of
+from tests.perf.test_replay import NINJA, TRACE
 from tests.small.world import World
+from workspace.build.admission import Bounds
+from workspace.perf import replay
 
 
 def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays_as_it_is(built: World) -> None:
@@ -25,3 +31,23 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
     assert kept(built) == before
     assert built.status()["install"] == "ok"
     assert not list(built.layout.state.glob(".perf*"))
+
+
+def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_that(built: World) -> None:
+    link, aside = built.layout.vllm / ".git", built.folder / "aside.git"
+    link.rename(aside)
+    link.write_text(f"gitdir: {aside}\n")
+    before = {path: path.stat().st_mtime_ns for path in aside.rglob("*")}
+    ended = perf(built, "--row", "no-op", "--repeat", "1")
+    assert ended.code == 0, ended.said
+    assert {path: path.stat().st_mtime_ns for path in aside.rglob("*")} == before
+
+
+def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count(tmp_path: Path) -> None:
+    entries = [replace(entry, seconds=entry.seconds / 250) for entry in TRACE[::4]]
+    bounds = Bounds(12, 24.0)
+    assert NINJA is not None
+    found = replay.through_ninja(entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA))
+    assert replay.checked(found, bounds) == found.seconds
+    assert found.most_jobs > 2
+    assert replay.lower_bound(entries, bounds) < found.seconds < replay.static(entries, bounds).seconds
