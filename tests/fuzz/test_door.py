@@ -30,7 +30,7 @@ MORE_FLAGS = (
 VERBS = (
     *("bootstrap", "rebuild", "fix-triton", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.back"),
     # Not run, shell, drop-caches, env.init: they become what the words say, or change machine and .env.
-    *("env.check", "env.export", "env"),
+    *("env.check", "env.export", "env", "serve.list", "serve.fetch"),
     *("patch.status", "patch.apply", "patch.unapply", "patch.export", "patch.import", "patch.continue"),
 )
 pieces = st.sampled_from((*VERBS, *FLAGS, *MORE_FLAGS, *CORE)) | arguments
