@@ -6,6 +6,7 @@ Prints one JSON document: version, file, target, ptxas, cubin_bytes, ptx, error 
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
 import re
@@ -50,8 +51,10 @@ def compiled(capability: str) -> dict[str, object]:
 def ran() -> dict[str, object] | None:
     """Run it on the GPU that is here, and say how far it is from torch; None where there is no GPU, or no torch for it."""
     try:
+        # Without a driver torch would see no GPU either, and takes seconds to say so.
+        ctypes.CDLL("libcuda.so.1")
         import torch
-    except ImportError:
+    except (OSError, ImportError):
         return None
     if torch.version.cuda is None or not torch.cuda.is_available():
         return None

@@ -112,7 +112,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
 def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
     """Let the installed Triton compile a kernel for this capability, and run it where there is a GPU; no cache answers for it."""
     with tempfile.TemporaryDirectory(prefix="triton-probe-") as folder:
-        environment = settings.child_environment("run", {"TRITON_CACHE_DIR": folder, "PYTHONDONTWRITEBYTECODE": "1"})
+        environment = settings.child_environment("run", {"TRITON_CACHE_DIR": folder})
         words: list[process.Argument] = [layout.environment_python, layout.probes / "triton_kernel.py", "--capability", capability]
         try:
             done = process.capture(words, env=environment, cwd=Path(folder), timeout_s=PROBE_S)
