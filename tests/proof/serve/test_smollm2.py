@@ -1,0 +1,29 @@
+"""SmolLM2 from its wheels: it was put together rightly if it knows what anybody knows."""
+
+import subprocess
+
+from workspace.core.console import Console
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import load
+from workspace.engine import models
+
+ASK = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+words = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+talk = [{"role": "user", "content": "What is the capital of France?"}]
+asked = words.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+said = model.generate(**asked, max_new_tokens=16, do_sample=False)[0][asked["input_ids"].shape[1]:]
+print(words.decode(said, skip_special_tokens=True))
+"""
+
+
+def test_made_once_it_says_that_the_capital_of_france_is_paris(layout: Layout) -> None:
+    settings = load(layout)
+    with Journal(Console(), layout.logs, verb="test") as journal:
+        folder = models.smollm2(layout, settings, journal=journal)
+    assert models.found(layout, "smollm2") == folder
+    environment = settings.child_environment("run", {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run([layout.environment_python, "-c", ASK, folder], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "The capital of France is Paris.", done.stderr
