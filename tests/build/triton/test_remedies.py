@@ -150,6 +150,21 @@ def test_where_there_was_no_triton_there_is_none_again(house, built):
     assert triton.observe(house.layout) is None
 
 
+@pytest.mark.parametrize(("vouched", "after"), [("3.7.1", "3.7.1"), ("3.8.0", "3.8.0"), (None, "3.7.1")])
+def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_another(house, built, vouched, after):
+    settings = built()
+    for version in ("3.7.1", "3.8.0"):
+        house.wheel("triton", version)
+    with house.journal(settings) as journal:
+        interpreter.install(house.layout, settings, ["triton==3.7.1"], journal=journal)
+        former.keep(house.layout)
+        interpreter.install(house.layout, settings, ["triton==3.8.0"], journal=journal)
+        if vouched:
+            stamp.write(house.layout.stamp("environment"), stamp.Stamp(inputs={}, packages={"triton": vouched}))
+        remedies.put_back_former(Ground(house.layout, settings, journal))
+    assert (triton.observe(house.layout).version, former.is_kept(house.layout)) == (after, False)
+
+
 def test_stamp_of_the_environment_says_which_triton_is_there_now(house, built):
     settings = built()
     stamp.write(house.layout.stamp("environment"), stamp.Stamp(inputs={}, packages={"triton": "3.5.1", "numpy": "2"}))

@@ -1,7 +1,10 @@
 """The build of Triton from source, on the small one: real git, CMake, ninja and compilers, its downloads from a folder that stands for the network."""
 
+import functools
+import http.server
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from tests.small import tritons
 from tests.small.materials import git
 from tests.small.tritons import Upstream
+from tests.small.wheels import write
 from tests.small.world import World
 
 SLOW = """#!/bin/sh
@@ -172,6 +176,29 @@ def test_download_with_another_hash_than_the_tree_or_nvidia_names_is_not_used(bu
         for path, content in files:
             path.write_bytes(content)
     assert answer(built) if build(built) else ""
+
+
+def test_mirror_may_be_an_address(built: World, upstream: Upstream) -> None:
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(upstream.network))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        built.env["TRITON_DOWNLOADS_MIRROR"] = f"http://127.0.0.1:{server.server_address[1]}"
+        assert "5 of them fetched" in build(built)
+        server.shutdown()
+    log = "".join(path.read_text() for path in built.layout.logs.glob("*fix-triton.log"))
+    assert log.count("has sha256") == 4
+    assert "include.zip: sha256 " in log
+
+
+def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_for(built: World, upstream: Upstream, tmp_path: Path) -> None:
+    """The index's stand-in of 3.7.1 is a module of its name, and can compile nothing."""
+    files = {"torch/__init__.py": b"from torch import version\n", "torch/version.py": b"__version__ = '2.13.0'\ncuda = '13.0'\n"}
+    built.uv("install", "--no-deps", "--reinstall-package", "torch", str(write(tmp_path, "torch", "2.13.0", files, requires=("triton==3.7.1",))))
+    ended = built.run("fix-triton")
+    assert ended.code == 0, ended.said
+    steps = [ended.err.index(words) for words in ("torch compiles its kernels with it", "done     wheel", "nothing cheaper has helped", "done     verify")]
+    assert steps == sorted(steps)
+    assert answer(built) == "42"
 
 
 def test_offline_switch_needs_local_folders_and_builds_with_them(built: World, upstream: Upstream, tmp_path: Path) -> None:

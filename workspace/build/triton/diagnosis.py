@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.build import stamp
+from workspace.build.triton import former
 from workspace.build.triton.installed import is_met, origin, pairing
 from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
@@ -102,6 +103,8 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     stack = jit_caches.observe(layout, settings, tree=head, capabilities=capabilities)
     foreign = jit_caches.foreign(layout, settings, stack)
     findings = [_installed(layout, there, build, paired)]
+    if former.is_kept(layout):
+        findings.append(Finding("FAIL", "unfinished", "a build's installation", "it was ended between two Tritons", "the former one comes back"))
     findings += [_assembler(case, verdict, capability) for verdict in verdicts]
     if kernel:
         findings.append(_kernel(kernel, is_gpu_torch=is_gpu_torch))

@@ -60,6 +60,8 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, p
         if journal.path:
             console.say(f"log: {layout.relative(journal.path)}")
     if asked.from_source or not (found.can_compile or found.paired is None):
+        if not asked.from_source:
+            console.say("nothing cheaper has helped: Triton is built from its source now; ^C stops it, and what is there stays")
         found = _from_source(ground, asked, limits or _limits(settings, asked), console=console, provide=provide, wait=wait)
     _close(found, console, f"{source.FROM_SOURCE}    builds one here; rm -rf .vllm && ./scripts/inv bootstrap    makes all anew{_in_shell(found, settings)}")
 

@@ -198,12 +198,18 @@ def vouch(layout: Layout) -> None:
 
 
 def put_back_former(ground: Ground) -> None:
-    """Finish what a run that was killed between two Tritons has left."""
-    if former.is_kept(ground.layout):
-        one = former.keep(ground.layout)
-        former.put_back(ground.layout, ground.settings, one, journal=ground.journal)
-        vouch(ground.layout)
-        ground.journal.console.say(f"a run that was ended in the middle is taken back: triton {one.version or 'none'} is in .vllm again")
+    """Finish what a run that was killed between two Tritons has left; one that bootstrap has vouched for since then stays."""
+    layout = ground.layout
+    if not former.is_kept(layout):
+        return
+    one, version = former.keep(layout), interpreter.installed(layout).get("triton")
+    recorded = stamp.read(layout.stamp("environment"))
+    if version is not None and version in (one.version, recorded.packages.get("triton") if recorded else None):
+        former.drop(one)
+        return
+    former.put_back(layout, ground.settings, one, journal=ground.journal)
+    vouch(layout)
+    ground.journal.console.say(f"a run that was ended in the middle is taken back: triton {one.version or 'none'} is in .vllm again")
 
 
 REMEDIES = (
