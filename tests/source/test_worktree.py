@@ -43,3 +43,18 @@ def test_damaged_tree_is_given_up_for_good(release: Workspace, tmp_path: Path, d
     worktree.forget(git, path)
     assert sh_git(release.vllm, "worktree", "list").count("\n") == 0
     assert not [*(release.vllm / ".git").glob("worktrees/*")]
+
+
+def test_tree_behind_a_link_is_found_in_the_books_and_one_that_was_half_forgotten_too(release: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    git, path = Git(release.vllm), tmp_path / "link" / "vllm"
+    worktree.add(git, path, sh_git(release.vllm, "rev-parse", "HEAD"), journal=release.journal)
+    books = Path(sh_git(path, "rev-parse", "--absolute-git-dir"))
+    for name in ("HEAD", "commondir"):
+        (books / name).unlink()
+    (books / "index").touch()
+    worktree.forget(git, path)
+    assert not path.exists()
+    assert not books.parent.exists()
+    sh_git(release.vllm, "fsck", "--connectivity-only")

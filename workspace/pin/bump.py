@@ -14,7 +14,7 @@ from typing import Literal
 from workspace.build import plan
 from workspace.core import lock
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, WorkspaceError
+from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
@@ -282,12 +282,13 @@ def _run_am(shop: Workshop, tree: Git, names: Sequence[str], start: str, journal
 
 @contextlib.contextmanager
 def _marked(shop: Workshop, facts: Mapping[str, str]) -> Iterator[None]:
-    """Leave a marker where the block is killed or interrupted, and none where it ends by itself, well or not."""
+    """Leave a marker where the block, or its git, is killed, interrupted or finds no room, and none where it ends by itself, well or not."""
     marker = Marker(shop.applying, facts).write()
     try:
         yield
-    except WorkspaceError:
-        marker.path.unlink()
+    except WorkspaceError as exc:
+        if not isinstance(exc, ToolchainError):
+            marker.path.unlink()
         raise
     marker.path.unlink()
 

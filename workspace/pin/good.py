@@ -89,8 +89,7 @@ def record(layout: Layout, settings: Settings, observed: plan.Observation, *, co
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.say) as held,
         Journal(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as journal,
     ):
-        # Of a run that was ended while it deleted.
-        shutil.rmtree(gone(layout), ignore_errors=True)
+        clear(layout)
         why = refusal(layout, observed)
         if why:
             console.say(f"not recorded as good: {why}")
@@ -177,6 +176,14 @@ def keep_aside(layout: Layout, why: str, *, name: str) -> None:
 def gone(layout: Layout) -> Path:
     """Where a workshop lies that is done with, until it is deleted."""
     return layout.workshop.with_name(f".{layout.workshop.name}.gone")
+
+
+def clear(layout: Layout) -> None:
+    """Finish what a run left that was ended while it took a workshop away; of one that is there everything stays."""
+    shutil.rmtree(gone(layout), ignore_errors=True)
+    git = Git(layout.vllm)
+    if not os.path.lexists(layout.workshop) and git.place() and any(git.path_of("worktrees").glob("*")):
+        worktree.forget(git, Layout(layout.workshop).vllm)
 
 
 def left(layout: Layout, name: str) -> Path:

@@ -171,10 +171,7 @@ def _is_linked(tree: Git) -> bool:
 def tidy(layout: Layout) -> None:
     """Finish what a verb left that was killed while it made a workshop or took one away; there is none."""
     scratch.sweep(layout.workshop)
-    shutil.rmtree(good.gone(layout), ignore_errors=True)
-    git = Git(layout.vllm)
-    if git.place() and any(git.path_of("worktrees").glob("*")):
-        worktree.forget(git, Layout(layout.workshop).vllm)
+    good.clear(layout)
 
 
 def remove(layout: Layout) -> str | None:

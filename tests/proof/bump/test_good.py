@@ -1,5 +1,7 @@
 """What is recorded as good of patches that are not committed, and which states stay."""
 
+import shutil
+
 from tests.pin.conftest import RECORD, run, smoke
 from tests.pin.test_good import names
 from tests.small.materials import git
@@ -23,8 +25,12 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
     head = git(clone.root, "rev-parse", "HEAD")
     # What a bump leaves that was ended while it deleted its workshop.
     (good.gone(layout) / "vendor").mkdir(parents=True)
+    clone.git("worktree", "add", "--quiet", "--detach", str(layout.workshop / "vendor" / "vllm"))
+    shutil.rmtree(layout.workshop)
+    (layout.vllm / ".git" / "worktrees" / "vllm" / "HEAD").write_text(f"{'0' * 40}\n")
     assert smoke(clone).code == 0
     assert not good.gone(layout).exists()
+    assert not (layout.vllm / ".git" / "worktrees").exists()
     second = names(clone)[0]
     assert second != first
     kept = git(clone.root, "rev-parse", f"refs/good/{second}")

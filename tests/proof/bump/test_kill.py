@@ -20,22 +20,28 @@ case " $* " in
   @GIT@ "$@"
   cd "$(@GIT@ -C "$2" rev-parse --absolute-git-dir)"
   @DAMAGE@
-  kill -9 $PPID
+  kill -9 @VICTIM@
   exit 9;;
 esac
 exec @GIT@ "$@"
 """
 
 
-def cut_power(world: World, words: tuple[str, str], damage: str, *verb: str) -> None:
+def cut_power(world: World, words: tuple[str, str], damage: str, *verb: str, victim: str = "$PPID", code: int = -9) -> None:
     """Run a verb whose machine stops as the git of these words ends; `damage` is what shell commands make of that git's directory."""
     folder = world.folder / "programs"
     folder.mkdir(exist_ok=True)
-    text = CUT.replace("@FIRST@", words[0]).replace("@SECOND@", words[1]).replace("@DAMAGE@", damage).replace("@GIT@", shutil.which("git") or "")
+    text = (
+        CUT.replace("@FIRST@", words[0])
+        .replace("@SECOND@", words[1])
+        .replace("@DAMAGE@", damage)
+        .replace("@GIT@", shutil.which("git") or "")
+        .replace("@VICTIM@", victim)
+    )
     (folder / "git").write_text(text)
     (folder / "git").chmod(0o755)
     ended = world.run(*verb, env={"PATH": f"{folder}:{world.env['PATH']}"})
-    assert ended.code == -9, ended.said
+    assert ended.code == code, ended.said
     assert not (folder / "git").exists()
 
 
@@ -94,6 +100,12 @@ def test_power_cut_while_a_bumps_patches_are_put_on_costs_no_more_than_their_con
     ended = clone.run("pin.bump", CONFLICT)
     assert "patch 2 of 3" in ended.error(4)
     assert "conflict in setup.py" in ended.err
+    assert git(three_patches, "status", "--porcelain") == "UU setup.py"
+
+
+def test_git_alone_that_is_killed_while_a_bumps_patches_are_put_on_is_no_conflict(clone: World, three_patches: Path) -> None:
+    cut_power(clone, (str(three_patches), "am"), "rm rebase-apply/patch; echo 1 > rebase-apply/next", "pin.bump", CONFLICT, victim="$$", code=6)
+    assert "conflict in setup.py" in clone.run("pin.bump", CONFLICT).err
     assert git(three_patches, "status", "--porcelain") == "UU setup.py"
 
 

@@ -1,5 +1,6 @@
 """What a move of the pin asks of git: a second working tree of one repository, commits kept under references, and the gitlink."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -42,22 +43,34 @@ def add(git: Git, path: Path, commit: str, *, journal: Journal) -> Git:
 
 
 def forget(git: Git, path: Path) -> None:
-    """Take a linked working tree out of the repository's books, and its folder away; others, be they out of reach, are left alone."""
-    git.write("worktree", "remove", "--force", "--force", str(path.absolute()), check=False)
+    """Take a linked working tree out of the repository's books, and its folder away; others, be they out of reach, are left alone.
+
+    Not `git worktree remove`: one that was killed leaves books of which nobody can tell whose they were.
+    """
+    if (path / ".git").is_file():
+        shutil.rmtree(path, ignore_errors=True)
     _drop_books(git, path)
 
 
 def _drop_books(git: Git, path: Path) -> None:
-    """Remove what the repository knows of a linked working tree at `path`, whose .git is gone.
+    """Remove what the repository knows of a linked working tree at `path`, whose .git is gone; what says so goes last.
 
     Git cannot read what a power cut has cut short of it, and then neither makes nor lists any working tree, nor fetches.
     """
-    ours = str(path.absolute() / ".git")
-    for books in git.path_of("worktrees").glob(f"{path.name}*"):
+    ours, kept = os.path.join(os.path.realpath(path), ".git"), git.path_of("worktrees")
+    for books in kept.glob("*"):
         leads_to = _first_line(books / "gitdir")
         # One that leads nowhere may have been anybody's; without an index nobody has worked there.
-        if leads_to == ours or (ours.startswith(leads_to) and not (books / "index").exists()):
+        is_begun = books.name.startswith(path.name) and ours.startswith(leads_to) and not (books / "index").exists()
+        if leads_to == ours or is_begun:
+            for entry in books.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != "gitdir":
+                    entry.unlink()
             shutil.rmtree(books)
+    with contextlib.suppress(OSError):
+        kept.rmdir()
 
 
 def _first_line(path: Path) -> str:
