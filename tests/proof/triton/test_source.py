@@ -201,6 +201,13 @@ def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_fo
     assert answer(built) == "42"
 
 
+def test_download_that_nobody_foresaw_is_the_networks_fault_and_not_the_builds(built: World, upstream: Upstream) -> None:
+    git(upstream.tree, "checkout", "--quiet", "-b", "fetches", upstream.pinned)
+    (upstream.tree / "setup.py").write_text("import urllib.request\n\nurllib.request.urlopen('http://127.0.0.1:9')\n")
+    git(upstream.tree, "commit", "--quiet", "--all", "-m", "Fetches")
+    assert "fetches something by itself, and could not: urllib.error.URLError" in built.run("fix-triton", "--from-source", "--ref", "fetches").error(11)
+
+
 def test_offline_switch_needs_local_folders_and_builds_with_them(built: World, upstream: Upstream, tmp_path: Path) -> None:
     (tmp_path / "llvm" / "include" / "llvm").mkdir(parents=True)
     (tmp_path / "llvm" / "include" / "llvm" / "small.h").write_text("#define SMALL_LLVM 40\n")

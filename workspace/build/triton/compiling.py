@@ -22,7 +22,7 @@ from workspace.build.triton import downloads
 from workspace.build.triton.source import FROM_SOURCE, Source, requirements
 from workspace.core import process
 from workspace.core.console import Step
-from workspace.core.errors import BuildError
+from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
@@ -34,6 +34,7 @@ GO_ON = f"{FROM_SOURCE}    goes on where it was"
 LINKS_AT_ONCE = 2
 # Run-time words. Triton's CMake takes them for an assembler that is somewhere else, and builds a wheel without any.
 _NOT_FOR_A_BUILD = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+_NO_NETWORK = re.compile(r"urllib\.error\.\w+|^\s*curl: \(\d+\)")
 _STATUS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
@@ -112,6 +113,10 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
     try:
         made = ninja.under_tickets(settings, argv, told, work, journal=journal, step=step, on_line=hear, cwd=layout.root)
     except BuildError as exc:
+        if configured.network:
+            why = f"the build of Triton fetches something by itself, and could not: {configured.network}"
+            hint = f"the log says what; a network, or its own variable for a local folder, then {FROM_SOURCE}"
+            raise SourceError(why, hint=hint, details=exc.details) from exc
         if not configured.error:
             raise
         raise BuildError(f"Triton cannot be configured: {configured.error}", hint=exc.hint, details=exc.details) from exc
@@ -122,9 +127,10 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
 
 
 class Configure:
-    """Hears what CMake says, for the paragraph below the heading of its first error."""
+    """Hears what CMake says, for the paragraph below the heading of its first error; and of a download that Triton's own script makes."""
 
     def __init__(self) -> None:
+        self.network = ""
         self._lines: list[str] | None = None
         self._is_over = False
 
@@ -133,6 +139,7 @@ class Configure:
         return " ".join(self._lines or ())
 
     def hear(self, line: str) -> None:
+        self.network = self.network or (line.strip() if _NO_NETWORK.search(line) else "")
         if self._lines is not None and not self._is_over:
             self._is_over = not line.strip()
             self._lines += [line.strip()] if line.strip() else []
