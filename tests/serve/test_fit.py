@@ -42,6 +42,13 @@ def test_too_much_asked_for_suggests_what_would_fit_beside_what_is_there() -> No
     assert judged(busy, "--kv-cache-memory-bytes=14G").verdict == "no"
 
 
+def test_share_below_what_the_model_needs_is_found_before_the_load() -> None:
+    found = judged(SPARK, "--gpu-memory-utilization", "0.5")
+    assert (found.verdict, found.hint, found.utilization) == ("no", "--gpu-memory-utilization 0.58", 0.58)
+    assert "is given too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
+    assert judged(SPARK, "--gpu-memory-utilization", "0.58").verdict == "yes"
+
+
 def test_nothing_is_suggested_where_nothing_helps_but_to_end_what_is_there() -> None:
     found = judged(replace(SPARK, available_gib=50.0, residents=(Resident(7, "vllm", 60.0),)))
     assert (found.utilization, found.kv_gib, found.hint) == (None, None, "end what holds the GPU first: ps -fp '7'")
@@ -54,10 +61,11 @@ def test_length_asked_for_counts() -> None:
     assert fit.needs_gib(recipe, ["--max-model-len=auto"]) == 66.8
 
 
-def test_without_a_gpu_the_size_of_the_cache_is_what_the_environment_says_or_half_of_the_memory() -> None:
+def test_without_a_gpu_the_size_of_the_cache_is_what_the_environment_says_or_the_share_that_a_gpu_would_get() -> None:
     small = Free(23.5, 20.0, 2.0, is_unified=False)
     assert judged(small, device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="1").takes_gib == pytest.approx(2.6)
-    assert judged(small, device="cpu", name="tiny").takes_gib == pytest.approx(1.6 + 11.75)
+    assert judged(small, device="cpu", name="tiny").takes_gib == pytest.approx(2.35)
+    assert judged(small, "--gpu-memory-utilization=0.05", device="cpu", name="tiny").verdict == "no"
     full = judged(replace(small, available_gib=8.0), device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="12")
     assert (full.verdict, full.hint) == ("no", "VLLM_CPU_KVCACHE_SPACE=4 in .env leaves room for it")
 

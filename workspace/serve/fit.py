@@ -23,8 +23,6 @@ from workspace.serve.recipes import DEFAULT_UTILIZATION, Recipe
 Verdict = Literal["yes", "after drop-caches", "no"]
 # What the rest of the machine needs on top: a suggestion that leaves nothing is none.
 MARGIN_GIB = 2.0
-# vLLM without a GPU, told nothing, takes half of the memory for its cache (vllm/v1/worker/cpu_worker.py).
-CPU_KV_SHARE = 0.5
 # A cache below this serves one short request at a time.
 LEAST_KV_GIB = 0.5
 
@@ -94,10 +92,15 @@ def judge(recipe: Recipe, free: Free, *, device: str, environment: Mapping[str, 
     `words` are those of a command line, where it says something else than the recipe.
     """
     needs, fixed = needs_gib(recipe, words), recipe.memory.weights_gib + recipe.memory.overhead_gib
-    takes = max(needs, _takes(recipe, words, free, fixed, device=device, environment=environment))
+    given = _takes(recipe, words, free, fixed, device=device, environment=environment)
+    takes = max(needs, given)
     in_use = [_named(one) for one in free.residents]
     holding = f"; the GPU is held by {', '.join(in_use)}" if in_use else ""
     seen = f"needs {needs:.1f} GiB, takes {takes:.1f}, of {free.total_gib:.1f} GiB {free.available_gib:.1f} are available"
+    if given < needs <= free.available_gib:
+        least = min(1.0, math.ceil((needs + LEAST_KV_GIB) / free.total_gib * 100) / 100)
+        hint = f"--gpu-memory-utilization {least:.2f}"
+        return Fit("no", needs, given, free, f"is given too little: {given:.1f} GiB with these flags; {seen}{holding}", hint, least)
     if takes <= free.available_gib:
         is_cached = device == "cuda" and free.is_unified and takes > free.available_gib - free.droppable_gib
         if not is_cached:
@@ -112,10 +115,11 @@ def judge(recipe: Recipe, free: Free, *, device: str, environment: Mapping[str, 
 def _takes(recipe: Recipe, words: Sequence[str], free: Free, fixed: float, *, device: str, environment: Mapping[str, str]) -> float:
     if kv_bytes := _number(recipe, words, "kv-cache-memory-bytes", 0.0):
         return fixed + kv_bytes / GIB
-    if device == "cuda":
-        return _number(recipe, words, "gpu-memory-utilization", DEFAULT_UTILIZATION) * free.total_gib
     said = environment.get("VLLM_CPU_KVCACHE_SPACE", "")
-    return fixed + (int(said) if said.isdigit() else CPU_KV_SHARE * free.total_gib)
+    if device == "cpu" and said.isdigit():
+        return fixed + int(said)
+    # The flag counts without a GPU as well, despite its name (vllm/v1/worker/cpu_worker.py).
+    return _number(recipe, words, "gpu-memory-utilization", DEFAULT_UTILIZATION) * free.total_gib
 
 
 def _number(recipe: Recipe, words: Sequence[str], flag: str, otherwise: float) -> float:

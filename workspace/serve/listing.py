@@ -21,7 +21,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
     device = Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device
     free = fit.observe(settings, device=device)
     version = pins.load(layout.pins).vllm.version
-    rows = []
+    rows: list[dict[str, object]] = []
     for name in recipes.names(layout):
         try:
             recipe = recipes.load(layout, name, version=version)
@@ -35,8 +35,9 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         place = f"on disk: {there}" if there else f"to be fetched, {recipe.fetch_gib:.1f} GiB" if recipe.fetch_gib else "made at its first start"
         if not as_json:
             remote = "; runs code of the model's authors (trust-remote-code)" if recipe.asks_for_remote_code else ""
+            hint = f"; {judged.hint}" if judged.hint and "serve.list" not in judged.hint else ""
             text = f"fits {_DEVICES[device]}: {judged.verdict}; needs {judged.needs_gib:.1f} GiB, free {free.available_gib:.1f}; {place}{remote}"
-            console.row(_STATES[judged.verdict], f"{name:<{NAME_WIDTH}}", text + (f"; {judged.hint}" if judged.hint and "serve.list" not in judged.hint else ""))
+            console.row(_STATES[judged.verdict], f"{name:<{NAME_WIDTH}}", text + hint)
         rows.append(
             {
                 "name": name,
