@@ -16,7 +16,7 @@ from workspace.build import stamp
 from workspace.build.triton import former
 from workspace.build.triton.installed import is_met, origin, pairing
 from workspace.core import process
-from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import assemblers, doctor_ptxas, interpreter, jit_caches, torch, triton
@@ -97,10 +97,10 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
         for one in (assemblers.of_triton(there.bin, there.version, capability) if there and there.bin else ())
     )
     kernel = try_kernel(layout, settings, capability) if there else None
-    shadow, stale = shadowing(layout, kernel), stale_folders(layout)
-    head = Git(layout.vllm).tree("HEAD") if (layout.vllm / ".git").exists() else "none"
+    tree = _tree(layout)
+    shadow, stale = shadowing(layout, kernel), stale_folders(layout) if tree != jit_caches.NONE else ()
     capabilities = tuple(gpu.capability for gpu in case.host().gpus if gpu.capability) if is_gpu_torch else ()
-    stack = jit_caches.observe(layout, settings, tree=head, capabilities=capabilities)
+    stack = jit_caches.observe(layout, settings, tree=tree, capabilities=capabilities)
     foreign = jit_caches.foreign(layout, settings, stack)
     findings = [_installed(layout, there, build, paired)]
     if former.is_kept(layout):
@@ -110,6 +110,14 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
         findings.append(_kernel(kernel, is_gpu_torch=is_gpu_torch))
     findings += [_shadow(layout, shadow), *_stale(layout, stale), *_caches(foreign)]
     return Diagnosis(tuple(findings), there, paired, capability, verdicts, kernel, shadow, stale, foreign)
+
+
+def _tree(layout: Layout) -> str:
+    """The tree OID that caches are keyed by; a repository that is broken is what other screens complain of."""
+    try:
+        return Git(layout.vllm).tree("HEAD") if (layout.vllm / ".git").exists() else jit_caches.NONE
+    except WorkspaceError:
+        return jit_caches.NONE
 
 
 def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
