@@ -2,6 +2,7 @@
 
 import io
 import os
+import pty
 import shlex
 import shutil
 import signal
@@ -74,16 +75,20 @@ def built(root: Path) -> Layout:
     return layout
 
 
-def become(layout: Layout, *words: str, **how: object) -> "subprocess.Popen[str]":
-    """`inv run -- WORDS` in a process of its own, which it becomes."""
+def become(layout: Layout, *words: str, verb: str = "run", own_shell: str = "", **how: object) -> "subprocess.Popen[str]":
+    """`inv run -- WORDS`, or `inv shell`, in a process of its own, which it becomes."""
+    what = "shell.run(layout, settings.load(layout), sys.argv[2:], console=door.console())"
+    what = what if verb == "run" else "shell.shell(layout, settings.load(layout), console=door.console())"
     code = (
         "import sys; from pathlib import Path; from workspace import door; from workspace.core import settings; from workspace.core.layout import Layout\n"
         "from workspace.engine import shell; layout = Layout(Path(sys.argv[1]))\n"
-        "sys.exit(door.run(lambda: shell.run(layout, settings.load(layout), sys.argv[2:], console=door.console())))"
+        "sys.exit(door.run(lambda: " + what + "))"
     )
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere", "PYTHONPATH": str(ROOT), "VLLM_VERSION_OVERRIDE": "1", "HF_TOKEN": "hf_secret"}
+    environment |= {"SHELL": own_shell} if own_shell else {}
     argv = [sys.executable, "-c", code, str(layout.root), *words]
-    return subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)  # type: ignore[call-overload]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(argv, env=environment, text=True, **streams | how)  # type: ignore[call-overload]
 
 
 def test_command_gets_words_stdin_folder_and_environment_and_gives_its_exit_code(tmp_path: Path) -> None:
@@ -110,6 +115,25 @@ def test_command_is_looked_for_in_the_built_environment_first_and_signals_reach_
     assert child.stdout.readline() == "here\n"
     child.send_signal(signal.SIGTERM)
     assert (child.communicate(timeout=20)[0], child.returncode) == ("told\n", 9)
+
+
+def test_command_has_the_terminal(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    child = become(built(tmp_path), "sh", "-c", "test -t 0 && test -t 1 && test -t 2 && exit 5", stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    assert child.wait(timeout=20) == 5
+    os.close(terminal)
+
+
+def test_shell_is_the_users_own_and_sh_where_there_is_none(tmp_path: Path) -> None:
+    layout = built(tmp_path)
+    own = layout.environment / "bin" / "own-shell"
+    own.write_text('#!/bin/sh\necho "own $VIRTUAL_ENV"\nexit 4\n')
+    own.chmod(0o755)
+    child = become(layout, verb="shell", own_shell=str(own))
+    assert (child.communicate(timeout=20)[0], child.returncode) == (f"own {layout.environment}\n", 4)
+    child = become(layout, verb="shell")
+    assert (child.communicate("exit 6\n", timeout=20)[0], child.returncode) == ("", 6)
 
 
 def test_pipe_that_nobody_reads_ends_the_command_as_in_a_shell(tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_old_guides_variables_are_called_what_they_are(house: House, tmp_path: P
     assert "Triton passes it over" in rows["TRITON_PTXAS_PATH"].text
 
 
+def test_ptxas_of_the_guide_is_not_the_one_that_triton_takes_on_a_spark(house: House) -> None:
+    house.program("nvidia-smi", 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) exit 1;; esac')
+    described = house.layout.environment / "lib" / "python3.12" / "site-packages" / "triton-3.7.1.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.7.1\n")
+    ptxas = house.program("ptxas", "exit 0")
+    row = judged(house, device="cuda", TRITON_PTXAS_PATH=str(ptxas))["TRITON_PTXAS_PATH"]
+    assert (row.state, "Triton 3.7.1 assembles for this GPU with TRITON_PTXAS_BLACKWELL_PATH" in row.text) == ("warn", True), row
+    assert judged(house, device="cuda", TRITON_PTXAS_BLACKWELL_PATH=str(ptxas))["TRITON_PTXAS_BLACKWELL_PATH"].state == "ok"
+
+
 def test_removed_name_is_said_with_release_replacement_and_reference(house: House) -> None:
     row = judged(house, "VLLM_ATTENTION_BACKEND=FLASHINFER\n")["VLLM_ATTENTION_BACKEND"]
     assert (row.state, row.cure) == ("warn", "sed -i '/^VLLM_ATTENTION_BACKEND=/d' .env")

@@ -76,7 +76,9 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
         row = rows[finding.name]
         if row.state == "ok" or (row.state == "warn" and finding.is_error):
             text = settings.masked(finding.said)
-            rows[finding.name] = replace(row, state="FAIL" if finding.is_error else "warn", text=text, cure=finding.cure or _away(row), is_said=False)
+            rows[finding.name] = replace(
+                row, state="FAIL" if finding.is_error else "warn", text=text, cure=_away(row) if finding.cure is None else finding.cure, is_said=False
+            )
     is_judged = bool(registry.known(case.layout))
     return tuple(_with_door(settings, row, is_judged=is_judged and bool(registry.VARIABLE.fullmatch(row.name))) for row in rows.values())
 
@@ -121,7 +123,8 @@ def _misread(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
     asked = {name: text for name, text in said.items() if name not in KNOWN and not is_secret(name) and is_for(name, "run")}
     known = registry.known(case.layout) if asked else frozenset()
     for wrong in registry.misread(case.layout, case.settings, {name: text for name, text in asked.items() if name in known}):
-        yield Finding(wrong.name, f"vLLM stops at this value: {wrong.said}" if wrong.is_error else wrong.said, is_error=wrong.is_error)
+        # What to write instead stands in the sentence.
+        yield Finding(wrong.name, f"vLLM stops at this value: {wrong.said}" if wrong.is_error else wrong.said, wrong.is_error, None if wrong.is_error else "")
 
 
 def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:

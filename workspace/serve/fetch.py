@@ -102,9 +102,10 @@ def _ask_hub(layout: Layout, settings: Settings, recipe: Recipe, journal: Journa
     except (IndexError, ValueError, KeyError, TypeError) as exc:
         raise SourceError(f"{recipe.model} could not be fetched: the probe printed no document", hint=again) from exc
     if error:
-        raise _refusal(
-            recipe, str(error.get("kind")), journal.redact(str(error.get("said"))), weights.hub_cache(settings), again, bool(environment.get("HF_TOKEN"))
-        )
+        cache = weights.hub_cache(settings)
+        # As `hf auth login` leaves it (huggingface_hub/constants.py).
+        has_token = bool(environment.get("HF_TOKEN")) or Path(environment.get("HF_TOKEN_PATH") or cache.parent / "token").is_file()
+        raise _refusal(recipe, str(error.get("kind")), journal.redact(str(error.get("said"))), cache, again, has_token)
     return dict(record)
 
 
