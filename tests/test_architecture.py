@@ -39,8 +39,8 @@ SINGLE_DOORS = {
     "nox": "noxfile.py",
 }
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
-# The seam, the program it puts between itself and what it starts, and the one that a build puts before each compiler.
-STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "workspace/build/launcher.py"}
+# The seam, the program it puts between itself and what it starts, the one that a build puts before each compiler, and the one above a server.
+STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "workspace/build/launcher.py", "workspace/engine/keeper.py"}
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
 # What the built environment is sure to have: vLLM's own requirements, and what those require; gguf comes with the model that needs it.

@@ -122,8 +122,18 @@ class Layout:
         return self.state / "encodings"
 
     @property
+    def server(self) -> Path:
+        """What is known of the server that `inv serve` started, with its logs; see engine/server.py."""
+        return self.state / "server"
+
+    @property
     def smoke_record(self) -> Path:
         return self.state / "smoke.json"
+
+    @property
+    def results(self) -> Path:
+        """Records of benchmarks, a folder for each machine."""
+        return self.root / "results"
 
     def relative(self, path: Path) -> str:
         """The path as a person would type it in the root of the clone."""

@@ -115,6 +115,26 @@ def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
         raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}", hint=f"ls -l {program}") from exc
 
 
+def apart(argv: Sequence[Argument], *, env: Mapping[str, str], output: int, inherited: Sequence[int]) -> int:
+    """Start a program in a session of its own, which neither a terminal nor the end of this process ends, and return its number.
+
+    It writes into the descriptor `output` and gets those of `inherited` under the same numbers. Raises ToolchainError when it cannot be started.
+    """
+    silence = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, True)
+    actions = [(os.POSIX_SPAWN_DUP2, silence, 0), (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
+    usual = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    try:
+        return os.posix_spawn(argv[0], [os.fspath(word) for word in argv], dict(env), file_actions=actions, setsid=True, setsigdef=usual)
+    except OSError as exc:
+        raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}") from exc
+    finally:
+        os.close(silence)
+        for descriptor in inherited:
+            os.set_inheritable(descriptor, False)
+
+
 def describe_status(returncode: int) -> str:
     """Name an exit status in words: a signal by its name, 137 and -9 also as what the kernel does when memory runs out."""
     if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):

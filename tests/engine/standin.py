@@ -1,0 +1,88 @@
+"""Stands for `vllm serve` where no vLLM is built: a front that answers, an engine that shares memory, a worker of its own session. As bad as the real one.
+
+Run as `standin.py PORT [MANNER]`. During start-up the front loses SIGTERM, and a front that is killed leaves the others behind.
+"""
+
+import http.server
+import json
+import mmap
+import os
+import signal
+import sys
+import time
+
+CRASH = """(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946]   File "gpu_worker.py", line 1, in init_device
+(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+class Front(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.answer({"data": [{"id": "standin"}]} if self.path == "/v1/models" else {})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if MANNER == "numb":
+            self.answer({"error": {"message": "EngineCore encountered an issue."}}, 500)
+        else:
+            self.answer({"choices": [{"text": "!"}]})
+
+    def answer(self, document: dict, status: int = 200) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def fork(work) -> int:
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    return child
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(60)
+
+
+def engine() -> None:
+    if MANNER != "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    path = f"/dev/shm/standin-{os.getpid()}"
+    with open(path, "w+b") as file:
+        file.truncate(4096)
+        shared = mmap.mmap(file.fileno(), 4096)
+    shared[:1] = b"x"
+
+    def worker() -> None:
+        if MANNER == "apart":
+            os.setsid()
+        sleep_for_ever()
+
+    fork(worker)
+    sleep_for_ever()
+
+
+MANNER = sys.argv[2] if len(sys.argv) > 2 else ""
+if MANNER == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if MANNER == "crash":
+    sys.exit(CRASH)
+held = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+fork(engine)
+print("engine started", flush=True)
+if MANNER == "slow":
+    sleep_for_ever()
+if MANNER != "deaf":
+    signal.signal(signal.SIGTERM, held)
+with http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Front) as server:
+    server.serve_forever()
