@@ -1,0 +1,166 @@
+"""Records on disk: whole or refused with a sentence, found by what a person types, listed whatever lies among them."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from tests.bench.materials import record, served
+from tests.fuzz.strategies import DEEP, damaged_document, fuzz
+from workspace.bench import listing, metrics, store
+from workspace.bench.record import Newer, Record, decode, encode, read, write
+from workspace.core.console import Console
+from workspace.core.errors import SettingsError
+from workspace.core.layout import Layout
+
+DOCUMENT: dict[str, Any] = json.loads(encode(record()))
+
+
+def changed(**parts: object) -> bytes:
+    return json.dumps({**DOCUMENT, **parts}).encode()
+
+
+def kept(folder: Path, *records: Record) -> Layout:
+    layout = Layout(folder)
+    for one in records:
+        write(store.path_of(layout, one), one)
+    return layout
+
+
+def test_what_was_written_is_read_again() -> None:
+    for one in (record(), served((1, 8)), record(values=())):
+        assert decode(encode(one)) == one
+
+
+def test_summary_in_a_file_is_for_readers_and_counts_for_nothing() -> None:
+    assert decode(changed(summary={"latency": {"median": 1e9}})) == record()
+
+
+@fuzz(fast=150, deep=5000)
+@given(damaged_document(DOCUMENT))
+def test_any_damage_is_refused_with_a_sentence_or_leaves_a_record_without_odd_numbers(content: bytes) -> None:
+    try:
+        one = decode(content)
+    except Newer:
+        return
+    except (ValueError, RecursionError) as exc:
+        assert str(exc)
+        return
+    for name in one.metrics:
+        assert all(value > 0 for value in one.values(name))
+    encode(one)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        encode(record())[:-200],
+        b"[]",
+        DEEP[0].encode(),
+        changed(schema="1"),
+        changed(schema=True),
+        changed(repeat=0),
+        changed(label="../../x"),
+        changed(kind="speed"),
+        changed(starts=[{**DOCUMENT["starts"][0], "samples": {"latency": [0]}}]),
+        changed(starts=[{**DOCUMENT["starts"][0], "samples": {"latency": ["1"]}}]),
+        changed(starts=[{**DOCUMENT["starts"][0], "samples": {"speed": [1]}}]),
+        changed(starts=[{**DOCUMENT["starts"][0], "samples": {"ttft@0": [1]}}]),
+        changed(starts=None),
+        json.dumps(DOCUMENT).replace("1.02", "NaN").encode(),
+        json.dumps(DOCUMENT).replace("1.02", "1e999").encode(),
+    ],
+)
+def test_what_is_no_whole_record_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match="^a.json is no whole record of a benchmark: .+") as caught:
+        read(path, place="a.json")
+    assert caught.value.hint
+
+
+def test_record_of_a_newer_workspace_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(changed(schema=2, starts="in another way"))
+    with pytest.raises(SettingsError, match="^a.json has schema 2, this workspace reads 1: a newer one wrote it$"):
+        read(tmp_path / "a.json", place="a.json")
+
+
+def test_metric_that_a_start_lacks_is_none_of_the_record() -> None:
+    one = served((1, 8))
+    first = replace(one.starts[0], samples={name: those for name, those in one.starts[0].samples.items() if name != "ttft@8"})
+    assert "ttft@8" not in replace(one, starts=(first, *one.starts[1:])).metrics
+
+
+def test_labels_names_and_their_beginnings_find_a_record(tmp_path: Path) -> None:
+    before, after = record(label="before"), record(label="after", tree="f" * 40)
+    layout = kept(tmp_path, before, after)
+    for word in ("before", "a" * 12 + "-before", "aaaa", str(store.path_of(layout, before))):
+        assert store.find(layout, word).record == before, word
+
+
+def test_label_of_several_trees_is_asked_back(tmp_path: Path) -> None:
+    layout = kept(tmp_path, record(), record(tree="f" * 40))
+    with pytest.raises(SettingsError, match="latency may be any of 2 records") as caught:
+        store.find(layout, "latency")
+    assert len(caught.value.details) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("befor", "did you mean before?"), ("", "./scripts/inv bench"), ("../../etc", "./scripts/inv bench"), ("x" * 5000, "")]
+)
+def test_word_that_means_no_record(tmp_path: Path, word: str, hint: str) -> None:
+    layout = kept(tmp_path, record(label="before"))
+    with pytest.raises(SettingsError, match="there is no record") as caught:
+        store.find(layout, word)
+    assert (caught.value.hint or "").startswith(hint)
+    assert len(caught.value.message) < 400
+
+
+def test_list_shows_newest_first_and_what_is_damaged_or_interrupted(tmp_path: Path) -> None:
+    newer = replace(record(values=(1.0, 1.1), label="newer", tree="f" * 40), time="2026-11-21T10:00:00+00:00")
+    layout = kept(tmp_path, record(), newer)
+    (layout.results / "gb10-123456" / "half.json").write_bytes(encode(record())[:300])
+    out, err = io.StringIO(), io.StringIO()
+    listing.show(layout, console=Console(out=out, err=err), as_json=False)
+    rows = err.getvalue().splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [["warn", "ffffffffffff-newer"], ["ok", "aaaaaaaaaaaa-latency"], ["FAIL", "half"]]
+    assert "2 of 6 starts, interrupted" in rows[0]
+    assert "latency 1 s ± 1.4%" in rows[1]
+    listing.show(layout, console=Console(out=out, err=err), as_json=True)
+    assert [row.get("starts") for row in json.loads(out.getvalue())["records"]] == [2, 6, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "says"),
+    [
+        ("serve", {"completed": 0, "failed": 16}, "no request was completed, 16 failed"),
+        ("serve", {"completed": 15, "failed": 1, "request_throughput": 3.0}, "1 of 16 requests failed"),
+        ("latency", {"latencies": []}, "holds no measured number"),
+        ("latency", {"latencies": [float("nan"), -1, 0, True, "1", None]}, "holds no measured number"),
+        ("throughput", {"requests_per_second": 0.0, "tokens_per_second": 0.0}, "holds no measured number"),
+        ("startup", {}, "holds no measured number"),
+    ],
+)
+def test_result_without_a_single_sample_is_refused(kind: str, result: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        metrics.samples(kind, result)
+
+
+def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
+    result = {"completed": 2, "failed": 0, "request_throughput": 2.0, "output_throughput": 9.0, "ttfts": [0.1, 0.2], "itls": [[0.01, 0.03], []]}
+    found = metrics.samples("serve", result, at=8)
+    assert found["ttft@8"] == (100.0, 200.0)
+    assert found["itl@8"] == (10.0, 30.0)
+    assert found["tpot@8"] == (20.0,)
+    assert found["e2el@8"] == (pytest.approx(140.0), 200.0)
+    assert found["request_throughput@8"] == (2.0,)
+
+
+def test_startup_without_compilation_has_no_metric_of_it() -> None:
+    found = metrics.samples("startup", {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]})
+    assert found == {"cold_startup": (3.5,), "warm_startup": (2.5,)}

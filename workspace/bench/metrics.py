@@ -1,0 +1,137 @@
+"""What is measured: the metrics, which way each is better, and how vLLM's own result files become samples.
+
+Pure. A number that is none, or not above zero, is no sample: a rate of zero means that nothing was completed.
+"""
+
+import math
+import re
+import statistics
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["lower", "higher"]
+# Part of a file name, and of a word on a command line.
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`unit` is that of its samples."""
+
+    name: str
+    unit: str
+    better: Better
+    meaning: str
+
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("latency", "s", "lower", "time for one batch of requests"),
+        Metric("requests_per_second", "requests/s", "higher", "requests completed offline"),
+        Metric("tokens_per_second", "tok/s", "higher", "tokens read and written offline"),
+        Metric("cold_startup", "s", "lower", "start of the engine with empty caches"),
+        Metric("cold_compilation", "s", "lower", "compilation of it"),
+        Metric("warm_startup", "s", "lower", "start of the engine with full caches"),
+        Metric("warm_compilation", "s", "lower", "compilation of it"),
+        Metric("request_throughput", "requests/s", "higher", "requests completed by the server"),
+        Metric("output_throughput", "tok/s", "higher", "tokens written by the server"),
+        Metric("ttft", "ms", "lower", "time to the first token of a request"),
+        Metric("itl", "ms", "lower", "time between two tokens of a request"),
+        Metric("tpot", "ms", "lower", "mean time for a token of a request after its first"),
+        Metric("e2el", "ms", "lower", "time for a whole request"),
+    )
+}
+
+
+def find(name: str) -> Metric | None:
+    """The metric of a name such as `ttft`, or `ttft@8` for one of a sweep at 8 requests at once; None where it is none."""
+    base, at, concurrency = name.partition("@")
+    if at and not re.fullmatch(r"[1-9][0-9]{0,5}", concurrency):
+        return None
+    return METRICS.get(base)
+
+
+def known(name: str) -> Metric:
+    """The metric of a name that a record holds, which are all known."""
+    found = find(name)
+    assert found is not None
+    return found
+
+
+def concurrency(name: str) -> int | None:
+    """How many requests ran at once for a metric of a sweep."""
+    at = name.partition("@")[2]
+    return int(at) if at else None
+
+
+def samples(kind: str, result: Mapping[str, object], *, at: int | None = None) -> dict[str, tuple[float, ...]]:
+    """Return the samples in a result file of `vllm bench`, by metric; `at` requests at once, in a sweep.
+
+    Raises ValueError with a sentence for a file without a single one, and for a benchmark that completed no request.
+    """
+    found: dict[str, Iterable[object]] = {}
+    if kind == "latency":
+        found["latency"] = _list(result.get("latencies"))
+    elif kind == "throughput":
+        found = {name: [result.get(name)] for name in ("requests_per_second", "tokens_per_second")}
+    elif kind == "startup":
+        found = {f"{phase}_{what}": _list(result.get(f"{phase}_{what}_times")) for phase in ("cold", "warm") for what in ("startup", "compilation")}
+    else:
+        found = _served(result)
+    suffix = f"@{at}" if at else ""
+    kept = {f"{name}{suffix}": tuple(float(one) for one in those if _is_sample(one)) for name, those in found.items()}
+    kept = {name: those for name, those in kept.items() if those}
+    if not kept:
+        raise ValueError("its result holds no measured number")
+    return kept
+
+
+def _served(result: Mapping[str, object]) -> dict[str, Iterable[object]]:
+    completed, failed = result.get("completed"), result.get("failed", 0)
+    if not isinstance(completed, int) or completed <= 0:
+        raise ValueError(f"no request was completed, {failed} failed")
+    if failed:
+        raise ValueError(f"{failed} of {completed + failed if isinstance(failed, int) else failed} requests failed: what the others took says little")
+    found: dict[str, Iterable[object]] = {name: [result.get(name)] for name in ("request_throughput", "output_throughput")}
+    first, between = _list(result.get("ttfts")), [[one for one in _list(gaps) if _is_sample(one)] for gaps in _list(result.get("itls"))]
+    found["ttft"] = [one * 1000 for one in first if _is_sample(one)]
+    found["itl"] = [one * 1000 for gaps in between for one in gaps]
+    found["tpot"] = [statistics.fmean(gaps) * 1000 for gaps in between if gaps]
+    found["e2el"] = [(one + sum(gaps)) * 1000 for one, gaps in zip(first, between, strict=False) if _is_sample(one)]
+    return found
+
+
+def _list(found: object) -> Sequence[object]:
+    return found if isinstance(found, list) else ()
+
+
+def _is_sample(found: object) -> typing.TypeGuard[float]:
+    return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) and found > 0
+
+
+def median(numbers: Sequence[float]) -> float:
+    return statistics.median(numbers)
+
+
+def percentile(numbers: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest, as numpy has it by default."""
+    ordered = sorted(numbers)
+    place = (len(ordered) - 1) * percent / 100
+    lower = math.floor(place)
+    upper = min(lower + 1, len(ordered) - 1)
+    return ordered[lower] + (ordered[upper] - ordered[lower]) * (place - lower)
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and, of two or more, the coefficient of variation of a metric over its starts."""
+    said = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return said | ({"cv": variation(values)} if len(values) > 1 else {})
+
+
+def variation(values: Sequence[float]) -> float:
+    """The standard deviation over the mean, of two values or more."""
+    return statistics.stdev(values) / statistics.fmean(values)
