@@ -21,17 +21,32 @@ from vllm.platforms import current_platform
 
 tree = Path(vllm.__file__).parent
 equal = 0 if getattr(vllm, "BROKEN", False) else 2
+same = {"error": None, "same_prompt": True, "equal": equal, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
+same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
 print(json.dumps({
     "error": None,
     "vllm": {"file": vllm.__file__, "version": vllm.__version__, "platform": current_platform.device_type, "kernels": [p.name for p in tree.glob("*.so")]},
     "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
-    "prompts": [{"same_prompt": True}], "equal": equal, "total": 2, "compared": 4, "max_difference": 0.0, "not_finite": 0,
+    "models": {"llama": same, "qwen3": same},
+    "consistency": {name: same for name in ("repeat", "batch", "parts", "chunked", "prefix")},
 }))
+"""
+REFERENCE = "print('{}')\n"
+KERNELS = """import json
+rows = [{"case": "one", "difference": 0.5, "limit": 1.0}]
+groups = ("norm", "activation", "rotary", "attention", "quantized", "moe")
+print(json.dumps({"error": None, "groups": {name: {"error": None, "skipped": None, "rows": rows, "seconds": 0.1} for name in groups}}))
 """
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
 # What `nox -s smoke` runs after a smoke that passed.
 RECORD = ("-m", "workspace.pin")
+
+
+def judge_at_once(probes: Path) -> None:
+    """Put probes there that start no engine."""
+    for name, text in (("parity", PARITY), ("tiny_model", TINY), ("reference", REFERENCE), ("kernels", KERNELS)):
+        (probes / f"{name}.py").write_text(text)
 
 
 def run(world: World, *words: str) -> Ended:
@@ -58,8 +73,7 @@ def releases(materials: Materials) -> Releases:
 def _good(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
     made = make_world(materials, tmp_path_factory.mktemp("good"))
     probes = made.layout.probes
-    (probes / "parity.py").write_text(PARITY)
-    (probes / "tiny_model.py").write_text(TINY)
+    judge_at_once(probes)
     git(made.root, "commit", "--quiet", "--all", "-m", "A smoke for the small world")
     made.bootstrap()
     ended = smoke(made)

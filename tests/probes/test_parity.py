@@ -25,7 +25,7 @@ def probe() -> ModuleType:
 
 
 def answer(tokens: list[int], logprobs: list[float]) -> dict:
-    return {"prompt": [1, 2], "tokens": tokens, "logprobs": logprobs, "margin": 0.5}
+    return {"prompt": [1, 2], "tokens": tokens, "logprobs": logprobs, "margins": [0.5 + i for i in range(len(tokens))]}
 
 
 def test_tokens_count_up_to_the_first_that_differs(probe: ModuleType) -> None:
@@ -48,21 +48,35 @@ def test_vllm_that_stops_early_is_short_of_tokens_and_of_comparisons(probe: Modu
     assert (row["equal"], row["compared"]) == (1, 1)
 
 
+def test_place_where_tokens_part_tells_how_sure_the_reference_was(probe: ModuleType) -> None:
+    found = probe.summed([answer([5, 6, 7], [-1.0] * 3)], [answer([5, 9, 7], [-1.0] * 3)], 3, [[-1.0] * 3])
+    assert (found["partings"], found["behind"], found["equal"], found["wanted"], found["compared"]) == ([1.5], 2, 1, 6, 4)
+
+
+def test_answer_that_is_too_short_is_short_of_what_is_wanted_and_not_of_what_came(probe: ModuleType) -> None:
+    found = probe.summed([answer([5, 6], [-1.0] * 2)], [answer([5, 6], [-1.0] * 2)], 12)
+    assert (found["total"], found["equal"]) == (12, 2)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["."], "holds no config.json"),
-        (["MODEL", "--prompts", "0"], "--prompts is 1 to"),
-        (["MODEL", "--prompts", "99"], "--prompts is 1 to"),
-        (["MODEL", "--tokens", "0"], "--tokens at least 1"),
-        (["MODEL", "--device", "tpu"], "invalid choice"),
+        (["--model", "a=."], "holds no config.json"),
+        (["--model", "MODEL"], "is not NAME=FOLDER"),
+        (["--model", "a=MODEL", "--tokens", "0"], "--tokens is at least 1"),
+        (["--model", "a=MODEL", "--device", "tpu"], "invalid choice"),
+        (["--model", "a=MODEL", "--consistency", "b"], "is none of the models"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_imported(tmp_path: Path, words: list[str], said: str) -> None:
+@pytest.mark.parametrize("name", ["parity", "reference"])
+def test_bad_arguments_are_refused_before_anything_is_imported(tmp_path: Path, name: str, words: list[str], said: str) -> None:
+    if name == "reference" and "--consistency" in words:
+        said = "unrecognized arguments"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    words = [str(tmp_path / "model") if word == "MODEL" else word for word in words]
-    done = subprocess.run([sys.executable, PROBE, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    words = [word.replace("MODEL", str(tmp_path / "model")) for word in words]
+    words += ["--against", "rows.json"] if name == "parity" else []
+    done = subprocess.run([sys.executable, PROBE.with_name(f"{name}.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ TREE = record.Tree("v0.31.0", "c" * 40, "d" * 40, None)
 
 
 def composed(*checks: Check, parity: dict | None = None) -> dict:
-    return json.loads(record.encode(record.compose(checks, tree=TREE, machine=MACHINE, parity=parity or {}, seconds=20.0)))
+    return json.loads(record.encode(record.compose(checks, level="quick", tree=TREE, machine=MACHINE, parity=parity or {}, seconds=20.0)))
 
 
 def test_one_failed_check_or_none_at_all_is_no_pass() -> None:
@@ -23,20 +23,43 @@ def test_one_failed_check_or_none_at_all_is_no_pass() -> None:
 
 
 def test_record_names_tree_checks_versions_and_machine() -> None:
-    found = composed(GOOD, parity={"vllm": {"version": "0.31.0+cpu"}, "torch": {"version": "2.13.0+cpu", "cuda": None}, "equal": 320, "prompts": [1] * 999})
-    assert found["schema"] == 1
+    found = composed(
+        GOOD,
+        parity={"vllm": {"version": "0.31.0+cpu"}, "torch": {"version": "2.13.0+cpu", "cuda": None}, "models": {"llama": {"equal": 320}}, "prompts": [1] * 999},
+    )
+    assert found["schema"] == 2
     assert (found["pin"], found["tree"]) == ("v0.31.0", "d" * 40)
     assert found["checks"][0]["id"] == "binary.load"
     assert (found["versions"]["vllm"], found["versions"]["torch"]) == ("0.31.0+cpu", "2.13.0+cpu")
     assert found["machine"]["cores"] == 20
-    assert found["parity"] == {"equal": 320}
+    assert found["parity"] == {"models": {"llama": {"equal": 320}}}
 
 
 def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> None:
-    parity = {"max_difference": math.nan, "margin": -math.inf, "seconds": {"load": math.inf, "torch": 1.0}, "torch": "damaged", "vllm": None}
-    text = record.encode(record.compose([BAD], tree=TREE, machine=MACHINE, parity=parity, seconds=1.0))
+    parity = {
+        "models": {"llama": {"max_difference": math.nan, "margin": -math.inf}},
+        "seconds": {"load": math.inf, "torch": 1.0},
+        "torch": "damaged",
+        "vllm": None,
+    }
+    text = record.encode(record.compose([BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0))
     assert json.loads(text, parse_constant=lambda word: f"not JSON: {word}")["parity"] == {
-        "max_difference": None,
-        "margin": None,
+        "models": {"llama": {"max_difference": None, "margin": None}},
         "seconds": {"load": None, "torch": 1.0},
     }
+
+
+def test_record_is_of_this_tree_only_where_edits_and_build_are_the_same_and_it_passed() -> None:
+    now = record.Tree("v0.31.0", "c" * 40, "d" * 40, None, "b" * 64)
+    said = {"verdict": "pass", "tree": "d" * 40, "dirty": None, "built": "b" * 64}
+    assert record.is_of(said, now)
+    for change in ({"verdict": "fail"}, {"tree": "e" * 40}, {"dirty": "f" * 64}, {"built": "a" * 64}):
+        assert not record.is_of(said | change, now)
+    assert not record.is_of({}, now)
+    assert not record.is_of({"verdict": "pass", "tree": None, "dirty": None, "built": None}, record.Tree("v0.31.0", None, None, None))
+
+
+def test_skipped_checks_alone_are_no_pass() -> None:
+    skipped = Check("binary.cubins", "skipped", "no GPU", 0.0)
+    assert composed(skipped)["verdict"] == "fail"
+    assert composed(GOOD, skipped)["verdict"] == "pass"

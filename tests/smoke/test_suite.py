@@ -17,8 +17,11 @@ from workspace.core.process import Completed
 from workspace.core.settings import load
 from workspace.smoke import suite
 from workspace.smoke.__main__ import judge
+from workspace.smoke.catalogue import chosen
 from workspace.smoke.checks import Check, Expected
 
+# What one process says.
+SPOKEN = {"parity.llama", "parity.qwen3", "provenance.import", *(f"consistency.{name}" for name in suite.CONSISTENCY)}
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
 
 
@@ -32,10 +35,18 @@ class Clone:
         self.layout.probes.mkdir(parents=True)
         self.err = io.StringIO()
         self.probe("tiny_model", TINY)
-        self.says("verify", {"error": None, "libraries": [{"path": "vllm/_C.so", "verdict": "ok", "sha256": "a"}]})
+        self.says("verify", {"error": None, "libraries": [{"path": "vllm/_C.so", "verdict": "ok", "size": 1, "sha256": "a"}]})
+        group = {"error": None, "skipped": None, "seconds": 0.1, "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}]}
+        self.says("kernels", {"error": None, "groups": dict.fromkeys(suite.KERNELS, group)})
+        self.says("reference", {"error": None, "models": {}})
+        self.says(
+            "real_model", {"error": None, "answer": "Paris", "longest_run": 1, "most_repeated": 6, "finishes": [{"case": "x", "found": 1, "expected": 1}]}
+        )
         vllm = {"file": str(self.layout.vllm / "vllm" / "__init__.py"), "version": "1+cpu", "platform": "cpu", "kernels": ["vllm/_C.so"]}
-        measures = {"prompts": [{"same_prompt": True}], "equal": 2, "total": 2, "compared": 4, "max_difference": 0.0, "not_finite": 0}
-        self.says("parity", {"error": None, "vllm": vllm, "torch": {"version": "2"}, **measures})
+        same = {"error": None, "same_prompt": True, "equal": 2, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
+        same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "mean_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
+        measured = {"models": dict.fromkeys(("llama", "qwen3", "mixtral", "model"), same), "consistency": dict.fromkeys(suite.CONSISTENCY, same)}
+        self.says("parity", {"error": None, "vllm": vllm, "torch": {"version": "2", "cuda": None}, **measured})
 
     def probe(self, name: str, code: str) -> None:
         (self.layout.probes / f"{name}.py").write_text(code)
@@ -43,11 +54,13 @@ class Clone:
     def says(self, name: str, record: dict) -> None:
         self.probe(name, f"import sys\nprint('a greeting', file=sys.stderr)\nprint({json.dumps(json.dumps(record))})\n")
 
-    def run(self, *, timeout_s: float = 30.0, **shell: str) -> dict[str, Check]:
+    def run(self, *, timeout_s: float = 30.0, model: str = "tiny", looks: tuple[str, str] = ("same", "same"), **shell: str) -> dict[str, Check]:
         settings = load(self.layout, environ={"PATH": "/usr/bin:/bin", **shell})
-        expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": "a"})
+        expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": (1, "a")})
+        seen = iter(looks)
         with Journal(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as journal:
-            checks, _ = suite.run(self.layout, settings, expected, journal=journal, timeout_s=timeout_s)
+            asked = suite.Asked("quick", model, timeout_s)
+            checks, _ = suite.run(self.layout, settings, expected, asked, journal=journal, look=lambda: next(seen))
         return {check.identifier: check for check in checks}
 
     def failed(self, **words: object) -> set[str]:
@@ -65,7 +78,16 @@ def clone(tmp_path: Path) -> Clone:
 def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(clone: Clone) -> None:
     assert clone.failed() == set()
     rows = [line.split() for line in clone.err.getvalue().splitlines() if not line.startswith("+ ")]
-    assert [row[:2] for row in rows] == [["ok", "binary.load"], ["ok", "parity.llama"], ["ok", "provenance.import"]]
+    assert {row[1]: row[0] for row in rows} == {name: "skipped" if name == "binary.cubins" else "ok" for name in chosen("quick", has_model=False)}
+
+
+def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert clone.run(model=str(tmp_path / "mine"))["parity.model"].verdict == "pass"
+
+
+def test_edit_of_the_tree_while_it_is_judged_fails(clone: Clone) -> None:
+    assert clone.failed(looks=("one", "other")) == {"provenance.tree"}
 
 
 def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(clone: Clone, tmp_path: Path) -> None:
@@ -104,12 +126,12 @@ def test_probe_without_a_document_fails_its_checks_and_no_others(clone: Clone, c
     clone.probe("parity", code)
     found = clone.run()
     assert found["parity.llama"].evidence == said
-    assert {name for name, check in found.items() if check.verdict == "fail"} == {"parity.llama", "provenance.import"}
+    assert {name for name, check in found.items() if check.verdict == "fail"} == SPOKEN
 
 
 def test_what_a_failed_probe_said_is_kept_in_the_log_without_secrets(clone: Clone) -> None:
     clone.probe("verify", "import os, sys\nprint('token', os.environ.get('HF_TOKEN'), file=sys.stderr)\nprint('why it failed', file=sys.stderr)\nsys.exit(1)\n")
-    assert clone.failed(HF_TOKEN="hf_geheim") == {"binary.load"}
+    assert clone.failed(HF_TOKEN="hf_geheim") == {"binary.load", "provenance.libraries"}
     assert "why it failed" in clone.log()
     assert "hf_geheim" not in clone.log() + clone.err.getvalue()
 
@@ -124,7 +146,7 @@ def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judg
 
 def test_missing_interpreter_is_a_failed_check_and_no_crash(clone: Clone) -> None:
     clone.layout.environment_python.unlink()
-    assert clone.failed() == {"binary.load", "parity.llama", "provenance.import"}
+    assert clone.failed() == set(chosen("quick", has_model=False)) - {"binary.cubins", "provenance.tree"}
 
 
 def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_count(clone: Clone, tmp_path: Path) -> None:
@@ -135,6 +157,8 @@ def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_
     assert not Path(folder).is_relative_to(tmp_path)
     assert not os.path.exists(folder)
     assert {name: environment[name] for name in suite.ENVIRONMENT} == suite.ENVIRONMENT
+    # Its own watch ends it, with stacks, before its caller does.
+    assert float(environment[suite.LIMIT]) < 30.0
     assert "PYTHONPATH" not in environment
 
 
@@ -143,9 +167,10 @@ def test_only_the_last_line_of_talk_is_taken_for_the_reason() -> None:
 
 
 def test_failed_checks_are_named_with_the_way_on_from_the_most_telling_one() -> None:
-    fine, load_, words = (Check(name, verdict, "", 0.0) for name, verdict in (("provenance.import", "pass"), ("binary.load", "fail"), ("parity.llama", "fail")))
+    said = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
+    fine, load_, words = (Check(name, verdict, "no", 0.0) for name, verdict in said.items())  # type: ignore[arg-type]
     judge((fine,), log=None)
     with pytest.raises(SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load") as caught:
         judge((words, fine, load_), log=".workspace/logs/x.log")
     assert "inv bootstrap" in (caught.value.hint or "")
-    assert caught.value.details == ("log: .workspace/logs/x.log",)
+    assert caught.value.details == ("parity.llama: no", "binary.load: no", "log: .workspace/logs/x.log")

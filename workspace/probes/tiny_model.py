@@ -21,7 +21,13 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 SPREAD = 0.3
 SPECIAL = ("<s>", "</s>", "<unk>")
 # Llama's and Qwen3's forms differ here in what attention does to queries and keys: Qwen3 normalises them by head.
-ARCHITECTURES = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen3": ("Qwen3Config", "Qwen3ForCausalLM")}
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+}
+# Few experts, so that each is chosen by some token.
+MORE = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}}
 
 
 def make(folder: Path, architecture: str, seed: int) -> None:
@@ -41,6 +47,7 @@ def make(folder: Path, architecture: str, seed: int) -> None:
         pad_token_id=1,
         dtype="float32",
         **SHAPE,
+        **MORE.get(architecture, {}),
     )
     model = model_class(config).to(torch.float32).eval()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
+from workspace.smoke.catalogue import CATALOGUE, Level
 from workspace.smoke.checks import Check
 
 # Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a start alone has taken 123 s.
@@ -21,16 +22,12 @@ TIMEOUT_S = 600.0
 # A day; poll(2) counts milliseconds in 32 bits.
 LONGEST_TIMEOUT_S = 86400.0
 
-# The way on from each failed check, most telling first.
-_NEXT = {
-    "binary.load": "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # takes the compiled libraries anew",
-    "provenance.import": "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap",
-    "parity.llama": "git -C vendor/vllm diff refs/patches/base --stat   # what differs from the pin",
-}
 
-
-def smoke(layout: Layout, settings: Settings, *, console: Console, json_file: Path | None, timeout_s: float) -> None:
+def smoke(
+    layout: Layout, settings: Settings, *, console: Console, json_file: Path | None, timeout_s: float, level: Level = "quick", model: str = "tiny"
+) -> None:
     """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check failed or nothing is built."""
+    from workspace.build import plan
     from workspace.build.status import require_built
     from workspace.environment import check, machine
     from workspace.smoke import record, suite
@@ -39,12 +36,15 @@ def smoke(layout: Layout, settings: Settings, *, console: Console, json_file: Pa
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     expected = suite.expect(layout, observed)
+    asked = suite.Asked(level, model, timeout_s)
     # What is judged must not change meanwhile.
     with lock.hold(layout.lock, verb="nox -s smoke") as held, Journal(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as journal:
-        checks, parity = suite.run(layout, settings, expected, journal=journal, timeout_s=timeout_s)
+        tree = record.tree(layout, observed)
+        checks, parity = suite.run(layout, settings, expected, asked, journal=journal, look=lambda: record.tree(layout, plan.observe(layout, settings)))
         document = record.compose(
             checks,
-            tree=record.tree(layout, observed),
+            level=level,
+            tree=tree,
             machine=machine.observe(settings),
             parity=parity,
             seconds=time.monotonic() - started,
@@ -59,17 +59,20 @@ def smoke(layout: Layout, settings: Settings, *, console: Console, json_file: Pa
 
 
 def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
-    """Raise SmokeError naming the failed checks, each of which has said why in its row."""
+    """Raise SmokeError with one line for each failed check, and the way on from the most telling one."""
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        hint = next(step for name, step in _NEXT.items() if any(check.identifier == name for check in failed))
+        hint = next(entry.cure for name, entry in CATALOGUE.items() if any(check.identifier == name for check in failed))
         message = f"{len(failed)} of {len(checks)} checks failed: {', '.join(check.identifier for check in failed)}"
-        raise SmokeError(message, hint=hint, details=(f"log: {log}",) if log else ())
+        lines = tuple(f"{check.identifier}: {check.evidence}" for check in failed)
+        raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))
 
 
 def main() -> int:
     description = "Judge whether the built vLLM computes rightly. The record goes to stdout and .workspace/smoke.json."
     parser = argparse.ArgumentParser(prog="nox -s smoke --", description=description)
+    parser.add_argument("--level", choices=("quick", "full"), default="quick", help="full adds experts, torch.compile, a real model")
+    parser.add_argument("--model", default="tiny", metavar="NAME", help="compare this one too: smollm2, a folder, or a name whose files are on disk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, metavar="SECONDS", help=f"how long each probe may take (default {TIMEOUT_S:g})")
     arguments = parser.parse_args()
@@ -78,7 +81,8 @@ def main() -> int:
     layout = layouts.here()
 
     def work() -> None:
-        smoke(layout, door.load_settings(layout), console=door.console(), json_file=arguments.json, timeout_s=arguments.timeout_s)
+        wanted = {"level": arguments.level, "model": arguments.model, "timeout_s": arguments.timeout_s}
+        smoke(layout, door.load_settings(layout), console=door.console(), json_file=arguments.json, **wanted)
 
     return door.run(work)
 

@@ -1,51 +1,43 @@
-"""The verdicts of the smoke: pure functions from what a probe found, and what was stamped, to pass or fail with evidence.
-
-Identifiers are stable: records of different days are compared by them.
-"""
+"""The verdicts on what was built and what is imported: pure functions from what a probe found, and what was stamped, to pass or fail with evidence."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Verdict = Literal["pass", "fail"]
+from workspace.smoke.catalogue import CATALOGUE, Need
 
-# Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3) to 1e-4 (Llama) where all is right, 0.12 with an
-# attention scale that is off by 1 %, which left all 320 tokens as they were. The reference's nearest second choice is 1e-2 away, so that within
-# the limit no rounding can change a token.
-MAX_DIFFERENCE = 1e-3
-
-MEANINGS: Mapping[str, str] = {
-    "binary.load": "every compiled library of the tree is the one that was verified, and loads with all symbols bound",
-    "provenance.import": "vLLM comes from vendor/vllm and is, with its torch, the one that was installed",
-    "parity.llama": f"a tiny Llama says what Hugging Face says: the same greedy tokens, log-probabilities within {MAX_DIFFERENCE:g}",
-}
+Verdict = Literal["pass", "fail", "skipped"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One judgement. `evidence` is what was observed, in one sentence; `seconds` what it took to find out."""
+    """One judgement. `evidence` is what was observed, or why nothing was, in one sentence; `seconds` what it took to find out."""
 
     identifier: str
     verdict: Verdict
     evidence: str
     seconds: float
+    # Everything that is wrong, where it is more than the evidence says.
+    problems: tuple[str, ...] = ()
 
     @property
     def meaning(self) -> str:
-        return MEANINGS[self.identifier]
+        return CATALOGUE[self.identifier].meaning
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the stamps say was built. `libraries` maps a path below the tree to its SHA-256."""
+    """What the stamps say was built. `libraries` maps a path below the tree to its size and SHA-256; `cuda` is None for torch without."""
 
     tree: Path
     version: str
     torch: str
     device: Literal["cpu", "cuda"]
-    libraries: Mapping[str, str]
+    libraries: Mapping[str, tuple[int, str]]
+    cuda: str | None = None
+    triton: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,31 +49,39 @@ class Answer:
     seconds: float
 
 
-def binary_load(answer: Answer, expected: Expected) -> Check:
-    """Judge probes/verify.py's libraries against the stamp's."""
-    rows = _rows(answer.record, "libraries")
+def libraries(answer: Answer, expected: Expected) -> Check:
+    """Judge which files probes/verify.py has found. A library of another version, or one cut by a third, loads and computes the same."""
+    found = {str(row.get("path")): row for row in rows(answer.record, "libraries")}
     problems = [answer.problem] if answer.problem else []
-    problems += [str(answer.record["error"])] if answer.record.get("error") else []
-    found = {str(row.get("path")): row for row in rows}
-    problems += [f"{path}: {row.get('error')}" for path, row in found.items() if row.get("verdict") == "broken"]
-    if not problems:
+    if not answer.problem:
         problems += [f"{path} is missing" for path in expected.libraries if path not in found]
-        changed = [path for path, digest in expected.libraries.items() if path in found and found[path].get("sha256") != digest]
-        problems += [f"{path} is not the file that was verified" for path in changed]
+        for path, (size, digest) in expected.libraries.items():
+            if path in found and (found[path].get("size"), found[path].get("sha256")) != (size, digest):
+                problems.append(f"{path} is not the file that was verified")
         problems += [f"{path} was not there when the build was verified" for path in found if path not in expected.libraries]
         problems += [] if found else ["the tree holds no compiled library"]
-    skipped = sum(row.get("verdict") in ("other cpu", "other python") for row in rows)
-    fine = f"{len(found) - skipped} libraries" + (f", {skipped} for other processors or Pythons not tried" if skipped else "")
-    return _check("binary.load", problems, fine, answer.seconds)
+    return judged("provenance.libraries", problems, f"{len(found)} libraries, as stamped", answer.seconds)
+
+
+def binary_load(answer: Answer) -> Check:
+    """Judge how probes/verify.py could load them."""
+    found = rows(answer.record, "libraries")
+    problems = [answer.problem] if answer.problem else []
+    problems += [str(answer.record["error"])] if answer.record.get("error") else []
+    problems += [f"{row.get('path')}: {row.get('error')}" for row in found if row.get("verdict") not in ("ok", "other cpu", "other python")]
+    problems += [] if found or problems else ["the tree holds no compiled library"]
+    others = sum(row.get("verdict") in ("other cpu", "other python") for row in found)
+    fine = f"{len(found) - others} libraries" + (f", {others} for other processors or Pythons not tried" if others else "")
+    return judged("binary.load", problems, fine, answer.seconds)
 
 
 def provenance(answer: Answer, expected: Expected) -> Check:
     """Judge which vLLM the process that generated the tokens had imported."""
     record = answer.record
-    vllm, torch = _section(record, "vllm"), _section(record, "torch")
+    vllm, torch = section(record, "vllm"), section(record, "torch")
     if answer.problem or not vllm.get("file"):
         why = answer.problem or str(record.get("error") or "the probe does not say it")
-        return _check("provenance.import", [f"not known which vLLM is imported: {why}"], "", answer.seconds)
+        return judged("provenance.import", [f"not known which vLLM is imported: {why}"], "", answer.seconds)
     problems = []
     if not Path(str(vllm["file"])).is_relative_to(expected.tree):
         problems.append(f"vllm was imported from {vllm['file']}, not from {expected.tree}")
@@ -89,56 +89,50 @@ def provenance(answer: Answer, expected: Expected) -> Check:
         ("vllm", vllm.get("version"), expected.version),
         ("its platform", vllm.get("platform"), expected.device),
         ("torch", torch.get("version"), expected.torch),
+        ("torch's CUDA", torch.get("cuda"), expected.cuda),
+        ("triton", record.get("triton"), expected.triton),
     ):
         if found != stamped:
-            problems.append(f"{name} is {found or 'none'}, stamped is {stamped}")
+            problems.append(f"{name} is {found or 'none'}, stamped is {stamped or 'none'}")
     if not record.get("error") and not vllm.get("kernels"):
         problems.append("vLLM generated without a compiled library of the tree")
-    return _check("provenance.import", problems, f"vllm {vllm.get('version')}, torch {torch.get('version')}", answer.seconds)
+    said = f"vllm {vllm.get('version')}, torch {torch.get('version')}" + (f", triton {expected.triton}" if expected.triton else "")
+    return judged("provenance.import", problems, said, 0.0)
 
 
-def parity(answer: Answer, identifier: str = "parity.llama") -> Check:
-    """Judge probes/parity.py's comparison: every token equal, every log-probability finite and nearer than MAX_DIFFERENCE.
-
-    Equal tokens are asked for in float32 only; in bfloat16 near-ties flip and everything after a flip differs.
-    """
-    record = answer.record
-    if answer.problem or record.get("error"):
-        return _check(identifier, [answer.problem or str(record["error"])], "", answer.seconds)
-    equal, total, compared, not_finite = (_number(record, name) for name in ("equal", "total", "compared", "not_finite"))
-    difference = _number(record, "max_difference")
-    said = f"{equal:g}/{total:g} tokens equal, largest log-probability difference {difference:.1e}"
-    problems = []
-    if any(row.get("same_prompt") is not True for row in _rows(record, "prompts")):
-        problems.append("vLLM and Hugging Face make different tokens of the same prompt")
-    if not_finite:
-        problems.append(f"{not_finite:g} of {compared:g} log-probabilities are not finite numbers")
-    # Each token is compared twice, as vLLM's own (decode) and given to it (prefill); fewer means that something was left out.
-    if not (total > 0 and equal == total and compared == 2 * total):
-        problems.append(f"{said}; {compared:g} of {2 * total:g} comparisons made")
-    elif not difference < MAX_DIFFERENCE:
-        problems.append(f"{said}, allowed is {MAX_DIFFERENCE:g}")
-    return _check(identifier, problems, said, answer.seconds)
+def tree(before: object, after: object, seconds: float) -> Check:
+    """Judge whether what was edited meanwhile makes the other verdicts worth nothing."""
+    problems = [] if before == after else ["vendor/vllm was changed while it was judged"]
+    return judged("provenance.tree", problems, "unchanged", seconds)
 
 
-def _check(identifier: str, problems: list[str], fine: str, seconds: float) -> Check:
+def settled(check: Check, *, lacks: frozenset[Need]) -> Check:
+    """A check may be skipped only where the machine lacks what it needs."""
+    need = CATALOGUE[check.identifier].need
+    if check.verdict != "skipped" or need in lacks:
+        return check
+    return Check(check.identifier, "fail", f"skipped on a machine that has what it needs: {check.evidence}", check.seconds)
+
+
+def judged(identifier: str, problems: Sequence[str], fine: str, seconds: float) -> Check:
+    seconds = seconds if math.isfinite(seconds) else 0.0
     if not problems:
         return Check(identifier, "pass", fine, seconds)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return Check(identifier, "fail", problems[0] + more, seconds)
+    return Check(identifier, "fail", problems[0] + more, seconds, tuple(problems[1:]))
 
 
-def _section(record: Mapping[str, object], name: str) -> Mapping[str, object]:
-    section = record.get(name)
-    return section if isinstance(section, dict) else {}
+def section(record: Mapping[str, object], name: str) -> Mapping[str, object]:
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
 
 
-def _rows(record: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    rows = record.get(name)
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+def rows(record: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    found = record.get(name)
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
-def _number(record: Mapping[str, object], name: str) -> float:
+def number(record: Mapping[str, object], name: str) -> float:
     """NaN for anything that is no number: it fails every comparison."""
     found = record.get(name)
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan

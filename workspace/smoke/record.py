@@ -1,6 +1,7 @@
 """The record of one smoke: one JSON document that says what was judged, on what, and where. Read by `inv status` and by the gate."""
 
 import datetime
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,33 +12,51 @@ from workspace.core.layout import Layout
 from workspace.environment.machine import Machine
 from workspace.smoke.checks import Check, Verdict
 
-SCHEMA = 1
-# What of the parity probe's document is worth comparing between days; the tokens themselves are not.
-_MEASURES = ("equal", "total", "compared", "max_difference", "margin", "not_finite", "device", "gpu", "seconds")
+SCHEMA = 2
+# What of the parity probe's document is worth comparing between days; the tokens themselves are not in it.
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """What vendor/vllm held: the tree of its commit, and a digest of edits on top, None without."""
+    """What vendor/vllm held: the tree of its commit, and a digest of edits on top, None without. `built` is one of everything that was stamped."""
 
     pin: str
     commit: str | None
     oid: str | None
     dirty: str | None
+    built: str | None = None
 
 
 def verdict(checks: Sequence[Check]) -> Verdict:
-    """Pass where there are checks and all pass."""
-    return "pass" if checks and all(check.verdict == "pass" for check in checks) else "fail"
+    """Pass where there are checks, some pass and none fails; whether one may be skipped was judged before."""
+    said = {check.verdict for check in checks}
+    return "pass" if "pass" in said and "fail" not in said else "fail"
 
 
 def tree(layout: Layout, observed: plan.Observation) -> Tree:
     """Name the sources that are judged; edited files count with their content as it is now."""
     stack = observed.stack
-    return Tree(observed.pin.tag, stack.head if stack else None, stack.tree if stack else None, plan.edits_digest(layout, stack))
+    return Tree(observed.pin.tag, stack.head if stack else None, stack.tree if stack else None, plan.edits_digest(layout, stack), _built(observed))
 
 
-def compose(checks: Sequence[Check], *, tree: Tree, machine: Machine, parity: Mapping[str, object], seconds: float) -> dict[str, object]:
+def is_of(said: Mapping[str, object], now: Tree) -> bool:
+    """Whether a record is of a smoke that passed on this tree, these edits and this build."""
+    return (
+        said.get("verdict") == "pass"
+        and now.oid is not None
+        and all(said.get(name) == text for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built)))
+    )
+
+
+def _built(observed: plan.Observation) -> str:
+    stamps = [asdict(layer.recorded) if layer.recorded else None for layer in (observed.environment, observed.kernels)]
+    # How long it took, and with how many jobs, is no part of what was built.
+    parts = [{name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None for stamp in stamps]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def compose(checks: Sequence[Check], *, level: str, tree: Tree, machine: Machine, parity: Mapping[str, object], seconds: float) -> dict[str, object]:
     """Put the record together. Times are UTC, durations seconds, differences nats."""
     torch = parity.get("torch")
     vllm = parity.get("vllm")
@@ -45,15 +64,18 @@ def compose(checks: Sequence[Check], *, tree: Tree, machine: Machine, parity: Ma
         "schema": SCHEMA,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "verdict": verdict(checks),
+        "level": level,
         "pin": tree.pin,
         "commit": tree.commit,
         "tree": tree.oid,
         "dirty": tree.dirty,
+        "built": tree.built,
         "checks": [_row(check) for check in checks],
         "versions": {
             "vllm": vllm.get("version") if isinstance(vllm, dict) else None,
             "torch": torch.get("version") if isinstance(torch, dict) else None,
             "cuda": torch.get("cuda") if isinstance(torch, dict) else None,
+            "triton": parity.get("triton"),
             "transformers": parity.get("transformers"),
             "python": parity.get("python"),
         },
@@ -71,7 +93,14 @@ def _writable(measured: object) -> object:
 
 
 def _row(check: Check) -> dict[str, object]:
-    return {"id": check.identifier, "meaning": check.meaning, "verdict": check.verdict, "evidence": check.evidence, "seconds": round(check.seconds, 2)}
+    row: dict[str, object] = {
+        "id": check.identifier,
+        "meaning": check.meaning,
+        "verdict": check.verdict,
+        "evidence": check.evidence,
+        "seconds": round(check.seconds, 2),
+    }
+    return row | ({"problems": list(check.problems)} if check.problems else {})
 
 
 def encode(record: Mapping[str, object]) -> str:

@@ -3,24 +3,34 @@
 A probe that hangs, dies or says nothing is a failed check and leaves no process.
 """
 
-import contextlib
 import json
+import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.build import plan
+from workspace.build.native import cubins
 from workspace.core import process
-from workspace.core.errors import BuildError, SmokeError, ToolchainError
+from workspace.core.console import State
+from workspace.core.errors import BuildError, SmokeError, SourceError, ToolchainError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.engine import models, surroundings
-from workspace.smoke import checks
+from workspace.environment import interpreter, machine
+from workspace.smoke import checks, computed
+from workspace.smoke.catalogue import Level, Need, chosen
 from workspace.smoke.checks import Answer, Check, Expected
 
-NAME_WIDTH = 19
+NAME_WIDTH = 22
+# Of a probe's own watch: it ends before its caller's patience does, and tells the stacks.
+LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
+_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
+KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
+CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 
 # One process, no compilation, no network, little memory; what the developer's own shell says about engines does not count here.
 ENVIRONMENT: Mapping[str, str] = {
@@ -30,6 +40,16 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
+COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants judged. `model` is tiny, smollm2, a folder, or a name on the hub whose files are on disk; `timeout_s` bounds each probe."""
+
+    level: Level = "quick"
+    model: str = "tiny"
+    timeout_s: float = 600.0
 
 
 def expect(layout: Layout, observed: plan.Observation) -> Expected:
@@ -38,72 +58,168 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
     version = stamped.outcome.get("version") if stamped else None
     if stamped is None or version is None or observed.torch is None:
         raise SmokeError("the stamp of the build does not say what was built", hint="./scripts/inv bootstrap")
-    torch = stamped.inputs.get("torch", observed.torch.version).split(" CUDA ")[0]
-    libraries = {library.path: library.sha256 for library in stamped.libraries}
-    return Expected(layout.vllm.resolve(), version, torch, observed.device, libraries)
+    torch, _, cuda = stamped.inputs.get("torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}").partition(" CUDA ")
+    libraries = {library.path: (library.size, library.sha256) for library in stamped.libraries}
+    triton = interpreter.installed(layout).get("triton") if observed.device == "cuda" else None
+    return Expected(layout.vllm.resolve(), version, torch, observed.device, libraries, None if cuda in ("", "none") else cuda, triton)
 
 
-def run(layout: Layout, settings: Settings, expected: Expected, *, journal: Journal, timeout_s: float) -> tuple[tuple[Check, ...], Mapping[str, object]]:
-    """Return the verdicts, each shown as it falls, and the parity probe's document for the record. `timeout_s` bounds each probe."""
+def run(
+    layout: Layout, settings: Settings, expected: Expected, asked: Asked, *, journal: Journal, look: Callable[[], object]
+) -> tuple[tuple[Check, ...], Mapping[str, object]]:
+    """Return the verdicts, each shown as it falls, and the parity probe's document for the record. `look` returns what of the tree must not change."""
+    before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        ask = _Asker(layout, settings, Path(neutral), journal, timeout_s)
-        with _shown(journal, "binary.load") as show:
-            loaded = show(checks.binary_load(ask("verify.py", str(layout.vllm), "--no-import"), expected))
-        with _shown(journal, "parity.llama") as show:
-            answer = _compare(layout, settings, ask, expected.device, journal)
-            compared = show(checks.parity(answer))
-        # The process that made the tokens says where it had its vLLM from; another one's word would prove less.
-        with _shown(journal, "provenance.import") as show:
-            origin = show(checks.provenance(answer, expected))
-    return (loaded, compared, origin), answer.record
+        suite = _Suite(layout, settings, expected, asked, Path(neutral), journal)
+        suite.binary()
+        suite.kernels()
+        suite.compare()
+        if asked.level == "full":
+            suite.more()
+    suite.found(lambda: (checks.tree(before, look(), 0.0),), "provenance.tree")
+    missing = set(chosen(asked.level, has_model=asked.model != "tiny")) - {check.identifier for check in suite.checks}
+    assert not missing, f"no verdict for {missing}"
+    return tuple(suite.checks), suite.document
 
 
-@contextlib.contextmanager
-def _shown(journal: Journal, identifier: str) -> Iterator[Callable[[Check], Check]]:
-    """A spinner while the block runs, and a row with the verdict that it was given."""
-    with journal.console.step(identifier.ljust(NAME_WIDTH)) as view:
+class _Suite:
+    """One run: the probes that it asks, and the checks that have their verdict."""
 
-        def show(check: Check) -> Check:
-            view.state, view.reason = "ok" if check.verdict == "pass" else "FAIL", check.evidence
-            return check
+    def __init__(self, layout: Layout, settings: Settings, expected: Expected, asked: Asked, folder: Path, journal: Journal) -> None:
+        self._layout, self._settings, self._expected, self._asked, self._folder, self._journal = layout, settings, expected, asked, folder, journal
+        self._lacks: frozenset[Need] = frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
+        self.checks: list[Check] = []
+        self.document: Mapping[str, object] = {}
 
-        yield show
+    def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
+        """Show a spinner while something is judged, then a row for each verdict."""
+        with self._journal.console.step(first.ljust(NAME_WIDTH)) as view:
+            done = [checks.settled(check, lacks=self._lacks) for check in judge()]
+            view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
+        for check in done[1:]:
+            self._journal.console.row(_STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence)
+        self.checks += done
 
+    def binary(self) -> None:
+        def judge() -> tuple[Check, ...]:
+            answer = self._ask("verify.py", str(self._layout.vllm), "--no-import")
+            return checks.libraries(answer, self._expected), checks.binary_load(answer), self._cubins()
 
-def _compare(layout: Layout, settings: Settings, ask: "_Asker", device: str, journal: Journal) -> Answer:
-    started = time.monotonic()
-    journal.phase("tiny model")
-    try:
-        folder = models.tiny(layout, settings, journal=journal)
-    except (BuildError, ToolchainError) as exc:
-        return Answer({}, exc.message, time.monotonic() - started)
-    return ask("parity.py", str(folder), "--device", device)
+        self.found(judge, "provenance.libraries")
 
+    def kernels(self) -> None:
+        def judge() -> tuple[Check, ...]:
+            answer = self._ask("kernels.py", "--device", self._expected.device)
+            return tuple(computed.kernels(answer, group) for group in KERNELS)
 
-class _Asker:
-    """Runs a probe in a neutral folder, where no import can come from by accident."""
+        self.found(judge, "kernels.norm")
 
-    def __init__(self, layout: Layout, settings: Settings, folder: Path, journal: Journal, timeout_s: float) -> None:
-        self._layout, self._folder, self._journal, self._timeout_s = layout, folder, journal, timeout_s
-        # What the shell says of torch's threads and vLLM's caches goes in, what it says of these does not.
-        self._environment = surroundings.variables(layout, settings, more=ENVIRONMENT)
+    def compare(self) -> None:
+        """Parity of the tiny models, consistency of one of them, and whose vLLM it was that spoke."""
+        names: list[models.Architecture] = ["llama", "qwen3", *(["mixtral"] if self._asked.level == "full" else [])]  # type: ignore[list-item]
 
-    def __call__(self, probe: str, *words: str) -> Answer:
+        def judge() -> tuple[Check, ...]:
+            answer = self._tiny(names)
+            self.document = answer.record
+            parity = tuple(computed.parity(answer, name) for name in names)
+            same = tuple(computed.consistency(answer, name) for name in CONSISTENCY)
+            # The process that made the tokens says where it had its vLLM from; another one's word would prove less.
+            return *parity, *same, checks.provenance(answer, self._expected)
+
+        self.found(judge, "parity.llama")
+        if self._asked.model != "tiny":
+            self.found(lambda: (computed.parity(self._named(), "model"),), "parity.model")
+
+    def more(self) -> None:
+        """What takes a while: torch.compile, and a model that was trained."""
+        self.found(lambda: (self._compiled(),), "consistency.compiled")
+        device = ("--device", self._expected.device)
+        self.found(lambda: computed.real(self._with_smollm2(lambda folder: self._ask("real_model.py", folder, *device))), "real.answer")
+
+        def judge() -> tuple[Check, ...]:
+            form = ("--dtype", "bfloat16", "--tokens", "16")
+            return (computed.bfloat16(self._with_smollm2(lambda folder: self._parity({"smollm2": folder}, form=form)), "smollm2"),)
+
+        self.found(judge, "parity.bfloat16")
+
+    def _cubins(self) -> Check:
         started = time.monotonic()
+        if self._expected.device == "cpu":
+            return Check("binary.cubins", "skipped", "built for the CPU: no library holds code for a GPU", 0.0)
+        capabilities = tuple(gpu.capability for gpu in machine.observe(self._settings).gpus if gpu.capability)
+        archs = self._settings.text("TORCH_CUDA_ARCH_LIST")
+        if not capabilities and not archs:
+            return Check("binary.cubins", "skipped", "there is no GPU here, and no TORCH_CUDA_ARCH_LIST to judge against", 0.0)
+        listed = cubins.list_cubins(self._layout, self._settings, [self._layout.vllm / path for path in self._expected.libraries])
+        said = cubins.judge(listed, capabilities=capabilities, archs=archs)
+        problems = [f"{one.library} {one.sentence}" for one in said if one.state == "wrong"]
+        fine = f"{sum(one.state == 'ok' for one in said)} libraries serve {', '.join(capabilities) or archs}"
+        return checks.judged("binary.cubins", problems, fine, time.monotonic() - started)
+
+    def _tiny(self, names: list[models.Architecture]) -> Answer:
+        def ask() -> Answer:
+            made = {name: str(models.tiny(self._layout, self._settings, journal=self._journal, architecture=name)) for name in names}
+            return self._parity(made, "--consistency", "llama", "--keep", str(self._folder / "rows.json"))
+
+        self._journal.phase("tiny models")
+        return _made(ask)
+
+    def _named(self) -> Answer:
+        model = self._asked.model
+        if model == "smollm2":
+            return self._with_smollm2(lambda folder: self._parity({"model": folder}))
+        return self._parity({"model": model})
+
+    def _parity(self, folders: Mapping[models.Architecture, str] | Mapping[str, str], *words: str, form: tuple[str, ...] = ()) -> Answer:
+        """Ask Hugging Face, then vLLM; `form` is for both."""
+        shared = [*(f"--model={name}={folder}" for name, folder in folders.items()), "--device", self._expected.device, *form]
+        answer = self._ask("reference.py", *shared)
+        if answer.problem:
+            return Answer({}, f"Hugging Face: {answer.problem}", answer.seconds)
+        expected = self._folder / "reference.json"
+        expected.write_text(json.dumps(answer.record))
+        return self._ask("parity.py", *shared, "--against", str(expected), *words)
+
+    def _compiled(self) -> Check:
+        rows = self._folder / "rows.json"
+        if not rows.is_file():
+            return checks.judged("consistency.compiled", ["there is no answer of the eager engine to compare with"], "", 0.0)
+        model = models.tiny(self._layout, self._settings, journal=self._journal)
+        words = (f"--model=llama={model}", "--compiled", "--against", str(rows), "--device", self._expected.device)
+        return computed.parity(self._ask("parity.py", *words, environment=COMPILED), "llama", "consistency.compiled")
+
+    def _with_smollm2(self, ask: Callable[[str], Answer]) -> Answer:
+        return _made(lambda: ask(str(models.smollm2(self._layout, self._settings, journal=self._journal))))
+
+    def _ask(self, probe: str, *words: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
+        """Run a probe in a neutral folder, where no import can come from by accident."""
+        started = time.monotonic()
+        # What the shell says of torch's threads and vLLM's caches goes in, what it says of these does not.
+        variables = surroundings.variables(self._layout, self._settings, more={**environment, LIMIT: f"{0.8 * self._asked.timeout_s:g}"})
         argv: list[process.Argument] = [self._layout.environment_python, self._layout.probes / probe, *words]
         record: Mapping[str, object] = {}
         try:
-            done = process.capture(argv, env=self._environment, cwd=self._folder, timeout_s=self._timeout_s)
+            done = process.capture(argv, env=variables, cwd=self._folder, timeout_s=self._asked.timeout_s)
         except ToolchainError as exc:
             seconds = time.monotonic() - started
-            hangs = f"{probe} gave no answer in {self._timeout_s:g} s and was ended"
-            return Answer(record, hangs if seconds >= self._timeout_s else exc.message, seconds)
+            hangs = f"{probe} gave no answer in {self._asked.timeout_s:g} s and was ended"
+            return Answer(record, hangs if seconds >= self._asked.timeout_s else exc.message, seconds)
         record, problem = read(done)
-        if problem or record.get("error"):
+        if problem or "error" in done.stdout:
             self._journal.phase(probe)
+            self._journal.write(shlex.join([str(word) for word in argv]))
             for line in done.stderr.splitlines():
                 self._journal.write(line)
         return Answer(record, problem, time.monotonic() - started)
+
+
+def _made(ask: Callable[[], Answer]) -> Answer:
+    """What a question brings, or why its model could not be made."""
+    started = time.monotonic()
+    try:
+        return ask()
+    except (BuildError, SourceError, ToolchainError) as exc:
+        return Answer({}, exc.message, time.monotonic() - started)
 
 
 def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pin.conftest import PARITY, ROWS, TINY, smoke, user_files
+from tests.pin.conftest import ROWS, judge_at_once, smoke, user_files
 from tests.small.index import Fault
 from tests.small.materials import Materials, git
 from tests.small.releases import CLEAN, CONFLICT, RED, UPSTREAMED, Releases
@@ -195,8 +195,7 @@ def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_t
 @pytest.fixture
 def from_git(materials: Materials, releases: Releases, tmp_path) -> Iterator[World]:
     made = make_world(materials, tmp_path)
-    (made.layout.probes / "parity.py").write_text(PARITY)
-    (made.layout.probes / "tiny_model.py").write_text(TINY)
+    judge_at_once(made.layout.probes)
     git(made.root, "commit", "--quiet", "--all", "-m", "A smoke for the small world")
     made.env |= {"VLLM_MIRROR": releases.upstream.as_uri(), "SOURCE": "git"}
     made.bootstrap()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.pin.conftest import PARITY, ROWS, TINY, smoke
+from tests.pin.conftest import ROWS, judge_at_once, smoke
 from tests.proof.kill.cases import KillCase, plant, write_dotenv
 from tests.small import releases
 from tests.small.materials import git
@@ -162,8 +162,7 @@ def take_both_sides(file: Path) -> None:
 
 def small_good(world: World) -> None:
     """A clone whose smoke judges and has passed, and an index with the next release."""
-    (world.layout.probes / "parity.py").write_text(PARITY)
-    (world.layout.probes / "tiny_model.py").write_text(TINY)
+    judge_at_once(world.layout.probes)
     git(world.root, "commit", "--quiet", "--all", "-m", "A smoke for the small world")
     with_work(world)
     side_branch(world)
