@@ -47,7 +47,7 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     assert 0 < left < units
 
     began = time.monotonic()
-    assert "has code for 12.1a" in inv(clone, "rebuild")
+    assert re.search(r"\d (has|have) code for 12\.1a", inv(clone, "rebuild")), clone.said[-2000:]
     whole_s = time.monotonic() - began
     changed = {path for path, digest in libraries(clone).items() if donor.get(path) != digest}
     assert changed == {f"vllm/{TARGET}.abi3.so"}, "the rest is the donor's"
