@@ -334,6 +334,56 @@ def drop_caches(_):
     page_cache.drop(settings, console=door.console())
 
 
+@task(
+    default=True,
+    name="start",
+    positional=["recipe"],
+    help={
+        "recipe": "a recipe, a model on the hub, or a folder; flags of vllm serve stand after --",
+        "dry-run": "print environment and command line; start nothing",
+        "detach": "return when it is ready; it outlives the terminal",
+        "i-know": "open to others without a key, or short of memory: go on",
+    },
+)
+def serve_start(_, recipe, dry_run=False, detach=False, i_know=False):
+    """Serve a recipe or a model; vLLM's own flags after --."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.serve import start
+
+    asked = start.Asked(recipe, tuple(_after_dashes()), dry_run=dry_run, detach=detach, knows=i_know)
+    start.run(here, settings, asked, console=door.console())
+
+
+@task(name="status", help={"json": JSON})
+def serve_status(_, json=False):
+    """Show the server: ready? since when, how much memory."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.serve import present
+
+    present.status(here, settings, console=door.console(), as_json=json)
+
+
+@task(name="logs", help={"lines": "so many of the last lines", "follow": "go on until the server ends"})
+def serve_logs(_, lines="", follow=False):
+    """Print the server's log; --follow goes on with it."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.serve import present
+
+    present.logs(here, settings, console=door.console(), lines=lines, follow=follow)
+
+
+@task(name="stop")
+def serve_stop(_):
+    """Stop the server, wait for port and memory."""
+    here = layout.here()
+    from workspace.serve import present
+
+    present.stop(here, console=door.console())
+
+
 @task(name="list", help={"json": JSON})
 def serve_list(_, json=False):
     """Show recipes: fits here? on disk, or to be fetched?"""
@@ -445,7 +495,7 @@ def _main():
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     namespace.add_collection(Collection("env", env_check, env_init, env_export))
-    namespace.add_collection(Collection("serve", serve_list, serve_fetch))
+    namespace.add_collection(Collection("serve", serve_start, serve_list, serve_fetch, serve_status, serve_logs, serve_stop))
     program = _Door(
         namespace=namespace,
         name="Invoke",

@@ -38,6 +38,12 @@ def run(layout: Layout, settings: Settings, name: str, *, console: Console) -> N
     if not layout.environment_python.exists():
         raise ToolchainError("there is no built environment, whose huggingface_hub fetches models", hint=BUILT)
     check.require(layout, settings, console=console, recipe=recipe.environment)
+    bring(layout, settings, recipe, console=console)
+    console.say(f"next: ./scripts/inv serve {name}")
+
+
+def bring(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
+    """Fetch what is missing of a model, or make it. Raises as `run` does."""
     with Journal(console, layout.logs, verb="fetch", secrets=settings.secrets) as journal:
         with console.step("weights") as view:
             journal.phase("weights", view)
@@ -45,7 +51,6 @@ def run(layout: Layout, settings: Settings, name: str, *, console: Console) -> N
         with console.step("vocabularies") as view:
             journal.phase("vocabularies", view)
             _vocabularies(layout, settings, recipe, view)
-    console.say(f"next: ./scripts/inv serve {name}")
 
 
 def named(layout: Layout, name: str) -> Recipe:

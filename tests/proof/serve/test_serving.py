@@ -1,0 +1,203 @@
+"""Real servers of the built vLLM: they answer and stream, and whenever and however one is ended, nothing of it is left.
+
+CYCLES (50) says how often a start is ended at a random moment, SEED which moments, MODEL (tiny) what is served.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from workspace.core.layout import Layout
+from workspace.core.settings import load
+from workspace.engine import kin, server, whereabouts
+
+CYCLES, SEED, MODEL = int(os.environ.get("CYCLES", "50")), int(os.environ.get("SEED", "0")), os.environ.get("MODEL", "tiny")
+START_TIMEOUT_S = 600
+# Run by the built interpreter, which has vLLM's own openai client.
+CLIENT = """
+import asyncio, json, sys, time
+import httpx, openai
+url, model, what = sys.argv[1:]
+ask = {"model": model, "messages": [{"role": "user", "content": "The capital of France?"}], "temperature": 0}
+if what == "chat":
+    client = openai.OpenAI(base_url=url, api_key="none")
+    whole = client.chat.completions.create(**ask, max_tokens=12)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, max_tokens=12, stream=True) if chunk.choices]
+    lines = httpx.post(f"{url}/chat/completions", json={**ask, "max_tokens": 4, "stream": True}, timeout=300).text.strip().splitlines()
+    print(json.dumps({"whole": whole.choices[0].message.content, "streamed": "".join(pieces), "chunks": len(pieces), "last": lines[-1]}))
+else:
+    count, tokens = map(int, what.split("x"))
+    async def one(client):
+        try:
+            done = await client.chat.completions.create(**ask, max_tokens=tokens, extra_body={"ignore_eos": True})
+            return done.usage.completion_tokens
+        except openai.OpenAIError:
+            return None
+    async def main():
+        all_at_once = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=600)
+        client = openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0, http_client=all_at_once)
+        print("asking", file=sys.stderr, flush=True)
+        return await asyncio.gather(*(one(client) for _ in range(count)))
+    started = time.monotonic()
+    print(json.dumps({"tokens": asyncio.run(main()), "seconds": time.monotonic() - started}))
+"""
+
+
+class Serving:
+    """`inv serve` of this clone, and an eye on everything that its server shares while it lives."""
+
+    def __init__(self, layout: Layout, *words: str, extra: tuple[str, ...] = ()) -> None:
+        self.layout, self.port = layout, server.free_port()
+        self.inv = [sys.executable, "-Es", str(layout.root / "tasks.py")]
+        self.seen: dict[int, int] = {}
+        self.shared: set[str] = set()
+        self.folders: set[str] = set()
+        self._over = threading.Event()
+        self._eye = threading.Thread(target=self._watch)
+        argv = [*self.inv, "serve", MODEL, *words, "--", "--port", str(self.port), *extra]
+        self.verb = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self._eye.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            there = self.there()
+            if there:
+                members = there.members()
+                known = kin.living()
+                self.seen |= {number: known[number].started for number in members if number in known}
+                self.shared |= kin.shared_by(members)
+                self.folders.add(there.family.folder)
+
+    def there(self) -> whereabouts.Server | None:
+        return whereabouts.find(self.layout.server)
+
+    def wait(self) -> str:
+        """Wait until the server is ready, and return its address."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ((there := self.there()) and there.is_ready):
+            if self.verb.poll():
+                pytest.fail(self.verb.communicate()[1])
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        return f"{there.address.url}/v1"
+
+    def ask(self, url: str, what: str) -> "subprocess.Popen[str]":
+        argv = [str(self.layout.environment_python), "-c", CLIENT, url, MODEL, what]
+        environment = load(self.layout).child_environment("run")
+        return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def stop(self) -> None:
+        done = subprocess.run([*self.inv, "serve.stop"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    def front(self) -> int | None:
+        there = self.there()
+        known = kin.living()
+        return next((number for number, one in known.items() if there and one.parent == there.family.keeper), None)
+
+    def judge(self) -> None:
+        """Everything that was ever seen of it is gone."""
+        self.verb.communicate(timeout=120)
+        self._over.set()
+        self._eye.join()
+        known = kin.living()
+        assert [number for number, started in self.seen.items() if number in known and known[number].started == started] == []
+        assert [name for name in self.shared if Path(name).exists()] == []
+        assert [folder for folder in self.folders if Path(folder).exists()] == []
+        assert self.there() is None
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", self.port))
+        done = subprocess.run([*self.inv, "serve.status", "--json"], capture_output=True, text=True, timeout=60, check=True)
+        assert json.loads(done.stdout)["state"] == "none"
+
+
+@pytest.fixture
+def serving(layout: Layout):
+    started: list[Serving] = []
+
+    def start(*words: str, extra: tuple[str, ...] = ()) -> Serving:
+        started.append(Serving(layout, *words, extra=extra))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one._over.set()
+        one.stop()
+        if one.verb.poll() is None:
+            one.verb.kill()
+        one.verb.communicate()
+
+
+def test_chat_is_answered_and_streamed_to_the_end_and_200_requests_at_once_are_answered_in_full(serving) -> None:
+    one = serving("--detach")
+    url = one.wait()
+    out, err = one.ask(url, "chat").communicate(timeout=300)
+    said = json.loads(out or pytest.fail(err))
+    assert said["whole"]
+    assert said["streamed"] == said["whole"]
+    assert said["chunks"] > 1
+    assert said["last"] == "data: [DONE]"
+    if MODEL == "smollm2":
+        assert "Paris" in said["whole"]
+    out, err = one.ask(url, "200x16").communicate(timeout=900)
+    said = json.loads(out or pytest.fail(err))
+    assert said["tokens"] == [16] * 200
+    print(f"\n200 requests of 16 tokens in {said['seconds']:.1f} s")
+    one.stop()
+    one.judge()
+
+
+def test_sigterm_in_the_middle_of_200_requests_leaves_nothing(serving) -> None:
+    one = serving()
+    url = one.wait()
+    client = one.ask(url, "200x300")
+    assert client.stderr.readline() == "asking\n"
+    time.sleep(3)
+    one.verb.send_signal(signal.SIGTERM)
+    assert one.verb.wait(timeout=120) == 128 + signal.SIGTERM
+    out, _ = client.communicate(timeout=300)
+    assert None in json.loads(out)["tokens"]
+    one.judge()
+
+
+def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
+    moments = random.Random(SEED)
+    longest_s = 40.0
+    for cycle in range(CYCLES):
+        moment_s = moments.uniform(0, longest_s)
+        how = moments.choice(["stop", "stop", "stop", "SIGINT", "SIGTERM", "kill verb", "kill front", "kill keeper", "kill all"])
+        one = serving(*(["--detach"] if how in ("stop", "kill front", "kill keeper", "kill all") else []))
+        started = time.monotonic()
+        while time.monotonic() - started < moment_s and one.verb.poll() is None and not ((there := one.there()) and there.is_ready):
+            time.sleep(0.05)
+        there, reached = one.there(), time.monotonic() - started
+        phase = "ready" if there and there.is_ready else "starting" if there else "before"
+        if how in ("SIGINT", "SIGTERM", "kill verb"):
+            one.verb.send_signal({"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "kill verb": signal.SIGKILL}[how])
+            one.verb.communicate(timeout=120)
+        elif there and how != "stop":
+            numbers = {"kill front": [one.front()], "kill keeper": [there.family.keeper], "kill all": sorted(there.members())}[how]
+            for number in filter(None, numbers):
+                os.kill(number, signal.SIGKILL)
+        if how == "stop" and there is None:
+            # Nothing is there to be stopped yet: the verb itself is.
+            one.verb.terminate()
+            one.verb.communicate(timeout=120)
+        ended = time.monotonic()
+        one.stop()
+        one.judge()
+        print(
+            f"\n{cycle + 1:2} of {CYCLES}: {how} after {reached:.1f} s ({phase}), {len(one.seen)} processes, gone in {time.monotonic() - ended:.1f} s",
+            end="",
+            flush=True,
+        )
