@@ -10,7 +10,7 @@ Lack = Literal["memory", "cache"]
 READ_BYTES = 2 << 20
 SHOWN_TAIL_LINES = 15
 # "(EngineCore pid=12) ERROR 11-23 20:01:02 [core.py:1] ", colours aside (vllm/logger.py, vllm/utils/system_utils.py).
-_PREFIX = re.compile(r"^(\x1b\[[0-9;]*m|\([A-Za-z_ ]+\S* pid=\d+\)\s?|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d\s|\[[^\]]+:\d+\]\s?)+")
+_PREFIX = re.compile(r"^(\([A-Za-z_ ]+\S* pid=\d+\)\s?|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d\s|\[[^\]]+:\d+\]\s?)+")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::\s*\S.*)?$")
 _OTHER = re.compile(
@@ -65,7 +65,7 @@ def judge(lines: list[str], *, status: int | None) -> Reading:
 
 def plainly(line: str) -> str:
     """A line of vLLM's log without who said it, when and in which colour."""
-    return _COLOUR.sub("", _PREFIX.sub("", line.rstrip())).rstrip()
+    return _PREFIX.sub("", _COLOUR.sub("", line)).rstrip()
 
 
 def _sentence(plain: list[str], number: int) -> str:
