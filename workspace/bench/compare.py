@@ -103,7 +103,7 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
     if differing:
         flags = " ".join(f"--across {name}" for name in differing)
         raise SettingsError(
-            f"{first.stem} and {second.stem} are not comparable: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}",
+            f"{first.stem} and {second.stem} are not comparable; what differs: {', '.join(differing)}",
             hint=f"./scripts/inv bench.compare {first.stem} {second.stem} {flags}    where that is what you compare",
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )
@@ -130,9 +130,13 @@ def fields(one: Record) -> dict[str, str]:
 
 
 def differences(first: Record, second: Record) -> dict[str, str]:
-    """The fields that differ, each with both values; of the environment only the variables that do."""
+    """The fields that differ, each with both values; of flags and environment only the words that do."""
     a, b = fields(first), fields(second)
     found = {name: f"{_cut(a[name])} against {_cut(b[name])}" for name in a if a[name] != b[name]}
+    if "flags" in found:
+        found["flags"] = " against ".join(
+            " ".join(word for word in one.flags if word not in others.flags) or "nothing" for one, others in ((first, second), (second, first))
+        )
     if "environment" in found:
         names = sorted({*first.environment, *second.environment})
         told = [(name, first.environment.get(name, "unset"), second.environment.get(name, "unset")) for name in names]

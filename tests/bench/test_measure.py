@@ -1,0 +1,150 @@
+"""`nox -s bench` on a bootstrapped clone in small, with a program in the place of vLLM: what is recorded, what an interruption leaves, what is refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small.world import Ended, World
+
+SECRET = "hf_swordfish42"
+# A vllm that measures what it is told to, or fails as it is told to.
+PROGRAM = """#!@PYTHON@ -Es
+import json, os, sys, time
+words, manner = dict(word.partition("=")[::2] for word in sys.argv[1:]), os.environ.get("FAKE_MANNER", "")
+folder = os.path.dirname(os.path.abspath(__file__))
+with open(folder + "/calls", "a") as calls:
+    calls.write("x")
+count = os.path.getsize(folder + "/calls")
+print("INFO 11-20 10:00:00 [cpu.py:100] Using Torch SDPA backend.")
+if manner == "no model" or manner == "dies" and count > 2:
+    sys.exit("ValueError: Unrecognized model in /nowhere")
+if manner == "hangs" and count > 2:
+    open(folder + "/hangs", "w").close()
+    time.sleep(60)
+result = {"latencies": [] if manner == "nothing" else [0.5 + count / 1000, 0.6, 0.4]}
+with open(words["--output-json"], "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.fixture
+def measured(built: World) -> World:
+    program = built.layout.environment / "bin" / "vllm"
+    program.unlink(missing_ok=True)
+    program.write_text(PROGRAM.replace("@PYTHON@", sys.executable))
+    program.chmod(0o755)
+    (built.folder / "model").mkdir(exist_ok=True)
+    for name in ("calls", "hangs"):
+        (program.parent / name).unlink(missing_ok=True)
+    shutil.rmtree(built.layout.results, ignore_errors=True)
+    return built
+
+
+def argv(world: World, *words: str) -> list[str]:
+    return [sys.executable, "-Es", "-B", "-m", "workspace.bench", *words]
+
+
+def bench(world: World, *words: str, env: Mapping[str, str] | None = None) -> Ended:
+    model = ["--model", str(world.folder / "model")]
+    before, after = (words[: words.index("--")], words[words.index("--") :]) if "--" in words else (words, ())
+    call = argv(world, *before, *model, *after)
+    done = subprocess.run(call, cwd=world.root, env=world.env | dict(env or {}), capture_output=True, text=True, timeout=60, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def only(world: World) -> dict[str, Any]:
+    (path,) = world.layout.results.glob("*/*.json")
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def test_record_says_what_was_measured_on_what_and_nothing_private(measured: World) -> None:
+    ended = bench(measured, "--repeat", "2", "--label", "first", "--", "--enforce-eager", env={"HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1"})
+    assert ended.code == 0, ended.said
+    path = Path(ended.out.strip())
+    document = only(measured)
+    assert path == measured.layout.results / document["machine"]["name"] / f"{document['source']['tree'][:12]}-first.json"
+    assert [len(start["samples"]["latency"]) for start in document["starts"]] == [3, 3]
+    assert document["backends"] == ["Using Torch SDPA backend"]
+    assert document["flags"][0] == "--enforce-eager"
+    assert document["environment"]["OMP_NUM_THREADS"] == "1"
+    assert document["software"]["torch"]
+    assert document["source"]["patches"]
+    assert document["source"]["libraries"]
+    text = path.read_text()
+    assert SECRET not in text
+    assert str(measured.folder) not in text
+
+
+def test_bench_that_dies_keeps_what_it_measured_and_goes_on_from_there(measured: World) -> None:
+    ended = bench(measured, "--repeat", "3", env={"FAKE_MANNER": "dies"})
+    assert "Unrecognized model" in ended.error(1)
+    assert "keeps 2 of 3 starts" in ended.err
+    times = [start["time"] for start in only(measured)["starts"]]
+    assert len(times) == 2
+    ended = bench(measured, "--repeat", "3")
+    assert ended.code == 0, ended.said
+    assert "has 2 starts; going on from there" in ended.err
+    assert [start["time"] for start in only(measured)["starts"]][:2] == times
+    assert len(only(measured)["starts"]) == 3
+
+
+def test_interrupted_bench_leaves_no_process_and_a_record_to_go_on_from(measured: World) -> None:
+    hangs = measured.layout.environment / "bin" / "hangs"
+    child = subprocess.Popen(
+        argv(measured, "--repeat", "4", "--model", str(measured.folder / "model")),
+        cwd=measured.root,
+        env=measured.env | {"FAKE_MANNER": "hangs"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not hangs.exists():
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 130, err
+    assert "keeps 2 of 4 starts; the same command goes on from there" in err
+    assert len(only(measured)["starts"]) == 2
+
+
+def test_model_that_cannot_be_loaded_is_a_sentence_and_leaves_no_record(measured: World) -> None:
+    ended = bench(measured, env={"FAKE_MANNER": "no model"})
+    assert "ValueError: Unrecognized model in /nowhere" in ended.error(1)
+    assert list(measured.layout.results.glob("*/*.json")) == []
+
+
+def test_bench_that_measured_nothing_is_no_record(measured: World) -> None:
+    assert "measured nothing: its result holds no measured number" in bench(measured, env={"FAKE_MANNER": "nothing"}).error(1)
+    assert list(measured.layout.results.glob("*/*.json")) == []
+
+
+def test_label_that_is_taken_is_refused_whether_it_is_whole_of_something_else_or_damaged(measured: World) -> None:
+    assert bench(measured, "--repeat", "1").code == 0
+    assert "has its 1 starts already" in bench(measured, "--repeat", "1").error(2)
+    assert "was measured otherwise: flags" in bench(measured, "--repeat", "2", "--", "--dtype=float32").error(2)
+    (path,) = measured.layout.results.glob("*/*.json")
+    half = path.read_bytes()[:400]
+    path.write_bytes(half)
+    assert "is damaged, and nothing is written over it" in bench(measured, "--repeat", "2").error(2)
+    assert path.read_bytes() == half
+
+
+@pytest.mark.parametrize(
+    "words", [("--repeat", "0"), ("--repeat", "x"), ("--label", "../x"), ("speed",), ("--sweep",), ("latency", "--", "--output-json=/tmp/x")]
+)
+def test_misuse_is_refused_before_anything_runs(measured: World, words: tuple[str, ...]) -> None:
+    assert bench(measured, *words).code == 2
+    assert not (measured.layout.environment / "bin" / "calls").exists()
+
+
+def test_tree_that_is_not_built_is_not_measured(world: World) -> None:
+    (world.folder / "model").mkdir()
+    assert bench(world).error(8)

@@ -1,0 +1,155 @@
+"""The run of a benchmark: one start of the process after the other, each written down as soon as it is measured, so that an interrupted run goes on."""
+
+import contextlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from workspace.bench import compare, conditions, listing, metrics, record, store, subject, workload
+from workspace.bench.record import Kind, Record, Start
+from workspace.bench.verdict import MIN_STARTS
+from workspace.bench.workload import Workload
+from workspace.core import lock, process
+from workspace.core.console import Console
+from workspace.core.errors import SettingsError, WorkspaceError
+from workspace.core.files import read_regular
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.core.settings import Settings
+from workspace.engine import surroundings
+
+# What vLLM's log says of the code that computes, whatever was asked for: `… [cpu.py:123] Using Torch SDPA backend.`
+_BACKEND = re.compile(r"\] (Using [^\n]{0,160}?\b(?:backends?|kernels?|attention)\b[^\n]{0,80}?)\.?$", re.IGNORECASE)
+# Paths, addresses of objects and digests are of one start only.
+_PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line said. `words` are for vLLM."""
+
+    kind: Kind = "latency"
+    model: str = workload.TINY
+    label: str | None = None
+    repeat: int = MIN_STARTS
+    has_sweep: bool = False
+    words: tuple[str, ...] = ()
+
+
+def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -> Path:
+    """Measure until `asked.repeat` starts are in the record, and return its path.
+
+    Raises SmokeError where nothing fresh is built, SettingsError for a record that is complete or of something else, WorkspaceError where vLLM fails.
+    """
+    from workspace.build.status import require_built
+    from workspace.environment import check
+
+    observed = require_built(layout, settings)
+    check.require(layout, settings, console=console, device=observed.device)
+    # What is measured must not change meanwhile.
+    with lock.hold(layout.lock, verb="nox -s bench") as held, Journal(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as journal:
+        journal.phase("model")
+        work = workload.prepare(layout, settings, asked.kind, asked.model, asked.words, has_sweep=asked.has_sweep, journal=journal)
+        environment = surroundings.variables(layout, settings, recipe=work.recipe, more=work.more)
+        label = asked.label or f"{asked.kind}{'-sweep' if asked.has_sweep else ''}"
+        fresh = subject.describe(layout, settings, observed, work, label=label, repeat=asked.repeat, environment=environment)
+        path = store.path_of(layout, fresh)
+        so_far = _begun(layout, path, fresh)
+        if so_far.starts:
+            console.say(f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there")
+        with _kept(layout, path, console):
+            _measure(layout, settings, work, environment, so_far, path=path, journal=journal)
+    console.data(str(path))
+    return path
+
+
+def _begun(layout: Layout, path: Path, fresh: Record) -> Record:
+    """Return the record to go on from: the one that is there where it is of the same, else the fresh one."""
+    try:
+        there = record.read(path, place=layout.relative(path)) if path.exists() else None
+    except SettingsError:
+        if not path.is_file():
+            raise
+        raise SettingsError(
+            f"{layout.relative(path)} is damaged, and nothing is written over it", hint=f"mv {path} {path}.damaged, or --label another"
+        ) from None
+    if there is None:
+        return fresh
+    differing = [name for name in compare.differences(there, fresh) if name != "backends"]
+    differing += [
+        name for name, a, b in (("edits", there.source.dirty, fresh.source.dirty), ("kernels", there.source.libraries, fresh.source.libraries)) if a != b
+    ]
+    if differing:
+        raise SettingsError(f"{layout.relative(path)} was measured otherwise: {', '.join(differing)}", hint="--label another")
+    if len(there.starts) >= fresh.repeat:
+        hint = f"--repeat {len(there.starts) + MIN_STARTS} adds to it, --label another begins anew"
+        raise SettingsError(f"{layout.relative(path)} has its {len(there.starts)} starts already", hint=hint)
+    return replace(there, repeat=fresh.repeat)
+
+
+@contextlib.contextmanager
+def _kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
+    """Say, however the run ends, what is there to go on from."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(WorkspaceError, OSError):
+            there = record.read(path, place=layout.relative(path))
+            console.say(f"{layout.relative(path)} keeps {len(there.starts)} of {there.repeat} starts; the same command goes on from there")
+        raise
+
+
+def _measure(layout: Layout, settings: Settings, work: Workload, environment: Mapping[str, str], so_far: Record, *, path: Path, journal: Journal) -> None:
+    took: list[float] = []
+    for number in range(len(so_far.starts) + 1, so_far.repeat + 1):
+        name = f"start {number}/{so_far.repeat}"
+        with journal.console.step(name) as view:
+            journal.phase(name, view)
+            start, backends = _start(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), journal=journal)
+            so_far = replace(so_far, starts=(*so_far.starts, start), backends=tuple(sorted({*so_far.backends, *backends})))
+            record.write(path, so_far)
+            took.append(start.seconds)
+            left = (so_far.repeat - number) * sum(took) / len(took)
+            only = replace(so_far, starts=(start,))
+            view.reason = "  ".join(listing.measured(only, metric) for metric in only.metrics[:1]) + (f"  about {left / 60:.1f} min left" if left else "")
+
+
+def _start(
+    layout: Layout, settings: Settings, work: Workload, environment: Mapping[str, str], *, has_gpu: bool, journal: Journal
+) -> tuple[Start, tuple[str, ...]]:
+    """Start the process once, and return what it measured and which backends its log names."""
+    seen: set[str] = set()
+
+    def look(line: str) -> None:
+        if found := _BACKEND.search(line):
+            seen.add(_PASSING.sub("…", found[1]))
+
+    before, at, began = conditions.observe(settings, has_gpu=has_gpu), subject.now(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
+        if work.kind == "serve":
+            from workspace.bench import serving
+
+            samples = serving.measure_start(layout, work, environment, Path(neutral), journal=journal, look=look)
+        else:
+            result = Path(neutral) / "result.json"
+            hint = "the log says more; words after -- go to vllm bench"
+            process.run(
+                workload.command(layout, work, result), env=environment, journal=journal, cwd=Path(neutral), on_line=look, failure=WorkspaceError, hint=hint
+            )
+            samples = taken(work, result)
+    seconds = round(time.monotonic() - began, 2)
+    return Start(at, seconds, before, conditions.observe(settings, has_gpu=has_gpu), samples), tuple(seen)
+
+
+def taken(work: Workload, result: Path, *, at: int | None = None) -> dict[str, tuple[float, ...]]:
+    """Read the samples of a result file. Raises WorkspaceError where there are none."""
+    try:
+        document = json.loads(read_regular(result))
+        return metrics.samples(work.kind, document if isinstance(document, dict) else {}, at=at)
+    except (OSError, ValueError, RecursionError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise WorkspaceError(f"vllm bench {work.kind} measured nothing: {why}", hint="the newest log in .workspace/logs says what it did") from exc
