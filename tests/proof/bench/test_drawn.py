@@ -1,0 +1,52 @@
+"""The page with all that it draws, which takes seconds: every kind of plot, the same bytes again, files that come and go."""
+
+import io
+import re
+import struct
+from pathlib import Path
+
+from tests.bench.materials import arm, record, served
+from tests.bench.test_page import Balanced, at, composed
+from tests.bench.test_record import kept
+from workspace.bench import report
+from workspace.core.console import Console
+
+
+def test_page_is_whole_fetches_nothing_and_shows_every_kind_of_plot() -> None:
+    slow = at(12, served((1, 8), seed=1, slow=0.3, tree="f" * 40))
+    made = composed(at(11, served((1, 8))), slow, at(13, record(arm(1, 6))))
+    parser = Balanced()
+    parser.feed(made.html)
+    assert (parser.open, parser.addresses) == ([], [])
+    assert made.html.count("<svg") == len(made.plots) == made.html.count("<figure>")
+    assert not re.search(r"<script|url\(http|@import", made.html)
+    kinds = {kind for plot in made.plots for kind in ("history", "ab", "percentiles", "concurrency", "published") if f"-{kind}" in f"-{plot.name}"}
+    assert kinds == {"history", "ab", "percentiles", "concurrency", "published"}
+    assert "fail: " in made.html
+    for plot in made.plots:
+        assert plot.png.startswith(b"\x89PNG")
+        assert min(struct.unpack(">II", plot.png[16:24])) >= 300
+    assert "kubis.ai, March 2026" in made.html
+
+
+def test_same_records_make_the_same_bytes() -> None:
+    assert composed(record()).html == composed(record()).html
+
+
+def test_only_records_that_may_be_compared_are_compared_unasked() -> None:
+    other = at(12, record(tree="f" * 40), flags=())
+    assert "<h3>B " not in composed(at(11, record()), other).html
+    assert "<h3>B ffffffffffff-latency against A aaaaaaaaaaaa-latency</h3>" in composed(at(11, record()), at(12, record(tree="f" * 40))).html
+
+
+def test_report_writes_page_and_pngs_and_takes_old_ones_away(tmp_path: Path) -> None:
+    layout = kept(tmp_path, record(), record(tree="f" * 40))
+    (layout.results / "gb10-123456" / "half.json").write_text("{")
+    (layout.results / "report").mkdir()
+    (layout.results / "report" / "old.png").write_bytes(b"")
+    out, err = io.StringIO(), io.StringIO()
+    report.write(layout, "aaaa", "ffff", console=Console(out=out, err=err))
+    assert out.getvalue() == f"{layout.results / 'report.html'}\n"
+    assert "half.json is no whole record" in (layout.results / "report.html").read_text()
+    assert {path.suffix for path in (layout.results / "report").iterdir()} == {".png"}
+    assert not (layout.results / "report" / "old.png").exists()
