@@ -37,6 +37,7 @@ if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
 
 # Name of a proof: what pytest is given.
 PROOFS = {
+    "bench": ["tests/proof/bench", "-n", "0"],
     "bootstrap": ["tests/proof/test_bootstrap.py", "tests/proof/test_rebuild.py", "tests/proof/test_perf.py"],
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     # It runs its worlds beside each other by itself.
@@ -117,6 +118,12 @@ def smoke(session):
     run(session, "workspace.smoke", *session.posargs)
     # What passed is what inv pin.back returns to.
     run(session, "workspace.pin")
+
+
+@nox.session
+def bench(session):
+    """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve, startup."""
+    run(session, "workspace.bench", *session.posargs)
 
 
 @nox.session
