@@ -404,6 +404,44 @@ def serve_fetch(_, recipe):
     fetch.run(here, settings, recipe, console=door.console())
 
 
+@task(default=True, name="list", help={"json": JSON})
+def bench_list(_, json=False):
+    """Show the records of benchmarks, newest first."""
+    here = layout.here()
+    from workspace.bench import listing
+
+    listing.show(here, console=door.console(), as_json=json)
+
+
+@task(
+    name="compare",
+    positional=["first", "second"],
+    iterable=["across"],
+    help={
+        "first": "a record: its label, the name of its file, or a path",
+        "second": "the record that may be slower",
+        "factor": "a change up to so many per cent does not count",
+        "across": "compare although this field differs; may be given again",
+        "json": JSON,
+    },
+)
+def bench_compare(_, first, second, factor="5", across=None, json=False):
+    """Is the second record slower? A verdict on each metric."""
+    here = layout.here()
+    from workspace.bench import compare
+
+    compare.show(here, first, second, factor=factor, across=across or (), console=door.console(), as_json=json)
+
+
+@task(name="report", help={"first": "a record to compare with; without it the newest two", "second": "the record that may be slower"})
+def bench_report(_, first="", second=""):
+    """Draw all records: one HTML page, and a PNG a plot."""
+    here = layout.here()
+    from workspace.bench import report as verb
+
+    verb.write(here, first, second, console=door.console())
+
+
 def _after_dashes():
     """The words after `--` as the shell gave them: Invoke's own remainder joins them with blanks."""
     return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
@@ -496,6 +534,7 @@ def _main():
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     namespace.add_collection(Collection("env", env_check, env_init, env_export))
     namespace.add_collection(Collection("serve", serve_start, serve_list, serve_fetch, serve_status, serve_logs, serve_stop))
+    namespace.add_collection(Collection("bench", bench_list, bench_compare, bench_report))
     program = _Door(
         namespace=namespace,
         name="Invoke",
