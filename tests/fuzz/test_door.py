@@ -25,12 +25,12 @@ FLAGS = ("--device", "--source", "--kernels", "--jobs", "--wait", "--json", "-d"
 CORE = ("--complete", "--debug", "--list-depth", "--list-format", "--print-completion-script", "--write-pyc", "--search-root", "--dry", "--config", "--", "-")
 MORE_FLAGS = (
     *("--memory", "--target", "--clean", "--plan", "--offline", "--check", "--branch", "--patch", "--project", "--skip", "--abort", "--young", "--good"),
-    *("--origin", "--ref", "--replace", "--from-source", "--factor", "--across", "-m", "-t", "-p"),
+    *("--origin", "--ref", "--replace", "--from-source", "--factor", "--across", "--lines", "--follow", "-m", "-t", "-p"),
 )
 VERBS = (
     *("bootstrap", "rebuild", "fix-triton", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.back"),
-    # Not run, shell, drop-caches, env.init: they become what the words say, or change machine and .env.
-    *("env.check", "env.export", "env", "serve.list", "serve.fetch", "bench", "bench.compare", "bench.report"),
+    # Not run, shell, drop-caches, env.init, serve itself: they become what the words say, or change machine and .env.
+    *("env.check", "env.export", "env", "serve.list", "serve.fetch", "serve.status", "serve.logs", "serve.stop", "bench", "bench.compare", "bench.report"),
     *("patch.status", "patch.apply", "patch.unapply", "patch.export", "patch.import", "patch.continue"),
 )
 pieces = st.sampled_from((*VERBS, *FLAGS, *MORE_FLAGS, *CORE)) | arguments

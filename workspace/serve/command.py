@@ -13,7 +13,7 @@ from pathlib import Path
 
 from workspace.core.errors import SettingsError
 from workspace.core.layout import Layout
-from workspace.core.settings import Settings, is_secret
+from workspace.core.settings import KNOWN, Settings, is_secret
 from workspace.engine import flags, shell
 from workspace.engine.readiness import Address
 from workspace.serve.recipes import Recipe
@@ -105,7 +105,8 @@ def typed(name: str, extra: Sequence[str], *, detach: bool = False) -> str:
 
 def shown(layout: Layout, settings: Settings, argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
     """Say in sh what is started, in which environment. Secrets go by their names only."""
-    gone = [name for name in sorted(settings.shell) if name not in environment and name not in ("_", "OLDPWD", "PWD", "SHLVL") and name.isidentifier()]
+    others = {*KNOWN, "_", "OLDPWD", "PWD", "SHLVL"}
+    gone = [name for name in sorted(settings.shell) if name not in environment and name not in others and name.isidentifier()]
     if gone:
         yield f"unset {' '.join(gone)}"
     yield from shell.lines(layout, environment, settings.shell)

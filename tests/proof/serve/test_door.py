@@ -1,0 +1,155 @@
+"""`inv serve` and its sisters through their door, on a small clone in which a stand-in plays vLLM: what goes wrong is a sentence, what runs is found again."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.small.materials import ROOT
+from tests.small.world import World
+from workspace.engine import server, whereabouts
+
+ARGUMENTS = "".join(f'group.add_argument("--{name}")\n' for name in ("host", "port", "max-num-seqs", "gpu-memory-utilization", "served-model-name"))
+# Takes the place of .vllm/bin/vllm: `vllm serve MODEL --port N …`, in the manner that the model's folder is called after.
+STANDIN = ROOT / "tests" / "engine" / "standin.py"
+FRONT = f"""#!{sys.executable} -S
+import os, sys
+words = sys.argv
+port, manner = words[words.index("--port") + 1], os.path.basename(words[2])
+os.execv({sys.executable!r}, [{sys.executable!r}, "-S", {str(STANDIN)!r}, port, manner])
+"""
+
+
+@pytest.fixture
+def clone(built: World):
+    """A built clone whose vLLM has a command line, and a folder with a model."""
+    source = built.layout.vllm / "vllm" / "engine" / "arg_utils.py"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text(ARGUMENTS)
+    program = built.layout.environment / "bin" / "vllm"
+    program.unlink(missing_ok=True)
+    program.write_text(FRONT)
+    program.chmod(0o755)
+    for manner in ("plain", "crash", "slow"):
+        model = built.folder / manner
+        model.mkdir(exist_ok=True)
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (model / name).write_text("{}")
+    yield built
+    if there := whereabouts.find(built.layout.server):
+        server.stop(there, at_once=True)
+    for manner in ("plain", "crash", "slow"):
+        for path in (built.folder / manner).iterdir():
+            path.unlink()
+
+
+def words(clone: World, manner: str, *extra: str, port: int | None = None) -> list[str]:
+    return ["serve", str(clone.folder / manner), "--", "--port", str(port or server.free_port()), "--gpu-memory-utilization", "0.1", *extra]
+
+
+def until(clone: World, true) -> whereabouts.Server:
+    deadline = time.monotonic() + 60
+    while not ((there := whereabouts.find(clone.layout.server)) and true(there)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return there
+
+
+def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) -> None:
+    line = words(clone, "plain")
+    started = clone.run("serve", "--detach", *line[1:])
+    assert started.code == 0, started.said
+    assert "/bin/vllm serve " in started.err
+    status = json.loads(clone.run("serve.status", "--json").out)
+    assert (status["state"], status["changed"]) == ("ready", None)
+    assert "engine started" in clone.run("serve.logs").out
+    assert "is there already" in clone.run(*words(clone, "plain")).error(10)
+    # Nothing is locked while it runs, and what is made anew under it is said.
+    clone.layout.stamp("vllm").write_bytes(clone.layout.stamp("vllm").read_bytes() + b"\n")
+    assert "kernels or environment were made anew since it was started" in clone.run("serve.status").err
+    stopped = clone.run("serve.stop")
+    assert (stopped.code, "is free" in stopped.err) == (0, True), stopped.said
+    assert clone.run("serve.stop").err == "no server runs\n"
+    assert json.loads(clone.run("serve.status", "--json").out)["state"] == "none"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_server_in_the_foreground_ends_with_its_verb(clone: World, number: signal.Signals, code: int) -> None:
+    verb = clone.start(*words(clone, "plain"))
+    there = until(clone, lambda there: there.is_ready)
+    verb.send_signal(number)
+    _, err = verb.communicate(timeout=60)
+    assert (verb.returncode, there.members(), "stopping" in err) == (code, set(), True), err
+    assert whereabouts.find(clone.layout.server) is None
+
+
+def test_start_up_that_is_stopped_from_elsewhere_is_no_success(clone: World) -> None:
+    verb = clone.start(*words(clone, "slow"))
+    there = until(clone, lambda there: len(there.members()) > 2)
+    # As kill -9 of all of it does.
+    for one in there.members():
+        os.kill(one, signal.SIGKILL)
+    _, err = verb.communicate(timeout=60)
+    assert verb.returncode == 10, err
+    assert whereabouts.find(clone.layout.server) is None
+
+
+def test_crash_for_memory_says_the_next_rung_as_a_command(clone: World) -> None:
+    line = [word if word != "0.1" else "0.3" for word in words(clone, "crash")]
+    ended = clone.run("serve", "--i-know", *line[1:])
+    error, hint = ended.err.splitlines()[-2:]
+    assert ended.code == 10
+    assert error.endswith("exited with 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert hint.startswith(f"hint: ./scripts/inv serve {clone.folder / 'crash'} -- --port ")
+
+
+def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) -> None:
+    line = words(clone, "plain", port=8123)
+    shown = clone.run("serve", "--dry-run", *line[1:], env={"VLLM_API_KEY": "swordfish-key", "PYTHONPATH": "/nowhere"})
+    assert shown.code == 0, shown.said
+    assert "swordfish" not in shown.said
+    assert "# VLLM_API_KEY is set, and stays unsaid" in shown.out
+    assert shown.out.splitlines()[-1].endswith(f"/bin/vllm serve {clone.folder}/plain --port 8123 --gpu-memory-utilization 0.1 --host 127.0.0.1")
+    assert "unset PYTHONPATH" in shown.out
+    assert whereabouts.find(clone.layout.server) is None
+
+
+def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> None:
+    no_config, odd_config, no_weights, no_tokenizer, odd_tokenizer = (tmp_path / name for name in ("a", "b", "c", "d", "e"))
+    files = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "{}"}
+    for folder, changed in (
+        (no_config, {"config.json": None}),
+        (odd_config, {"config.json": "{"}),
+        (no_weights, {"model.safetensors": None}),
+        (no_tokenizer, {"tokenizer.json": None}),
+        (odd_tokenizer, {"tokenizer.json": "\0"}),
+    ):
+        folder.mkdir()
+        for name, text in (files | changed).items():
+            if text is not None:
+                (folder / name).write_text(text)
+    share = ("--gpu-memory-utilization", "0.1")
+    for folder, said in (
+        (no_config, "has no config.json"),
+        (odd_config, "config.json cannot be read"),
+        (no_weights, "has not all of its weights"),
+        (no_tokenizer, "has no tokenizer"),
+        (odd_tokenizer, "tokenizer.json cannot be read"),
+        (tmp_path / "nowhere", "is no folder with a model"),
+    ):
+        assert said in clone.run("serve", str(folder), "--", "--port", str(server.free_port()), *share).error(10)
+    assert "there is no recipe 'tinny'" in clone.run("serve", "tinny").error(2)
+    assert "no port from 1 to 65535" in clone.run(*words(clone, "plain", "--port", "99999")).error(2)
+    assert "no share above 0" in clone.run(*words(clone, "plain", "--gpu-memory-utilization", "-1")).error(2)
+    assert "no key is asked for" in clone.run(*words(clone, "plain", "--host", "0.0.0.0")).error(2)
+    assert "no flag --max-num-sequ" in clone.run(*words(clone, "plain", "--max-num-sequ", "3")).error(2)
+    assert "--lines: 'many'" in clone.run("serve.logs", "--lines", "many").error(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        assert "cannot be used: Address already in use" in clone.run(*words(clone, "plain", port=taken.getsockname()[1])).error(10)
