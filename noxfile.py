@@ -46,6 +46,7 @@ PROOFS = {
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
     # One server at a time in this clone.
     "serve": ["tests/proof/serve", "-n", "0", "-s"],
+    "smoke": ["tests/proof/smoke", "-n", "0"],
     "source": ["tests/proof/source"],
     "triton": ["tests/proof/triton"],
 }
@@ -135,7 +136,7 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """The long proofs: bootstrap, fuzz, kill, pins, triton; words after the name go to pytest."""
+    """The long proofs: bootstrap, fuzz, kill, pins, smoke, triton; words after the name go to pytest."""
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:

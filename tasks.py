@@ -136,6 +136,18 @@ def doctor(_, json=False, offline=False):
     verb.show(here, settings, console=door.console(), as_json=json, offline=offline)
 
 
+@task(help={"remove": "take it out; a hook of yours comes back", "run": "judge now, as the hook does"})
+def hook(_, remove=False, run=False):
+    """Install the pre-push gate; --remove takes it out."""
+    here = layout.here()
+    from workspace.pin import hook as verb
+
+    if run:
+        verb.judge(here, door.load_settings(here), console=door.console())
+    else:
+        (verb.remove if remove else verb.install)(here, console=door.console())
+
+
 @task
 def report(_):
     """Collect a redacted bundle for a bug report."""
@@ -529,7 +541,7 @@ class _Door(Program):
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
-    namespace = Collection(bootstrap, rebuild, fix_triton, wheel, status, doctor, report, run, shell, drop_caches)
+    namespace = Collection(bootstrap, rebuild, fix_triton, wheel, status, doctor, hook, report, run, shell, drop_caches)
     namespace.add_collection(Collection("patch", patch_status, patch_apply, patch_unapply, patch_export, patch_import, patch_continue))
     namespace.add_collection(Collection("pin", pin_show, pin_forecast, pin_bump, pin_back))
     namespace.add_collection(Collection("env", env_check, env_init, env_export))

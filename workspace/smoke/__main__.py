@@ -24,7 +24,15 @@ LONGEST_TIMEOUT_S = 86400.0
 
 
 def smoke(
-    layout: Layout, settings: Settings, *, console: Console, json_file: Path | None, timeout_s: float, level: Level = "quick", model: str = "tiny"
+    layout: Layout,
+    settings: Settings,
+    *,
+    console: Console,
+    json_file: Path | None,
+    timeout_s: float,
+    level: Level = "quick",
+    model: str = "tiny",
+    is_fail_fast: bool = False,
 ) -> None:
     """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check failed or nothing is built."""
     from workspace.build import plan
@@ -36,7 +44,7 @@ def smoke(
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     expected = suite.expect(layout, observed)
-    asked = suite.Asked(level, model, timeout_s)
+    asked = suite.Asked(level, model, timeout_s, is_fail_fast)
     # What is judged must not change meanwhile.
     with lock.hold(layout.lock, verb="nox -s smoke") as held, Journal(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as journal:
         tree = record.tree(layout, observed)
@@ -73,6 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="nox -s smoke --", description=description)
     parser.add_argument("--level", choices=("quick", "full"), default="quick", help="full adds experts, torch.compile, a real model")
     parser.add_argument("--model", default="tiny", metavar="NAME", help="compare this one too: smollm2, a folder, or a name whose files are on disk")
+    parser.add_argument("--fail-fast", action="store_true", help="stop after the first probe of which a check failed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, metavar="SECONDS", help=f"how long each probe may take (default {TIMEOUT_S:g})")
     arguments = parser.parse_args()
@@ -81,7 +90,7 @@ def main() -> int:
     layout = layouts.here()
 
     def work() -> None:
-        wanted = {"level": arguments.level, "model": arguments.model, "timeout_s": arguments.timeout_s}
+        wanted = {"level": arguments.level, "model": arguments.model, "timeout_s": arguments.timeout_s, "is_fail_fast": arguments.fail_fast}
         smoke(layout, door.load_settings(layout), console=door.console(), json_file=arguments.json, **wanted)
 
     return door.run(work)

@@ -45,11 +45,15 @@ COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user wants judged. `model` is tiny, smollm2, a folder, or a name on the hub whose files are on disk; `timeout_s` bounds each probe."""
+    """What the user wants judged. `model` is tiny, smollm2, a folder, or a name on the hub whose files are on disk; `timeout_s` bounds each probe.
+
+    `is_fail_fast` stops after the first probe of which a check failed.
+    """
 
     level: Level = "quick"
     model: str = "tiny"
     timeout_s: float = 600.0
+    is_fail_fast: bool = False
 
 
 def expect(layout: Layout, observed: plan.Observation) -> Expected:
@@ -71,11 +75,10 @@ def run(
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         suite = _Suite(layout, settings, expected, asked, Path(neutral), journal)
-        suite.binary()
-        suite.kernels()
-        suite.compare()
-        if asked.level == "full":
-            suite.more()
+        for part in (suite.binary, suite.kernels, suite.compare, *((suite.more,) if asked.level == "full" else ())):
+            part()
+            if asked.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
+                return tuple(suite.checks), suite.document
     suite.found(lambda: (checks.tree(before, look(), 0.0),), "provenance.tree")
     missing = set(chosen(asked.level, has_model=asked.model != "tiny")) - {check.identifier for check in suite.checks}
     assert not missing, f"no verdict for {missing}"
