@@ -1,0 +1,162 @@
+"""Defects that are seeded into a built tree, and the check, or the refusal before any, that has to name each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace.core.layout import Layout
+
+Change = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """`change` turns the content of `file`, below vendor/vllm, into a worse one; a file that is not there has none, and one that becomes empty is removed.
+
+    `caught_by` is a check, or words of the refusal.
+    """
+
+    what: str
+    file: str
+    change: Change
+    caught_by: str
+    level: str = "quick"
+    timeout_s: int = 600
+
+    def path(self, layout: Layout) -> Path:
+        if self.file.startswith("site-packages/"):
+            return next(layout.environment.glob("lib/python3*/site-packages")) / self.file.removeprefix("site-packages/")
+        return layout.vllm / self.file
+
+
+def instead(old: str, new: str) -> Change:
+    """Replace text that occurs; a defect that cannot be seeded any more is an error and no pass."""
+
+    def change(content: bytes) -> bytes:
+        text = content.decode()
+        assert old in text, f"{old!r} is no longer there"
+        return text.replace(old, new, 1).encode()
+
+    return change
+
+
+def with_byte(offset: int, value: int) -> Change:
+    def change(content: bytes) -> bytes:
+        assert content[offset] != value
+        return content[:offset] + bytes([value]) + content[offset + 1 :] if offset >= 0 else content[:offset] + bytes([value])
+
+    return change
+
+
+LLAMA, QWEN3, OPS = "vllm/model_executor/models/llama.py", "vllm/model_executor/models/qwen3.py", "vllm/_custom_ops.py"
+SAMPLER, SPINLOOP = "vllm/v1/sample/sampler.py", "vllm/spinloop.abi3.so"
+LOGITS = "logits = self.logits_processor(self.lm_head, hidden_states)\n        return logits"
+GREEDY = "return logits.argmax(dim=-1).view(-1)"
+CUDA_SOURCE = "csrc/cpu/activation.cpp"
+
+# A whole vLLM, and a right one, that is not the tree's.
+SHADOW = b"""from pathlib import Path
+__package__, __path__ = "vllm", [str(Path(__file__).parents[4] / "vendor" / "vllm" / "vllm")]
+exec((Path(__path__[0]) / "__init__.py").read_text())
+"""
+
+
+def logits(code: str) -> Change:
+    return instead(LOGITS, LOGITS.replace("return logits", f"{code}\n        return logits"))
+
+
+DEFECTS = (
+    Defect("a library with one byte changed, as of another version", SPINLOOP, with_byte(-1, 7), "provenance.libraries"),
+    # EM_AARCH64 and EM_X86_64 at e_machine (elf(5)).
+    Defect("a library for another architecture", SPINLOOP, lambda content: with_byte(18, 183 if content[18] == 62 else 62)(content), "binary.load"),
+    Defect("a library that was cut", "vllm/_C.abi3.so", lambda content: content[: len(content) * 2 // 3], "kernels stale"),
+    Defect(
+        "a library that was cut, and padded to its size",
+        SPINLOOP,
+        lambda content: content[: len(content) // 3].ljust(len(content), b"\0"),
+        "provenance.libraries",
+    ),
+    Defect("a library of another build that was left", "vllm/_C_old.abi3.so", lambda _: b"\x7fELF old", "provenance.libraries"),
+    Defect("a library that is missing", SPINLOOP, lambda _: b"", "kernels stale"),
+    Defect("a compiled source edited after the stamp", CUDA_SOURCE, lambda content: content + b"\n// edited\n", "kernels stale"),
+    Defect("CMakeLists.txt edited after the stamp", "CMakeLists.txt", lambda content: content + b"\n# edited\n", "kernels stale"),
+    Defect("setup.py edited after the stamp", "setup.py", lambda content: content + b"\n# edited\n", "install stale"),
+    Defect("torch of another version", "site-packages/torch/version.py", instead("__version__ = '", "__version__ = '9."), "torch"),
+    Defect(
+        "an import from site-packages",
+        "site-packages/vllm.py",
+        lambda _: SHADOW,
+        "provenance.import",
+    ),
+    Defect(
+        "RMS norm without its weight",
+        OPS,
+        instead("torch.ops._C.rms_norm(out, input, weight, epsilon)", "torch.ops._C.rms_norm(out, input, None, epsilon)"),
+        "kernels.norm",
+    ),
+    Defect(
+        "rotary embedding in the other layout",
+        OPS,
+        instead("query, key, head_size, cos_sin_cache, is_neox\n", "query, key, head_size, cos_sin_cache, not is_neox\n"),
+        "kernels.rotary",
+    ),
+    Defect(
+        "a cache slot off by one",
+        OPS,
+        instead("value_cache,\n        slot_mapping,\n        isa,", "value_cache,\n        slot_mapping + 1,\n        isa,"),
+        "kernels.attention",
+    ),
+    Defect(
+        "the operator's attention scale off by 1 %",
+        OPS,
+        instead("seq_lens,\n        scale,\n        causal,\n        alibi", "seq_lens,\n        scale * 1.01,\n        causal,\n        alibi"),
+        "kernels.attention",
+    ),
+    Defect(
+        "an expert routed wrongly",
+        OPS,
+        instead("        topk_ids,\n        skip_weighted,", "        (topk_ids + 1) % w13.shape[0],\n        skip_weighted,"),
+        "kernels.moe",
+    ),
+    Defect(
+        "8-bit products without their scales",
+        OPS,
+        instead("        input_scale,\n        input_zp,", "        torch.ones_like(input_scale),\n        input_zp,"),
+        "kernels.quantized",
+    ),
+    Defect(
+        "the model's attention scale off by 1 %",
+        LLAMA,
+        instead("self.scaling = self.head_dim**-0.5", "self.scaling = 1.01 * self.head_dim**-0.5"),
+        "parity.llama",
+    ),
+    Defect(
+        "a wrong rotary base",
+        "vllm/model_executor/layers/rotary_embedding/base.py",
+        instead("            base\n            ** (", "            (base * 1.1)\n            ** ("),
+        "parity.llama",
+    ),
+    Defect("queries that are not normalised", QWEN3, instead("q_by_head = self.q_norm(q_by_head)", "pass"), "parity.qwen3"),
+    Defect("a sampler that ignores temperature 0", SAMPLER, instead(GREEDY, "return logits.topk(2, dim=-1).indices[:, 1]"), "parity.llama"),
+    Defect("log-probabilities that are no numbers", LLAMA, logits("logits[..., 5] = float('nan')"), "parity.llama"),
+    Defect("a crash in generation", LLAMA, logits("import os; os.kill(os.getpid(), 11)"), "parity.llama"),
+    Defect("an exception in generation", LLAMA, logits("raise RuntimeError('seeded')"), "parity.llama"),
+    Defect("a hang in generation", LLAMA, logits("import time; time.sleep(3000)"), "parity.llama", timeout_s=120),
+    Defect(
+        "a hang at start",
+        "vllm/v1/worker/cpu_model_runner.py",
+        instead("        if load_dummy_weights:", "        import time; time.sleep(3000)\n        if load_dummy_weights:"),
+        "parity.llama",
+        timeout_s=120,
+    ),
+    Defect("noise in every answer", LLAMA, logits("logits = logits + 0.01 * torch.rand_like(logits)"), "consistency.repeat"),
+    Defect("answers of neighbours in a batch", LLAMA, logits("logits = logits.roll(1, 0)"), "consistency.batch"),
+    Defect(
+        "a prefix cache that mixes requests",
+        "vllm/v1/core/kv_cache_utils.py",
+        instead(
+            "hash_function((parent_block_hash, curr_block_token_ids_tuple, extra_keys))", "hash_function((NONE_HASH, curr_block_token_ids_tuple, extra_keys))"
+        ),
+        "consistency.prefix",
+    ),
+)
