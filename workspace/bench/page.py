@@ -70,9 +70,7 @@ class _Section:
     drawn: list[Plot]
 
     def histories(self) -> str:
-        newest = self.group[-1].metrics
-        top = max((metrics.concurrency(metric) or 0 for metric in newest), default=0)
-        shown = [metric for metric in newest if metrics.concurrency(metric) in (None, top)][:SHOWN_HISTORIES]
+        shown = [metric for metric in self.group[-1].metrics if metrics.concurrency(metric) in (None, self._top)][:SHOWN_HISTORIES]
         plots_ = [plots.history(f"{self.name}-history-{metric}", metric, [one for one in self.group if metric in one.metrics]) for metric in shown]
         return self._figures("History", plots_)
 
@@ -85,7 +83,10 @@ class _Section:
     def pair(self, asked: tuple[Record, Record] | None) -> str:
         pair = self._pair(asked)
         if pair is None:
-            return ""
+            newest = self.group[-1]
+            return self._figures(
+                "", self._percentiles([name for name in newest.metrics if metrics.concurrency(name) in (None, self._top)], [(newest.stem, newest)])
+            )
         first, second = pair
         try:
             rows = compare.judged(first, second, factor=verdict.FACTOR)
@@ -95,8 +96,7 @@ class _Section:
         top = max((metrics.concurrency(row.metric) or 0 for row in rows), default=0)
         shown = [row.metric for row in rows if metrics.concurrency(row.metric) in (None, top)]
         figures = [plots.distributions(f"{self.name}-ab-{metric}", metric, first, second) for metric in shown[:SHOWN_HISTORIES]]
-        both = [("A", first), ("B", second)]
-        figures += [plots.percentiles(f"{self.name}-percentiles-{metric}", metric, both) for metric in shown if metric.partition("@")[0] in PERCENTILE_METRICS]
+        figures += self._percentiles(shown, [("A", first), ("B", second)])
         differing = compare.differences(first, second)
         note = "".join(f"<li>{escape(name)} differs: {escape(text)}</li>" for name, text in differing.items())
         title = f"B {second.stem} against A {first.stem}"
@@ -107,6 +107,14 @@ class _Section:
         if not swept:
             return ""
         return self._figures("Throughput against concurrency", [plots.throughput(f"{self.name}-concurrency", swept[-len(plots.COLOURS) :], references)])
+
+    @property
+    def _top(self) -> int:
+        """The highest load of the newest record, 0 where it has none."""
+        return max((metrics.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
+
+    def _percentiles(self, names: Sequence[str], records: Sequence[tuple[str, Record]]) -> list[Plot]:
+        return [plots.percentiles(f"{self.name}-percentiles-{name}", name, records) for name in names if name.partition("@")[0] in PERCENTILE_METRICS]
 
     def _pair(self, asked: tuple[Record, Record] | None) -> tuple[Record, Record] | None:
         if asked:
