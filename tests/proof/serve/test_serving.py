@@ -27,7 +27,7 @@ CLIENT = """
 import asyncio, json, sys, time
 import httpx, openai
 url, model, what = sys.argv[1:]
-ask = {"model": model, "messages": [{"role": "user", "content": "The capital of France?"}], "temperature": 0}
+ask = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 if what == "chat":
     client = openai.OpenAI(base_url=url, api_key="none")
     whole = client.chat.completions.create(**ask, max_tokens=12)
