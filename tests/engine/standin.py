@@ -57,7 +57,7 @@ def sleep_for_ever() -> None:
 def engine() -> None:
     if MANNER != "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    path = f"/dev/shm/standin-{os.getpid()}"
+    path = f"/dev/shm/standin-{sys.argv[1]}-{os.getpid()}"
     with open(path, "w+b") as file:
         file.truncate(4096)
         shared = mmap.mmap(file.fileno(), 4096)

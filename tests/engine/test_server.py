@@ -42,13 +42,14 @@ def until(true) -> None:
         time.sleep(0.01)
 
 
-def shared() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("standin-")}
+def shared(port: int) -> set[str]:
+    """What the server at this port has left; others run beside it."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"standin-{port}-")}
 
 
-def is_clean(there: whereabouts.Server, before: set[str]) -> None:
+def is_clean(there: whereabouts.Server) -> None:
     assert there.members() == set()
-    assert shared() - before == set()
+    assert shared(there.address.port) == set()
     assert not Path(there.family.folder).exists()
     assert whereabouts.find(there.place) is None
     with socket.socket() as probe:
@@ -58,35 +59,32 @@ def is_clean(there: whereabouts.Server, before: set[str]) -> None:
 
 @pytest.mark.parametrize("manner", ["", "apart", "deaf"])
 def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(place: Path, manner: str) -> None:
-    before = shared()
     there = server.start(place, launch(manner))
     there, ready = server.wait_until_ready(there, timeout_s=20)
     assert ready.models == ("standin",)
     assert len(there.members()) == 4
-    assert len(shared() - before) == 1
+    assert len(shared(there.address.port)) == 1
     found = whereabouts.find(place)
     assert found == there
     stopped = server.stop(found, at_once=manner == "deaf")
     assert stopped.was_killed == (manner == "deaf")
-    is_clean(there, before)
+    is_clean(there)
 
 
 def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> None:
-    before = shared()
     there = server.start(place, launch("slow"))
-    until(lambda: shared() - before)
+    until(lambda: shared(there.address.port))
     lines = server.follow(there.log)
     assert next(lines) in ("engine started", None)
     os.kill(there.family.keeper, signal.SIGTERM)
     os.kill(there.family.keeper, signal.SIGTERM)
     server.stop(there, at_once=True)
-    is_clean(there, before)
+    is_clean(there)
 
 
 @pytest.mark.parametrize("who", ["front", "keeper", "all"])
 @pytest.mark.parametrize("manner", ["", "apart"])
 def test_whoever_is_killed_nothing_is_left_after_stop(place: Path, who: str, manner: str) -> None:
-    before = shared()
     there = server.start(place, launch(manner))
     there, _ = server.wait_until_ready(there, timeout_s=20)
     members = there.members()
@@ -99,18 +97,17 @@ def test_whoever_is_killed_nothing_is_left_after_stop(place: Path, who: str, man
         # The keeper sees to it, with nobody's help.
         until(lambda: not there.members())
         assert whereabouts.how_ended(there) == whereabouts.Ended(-signal.SIGKILL, was_told=False)
-        assert shared() - before == set()
+        assert shared(there.address.port) == set()
     if who == "keeper":
         until(lambda: not whereabouts.is_alive(there))
         assert len(there.members()) == 3
     server.stop(whereabouts.find(place))
     assert not any(number in kin.living() for number in members)
-    is_clean(there, before)
+    is_clean(there)
 
 
 @pytest.mark.parametrize("is_detached", [False, True])
 def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(place: Path, is_detached: bool) -> None:
-    before = shared()
     port = server.free_port()
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
@@ -130,9 +127,9 @@ def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(place: Pa
         assert whereabouts.is_alive(there)
     else:
         until(lambda: not there.members())
-        assert shared() - before == set()
+        assert shared(there.address.port) == set()
     server.stop(there)
-    is_clean(there, before)
+    is_clean(there)
 
 
 def test_second_server_is_refused_and_the_first_one_serves_on(place: Path) -> None:
@@ -195,8 +192,7 @@ def test_damaged_state_is_a_sentence(place: Path) -> None:
 
 
 def test_context_ends_the_server_when_the_block_fails(place: Path) -> None:
-    before = shared()
     with contextlib.suppress(ZeroDivisionError), server.running(place, launch(), timeout_s=20) as (there, ready):
         assert ready.models
         raise ZeroDivisionError
-    is_clean(there, before)
+    is_clean(there)
