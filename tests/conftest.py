@@ -14,6 +14,8 @@ from tests.small.world import World, make_world
 def pytest_configure() -> None:
     # A shell's background job ignores SIGINT, and so would the verbs that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # nohup ignores this one, for every child.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
