@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import git
+from workspace.build import annex
 from workspace.core import settings as settings_module
 from workspace.core.console import Console
 from workspace.core.journal import Journal
@@ -124,7 +125,7 @@ def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(submodule:
     tree = workshop.open_tree(shop, settings, journal=journal)
     (own.vllm / "file").write_text("mine\n")
     assert workshop.open_tree(shop, settings, journal=journal).edits() == ("file",), "a user's edit stays"
-    tree.write("update-ref", "-d", workshop.MADE_REF)
+    tree.write("update-ref", "-d", annex.MADE_REF)
     (own.vllm / "file").write_text("")
     assert workshop.open_tree(shop, settings, journal=journal).edits() == ()
     # Or no more than the first file of all is there, cut short so that it leads to the clone's own repository.

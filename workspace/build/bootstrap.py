@@ -30,15 +30,17 @@ class Stage:
     steps: tuple[tuple[str, stages.Act], ...]
 
 
-def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False) -> None:
+def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False, is_arm: bool = False) -> None:
     """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to type next to that.
+
+    An arm's source stays as it stands, whatever pins and series say of it.
 
     Raises the WorkspaceError of the step that failed.
     """
     plan.require_settled(layout)
     observed = plan.observe(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
-    due = stages_of(layout, settings, observed)
+    due = stages_of(layout, settings, observed, is_arm=is_arm)
     if not any(stage.is_due for stage in due):
         if is_part:
             console.row("skipped", "build", f"vllm {observed.version} is there already")
@@ -53,14 +55,14 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
         _preflight(layout, settings, observed, console)
         with Journal(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as journal:
-            observed = _act(stages.Run(layout, settings, journal, observed))
+            observed = _act(stages.Run(layout, settings, journal, observed, is_arm=is_arm))
             if journal.path:
                 console.say(f"log: {layout.relative(journal.path)}")
     if not is_part:
         _close(observed, console, "")
 
 
-def stages_of(layout: Layout, settings: Settings, observed: plan.Observation) -> tuple[Stage, ...]:
+def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *, is_arm: bool = False) -> tuple[Stage, ...]:
     """Decide, stage by stage in their order, what is due and why."""
     is_written = layout.dotenv.exists()
     environment = observed.environment
@@ -70,10 +72,13 @@ def stages_of(layout: Layout, settings: Settings, observed: plan.Observation) ->
         from workspace.build import compiling
 
         steps = (*compiling.PLAN, *compiling.COMPILE, *compiling.PUT)
-    return (
-        Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
+    source = (
         Stage(*_source(settings, observed), (("source", stages.make_source),)),
         Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),
+    )
+    return (
+        Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
+        *(() if is_arm else source),
         Stage(environment.state != "ok", environment.why or "up to date", stages.ENVIRONMENT),
         Stage(bool(build), "; ".join(build) or "up to date", steps),
     )
@@ -107,7 +112,7 @@ def _act(run: stages.Run) -> plan.Observation:
     shown = 0
     while True:
         observed = run.observed = run.observe()
-        due = stages_of(run.layout, run.settings, observed)
+        due = stages_of(run.layout, run.settings, observed, is_arm=run.is_arm)
         first = next((number for number, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:

@@ -174,6 +174,8 @@ class Job:
             else:
                 wheel = Path(run.outcome["wheel"])
                 install.from_wheel(layout, run.settings, observed, wheel, journal=run.journal)
+                if run.is_arm:
+                    donor.complete(wheel, layout.vllm)
                 donor.check_taken(wheel, layout.vllm)
         targets = [target for target in self.project.targets if target.name in placed]
         environment = run.settings.child_environment("build", ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from workspace.build.plan import Kernels
 from workspace.core.errors import BuildError, SourceError
+from workspace.core.files import write_atomic
 from workspace.core.settings import Settings
 from workspace.source import index
 from workspace.source.pins import Pin
@@ -46,6 +47,15 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
     if not compiled:
         raise SourceError(f"{wheel.name} holds no compiled library of vLLM", hint="./scripts/inv bootstrap --kernels donor")
     return compiled
+
+
+def complete(wheel: Path, tree: Path) -> None:
+    """Take those compiled files out of the wheel that the tree's setup.py has left in it, as a release of before a mend does."""
+    left = [name for name, (size, crc) in compiled_members(wheel).items() if not _is(tree / name, size, crc)]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in left:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(tree / name, archive.read(name), mode=0o755)
 
 
 def check_taken(wheel: Path, tree: Path) -> None:

@@ -33,14 +33,14 @@ class Asked:
     as_json: bool = False
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, wait: bool = False) -> None:
+def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, wait: bool = False, is_arm: bool = False) -> None:
     """Bring the compiled libraries up to what the tree says, and no further. Raises the WorkspaceError of the step that failed."""
     plan.require_settled(layout)
     if asked.as_json and not asked.plan_only:
         raise SettingsError("--json is of the plan", hint="./scripts/inv rebuild --plan --json")
     bounds = _bounds(settings, asked) if asked.jobs is not None or asked.memory is not None else None
     observed = plan.observe(layout, settings)
-    _require_ground(observed)
+    _require_ground(observed, is_arm=is_arm)
     if asked.clean and not asked.plan_only:
         _clean(layout, console, wait=wait)
     if not asked.targets and observed.kernels.state == observed.install.state == "ok":
@@ -52,7 +52,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, w
         is_compiled = bool(asked.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
         _preflight(layout, settings, observed, console, is_compiled=is_compiled)
         with Journal(console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held) as journal:
-            run = stages.Run(layout, settings, journal, plan.observe(layout, settings))
+            run = stages.Run(layout, settings, journal, plan.observe(layout, settings), is_arm=is_arm)
             _act(run, asked, bounds, is_compiled=is_compiled)
             if journal.path:
                 console.say(f"log: {layout.relative(journal.path)}")
@@ -75,13 +75,13 @@ def _bounds(settings: Settings, asked: Asked) -> tuple[Jobs, Memory]:
     return jobs.count(settings, cores=host.cores, flag=asked.jobs), jobs.memory(host, flag=asked.memory)
 
 
-def _require_ground(observed: plan.Observation) -> None:
+def _require_ground(observed: plan.Observation, *, is_arm: bool) -> None:
     """Raise where there is nothing to compile, or nothing to compile for: those are other verbs' business."""
     if observed.stack is None or observed.environment.state == "missing":
         raise BuildError("there is no vLLM to rebuild yet", hint="./scripts/inv bootstrap")
     if observed.environment.state != "ok":
         raise BuildError(f"the environment is stale: {observed.environment.why}", hint="./scripts/inv bootstrap && ./scripts/inv rebuild")
-    if observed.stack.state in (State.IN_PROGRESS, State.FOREIGN):
+    if observed.stack.state is State.IN_PROGRESS or (observed.stack.state is State.FOREIGN and not is_arm):
         raise CheckoutError("vendor/vllm is in the middle of something, or not on the pin: it is not what is to be compiled", hint="./scripts/inv patch")
 
 

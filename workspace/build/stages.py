@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Run:
     """One bootstrap: what its steps share, and what an earlier step leaves for a later one.
 
-    `observed` is what was there when the stage began; a step that needs what another step of its stage made looks again.
+    `observed` is what was there when the stage began; a step that needs what another step of its stage made looks again. An arm may lack the
+    patch that mends what the tree's setup.py leaves out of a wheel.
     """
 
     layout: Layout
@@ -33,6 +34,7 @@ class Run:
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
     job: "Job | None" = None
+    is_arm: bool = False
 
     def observe(self) -> plan.Observation:
         return plan.observe(self.layout, self.settings)
@@ -138,6 +140,8 @@ def put_vllm(run: Run, view: Step) -> None:
     observed = run.observed
     wheel = Path(run.outcome["wheel"])
     install.from_wheel(run.layout, run.settings, observed, wheel, journal=run.journal)
+    if run.is_arm:
+        donor.complete(wheel, run.layout.vllm)
     donor.check_taken(wheel, run.layout.vllm)
     view.reason = f"vllm {observed.version}, editable"
 

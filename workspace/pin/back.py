@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from workspace.build import plan, stamp
+from workspace.build import annex, plan, stamp
 from workspace.core import lock
 from workspace.core.console import Console
+from workspace.core.copying import copy_files, files_below
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import read_regular
 from workspace.core.journal import Journal
@@ -45,7 +46,7 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
     if not layout.environment.exists():
         console.say("its environment was not kept: it is made anew and brought to the versions that it had")
         settings = _as_it_was(settings, wanted)
-    moving.build(layout, settings, console=console)
+    annex.build(layout, settings, console=console)
     _hold_to_freeze(layout, settings, wanted, console)
     try:
         bump.run_smoke(layout, settings, console)
@@ -91,7 +92,7 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
         "present": kept,
         "tip": git.head() or "",
         "left": left,
-        "names": moving.names_of(layout.patches("vllm")),
+        "names": annex.names_of(layout.patches("vllm")),
         **moving.products_of(layout),
     }
     return Marker(layout.returning, facts).write()
@@ -157,12 +158,12 @@ def _bring_environment(layout: Layout, wanted: Good) -> None:
 def _bring_products(layout: Layout, wanted: Good) -> None:
     """Compiled files as they were; the good state keeps its own."""
     folder = good.kernels(layout, wanted.name)
-    good.copy_files(folder, layout.vllm, good.files_below(folder))
+    copy_files(folder, layout.vllm, files_below(folder))
 
 
 def _write_patches(layout: Layout, wanted: Good, facts: Mapping[str, str]) -> None:
     files = good.kept(layout, wanted.name)
-    moving.write_patches(files.patches("vllm"), layout.patches("vllm"), pin=pins.load(files.pins).vllm.commit, former=facts["names"])
+    annex.write_patches(files.patches("vllm"), layout.patches("vllm"), pin=pins.load(files.pins).vllm.commit, former=facts["names"])
 
 
 def _hold_to_freeze(layout: Layout, settings: Settings, wanted: Good, console: Console) -> None:

@@ -7,18 +7,17 @@ import contextlib
 import datetime
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from workspace.build import plan
+from workspace.build import annex, plan
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
-from workspace.core.settings import Settings, Value
+from workspace.core.settings import Settings
 from workspace.pin import forward, good, moving, promote, workshop
 from workspace.pin.forward import Marker
 from workspace.pin.workshop import Begun, Workshop
@@ -233,11 +232,11 @@ def _advance(shop: Workshop, settings: Settings, journal: Journal) -> bool:
         _apply(shop, tree, journal)
         _export(shop, tree, journal)
         tip = tree.head() or ""
-        wanted = as_built(settings, plan.observe(shop.outer, settings))
+        wanted = annex.as_built(settings, plan.observe(shop.outer, settings))
         with _said_of(shop):
             if settings.switch("USE_EXISTING_TORCH"):
-                workshop.borrow_environment(shop, journal=journal)
-            moving.build(shop.layout, wanted, console=journal.console)
+                annex.borrow_environment(shop.outer, shop.layout, journal=journal)
+            annex.build(shop.layout, wanted, console=journal.console)
         _smoke(shop, tree, wanted, journal.console)
         promote.begin(shop, settings, tip=tip, journal=journal)
     promote.finish(shop, settings, journal=journal)
@@ -336,19 +335,6 @@ def _export(shop: Workshop, tree: Git, journal: Journal) -> None:
     export.write(shop.layout.patches("vllm"), base=shop.pin.commit, patches=made)
 
 
-def as_built(settings: Settings, observed: plan.Observation) -> Settings:
-    """The settings under which the working tree was built, where nothing else is asked for now: its device, and whether it compiles."""
-    values = dict(settings.values)
-    if settings.text("DEVICE") == "auto":
-        values["DEVICE"] = Value(observed.device, "flag")
-    if settings.text("KERNELS") == "auto" and observed.kernels_wanted.kind == "native":
-        values["KERNELS"] = Value("native", "flag")
-        jobs = observed.kernels.recorded.outcome.get("jobs") if observed.kernels.recorded else None
-        if jobs and not settings.text("MAX_JOBS"):
-            values["MAX_JOBS"] = Value(jobs, "flag")
-    return replace(settings, values=values)
-
-
 @contextlib.contextmanager
 def _said_of(shop: Workshop) -> Iterator[None]:
     """Say of a failure where it happened, and how the bump goes on."""
@@ -379,7 +365,7 @@ def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
 def _prove(layout: Layout, settings: Settings, console: Console) -> None:
     """What was promoted stands in its place: bootstrap finds nothing to do, the smoke passes there, and the state is recorded as good."""
     observed = plan.observe(layout, settings)
-    moving.build(layout, as_built(settings, observed), console=console)
+    annex.build(layout, annex.as_built(settings, observed), console=console)
     try:
         run_smoke(layout, settings, console)
     except SmokeError as exc:

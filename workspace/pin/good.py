@@ -5,7 +5,6 @@ One folder a state in `.workspace/good`; its good.json is written last, and with
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -13,23 +12,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from workspace.build import plan, stamp
+from workspace.build import plan, products, stamp
 from workspace.core import lock
 from workspace.core.console import Console
+from workspace.core.copying import copy_files
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
-from workspace.pin import products
 from workspace.source import checkout, pins, scratch
 from workspace.source.git import Git, worktree
 from workspace.source.stack import State
 
 KEPT = 3
 SCHEMA = 1
-# ioctl_ficlone(2): share the blocks of a file, where the file system can.
-_FICLONE = 0x40049409
 
 
 @dataclass(frozen=True)
@@ -189,35 +186,6 @@ def clear(layout: Layout) -> None:
 def left(layout: Layout, name: str) -> Path:
     """Where files lie that a move has left behind and that no repository keeps."""
     return layout.state / f"left-{name}"
-
-
-def copy_files(source: Path, target: Path, paths: tuple[str, ...]) -> None:
-    """Copy files with their times, sharing blocks where the file system can. One that is there appears whole or not at all."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        made = target / path
-        made.parent.mkdir(parents=True, exist_ok=True)
-        aside = made.with_name(f".{made.name}.copying")
-        if (source / path).is_symlink():
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(os.readlink(source / path))
-        else:
-            _copy(source / path, aside)
-        os.replace(aside, made)
-
-
-def files_below(folder: Path) -> tuple[str, ...]:
-    """The paths of all files and links below a folder."""
-    return tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        with source.open("rb") as old, target.open("wb") as new:
-            fcntl.ioctl(new, _FICLONE, old.fileno())
-    except OSError:
-        shutil.copyfile(source, target)
-    shutil.copystat(source, target)
 
 
 def _keep_files(layout: Layout, name: str) -> None:

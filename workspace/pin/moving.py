@@ -1,30 +1,18 @@
 """The moves that a promotion and the way back share: the tree, what was built in it, and what names its place."""
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from workspace.build import bootstrap, plan, stamp
+from workspace.build import products, stamp
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, ToolchainError
-from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
-from workspace.core.settings import Settings
-from workspace.pin import good, products
-from workspace.source import checkout, moves, series
+from workspace.pin import good
+from workspace.source import checkout, moves
 from workspace.source.git import Git, worktree
-
-
-def build(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Bring a layout to a stamped vLLM, what its patches change of compiled sources compiled too. Raises what bootstrap and rebuild raise."""
-    bootstrap.run(layout, settings, console=console, wait=True, is_part=True)
-    if plan.observe(layout, settings).for_compiler:
-        from workspace.build import rebuild
-
-        rebuild.run(layout, settings, rebuild.Asked(), console=console, wait=True)
 
 
 def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
@@ -84,26 +72,6 @@ def say_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> N
     left = good.left(layout, facts["left"])
     if left.exists():
         console.say(f"what a build had left in vendor/vllm and no good state holds is in {layout.relative(left)}")
-
-
-def write_patches(source: Path, target: Path, *, pin: str, former: str) -> None:
-    """Put a series and its patches into another folder; of what lies there only the `former` names (a line each) are taken out."""
-    names = series.read(source, pin=pin).names
-    for name in (*names, series.FILE):
-        content = read_regular(source / name)
-        if not (target / name).exists() or read_regular(target / name) != content:
-            write_atomic(target / name, content)
-    for name in former.split("\n"):
-        if name and name not in names:
-            (target / name).unlink(missing_ok=True)
-
-
-def names_of(folder: Path) -> str:
-    """The patches that a series names, a line each, whatever its base."""
-    with contextlib.suppress(OSError):
-        lines = read_regular(folder / series.FILE).decode(errors="replace").split("\n")
-        return "\n".join(name for line in lines if (name := line.split("#", 1)[0].strip()).endswith(".patch") and "/" not in name)
-    return ""
 
 
 def set_gitlink(layout: Layout, commit: str | None, *, journal: Journal) -> None:

@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from workspace.build import plan, stages, stamp, verify
+from workspace.build import annex, plan, products, stages, stamp, verify
 from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import relocation, wholeness
-from workspace.pin import forward, good, moving, products, workshop
+from workspace.pin import forward, good, moving, workshop
 from workspace.pin.forward import Marker
 from workspace.pin.workshop import Workshop
 from workspace.source import pins, series
@@ -76,7 +76,7 @@ def begin(shop: Workshop, settings: Settings, *, tip: str, journal: Journal) -> 
         "tag": observed.pin.tag,
         "tip": tip,
         "left": good.now(),
-        "names": moving.names_of(layout.patches("vllm")),
+        "names": annex.names_of(layout.patches("vllm")),
         **moving.products_of(layout),
     }
     Marker(shop.promoting, facts).write()
@@ -100,7 +100,7 @@ def finish(shop: Workshop, settings: Settings, *, journal: Journal) -> None:
                 ("products aside", lambda facts: moving.take_products_away(layout, facts, good_state=facts["good"])),
                 ("products", lambda facts: products.move(shop.layout.vllm, layout.vllm, products.found(shop.layout.vllm))),
                 ("environment", lambda facts: _move_environment(shop)),
-                ("patches", lambda facts: moving.write_patches(patches_new, layout.patches("vllm"), pin=shop.pin.commit, former=facts["names"])),
+                ("patches", lambda facts: annex.write_patches(patches_new, layout.patches("vllm"), pin=shop.pin.commit, former=facts["names"])),
                 ("pins", lambda facts: write_atomic(layout.pins, pins.dump(read_regular(layout.pins), shop.pin))),
                 ("gitlink", lambda facts: moving.set_gitlink(layout, gitlink, journal=journal)),
                 ("message", lambda facts: _write_message(shop, facts)),

@@ -80,9 +80,9 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
 
 def series_names(layout: Layout) -> tuple[str, ...]:
     """The patches on Triton, whatever base the series names; none where there is no series."""
-    from workspace.pin import moving
+    from workspace.build import annex
 
-    return tuple(name for name in moving.names_of(layout.patches("triton")).split("\n") if name)
+    return tuple(name for name in annex.names_of(layout.patches("triton")).split("\n") if name)
 
 
 def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, names: list[str], journal: Journal) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import git
+from workspace.build import products
 from workspace.core.layout import Layout
-from workspace.pin import products
 
 IGNORED = """# generated
 /vllm/_version.py
