@@ -45,6 +45,11 @@ class Layout:
         return self.state / "bump"
 
     @property
+    def arms(self) -> Path:
+        """Clones in small that trees are compared or searched in, a folder each; see build/arm.py."""
+        return self.state / "arms"
+
+    @property
     def promoting(self) -> Path:
         """Is there while what the workshop made takes the place of the working state, or a run that did so was ended."""
         return self.workshop / "promoting.json"
