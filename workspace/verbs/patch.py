@@ -1,0 +1,88 @@
+"""Verbs of the patch series."""
+
+from invoke.context import Context
+from invoke.tasks import task
+
+from workspace import door
+from workspace.core import layout
+from workspace.core.errors import SettingsError
+from workspace.verbs.words import JSON, WAIT
+
+PROJECT = "vllm or triton"
+
+
+@task(default=True, help={"project": PROJECT, "json": JSON})
+def status(_: Context, project: str = "vllm", json: bool = False) -> None:
+    """One row a patch: state, subject, Upstream-Status."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.source import overview
+
+    overview.show(here, settings, project, console=door.console(), as_json=json)
+
+
+@task(help={"project": PROJECT, "wait": WAIT})
+def apply(_: Context, project: str = "vllm", wait: bool = False) -> None:
+    """Put the series on the pin, all or nothing."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    patching.apply(here, settings, project, console=door.console(), wait=wait)
+
+
+@task(help={"project": PROJECT, "wait": WAIT})
+def unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
+    """Take the series off; the commits are kept under refs."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    patching.unapply(here, settings, project, console=door.console(), wait=wait)
+
+
+@task(
+    # -p is --project with every verb.
+    auto_shortflags=False,
+    help={
+        "check": "write nothing; print the difference and exit with 5",
+        "branch": "put one patch, signed off, on upstream's main",
+        "patch": "which patch --branch is for, by its file name",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def export(_: Context, check: bool = False, branch: str = "", patch: str = "", project: str = "vllm", wait: bool = False) -> None:
+    """Write the commits on the pin as patches and series."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    if bool(patch) != bool(branch) or (branch and check):
+        raise SettingsError("--branch and --patch belong together, and without --check", hint="inv patch.export --branch NAME --patch FILE")
+    if branch:
+        patching.branch(here, settings, project, branch, patch, console=door.console(), wait=wait)
+    else:
+        patching.export(here, settings, project, console=door.console(), wait=wait, check=check)
+
+
+@task(name="import", positional=["origin"], help={"origin": "a mail file, an address, or the number of a pull request", "project": PROJECT, "wait": WAIT})
+def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
+    """Take a patch: a file, an address, a pull request."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    patching.take(here, settings, project, origin, console=door.console(), wait=wait)
+
+
+@task(name="continue", help={"skip": "leave out the patch that conflicts", "abort": "give up and go back", "project": PROJECT, "wait": WAIT})
+def continue_(_: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False) -> None:
+    """Go on after a conflict, a bump's too."""
+    here = layout.here()
+    settings = door.load_settings(here)
+    from workspace.pin import patching
+
+    if skip and abort:
+        raise SettingsError("--skip and --abort exclude each other", hint="inv --help patch.continue")
+    patching.go_on(here, settings, project, "skip" if skip else "abort" if abort else "continue", console=door.console(), wait=wait)
