@@ -151,3 +151,10 @@ def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_
     assert str(mine) in listed
     assert str(ours) not in listed
     assert not begun.exists()
+
+
+def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(submodule: Path) -> None:
+    books = Git(submodule).path_of("worktrees")
+    books.mkdir()
+    workshop.tidy(Layout(submodule.parents[1]))
+    assert not books.exists()

@@ -179,7 +179,7 @@ def clear(layout: Layout) -> None:
     """Finish what a run left that was ended while it took a workshop away; of one that is there everything stays."""
     shutil.rmtree(gone(layout), ignore_errors=True)
     git = Git(layout.vllm)
-    if not os.path.lexists(layout.workshop) and git.place() and any(git.path_of("worktrees").glob("*")):
+    if not os.path.lexists(layout.workshop) and git.place() and git.path_of("worktrees").is_dir():
         worktree.forget(git, Layout(layout.workshop).vllm)
 
 
