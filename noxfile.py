@@ -136,7 +136,7 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """The long proofs: bootstrap, fuzz, kill, pins, smoke, triton; words after the name go to pytest."""
+    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, serve, smoke, source, triton; words after its name go to pytest."""
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:
