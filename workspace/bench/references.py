@@ -1,11 +1,8 @@
 """Figures that others have published, from the recipes: points to hold one's own against, each with its source."""
 
 import re
-import tomllib
 from dataclasses import dataclass
 
-from workspace.core.errors import SettingsError
-from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -26,13 +23,7 @@ def load(layout: Layout) -> tuple[Reference, ...]:
     """Read the figures of all recipes. Raises SettingsError for a recipe that cannot be read; what else is wrong with it is `serve.list`'s business."""
     found = []
     for path in sorted((layout.root / "recipes").glob("*.toml")):
-        place = layout.relative(path)
-        try:
-            table = tomllib.loads(read_regular(path).decode())
-        except OSError as exc:
-            raise SettingsError(f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}") from exc
-        except (ValueError, RecursionError) as exc:
-            raise SettingsError(f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}") from exc
+        table = tables.read(path, place=layout.relative(path))
         rows = table.get("figures", [])
         for row in rows if isinstance(rows, list) else []:
             if isinstance(row, dict):

@@ -4,15 +4,13 @@
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from workspace.core import settings
+from workspace.core import settings, tables
 from workspace.core.errors import SettingsError
-from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.engine import flags as engine_flags
 
@@ -107,12 +105,7 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
         hint = f"did you mean {alike}? ./scripts/inv serve.list" if alike else "./scripts/inv serve.list"
         raise SettingsError(f"there is no recipe {settings.shortened(name)!r}", hint=hint)
     place = layout.relative(path)
-    try:
-        table = tomllib.loads(read_regular(path).decode())
-    except OSError as exc:
-        raise SettingsError(f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise SettingsError(f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}") from exc
+    table = tables.read(path, place=place)
     recipe = _recipe(name, _Table(place, "", table))
     return resolved(recipe, version) if version else recipe
 
