@@ -129,6 +129,12 @@ def bench(session):
 
 
 @nox.session
+def bisect(session):
+    """Find the upstream commit, or the patch, that broke or slowed it; the same command goes on."""
+    run(session, "workspace.bench.bisect", *session.posargs)
+
+
+@nox.session
 def perf(session):
     """What the workspace itself costs, as ratios."""
     run(session, "workspace.perf", *session.posargs)

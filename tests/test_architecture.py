@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "build": {"core", "source", "environment"},
     "smoke": WORKFLOWS,
     "perf": WORKFLOWS | {"pin"},
-    "bench": WORKFLOWS,
+    "bench": WORKFLOWS | {"smoke"},
     "serve": WORKFLOWS,
     "pin": WORKFLOWS | {"smoke", "bench", "serve"},
     "door": {"core"},

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from workspace.core import tables
 from workspace.core.layout import Layout
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")

@@ -1,0 +1,37 @@
+"""Histories of commits in real git, made in one go."""
+
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Made:
+    """A commit to be: its name, which is its subject, its parents, and the files that it writes; without parents it stands on the one before."""
+
+    name: str
+    files: Mapping[str, str]
+    parents: Sequence[str] | None = None
+
+
+def make(folder: Path, commits: Sequence[Made], *, onto: str | None = None) -> dict[str, str]:
+    """Write the commits into the repository, the last one as refs/heads/history, and return their OIDs by name. The first stands on `onto`."""
+    marks = {commit.name: number for number, commit in enumerate(commits, 1)}
+    lines: list[str] = []
+    before: list[str] = [onto] if onto else []
+    for commit in commits:
+        parents = before if commit.parents is None else [f":{marks[name]}" if name in marks else name for name in commit.parents]
+        lines += ["commit refs/heads/history", f"mark :{marks[commit.name]}", f"committer Up <up@invalid> {1_700_000_000 + marks[commit.name]} +0000"]
+        lines += [f"data {len(commit.name)}", commit.name]
+        lines += [f"{'merge' if number else 'from'} {parent}" for number, parent in enumerate(parents)]
+        for path, text in commit.files.items():
+            lines += [f"M 100644 inline {path}", f"data {len(text.encode())}", text]
+        lines.append("")
+        before = [f":{marks[commit.name]}"]
+    with tempfile.NamedTemporaryFile("r") as marked:
+        argv = ["git", "fast-import", "--quiet", "--force", f"--export-marks={marked.name}"]
+        subprocess.run(argv, cwd=folder, input="\n".join(lines).encode(), check=True)
+        found = dict(line.split() for line in Path(marked.name).read_text().splitlines())
+    return {name: found[f":{number}"] for name, number in marks.items()}

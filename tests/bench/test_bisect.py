@@ -1,0 +1,377 @@
+"""The bisect on real histories: ends that lie, merges, patches carried along, trees that cannot be tried, and a run that is killed at any try."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.bench.histories import Made, make
+from tests.small.materials import git
+from workspace.bench.bisect import course, field, flow, question
+from workspace.bench.bisect.course import Asked, Course
+from workspace.bench.bisect.field import Ground
+from workspace.bench.bisect.flow import Attempt
+from workspace.bench.bisect.question import Question, Said
+from workspace.bench.bisect.search import Role, Standing
+from workspace.core.console import Console
+from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
+from workspace.core.layout import Layout
+from workspace.source.git import Git, bisection
+
+LINES = "".join(f"line {number}\n" for number in range(1, 31))
+
+
+class Place:
+    """A workspace that is no more than vendor/vllm with a history; a tree is bad where `broken` is in it, and cannot be tried where `stuck` is."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        self.layout.vllm.mkdir(parents=True)
+        git(self.layout.vllm, "init", "--quiet")
+        self.ground = Ground("", ())
+        self.tried: list[str] = []
+        self.err = io.StringIO()
+
+    def history(self, *commits: Made) -> dict[str, str]:
+        made = make(self.layout.vllm, commits)
+        git(self.layout.vllm, "checkout", "--quiet", "--detach", made[commits[0].name])
+        self.ground = Ground(made[commits[-1].name], ())
+        return made
+
+    def attempt(self, commit: str, role: Role, there: Course) -> Said:
+        repository = Git(self.layout.vllm)
+        tip = bisection.carried(repository, commit, self.ground.patches).tip
+        self.tried.append(commit)
+        if tip is None:
+            return Said("skip", "a patch does not apply there")
+        names = git(self.layout.vllm, "ls-tree", "--name-only", tip).split()
+        return Said("skip", "it is stuck") if "stuck" in names else Said("bad", "it is broken") if "broken" in names else Said("good", "fine")
+
+    def search(self, asked: Asked, attempt: Attempt | None = None) -> tuple[field.Field, Course, Standing]:
+        console = Console(out=io.StringIO(), err=self.err)
+        there = flow.begin(self.layout, self.ground, asked, console=console)
+        searched = field.open_(self.layout, self.ground, there.good, there.bad, is_patches=asked.is_patches)
+        keep: Callable[[Course], None] = lambda one: course.write(self.layout, one)  # noqa: E731
+        return searched, *flow.search_on(searched, there, attempt=attempt or self.attempt, keep=keep, console=console)
+
+    def outcome(self, asked: Asked) -> str:
+        """What the bisect says on stdout. Raises what it raises."""
+        searched, there, standing = self.search(asked)
+        out = io.StringIO()
+        document = flow.described(self.layout, searched, there, standing)
+        json.dumps(document, allow_nan=False)
+        flow.conclude(searched, there, standing, document, console=Console(out=out, err=self.err))
+        return out.getvalue().strip()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def line(count: int, *, broken: int) -> list[Made]:
+    """Commits c0, c1 …, each an edit; what `broken` adds stays."""
+    made = [Made("c0", {"text": LINES})]
+    for number in range(1, count):
+        made.append(Made(f"c{number}", {"number": f"{number}\n"} | ({"broken": "x"} if number == broken else {})))
+    return made
+
+
+def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> Asked:
+    return Asked("smoke", made[first], made[last], **more)  # type: ignore[arg-type]
+
+
+def test_broken_commit_among_64_is_named_with_its_deed_in_eight_tries(place: Place) -> None:
+    made = place.history(*line(65, broken=41))
+    assert place.outcome(ends(made, "c64")) == made["c41"]
+    said = place.err.getvalue()
+    assert f"the first bad one is {made['c41'][:12]} c41" in said
+    assert "broken  +1 -0" in said
+    assert "it is broken" in said
+    assert f"git -C vendor/vllm show {made['c41'][:12]}" in said
+    assert "64 suspects left, about 6 steps" in said
+    assert len(place.tried) == 8
+
+
+def test_merged_branch_is_searched_too_and_not_its_merge_blamed(place: Place) -> None:
+    made = place.history(
+        *line(5, broken=99),
+        Made("side1", {"side": "1"}, ("c1",)),
+        Made("side2", {"side": "2", "broken": "x"}),
+        Made("side3", {"side": "3"}),
+        Made("merge", {"side": "3", "broken": "x"}, ("c4", "side3")),
+        Made("after", {"number": "after"}),
+    )
+    assert place.outcome(ends(made, "after")) == made["side2"]
+
+
+def test_good_release_on_a_branch_of_its_own_has_the_fork_tried_first(place: Place) -> None:
+    made = place.history(*line(6, broken=4), Made("release", {"version": "1"}, ("c1",)), Made("last", {"version": "2"}, ("c5",)))
+    assert place.outcome(ends(made, "last", "release")) == made["c4"]
+    assert place.tried[:3] == [made["release"], made["c1"], made["last"]]
+
+
+def test_fork_that_is_bad_says_that_the_good_end_has_the_cure(place: Place) -> None:
+    made = place.history(Made("c0", {"broken": "x"}), Made("c1", {"number": "1"}), Made("last", {"number": "2"}))
+    # Only on the release's branch the file is gone.
+    tree = git(place.layout.vllm, "mktree", "--missing")
+    release = git(place.layout.vllm, "commit-tree", "-m", "release", "-p", made["c1"], tree)
+    with pytest.raises(SettingsError, match=r"c1, where .* release and the bad end parted, is bad: it is broken"):
+        place.outcome(Asked("smoke", release, made["last"]))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "says"), [("c4", "c5", "the good end, .* c4, is bad: it is broken"), ("c0", "c1", "the bad end, .* c1, is good: fine")]
+)
+def test_end_that_is_not_what_it_has_to_be_is_a_sentence_with_the_evidence(place: Place, good: str, bad: str, says: str) -> None:
+    made = place.history(*line(6, broken=3))
+    with pytest.raises(SettingsError, match=says):
+        place.outcome(ends(made, bad, good))
+
+
+def test_next_command_after_an_end_that_lied_takes_over_what_was_tried(place: Place) -> None:
+    made = place.history(*line(12, broken=5))
+    with pytest.raises(SettingsError, match="the good end"):
+        place.outcome(ends(made, "c11", "c6"))
+    place.tried.clear()
+    assert place.outcome(ends(made, "c11")) == made["c5"]
+    assert made["c6"] not in place.tried
+
+
+def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_nothing_tells_them_apart(place: Place) -> None:
+    commits = [Made("c0", {"text": "x"})]
+    for number in range(1, 10):
+        commits.append(Made(f"c{number}", {"number": str(number)} | ({"broken": "x"} if number == 5 else {})))
+    made = place.history(*commits)
+
+    def attempt(commit: str, role: Role, there: Course) -> Said:
+        return Said("skip", "it cannot be built") if commit in (made["c4"], made["c5"]) else place.attempt(commit, role, there)
+
+    searched, there, standing = place.search(ends(made, "c9"), attempt)
+    assert standing.left == (made["c4"], made["c5"], made["c6"])
+    document = flow.described(place.layout, searched, there, standing)
+    assert document["verdict"] == "inconclusive"
+    with pytest.raises(WorkspaceError, match="one of 3, the last of which is bad and the others cannot be tried") as caught:
+        flow.conclude(searched, there, standing, document, console=Console(out=io.StringIO(), err=place.err))
+    assert [text.split()[1] for text in caught.value.details] == ["c4:", "c5:", "c6"]
+
+
+def test_a_dozen_skips_running_ask_for_somebody_to_look_and_the_same_command_goes_on(place: Place) -> None:
+    made = place.history(*line(60, broken=30))
+
+    def attempt(commit: str, role: Role, there: Course) -> Said:
+        return Said("skip", "no compiler") if role == "suspect" else place.attempt(commit, role, there)
+
+    for count in (14, 26):
+        with pytest.raises(WorkspaceError, match="inconclusive so far: 12 running could not be tried, the last because no compiler"):
+            place.search(ends(made, "c59"), attempt)
+        there = course.read(place.layout)
+        assert there
+        assert len(there.tries) == count
+
+
+def test_end_that_cannot_be_tried_is_not_remembered_as_such(place: Place) -> None:
+    made = place.history(*line(4, broken=2))
+    with pytest.raises(WorkspaceError, match=r"the good end, .* cannot be tried: the disk is full"):
+        place.search(ends(made, "c3"), lambda *_: Said("skip", "the disk is full"))
+    assert place.outcome(ends(made, "c3")) == made["c2"]
+
+
+def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by_no_other(place: Place) -> None:
+    made = place.history(*line(33, broken=20))
+    asked, ended = ends(made, "c32"), 0
+    while True:
+        tries = 0
+
+        def attempt(commit: str, role: Role, there: Course) -> Said:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                raise KeyboardInterrupt
+            return place.attempt(commit, role, there)
+
+        try:
+            _, there, standing = place.search(asked, attempt)
+            break
+        except KeyboardInterrupt:
+            ended += 1
+            with pytest.raises(SettingsError, match=r"another bisect is under way, \d steps?, .*--run smoke; asked for is .*--run parity.llama"):
+                place.search(Asked("parity.llama", made["c0"], made["c32"]))
+    assert standing.culprit == made["c20"]
+    assert len(place.tried) == len(set(place.tried)) == len(there.tries) == ended + 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1, "asked": {}}', b"\xff"])
+def test_damaged_course_is_a_sentence_that_names_the_way_out(place: Place, content: bytes) -> None:
+    made = place.history(*line(3, broken=1))
+    course.path_of(place.layout).parent.mkdir(parents=True)
+    course.path_of(place.layout).write_bytes(content)
+    with pytest.raises(WorkspaceError, match="no bisect that can be gone on with") as caught:
+        place.search(ends(made, "c2"))
+    assert caught.value.hint == course.ABORT
+
+
+def patch_of(place: Place, base: str, name: str, old: str, new: str, *, file: str = "text") -> Path:
+    """A patch on `base`, as format-patch writes it, which changes one line of a file."""
+    work = place.layout.root / "work"
+    if not work.exists():
+        git(place.layout.vllm, "worktree", "add", "--quiet", "--detach", str(work), base)
+    git(work, "checkout", "--quiet", "--detach", base)
+    text = (work / file).read_text() if (work / file).exists() else ""
+    (work / file).write_text(text.replace(old, new) if old else new)
+    git(work, "add", "--all")
+    git(work, "commit", "--quiet", "-m", f"{name}\n\nUpstream-Status: Pending")
+    folder = place.layout.patches("vllm")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / f"{name}.patch"
+    made.write_text(git(work, "format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1") + "\n")
+    return made
+
+
+def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_then(place: Place) -> None:
+    twenty = LINES.replace("line 20\n", "line twenty\n")
+    made = place.history(
+        Made("c0", {"text": LINES}),
+        Made("c1", {"text": LINES.replace("line 1\n", "line one\n")}),
+        Made("c2", {"text": twenty}),
+        Made("c3", {"text": twenty.replace("line twenty\n", "line otherwise\n")}),
+        Made("c4", {"text": LINES.replace("line 18\n", "line eighteen\n")}, ("c0",)),
+    )
+    patch = patch_of(place, made["c0"], "twenty", "line 20\n", "line twenty\n")
+    repository = Git(place.layout.vllm)
+    for name, is_other, left_out in (("c0", True, ()), ("c1", True, ()), ("c2", False, ("twenty.patch",)), ("c4", True, ())):
+        found = bisection.carried(repository, made[name], [patch])
+        assert found.left_out == left_out, name
+        assert found.tip
+        assert (found.tip != made[name]) is is_other, name
+        assert "line twenty" in git(place.layout.vllm, "show", f"{found.tip}:text"), name
+        assert found == bisection.carried(repository, made[name], [patch])
+    assert bisection.carried(repository, made["c3"], [patch]).failing == "twenty.patch"
+
+
+def test_bisect_leaves_the_users_own_bisect_head_index_and_references_alone(place: Place) -> None:
+    made = place.history(*line(9, broken=5))
+    patch = patch_of(place, made["c0"], "more", "", "more\n", file="more")
+    place.ground = Ground(made["c8"], (patch,))
+    git(place.layout.vllm, "bisect", "start", made["c8"], made["c0"])
+    state = {path: path.read_bytes() for path in (place.layout.vllm / ".git").rglob("*") if path.is_file() and "objects" not in path.parts}
+    assert place.outcome(ends(made, "c8")) == made["c5"]
+    assert {path: path.read_bytes() for path in state} == state
+    assert {path for path in (place.layout.vllm / ".git").rglob("*") if path.is_file() and "objects" not in path.parts} == set(state)
+
+
+def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(place: Place) -> None:
+    made = place.history(Made("c0", {"text": LINES}))
+    patches, tip = [], made["c0"]
+    for number in range(1, 9):
+        patches.append(patch_of(place, tip, f"p{number}", "", "x\n", file="broken" if number == 3 else f"file{number}"))
+        tip = git(place.layout.root / "work", "rev-parse", "HEAD")
+    place.ground = Ground(made["c0"], tuple(patches))
+
+    def attempt(commit: str, role: Role, there: Course) -> Said:
+        names = git(place.layout.vllm, "ls-tree", "--name-only", commit).split()
+        return Said("bad" if "broken" in names else "good", "looked")
+
+    asked = Asked("smoke", is_patches=True)
+    searched, there, standing = place.search(asked, attempt)
+    assert standing.culprit
+    assert searched.called(standing.culprit) == "p3.patch"
+    assert len(there.tries) == 5
+    (place.layout.patches("vllm") / "p8.patch").write_text("other")
+    with pytest.raises(SettingsError, match="no longer those that this bisect began with"):
+        place.search(asked, attempt)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "says"),
+    [
+        ("v9.9", None, "has no 'v9.9'"),
+        ("c", None, "has no 'c'"),
+        (None, None, "no good state is known"),
+        ("c2", "c1", "no later than"),
+        ("c1", "c1", "no later than"),
+    ],
+)
+def test_ends_that_are_none_are_refused_before_anything_is_written(place: Place, good: str | None, bad: str | None, says: str) -> None:
+    made = place.history(*line(3, broken=1))
+    with pytest.raises(SettingsError, match=says):
+        place.search(Asked("smoke", made.get(good or "", good), made.get(bad or "", bad)))
+    assert course.read(place.layout) is None
+
+
+def test_ends_without_a_history_in_common_are_refused(place: Place) -> None:
+    made = place.history(*line(3, broken=1))
+    tree = git(place.layout.vllm, "mktree", "--missing")
+    with pytest.raises(CheckoutError, match="no history in common"):
+        place.search(Asked("smoke", git(place.layout.vllm, "commit-tree", "-m", "alone", tree), made["c2"]))
+
+
+def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(place: Place) -> None:
+    made = place.history(*line(9, broken=7))
+    for name in ("c2", "c4"):
+        patched = git(place.layout.vllm, "commit-tree", "-m", "patched", "-p", made[name], git(place.layout.vllm, "rev-parse", f"{made[name]}^{{tree}}"))
+        git(place.layout.vllm, "update-ref", f"refs/good/{name}", patched)
+    git(place.layout.vllm, "update-ref", "refs/good/pin", made["c8"])
+    git(place.layout.vllm, "tag", "v1.0", made["c8"])
+    assert place.outcome(Asked("smoke", None, "1.0")) == made["c7"]
+    assert place.tried[0] == made["c4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name"),
+    [("smoke", "smoke", "smoke"), ("parity.llama", "check", "parity.llama"), ("bench:ttft", "bench", "ttft"), ("python -c 'import vllm'", "command", None)],
+)
+def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(tmp_path: Path, text: str, kind: str, name: str | None) -> None:
+    found = question.parse(text, folder=tmp_path)
+    assert (found.kind, found.name) == (kind, name or text)
+    assert found.words == (("python", "-c", "import vllm") if kind == "command" else ())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("parity.lama", "did you mean parity.llama?"),
+        ("smok", "did you mean smoke?"),
+        ("kernels.nothing", "one of provenance"),
+        ("parity.model", "smoke, bench:METRIC"),
+        ("bench:latencies", "did you mean bench:latency?"),
+        ("bench:", "there are latency"),
+        ("", "smoke, bench:METRIC"),
+        ("sh -c 'open", "quote it"),
+    ],
+)
+def test_typo_in_run_names_the_nearest(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        question.parse(text, folder=tmp_path)
+    assert says in str(caught.value.hint)
+
+
+def test_command_names_its_files_from_where_it_was_typed(tmp_path: Path) -> None:
+    (tmp_path / "try.py").touch()
+    assert question.parse("python try.py --more", folder=tmp_path).words == ("python", str(tmp_path / "try.py"), "--more")
+
+
+def row(name: str, verdict: str, evidence: str = "seen", seconds: float = 1.0) -> dict[str, object]:
+    return {"id": name, "verdict": verdict, "evidence": evidence, "seconds": seconds}
+
+
+@pytest.mark.parametrize(
+    ("rows", "smoke", "check"),
+    [
+        ([row("parity.llama", "pass"), row("binary.load", "pass")], "good", "good"),
+        ([row("parity.llama", "pass"), row("binary.load", "fail")], "bad", "good"),
+        ([row("parity.llama", "fail"), row("binary.load", "pass")], "bad", "bad"),
+        ([row("parity.llama", "fail", seconds=90.0), row("binary.load", "pass")], "skip", "skip"),
+        ([row("parity.llama", "fail", "gave no answer in 80 s, its stacks are in the log")], "skip", "skip"),
+        ([row("parity.llama", "fail", seconds=90.0), row("binary.load", "fail")], "bad", "skip"),
+        ([row("parity.llama", "skipped"), row("binary.load", "pass")], "good", "skip"),
+        ([row("binary.load", "pass")], "good", "skip"),
+    ],
+)
+def test_check_that_was_waited_for_in_vain_is_no_bad_one(rows: list[dict[str, object]], smoke: str, check: str) -> None:
+    record = {"checks": rows}
+    assert question.judged(Question("smoke", "smoke"), record, timeout_s=100).verdict == smoke
+    assert question.judged(Question("check", "parity.llama"), record, timeout_s=100).verdict == check
+    assert question.judged(Question("smoke", "smoke"), "not built", timeout_s=100) == Said("skip", "not built")

@@ -1,0 +1,1 @@
+"""`nox -s bisect`: which upstream commit, or which patch, turned good into bad."""
