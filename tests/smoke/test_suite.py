@@ -15,13 +15,14 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load
-from workspace.smoke import suite
+from workspace.smoke import serving, suite
 from workspace.smoke.__main__ import judge
-from workspace.smoke.catalogue import chosen
+from workspace.smoke.catalogue import Level, chosen
 from workspace.smoke.checks import Check, Expected
 
 # What one process says.
 SPOKEN = {"parity.llama", "parity.qwen3", "provenance.import", *(f"consistency.{name}" for name in suite.CONSISTENCY)}
+FRONT = Path(__file__).with_name("front.py")
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
 
 
@@ -54,12 +55,38 @@ class Clone:
     def says(self, name: str, record: dict) -> None:
         self.probe(name, f"import sys\nprint('a greeting', file=sys.stderr)\nprint({json.dumps(json.dumps(record))})\n")
 
-    def run(self, *, timeout_s: float = 30.0, model: str = "tiny", looks: tuple[str, str] = ("same", "same"), **shell: str) -> dict[str, Check]:
+    def serves(self, manner: str) -> None:
+        """Make a stand-in play vLLM's command line, and have the offline engine say what that is to say."""
+        rows = [{"text": "Hello", "prompt": [1, 2, 3, 4, 5], "tokens": list(range(300, 320)), "logprobs": [-0.5] * 20}]
+        for name, document in (("rows", rows), ("kept", {"models": {"llama": rows}})):
+            (self.layout.root / f"{name}.json").write_text(json.dumps(document))
+        parity = self.layout.probes / "parity.py"
+        parity.write_text(
+            f"import sys, shutil\nshutil.copy({str(self.layout.root / 'kept.json')!r}, sys.argv[sys.argv.index('--keep') + 1])\n" + parity.read_text()
+        )
+        source = self.layout.vllm / "vllm" / "engine" / "arg_utils.py"
+        source.parent.mkdir(parents=True)
+        names = "host port dtype seed max-model-len max-num-seqs served-model-name chat-template enforce-eager"
+        source.write_text("".join(f'group.add_argument("--{name}")\n' for name in names.split()))
+        program = self.layout.environment / "bin" / "vllm"
+        program.write_text(f'#!/bin/sh\nwords="$*"\nexec {sys.executable} -S {FRONT} "${{words##*--port=}}" {manner} {self.layout.root}/rows.json\n')
+        program.chmod(0o755)
+
+    def run(
+        self,
+        *,
+        timeout_s: float = 30.0,
+        model: str = "tiny",
+        looks: tuple[str, str] = ("same", "same"),
+        level: Level = "quick",
+        is_fail_fast: bool = False,
+        **shell: str,
+    ) -> dict[str, Check]:
         settings = load(self.layout, environ={"PATH": "/usr/bin:/bin", **shell})
         expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": (1, "a")})
         seen = iter(looks)
         with Journal(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as journal:
-            asked = suite.Asked("quick", model, timeout_s)
+            asked = suite.Asked(level, model, timeout_s, is_fail_fast)
             checks, _ = suite.run(self.layout, settings, expected, asked, journal=journal, look=lambda: next(seen))
         return {check.identifier: check for check in checks}
 
@@ -81,6 +108,14 @@ def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(
     assert {row[1]: row[0] for row in rows} == {name: "skipped" if name == "binary.cubins" else "ok" for name in chosen("quick", has_model=False)}
 
 
+def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops_at_its_failure(clone: Clone) -> None:
+    clone.serves("other")
+    found = clone.run(level="full", is_fail_fast=True, VLLM_API_KEY="geheim")
+    said = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
+    assert said == {"server.ready": "it calls itself vLLM 2, stamped is 1+cpu"}
+    assert [name.removeprefix("server.") for name in list(found)[-len(serving.CHECKS) :]] == list(serving.CHECKS)
+
+
 def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert clone.run(model=str(tmp_path / "mine"))["parity.model"].verdict == "pass"
@@ -97,6 +132,10 @@ def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(clone: Clo
     assert found["binary.load"].verdict == "pass"
     assert "parity.py gave no answer in 1 s" in found["parity.llama"].evidence
     assert found["provenance.import"].verdict == "fail"
+    # Both processes tell where they stood, in the record and in the log.
+    assert sum("parity.py" in line for line in found["parity.llama"].problems) == 2
+    assert found["parity.qwen3"].problems == ()
+    assert clone.log().count("Fatal Python error: Aborted") == 2
     left = pids.read_text().split()
     assert len(left) == 2
     deadline = time.monotonic() + 5

@@ -14,6 +14,7 @@ Need = Literal["gpu", "architectures"]
 _ANEW = "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # takes the compiled libraries anew"
 _DIFFERS = "git -C vendor/vllm diff refs/patches/base --stat   # what differs from the pin"
 _WHO = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap"
+_SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
 _REBUILD = "./scripts/inv rebuild   # compiles for the GPU that is here"
 
 
@@ -47,6 +48,15 @@ CATALOGUE: Mapping[str, Entry] = {
     "consistency.chunked": Entry("a prompt that comes in chunks gives the same answer", _DIFFERS),
     "consistency.prefix": Entry("prompts that share a beginning give the same answers from the prefix cache", _DIFFERS),
     "consistency.compiled": Entry("torch.compile changes no token and no log-probability", _DIFFERS, "full"),
+    "server.ready": Entry("the server of the built tree comes up, is the version that was built, and completes a token", _SERVER, "full"),
+    "server.completions": Entry("/v1/completions answers what the offline engine answers, counts its tokens, stops at a word", _DIFFERS, "full"),
+    "server.chat": Entry("/v1/chat/completions answers as the completion of the prompt that the template makes", _DIFFERS, "full"),
+    "server.stream": Entry("a streamed answer comes in pieces that make the whole one, and ends with [DONE]", _DIFFERS, "full"),
+    "server.logprobs": Entry("tokens and log-probabilities over HTTP are the offline engine's", _DIFFERS, "full"),
+    "server.structured": Entry("an answer obeys a JSON schema", _DIFFERS, "full"),
+    "server.bad_request": Entry("what cannot be served is refused with 4xx and a word why, and the server lives on", _DIFFERS, "full"),
+    "server.concurrent": Entry("many requests at once are answered as each alone", _DIFFERS, "full"),
+    "server.stop": Entry("told to end, the server leaves no process, no port and no shared memory", _SERVER, "full"),
     "provenance.import": Entry("the process that made the tokens had vLLM from vendor/vllm, with torch and CUDA as stamped", _WHO),
     "provenance.tree": Entry("vendor/vllm is, after all checks, what it was before the first", "./scripts/nox -s smoke"),
     "real.answer": Entry("SmolLM2 knows the capital of France, and says no token over and over", _DIFFERS, "full"),

@@ -4,30 +4,33 @@ A probe that hangs, dies or says nothing is a failed check and leaves no process
 """
 
 import json
+import os
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.build import plan
 from workspace.build.native import cubins
 from workspace.core import process
 from workspace.core.console import State
-from workspace.core.errors import BuildError, SmokeError, SourceError, ToolchainError
+from workspace.core.errors import BuildError, SmokeError, SourceError, ToolchainError, WorkspaceError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.engine import models, surroundings
+from workspace.engine import kin, models, surroundings
 from workspace.environment import interpreter, machine
-from workspace.smoke import checks, computed
+from workspace.smoke import checks, computed, replies, serving, stacks
 from workspace.smoke.catalogue import Level, Need, chosen
 from workspace.smoke.checks import Answer, Check, Expected
 
 NAME_WIDTH = 22
 # Of a probe's own watch: it ends before its caller's patience does, and tells the stacks.
 LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
+# Of the caller's patience: what the probe's own watch has, and what it has until it is made to tell its stacks.
+OWN_SHARE, SHARE = 0.8, 0.9
 _STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
@@ -39,6 +42,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    **stacks.FAULTS,
 }
 COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
 
@@ -75,7 +79,7 @@ def run(
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         suite = _Suite(layout, settings, expected, asked, Path(neutral), journal)
-        for part in (suite.binary, suite.kernels, suite.compare, *((suite.more,) if asked.level == "full" else ())):
+        for part in (suite.binary, suite.kernels, suite.compare, *((suite.serve, suite.more) if asked.level == "full" else ())):
             part()
             if asked.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
                 return tuple(suite.checks), suite.document
@@ -93,15 +97,25 @@ class _Suite:
         self._lacks: frozenset[Need] = frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
         self.checks: list[Check] = []
         self.document: Mapping[str, object] = {}
+        # Of what hung or crashed since the last verdict.
+        self._stacks: list[str] = []
 
     def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
         """Show a spinner while something is judged, then a row for each verdict."""
         with self._journal.console.step(first.ljust(NAME_WIDTH)) as view:
-            done = [checks.settled(check, lacks=self._lacks) for check in judge()]
+            done = self._with_stacks([checks.settled(check, lacks=self._lacks) for check in judge()])
             view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
         for check in done[1:]:
             self._journal.console.row(_STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence)
         self.checks += done
+
+    def _with_stacks(self, done: list[Check]) -> list[Check]:
+        """The first check that failed tells the stacks, too."""
+        lines, self._stacks = self._stacks[: stacks.KEPT_LINES], []
+        first = next((place for place, check in enumerate(done) if check.verdict == "fail"), None)
+        if first is None or not lines:
+            return done
+        return [replace(check, problems=(*check.problems, *lines)) if place == first else check for place, check in enumerate(done)]
 
     def binary(self) -> None:
         def judge() -> tuple[Check, ...]:
@@ -132,6 +146,24 @@ class _Suite:
         self.found(judge, "parity.llama")
         if self._asked.model != "tiny":
             self.found(lambda: (computed.parity(self._named(), "model"),), "parity.model")
+
+    def serve(self) -> None:
+        """The tiny Llama over HTTP; what the offline engine has said of it is what is expected."""
+
+        def judge() -> tuple[Check, ...]:
+            started = time.monotonic()
+            try:
+                model = models.tiny(self._layout, self._settings, journal=self._journal)
+                environment = surroundings.variables(self._layout, self._settings, more={**ENVIRONMENT, **serving.ENVIRONMENT})
+                wanted = {"version": self._expected.version, "device": self._expected.device}
+                what = serving.subject(self._layout, environment, model, **wanted, rows=self._offline(), limit_s=self._asked.timeout_s)
+            except WorkspaceError as exc:
+                return serving.failed(exc.message, time.monotonic() - started)
+            found, told = serving.run(self._layout.state / "smoke-server", what, journal=self._journal)
+            self._stacks += told
+            return found
+
+        self.found(judge, "server.ready")
 
     def more(self) -> None:
         """What takes a while: torch.compile, and a model that was trained."""
@@ -191,29 +223,46 @@ class _Suite:
         words = (f"--model=llama={model}", "--compiled", "--against", str(rows), "--device", self._expected.device)
         return computed.parity(self._ask("parity.py", *words, environment=COMPILED), "llama", "consistency.compiled")
 
+    def _offline(self) -> tuple[replies.Row, ...]:
+        """What the offline engine has said of the tiny Llama; nothing where it has not got that far."""
+        try:
+            return replies.offline(json.loads((self._folder / "rows.json").read_text(encoding="utf-8"))["models"]["llama"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
+
     def _with_smollm2(self, ask: Callable[[str], Answer]) -> Answer:
         return _made(lambda: ask(str(models.smollm2(self._layout, self._settings, journal=self._journal))))
 
     def _ask(self, probe: str, *words: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
         """Run a probe in a neutral folder, where no import can come from by accident."""
-        started = time.monotonic()
+        started, patience_s = time.monotonic(), self._asked.timeout_s
         # What the shell says of torch's threads and vLLM's caches goes in, what it says of these does not.
-        variables = surroundings.variables(self._layout, self._settings, more={**environment, LIMIT: f"{0.8 * self._asked.timeout_s:g}"})
+        variables = surroundings.variables(self._layout, self._settings, more={**environment, LIMIT: f"{OWN_SHARE * patience_s:g}"})
         argv: list[process.Argument] = [self._layout.environment_python, self._layout.probes / probe, *words]
-        record: Mapping[str, object] = {}
         try:
-            done = process.capture(argv, env=variables, cwd=self._folder, timeout_s=self._asked.timeout_s)
+            with stacks.Watch(SHARE * patience_s, _guarded, environment=variables) as watch:
+                done = process.capture(argv, env=variables, cwd=self._folder, timeout_s=patience_s + stacks.TELL_S)
         except ToolchainError as exc:
-            seconds = time.monotonic() - started
-            hangs = f"{probe} gave no answer in {self._asked.timeout_s:g} s and was ended"
-            return Answer(record, hangs if seconds >= self._asked.timeout_s else exc.message, seconds)
+            return Answer({}, _late(probe, patience_s) if watch.has_fired else exc.message, time.monotonic() - started)
         record, problem = read(done)
+        problem = _late(probe, patience_s) if watch.has_fired else problem
         if problem or "error" in done.stdout:
+            self._stacks += watch.told(done.stderr)
             self._journal.phase(probe)
             self._journal.write(shlex.join([str(word) for word in argv]))
-            for line in done.stderr.splitlines():
+            for line in (*watch.seen, *done.stderr.splitlines()):
                 self._journal.write(line)
         return Answer(record, problem, time.monotonic() - started)
+
+
+def _guarded() -> set[int]:
+    """The processes of a probe: what stands below the guards that this process has started, who stay to tell how it ended."""
+    known = kin.living()
+    return kin.below({number for number, one in known.items() if one.parent == os.getpid()}, known)
+
+
+def _late(probe: str, patience_s: float) -> str:
+    return f"{probe} gave no answer in {patience_s:g} s and was ended"
 
 
 def _made(ask: Callable[[], Answer]) -> Answer:
@@ -231,7 +280,7 @@ def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:
         record = json.loads(done.stdout)
     except ValueError:
         record = None
-    last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
+    last = next((line.strip() for line in reversed(done.stderr.splitlines()) if not stacks.is_part(line)), "no word")
     if done.returncode != 0:
         return {}, f"the probe {process.describe_status(done.returncode)}: {last}"
     if not isinstance(record, dict):
