@@ -1,5 +1,6 @@
 """One start of a server, and vLLM's own load on it: what `nox -s bench -- serve` measures of one start."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from workspace.core import process
 from workspace.core.errors import ServeError
 from workspace.core.journal import Journal
 from workspace.core.layout import Layout
-from workspace.engine import server
+from workspace.engine import keeper, kin, readiness, server, whereabouts
 from workspace.engine.readiness import Address
 
 START_TIMEOUT_S = 1800.0
@@ -41,8 +42,19 @@ def measure_start(
                     command, env={**environment, "OPENAI_API_KEY": key or "none"}, journal=journal, cwd=folder, failure=ServeError, hint="the log says more"
                 )
             except ServeError as exc:
-                if not there.members():
+                if not readiness.is_healthy(address) and _has_ended(there):
                     raise server.failure(there) from exc
                 raise
             found |= measure.taken(work, result, at=at if len(work.concurrencies) > 1 else None)
     return found
+
+
+def _has_ended(there: whereabouts.Server) -> bool:
+    """Wait for what is left of a server that answers no more: only when all of it is gone is it known how it ended."""
+    deadline = time.monotonic() + server.GRACE_S + keeper.KILL_GRACE_S
+    while there.members():
+        if time.monotonic() > deadline:
+            return False
+        whereabouts.reap(there)
+        time.sleep(kin.POLL_S)
+    return True

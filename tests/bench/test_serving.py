@@ -1,0 +1,91 @@
+"""One start of a server with the load of vLLM's own client on it: a stand-in plays both."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small.materials import ROOT
+from workspace.bench import serving
+from workspace.bench.workload import Workload
+from workspace.core.console import Console
+from workspace.core.errors import ServeError, WorkspaceError
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+from workspace.engine import whereabouts
+
+# Plays `vllm serve MODEL --port=N` and `vllm bench serve --max-concurrency=N …`; MODEL is what becomes of it.
+VLLM = f"""#!{sys.executable} -S
+import json, os, signal, sys
+words = sys.argv[1:]
+flags = dict(word.lstrip("-").partition("=")[::2] for word in words if word.startswith("--"))
+home = os.path.dirname(__file__)
+if words[0] == "serve":
+    with open(home + "/starts", "a") as file:
+        file.write(str(os.getpid()) + " ")
+    os.execv({sys.executable!r}, [{sys.executable!r}, "-S", {str(ROOT / "tests" / "engine" / "standin.py")!r}, flags["port"], "plain"])
+at = int(flags["max-concurrency"])
+if flags["model"] == "dies":
+    os.kill(int(open(home + "/starts").read().split()[-1]), signal.SIGKILL)
+    sys.exit("Initial test run failed - please make sure the server is up")
+if flags["model"] == "breaks":
+    sys.exit("a client that breaks off by itself")
+done = 0 if flags["model"] == "empty" else 2
+result = {{"completed": done, "failed": 2 - done, "request_throughput": 1.0 * at, "output_throughput": 9.0, "ttfts": [0.1, 0.2], "itls": [[0.01], [0.03]]}}
+with open(os.path.join(flags["result-dir"], flags["result-filename"]), "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    made = Layout(tmp_path)
+    program = made.environment / "bin" / "vllm"
+    program.parent.mkdir(parents=True)
+    program.write_text(VLLM)
+    program.chmod(0o755)
+    return made
+
+
+def measured(layout: Layout, model: str, *concurrencies: int) -> dict[str, tuple[float, ...]]:
+    work = Workload("serve", model, model, (), (), {}, {}, concurrencies)
+    folder = layout.root / "neutral"
+    folder.mkdir()
+    with Journal(Console(), layout.logs, verb="bench", secrets=()) as journal:
+        return serving.measure_start(layout, work, {"PATH": os.environ["PATH"]}, folder, journal=journal, look=lambda line: None)
+
+
+def starts(layout: Layout) -> list[int]:
+    return [int(number) for number in (layout.environment / "bin" / "starts").read_text().split()]
+
+
+def require_nothing_left(layout: Layout) -> None:
+    assert whereabouts.find(layout.state / "bench") is None
+    assert [number for number in starts(layout) if Path(f"/proc/{number}").exists()] == []
+
+
+def test_every_load_is_put_on_one_start_and_told_apart(layout: Layout) -> None:
+    found = measured(layout, "plain", 1, 4)
+    assert (found["request_throughput@1"], found["request_throughput@4"]) == ((1.0,), (4.0,))
+    assert found["ttft@4"] == (100.0, 200.0)
+    assert len(starts(layout)) == 1
+    require_nothing_left(layout)
+
+
+def test_a_single_load_is_not_named_after_its_requests_at_once(layout: Layout) -> None:
+    assert measured(layout, "plain", 8)["ttft"] == (100.0, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "said"),
+    [
+        ("empty", WorkspaceError, "no request was completed, 2 failed"),
+        ("dies", ServeError, "the server .*SIGKILL"),
+        ("breaks", ServeError, "exit"),
+    ],
+)
+def test_load_that_measures_nothing_is_a_sentence_and_leaves_no_server(layout: Layout, model: str, kind: type[WorkspaceError], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        measured(layout, model, 2)
+    require_nothing_left(layout)
