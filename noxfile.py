@@ -123,6 +123,12 @@ def smoke(session):
 
 
 @nox.session
+def upstream(session):
+    """vLLM's own tests that the changed files reach; words after a second -- go to pytest."""
+    run(session, "workspace.upstream", *session.posargs)
+
+
+@nox.session
 def bench(session):
     """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve, startup."""
     run(session, "workspace.bench", *session.posargs)
@@ -132,6 +138,12 @@ def bench(session):
 def bisect(session):
     """Find the upstream commit, or the patch, that broke or slowed it; the same command goes on."""
     run(session, "workspace.bench.bisect", *session.posargs)
+
+
+@nox.session
+def ab(session):
+    """Is the working tree slower than a base: two arms, alternately measured, one verdict."""
+    run(session, "workspace.bench.ab", *session.posargs)
 
 
 @nox.session

@@ -12,7 +12,7 @@ from workspace.core.console import Console, State
 from workspace.core.errors import Regression, SettingsError
 from workspace.core.layout import Layout
 
-_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "inconclusive": "warn"}
+STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "inconclusive": "warn"}
 # 5 % of 5 %, and a number above which nothing was ever called a little slower.
 LEAST_FACTOR, MOST_FACTOR = 0.0025, 10.0
 SHOWN_VALUE = 120
@@ -40,16 +40,26 @@ def show(layout: Layout, first: str, second: str, *, factor: str, across: Sequen
         document = {"schema": 1, "factor": allowed, "first": a.stem, "second": b.stem, "rows": [asdict(row) for row in rows]}
         console.data(json.dumps(document, indent=1, allow_nan=False))
     else:
-        for row in rows:
-            console.row(_STATES[row.judgement.verdict], row.metric, f" {sentence(row)}")
-    worse = [row for row in rows if row.judgement.verdict == "fail"]
-    if worse:
-        names = ", ".join(f"{row.metric} {_percent(row.judgement.ratio)}" for row in worse)
+        print_rows(rows, console=console)
+    if names := worse(rows):
         raise Regression(f"{b.stem} is slower than {a.stem}: {names}", hint=f"./scripts/inv bench.report    draws both; factor {allowed:.3g}")
-    open_ = [row for row in rows if row.judgement.verdict == "inconclusive"]
-    needed = max((row.judgement.needed or 0 for row in open_), default=0)
-    if needed:
+    if needed := most_needed(rows):
         console.say(f"next: ./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on both trees; what is measured stays")
+
+
+def print_rows(rows: Sequence[Row], *, console: Console) -> None:
+    for row in rows:
+        console.row(STATES[row.judgement.verdict], row.metric, f" {sentence(row)}")
+
+
+def worse(rows: Sequence[Row]) -> str:
+    """Name the metrics that got worse, and by how much; nothing where none did."""
+    return ", ".join(f"{row.metric} {percent(row.judgement.ratio)}" for row in rows if row.judgement.verdict == "fail")
+
+
+def most_needed(rows: Sequence[Row]) -> int:
+    """How many starts an arm would settle what is inconclusive, 0 where nothing is, or none would."""
+    return max((row.judgement.needed or 0 for row in rows if row.judgement.verdict == "inconclusive"), default=0)
 
 
 def parsed_factor(text: str) -> float:
@@ -84,12 +94,13 @@ def judged(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
 def sentence(row: Row) -> str:
     """The evidence of a verdict, in a line."""
     of = row.judgement
-    between = f" ({_percent(of.low)} to {_percent(of.high)})" if of.low is not None and of.high is not None else ""
+    between = f" ({percent(of.low)} to {percent(of.high)})" if of.low is not None and of.high is not None else ""
     chance = f"p = {of.p:.2g}, " if of.low is not None else ""
-    return f"{of.verdict}: {_percent(of.ratio)}{between}, {chance}{row.first:.4g} → {row.second:.4g} {metrics.known(row.metric).unit}; {of.reason}"
+    return f"{of.verdict}: {percent(of.ratio)}{between}, {chance}{row.first:.4g} → {row.second:.4g} {metrics.known(row.metric).unit}; {of.reason}"
 
 
-def _percent(ratio: float) -> str:
+def percent(ratio: float) -> str:
+    """A ratio as the change that it is."""
     return f"{ratio - 1:+.1%}" if ratio < MOST_FACTOR else f"×{ratio:.3g}"
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def _measure(layout: Layout, settings: Settings, work: Workload, environment: Ma
         name = f"start {number}/{so_far.repeat}"
         with journal.console.step(name) as view:
             journal.phase(name, view)
-            start, backends = _start(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), journal=journal)
+            start, backends = once(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), journal=journal)
             so_far = replace(so_far, starts=(*so_far.starts, start), backends=tuple(sorted({*so_far.backends, *backends})))
             record.write(path, so_far)
             took.append(start.seconds)
@@ -118,13 +118,24 @@ def _measure(layout: Layout, settings: Settings, work: Workload, environment: Ma
             view.reason = "  ".join(listing.measured(only, metric) for metric in only.metrics[:1]) + (f"  about {left / 60:.1f} min left" if left else "")
 
 
-def _start(
-    layout: Layout, settings: Settings, work: Workload, environment: Mapping[str, str], *, has_gpu: bool, journal: Journal
+def once(
+    layout: Layout,
+    settings: Settings,
+    work: Workload,
+    environment: Mapping[str, str],
+    *,
+    has_gpu: bool,
+    journal: Journal,
+    watch: Callable[[], None] = lambda: None,
 ) -> tuple[Start, tuple[str, ...]]:
-    """Start the process once, and return what it measured and which backends its log names."""
+    """Start the process once, and return what it measured and which backends its log names. `watch` is called at each line of its log.
+
+    Raises ServeError, or WorkspaceError for a benchmark without a server, where it fails or measures nothing.
+    """
     seen: set[str] = set()
 
     def look(line: str) -> None:
+        watch()
         if found := _BACKEND.search(line):
             seen.add(_PASSING.sub("…", found[1]))
 

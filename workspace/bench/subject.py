@@ -26,17 +26,29 @@ _PLACES = re.compile(r".*(_DIR|_ROOT|_HOME|_BASE|_PATH|_FILE|_CACHE)$|HF_.*(TOKE
 
 
 def describe(
-    layout: Layout, settings: Settings, observed: plan.Observation, work: Workload, *, label: str, repeat: int, environment: Mapping[str, str]
+    layout: Layout,
+    settings: Settings,
+    observed: plan.Observation,
+    work: Workload,
+    *,
+    label: str,
+    repeat: int,
+    environment: Mapping[str, str],
+    outer: Layout | None = None,
 ) -> Record:
-    """Return a record without starts. `environment` is what the measured process is given; nothing private goes into the record."""
-    redactor = Redactor(identity.private(layout, settings))
+    """Return a record without starts. `environment` is what the measured process is given; nothing private goes into the record.
+
+    `outer` is the clone where `layout` is an arm in it.
+    """
+    clone = outer or layout
+    redactor = Redactor(identity.private(clone, settings))
     there, machine = interpreter.installed(layout), machines.observe(settings)
     build = observed.torch
     return Record(
         kind=work.kind,
         label=label,
         time=now(),
-        workspace=Git(layout.root).head() if (layout.root / ".git").exists() else None,
+        workspace=Git(clone.root).head() if (clone.root / ".git").exists() else None,
         source=_source(layout, observed),
         machine=_machine(machine),
         software=Software(
