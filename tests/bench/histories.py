@@ -9,10 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Made:
-    """A commit to be: its name, which is its subject, its parents, and the files that it writes; without parents it stands on the one before."""
+    """A commit to be: its name, which is its subject, and the files that it writes, or for None removes; without parents it stands on the one before."""
 
     name: str
-    files: Mapping[str, str]
+    files: Mapping[str, str | None]
     parents: Sequence[str] | None = None
 
 
@@ -27,7 +27,7 @@ def make(folder: Path, commits: Sequence[Made], *, onto: str | None = None) -> d
         lines += [f"data {len(commit.name)}", commit.name]
         lines += [f"{'merge' if number else 'from'} {parent}" for number, parent in enumerate(parents)]
         for path, text in commit.files.items():
-            lines += [f"M 100644 inline {path}", f"data {len(text.encode())}", text]
+            lines += [f"D {path}"] if text is None else [f"M 100644 inline {path}", f"data {len(text.encode())}", text]
         lines.append("")
         before = [f":{marks[commit.name]}"]
     with tempfile.NamedTemporaryFile("r") as marked:

@@ -112,10 +112,18 @@ def _smoke(question: Question, arm: Arm, settings: Settings, bounds: Bounds) -> 
 
     arm.layout.smoke_record.unlink(missing_ok=True)
     level = CATALOGUE[question.name].level if question.kind == "check" else "quick"
-    talk = io.StringIO()
     with contextlib.suppress(FileNotFoundError):
         try:
-            door.smoke(arm.layout, settings, console=Console(out=io.StringIO(), err=talk), json_file=None, timeout_s=bounds.timeout_s, level=level)
+            door.smoke(
+                arm.layout,
+                settings,
+                console=Console(out=io.StringIO(), err=io.StringIO()),
+                json_file=None,
+                timeout_s=bounds.timeout_s,
+                level=level,
+                # Of the smoke as a whole one failure is enough; a check has to be come to.
+                is_fail_fast=question.kind == "smoke",
+            )
         except SmokeError as exc:
             if not arm.layout.smoke_record.exists():
                 return exc.message
