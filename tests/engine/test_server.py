@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,23 @@ def test_whoever_is_killed_nothing_is_left_after_stop(place: Path, who: str, man
         assert len(there.members()) == 3
     server.stop(whereabouts.find(place))
     assert not any(number in kin.living() for number in members)
+    is_clean(there)
+
+
+def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_is_left_though_all_are_killed(place: Path) -> None:
+    there = server.start(place, launch("slow"))
+    with ThreadPoolExecutor(1) as waiting:
+        waiter = waiting.submit(server.wait_until_ready, there, timeout_s=60)
+        until(lambda: shared(there.address.port))
+        seen = time.monotonic()
+        until(lambda: whereabouts.find(place).shared)
+        # Whoever looks every LOOK_S only has looked before it was there.
+        assert time.monotonic() - seen < 0.75 * server.LOOK_S
+        for number in there.members():
+            os.kill(number, signal.SIGKILL)
+        with pytest.raises(ServeError):
+            waiter.result()
+    server.stop(whereabouts.find(place))
     is_clean(there)
 
 

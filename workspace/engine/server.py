@@ -98,15 +98,15 @@ def wait_until_ready(
     """
     started = time.monotonic()
     lines = follow(server.log)
-    said, looked_at = "no answer", 0.0
+    said, looked_at, known = "no answer", 0.0, frozenset[str]()
     while time.monotonic() - started < timeout_s:
         for line in lines:
             if line is None:
                 break
             if on_line:
                 on_line(line)
-        if time.monotonic() - looked_at > LOOK_S:
-            server, looked_at = _with_shared(server), time.monotonic()
+        if (there := kin.shared_files()) != known or time.monotonic() - looked_at > LOOK_S:
+            server, looked_at, known = _with_shared(server), time.monotonic(), there
         if not is_alive(server):
             raise failure(server)
         if readiness.is_healthy(server.address) and (names := readiness.models(server.address, key=key)):
