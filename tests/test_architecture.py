@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "perf": WORKFLOWS | {"pin"},
     "bench": WORKFLOWS | {"smoke"},
     "serve": WORKFLOWS,
+    "upstream": WORKFLOWS | {"smoke"},
     "pin": WORKFLOWS | {"smoke", "bench", "serve"},
     "door": {"core"},
     "verbs": WORKFLOWS | {"pin", "smoke", "bench", "serve", "door"},
