@@ -18,9 +18,10 @@ from tests.small.materials import git
 from workspace.core.layout import Layout, here
 
 COMMITS, BROKEN, SLOW, BROKEN_PATCH = 64, 23, 46, 5
-LLAMA, CORE = "vllm/model_executor/models/llama.py", "vllm/v1/engine/core.py"
+LLAMA, SCHEDULER = "vllm/model_executor/models/llama.py", "vllm/v1/core/sched/scheduler.py"
 SCALE = "self.scaling = self.head_dim**-0.5"
-SCHEDULE = "        scheduler_output = self.scheduler.schedule("
+# Every step of the engine passes here, whichever way it queues its batches.
+SCHEDULE = "    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:\n"
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,10 @@ def history(built: Layout) -> Mapping[str, str]:
     """Commits c1 to c64 on the base of the pin: remarks in Python files, but for two of them."""
     base = git(built.vllm, "merge-base", "HEAD", "refs/patches/base")
     # What the shipped patch touches, and what an installation is made from, stays as it is.
-    files = [path for path in git(built.vllm, "ls-files", "vllm/*.py").splitlines() if path not in (LLAMA, CORE)][5::30][:COMMITS]
+    files = [path for path in git(built.vllm, "ls-files", "vllm/*.py").splitlines() if path not in (LLAMA, SCHEDULER)][5::30][:COMMITS]
     commits = [Made(f"c{number}", {path: git(built.vllm, "show", f"{base}:{path}") + f"\n# edit {number}\n"}) for number, path in enumerate(files, 1)]
     assert len(commits) == COMMITS
-    for number, path, old, new in ((BROKEN, LLAMA, SCALE, f"{SCALE} * 1.05"), (SLOW, CORE, SCHEDULE, f"        time.sleep(0.02)\n{SCHEDULE}")):
+    for number, path, old, new in ((BROKEN, LLAMA, SCALE, f"{SCALE} * 1.05"), (SLOW, SCHEDULER, SCHEDULE, f"{SCHEDULE}        time.sleep(0.02)\n")):
         text = git(built.vllm, "show", f"{base}:{path}") + "\n"
         assert old in text, f"{old} is no longer there"
         commits[number - 1] = Made(f"c{number}", {path: text.replace(old, new, 1)})
