@@ -104,7 +104,7 @@ def run(place: Path, what: Subject, *, journal: Journal) -> tuple[tuple[Check, .
     said = there.log.read_text(encoding="utf-8", errors="replace")
     if any(check.verdict == "fail" for check in found):
         journal.phase("server")
-        for line in said.splitlines()[-KEPT_LOG_LINES:]:
+        for line in (*watch.seen, *said.splitlines()[-KEPT_LOG_LINES:]):
             journal.write(line)
     return tuple(found), watch.told(said)
 

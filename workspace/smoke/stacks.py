@@ -59,9 +59,9 @@ class Watch:
 
 
 def look(numbers: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """What py-spy says of processes; nothing where it is not there, or may not look at one of them."""
+    """What py-spy says of processes, an engine before its front; nothing where it is not there, or may not look at one of them."""
     lines: list[str] = []
-    for number in sorted(numbers):
+    for number in sorted(numbers, reverse=True):
         try:
             done = process.capture(["py-spy", "dump", "--pid", str(number)], env=environment, timeout_s=TELL_S)
         except ToolchainError:

@@ -13,7 +13,7 @@ Change = Callable[[bytes], bytes]
 class Defect:
     """`change` turns the content of `file`, below vendor/vllm, into a worse one; a file that is not there has none, and one that becomes empty is removed.
 
-    `caught_by` is a check, or words of the refusal.
+    `caught_by` is a check, or words of the refusal; `told` are words that the record has to have of it, such as a frame of a stack.
     """
 
     what: str
@@ -22,6 +22,7 @@ class Defect:
     caught_by: str
     level: str = "quick"
     timeout_s: int = 600
+    told: str = ""
 
     def path(self, layout: Layout) -> Path:
         if self.file.startswith("site-packages/"):
@@ -52,6 +53,8 @@ LLAMA, QWEN3, OPS = "vllm/model_executor/models/llama.py", "vllm/model_executor/
 SAMPLER, SPINLOOP = "vllm/v1/sample/sampler.py", "vllm/spinloop.abi3.so"
 LOGITS = "logits = self.logits_processor(self.lm_head, hidden_states)\n        return logits"
 GREEDY = "return logits.argmax(dim=-1).view(-1)"
+COMPLETIONS, CHATS = "vllm/entrypoints/openai/completion/serving.py", "vllm/entrypoints/openai/chat_completion/serving.py"
+ENGINE = "vllm/v1/engine/core.py"
 CUDA_SOURCE = "csrc/cpu/activation.cpp"
 
 # A whole vLLM, and a right one, that is not the tree's.
@@ -63,6 +66,17 @@ exec((Path(__path__[0]) / "__init__.py").read_text())
 
 def logits(code: str) -> Change:
     return instead(LOGITS, LOGITS.replace("return logits", f"{code}\n        return logits"))
+
+
+def requests(code: str) -> Change:
+    """Do something when an engine that is a process of its own, as a server's is, gets a request; `self.asked` counts them from 1."""
+    add = "            self.add_request(req, request_wave)\n"
+    return instead(add, f'            self.asked = getattr(self, "asked", 0) + 1\n            {code}\n{add}')
+
+
+def engine_starts(code: str) -> Change:
+    title = "            set_process_title(process_title)\n"
+    return instead(title, f"{title}            {code}\n")
 
 
 DEFECTS = (
@@ -141,13 +155,14 @@ DEFECTS = (
     Defect("log-probabilities that are no numbers", LLAMA, logits("logits[..., 5] = float('nan')"), "parity.llama"),
     Defect("a crash in generation", LLAMA, logits("import os; os.kill(os.getpid(), 11)"), "parity.llama"),
     Defect("an exception in generation", LLAMA, logits("raise RuntimeError('seeded')"), "parity.llama"),
-    Defect("a hang in generation", LLAMA, logits("import time; time.sleep(3000)"), "parity.llama", timeout_s=120),
+    Defect("a hang in generation", LLAMA, logits("import time; time.sleep(3000)"), "parity.llama", timeout_s=120, told="llama.py"),
     Defect(
         "a hang at start",
         "vllm/v1/worker/cpu_model_runner.py",
         instead("        if load_dummy_weights:", "        import time; time.sleep(3000)\n        if load_dummy_weights:"),
         "parity.llama",
         timeout_s=120,
+        told="cpu_model_runner.py",
     ),
     Defect("noise in every answer", LLAMA, logits("logits = logits + 0.01 * torch.rand_like(logits)"), "consistency.repeat"),
     Defect("answers of neighbours in a batch", LLAMA, logits("logits = logits.roll(1, 0)"), "consistency.batch"),
@@ -158,5 +173,63 @@ DEFECTS = (
             "hash_function((parent_block_hash, curr_block_token_ids_tuple, extra_keys))", "hash_function((NONE_HASH, curr_block_token_ids_tuple, extra_keys))"
         ),
         "consistency.prefix",
+    ),
+    Defect(
+        "a server that returns 200 with rubbish",
+        COMPLETIONS,
+        instead("output_text = output.text\n", "output_text = output.text[::-1]\n"),
+        "server.completions",
+        "full",
+    ),
+    Defect(
+        "log-probabilities over HTTP off by 1 %",
+        COMPLETIONS,
+        instead("token_logprob = max(step_token.logprob, -9999.0)", "token_logprob = 1.01 * max(step_token.logprob, -9999.0)"),
+        "server.logprobs",
+        "full",
+    ),
+    Defect(
+        "a stream without its end",
+        COMPLETIONS,
+        instead('yield f"data: {data}\\n\\n"\n        yield "data: [DONE]\\n\\n"', 'yield f"data: {data}\\n\\n"'),
+        "server.stream",
+        "full",
+    ),
+    Defect(
+        "a chat that its user answers", CHATS, instead("\n        role = self.get_chat_request_role(request)", '\n        role = "user"'), "server.chat", "full"
+    ),
+    Defect(
+        "a schema that nobody obeys",
+        "vllm/v1/worker/gpu_model_runner.py",
+        instead("if grammar_output is not None:\n            apply_grammar_bitmask(", "if False:\n            apply_grammar_bitmask("),
+        "server.structured",
+        "full",
+    ),
+    Defect(
+        "bad requests that are the server's fault",
+        "vllm/entrypoints/serve/exception_handling/error_response.py",
+        instead("            code=status_code.value,", "            code=500,"),
+        "server.bad_request",
+        "full",
+    ),
+    Defect(
+        "answers cut short where many stand in line",
+        ENGINE,
+        requests("req.max_tokens = 3 if self.scheduler.get_num_unfinished_requests() > 8 else req.max_tokens"),
+        "server.concurrent",
+        "full",
+    ),
+    Defect("a crash after the first request", ENGINE, requests("import os; self.asked > 1 and os.kill(os.getpid(), 11)"), "server.completions", "full"),
+    Defect("a hang at the server's start", ENGINE, engine_starts("import time; time.sleep(3000)"), "server.ready", "full", 300, told=ENGINE),
+    Defect(
+        "a hang after the first request", ENGINE, requests("import time; self.asked > 1 and time.sleep(3000)"), "server.completions", "full", 300, told=ENGINE
+    ),
+    Defect(
+        "an engine process that outlives its server",
+        ENGINE,
+        engine_starts("import os, signal, time; os.fork() or (os.setsid(), os.fork() and os._exit(0), signal.signal(15, signal.SIG_IGN), time.sleep(3000))"),
+        "server.stop",
+        "full",
+        told=ENGINE,
     ),
 )
