@@ -47,7 +47,8 @@ class Clone:
         same = {"error": None, "same_prompt": True, "equal": 2, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
         same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "mean_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
         measured = {"models": dict.fromkeys(("llama", "qwen3", "mixtral", "model"), same), "consistency": dict.fromkeys(suite.CONSISTENCY, same)}
-        self.says("parity", {"error": None, "vllm": vllm, "torch": {"version": "2", "cuda": None}, **measured})
+        self.answer = {"error": None, "vllm": vllm, "torch": {"version": "2", "cuda": None}, **measured}
+        self.says("parity", self.answer)
 
     def probe(self, name: str, code: str) -> None:
         (self.layout.probes / f"{name}.py").write_text(code)
@@ -119,6 +120,37 @@ def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops
 def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert clone.run(model=str(tmp_path / "mine"))["parity.model"].verdict == "pass"
+
+
+# Hugging Face is wrong the first time; vLLM says the same whenever it is asked.
+HASTY = """import json, os, sys
+is_first = not os.path.exists("@ASKED@")
+with open("@ASKED@", "a") as file:
+    print(*sys.argv[1:], file=file)
+print(json.dumps({"error": None, "models": {"qwen3": [{"tokens": [1], "logprobs": [-0.6 if is_first else -0.5]}]}}))
+"""
+STEADY = """import json, sys
+def said(word):
+    return sys.argv[sys.argv.index(word) + 1]
+with open(said("--keep"), "w") as file:
+    json.dump({"models": {"qwen3": [{"tokens": [1], "logprobs": [-0.5]}]}}, file)
+with open(said("--against")) as file:
+    difference = abs(json.load(file)["models"]["qwen3"][0]["logprobs"][0] + 0.5)
+answer = json.loads('''@ANSWER@''')
+answer["models"]["qwen3"]["prefill_difference"] = difference
+print(json.dumps(answer))
+"""
+
+
+def test_only_a_model_that_the_two_differ_on_is_asked_about_once_more(clone: Clone) -> None:
+    asked = clone.layout.root / "asked"
+    clone.probe("reference", HASTY.replace("@ASKED@", str(asked)))
+    clone.probe("parity", STEADY.replace("@ANSWER@", json.dumps(clone.answer)))
+    check = clone.run()["parity.qwen3"]
+    assert check.verdict == "pass"
+    assert "it does not say again" in check.evidence
+    models = [[word.partition("=")[2].partition("=")[0] for word in line.split() if word.startswith("--model=")] for line in asked.read_text().splitlines()]
+    assert models == [["llama", "qwen3"], ["qwen3"]]
 
 
 def test_edit_of_the_tree_while_it_is_judged_fails(clone: Clone) -> None:

@@ -97,6 +97,11 @@ def real(answer: Answer) -> tuple[Check, Check]:
     )
 
 
+def is_answered(answer: Answer, name: str) -> bool:
+    """Whether both sides have said something of a model, right or wrong."""
+    return not _unanswered(answer, _measured(answer, "models", name))
+
+
 def _measured(answer: Answer, kind: str, name: str) -> Mapping[str, object]:
     return section(section(answer.record, kind), name)
 
@@ -122,7 +127,9 @@ def _same(found: Mapping[str, object], limit: float = MAX_DIFFERENCE) -> tuple[l
     if is_short and not (is_tied and equal + behind == total and compared + behind == wanted):
         agrees = prefill < limit and wanted == 2 * total
         why = "; its log-probabilities are right, so what chooses among them is wrong" if agrees and compared > total else ""
-        problems.append(f"{said}; {compared:g} of {wanted:g} comparisons made{why}")
+        parted = ", ".join(f"{one:.1e}" for one in partings if isinstance(one, float)) if isinstance(partings, list) else ""
+        sides = f" (decode {decode:.1e}, prefill {prefill:.1e}{f', parted where the second choice is {parted} behind' if parted else ''})"
+        problems.append(f"{said}{sides}; {compared:g} of {wanted:g} comparisons made{why}")
     elif not (decode < limit and prefill < limit):
         problems.append(f"{said}, allowed is {limit:g}")
     return problems, said + (f", {behind:g} behind a tie" if is_short else "")

@@ -22,7 +22,7 @@ from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.engine import kin, models, surroundings
 from workspace.environment import interpreter, machine
-from workspace.smoke import checks, computed, replies, serving, stacks
+from workspace.smoke import checks, computed, replies, serving, stacks, twice
 from workspace.smoke.catalogue import Level, Need, chosen
 from workspace.smoke.checks import Answer, Check, Expected
 
@@ -136,16 +136,16 @@ class _Suite:
         names: list[models.Architecture] = ["llama", "qwen3", *(["mixtral"] if self._asked.level == "full" else [])]  # type: ignore[list-item]
 
         def judge() -> tuple[Check, ...]:
-            answer = self._tiny(names)
+            answer, folders = self._tiny(names)
             self.document = answer.record
-            parity = tuple(computed.parity(answer, name) for name in names)
+            parity = self._twice(answer, folders, "tiny")
             same = tuple(computed.consistency(answer, name) for name in CONSISTENCY)
             # The process that made the tokens says where it had its vLLM from; another one's word would prove less.
             return *parity, *same, checks.provenance(answer, self._expected)
 
         self.found(judge, "parity.llama")
         if self._asked.model != "tiny":
-            self.found(lambda: (computed.parity(self._named(), "model"),), "parity.model")
+            self.found(self._named, "parity.model")
 
     def serve(self) -> None:
         """The tiny Llama over HTTP; what the offline engine has said of it is what is expected."""
@@ -173,7 +173,7 @@ class _Suite:
 
         def judge() -> tuple[Check, ...]:
             form = ("--dtype", "bfloat16", "--tokens", "16")
-            return (computed.bfloat16(self._with_smollm2(lambda folder: self._parity({"smollm2": folder}, form=form)), "smollm2"),)
+            return (computed.bfloat16(self._with_smollm2(lambda folder: self._parity({"smollm2": folder}, "smollm2", form=form)), "smollm2"),)
 
         self.found(judge, "parity.bfloat16")
 
@@ -191,32 +191,52 @@ class _Suite:
         fine = f"{sum(one.state == 'ok' for one in said)} libraries serve {', '.join(capabilities) or archs}"
         return checks.judged("binary.cubins", problems, fine, time.monotonic() - started)
 
-    def _tiny(self, names: list[models.Architecture]) -> Answer:
+    def _tiny(self, names: list[models.Architecture]) -> tuple[Answer, Mapping[str, str]]:
+        folders: dict[str, str] = dict.fromkeys(names, "")
+
         def ask() -> Answer:
-            made = {name: str(models.tiny(self._layout, self._settings, journal=self._journal, architecture=name)) for name in names}
-            return self._parity(made, "--consistency", "llama", "--keep", str(self._folder / "rows.json"))
+            folders.update({name: str(models.tiny(self._layout, self._settings, journal=self._journal, architecture=name)) for name in names})
+            return self._parity(folders, "tiny", "--consistency", "llama")
 
         self._journal.phase("tiny models")
-        return _made(ask)
+        return _made(ask), folders
 
-    def _named(self) -> Answer:
-        model = self._asked.model
-        if model == "smollm2":
-            return self._with_smollm2(lambda folder: self._parity({"model": folder}))
-        return self._parity({"model": model})
+    def _named(self) -> tuple[Check, ...]:
+        folders = {"model": self._asked.model}
 
-    def _parity(self, folders: Mapping[models.Architecture, str] | Mapping[str, str], *words: str, form: tuple[str, ...] = ()) -> Answer:
-        """Ask Hugging Face, then vLLM; `form` is for both."""
+        def ask(folder: str) -> Answer:
+            folders["model"] = folder
+            return self._parity(folders, "model")
+
+        answer = self._with_smollm2(ask) if self._asked.model == "smollm2" else ask(self._asked.model)
+        return self._twice(answer, folders, "model")
+
+    def _twice(self, answer: Answer, folders: Mapping[str, str], round_name: str) -> tuple[Check, ...]:
+        """Judge the parity of each model; the two are asked again about those that they differ on."""
+        found = {name: computed.parity(answer, name) for name in folders}
+        differ = {name: folders[name] for name, check in found.items() if check.verdict == "fail" and computed.is_answered(answer, name)}
+        if differ:
+            again = self._parity(differ, f"{round_name}-again")
+            before, after = self._said(round_name), self._said(f"{round_name}-again")
+            for name in differ:
+                found[name] = twice.settled(found[name], computed.parity(again, name), name=name, before=before, after=after)
+        return tuple(found.values())
+
+    def _said(self, round_name: str) -> twice.Said:
+        return twice.Said(self._folder / f"reference-{round_name}.json", self._folder / f"rows-{round_name}.json")
+
+    def _parity(self, folders: Mapping[str, str], round_name: str, *words: str, form: tuple[str, ...] = ()) -> Answer:
+        """Ask Hugging Face, then vLLM, and keep what both said in the files of that round; `form` is for both."""
         shared = [*(f"--model={name}={folder}" for name, folder in folders.items()), "--device", self._expected.device, *form]
+        said = self._said(round_name)
         answer = self._ask("reference.py", *shared)
         if answer.problem:
             return Answer({}, f"Hugging Face: {answer.problem}", answer.seconds)
-        expected = self._folder / "reference.json"
-        expected.write_text(json.dumps(answer.record))
-        return self._ask("parity.py", *shared, "--against", str(expected), *words)
+        said.reference.write_text(json.dumps(answer.record))
+        return self._ask("parity.py", *shared, "--against", str(said.reference), "--keep", str(said.vllm), *words)
 
     def _compiled(self) -> Check:
-        rows = self._folder / "rows.json"
+        rows = self._said("tiny").vllm
         if not rows.is_file():
             return checks.judged("consistency.compiled", ["there is no answer of the eager engine to compare with"], "", 0.0)
         model = models.tiny(self._layout, self._settings, journal=self._journal)
@@ -225,10 +245,7 @@ class _Suite:
 
     def _offline(self) -> tuple[replies.Row, ...]:
         """What the offline engine has said of the tiny Llama; nothing where it has not got that far."""
-        try:
-            return replies.offline(json.loads((self._folder / "rows.json").read_text(encoding="utf-8"))["models"]["llama"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return ()
+        return replies.offline(twice.rows(self._said("tiny").vllm, "llama"))
 
     def _with_smollm2(self, ask: Callable[[str], Answer]) -> Answer:
         return _made(lambda: ask(str(models.smollm2(self._layout, self._settings, journal=self._journal))))

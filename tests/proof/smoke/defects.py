@@ -49,7 +49,8 @@ def with_byte(offset: int, value: int) -> Change:
     return change
 
 
-LLAMA, QWEN3, OPS = "vllm/model_executor/models/llama.py", "vllm/model_executor/models/qwen3.py", "vllm/_custom_ops.py"
+LLAMA, QWEN3, MIXTRAL = (f"vllm/model_executor/models/{name}.py" for name in ("llama", "qwen3", "mixtral"))
+OPS = "vllm/_custom_ops.py"
 SAMPLER, SPINLOOP = "vllm/v1/sample/sampler.py", "vllm/spinloop.abi3.so"
 LOGITS = "logits = self.logits_processor(self.lm_head, hidden_states)\n        return logits"
 GREEDY = "return logits.argmax(dim=-1).view(-1)"
@@ -151,6 +152,13 @@ DEFECTS = (
         "parity.llama",
     ),
     Defect("queries that are not normalised", QWEN3, instead("q_by_head = self.q_norm(q_by_head)", "pass"), "parity.qwen3"),
+    Defect(
+        "experts that weigh 1 % too much",
+        MIXTRAL,
+        instead("final_hidden_states = self.experts(hidden_states, router_logits)", "final_hidden_states = 1.01 * self.experts(hidden_states, router_logits)"),
+        "parity.mixtral",
+        "full",
+    ),
     Defect("a sampler that ignores temperature 0", SAMPLER, instead(GREEDY, "return logits.topk(2, dim=-1).indices[:, 1]"), "parity.llama"),
     Defect("log-probabilities that are no numbers", LLAMA, logits("logits[..., 5] = float('nan')"), "parity.llama"),
     Defect("a crash in generation", LLAMA, logits("import os; os.kill(os.getpid(), 11)"), "parity.llama"),
