@@ -20,8 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SCHEMA = 2
-# Two heads, each longer than two blocks of a CPU's cache and than the first but in its first letters; two tails of each.
-HEADS = ("Once there was a kernel that nobody had compiled. " * 6, "None there was a kernel that nobody had compiled. " * 6)
+# Two heads, each longer than two blocks of a CPU's cache, that differ in their first block only; two tails of each. A block is right behind its own alone.
+HEAD = "Once there was a kernel that nobody had compiled. " * 6
+HEADS = (HEAD, "None" + HEAD[4:])
 SHARED = tuple(head + tail for head in HEADS for tail in ("It waited.", "Then came a patch, and it was a small one."))
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 # Tokens of each answer where an engine is compared with itself, and where a long prompt is cut.
