@@ -1,5 +1,6 @@
 """A real pytest over a small tree: failures, crashes and hangs are named, and the pin has its word."""
 
+import io
 import sys
 import sysconfig
 import time
@@ -10,7 +11,8 @@ import pytest
 from workspace.core.console import Console
 from workspace.core.errors import SmokeError
 from workspace.core.journal import Journal
-from workspace.upstream import pinned, trial, verdict
+from workspace.core.layout import Layout
+from workspace.upstream import needs, pinned, trial, verdict
 from workspace.upstream.reach import Reached
 from workspace.upstream.runnable import Decision
 from workspace.upstream.trial import Outcome
@@ -21,8 +23,7 @@ TESTS = {
     "def test_wrong(): assert 1 == 2\n"
     "@pytest.mark.parametrize('x', ['a/b::c'])\n"
     "def test_odd(x): assert x == 'y'\n"
-    "class TestIn:\n    def test_skip(self): pytest.skip('no GPU here')\n"
-    "def test_hub(): raise OSError('We couldn\\'t connect to the hub')\n",
+    "class TestIn:\n    def test_skip(self): pytest.skip('no GPU here')\n",
     "sub/test_broken.py": "import there_is_no_such_module\n",
     "sub/test_dies.py": "import os\ndef test_dies(): os._exit(3)\ndef test_after(): pass\n",
 }
@@ -40,11 +41,11 @@ def place(folder: Path, tests: dict[str, str]) -> trial.Place:
 
 
 def run(folder: Path, tests: dict[str, str], *words: str, timeout_s: float = 60.0) -> dict[str, Outcome]:
-    with Journal(Console(), folder / "logs", verb="upstream") as journal:
-        files = [f"tests/{name}" for name in tests]
+    with Journal(Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream") as journal:
+        files = [f"tests/{name}" for name in tests if name.rpartition("/")[2].startswith("test_")]
         # The tool environment has no pytest-timeout: the option is made known, and does nothing.
-        (folder / "tests").mkdir(exist_ok=True)
-        (folder / "tests" / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--timeout')\n")
+        plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
+        tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
         return {one.node: one for one in trial.run(place(folder, tests), files, words, timeout_s=timeout_s, journal=journal)}
 
 
@@ -55,15 +56,69 @@ def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other
         "tests/test_a.py::test_wrong": "failed",
         "tests/test_a.py::test_odd[a/b::c]": "failed",
         "tests/test_a.py::TestIn::test_skip": "skipped",
-        "tests/test_a.py::test_hub": "failed",
         "tests/sub/test_broken.py": "failed",
         "tests/sub/test_dies.py::test_dies": "failed",
         "tests/sub/test_dies.py::test_after": "passed",
     }
     assert "there_is_no_such_module" in found["tests/sub/test_broken.py"].message
     assert "crashed" in found["tests/sub/test_dies.py::test_dies"].message
-    assert verdict.wants_hub(found["tests/test_a.py::test_hub"])
-    assert not verdict.wants_hub(found["tests/test_a.py::test_wrong"])
+
+
+STUMBLING = "def pytest_sessionfinish(session):\n    if not hasattr(session.config, 'workerinput'): raise ValueError('a plugin stumbles')\n"
+# The library in small, under its name; what vLLM raises when it has swallowed the library's exception; and who imitates the words.
+HUB = {
+    "../huggingface_hub/errors.py": "class OfflineModeIsEnabled(ConnectionError): pass\n"
+    "class LocalEntryNotFoundError(FileNotFoundError):\n    def __init__(self, message): super().__init__(message)\n",
+    "test_hub.py": "import pytest\n"
+    "from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled\n"
+    "def refused(): raise LocalEntryNotFoundError('outgoing traffic has been disabled')\n"
+    "def swallowed():\n    try: refused()\n    except OSError: pass\n"
+    "def test_itself(): raise OfflineModeIsEnabled('Cannot reach it')\n"
+    "def test_cause():\n    try: refused()\n    except OSError as exc: raise OSError('no tokenizer') from exc\n"
+    "def test_in_a_group():\n    try: refused()\n    except OSError as exc: raise ExceptionGroup('two', [ValueError(), exc])\n"
+    "def test_swallowed():\n    swallowed()\n    raise ValueError('Invalid repository ID or local directory specified: x/y')\n"
+    "def test_own_failure_after_a_refusal():\n    swallowed()\n    assert 1 == 2\n"
+    "def test_skipped():\n    try: refused()\n    except OSError: pytest.skip('no model')\n"
+    "@pytest.fixture\ndef model(): refused()\n"
+    "def test_setup(model): pass\n"
+    "@pytest.fixture\ndef late():\n    yield\n    refused()\n"
+    "def test_own_failure_and_a_refusal_later(late): assert 1 == 2\n",
+    "test_words.py": "class OfflineModeIsEnabled(Exception): pass\n"
+    "def test_name(): raise OfflineModeIsEnabled('Cannot reach https://huggingface.co')\n"
+    "def test_words(): raise ValueError('Invalid repository ID or local directory specified: x/y')\n"
+    "def test_assertion(): assert \"We couldn't connect to 'https://huggingface.co'\" == 'LocalEntryNotFoundError'\n",
+    "test_collected.py": "from huggingface_hub.errors import OfflineModeIsEnabled\nraise OfflineModeIsEnabled('x')\n",
+    "test_not_collected.py": "raise ValueError('OfflineModeIsEnabled: outgoing traffic has been disabled')\n",
+}
+
+
+def test_hub_is_what_a_test_lacks_where_it_was_asked_and_refused_not_where_the_words_are_said(tmp_path: Path) -> None:
+    found = run(tmp_path, HUB)
+    lacking = {"test_itself", "test_cause", "test_in_a_group", "test_swallowed", "test_setup"}
+    assert {node.rpartition("::")[2] for node, one in found.items() if one.asks_hub} == {*lacking, "tests/test_collected.py"}
+    assert {one.state for one in found.values() if one.asks_hub} == {"failed"}
+    own = {"test_own_failure_after_a_refusal", "test_own_failure_and_a_refusal_later", "test_name", "test_words", "test_assertion"}
+    assert {node.rpartition("::")[2] for node, one in found.items() if one.state == "failed" and not one.asks_hub} == {*own, "tests/test_not_collected.py"}
+
+
+def test_file_that_kills_the_process_when_it_is_collected_is_no_success_of_the_others(tmp_path: Path) -> None:
+    with pytest.raises(SmokeError, match="the process died while tests/test_dies.py was collected"):
+        run(tmp_path, {"test_a.py": "def test_fine(): pass\n", "test_dies.py": "import os\nos._exit(3)\n"})
+
+
+def test_pytest_that_fails_by_itself_is_no_success_of_what_had_passed(tmp_path: Path) -> None:
+    with pytest.raises(SmokeError, match="exited with 1: ValueError: a plugin stumbles"):
+        run(tmp_path, {"test_a.py": "def test_fine(): pass\n", "conftest.py": STUMBLING})
+
+
+def test_tests_that_were_lost_with_their_process_are_counted(tmp_path: Path) -> None:
+    dies = "import os, pytest\n@pytest.mark.parametrize('x', range(9))\ndef test_dies(x): os._exit(3)\n"
+    with pytest.raises(SmokeError, match="4 of 9 tests were not run"):
+        run(tmp_path, {"test_dies.py": dies})
+
+
+def test_nothing_that_the_words_choose_is_no_failure(tmp_path: Path) -> None:
+    assert run(tmp_path, {"test_a.py": "def test_fine(): pass\n"}, "-k", "no_such_name") == {}
 
 
 def test_what_hangs_is_ended_with_all_of_its_processes(tmp_path: Path) -> None:
@@ -82,20 +137,41 @@ def test_words_that_pytest_does_not_know_are_its_own_sentence(tmp_path: Path) ->
     assert failed.value.hint
 
 
-def outcome(name: str, state: str = "failed", message: str = "assert 1 == 2") -> Outcome:
-    return Outcome(f"tests/test_a.py::{name}", "tests/test_a.py", state, message, 1.0)  # type: ignore[arg-type]
+def outcome(name: str, state: str = "failed", message: str = "assert 1 == 2", *, asks_hub: bool = False) -> Outcome:
+    return Outcome(f"tests/test_a.py::{name}", "tests/test_a.py", state, message, 1.0, asks_hub)  # type: ignore[arg-type]
 
 
 def test_failure_counts_only_where_the_pin_does_not_fail_as_well() -> None:
-    outcomes = [outcome("test_own"), outcome("test_pin"), outcome("test_hub", message="OfflineModeIsEnabled: x"), outcome("test_fine", "passed", "")]
-    there = [outcome("test_pin"), outcome("test_own", "passed", "")]
+    outcomes = [outcome("test_own"), outcome("test_pin"), outcome("test_hub", asks_hub=True), outcome("test_fine", "passed", "")]
+    there = [outcome("test_pin"), outcome("test_own", "passed", ""), outcome("test_hub", asks_hub=True)]
     found = verdict.sort(outcomes, there, is_online=False)
     (check,) = verdict.checks([Reached("tests/test_a.py", "mirrors vllm/a.py")], {"tests/test_a.py": Decision("whole", "")}, found)
     assert (check.verdict, check.meaning) == ("fail", "mirrors vllm/a.py")
     assert check.problems == ("test_a.py::test_own: assert 1 == 2",)
     assert "1 fail on the pin too" in check.evidence
     assert "1 need the hub" in check.evidence
-    assert len(verdict.sort(outcomes, there, is_online=True).own) == 2
+    online = verdict.sort(outcomes, there[:2], is_online=True)
+    assert [one.node.rpartition("::")[2] for one in online.own] == ["test_own", "test_hub"]
+
+
+def test_change_that_makes_a_test_ask_the_hub_is_not_excused() -> None:
+    asks = outcome("test_a", asks_hub=True)
+    assert verdict.sort([asks], [outcome("test_a", "passed", "")], is_online=False).own == (asks,)
+    assert verdict.sort([asks], [], is_online=False).own == (asks,)
+    # Where nothing can be compared there are hundreds of them.
+    assert verdict.sort([asks], None, is_online=False).hub == (asks,)
+    assert verdict.sort([outcome("test_b")], None, is_online=False).hub == ()
+
+
+def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    pinned.keep_hub_tests(layout, "a" * 40, [outcome("test_x", asks_hub=True), outcome("test_y")])
+    pinned.keep_hub_tests(layout, "a" * 40, [outcome("test_z", asks_hub=True)])
+    assert pinned.hub_tests(layout, "a" * 40) == {"tests/test_a.py::test_x", "tests/test_a.py::test_z"}
+    assert pinned.hub_tests(layout, "b" * 40) == frozenset()
+    for damaged in (b"", b"[]", b"{}", b'{"pin": "' + b"a" * 40 + b'", "tests": 3}'):
+        (needs.place(layout) / "hub.json").write_bytes(damaged)
+        assert pinned.hub_tests(layout, "a" * 40) == frozenset()
 
 
 def test_file_that_is_not_run_is_skipped_and_says_why() -> None:

@@ -38,9 +38,11 @@ def put(layout: Layout, settings: Settings, known: Rules, *, device: str, journa
     folder = place(layout) / f"site-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder, f"{len(wanted)} test requirements are there"
-    for old in place(layout).glob("site-*"):
-        shutil.rmtree(old)
+    # Without an index, the former ones are what a tree that goes back still needs.
+    former = [found for found in place(layout).glob("site-*") if found.suffix != ".new"]
     new = folder.with_name(f"{folder.name}.new")
+    for half_made in place(layout).glob("site-*.new"):
+        shutil.rmtree(half_made)
     new.mkdir(parents=True)
     barred = tuple(f"{name} ; {_NEVER}" for name in there)
     if wanted:
@@ -48,6 +50,8 @@ def put(layout: Layout, settings: Settings, known: Rules, *, device: str, journa
     # uv syncs nothing; after a power cut the name would stand over empty files.
     os.sync()
     new.rename(folder)
+    for old in former:
+        shutil.rmtree(old)
     return folder, f"{', '.join(wanted)} in {layout.relative(folder)}"
 
 

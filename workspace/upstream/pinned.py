@@ -1,15 +1,18 @@
 """The pin's own tree beside the working one, for the tests that fail: those that fail there too say nothing of the change.
 
 It has the pin's Python and tests and the working tree's compiled libraries; where compiled sources differ, that is no pin, and nothing is compared.
+Which of its tests ask the hub is kept: there are hundreds of them, and seconds pass in each until it gives up.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workspace.build.plan import COMPILED_SOURCES
+from workspace.core.files import write_atomic
 from workspace.core.layout import Layout
 from workspace.source.git import Git, copy, worktree
 from workspace.upstream.needs import place
@@ -17,6 +20,7 @@ from workspace.upstream.trial import Outcome
 
 # Beyond this the whole files are run: pytest nests an expression once for each word of it.
 _MOST_NAMES = 200
+_HUB_TESTS = "hub.json"
 
 
 def is_comparable(changed: Sequence[str]) -> bool:
@@ -40,6 +44,22 @@ def tree(layout: Layout, base: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def hub_tests(layout: Layout, base: str) -> frozenset[str]:
+    """The tests that were seen to ask the hub on the pin `base`; none where nothing, or something unreadable, was kept."""
+    try:
+        kept = json.loads((place(layout) / _HUB_TESTS).read_bytes())
+        return frozenset(kept["tests"]) if kept["pin"] == base else frozenset()
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def keep_hub_tests(layout: Layout, base: str, on_the_pin: Sequence[Outcome]) -> None:
+    """Add to the tests that are known to ask the hub on the pin `base`; those of another are forgotten."""
+    former = hub_tests(layout, base)
+    if more := {one.node for one in on_the_pin if one.asks_hub} - former:
+        write_atomic(place(layout) / _HUB_TESTS, f"{json.dumps({'pin': base, 'tests': sorted(former | more)}, indent=1)}\n".encode())
 
 
 def again(failed: Sequence[Outcome], folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -44,8 +44,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be run: what differs from the pin, what was chosen by it or by the user, and how each test file is run here."""
+    """What is to be run: what differs from the pin `base`, what was chosen by it or by the user, and how each test file is run here."""
 
+    base: str
     changed: tuple[str, ...]
     chosen: tuple[str, ...]
     reach: Reach
@@ -91,7 +92,7 @@ def select(layout: Layout, observed: plan.Observation, asked: Asked, known: Rule
         chosen, found = changed, reach.find(layout.vllm, changed, known)
     lists = runnable.cpu_lists(layout.vllm)
     decisions = {test.path: runnable.decide(layout.vllm, test.path, lists, known, device=observed.device, try_all=asked.try_all) for test in found.tests}
-    return Selection(changed, chosen, found, decisions)
+    return Selection(base, changed, chosen, found, decisions)
 
 
 def _named(layout: Layout, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -125,14 +126,11 @@ def run(layout: Layout, settings: Settings, observed: plan.Observation, selectio
         site, view.reason = needs.put(layout, settings, known, device=observed.device, journal=journal)
     runner = _Runner(layout, settings, site, asked, journal)
     outcomes = runner.all_of(selection)
-    failed = [one for one in outcomes if one.state == "failed" and (asked.is_online or not verdict.wants_hub(one))]
-    there: tuple[trial.Outcome, ...] = ()
+    failed = tuple(one for one in outcomes if one.state == "failed")
+    there: tuple[trial.Outcome, ...] | None = None
     compared = ""
-    if failed and not selection.changed:
-        # What was run is the pin.
-        there = tuple(failed)
-    elif failed and observed.checkout.base and pinned.is_comparable(selection.changed):
-        there, compared = runner.on_the_pin(failed, observed.checkout.base), "; on the pin they pass, or are not there"
+    if failed and pinned.is_comparable(selection.changed):
+        there, compared = runner.on_the_pin(failed, selection), "; on the pin they pass, or are not there"
     elif failed:
         compared = "; not compared with the pin, from whose compiled sources yours differ"
     found = verdict.sort(outcomes, there, is_online=asked.is_online)
@@ -155,10 +153,19 @@ class _Runner:
                 outcomes += self._run(f"tests ({how})", self._layout.vllm, files, marks)
         return outcomes
 
-    def on_the_pin(self, failed: Sequence[trial.Outcome], base: str) -> tuple[trial.Outcome, ...]:
-        with pinned.tree(self._layout, base) as folder:
-            files, words = pinned.again(failed, folder)
-            return self._run("the same on the pin", folder, files, words) if files else ()
+    def on_the_pin(self, failed: tuple[trial.Outcome, ...], selection: Selection) -> tuple[trial.Outcome, ...]:
+        """What becomes on the pin of the tests that failed; those that are known to ask the hub there are not asked again."""
+        there = failed
+        if selection.changed:
+            known = frozenset() if self._asked.is_online else pinned.hub_tests(self._layout, selection.base)
+            there = tuple(one for one in failed if one.asks_hub and one.node in known)
+            with pinned.tree(self._layout, selection.base) as folder:
+                files, words = pinned.again([one for one in failed if one not in there], folder)
+                # The user's -x would leave tests out, and they would count as passed there.
+                there += self._run("the same on the pin", folder, files, ("--maxfail=0", *words)) if files else ()
+        if not self._asked.is_online:
+            pinned.keep_hub_tests(self._layout, selection.base, there)
+        return there
 
     def _run(self, title: str, tree: Path, files: Sequence[str], words: tuple[str, ...]) -> tuple[trial.Outcome, ...]:
         more = {**ENVIRONMENT, **({} if self._asked.is_online else OFFLINE)}
@@ -168,7 +175,9 @@ class _Runner:
         place = trial.Place(tree, self._layout.environment_python, variables, needs.place(self._layout) / "chosen.txt")
         with self._journal.console.step(title.ljust(NAME_WIDTH)) as view:
             self._journal.phase(title, view)
-            outcomes = trial.run(place, files, (*words, *self._asked.words), timeout_s=self._asked.timeout_s, journal=self._journal)
+            # On the pin ours come last, and so hold; else the user's do.
+            said = (*words, *self._asked.words) if tree == self._layout.vllm else (*self._asked.words, *words)
+            outcomes = trial.run(place, files, said, timeout_s=self._asked.timeout_s, journal=self._journal)
             view.reason = f"{len(files)} files, {len(outcomes)} tests"
         self._journal.step = None
         return outcomes

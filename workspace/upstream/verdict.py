@@ -1,9 +1,8 @@
 """What the outcomes of upstream's tests say of the change: a check for each test file, in the form of the smoke's.
 
-Pure. A failure counts where the same test passes on the pin, or was not there; one that only says that the hub is out of reach does not.
+Pure. A failure counts where the same test passes on the pin, or was not there. That of a test which asks the hub is told apart, so that its number is seen.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +11,6 @@ from workspace.upstream.reach import Reached
 from workspace.upstream.runnable import Decision
 from workspace.upstream.trial import Outcome
 
-# With which words a test says that it wanted something from the hub: those after which upstream's own CPU job asks again with a network
-# (.buildkite/scripts/hardware_ci/run-cpu-test.sh, OFFLINE_RETRY_PATTERN), and what datasets and plain requests say.
-_HUB = re.compile(
-    r"LocalEntryNotFoundError|OfflineModeIsEnabled|Invalid repository ID or local directory specified|Cannot find any model weights with"
-    r"|couldn't connect to 'https://huggingface\.co'|outgoing traffic has been disabled|Cannot reach https://huggingface\.co"
-    r"|We couldn't connect to|Can't load tokenizer for '[\w.-]+/|in the cached files and it looks like .* is not the path"
-)
 NOT_RUN = "not run: "
 _SHOWN = 160
 
@@ -49,18 +41,17 @@ class Sorted:
         return Sorted(*(tuple(one for one in group if one.file == file) for group in groups))
 
 
-def wants_hub(outcome: Outcome) -> bool:
-    """Whether a test failed because a model, a tokenizer or a data set is not on this disk."""
-    return outcome.state == "failed" and bool(_HUB.search(outcome.message))
+def sort(outcomes: Iterable[Outcome], on_the_pin: Iterable[Outcome] | None, *, is_online: bool) -> Sorted:
+    """Sort outcomes. Those on the pin are of the same tests; what is not among them passes there, or is not there. None where nothing was compared.
 
-
-def sort(outcomes: Iterable[Outcome], on_the_pin: Iterable[Outcome], *, is_online: bool) -> Sorted:
-    """Sort outcomes. Those on the pin are of the same tests; what is not among them passes there, or is not there."""
-    failed_there = {one.node for one in on_the_pin if one.state == "failed"}
+    A change can make a test ask the hub for what was a folder on this disk: also of these the pin has the last word, where it has one.
+    """
+    failed_there = {one.node for one in on_the_pin or () if one.state == "failed"}
     groups: dict[str, list[Outcome]] = {"passed": [], "skipped": [], "hub": [], "pin": [], "own": []}
     for one in outcomes:
         name = {"passed": "passed", "skipped": "skipped"}.get(one.state, "")
-        name = name or ("hub" if not is_online and wants_hub(one) else "pin" if one.node in failed_there else "own")
+        is_hub = one.asks_hub and not is_online and (on_the_pin is None or one.node in failed_there)
+        name = name or ("hub" if is_hub else "pin" if one.node in failed_there else "own")
         groups[name].append(one)
     return Sorted(**{name: tuple(found) for name, found in groups.items()})
 
