@@ -123,3 +123,19 @@ def test_bfloat16_is_judged_by_the_mean() -> None:
     assert computed.bfloat16(answer, "smollm2").verdict == "pass"
     for changes in ({"mean_difference": 0.2}, {"mean_difference": math.nan}, {"not_finite": 1}, {"error": "no"}):
         assert computed.bfloat16(Answer({"models": {"smollm2": measured(**changes)}}, None, 1.0), "smollm2").verdict == "fail"
+
+
+def test_gpt_oss_is_judged_where_it_decodes_too() -> None:
+    fine = measured(equal=3, mean_difference=0.024, own_difference=0.001)
+    assert computed.mxfp4(Answer({"models": {"gpt-oss": fine}}, None, 1.0)).verdict == "pass"
+    for changes in (
+        {"mean_difference": 0.23},
+        {"own_difference": 0.2},
+        {"own_difference": None},
+        {"own_difference": math.nan},
+        {"not_finite": 1},
+        {"error": "no"},
+    ):
+        check = computed.mxfp4(Answer({"models": {"gpt-oss": fine | changes}}, None, 1.0))
+        assert (check.identifier, check.verdict) == ("parity.gpt-oss", "fail")
+    assert computed.mxfp4(Answer({}, "Hugging Face: killed", 1.0)).evidence == "Hugging Face: killed"

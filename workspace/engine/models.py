@@ -18,7 +18,7 @@ from workspace.core.settings import Settings
 from workspace.environment import interpreter
 from workspace.source import index
 
-Architecture = Literal["llama", "qwen3", "mixtral"]
+Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss"]
 SEED = 0
 # 10 s on two cores, most of it imports; SmolLM2 25 s.
 TIMEOUT_S = 300.0

@@ -71,6 +71,9 @@ def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict]:
     loaded = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **loaded, **dequantized(folder))
     model.to(device).eval()
+    if dtype == "float32":
+        # What stood there as MXFP4 comes in bfloat16, which holds it, and would be computed with in bfloat16.
+        model.float()
     with torch.inference_mode():
         return [{"text": text} | decoded(model, tokenizer(text)["input_ids"], device, tokens) for text in PROMPTS]
 

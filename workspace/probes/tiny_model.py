@@ -5,6 +5,7 @@ The same recipe gives the same bytes. Nothing in it was trained; it is there to 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -25,9 +26,28 @@ ARCHITECTURES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+    "gpt-oss": ("GptOssConfig", "GptOssForCausalLM"),
 }
 # Few experts, so that each is chosen by some token.
-MORE = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}}
+MORE: dict[str, dict] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    # The first layer has the window, the second has none. What is not named here is as published: yarn by 32, rotary base, clamped activation.
+    "gpt-oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 4,
+        "sliding_window": 32,
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.1,
+    },
+}
+# Of gpt-oss. Attention that sees many tokens, since bfloat16, which is all that vLLM's MXFP4 kernels take, turns a sharper one over by rounding; and that
+# counts as much as the experts; activations that reach their clamp; sinks that weigh as much as a window full of keys.
+STRETCH = {"q_proj.weight": 0.5, "k_proj.weight": 0.5, "o_proj.weight": 4.0, "gate_up_proj": 1.5}
+SINKS = (3.0, 2.0)
+# OCP Microscaling Formats v1.0: what the eight codes without sign of E2M1 stand for; 32 elements share a scale, a power of two with the bias 127.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MX_BLOCK = 32
+UNQUANTIZED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
 def make(folder: Path, architecture: str, seed: int) -> None:
@@ -37,27 +57,61 @@ def make(folder: Path, architecture: str, seed: int) -> None:
     config_class, model_class = (getattr(transformers, name) for name in ARCHITECTURES[architecture])
     torch.manual_seed(seed)
     random.seed(seed)
-    config = config_class(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=CONTEXT,
-        initializer_range=SPREAD,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        dtype="float32",
-        **SHAPE,
-        **MORE.get(architecture, {}),
-    )
+    wanted = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "initializer_range": SPREAD, "tie_word_embeddings": False}
+    wanted |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "float32"}
+    config = config_class(**(wanted | SHAPE | MORE.get(architecture, {})))
     model = model_class(config).to(torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(*SINKS)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 1.0 if "experts" in name else 0.3)
+            elif parameter.dim() == 1:
                 # A norm's weights begin as ones, and a norm that forgets them would go unseen.
                 parameter.uniform_(0.5, 1.5)
+            elif architecture == "gpt-oss":
+                parameter.mul_(next((factor for end, factor in STRETCH.items() if name.endswith(end)), 1.0))
     model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    model.save_pretrained(folder, safe_serialization=True)
+    if architecture == "gpt-oss":
+        _save_mxfp4(model, folder)
+    else:
+        model.save_pretrained(folder, safe_serialization=True)
     _save_tokenizer(folder)
+
+
+def _save_mxfp4(model, folder: Path) -> None:
+    """Write it as gpt-oss is published: a row of blocks and scales for each output of the experts, all else in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4(value.transpose(1, 2))
+        else:
+            tensors[name] = value.to(torch.bfloat16).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = torch.bfloat16
+    model.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": UNQUANTIZED}
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def mxfp4(values):
+    """Quantise along the last dimension: blocks of two codes a byte, the first in the low half, and the scale of each block."""
+    import torch
+
+    groups = values.float().contiguous().unflatten(-1, (-1, MX_BLOCK))
+    # The largest element gets the largest exponent of E2M1, which is 2 (section 6.3); frexp's is one more than the exponent.
+    shared = torch.frexp(groups.abs().amax(-1)).exponent - 1 - 2
+    scaled = torch.ldexp(groups, -shared.unsqueeze(-1))
+    middles = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(E2M1)])
+    below, above = (torch.bucketize(scaled.abs(), middles, right=is_right) for is_right in (False, True))
+    # These differ in the very middle of two values, of which the even code is to be taken.
+    codes = torch.where(below % 2 == 0, below, above) + 8 * torch.signbit(scaled)
+    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8), (shared + 127).to(torch.uint8)
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -42,6 +42,9 @@ CATALOGUE: Mapping[str, Entry] = {
     "parity.mixtral": Entry("a tiny Mixtral, with experts, says what Hugging Face says", _DIFFERS, "full"),
     "parity.model": Entry("the model of --model says what Hugging Face says", _DIFFERS),
     "parity.bfloat16": Entry("SmolLM2 in bfloat16 finds Hugging Face's tokens as probable as Hugging Face does", _DIFFERS, "full"),
+    "parity.gpt-oss": Entry(
+        "a tiny gpt-oss, with MXFP4 experts, sinks and a sliding window, finds Hugging Face's tokens as probable as Hugging Face does", _DIFFERS, "full", "gpu"
+    ),
     "consistency.repeat": Entry("the same prompts give the same answers again", _DIFFERS),
     "consistency.batch": Entry("a prompt gives the same answer alone and in a batch", _DIFFERS),
     "consistency.parts": Entry("what a long prompt begins with is judged as it is when it stands alone", _DIFFERS),

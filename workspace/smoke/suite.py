@@ -176,6 +176,7 @@ class _Suite:
             return (computed.bfloat16(self._with_smollm2(lambda folder: self._parity({"smollm2": folder}, "smollm2", form=form)), "smollm2"),)
 
         self.found(judge, "parity.bfloat16")
+        self.found(lambda: (self._mxfp4(),), "parity.gpt-oss")
 
     def _cubins(self) -> Check:
         started = time.monotonic()
@@ -242,6 +243,17 @@ class _Suite:
         model = models.tiny(self._layout, self._settings, journal=self._journal)
         words = (f"--model=llama={model}", "--compiled", "--against", str(rows), "--device", self._expected.device)
         return computed.parity(self._ask("parity.py", *words, environment=COMPILED), "llama", "consistency.compiled")
+
+    def _mxfp4(self) -> Check:
+        if self._expected.device == "cpu" and "amx_tile" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"):
+            return Check("parity.gpt-oss", "skipped", "vLLM's MXFP4 kernel for CPUs wants AMX, which this one lacks", 0.0)
+
+        def ask() -> Answer:
+            folder = models.tiny(self._layout, self._settings, journal=self._journal, architecture="gpt-oss")
+            # Hugging Face in float32: what vLLM's kernels round, which take bfloat16 only, is enough.
+            return self._parity({"gpt-oss": str(folder)}, "gpt-oss", "--dtype", "bfloat16")
+
+        return computed.mxfp4(_made(ask))
 
     def _offline(self) -> tuple[replies.Row, ...]:
         """What the offline engine has said of the tiny Llama; nothing where it has not got that far."""
