@@ -29,24 +29,24 @@ TESTS = {
 }
 
 
-def place(folder: Path, tests: dict[str, str]) -> trial.Place:
+def place(folder: Path, tests: dict[str, str], config: str = "") -> trial.Place:
     for name, text in tests.items():
         path = folder / "tests" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         (path.parent / "__init__.py").touch()
-    (folder / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (folder / "pyproject.toml").write_text(config)
     variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": sysconfig.get_path("purelib")}
     return trial.Place(folder, Path(sys.executable), variables, folder / "chosen.txt")
 
 
-def run(folder: Path, tests: dict[str, str], *words: str, timeout_s: float = 60.0) -> dict[str, Outcome]:
+def run(folder: Path, tests: dict[str, str], *words: str, timeout_s: float = 60.0, config: str = "[tool.pytest.ini_options]\n") -> dict[str, Outcome]:
     with Journal(Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream") as journal:
         files = [f"tests/{name}" for name in tests if name.rpartition("/")[2].startswith("test_")]
         # The tool environment has no pytest-timeout: the option is made known, and does nothing.
         plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
         tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
-        return {one.node: one for one in trial.run(place(folder, tests), files, words, timeout_s=timeout_s, journal=journal)}
+        return {one.node: one for one in trial.run(place(folder, tests, config), files, words, timeout_s=timeout_s, journal=journal)}
 
 
 def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other(tmp_path: Path) -> None:
@@ -172,6 +172,20 @@ def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path:
     for damaged in (b"", b"[]", b"{}", b'{"pin": "' + b"a" * 40 + b'", "tests": 3}'):
         (needs.place(layout) / "hub.json").write_bytes(damaged)
         assert pinned.hub_tests(layout, "a" * 40) == frozenset()
+
+
+def test_failure_of_a_file_that_nobody_chose_is_not_lost() -> None:
+    found = verdict.sort([outcome("test_own"), outcome("test_fine", "passed", "")], [], is_online=False)
+    (check,) = verdict.checks([], {}, found)
+    assert (check.identifier, check.verdict, check.problems) == ("tests/test_a.py", "fail", ("test_a.py::test_own: assert 1 == 2",))
+
+
+def test_tree_within_a_tree_that_pytest_knows_has_its_own_names(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    inner = tmp_path / "vendor" / "inner"
+    (inner / "tests").mkdir(parents=True)
+    found = run(inner, {"test_a.py": "def test_fine(): pass\n"}, config="")
+    assert list(found) == ["tests/test_a.py::test_fine"]
 
 
 def test_file_that_is_not_run_is_skipped_and_says_why() -> None:

@@ -69,7 +69,8 @@ def run(place: Place, files: Sequence[str], words: Sequence[str], *, timeout_s: 
         # As a file, for the sake of who reads the command. Upstream runs them from tests/ as well, where some look for files.
         write_atomic(place.listed, "".join(f"{file.removeprefix('tests/')}\n" for file in files).encode())
         ours = ["-p", "no:cacheprovider", "-n", "1", "-q", "--continue-on-collection-errors", f"--timeout={TEST_TIMEOUT_S}", f"--basetemp={folder}/t"]
-        form = ["-p", _PLUGIN, "-o", "junit_family=xunit1", f"--junit-xml={report}"]
+        # Else a tree whose pyproject.toml says nothing of pytest would be taken for a part of this clone.
+        form = [f"--rootdir={place.tree}", "-p", _PLUGIN, "-o", "junit_family=xunit1", f"--junit-xml={report}"]
         # -P: what lies in tests/ is not to be imported as if it were a library.
         argv: list[process.Argument] = [place.python, "-P", "-m", "pytest", *ours, *form, *words, f"@{place.listed}"]
         path = ":".join(filter(None, (place.variables.get("PYTHONPATH"), str(INSIDE))))

@@ -57,8 +57,11 @@ def sort(outcomes: Iterable[Outcome], on_the_pin: Iterable[Outcome] | None, *, i
 
 
 def checks(tests: Sequence[Reached], decisions: Mapping[str, Decision], found: Sorted) -> tuple[FileCheck, ...]:
-    """Judge each test file that was chosen; the ones that are not run are skipped, with the reason."""
-    return tuple(_check(test, decisions[test.path], found.of(test.path)) for test in tests)
+    """Judge each test file that was chosen, and any other that was run; the ones that are not run are skipped, with the reason."""
+    chosen = [(test, decisions[test.path]) for test in tests]
+    ran = dict.fromkeys(one.file for group in (found.own, found.pin, found.hub, found.passed, found.skipped) for one in group)
+    others = [(Reached(file, "pytest was told to run it"), Decision("whole", "")) for file in ran if file not in decisions]
+    return tuple(_check(test, decision, found.of(test.path)) for test, decision in (*chosen, *others))
 
 
 def _check(test: Reached, decision: Decision, found: Sorted) -> FileCheck:

@@ -1,0 +1,86 @@
+"""A small upstream that has tests, and an index that has pytest: that of this interpreter's environment, as wheels."""
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small import wheels
+from tests.small.index import serve
+from tests.small.materials import VERSION, Materials, gather, prepare
+from tests.small.world import World, make_world
+
+# What is here and what it needs. The others have no wheel here, and the small tests do not need them.
+REAL = ("pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments")
+EMPTY = ("pytest-asyncio", "pytest-forked", "pytest-rerunfailures", "tblib")
+TIMEOUT = b"def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
+LISTS = "- label: CPU\n  device: intel_cpu\n  commands:\n  - pytest -x tests/test_alpha.py tests/test_hub.py\n"
+TREE = {
+    "vllm/alpha.py": "def answer():\n    return 42\n",
+    "vllm/beta.py": "",
+    "vllm/hub.py": "def ask():\n    return 'tokenizer'\n",
+    "tests/__init__.py": "",
+    "tests/test_alpha.py": "from vllm.alpha import answer\n\n"
+    "def test_answer():\n    assert answer() == 42\n\n"
+    "def test_is_whole():\n    assert answer() % 1 == 0\n\n"
+    "def test_old_wound():\n    assert answer() == 43\n",
+    "tests/test_beta.py": "def test_on_a_gpu():\n    assert False\n",
+    "tests/test_hub.py": "from huggingface_hub.errors import OfflineModeIsEnabled\n\nfrom vllm import hub\n\n"
+    "def test_model():\n    raise OfflineModeIsEnabled('no model')\n\n"
+    "def test_tokenizer():\n    assert hub.ask() == 'tokenizer'\n",
+    ".buildkite/hardware_tests/cpu.yaml": LISTS,
+    # The library in small: what of it the tests would see.
+    "huggingface_hub/__init__.py": "",
+    "huggingface_hub/errors.py": "class OfflineModeIsEnabled(ConnectionError):\n    pass\n",
+}
+
+
+def repack(folder: Path, name: str, version: str = "") -> None:
+    """Make a wheel of a package as it is installed here."""
+    found = importlib.metadata.distribution(name)
+    version = version or found.version
+    members = {}
+    for file in found.files or ():
+        if ".." not in file.parts and file.suffix != ".pyc" and ".dist-info" not in file.parts[0]:
+            members[str(file)] = Path(str(found.locate_file(file))).read_bytes()
+    if entries := found.read_text("entry_points.txt"):
+        members[f"{name.replace('-', '_')}-{version}.dist-info/entry_points.txt"] = entries.encode()
+    wheels.write(folder, name, version, members, requires=found.requires or ())
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
+    folder = tmp_path_factory.mktemp("small")
+    served = prepare(folder)
+    for name, text in TREE.items():
+        path = folder / "upstream" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    wheels.write_archive(served, folder / "upstream", VERSION)
+    for name in REAL:
+        repack(served, name)
+    # In the place of the stand-in that .vllm gets: pytest has to do with what is there.
+    repack(served, "packaging", {name: version for name, version, _ in wheels.PLAIN}["packaging"])
+    for name in EMPTY:
+        wheels.write(served, name, "1.0", {})
+    entries = {"pytest_timeout-2.4.0.dist-info/entry_points.txt": b"[pytest11]\ntimeout = pytest_timeout\n"}
+    wheels.write(served, "pytest-timeout", "2.4.0", {"pytest_timeout.py": TIMEOUT, **entries})
+    with serve(served) as index:
+        yield gather(folder, index)
+
+
+@pytest.fixture(scope="session")
+def _equipped(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = make_world(materials, tmp_path_factory.mktemp("equipped"))
+    made.bootstrap()
+    made.save()
+    return made
+
+
+@pytest.fixture
+def built(_equipped: World) -> Iterator[World]:
+    """A bootstrapped clone whose tree has tests, in the state that bootstrap left."""
+    _equipped.restore()
+    yield _equipped
+    _equipped.end()
