@@ -49,6 +49,7 @@ PROOFS = {
     "smoke": ["tests/proof/smoke", "-n", "0"],
     "source": ["tests/proof/source"],
     "triton": ["tests/proof/triton"],
+    "upstream": ["tests/proof/upstream", "-n", "0"],
 }
 
 nox.options.default_venv_backend = "none"
@@ -154,7 +155,7 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, serve, smoke, source, triton; words after its name go to pytest."""
+    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, serve, smoke, source, triton, upstream; words after its name go to pytest."""
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:

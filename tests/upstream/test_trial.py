@@ -1,18 +1,10 @@
 """A real pytest over a small tree: failures, crashes and hangs are named, and the pin has its word."""
 
-import io
-import sys
-import sysconfig
-import time
 from pathlib import Path
 
-import pytest
-
-from workspace.core.console import Console
-from workspace.core.errors import SmokeError
-from workspace.core.journal import Journal
+from tests.upstream.runs import place, run
 from workspace.core.layout import Layout
-from workspace.upstream import needs, pinned, trial, verdict
+from workspace.upstream import needs, pinned, verdict
 from workspace.upstream.reach import Reached
 from workspace.upstream.runnable import Decision
 from workspace.upstream.trial import Outcome
@@ -27,26 +19,6 @@ TESTS = {
     "sub/test_broken.py": "import there_is_no_such_module\n",
     "sub/test_dies.py": "import os\ndef test_dies(): os._exit(3)\ndef test_after(): pass\n",
 }
-
-
-def place(folder: Path, tests: dict[str, str], config: str = "") -> trial.Place:
-    for name, text in tests.items():
-        path = folder / "tests" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        (path.parent / "__init__.py").touch()
-    (folder / "pyproject.toml").write_text(config)
-    variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": sysconfig.get_path("purelib")}
-    return trial.Place(folder, Path(sys.executable), variables, folder / "chosen.txt")
-
-
-def run(folder: Path, tests: dict[str, str], *words: str, timeout_s: float = 60.0, config: str = "[tool.pytest.ini_options]\n") -> dict[str, Outcome]:
-    with Journal(Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream") as journal:
-        files = [f"tests/{name}" for name in tests if name.rpartition("/")[2].startswith("test_")]
-        # The tool environment has no pytest-timeout: the option is made known, and does nothing.
-        plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
-        tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
-        return {one.node: one for one in trial.run(place(folder, tests, config), files, words, timeout_s=timeout_s, journal=journal)}
 
 
 def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other(tmp_path: Path) -> None:
@@ -64,7 +36,6 @@ def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other
     assert "crashed" in found["tests/sub/test_dies.py::test_dies"].message
 
 
-STUMBLING = "def pytest_sessionfinish(session):\n    if not hasattr(session.config, 'workerinput'): raise ValueError('a plugin stumbles')\n"
 # The library in small, under its name; what vLLM raises when it has swallowed the library's exception; and who imitates the words.
 HUB = {
     "../huggingface_hub/errors.py": "class OfflineModeIsEnabled(ConnectionError): pass\n"
@@ -99,42 +70,6 @@ def test_hub_is_what_a_test_lacks_where_it_was_asked_and_refused_not_where_the_w
     assert {one.state for one in found.values() if one.asks_hub} == {"failed"}
     own = {"test_own_failure_after_a_refusal", "test_own_failure_and_a_refusal_later", "test_name", "test_words", "test_assertion"}
     assert {node.rpartition("::")[2] for node, one in found.items() if one.state == "failed" and not one.asks_hub} == {*own, "tests/test_not_collected.py"}
-
-
-def test_file_that_kills_the_process_when_it_is_collected_is_no_success_of_the_others(tmp_path: Path) -> None:
-    with pytest.raises(SmokeError, match="the process died while tests/test_dies.py was collected"):
-        run(tmp_path, {"test_a.py": "def test_fine(): pass\n", "test_dies.py": "import os\nos._exit(3)\n"})
-
-
-def test_pytest_that_fails_by_itself_is_no_success_of_what_had_passed(tmp_path: Path) -> None:
-    with pytest.raises(SmokeError, match="exited with 1: ValueError: a plugin stumbles"):
-        run(tmp_path, {"test_a.py": "def test_fine(): pass\n", "conftest.py": STUMBLING})
-
-
-def test_tests_that_were_lost_with_their_process_are_counted(tmp_path: Path) -> None:
-    dies = "import os, pytest\n@pytest.mark.parametrize('x', range(9))\ndef test_dies(x): os._exit(3)\n"
-    with pytest.raises(SmokeError, match="4 of 9 tests were not run"):
-        run(tmp_path, {"test_dies.py": dies})
-
-
-def test_nothing_that_the_words_choose_is_no_failure(tmp_path: Path) -> None:
-    assert run(tmp_path, {"test_a.py": "def test_fine(): pass\n"}, "-k", "no_such_name") == {}
-
-
-def test_what_hangs_is_ended_with_all_of_its_processes(tmp_path: Path) -> None:
-    started = time.monotonic()
-    with pytest.raises(SmokeError, match="had not ended after"):
-        run(tmp_path, {"test_hangs.py": "import time\ntime.sleep(600)\n"}, timeout_s=1.5)
-    assert time.monotonic() - started < 30
-    named = str(tmp_path / "chosen.txt").encode()
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists() and named in path.read_bytes()]
-
-
-def test_words_that_pytest_does_not_know_are_its_own_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SmokeError, match="exited with 4") as failed:
-        run(tmp_path, {"test_a.py": ""}, "--nonsense")
-    assert any("--nonsense" in line for line in failed.value.details)
-    assert failed.value.hint
 
 
 def outcome(name: str, state: str = "failed", message: str = "assert 1 == 2", *, asks_hub: bool = False) -> Outcome:
@@ -178,14 +113,6 @@ def test_failure_of_a_file_that_nobody_chose_is_not_lost() -> None:
     found = verdict.sort([outcome("test_own"), outcome("test_fine", "passed", "")], [], is_online=False)
     (check,) = verdict.checks([], {}, found)
     assert (check.identifier, check.verdict, check.problems) == ("tests/test_a.py", "fail", ("test_a.py::test_own: assert 1 == 2",))
-
-
-def test_tree_within_a_tree_that_pytest_knows_has_its_own_names(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    inner = tmp_path / "vendor" / "inner"
-    (inner / "tests").mkdir(parents=True)
-    found = run(inner, {"test_a.py": "def test_fine(): pass\n"}, config="")
-    assert list(found) == ["tests/test_a.py::test_fine"]
 
 
 def test_file_that_is_not_run_is_skipped_and_says_why() -> None:
