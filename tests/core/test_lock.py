@@ -53,6 +53,13 @@ def test_second_verb_stops_and_says_who_holds_the_lock(tmp_path: Path) -> None:
             lock.hold(path, verb="status"),
         ):
             pass
+        # Only a verb with somebody to tell that it waits has --wait.
+        hints = []
+        for on_wait in (None, print):
+            with pytest.raises(LockError) as caught, lock.hold(path, verb="status", on_wait=on_wait):
+                pass
+            hints.append(caught.value.hint)
+        assert hints == ["wait for it", "wait for it, or run the command with --wait"]
         child.communicate()
     with lock.hold(path, verb="status"):
         pass

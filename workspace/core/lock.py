@@ -45,7 +45,8 @@ def hold(path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], 
             except BlockingIOError:
                 sentence = _holder(file.name)
                 if not wait:
-                    raise LockError(sentence, hint="wait for it, or run the command with --wait") from None
+                    # A verb that can wait has somebody to tell that it does.
+                    raise LockError(sentence, hint=f"wait for it{', or run the command with --wait' if on_wait else ''}") from None
                 if on_wait and not told:
                     on_wait(f"waiting: {sentence}")
                     told = True
