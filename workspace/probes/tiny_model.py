@@ -1,6 +1,7 @@
 """Make a tiny language model with fixed weights and its tokenizer in a folder: whole or not at all, without network.
 
-The same recipe gives the same bytes on one kind of processor: torch draws its numbers otherwise with AVX2 than without. Nothing in it was trained; it is there to be computed with, twice. One JSON document on stdout.
+The same recipe gives the same bytes on one kind of processor: torch draws its numbers otherwise with AVX2 than without.
+Nothing in it was trained; it is there to be computed with, twice. One JSON document on stdout.
 """
 
 import argparse
