@@ -11,6 +11,7 @@ from tests.small.world import World, make_world
 from workspace.build import arm as arms
 from workspace.build import stamp
 from workspace.build.arm import Arm
+from workspace.build.plan import Observation
 from workspace.core import settings as settings_module
 from workspace.core.console import Console
 from workspace.core.errors import BuildError
@@ -73,9 +74,16 @@ def made_arm(world: World, name: str = "a", *, tip: str | None = None, patches: 
         return arms.make(world.layout, name, pin=pin(world), patches=patches, tip=tip or base(world), settings=settings(world), journal=journal)
 
 
+def build(world: World, arm: Arm, **flags: str) -> Observation:
+    """Build an arm in this process, which gets the world's programs for it: its uv is not on every machine's PATH."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", world.env["PATH"])
+        return arms.build(arm, settings(world, **flags), console=QUIET)
+
+
 def built(world: World, arm: Arm, **flags: str) -> str:
     """Build an arm and return where its kernels are from."""
-    observed = arms.build(arm, settings(world, **flags), console=QUIET)
+    observed = build(world, arm, **flags)
     assert observed.kernels.recorded
     return observed.kernels.recorded.inputs["origin"].split()[0]
 
