@@ -118,39 +118,39 @@ def typecheck(session):
 @nox.session
 def smoke(session):
     """Does the built tree compute rightly."""
-    run(session, "workspace.smoke", *session.posargs)
+    run(session, "workspace.sessions", "smoke", *session.posargs)
     # What passed is what inv pin.back returns to.
-    run(session, "workspace.pin")
+    run(session, "workspace.sessions", "record-good")
 
 
 @nox.session
 def upstream(session):
     """vLLM's own tests that the changed files reach; words after a second -- go to pytest."""
-    run(session, "workspace.upstream", *session.posargs)
+    run(session, "workspace.sessions", "upstream", *session.posargs)
 
 
 @nox.session
 def bench(session):
     """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve, startup."""
-    run(session, "workspace.bench", *session.posargs)
+    run(session, "workspace.sessions", "bench", *session.posargs)
 
 
 @nox.session
 def bisect(session):
     """Find the upstream commit, or the patch, that broke or slowed it; the same command goes on."""
-    run(session, "workspace.bench.bisect", *session.posargs)
+    run(session, "workspace.sessions", "bisect", *session.posargs)
 
 
 @nox.session
 def ab(session):
     """Is the working tree slower than a base: two arms, alternately measured, one verdict."""
-    run(session, "workspace.bench.ab", *session.posargs)
+    run(session, "workspace.sessions", "ab", *session.posargs)
 
 
 @nox.session
 def perf(session):
     """What the workspace itself costs, as ratios."""
-    run(session, "workspace.perf", *session.posargs)
+    run(session, "workspace.sessions", "perf", *session.posargs)
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """What stands at every door: settings read, failures printed, signals and exit codes.
 
-Shared by tasks.py and `python -m workspace.smoke`; knows no verb and imports nothing but core.
+Shared by tasks.py and workspace.sessions; knows no verb and imports nothing but core.
 """
 
 import contextlib

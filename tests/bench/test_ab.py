@@ -102,7 +102,7 @@ def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_
     "words", [("--repeat", "5"), ("--factor", "0"), ("--each-patch", "--base", "HEAD"), ("speed",), ("--base", "nowhere"), ("--repeat=x",)]
 )
 def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str, ...]) -> None:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.bench.ab", *words]
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "ab", *words]
     done = subprocess.run(argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

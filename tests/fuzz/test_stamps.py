@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.fuzz import places
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz, words
 from workspace.build import stamp
+from workspace.core import files
 
 WHOLE = stamp.Stamp(
     inputs={"origin": "donor vllm.whl " + "a" * 64, "device": "cpu", "torch": "2.13.0+cpu CUDA none", "place": "/home/someone/vllm"},
@@ -82,8 +83,8 @@ def test_a_stamp_cut_anywhere_or_full_of_zeros_from_there_is_none(tmp_path: Path
 def test_an_input_that_is_not_what_it_was_is_said(name: str, text: str) -> None:
     changed = replace(WHOLE, inputs={**WHOLE.inputs, name: text})
     gone = {key: value for key, value in WHOLE.inputs.items() if key != name}
-    assert bool(stamp.differences(changed.inputs, WHOLE.inputs)) == (text != WHOLE.inputs[name])
-    assert len(stamp.differences(gone, WHOLE.inputs)) == 1
+    assert bool(files.differences(changed.inputs, WHOLE.inputs)) == (text != WHOLE.inputs[name])
+    assert len(files.differences(gone, WHOLE.inputs)) == 1
 
 
 @pytest.mark.parametrize("thing", places.NO_FILE)

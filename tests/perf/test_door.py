@@ -27,7 +27,7 @@ def tools(world: World) -> Path:
 
 
 def perf(world: World, *words: str) -> Ended:
-    argv = [tools(world), "-m", "workspace.perf", *words]
+    argv = [tools(world), "-m", "workspace.sessions", "perf", *words]
     done = subprocess.run(argv, env=world.env, cwd=world.root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -67,7 +67,7 @@ def test_a_wrong_row_or_count_is_misuse(world: World) -> None:
 
 
 def test_without_its_tool_environment_a_clone_says_how_to_make_one(world: World) -> None:
-    argv = [sys.executable, "-m", "workspace.perf", "--row", "list"]
+    argv = [sys.executable, "-m", "workspace.sessions", "perf", "--row", "list"]
     done = subprocess.run(argv, env=world.env, cwd=world.root, capture_output=True, text=True, timeout=60, check=False)
     ended = Ended(done.returncode, done.stdout, done.stderr)
     assert ".workspace/tools is not there" in ended.error(7)

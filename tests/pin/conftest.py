@@ -40,7 +40,7 @@ print(json.dumps({"error": None, "groups": {name: {"error": None, "skipped": Non
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
 # What `nox -s smoke` runs after a smoke that passed.
-RECORD = ("-m", "workspace.pin")
+RECORD = ("-m", "workspace.sessions", "record-good")
 
 
 def judge_at_once(probes: Path) -> None:
@@ -57,7 +57,7 @@ def run(world: World, *words: str) -> Ended:
 
 def smoke(world: World) -> Ended:
     """`nox -s smoke`: the judgement, and the record of what is good."""
-    ended = run(world, "-m", "workspace.smoke")
+    ended = run(world, "-m", "workspace.sessions", "smoke")
     if ended.code == 0:
         recorded = run(world, *RECORD)
         assert recorded.code == 0, recorded.said

@@ -10,7 +10,7 @@ from tests.small.world import Ended, World
 
 def smoke(world: World, *words: str | Path) -> Ended:
     done = subprocess.run(
-        [sys.executable, "-Es", "-B", "-m", "workspace.smoke", *words], cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "smoke", *words], cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 

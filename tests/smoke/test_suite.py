@@ -16,9 +16,9 @@ from workspace.core.layout import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load
 from workspace.smoke import serving, suite
-from workspace.smoke.__main__ import judge
 from workspace.smoke.catalogue import Level, chosen
 from workspace.smoke.checks import Check, Expected
+from workspace.smoke.gate import judge
 
 # What one process says.
 SPOKEN = {"parity.llama", "parity.qwen3", "provenance.import", *(f"consistency.{name}" for name in suite.CONSISTENCY)}

@@ -9,7 +9,7 @@ from tests.small.world import Ended, World
 
 
 def upstream(world: World, *words: str) -> Ended:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.upstream", *words]
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "upstream", *words]
     done = subprocess.run(argv, cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
 

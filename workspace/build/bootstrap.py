@@ -13,7 +13,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import check, doctor
-from workspace.source import checkout, moves, patches
+from workspace.source import checkout, moves, patches, pins
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
 # CUDA environment 10 and libraries 0.8; in the cache the release archive and the donor wheel.
@@ -37,7 +37,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
 
     Raises the WorkspaceError of the step that failed.
     """
-    plan.require_settled(layout)
+    pins.require_settled(layout)
     observed = plan.observe(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     due = stages_of(layout, settings, observed, is_arm=is_arm)

@@ -177,11 +177,11 @@ class Job:
                 if run.is_arm:
                     donor.complete(wheel, layout.vllm)
                 donor.check_taken(wheel, layout.vllm)
-        targets = [target for target in self.project.targets if target.name in placed]
+        placed_targets = [target for target in self.project.targets if target.name in placed]
         environment = run.settings.child_environment("build", ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"))
-        files = put.put(self.folder, layout.vllm, targets, journal=run.journal, env=environment, shared=run.settings.cache)
+        files = put.put(self.folder, layout.vllm, placed_targets, journal=run.journal, env=environment, shared=run.settings.cache)
         run.outcome[OWN] = " ".join(sorted(placed))
-        view.reason = f"vllm {observed.version}, editable; {len(files)} files of {len(targets)} targets compiled here"
+        view.reason = f"vllm {observed.version}, editable; {len(files)} files of {len(placed_targets)} targets compiled here"
 
     def verify(self, view: Step) -> None:
         """The last step: the stamp is written once every library loads and has code for the GPU that is meant."""
@@ -218,9 +218,10 @@ class Job:
 
 def job_of(run: stages.Run) -> Job:
     """The job of a run; where no verb has made one, that of the settings alone."""
-    if run.job is None:
+    if not isinstance(run.job, Job):
         host = machine.observe(run.settings)
-        run.job = Job(run, bounds.count(run.settings, cores=host.cores), bounds.memory(host))
+        run.job = made = Job(run, bounds.count(run.settings, cores=host.cores), bounds.memory(host))
+        return made
     return run.job
 
 

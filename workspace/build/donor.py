@@ -4,13 +4,16 @@ The wheel gives its libraries only; every Python file is the tree's own. The tre
 (VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held against it.
 """
 
+import json
 import platform
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from workspace.build.plan import Kernels
+from workspace.build import stamp
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.settings import Settings
@@ -18,6 +21,38 @@ from workspace.source import index
 from workspace.source.pins import Pin
 
 _BINARIES = ("vllm/vllm-rs",)
+SCHEMA = 1
+RECORD = "workspace.json"
+# Of what a wheel says of itself; a release with DeepGEMM for each Python has 20 libraries and 4 KB.
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where compiled libraries come from: a pinned donor, a wheel file, a compiler, or a donor but for what differs from the pin (hybrid)."""
+
+    kind: Literal["donor", "hybrid", "wheel", "native"]
+    origin: str
+    wheel: Path | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a wheel says of itself. `python` is the only version that it is for, empty where it is for each; `dirty` a digest of what was edited."""
+
+    version: str
+    tag: str
+    commit: str
+    tree: str
+    dirty: str
+    device: str
+    machine: str
+    python: str
+    torch: str
+    digest: str
+    inputs: Mapping[str, str]
+    libraries: tuple[stamp.Library, ...]
+    cubins: Mapping[str, tuple[str, ...]]
 
 
 def fetch(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_progress: Callable[[int, int | None], None]) -> Path:
@@ -34,6 +69,26 @@ def fetch(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_pro
             hint="./scripts/inv bootstrap --kernels native",
         )
     return index.fetch(donor.project, donor.filename, donor.sha256, settings=settings, on_progress=on_progress)
+
+
+def read_packed(path: Path) -> Packed | None:
+    """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises SourceError for what is no whole wheel."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")]
+            if not found:
+                return None
+            if found[0].file_size > _LONGEST:
+                raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+            record = json.loads(archive.read(found[0]))
+        if record.pop("schema") != SCHEMA:
+            raise SourceError(f"{path.name} was packed by another version of the workspace", hint="pack it again: ./scripts/inv wheel")
+        libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
+        held = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
+        inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
+        return Packed(**{name: str(text) for name, text in record.items()}, inputs=inputs, libraries=libraries, cubins=held)
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise SourceError(f"{path.name} is no whole wheel: {exc}", hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel") from exc
 
 
 def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.build import stamp
+from workspace.build import donor, stamp
+from workspace.build.donor import Kernels
+from workspace.core import files
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
@@ -25,15 +27,6 @@ REQUIREMENT_FILES = ("requirements", "pyproject.toml")
 # In a stamp's outcome: what the wheel of another clone was compiled from.
 PACKED_SOURCES = "packed sources"
 METADATA_FILES = ("setup.py", "pyproject.toml", "requirements", "tools/build_rust.py")
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Where compiled libraries come from: a pinned donor, a wheel file, a compiler, or a donor but for what differs from the pin (hybrid)."""
-
-    kind: Literal["donor", "hybrid", "wheel", "native"]
-    origin: str
-    wheel: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,19 +90,6 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun, for_compiler)
 
 
-def require_settled(layout: Layout) -> None:
-    """Raise CheckoutError where a move of the whole house was begun and not finished: half of it is of one pin, half of another."""
-    if following := half_moved(layout):
-        raise CheckoutError("a move to another pin was begun and not finished; nothing was changed", hint=following)
-
-
-def half_moved(layout: Layout) -> str | None:
-    """The command that finishes a promotion or a return which was ended in the middle, None where there is none."""
-    if layout.promoting.exists():
-        return "./scripts/inv patch.continue"
-    return "./scripts/inv pin.back" if layout.returning.exists() else None
-
-
 def edits_digest(layout: Layout, stack: patches.Stack | None) -> str | None:
     """Return one SHA-256 over the edited tracked files of the tree and their content, None where nothing is edited."""
     return Git(layout.vllm).digest(stack.dirty) if stack and stack.dirty else None
@@ -139,11 +119,11 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
         return Kernels("native", origin) if origin == "native" else Kernels("wheel", origin, Path(kept) if kept else None)
     import platform
 
-    donor = pin.donors.get(f"{device}-{platform.machine()}")
-    if choice == "native" or (choice == "auto" and donor is None):
+    pinned = pin.donors.get(f"{device}-{platform.machine()}")
+    if choice == "native" or (choice == "auto" and pinned is None):
         return Kernels("native", "native")
     if choice in ("auto", "donor"):
-        origin = f"donor {donor.filename} {donor.sha256}" if donor else "donor none"
+        origin = f"donor {pinned.filename} {pinned.sha256}" if pinned else "donor none"
         return Kernels("hybrid", f"hybrid {origin}") if choice == "auto" and is_outrun else Kernels("donor", origin)
     wheel = None
     # A name that is too long, or a link that leads round and round, names no wheel either.
@@ -185,7 +165,7 @@ def _environment(
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
     installed = interpreter.installed(layout)
-    reasons = stamp.differences(recorded.inputs, inputs)
+    reasons = files.differences(recorded.inputs, inputs)
     reasons += tuple(f"{name} {old} → {installed.get(name, 'none')}" for name, old in recorded.packages.items() if installed.get(name) != old)
     return Layer("environment", "stale" if reasons else "ok", reasons, inputs, recorded)
 
@@ -215,8 +195,8 @@ def _kernels(
         for_compiler = (outrun_sentence(outrun),)
         inputs["origin"] = wanted.origin.removeprefix("hybrid ")
     else:
-        for_compiler = stamp.differences(recorded.inputs, compiled)
-    reasons = stamp.differences(recorded.inputs, inputs)
+        for_compiler = files.differences(recorded.inputs, compiled)
+    reasons = files.differences(recorded.inputs, inputs)
     reasons += tuple(f"{library.path} changed" for library in recorded.libraries if _size(layout.vllm / library.path) != library.size)
     is_native = wanted.kind == "native"
     layer = Layer("kernels", "stale" if reasons or for_compiler else "ok", reasons + for_compiler, inputs | compiled, recorded)
@@ -228,8 +208,8 @@ def kernel_inputs(layout: Layout, settings: Settings, observed: Observation, *, 
     build = observed.torch
     if build is None:
         raise CheckoutError("there is no torch that the kernels could be for", hint="./scripts/inv bootstrap")
-    donor = observed.kernels_wanted.origin.removeprefix("hybrid ")
-    origin = {"native": "native", "hybrid": f"hybrid {donor}"}.get(kind, donor)
+    of_wheel = observed.kernels_wanted.origin.removeprefix("hybrid ")
+    origin = {"native": "native", "hybrid": f"hybrid {of_wheel}"}.get(kind, of_wheel)
     inputs = {"origin": origin, "device": observed.device, "torch": f"{build.version} CUDA {build.cuda or 'none'}"}
     if kind in ("native", "hybrid"):
         inputs |= compiled_inputs(layout, settings, Git(layout.vllm), observed.pin, observed.device, build)
@@ -257,7 +237,7 @@ def _install(layout: Layout, git: Git | None, version: str, python: interpreter.
     inputs = {"place": str(layout.vllm), "metadata": git.digest(METADATA_FILES), "version": version, "interpreter": python.version}
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
-    reasons = stamp.differences(recorded.inputs, inputs)
+    reasons = files.differences(recorded.inputs, inputs)
     found = interpreter.installed(layout).get("vllm")
     if found != version:
         reasons += (f"installed vllm {found or 'none'} → {version}",)
@@ -268,10 +248,8 @@ def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None
     """The digest of the sources that a wheel of `inv wheel` was compiled from; None for any other wheel."""
     if recorded and recorded.inputs.get("origin") == wanted.origin:
         return recorded.outcome.get(PACKED_SOURCES)
-    from workspace.build.native import wheel
-
     try:
-        packed = wheel.read(wanted.wheel) if wanted.wheel else None
+        packed = donor.read_packed(wanted.wheel) if wanted.wheel else None
     except SourceError:
         # Whoever takes it will say so.
         return None

@@ -15,6 +15,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import doctor, machine
+from workspace.source import pins
 from workspace.source.patches import State
 
 # GiB that a build directory of a whole CUDA build takes, objects and libraries (v0.24.0 for one architecture: 3.1), rounded up.
@@ -35,7 +36,7 @@ class Asked:
 
 def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, wait: bool = False, is_arm: bool = False) -> None:
     """Bring the compiled libraries up to what the tree says, and no further. Raises the WorkspaceError of the step that failed."""
-    plan.require_settled(layout)
+    pins.require_settled(layout)
     if asked.as_json and not asked.plan_only:
         raise SettingsError("--json is of the plan", hint="./scripts/inv rebuild --plan --json")
     bounds = _bounds(settings, asked) if asked.jobs is not None or asked.memory is not None else None

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from workspace.build import donor, install, plan, stamp, verify
 from workspace.core.console import Step
@@ -15,9 +15,6 @@ from workspace.core.settings import Settings
 from workspace.environment import check, dotenv, machine, provide, torch, wholeness
 from workspace.source import checkout, export, patches
 from workspace.source.git import Git
-
-if TYPE_CHECKING:
-    from workspace.build.compiling import Job
 
 
 @dataclass
@@ -33,7 +30,8 @@ class Run:
     journal: Journal
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
-    job: "Job | None" = None
+    # What the steps of a rebuild share (compiling.Job).
+    job: object | None = None
     is_arm: bool = False
 
     def observe(self) -> plan.Observation:
@@ -119,7 +117,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises SourceError where it is not for this tree."""
     from workspace.build.native import inputs, wheel
 
-    packed, observed = wheel.read(path), run.observed
+    packed, observed = donor.read_packed(path), run.observed
     if packed is None or observed.torch is None or observed.python is None:
         return None
     made = inputs.observe(run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch)

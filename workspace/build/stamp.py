@@ -77,14 +77,3 @@ def withdraw(path: Path) -> None:
     """Take a claim back, before what it claims is changed. Where there is no environment, or a file in its place, there is no claim."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()
-
-
-def differences(recorded: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
-    """Say each input that changed: `torch 2.13.0 → 2.14.0`. Digests are told apart by name only."""
-    return tuple(_difference(name, recorded.get(name, "nothing"), text) for name, text in current.items() if recorded.get(name) != text)
-
-
-def _difference(name: str, old: str, new: str) -> str:
-    if len(new) == 64 and len(old) in (64, len("nothing")):
-        return f"{name} changed"
-    return f"{name} {old or 'none'} → {new or 'none'}"

@@ -10,7 +10,7 @@ from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
-from workspace.source import checkout, overview, patches
+from workspace.source import checkout, overview, patches, pins
 
 BOOTSTRAP = "./scripts/inv bootstrap"
 LONGEST_TIME = 40
@@ -27,7 +27,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
     """Print one row a layer and the next command; as JSON on stdout where a program asks."""
     try:
         observed = plan.observe(layout, settings)
-        rows, following = _rows(layout, observed), plan.half_moved(layout) or next_command(observed)
+        rows, following = _rows(layout, observed), pins.half_moved(layout) or next_command(observed)
     except PatchDrift as exc:
         # A broken series is one of the things that this screen is looked at for.
         rows, following = (Row("FAIL", "patches", exc.message),), exc.hint or "./scripts/inv patch"

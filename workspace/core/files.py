@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from workspace.core.errors import SourceError
@@ -153,3 +153,14 @@ def _reason(exc: BaseException) -> str:
     while exc.__context__ is not None:
         exc = exc.__context__
     return str(exc) or type(exc).__name__
+
+
+def differences(recorded: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
+    """Say each input that changed: `torch 2.13.0 → 2.14.0`. Digests are told apart by name only."""
+    return tuple(_difference(name, recorded.get(name, "nothing"), text) for name, text in current.items() if recorded.get(name) != text)
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    if len(new) == 64 and len(old) in (64, len("nothing")):
+        return f"{name} changed"
+    return f"{name} {old or 'none'} → {new or 'none'}"

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workspace.build import donor
-from workspace.build.plan import Kernels, Observation
+from workspace.build.donor import Kernels
+from workspace.build.plan import Observation
 from workspace.core import lock, process
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.layout import Layout

@@ -356,10 +356,10 @@ def _smoke(shop: Workshop, tree: Git, settings: Settings, console: Console) -> N
 
 def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
     """Judge the tree of a layout. Raises SmokeError where a check fails or nothing is built."""
-    from workspace.smoke import __main__ as door
+    from workspace.smoke import gate
 
     # The record lies in a file; of this verb it is no answer.
-    door.smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=door.TIMEOUT_S)
+    gate.smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=gate.TIMEOUT_S)
 
 
 def _prove(layout: Layout, settings: Settings, console: Console) -> None:

@@ -21,6 +21,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
+from workspace.smoke import record as smoke_record
 from workspace.source import checkout, pins, scratch
 from workspace.source.git import Git, worktree
 from workspace.source.stack import State
@@ -142,7 +143,7 @@ def keep(layout: Layout, observed: plan.Observation, *, journal: Journal) -> Goo
     packages = {package: version for package, version in interpreter.installed(layout).items() if package != "vllm"}
     write_atomic(path / "freeze.txt", "".join(f"{package}=={version}\n" for package, version in sorted(packages.items())).encode())
     recorded = datetime.datetime.now(datetime.UTC).isoformat()
-    smoke = str(smoke_record(layout).get("time"))
+    smoke = str(smoke_record.last(layout).get("time"))
     made = Good(name, observed.pin.tag, stack.head, stack.base, stack.tree, link.commit if link else None, recorded, smoke, inputs)
     os.sync()
     write_atomic(path / "good.json", json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
@@ -204,16 +205,8 @@ def _copy_pins(layout: Layout, target: Layout) -> None:
 
 def has_passed(layout: Layout, tree: str | None) -> bool:
     """Whether the last smoke passed, on this tree without edits."""
-    said = smoke_record(layout)
+    said = smoke_record.last(layout)
     return said.get("verdict") == "pass" and said.get("tree") == tree and said.get("dirty") is None
-
-
-def smoke_record(layout: Layout) -> Mapping[str, object]:
-    """What the last smoke wrote, nothing where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        said = json.loads(read_regular(layout.smoke_record))
-        return said if isinstance(said, dict) else {}
-    return {}
 
 
 def current(layout: Layout) -> str | None:

@@ -64,19 +64,18 @@ def remove(layout: Layout, *, console: Console) -> None:
 def judge(layout: Layout, settings: Settings, *, console: Console) -> None:
     """Let a push through, or raise what says why not: PatchDrift, SmokeError and what lies before them. A smoke runs where none has passed on this."""
     from workspace.build.status import require_built
-    from workspace.pin import good, patching
-    from workspace.smoke import __main__ as door
-    from workspace.smoke import record
+    from workspace.pin import patching
+    from workspace.smoke import gate, record
 
     for project, tree in (("vllm", layout.vllm), ("triton", layout.triton)):
         if project == "vllm" or (tree / ".git").exists():
             patching.export(layout, settings, project, console=Console(out=io.StringIO(), err=io.StringIO()), wait=False, check=True)
     observed = require_built(layout, settings)
-    if record.is_of(good.smoke_record(layout), record.tree(layout, observed)):
+    if record.is_of(record.last(layout), record.tree(layout, observed)):
         console.say("the smoke has passed on this tree and build")
         return
     console.say("nothing has passed on this tree and build yet: nox -s smoke")
-    door.smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=door.TIMEOUT_S)
+    gate.smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=gate.TIMEOUT_S)
 
 
 def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:

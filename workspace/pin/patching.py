@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from workspace.build import plan
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
@@ -75,13 +74,9 @@ def take(layout: Layout, settings: Settings, project: str, origin: str, *, conso
 
 
 def go_on(layout: Layout, settings: Settings, project: str, how: Literal["continue", "skip", "abort"], *, console: Console, wait: bool) -> None:
-    """Continue, skip or abort what is under way: a bump, else what git waits for in the checkout."""
-    from workspace.pin import bump
+    """Continue, skip or abort what git waits for in the checkout."""
     from workspace.source import resume
 
-    if project == "vllm" and bump.is_under_way(layout):
-        bump.go_on(layout, settings, how, console=console, wait=wait)
-        return
     with _opened(layout, settings, project, "inv patch.continue", console, wait=wait) as found:
         _say(console, resume.go_on(layout, project, found.pin, found.checkout, how=how, journal=found.journal), "")
 
@@ -90,7 +85,7 @@ def go_on(layout: Layout, settings: Settings, project: str, how: Literal["contin
 def _opened(layout: Layout, settings: Settings, project: str, verb: str, console: Console, *, wait: bool) -> Iterator[Opened]:
     if project not in PROJECTS:
         raise SettingsError(f"there is no project {project}, only {' and '.join(PROJECTS)}", hint="inv --help patch.apply")
-    plan.require_settled(layout)
+    pins.require_settled(layout)
     pinned = pins.load(layout.pins)
     pin = pinned.triton if project == "triton" else pinned.vllm
     with (

@@ -9,6 +9,7 @@ from workspace.core.errors import WorkspaceError
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.pin import back, bump, good, promote, triton, workshop
+from workspace.smoke import record as smoke_record
 from workspace.source import checkout, patches, pins
 from workspace.source.git import Git
 from workspace.source.pins import Pin
@@ -83,7 +84,7 @@ def _stage(shop: workshop.Workshop) -> tuple[str, str]:
     tree = Git(shop.layout.vllm)
     there = am.position(tree) if (shop.layout.vllm / ".git").exists() else None
     if there is None:
-        is_red = good.smoke_record(shop.layout).get("verdict") == "fail"
+        is_red = smoke_record.last(shop.layout).get("verdict") == "fail"
         return ("its smoke failed; commit a fix in " + shop.shown if is_red else "interrupted"), bump.CONTINUE
     unmerged = am.unmerged(tree)
     waits = f"patch {there.number} of {there.last} conflicts" + (f" in {', '.join(unmerged[:3])}" if unmerged else "")

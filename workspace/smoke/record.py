@@ -1,5 +1,6 @@
 """The record of one smoke: one JSON document that says what was judged, on what, and where. Read by `inv status` and by the gate."""
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from workspace.build import plan
+from workspace.core.files import read_regular
 from workspace.core.layout import Layout
 from workspace.environment.machine import Machine
 from workspace.smoke.checks import Check, Verdict
@@ -105,3 +107,11 @@ def _row(check: Check) -> dict[str, object]:
 
 def encode(record: Mapping[str, object]) -> str:
     return json.dumps(record, indent=1, allow_nan=False)
+
+
+def last(layout: Layout) -> Mapping[str, object]:
+    """What the last smoke wrote, nothing where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        said = json.loads(read_regular(layout.smoke_record))
+        return said if isinstance(said, dict) else {}
+    return {}

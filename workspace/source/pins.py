@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core.errors import SettingsError
+from workspace.core.errors import CheckoutError, SettingsError
 from workspace.core.files import read_regular, write_atomic
+from workspace.core.layout import Layout
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -216,3 +217,16 @@ def _shown(value: object) -> str:
     except ValueError:
         # TOML's hexadecimal numbers may have more digits than Python prints.
         return "a number with too many digits"
+
+
+def require_settled(layout: Layout) -> None:
+    """Raise CheckoutError where a move of the whole house was begun and not finished: half of it is of one pin, half of another."""
+    if following := half_moved(layout):
+        raise CheckoutError("a move to another pin was begun and not finished; nothing was changed", hint=following)
+
+
+def half_moved(layout: Layout) -> str | None:
+    """The command that finishes a promotion or a return which was ended in the middle, None where there is none."""
+    if layout.promoting.exists():
+        return "./scripts/inv patch.continue"
+    return "./scripts/inv pin.back" if layout.returning.exists() else None

@@ -9,7 +9,7 @@ from workspace.verbs.words import JSON
 
 
 @task(default=True, name="list", help={"json": JSON})
-def list_(_: Context, json: bool = False) -> None:
+def bench_list(_: Context, json: bool = False) -> None:
     """Show the records of benchmarks, newest first."""
     here = layout.here()
     from workspace.bench import listing
@@ -18,6 +18,7 @@ def list_(_: Context, json: bool = False) -> None:
 
 
 @task(
+    name="compare",
     positional=["first", "second"],
     iterable=["across"],
     help={
@@ -28,7 +29,7 @@ def list_(_: Context, json: bool = False) -> None:
         "json": JSON,
     },
 )
-def compare(_: Context, first: str, second: str, factor: str = "5", across: list[str] | None = None, json: bool = False) -> None:
+def bench_compare(_: Context, first: str, second: str, factor: str = "5", across: list[str] | None = None, json: bool = False) -> None:
     """Is the second record slower? A verdict on each metric."""
     here = layout.here()
     from workspace.bench import compare
@@ -36,8 +37,8 @@ def compare(_: Context, first: str, second: str, factor: str = "5", across: list
     compare.show(here, first, second, factor=factor, across=across or (), console=door.console(), as_json=json)
 
 
-@task(help={"first": "a record to compare with; without it the newest two", "second": "the record that may be slower"})
-def report(_: Context, first: str = "", second: str = "") -> None:
+@task(name="report", help={"first": "a record to compare with; without it the newest two", "second": "the record that may be slower"})
+def bench_report(_: Context, first: str = "", second: str = "") -> None:
     """Draw all records: one HTML page, and a PNG a plot."""
     here = layout.here()
     from workspace.bench import report as verb

@@ -8,8 +8,8 @@ from workspace.core import layout
 from workspace.verbs.words import JSON, after_dashes
 
 
-@task(default=True, help={"json": JSON})
-def check(_: Context, json: bool = False) -> None:
+@task(name="check", default=True, help={"json": JSON})
+def env_check(_: Context, json: bool = False) -> None:
     """Show each setting: value, source, verdict."""
     here = layout.here()
     # What a door warns of stands in the rows.
@@ -19,8 +19,8 @@ def check(_: Context, json: bool = False) -> None:
     check.show(here, settings, console=door.console(), as_json=json)
 
 
-@task(help={"replace": "change lines that differ too; the old ones stay as remarks"})
-def init(_: Context, replace: bool = False) -> None:
+@task(name="init", help={"replace": "change lines that differ too; the old ones stay as remarks"})
+def env_init(_: Context, replace: bool = False) -> None:
     """Write or complete .env from what this machine has."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -29,8 +29,8 @@ def init(_: Context, replace: bool = False) -> None:
     proposal.run(here, settings, console=door.console(), replace=replace)
 
 
-@task
-def export(_: Context) -> None:
+@task(name="export")
+def env_export(_: Context) -> None:
     """Print lines for eval in sh; inv and nox on PATH."""
     here = layout.here()
     settings = door.load_settings(here)

@@ -1,5 +1,7 @@
 """Verbs of the patch series."""
 
+from typing import Literal
+
 from invoke.context import Context
 from invoke.tasks import task
 
@@ -81,8 +83,12 @@ def continue_(_: Context, skip: bool = False, abort: bool = False, project: str 
     """Go on after a conflict, a bump's too."""
     here = layout.here()
     settings = door.load_settings(here)
-    from workspace.pin import patching
+    from workspace.pin import bump, patching
 
     if skip and abort:
         raise SettingsError("--skip and --abort exclude each other", hint="inv --help patch.continue")
-    patching.go_on(here, settings, project, "skip" if skip else "abort" if abort else "continue", console=door.console(), wait=wait)
+    how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
+    if project == "vllm" and bump.is_under_way(here):
+        bump.go_on(here, settings, how, console=door.console(), wait=wait)
+    else:
+        patching.go_on(here, settings, project, how, console=door.console(), wait=wait)

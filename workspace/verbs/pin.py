@@ -8,8 +8,8 @@ from workspace.core import layout
 from workspace.verbs.words import JSON, WAIT
 
 
-@task(default=True, help={"json": JSON, "offline": "leave out what asks the network"})
-def show(_: Context, json: bool = False, offline: bool = False) -> None:
+@task(name="show", default=True, help={"json": JSON, "offline": "leave out what asks the network"})
+def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
     """Show the pin, what is newer, what to return to."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -18,8 +18,8 @@ def show(_: Context, json: bool = False, offline: bool = False) -> None:
     show.show(here, settings, console=door.console(), as_json=json, offline=offline)
 
 
-@task(positional=["ref"], help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON})
-def forecast(_: Context, ref: str, json: bool = False) -> None:
+@task(name="forecast", positional=["ref"], help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON})
+def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
     """Say what a move of the pin would break; touch nothing."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -29,10 +29,11 @@ def forecast(_: Context, ref: str, json: bool = False) -> None:
 
 
 @task(
+    name="bump",
     positional=["ref"],
     help={"ref": "a tag of vLLM, or the word triton", "young": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT},
 )
-def bump(_: Context, ref: str, young: bool = False, wait: bool = False) -> None:
+def pin_bump(_: Context, ref: str, young: bool = False, wait: bool = False) -> None:
     """Move the pin beside the working tree; promote if green."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -41,8 +42,8 @@ def bump(_: Context, ref: str, young: bool = False, wait: bool = False) -> None:
     bump.run(here, settings, ref, console=door.console(), young=young, wait=wait)
 
 
-@task(help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
-def back(_: Context, good: str = "", wait: bool = False) -> None:
+@task(name="back", help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
+def pin_back(_: Context, good: str = "", wait: bool = False) -> None:
     """Return to the last good pin, environment included."""
     here = layout.here()
     settings = door.load_settings(here)

@@ -3,8 +3,6 @@
 import difflib
 import re
 import sys
-from collections.abc import Callable
-from types import ModuleType
 
 import invoke
 from invoke.collection import Collection
@@ -12,7 +10,6 @@ from invoke.config import Config
 from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
-from invoke.tasks import Task
 
 from workspace.core.errors import SettingsError
 from workspace.verbs import bench, build, env, patch, pin, serve
@@ -100,14 +97,24 @@ class Door(Program):
 
 def program() -> Program:
     """The program of all verbs."""
-    namespace = Collection(*_all_of(build), env.run, env.shell, env.drop_caches)
-    namespace.add_collection(Collection("patch", *_all_of(patch)))
-    namespace.add_collection(Collection("pin", *_all_of(pin)))
-    namespace.add_collection(Collection("env", env.check, env.init, env.export))
-    namespace.add_collection(Collection("serve", *_all_of(serve)))
-    namespace.add_collection(Collection("bench", *_all_of(bench)))
+    namespace = Collection(
+        build.bootstrap,
+        build.rebuild,
+        build.fix_triton,
+        build.wheel,
+        build.status,
+        build.doctor,
+        build.hook,
+        build.report,
+        env.run,
+        env.shell,
+        env.drop_caches,
+    )
+    namespace.add_collection(Collection("patch", patch.status, patch.apply, patch.unapply, patch.export, patch.import_, patch.continue_))
+    namespace.add_collection(Collection("pin", pin.pin_show, pin.pin_forecast, pin.pin_bump, pin.pin_back))
+    namespace.add_collection(Collection("env", env.env_check, env.env_init, env.env_export))
+    namespace.add_collection(
+        Collection("serve", serve.serve, serve.serve_status, serve.serve_logs, serve.serve_stop, serve.serve_list, serve.serve_fetch)
+    )
+    namespace.add_collection(Collection("bench", bench.bench_list, bench.bench_compare, bench.bench_report))
     return Door(namespace=namespace, name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=NoConfig)
-
-
-def _all_of(module: ModuleType) -> "list[Task[Callable[..., None]]]":
-    return [found for found in vars(module).values() if isinstance(found, Task)]

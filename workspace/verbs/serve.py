@@ -9,6 +9,7 @@ from workspace.verbs.words import JSON, after_dashes
 
 
 @task(
+    name="start",
     default=True,
     positional=["recipe"],
     help={
@@ -18,7 +19,7 @@ from workspace.verbs.words import JSON, after_dashes
         "i-know": "open to others without a key, or short of memory: go on",
     },
 )
-def start(_: Context, recipe: str, dry_run: bool = False, detach: bool = False, i_know: bool = False) -> None:
+def serve(_: Context, recipe: str, dry_run: bool = False, detach: bool = False, i_know: bool = False) -> None:
     """Serve a recipe or a model; vLLM's own flags after --."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -28,8 +29,8 @@ def start(_: Context, recipe: str, dry_run: bool = False, detach: bool = False, 
     start.run(here, settings, asked, console=door.console())
 
 
-@task(help={"json": JSON})
-def status(_: Context, json: bool = False) -> None:
+@task(name="status", help={"json": JSON})
+def serve_status(_: Context, json: bool = False) -> None:
     """Show the server: ready? since when, how much memory."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -38,8 +39,8 @@ def status(_: Context, json: bool = False) -> None:
     present.status(here, settings, console=door.console(), as_json=json)
 
 
-@task(help={"lines": "so many of the last lines", "follow": "go on until the server ends"})
-def logs(_: Context, lines: str = "", follow: bool = False) -> None:
+@task(name="logs", help={"lines": "so many of the last lines", "follow": "go on until the server ends"})
+def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow goes on with it."""
     here = layout.here()
     settings = door.load_settings(here)
@@ -48,8 +49,8 @@ def logs(_: Context, lines: str = "", follow: bool = False) -> None:
     present.logs(here, settings, console=door.console(), lines=lines, follow=follow)
 
 
-@task
-def stop(_: Context) -> None:
+@task(name="stop")
+def serve_stop(_: Context) -> None:
     """Stop the server, wait for port and memory."""
     here = layout.here()
     from workspace.serve import present
@@ -58,7 +59,7 @@ def stop(_: Context) -> None:
 
 
 @task(name="list", help={"json": JSON})
-def list_(_: Context, json: bool = False) -> None:
+def serve_list(_: Context, json: bool = False) -> None:
     """Show recipes: fits here? on disk, or to be fetched?"""
     here = layout.here()
     settings = door.load_settings(here)
@@ -67,8 +68,8 @@ def list_(_: Context, json: bool = False) -> None:
     listing.show(here, settings, console=door.console(), as_json=json)
 
 
-@task(positional=["recipe"], help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"})
-def fetch(_: Context, recipe: str) -> None:
+@task(name="fetch", positional=["recipe"], help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"})
+def serve_fetch(_: Context, recipe: str) -> None:
     """Get weights and vocabularies before any load."""
     here = layout.here()
     settings = door.load_settings(here)

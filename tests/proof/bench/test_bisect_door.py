@@ -34,7 +34,7 @@ sys.exit(int((tree / "code.txt").read_text()) if (tree / "code.txt").exists() el
 
 
 def argv(*words: str) -> list[str]:
-    return [sys.executable, "-Es", "-B", "-m", "workspace.bench.bisect", *words]
+    return [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "bisect", *words]
 
 
 def bisect(world: World, *words: str) -> Ended:

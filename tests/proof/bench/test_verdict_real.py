@@ -121,7 +121,7 @@ def collected(built: Layout) -> Mapping[int, Record]:
                 continue
             with seeded(built, kind, "collected"):
                 quiet.require(settings, has_gpu=False, is_busy=IS_BUSY, console=door.console(), wait_s=QUIET_S)
-                done = run(built, "workspace.bench", "latency", "--label", label(kind), "--repeat", str(number))
+                done = run(built, "bench", "latency", "--label", label(kind), "--repeat", str(number))
             assert done.returncode == 0, done.stderr
     found = {kind: measured(built, kind) for kind in KINDS}
     return {kind: replace(one, repeat=COLLECT, starts=one.starts[:COLLECT]) for kind, one in found.items() if one}
@@ -167,7 +167,7 @@ def ab(layout: Layout) -> subprocess.CompletedProcess[str]:
     """Run an A/B against the series to its end, however often something else uses the machine meanwhile."""
     deadline = time.monotonic() + QUIET_S
     while True:
-        done = run(layout, "workspace.bench.ab", "--base", "HEAD", "--repeat", str(STARTS), *(["--busy"] if IS_BUSY else []))
+        done = run(layout, "ab", "--base", "HEAD", "--repeat", str(STARTS), *(["--busy"] if IS_BUSY else []))
         if "something else uses this machine" not in done.stderr.splitlines()[-2:][0] or time.monotonic() > deadline:
             return done
         time.sleep(AGAIN_S)

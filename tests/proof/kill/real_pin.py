@@ -60,10 +60,10 @@ class Stand:
 
     def smoke(self) -> None:
         """`nox -s smoke`: the judgement, and the record of what is good."""
-        for module in ("workspace.smoke", "workspace.pin"):
-            argv = [str(self.layout.tools / "bin" / "python"), "-m", module]
+        for session in ("smoke", "record-good"):
+            argv = [str(self.layout.tools / "bin" / "python"), "-m", "workspace.sessions", session]
             done = subprocess.run(argv, cwd=self.layout.root, env=self.clone.env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-            assert done.returncode == 0, f"{module}: exit {done.returncode}: {done.stderr}"
+            assert done.returncode == 0, f"{session}: exit {done.returncode}: {done.stderr}"
 
     def rows(self) -> list[dict]:
         child = subprocess.run(

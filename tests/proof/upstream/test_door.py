@@ -24,7 +24,7 @@ WAIT_S = 60.0
 
 
 def start(world: World, *words: str | Path, **env: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.upstream", *map(str, words)]
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "upstream", *map(str, words)]
     child = subprocess.Popen(argv, cwd=world.root, env=world.env | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     world.started.append(child)
     return child

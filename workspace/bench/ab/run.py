@@ -19,6 +19,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import check
+from workspace.source import pins
 from workspace.source.stack import State
 
 
@@ -35,7 +36,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -
 
     Raises Regression where something is slower, and whatever keeps an arm from being had, built or measured.
     """
-    plan.require_settled(layout)
+    pins.require_settled(layout)
     with lock.hold(layout.lock, verb="nox -s ab") as held, Journal(console, layout.logs, verb="ab", secrets=settings.secrets, held=held) as journal:
         observed = plan.observe(layout, settings)
         settings = annex.as_built(settings, observed)

@@ -108,13 +108,13 @@ def ask(question: Question, arm: Arm, settings: Settings, bounds: Bounds, *, ref
 
 def _smoke(question: Question, arm: Arm, settings: Settings, bounds: Bounds) -> Mapping[str, object] | str:
     """The record of a smoke on the arm, or why there is none."""
-    from workspace.smoke import __main__ as door
+    from workspace.smoke import gate
 
     arm.layout.smoke_record.unlink(missing_ok=True)
     level = CATALOGUE[question.name].level if question.kind == "check" else "quick"
     with contextlib.suppress(FileNotFoundError):
         try:
-            door.smoke(
+            gate.smoke(
                 arm.layout,
                 settings,
                 console=Console(out=io.StringIO(), err=io.StringIO()),

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.build import stamp
 from workspace.build.native import ninja
 from workspace.build.native.project import Device
+from workspace.core import files
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings, is_secret
 from workspace.environment import interpreter, toolchain
@@ -69,7 +69,7 @@ class Inputs:
 
     def differences(self, recorded: Mapping[str, str]) -> tuple[str, ...]:
         """Say what is otherwise than it was recorded by `named`: `torch 2.13.0 → 2.14.0`."""
-        return stamp.differences(recorded, {**dict.fromkeys(recorded, ""), **self.named})
+        return files.differences(recorded, {**dict.fromkeys(recorded, ""), **self.named})
 
 
 def observe(layout: Layout, settings: Settings, *, device: Device, pin: Pin, torch: TorchBuild) -> Inputs:

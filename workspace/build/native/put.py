@@ -45,10 +45,10 @@ def put(build: Path, tree: Path, targets: Sequence[Target], *, journal: Journal,
             prefix = staging / target.name
             _install(build, prefix, target.name, journal=journal, env=env)
             _copy_linked(prefix / LINKED, shared)
-            files = _files(prefix)
-            for name in sorted(files & tracked.keys()):
+            placed = _files(prefix)
+            for name in sorted(placed & tracked.keys()):
                 journal.line(f"{name} is the tree's own and stays: {target.name} brings one, too")
-            brought[target.name] = {name: _digest(prefix / name) for name in sorted(files - tracked.keys())}
+            brought[target.name] = {name: _digest(prefix / name) for name in sorted(placed - tracked.keys())}
         former = _read(record)
         # Before anything is put: what a kill leaves here is known to be of a build, the old files as well as the new ones.
         _write(record, {name: former.get(name, {}) | brought.get(name, {}) for name in former | brought})

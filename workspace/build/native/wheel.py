@@ -12,26 +12,24 @@ import platform
 import re
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from workspace.build import plan, stamp
+from workspace.build.donor import RECORD, SCHEMA, Packed
 from workspace.build.native import cubins, put
 from workspace.build.native.inputs import Inputs
 from workspace.core import lock
 from workspace.core.console import Console, Step
-from workspace.core.errors import BuildError, SourceError
+from workspace.core.errors import BuildError
 from workspace.core.files import CHUNK_BYTES, sha256
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter
-from workspace.source import content, scratch
+from workspace.source import content, pins, scratch
 from workspace.source.git import Git, worktree
 
-SCHEMA = 1
-RECORD = "workspace.json"
 # Of what git ignores, what builds put into the package; the rest is what editors and runs leave.
 _BUILT = re.compile(r"vllm/(_version\.py|vllm-rs|vllm_flash_attn/.+|third_party/.+|.+\.so(\.\d+)*)$")
 # What of the installed metadata is this machine's own.
@@ -40,27 +38,6 @@ _FOR_PYTHON = re.compile(r"(.+)\.cpython-3(\d+)[a-z]*-.+\.so$")
 # zip cannot say an earlier one.
 _WHEN = (1980, 1, 1, 0, 0, 0)
 _OWN_INPUTS = ("place", "interpreter")
-# Of what a wheel says of itself; a release with DeepGEMM for each Python has 20 libraries and 4 KB.
-_LONGEST = 1 << 20
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What a wheel says of itself. `python` is the only version that it is for, empty where it is for each; `dirty` a digest of what was edited."""
-
-    version: str
-    tag: str
-    commit: str
-    tree: str
-    dirty: str
-    device: str
-    machine: str
-    python: str
-    torch: str
-    digest: str
-    inputs: Mapping[str, str]
-    libraries: tuple[stamp.Library, ...]
-    cubins: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +51,7 @@ class Written:
 
 def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False) -> None:
     """Pack the verified build into dist/, and print its SHA-256 and path as sha256sum does."""
-    plan.require_settled(layout)
+    pins.require_settled(layout)
     with lock.hold(layout.lock, verb="inv wheel", wait=wait, on_wait=console.say):
         observed = plan.observe(layout, settings)
         with console.step("wheel") as view:
@@ -107,26 +84,6 @@ def pack(layout: Layout, settings: Settings, observed: plan.Observation, folder:
                 raise BuildError(f"{path} changed since the build was verified", hint="./scripts/inv bootstrap")
         (aside / name).replace(folder / name)
     return Written(folder / name, (folder / name).stat().st_size, sha256(folder / name))
-
-
-def read(path: Path) -> Packed | None:
-    """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises SourceError for what is no whole wheel."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = [item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")]
-            if not found:
-                return None
-            if found[0].file_size > _LONGEST:
-                raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
-            record = json.loads(archive.read(found[0]))
-        if record.pop("schema") != SCHEMA:
-            raise SourceError(f"{path.name} was packed by another version of the workspace", hint="pack it again: ./scripts/inv wheel")
-        libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
-        held = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
-        inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
-        return Packed(**{name: str(text) for name, text in record.items()}, inputs=inputs, libraries=libraries, cubins=held)
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise SourceError(f"{path.name} is no whole wheel: {exc}", hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel") from exc
 
 
 def fits(packed: Packed, inputs: Inputs, digest: str, *, python: str, capabilities: tuple[str, ...] = ()) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workspace.build import jobs as bounds
-from workspace.build import plan, stamp
+from workspace.build import stamp
 from workspace.build.jobs import Jobs, Memory
 from workspace.build.triton import compiling, downloads, former, remedies, source
 from workspace.build.triton.diagnosis import Diagnosis, Finding, diagnose, try_kernel
@@ -21,6 +21,7 @@ from workspace.core.journal import Journal
 from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.environment import interpreter, machine, torch, triton
+from workspace.source import pins
 
 VERB = "./scripts/inv fix-triton"
 # GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads (2.9 in a public note), rounded up.
@@ -44,7 +45,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, p
     """
     _require_sense(asked)
     limits = _limits(settings, asked) if asked.from_source else None
-    plan.require_settled(layout)
+    pins.require_settled(layout)
     found = diagnose(layout, settings)
     _show(found.findings, console)
     if asked.check or (not found.bad and not asked.from_source):

@@ -1,12 +1,8 @@
 """The door of the smoke: `python -m workspace.smoke`, run by `nox -s smoke` with the tool environment's Python."""
 
-import argparse
-import sys
 import time
 from pathlib import Path
 
-from workspace import door
-from workspace.core import layout as layouts
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import SmokeError
@@ -19,8 +15,6 @@ from workspace.smoke.checks import Check
 
 # Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a start alone has taken 123 s.
 TIMEOUT_S = 600.0
-# A day; poll(2) counts milliseconds in 32 bits.
-LONGEST_TIMEOUT_S = 86400.0
 
 
 def smoke(
@@ -74,27 +68,3 @@ def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
         message = f"{len(failed)} of {len(checks)} checks failed: {', '.join(check.identifier for check in failed)}"
         lines = tuple(f"{check.identifier}: {check.evidence}" for check in failed)
         raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))
-
-
-def main() -> int:
-    description = "Judge whether the built vLLM computes rightly. The record goes to stdout and .workspace/smoke.json."
-    parser = argparse.ArgumentParser(prog="nox -s smoke --", description=description)
-    parser.add_argument("--level", choices=("quick", "full"), default="quick", help="full adds experts, torch.compile, a real model")
-    parser.add_argument("--model", default="tiny", metavar="NAME", help="compare this one too: smollm2, a folder, or a name whose files are on disk")
-    parser.add_argument("--fail-fast", action="store_true", help="stop after the first probe of which a check failed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
-    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, metavar="SECONDS", help=f"how long each probe may take (default {TIMEOUT_S:g})")
-    arguments = parser.parse_args()
-    if not 0 < arguments.timeout_s <= LONGEST_TIMEOUT_S:
-        parser.error(f"--timeout-s is a number above 0 and at most {LONGEST_TIMEOUT_S:g}")
-    layout = layouts.here()
-
-    def work() -> None:
-        wanted = {"level": arguments.level, "model": arguments.model, "timeout_s": arguments.timeout_s, "is_fail_fast": arguments.fail_fast}
-        smoke(layout, door.load_settings(layout), console=door.console(), json_file=arguments.json, **wanted)
-
-    return door.run(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

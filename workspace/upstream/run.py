@@ -1,12 +1,8 @@
 """The door of upstream's tests: `python -m workspace.upstream`, run by `nox -s upstream` with the tool environment's Python."""
 
-import argparse
-import sys
 import time
 from pathlib import Path
 
-from workspace import door
-from workspace.core import layout as layouts
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import SmokeError
@@ -16,8 +12,6 @@ from workspace.core.layout import Layout
 from workspace.core.settings import Settings
 from workspace.upstream import suite
 
-# A day.
-LONGEST_TIMEOUT_S = 86400.0
 RECORD = "upstream.json"
 _CHOOSE = "./scripts/nox -s upstream -- --all-of vllm/sampling_params.py    runs what a file, or a folder, would reach; --all-of tests/config runs these"
 
@@ -60,30 +54,3 @@ def upstream(layout: Layout, settings: Settings, asked: suite.Asked, *, console:
             write_atomic(json_file, f"{text}\n".encode())
         suite.judge(result, log=layout.relative(journal.path) if journal.path else None)
     console.say(f"{result.said} in {time.monotonic() - started:.1f} s")
-
-
-def main() -> int:
-    words = sys.argv[1:]
-    ours, for_pytest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    description = "Run vLLM's own tests that the change reaches. The record goes to stdout and .workspace/upstream.json."
-    parser = argparse.ArgumentParser(prog="nox -s upstream --", description=description, epilog="Words after a second -- go to pytest.")
-    parser.add_argument("--list", action="store_true", help="say which test files would be run, which not, and why; nothing need be built")
-    parser.add_argument("--all-of", nargs="+", default=[], metavar="PATH", help="instead of what changed: a file or folder of vllm/, or tests themselves")
-    parser.add_argument("--try-all", action="store_true", help="without a GPU, also those that upstream runs on GPUs only")
-    parser.add_argument("--online", action="store_true", help="let tests ask the hub for models")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
-    parser.add_argument("--timeout-s", type=float, default=suite.TIMEOUT_S, metavar="SECONDS", help=f"how long a run may take (default {suite.TIMEOUT_S:g})")
-    arguments = parser.parse_args(ours)
-    if not 0 < arguments.timeout_s <= LONGEST_TIMEOUT_S:
-        parser.error(f"--timeout-s is a number above 0 and at most {LONGEST_TIMEOUT_S:g}")
-    asked = suite.Asked(tuple(arguments.all_of), tuple(for_pytest), arguments.timeout_s, arguments.try_all, arguments.online)
-    layout = layouts.here()
-
-    def work() -> None:
-        upstream(layout, door.load_settings(layout), asked, console=door.console(), json_file=arguments.json, is_list=arguments.list)
-
-    return door.run(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,8 @@
 """The door of perf: `python -m workspace.perf`, run by `nox -s perf` with the tool environment's Python."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from workspace import door
-from workspace.core import layout as layouts
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, WorkspaceError
 from workspace.core.files import write_atomic
@@ -16,7 +12,7 @@ from workspace.perf import report
 from workspace.perf.ground import Ground
 from workspace.perf.measure import compare
 from workspace.perf.report import Result
-from workspace.perf.rows import ROWS, Row
+from workspace.perf.rows import Row
 
 RECORD = "perf.json"
 
@@ -55,26 +51,3 @@ def _measure(row: Row, ground: Ground, pairs: int, console: Console) -> Result:
     except WorkspaceError as exc:
         return Result(row, None, exc)
     return Result(row, runs)
-
-
-def main() -> int:
-    description = "Measure what the workspace itself costs. The record goes to stdout and .workspace/perf.json."
-    names = [row.name for row in ROWS]
-    parser = argparse.ArgumentParser(prog="nox -s perf --", description=description)
-    parser.add_argument("--row", action="append", choices=names, metavar="NAME", help=f"this row only, of {', '.join(names)}")
-    parser.add_argument("--repeat", type=int, metavar="N", help="pairs of runs a row (default 10, of slow rows fewer)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record to this file as well")
-    arguments = parser.parse_args()
-    if arguments.repeat is not None and arguments.repeat < 1:
-        parser.error("--repeat is a whole number of at least 1")
-    layout = layouts.here()
-    rows = [row for row in ROWS if not arguments.row or row.name in arguments.row]
-
-    def work() -> None:
-        perf(layout, door.load_settings(layout), rows, console=door.console(), pairs=arguments.repeat, json_file=arguments.json)
-
-    return door.run(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
