@@ -16,7 +16,7 @@ MOST_REPEATS = 1000
 LONGEST_TIMEOUT_S = 86400.0
 
 
-def smoke(argv: Sequence[str]) -> int:
+def smoke_session(argv: Sequence[str]) -> int:
     """Judge whether the built vLLM computes rightly."""
     from workspace.smoke import gate
 
@@ -53,7 +53,7 @@ def record_good(argv: Sequence[str]) -> int:
     return door.run(work)
 
 
-def upstream(argv: Sequence[str]) -> int:
+def upstream_session(argv: Sequence[str]) -> int:
     """Run vLLM's own tests that the change reaches."""
     from workspace.upstream import run, suite
 
@@ -77,7 +77,7 @@ def upstream(argv: Sequence[str]) -> int:
     return door.run(work)
 
 
-def bench(argv: Sequence[str]) -> int:
+def bench_session(argv: Sequence[str]) -> int:
     """Measure the built vLLM with its own benchmarks."""
     from workspace.bench import measure, metrics, workload
     from workspace.bench.verdict import MIN_STARTS
@@ -106,7 +106,7 @@ def bench(argv: Sequence[str]) -> int:
     return door.run(work)
 
 
-def ab(argv: Sequence[str]) -> int:
+def ab_session(argv: Sequence[str]) -> int:
     """Measure the working tree and a base alternately, and judge."""
     from workspace.bench import compare, workload
     from workspace.bench.ab import run, trees
@@ -138,7 +138,7 @@ def ab(argv: Sequence[str]) -> int:
     return door.run(work)
 
 
-def bisect(argv: Sequence[str]) -> int:
+def bisect_session(argv: Sequence[str]) -> int:
     """Find the upstream commit, or the patch, that turned good into bad."""
     from workspace.bench.bisect import flow
     from workspace.bench.bisect.course import Asked
@@ -174,7 +174,7 @@ def bisect(argv: Sequence[str]) -> int:
     return door.run(work)
 
 
-def perf(argv: Sequence[str]) -> int:
+def perf_session(argv: Sequence[str]) -> int:
     """Measure what the workspace itself costs."""
     from workspace.perf import run
     from workspace.perf.rows import ROWS
@@ -209,17 +209,17 @@ def _require_timeout(parser: argparse.ArgumentParser, timeout_s: float) -> None:
 
 
 SESSIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "smoke": smoke,
+    "smoke": smoke_session,
     "record-good": record_good,
-    "upstream": upstream,
-    "bench": bench,
-    "ab": ab,
-    "bisect": bisect,
-    "perf": perf,
+    "upstream": upstream_session,
+    "bench": bench_session,
+    "ab": ab_session,
+    "bisect": bisect_session,
+    "perf": perf_session,
 }
 
 
-def main(argv: Sequence[str]) -> int:
+def run_session(argv: Sequence[str]) -> int:
     """Run one session; exit code 2 for a name that is none."""
     parser = argparse.ArgumentParser(prog="python -m workspace.sessions")
     parser.add_argument("session", choices=SESSIONS)
@@ -227,4 +227,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_session(sys.argv[1:]))

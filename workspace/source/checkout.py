@@ -163,8 +163,8 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
     if refspecs == (pin.commit,):
         attempts.append((("+refs/heads/*:refs/remotes/origin/*",), True))
     for number, (wanted, whole) in enumerate(attempts, 1):
-        with scratch.beside(path) as made, scratch.beside(modules or path) as aside:
-            tree = made / "tree"
+        with scratch.beside(path) as holder, scratch.beside(modules or path) as aside:
+            tree = holder / "tree"
             tree.mkdir()
             git_dir = aside / "git" if modules else tree / ".git"
             made = Git(tree, git_dir=git_dir, failure=SourceError)
@@ -197,8 +197,8 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
 def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, journal: Journal, step: Step) -> None:
     """Write the files of a submodule whose git directory is there: what its index and HEAD hold, the user's commits included."""
     path = folder_of(layout, pin)
-    with scratch.beside(path) as made:
-        tree = made / "tree"
+    with scratch.beside(path) as holder:
+        tree = holder / "tree"
         tree.mkdir()
         kept = Git(tree, git_dir=modules, failure=SourceError)
         if pin.commit not in kept.present((pin.commit,)):
