@@ -44,10 +44,11 @@ PROOFS = {
     "kill": ["tests/proof/kill", "-n", "0"],
     "kernels": ["tests/proof/kernels", "-n", "0", "-s"],
     "pins": ["tests/proof/test_pins.py", "tests/proof/bump"],
+    "repo": ["tests/proof/repo"],
     # One server at a time in this clone.
     "serve": ["tests/proof/serve", "-n", "0", "-s"],
     "smoke": ["tests/proof/smoke", "-n", "0"],
-    "source": ["tests/proof/source"],
+    
     "triton": ["tests/proof/triton"],
     "upstream": ["tests/proof/upstream", "-n", "0"],
 }
@@ -118,44 +119,44 @@ def typecheck(session):
 @nox.session
 def smoke(session):
     """Does the built tree compute rightly."""
-    run(session, "workspace.sessions", "smoke", *session.posargs)
+    run(session, "workspace.cli.sessions", "smoke", *session.posargs)
     # What passed is what inv pin.back returns to.
-    run(session, "workspace.sessions", "record-good")
+    run(session, "workspace.cli.sessions", "record-good")
 
 
 @nox.session
 def upstream(session):
     """vLLM's own tests that the changed files reach; words after a second -- go to pytest."""
-    run(session, "workspace.sessions", "upstream", *session.posargs)
+    run(session, "workspace.cli.sessions", "upstream", *session.posargs)
 
 
 @nox.session
 def bench(session):
     """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve, startup."""
-    run(session, "workspace.sessions", "bench", *session.posargs)
+    run(session, "workspace.cli.sessions", "bench", *session.posargs)
 
 
 @nox.session
 def bisect(session):
     """Find the upstream commit, or the patch, that broke or slowed it; the same command goes on."""
-    run(session, "workspace.sessions", "bisect", *session.posargs)
+    run(session, "workspace.cli.sessions", "bisect", *session.posargs)
 
 
 @nox.session
 def ab(session):
     """Is the working tree slower than a base: two arms, alternately measured, one verdict."""
-    run(session, "workspace.sessions", "ab", *session.posargs)
+    run(session, "workspace.cli.sessions", "ab", *session.posargs)
 
 
 @nox.session
 def perf(session):
     """What the workspace itself costs, as ratios."""
-    run(session, "workspace.sessions", "perf", *session.posargs)
+    run(session, "workspace.cli.sessions", "perf", *session.posargs)
 
 
 @nox.session
 def proof(session):
-    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, serve, smoke, source, triton, upstream; words after its name go to pytest."""
+    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve, smoke, triton, upstream; words after its name go to pytest."""
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:

@@ -35,13 +35,13 @@ except ImportError:
     _hand_over()
     raise
 
-from workspace import door
-from workspace.verbs.program import program
+from workspace.cli import main
+from workspace.cli.program import program
 
 
 def _main():
     os.environ.pop(_HANDED_OVER, None)
-    return door.run(lambda: program().run(sys.argv))
+    return main.run(lambda: program().run(sys.argv))
 
 
 if __name__ == "__main__":

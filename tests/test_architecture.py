@@ -12,42 +12,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKFLOWS = {"core", "source", "environment", "engine", "build"}
-# Which packages of workspace/ a package may import, itself aside.
-MAY_IMPORT = {
-    "core": set(),
-    "source": {"core"},
-    "environment": {"core"},
-    "engine": {"core", "source", "environment"},
-    "build": {"core", "source", "environment"},
-    "smoke": WORKFLOWS,
-    "perf": WORKFLOWS | {"pin"},
-    "bench": WORKFLOWS | {"smoke"},
-    "serve": WORKFLOWS,
-    "upstream": WORKFLOWS | {"smoke"},
-    "pin": WORKFLOWS | {"smoke", "bench", "serve"},
-    "door": {"core"},
-    "verbs": WORKFLOWS | {"pin", "smoke", "bench", "serve", "door"},
-    "probes": set(),
-}
+# The rooms from the top down. A room may import what stands below it and nothing above; probes import nothing of ours.
+ROOMS = ("cli", "support", "bump", "bench", "checks", "server", "install", "compile", "repo", "machine", "core")
+# Of the rooms below, those that a room has no business with.
+NOT_EVEN = {"repo": {"machine"}, "bench": {"compile"}}
+MAY_IMPORT = {room: set(ROOMS[place + 1 :]) - NOT_EVEN.get(room, set()) for place, room in enumerate(ROOMS)} | {"probes": set()}
 # A package that only one module, one package, or nobody, may import.
-SINGLE_DOORS = {
+SINGLE_ENTRANCES = {
     "subprocess": "workspace/core/process.py",
     "multiprocessing": None,
     "pty": None,
     "dotenv": "workspace/core/settings.py",
-    "git": "workspace/source/git/",
-    "invoke": "workspace/verbs/",
+    "git": "workspace/repo/git/",
+    "invoke": "workspace/cli/",
     "nox": "noxfile.py",
 }
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
 # The seam, the program it puts between itself and what it starts, the one that a build puts before each compiler, and the one above a server.
-STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "workspace/build/launcher.py", "workspace/engine/keeper.py"}
+STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "workspace/compile/launcher.py", "workspace/server/supervisor.py"}
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
 # What the built environment is sure to have: vLLM's own requirements, and what those require; gguf comes with the model that needs it.
 PROBES_MAY_IMPORT = {"torch", "triton", "vllm", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "httpx", "gguf"}
-LONGEST_MODULE = 400
+LONGEST_MODULE = 500
+MOST_MODULES = 154
+# Of the library's lines.
+LARGEST_ROOM = 0.2
 
 
 def library() -> list[Path]:
@@ -84,19 +74,17 @@ def wrong_arrows(source: str, path: str) -> list[str]:
             complaints.append(f"{path} imports {name}")
         if parts[0] != "workspace" or len(parts) == 1:
             continue
-        if parts[1] == "door" and path.endswith("/__main__.py"):
-            continue
         if parts[1] != own and own in MAY_IMPORT and parts[1] not in MAY_IMPORT[own]:
             complaints.append(f"{path} imports {name}")
     return complaints
 
 
-def wrong_doors(source: str, path: str) -> list[str]:
+def wrong_entrances(source: str, path: str) -> list[str]:
     tree = ast.parse(source)
     if path.startswith("workspace/probes/"):
         # A program of its own in another environment: it can use none of our doors.
         return []
-    complaints = [f"{path} imports {name}" for name in imports(tree, path) if not _is_door(name.split(".")[0], path)]
+    complaints = [f"{path} imports {name}" for name in imports(tree, path) if not _is_entrance(name.split(".")[0], path)]
     for name in attributes(tree):
         starts = STARTS_A_PROGRAM.match(name) and path not in STARTS_PROGRAMS
         if starts or (READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"):
@@ -104,9 +92,9 @@ def wrong_doors(source: str, path: str) -> list[str]:
     return complaints
 
 
-def _is_door(package: str, path: str) -> bool:
-    door = SINGLE_DOORS.get(package, path)
-    return door is not None and (path == door or (door.endswith("/") and path.startswith(door)))
+def _is_entrance(package: str, path: str) -> bool:
+    entrance = SINGLE_ENTRANCES.get(package, path)
+    return entrance is not None and (path == entrance or (entrance.endswith("/") and path.startswith(entrance)))
 
 
 def wrong_probe(source: str, path: str) -> list[str]:
@@ -126,6 +114,29 @@ def untidy(source: str, path: str) -> list[str]:
     return complaints + ([] if ast.get_docstring(ast.parse(source)) else [f"{path} has no docstring"])
 
 
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others; an import inside a function counts."""
+    names = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    graph = {}
+    for name, path in names.items():
+        found = set(imports(ast.parse(sources[path]), path))
+        # `from workspace.core.files import sha256` means the module; `from workspace.core import files` the one that is named.
+        graph[name] = {one if one in names else one.rpartition(".")[0] for one in found} & names.keys() - {name}
+    reached = {name: _reachable(graph, name) for name in graph}
+    groups = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in graph if name in reached[name]}
+    return sorted(map(list, groups))
+
+
+def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in graph[waiting.pop()] - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
 def complaints_of(rule, paths: list[Path]) -> list[str]:
     return [complaint for path in paths for complaint in rule(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))]
 
@@ -139,8 +150,27 @@ def test_arrows_point_down_only() -> None:
     assert complaints_of(wrong_arrows, library()) == []
 
 
-def test_single_doors_are_the_only_doors() -> None:
-    assert complaints_of(wrong_doors, library()) == []
+def test_no_module_imports_itself_through_others() -> None:
+    assert circles({str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in library()}) == []
+
+
+def test_circles_are_seen_also_where_they_are_lazy() -> None:
+    sources = {"workspace/a.py": "from workspace import b", "workspace/b.py": "def f():\n    from workspace.a import x", "workspace/c.py": "import workspace.a"}
+    assert circles(sources) == [["workspace.a", "workspace.b"]]
+
+
+def test_library_is_one_that_a_stranger_can_survey() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in library()}
+    assert len(lines) <= MOST_MODULES
+    rooms: dict[str, int] = {}
+    for path, count in lines.items():
+        room = path.relative_to(ROOT / "workspace").parts[0]
+        rooms[room] = rooms.get(room, 0) + count
+    assert {room: count for room, count in rooms.items() if count > LARGEST_ROOM * sum(lines.values())} == {}
+
+
+def test_single_entrances_are_the_only_entrances() -> None:
+    assert complaints_of(wrong_entrances, library()) == []
 
 
 def test_probes_know_nothing_of_ours_and_nobody_imports_them() -> None:
@@ -170,26 +200,26 @@ def test_doors_parse_in_an_old_python_so_that_they_can_hand_over(name: str) -> N
 @pytest.mark.parametrize(
     ("rule", "path", "source"),
     [
-        (wrong_arrows, "workspace/source/a.py", "from workspace.environment import machine"),
-        (wrong_arrows, "workspace/environment/a.py", "def f():\n    import workspace.source.git"),
-        (wrong_arrows, "workspace/engine/a.py", "from workspace import build"),
-        (wrong_arrows, "workspace/core/a.py", "from ..build import plan"),
-        (wrong_arrows, "workspace/core/a.py", "from workspace import door"),
-        (wrong_arrows, "workspace/smoke/report.py", "from workspace.probes import parity"),
-        (wrong_arrows, "workspace/build/a.py", "import tasks"),
-        (wrong_doors, "workspace/build/a.py", "import subprocess"),
-        (wrong_doors, "workspace/build/a.py", "from subprocess import run"),
-        (wrong_doors, "workspace/build/a.py", "import os\nos.system('true')"),
-        (wrong_doors, "workspace/build/a.py", "from os import environ"),
-        (wrong_doors, "workspace/build/a.py", "import os\nprint(os.getenv('HOME'))"),
-        (wrong_doors, "workspace/source/patches.py", "from git import Repo"),
-        (wrong_doors, "workspace/core/a.py", "import invoke"),
+        (wrong_arrows, "workspace/repo/a.py", "from workspace.machine import hardware"),
+        (wrong_arrows, "workspace/machine/a.py", "def f():\n    import workspace.repo.git"),
+        (wrong_arrows, "workspace/compile/a.py", "from workspace import install"),
+        (wrong_arrows, "workspace/core/a.py", "from ..install import plan"),
+        (wrong_arrows, "workspace/core/a.py", "from workspace.cli import main"),
+        (wrong_arrows, "workspace/checks/report.py", "from workspace.probes import parity"),
+        (wrong_arrows, "workspace/install/a.py", "import tasks"),
+        (wrong_entrances, "workspace/install/a.py", "import subprocess"),
+        (wrong_entrances, "workspace/install/a.py", "from subprocess import run"),
+        (wrong_entrances, "workspace/install/a.py", "import os\nos.system('true')"),
+        (wrong_entrances, "workspace/install/a.py", "from os import environ"),
+        (wrong_entrances, "workspace/install/a.py", "import os\nprint(os.getenv('HOME'))"),
+        (wrong_entrances, "workspace/repo/patches.py", "from git import Repo"),
+        (wrong_entrances, "workspace/core/a.py", "import invoke"),
         (wrong_probe, "workspace/probes/a.py", "from workspace.core import files"),
         (wrong_probe, "workspace/probes/a.py", "import requests"),
-        (heavy_at_the_top, "workspace/build/a.py", "import rich.console"),
-        (untidy, "workspace/build/a.py", '"""Doc."""\n# TODO later'),
-        (untidy, "workspace/build/a.py", '"""Doc."""\n' + "x = 1\n" * LONGEST_MODULE),
-        (untidy, "workspace/build/a.py", "x = 1"),
+        (heavy_at_the_top, "workspace/install/a.py", "import rich.console"),
+        (untidy, "workspace/install/a.py", '"""Doc."""\n# TODO later'),
+        (untidy, "workspace/install/a.py", '"""Doc."""\n' + "x = 1\n" * LONGEST_MODULE),
+        (untidy, "workspace/install/a.py", "x = 1"),
     ],
 )
 def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
@@ -199,10 +229,10 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "path", "source"),
     [
-        (wrong_arrows, "workspace/smoke/__main__.py", "from workspace import door"),
-        (wrong_arrows, "workspace/source/a.py", "from .series import read"),
-        (heavy_at_the_top, "workspace/build/a.py", "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git"),
-        (wrong_doors, "workspace/core/settings.py", "import os\nos.environ"),
+        (wrong_arrows, "workspace/checks/a.py", "from workspace.server import start"),
+        (wrong_arrows, "workspace/repo/a.py", "from .series import read"),
+        (heavy_at_the_top, "workspace/install/a.py", "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git"),
+        (wrong_entrances, "workspace/core/settings.py", "import os\nos.environ"),
     ],
 )
 def test_no_rule_sees_what_is_allowed(rule, path: str, source: str) -> None:

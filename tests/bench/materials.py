@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from workspace.bench.record import Conditions, Gpu, Machine, Record, Software, Source, Start
+from workspace.bench.results import Conditions, Gpu, Machine, Record, Software, Source, Start
 
 # Six identical latency runs of the tiny model on two cores.
 VARIATION = 0.025

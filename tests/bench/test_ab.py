@@ -12,12 +12,11 @@ import pytest
 from tests.bench.materials import record
 from tests.small.materials import git
 from tests.small.world import World
-from workspace.bench import record as records
-from workspace.bench import store
-from workspace.bench.ab import trees
-from workspace.build import plan
+from workspace.bench import ab_trees, results
+from workspace.bench import results as records
 from workspace.core import settings
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError
+from workspace.install import plan
 
 
 def observed(world: World) -> plan.Observation:
@@ -29,16 +28,16 @@ def test_base_may_be_a_commit_of_the_workspace_whose_patches_are_put_on_again(bu
     text = series.read_text()
     series.write_text(text.replace(built.materials.patch.name, ""))
     git(built.root, "commit", "--quiet", "--all", "-m", "No patch")
-    with trees.base(built.layout, observed(built), "HEAD~1") as base:
+    with ab_trees.base(built.layout, observed(built), "HEAD~1") as base:
         assert base.tip == built.git("rev-parse", "HEAD"), "am makes the same commits each time"
         assert base.patches
         assert (base.patches / built.materials.patch.name).exists()
         assert base.workspace == git(built.root, "rev-parse", "HEAD~1")
-    with trees.base(built.layout, observed(built), "HEAD") as bare:
+    with ab_trees.base(built.layout, observed(built), "HEAD") as bare:
         assert bare.tip != base.tip
     git(built.root, "rm", "--quiet", "-r", "--cached", "patches")
     git(built.root, "commit", "--quiet", "-m", "No series at all")
-    with pytest.raises(SettingsError, match="has no patches/vllm"), trees.base(built.layout, observed(built), "HEAD"):
+    with pytest.raises(SettingsError, match="has no patches/vllm"), ab_trees.base(built.layout, observed(built), "HEAD"):
         pass
 
 
@@ -51,24 +50,24 @@ def test_base_whose_pin_is_not_at_hand_or_whose_patches_do_not_apply_is_a_senten
     git(built.root, "commit", "--quiet", "--all", "-m", "Another pin")
     pins.write_text(text)
     series.write_text(lines)
-    with pytest.raises(SettingsError, match="does not have v0.31.0"), trees.base(built.layout, observed(built), "HEAD"):
+    with pytest.raises(SettingsError, match="does not have v0.31.0"), ab_trees.base(built.layout, observed(built), "HEAD"):
         pass
     patch = built.layout.patches("vllm") / built.materials.patch.name
     # Nothing to merge from either.
     patch.write_text(re.sub(r"index [0-9a-f]{40}", f"index {'3' * 40}", patch.read_text().replace("_C.abi3.so", "_D.abi3.so")))
     git(built.root, "commit", "--quiet", "--all", "-m", "A patch on nothing")
-    with pytest.raises(PatchConflict, match="does not apply"), trees.base(built.layout, observed(built), "HEAD"):
+    with pytest.raises(PatchConflict, match="does not apply"), ab_trees.base(built.layout, observed(built), "HEAD"):
         pass
 
 
 def test_record_is_a_base_only_where_it_can_be_had_again(built: World) -> None:
     here, tree = git(built.root, "rev-parse", "HEAD"), built.git("rev-parse", "HEAD^{tree}")
     good = replace(record(label="mine", tree=tree), workspace=here)
-    path = store.path_of(built.layout, good)
+    path = results.record_path(built.layout, good)
 
     def base_of(source: dict[str, str] | None = None, **other: str | None) -> str:
         records.write(path, replace(good, source=replace(good.source, **{"dirty": None, **(source or {})}), **other))  # type: ignore[arg-type]
-        with trees.base(built.layout, observed(built), "mine" if source is None else str(path)) as base:
+        with ab_trees.base(built.layout, observed(built), "mine" if source is None else str(path)) as base:
             return base.tip
 
     assert base_of() == built.git("rev-parse", "HEAD")
@@ -79,22 +78,22 @@ def test_record_is_a_base_only_where_it_can_be_had_again(built: World) -> None:
         with pytest.raises(SettingsError, match=says):
             base_of(workspace=workspace)
     path.write_text(path.read_text()[:300])
-    with pytest.raises(SettingsError, match="is no whole record"), trees.base(built.layout, observed(built), str(path)):
+    with pytest.raises(SettingsError, match="is no whole record"), ab_trees.base(built.layout, observed(built), str(path)):
         pass
-    with pytest.raises(SettingsError, match="is no commit of the workspace and no record"), trees.base(built.layout, observed(built), "nowhere"):
+    with pytest.raises(SettingsError, match="is no commit of the workspace and no record"), ab_trees.base(built.layout, observed(built), "nowhere"):
         pass
 
 
 def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_are_the_same_tree(built: World) -> None:
     (built.layout.vllm / "vllm" / "new.py").write_text("NEW = 1\n")
     before = built.git("status", "--porcelain")
-    tree = trees.working(built.layout, observed(built), arm="ab-b")
+    tree = ab_trees.working(built.layout, observed(built), arm="ab-b")
     assert tree.said == "the working tree, uncommitted edits included"
     assert built.git("show", f"{tree.tip}:vllm/new.py") == "NEW = 1"
     folder = built.layout.arms / "ab-b"
     folder.mkdir(parents=True)
     (folder / "arm.json").write_text(json.dumps({"tip": tree.tip}))
-    assert trees.working(built.layout, observed(built), arm="ab-b").tip == tree.tip
+    assert ab_trees.working(built.layout, observed(built), arm="ab-b").tip == tree.tip
     assert built.git("status", "--porcelain") == before
 
 
@@ -102,7 +101,7 @@ def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_
     "words", [("--repeat", "5"), ("--factor", "0"), ("--each-patch", "--base", "HEAD"), ("speed",), ("--base", "nowhere"), ("--repeat=x",)]
 )
 def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str, ...]) -> None:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "ab", *words]
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *words]
     done = subprocess.run(argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -112,7 +111,7 @@ def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str
 def test_tree_in_the_middle_of_something_is_not_measured(built: World) -> None:
     (Path(built.git("rev-parse", "--absolute-git-dir")) / "MERGE_HEAD").write_text("")
     with pytest.raises(CheckoutError, match="in the middle of something"):
-        trees.working(built.layout, observed(built), arm="ab-b")
+        ab_trees.working(built.layout, observed(built), arm="ab-b")
 
 
 def test_patch_that_another_one_needs_cannot_be_left_out(built: World) -> None:
@@ -122,8 +121,8 @@ def test_patch_that_another_one_needs_cannot_be_left_out(built: World) -> None:
     assert built.run("patch.export").code == 0
     with (
         pytest.raises(PatchConflict, match=r"On-top\.patch does not apply: setup\.py"),
-        trees.without(built.layout, observed(built), built.materials.patch.name),
+        ab_trees.without(built.layout, observed(built), built.materials.patch.name),
     ):
         pass
-    with trees.without(built.layout, observed(built), "On-top.patch") as without:
+    with ab_trees.without(built.layout, observed(built), "On-top.patch") as without:
         assert without.tip == built.git("rev-parse", "HEAD~1")

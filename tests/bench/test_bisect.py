@@ -9,16 +9,14 @@ import pytest
 
 from tests.bench.histories import Made, make
 from tests.small.materials import git
-from workspace.bench.bisect import course, field, flow, question
-from workspace.bench.bisect.course import Asked, Course
-from workspace.bench.bisect.field import Ground
-from workspace.bench.bisect.flow import Attempt
-from workspace.bench.bisect.question import Question, Said
-from workspace.bench.bisect.search import Role, Standing
+from workspace.bench import bisect, bisect_log, bisect_predicate
+from workspace.bench.bisect import Attempt
+from workspace.bench.bisect_log import Asked, Course, Ground, Role, Standing
+from workspace.bench.bisect_predicate import Question, Said
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
-from workspace.core.layout import Layout
-from workspace.source.git import Git, bisection
+from workspace.core.paths import Layout
+from workspace.repo.git import Git, history
 
 LINES = "".join(f"line {number}\n" for number in range(1, 31))
 
@@ -42,27 +40,27 @@ class Place:
 
     def attempt(self, commit: str, role: Role, there: Course) -> Said:
         repository = Git(self.layout.vllm)
-        tip = bisection.carried(repository, commit, self.ground.patches).tip
+        tip = history.carried(repository, commit, self.ground.patches).tip
         self.tried.append(commit)
         if tip is None:
             return Said("skip", "a patch does not apply there")
         names = git(self.layout.vllm, "ls-tree", "--name-only", tip).split()
         return Said("skip", "it is stuck") if "stuck" in names else Said("bad", "it is broken") if "broken" in names else Said("good", "fine")
 
-    def search(self, asked: Asked, attempt: Attempt | None = None) -> tuple[field.Field, Course, Standing]:
+    def search(self, asked: Asked, attempt: Attempt | None = None) -> tuple[bisect_log.Field, Course, Standing]:
         console = Console(out=io.StringIO(), err=self.err)
-        there = flow.begin(self.layout, self.ground, asked, console=console)
-        searched = field.open_(self.layout, self.ground, there.good, there.bad, is_patches=asked.is_patches)
-        keep: Callable[[Course], None] = lambda one: course.write(self.layout, one)  # noqa: E731
-        return searched, *flow.search_on(searched, there, attempt=attempt or self.attempt, keep=keep, console=console)
+        there = bisect.begin(self.layout, self.ground, asked, console=console)
+        searched = bisect_log.open_range(self.layout, self.ground, there.good, there.bad, is_patches=asked.is_patches)
+        keep: Callable[[Course], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
+        return searched, *bisect.search_on(searched, there, attempt=attempt or self.attempt, keep=keep, console=console)
 
     def outcome(self, asked: Asked) -> str:
         """What the bisect says on stdout. Raises what it raises."""
         searched, there, standing = self.search(asked)
         out = io.StringIO()
-        document = flow.described(self.layout, searched, there, standing)
+        document = bisect.described(self.layout, searched, there, standing)
         json.dumps(document, allow_nan=False)
-        flow.conclude(searched, there, standing, document, console=Console(out=out, err=self.err))
+        bisect.conclude(searched, there, standing, document, console=Console(out=out, err=self.err))
         return out.getvalue().strip()
 
 
@@ -151,10 +149,10 @@ def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_n
 
     searched, there, standing = place.search(ends(made, "c9"), attempt)
     assert standing.left == (made["c4"], made["c5"], made["c6"])
-    document = flow.described(place.layout, searched, there, standing)
+    document = bisect.described(place.layout, searched, there, standing)
     assert document["verdict"] == "inconclusive"
     with pytest.raises(WorkspaceError, match="one of 3, the last of which is bad and the others cannot be tried") as caught:
-        flow.conclude(searched, there, standing, document, console=Console(out=io.StringIO(), err=place.err))
+        bisect.conclude(searched, there, standing, document, console=Console(out=io.StringIO(), err=place.err))
     assert [text.split()[1] for text in caught.value.details] == ["c4:", "c5:", "c6"]
 
 
@@ -167,7 +165,7 @@ def test_a_dozen_skips_running_ask_for_somebody_to_look_and_the_same_command_goe
     for count in (14, 26):
         with pytest.raises(WorkspaceError, match="inconclusive so far: 12 running could not be tried, the last because no compiler"):
             place.search(ends(made, "c59"), attempt)
-        there = course.read(place.layout)
+        there = bisect_log.read_log(place.layout)
         assert there
         assert len(there.tries) == count
 
@@ -206,11 +204,11 @@ def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1, "asked": {}}', b"\xff"])
 def test_damaged_course_is_a_sentence_that_names_the_way_out(place: Place, content: bytes) -> None:
     made = place.history(*line(3, broken=1))
-    course.path_of(place.layout).parent.mkdir(parents=True)
-    course.path_of(place.layout).write_bytes(content)
+    bisect_log.log_path(place.layout).parent.mkdir(parents=True)
+    bisect_log.log_path(place.layout).write_bytes(content)
     with pytest.raises(WorkspaceError, match="no bisect that can be gone on with") as caught:
         place.search(ends(made, "c2"))
-    assert caught.value.hint == course.ABORT
+    assert caught.value.hint == bisect_log.ABORT
 
 
 def patch_of(place: Place, base: str, name: str, old: str, new: str, *, file: str = "text") -> Path:
@@ -242,13 +240,13 @@ def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_the
     patch = patch_of(place, made["c0"], "twenty", "line 20\n", "line twenty\n")
     repository = Git(place.layout.vllm)
     for name, is_other, left_out in (("c0", True, ()), ("c1", True, ()), ("c2", False, ("twenty.patch",)), ("c4", True, ())):
-        found = bisection.carried(repository, made[name], [patch])
+        found = history.carried(repository, made[name], [patch])
         assert found.left_out == left_out, name
         assert found.tip
         assert (found.tip != made[name]) is is_other, name
         assert "line twenty" in git(place.layout.vllm, "show", f"{found.tip}:text"), name
-        assert found == bisection.carried(repository, made[name], [patch])
-    assert bisection.carried(repository, made["c3"], [patch]).failing == "twenty.patch"
+        assert found == history.carried(repository, made[name], [patch])
+    assert history.carried(repository, made["c3"], [patch]).failing == "twenty.patch"
 
 
 def test_bisect_leaves_the_users_own_bisect_head_index_and_references_alone(place: Place) -> None:
@@ -298,7 +296,7 @@ def test_ends_that_are_none_are_refused_before_anything_is_written(place: Place,
     made = place.history(*line(3, broken=1))
     with pytest.raises(SettingsError, match=says):
         place.search(Asked("smoke", made.get(good or "", good), made.get(bad or "", bad)))
-    assert course.read(place.layout) is None
+    assert bisect_log.read_log(place.layout) is None
 
 
 def test_ends_without_a_history_in_common_are_refused(place: Place) -> None:
@@ -324,7 +322,7 @@ def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(plac
     [("smoke", "smoke", "smoke"), ("parity.llama", "check", "parity.llama"), ("bench:ttft", "bench", "ttft"), ("python -c 'import vllm'", "command", None)],
 )
 def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(tmp_path: Path, text: str, kind: str, name: str | None) -> None:
-    found = question.parse(text, folder=tmp_path)
+    found = bisect_predicate.parse(text, folder=tmp_path)
     assert (found.kind, found.name) == (kind, name or text)
     assert found.words == (("python", "-c", "import vllm") if kind == "command" else ())
 
@@ -344,13 +342,13 @@ def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(tmp_path: Path, te
 )
 def test_typo_in_run_names_the_nearest(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        question.parse(text, folder=tmp_path)
+        bisect_predicate.parse(text, folder=tmp_path)
     assert says in str(caught.value.hint)
 
 
 def test_command_names_its_files_from_where_it_was_typed(tmp_path: Path) -> None:
     (tmp_path / "try.py").touch()
-    assert question.parse("python try.py --more", folder=tmp_path).words == ("python", str(tmp_path / "try.py"), "--more")
+    assert bisect_predicate.parse("python try.py --more", folder=tmp_path).words == ("python", str(tmp_path / "try.py"), "--more")
 
 
 def row(name: str, verdict: str, evidence: str = "seen", seconds: float = 1.0) -> dict[str, object]:
@@ -372,6 +370,6 @@ def row(name: str, verdict: str, evidence: str = "seen", seconds: float = 1.0) -
 )
 def test_check_that_was_waited_for_in_vain_is_no_bad_one(rows: list[dict[str, object]], smoke: str, check: str) -> None:
     record = {"checks": rows}
-    assert question.judged(Question("smoke", "smoke"), record, timeout_s=100).verdict == smoke
-    assert question.judged(Question("check", "parity.llama"), record, timeout_s=100).verdict == check
-    assert question.judged(Question("smoke", "smoke"), "not built", timeout_s=100) == Said("skip", "not built")
+    assert bisect_predicate.judged(Question("smoke", "smoke"), record, timeout_s=100).verdict == smoke
+    assert bisect_predicate.judged(Question("check", "parity.llama"), record, timeout_s=100).verdict == check
+    assert bisect_predicate.judged(Question("smoke", "smoke"), "not built", timeout_s=100) == Said("skip", "not built")

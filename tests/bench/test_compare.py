@@ -11,7 +11,7 @@ import pytest
 from tests.bench.materials import arm, record, served
 from tests.bench.test_record import kept
 from workspace.bench import compare
-from workspace.bench.record import Gpu, Record
+from workspace.bench.results import Gpu, Record
 from workspace.core.console import Console
 from workspace.core.errors import Regression, SettingsError
 

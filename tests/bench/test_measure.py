@@ -48,7 +48,7 @@ def measured(built: World) -> World:
 
 
 def argv(world: World, *words: str) -> list[str]:
-    return [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "bench", *words]
+    return [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "bench", *words]
 
 
 def bench(world: World, *words: str, env: Mapping[str, str] | None = None) -> Ended:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.bench.materials import record
-from workspace.bench import page, references, report
-from workspace.bench.record import Record
+from workspace.bench import plots, report
+from workspace.bench.results import Record
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = ("meta", "br", "hr", "img", "link")
@@ -40,8 +40,8 @@ class Balanced(HTMLParser):
             assert self.open.pop() == tag
 
 
-def composed(*records: Record) -> page.Page:
-    return page.compose(records, references.load(Layout(ROOT)), pair=None, problems=(), written="2026-11-20")
+def composed(*records: Record) -> report.Page:
+    return report.compose(records, plots.published_figures(Layout(ROOT)), pair=None, problems=(), written="2026-11-20")
 
 
 def at(day: int, one: Record, **parts: object) -> Record:
@@ -52,7 +52,7 @@ def test_whatever_a_record_says_is_text() -> None:
     hostile = "<script>alert(1)</script>&\"'$x^2$"
     one = record()
     told = replace(one, model=hostile, flags=(hostile,), backends=(hostile,), source=replace(one.source, patches=(hostile,)))
-    made = page.compose([told], (), pair=None, problems=(hostile,), written=hostile)
+    made = report.compose([told], (), pair=None, problems=(hostile,), written=hostile)
     Balanced().feed(made.html)
     assert "<script" not in made.html
     assert "&lt;script&gt;" in made.html
@@ -76,10 +76,10 @@ def test_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
     ],
 )
 def test_published_figures_become_points_where_their_words_allow(what: str, value: str, points: tuple[tuple[int, float, float], ...]) -> None:
-    assert references.points(what, value) == points
+    assert plots.points(what, value) == points
 
 
 def test_figures_of_the_recipe_for_one_spark_are_all_points() -> None:
-    own = [one for one in references.load(Layout(ROOT)) if one.model == "openai/gpt-oss-120b"]
+    own = [one for one in plots.published_figures(Layout(ROOT)) if one.model == "openai/gpt-oss-120b"]
     assert len(own) >= 4
     assert all(one.points and one.source for one in own)

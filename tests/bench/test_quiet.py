@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from workspace.bench.ab import quiet
+from workspace.bench import conditions
 from workspace.core import settings
 from workspace.core.console import Console
 from workspace.core.errors import WorkspaceError
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 
 
@@ -40,12 +40,12 @@ def orphan(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("orphan")
 def test_work_and_servers_of_others_are_named_and_refused_and_may_be_allowed(settings_: Settings) -> None:
     with pytest.raises(WorkspaceError) as refused:
-        quiet.require(settings_, has_gpu=False, is_busy=False, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
+        conditions.require_idle(settings_, has_gpu=False, is_busy=False, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
     assert "cores are busy" in refused.value.message
     # Somebody else's may be the first to be named.
     assert re.search(r"a vLLM runs, process \d+", refused.value.message)
     assert "--busy" in (refused.value.hint or "")
-    quiet.require(settings_, has_gpu=False, is_busy=True, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
+    conditions.require_idle(settings_, has_gpu=False, is_busy=True, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
 
 
 def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) 
     with subprocess.Popen([sys.executable, str(program), "serve"], stdout=subprocess.PIPE) as ours:
         assert ours.stdout
         ours.stdout.readline()
-        found = quiet.observe(settings_, has_gpu=False, look_s=0.05)
+        found = conditions.observe_others(settings_, has_gpu=False, look_s=0.05)
         ours.kill()
     assert not any(str(ours.pid) in sentence for sentence in found)
 
@@ -65,4 +65,4 @@ def test_processes_on_a_gpu_are_named_by_the_drivers_word(tmp_path: Path, said: 
     driver.write_text(f"#!/bin/sh\nprintf '{said}'\n")
     driver.chmod(0o755)
     loaded = settings.load(Layout(tmp_path), environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert tuple(one for one in quiet.observe(loaded, has_gpu=True, look_s=0.05) if "GPU" in one) == names
+    assert tuple(one for one in conditions.observe_others(loaded, has_gpu=True, look_s=0.05) if "GPU" in one) == names

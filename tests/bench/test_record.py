@@ -11,11 +11,11 @@ from hypothesis import given
 
 from tests.bench.materials import record, served
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz
-from workspace.bench import listing, metrics, store
-from workspace.bench.record import Newer, Record, decode, encode, read, write
+from workspace.bench import metrics, results
+from workspace.bench.results import Newer, Record, decode, encode, read, write
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 DOCUMENT: dict[str, Any] = json.loads(encode(record()))
 
@@ -27,7 +27,7 @@ def changed(**parts: object) -> bytes:
 def kept(folder: Path, *records: Record) -> Layout:
     layout = Layout(folder)
     for one in records:
-        write(store.path_of(layout, one), one)
+        write(results.record_path(layout, one), one)
     return layout
 
 
@@ -99,14 +99,14 @@ def test_metric_that_a_start_lacks_is_none_of_the_record() -> None:
 def test_labels_names_and_their_beginnings_find_a_record(tmp_path: Path) -> None:
     before, after = record(label="before"), record(label="after", tree="f" * 40)
     layout = kept(tmp_path, before, after)
-    for word in ("before", "a" * 12 + "-before", "aaaa", str(store.path_of(layout, before))):
-        assert store.find(layout, word).record == before, word
+    for word in ("before", "a" * 12 + "-before", "aaaa", str(results.record_path(layout, before))):
+        assert results.find(layout, word).record == before, word
 
 
 def test_label_of_several_trees_is_asked_back(tmp_path: Path) -> None:
     layout = kept(tmp_path, record(), record(tree="f" * 40))
     with pytest.raises(SettingsError, match="latency may be any of 2 records") as caught:
-        store.find(layout, "latency")
+        results.find(layout, "latency")
     assert len(caught.value.details) == 2
 
 
@@ -116,7 +116,7 @@ def test_label_of_several_trees_is_asked_back(tmp_path: Path) -> None:
 def test_word_that_means_no_record(tmp_path: Path, word: str, hint: str) -> None:
     layout = kept(tmp_path, record(label="before"))
     with pytest.raises(SettingsError, match="there is no record") as caught:
-        store.find(layout, word)
+        results.find(layout, word)
     assert (caught.value.hint or "").startswith(hint)
     assert len(caught.value.message) < 400
 
@@ -126,12 +126,12 @@ def test_list_shows_newest_first_and_what_is_damaged_or_interrupted(tmp_path: Pa
     layout = kept(tmp_path, record(), newer)
     (layout.results / "gb10-123456" / "half.json").write_bytes(encode(record())[:300])
     out, err = io.StringIO(), io.StringIO()
-    listing.show(layout, console=Console(out=out, err=err), as_json=False)
+    results.show_records(layout, console=Console(out=out, err=err), as_json=False)
     rows = err.getvalue().splitlines()
     assert [row.split()[:2] for row in rows[:3]] == [["warn", "ffffffffffff-newer"], ["ok", "aaaaaaaaaaaa-latency"], ["FAIL", "half"]]
     assert "2 of 6 starts, interrupted" in rows[0]
     assert "latency 1 s ± 1.4%" in rows[1]
-    listing.show(layout, console=Console(out=out, err=err), as_json=True)
+    results.show_records(layout, console=Console(out=out, err=err), as_json=True)
     assert [row.get("starts") for row in json.loads(out.getvalue())["records"]] == [2, 6, None]
 
 

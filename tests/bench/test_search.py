@@ -10,8 +10,8 @@ import hypothesis
 import hypothesis.strategies as st
 
 from tests.small.materials import git
-from workspace.bench.bisect.search import Suspects, Verdict, stand
-from workspace.source.git import Git, bisection
+from workspace.bench.bisect_log import Suspects, Verdict, search_state
+from workspace.repo.git import Git, history
 
 Parents = dict[str, tuple[str, ...]]
 
@@ -43,7 +43,7 @@ def leads_to(parents: Parents, commit: str) -> set[str]:
 def search(suspects: Suspects, judge: Callable[[str], Verdict]) -> tuple[tuple[str, ...], list[str]]:
     """Who is left in the end, and what was tried for it, ends aside."""
     tries: dict[str, Verdict] = {}
-    while (standing := stand(suspects, tries)).following:
+    while (standing := search_state(suspects, tries)).following:
         assert standing.following not in tries
         tries[standing.following] = judge(standing.following)
     assert standing.contradiction is None
@@ -101,15 +101,15 @@ def test_ends_and_forks_are_tried_first_and_contradict() -> None:
     order: list[tuple[str, str]] = []
     tries: dict[str, Verdict] = {}
     for said in ("good", "good", "bad"):
-        standing = stand(suspects, tries)
+        standing = search_state(suspects, tries)
         assert standing.following
         order.append((standing.following, standing.role))
         tries[standing.following] = said  # type: ignore[assignment]
     assert order == [("good", "good"), ("fork", "fork"), ("b", "bad")]
-    assert stand(suspects, {"good": "bad"}).contradiction == "good"
-    assert stand(suspects, {"good": "good", "fork": "bad"}).contradiction == "fork"
-    assert stand(suspects, {"good": "good", "fork": "good", "b": "good"}).contradiction == "b"
-    assert stand(suspects, {"good": "good", "fork": "skip", "b": "bad"}).following == "a"
+    assert search_state(suspects, {"good": "bad"}).contradiction == "good"
+    assert search_state(suspects, {"good": "good", "fork": "bad"}).contradiction == "fork"
+    assert search_state(suspects, {"good": "good", "fork": "good", "b": "good"}).contradiction == "b"
+    assert search_state(suspects, {"good": "good", "fork": "skip", "b": "bad"}).following == "a"
 
 
 def test_weights_are_those_of_git_on_a_history_with_merges(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def test_weights_are_those_of_git_on_a_history_with_merges(tmp_path: Path) -> No
     with (tmp_path / "stream").open() as file:
         subprocess.run(["git", "fast-import", "--quiet"], cwd=tmp_path, stdin=file, check=True)
     good, bad = git(tmp_path, "rev-list", "--max-parents=0", "main"), git(tmp_path, "rev-parse", "main")
-    commits = bisection.between(Git(tmp_path), good, bad)
+    commits = history.commits_between(Git(tmp_path), good, bad)
     suspects = Suspects(good, {commit.oid: commit.parents for commit in commits})
     found = re.findall(r"^(\w+) .*dist=(\d+)", git(tmp_path, "rev-list", "--bisect-all", bad, f"^{good}"), re.MULTILINE)
     distances = {commit: int(distance) for commit, distance in found}
-    standing = stand(suspects, {good: "good", bad: "bad"})
+    standing = search_state(suspects, {good: "good", bad: "bad"})
     assert set(standing.left) == set(distances)
     assert standing.following
     assert distances[standing.following] == max(distances.values())

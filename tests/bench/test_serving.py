@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import ROOT
-from workspace.bench import serving
-from workspace.bench.workload import Workload
+from workspace.bench import measure
+from workspace.bench.subject import Workload
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, WorkspaceError
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
-from workspace.engine import whereabouts
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.server import observation
 
 # Plays `vllm serve MODEL --port=N` and `vllm bench serve --max-concurrency=N …`; MODEL is what becomes of it.
 VLLM = f"""#!{sys.executable} -S
@@ -53,7 +53,7 @@ def measured(layout: Layout, model: str, *concurrencies: int) -> dict[str, tuple
     folder = layout.root / "neutral"
     folder.mkdir()
     with Journal(Console(), layout.logs, verb="bench", secrets=()) as journal:
-        return serving.measure_start(layout, work, {"PATH": os.environ["PATH"]}, folder, journal=journal, look=lambda line: None)
+        return measure.measure_start(layout, work, {"PATH": os.environ["PATH"]}, folder, journal=journal, look=lambda line: None)
 
 
 def starts(layout: Layout) -> list[int]:
@@ -61,7 +61,7 @@ def starts(layout: Layout) -> list[int]:
 
 
 def require_nothing_left(layout: Layout) -> None:
-    assert whereabouts.find(layout.state / "bench") is None
+    assert observation.find(layout.state / "bench") is None
     assert [number for number in starts(layout) if Path(f"/proc/{number}").exists()] == []
 
 

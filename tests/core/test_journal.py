@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from workspace.core.console import Console
-from workspace.core.journal import KEPT_LOGS, Journal
+from workspace.core.log import KEPT_LOGS, Journal
 
 
 def journal(folder: Path, *secrets: str) -> tuple[Journal, io.StringIO]:

@@ -13,7 +13,7 @@ import pytest
 from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.journal import Journal
+from workspace.core.log import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"PATH": "/usr/bin:/bin"}

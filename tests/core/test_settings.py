@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from workspace.core import settings
 from workspace.core.errors import SettingsError
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 BARE = {"PATH": "/usr/bin:/bin", "HOME": "/home/someone"}
 

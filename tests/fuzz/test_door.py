@@ -15,10 +15,10 @@ from tests.fuzz import places
 from tests.fuzz.door import CODES, Door, is_decent
 from tests.fuzz.strategies import DEEP, HUGE, arguments, damaged, damaged_document, fuzz, is_deep
 from tests.small.world import Ended
+from workspace.cli.main import load_settings
 from workspace.core import lock, settings
 from workspace.core.errors import SettingsError, WorkspaceError
-from workspace.core.layout import Layout
-from workspace.door import load_settings
+from workspace.core.paths import Layout
 
 SECRET = "hf_swordfish42"
 FLAGS = ("--device", "--source", "--kernels", "--jobs", "--wait", "--json", "-d", "-k", "-w", "--no-wait", "--help", "--list", "-l", "--version")

@@ -13,7 +13,7 @@ from tests.fuzz import places
 from tests.fuzz.strategies import HUGE, arguments, damaged, fuzz, words
 from workspace.core import settings
 from workspace.core.errors import SettingsError
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_swordfish42"

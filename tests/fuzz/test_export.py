@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tests.fuzz.strategies import fuzz
 from workspace.core.console import Console
 from workspace.core.errors import PatchDrift
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
-from workspace.source import checkout, export, patches
-from workspace.source.patches import State
-from workspace.source.pins import Pin
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.repo import checkout, export, patches
+from workspace.repo.patches import State
+from workspace.repo.pins import Pin
 
 PLAIN = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "GIT_COMMITTER_NAME": "c", "GIT_COMMITTER_EMAIL": "c@d"}
 HOSTILE = """

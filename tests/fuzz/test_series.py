@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.fuzz import places
 from tests.fuzz.strategies import damaged, fuzz
 from workspace.core.errors import PatchDrift, SettingsError
-from workspace.source import series
+from workspace.repo import series
 
 BASE = "db9527a46873454610df6dbedf79a36d6bf1a7f6"
 NAMES = ("Take-the-kernels.patch", "b.patch", "1.patch")
@@ -44,9 +44,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, content: bytes) -> series.Series | None:
-    (folder / series.FILE).write_bytes(content)
+    (folder / series.SERIES_FILE).write_bytes(content)
     try:
-        return series.read(folder, pin=BASE)
+        return series.read_series(folder, pin=BASE)
     except (SettingsError, PatchDrift) as exc:
         assert exc.message.startswith("patches/vllm/")
         assert exc.hint
@@ -88,11 +88,11 @@ def test_any_patch_is_one_mail_or_is_refused(folder: Path, content: bytes) -> No
     (folder / "b.patch").write_text(MAIL)
 
 
-@pytest.mark.parametrize("name", [series.FILE, "b.patch"])
+@pytest.mark.parametrize("name", [series.SERIES_FILE, "b.patch"])
 @pytest.mark.parametrize("thing", places.NO_FILE)
 def test_whatever_lies_in_the_place_of_a_file_of_the_series_is_a_sentence(folder: Path, name: str, thing: str) -> None:
-    (folder / series.FILE).write_text(ORIGINAL)
+    (folder / series.SERIES_FILE).write_text(ORIGINAL)
     places.put(folder / name, thing)
     with places.ends_soon(), pytest.raises((SettingsError, PatchDrift)) as caught:
-        series.read(folder, pin=BASE)
+        series.read_series(folder, pin=BASE)
     assert caught.value.hint

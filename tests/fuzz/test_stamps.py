@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.fuzz import places
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz, words
-from workspace.build import stamp
 from workspace.core import files
+from workspace.install import stamp
 
 WHOLE = stamp.Stamp(
     inputs={"origin": "donor vllm.whl " + "a" * 64, "device": "cpu", "torch": "2.13.0+cpu CUDA none", "place": "/home/someone/vllm"},

@@ -16,7 +16,17 @@ import traceback
 from pathlib import Path
 
 # The modules that the verbs import late.
-LATE = ("workspace.build.status", "workspace.build.bootstrap", "git", "psutil", "packaging.utils", "dotenv.main", "dotenv.parser", "rich.console", "rich.text")
+LATE = (
+    "workspace.install.status",
+    "workspace.install.bootstrap",
+    "git",
+    "psutil",
+    "packaging.utils",
+    "dotenv.main",
+    "dotenv.parser",
+    "rich.console",
+    "rich.text",
+)
 # tasks.py takes this for the sign that scripts/inv has run already, and so does not become scripts/inv here.
 HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
 HANGS = "hangs"

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from workspace.core.layout import here
+from workspace.core.paths import here
 
 PROBE = here().probes / "parity.py"
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from workspace.core.layout import here
+from workspace.core.paths import here
 
 PROBE = here().probes / "tiny_model.py"
 

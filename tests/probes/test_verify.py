@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.layout import here
+from workspace.core.paths import here
 
 PROBE = here().probes / "verify.py"
 TORCH = '__version__ = "2.13.0+cpu"\nfrom torch import version\n'

@@ -5,11 +5,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from tests.perf.test_door import kept, perf, rows_of
-from tests.perf.test_replay import NINJA, TRACE
 from tests.small.world import World
-from workspace.build.admission import Bounds
-from workspace.perf import replay
+from tests.support.test_door import kept, perf, rows_of
+from tests.support.test_replay import NINJA, TRACE
+from workspace.compile.scheduler import Bounds
+from workspace.support import perf_replay
 
 
 def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays_as_it_is(built: World) -> None:
@@ -47,7 +47,7 @@ def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count
     entries = [replace(entry, seconds=entry.seconds / 250) for entry in TRACE[::4]]
     bounds = Bounds(12, 24.0)
     assert NINJA is not None
-    found = replay.through_ninja(entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA))
-    assert replay.checked(found, bounds) == found.seconds
+    found = perf_replay.through_ninja(entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA))
+    assert perf_replay.checked(found, bounds) == found.seconds
     assert found.most_jobs > 2
-    assert replay.lower_bound(entries, bounds) < found.seconds < replay.static(entries, bounds).seconds
+    assert perf_replay.lower_bound(entries, bounds) < found.seconds < perf_replay.static(entries, bounds).seconds

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-from tests.source import ladder as ladders
-from tests.source.conftest import export, sh_git, write
-from tests.source.ladder import Clone, Index, Ladder
+from tests.repo import ladder as ladders
+from tests.repo.conftest import export, sh_git, write
+from tests.repo.ladder import Clone, Index, Ladder
+from workspace.bump import forecast
+from workspace.bump.forecast import Forecast
 from workspace.core import settings as settings_module
 from workspace.core.console import Console
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.pin import forecast
-from workspace.pin.forecast import Forecast
-from workspace.source import archive, index, pins, releases
-from workspace.source.pins import Archive, Pin
+from workspace.repo import index, pins
+from workspace.repo.pins import Archive, Pin
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
@@ -78,11 +78,11 @@ def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder
     pinned = pins.load(ROOT / "vendor" / "pins.toml").vllm
     sh_git(root, "init", "--quiet", "--bare", str(bare))
     for version in VERSIONS:
-        sdist = releases.find(pinned, version, settings=settings).sdist
+        sdist = index.find_release(pinned, version, settings=settings).sdist
         assert sdist
         sdists[version] = index.fetch("vllm", sdist.filename, sdist.sha256, settings=settings)
         of = replace(pinned, tag=f"v{version}", version=version)
-        _, tree = archive.build(sdists[version], root / version, of)
+        _, tree = pins.build_archive(sdists[version], root / version, of)
         sh_git(bare, "fetch", "--quiet", "--no-tags", str(root / version), f"HEAD:refs/archives/{version}")
         parent = commits[version] = sh_git(bare, "commit-tree", "-m", f"vLLM {version}", *(("-p", parent) if parent else ()), tree)
         sh_git(bare, "update-ref", f"refs/tags/v{version}", parent)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.build.test_rebuild import ANSWER, answer, edit, library, observed, patched, rebuild
+from tests.install.test_rebuild import ANSWER, answer, edit, library, observed, patched, rebuild
 from tests.small.world import World
-from workspace.build import stamp
+from workspace.install import stamp
 
 __all__ = ["patched"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.small.index import View
 from tests.small.materials import ROOT, TAG, VERSION, Materials, git
 from tests.small.wheels import MACHINES, sha256
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 COPIED = ("workspace", "scripts", "requirements", "recipes", "patches", "tasks.py", "noxfile.py", "pyproject.toml", ".env.example", ".gitignore")
 # What a user may well have in ~/.gitconfig, and what no verb may be misled by.

@@ -9,18 +9,67 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.bench import compare, conditions, listing, metrics, record, store, subject, workload
-from workspace.bench.record import Kind, Record, Start
-from workspace.bench.verdict import MIN_STARTS
-from workspace.bench.workload import Workload
+from workspace.bench import compare, conditions, metrics, results, subject
+from workspace.bench.compare import MIN_STARTS
+from workspace.bench.results import Kind, Record, Start
+from workspace.bench.subject import Workload
 from workspace.core import lock, process
 from workspace.core.console import Console
-from workspace.core.errors import SettingsError, WorkspaceError
+from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.files import read_regular
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.engine import surroundings
+from workspace.server import lifecycle, observation, process_tree, supervisor
+from workspace.server.command import built_environment
+from workspace.server.observation import Address
+
+START_TIMEOUT_S = 1800.0
+
+
+def measure_start(
+    layout: Layout, work: Workload, environment: Mapping[str, str], folder: Path, *, journal: Journal, look: Callable[[str], None]
+) -> dict[str, tuple[float, ...]]:
+    """Start the server at a free port, put each load on it, stop it, and return all samples.
+
+    Raises ServeError where it does not come up or dies in the middle, WorkspaceError where a load measured nothing.
+    """
+    address = Address("127.0.0.1", lifecycle.free_port())
+    argv = (str(layout.environment / "bin" / "vllm"), "serve", work.model, *work.engine, f"--host={address.host}", f"--port={address.port}")
+
+    def on_line(line: str) -> None:
+        journal.line(line)
+        look(line)
+
+    launch = lifecycle.Launch("bench", argv, environment, address)
+    found: dict[str, tuple[float, ...]] = {}
+    key = environment.get("VLLM_API_KEY")
+    with lifecycle.running(layout.state / "bench", launch, key=key, timeout_s=START_TIMEOUT_S, on_line=on_line) as (there, _):
+        for at in work.concurrencies:
+            result = folder / f"{at}.json"
+            command = subject.client(layout, work, result, port=address.port, at=at)
+            try:
+                process.run(
+                    command, env={**environment, "OPENAI_API_KEY": key or "none"}, journal=journal, cwd=folder, failure=ServeError, hint="the log says more"
+                )
+            except ServeError as exc:
+                if not observation.is_healthy(address) and _has_ended(there):
+                    raise lifecycle.failure(there) from exc
+                raise
+            found |= taken(work, result, at=at if len(work.concurrencies) > 1 else None)
+    return found
+
+
+def _has_ended(there: observation.Server) -> bool:
+    """Wait for what is left of a server that answers no more: only when all of it is gone is it known how it ended."""
+    deadline = time.monotonic() + lifecycle.GRACE_S + supervisor.KILL_GRACE_S
+    while there.members():
+        if time.monotonic() > deadline:
+            return False
+        observation.reap(there)
+        time.sleep(process_tree.POLL_S)
+    return True
+
 
 # What vLLM's log says of the code that computes, whatever was asked for: `… [cpu.py:123] Using Torch SDPA backend.`
 _BACKEND = re.compile(r"\] (Using [^\n]{0,160}?\b(?:backends?|kernels?|attention)\b[^\n]{0,80}?)\.?$", re.IGNORECASE)
@@ -33,7 +82,7 @@ class Asked:
     """What the command line said. `words` are for vLLM."""
 
     kind: Kind = "latency"
-    model: str = workload.TINY
+    model: str = subject.TINY
     label: str | None = None
     repeat: int = MIN_STARTS
     has_sweep: bool = False
@@ -45,19 +94,19 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -
 
     Raises SmokeError where nothing fresh is built, SettingsError for a record that is complete or of something else, WorkspaceError where vLLM fails.
     """
-    from workspace.build.status import require_built
-    from workspace.environment import check
+    from workspace.install.status import require_built
+    from workspace.machine import check
 
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     # What is measured must not change meanwhile.
     with lock.hold(layout.lock, verb="nox -s bench") as held, Journal(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as journal:
         journal.phase("model")
-        work = workload.prepare(layout, settings, asked.kind, asked.model, asked.words, has_sweep=asked.has_sweep, journal=journal)
-        environment = surroundings.variables(layout, settings, recipe=work.recipe, more=work.more)
+        work = subject.prepare(layout, settings, asked.kind, asked.model, asked.words, has_sweep=asked.has_sweep, journal=journal)
+        environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
         label = asked.label or f"{asked.kind}{'-sweep' if asked.has_sweep else ''}"
         fresh = subject.describe(layout, settings, observed, work, label=label, repeat=asked.repeat, environment=environment)
-        path = store.path_of(layout, fresh)
+        path = results.record_path(layout, fresh)
         so_far = _begun(layout, path, fresh)
         if so_far.starts:
             console.say(f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there")
@@ -70,7 +119,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -
 def _begun(layout: Layout, path: Path, fresh: Record) -> Record:
     """Return the record to go on from: the one that is there where it is of the same, else the fresh one."""
     try:
-        there = record.read(path, place=layout.relative(path)) if path.exists() else None
+        there = results.read(path, place=layout.relative(path)) if path.exists() else None
     except SettingsError:
         if not path.is_file():
             raise
@@ -98,7 +147,7 @@ def _kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
-            there = record.read(path, place=layout.relative(path))
+            there = results.read(path, place=layout.relative(path))
             console.say(f"{layout.relative(path)} keeps {len(there.starts)} of {there.repeat} starts; the same command goes on from there")
         raise
 
@@ -111,11 +160,11 @@ def _measure(layout: Layout, settings: Settings, work: Workload, environment: Ma
             journal.phase(name, view)
             start, backends = once(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), journal=journal)
             so_far = replace(so_far, starts=(*so_far.starts, start), backends=tuple(sorted({*so_far.backends, *backends})))
-            record.write(path, so_far)
+            results.write(path, so_far)
             took.append(start.seconds)
             left = (so_far.repeat - number) * sum(took) / len(took)
             only = replace(so_far, starts=(start,))
-            view.reason = "  ".join(listing.measured(only, metric) for metric in only.metrics[:1]) + (f"  about {left / 60:.1f} min left" if left else "")
+            view.reason = "  ".join(results.measured_text(only, metric) for metric in only.metrics[:1]) + (f"  about {left / 60:.1f} min left" if left else "")
 
 
 def once(
@@ -139,17 +188,15 @@ def once(
         if found := _BACKEND.search(line):
             seen.add(_PASSING.sub("…", found[1]))
 
-    before, at, began = conditions.observe(settings, has_gpu=has_gpu), subject.now(), time.monotonic()
+    before, at, began = conditions.observe(settings, has_gpu=has_gpu), subject.subject_now(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         if work.kind == "serve":
-            from workspace.bench import serving
-
-            samples = serving.measure_start(layout, work, environment, Path(neutral), journal=journal, look=look)
+            samples = measure_start(layout, work, environment, Path(neutral), journal=journal, look=look)
         else:
             result = Path(neutral) / "result.json"
             hint = "the log says more; words after -- go to vllm bench"
             process.run(
-                workload.command(layout, work, result), env=environment, journal=journal, cwd=Path(neutral), on_line=look, failure=WorkspaceError, hint=hint
+                subject.command(layout, work, result), env=environment, journal=journal, cwd=Path(neutral), on_line=look, failure=WorkspaceError, hint=hint
             )
             samples = taken(work, result)
     seconds = round(time.monotonic() - began, 2)

@@ -6,12 +6,13 @@ import fcntl
 import glob
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from workspace.core.errors import SourceError
+from workspace.core.errors import SourceError, ToolchainError
 
 CHUNK_BYTES = 1 << 20
 
@@ -164,3 +165,95 @@ def _difference(name: str, old: str, new: str) -> str:
     if len(new) == 64 and len(old) in (64, len("nothing")):
         return f"{name} changed"
     return f"{name} {old or 'none'} → {new or 'none'}"
+
+
+# ioctl_ficlone(2).
+_FICLONE = 0x40049409
+
+
+def copy_files(source: Path, target: Path, paths: Sequence[str]) -> None:
+    """Copy files with their times. One that is there appears whole or not at all."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        made = target / path
+        made.parent.mkdir(parents=True, exist_ok=True)
+        aside = made.with_name(f".{made.name}.copying")
+        if (source / path).is_symlink():
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(os.readlink(source / path))
+        else:
+            _copy(source / path, aside)
+        os.replace(aside, made)
+
+
+def files_below(folder: Path) -> tuple[str, ...]:
+    """The paths of all files and links below a folder."""
+    return tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        with source.open("rb") as old, target.open("wb") as new:
+            fcntl.ioctl(new, _FICLONE, old.fileno())
+    except OSError:
+        shutil.copyfile(source, target)
+    shutil.copystat(source, target)
+
+
+@contextlib.contextmanager
+def folder_beside(destination: Path) -> Iterator[Path]:
+    """Make an empty folder on the file system of `destination`, whose parent is made where it is missing.
+
+    Raises ToolchainError where that, or anything that the block writes, fails for want of rights or space.
+    """
+    prefix = _prefix(destination)
+    lock: int | None = None
+    folder: Path | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        sweep_beside(destination)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        # The kernel drops the lock when its holder dies, whatever it dies of.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    except OSError as exc:
+        where = exc.filename or destination.parent
+        raise ToolchainError(f"{where} cannot be written: {exc.strerror}", hint=f"df -h {destination.parent}; ls -ld {destination.parent}") from exc
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep_beside(destination: Path) -> None:
+    """Remove the folders beside `destination` that killed runs have left."""
+    for old in destination.parent.glob(f"{_prefix(destination)}*"):
+        _remove_abandoned_folder(old)
+
+
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.making-"
+
+
+def put_in_place(made: Path, destination: Path) -> None:
+    """Rename a finished folder to where it belongs: nothing, or an empty folder. Raises ToolchainError where something has come to lie there.
+
+    What it holds is on the disk before: a power cut must not leave the name with empty files under it.
+    """
+    os.sync()
+    try:
+        os.rename(made, destination)
+    except OSError as exc:
+        raise ToolchainError(f"{destination} cannot be put in place: {exc.strerror}", hint=f"ls -la {destination}") from exc
+
+
+def _remove_abandoned_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from workspace.core import guard
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
-from workspace.core.journal import Journal
+from workspace.core.log import Journal
 
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0

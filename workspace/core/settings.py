@@ -14,7 +14,7 @@ from typing import Literal
 
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 Kind = Literal["text", "path", "url", "count", "switch", "choice", "archs"]
 # workspace: read here and kept from children; build, run: given to children of that phase; both: to all.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.bench.histories import Made, make
-from tests.pin.conftest import _good, clone, releases, user_files
+from tests.bump.conftest import _good, clone, releases, user_files
 from tests.small.materials import git
 from tests.small.world import Ended, World
 
@@ -34,7 +34,7 @@ sys.exit(int((tree / "code.txt").read_text()) if (tree / "code.txt").exists() el
 
 
 def argv(*words: str) -> list[str]:
-    return [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "bisect", *words]
+    return [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "bisect", *words]
 
 
 def bisect(world: World, *words: str) -> Ended:

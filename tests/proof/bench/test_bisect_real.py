@@ -15,7 +15,7 @@ import pytest
 
 from tests.bench.histories import Made, make
 from tests.small.materials import git
-from workspace.core.layout import Layout, here
+from workspace.core.paths import Layout, here
 
 COMMITS, BROKEN, SLOW, BROKEN_PATCH = 64, 23, 46, 5
 LLAMA, SCHEDULER = "vllm/model_executor/models/llama.py", "vllm/v1/core/sched/scheduler.py"

@@ -20,12 +20,11 @@ from pathlib import Path
 import pytest
 
 from tests.small.materials import git
-from workspace import door
-from workspace.bench import compare, metrics, store
-from workspace.bench.ab import quiet
-from workspace.bench.record import Record
-from workspace.bench.verdict import FACTOR, MIN_STARTS, Verdict
-from workspace.core.layout import Layout, here
+from workspace.bench import compare, conditions, metrics, results
+from workspace.bench.compare import FACTOR, MIN_STARTS, Verdict
+from workspace.bench.results import Record
+from workspace.cli import main
+from workspace.core.paths import Layout, here
 
 KINDS = (0, 2, 8)
 METRIC = "latency"
@@ -106,7 +105,7 @@ def label(kind: int) -> str:
 
 def measured(layout: Layout, kind: int) -> Record | None:
     tree = git(layout.vllm, "rev-parse", "HEAD^{tree}")
-    found = [one.record for one in store.entries(layout) if one.record and (one.record.label, one.record.source.tree) == (label(kind), tree)]
+    found = [one.record for one in results.entries(layout) if one.record and (one.record.label, one.record.source.tree) == (label(kind), tree)]
     assert len(found) < 2, f"results/ holds {label(kind)} of several machines"
     return found[0] if found else None
 
@@ -114,13 +113,13 @@ def measured(layout: Layout, kind: int) -> Record | None:
 @pytest.fixture(scope="module")
 def collected(built: Layout) -> Mapping[int, Record]:
     """COLLECT starts of each kind, one of each in turn, so that whatever drifts meets all of them."""
-    settings = door.load_settings(built)
+    settings = main.load_settings(built)
     for number in range(1, COLLECT + 1):
         for kind in KINDS:
             if (there := measured(built, kind)) and len(there.starts) >= number:
                 continue
             with seeded(built, kind, "collected"):
-                quiet.require(settings, has_gpu=False, is_busy=IS_BUSY, console=door.console(), wait_s=QUIET_S)
+                conditions.require_idle(settings, has_gpu=False, is_busy=IS_BUSY, console=main.console(), wait_s=QUIET_S)
                 done = run(built, "bench", "latency", "--label", label(kind), "--repeat", str(number))
             assert done.returncode == 0, done.stderr
     found = {kind: measured(built, kind) for kind in KINDS}

@@ -1,9 +1,9 @@
 """What is kept of that from which one returns."""
 
-from tests.pin.test_back import pretend_good
+from tests.bump.test_back import pretend_good
 from tests.small.materials import git
 from tests.small.world import World
-from workspace.source import pins
+from workspace.repo import pins
 
 
 def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_references(clone: World) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.pin.conftest import ROWS, judge_at_once, smoke, user_files
+from tests.bump.conftest import ROWS, judge_at_once, smoke, user_files
 from tests.small.index import Fault
 from tests.small.materials import Materials, git
 from tests.small.releases import CLEAN, CONFLICT, RED, UPSTREAMED, Releases
 from tests.small.world import World, make_world
-from workspace.pin import good
-from workspace.source import pins
+from workspace.bump import known_good
+from workspace.repo import pins
 
 CONFLICTS = re.compile(r"<<<<<<< .*?\n(.*?)(?:\|\|\|\|\|\|\|.*?)?=======\n(.*?)>>>>>>> [^\n]*\n", re.DOTALL)
 
@@ -136,7 +136,7 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
     (clone.layout.environment / ".workspace" / "environment.json").unlink()
     clone.bootstrap()
     assert smoke(clone).code == 0
-    assert "numba==0.65.0" in (good.folder(clone.layout, good.every(clone.layout)[0].name) / "freeze.txt").read_text()
+    assert "numba==0.65.0" in (known_good.folder(clone.layout, known_good.every(clone.layout)[0].name) / "freeze.txt").read_text()
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
     kept = list(clone.layout.goods.glob("*/environment"))
@@ -240,7 +240,7 @@ def test_promotion_that_was_killed_is_finished_by_the_next_bump(clone: World, de
         assert "goes forward only" in clone.run("patch.continue", "--abort").error(3)
     finish_bump(clone)
     assert clone.git("rev-parse", "refs/patches/tip") == clone.git("rev-parse", "HEAD")
-    assert len(good.every(clone.layout)) >= 1
+    assert len(known_good.every(clone.layout)) >= 1
 
 
 @pytest.mark.parametrize("delay_ms", range(0, 480, 40))

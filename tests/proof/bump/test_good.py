@@ -2,11 +2,11 @@
 
 import shutil
 
-from tests.pin.conftest import RECORD, run, smoke
-from tests.pin.test_good import names
+from tests.bump.conftest import RECORD, run, smoke
+from tests.bump.test_good import names
 from tests.small.materials import git
 from tests.small.world import World
-from workspace.pin import good
+from workspace.bump import known_good
 
 
 def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(clone: World) -> None:
@@ -24,12 +24,12 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
     git(clone.root, "add", "README.md")
     head = git(clone.root, "rev-parse", "HEAD")
     # What a bump leaves that was ended while it deleted its workshop.
-    (good.gone(layout) / "vendor").mkdir(parents=True)
+    (known_good.gone(layout) / "vendor").mkdir(parents=True)
     clone.git("worktree", "add", "--quiet", "--detach", str(layout.workshop / "vendor" / "vllm"))
     shutil.rmtree(layout.workshop)
     (layout.vllm / ".git" / "worktrees" / "vllm" / "HEAD").write_text(f"{'0' * 40}\n")
     assert smoke(clone).code == 0
-    assert not good.gone(layout).exists()
+    assert not known_good.gone(layout).exists()
     assert not (layout.vllm / ".git" / "worktrees").exists()
     second = names(clone)[0]
     assert second != first
@@ -41,16 +41,16 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
 
     # The oldest goes, with its references; never the one in use.
     for number in (3, 4):
-        record = (good.folder(layout, second) / "good.json").read_text()
+        record = (known_good.folder(layout, second) / "good.json").read_text()
         other = f"v0.0.{number}-{'0' * 12}"
         (layout.goods / other).mkdir()
         (layout.goods / other / "good.json").write_text(record.replace(second, other))
         clone.git("update-ref", f"refs/good/{other}", "HEAD")
     assert run(clone, *RECORD).code == 0
     assert git(clone.root, "rev-parse", f"refs/good/{second}") == kept, "recorded again, it is the same commit"
-    assert len(names(clone)) == good.KEPT
+    assert len(names(clone)) == known_good.KEPT
     assert names(clone)[0] == second
     assert first not in names(clone)
-    assert not good.folder(layout, first).exists()
+    assert not known_good.folder(layout, first).exists()
     assert clone.git("for-each-ref", f"refs/good/{first}") == ""
     assert git(clone.root, "for-each-ref", f"refs/good/{first}") == ""

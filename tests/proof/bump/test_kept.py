@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from tests.pin.conftest import smoke
+from tests.bump.conftest import smoke
 from tests.proof.bump.test_bump import assert_stands_on
 from tests.small import wheels
 from tests.small.releases import CLEAN
 from tests.small.world import World
-from workspace.build import stamp
-from workspace.pin import good
+from workspace.bump import known_good
+from workspace.install import stamp
 
 STRAY = 'const char *of_the_old_pin(void) { return "old"; }\n'
 
@@ -104,7 +104,7 @@ def test_donors_kernels_do_not_mix_with_those_that_were_compiled_here(clone: Wor
     assert left.name in ended.err
     assert not stray.exists()
     assert not before & {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
-    wanted = next(found for found in good.every(clone.layout) if found.tag == "v0.31.0" and found.inputs["origin"] == "native")
+    wanted = next(found for found in known_good.every(clone.layout) if found.tag == "v0.31.0" and found.inputs["origin"] == "native")
     del clone.env["KERNELS"]
     assert clone.run("pin.back", "--good", wanted.name).code == 0
     assert origin(clone) == "native"

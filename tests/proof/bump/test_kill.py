@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pin.test_back import pretend_good
-from tests.pin.test_kill import kill
+from tests.bump.test_back import pretend_good
+from tests.bump.test_kill import kill
 from tests.proof.bump.test_bump import CONFLICTS, assert_stands_on
 from tests.small.materials import git
 from tests.small.releases import CONFLICT

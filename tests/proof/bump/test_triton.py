@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.pin.test_triton import triton
+from tests.bump.test_triton import triton
 from tests.small.materials import git
 from tests.small.world import World
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 
 from tests.proof.kill.real import Clone, make_clone
-from workspace.build import stamp
+from workspace.install import stamp
 
 TARGET = "_moe_C_stable_libtorch"
 SOURCE = "csrc/libtorch_stable/moe/topk_softmax_kernels.cu"

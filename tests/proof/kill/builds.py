@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tests.proof.kill.cases import KillCase, check_planted, plant, write_dotenv
 from tests.small.world import World
-from workspace.build import stamp
-from workspace.build.compiling import OWN
 from workspace.core.files import sha256
+from workspace.install import stamp
+from workspace.install.rebuild import OWN
 
 REBUILD = ("rebuild", "--jobs", "2")
 NATIVE = ("rebuild", "--kernels", "native", "--jobs", "2")

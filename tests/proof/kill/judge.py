@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.small.materials import git
-from workspace.core.layout import Layout
-from workspace.source.stack import LEFT_REF
+from workspace.core.paths import Layout
+from workspace.repo.series import LEFT_REF
 
 STRAY_S = 15.0
 # Of a fetch that was ended the whole history is asked for, should it have been the server that refuses a partial clone.

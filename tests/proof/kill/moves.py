@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.pin.conftest import ROWS, judge_at_once, smoke
+from tests.bump.conftest import ROWS, judge_at_once, smoke
 from tests.proof.kill.cases import KillCase, plant, write_dotenv
 from tests.small import releases
 from tests.small.materials import git
 from tests.small.releases import CLEAN, CONFLICT
 from tests.small.world import World
-from workspace.source import hardening
+from workspace.repo.git import command
 
 # Each of them leads on; more than this is a circle.
 MOST_COMMANDS = 6
@@ -69,7 +69,7 @@ def check_remembered(world: World) -> None:
         for made in set(commits(folder)) - logged - set(before["here"][name]):
             tree, committer = git(folder, "show", "--no-patch", "--format=%T %ce", made).split()
             assert tree in trees, f"{name}: {made} leads nowhere"
-            assert committer == hardening.IDENTITY[1], f"{name}: {made} of {committer} leads nowhere"
+            assert committer == command.IDENTITY[1], f"{name}: {made} of {committer} leads nowhere"
         assert logged >= reachable
 
 

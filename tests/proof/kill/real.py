@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.proof.kill import judge
 from tests.small.materials import ROOT, git
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 LIMIT_S = 1800.0
 KINDS = ("SIGKILL to the verb", "SIGKILL to all", "SIGTERM", "SIGINT")

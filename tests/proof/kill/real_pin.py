@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.proof.kill import judge
 from tests.proof.kill.real import Clone, make_clone
 from tests.small.materials import git
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 NEXT = "v0.32.0"
 LIMIT_S = 1200.0
@@ -61,7 +61,7 @@ class Stand:
     def smoke(self) -> None:
         """`nox -s smoke`: the judgement, and the record of what is good."""
         for session in ("smoke", "record-good"):
-            argv = [str(self.layout.tools / "bin" / "python"), "-m", "workspace.sessions", session]
+            argv = [str(self.layout.tools / "bin" / "python"), "-m", "workspace.cli.sessions", session]
             done = subprocess.run(argv, cwd=self.layout.root, env=self.clone.env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
             assert done.returncode == 0, f"{session}: exit {done.returncode}: {done.stderr}"
 

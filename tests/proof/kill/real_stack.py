@@ -12,7 +12,7 @@ from tests.proof.kill.moves import take_both_sides
 from tests.proof.kill.real import Clone, make_clone
 from tests.small.materials import git
 from workspace.core import settings
-from workspace.source import archive, index, pins
+from workspace.repo import index, pins
 
 PATCHES = 30
 VERBS = ("patch.apply", "patch.unapply", "patch.export", "patch.continue")
@@ -59,7 +59,7 @@ def make_stand(folder: Path) -> Stand:
     pin = pins.load(layout.pins).vllm
     assert pin.archive is not None
     packed = index.fetch(pin.name, pin.archive.filename, pin.archive.sha256, settings=settings.load(layout))
-    archive.make(packed, layout.vllm, pin)
+    pins.make_from_archive(packed, layout.vllm, pin)
     git(layout.vllm, "config", "user.name", "Me")
     git(layout.vllm, "config", "user.email", "me@localhost")
     stand = Stand(clone, pin.archive.commit, "", "")

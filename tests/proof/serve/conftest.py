@@ -2,7 +2,7 @@
 
 import pytest
 
-from workspace.core.layout import Layout, here
+from workspace.core.paths import Layout, here
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.small.materials import ROOT
 from tests.small.world import World
-from workspace.engine import server, whereabouts
+from workspace.server import lifecycle, observation
 
 ARGUMENTS = "".join(f'group.add_argument("--{name}")\n' for name in ("host", "port", "max-num-seqs", "gpu-memory-utilization", "served-model-name"))
 # Takes the place of .vllm/bin/vllm: `vllm serve MODEL --port N …`, in the manner that the model's folder is called after.
@@ -41,20 +41,20 @@ def clone(built: World):
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             (model / name).write_text("{}")
     yield built
-    if there := whereabouts.find(built.layout.server):
-        server.stop(there, at_once=True)
+    if there := observation.find(built.layout.server):
+        lifecycle.stop(there, at_once=True)
     for manner in ("plain", "crash", "slow"):
         for path in (built.folder / manner).iterdir():
             path.unlink()
 
 
 def words(clone: World, manner: str, *extra: str, port: int | None = None) -> list[str]:
-    return ["serve", str(clone.folder / manner), "--", "--port", str(port or server.free_port()), "--gpu-memory-utilization", "0.1", *extra]
+    return ["serve", str(clone.folder / manner), "--", "--port", str(port or lifecycle.free_port()), "--gpu-memory-utilization", "0.1", *extra]
 
 
-def until(clone: World, true) -> whereabouts.Server:
+def until(clone: World, true) -> observation.Server:
     deadline = time.monotonic() + 60
-    while not ((there := whereabouts.find(clone.layout.server)) and true(there)):
+    while not ((there := observation.find(clone.layout.server)) and true(there)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return there
@@ -85,7 +85,7 @@ def test_server_in_the_foreground_ends_with_its_verb(clone: World, number: signa
     verb.send_signal(number)
     _, err = verb.communicate(timeout=60)
     assert (verb.returncode, there.members(), "stopping" in err) == (code, set(), True), err
-    assert whereabouts.find(clone.layout.server) is None
+    assert observation.find(clone.layout.server) is None
 
 
 def test_start_up_that_is_stopped_from_elsewhere_is_no_success(clone: World) -> None:
@@ -96,7 +96,7 @@ def test_start_up_that_is_stopped_from_elsewhere_is_no_success(clone: World) -> 
         os.kill(one, signal.SIGKILL)
     _, err = verb.communicate(timeout=60)
     assert verb.returncode == 10, err
-    assert whereabouts.find(clone.layout.server) is None
+    assert observation.find(clone.layout.server) is None
 
 
 def test_crash_for_memory_says_the_next_rung_as_a_command(clone: World) -> None:
@@ -116,7 +116,7 @@ def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) ->
     assert "# VLLM_API_KEY is set, and stays unsaid" in shown.out
     assert shown.out.splitlines()[-1].endswith(f"/bin/vllm serve {clone.folder}/plain --port 8123 --gpu-memory-utilization 0.1 --host 127.0.0.1")
     assert "unset PYTHONPATH" in shown.out
-    assert whereabouts.find(clone.layout.server) is None
+    assert observation.find(clone.layout.server) is None
 
 
 def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
         (odd_tokenizer, "tokenizer.json cannot be read"),
         (tmp_path / "nowhere", "is no folder with a model"),
     ):
-        assert said in clone.run("serve", str(folder), "--", "--port", str(server.free_port()), *share).error(10)
+        assert said in clone.run("serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share).error(10)
     assert "there is no recipe 'tinny'" in clone.run("serve", "tinny").error(2)
     assert "no port from 1 to 65535" in clone.run(*words(clone, "plain", "--port", "99999")).error(2)
     assert "no share above 0" in clone.run(*words(clone, "plain", "--gpu-memory-utilization", "-1")).error(2)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.small.hub import Hub, Repository, serve
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 from workspace.core.settings import load
-from workspace.serve import weights
+from workspace.server import models
 
 PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 FILES = {
@@ -53,7 +53,7 @@ class Fetcher:
         return json.loads(out)
 
     def found(self) -> Path | None:
-        return weights.snapshot(weights.hub_cache(load(self.layout, environ=self.environment)), "some/model")
+        return models.snapshot(models.hub_cache(load(self.layout, environ=self.environment)), "some/model")
 
 
 @pytest.fixture

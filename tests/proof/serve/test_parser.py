@@ -5,12 +5,11 @@ import subprocess
 
 import pytest
 
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 from workspace.core.settings import load
-from workspace.engine import flags
-from workspace.environment import registry
-from workspace.serve import recipes
-from workspace.source import pins
+from workspace.machine import run_environment
+from workspace.repo import pins
+from workspace.server import flags, recipes
 
 # Prints every option string and how many words it takes; then what the parser makes of each command line that it is given.
 PROGRAM = """
@@ -97,16 +96,16 @@ def test_the_same_variables_as_the_registry_has(layout: Layout) -> None:
     program = "import vllm.envs, json; print(json.dumps(sorted(vllm.envs.environment_variables)))"
     environment = load(layout).child_environment("run")
     done = subprocess.run([layout.environment_python, "-c", program], env=environment, cwd="/", capture_output=True, text=True, timeout=120, check=True)
-    assert set(json.loads(done.stdout.splitlines()[-1])) == registry.known(layout)
+    assert set(json.loads(done.stdout.splitlines()[-1])) == run_environment.known_variables(layout)
 
 
 def test_nothing_that_is_called_removed_is_there(layout: Layout) -> None:
     version = [int(part) for part in pins.load(layout.pins).vllm.version.split(".")]
     known = flags.known(layout)
-    for kind, names in (("variables", registry.known(layout)), ("flags", known.names | known.negated)):
-        for former in registry.removed(kind).values():
+    for kind, names in (("variables", run_environment.known_variables(layout)), ("flags", known.names | known.negated)):
+        for former in run_environment.removed_names(kind).values():
             is_gone = not former.gone or [int(part) for part in former.gone.split(".")] <= version
             assert (former.name in names) == (not is_gone), former
             for word in former.instead.replace(",", " ").replace(";", " ").split():
                 assert not word.startswith("--") or known.spelled(word), former
-                assert not registry.VARIABLE.match(word) or word.split("=")[0] in registry.known(layout), former
+                assert not run_environment.VARIABLE.match(word) or word.split("=")[0] in run_environment.known_variables(layout), former

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.layout import here
+from workspace.core.paths import here
 from workspace.core.settings import load
-from workspace.engine import flags
-from workspace.environment import registry
-from workspace.source import index
+from workspace.machine import run_environment
+from workspace.repo import index
+from workspace.server import flags
 
 RELEASES = ("0.24.0", "0.31.0", "0.33.0")
 
@@ -20,7 +20,7 @@ def names_of(version: str) -> tuple[frozenset[str], frozenset[str]]:
     """The variables and flags in the archive of a release."""
     settings = load(here())
     filename = f"vllm-{version}.tar.gz"
-    package = next(package for package in index.page("vllm", settings).packages if package.filename == filename)
+    package = next(package for package in index.project_page("vllm", settings).packages if package.filename == filename)
     archive: Path = index.fetch("vllm", filename, package.digests["sha256"], settings=settings)
     variables: frozenset[str] = frozenset()
     known: frozenset[str] = frozenset()
@@ -28,7 +28,7 @@ def names_of(version: str) -> tuple[frozenset[str], frozenset[str]]:
         for member in tar:
             path = member.name.partition("/")[2]
             if path == "vllm/envs.py":
-                variables = registry.variables_of(tar.extractfile(member).read())
+                variables = run_environment.variables_of(tar.extractfile(member).read())
             elif path == "vllm/engine/arg_utils.py" or (path.startswith("vllm/entrypoints/") and path.endswith("/cli_args.py")):
                 known |= flags.flags_of(tar.extractfile(member).read())
     assert variables
@@ -44,7 +44,7 @@ def key(version: str) -> list[int]:
 def test_what_the_table_says_of_a_release_is_so(version: str) -> None:
     variables, known = names_of(version)
     for kind, names in (("variables", variables), ("flags", known)):
-        for former in registry.removed(kind).values():
+        for former in run_environment.removed_names(kind).values():
             if not former.last or key(former.gone) <= key(version):
                 assert former.name not in names, former
             elif key(version) == key(former.last):

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 from workspace.core.settings import load
-from workspace.engine import kin, server, whereabouts
+from workspace.server import lifecycle, observation, process_tree
 
 CYCLES, SEED, MODEL = int(os.environ.get("CYCLES", "50")), int(os.environ.get("SEED", "0")), os.environ.get("MODEL", "tiny")
 START_TIMEOUT_S = 600
@@ -56,7 +56,7 @@ class Serving:
     """`inv serve` of this clone, and an eye on everything that its server shares while it lives."""
 
     def __init__(self, layout: Layout, *words: str, extra: tuple[str, ...] = ()) -> None:
-        self.layout, self.port = layout, server.free_port()
+        self.layout, self.port = layout, lifecycle.free_port()
         self.inv = [sys.executable, "-Es", str(layout.root / "tasks.py")]
         self.seen: dict[int, int] = {}
         self.shared: set[str] = set()
@@ -72,13 +72,13 @@ class Serving:
             there = self.there()
             if there:
                 members = there.members()
-                known = kin.living()
+                known = process_tree.living()
                 self.seen |= {number: known[number].started for number in members if number in known}
-                self.shared |= kin.shared_by(members)
+                self.shared |= process_tree.shared_by(members)
                 self.folders.add(there.family.folder)
 
-    def there(self) -> whereabouts.Server | None:
-        return whereabouts.find(self.layout.server)
+    def there(self) -> observation.Server | None:
+        return observation.find(self.layout.server)
 
     def wait(self) -> str:
         """Wait until the server is ready, and return its address."""
@@ -101,7 +101,7 @@ class Serving:
 
     def front(self) -> int | None:
         there = self.there()
-        known = kin.living()
+        known = process_tree.living()
         return next((number for number, one in known.items() if there and one.parent == there.family.keeper), None)
 
     def judge(self) -> None:
@@ -109,7 +109,7 @@ class Serving:
         self.verb.communicate(timeout=120)
         self._over.set()
         self._eye.join()
-        known = kin.living()
+        known = process_tree.living()
         assert [number for number, started in self.seen.items() if number in known and known[number].started == started] == []
         assert [name for name in self.shared if Path(name).exists()] == []
         assert [folder for folder in self.folders if Path(folder).exists()] == []

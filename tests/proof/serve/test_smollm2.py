@@ -3,10 +3,10 @@
 import subprocess
 
 from workspace.core.console import Console
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
 from workspace.core.settings import load
-from workspace.engine import models
+from workspace.server import models
 
 ASK = """
 import sys, torch, transformers
@@ -23,7 +23,7 @@ def test_made_once_it_says_that_the_capital_of_france_is_paris(layout: Layout) -
     settings = load(layout)
     with Journal(Console(), layout.logs, verb="test") as journal:
         folder = models.smollm2(layout, settings, journal=journal)
-    assert models.found(layout, "smollm2") == folder
+    assert models.found_built_in(layout, "smollm2") == folder
     environment = settings.child_environment("run", {"HF_HUB_OFFLINE": "1"})
     done = subprocess.run([layout.environment_python, "-c", ASK, folder], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "The capital of France is Paris.", done.stderr

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 Change = Callable[[bytes], bytes]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.proof.smoke.defects import DEFECTS, Defect
-from workspace.core.layout import Layout, here
+from workspace.core.paths import Layout, here
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 
 
 def smoke(layout: Layout, *words: str) -> tuple[int, str, float]:
-    argv = [layout.tools / "bin" / "python", "-m", "workspace.sessions", "smoke", *words]
+    argv = [layout.tools / "bin" / "python", "-m", "workspace.cli.sessions", "smoke", *words]
     started = time.monotonic()
     done = subprocess.run(argv, cwd=layout.root, capture_output=True, text=True, timeout=3600, check=False)
     return done.returncode, done.stderr, time.monotonic() - started

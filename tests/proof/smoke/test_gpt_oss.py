@@ -13,10 +13,10 @@ import pytest
 from tests.proof.smoke import test_defects
 from tests.proof.smoke.defects import Defect, instead
 from tests.proof.smoke.test_defects import seeded
-from workspace.core.layout import Layout
-from workspace.smoke import computed
-from workspace.smoke.checks import Answer, Check
-from workspace.smoke.suite import ENVIRONMENT
+from workspace.checks import numeric
+from workspace.checks.registry import Answer, Check
+from workspace.checks.smoke_suite import ENVIRONMENT
+from workspace.core.paths import Layout
 
 built = test_defects.built
 GPT_OSS = "vllm/model_executor/models/gpt_oss.py"
@@ -103,7 +103,7 @@ def reference(built: Layout, model: Path, tmp_path_factory: pytest.TempPathFacto
 
 def parity(built: Layout, model: Path, reference: Path) -> Check:
     record = ask(built, "parity.py", f"--model=gpt-oss={model}", "--dtype", "bfloat16", "--against", reference)
-    return computed.mxfp4(Answer(record, None, 0.0))
+    return numeric.mxfp4(Answer(record, None, 0.0))
 
 
 def test_hugging_face_reads_the_values_that_were_meant(built: Layout, model: Path, tmp_path: Path) -> None:

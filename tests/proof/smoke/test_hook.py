@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.pin.conftest import smoke
+from tests.bump.conftest import smoke
 from tests.small.materials import git
 from tests.small.world import World
-from workspace.pin.hook import KEPT, NAME
+from workspace.checks.smoke import HOOK, KEPT
 
 MINE = '#!/bin/sh\nread words; echo "mine: $1 $words" >&2\n'
 
@@ -43,23 +43,23 @@ def remote(tmp_path: Path) -> Path:
 
 def test_hook_of_the_users_goes_first_sees_what_git_tells_it_and_comes_back(clone: World, hooks: Path, remote: Path) -> None:
     hooks.mkdir(exist_ok=True)
-    (hooks / NAME).write_text(MINE)
-    (hooks / NAME).chmod(0o755)
+    (hooks / HOOK).write_text(MINE)
+    (hooks / HOOK).chmod(0o755)
     assert f"yours is {KEPT}" in clone.run("hook").err
     pushed = push(clone, clone.root, remote)
     assert pushed.returncode == 0, pushed.stderr
     assert f"mine: {remote} HEAD" in pushed.stderr
     assert "the smoke has passed on this tree and build" in pushed.stderr
     assert clone.run("hook", "--remove").code == 0
-    assert (hooks / NAME).read_text() == MINE
-    assert os.access(hooks / NAME, os.X_OK)
+    assert (hooks / HOOK).read_text() == MINE
+    assert os.access(hooks / HOOK, os.X_OK)
     assert not (hooks / KEPT).exists()
 
 
 def test_hook_of_the_users_that_fails_stops_the_push_before_the_gate(clone: World, hooks: Path, remote: Path) -> None:
     hooks.mkdir(exist_ok=True)
-    (hooks / NAME).write_text("#!/bin/sh\nexit 3\n")
-    (hooks / NAME).chmod(0o755)
+    (hooks / HOOK).write_text("#!/bin/sh\nexit 3\n")
+    (hooks / HOOK).chmod(0o755)
     clone.run("hook")
     pushed = push(clone, clone.root, remote)
     assert pushed.returncode != 0
@@ -105,8 +105,8 @@ def test_stale_kernels_stop_the_push_and_say_what_to_run(clone: World, remote: P
 
 def test_workspace_that_moved_says_so_at_the_push(clone: World, hooks: Path, remote: Path) -> None:
     clone.run("hook")
-    script = (hooks / NAME).read_text()
-    (hooks / NAME).write_text(script.replace(str(clone.root), f"{clone.root}-elsewhere"))
+    script = (hooks / HOOK).read_text()
+    (hooks / HOOK).write_text(script.replace(str(clone.root), f"{clone.root}-elsewhere"))
     pushed = push(clone, clone.root, remote)
     assert "no longer at" in pushed.stderr
     assert pushed.returncode != 0

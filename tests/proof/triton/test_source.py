@@ -139,10 +139,10 @@ def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(built: World, ups
 
 
 def test_killed_between_two_tritons_the_next_run_takes_it_back_first(built: World, upstream: Upstream) -> None:
-    from workspace.build.triton import former
+    from workspace.machine import venv
 
     build(built)
-    former.keep(built.layout)
+    venv.keep_former(built.layout)
     built.uv("uninstall", "triton")
     ended = built.run("fix-triton", "--from-source")
     assert ended.code == 0, ended.said

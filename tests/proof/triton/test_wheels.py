@@ -15,7 +15,7 @@ import pytest
 from tests.small.materials import Materials
 from tests.small.wheels import write
 from tests.small.world import Ended, World, make_world
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 
 OLD, MIDDLE, NEW = "3.5.1", "3.6.0", "3.7.1"
 NO_SM = "Value 'sm_121a' is not defined for option 'gpu-name'"

@@ -15,7 +15,7 @@ import pytest
 
 from tests.small.index import Fault
 from tests.small.world import Ended, World
-from workspace.upstream import needs
+from workspace.checks import upstream_pinned
 
 RECORD = "upstream.json"
 # Long enough for a test to be found running, and for no test to wait for.
@@ -24,7 +24,7 @@ WAIT_S = 60.0
 
 
 def start(world: World, *words: str | Path, **env: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.sessions", "upstream", *map(str, words)]
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *map(str, words)]
     child = subprocess.Popen(argv, cwd=world.root, env=world.env | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     world.started.append(child)
     return child
@@ -90,7 +90,7 @@ def test_edit_that_breaks_a_test_fails_and_what_fails_on_the_pin_too_does_not_co
     assert "vllm/alpha.py" in record["changed"]
     assert len(record["dirty"]) == 64
     assert "1 fail on the pin too" in checks(ended)["tests/test_alpha.py"]["evidence"]
-    assert not (needs.place(built.layout) / "pin").exists()
+    assert not (upstream_pinned.needs_folder(built.layout) / "pin").exists()
 
 
 def test_edit_that_breaks_nothing_passes_and_the_second_run_asks_no_index(built: World) -> None:
@@ -109,7 +109,7 @@ def test_environment_gets_none_of_what_the_tests_need(built: World) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
     assert upstream(built).code == 0
     assert sorted(path.name for path in built.layout.environment.glob("lib/python*/site-packages/*")) == before
-    (site,) = needs.place(built.layout).glob("site-*")
+    (site,) = upstream_pinned.needs_folder(built.layout).glob("site-*")
     assert (site / "pytest_timeout.py").is_file()
     # What .vllm has is barred.
     assert not (site / "packaging").exists()
@@ -124,7 +124,7 @@ def test_change_that_makes_a_test_ask_the_hub_fails_and_one_that_always_did_does
     assert "test_hub.py::test_tokenizer" in ended.err
     assert json.loads(ended.out)["tests"] == {"passed": 0, "failed": 1, "skipped": 0, "hub": 1, "pin": 0}
     # It is known from the pin, and not asked again.
-    assert json.loads((needs.place(built.layout) / "hub.json").read_bytes())["tests"] == ["tests/test_hub.py::test_model"]
+    assert json.loads((upstream_pinned.needs_folder(built.layout) / "hub.json").read_bytes())["tests"] == ["tests/test_hub.py::test_model"]
 
 
 def test_change_whose_import_kills_the_process_is_no_run_without_tests(built: World) -> None:
@@ -200,7 +200,7 @@ def test_tree_that_is_changed_meanwhile_gets_no_verdict(built: World, tmp_path: 
 
 def test_index_that_is_out_of_reach_is_a_sentence_and_what_a_killed_install_left_is_cleared(built: World) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
-    former = needs.place(built.layout) / "site-0123456789ab"
+    former = upstream_pinned.needs_folder(built.layout) / "site-0123456789ab"
     for folder in (former, former.with_name("site-ba9876543210.new")):
         folder.mkdir(parents=True)
         (folder / "file").touch()
@@ -211,6 +211,6 @@ def test_index_that_is_out_of_reach_is_a_sentence_and_what_a_killed_install_left
     assert former.is_dir()
     built.index.faults.clear()
     assert upstream(built).code == 0
-    (site,) = needs.place(built.layout).glob("site-*")
+    (site,) = upstream_pinned.needs_folder(built.layout).glob("site-*")
     assert site != former
     assert (site / "pytest" / "__init__.py").is_file()

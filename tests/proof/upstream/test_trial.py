@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.upstream.runs import run
+from tests.checks.upstream.runs import run
 from workspace.core.errors import SmokeError
 
 STUMBLING = "def pytest_sessionfinish(session):\n    if not hasattr(session.config, 'workerinput'): raise ValueError('a plugin stumbles')\n"

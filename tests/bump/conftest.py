@@ -1,0 +1,107 @@
+"""A bootstrapped small clone with a smoke that judges: its parity probe asks the built vLLM, which a release may break, and answers at once."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small import releases as small_releases
+from tests.small.materials import Materials, git
+from tests.small.releases import Releases
+from tests.small.world import Ended, World, make_world
+
+PARITY = """import json, sys
+from pathlib import Path
+
+import torch
+import vllm
+from vllm.platforms import current_platform
+
+tree = Path(vllm.__file__).parent
+equal = 0 if getattr(vllm, "BROKEN", False) else 2
+same = {"error": None, "same_prompt": True, "equal": equal, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
+same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
+print(json.dumps({
+    "error": None,
+    "vllm": {"file": vllm.__file__, "version": vllm.__version__, "platform": current_platform.device_type, "kernels": [p.name for p in tree.glob("*.so")]},
+    "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+    "models": {"llama": same, "qwen3": same},
+    "consistency": {name: same for name in ("repeat", "batch", "parts", "chunked", "prefix")},
+}))
+"""
+REFERENCE = "print('{}')\n"
+KERNELS = """import json
+rows = [{"case": "one", "difference": 0.5, "limit": 1.0}]
+groups = ("norm", "activation", "rotary", "attention", "quantized", "moe")
+print(json.dumps({"error": None, "groups": {name: {"error": None, "skipped": None, "rows": rows, "seconds": 0.1} for name in groups}}))
+"""
+ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
+TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
+# What `nox -s smoke` runs after a smoke that passed.
+RECORD = ("-m", "workspace.cli.sessions", "record-good")
+
+
+def judge_at_once(probes: Path) -> None:
+    """Put probes there that start no engine."""
+    for name, text in (("parity", PARITY), ("tiny_model", TINY), ("reference", REFERENCE), ("kernels", KERNELS)):
+        (probes / f"{name}.py").write_text(text)
+
+
+def run(world: World, *words: str) -> Ended:
+    """A program of the clone's library."""
+    done = subprocess.run([sys.executable, "-Es", "-B", *words], cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def smoke(world: World) -> Ended:
+    """`nox -s smoke`: the judgement, and the record of what is good."""
+    ended = run(world, "-m", "workspace.cli.sessions", "smoke")
+    if ended.code == 0:
+        recorded = run(world, *RECORD)
+        assert recorded.code == 0, recorded.said
+    return ended
+
+
+@pytest.fixture(scope="session")
+def releases(materials: Materials) -> Releases:
+    return small_releases.make(materials)
+
+
+@pytest.fixture(scope="session")
+def _good(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = make_world(materials, tmp_path_factory.mktemp("good"))
+    probes = made.layout.probes
+    judge_at_once(probes)
+    git(made.root, "commit", "--quiet", "--all", "-m", "A smoke for the small world")
+    made.bootstrap()
+    ended = smoke(made)
+    assert ended.code == 0, ended.said
+    made.save()
+    return made
+
+
+@pytest.fixture
+def clone(_good: World, releases: Releases) -> Iterator[World]:
+    """A clone whose state is recorded as good, and an index with every later release; always at the same path."""
+    _good.restore()
+    releases.publish(_good, *releases.files)
+    yield _good
+    _good.end()
+
+
+def user_files(world: World) -> dict[str, tuple[int, int, int, int]]:
+    """Everything that a bump must not touch before it is promoted: path, time, size, inode, mode."""
+    layout = world.layout
+    kept = [layout.relative(path) for path in (layout.vllm, layout.root / "patches", layout.pins, layout.environment)]
+    return {path: facts for path, facts in world.listing().items() if any(path == name or path.startswith(f"{name}/") for name in kept) and not _gits(path)}
+
+
+def _gits(path: str) -> bool:
+    """Git's own books: objects and references come, and nothing of them is a file of the user's."""
+    return path.startswith("vendor/vllm/.git")
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

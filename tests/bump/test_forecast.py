@@ -1,0 +1,243 @@
+"""A series in which every patch meets another fate at the next release, forecast on checkouts of both kinds."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.repo import ladder as ladders
+from tests.repo.conftest import commit, export, sh_git, write
+from tests.repo.ladder import Clone, Index, Ladder, lines
+from workspace.bump import forecast
+from workspace.bump.forecast import Forecast, PatchForecast
+from workspace.core.console import Console
+from workspace.core.errors import CheckoutError, PatchConflict, SettingsError, SourceError
+
+FATES = {
+    "git": {
+        "clean": "clean",
+        "taken": "upstreamed by tree",
+        "conflict": "conflicts in vllm/conflict.py",
+        "after": "conflicts in vllm/conflict.py after Local-conflict.patch",
+        "moved": "clean, merged",
+        "squashed": "upstreamed by tree",
+        "backport": "upstreamed by backport",
+        "cherry": "upstreamed by patch-id",
+        "new": "clean",
+    },
+}
+# Without history two of the three tests are impossible.
+FATES["release"] = FATES["git"] | {"backport": "conflicts in vllm/backport.py", "cherry": "conflicts in vllm/cherry.py"}
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+    return ladders.build(tmp_path_factory.mktemp("ladder"))
+
+
+@pytest.fixture(scope="module")
+def index(ladder: Ladder) -> Iterator[Index]:
+    with ladders.serve(ladder) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ladders.hostile(tmp_path / "gitconfig")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, ladder: Ladder, index: Index) -> Path:
+    """A clone with a checkout of each kind, and all that a forecast fetches."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "*")
+        for kind in ("git", "release"):
+            with ladders.cloned(root / kind, ladder, index) as clone:
+                clone.ensure(kind)  # type: ignore[arg-type]
+                run(clone)
+    return root
+
+
+@pytest.fixture(params=["git", "release"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def clone(tmp_path: Path, made: Path, ladder: Ladder, index: Index, kind: str) -> Iterator[Clone]:
+    with ladders.cloned(tmp_path / "other", ladder, index) as opened:
+        shutil.rmtree(opened.layout.root)
+        shutil.copytree(made / kind / "clone", opened.layout.root, symlinks=True)
+        sh_git(opened.vllm, "update-index", "--refresh")
+        yield opened
+
+
+def run(clone: Clone, ref: str = "v1.1.0", **more: str) -> Forecast:
+    return forecast.run(clone.layout, clone.settings(**more), ref, console=Console(out=clone.out, err=clone.err))
+
+
+def fate(patch: PatchForecast) -> str:
+    text = patch.state + (f" by {patch.test}" if patch.test else "") + (", merged" if patch.merged else "")
+    text += f" in {', '.join(conflict.path for conflict in patch.conflicts)}" if patch.conflicts else ""
+    return text + (f" after {patch.depends_on}" if patch.depends_on else "")
+
+
+def fates(made: Forecast) -> dict[str, str]:
+    return {patch.name.removeprefix("Local-").removesuffix(".patch"): fate(patch) for patch in made.patches}
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Every file, link and folder below a folder, .git included, with what is in it and when it was written."""
+    found = {}
+    for path in [root, *root.rglob("*")]:
+        if path.is_relative_to(root / ".workspace"):
+            continue
+        status = path.lstat()
+        inside = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and not path.is_symlink() else ""
+        found[str(path)] = f"{status.st_mode} {status.st_mtime_ns if path != root else 0} {status.st_ino} {inside}"
+    return found
+
+
+def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Clone, kind: str) -> None:
+    before = contents(clone.layout.root)
+    made = run(clone)
+    assert fates(made) == FATES[kind]
+    assert contents(clone.layout.root) == before
+    assert made.tree is None
+    assert clone.err.getvalue().splitlines()[-1].startswith("next: ./scripts/inv pin.bump v1.1.0")
+
+
+def test_conflicts_name_the_upstream_commits_that_touched_the_file(clone: Clone, ladder: Ladder, kind: str) -> None:
+    by_name = {patch.name: patch for patch in run(clone).patches}
+    commits = by_name["Local-conflict.patch"].conflicts[0].commits
+    if kind == "git":
+        # Not the one that drew the release branch, which touched README only.
+        assert commits == (f"{ladder.commits['conflict'][:12]} [Misc] Upstream's conflict (#3)",)
+        assert by_name["Local-cherry.patch"].by == f"{ladder.commits['cherry'][:12]} [Misc] Upstream's cherry (#6)"
+        assert by_name["Local-backport.patch"].by == f"{ladder.commits['backport'][:12]} [Misc] Upstream's backport (#5)"
+    else:
+        assert commits is None
+        assert any("unknown" in line and "no history" in line for line in clone.err.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("kind", ["git"])
+def test_partial_clone_alone_has_what_a_merge_with_renames_reads(clone: Clone, kind: str) -> None:
+    shutil.rmtree(clone.layout.upstream("vllm"))
+    assert fates(run(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")) == FATES["git"]
+
+
+def test_forecast_is_what_am_then_does(clone: Clone) -> None:
+    made = run(clone)
+    kept = [patch.name for patch in made.patches if patch.state == "clean"]
+    again = {name: (clone.layout.patches("vllm") / name).read_bytes() for name in kept}
+    clone.series(again)
+    tree = run(clone).tree
+    work = clone.layout.state / "by-hand"
+    sh_git(clone.layout.state, "clone", "--quiet", "--shared", "--no-checkout", str(made.candidate.store), str(work))
+    # The store borrows, and a clone of it does not do so again.
+    write(work, {".git/objects/info/alternates": f"{made.candidate.store}/objects\n{clone.vllm}/.git/objects\n"})
+    sh_git(work, "fetch", "--quiet", str(made.candidate.store), f"{made.candidate.base}:refs/heads/new", check=False)
+    sh_git(work, "checkout", "--quiet", "--detach", made.candidate.base, env={"GIT_CONFIG_GLOBAL": "/dev/null"})
+    sh_git(work, "am", "--quiet", "--3way", *(str(clone.layout.patches("vllm") / name) for name in kept))
+    assert sh_git(work, "rev-parse", "HEAD^{tree}") == tree
+
+
+@pytest.mark.parametrize("kind", ["git"])
+def test_series_applied_in_the_checkout_gives_the_same_forecast(clone: Clone, kind: str) -> None:
+    sh_git(clone.vllm, "am", "--quiet", "--keep-cr", *(str(clone.layout.patches("vllm") / name) for name in clone.stack().names))
+    assert fates(run(clone)) == FATES[kind]
+
+
+def test_patch_that_upstream_took_and_reverted_is_kept(clone: Clone, ladder: Ladder, kind: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    sh_git(tmp_path, "clone", "--quiet", str(ladder.work), str(work))
+    sh_git(work, "checkout", "--quiet", "v1.0.0")
+    write(work, {"vllm/clean.py": lines("clean", l5="five")})
+    sh_git(work, "commit", "--quiet", "--all", "--message", f"Five\n\nUpstream-Status: Backport [{ladder.commits['clean']}]")
+    clone.series({"Five.patch": export(work, "HEAD")})
+    (patch,) = run(clone).patches
+    assert patch.state == "clean"
+    assert ("and yet it changes the tree" in patch.remark) == (kind == "git")
+
+
+@pytest.mark.parametrize("kind", ["git"])
+def test_two_patches_of_one_file_are_taken_without_their_commits_in_any_repository(clone: Clone, ladder: Ladder, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    sh_git(tmp_path, "clone", "--quiet", str(ladder.work), str(work))
+    sh_git(work, "checkout", "--quiet", "v1.0.0")
+    commit(work, "one", {"vllm/conflict.py": lines("conflict", l5="five")})
+    commit(work, "two", {"vllm/conflict.py": lines("conflict", l5="five", l18="eighteen")})
+    commit(work, "three", {"vllm/conflict.py": lines("conflict", l5="5", l18="eighteen")})
+    clone.series({f"{number}.patch": export(work, f"HEAD~{3 - number}") for number in (1, 2, 3)})
+    assert [fate(patch) for patch in run(clone).patches] == ["clean", "clean, merged", "clean"]
+
+
+@pytest.mark.parametrize("kind", ["release"])
+def test_empty_series_is_a_forecast_too(clone: Clone) -> None:
+    clone.series({})
+    made = run(clone)
+    assert made.patches == ()
+    assert made.tree == sh_git(made.candidate.store, "rev-parse", f"{made.candidate.base}^{{tree}}")
+    assert made.changes
+
+
+@pytest.mark.parametrize("kind", ["git"])
+def test_series_that_does_not_fit_its_own_base_is_named(clone: Clone, ladder: Ladder) -> None:
+    after = ladder.series["Local-after.patch"]
+    clone.series({"Local-after.patch": after})
+    with pytest.raises(PatchConflict, match="Local-after.patch does not even apply to the present base"):
+        run(clone)
+
+
+def test_json_says_the_same_and_nothing_is_fetched_again(clone: Clone, index: Index, kind: str) -> None:
+    del index.asked[:]
+    made = forecast.run(clone.layout, clone.settings(), "1.1.0", console=Console(out=clone.out, err=clone.err), as_json=True)
+    record = json.loads(clone.out.getvalue())
+    assert [patch["state"] for patch in record["patches"]] == [patch.state for patch in made.patches]
+    assert record["candidate"]["kind"] == kind
+    assert record["candidate"]["pin"]["tag"] == "v1.1.0"
+    assert len(record["changes"]) == len(made.changes)
+    assert [path for path in index.asked if "/files/" in path] == []
+
+
+def test_forecast_without_a_checkout_says_how_to_get_one(tmp_path: Path, ladder: Ladder, index: Index) -> None:
+    with ladders.cloned(tmp_path / "bare", ladder, index) as clone, pytest.raises(CheckoutError, match="vendor/vllm is not there") as failure:
+        run(clone)
+    assert failure.value.hint == "./scripts/inv bootstrap"
+
+
+@pytest.mark.parametrize("kind", ["release"])
+def test_name_that_is_none_is_a_sentence(clone: Clone) -> None:
+    for ref in ("-x", "a b", "../x", "", "v1.0.0..v1.1.0", "HEAD@{1}", "x" * 300):
+        with pytest.raises(SettingsError, match="is not the name of"):
+            run(clone, ref)
+
+
+@pytest.mark.parametrize("kind", ["release"])
+def test_tag_that_exists_nowhere_is_a_sentence_with_the_nearest(clone: Clone) -> None:
+    with pytest.raises(SourceError, match=r"nearest.* (v?1\.0\.0, v?1\.1\.0|1\.1\.0)"):
+        run(clone, "v1.1.7")
+
+
+@pytest.mark.parametrize("kind", ["release"])
+def test_triton_without_a_checkout_is_a_sentence(clone: Clone) -> None:
+    with pytest.raises(CheckoutError, match="vendor/triton"):
+        run(clone, "triton")
+
+
+@pytest.mark.parametrize("kind", ["release"])
+def test_no_name_or_value_of_the_user_is_shown(clone: Clone) -> None:
+    os.chmod(clone.layout.root, 0o755)
+    write(clone.layout.root, {".env": "VLLM_OLD_BACKEND=hunter2secret\nSERVE=--swap-space 4 --kept\n"})
+    run(clone)
+    shown = clone.err.getvalue() + clone.out.getvalue()
+    assert "hunter2secret" not in shown
+    assert "VLLM_OLD_BACKEND is not known there" in shown
+    assert "--swap-space is not known there" in shown

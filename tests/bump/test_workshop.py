@@ -1,0 +1,160 @@
+"""The workshop's own tree, and what git keeps of it."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.small.materials import git
+from workspace.bump import staging
+from workspace.bump.staging import Begun, Workshop
+from workspace.core import settings as settings_module
+from workspace.core.console import Console
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.install import sandbox
+from workspace.repo.git import Git, remotes, worktree
+from workspace.repo.pins import Pin
+
+
+@pytest.fixture
+def submodule(tmp_path: Path) -> Path:
+    """A superproject with one submodule that has two commits, the first of them checked out by neither."""
+    upstream, outer = tmp_path / "upstream", tmp_path / "super"
+    for folder in (upstream, outer):
+        folder.mkdir()
+        git(folder, "init", "--quiet")
+    for text in ("one\n", "two\n"):
+        (upstream / "file").write_text(text)
+        git(upstream, "add", "file")
+        git(upstream, "commit", "--quiet", "-m", text.strip())
+    git(outer, "submodule", "--quiet", "add", str(upstream), "vendor/vllm")
+    git(outer, "commit", "--quiet", "-m", "The workspace")
+    return outer / "vendor" / "vllm"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test") as made:
+        yield made
+
+
+def test_linked_tree_of_a_submodule_is_not_led_astray_by_its_core_worktree(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    assert Git(submodule).setting("core.worktree")
+    path = tmp_path / "linked"
+    tree = worktree.add(Git(submodule), path, git(submodule, "rev-parse", "HEAD~1"), journal=journal)
+    tree.write("reset", "--quiet", "--hard")
+    place = tree.place()
+    assert place is not None
+    assert place.top == path
+    assert (path / "file").read_text() == "one\n"
+    assert (submodule / "file").read_text() == "two\n"
+    tree.set_ref("refs/worktree/applied", tree.head() or "")
+    assert Git(submodule).resolve("refs/worktree/applied") is None
+
+
+def test_forgetting_one_tree_leaves_others_alone_that_are_out_of_reach(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    mine, ours = tmp_path / "mine", tmp_path / "ours"
+    for path in (mine, ours):
+        worktree.add(Git(submodule), path, "HEAD", journal=journal)
+        path.rename(tmp_path / f"{path.name}-elsewhere")
+    worktree.forget(Git(submodule), ours)
+    listed = git(submodule, "worktree", "list")
+    assert "mine" in listed
+    assert "ours" not in listed
+    # A half-made one of the same place is no hindrance.
+    worktree.add(Git(submodule), mine, "HEAD", journal=journal)
+
+
+def test_snapshot_holds_edits_new_files_and_conflicts_and_moves_nothing(submodule: Path) -> None:
+    tree = Git(submodule)
+    assert worktree.snapshot(tree, "nothing") == tree.head()
+    git(submodule, "checkout", "--quiet", "-b", "other", "HEAD~1")
+    (submodule / "file").write_text("three\n")
+    git(submodule, "commit", "--quiet", "--all", "-m", "three")
+    with pytest.raises(RuntimeError, match="CONFLICT|merge"):
+        git(submodule, "merge", "main" if "main" in git(submodule, "branch", "--all") else "master")
+    (submodule / "new").write_text("new\n")
+    before = (git(submodule, "status", "--porcelain"), git(submodule, "rev-parse", "HEAD"))
+    made = worktree.snapshot(tree, "all")
+    assert "<<<<<<<" in git(submodule, "show", f"{made}:file")
+    assert git(submodule, "show", f"{made}:new") == "new"
+    assert (git(submodule, "status", "--porcelain"), git(submodule, "rev-parse", "HEAD")) == before
+
+
+def test_what_a_build_left_is_told_from_what_the_user_ignores(submodule: Path) -> None:
+    (submodule / ".gitignore").write_text("*.so\n/out/\n")
+    (submodule / "vllm" / "deep").mkdir(parents=True)
+    for name in ("vllm/_C.so", "vllm/deep/x.so", "vllm/note.txt", "vllm/x.pyc"):
+        (submodule / name).write_text("")
+    assert worktree.products(Git(submodule), "vllm") == ("vllm/_C.so", "vllm/deep/x.so")
+
+
+def test_commit_of_which_a_killed_fetch_has_left_no_more_than_itself_is_fetched_whole(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    made, other = tmp_path / "store", tmp_path / "other"
+    git(tmp_path, "clone", "--quiet", "--bare", str(submodule), str(made))
+    git(tmp_path, "clone", "--quiet", str(made), str(other))
+    (other / "file").write_text("three\n")
+    git(other, "commit", "--quiet", "--all", "-m", "three")
+    git(other, "push", "--quiet", "origin", "HEAD")
+    new = git(other, "rev-parse", "HEAD")
+    objects = Path(git(submodule, "rev-parse", "--absolute-git-dir")) / "objects" / new[:2]
+    objects.mkdir(exist_ok=True)
+    (objects / new[2:]).write_bytes((other / ".git" / "objects" / new[:2] / new[2:]).read_bytes())
+    assert new in Git(submodule).present((new,))
+    worktree.bring(Git(submodule), made, new, "refs/pins/new", journal=journal)
+    assert git(submodule, "show", "refs/pins/new:file") == "three"
+
+
+def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_it_is_not_taken_for_it(submodule: Path) -> None:
+    place = submodule.parent.parent / "store.git"
+    remotes.open_store(place, submodule)
+    (place / "HEAD").write_text("")
+    head = git(submodule, "rev-parse", "HEAD")
+    remotes.open_store(place, submodule).set_ref("refs/tags/made", head)
+    assert git(place, "rev-parse", "refs/tags/made") == head
+    assert not git(submodule.parent.parent, "for-each-ref", "refs/tags")
+
+
+def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    layout, base = Layout(submodule.parent.parent), git(submodule, "rev-parse", "HEAD")
+    settings = settings_module.load(layout, environ={})
+    own = Layout(layout.workshop)
+    shop = Workshop(layout, own, Begun("v2", "v1", base, base, "", base), Pin("vllm", "v2", "2", base, "", None, {}))
+    tree = staging.open_tree(shop, settings, journal=journal)
+    (own.vllm / "file").write_text("mine\n")
+    assert staging.open_tree(shop, settings, journal=journal).edits() == ("file",), "a user's edit stays"
+    tree.write("update-ref", "-d", sandbox.MADE_REF)
+    (own.vllm / "file").write_text("")
+    assert staging.open_tree(shop, settings, journal=journal).edits() == ()
+    # Or no more than the first file of all is there, cut short so that it leads to the clone's own repository.
+    (own.vllm / "file").unlink()
+    (own.vllm / ".git").write_text(f"gitdir: {git(submodule, 'rev-parse', '--absolute-git-dir')}\n")
+    git(submodule, "checkout", "--quiet", "HEAD~1")
+    assert staging.open_tree(shop, settings, journal=journal).edits() == ()
+    assert (own.vllm / "file").read_text() == "two\n"
+    assert git(submodule, "rev-parse", "HEAD") == git(submodule, "rev-parse", f"{base}~1"), "the clone's own HEAD was moved"
+
+
+def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_users_stays(submodule: Path, tmp_path: Path, journal: Journal) -> None:
+    layout = Layout(submodule.parents[1])
+    mine, ours = tmp_path / "mine", Layout(layout.workshop).vllm
+    for path in (mine, ours):
+        worktree.add(Git(submodule), path, "HEAD", journal=journal)
+    # Killed after the rename that ends the bump, before git was told; and one that was killed when it had just been made.
+    layout.workshop.rename(tmp_path / "gone")
+    begun = layout.state / ".bump.making-k7a3ox9q"
+    begun.mkdir()
+    staging.tidy(layout)
+    listed = git(submodule, "worktree", "list")
+    assert str(mine) in listed
+    assert str(ours) not in listed
+    assert not begun.exists()
+
+
+def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(submodule: Path) -> None:
+    books = Git(submodule).path_of("worktrees")
+    books.mkdir()
+    staging.tidy(Layout(submodule.parents[1]))
+    assert not books.exists()

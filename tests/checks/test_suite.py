@@ -1,0 +1,246 @@
+"""The sequence with stand-in probes: real processes that answer, hang, die or babble."""
+
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from workspace.checks import server_checks, smoke_suite
+from workspace.checks.registry import Check, Expected, Level, chosen
+from workspace.checks.smoke import judge
+from workspace.core.console import Console
+from workspace.core.errors import SmokeError
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.core.process import Completed
+from workspace.core.settings import load
+
+# What one process says.
+SPOKEN = {"parity.llama", "parity.qwen3", "provenance.import", *(f"consistency.{name}" for name in smoke_suite.CONSISTENCY)}
+FRONT = Path(__file__).with_name("front.py")
+TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
+
+
+class Clone:
+    """A built clone in which only the probes are not the real ones."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        self.layout.environment_python.parent.mkdir(parents=True)
+        self.layout.environment_python.symlink_to(sys.executable)
+        self.layout.probes.mkdir(parents=True)
+        self.err = io.StringIO()
+        self.probe("tiny_model", TINY)
+        self.says("verify", {"error": None, "libraries": [{"path": "vllm/_C.so", "verdict": "ok", "size": 1, "sha256": "a"}]})
+        group = {"error": None, "skipped": None, "seconds": 0.1, "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}]}
+        self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
+        self.says("reference", {"error": None, "models": {}})
+        self.says(
+            "real_model", {"error": None, "answer": "Paris", "longest_run": 1, "most_repeated": 6, "finishes": [{"case": "x", "found": 1, "expected": 1}]}
+        )
+        vllm = {"file": str(self.layout.vllm / "vllm" / "__init__.py"), "version": "1+cpu", "platform": "cpu", "kernels": ["vllm/_C.so"]}
+        same = {"error": None, "same_prompt": True, "equal": 2, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
+        same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "mean_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
+        measured = {"models": dict.fromkeys(("llama", "qwen3", "mixtral", "model"), same), "consistency": dict.fromkeys(smoke_suite.CONSISTENCY, same)}
+        self.answer = {"error": None, "vllm": vllm, "torch": {"version": "2", "cuda": None}, **measured}
+        self.says("parity", self.answer)
+
+    def probe(self, name: str, code: str) -> None:
+        (self.layout.probes / f"{name}.py").write_text(code)
+
+    def says(self, name: str, record: dict) -> None:
+        self.probe(name, f"import sys\nprint('a greeting', file=sys.stderr)\nprint({json.dumps(json.dumps(record))})\n")
+
+    def serves(self, manner: str) -> None:
+        """Make a stand-in play vLLM's command line, and have the offline engine say what that is to say."""
+        rows = [{"text": "Hello", "prompt": [1, 2, 3, 4, 5], "tokens": list(range(300, 320)), "logprobs": [-0.5] * 20}]
+        for name, document in (("rows", rows), ("kept", {"models": {"llama": rows}})):
+            (self.layout.root / f"{name}.json").write_text(json.dumps(document))
+        parity = self.layout.probes / "parity.py"
+        parity.write_text(
+            f"import sys, shutil\nshutil.copy({str(self.layout.root / 'kept.json')!r}, sys.argv[sys.argv.index('--keep') + 1])\n" + parity.read_text()
+        )
+        source = self.layout.vllm / "vllm" / "engine" / "arg_utils.py"
+        source.parent.mkdir(parents=True)
+        names = "host port dtype seed max-model-len max-num-seqs served-model-name chat-template enforce-eager"
+        source.write_text("".join(f'group.add_argument("--{name}")\n' for name in names.split()))
+        program = self.layout.environment / "bin" / "vllm"
+        program.write_text(f'#!/bin/sh\nwords="$*"\nexec {sys.executable} -S {FRONT} "${{words##*--port=}}" {manner} {self.layout.root}/rows.json\n')
+        program.chmod(0o755)
+
+    def run(
+        self,
+        *,
+        timeout_s: float = 30.0,
+        model: str = "tiny",
+        looks: tuple[str, str] = ("same", "same"),
+        level: Level = "quick",
+        is_fail_fast: bool = False,
+        **shell: str,
+    ) -> dict[str, Check]:
+        settings = load(self.layout, environ={"PATH": "/usr/bin:/bin", **shell})
+        expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": (1, "a")})
+        seen = iter(looks)
+        with Journal(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as journal:
+            asked = smoke_suite.Asked(level, model, timeout_s, is_fail_fast)
+            checks, _ = smoke_suite.run(self.layout, settings, expected, asked, journal=journal, look=lambda: next(seen))
+        return {check.identifier: check for check in checks}
+
+    def failed(self, **words: object) -> set[str]:
+        return {name for name, check in self.run(**words).items() if check.verdict == "fail"}  # type: ignore[arg-type]
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in self.layout.logs.glob("*.log"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(clone: Clone) -> None:
+    assert clone.failed() == set()
+    rows = [line.split() for line in clone.err.getvalue().splitlines() if not line.startswith("+ ")]
+    assert {row[1]: row[0] for row in rows} == {name: "skipped" if name == "binary.cubins" else "ok" for name in chosen("quick", has_model=False)}
+
+
+def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops_at_its_failure(clone: Clone) -> None:
+    clone.serves("other")
+    found = clone.run(level="full", is_fail_fast=True, VLLM_API_KEY="geheim")
+    said = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
+    assert said == {"server.ready": "it calls itself vLLM 2, stamped is 1+cpu"}
+    assert [name.removeprefix("server.") for name in list(found)[-len(server_checks.CHECKS) :]] == list(server_checks.CHECKS)
+
+
+def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert clone.run(model=str(tmp_path / "mine"))["parity.model"].verdict == "pass"
+
+
+# Hugging Face is wrong the first time; vLLM says the same whenever it is asked.
+HASTY = """import json, os, sys
+is_first = not os.path.exists("@ASKED@")
+with open("@ASKED@", "a") as file:
+    print(*sys.argv[1:], file=file)
+print(json.dumps({"error": None, "models": {"qwen3": [{"tokens": [1], "logprobs": [-0.6 if is_first else -0.5]}]}}))
+"""
+STEADY = """import json, sys
+def said(word):
+    return sys.argv[sys.argv.index(word) + 1]
+with open(said("--keep"), "w") as file:
+    json.dump({"models": {"qwen3": [{"tokens": [1], "logprobs": [-0.5]}]}}, file)
+with open(said("--against")) as file:
+    difference = abs(json.load(file)["models"]["qwen3"][0]["logprobs"][0] + 0.5)
+answer = json.loads('''@ANSWER@''')
+answer["models"]["qwen3"]["prefill_difference"] = difference
+print(json.dumps(answer))
+"""
+
+
+def test_only_a_model_that_the_two_differ_on_is_asked_about_once_more(clone: Clone) -> None:
+    asked = clone.layout.root / "asked"
+    clone.probe("reference", HASTY.replace("@ASKED@", str(asked)))
+    clone.probe("parity", STEADY.replace("@ANSWER@", json.dumps(clone.answer)))
+    check = clone.run()["parity.qwen3"]
+    assert check.verdict == "pass"
+    assert "it does not say again" in check.evidence
+    models = [[word.partition("=")[2].partition("=")[0] for word in line.split() if word.startswith("--model=")] for line in asked.read_text().splitlines()]
+    assert models == [["llama", "qwen3"], ["qwen3"]]
+
+
+def test_edit_of_the_tree_while_it_is_judged_fails(clone: Clone) -> None:
+    assert clone.failed(looks=("one", "other")) == {"provenance.tree"}
+
+
+def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(clone: Clone, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    clone.probe("parity", f"import os, time\nos.fork()\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n")
+    found = clone.run(timeout_s=1.0)
+    assert found["binary.load"].verdict == "pass"
+    assert "parity.py gave no answer in 1 s" in found["parity.llama"].evidence
+    assert found["provenance.import"].verdict == "fail"
+    # Both processes tell where they stood, in the record and in the log.
+    assert sum("parity.py" in line for line in found["parity.llama"].problems) == 2
+    assert found["parity.qwen3"].problems == ()
+    assert clone.log().count("Fatal Python error: Aborted") == 2
+    left = pids.read_text().split()
+    assert len(left) == 2
+    deadline = time.monotonic() + 5
+    while any(is_running(pid) for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(is_running(pid) for pid in left)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "the probe was killed by SIGSEGV: no word"),
+        ("raise ImportError('libtorch.so is missing')", "the probe exited with 1: ImportError: libtorch.so is missing"),
+        ("print('{\"equal\": 320'); import sys; print('last words', file=sys.stderr)", "the probe printed no document: last words"),
+        ("print('[]')", "the probe printed no document: no word"),
+        ("pass", "the probe printed no document: no word"),
+    ],
+)
+def test_probe_without_a_document_fails_its_checks_and_no_others(clone: Clone, code: str, said: str) -> None:
+    clone.probe("parity", code)
+    found = clone.run()
+    assert found["parity.llama"].evidence == said
+    assert {name for name, check in found.items() if check.verdict == "fail"} == SPOKEN
+
+
+def test_what_a_failed_probe_said_is_kept_in_the_log_without_secrets(clone: Clone) -> None:
+    clone.probe("verify", "import os, sys\nprint('token', os.environ.get('HF_TOKEN'), file=sys.stderr)\nprint('why it failed', file=sys.stderr)\nsys.exit(1)\n")
+    assert clone.failed(HF_TOKEN="hf_geheim") == {"binary.load", "provenance.libraries"}
+    assert "why it failed" in clone.log()
+    assert "hf_geheim" not in clone.log() + clone.err.getvalue()
+
+
+def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judged(clone: Clone) -> None:
+    clone.probe("tiny_model", "raise ImportError('no transformers')")
+    found = clone.run()
+    assert found["binary.load"].verdict == "pass"
+    assert "the tiny model could not be made" in found["parity.llama"].evidence
+    assert "no transformers" in found["parity.llama"].evidence
+
+
+def test_missing_interpreter_is_a_failed_check_and_no_crash(clone: Clone) -> None:
+    clone.layout.environment_python.unlink()
+    assert clone.failed() == set(chosen("quick", has_model=False)) - {"binary.cubins", "provenance.tree"}
+
+
+def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_count(clone: Clone, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    clone.probe("parity", f"import json, os\njson.dump([os.getcwd(), dict(os.environ)], open({str(seen)!r}, 'w'))")
+    clone.run(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_KVCACHE_SPACE="12", HF_HUB_OFFLINE="0", PYTHONPATH="/elsewhere")
+    folder, environment = json.loads(seen.read_text())
+    assert not Path(folder).is_relative_to(tmp_path)
+    assert not os.path.exists(folder)
+    assert {name: environment[name] for name in smoke_suite.ENVIRONMENT} == smoke_suite.ENVIRONMENT
+    # Its own watch ends it, with stacks, before its caller does.
+    assert float(environment[smoke_suite.LIMIT]) < 30.0
+    assert "PYTHONPATH" not in environment
+
+
+def test_only_the_last_line_of_talk_is_taken_for_the_reason() -> None:
+    assert smoke_suite.read(Completed(1, "", "first\nlast\n\n")) == ({}, "the probe exited with 1: last")
+
+
+def test_failed_checks_are_named_with_the_way_on_from_the_most_telling_one() -> None:
+    said = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
+    fine, load_, words = (Check(name, verdict, "no", 0.0) for name, verdict in said.items())  # type: ignore[arg-type]
+    judge((fine,), log=None)
+    with pytest.raises(SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load") as caught:
+        judge((words, fine, load_), log=".workspace/logs/x.log")
+    assert "inv bootstrap" in (caught.value.hint or "")
+    assert caught.value.details == ("parity.llama: no", "binary.load: no", "log: .workspace/logs/x.log")

@@ -1,0 +1,68 @@
+"""`python -m workspace.upstream` where no test is run: what it says, lists and refuses. Runs are in tests/proof/upstream."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.small.world import Ended, World
+
+
+def upstream(world: World, *words: str) -> Ended:
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *words]
+    done = subprocess.run(argv, cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def test_nothing_built_is_an_error_that_names_the_command_and_leaves_nothing(world: World) -> None:
+    before = world.listing()
+    ended = upstream(world)
+    assert "hint: ./scripts/inv bootstrap" in ended.err
+    assert "environment missing" in ended.error(8)
+    assert "vendor/vllm is" in upstream(world, "--list").error(3)
+    assert world.listing() == before
+
+
+def test_tree_that_is_the_pins_says_so_and_what_can_be_asked_instead(built: World) -> None:
+    built.git("reset", "--hard", "--quiet", "HEAD~1")
+    ended = upstream(built, "--list")
+    assert ended.code == 0, ended.said
+    assert "vendor/vllm is as v0.31.0 is" in ended.err
+    assert "--all-of" in ended.err
+    assert ended.out == ""
+
+
+def test_list_says_for_each_file_whether_and_why_and_writes_nothing(built: World) -> None:
+    tests = built.layout.vllm / "tests"
+    tests.mkdir()
+    (tests / "test_version.py").write_text("import pytest\npytestmark = pytest.mark.cpu_test\n")
+    (tests / "test_envs.py").write_text("")
+    before = built.listing()
+    ended = upstream(built, "--list")
+    assert ended.code == 0, ended.said
+    lines = [line.split(maxsplit=2) for line in ended.out.splitlines()]
+    assert ["run", "tests/test_version.py", "was changed itself; the tests that upstream marks cpu_test"] in lines
+    assert ["skip", "tests/test_envs.py", "was changed itself; it is in none of upstream's lists for CPUs; --try-all runs it"] in lines
+    assert ["none", "setup.py"] in [line[:2] for line in lines]
+    named = upstream(built, "--list", "--all-of", "vllm/envs.py", "vendor/vllm/tests/test_version.py").out.splitlines()
+    assert {line.split()[1] for line in named} == {"tests/test_envs.py", "tests/test_version.py"}
+    assert built.listing() == before
+
+
+def test_change_that_reaches_no_test_is_no_failure_and_is_named(built: World) -> None:
+    ended = upstream(built)
+    assert ended.code == 0, ended.said
+    assert "reaches no test: the install's stamp holds against it" in ended.err
+    assert "reaches none of upstream's tests" in ended.err
+
+
+@pytest.mark.parametrize("path", ["vllm/no_such.py", "../../README.md"])
+def test_path_that_is_not_in_the_tree_is_refused(built: World, path: str) -> None:
+    assert f"--all-of {path}: there is no such path in vendor/vllm" in upstream(built, "--list", "--all-of", path).error(2)
+
+
+def test_bad_flag_is_a_usage_error(built: World) -> None:
+    for words in (("--timeout-s", "nan"), ("--jsn", "x"), ("-k", "x"), ("--all-of",)):
+        ended = upstream(built, *words)
+        assert ended.code == 2
+        assert "Traceback" not in ended.err

@@ -1,0 +1,65 @@
+"""The folder of upstream's test requirements, with a real uv and a folder of tiny wheels."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.machine.conftest import built, house
+from workspace.checks import upstream_pinned
+from workspace.checks.upstream_selection import Rules
+from workspace.core.errors import SourceError
+
+__all__ = ["built", "house"]
+
+KNOWN = Rules({}, (), (), (), ("runner", "plugin"))
+
+
+def put(house, settings) -> tuple[Path, str]:
+    with house.journal(settings) as journal:
+        return upstream_pinned.install_needs(house.layout, settings, KNOWN, device="cpu", journal=journal)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.dist-info")}
+
+
+def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_has(house, built) -> None:
+    settings = built()
+    for name, version, requires in (("runner", "1.0", ("shared",)), ("runner", "2.0", ()), ("plugin", "1.0", ("runner",)), ("shared", "1.0", ())):
+        house.wheel(name, version, requires=requires)
+    listed = house.layout.vllm / "requirements" / "test" / "cuda.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("runner==1.0\n    # via x\nplugin[more]==3\n")
+    site = next(house.layout.environment.glob("lib/python*/site-packages"))
+    (site / "shared-9.0.dist-info").mkdir()
+    (site / "shared-9.0.dist-info" / "METADATA").write_text("Name: shared\nVersion: 9.0\n")
+    before = sorted(site.iterdir())
+    # What a kill in the middle leaves, and what another environment was given.
+    half_made, former = (upstream_pinned.needs_folder(house.layout) / name for name in ("site-0123456789ab.new", "site-ba9876543210"))
+    for folder in (half_made, former):
+        (folder / "runner").mkdir(parents=True)
+    made, said = put(house, settings)
+    assert names(made) == {"runner-1.0.dist-info", "plugin-1.0.dist-info"}
+    assert "runner, plugin" in said
+    assert sorted(site.iterdir()) == before
+    assert list(upstream_pinned.needs_folder(house.layout).iterdir()) == [made]
+    # With all wheels gone it is still there.
+    for wheel in house.links.iterdir():
+        wheel.unlink()
+    again, said = put(house, settings)
+    assert (again, said) == (made, "2 test requirements are there")
+    # Another environment has another folder, and what was made stays until that is there.
+    listed.write_text("runner==2.0\n")
+    with pytest.raises(SourceError, match="could not be reached"):
+        put(house, settings)
+    assert made.is_dir()
+    listed.write_text("runner==1.0\n    # via x\nplugin[more]==3\n")
+    assert put(house, settings)[0] == made
+
+
+def test_index_that_cannot_be_reached_is_a_source_error_and_leaves_nothing_that_is_taken_for_whole(house, built) -> None:
+    built()
+    settings = house.settings(UV_OFFLINE="0", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_HTTP_RETRIES="0")
+    with pytest.raises(SourceError, match="could not be reached"):
+        put(house, settings)
+    assert {path.suffix for path in upstream_pinned.needs_folder(house.layout).iterdir()} == {".new"}

@@ -1,0 +1,15 @@
+"""A folder to compile in, and the end of whatever is still running there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.compile.launching import Site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path / "build")
+    yield made
+    made.end()

@@ -1,0 +1,218 @@
+"""Configuring with the real CMake: once for each change of what it depends on, and never more than that is compiled again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.compile.trees import GENERATOR, TAG, TOP, Site, put, written
+from workspace.compile import cmake, project
+from workspace.compile.cmake_inputs import folder
+from workspace.core.errors import BuildError
+
+ROOT = Path(__file__).resolve().parents[3]
+INTERFACE = "vllm/third_party/flashy/interface.py"
+KERNEL = "csrc/generated/kernel_a.c"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    made = Site.make(tmp_path_factory.mktemp("cmake"))
+    put(made.tree, {INTERFACE: "from a donor\n"})
+    made.configure()
+    return made
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Site:
+    return Site.make(tmp_path)
+
+
+def due(site: Site, **changes: object) -> str | None:
+    inputs = site.inputs()
+    return cmake.due(folder(site.layout, inputs), site.inputs(**changes), site.provide())
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.lstat().st_mtime_ns, path.lstat().st_ino) for top in folders for path in top.rglob("*")}
+
+
+def build_of(site: Site) -> Path:
+    return folder(site.layout, site.inputs())
+
+
+def test_nothing_changed_touches_nothing_and_says_the_same(site: Site) -> None:
+    before = snapshot(site.root)
+    assert due(site) is None
+    assert site.configure() == project.read(build_of(site), site.tree)
+    assert snapshot(site.root) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "reason"),
+    [
+        ("CMakeLists.txt", TOP + "# a word\n", "CMakeLists.txt changed"),
+        ("cmake/utils.cmake", None, "cmake/utils.cmake changed"),
+        ("cmake/patches/new.patch", "+1\n", "cmake/patches/new.patch is new"),
+        ("csrc/generate.py", GENERATOR + "# a word\n", "csrc/generate.py changed"),
+        ("csrc/generated/kernel_a.c", "int mine;\n", "csrc/generated/kernel_a.c, which a configure wrote, is another or gone"),
+        ("csrc/generated/kernel_b.c", None, "csrc/generated/kernel_b.c, which a configure wrote, is another or gone and 1 more"),
+        ("csrc/generated/kernel_z.c", "int z;\n", "csrc/generated/kernel_*.c finds other files"),
+    ],
+)
+def test_a_change_that_configure_depends_on_is_named_and_undoing_it_undoes_that(site: Site, path: str, text: str | None, reason: str) -> None:
+    (site.tree / path).parent.mkdir(exist_ok=True)
+    with written(site.tree / path, text):
+        assert due(site) == reason
+    # Written again, so with another time.
+    assert due(site) is None
+
+
+@pytest.mark.parametrize("path", ["csrc/c.c", "csrc/include/wide.h", "csrc/new.c", "vllm/new.py"])
+def test_what_only_compilers_read_is_no_reason(site: Site, path: str) -> None:
+    with written(site.tree / path, "int x;\n"):
+        assert due(site) is None
+
+
+def test_inputs_and_sources_are_reasons(site: Site) -> None:
+    assert due(site, configure={"CMAKE_ARGS": "-DX=1"}) == "CMAKE_ARGS none → -DX=1"
+    assert due(site, configure={}) is None, "unset and empty are the same"
+    assert due(site, configure={"CMAKE_ARGS": "", "CC": "clang"}) == "CC nothing → clang"
+    assert due(site, torch="2.14.0") == "torch 2.13.0 → 2.14.0"
+    inputs = site.inputs()
+    said = cmake.due(build_of(site), inputs, {"FETCHCONTENT_SOURCE_DIR_FLASHY": "/mine"})
+    assert said == "FETCHCONTENT_SOURCE_DIR_FLASHY a placeholder → /mine"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"schema": 1}', "[" * 9000, '{"schema": 99}'])
+def test_a_record_that_cannot_be_read_is_a_reason(site: Site, damage: str) -> None:
+    with written(build_of(site) / project.RECORD, damage):
+        assert due(site) == "its record cannot be read"
+
+
+def test_a_build_file_that_is_not_configures_is_a_reason(site: Site) -> None:
+    with written(build_of(site) / "build.ninja", "rule x\n"):
+        assert due(site) == "build.ninja is not as a configure left it"
+
+
+def test_configure_again_compiles_nothing_again(own: Site) -> None:
+    own.configure()
+    build = build_of(own)
+    assert own.ninja(build, "_C.abi3.so", "spinloop").returncode == 1, "its external project is a placeholder"
+    objects = [unit.object for target in own.configure().targets if target.name in ("_C", "spinloop") for unit in target.units]
+    assert own.ninja(build, *objects).returncode == 0
+    put(own.tree, {"CMakeLists.txt": TOP + "# a word\n"})
+    own.configure()
+    assert "no work to do" in own.ninja(build, *objects).stdout
+    # A corrupt directory is begun anew, and what was compiled in it stays.
+    (build / "CMakeCache.txt").write_text("garbage")
+    shutil.rmtree(build / "CMakeFiles" / next(path.name for path in (build / "CMakeFiles").glob("3.*")))
+    (build / "build.ninja").write_text("garbage")
+    own.configure()
+    assert "no work to do" in own.ninja(build, *objects).stdout
+    put(own.tree, {"CMakeLists.txt": TOP.replace("WIDE=1", "WIDE=2")})
+    own.configure()
+    assert "[3/3]" in own.ninja(build, *objects).stdout, "the three units of _C and not spinloop's"
+
+
+def test_two_build_directories_share_generated_sources(own: Site) -> None:
+    sources, one, other = own.provide(), own.inputs(), own.inputs(archs="x")
+    own.configure(one)
+    build = folder(own.layout, one)
+    object_of_a = next(unit.object for target in own.configure().targets for unit in target.units if unit.source == KERNEL)
+    assert own.ninja(build, object_of_a).returncode == 0
+    own.configure(other)
+    assert cmake.due(build, one, sources) is None, "the other one has written the same"
+    assert "no work to do" in own.ninja(build, object_of_a).stdout
+    own.configure(replace(other, configure={"KERNELS_OF": "a c"}), KERNELS_OF="a c")
+    assert "kernel_" in (cmake.due(build, one, sources) or "")
+    own.configure(one)
+    assert cmake.due(build, one, sources) is None
+    assert "no work to do" in own.ninja(build, object_of_a).stdout, "it is as it was when it was compiled"
+
+
+def test_a_placeholder_replaces_nothing_of_the_package(site: Site, own: Site) -> None:
+    assert (site.tree / INTERFACE).read_text() == "from a donor\n"
+    own.configure()
+    assert not (own.tree / INTERFACE).exists(), "what was made of a placeholder is taken away"
+
+
+def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) -> None:
+    put(own.tree, {INTERFACE: "from a donor\n", "CMakeLists.txt": TOP + f"file(TOUCH {own.root}/reached)\nexecute_process(COMMAND sleep 600)\n"})
+    script = "import sys; from pathlib import Path; from tests.compile.trees import Site; Site.again(Path(sys.argv[1])).configure()"
+    verb = subprocess.Popen([sys.executable, "-c", script, str(own.root)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (own.root / "reached").exists():
+        assert verb.poll() is None
+        time.sleep(0.02)
+    verb.kill()
+    verb.wait()
+    assert "not fetched" in (own.tree / INTERFACE).read_text()
+    # What CMake has begun to write, and would never look at again.
+    put(build_of(own), {"build.ninja.tmpe227e": "half", "_deps/a-subbuild/cmake_install.cmake.tmp0c1f9": "half", "mine.tmpfiles": "no digits"})
+    put(own.tree, {"CMakeLists.txt": TOP})
+    assert due(own) == "it is not configured yet"
+    own.configure()
+    assert [path.name for path in build_of(own).rglob("*.tmp?????*")] == ["mine.tmpfiles"]
+    assert (own.tree / INTERFACE).read_text() == "from a donor\n"
+
+
+def test_sources_of_the_users_own_are_built_and_written_into_the_package(own: Site) -> None:
+    mine = own.root / "mine"
+    put(mine, {"flashy/interface.py": "mine = 1\n", "csrc/api.c": "int api;\n", "csrc/hidden.c": "int hidden;\n"})
+    with pytest.raises(BuildError, match="generation failed"):
+        own.configure(sources=own.provide(FLASHY_SRC_DIR=str(mine)))
+    put(mine, {"python/of_flashy.py": ""})
+    sources = own.provide(FLASHY_SRC_DIR=str(mine))
+    assert sources == {"FLASHY_SRC_DIR": str(mine)}
+    own.configure(sources=sources)
+    assert (own.tree / INTERFACE).read_text() == "import vllm\nmine = 1\n"
+    assert own.ninja(build_of(own), "_flashy_C", "_C").returncode == 0
+
+
+def test_placeholders_are_made_as_configure_asks_and_build_nothing(own: Site) -> None:
+    own.configure()
+    stand_in = own.layout.builds / "placeholders" / "flashy" / TAG
+    assert {path.name for path in stand_in.rglob("*.c")} == {"api.c", "hidden.c"}
+    assert not (stand_in / "flashy" / "only_installed.py").exists(), "an install of it is to fail"
+    ended = own.ninja(build_of(own), "_flashy_C")
+    assert ended.returncode != 0
+    assert "not fetched" in ended.stdout
+    ended = own.ninja(build_of(own), "_flashy_fa2_C")
+    assert "_flashy_fa2_C needs flashy" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('message(FATAL_ERROR "GCC >= 99 is required\\nto build vLLM")\n', r"GCC >= 99 is required to build vLLM \(CMakeLists.txt:\d+\)"),
+        ("add_library(x MODULE nowhere.c)\n", "Cannot find source file: nowhere.c"),
+    ],
+)
+def test_a_tree_that_cannot_be_configured_is_a_sentence_and_costs_no_object(own: Site, text: str, sentence: str) -> None:
+    build = build_of(own)
+    kept = build / "CMakeFiles" / "_C.dir" / "csrc" / "c.c.o"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("an hour's work")
+    put(own.tree, {"CMakeLists.txt": TOP + text})
+    with pytest.raises(BuildError, match=sentence) as caught:
+        own.configure()
+    assert caught.value.hint
+    assert kept.read_text() == "an hour's work"
+    assert due(own) == "it is not configured yet"
+
+
+def test_the_users_words_come_last(own: Site) -> None:
+    own.configure(CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug -DMINE=a;b")
+    cache = (build_of(own) / "CMakeCache.txt").read_text()
+    assert "CMAKE_BUILD_TYPE:STRING=Debug" in cache or "CMAKE_BUILD_TYPE:UNINITIALIZED=Debug" in cache
+    assert "MINE:UNINITIALIZED=a;b" in cache
+    assert "JOB_POOL" not in cache
+    record = json.loads((build_of(own) / project.RECORD).read_text())
+    assert set(record["read"]) >= {"CMakeLists.txt", "cmake/utils.cmake", "csrc/generate.py"}
+    assert not any(os.path.isabs(path) for path in record["written"])

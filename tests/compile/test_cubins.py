@@ -1,0 +1,253 @@
+"""What libraries hold, and whether it is right for a GPU. The fat binaries are nvcc 13.0's own, of a kernel of one line."""
+
+import functools
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from workspace.compile import device_code
+from workspace.compile.device_code import Cubins, judge, judge_not_built, list_cubins
+from workspace.core import settings
+from workspace.core.paths import Layout
+
+FATBINS = Path(__file__).parent / "fatbins"
+KERNELS = "vllm/_C_stable_libtorch.abi3.so"
+# As cuobjdump lists them, the letters aside that it does not tell.
+MULTI = ("sm_80", "sm_90a", "sm_100f", "sm_120f", "ptx 8.0", "ptx 12.0f")
+RELEASE = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100f", "sm_120", "sm_120f", "ptx 8.0", "ptx 8.9", "ptx 9.0")
+# What CMake of 0.31.0 prints for 12.1a under CUDA 13.0.
+SPARK = (
+    "Not building Machete kernels as no compatible archs found in CUDA target architectures",
+    "Not building scaled_mm_c3x_sm90 as no compatible archs found in CUDA target architectures",
+    "Not building scaled_mm_c3x_100 as no compatible archs found in CUDA target architectures",
+    "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures.",
+    "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures.",
+    "Not building SM10x/11x NVFP4/MXFP4 as no compatible archs were found.",
+    "Not building W4A8 kernels as no compatible archs found in CUDA target architectures",
+    "Not building CUTLASS MLA as no compatible archs were found.",
+    "FlashMLA will not compile: unsupported CUDA architecture 12.0",
+    "DeepSelect will not compile: unsupported CUDA architecture 12.0",
+)
+
+
+# The linker's own file with room for fat binaries; compiled once, for that takes longer than all else here.
+ROOM = 1 << 14
+SOURCE = f'void *nothing(void) {{ return 0; }}\n__asm__(".section .nv_fatbin, \\"a\\"\\n.balign 8\\n.fill {ROOM}, 1, 0x5a\\n.text\\n");\n'
+
+
+@functools.cache
+def linked(source: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"], input=source, text=True, check=True)
+        return Path(folder, "x.so").read_bytes()
+
+
+def library(path: Path, section: Path | bytes | None) -> Path:
+    """A shared library with a section of fat binaries in it, or with none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if section is None:
+        path.write_bytes(linked("void *nothing(void) { return 0; }\n"))
+        return path
+    held = section.read_bytes() if isinstance(section, Path) else section
+    content = linked(SOURCE)
+    at = content.index(b"\x5a" * ROOM)
+    # Offset and size stand side by side in the header of a section (elf(5)).
+    was, now = struct.pack("<QQ", at, ROOM), struct.pack("<QQ", at, len(held))
+    assert content.count(was) == 1
+    path.write_bytes((content[:at] + held + content[at + len(held) :]).replace(was, now))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("sm_120", ("sm_120",)),
+        ("sm_120f", ("sm_120f",)),
+        ("sm_120a", ("sm_120a",)),
+        ("sm_121", ("sm_121",)),
+        ("sm_121a", ("sm_121a",)),
+        ("multi", MULTI),
+    ],
+)
+def test_family_is_told_from_one_gpu_and_from_plain(tmp_path: Path, name: str, held: tuple[str, ...]) -> None:
+    assert device_code.architectures(library(tmp_path / "x.so", FATBINS / f"{name}.fatbin")) == held
+
+
+def test_several_containers_with_zeros_between_them_are_read_to_the_last(tmp_path: Path) -> None:
+    parts = [(FATBINS / f"{name}.fatbin").read_bytes() for name in ("sm_120", "sm_121a")]
+    assert device_code.architectures(library(tmp_path / "x.so", parts[0] + bytes(24) + parts[1])) == ("sm_120", "sm_121a")
+
+
+def test_host_library_holds_nothing(tmp_path: Path) -> None:
+    assert device_code.architectures(library(tmp_path / "x.so", None)) == ()
+
+
+WHOLE = (FATBINS / "sm_120f.fatbin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        b"\x01" + WHOLE[1:],
+        WHOLE[:4] + b"\x02" + WHOLE[5:],
+        WHOLE + b"more of it",
+        WHOLE[:8] + struct.pack("<Q", len(WHOLE)) + WHOLE[16:],
+        WHOLE[:-8],
+        WHOLE[:20] + struct.pack("<I", 8) + WHOLE[24:],
+        WHOLE[:44] + struct.pack("<I", 70000) + WHOLE[48:],
+        WHOLE[:56] + struct.pack("<Q", 0x300000) + WHOLE[64:],
+    ],
+    ids=["magic", "version", "rest", "too long", "cut", "header of 8 bytes", "architecture", "both letters"],
+)
+def test_container_of_another_form_is_unknown_and_not_misread(tmp_path: Path, section: bytes) -> None:
+    with pytest.raises(device_code.UnknownForm):
+        device_code.architectures(library(tmp_path / "x.so", section))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 63, 64, 4000, -1, -700])
+def test_cut_or_foreign_file_is_unknown(tmp_path: Path, cut: int) -> None:
+    path = library(tmp_path / "x.so", FATBINS / "multi.fatbin")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(device_code.UnknownForm):
+        device_code.architectures(path)
+
+
+def test_text_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "x.so").write_text("#!/bin/sh\n" * 20)
+    with pytest.raises(device_code.UnknownForm):
+        device_code.architectures(tmp_path / "x.so")
+
+
+def listed(root: Path, paths: list[Path], env: dict[str, str] | None = None) -> tuple[Cubins, ...]:
+    layout = Layout(root)
+    return list_cubins(layout, settings.load(layout, environ={"PATH": "/usr/bin:/bin", "CUDA_HOME": str(root / "nowhere")} | (env or {})), paths)
+
+
+def test_libraries_are_named_below_the_tree(tmp_path: Path) -> None:
+    path = library(Layout(tmp_path).vllm / KERNELS, FATBINS / "sm_120f.fatbin")
+    assert listed(tmp_path, [path]) == (Cubins(KERNELS, ("sm_120f",)),)
+
+
+def test_unknown_form_without_cuobjdump_cannot_be_known(tmp_path: Path) -> None:
+    path = library(tmp_path / "x.so", b"\x01" + WHOLE[1:])
+    (found,) = listed(tmp_path, [path])
+    assert found.archs == ()
+    assert "cannot be known" in (found.trouble or "")
+    assert judge([found], capabilities=["12.1"], archs="")[0].state == "wrong"
+
+
+def test_unknown_form_is_asked_of_tritons_cuobjdump(tmp_path: Path) -> None:
+    program = Layout(tmp_path).environment / "lib" / "python3.12" / "site-packages" / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
+    program.parent.mkdir(parents=True)
+    elf = 'echo "ELF file    1: x.1.sm_120.cubin"; echo "ELF file    2: x.2.sm_90a.cubin"'
+    program.write_text(f'#!/bin/sh\ncase $1 in --list-elf) {elf};; *) echo "PTX file    1: x.1.sm_80.ptx";; esac\n')
+    program.chmod(0o755)
+    (found,) = listed(tmp_path, [library(tmp_path / "x.so", b"\x01" + WHOLE[1:])])
+    assert found == Cubins("x.so", ("sm_90a", "sm_120", "ptx 8.0"))
+
+
+def test_missing_library_is_said(tmp_path: Path) -> None:
+    (found,) = listed(tmp_path, [tmp_path / "gone.so"])
+    assert "No such file" in (found.trouble or "")
+
+
+@pytest.mark.parametrize(
+    ("held", "state"),
+    [
+        (("sm_120f",), "ok"),
+        (("sm_121",), "ok"),
+        (("sm_121a",), "ok"),
+        (("sm_120",), "ok"),
+        (("sm_120a",), "wrong"),
+        # CUDA 12.9 and a list of 12.0: what CUTLASS compiles is for 12.0 alone (vllm-project/vllm#43367), all else for its family.
+        (("sm_120", "sm_120a"), "wrong"),
+        (("sm_120a", "sm_121a"), "ok"),
+        (("sm_120a", "sm_120f"), "ok"),
+        (("sm_90a",), "wrong"),
+        (("sm_100f",), "wrong"),
+        (("sm_122",), "wrong"),
+        (("sm_80", "ptx 8.0"), "ok"),
+        (("ptx 9.0a",), "wrong"),
+        (("sm_80",), "wrong"),
+        (MULTI, "ok"),
+        (RELEASE, "ok"),
+        ((), "wrong"),
+    ],
+)
+def test_kernels_of_a_gb10(held: tuple[str, ...], state: str) -> None:
+    assert [one.state for one in judge([Cubins(KERNELS, held)], capabilities=["12.1"], archs="")] == [state]
+    assert [one.state for one in judge([Cubins(KERNELS, held)], capabilities=[], archs="12.1a")] == [state]
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "capability", "state"),
+    [
+        ("vllm/spinloop.abi3.so", (), "12.1", "idle"),
+        ("vllm/fs_io_C.abi3.so", (), "12.1", "idle"),
+        ("vllm/cumem_allocator.abi3.so", (), "12.1", "idle"),
+        ("vllm/third_party/deep_gemm/_C.cpython-312-aarch64-linux-gnu.so", (), "12.1", "idle"),
+        ("vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", ("sm_90a",), "12.1", "idle"),
+        ("vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", (), "9.0", "wrong"),
+        ("vllm/_flashmla_C.abi3.so", ("sm_90a", "sm_100f"), "12.1", "idle"),
+        ("vllm/_flashkda_C.abi3.so", ("sm_90a", "sm_100f"), "12.1", "wrong"),
+        # The release wheels take one family for QuTLASS, and it is not a Spark's.
+        ("vllm/_qutlass_C.abi3.so", ("sm_100f",), "12.1", "idle"),
+        ("vllm/_qutlass_C.abi3.so", (), "12.1", "wrong"),
+        ("vllm/_new_C.abi3.so", (), "12.1", "idle"),
+        ("vllm/_new_C.abi3.so", ("sm_90a",), "12.1", "wrong"),
+        ("vllm/_vllm_fa2_C.abi3.so", ("sm_80", "ptx 8.0"), "12.1", "ok"),
+    ],
+)
+def test_library_is_judged_by_what_upstream_has_for_it(name: str, held: tuple[str, ...], capability: str, state: str) -> None:
+    assert judge([Cubins(name, held)], capabilities=[capability], archs="9.0")[0].state == state
+
+
+def test_every_gpu_must_be_served() -> None:
+    (said,) = judge([Cubins(KERNELS, ("sm_120f",))], capabilities=["12.1", "9.0"], archs="")
+    assert (said.state, said.sentence) == ("wrong", "holds sm_120f, of which nothing runs on 9.0")
+
+
+def test_without_gpu_and_list_only_nothing_at_all_is_wrong() -> None:
+    assert [one.state for one in judge([Cubins(KERNELS, ("sm_75",)), Cubins(KERNELS, ())], capabilities=[], archs="")] == ["ok", "wrong"]
+
+
+def test_sentences_of_a_spark_are_all_expected() -> None:
+    said = judge_not_built([f"-- {sentence}" for sentence in SPARK], "12.1a")
+    assert (said.failures, said.unknown, len(said.expected)) == ((), (), len(set(SPARK)))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "archs", "part"),
+    [
+        ("Not building scaled_mm_c3x_120 as no compatible archs found in CUDA target architectures", "12.1a", "failures"),
+        ("Not building SM12x NVFP4 as no compatible archs were found.", "12.1a", "failures"),
+        ("Not building SM12x NVFP4 as no compatible archs were found.", "9.0", "expected"),
+        ("Not building Marlin kernels as no compatible archs found in CUDA target architectures", "12.1", "failures"),
+        ("Not building Marlin MOE kernels as no compatible archs found in CUDA target architectures", "12.1", "failures"),
+        ("Not building moe_data as no compatible archs found in CUDA target architectures.", "12.1", "failures"),
+        ("Not building moe_data as no compatible archs found in CUDA target architectures.", "8.9", "expected"),
+        ("Not building Machete kernels as no compatible archs found in CUDA target architectures", "12.1;9.0", "failures"),
+        ("Not building AllSpark kernels as no compatible archs found in CUDA target architectures", "12.1a", "expected"),
+        ("Not building scaled_mm_c2x as all archs are already built for and covered by scaled_mm_c3x", "9.0", "expected"),
+        ("Not building scaled_mm_c3x_sm120 as CUDA Compiler version is not >= 12.8, we recommend upgrading", "12.1", "failures"),
+        ("[QUTLASS] Skipping build: no supported arch (12.0f / 10.0f) found in CUDA_ARCHS='9.0'.", "9.0", "expected"),
+        ("[QUTLASS] Skipping build: CUDA 12.8 or newer is required (found 12.6).", "12.1", "failures"),
+        ("Not building warp_drive as no compatible archs found", "12.1a", "unknown"),
+        ("Not building Machete kernels as no compatible archs found in CUDA target architectures", "", "unknown"),
+    ],
+)
+def test_sentence_is_judged_by_the_list_of_architectures(sentence: str, archs: str, part: str) -> None:
+    said = judge_not_built([sentence], archs)
+    (quoted,) = getattr(said, part)
+    assert quoted.startswith(sentence)
+    assert sum(map(len, (said.expected, said.failures, said.unknown))) == 1
+
+
+def test_words_that_two_blocks_print_fail_when_both_print_them_and_one_should_not() -> None:
+    sentence = "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures."
+    assert judge_not_built([sentence], "9.0").failures == ()
+    assert len(judge_not_built([sentence, sentence], "9.0").failures) == 1
+    assert judge_not_built([sentence, sentence], "12.1").failures == ()

@@ -1,0 +1,303 @@
+"""compile(): real ninja and real launchers, with compilers that do as they are told."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.compile.launching import NINJA, ROOT, Site, command_of, until
+from workspace.compile import job_server, jobs, ninja, progress
+from workspace.compile.project import Unit
+from workspace.core import settings
+from workspace.core.console import Console, Step
+from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+
+
+@dataclass
+class Clone:
+    """A clone with a build directory that was configured."""
+
+    layout: Layout
+    site: Site
+    talk: io.StringIO
+    shell: dict[str, str]
+
+    @property
+    def settings(self) -> settings.Settings:
+        return settings.load(self.layout, environ=self.shell)
+
+    @property
+    def build(self) -> Path:
+        return self.site.folder
+
+    def compile(self, names: list[str], *, at_once: int = 4, budget_gib: float = 1000.0, keep_going: bool = False) -> ninja.Compiled:
+        units = [Unit(f"{name}.cu", f"CMakeFiles/t.dir/{name}.cu.o", "CUDA") for name in names]
+        with Journal(Console(out=io.StringIO(), err=self.talk), self.layout.logs, verb="rebuild") as journal:
+            return ninja.compile(
+                self.layout,
+                self.settings,
+                self.build,
+                ["all"],
+                setup="s",
+                jobs=jobs.Jobs(at_once, 1, ""),
+                memory=jobs.Memory(budget_gib, 0.0, ""),
+                units=units,
+                journal=journal,
+                step=Step("compile"),
+                keep_going=keep_going,
+            )
+
+    def fails(self, names: list[str], **more) -> BuildError:
+        with pytest.raises(BuildError) as caught:
+            self.compile(names, **more)
+        return caught.value
+
+    @property
+    def log(self) -> Path:
+        return max(self.layout.logs.glob("*.log"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Iterator[Clone]:
+    assert NINJA is not None
+    site = Site(tmp_path / ".workspace" / "build" / "cpu-0123")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    # No compiler, and no compiler cache, of this machine's may come in between.
+    for name, place in {"sleep": "/bin/sleep", "ninja": NINJA}.items():
+        (tools / name).symlink_to(place)
+    made = Clone(Layout(tmp_path), site, io.StringIO(), {"HOME": str(tmp_path), "WORKSPACE_CACHE_DIR": str(tmp_path / "cache"), "PATH": str(tools)})
+    yield made
+    site.end()
+
+
+NAMES = [f"u{number}" for number in range(6)]
+
+
+def test_what_is_out_of_date_is_compiled_within_the_bound_and_measured(clone: Clone) -> None:
+    clone.site.compiler("sleep 0.05")
+    clone.site.write_build(NAMES)
+    made = clone.compile(NAMES, at_once=2)
+    assert sorted(done.unit.source for done in made.finished) == sorted(f"{name}.cu" for name in NAMES)
+    assert clone.site.most() == 2
+    assert made.trace == clone.log.with_suffix(progress.SUFFIX)
+    assert len([event for event in json.loads(made.trace.read_text())["traceEvents"] if event["ph"] == "X"]) == 6
+    assert len(made.summary) == 6
+    (kept,) = json.loads(ninja.history_file(clone.settings).read_text())["setups"].values()
+    assert len(kept) == 6
+    assert clone.compile(NAMES).finished == ()
+
+
+def test_the_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> None:
+    clone.site.write_build(["a"])
+    clone.compile(["a"])
+    (clone.build / "a.cu").write_text("changed")
+    assert "as in the last build" in clone.compile(["a"]).summary[0]
+
+
+def test_the_first_real_error_is_told_and_not_that_others_were_refused(clone: Clone) -> None:
+    clone.site.compiler('case "$5" in *u3*) echo "note: before"; echo "u3.cu:1: error: expected ;"; exit 2;; esac')
+    clone.site.write_build(NAMES)
+    error = clone.fails(NAMES, at_once=1)
+    assert error.message == "u3.cu of t failed: u3.cu:1: error: expected ;"
+    assert error.details == ("note: before", "u3.cu:1: error: expected ;", f"log: {clone.log}")
+    assert "goes on" in (error.hint or "")
+    clone.site.compiler("echo compiled")
+    assert 0 < len(clone.compile(NAMES).finished) <= 6
+
+
+def test_told_to_keep_going_the_others_are_compiled_before_it_fails(clone: Clone) -> None:
+    clone.site.compiler('case "$5" in *u0*) exit 2;; esac')
+    clone.site.write_build(NAMES)
+    clone.fails(NAMES, at_once=1, keep_going=True)
+    assert len([line for line in clone.site.log if line.startswith("+")]) == 6
+
+
+def test_memory_that_runs_out_for_the_third_time_is_told_with_unit_peak_and_budgets(clone: Clone) -> None:
+    clone.site.compiler("exit 137")
+    clone.site.write_build(["a"])
+    error = clone.fails(["a"], budget_gib=64.0)
+    assert "with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0 GiB expected" in error.message
+    assert "--jobs 1" in (error.hint or "")
+    assert clone.talk.getvalue().count("it goes on") <= 2
+
+
+def test_memory_that_runs_out_once_costs_one_compilation_and_half_the_budget(clone: Clone) -> None:
+    clone.site.compiler("test -e again || { : > again; kill -9 $$; }")
+    clone.site.write_build(["a"])
+    made = clone.compile(["a"], budget_gib=64.0)
+    assert [done.is_killed for done in made.finished] == [True, False]
+    assert "memory ran out while a.cu was compiled: it goes on, with 32.0 GiB instead of 64.0" in clone.talk.getvalue()
+
+
+def test_a_full_disk_is_a_sentence_with_the_command_that_shows_it(clone: Clone) -> None:
+    clone.site.compiler('echo "fatal error: error writing to /tmp/x.s: No space left on device"; exit 1')
+    clone.site.write_build(["a"])
+    error = clone.fails(["a"])
+    assert error.message.startswith("the disk is full: ")
+    assert (error.hint or "").startswith(f"df -h {clone.build}")
+
+
+@pytest.mark.parametrize("name", [".ninja_log", ".ninja_deps"])
+@pytest.mark.parametrize("damage", [b"", b"\x00\xff garbage\n" * 20, None])
+def test_a_damaged_record_of_ninjas_is_begun_anew_and_said(clone: Clone, name: str, damage: bytes | None) -> None:
+    clone.site.write_build(["a"], has_deps=True)
+    clone.compile(["a"])
+    (clone.build / name).unlink()
+    (clone.build / name).mkdir() if damage is None else (clone.build / name).write_bytes(damage)
+    assert [done.status for done in clone.compile(["a"]).finished] == [0]
+    assert f"cpu-0123/{name} was damaged and is begun anew" in clone.talk.getvalue()
+    assert clone.compile(["a"]).finished == ()
+
+
+def test_a_damaged_history_stops_no_build_and_is_whole_afterwards(clone: Clone) -> None:
+    place = ninja.history_file(clone.settings)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"\xff{")
+    clone.site.write_build(["a"])
+    clone.compile(["a"])
+    assert len(json.loads(place.read_text())["setups"]["s"]) == 1
+
+
+@pytest.mark.parametrize("has_deps", [True, False])
+def test_an_object_that_was_half_written_when_all_was_killed_is_not_taken(clone: Clone, has_deps: bool) -> None:
+    half = 'printf half > "$5"; test -e calm || exec sleep 100; printf whole > "$5"; echo "$5: a.cu" > "$5.d"'
+    clone.site.compiler(half, writes_output=False)
+    clone.site.write_build(["a"], has_deps=has_deps)
+    job_server.install(clone.site.tickets)
+    child = clone.site.ninja(["a"], has_deps=has_deps)
+    until(clone.site.running)
+    until(lambda: clone.site.text("CMakeFiles/t.dir/a.cu.o") == "half")
+    child.kill()
+    for pid in clone.site.running():
+        os.kill(pid, signal.SIGKILL)
+    (clone.build / "calm").touch()
+    assert [done.status for done in clone.compile(["a"]).finished] == [0]
+    assert clone.site.text("CMakeFiles/t.dir/a.cu.o") == "whole"
+
+
+def test_commands_that_call_a_compiler_by_themselves_are_within_the_bound_too(clone: Clone) -> None:
+    clone.site.compiler("sleep 0.05")
+    (clone.site.folder.parent / "bin").mkdir()
+    (clone.site.folder.parent / "bin" / "g++").symlink_to(clone.site.folder / "compiler")
+    (clone.site.folder.parent / "bin" / "nvcc").symlink_to(clone.site.folder / "compiler")
+    clone.shell["PATH"] += f":{clone.site.folder.parent / 'bin'}"
+    clone.shell["CXX"] = f"{clone.site.folder.parent / 'bin' / 'g++'} -pipe"
+    calls = {"by_name": "g++ -c x y -o by_name", "by_variable": "$$CXX -c x by_variable -o z", "torch": "$$PYTORCH_NVCC -c x y -o torch"}
+    lines = [f"rule {name}\n  command = {call}\nbuild {name}: {name}" for name, call in calls.items()]
+    (clone.build / "build.ninja").write_text("\n".join(lines) + "\nbuild all: phony " + " ".join(calls) + "\n")
+    made = clone.compile(NAMES, at_once=1)
+    assert len(made.finished) == 3
+    assert clone.site.most() == 1
+
+
+def test_without_a_target_nothing_is_run(clone: Clone) -> None:
+    with Journal(Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild") as journal:
+        bound, memory = jobs.Jobs(1, 1, ""), jobs.Memory(1.0, 0.0, "")
+        made = ninja.compile(
+            clone.layout, clone.settings, clone.build, [], setup="s", jobs=bound, memory=memory, units=[], journal=journal, step=Step("compile")
+        )
+    assert made == ninja.Compiled((), 0.0, None, ())
+    assert not clone.layout.logs.exists()
+
+
+def program(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("#!/bin/sh\n")
+    (folder / name).chmod(0o755)
+    return folder / name
+
+
+def test_the_ninja_of_the_environment_goes_before_the_tools_and_that_before_path(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    loaded = settings.load(layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
+    with pytest.raises(ToolchainError, match="there is no ninja"):
+        ninja.find(layout, loaded)
+    for folder in (tmp_path / "bin", layout.tools / "bin", layout.environment / "bin"):
+        made = program(folder, "ninja")
+        assert ninja.find(layout, loaded) == made
+
+
+CACHES: list[tuple[tuple[str, ...], dict[str, str], str]] = [
+    ((), {}, "T"),
+    (("ccache",), {}, "BIN/ccache"),
+    (("ccache", "sccache"), {}, "BIN/ccache"),
+    (("sccache",), {}, "T;BIN/sccache"),
+    (("sccache",), {"VLLM_DISABLE_SCCACHE": "1"}, "T"),
+]
+
+
+@pytest.mark.parametrize(("programs", "shell", "word"), CACHES)
+def test_a_compiler_cache_stands_where_hits_need_no_ticket(tmp_path: Path, programs: tuple[str, ...], shell: dict[str, str], word: str) -> None:
+    for name in programs:
+        program(tmp_path / "bin", name)
+    loaded = settings.load(Layout(tmp_path), environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell})
+    found = ninja.launchers(loaded, Path("/b/tickets/ticket"))
+    expected = word.replace("T", "/b/tickets/ticket").replace("BIN", str(tmp_path / "bin"))
+    assert {found[f"CMAKE_{language}_COMPILER_LAUNCHER"] for language in ("C", "CXX", "CUDA")} == {expected}
+    assert {found[f"CMAKE_{language}_LINKER_LAUNCHER"] for language in ("C", "CXX")} == {"/b/tickets/ticket"}
+
+
+def test_ccache_is_set_so_that_other_clones_hit_and_the_users_own_word_counts(tmp_path: Path) -> None:
+    program(tmp_path / "bin", "ccache")
+    layout, bound = Layout(tmp_path), jobs.Jobs(3, 1, "")
+
+    def told(**shell: str) -> dict[str, str]:
+        loaded = settings.load(layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell})
+        return dict(ninja.environment(layout, loaded, bound, Path("/t")))
+
+    plain = told()
+    assert (plain["CCACHE_BASEDIR"], plain["CCACHE_NOHASHDIR"], plain["CCACHE_DEPEND"]) == (str(tmp_path), "1", "1")
+    assert (plain["CCACHE_PREFIX"], plain["CCACHE_PREFIX_CPP"], plain["MAX_JOBS"]) == ("/t", "/t", "3")
+    assert plain["PATH"].split(":")[0] == str(layout.environment / "bin")
+    own = told(CCACHE_BASEDIR="/src", CCACHE_HASHDIR="1", CCACHE_NODEPEND="1")
+    assert own["CCACHE_BASEDIR"] == "/src"
+    assert "CCACHE_NOHASHDIR" not in own
+    assert own["CCACHE_DEPEND"] == "1"
+
+
+VERB = """
+import sys
+from pathlib import Path
+from workspace import door
+from workspace.build import jobs
+from workspace.build.native import ninja
+from workspace.build.native.project import Unit
+from workspace.core.console import Step
+from workspace.core.journal import Journal
+from workspace.core.layout import Layout
+
+def work():
+    layout = Layout(Path(sys.argv[1]))
+    units = [Unit("", f"CMakeFiles/t.dir/u{number}.cu.o", "CUDA") for number in range(6)]
+    with Journal(door.console(), layout.logs, verb="rebuild") as journal:
+        ninja.compile(layout, door.load_settings(layout), Path(sys.argv[2]), ["all"], setup="s", jobs=jobs.Jobs(2, 1, ""), memory=jobs.Memory(99.0, 0.0, ""),
+                      units=units, journal=journal, step=Step("compile"))
+
+sys.exit(door.run(work))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_verb_no_compiler_outlives_it_and_the_next_build_goes_on(clone: Clone, number: signal.Signals) -> None:
+    clone.site.compiler("test -e calm || exec sleep 100")
+    clone.site.write_build(NAMES)
+    argv = [sys.executable, "-c", VERB, str(clone.layout.root), str(clone.build)]
+    verb = subprocess.Popen(argv, cwd=ROOT, env=clone.shell, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: [Path(f"/proc/{pid}/comm").read_text() for pid in clone.site.running()] == ["sleep\n"] * 2)
+    verb.send_signal(number)
+    _, talk = verb.communicate(timeout=20)
+    assert "Traceback" not in talk
+    until(lambda: not clone.site.running() and not [pid for pid in jobs.living() if command_of(pid).startswith(str(clone.build))])
+    assert len(clone.site.log) == 2
+    (clone.build / "calm").touch()
+    assert len(clone.compile(NAMES).finished) == 6

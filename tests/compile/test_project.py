@@ -1,0 +1,121 @@
+"""What CMake says it will build, from a real configure; what setup.py asks for, from its lines."""
+
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.compile.trees import TOP, Site, put, written
+from workspace.compile import project
+from workspace.compile.cmake_inputs import folder
+from workspace.compile.project import Project
+
+SETUP = """
+import torch
+ext_modules = []
+if _is_cuda() or _is_hip():
+    ext_modules.append(CMakeExtension(name="vllm.cumem_allocator"))
+    ext_modules.append(CMakeExtension(name="vllm.triton_kernels", optional=True))
+if not _is_xpu() and sys.version_info >= (3, 11):
+    ext_modules.append(CMakeExtension(name="vllm.spinloop"))
+if _is_hip():
+    ext_modules.append(CMakeExtension(name="vllm._rocm_C"))
+if _is_cuda():
+    if USE_PRECOMPILED_EXTENSIONS or (CUDA_HOME and get_nvcc_cuda_version() >= Version("12.3")):
+        ext_modules.append(CMakeExtension(name="vllm.vllm_flash_attn._vllm_fa3_C"))
+if _is_cpu():
+    import platform
+    if platform.machine() in ("MACHINE", "AMD64"):
+        ext_modules.append(CMakeExtension(name="vllm._C_AVX2"))
+    else:
+        ext_modules.append(CMakeExtension(name="vllm._C"))
+if envs.VLLM_USE_PRECOMPILED:
+    ext_modules.append(CMakeExtension("vllm.odd", optional=False))
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    made = Site.make(tmp_path_factory.mktemp("project"))
+    made.configure()
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(site: Site) -> Project:
+    read = project.read(folder(site.layout, site.inputs()), site.tree)
+    assert read is not None
+    return read
+
+
+def target(found: Project, name: str) -> project.Target:
+    return next(target for target in found.targets if target.name == name)
+
+
+def test_targets_have_units_places_and_dependencies(found: Project) -> None:
+    made = target(found, "_C")
+    assert made.kind == "MODULE_LIBRARY"
+    assert [unit.source for unit in made.units] == ["csrc/c.c", "csrc/generated/kernel_a.c", "csrc/generated/kernel_b.c"]
+    assert {unit.language for unit in made.units} == {"C"}
+    assert made.artifacts == ("_C.abi3.so",)
+    assert made.installs == ("vllm",)
+    assert "csrc/include" in made.includes
+    assert made.depends == ("_flashy_C",)
+    assert target(found, "flashy_py").kind == "UTILITY"
+
+
+def test_objects_are_the_names_that_ninja_knows(site: Site, found: Project) -> None:
+    unit = target(found, "_C").units[0]
+    build = folder(site.layout, site.inputs())
+    assert site.ninja(build, unit.object).returncode == 0
+    assert (build / unit.object).is_file()
+
+
+def test_what_is_not_built_is_kept_in_configures_own_words(found: Project) -> None:
+    assert found.not_built == ("Not building Machete kernels as no compatible archs found in CUDA target architectures",)
+
+
+def test_recipes_differ_where_flags_do_and_not_by_the_build_directory(site: Site, found: Project) -> None:
+    with written(site.tree / "CMakeLists.txt", TOP.replace("WIDE=1", "WIDE=2")):
+        there = site.configure(site.inputs(pin="v2"))
+    differing = {each.name for each in there.targets if each.recipe != target(found, each.name).recipe}
+    assert differing == {"_C"}
+
+
+@pytest.mark.parametrize("damage", ["index", "target", "record", "commands", "nothing there"])
+def test_half_an_answer_is_none(site: Site, tmp_path: Path, damage: str) -> None:
+    build = tmp_path / "build"
+    if damage != "nothing there":
+        shutil.copytree(folder(site.layout, site.inputs()), build)
+        reply = build / ".cmake" / "api" / "v1" / "reply"
+        victim = {"index": next(reply.glob("index-*")), "target": next(reply.glob("target-_C-*")), "record": build / project.RECORD}
+        path = victim.get(damage, build / "compile_commands.json")
+        path.write_bytes(path.read_bytes()[:40])
+    assert project.read(build, site.tree) is None
+
+
+def test_an_answer_of_another_form_is_none(site: Site, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    shutil.copytree(folder(site.layout, site.inputs()), build)
+    record = build / project.RECORD
+    for text in ("[]", "7", json.dumps({"sources": [], "not_built": 3}), "[" * 5000):
+        record.write_text(text)
+        assert project.read(build, site.tree) is None
+
+
+def test_setup_is_read_for_a_device_without_being_run(tmp_path: Path) -> None:
+    put(tmp_path, {"setup.py": SETUP.replace("MACHINE", platform.machine())})
+    listed = [(each.target, each.is_optional) for each in project.extensions(tmp_path, "cuda")]
+    assert listed == [("cumem_allocator", False), ("triton_kernels", True), ("spinloop", False), ("_vllm_fa3_C", False), ("odd", False)]
+    assert [each.target for each in project.extensions(tmp_path, "cpu")] == ["spinloop", "_C_AVX2", "odd"]
+    put(tmp_path, {"setup.py": SETUP})
+    assert [each.target for each in project.extensions(tmp_path, "cpu")] == ["spinloop", "_C", "odd"]
+
+
+@pytest.mark.parametrize("text", ["def (", "", "\0", "ext_modules = f()"])
+def test_a_setup_that_lists_nothing_readable_lists_nothing(tmp_path: Path, text: str) -> None:
+    put(tmp_path, {"setup.py": text})
+    assert project.extensions(tmp_path, "cuda") == ()
+    assert project.extensions(tmp_path / "nowhere", "cuda") == ()

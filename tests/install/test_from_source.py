@@ -1,0 +1,47 @@
+"""What stops inv fix-triton before anything is fetched or compiled. The build itself is proven below tests/proof/triton."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from tests.small import tritons
+from tests.small.materials import git
+from tests.small.world import World
+from workspace.core.console import Console
+from workspace.core.errors import SettingsError
+from workspace.core.paths import Layout
+from workspace.core.settings import load
+from workspace.install.triton_fix import Asked, run
+
+
+def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_commands(built: World, tmp_path: Path) -> None:
+    upstream = tritons.make(built, tmp_path)
+    git(upstream.tree, "clone", "--quiet", upstream.tree.as_uri(), str(built.layout.triton))
+    git(built.layout.triton, "checkout", "--quiet", "--detach", upstream.pinned)
+    mine = built.layout.triton / "src" / "answer.c"
+    mine.write_text("mine\n")
+    ended = built.run("fix-triton", "--from-source")
+    assert "has edits of yours (src/answer.c)" in ended.error(3)
+    assert "patch.export --project triton" in ended.err
+    assert mine.read_text() == "mine\n"
+    assert tritons.builds(built) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (Asked(check=True, from_source=True), "--check builds nothing"),
+        (Asked(ref="main"), "they go with --from-source"),
+        (Asked(jobs="2"), "they go with --from-source"),
+        (Asked(from_source=True, jobs="many"), "--jobs: 'many' is neither auto nor"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(tmp_path: Path, asked: Asked, sentence: str) -> None:
+    layout = Layout(tmp_path / "nowhere")
+    with pytest.raises(SettingsError, match=sentence):
+        run(layout, load(layout, environ={"PATH": ""}), asked, console=Console(out=io.StringIO(), err=io.StringIO()), provide=lambda: None)
+
+
+def test_without_an_environment_there_is_nothing_to_look_at(world: World) -> None:
+    assert "there is no environment" in world.run("fix-triton").error(7)

@@ -1,0 +1,131 @@
+"""What is decided from what was seen: versions, sentences, and what is due."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.small.world import World
+from workspace.core import settings
+from workspace.core.errors import SettingsError
+from workspace.install import bootstrap, plan
+from workspace.machine.torch import TorchBuild
+
+
+def due(observed: plan.Observation, world: World, **flags: str) -> list[str]:
+    """The first step of each stage that is due."""
+    return [stage.steps[0][0] for stage in bootstrap.stages_of(world.layout, loaded(world, **flags), observed) if stage.is_due]
+
+
+def loaded(world: World, **flags: str) -> settings.Settings:
+    return settings.load(world.layout, flags=flags, environ=world.env)
+
+
+def observed(world: World, **flags: str) -> plan.Observation:
+    return plan.observe(world.layout, loaded(world, **flags))
+
+
+def test_version_names_the_platform_in_its_letters(built: World) -> None:
+    pin = observed(built).pin
+    assert plan.version_of(pin, "cpu", TorchBuild("2.13.0+cpu", None)) == "0.31.0+cpu"
+    assert plan.version_of(pin, "cuda", TorchBuild("2.13.0+cu130", "13.0")) == "0.31.0+cu130"
+    assert plan.version_of(pin, "cuda", None) == "0.31.0+cu130"
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (("csrc/a.c",), "which csrc/a.c differs from"),
+        (("csrc/a.c", "csrc/b.c"), "which csrc/a.c, csrc/b.c differ from"),
+        (tuple(f"csrc/{number}.c" for number in range(5)), "which csrc/0.c, csrc/1.c, csrc/2.c and 2 more differ from"),
+    ],
+)
+def test_sentence_on_outrun_kernels_names_at_most_three(changed: tuple[str, ...], sentence: str) -> None:
+    assert plan.outrun_sentence(changed).endswith(sentence)
+
+
+def test_nothing_is_due_in_a_built_clone_and_everything_in_an_empty_one(built: World, world: World) -> None:
+    assert due(observed(built), built) == []
+    assert due(observed(world), world) == [".env", "source", "patches", "python", "kernels"]
+
+
+def test_observing_touches_nothing_and_asks_nobody(built: World, world: World) -> None:
+    for place in (built, world):
+        before = place.listing()
+        observed(place)
+        assert place.listing() == before
+        assert place.index.requests == []
+
+
+def test_torch_that_was_swapped_makes_environment_and_kernels_stale(built: World) -> None:
+    built.uv("install", "torch==2.14.0+cpu")
+    seen = observed(built)
+    assert "torch 2.13.0+cpu CUDA none → 2.14.0+cpu CUDA none" in seen.environment.reasons
+    assert "torch 2.13.0+cpu CUDA none → 2.14.0+cpu CUDA none" in seen.kernels.reasons
+    assert due(seen, built) == ["python", "kernels"]
+
+
+def test_package_that_was_removed_is_named(built: World) -> None:
+    built.uv("uninstall", "six", "regex")
+    reasons = observed(built).environment.reasons
+    assert "regex 2026.1.1 → none" in reasons
+
+
+def test_package_of_the_users_own_makes_nothing_stale(built: World) -> None:
+    built.uv("install", "cmake", "flashinfer-python", "--no-deps")
+    assert due(observed(built), built) == []
+
+
+def test_vllm_of_another_version_in_the_environment_makes_the_install_stale(built: World) -> None:
+    built.uv("uninstall", "vllm")
+    assert observed(built).install.reasons == ("installed vllm none → 0.31.0+cpu",)
+
+
+def test_python_edits_make_nothing_stale(built: World) -> None:
+    (built.layout.vllm / "vllm" / "version.py").write_text("__version__ = 'mine'\n")
+    assert due(observed(built), built) == []
+
+
+@pytest.mark.parametrize("name", ["setup.py", "requirements/common.txt", "pyproject.toml"])
+def test_committing_an_edit_that_was_built_makes_nothing_stale(built: World, name: str) -> None:
+    path = built.layout.vllm / name
+    path.write_text(path.read_text() + "\n# mine\n")
+    before = observed(built)
+    built.git("commit", "--all", "-m", "Mine")
+    after = observed(built)
+    assert before.install.inputs == after.install.inputs
+    assert before.environment.inputs == after.environment.inputs
+    assert before.install.state == "stale"
+
+
+def test_build_settings_count_for_native_kernels_only(built: World) -> None:
+    built.env["CMAKE_BUILD_TYPE"] = "Debug"
+    assert observed(built).kernels.state == "ok"
+    assert observed(built, KERNELS="native").kernels.state == "stale"
+
+
+def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_donor_mends(built: World) -> None:
+    (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
+    seen = observed(built)
+    assert seen.kernels.state == "stale"
+    assert due(seen, built) == []
+    assert seen.outrun == ("csrc/new.h",)
+
+
+def test_outrun_does_not_hide_another_reason(built: World) -> None:
+    (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
+    seen = observed(built)
+    more = replace(seen, kernels=replace(seen.kernels, reasons=("vllm/_C.abi3.so changed", *seen.kernels.reasons)))
+    assert due(more, built) == ["kernels"]
+
+
+@pytest.mark.parametrize("choice", ["nowhere.whl", "donors", "", "tests"])
+def test_kernels_of_an_unknown_kind_are_refused(built: World, choice: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="KERNELS="):
+        observed(built, KERNELS=choice if choice != "tests" else str(tmp_path))
+
+
+def test_device_stays_what_the_environment_was_made_for(built: World) -> None:
+    built.env["DEVICE"] = "auto"
+    assert observed(built).device == "cpu"
+    assert due(observed(built), built) == []

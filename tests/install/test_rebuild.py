@@ -1,0 +1,123 @@
+"""inv rebuild on the small upstream: real CMake, ninja and cc; what is reached is compiled, all else stays the donor's."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.small.world import World
+from workspace.core import settings
+from workspace.install import plan, stamp
+
+ANSWER = Path("csrc/cpu/answer.c")
+
+
+@pytest.fixture
+def patched(built: World) -> World:
+    """A source edited, as before a patch is committed."""
+    edit(built, ANSWER, "42", "43")
+    return built
+
+
+def edit(world: World, path: Path, old: str, new: str) -> None:
+    file = world.layout.vllm / path
+    file.write_text(file.read_text().replace(old, new))
+
+
+def rebuild(world: World, *words: str) -> str:
+    ended = world.run("rebuild", *words)
+    assert ended.code == 0, ended.said
+    return ended.err
+
+
+def answer(world: World) -> str:
+    library = world.layout.vllm / "vllm" / "_C.abi3.so"
+    return world.python(f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())")
+
+
+def observed(world: World) -> plan.Observation:
+    return plan.observe(world.layout, settings.load(world.layout, environ=world.env))
+
+
+def library(world: World, name: str) -> bytes:
+    return (world.layout.vllm / "vllm" / f"{name}.abi3.so").read_bytes()
+
+
+def test_nothing_changed_is_said_and_nothing_touched(built: World) -> None:
+    before = built.listing()
+    assert "nothing to do" in rebuild(built)
+    assert built.listing() == before
+
+
+def test_python_edit_needs_no_compiler(built: World) -> None:
+    (built.layout.vllm / "vllm" / "version.py").write_text("__version__ = 'mine'\n")
+    assert "Python files are live" in rebuild(built)
+    assert not built.layout.builds.exists()
+
+
+def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_donors(patched: World) -> None:
+    donors = library(patched, "spinloop")
+    said = rebuild(patched, "--jobs", "2")
+    assert re.search(r"2 compilers at once: --jobs 2", said)
+    assert answer(patched) == "43"
+    assert library(patched, "spinloop") == donors
+    recorded = stamp.read(patched.layout.stamp("vllm"))
+    assert recorded is not None
+    assert "_C" in recorded.outcome["compiled here"].split()
+    assert "spinloop" not in recorded.outcome["compiled here"]
+    assert observed(patched).kernels.state == "ok"
+    before = patched.listing()
+    assert "nothing to do" in rebuild(patched)
+    assert patched.listing() == before
+    # Once more, now with objects: one unit a library, and the tree stands as before.
+    edit(patched, ANSWER, "43", "44")
+    rebuild(patched)
+    assert answer(patched) == "44"
+
+
+def test_plan_says_target_reason_and_cost_and_touches_nothing_in_the_tree(patched: World) -> None:
+    before = {name: entry for name, entry in patched.listing().items() if not name.startswith(".workspace")}
+    ended = patched.run("rebuild", "--plan")
+    assert ended.code == 0, ended.said
+    assert "_C" in ended.err + ended.out
+    assert f"{ANSWER} changed" in ended.err + ended.out
+    record = json.loads(patched.run("rebuild", "--plan", "--json").out)
+    assert {row["target"] for row in record["rows"]} == {name for name in ("_C", "_C_AVX2", "_C_AVX512") if name in str(record)}
+    assert {name: entry for name, entry in patched.listing().items() if not name.startswith(".workspace")} == before
+    assert observed(patched).kernels.state == "stale"
+
+
+def test_target_that_was_only_asked_for_is_warmed_and_the_donors_library_stays(built: World) -> None:
+    donors = library(built, "spinloop")
+    said = rebuild(built, "--target", "spinloop")
+    assert "spinloop stand" in said
+    assert library(built, "spinloop") == donors
+    assert observed(built).kernels.state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (("--jobs", "0"), 2, "--jobs"),
+        (("--jobs=-1",), 2, "--jobs"),
+        (("--jobs", "four"), 2, "--jobs"),
+        (("--memory", "99999"), 2, "--memory"),
+        (("--memory", "little"), 2, "--memory"),
+        (("--kernels", "nonsense"), 2, "KERNELS=nonsense"),
+        (("--target", "no_such_target"), 2, "no_such_target"),
+        (("--json",), 2, "--json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_refused_with_a_hint(built: World, words: tuple[str, ...], code: int, sentence: str) -> None:
+    assert sentence in built.run("rebuild", *words).error(code)
+    assert observed(built).kernels.state == "ok"
+
+
+def test_bootstrap_leaves_compiling_to_rebuild_and_says_so(built: World) -> None:
+    edit(built, ANSWER, "42", "43")
+    built.layout.stamp("vllm").unlink()
+    ended = built.bootstrap()
+    assert "next: ./scripts/inv rebuild" in ended.err
+    assert observed(built).kernels.reasons == (f"compiled from the pin's sources, which {ANSWER} differs from",)

@@ -1,0 +1,70 @@
+"""Stamps: a claim that can be read back, and that a damaged one proves nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from workspace.install.stamp import Library, Stamp, differences, read, write
+
+WHOLE = Stamp(
+    inputs={"origin": "donor x", "torch": "2.13.0+cpu CUDA none"},
+    outcome={"version": "0.31.0+cpu"},
+    packages={"numpy": "2.4.0"},
+    libraries=(Library("vllm/_C.abi3.so", 15104, "a" * 64),),
+)
+
+
+def test_stamp_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "vllm.json", WHOLE)
+    assert read(tmp_path / "new" / "vllm.json") == WHOLE
+
+
+def test_missing_stamp_is_none(tmp_path: Path) -> None:
+    assert read(tmp_path / "vllm.json") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record | {"schema": 0},
+        lambda record: record | {"inputs": None},
+        lambda record: record | {"inputs": {"origin": 7}},
+        lambda record: record | {"libraries": [{"path": "x"}]},
+        lambda record: record | {"libraries": "none"},
+        lambda record: {name: value for name, value in record.items() if name != "packages"},
+        lambda record: [record],
+        lambda record: None,
+    ],
+)
+def test_stamp_of_another_form_is_none(tmp_path: Path, change: object) -> None:
+    path = tmp_path / "vllm.json"
+    write(path, WHOLE)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))  # type: ignore[operator]
+    assert read(path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null"])
+def test_damaged_stamp_is_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "vllm.json"
+    path.write_bytes(content)
+    assert read(path) is None
+
+
+def test_stamp_cut_at_any_byte_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "vllm.json"
+    write(path, WHOLE)
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert read(path) is None, length
+
+
+def test_equal_inputs_have_no_differences() -> None:
+    assert differences({"a": "1", "b": ""}, {"a": "1", "b": ""}) == ()
+
+
+def test_differences_name_old_and_new_and_spare_digests() -> None:
+    recorded = {"torch": "2.13.0", "requirements": "a" * 64, "arch": "", "gone": "x"}
+    current = {"torch": "2.14.0", "requirements": "b" * 64, "arch": "12.1a", "new": "y", "sources": "c" * 64}
+    assert differences(recorded, current) == ("torch 2.13.0 → 2.14.0", "requirements changed", "arch none → 12.1a", "new nothing → y", "sources changed")

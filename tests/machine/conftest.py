@@ -1,0 +1,88 @@
+"""An empty clone with a real uv, no network, and a folder of tiny wheels in place of an index."""
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.small.wheels import write, write_torch
+from workspace.core.console import Console
+from workspace.core.log import Journal
+from workspace.core.paths import Layout, here
+from workspace.core.settings import Settings, load
+
+UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+# Where no version manager's shims lie: each would be asked for its version.
+SYSTEM_PATH = "/usr/bin:/bin"
+
+
+@dataclass(frozen=True)
+class House:
+    layout: Layout
+    links: Path
+    bin: Path
+
+    def settings(self, **shell: str) -> Settings:
+        """What a shell of this house gives; a name in capitals adds to it."""
+        base = {
+            "PATH": f"{self.bin}{os.pathsep}{SYSTEM_PATH}",
+            "HOME": str(self.layout.root.parent / "home"),
+            "UV_CACHE_DIR": str(self.layout.root.parent / "uv-cache"),
+            "UV_OFFLINE": "1",
+            "UV_FIND_LINKS": str(self.links),
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        return load(self.layout, environ=base | shell)
+
+    def journal(self, settings: Settings) -> Journal:
+        return Journal(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="test", secrets=settings.secrets)
+
+    def log(self) -> str:
+        return "".join(path.read_text(encoding="utf-8") for path in sorted(self.layout.logs.glob("*.log")))
+
+    def program(self, name: str, script: str, *, folder: Path | None = None) -> Path:
+        """Put a shell script on PATH, or into `folder`."""
+        path = (folder or self.bin) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    def wheel(self, name: str, version: str, *, requires: tuple[str, ...] = (), files: Mapping[str, bytes] | None = None, folder: Path | None = None) -> Path:
+        return write(folder or self.links, name, version, files or {f"{name.replace('-', '_')}/__init__.py": b""}, requires=requires)
+
+    def torch(self, version: str, *, cuda: str | None = None, requires: tuple[str, ...] = (), folder: Path | None = None) -> Path:
+        return write_torch(folder or self.links, version, cuda=cuda, requires=requires)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    layout = Layout(tmp_path / "clone with a blank")
+    made = House(layout, tmp_path / "links", tmp_path / "bin")
+    for folder in (layout.tools / "bin", made.links, made.bin, tmp_path / "home", layout.root / "workspace"):
+        folder.mkdir(parents=True)
+    assert UV is not None, "uv is part of the tool environment"
+    (layout.tools / "bin" / "uv").symlink_to(UV)
+    layout.probes.symlink_to(here().probes)
+    return made
+
+
+@pytest.fixture
+def built(house: House) -> Callable[[], Settings]:
+    """Make `.vllm` of this house with the interpreter that runs the tests."""
+
+    def make() -> Settings:
+        from workspace.machine import interpreter
+
+        settings = house.settings()
+        choice = interpreter.Choice(Path(getattr(sys, "_base_executable", sys.executable)), ".".join(str(part) for part in sys.version_info[:3]))
+        with house.journal(settings) as journal:
+            interpreter.create(house.layout, settings, choice, journal=journal)
+        return settings
+
+    return make

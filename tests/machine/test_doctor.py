@@ -1,0 +1,245 @@
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from workspace.core.console import Console
+from workspace.core.errors import ToolchainError
+from workspace.machine import doctor, hardware
+from workspace.machine.case import Case
+
+CMAKE = 'message(FATAL_ERROR\n  "GCC >= 11.3 is required to build vLLM (found ${X}). ")\n'
+CPU_CMAKE = 'message(FATAL_ERROR "X86 backend requires gcc/g++ >= 12.3")\n'
+
+
+@pytest.fixture
+def tree(house) -> Path:
+    (house.layout.vllm / "cmake").mkdir(parents=True)
+    (house.layout.vllm / "CMakeLists.txt").write_text(CMAKE)
+    (house.layout.vllm / "cmake" / "cpu_extension.cmake").write_text(CPU_CMAKE)
+    (house.layout.vllm / "pyproject.toml").write_text("[project]\nrequires-python = '>=3.10,<3.15'\n")
+    return house.layout.vllm
+
+
+def rows(house, settings, *, device="cpu", kernels="donor", need=None) -> dict[str, doctor.Row]:
+    found = doctor.preflight(house.layout, settings, device=device, kernels=kernels, need_gib=need or {house.layout.root: 0.001})
+    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    return {row.name: row for row in found}
+
+
+def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> None:
+    """A machine on which uv finds one Python."""
+    home = house.layout.root.parent / "python"
+    (home / "include").mkdir(parents=True)
+    if headers:
+        (home / "include" / "Python.h").touch()
+    said = {"version": version, "level": "final", "include": str(home / "include"), "prefix": base, "base": base, "executable": ""}
+    path = house.program("python", f"echo '{json.dumps(said)}'", folder=home / "bin")
+    listed = json.dumps([{"version": version, "path": str(path), "implementation": "cpython", "variant": "default"}])
+    uv = house.layout.tools / "bin" / "uv"
+    uv.unlink(missing_ok=True)
+    house.program("uv", f'[ "$1" = --version ] && echo "uv 0.0.0" || echo \'{listed}\'', folder=uv.parent)
+
+
+def test_sound_machine_passes_for_a_cpu_donor(house, built, tree):
+    settings = built()
+    found = rows(house, settings)
+    assert {found[name].state for name in ("disk", "python", "git", "uv")} == {"ok"}
+    assert not {"driver", "toolkit", "compiler"} & set(found)
+
+
+def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house, built, tree):
+    settings = built()
+    free = hardware.free_gib(house.layout.root)
+    need = {house.layout.root: free * 0.6, house.layout.root.parent / "cache" / "not made yet": free * 0.6}
+    found = doctor.preflight(house.layout, settings, device="cpu", kernels="donor", need_gib=need)
+    assert (found[0].state, found[0].name) == ("FAIL", "disk")
+    assert len([row for row in found if row.name == "disk"]) == 1
+    assert found[0].cure.startswith("df -h ")
+
+
+def test_place_that_cannot_hold_a_folder_or_be_written_fails(house, built, tree, tmp_path):
+    settings = built()
+    (tmp_path / "file").touch()
+    places = [tmp_path / "file" / "cache"]
+    if os.geteuid() != 0:
+        # root may write into a folder that says it is read-only.
+        (tmp_path / "closed").mkdir(mode=0o555)
+        places.append(tmp_path / "closed" / "cache")
+    for place in places:
+        row = rows(house, settings, need={place: 0.0})["folder"]
+        assert row.state == "FAIL"
+        assert "chown" in row.cure
+
+
+def test_missing_git_fails_with_the_command_that_installs_it(house, built, tree):
+    built()
+    (house.bin / "git").unlink(missing_ok=True)
+    found = rows(house, house.settings(PATH=str(house.bin)))
+    assert (found["git"].state, found["git"].cure) == ("FAIL", "sudo apt install git")
+
+
+def test_uv_that_does_not_run_fails_before_anything_needs_it(house, built, tree):
+    settings = built()
+    (house.layout.tools / "bin" / "uv").unlink()
+    house.program("uv", "exit 127", folder=house.layout.tools / "bin")
+    assert rows(house, settings)["uv"].state == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "state"), [("cpu", "donor", "warn"), ("cpu", "native", "FAIL"), ("cuda", "donor", "FAIL"), ("cuda", "native", "FAIL")]
+)
+def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(house, tree, device, kernels, state):
+    fake_python(house, "3.12.3", headers=False)
+    python = house.layout.root.parent / "python" / "bin" / "python"
+    environment = house.layout.environment / "bin"
+    environment.mkdir(parents=True)
+    text = python.read_text().replace('"prefix": "/usr"', f'"prefix": "{house.layout.environment}"')
+    house.program("python", text.removeprefix("#!/bin/sh\n"), folder=environment)
+    row = rows(house, house.settings(), device=device, kernels=kernels)["headers"]
+    assert (row.state, row.cure) == (state, "sudo apt install python3.12-dev")
+
+
+def test_headers_of_a_python_that_may_still_be_replaced_are_a_warning_only(house, tree):
+    fake_python(house, "3.11.2", headers=False)
+    assert rows(house, house.settings(), kernels="native")["headers"].state == "warn"
+
+
+def test_headers_of_the_made_environment_are_those_of_its_base(house, built, tree):
+    settings = built()
+    row = rows(house, settings, kernels="native")["headers"]
+    assert row.seen.endswith(".".join(str(part) for part in sys.version_info[:3]))
+
+
+def test_no_gpu_fails_for_cuda_and_names_the_way_without(house, built, tree):
+    settings = built()
+    row = rows(house, settings, device="cuda")["driver"]
+    assert row.state == "FAIL"
+    assert "--device cpu" in row.cure
+
+
+def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_donor(house, built, tree):
+    built()
+    settings = house.settings(CUDA_HOME="/nonexistent/cuda")
+    house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
+    assert rows(house, settings, device="cuda")["toolkit"].state == "warn"
+    row = rows(house, settings, device="cuda", kernels="native")["toolkit"]
+    assert row.state == "FAIL"
+    assert "CUDA_HOME=/nonexistent/cuda" in row.seen
+
+
+def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tree, tmp_path):
+    built()
+    house.program("nvcc", '[ "$1" = --version ] && echo "release 12.9, V12.9.1"', folder=tmp_path / "cuda" / "bin")
+    found = rows(house, house.settings(CUDA_HOME=str(tmp_path / "cuda")), device="cuda", kernels="native")
+    assert found["toolkit"].state == "FAIL"
+    assert "12.9" in found["toolkit"].seen
+
+
+def test_compiler_must_be_what_the_trees_own_words_demand_for_the_device(house, built, tree):
+    settings = built()
+    house.program("g++", "echo 12.2.0")
+    row = rows(house, settings, kernels="native")["compiler"]
+    assert (row.state, row.seen) == ("FAIL", "g++ 12.2.0")
+    assert "CXX=g++-13" in row.cure
+    house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
+    assert rows(house, settings, device="cuda", kernels="native")["compiler"].state == "ok"
+    house.program("g++", "echo 12.3.0")
+    assert rows(house, settings, kernels="native")["compiler"].state == "ok"
+
+
+def test_compiler_that_is_missing_stops_a_native_build(house, built, tree):
+    built()
+    settings = house.settings(CXX="no-such-compiler")
+    assert rows(house, settings, kernels="native")["compiler"].state == "FAIL"
+
+
+def test_device_is_what_was_asked_for_and_otherwise_what_the_driver_shows(house):
+    bare = hardware.Machine("aarch64", 20, 120.0, 100.0, ())
+    spark = hardware.Machine("aarch64", 20, 120.0, 100.0, (hardware.Gpu("NVIDIA GB10", "12.1", "580"),))
+    assert (doctor.device(house.settings(), bare), doctor.device(house.settings(), spark)) == ("cpu", "cuda")
+    assert doctor.device(house.settings(DEVICE="cpu"), spark) == "cpu"
+    assert doctor.device(house.settings(DEVICE="cuda"), bare) == "cuda"
+
+
+def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError | None]:
+    """What a doctor without network rows prints on stdout and stderr, and what it raises."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        doctor.show(house.layout, settings, console=Console(out=out, err=err), as_json=as_json, offline=True)
+    except ToolchainError as exc:
+        return out.getvalue(), err.getvalue(), exc
+    return out.getvalue(), err.getvalue(), None
+
+
+def test_json_has_every_row_with_its_five_words_and_a_verdict(house, built, tree):
+    built()
+    house.program("nvidia-smi", "exit 9")
+    out, _, error = shown(house, house.settings(DEVICE="cuda"), as_json=True)
+    said = json.loads(out)
+    assert (said["schema"], said["verdict"]) == (1, "FAIL")
+    assert {tuple(sorted(row)) for row in said["rows"]} == {("cure", "name", "seen", "state", "why")}
+    assert {row["state"] for row in said["rows"]} <= {"ok", "warn", "FAIL"}
+    assert error is not None
+    assert (error.exit_code, "driver" in error.message) == (6, True)
+    assert error.hint in {row["cure"] for row in said["rows"] if row["state"] == "FAIL"}
+
+
+def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(house, built, tree):
+    settings = built()
+    house.program("g++", "echo 9.1.0")
+    out, err, error = shown(house, settings)
+    assert out == ""
+    assert error is None
+    lines = err.splitlines()
+    assert len([line for line in lines if line.startswith("ok       uv")]) == 1
+    assert "                       $ sudo apt install g++-13 && export CC=gcc-13 CXX=g++-13" in lines
+
+
+def test_doctor_on_a_machine_with_no_program_at_all_names_them_and_does_not_break(house, tmp_path):
+    settings = house.settings(PATH=str(tmp_path / "nothing"))
+    out, _, error = shown(house, settings, as_json=True)
+    found = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert (found["git"]["state"], found["compiler"]["state"]) == ("FAIL", "warn")
+    assert error is not None
+
+
+def test_doctor_looks_and_leaves_nothing_behind(house, built, tree):
+    settings = built()
+    before = {path: path.lstat().st_mtime_ns for path in house.layout.root.rglob("*")}
+    shown(house, settings)
+    assert {path: path.lstat().st_mtime_ns for path in house.layout.root.rglob("*")} == before
+
+
+def test_check_that_the_machine_answers_with_nonsense_does_not_end_the_others(house):
+    def hostile(_):
+        raise ValueError("'N/A' is no number")
+        yield
+
+    def sound(_):
+        yield doctor.Row("ok", "sound", "", "")
+
+    case = Case(house.layout, house.settings(), device="cpu", kernels="donor")
+    found = doctor.examine(case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())])
+    assert [(row.state, row.name) for row in found] == [("warn", "hostile"), ("ok", "sound")]
+
+
+def test_preflight_is_a_selection_from_the_doctors_own_rows(house, built, tree):
+    settings = built()
+    names = {row["name"] for row in json.loads(shown(house, settings, as_json=True)[0])["rows"]}
+    for kernels in ("donor", "native"):
+        assert set(rows(house, settings, kernels=kernels)) <= names
+
+
+def test_device_that_cannot_be_told_is_what_the_torch_in_the_environment_is_built_for(house, tree):
+    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
+    (packages / "torch-2.13.0.dist-info").mkdir()
+    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+    # Its driver no longer answers: a fault, and no machine without a GPU.
+    out, _, _ = shown(house, house.settings(), as_json=True)
+    assert {row["name"]: row["state"] for row in json.loads(out)["rows"]}["driver"] == "FAIL"

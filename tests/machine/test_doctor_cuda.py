@@ -1,0 +1,168 @@
+"""Driver, toolkit and architectures, with an nvidia-smi and an nvcc that say what is put into their mouths."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from workspace.machine import doctor_toolchain
+from workspace.machine.case import Case, Row
+
+SMI = """case "$*" in
+*--query-gpu*) echo '{gpu}';;
+*--query-compute-apps*) {apps};;
+*-x*) {xml};;
+esac"""
+
+
+def smi(house, *, gpu="NVIDIA GB10, 12.1, 580.95.05", cuda="13.0", apps="true", xml=None) -> None:
+    house.program("nvidia-smi", SMI.format(gpu=gpu, apps=apps, xml=xml or f"echo '<nvidia_smi_log><cuda_version>{cuda}</cuda_version></nvidia_smi_log>'"))
+
+
+def nvcc(house, version="13.0", archs="75 90 100 120 121"):
+    home = house.layout.root.parent / "cuda"
+    lines = "; ".join(f"echo compute_{arch}" for arch in archs.split())
+    house.program("nvcc", f'case "$1" in --version) echo "release {version}, V{version}.1";; --list-gpu-arch) {lines or "exit 1"};; esac', folder=home / "bin")
+    return str(home)
+
+
+def case(house, *, device="cuda", kernels="native", **shell) -> Case:
+    return Case(house.layout, house.settings(**shell), device=device, kernels=kernels)
+
+
+def rows(check, *args, **words) -> dict[str, Row]:
+    found = tuple(check(case(*args, **words)))
+    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    return {row.name: row for row in found}
+
+
+def torch(house, cuda="13.0") -> None:
+    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: str = '{cuda}'\n")
+    (packages / "torch-2.13.0.dist-info").mkdir()
+    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+
+
+def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):
+    smi(house)
+    found = rows(doctor_toolchain.driver, house)
+    assert found["driver"].seen == "580.95.05, serves CUDA 13.0"
+    assert (found["gpu"].state, found["gpu"].seen) == ("ok", "NVIDIA GB10, capability 12.1")
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA GB10, [N/A], 580.95.05", "NVIDIA GB10, soon, [N/A]", "garbage", ", , ,"])
+def test_driver_that_talks_nonsense_gives_rows_and_no_traceback(house, gpu):
+    smi(house, gpu=gpu, xml="head -c 300 /dev/urandom", apps="echo 'N/A, x'; echo; echo '1,2,3,4'")
+    assert {row.state for row in rows(doctor_toolchain.driver, house).values()} <= {"ok", "warn"}
+    assert rows(doctor_toolchain.agreement, house)["cuda fit"].state == "warn"
+    assert rows(doctor_toolchain.residents, house)["residents"].state in ("ok", "warn")
+    assert rows(doctor_toolchain.archs, house)["arch list"].state == "FAIL"
+
+
+def test_driver_that_hangs_on_a_question_costs_seconds_and_not_the_doctor(house):
+    smi(house, xml="trap '' TERM; sleep 60", apps="true")
+    started = time.monotonic()
+    found = rows(doctor_toolchain.agreement, house)["cuda fit"]
+    assert time.monotonic() - started < 6
+    assert found.state == "warn"
+
+
+def test_gpu_older_than_vllms_kernels_fails(house):
+    smi(house, gpu="Tesla P100, 6.0, 535.1")
+    assert rows(doctor_toolchain.driver, house)["gpu"].state == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("served", "of_torch", "of_toolkit", "state"),
+    [("13.0", "13.0", "13.0", "ok"), ("13.0", "12.9", "12.8", "ok"), ("13.0", "13.0", "13.1", "warn"), ("12.8", "13.0", "12.8", "FAIL")],
+)
+def test_driver_serves_older_cuda_and_newer_of_its_own_major_version(house, served, of_torch, of_toolkit, state):
+    smi(house, cuda=served)
+    torch(house, of_torch)
+    assert rows(doctor_toolchain.agreement, house, CUDA_HOME=nvcc(house, of_toolkit))["cuda fit"].state == state
+
+
+def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_donor(house):
+    smi(house, cuda="12.9")
+    home = nvcc(house)
+    assert rows(doctor_toolchain.agreement, house, CUDA_HOME=home)["cuda fit"].state == "FAIL"
+    assert rows(doctor_toolchain.agreement, house, kernels="donor", CUDA_HOME=home)["cuda fit"].state == "warn"
+
+
+@pytest.mark.parametrize(
+    ("text", "toolkit", "fault"),
+    [
+        ("", "13.0", "compute_20"),
+        ("12.1a", "13.0", None),
+        ("12.1", "13.0", None),
+        ("12.0", "13.0", None),
+        ("9.0;12.1a", "13.0", None),
+        ("12.0", "12.9", "12.0a"),
+        ("12.0f", "13.0", "cpp_extension refuses 12.0f"),
+        ("12.0a", "13.0", "do not run on capability 12.1"),
+        ("9.0a 10.0a", "13.0", "do not run on capability 12.1"),
+        ("9.0+PTX", "13.0", None),
+        ("12.1a 10.3a", "13.0", "nvcc 13.0 does not know 10.3a"),
+    ],
+)
+def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, toolkit, fault):
+    smi(house)
+    row = rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST=text, CUDA_HOME=nvcc(house, toolkit))["arch list"]
+    assert row.state == ("FAIL" if fault else "ok")
+    assert fault is None or fault in row.why
+    assert fault is None or re.search(r"TORCH_CUDA_ARCH_LIST='?12\.1a", row.cure)
+
+
+def test_nvcc_that_does_not_list_what_it_knows_is_not_held_against_the_architectures(house):
+    smi(house)
+    assert rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.1a", CUDA_HOME=nvcc(house, archs=""))["arch list"].state == "ok"
+
+
+def test_list_in_env_file_is_mended_there_and_in_the_shell_by_an_export(house):
+    smi(house)
+    house.layout.dotenv.write_text("TORCH_CUDA_ARCH_LIST=12.0a\n")
+    assert ">> .env" in rows(doctor_toolchain.archs, house)["arch list"].cure
+    assert rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.0a")["arch list"].cure == "export TORCH_CUDA_ARCH_LIST='12.1a'"
+
+
+def test_without_a_gpu_the_device_cpu_asks_for_nothing_of_cuda(house):
+    for check in (doctor_toolchain.driver, doctor_toolchain.toolkit, doctor_toolchain.archs, doctor_toolchain.agreement):
+        assert {row.state for row in rows(check, house, device="cpu").values()} <= {"ok"}
+
+
+def test_who_holds_the_gpu_is_named_with_the_command_that_ends_it(house):
+    smi(house, apps="echo '4242, /usr/bin/python3, [N/A]'")
+    row = rows(doctor_toolchain.residents, house)["residents"]
+    assert row.state == "warn"
+    assert "4242 (/usr/bin/python3)" in row.seen
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("/x/.vllm/bin/python", "/x/.vllm/bin/vllm", "serve", "m"), True),
+        (("VLLM::EngineCore", "", ""), True),
+        (("python3.12", "-m", "vllm.entrypoints.openai.api_server"), True),
+        (("git", "-C", "vendor/vllm", "status"), False),
+        (("/x/inv", "serve.stop"), False),
+        ((), False),
+    ],
+)
+def test_vllm_is_told_from_a_git_that_looks_at_its_source(words, expected):
+    assert doctor_toolchain.is_vllm(words) is expected
+
+
+def test_process_that_calls_itself_an_engine_is_found(house):
+    with subprocess.Popen(["bash", "-c", "exec -a VLLM::EngineCore sleep 60"]) as engine:
+        try:
+            # The shell bears its own name until it has become the engine.
+            while not Path(f"/proc/{engine.pid}/cmdline").read_bytes().startswith(b"VLLM::"):
+                time.sleep(0.01)
+            found = rows(doctor_toolchain.residents, house)["residents"]
+        finally:
+            engine.kill()
+    assert found.state == "warn"
+    assert str(engine.pid) in found.cure.split()

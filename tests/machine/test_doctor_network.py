@@ -1,0 +1,132 @@
+"""Remotes and indexes that are there, are not, hang or refuse: all of them on this machine."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from workspace.machine import doctor_host
+from workspace.machine.case import Case, Row
+
+
+def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
+    if built:
+        house.layout.stamp("vllm").parent.mkdir(parents=True, exist_ok=True)
+        house.layout.stamp("vllm").touch()
+    found = tuple(check(Case(house.layout, house.settings(**shell), device="cpu", kernels="donor")))
+    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    return {row.name: row for row in found}
+
+
+@pytest.fixture
+def pinned(house, tmp_path):
+    """Pins whose remotes are folders; the repository appears where the test makes it."""
+    house.layout.pins.parent.mkdir(parents=True, exist_ok=True)
+    house.layout.pins.write_text(f"[vllm]\nurl = '{tmp_path / 'upstream'}'\n[triton]\nurl = 5\n")
+    return tmp_path / "upstream"
+
+
+def repository(house, path):
+    assert Case(house.layout, house.settings(), device="cpu", kernels="donor").ask(["git", "init", "-q", "--bare", path]).returncode == 0
+    return path
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """A server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """A server that wants a password."""
+
+    class Reply(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Reply) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_remote_that_is_away_is_a_warning_while_the_archive_stands_in(house, pinned):
+    found = rows(doctor_host.vllm, house)["vllm git"]
+    assert (found.state, "archive" in found.why) == ("warn", True)
+    assert rows(doctor_host.vllm, house, SOURCE="git")["vllm git"].state == "FAIL"
+    repository(house, pinned)
+    assert rows(doctor_host.vllm, house, SOURCE="git")["vllm git"].state == "ok"
+
+
+def test_mirror_that_answers_is_enough(house, pinned, tmp_path):
+    mirror = repository(house, tmp_path / "mirror")
+    assert {name: row.state for name, row in rows(doctor_host.vllm, house, VLLM_MIRROR=str(mirror)).items()} == {"vllm mirror": "ok"}
+    found = rows(doctor_host.vllm, house, VLLM_MIRROR=str(tmp_path / "gone"))
+    assert (found["vllm mirror"].state, found["vllm git"].state) == ("warn", "warn")
+
+
+def test_remote_that_never_answers_costs_the_connect_time_out(house, pinned, deaf):
+    started = time.monotonic()
+    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"{deaf}/vllm.git", CONNECT_TIMEOUT_S="1")["vllm mirror"]
+    assert time.monotonic() - started < 4
+    assert "no answer in 1 s" in found.seen
+
+
+def test_password_in_a_mirrors_address_is_not_shown(house, pinned, refusing):
+    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"http://me:hunter2@{refusing}/vllm.git")["vllm mirror"]
+    assert found.state == "warn"
+    assert "hunter2" not in repr(found)
+
+
+@pytest.mark.parametrize("content", [None, "not toml [", "[vllm]\n", "vllm = 3\n"])
+def test_pins_that_name_no_remote_fail_with_a_sentence(house, content):
+    house.layout.pins.parent.mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        house.layout.pins.write_text(content)
+    assert rows(doctor_host.vllm, house)["vllm git"].state == "FAIL"
+
+
+def test_index_that_is_away_stops_a_fresh_clone_and_only_warns_one_that_is_built(house):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
+    assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=closed)["index"].state == "FAIL"
+    assert rows(doctor_host.index, house, built=True, UV_DEFAULT_INDEX=closed)["index"].state == "warn"
+
+
+def test_index_that_hangs_or_refuses_is_told_without_its_password(house, deaf, refusing):
+    assert "no answer in 1 s" in rows(doctor_host.index, house, UV_DEFAULT_INDEX=deaf, CONNECT_TIMEOUT_S="1")["index"].seen
+    found = rows(doctor_host.index, house, UV_DEFAULT_INDEX=f"http://me:hunter2@{refusing}/simple")["index"]
+    assert "answers 401" in found.seen
+    assert "hunter2" not in repr(found)
+
+
+def test_index_in_a_folder_is_there_or_not(house, tmp_path):
+    assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=tmp_path.as_uri())["index"].state == "ok"
+    assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=(tmp_path / "gone").as_uri())["index"].state == "FAIL"
+
+
+def test_torch_that_lies_in_a_local_folder_needs_no_index(house):
+    # uv then looks into the folder alone.
+    house.torch("2.13.0+cpu")
+    assert rows(doctor_host.torch_index, house)["torch index"].state == "ok"
+
+
+def test_no_torch_to_be_had_fails_and_only_warns_where_one_is_installed(house):
+    assert rows(doctor_host.torch_index, house)["torch index"].state == "FAIL"
+    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
+    (packages / "torch-2.13.0.dist-info").mkdir(parents=True)
+    (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
+    (packages / "torch").mkdir()
+    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\n")
+    assert rows(doctor_host.torch_index, house)["torch index"].state == "warn"

@@ -1,0 +1,104 @@
+"""Triton's assemblers as programs that know as much as the real ones: 12.8 of Triton 3.5.1 stops at sm_121a."""
+
+import pytest
+
+from workspace.machine import dotenv
+from workspace.machine.case import Case, Row
+
+PTXAS = """case "$1" in --version) echo 'Cuda compilation tools, release {release}, V{release}.1'; exit;; esac
+target=${{1#--gpu-name=}}
+case " {known} " in *" $target "*) printf '\\177ELF' > "$3"; grep -q "target $target" "$4";; *)
+echo "ptxas fatal   : Value '$target' is not defined for option 'gpu-name'" >&2; exit 255;; esac"""
+OLD, NEW = "sm_90a sm_100a sm_120a", "sm_90a sm_100a sm_120a sm_121a"
+
+
+def triton(house, version, *, first=OLD, second=None) -> None:
+    packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
+    (packages / f"triton-{version}.dist-info").mkdir(parents=True)
+    (packages / f"triton-{version}.dist-info" / "METADATA").touch()
+    folder = packages / "triton" / "backends" / "nvidia" / "bin"
+    folder.mkdir(parents=True)
+    (packages / "triton" / "__init__.py").touch()
+    house.program("ptxas", PTXAS.format(release="12.8", known=first), folder=folder)
+    if second is not None:
+        house.program("ptxas-blackwell", PTXAS.format(release="13.1", known=second), folder=folder)
+
+
+def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
+    found = tuple(dotenv.ptxas(Case(house.layout, house.settings(**shell), device=device, kernels="donor")))
+    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    return {row.name: row for row in found}
+
+
+def test_triton_3_5_fails_by_assembling_and_the_toolkits_own_is_the_cure(house, tmp_path):
+    triton(house, "3.5.1")
+    house.program("ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path / "cuda" / "bin")
+    house.program("nvcc", '[ "$1" = --version ] && echo "release 13.0, V13.0.1"', folder=tmp_path / "cuda" / "bin")
+    row = rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"]
+    assert row.state == "FAIL"
+    assert "'sm_121a' is not defined" in row.seen
+    assert row.cure == f"echo TRITON_PTXAS_PATH={tmp_path / 'cuda' / 'bin' / 'ptxas'} >> .env"
+    assert rows(house, TRITON_PTXAS_PATH=str(tmp_path / "cuda" / "bin" / "ptxas"))["ptxas"].state == "ok"
+
+
+def test_toolkit_whose_assembler_knows_no_more_is_not_offered_as_a_cure(house, tmp_path):
+    triton(house, "3.5.1")
+    house.program("ptxas", PTXAS.format(release="12.8", known=OLD), folder=tmp_path / "cuda" / "bin")
+    house.program("nvcc", '[ "$1" = --version ] && echo "release 12.8, V12.8.1"', folder=tmp_path / "cuda" / "bin")
+    assert str(tmp_path) not in rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"].cure
+
+
+def test_first_assembler_may_fail_where_the_second_is_used(house):
+    triton(house, "3.7.1", second=NEW)
+    found = rows(house)
+    assert {name: row.state for name, row in found.items()} == {"ptxas": "ok", "ptxas-bw": "ok"}
+    assert "another one is used" in found["ptxas"].seen
+
+
+def test_second_assembler_that_fails_is_not_mended_by_the_first_ones_variable(house, tmp_path):
+    triton(house, "3.6.0", second=OLD)
+    good = house.program("ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path)
+    found = rows(house, TRITON_PTXAS_PATH=str(good))["ptxas-bw"]
+    assert found.state == "FAIL"
+    assert "TRITON_PTXAS_BLACKWELL_PATH" in found.cure
+
+
+def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
+    house.program("nvidia-smi", "echo 'NVIDIA H100, 9.0, 580.1'")
+    triton(house, "3.8.0", second="")
+    assert {name: row.state for name, row in rows(house).items()} == {"ptxas": "ok", "ptxas-bw": "ok"}
+    assert not dotenv.ptxas_of_triton(house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin", "3.9.0", "9.0")[0].is_used
+
+
+def test_path_that_leads_nowhere_is_told_since_triton_passes_over_it_in_silence(house):
+    triton(house, "3.7.1", second=NEW)
+    row = rows(house, TRITON_PTXAS_BLACKWELL_PATH="/nonexistent/ptxas")["ptxas-bw"]
+    assert (row.state, row.cure) == ("warn", "unset TRITON_PTXAS_BLACKWELL_PATH")
+
+
+def test_path_to_a_folder_fails_since_triton_stops_there(house, tmp_path):
+    triton(house, "3.7.1", second=NEW)
+    house.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path}\n")
+    row = rows(house)["ptxas-bw"]
+    assert (row.state, row.cure) == ("FAIL", "sed -i '/^TRITON_PTXAS_BLACKWELL_PATH=/d' .env")
+
+
+@pytest.mark.parametrize("script", ["exit 127", "echo garbage", 'case "$1" in --version) echo "release 13.1, V13.1.1";; esac'])
+def test_assembler_that_makes_no_cubin_fails_whatever_its_version_says(house, script):
+    triton(house, "3.7.1", second=NEW)
+    house.program("ptxas-blackwell", script, folder=house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin")
+    assert rows(house)["ptxas-bw"].state == "FAIL"
+
+
+def test_nothing_is_assembled_for_the_cpu_or_without_triton_and_the_row_says_so(house):
+    assert rows(house)["ptxas"].state == "ok"
+    triton(house, "3.5.1")
+    row = rows(house, device="cpu")["ptxas"]
+    assert (row.state, "cpu" in row.seen) == ("ok", True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"), [("12.1", ("sm_121a", "8.8")), ("12.0", ("sm_120a", "8.7")), ("9.0", ("sm_90a", "8.0")), ("8.9", ("sm_89", "8.0"))]
+)
+def test_probe_asks_for_no_newer_ptx_than_the_architecture_needs(capability, target):
+    assert dotenv.target_of(capability) == target

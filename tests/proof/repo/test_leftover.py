@@ -1,0 +1,27 @@
+"""What a killed fetch has begun goes with the next one, a second later, unless somebody still writes it."""
+
+import subprocess
+
+import pytest
+
+from tests.repo.conftest import Upstream, Workspace
+from workspace.repo.git import Git, worktree
+
+
+@pytest.mark.parametrize("is_local", [True, False], ids=["from a folder", "from a remote"])
+def test_pack_that_a_killed_fetch_has_begun_goes_with_the_next(release: Workspace, upstream: Upstream, *, is_local: bool) -> None:
+    git, packs, ref = Git(release.vllm), release.vllm / ".git" / "objects" / "pack", "refs/pins/v1.0.0"
+    (packs / "tmp_pack_abandoned").write_bytes(b"PACK")
+    (packs / "pack-mine.keep").touch()
+    with (packs / "tmp_pack_held").open("wb") as file, subprocess.Popen(["sleep", "60"], stdout=file) as holder:
+        try:
+            if is_local:
+                worktree.bring(git, upstream.bare, upstream.pin.commit, ref, journal=release.journal)
+            else:
+                words = (f"+{upstream.pin.commit}:{ref}",)
+                git.fetch(upstream.bare.as_uri(), words, whole=True, settings=release.settings(), journal=release.journal, on_line=lambda line: None)
+        finally:
+            holder.kill()
+    assert git.resolve(ref) == upstream.pin.commit
+    assert [path.name for path in packs.glob("tmp_*")] == ["tmp_pack_held"]
+    assert (packs / "pack-mine.keep").exists()

@@ -1,0 +1,386 @@
+"""A small upstream in real git, its release archive, and workspaces that pin it. The user's git configuration is hostile throughout."""
+
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.repo.shell import commit, export, sh_git, write
+from workspace.core import settings as settings_module
+from workspace.core.console import Console, Step
+from workspace.core.errors import PatchConflict
+from workspace.core.files import sha256
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.repo import checkout, overview, patches, pins
+from workspace.repo.checkout import Checkout, Choice
+from workspace.repo.patches import Stack
+from workspace.repo.pins import Archive, Pin
+
+if TYPE_CHECKING:
+    from tests.repo.ladder import Index, Ladder
+
+URL = "https://upstream.invalid/vllm.git"
+LINES = "".join(f"line {number}\n" for number in range(1, 41))
+# When the files of a checkout that was copied were written.
+OLD_NS = 1_600_000_000_123_456_789
+RESOLVED = LINES.replace("line 20\n", "line both\n")
+PATCHED = LINES.replace("line 20\n", "line twenty\n")
+MESSAGE = "[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nUpstream-Status: Pending"
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """`bare` serves tag v1.0.0; `work` has branches: main (the tag), local (two patches), drift (line 20 changed otherwise)."""
+
+    work: Path
+    bare: Path
+    pin: Pin
+    archive: Path
+    patches: Mapping[str, bytes]
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
+    root = tmp_path_factory.mktemp("upstream")
+    work, bare = root / "work", root / "vllm.git"
+    work.mkdir()
+    sh_git(work, "init", "--quiet", "--initial-branch=main")
+    commit(work, "first", {"README": "one\n", "old.txt": "gone later\n"})
+    (work / "old.txt").unlink()
+    files: dict[str, str | bytes] = {
+        "README": "two\n",
+        ".gitignore": "*.so\n/build/\nignored.txt\n",
+        "vllm/__init__.py": "",
+        "vllm/lines.py": LINES,
+        "csrc/a.cu": "a\n",
+        "csrc/dos.h": b"dos\r\nlines\r\n",
+        "csrc/größe.cu": "g\n",
+        "ignored.txt": "tracked although ignored\n",
+    }
+    write(work, files)
+    (work / "run.sh").write_text("#!/bin/sh\n")
+    (work / "run.sh").chmod(0o755)
+    (work / "link").symlink_to("vllm/lines.py")
+    base = commit(work, "release", {})
+    sh_git(work, "tag", "--annotate", "--message", "v1.0.0", "v1.0.0")
+    sh_git(work, "switch", "--quiet", "--create", "local")
+    commit(work, MESSAGE, {"vllm/lines.py": PATCHED})
+    commit(work, "Add a file and mend a DOS one\n\nUpstream-Status: Pending", {"vllm/new.py": "new\n", "csrc/dos.h": b"dos\r\nmended\r\n"})
+    names = sh_git(work, "log", "--reverse", "--format=%f", "main..local").split()
+    series = {f"{name}.patch": export(work, f"local~{1 - number}") for number, name in enumerate(names)}
+    sh_git(work, "switch", "--quiet", "--create", "drift", "main")
+    commit(work, "twenty otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "line XX\n")})
+    sh_git(work, "switch", "--quiet", "main")
+    sh_git(root, "clone", "--quiet", "--bare", str(work), str(bare))
+    sh_git(bare, "config", "uploadpack.allowFilter", "true")
+    sdist = root / "vllm-1.0.0.tar.gz"
+    make_archive(sdist, work)
+    pin = Pin("vllm", "v1.0.0", "1.0.0", base, URL, None, {})
+    made = pins.build_archive(sdist, root / "probe", pin)
+    return Upstream(work, bare, replace(pin, archive=Archive(sdist.name, sha256(sdist), *made)), sdist, series)
+
+
+def make_archive(path: Path, work: Path) -> None:
+    """An sdist as setuptools makes it: the tracked files under one folder, and its own beside them."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name in sh_git(work, "ls-files", "-z").split("\0"):
+            if name:
+                tar.add(work / name, f"vllm-1.0.0/{name}")
+        for name in ("PKG-INFO", "setup.cfg", "vllm.egg-info/PKG-INFO", "vllm/_version.py"):
+            add_member(tar, f"vllm-1.0.0/{name}", b"generated\n")
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: object) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in fields.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="session")
+def hostile_home(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
+    """The home of a user whose configuration would break or change nearly everything; it also leads URL to the local upstream."""
+    home = tmp_path_factory.mktemp("home")
+    hook = "#!/bin/sh\ntouch hook-ran; exit 1\n"
+    hooks = ("applypatch-msg", "pre-applypatch", "post-applypatch", "pre-commit", "commit-msg", "post-checkout", "post-index-change", "reference-transaction")
+    write(home, {f"hooks/{name}": hook for name in hooks} | {f"template/hooks/{name}": hook for name in hooks})
+    for path in home.rglob("hooks/*"):
+        path.chmod(0o755)
+    write(home, {"attributes": "* text eol=crlf filter=broken\n", "ignore": "*.py\n", "config": ""})
+    settings = {
+        "user.useConfigOnly": "true",
+        "core.hooksPath": str(home / "hooks"),
+        "core.autocrlf": "true",
+        "core.safecrlf": "true",
+        "core.attributesFile": str(home / "attributes"),
+        "core.excludesFile": str(home / "ignore"),
+        "core.quotePath": "true",
+        "core.sparseCheckout": "true",
+        "filter.broken.clean": "false",
+        "filter.broken.smudge": "false",
+        "filter.broken.required": "true",
+        "init.templateDir": str(home / "template"),
+        "init.defaultBranch": "trunk",
+        "commit.gpgSign": "true",
+        "tag.gpgSign": "true",
+        "gpg.program": "/bin/false",
+        "log.showSignature": "true",
+        "color.ui": "always",
+        "apply.whitespace": "error",
+        "am.threeWay": "false",
+        "mailinfo.scissors": "true",
+        "merge.default": "broken",
+        "merge.broken.driver": "false",
+        "format.signOff": "true",
+        "format.useAutoBase": "true",
+        "diff.noprefix": "true",
+        "diff.mnemonicPrefix": "true",
+        "diff.external": "/bin/false",
+        "diff.autoRefreshIndex": "false",
+        "status.showUntrackedFiles": "no",
+        "status.branch": "true",
+        "rerere.enabled": "true",
+        "i18n.commitEncoding": "ISO-8859-1",
+        "fetch.recurseSubmodules": "true",
+        "submodule.recurse": "true",
+        f"url.file://{upstream.bare}.insteadOf": URL,
+    }
+    for key, value in settings.items():
+        sh_git(home, "config", "--file", "config", key, value)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile_home: Path) -> Path:
+    """Let every test run as that user. Returns the configuration file, a copy of the test's own."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    config = tmp_path / "gitconfig"
+    shutil.copy(hostile_home / "config", config)
+    monkeypatch.setenv("HOME", str(hostile_home))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    return config
+
+
+@dataclass
+class Workspace:
+    """A clone of the superproject with its own pins."""
+
+    layout: Layout
+    pin: Pin
+    journal: Journal
+    err: io.StringIO
+    environ: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def vllm(self) -> Path:
+        return self.layout.vllm
+
+    def settings(self, **more: str) -> Settings:
+        return settings_module.load(self.layout, environ={**os.environ, **self.environ, **more})
+
+    def ensure(self, choice: Choice = "git", **more: str) -> Checkout:
+        return checkout.ensure(self.layout, self.pin, self.settings(**more), choice=choice, journal=self.journal, step=Step("source"))
+
+    def observe(self) -> Checkout:
+        return checkout.observe(self.layout, self.pin)
+
+    def stack(self) -> Stack:
+        return patches.observe(self.layout, "vllm", self.pin, self.observe())
+
+    def apply(self, *, stop_at_conflict: bool = False) -> Stack:
+        return patches.apply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal, stop_at_conflict=stop_at_conflict)
+
+    def unapply(self) -> Stack:
+        return patches.unapply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal)
+
+    def begin_move(self, target: str) -> None:
+        """What is written down before the first file of a move is touched."""
+        write(self.layout.root, {".workspace/moving/vllm.json": json.dumps({"from": sh_git(self.vllm, "rev-parse", "HEAD"), "to": target})})
+
+    def go_on(self, how: overview.How) -> Stack:
+        return overview.resume(self.layout, "vllm", self.pin, self.observe(), how=how, journal=self.journal)
+
+    def series(self, content: Mapping[str, bytes], *, base: str | None = None) -> None:
+        """Replace the series."""
+        folder = self.layout.patches("vllm")
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        write(folder, content)
+        write(folder, {"series": f"# Patches\n# base: {base or self.pin.commit}\n" + "".join(f"{name}\n" for name in content)})
+
+    def offline(self) -> None:
+        """Let the remote be one that nothing listens at, and the archive be in the cache."""
+        self.pin = replace(self.pin, url="file:///nowhere/vllm.git")
+
+
+@pytest.fixture(scope="session")
+def superproject(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
+    root = tmp_path_factory.mktemp("superproject")
+    sh_git(root, "init", "--quiet", "--initial-branch=main")
+    write(
+        root, {".gitmodules": f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {URL}\n', ".gitignore": "/.workspace/\n", "vendor/pins.toml": "pins\n"}
+    )
+    (root / "vendor" / "vllm").mkdir()
+    sh_git(root, "add", "--all")
+    sh_git(root, "update-index", "--add", "--cacheinfo", f"160000,{upstream.pin.commit},vendor/vllm")
+    sh_git(root, "commit", "--quiet", "--message", "workspace")
+    return root
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, upstream: Upstream, superproject: Path) -> Iterator[Workspace]:
+    shutil.copytree(superproject, tmp_path / "clone")
+    yield from opened(tmp_path, upstream)
+
+
+def opened(folder: Path, upstream: Upstream, series: Mapping[str, bytes] | None = None) -> Iterator[Workspace]:
+    err = io.StringIO()
+    assert upstream.pin.archive
+    write(folder, {f"cache/files/{upstream.pin.archive.sha256}/{upstream.archive.name}": upstream.archive.read_bytes()})
+    layout = Layout(folder / "clone")
+    with Journal(Console(out=io.StringIO(), err=err), layout.logs, verb="test") as journal:
+        made = Workspace(layout, upstream.pin, journal, err, {"WORKSPACE_CACHE_DIR": str(folder / "cache")})
+        made.series(series or upstream.patches)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, superproject: Path, conflicting: dict[str, bytes], hostile_home: Path) -> Path:
+    """Clones made once, to be copied: a checkout of each kind, `git` and `release`, with the stack applied, and `stopped` at a conflict."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIT_CONFIG_GLOBAL", str(hostile_home / "config"))
+        for kind in ("git", "release"):
+            shutil.copytree(superproject, root / kind / "clone")
+            for workspace in opened(root / kind, upstream):
+                workspace.ensure(kind)
+                _age(workspace.vllm)
+            for workspace in copied(root / f"{kind}-applied", upstream, root / kind):
+                workspace.apply()
+        for workspace in copied(root / "stopped", upstream, root / "release"):
+            workspace.series(conflicting)
+            sh_git(workspace.vllm, "fetch", "--quiet", str(upstream.work), "drift")
+            with pytest.raises(PatchConflict):
+                workspace.apply(stop_at_conflict=True)
+    return root
+
+
+@pytest.fixture(params=["git", "release"])
+def checked_out(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+    """A workspace whose checkout is there, of either kind."""
+    yield from copied(tmp_path, upstream, made / request.param)
+
+
+@pytest.fixture(params=["git", "release"])
+def either_applied(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+    """The same with the stack applied."""
+    yield from copied(tmp_path, upstream, made / f"{request.param}-applied")
+
+
+@pytest.fixture
+def release(tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+    yield from copied(tmp_path, upstream, made / "release")
+
+
+@pytest.fixture
+def applied(tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+    yield from copied(tmp_path, upstream, made / "release-applied")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, upstream: Upstream, made: Path, conflicting: dict[str, bytes]) -> Iterator[Workspace]:
+    """A stack that waits at the conflict of its second patch."""
+    yield from copied(tmp_path, upstream, made / "stopped", series=conflicting)
+
+
+def _age(folder: Path) -> None:
+    """Let all files have been written long ago."""
+    for path in folder.rglob("*"):
+        if ".git" not in path.relative_to(folder).parts and not path.is_symlink():
+            os.utime(path, ns=(OLD_NS, OLD_NS))
+    sh_git(folder, "update-index", "-q", "--refresh")
+
+
+def copied(folder: Path, upstream: Upstream, original: Path, series: Mapping[str, bytes] | None = None) -> Iterator[Workspace]:
+    shutil.copytree(original / "clone", folder / "clone", symlinks=True)
+    # A copy has other inodes than its index says.
+    sh_git(folder / "clone" / "vendor" / "vllm", "update-index", "-q", "--refresh", check=False)
+    yield from opened(folder, upstream, series)
+
+
+Snapshot = Callable[[Path], dict[str, tuple[int, int]]]
+
+
+@pytest.fixture
+def snapshot() -> Snapshot:
+    """Every file below a folder with its mtime and inode: equal before and after means that nothing was touched."""
+
+    def take(root: Path) -> dict[str, tuple[int, int]]:
+        found = {}
+        for path in [root, *root.rglob("*")]:
+            status = path.lstat()
+            found[str(path)] = (status.st_mtime_ns, status.st_ino)
+        return found
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def conflicting(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> dict[str, bytes]:
+    """A series of three: the second is made for another line 20; where its contents are at hand, it is merged."""
+    work = tmp_path_factory.mktemp("conflicting") / "work"
+    sh_git(work.parent, "clone", "--quiet", str(upstream.work), str(work))
+    sh_git(work, "checkout", "--quiet", "origin/drift")
+    commit(work, "XX to YY\n\nUpstream-Status: Pending", {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n")})
+    second = export(work, "HEAD")
+    sh_git(work, "checkout", "--quiet", "v1.0.0")
+    commit(work, "Last\n\nUpstream-Status: Pending", {"csrc/a.cu": "last\n"})
+    first = list(upstream.patches.items())[1]
+    return {first[0]: first[1], "XX-to-YY.patch": second, "Last.patch": export(work, "HEAD")}
+
+
+@pytest.fixture
+def mergeable(release: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> Workspace:
+    """That series on a checkout that has the contents of the merge."""
+    release.series(conflicting)
+    sh_git(release.vllm, "fetch", "--quiet", str(upstream.work), "drift")
+    return release
+
+
+def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
+    write(workspace.vllm, {"vllm/lines.py": content})
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    subprocess.run("git -C vendor/vllm add vllm/lines.py", shell=True, cwd=workspace.layout.root, check=True, env=environ)
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> "Ladder":
+    return _ladder().build(tmp_path_factory.mktemp("ladder"))
+
+
+@pytest.fixture
+def index(ladder: "Ladder", monkeypatch: pytest.MonkeyPatch) -> Iterator["Index"]:
+    """The package index of the ladder's releases."""
+    monkeypatch.setenv("no_proxy", "*")
+    with _ladder().serve(ladder) as served:
+        yield served
+
+
+def _ladder() -> ModuleType:
+    # It is made of what stands here.
+    return importlib.import_module("tests.repo.ladder")

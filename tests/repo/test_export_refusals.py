@@ -1,0 +1,196 @@
+"""Exports that are refused or were killed: no commit, no patch and no edit is lost by one."""
+
+import subprocess
+
+import pytest
+
+from tests.repo.conftest import Snapshot, Upstream, Workspace, commit, sh_git, write
+from tests.repo.exporting import STATUS, files, order, refused, run, series
+from workspace.core.errors import CheckoutError
+from workspace.repo import export
+from workspace.repo.git import Git
+
+
+def test_all_commits_dropped_is_not_taken_for_a_wish(applied: Workspace, snapshot: Snapshot) -> None:
+    sh_git(applied.vllm, "checkout", "--quiet", "--detach", "HEAD~2")
+    failure = refused(applied, "no commit in vendor/vllm is of it", snapshot)
+    assert "./scripts/inv patch.apply" in (failure.hint or "")
+
+
+def test_patch_that_came_with_a_pull_is_not_dropped_for_want_of_a_commit(release: Workspace, upstream: Upstream, snapshot: Snapshot) -> None:
+    first, second = upstream.patches
+    release.series({first: upstream.patches[first]})
+    release.apply()
+    release.series(dict(upstream.patches))
+    failure = refused(release, second, snapshot)
+    assert failure.hint
+    commands = failure.hint.split(": ", 1)[1].split("    or")[0].split(" && ")
+    commit(release.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
+    for command in commands:
+        if command.endswith("patch.apply"):
+            release.apply()
+        else:
+            subprocess.run(command, shell=True, cwd=release.layout.root, check=True, env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"})
+    run(release)
+    assert order(release) == [first, second, "mine.patch"]
+
+
+def test_patch_that_was_changed_after_it_was_applied_is_not_written_over(applied: Workspace, upstream: Upstream, snapshot: Snapshot) -> None:
+    first, _ = upstream.patches
+    file = applied.layout.patches("vllm") / first
+    file.write_bytes(file.read_bytes().replace(b"Upstream-Status: Pending", b"Upstream-Status: Submitted [https://example.invalid/1]"))
+    commit(applied.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
+    failure = refused(applied, f"{first} was changed since it was applied", snapshot)
+    assert "patch.unapply" in (failure.hint or "")
+    # Taken into the commit, it is no difference any more.
+    sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
+    applied.unapply()
+    applied.apply()
+    assert run(applied).written == ()
+    assert "Submitted" in sh_git(applied.vllm, "log", "-1", "--format=%B", "HEAD~1")
+
+
+UNFIT = (
+    ("x\n\nbefore\n---\nafter" + STATUS, "'---', where git lets a message end"),
+    ("x\n\n--- a/file" + STATUS, "where git lets a message end"),
+    ("x\n\ndiff --git a/x b/x" + STATUS, "where git lets a message end"),
+    ("x\n\nIndex: 7" + STATUS, "where git lets a message end"),
+    ("x\n\nFrom: me\nhello" + STATUS, "begins with 'From: me'"),
+    ("x\n\n[PATCH] me" + STATUS, "begins with '\\[PATCH\\] me'"),
+    ("x\n\na\nFrom me Mon Sep 17 00:00:00 2001\nb" + STATUS, "begins the next mail"),
+    ("Re: x" + STATUS, "'Re:'"),
+    ("[PATCH 1/2] x" + STATUS, "PATCH 1/2"),
+    ("[Bugfix] re: x" + STATUS, "'re:'"),
+    ("x\n\nno trailer", "lacks the line `Upstream-Status: Pending`"),
+    ("x\n\nUpstream-Status: Perhaps", "is none of: Pending"),
+    ("x\n\nUpstream-Status: Submitted", "is none of: Pending"),
+    ("ß" + STATUS, "letter or digit"),
+    (".hidden" + STATUS, "letter or digit"),
+    ("x" * 300 + STATUS, "too long"),
+)
+
+
+def test_messages_that_no_mail_can_carry_are_refused(applied: Workspace, snapshot: Snapshot) -> None:
+    commit(applied.vllm, "mine", {"vllm/mine.py": "mine\n"})
+    for message, why in UNFIT:
+        sh_git(applied.vllm, "commit", "--quiet", "--amend", "--cleanup=verbatim", "--message", message)
+        failure = refused(applied, why, snapshot)
+        assert "git -C vendor/vllm rebase -i refs/patches/base" in (failure.hint or "")
+
+
+def test_author_that_git_reads_otherwise_is_refused(applied: Workspace, snapshot: Snapshot) -> None:
+    write(applied.vllm, {"vllm/mine.py": "mine\n"})
+    sh_git(applied.vllm, "add", "--all")
+    sh_git(applied.vllm, "commit", "--quiet", "--author", "a@b <a@b.c>", "--message", "x" + STATUS)
+    refused(applied, "git would not read its author back", snapshot)
+
+
+def test_empty_commit_merge_and_second_of_a_name_are_refused(applied: Workspace, snapshot: Snapshot) -> None:
+    sh_git(applied.vllm, "commit", "--quiet", "--allow-empty", "--message", "nothing" + STATUS)
+    refused(applied, "nothing.*it changes no file", snapshot)
+    sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
+    commit(applied.vllm, "same" + STATUS, {"vllm/mine.py": "mine\n"})
+    commit(applied.vllm, "same!" + STATUS, {"vllm/mine.py": "mine too\n"})
+    refused(applied, "another patch is called same.patch", snapshot)
+    sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
+    same = sh_git(applied.vllm, "rev-parse", "HEAD")
+    sh_git(applied.vllm, "checkout", "--quiet", "-b", "side", "HEAD~1")
+    commit(applied.vllm, "side" + STATUS, {"vllm/side.py": "side\n"})
+    sh_git(applied.vllm, "merge", "--quiet", "--message", "merge" + STATUS, same)
+    failure = refused(applied, "it is a merge", snapshot)
+    subprocess.run((failure.hint or "").split(", then")[0], shell=True, cwd=applied.layout.root, check=True, env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"})
+    assert set(run(applied).written) == {"same.patch", "side.patch"}
+
+
+def test_export_that_was_killed_is_finished_by_the_next(applied: Workspace, upstream: Upstream) -> None:
+    first, second = upstream.patches
+    sh_git(applied.vllm, "commit", "--quiet", "--amend", "--message", "Another name" + STATUS)
+    sh_git(applied.vllm, "rebase", "--quiet", "HEAD~2", "--exec", "git commit --quiet --amend --no-edit --date=2026-02-02T02:02:02")
+    whole = export.series_of(Git(applied.vllm), applied.observe().base or "", "HEAD")
+    # As after the first of the files.
+    (applied.layout.patches("vllm") / whole[0][0]).write_bytes(whole[0][1])
+    assert run(applied).removed == (second,)
+    assert order(applied) == [first, "Another-name.patch"]
+
+
+def test_export_that_was_killed_at_its_last_file_leaves_nothing_behind(applied: Workspace, upstream: Upstream) -> None:
+    first, second = upstream.patches
+    sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
+    folder = applied.layout.patches("vllm")
+    # All of it was put in place, and the folder that it was made in is still there; or only the removal was done.
+    (folder.parent / ".vllm.making-abcdefgh").mkdir()
+    (folder / second).unlink()
+    assert run(applied).names == (first,)
+    assert sorted(path.name for path in folder.parent.rglob("*")) == sorted(["vllm", "series", first])
+
+
+def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(release: Workspace, upstream: Upstream) -> None:
+    sh_git(release.layout.root, "add", "patches")
+    sh_git(release.layout.root, "commit", "--quiet", "--message", "patches")
+    release.apply()
+    _, second = upstream.patches
+    file = release.layout.patches("vllm") / second
+    file.write_bytes(file.read_bytes().replace(b"Add a file", b"Now add a file"))
+    edited = file.read_bytes()
+    sh_git(release.vllm, "reset", "--quiet", "--keep", "HEAD~1")
+    done = run(release)
+    assert done.removed == (second,)
+    assert [path.read_bytes() for path in done.aside] == [edited]
+    export.show(done, console=release.journal.console)
+    assert str(done.aside[0]) in release.err.getvalue()
+
+
+def test_file_that_was_never_in_the_series_is_left_and_said(applied: Workspace) -> None:
+    write(applied.layout.patches("vllm"), {"mine.patch": "mine", "remarked.patch": "out"})
+    series(applied).write_text(series(applied).read_text() + "# remarked.patch: later\n")
+    done = run(applied)
+    assert done.unlisted == ("mine.patch",)
+    export.show(done, console=applied.journal.console)
+    assert "patches/vllm/mine.patch is not in the series" in applied.err.getvalue()
+
+
+def test_edits_that_are_not_committed_are_said_to_be_in_no_patch(applied: Workspace) -> None:
+    write(applied.vllm, {"README": "edited\n"})
+    done = run(applied)
+    assert done.edits == ("README",)
+    export.show(done, console=applied.journal.console)
+    assert "edits that are not committed are in no patch: README" in applied.err.getvalue()
+    assert (applied.vllm / "README").read_text() == "edited\n"
+
+
+def test_what_is_under_way_or_elsewhere_is_not_exported(applied: Workspace, upstream: Upstream) -> None:
+    before = files(applied)
+    sh_git(applied.vllm, "fetch", "--quiet", str(upstream.bare), "drift")
+    head = sh_git(applied.vllm, "rev-parse", "HEAD")
+    sh_git(applied.vllm, "cherry-pick", "FETCH_HEAD", check=False)
+    with pytest.raises(CheckoutError, match="in the middle of a git cherry-pick") as failure:
+        run(applied)
+    assert "patch.continue" in (failure.value.hint or "")
+    sh_git(applied.vllm, "cherry-pick", "--abort")
+    foreign = sh_git(applied.vllm, "commit-tree", "-m", "another root", "HEAD^{tree}")
+    sh_git(applied.vllm, "checkout", "--quiet", "--detach", foreign)
+    with pytest.raises(CheckoutError, match="which is not on") as failure:
+        run(applied)
+    commands = (failure.value.hint or "").split(": ", 1)[1]
+    subprocess.run(commands, shell=True, cwd=applied.layout.root, check=True, env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"})
+    assert sh_git(applied.vllm, "rev-parse", "HEAD") == head
+    assert run(applied).written == ()
+    assert files(applied) == before
+
+
+def test_missing_checkout_says_how_to_get_one(workspace: Workspace) -> None:
+    with pytest.raises(CheckoutError, match="is not there") as failure:
+        run(workspace)
+    assert failure.value.hint == "./scripts/inv bootstrap"
+
+
+def test_broken_patch_file_is_to_be_taken_back_from_the_superproject_and_no_other_way_is_named_first(
+    applied: Workspace, upstream: Upstream, snapshot: Snapshot
+) -> None:
+    first = next(iter(upstream.patches))
+    file = applied.layout.patches("vllm") / first
+    file.write_bytes(file.read_bytes()[:-40])
+    failure = refused(applied, f"{first} is no patch that git can read", snapshot)
+    assert (failure.hint or "").startswith(f"git checkout -- patches/vllm/{first}    ")
+    file.write_bytes(upstream.patches[first])
+    assert run(applied).written == ()

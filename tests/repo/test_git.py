@@ -1,0 +1,184 @@
+"""Looking at a working tree through git: digests, changes, and what looking must not do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repo.conftest import Snapshot, Workspace, commit, sh_git, write
+from workspace.core.errors import BuildError, CheckoutError, ToolchainError
+from workspace.repo.git import Git, worktree
+from workspace.repo.git.command import first_line, refusal_of_disk
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tree(release: Workspace) -> Git:
+    return Git(release.vllm)
+
+
+def test_digest_of_a_clean_tree_is_that_of_its_commit(tree: Git) -> None:
+    assert tree.digest([]) == tree.digest([], commit="HEAD")
+    assert tree.digest(["csrc", "run.sh"]) == tree.digest(["csrc", "run.sh"], commit="HEAD")
+    assert tree.digest(["csrc"]) != tree.digest(["vllm"])
+
+
+def edit(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"edited\r\n")
+
+
+CHANGES = {
+    "edit": lambda root: edit(root / "csrc" / "a.cu"),
+    "edit with DOS line ends": lambda root: edit(root / "csrc" / "dos.h"),
+    "edit of a name beyond ASCII": lambda root: edit(root / "csrc" / "größe.cu"),
+    "delete": lambda root: (root / "csrc" / "a.cu").unlink(),
+    "new file": lambda root: write(root, {"csrc/new\n file.cu": "n\n"}),
+    "new folder": lambda root: write(root, {"csrc/deep/er/new.cu": "n\n"}),
+    "mode": lambda root: (root / "csrc" / "a.cu").chmod(0o755),
+    "file to link": lambda root: [(root / "csrc" / "a.cu").unlink(), (root / "csrc" / "a.cu").symlink_to("dos.h")],
+    "link to nowhere": lambda root: (root / "csrc" / "l").symlink_to("nowhere"),
+    "file to folder": lambda root: [(root / "csrc" / "a.cu").unlink(), write(root, {"csrc/a.cu/x": "x\n"})],
+    "rename": lambda root: (root / "csrc" / "a.cu").rename(root / "csrc" / "b.cu"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_digest_of_an_edit_is_that_of_its_later_commit(tree: Git, name: str) -> None:
+    before = tree.digest(["csrc"])
+    CHANGES[name](tree.path)
+    edited = tree.digest(["csrc"])
+    assert edited != before
+    assert tree.digest(["vllm"]) == tree.digest(["vllm"], commit="HEAD")
+    sh_git(tree.path, "add", "--all")
+    assert tree.digest(["csrc"]) == edited
+    commit(tree.path, "edit", {})
+    assert tree.digest(["csrc"], commit="HEAD") == edited == tree.digest(["csrc"])
+
+
+def test_ignored_files_and_touched_files_change_no_digest(tree: Git) -> None:
+    before = tree.digest([])
+    write(tree.path, {"vllm/_C.abi3.so": "library", "build/x": "x"})
+    os.utime(tree.path / "csrc" / "a.cu", (1, 1))
+    assert tree.digest([]) == before
+    assert tree.changed_files("HEAD") == ()
+    assert tree.edits() == ()
+
+
+def test_digest_takes_no_pattern_for_a_path(tree: Git) -> None:
+    assert tree.digest(["*.cu"]) == tree.digest(["nowhere"])
+
+
+def test_repository_inside_the_tree_is_not_looked_into(tree: Git) -> None:
+    inner = tree.path / "csrc" / "inner"
+    inner.mkdir()
+    sh_git(inner, "init", "--quiet")
+    commit(inner, "x", {"x": "x"})
+    assert tree.digest(["csrc"]) == tree.digest(["csrc"], commit="HEAD")
+
+
+def test_changed_files_are_committed_staged_edited_deleted_and_new_ones(tree: Git) -> None:
+    base = tree.head()
+    assert base
+    commit(tree.path, "one", {"vllm/one.py": "1"})
+    write(tree.path, {"staged.txt": "2", "README": "edited\n"})
+    sh_git(tree.path, "add", "staged.txt")
+    (tree.path / "csrc" / "größe.cu").unlink()
+    write(tree.path, {"new\tfile": "3", "ignored.so": "4"})
+    assert tree.changed_files(base) == ("README", "csrc/größe.cu", "new\tfile", "staged.txt", "vllm/one.py")
+
+
+def test_looking_rewrites_no_index_and_makes_no_file(tree: Git, snapshot: Snapshot) -> None:
+    # A file touched without a change makes plain `git status` refresh the index.
+    os.utime(tree.path / "README", (1, 1))
+    before = snapshot(tree.path)
+    tree.digest([])
+    tree.edits()
+    tree.changed_files("HEAD")
+    tree.under_way()
+    assert snapshot(tree.path) == before
+
+
+def test_failure_is_raised_as_the_caller_wants_with_gits_own_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckoutError, match=r"git rev-parse in .*: not a git repository"):
+        Git(tmp_path).tree("HEAD")
+    with pytest.raises(BuildError, match="cannot change to"):
+        Git(tmp_path / "nowhere", failure=BuildError).tree("HEAD")
+
+
+def test_lock_that_a_killed_git_left_does_not_stand_in_the_way(tree: Git) -> None:
+    locks = [tree.path / ".git" / name for name in ("index.lock", "config.lock")]
+    for lock in locks:
+        lock.touch()
+    tree.hide("README")
+    tree.set_setting("user.name", "Ada")
+    assert not any(lock.exists() for lock in locks)
+
+
+def test_lock_that_a_living_git_holds_is_named(tree: Git) -> None:
+    lock = tree.path / ".git" / "index.lock"
+    with lock.open("w") as file, subprocess.Popen(["sleep", "60"], stdout=file) as holder:
+        try:
+            with pytest.raises(CheckoutError, match="index.lock") as failure:
+                tree.hide("README")
+        finally:
+            holder.kill()
+    assert lock.exists()
+    assert failure.value.hint
+    assert f"rm {lock}" in failure.value.hint
+
+
+def test_revision_that_looks_like_a_flag_is_none(tree: Git) -> None:
+    assert tree.resolve("--all") is None
+    assert tree.resolve("nowhere") is None
+    assert tree.resolve("v1.0.0") == tree.head()
+
+
+def test_machine_without_git_is_told_how_to_get_it(tmp_path: Path) -> None:
+    script = """
+from pathlib import Path
+from workspace.core.errors import ToolchainError
+from workspace.source.git import Git, worktree
+try:
+    Git(Path(".")).head()
+except ToolchainError as error:
+    print(error.hint)
+"""
+    environ = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for more in ({}, {"GIT_PYTHON_REFRESH": "quiet"}):
+        done = subprocess.run([sys.executable, "-c", script], env=environ | more, capture_output=True, text=True, check=True)
+        assert done.stdout == "sudo apt install git\n"
+
+
+def test_first_line_is_the_one_that_says_why() -> None:
+    assert first_line("warning: x\nhint: y\nfatal: it broke\nmore\n") == "it broke"
+    assert first_line("only this\n") == "only this"
+    assert first_line("") == ""
+
+
+def test_full_disk_is_told_from_a_patch_that_does_not_apply() -> None:
+    assert refusal_of_disk("error: unable to write file setup.py\nfatal: sha1 file 'index.lock' write error. Out of diskspace\n")
+    assert refusal_of_disk("error: unable to create temporary file: Read-only file system\nerror: patch does not apply\n")
+    assert refusal_of_disk("error: patch failed: setup.py:1\nerror: setup.py: patch does not apply\n") is None
+
+
+def test_snapshot_has_an_edit_of_the_same_size_and_the_same_tick(tree: Git) -> None:
+    # Git tells such an edit from the index being no newer than the file, which a copy of the index must not lose.
+    sh_git(tree.path, "config", "core.trustctime", "false")
+    file, index, tick = tree.path / "vllm" / "lines.py", tree.path_of("index"), (1_700_000_000 * 10**9,) * 2
+    text = file.read_text()
+    os.utime(file, ns=tick)
+    sh_git(tree.path, "update-index", "--refresh")
+    file.write_text(text.replace("line 20\n", "line YY\n"))
+    os.utime(file, ns=tick)
+    os.utime(index, ns=tick)
+    kept = worktree.snapshot(tree, "what lay there")
+    assert sh_git(tree.path, "show", f"{kept}:vllm/lines.py").splitlines()[19] == "line YY"
+
+
+def test_git_that_was_killed_has_refused_nothing(tree: Git) -> None:
+    for check in (True, False):
+        with pytest.raises(ToolchainError, match="git die in .* was killed by SIGKILL"):
+            tree.write("-c", "alias.die=!kill -9 $PPID", "die", check=check)

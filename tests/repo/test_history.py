@@ -1,0 +1,122 @@
+"""What lies between two releases, asked of a whole repository and of a partial one."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.repo.conftest import commit, sh_git, write
+from tests.repo.ladder import Ladder
+from workspace.core.errors import WorkspaceError
+from workspace.repo.git import Git, history, worktree
+
+OLD, NEW = "v1.0.0", "v1.1.0"
+
+
+@pytest.fixture
+def git(ladder: Ladder) -> Git:
+    return Git(ladder.bare)
+
+
+@pytest.fixture(scope="module")
+def files(ladder: Ladder) -> list[Path]:
+    folder = ladder.root / "patches"
+    write(folder, ladder.series)
+    return [folder / name for name in ladder.series]
+
+
+def test_commits_that_touched_a_file_are_named_newest_first_under_any_configuration(git: Git, ladder: Ladder) -> None:
+    paths = ["vllm/cherry.py", "vllm/new.py", "csrc/größe.cu"]
+    found = history.touching(history.log(git, OLD, NEW, paths), paths)
+    assert [line[13:] for line in found["vllm/cherry.py"]] == ["Once more (#8)", "[Misc] Upstream's cherry (#6)"]
+    assert found["vllm/new.py"] == ()
+    assert found["csrc/größe.cu"] == (f"{ladder.commits['1.1.0'][:12]} Release 1.1.0",)
+    assert history.log(git, OLD, NEW, []) == ()
+
+
+def test_path_is_no_pattern(git: Git) -> None:
+    assert history.log(git, OLD, NEW, ["vllm/*.py", ":(glob)**"]) == ()
+
+
+def test_patch_id_is_found_among_commits_and_only_there(git: Git, files: list[Path], ladder: Ladder) -> None:
+    touched = worktree.paths_of(git, files)
+    commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
+    diffs = {file.name: (file.read_bytes()[file.read_bytes().index(b"diff --git") :], paths) for file, paths in zip(files, touched, strict=True)}
+    found = {name: commit.oid for name, commit in history.taken(git, commits, diffs).items()}
+    assert found == {"Local-taken.patch": ladder.commits["taken"], "Local-cherry.patch": ladder.commits["cherry"]}
+    # The word of git itself, on commits.
+    assert [line[0] for line in sh_git(ladder.work, "cherry", NEW, "local", OLD).splitlines()] == [*"+-", *"+++++", *"-+"]
+
+
+def test_only_commits_of_equal_paths_are_read(git: Git, files: list[Path], ladder: Ladder) -> None:
+    touched = worktree.paths_of(git, files)
+    commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
+    assert ladder.commits["squashed"] not in {commit.oid for commit in history.candidates_of(commits, touched)}
+
+
+def test_ancestors_may_be_abbreviated_and_unknown_names_are_none(git: Git, ladder: Ladder) -> None:
+    known, later = ladder.commits["backport"], ladder.commits["main"]
+    found = history.ancestors(git, [known[:9], later, "deadbeef1", ladder.commits["1.1.0"]], NEW)
+    assert found == {known[:9]: known, ladder.commits["1.1.0"]: ladder.commits["1.1.0"]}
+    assert history.ancestors(git, [], NEW) == history.ancestors(git, ["deadbeef1"], NEW) == {}
+
+
+def test_renames_are_found_by_content_and_by_likeness(git: Git) -> None:
+    differing = history.changed(git, OLD, NEW)
+    gone = [path for path, (_, after) in differing.items() if after is None]
+    found = history.renames(git, OLD, NEW, gone, differing)
+    assert found["vllm/mover.py"] == "vllm/moved.py"
+    assert history.renames(git, OLD, NEW, ["vllm/clean.py", "nowhere"], differing) == {}
+
+
+def test_blobs_of_any_bytes_come_in_one_call(tmp_path: Path) -> None:
+    sh_git(tmp_path, "init", "--quiet")
+    contents = {"a": b"", "b": b"\n\n", "c": b"\x00\xff\r\n" * 99, "d": b"blob 3\n"}
+    write(tmp_path, contents)
+    commit(tmp_path, "bytes", {})
+    git = Git(tmp_path)
+    oids = {name: entry.split()[1] for name, entry in git.entries((), "HEAD").items()}
+    found = history.blobs(git, [*oids.values(), "0" * 39 + "1", *oids.values()])
+    assert {name: found[oid] for name, oid in oids.items() if name in contents} == contents
+    assert history.blobs(git, []) == {}
+
+
+def test_distance_name_and_date(git: Git, ladder: Ladder) -> None:
+    assert history.ahead(git, NEW, "main") == 1
+    assert history.described(git, "main") is None
+    assert history.described(git, NEW) == (NEW, 0)
+    assert history.date_of(git, NEW).isoformat() == "2026-01-02T03:04:05+00:00"
+
+
+def test_partial_clone_says_what_it_lacks_without_asking_for_it(ladder: Ladder, tmp_path: Path) -> None:
+    sh_git(tmp_path, "clone", "--quiet", "--bare", "--filter=blob:none", f"file://{ladder.bare}", "part.git")
+    part = Git(tmp_path / "part.git")
+    oids = [sh_git(ladder.bare, "rev-parse", f"{NEW}:{path}") for path in ("README", "vllm/taken.py")]
+    assert sorted(history.missing(part, NEW, ["README", "vllm/taken.py"])) == sorted(oids)
+    assert history.absent(part, oids) == tuple(oids)
+    assert history.absent(Git(ladder.bare), [*oids, "1" * 40]) == ("1" * 40,)
+    assert history.touching(history.log(part, OLD, NEW, ["README"]), ["README"])["README"]
+    with pytest.raises(WorkspaceError):
+        history.blobs(part, oids)
+
+
+def test_paths_of_patches_are_told_apart_in_one_call(git: Git, files: list[Path]) -> None:
+    assert worktree.paths_of(git, files)[:3] == (frozenset({"vllm/clean.py"}), frozenset({"vllm/taken.py"}), frozenset({"vllm/conflict.py"}))
+    assert worktree.paths_of(git, []) == ()
+
+
+def listing(repository: Path) -> dict[Path, tuple[int, int]]:
+    """Every file with inode and time. An object that is made once more gets a new time from git itself, to keep it from gc (git-prune(1))."""
+    found = {path: path.lstat() for path in repository.rglob("*")}
+    return {path: (status.st_ino, 0 if "objects" in path.parts else status.st_mtime_ns) for path, status in found.items()}
+
+
+def test_trial_leaves_the_repository_as_it_is(git: Git, files: list[Path], ladder: Ladder) -> None:
+    before = listing(ladder.bare)
+    with worktree.try_on(git, OLD) as tried:
+        assert tried.apply(files)
+        assert tried.tree() == sh_git(ladder.work, "rev-parse", "local^{tree}")
+        assert tried.holds(files[0])
+        tried.take(NEW)
+        assert not tried.apply(files[:3])
+        assert tried.tree() == sh_git(ladder.work, "rev-parse", f"{NEW}^{{tree}}")
+    assert listing(ladder.bare) == before

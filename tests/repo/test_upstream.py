@@ -1,0 +1,197 @@
+"""Finding another release, tag, branch or commit, from git and from release archives, and proving what was found."""
+
+import datetime
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.repo import ladder as ladders
+from tests.repo.conftest import sh_git, write
+from tests.repo.ladder import Clone, Index, Ladder
+from workspace.core.console import Step
+from workspace.core.errors import SettingsError, SourceError
+from workspace.core.files import sha256
+from workspace.repo import pins, upstream
+from workspace.repo.checkout import Kind
+from workspace.repo.upstream import Candidate
+
+
+@pytest.fixture
+def clone(tmp_path: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
+    with ladders.cloned(tmp_path, ladder, index) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, ladder: Ladder) -> Path:
+    """A copy of the upstream that a test may change."""
+    sh_git(tmp_path, "clone", "--quiet", "--bare", str(ladder.bare), "mirror.git")
+    return tmp_path / "mirror.git"
+
+
+def find(clone: Clone, ref: str = "v1.1.0", **more: str) -> Candidate:
+    return upstream.find(clone.layout, clone.pin, ref, clone.settings(**more), clone.observe(), journal=clone.journal, step=Step("upstream"))
+
+
+def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
+    clone.ensure("git")
+    found = find(clone)
+    assert (found.pin.tag, found.pin.version, found.pin.commit, found.base) == ("v1.1.0", "1.1.0", ladder.commits["1.1.0"], ladder.commits["1.1.0"])
+    assert (found.kind, found.prefix, found.lacking) == (Kind.GIT, None, ())
+    assert found.published == datetime.datetime(2026, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
+    assert set(found.pin.donors) == {"cuda-x86_64", "cuda-aarch64"}
+    assert set(found.undonated) == {"cpu-x86_64", "cpu-aarch64"}
+    assert found.pin.archive
+    assert found.pin.archive.sha256 == sha256(ladder.sdists["1.1.0"])
+
+
+def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(clone: Clone, ladder: Ladder, tmp_path: Path) -> None:
+    clone.ensure("git")
+    found = find(clone)
+    pins.make_from_archive(ladder.sdists["1.1.0"], tmp_path / "tree", found.pin)
+    assert found.pin.archive
+    assert sh_git(tmp_path / "tree", "rev-parse", "HEAD") == found.pin.archive.commit
+
+
+def test_archive_has_the_remotes_commit_where_it_can_be_reached(clone: Clone, ladder: Ladder) -> None:
+    clone.ensure("release")
+    found = find(clone)
+    assert found.pin.archive
+    assert (found.pin.commit, found.base, found.prefix) == (ladder.commits["1.1.0"], found.pin.archive.commit, None)
+    assert found.kind is Kind.RELEASE
+
+
+def test_archive_alone_proves_no_commit_and_says_so(clone: Clone, ladder: Ladder) -> None:
+    clone.ensure("release")
+    found = find(clone, VLLM_MIRROR="file:///nowhere")
+    assert found.pin.archive
+    assert found.pin.commit == found.pin.archive.commit == found.base
+    assert found.prefix == ladder.commits["1.1.0"][:9]
+    assert any("is not proven" in sentence and found.prefix in sentence for sentence in found.lacking)
+
+
+@pytest.mark.parametrize("kind", ["git", "release"])
+def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(clone: Clone, mirror: Path, kind: str) -> None:
+    clone.ensure(kind)  # type: ignore[arg-type]
+    sh_git(mirror, "tag", "--force", "v1.1.0", "main")
+    with pytest.raises(SourceError, match=r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, the release archive was made from [0-9a-f]{9}…"):
+        find(clone, VLLM_MIRROR=f"file://{mirror}")
+
+
+@pytest.mark.parametrize("kind", ["git", "release"])
+def test_both_bases_are_in_the_store_with_all_that_is_read(clone: Clone, ladder: Ladder, kind: str) -> None:
+    old = clone.ensure(kind).base  # type: ignore[arg-type]
+    found = find(clone)
+    offline = {"GIT_ALLOW_PROTOCOL": "none"}
+    for revision in (old, found.base):
+        assert sh_git(found.store, "cat-file", "-t", f"{revision}:vllm", env=offline) == "tree"
+        assert sh_git(found.store, "show", f"{revision}:requirements/common.txt", env=offline)
+        assert sh_git(found.store, "show", f"{revision}:vllm/conflict.py", env=offline)
+    assert sh_git(found.store, "rev-parse", "v1.0.0^{commit}", "v1.1.0^{commit}").split() == [old, found.base]
+
+
+@pytest.mark.parametrize("kind", ["git", "release"])
+def test_nothing_but_the_store_and_the_cache_is_written(clone: Clone, kind: str, tmp_path: Path) -> None:
+    clone.ensure(kind)  # type: ignore[arg-type]
+
+    def taken() -> dict[str, tuple[int, int]]:
+        return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in clone.layout.root.rglob("*") if ".workspace" not in path.parts}
+
+    before = taken()
+    find(clone)
+    assert taken() == before
+    assert [*clone.layout.upstream("vllm").parent.glob(".*making*")] == []
+
+
+def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: Ladder) -> None:
+    clone.ensure("git")
+    found = find(clone, "main")
+    assert (found.pin.tag, found.pin.commit, found.pin.archive) == ("main", ladder.commits["main"], None)
+    # No tag is on main: each release has a branch of its own.
+    assert found.pin.version == "1.0.0.post0.dev0"
+    assert dict(found.pin.donors) == {}
+    assert found.undonated["cpu-x86_64"] == "main is no release"
+
+
+def test_commit_is_taken_by_all_its_digits_and_the_version_counts_from_a_tag(clone: Clone, ladder: Ladder) -> None:
+    clone.ensure("git")
+    assert find(clone, ladder.commits["main"]).base == ladder.commits["main"]
+    with pytest.raises(SourceError, match="has no tag or branch") as failure:
+        find(clone, "deadbeef12")
+    assert failure.value.hint == "a commit needs all of its 40 digits"
+
+
+@pytest.mark.parametrize("ref", ["main", "0123456789" * 4])
+def test_release_checkout_can_follow_releases_only(clone: Clone, ref: str) -> None:
+    clone.ensure("release")
+    with pytest.raises(SettingsError, match="from git only"):
+        find(clone, ref)
+
+
+@pytest.mark.parametrize("kind", ["git", "release"])
+def test_tag_that_exists_nowhere_names_the_nearest(clone: Clone, kind: str) -> None:
+    clone.ensure(kind)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=r"nearest.* v?1\.0\.0, v?1\.1\.0"):
+        find(clone, "v1.0.9")
+
+
+def test_git_without_an_index_still_has_the_commit(clone: Clone, ladder: Ladder) -> None:
+    clone.ensure("git")
+    found = find(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")
+    assert (found.pin.commit, found.pin.archive, dict(found.pin.donors)) == (ladder.commits["1.1.0"], None, {})
+    assert any("donor wheels are not known" in sentence for sentence in found.lacking)
+    # Of a partial clone only what a forecast reads is fetched.
+    held = {
+        path: sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}", "--", path) for path in ("csrc", "cmake")
+    }
+    assert ["?" in listed for listed in held.values()] == [True, False]
+
+
+def test_remote_that_is_out_of_reach_stops_only_what_is_not_there(clone: Clone) -> None:
+    clone.ensure("git")
+    with pytest.raises(SourceError):
+        find(clone, VLLM_MIRROR="file:///nowhere")
+    first = find(clone)
+    again = find(clone, VLLM_MIRROR="file:///nowhere")
+    assert again.pin == first.pin
+    assert any("taken from" in sentence for sentence in again.lacking)
+
+
+def test_server_that_refuses_filters_and_single_objects_gives_all(clone: Clone, mirror: Path, tmp_path: Path) -> None:
+    clone.ensure("git")
+    sh_git(mirror, "config", "uploadpack.allowFilter", "false")
+    sh_git(tmp_path, "config", "--file", "gitconfig", "protocol.version", "0")
+    found = find(clone, VLLM_MIRROR=f"file://{mirror}", GIT_CONFIG_GLOBAL=str(tmp_path / "gitconfig"))
+    assert "?" not in sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}")
+
+
+def test_server_that_filters_but_refuses_single_objects_gives_all(clone: Clone, tmp_path: Path) -> None:
+    clone.ensure("git")
+    sh_git(tmp_path, "config", "--file", "gitconfig", "protocol.version", "0")
+    found = find(clone, GIT_CONFIG_GLOBAL=str(tmp_path / "gitconfig"))
+    assert "?" not in sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}")
+
+
+def test_store_that_was_half_made_or_belongs_to_a_clone_elsewhere_is_mended(clone: Clone) -> None:
+    clone.ensure("git")
+    place = clone.layout.upstream("vllm")
+    write(place, {"objects/info/alternates": "/nowhere/objects\n", "config": ""})
+    first = find(clone)
+    shutil.move(clone.layout.root, clone.layout.root.with_name("moved"))
+    moved = replace(clone.layout, root=clone.layout.root.with_name("moved"))
+    clone.layout = moved
+    assert find(clone).pin == first.pin
+
+
+def test_archive_that_is_damaged_is_a_sentence(clone: Clone, index: Index, tmp_path: Path) -> None:
+    clone.ensure("release")
+    write(tmp_path, {"broken.tar.gz": b"\x1f\x8b\x08\x00broken"})
+    for row in index.rows["vllm"]:
+        if row["filename"] == "vllm-1.1.0.tar.gz":
+            row["hashes"] = {"sha256": sha256(tmp_path / "broken.tar.gz")}
+    index.paths["vllm-1.1.0.tar.gz"] = tmp_path / "broken.tar.gz"
+    with pytest.raises(SourceError, match="is damaged"):
+        find(clone)

@@ -1,0 +1,126 @@
+"""The command line of a server: what it says, what it refuses, what it never says by itself; and the next rung where memory was short."""
+
+from dataclasses import replace
+
+import pytest
+
+from workspace.core.errors import SettingsError
+from workspace.server import command, fit
+from workspace.server.fit import Free
+from workspace.server.flags import Flags
+from workspace.server.recipes import Memory, Recipe
+
+NAMES = (
+    "api-key async-scheduling config gpu-memory-utilization headless help hf-token host max-model-len max-num-seqs port served-model-name "
+    "ssl-certfile tensor-parallel-size trust-remote-code uds"
+)
+SWITCHES = frozenset({"--async-scheduling", "--trust-remote-code", "--headless"})
+KNOWN = Flags(frozenset(f"--{name}" for name in NAMES.split()), SWITCHES, frozenset({"--async-scheduling"}), frozenset({"-tp", "-h"}))
+RECIPE = Recipe(
+    name="big",
+    model="some/big",
+    origin="hub",
+    summary="",
+    memory=Memory(60, 6, 36),
+    flags={"port": 8000, "async-scheduling": True, "max-model-len": 32000, "max-num-seqs": 1024, "gpu-memory-utilization": 0.7},
+)
+
+
+def compose(*extra: str, has_key: bool = False, knows: bool = False, recipe: Recipe = RECIPE) -> command.Command:
+    return command.compose(recipe, extra, KNOWN, has_key=has_key, knows=knows)
+
+
+def test_users_word_takes_the_place_of_the_recipes_and_nothing_is_said_twice() -> None:
+    words = compose("--port=8001", "--no-async-scheduling", "--max_num_seqs", "8").words
+    recipes = ("--max-model-len", "32000", "--gpu-memory-utilization", "0.7")
+    assert words == (*recipes, "--port=8001", "--no-async-scheduling", "--max-num-seqs", "8", "--host", "127.0.0.1")
+
+
+def test_it_listens_to_this_machine_only_and_trusts_nobody_unless_told() -> None:
+    line = compose()
+    assert (line.address.host, line.address.port, line.said) == ("127.0.0.1", 8000, ())
+    assert "--trust-remote-code" not in line.words
+    asking = compose(recipe=replace(RECIPE, flags={**RECIPE.flags, "trust-remote-code": True}))
+    assert "the recipe asks for it" in asking.said[0]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "spark.local"])
+def test_server_open_to_others_needs_a_key_or_the_users_word(host: str) -> None:
+    with pytest.raises(SettingsError, match="no key is asked for") as caught:
+        compose("--host", host)
+    assert "VLLM_API_KEY" in (caught.value.hint or "")
+    assert "--i-know" in (caught.value.hint or "")
+    assert "no key is asked for" in compose("--host", host, knows=True).said[0]
+    assert "asks for VLLM_API_KEY" in compose("--host", host, has_key=True).said[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_server_for_this_machine_needs_no_key(host: str) -> None:
+    assert compose("--host", host).said == ()
+
+
+def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_the_nearest_name() -> None:
+    line = compose("--swap-space", "16")
+    assert "16" not in line.words
+    assert "--swap-space 16 is left out: it is gone since vLLM" in line.dropped[0]
+    with pytest.raises(SettingsError, match="no flag --max-modle-len") as caught:
+        compose("--max-modle-len", "7")
+    assert "--max-model-len" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        *(("--port", "99999"), ("--port", "0"), ("--port", "-1"), ("--port",), ("--port", "8o"), ("--port", "٣"), ("--host",), ("--host=",)),
+        *(("--gpu-memory-utilization", "-0.5"), ("--gpu-memory-utilization", "0"), ("--gpu-memory-utilization", "70"), ("--gpu-memory-utilization", "nan")),
+        *(("--max-num-seqs", "0"), ("--max-num-seqs", "many"), ("--tensor-parallel-size", "-1"), ("--max-model-len", "0"), ("--max-model-len", "long")),
+        *(("--api-key", "sk-secret"), ("--hf-token", "hf_secret"), ("--config", "x.yaml"), ("--uds", "/x"), ("--headless",), ("--help",), ("-h",)),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(extra: tuple[str, ...]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        compose(*extra)
+    assert caught.value.hint
+    assert "secret" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "extra", [("--max-model-len", "32k"), ("--max-model-len", "auto"), ("--gpu-memory-utilization", ".7"), ("-tp", "2"), ("--max-num-seqs=8",)]
+)
+def test_what_the_parser_takes_is_taken(extra: tuple[str, ...]) -> None:
+    assert compose(*extra).extra == extra
+
+
+UNIFIED = Free(119, 80, 30, is_unified=True)
+DROPPED = replace(UNIFIED, droppable_gib=0.2)
+
+
+def rung(*extra: str, free: Free = DROPPED, lack: str = "memory") -> str | None:
+    return fit.next_step("big", RECIPE, compose(*extra), free, lack=lack, length=None)
+
+
+def test_rungs_follow_each_other_and_each_is_a_command() -> None:
+    assert rung(free=UNIFIED) == "./scripts/inv drop-caches && ./scripts/inv serve big"
+    said, extra = [], ()
+    for _ in range(4):
+        said.append(rung(*extra))
+        extra = tuple(said[-1].partition(" -- ")[2].split())
+    assert said == [
+        "./scripts/inv serve big -- --gpu-memory-utilization 0.6",
+        "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512",
+        "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512 --max-model-len 16000",
+        "./scripts/inv serve big -- --max-num-seqs 512 --max-model-len 16000 --gpu-memory-utilization 0.5",
+    ]
+
+
+def test_where_only_the_cache_is_too_small_a_smaller_share_would_make_it_worse() -> None:
+    assert rung(free=UNIFIED, lack="cache") == "./scripts/inv serve big -- --max-model-len 16000"
+
+
+def test_ladder_ends() -> None:
+    extra = ("--gpu-memory-utilization", "0.1", "--max-num-seqs", "1", "--max-model-len", "300")
+    assert rung(*extra) is None
+
+
+def test_rung_keeps_what_the_user_said_otherwise() -> None:
+    assert rung("--port", "9000", "--gpu-memory-utilization=0.7") == "./scripts/inv serve big -- --port 9000 --gpu-memory-utilization 0.6"

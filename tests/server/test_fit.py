@@ -1,0 +1,100 @@
+"""Does it fit: a Spark's one memory, a GPU's own, and none."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.machine.conftest import House, house
+from workspace.core.paths import here
+from workspace.server import fit, recipes
+from workspace.server.fit import Free, Resident
+
+__all__ = ["house"]
+SPARK = Free(total_gib=119.7, available_gib=110.0, droppable_gib=10.0, is_unified=True)
+
+
+def judged(free: Free, *words: str, device: str = "cuda", name: str = "gpt-oss-120b", **environment: str) -> fit.Fit:
+    return fit.judge(recipes.load(here(), name), free, device=device, environment=environment, words=words)
+
+
+def test_big_model_fits_an_empty_spark() -> None:
+    found = judged(SPARK)
+    assert (found.verdict, found.hint) == ("yes", None)
+    assert found.takes_gib == pytest.approx(83.79)
+    assert found.needs_gib == pytest.approx(67.9, abs=0.1)
+
+
+def test_page_cache_in_the_way_on_unified_memory_is_to_be_dropped_first() -> None:
+    full_of_cache = replace(SPARK, available_gib=100.0, droppable_gib=90.0)
+    assert (judged(full_of_cache).verdict, judged(full_of_cache).hint) == ("after drop-caches", "./scripts/inv drop-caches")
+    # A GPU with memory of its own does not mind.
+    assert judged(replace(full_of_cache, is_unified=False)).verdict == "yes"
+
+
+def test_too_much_asked_for_suggests_what_would_fit_beside_what_is_there() -> None:
+    busy = replace(SPARK, available_gib=80.0, droppable_gib=0.0, residents=(Resident(4711, "python", None),))
+    found = judged(busy)
+    assert found.verdict == "no"
+    assert "the GPU is held by 4711 (python)" in found.sentence
+    assert found.hint == "--gpu-memory-utilization 0.65, or --kv-cache-memory-bytes 12025908428, leaves room for it"
+    assert judged(busy, "--gpu-memory-utilization", "0.65").verdict == "yes"
+    assert judged(busy, "--kv-cache-memory-bytes=11G").verdict == "yes"
+    assert judged(busy, "--kv-cache-memory-bytes=14G").verdict == "no"
+
+
+def test_share_below_what_the_model_needs_is_found_before_the_load() -> None:
+    found = judged(SPARK, "--gpu-memory-utilization", "0.5")
+    assert (found.verdict, found.hint, found.utilization) == ("no", "--gpu-memory-utilization 0.58", 0.58)
+    assert "is given too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
+    assert judged(SPARK, "--gpu-memory-utilization", "0.58").verdict == "yes"
+
+
+def test_nothing_is_suggested_where_nothing_helps_but_to_end_what_is_there() -> None:
+    found = judged(replace(SPARK, available_gib=50.0, residents=(Resident(7, "vllm", 60.0),)))
+    assert (found.utilization, found.kv_gib, found.hint) == (None, None, "end what holds the GPU first: ps -fp '7'")
+
+
+def test_length_asked_for_counts() -> None:
+    recipe = recipes.load(here(), "gpt-oss-120b")
+    assert fit.needs_gib(recipe, ["--max-model-len", "128K"]) - fit.needs_gib(recipe) == pytest.approx((131072 - 32000) * 36 / 2**20)
+    # As long as fits.
+    assert fit.needs_gib(recipe, ["--max-model-len=auto"]) == 66.8
+
+
+def test_without_a_gpu_the_size_of_the_cache_is_what_the_environment_says_or_the_share_that_a_gpu_would_get() -> None:
+    small = Free(23.5, 20.0, 2.0, is_unified=False)
+    assert judged(small, device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="1").takes_gib == pytest.approx(2.6)
+    assert judged(small, device="cpu", name="tiny").takes_gib == pytest.approx(2.35)
+    assert judged(small, "--gpu-memory-utilization=0.05", device="cpu", name="tiny").verdict == "no"
+    full = judged(replace(small, available_gib=8.0), device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="12")
+    assert (full.verdict, full.hint) == ("no", "VLLM_CPU_KVCACHE_SPACE=4 in .env leaves room for it")
+
+
+GB10 = """case "$*" in
+*compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";;
+*memory.total*) echo "[N/A], [N/A]";;
+*compute-apps*) echo "4711, /usr/bin/python3, [N/A]"; echo "not, a, row, at all";;
+esac"""
+H100 = """case "$*" in
+*compute_cap*) echo "NVIDIA H100, 9.0, 580.95";;
+*memory.total*) echo "81559, 70000";;
+*compute-apps*) echo "12, vllm, 10240";;
+esac"""
+
+
+def test_memory_of_a_spark_is_the_machines_and_that_of_another_gpu_its_own(house: House) -> None:
+    house.program("nvidia-smi", GB10)
+    spark = fit.observe(house.settings(), device="cuda")
+    assert spark.is_unified
+    assert spark.residents == (Resident(4711, "python3", None),)
+    assert 0 < spark.available_gib <= spark.total_gib
+    house.program("nvidia-smi", H100)
+    other = fit.observe(house.settings(), device="cuda")
+    assert (other.is_unified, round(other.total_gib), round(other.available_gib)) == (False, 80, 68)
+    assert other.residents == (Resident(12, "vllm", 10.0),)
+
+
+@pytest.mark.parametrize("script", ["exit 9", "echo garbage", "echo ', , ,'"])
+def test_driver_in_trouble_is_no_gpu(house: House, script: str) -> None:
+    house.program("nvidia-smi", script)
+    assert fit.observe(house.settings(), device="cuda").total_gib > 0

@@ -1,0 +1,216 @@
+"""A server's whole life with real processes: what runs is found, what is stopped leaves nothing, whoever is killed and whenever."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from workspace.core.errors import ServeError
+from workspace.server import lifecycle, observation, process_tree
+from workspace.server.lifecycle import Launch
+from workspace.server.observation import Address
+
+STANDIN = Path(__file__).with_name("standin.py")
+ROOT = STANDIN.parents[2]
+
+
+def launch(manner: str = "", *, port: int | None = None) -> Launch:
+    port = port or lifecycle.free_port()
+    argv = (sys.executable, "-S", str(STANDIN), str(port), manner)
+    return Launch("standin", argv, {"PATH": "/usr/bin:/bin"}, Address("127.0.0.1", port))
+
+
+@pytest.fixture
+def place(tmp_path: Path):
+    folder = tmp_path / "server"
+    yield folder
+    there = observation.find(folder)
+    if there:
+        lifecycle.stop(there, at_once=True)
+
+
+def until(true) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def shared(port: int) -> set[str]:
+    """What the server at this port has left; others run beside it."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"standin-{port}-")}
+
+
+def is_clean(there: observation.Server) -> None:
+    assert there.members() == set()
+    assert shared(there.address.port) == set()
+    assert not Path(there.family.folder).exists()
+    assert observation.find(there.place) is None
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((there.address.host, there.address.port))
+
+
+@pytest.mark.parametrize("manner", ["", "apart", "deaf"])
+def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(place: Path, manner: str) -> None:
+    there = lifecycle.start(place, launch(manner))
+    there, ready = lifecycle.wait_until_ready(there, timeout_s=20)
+    assert ready.models == ("standin",)
+    assert len(there.members()) == 4
+    assert len(shared(there.address.port)) == 1
+    found = observation.find(place)
+    assert found == there
+    stopped = lifecycle.stop(found, at_once=manner == "deaf")
+    assert stopped.was_killed == (manner == "deaf")
+    is_clean(there)
+
+
+def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> None:
+    there = lifecycle.start(place, launch("slow"))
+    until(lambda: shared(there.address.port))
+    lines = lifecycle.follow(there.log)
+    assert next(lines) in ("engine started", None)
+    os.kill(there.family.keeper, signal.SIGTERM)
+    os.kill(there.family.keeper, signal.SIGTERM)
+    lifecycle.stop(there, at_once=True)
+    is_clean(there)
+
+
+@pytest.mark.parametrize("who", ["front", "keeper", "all"])
+@pytest.mark.parametrize("manner", ["", "apart"])
+def test_whoever_is_killed_nothing_is_left_after_stop(place: Path, who: str, manner: str) -> None:
+    there = lifecycle.start(place, launch(manner))
+    there, _ = lifecycle.wait_until_ready(there, timeout_s=20)
+    members = there.members()
+    assert len(members) == 4
+    known = process_tree.living()
+    front = next(number for number in members if known[number].parent == there.family.keeper)
+    for number in {"front": [front], "keeper": [there.family.keeper], "all": sorted(members)}[who]:
+        os.kill(number, signal.SIGKILL)
+    if who == "front":
+        # The keeper sees to it, with nobody's help.
+        until(lambda: not there.members())
+        assert observation.how_ended(there) == observation.Ended(-signal.SIGKILL, was_told=False)
+        assert shared(there.address.port) == set()
+    if who == "keeper":
+        until(lambda: not observation.is_alive(there))
+        assert len(there.members()) == 3
+    lifecycle.stop(observation.find(place))
+    assert not any(number in process_tree.living() for number in members)
+    is_clean(there)
+
+
+def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_is_left_though_all_are_killed(place: Path) -> None:
+    there = lifecycle.start(place, launch("slow"))
+    with ThreadPoolExecutor(1) as waiting:
+        waiter = waiting.submit(lifecycle.wait_until_ready, there, timeout_s=60)
+        until(lambda: shared(there.address.port))
+        seen = time.monotonic()
+        until(lambda: observation.find(place).shared)
+        # Whoever looks every LOOK_S only has looked before it was there.
+        assert time.monotonic() - seen < 0.75 * lifecycle.LOOK_S
+        for number in there.members():
+            os.kill(number, signal.SIGKILL)
+        with pytest.raises(ServeError):
+            waiter.result()
+    lifecycle.stop(observation.find(place))
+    is_clean(there)
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(place: Path, is_detached: bool) -> None:
+    port = lifecycle.free_port()
+    code = (
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from workspace.engine import server; from workspace.engine.readiness import Address\n"
+        "launch = server.Launch('standin', tuple(sys.argv[5:]), {}, Address('127.0.0.1', int(sys.argv[3])))\n"
+        "there = server.start(Path(sys.argv[2]), launch, is_detached=sys.argv[4] == 'True')\n"
+        "server.wait_until_ready(there, timeout_s=20); print('ready', flush=True); time.sleep(60)"
+    )
+    words = [str(ROOT), str(place), str(port), str(is_detached), *launch(port=port).argv]
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout.readline() == "ready\n"
+        there = observation.find(place)
+        assert there.is_ready
+        starter.kill()
+    if is_detached:
+        assert len(there.members()) == 4
+        assert observation.is_alive(there)
+    else:
+        until(lambda: not there.members())
+        assert shared(there.address.port) == set()
+    lifecycle.stop(there)
+    is_clean(there)
+
+
+def test_second_server_is_refused_and_the_first_one_serves_on(place: Path) -> None:
+    there, _ = lifecycle.wait_until_ready(lifecycle.start(place, launch()), timeout_s=20)
+    with pytest.raises(ServeError, match="is there already"):
+        lifecycle.start(place, launch())
+    os.kill(there.family.keeper, signal.SIGKILL)
+    until(lambda: not observation.is_alive(there))
+    # The lock is free then, and yet there are remains.
+    with pytest.raises(ServeError, match="is there already"):
+        lifecycle.start(place, launch())
+    lifecycle.stop(there)
+
+
+def test_port_that_is_taken_is_a_sentence_and_nothing_is_started(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        with pytest.raises(ServeError, match="cannot be used: Address already in use"):
+            lifecycle.start(place, launch(port=taken.getsockname()[1]))
+    assert observation.find(place) is None
+
+
+def test_crash_in_the_start_up_says_the_cause_and_not_what_became_of_it(place: Path) -> None:
+    there = lifecycle.start(place, launch("crash"))
+    with pytest.raises(ServeError, match=r"exited with 1: torch.OutOfMemoryError: CUDA out of memory\. Tried") as caught:
+        lifecycle.wait_until_ready(there, timeout_s=20)
+    assert caught.value.details[-1] == f"log: {there.log}"
+    lifecycle.stop(there)
+
+
+def test_healthy_server_that_cannot_complete_is_not_ready(place: Path) -> None:
+    there = lifecycle.start(place, launch("numb"))
+    with pytest.raises(ServeError, match="answers and does not work: .*500: EngineCore encountered an issue"):
+        lifecycle.wait_until_ready(there, timeout_s=20)
+    lifecycle.stop(there)
+
+
+def test_number_that_now_belongs_to_somebody_else_is_not_ended(place: Path) -> None:
+    there = lifecycle.start(place, launch("slow"))
+    lifecycle.stop(there)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        # As the state file would say if the number had been given away again, once with a session of its own.
+        for started, boot in ((process_tree.started_at(other.pid) - 1, there.boot), (process_tree.started_at(other.pid), "another boot")):
+            family = process_tree.Family(other.pid, started, there.family.mark, there.family.folder, there.family.log)
+            observation.write(observation.Server(place, "standin", there.address, family, boot, there.since, 0.0))
+            found = observation.find(place)
+            assert not observation.is_alive(found)
+            lifecycle.stop(found)
+            assert other.poll() is None
+        other.kill()
+
+
+def test_damaged_state_is_a_sentence(place: Path) -> None:
+    place.mkdir()
+    (place / "server.json").write_text('{"name": 3}')
+    with pytest.raises(ServeError, match="is damaged"):
+        observation.find(place)
+    (place / "server.json").unlink()
+
+
+def test_context_ends_the_server_when_the_block_fails(place: Path) -> None:
+    with contextlib.suppress(ZeroDivisionError), lifecycle.running(place, launch(), timeout_s=20) as (there, ready):
+        assert ready.models
+        raise ZeroDivisionError
+    is_clean(there)

@@ -1,1 +1,0 @@
-"""`nox -s bisect`: which upstream commit, or which patch, turned good into bad."""

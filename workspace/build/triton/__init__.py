@@ -1,1 +1,0 @@
-"""Triton: what is wrong with the one in `.vllm`, what mends it, and its build from source."""

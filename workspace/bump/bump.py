@@ -1,0 +1,373 @@
+"""`inv pin.bump`: move the pin in a workshop beside the working tree, and promote it when its smoke is green.
+
+Every part looks first what is there already, so that the same command, or `inv patch.continue`, goes on after a conflict, a red smoke or a kill.
+"""
+
+import contextlib
+import datetime
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from workspace.bump import known_good, promote, staging
+from workspace.bump.staging import Begun, Marker, Workshop
+from workspace.core import lock
+from workspace.core.console import Console
+from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SmokeError, ToolchainError, WorkspaceError
+from workspace.core.files import write_atomic
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.install import plan, sandbox
+from workspace.repo import checkout, moves, pins, series
+from workspace.repo.checkout import Kind
+from workspace.repo.git import Applied, Git, worktree
+from workspace.repo.series import Attempt, Stack, State
+
+How = Literal["continue", "skip", "abort"]
+CONTINUE = "./scripts/inv patch.continue"
+
+
+def is_under_way(layout: Layout) -> bool:
+    return staging.is_there(layout)
+
+
+def run(layout: Layout, settings: Settings, ref: str, *, console: Console, young: bool = False, wait: bool = False) -> None:
+    """Move the pin to `ref`, or go on with the bump to it that is under way; `triton` moves Triton's pin to its main.
+
+    Raises PatchConflict at a conflict, SmokeError where the new pin does not compute rightly, and the error of whatever else stops it;
+    nothing outside the workshop is changed before the promotion.
+    """
+    if ref == "triton":
+        from workspace.bump import triton
+
+        triton.move(layout, settings, console=console, wait=wait)
+        return
+    with _opened(layout, settings, "inv pin.bump", console, wait=wait) as journal:
+        shop = staging.find(layout)
+        if shop and not promote.is_begun(shop) and not _is_meant(shop, ref):
+            raise CheckoutError(
+                f"a bump to {shop.pin.tag} is under way, asked for is {ref}",
+                hint=f"{CONTINUE}    goes on with it; {CONTINUE} --abort gives it up",
+            )
+        if shop is None and not staging.is_there(layout):
+            staging.tidy(layout)
+        shop = shop or _begin(layout, settings, ref, journal, young=young)
+        is_promoted = shop is not None and _advance(shop, settings, journal)
+    if is_promoted:
+        _prove(layout, settings, console)
+
+
+def go_on(layout: Layout, settings: Settings, how: How, *, console: Console, wait: bool = False) -> None:
+    """Go on with the bump that is under way, leaving out the patch that conflicts, or give the bump up. Raises what `run` raises."""
+    with _opened(layout, settings, "inv patch.continue", console, wait=wait) as journal:
+        if how == "abort":
+            _abort(layout, console)
+            return
+        shop = staging.find(layout)
+        if shop is None:
+            raise CheckoutError("no bump is under way", hint="./scripts/inv pin")
+        if not promote.is_begun(shop):
+            promote.require_unmoved(shop)
+            _resume(shop, settings, how, journal)
+        is_promoted = _advance(shop, settings, journal)
+    if is_promoted:
+        _prove(layout, settings, console)
+
+
+@contextlib.contextmanager
+def _opened(layout: Layout, settings: Settings, verb: str, console: Console, *, wait: bool) -> Iterator[Journal]:
+    with (
+        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held,
+        Journal(console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held) as journal,
+    ):
+        yield journal
+
+
+def _is_meant(shop: Workshop, ref: str) -> bool:
+    return ref in (shop.begun.ref, shop.pin.tag, shop.pin.version, shop.pin.commit)
+
+
+def _begin(layout: Layout, settings: Settings, ref: str, journal: Journal, *, young: bool) -> Workshop | None:
+    """Work out whereto, say what will be done, and make the workshop; None where the pin is there already."""
+    from workspace.repo import upstream
+
+    _finish_new_name(layout)
+    observed = plan.observe(layout, settings)
+    pin, there, stack = observed.pin, observed.checkout, _ready(layout, observed)
+    assert there.base
+    assert stack.head
+    if ref in (pin.tag, pin.version, pin.commit) and not promote.is_archives(pin):
+        journal.console.say(f"nothing to do: {pin.tag} is pinned already")
+        return None
+    with journal.console.step("upstream") as view:
+        journal.phase("upstream", view)
+        candidate = upstream.find(layout, pin, ref, settings, there, journal=journal, step=view)
+        view.reason = f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {_words(candidate.kind)}"
+    journal.step = None
+    if candidate.base == there.base:
+        _rename(layout, pin, candidate.pin, journal)
+        return None
+    if not young:
+        _require_age(candidate.pin.tag, candidate.published, settings)
+    staging.require_one_disk(layout)
+    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+    journal.console.say(
+        f"{pin.tag} → {candidate.pin.tag}, {count}: tree, patches, environment and smoke in {layout.relative(layout.workshop)}; until all is green"
+        " nothing else is changed"
+    )
+    _bring(layout, candidate.pin, candidate.base, candidate.kind, candidate.store, settings, journal)
+    digest = staging.digest_of(layout.patches("vllm"), pin=pin.commit)
+    return staging.make(layout, Begun(ref, pin.tag, there.base, stack.head, digest, candidate.base), candidate.pin)
+
+
+def _ready(layout: Layout, observed: plan.Observation) -> Stack:
+    """The stack, where it is applied, exported and clean. Raises CheckoutError or PatchDrift with the way to that."""
+    stack, shown = observed.stack, layout.relative(layout.vllm)
+    if stack is None:
+        raise CheckoutError(f"{shown} is {observed.checkout.detail}, so there is nothing to move", hint="./scripts/inv bootstrap")
+    if verb := Git(layout.vllm).under_way():
+        raise CheckoutError(f"{shown} is in the middle of a git {verb}", hint=f"{CONTINUE}    or --abort")
+    if stack.dirty:
+        edited = ", ".join(stack.dirty[:3]) + (f" and {len(stack.dirty) - 3} more" if len(stack.dirty) > 3 else "")
+        raise CheckoutError(
+            f"{shown} has edits ({edited}) that no patch holds", hint=f"git -C {shown} commit    then ./scripts/inv patch.export; or git -C {shown} stash"
+        )
+    if stack.state is State.UNEXPORTED:
+        raise PatchDrift(f"{shown} has commits that patches/vllm does not; a bump would leave them behind", hint="./scripts/inv patch.export")
+    if stack.state is not State.APPLIED:
+        raise CheckoutError(f"the stack is {stack.state.value}; a bump needs it applied", hint="./scripts/inv patch")
+    return stack
+
+
+def _require_age(tag: str, published: datetime.datetime | None, settings: Settings) -> None:
+    """A release that is withdrawn or found to be harmful is so within days."""
+    least = settings.count("PIN_MIN_AGE_DAYS") or 0
+    hint = "wait, or take it all the same with --young"
+    if published is None:
+        raise SettingsError(f"when {tag} was published is not known, and PIN_MIN_AGE_DAYS asks for {least} days", hint=hint)
+    age = (datetime.datetime.now(datetime.UTC) - published).total_seconds() / 86400
+    if age < least:
+        raise SettingsError(f"{tag} was published {age:.1f} days ago, PIN_MIN_AGE_DAYS asks for {least}", hint=hint)
+
+
+def _bring(layout: Layout, pin: pins.Pin, base: str, kind: Kind, store: Path, settings: Settings, journal: Journal) -> None:
+    """Have the new base among the objects of vendor/vllm, under a reference."""
+    git, ref = Git(layout.vllm), f"refs/pins/{pin.tag}"
+    with journal.console.step("fetch") as view:
+        journal.phase("fetch", view)
+        if kind is Kind.GIT and not worktree.is_kept(git, base):
+            # The store looks only, and has not the content of all files.
+            url, whole = checkout.url_of(layout, pin, settings), git.setting("remote.origin.promisor") != "true"
+            git.fetch(url, (f"+{base}:{ref}",), whole=whole, settings=settings, journal=journal, on_line=checkout.shown(view))
+        worktree.bring(git, store, base, ref, journal=journal)
+        if git.resolve(f"refs/tags/{pin.tag}") is None:
+            git.set_ref(f"refs/tags/{pin.tag}", base)
+        view.reason = f"{base[:12]} as {ref}"
+    journal.step = None
+
+
+def _words(kind: Kind) -> str:
+    return "git" if kind is Kind.GIT else "the release archive"
+
+
+def _rename(layout: Layout, pin: pins.Pin, new: pins.Pin, journal: Journal) -> None:
+    """The same source under its commit of upstream's, where the pin had only that of the archive; else nothing."""
+    if pin.commit == new.commit or not promote.is_archives(pin):
+        journal.console.say(f"nothing to do: {pin.tag} is pinned already")
+        return
+    pins.save(layout.pins, new)
+    _finish_new_name(layout)
+    staging.set_gitlink(layout, new.commit, journal=journal)
+    journal.console.say(f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}; to commit: git add vendor/pins.toml patches/vllm && git commit")
+
+
+def _finish_new_name(layout: Layout) -> None:
+    """Let the series follow a pin that got its commit of upstream's; done here too, for a run may have ended between the two files."""
+    pin = pins.load(layout.pins).vllm
+    if pin.archive:
+        staging.write_series_base(layout.patches("vllm"), pin.commit, only=pin.archive.commit)
+
+
+def _resume(shop: Workshop, settings: Settings, how: How, journal: Journal) -> None:
+    """Continue the `am` in the workshop's tree, or skip its patch. Raises PatchConflict where the next one conflicts."""
+    from workspace.repo import overview
+    from workspace.repo.git import am
+
+    tree = staging.open_tree(shop, settings, journal=journal)
+    _recover(shop, tree, journal)
+    there = am.position(tree)
+    if there is None:
+        if how == "skip":
+            raise CheckoutError("no patch of the bump waits to be skipped", hint=CONTINUE)
+        return
+    names = _names(shop)[-there.last :]
+    if how == "skip":
+        skipped = dict.fromkeys((*shop.skipped, names[there.number - 1]))
+        write_atomic(shop.layout.root / staging.SKIPPED, "".join(f"{name}\n" for name in skipped).encode())
+    try:
+        with moves.attempt(shop.layout, "vllm", tree, Attempt(f"git am --{how}", CONTINUE), journal=journal):
+            shown = [f"patches/vllm/{name}" for name in names]
+            overview.resume_in(tree, base=shop.begun.new_base, how=how, journal=journal, names=shown, shown=shop.shown)
+    except PatchConflict as exc:
+        # Another one than before: what upstream did to its paths is said too.
+        raise (exc if am.position(tree) == there else _conflict(shop, tree)) from exc
+
+
+def _abort(layout: Layout, console: Console) -> None:
+    # A workshop whose record is damaged can be given up too, so it is not read.
+    if promote.is_begun_in(layout):
+        raise CheckoutError("this bump is being promoted and goes forward only", hint=f"{CONTINUE}    then ./scripts/inv pin.back")
+    kept = staging.remove(layout)
+    console.say("the bump is given up; nothing else was changed" + (f"; what was done there is kept in vendor/vllm as {kept}" if kept else ""))
+
+
+def _advance(shop: Workshop, settings: Settings, journal: Journal) -> bool:
+    """Do what is still due, up to the promotion and with it. True when it is done."""
+    if not promote.is_begun(shop):
+        promote.require_unmoved(shop)
+        tree = staging.open_tree(shop, settings, journal=journal)
+        _apply(shop, tree, journal)
+        _export(shop, tree, journal)
+        tip = tree.head() or ""
+        wanted = sandbox.as_built(settings, plan.observe(shop.outer, settings))
+        with _said_of(shop):
+            if settings.switch("USE_EXISTING_TORCH"):
+                sandbox.borrow_environment(shop.outer, shop.layout, journal=journal)
+            sandbox.build_in(shop.layout, wanted, console=journal.console)
+        _smoke(shop, tree, wanted, journal.console)
+        promote.begin(shop, settings, tip=tip, journal=journal)
+    promote.finish(shop, settings, journal=journal)
+    return True
+
+
+def _apply(shop: Workshop, tree: Git, journal: Journal) -> None:
+    """Put the series on the new base. Raises PatchConflict, and leaves git's `am` in the workshop's tree."""
+    from workspace.repo.git import am
+
+    _recover(shop, tree, journal)
+    if am.position(tree):
+        raise _conflict(shop, tree)
+    if tree.resolve(staging.APPLIED_REF):
+        return
+    base, names = shop.begun.new_base, _names(shop)
+    if tree.head() == base and names:
+        with journal.console.step("patches") as view:
+            journal.phase("patches", view)
+            done = am.applied(tree, base, [shop.outer.patches("vllm") / name for name in names], place=shop.layout.state / "am")
+            if done.tip is None:
+                _run_am(shop, tree, names, base, journal)
+            else:
+                with _marked(shop, {"from": base, "names": "\n".join(names)}):
+                    tree.move_to(done.tip, journal=journal)
+            made = tree.slugs(base, "HEAD")
+            gone = [name for name in names if name.removesuffix(".patch") not in made]
+            view.reason = f"{len(made)} of {len(names)} on {shop.pin.tag}" + (f"; upstream has {', '.join(gone)}" if gone else "")
+        journal.step = None
+    tree.set_ref(staging.APPLIED_REF, tree.head() or base)
+
+
+def _run_am(shop: Workshop, tree: Git, names: Sequence[str], start: str, journal: Journal) -> None:
+    """Put patches on the commit `start` in the workshop's tree itself. Raises PatchConflict where one does not apply."""
+    from workspace.repo.git import am
+
+    with _marked(shop, {"from": start, "names": "\n".join(names)}):
+        done = am.start(tree, [shop.outer.patches("vllm") / name for name in names], journal=journal)
+    if done.tip is None:
+        raise _conflict(shop, tree, done)
+
+
+@contextlib.contextmanager
+def _marked(shop: Workshop, facts: Mapping[str, str]) -> Iterator[None]:
+    """Leave a marker where the block, or its git, is killed, interrupted or finds no room, and none where it ends by itself, well or not."""
+    marker = Marker(shop.applying, facts).write()
+    try:
+        yield
+    except WorkspaceError as exc:
+        if not isinstance(exc, ToolchainError):
+            marker.path.unlink()
+        raise
+    marker.path.unlink()
+
+
+def _recover(shop: Workshop, tree: Git, journal: Journal) -> None:
+    """Run the `am` again that was ended in the middle; one that went on from a conflict is taken back to it, with what the user resolved."""
+    if moves.is_begun(shop.layout, "vllm"):
+        moves.finish(shop.layout, "vllm", tree, journal=journal, shown=shop.shown)
+    if applying := staging.find_marker(shop.applying):
+        start, names = applying.facts["from"], applying.facts["names"].split("\n")
+        worktree.start_over(tree, start, [path for name in names for path in tree.patch_paths(shop.outer.patches("vllm") / name)])
+        _run_am(shop, tree, names, start, journal)
+
+
+def _conflict(shop: Workshop, tree: Git, done: Applied | None = None) -> PatchConflict:
+    from workspace.repo import series
+    from workspace.repo.git import am
+
+    names, there = _names(shop), am.position(tree)
+    done = done or Applied(None, there.number if there else 1, am.unmerged(tree))
+    # The `am` of a run that was recovered has the rest of the series only.
+    name = names[-there.last if there else 0 :][done.position - 1]
+    return series.sentence(
+        tree, done, count=there.last if there else len(names), patch=f"patches/vllm/{name}", shown=shop.shown, base=shop.begun.new_base, old=shop.begun.base
+    )
+
+
+def _names(shop: Workshop) -> tuple[str, ...]:
+    """The patches of the clone, in the order in which they go on the new base."""
+    return series.read_series(shop.outer.patches("vllm"), pin=pins.load(shop.outer.pins).vllm.commit).names
+
+
+def _export(shop: Workshop, tree: Git, journal: Journal) -> None:
+    """Write the commits of the workshop's tree as its patches. Raises CheckoutError where there are edits that no commit has."""
+    from workspace.repo import export
+
+    if verb := tree.under_way():
+        raise CheckoutError(f"{shop.shown} is in the middle of a git {verb}", hint=f"git -C {shop.shown} {verb} --continue    or --abort, then {CONTINUE}")
+    if edited := tree.edits():
+        raise CheckoutError(f"{shop.shown} has edits ({', '.join(edited[:3])}) that no commit has", hint=f"git -C {shop.shown} commit --all    then {CONTINUE}")
+    head = tree.head()
+    if head is None or not (head == shop.begun.new_base or tree.is_ancestor(shop.begun.new_base, head)):
+        raise CheckoutError(f"{shop.shown} is at {(head or 'no commit')[:12]}, which is not on {shop.pin.tag}", hint=f"git -C {shop.shown} reflog")
+    made = export.series_of(tree, shop.begun.new_base, head) if head != shop.begun.new_base else ()
+    export.write(shop.layout.patches("vllm"), base=shop.pin.commit, patches=made)
+
+
+@contextlib.contextmanager
+def _said_of(shop: Workshop) -> Iterator[None]:
+    """Say of a failure where it happened, and how the bump goes on."""
+    try:
+        yield
+    except WorkspaceError as exc:
+        exc.message = f"in {shop.outer.relative(shop.layout.root)}, the working tree is untouched: {exc.message}"
+        exc.hint = f"commit a fix in {shop.shown}, or mend what is said above, then {CONTINUE}; {CONTINUE} --abort gives the bump up"
+        raise
+
+
+def _smoke(shop: Workshop, tree: Git, settings: Settings, console: Console) -> None:
+    if known_good.has_passed(shop.layout, tree.tree("HEAD")):
+        console.row("skipped", "smoke", "passed on this tree")
+        return
+    with _said_of(shop):
+        run_smoke(shop.layout, settings, console)
+
+
+def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
+    """Judge the tree of a layout. Raises SmokeError where a check fails or nothing is built."""
+    from workspace.checks import smoke
+
+    # The record lies in a file; of this verb it is no answer.
+    smoke.smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=smoke.TIMEOUT_S)
+
+
+def _prove(layout: Layout, settings: Settings, console: Console) -> None:
+    """What was promoted stands in its place: bootstrap finds nothing to do, the smoke passes there, and the state is recorded as good."""
+    observed = plan.observe(layout, settings)
+    sandbox.build_in(layout, sandbox.as_built(settings, observed), console=console)
+    try:
+        run_smoke(layout, settings, console)
+    except SmokeError as exc:
+        exc.hint = f"./scripts/inv pin.back    returns to the last good state; {exc.hint or ''}"
+        raise
+    known_good.record(layout, settings, plan.observe(layout, settings), console=console)

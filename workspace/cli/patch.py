@@ -1,0 +1,95 @@
+"""Verbs of the patch series."""
+
+from typing import Literal
+
+from invoke.context import Context
+from invoke.tasks import task
+
+from workspace.cli import main
+from workspace.cli.main import JSON, WAIT
+from workspace.core import paths
+from workspace.core.errors import SettingsError
+
+PROJECT = "vllm or triton"
+
+
+@task(default=True, help={"project": PROJECT, "json": JSON})
+def status(_: Context, project: str = "vllm", json: bool = False) -> None:
+    """One row a patch: state, subject, Upstream-Status."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.repo import overview
+
+    overview.show(here, settings, project, console=main.console(), as_json=json)
+
+
+@task(help={"project": PROJECT, "wait": WAIT})
+def apply(_: Context, project: str = "vllm", wait: bool = False) -> None:
+    """Put the series on the pin, all or nothing."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.repo import patching
+
+    patching.apply(here, settings, project, console=main.console(), wait=wait)
+
+
+@task(help={"project": PROJECT, "wait": WAIT})
+def unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
+    """Take the series off; the commits are kept under refs."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.repo import patching
+
+    patching.unapply(here, settings, project, console=main.console(), wait=wait)
+
+
+@task(
+    # -p is --project with every verb.
+    auto_shortflags=False,
+    help={
+        "check": "write nothing; print the difference and exit with 5",
+        "branch": "put one patch, signed off, on upstream's main",
+        "patch": "which patch --branch is for, by its file name",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def export(_: Context, check: bool = False, branch: str = "", patch: str = "", project: str = "vllm", wait: bool = False) -> None:
+    """Write the commits on the pin as patches and series."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.repo import patching
+
+    if bool(patch) != bool(branch) or (branch and check):
+        raise SettingsError("--branch and --patch belong together, and without --check", hint="inv patch.export --branch NAME --patch FILE")
+    if branch:
+        patching.make_branch(here, settings, project, branch, patch, console=main.console(), wait=wait)
+    else:
+        patching.export(here, settings, project, console=main.console(), wait=wait, check=check)
+
+
+@task(name="import", positional=["origin"], help={"origin": "a mail file, an address, or the number of a pull request", "project": PROJECT, "wait": WAIT})
+def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
+    """Take a patch: a file, an address, a pull request."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.repo import patching
+
+    patching.import_(here, settings, project, origin, console=main.console(), wait=wait)
+
+
+@task(name="continue", help={"skip": "leave out the patch that conflicts", "abort": "give up and go back", "project": PROJECT, "wait": WAIT})
+def continue_(_: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False) -> None:
+    """Go on after a conflict, a bump's too."""
+    here = paths.here()
+    settings = main.load_settings(here)
+    from workspace.bump import bump
+    from workspace.repo import patching
+
+    if skip and abort:
+        raise SettingsError("--skip and --abort exclude each other", hint="inv --help patch.continue")
+    how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
+    if project == "vllm" and bump.is_under_way(here):
+        bump.go_on(here, settings, how, console=main.console(), wait=wait)
+    else:
+        patching.resume(here, settings, project, how, console=main.console(), wait=wait)

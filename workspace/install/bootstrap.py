@@ -1,0 +1,160 @@
+"""From a fresh clone to a vLLM that generates text: each stage looks first and acts only where something is due.
+
+Done twice equals done once. Whatever ended a run, the next one goes on from what is proven to be there.
+"""
+
+from dataclasses import dataclass
+
+from workspace.core import lock
+from workspace.core.console import Console
+from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.install import plan, stages, status
+from workspace.machine import check, doctor
+from workspace.repo import checkout, moves, patches, pins
+
+# GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
+# CUDA environment 10 and libraries 0.8; in the cache the release archive and the donor wheel.
+NEEDED_GIB = {"cpu": 5.0, "cuda": 14.0}
+NEEDED_CACHE_GIB = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that belong together: all of them are due, for `reason`, or none is, and `reason` says why not."""
+
+    is_due: bool
+    reason: str
+    steps: tuple[tuple[str, stages.Act], ...]
+
+
+def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False, is_arm: bool = False) -> None:
+    """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to type next to that.
+
+    An arm's source stays as it stands, whatever pins and series say of it.
+
+    Raises the WorkspaceError of the step that failed.
+    """
+    pins.require_settled(layout)
+    observed = plan.observe(layout, settings)
+    check.require(layout, settings, console=console, device=observed.device)
+    due = stages_of(layout, settings, observed, is_arm=is_arm)
+    if not any(stage.is_due for stage in due):
+        if is_part:
+            console.row("skipped", "build", f"vllm {observed.version} is there already")
+            return
+        for stage in due:
+            _show_skipped(stage, console)
+        _close(observed, console, "nothing to do: ")
+        return
+    console.say(
+        f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due: {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
+    )
+    with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
+        _preflight(layout, settings, observed, console)
+        with Journal(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as journal:
+            observed = _act(stages.Run(layout, settings, journal, observed, is_arm=is_arm))
+            if journal.path:
+                console.say(f"log: {layout.relative(journal.path)}")
+    if not is_part:
+        _close(observed, console, "")
+
+
+def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *, is_arm: bool = False) -> tuple[Stage, ...]:
+    """Decide, stage by stage in their order, what is due and why."""
+    is_written = layout.dotenv.exists()
+    environment = observed.environment
+    build = tuple(reason for reason in dict.fromkeys((*observed.kernels.reasons, *observed.install.reasons)) if reason not in observed.for_compiler)
+    steps: tuple[tuple[str, stages.Act], ...] = stages.VLLM
+    if observed.kernels_wanted.kind == "native":
+        from workspace.install import rebuild
+
+        steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.PUT)
+    source = (
+        Stage(*_source(settings, observed), (("source", stages.make_source),)),
+        Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),
+    )
+    return (
+        Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
+        *(() if is_arm else source),
+        Stage(environment.state != "ok", environment.why or "up to date", stages.ENVIRONMENT),
+        Stage(bool(build), "; ".join(build) or "up to date", steps),
+    )
+
+
+def _source(settings: Settings, observed: plan.Observation) -> tuple[bool, str]:
+    there, choice = observed.checkout, settings.text("SOURCE")
+    is_there = there.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    return not is_there or choice not in ("auto", there.kind.name.lower()), there.detail
+
+
+def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
+    stack = observed.stack
+    if stack is None:
+        return True, "there is no checkout yet"
+    if moves.is_begun(layout, "vllm"):
+        return True, "a move was ended in the middle"
+    if stack.state is patches.State.APPLIED:
+        return False, f"{len(stack.names)} applied"
+    if stack.state is patches.State.UNAPPLIED and not stack.names:
+        return False, "the series is empty"
+    if stack.state is patches.State.UNEXPORTED:
+        return False, "vendor/vllm has commits of yours; they are kept as they are"
+    return True, f"{len(stack.names)} to apply"
+
+
+def _act(run: stages.Run) -> plan.Observation:
+    """Act on the first stage that is due and look again, until none is: a stage may make another one due, or done."""
+    checkout.sweep(run.layout, run.observed.pin)
+    acted: list[tuple[str, stages.Act]] = []
+    shown = 0
+    while True:
+        observed = run.observed = run.observe()
+        due = stages_of(run.layout, run.settings, observed, is_arm=run.is_arm)
+        first = next((number for number, stage in enumerate(due) if stage.is_due), len(due))
+        for stage in due[shown:first]:
+            if stage.steps[0] not in acted:
+                _show_skipped(stage, run.journal.console)
+        shown = max(shown, first)
+        if first == len(due):
+            # Again, for a full disk may have ended the step that did so first.
+            checkout.protect(run.layout)
+            return observed
+        stage = due[first]
+        if stage.steps[0] in acted:
+            raise BuildError(
+                f"{stage.steps[0][0]} is still due after it was done: {stage.reason}",
+                hint="a fault of the workspace, or something else changes this clone: ./scripts/inv status",
+            )
+        acted.append(stage.steps[0])
+        stages.act(run, stage.steps, reason=stage.reason)
+
+
+def _preflight(layout: Layout, settings: Settings, observed: plan.Observation, console: Console) -> None:
+    """Stop before anything is touched where the machine lacks what this bootstrap needs."""
+    is_made = observed.environment.state == "ok"
+    need = {layout.root: 1.0 if is_made else NEEDED_GIB[observed.device], settings.cache: NEEDED_CACHE_GIB}
+    with console.step("preflight") as view:
+        rows = doctor.preflight(layout, settings, device=observed.device, kernels=observed.kernels_wanted.kind, need_gib=need)
+        view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"
+    bad = [row for row in rows if row.state == "FAIL"]
+    for row in rows:
+        if row.state != "ok":
+            console.row(row.state, row.name, f"{row.seen}: {row.why}" + (f"; {row.cure}" if row.cure else ""))
+    if bad:
+        raise ToolchainError(f"this machine cannot bootstrap yet: {', '.join(f'{row.name}: {row.seen}' for row in bad)}", hint=bad[0].cure)
+
+
+def _show_skipped(stage: Stage, console: Console) -> None:
+    for name, _ in stage.steps:
+        console.row("skipped", name, stage.reason)
+
+
+def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
+    if observed.for_compiler:
+        console.warn(f"the kernels are stale: {'; '.join(observed.for_compiler)}")
+    if observed.stack and observed.stack.dirty:
+        console.say(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, and not touched")
+    console.say(f"{prefix}vllm {observed.version} stands in .vllm; next: {status.next_command(observed)}")

@@ -1,0 +1,300 @@
+"""Compiled libraries from a wheel: the pinned donor or a wheel of the user's.
+
+The wheel gives its libraries only; every Python file is the tree's own. The tree's setup.py takes them out
+(VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held against it.
+"""
+
+import json
+import platform
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+from workspace.core.errors import BuildError, SettingsError, SourceError
+from workspace.core.files import write_atomic
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.install import stamp
+from workspace.machine.doctor_toolchain import parse
+from workspace.repo import index, pins
+from workspace.repo.pins import Pin
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+_BINARIES = ("vllm/vllm-rs",)
+SCHEMA = 1
+RECORD = "workspace.json"
+# Of what a wheel says of itself; a release with DeepGEMM for each Python has 20 libraries and 4 KB.
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where compiled libraries come from: a pinned donor, a wheel file, a compiler, or a donor but for what differs from the pin (hybrid)."""
+
+    kind: Literal["donor", "hybrid", "wheel", "native"]
+    origin: str
+    wheel: Path | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a wheel says of itself. `python` is the only version that it is for, empty where it is for each; `dirty` a digest of what was edited."""
+
+    version: str
+    tag: str
+    commit: str
+    tree: str
+    dirty: str
+    device: str
+    machine: str
+    python: str
+    torch: str
+    digest: str
+    inputs: Mapping[str, str]
+    libraries: tuple[stamp.Library, ...]
+    cubins: Mapping[str, tuple[str, ...]]
+
+
+def fetch_wheel(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_progress: Callable[[int, int | None], None]) -> Path:
+    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no donor for this machine."""
+    if kernels.kind == "wheel":
+        if kernels.wheel is None or not kernels.wheel.is_file():
+            raise SourceError(f"the wheel that the kernels came from is gone: {kernels.wheel}", hint="./scripts/inv bootstrap --kernels donor")
+        return kernels.wheel
+    key = f"{device}-{platform.machine()}"
+    donor = pin.donors.get(key)
+    if donor is None:
+        raise SourceError(
+            f"vendor/pins.toml names no donor for {key}: it has {', '.join(sorted(pin.donors)) or 'none'}",
+            hint="./scripts/inv bootstrap --kernels native",
+        )
+    return index.fetch(donor.project, donor.filename, donor.sha256, settings=settings, on_progress=on_progress)
+
+
+def read_packed(path: Path) -> Packed | None:
+    """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises SourceError for what is no whole wheel."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")]
+            if not found:
+                return None
+            if found[0].file_size > _LONGEST:
+                raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+            record = json.loads(archive.read(found[0]))
+        if record.pop("schema") != SCHEMA:
+            raise SourceError(f"{path.name} was packed by another version of the workspace", hint="pack it again: ./scripts/inv wheel")
+        libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
+        held = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
+        inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
+        return Packed(**{name: str(text) for name, text in record.items()}, inputs=inputs, libraries=libraries, cubins=held)
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise SourceError(f"{path.name} is no whole wheel: {exc}", hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel") from exc
+
+
+def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
+    """Map each compiled file of the wheel to its bytes and CRC-32. Raises SourceError for a file that is no wheel of vLLM."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = {item.filename: (item.file_size, item.CRC) for item in archive.infolist() if item.filename.startswith("vllm/")}
+    except (zipfile.BadZipFile, OSError) as exc:
+        raise SourceError(f"{wheel.name} is not a wheel that can be read: {exc}", hint="./scripts/inv bootstrap --kernels donor") from exc
+    compiled = {name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES}
+    if not compiled:
+        raise SourceError(f"{wheel.name} holds no compiled library of vLLM", hint="./scripts/inv bootstrap --kernels donor")
+    return compiled
+
+
+def complete(wheel: Path, tree: Path) -> None:
+    """Take those compiled files out of the wheel that the tree's setup.py has left in it, as a release of before a mend does."""
+    left = [name for name, (size, crc) in compiled_members(wheel).items() if not _is(tree / name, size, crc)]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in left:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(tree / name, archive.read(name), mode=0o755)
+
+
+def check_taken(wheel: Path, tree: Path) -> None:
+    """Hold every library in the tree against the wheel, byte count and CRC-32. Raises BuildError naming what was left behind."""
+    wrong = [name for name, (size, crc) in compiled_members(wheel).items() if not _is(tree / name, size, crc)]
+    if wrong:
+        raise BuildError(
+            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
+            hint="its list of precompiled members lacks them: see patches/vllm for the patch that mends 0.31.0, and `./scripts/inv status`",
+        )
+
+
+def _is(path: Path, size: int, crc: int) -> bool:
+    try:
+        if path.stat().st_size != size:
+            return False
+        found = 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found = zlib.crc32(chunk, found)
+    except OSError:
+        return False
+    return found == crc
+
+
+# A METADATA of vLLM has 12 kB; what says more is none.
+_LONGEST_HEADER = 1 << 20
+# define_extension_target's targets are linked against the C shim of torch since this version only, and so fit every later one (CMakeLists.txt).
+_STABLE = re.compile(r"target_compile_definitions\(\s*(\w+)\b[^)]*?\bTORCH_TARGET_VERSION=0x([0-9A-Fa-f]{16})")
+# They include no header of torch, and import none of its symbols.
+_WITHOUT_TORCH = frozenset(("cumem_allocator", "fs_io_C", "spinloop", "_rust_tool_parser"))
+# What Python loads: _C.abi3.so, _C.cpython-312-aarch64-linux-gnu.so.
+_LIBRARY = re.compile(r"([^/.]+)\.[^/]*\bso$")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Donor:
+    """What a wheel says: its version, the torch that it wants, the CUDA major version that it was made with, and its libraries, if it is all there."""
+
+    version: "Version"
+    torch: "Version"
+    cuda: str | None
+    libraries: tuple[str, ...]
+
+
+class _Unreadable(Exception):
+    """A wheel that says nothing that could be relied on, and why."""
+
+
+def why_not_hybrid(layout: Layout, settings: Settings, wheel: Path, *, device: str, torch: str, archs: str) -> str | None:
+    """Return why libraries of the donor and own ones must not be mixed, None where they may.
+
+    `wheel` is the donor's, or its METADATA alone; `torch` the version installed, `archs` as in TORCH_CUDA_ARCH_LIST.
+    """
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        donor = _read(wheel)
+        installed = Version(torch)
+        pinned = pins.load(layout.pins).vllm
+    except _Unreadable as exc:
+        return f"the donor {wheel.name} {settings.presentable(str(exc))}"
+    except InvalidVersion:
+        return f"the installed torch calls itself {settings.presentable(torch)}, which is no version"
+    except SettingsError as exc:
+        return exc.message
+    if donor.version.public != Version(pinned.version).public:
+        return f"the donor is vLLM {donor.version.public}, pinned is {pinned.version}"
+    return (
+        _other_torch(donor, installed, layout.vllm)
+        or (_other_cuda(donor, installed) if device == "cuda" else None)
+        or (_other_family(layout.vllm, archs) if device == "cuda" else None)
+    )
+
+
+def _read(wheel: Path) -> _Donor:
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    text, libraries = _metadata(wheel)
+    said = HeaderParser().parsestr(text)
+    try:
+        version = Version(said.get("Version", ""))
+        wanted = [Requirement(line) for line in said.get_all("Requires-Dist", [])]
+        torch = _pinned_torch(wanted)
+    except ValueError as exc:
+        raise _Unreadable(f"has METADATA that is not of a wheel: {exc}") from exc
+    local = re.match(r"cu(\d\d)\d", version.local or "")
+    majors = {extra[2:] for one in wanted if not one.marker for extra in one.extras if re.fullmatch(r"cu\d\d", extra)}
+    return _Donor(version, torch, local[1] if local else majors.pop() if len(majors) == 1 else None, libraries)
+
+
+def _pinned_torch(wanted: "Sequence[Requirement]") -> "Version":
+    from packaging.version import Version
+
+    for one in wanted:
+        if one.name.lower() == "torch" and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            exact = [word for word in one.specifier if word.operator == "=="]
+            if exact and not exact[0].version.endswith("*"):
+                return Version(exact[0].version)
+    raise _Unreadable("does not say which torch it was built for (no Requires-Dist: torch==… in its METADATA)")
+
+
+def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
+    """The METADATA, and the names of the libraries beside it; none where the file is METADATA itself."""
+    try:
+        if not zipfile.is_zipfile(wheel):
+            with wheel.open("rb") as file:
+                content = file.read(_LONGEST_HEADER + 1)
+            if not content.startswith(b"Metadata-Version:"):
+                raise _Unreadable("is cut, or no wheel at all")
+            return _decoded(content), ()
+        with zipfile.ZipFile(wheel) as archive:
+            members = archive.infolist()
+            found = [item for item in members if re.fullmatch(r"[^/]+\.dist-info/METADATA", item.filename)]
+            if len(found) != 1 or found[0].file_size > _LONGEST_HEADER:
+                raise _Unreadable("holds no METADATA" if not found else "holds METADATA that is not of a wheel")
+            libraries = tuple(match[1] for item in members if (match := _LIBRARY.fullmatch(PurePosixPath(item.filename).name)))
+            return _decoded(archive.read(found[0])), libraries
+    # What a damaged archive raises is not one thing: zlib's error, RuntimeError where it says that it is encrypted, NotImplementedError for its methods.
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+        raise _Unreadable(f"cannot be read: {exc}") from exc
+
+
+def _decoded(content: bytes) -> str:
+    if len(content) > _LONGEST_HEADER:
+        raise _Unreadable("holds METADATA that is not of a wheel")
+    return content.decode("utf-8", errors="replace")
+
+
+def _other_torch(donor: _Donor, installed: "Version", tree: Path) -> str | None:
+    """The C++ ABI of torch holds within a minor version; before its release, and from one to the next, only what is linked to the C shim goes on to fit."""
+    if installed.release[:2] == donor.torch.release[:2] and installed.is_prerelease == donor.torch.is_prerelease:
+        return None
+    built = f"the donor was built for torch {donor.torch.public} and {installed} is installed"
+    if not donor.libraries:
+        return f"{built}: which of its libraries keep to torch's stable ABI cannot be told from its METADATA"
+    stable = _stable(tree)
+    unfit = [name for name in dict.fromkeys(donor.libraries) if name not in _WITHOUT_TORCH and (name not in stable or stable[name] > installed.release[:2])]
+    if not unfit:
+        return None
+    names = ", ".join(unfit[:_SHOWN]) + (f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else "")
+    fit = set(donor.libraries) & stable.keys() - set(unfit)
+    others = f", as {len(fit)} {'other is' if len(fit) == 1 else 'others are'} (TORCH_TARGET_VERSION)" if fit else ""
+    return f"{built}: {names} {'is' if len(unfit) == 1 else 'are'} not of torch's stable ABI{others}"
+
+
+def _stable(tree: Path) -> dict[str, tuple[int, ...]]:
+    """The targets that keep to torch's stable ABI, and the oldest torch that they fit: TORCH_TARGET_VERSION, of which a byte each is major and minor."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in (tree / "CMakeLists.txt", *sorted((tree / "cmake").rglob("*.cmake"))):
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        found |= {target: (int(digits[:2], 16), int(digits[2:4], 16)) for target, digits in _STABLE.findall(text)}
+    return found
+
+
+def _other_cuda(donor: _Donor, installed: "Version") -> str | None:
+    own = re.match(r"cu(\d\d)\d", installed.local or "")
+    if own is None or donor.cuda is None or own[1] == donor.cuda:
+        return None
+    return f"the donor is linked against CUDA {donor.cuda}, the installed torch {installed} against CUDA {own[1]}"
+
+
+def _other_family(tree: Path, archs: str) -> str | None:
+    """Whether the release that the donor is of was made for the family of each architecture; nothing is said where the tree does not tell."""
+    try:
+        record = json.loads((tree / "docker" / "versions.json").read_bytes())
+        released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    families = {entry.number.split(".")[0] for entry in released}
+    other = [entry.text for entry in parse(archs) if entry.number.split(".")[0] not in families]
+    if not other or not released:
+        return None
+    return f"releases have kernels for {', '.join(entry.text for entry in released)}, of no family of {' and '.join(other)} (TORCH_CUDA_ARCH_LIST)"

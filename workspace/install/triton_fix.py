@@ -1,0 +1,231 @@
+"""inv fix-triton: diagnose, mend with what is cheapest, prove it, and only then, or when asked, build Triton from its source.
+
+Observe → plan → show → act → verify, once for each remedy. `provide` moves vendor/triton to another ref; it is the pin's work, and comes from the door.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workspace.compile import jobs as bounds
+from workspace.compile import triton_build, triton_sources
+from workspace.compile.jobs import Jobs, Memory
+from workspace.core import lock
+from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console
+from workspace.core.errors import BuildError, SettingsError, ToolchainError
+from workspace.core.files import sha256
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.install import stamp, triton_remedies
+from workspace.install.triton_diagnosis import Diagnosis, Finding, diagnose, try_kernel
+from workspace.install.triton_remedies import Ground
+from workspace.machine import hardware, interpreter, torch, venv
+from workspace.repo import pins
+
+VERB = "./scripts/inv fix-triton"
+# GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads (2.9 in a public note), rounded up.
+NEEDED_GIB, NEEDED_CACHE_GIB = 6.0, 5.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says, as it was typed."""
+
+    check: bool = False
+    from_source: bool = False
+    ref: str | None = None
+    jobs: str | None = None
+
+
+def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, provide: Callable[[], None], wait: bool = False) -> None:
+    """Bring Triton to where a kernel compiles, and runs where there is a GPU.
+
+    Raises ToolchainError where something is wrong and was only looked at, or cannot be mended here, and what the build from source raises.
+    """
+    _require_sense(asked)
+    limits = _limits(settings, asked) if asked.from_source else None
+    pins.require_settled(layout)
+    found = diagnose(layout, settings)
+    _show(found.findings, console)
+    if asked.check or (not found.bad and not asked.from_source):
+        _close(found, console, f"{VERB}    mends what it can{_in_shell(found, settings)}")
+        return
+    with (
+        lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.say) as held,
+        Journal(console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held) as journal,
+    ):
+        ground = Ground(layout, settings, journal)
+        triton_remedies.put_back_former(ground)
+        found = _mended(ground, diagnose(layout, ground.settings), is_source_asked=asked.from_source)
+        if journal.path:
+            console.say(f"log: {layout.relative(journal.path)}")
+    if asked.from_source or not (found.can_compile or found.paired is None):
+        if not asked.from_source:
+            console.say("nothing cheaper has helped: Triton is built from its source now; ^C stops it, and what is there stays")
+        found = _from_source(ground, asked, limits or _limits(settings, asked), console=console, provide=provide, wait=wait)
+    _close(
+        found,
+        console,
+        f"{triton_sources.FROM_SOURCE}    builds one here; rm -rf .vllm && ./scripts/inv bootstrap    makes all anew{_in_shell(found, settings)}",
+    )
+
+
+def _require_sense(asked: Asked) -> None:
+    if asked.check and (asked.from_source or asked.ref or asked.jobs):
+        raise SettingsError("--check builds nothing: it stands alone", hint=f"{VERB} --check")
+    if (asked.ref or asked.jobs) and not asked.from_source:
+        raise SettingsError("--ref and --jobs are of a build: they go with --from-source", hint=f"{VERB} --from-source")
+
+
+def _limits(settings: Settings, asked: Asked) -> tuple[Jobs, Memory]:
+    host = hardware.observe(settings)
+    return bounds.count(settings, cores=host.cores, flag=asked.jobs), bounds.memory(host)
+
+
+def _show(findings: tuple[Finding, ...], console: Console) -> None:
+    """What is well on one line; of the rest what was seen, the cause and the remedy."""
+    indent = " " * (STATE_WIDTH + NAME_WIDTH)
+    for finding in findings:
+        console.row(finding.state, finding.name, finding.seen)
+        if finding.state != "ok":
+            console.say(f"{indent}cause: {finding.cause}")
+            console.say(f"{indent}remedy: {finding.remedy}")
+
+
+def _close(found: Diagnosis, console: Console, way_on: str) -> None:
+    if found.bad:
+        first = found.bad[0]
+        names = ", ".join(dict.fromkeys(finding.name for finding in found.bad))
+        raise ToolchainError(f"something is wrong with Triton here: {names}; first: {first.seen}: {first.cause}", hint=way_on)
+    console.say(f"nothing is wrong with Triton here; next: {'./scripts/nox -s smoke' if found.installed else './scripts/inv status'}")
+
+
+def _in_shell(found: Diagnosis, settings: Settings) -> str:
+    """What only the person can change, as the end of a hint."""
+    names = [verdict.assembler.variable for verdict in found.verdicts if verdict.own and (verdict.is_ignored or not verdict.is_good)]
+    in_shell = [name for name in names if settings.source(name) == "shell"]
+    return f"; first: unset {' '.join(in_shell)}" if in_shell else ""
+
+
+def _mended(ground: Ground, found: Diagnosis, *, is_source_asked: bool) -> Diagnosis:
+    """Take remedy by remedy, each shown before, done, and judged by a new diagnosis. The wheel is left alone where another Triton is to come."""
+    console = ground.journal.console
+    for remedy in triton_remedies.REMEDIES:
+        planned = remedy.plan(ground, found) if found.bad and not (is_source_asked and remedy.name == "wheel") else ()
+        if not planned:
+            continue
+        for line in planned:
+            console.say(f"{remedy.name}: {line}")
+        before = {finding.name for finding in found.bad}
+        with console.step(remedy.name) as view:
+            ground.journal.phase(remedy.name, view)
+            with torch.held(ground.layout, ground.settings, step=remedy.name):
+                view.reason = remedy.act(ground, found)
+        ground.journal.step = None
+        found = diagnose(ground.layout, ground.settings)
+        cured = before - {finding.name for finding in found.bad}
+        console.say(f"looked again: {', '.join(sorted(cured)) + ' mended' if cured else 'nothing is better for it'}")
+    if found.bad:
+        _show(found.bad, console)
+    return found
+
+
+def _from_source(ground: Ground, asked: Asked, limits: tuple[Jobs, Memory], *, console: Console, provide: Callable[[], None], wait: bool) -> Diagnosis:
+    """Build the pinned Triton, or the one of --ref, and put it in the place of the installed one once its kernel is right."""
+    layout, settings = ground.layout, ground.settings
+    _require_ground(layout, settings)
+    if asked.ref:
+        provide()
+    with (
+        lock.hold(layout.lock, verb="inv fix-triton --from-source", wait=wait, on_wait=console.say) as held,
+        Journal(console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held) as journal,
+    ):
+        with console.step("source") as view:
+            journal.phase("source", view)
+            tree = triton_sources.prepare_source(layout, settings, journal=journal, step=view)
+        with console.step("downloads") as view:
+            journal.phase("downloads", view)
+            home, told = triton_sources.home_of(settings), triton_build.environment(layout, settings, limits[0], triton_build.folder(layout, settings))
+            view.reason = triton_sources.provide_downloads(tree, home, settings, told, journal=journal, step=view)
+        with console.step("requirements") as view, torch.held(layout, settings, step="requirements"):
+            journal.phase("requirements", view)
+            view.reason = triton_build.put_requirements(layout, settings, tree, journal=journal)
+        for line in (limit.sentence for limit in limits):
+            console.say(line)
+        with console.step("compile") as view, torch.held(layout, settings, step="compile"):
+            journal.phase("compile", view)
+            wheel = triton_build.build_wheel(layout, settings, tree, jobs=limits[0], memory=limits[1], journal=journal, step=view)
+            view.reason = f"{wheel.units} units, {wheel.path.name}"
+        for line in wheel.summary:
+            console.say(line)
+        found = _put(Ground(layout, settings, journal), tree, wheel, jobs=limits[0].count)
+        if journal.path:
+            console.say(f"log: {layout.relative(journal.path)}")
+    return found
+
+
+def _require_ground(layout: Layout, settings: Settings) -> None:
+    """Raise before anything is fetched or compiled where the result could not be put in its place."""
+    places = (layout.environment, *interpreter.site_packages(layout), layout.state)
+    closed = next((place for place in places if place.exists() and not os.access(place, os.W_OK)), None)
+    if closed:
+        raise ToolchainError(f"{layout.relative(closed)} cannot be written: a built Triton would have no place", hint=f"ls -ld {closed}; mount | grep vllm")
+    for place, need in ((layout.state, NEEDED_GIB), (triton_sources.home_of(settings), NEEDED_CACHE_GIB)):
+        free = hardware.free_gib(place)
+        if free < need:
+            raise ToolchainError(f"{place} has {free:.1f} GiB left, a build of Triton needs {need:g} there", hint=f"df -h {hardware.existing(place)}")
+
+
+def _put(ground: Ground, tree: triton_sources.Source, wheel: triton_build.Wheel, *, jobs: int) -> Diagnosis:
+    """Install the wheel, let it compile the kernel, and go back to the former Triton where it does not."""
+    layout, settings, journal = ground.layout, ground.settings, ground.journal
+    before, recorded = venv.keep_former(layout), stamp.read(layout.stamp("triton"))
+    stamp.withdraw(layout.stamp("triton"))
+    try:
+        with journal.console.step("install") as view, torch.held(layout, settings, step="install"):
+            journal.phase("install", view)
+            arguments = ["--no-deps", "--reinstall-package", "triton", str(wheel.path)]
+            interpreter.install(layout, settings, arguments, journal=journal, failure=BuildError)
+            view.reason = f"triton {interpreter.installed(layout).get('triton')}, torch stays"
+        with journal.console.step("verify") as view:
+            journal.phase("verify", view)
+            found = _verified(ground)
+            view.reason = found.kernel.said if found.kernel else ""
+    except BaseException as exc:
+        venv.put_former_back(layout, settings, before, journal=journal)
+        triton_remedies.vouch(layout)
+        if recorded:
+            stamp.write(layout.stamp("triton"), recorded)
+        if isinstance(exc, BuildError):
+            back = f"triton {before.version} is back in .vllm" if before.version else "there was no Triton before, and there is none now"
+            raise BuildError(f"the built Triton was not kept: {exc.message}; {back}", hint=exc.hint, details=exc.details) from exc
+        raise
+    venv.drop_former(before)
+    there = torch.observe_triton(layout)
+    outcome = {
+        "version": there.version if there else "",
+        "wheel": str(wheel.path),
+        "sha256": sha256(wheel.path),
+        "seconds": f"{wheel.seconds:.0f}",
+        "jobs": str(jobs),
+        "kernel": found.kernel.said if found.kernel else "",
+        "run": found.kernel.run if found.kernel else "",
+    }
+    patched = f"{tree.patches} {'patch' if tree.patches == 1 else 'patches'}" if tree.patches else ""
+    build = torch.observe(layout, settings)
+    inputs = {"commit": tree.commit, "ref": tree.ref, "tree": tree.content, "patches": patched, "torch": build.version if build else "none"}
+    stamp.write(layout.stamp("triton"), stamp.Stamp(inputs=inputs, outcome=outcome))
+    triton_remedies.vouch(layout)
+    return diagnose(layout, settings)
+
+
+def _verified(ground: Ground) -> Diagnosis:
+    """Raise BuildError where the kernel of the diagnosis does not come out right with what was installed."""
+    found = diagnose(ground.layout, ground.settings)
+    kernel = found.kernel or try_kernel(ground.layout, ground.settings, found.capability)
+    if kernel.error:
+        raise BuildError(
+            f"a small kernel does not come out right: {kernel.error}", hint=f"{VERB} --check; {triton_sources.FROM_SOURCE} --ref v3.7.1    builds another one"
+        )
+    return found

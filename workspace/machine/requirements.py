@@ -1,0 +1,254 @@
+"""What a tree of vLLM requires, read from its own files and sorted by how it has to be installed.
+
+It decides nothing about what is installed, and the tree itself is never edited.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workspace.core import process
+from workspace.core.errors import BuildError
+from workspace.core.log import Journal
+from workspace.core.settings import Settings
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+ACCELERATORS = ("xgrammar", "triton", "flashinfer-python", "flashinfer-jit-cache")
+# Triton, which may be built in the same environment, does not configure with CMake 4.
+CMAKE = "cmake>=3.26.1,<4"
+SCRIPT_S = 60.0
+# Where the script lies: tools/ since v0.31.0, the root before.
+_SCRIPTS = ("tools/use_existing_torch.py", "use_existing_torch.py")
+_NEVER = 'sys_platform == "never"'
+_LEFT_OUT: Mapping[str, str] = {
+    "flashinfer-cubin": "not on the plain index; FlashInfer fetches what it needs when it needs it",
+}
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Requirements whose markers hold here, without their markers. `torch` is empty where an existing one is kept.
+
+    `overrides` are uv's: names that must not come in as a dependency of something else. `left_out` pairs a line with the reason.
+    """
+
+    build: tuple[str, ...]
+    runtime: tuple[str, ...]
+    torch: str
+    companions: tuple[str, ...]
+    accelerators: tuple[str, ...]
+    overrides: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    python: "SpecifierSet"
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    text: str
+    # As in `requirements/cuda.txt, line 7`.
+    place: str
+
+
+def read(
+    tree: Path,
+    *,
+    device: str,
+    machine: str,
+    python_version: str,
+    use_existing_torch: bool,
+    settings: Settings,
+    journal: Journal | None = None,
+) -> Requirements:
+    """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a Python version.
+
+    Raises BuildError where a file is missing or a line cannot be read, and, for an existing torch, where the tree's own
+    script that takes torch out is missing or leaves it in.
+    """
+    with _editable_copy(tree, settings, journal) if use_existing_torch else contextlib.nullcontext(tree) as root:
+        project, text = _project(root)
+        files: dict[str, str] = {"pyproject.toml": text}
+        build_lines = list(_lines(root, _first(root, f"requirements/build/{device}.txt", "requirements/build.txt", "requirements-build.txt"), files))
+        runtime_lines = list(_lines(root, _first(root, f"requirements/{device}.txt", f"requirements-{device}.txt"), files))
+    markers = _markers(machine, python_version)
+    left_out: dict[str, str] = {}
+    build = _evaluate(build_lines, markers, left_out)
+    runtime = _evaluate(runtime_lines, markers, left_out)
+    torch = next((str(one) for one in (*runtime, *build) if one.name == "torch"), "")
+    if use_existing_torch and torch:
+        raise BuildError(f"the tree's use_existing_torch.py left {torch} in the requirements", hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch")
+    if not use_existing_torch and not torch:
+        raise BuildError(f"the tree's requirements for {device} name no torch", hint="USE_EXISTING_TORCH=1 keeps the torch that you put into .vllm")
+    special = {"torch", *COMPANIONS, *ACCELERATORS}
+    accelerators = tuple(str(one) for one in runtime if one.name in ACCELERATORS)
+    return Requirements(
+        build=_bounded(str(one) for one in build if one.name not in special),
+        runtime=_bounded(str(one) for one in runtime if one.name not in special),
+        torch=torch,
+        companions=tuple(str(one) for one in runtime if one.name in COMPANIONS),
+        accelerators=accelerators,
+        overrides=_overrides(project, accelerators, device=device, use_existing_torch=use_existing_torch),
+        left_out=tuple(left_out.items()),
+        python=_python(project),
+        digest=_digest(files),
+    )
+
+
+def python_of(tree: Path) -> "SpecifierSet":
+    """Return the Python versions that a tree supports. Raises BuildError where it has no readable pyproject.toml."""
+    return _python(_project(tree)[0])
+
+
+def _overrides(project: Mapping[str, object], accelerators: tuple[str, ...], *, device: str, use_existing_torch: bool) -> tuple[str, ...]:
+    """Names that other packages ask for and that would do harm, never to be installed on their account.
+
+    Beside a CPU torch: torchvision and friends of the plain index are linked against CUDA, fail to import and break transformers;
+    triton has no backend there, vLLM switches it off, and xgrammar, which asks for it, takes its CPU path (checked: 0.2.7, vLLM 0.31.0).
+    Beside a torch of the user's own: the companions want another torch.
+    """
+    never = list(COMPANIONS) if device == "cpu" or use_existing_torch else []
+    if device == "cpu" and not any(re.match(r"triton\b(?!-)", line) for line in accelerators):
+        never.append("triton")
+    tool = project.get("tool")
+    uv = tool.get("uv", {}) if isinstance(tool, dict) else {}
+    # What the tree itself tells uv: it cannot, because uv runs elsewhere.
+    never += [name for name in uv.get("exclude-dependencies", []) if isinstance(name, str)]
+    return tuple(f"{name} ; {_NEVER}" for name in dict.fromkeys(never))
+
+
+@contextlib.contextmanager
+def _editable_copy(tree: Path, settings: Settings, journal: Journal | None) -> Iterator[Path]:
+    """Yield a folder with the tree's requirements from which its own script has taken torch out."""
+    script = next((tree / name for name in _SCRIPTS if (tree / name).is_file()), None)
+    if script is None:
+        raise BuildError("the tree has no use_existing_torch.py, neither in tools/ nor in its root", hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch")
+    with tempfile.TemporaryDirectory(prefix="requirements-") as name:
+        copy = Path(name)
+        if (tree / "requirements").is_dir():
+            shutil.copytree(tree / "requirements", copy / "requirements")
+        for file in (tree / "pyproject.toml", *tree.glob("requirements*.txt")):
+            if file.is_file():
+                shutil.copy(file, copy)
+        # Its patterns are relative: elsewhere than in the copy it would find nothing, and say so by doing nothing.
+        if journal:
+            process.run([sys.executable, script], env=settings.child_environment("plain"), journal=journal, cwd=copy)
+        else:
+            done = process.capture([sys.executable, script], env=settings.child_environment("plain"), cwd=copy, timeout_s=SCRIPT_S)
+            if done.returncode != 0:
+                raise BuildError(f"{script} {process.describe_status(done.returncode)}", details=tuple(done.stderr.splitlines()[-10:]))
+        yield copy
+
+
+def _project(root: Path) -> tuple[Mapping[str, object], str]:
+    try:
+        text = (root / "pyproject.toml").read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except (OSError, ValueError) as exc:
+        raise BuildError(f"{root / 'pyproject.toml'} cannot be read: {exc}", hint="./scripts/inv bootstrap  # is vendor/vllm there?") from exc
+
+
+def _python(project: Mapping[str, object]) -> "SpecifierSet":
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    section = project.get("project")
+    text = section.get("requires-python", "") if isinstance(section, dict) else ""
+    try:
+        return SpecifierSet(str(text))
+    except InvalidSpecifier as exc:
+        raise BuildError(f"pyproject.toml of the tree: requires-python = {text!r} is no version range") from exc
+
+
+def _first(root: Path, *names: str) -> str:
+    found = next((name for name in names if (root / name).is_file()), None)
+    if found is None:
+        raise BuildError(f"the tree has none of {', '.join(names)}", hint="git -C vendor/vllm status")
+    return found
+
+
+def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
+    """Yield the lines of a requirements file and of those that it includes, each file once; `files` keeps what was read."""
+    if name in files:
+        return
+    try:
+        files[name] = (root / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise BuildError(f"{name} of the tree cannot be read: {exc}", hint="git -C vendor/vllm status") from exc
+    number = 0
+    for logical in re.split(r"(?<!\\)\n", files[name]):
+        number, begins = number + logical.count("\n") + 1, number + 1
+        text = re.sub(r"(^|\s)#.*$", "", logical.replace("\\\n", ""), flags=re.MULTILINE).strip()
+        included = re.match(r"(?:-r|--requirement)[\s=]*(\S+)$", text)
+        if included:
+            yield from _lines(root, str(Path(name).parent / included[1]), files)
+        elif text:
+            yield _Line(text, f"{name}, line {begins}")
+
+
+def _evaluate(lines: list[_Line], markers: Mapping[str, str], left_out: dict[str, str]) -> list["Requirement"]:
+    """Return the requirements whose marker holds, without it; what cannot come from the package index goes to `left_out`."""
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    found: dict[str, Requirement] = {}
+    for line in lines:
+        if line.text.startswith("-"):
+            left_out[line.text] = "an option for pip; only the configured package index is asked"
+            continue
+        try:
+            one = Requirement(line.text)
+        except InvalidRequirement as exc:
+            why = str(exc).splitlines()[0]
+            raise BuildError(f"{line.place}: {line.text!r} is no requirement: {why}", hint="git -C vendor/vllm diff -- requirements") from exc
+        if one.marker is not None and not one.marker.evaluate(dict(markers)):
+            continue
+        one.marker, one.name = None, canonicalize_name(one.name)
+        if one.url:
+            left_out[f"{one.name} @ {one.url}"] = "a file at an address of its own, not on the package index"
+        elif one.name in _LEFT_OUT:
+            left_out[str(one)] = _LEFT_OUT[one.name]
+        else:
+            found.setdefault(str(one), one)
+    return list(found.values())
+
+
+def _markers(machine: str, python_version: str) -> dict[str, str]:
+    """The environment that markers are judged in (PEP 508): Linux, CPython, the built interpreter's version."""
+    parts = python_version.split(".")
+    return {
+        "implementation_name": "cpython",
+        "implementation_version": ".".join([*parts, "0"][:3]),
+        "os_name": "posix",
+        "platform_machine": machine,
+        "platform_python_implementation": "CPython",
+        "platform_release": "",
+        "platform_system": "Linux",
+        "platform_version": "",
+        "python_full_version": ".".join([*parts, "0"][:3]),
+        "python_version": ".".join(parts[:2]),
+        "sys_platform": "linux",
+        "extra": "",
+    }
+
+
+def _bounded(lines: Iterator[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(CMAKE if re.match(r"cmake\b(?!-)", line) else line for line in lines))
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    """The SHA-256 over names and contents, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        total.update(f"{name}\0{hashlib.sha256(files[name].encode()).hexdigest()}\n".encode())
+    return total.hexdigest()

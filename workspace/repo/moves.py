@@ -1,0 +1,239 @@
+"""A move of a checkout from one commit to another, which a run that is killed leaves begun and the next one finishes; and an act of git's own,
+such as an `am` in the checkout, which the next run takes back.
+
+Either is written down before the first file is touched. Only then may a file that is missing or cut short be one of a killed move, and only one
+that differs between the two commits: every other is the user's.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from workspace.core import files
+from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
+from workspace.core.files import read_regular, write_atomic
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.repo.git import Git, checkpoint, command
+from workspace.repo.git.command import Entries, split
+from workspace.repo.series import LEFT_REF, Attempt
+
+# Path to `blob oid, mtime in ns`, the newest last: going to and fro between two stacks needs two, and more are seldom met again.
+Memory = Mapping[str, Sequence[tuple[str, int]]]
+_KEPT = 4
+# Paths on one command line; the kernel takes 2 MiB (execve(2)).
+_AT_ONCE = 5000
+
+
+def move_with_times(git: Git, commit: str, *, memory: Path, journal: Journal) -> None:
+    """Move the checkout as Git.move_to does; each file whose content was there before gets the time back that it had with it."""
+    known = read_times(memory, git.path)
+    remember_times(git, split(git.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", commit).out), memory=memory)
+    git.move_to(commit, journal=journal)
+    restore_times(git, known)
+
+
+def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
+    """Write down content and time of the files that are about to be rewritten. Where that cannot be written, no time comes back."""
+    known = {path: list(seen) for path, seen in read_times(memory, git.path).items()}
+    for path, entry in _entries(git, paths).items():
+        if (mtime := _mtime(git.path / path)) is not None:
+            oid = entry.split()[1]
+            known[path] = [*(seen for seen in known.get(path, []) if seen[0] != oid), (oid, mtime)][-_KEPT:]
+    with contextlib.suppress(OSError):
+        write_atomic(memory, json.dumps(known).encode())
+
+
+def restore_times(git: Git, known: Memory) -> None:
+    """Give each remembered file that has a remembered content the time it had with it; all others keep theirs."""
+    is_changed = False
+    for path, entry in (_entries(git, known) if known else {}).items():
+        file, mtime = git.path / path, dict(known[path]).get(entry.split()[1])
+        if mtime is not None and _mtime(file) not in (None, mtime):
+            # Without it the file is compiled anew, and that is all.
+            with contextlib.suppress(OSError):
+                os.utime(file, ns=(file.stat().st_atime_ns, mtime))
+                is_changed = True
+    if is_changed:
+        # Or every look would have to read these files.
+        git.write("update-index", "--refresh", check=False)
+
+
+def forget_times(layout: Layout, project: str) -> None:
+    """Drop the memory: a compiler is about to run. Raises ToolchainError where it cannot be dropped, for then none must."""
+    memory = layout.times(project)
+    try:
+        memory.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ToolchainError(f"{memory} cannot be removed: {exc.strerror}", hint=f"ls -ld {memory} {memory.parent}") from exc
+
+
+def read_times(memory: Path, checkout: Path) -> Memory:
+    """What is remembered of the files in `checkout`; nothing where the memory is damaged, or where ninja ran there since it was written."""
+    try:
+        written = memory.stat().st_mtime_ns
+        if any(log.stat().st_mtime_ns > written for pattern in ("*/.ninja_log", "*/*/.ninja_log") for log in checkout.glob(pattern)):
+            return {}
+        known = json.loads(read_regular(memory))
+        return {str(path): [(str(oid), int(mtime)) for oid, mtime in seen] for path, seen in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        return {}
+
+
+def _entries(git: Git, paths: Iterable[str]) -> Entries:
+    """`mode oid` of the working content of those of the paths that are plain files."""
+    wanted = set(paths)
+    if not wanted:
+        return {}
+    entries = git.entries(sorted(wanted) if len(wanted) <= _AT_ONCE else (), None)
+    return {path: entry for path, entry in entries.items() if path in wanted and entry.startswith("100")}
+
+
+def _mtime(file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = file.lstat()
+        return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else None
+    return None
+
+
+def move(layout: Layout, project: str, git: Git, target: str, *, journal: Journal) -> None:
+    """Move the checkout to a commit, as Git.move_to does, with content-true times."""
+    note = layout.moving(project)
+    write_atomic(note, json.dumps({"from": git.head(), "to": target}).encode())
+    try:
+        move_with_times(git, target, memory=layout.times(project), journal=journal)
+    except CheckoutError:
+        # Refused before any file was touched: nobody must finish it over what is in its way.
+        note.unlink(missing_ok=True)
+        raise
+    note.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def attempt(layout: Layout, project: str, git: Git, tried: Attempt, *, journal: Journal) -> Iterator[None]:
+    """Let git itself act on the checkout in the block, and sync. Where that is killed, interrupted or has no room, `finish` takes it back.
+
+    Raises ToolchainError where it cannot be written down; git has not begun then.
+    """
+    note, point = layout.moving(project), _point(layout, project)
+    shutil.rmtree(point, ignore_errors=True)
+    with files.folder_beside(point) as folder:
+        (folder / "point").mkdir()
+        checkpoint.keep(git, folder / "point")
+        files.put_in_place(folder / "point", point)
+        write_atomic(note, json.dumps({"what": tried.what, "again": tried.again}).encode())
+    journal.write(f"{tried.what} in {git.path} begins")
+    try:
+        yield
+    except WorkspaceError as exc:
+        # On a full disk git ends anywhere.
+        if not isinstance(exc, ToolchainError):
+            _forget(note, point)
+        raise
+    _forget(note, point)
+
+
+def attempted(layout: Layout, project: str) -> Attempt | None:
+    """The act of git's own that waits to be taken back, or None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(read_regular(layout.moving(project)))
+        return Attempt(str(record["what"]), str(record["again"]))
+    return None
+
+
+def is_begun(layout: Layout, project: str) -> bool:
+    return layout.moving(project).exists()
+
+
+def finish(layout: Layout, project: str, git: Git, *, journal: Journal, shown: str | None = None) -> bool:
+    """Finish a move that a killed run began, or take back what git did. False, and no file touched, where there is none, or where it may be the user's.
+
+    A move leaves HEAD where it was and each file that differs as the one or the other commit has it, or begun; perhaps an index.lock.
+    """
+    note = layout.moving(project)
+    if tried := attempted(layout, project):
+        is_done = _take_back(layout, project, git, tried, shown or layout.relative(git.path), journal)
+        _forget(note, _point(layout, project))
+        return is_done
+    try:
+        record = json.loads(read_regular(note))
+        source, target = str(record["from"]), str(record["to"])
+    except (OSError, ValueError, KeyError, TypeError):
+        source = target = ""
+    is_done = bool(source) and git.head() == source and len(git.present((source, target))) == len({source, target})
+    is_done = is_done and _finish(layout, project, git, source, target, journal)
+    # What lies there is finished, or the user's from now on.
+    _forget(note, _point(layout, project))
+    return is_done
+
+
+def _point(layout: Layout, project: str) -> Path:
+    return layout.moving(project).with_suffix("")
+
+
+def _forget(note: Path, point: Path) -> None:
+    """Remove a note and what belongs to it, in such an order that no power cut brings back one that counts."""
+    if point.exists():
+        write_atomic(note, b"{}")
+        shutil.rmtree(point, ignore_errors=True)
+    note.unlink(missing_ok=True)
+
+
+def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, shown: str, journal: Journal) -> bool:
+    known = read_times(layout.times(project), git.path)
+    before = git.resolve(LEFT_REF)
+    done = checkpoint.restore(git, _point(layout, project), ref=LEFT_REF, message=f"What lay in {shown} when {tried.what} was ended")
+    kept = f"; what lay there is kept: git -C {shown} show {LEFT_REF}" if git.resolve(LEFT_REF) != before else ""
+    if not done:
+        journal.console.warn(f"{tried.what} in {shown} was ended in the middle, and something else has gone on from there{kept}")
+        return False
+    restore_times(git, known)
+    journal.console.say(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
+    return True
+
+
+def _finish(layout: Layout, project: str, git: Git, source: str, target: str, journal: Journal) -> bool:
+    before, after = git.entries((), source), git.entries((), target)
+    touched = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    now = git.entries((), None)
+    changed = [path for path in touched if now.get(path) != after.get(path)]
+    # What git ignores is in no listing: a file of the user's may lie where a new one is to come.
+    if not all((path in now and now[path] == before.get(path)) or _is_begun(git, path, after.get(path)) for path in changed):
+        return False
+    journal.write(f"finishing the interrupted move of {git.path} to {target}")
+    known = read_times(layout.times(project), git.path)
+    command.remove_at_top(git.path_of("index").parent, git.path)
+    git.read_index(target)
+    for gone in (path for path in changed if path not in after):
+        (git.path / gone).unlink(missing_ok=True)
+    _remove_empty(git.path, {folder for path in touched if path not in after for folder in Path(path).parents[:-1]})
+    if written := [path for path in changed if path in after]:
+        git.write_files(*written)
+    # The index was read anew: without it every look would read all files.
+    git.write("update-index", "-q", "--refresh", check=False)
+    restore_times(git, known)
+    # As in Git.move_to: the files are on the disk before HEAD names them.
+    os.sync()
+    git.set_ref("HEAD", target)
+    return True
+
+
+def _remove_empty(top: Path, folders: Collection[Path]) -> None:
+    """Remove the folders that hold nothing any more, as git does once it comes to its end."""
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with contextlib.suppress(OSError):
+            (top / folder).rmdir()
+
+
+def _is_begun(git: Git, path: str, entry: str | None) -> bool:
+    """Whether the file is gone, as git removes it before it writes it, or holds the first bytes of what it is to become."""
+    file = git.path / path
+    if not os.path.lexists(file):
+        return True
+    with contextlib.suppress(OSError):
+        return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
+    return False

@@ -1,0 +1,198 @@
+"""The stack of local patches on a pin: its state, decided from git alone, its application, and its taking off."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from workspace.core.errors import PatchDrift
+from workspace.core.files import read_regular, write_atomic
+from workspace.core.log import Journal
+from workspace.core.paths import Layout
+from workspace.repo import checkout as checkouts
+from workspace.repo import moves, series
+from workspace.repo.checkout import Checkout, Kind
+from workspace.repo.git import Git, am, repository, worktree
+from workspace.repo.pins import Pin
+from workspace.repo.series import BASE_REF as BASE_REF
+from workspace.repo.series import KEPT_REFS, Attempt
+from workspace.repo.series import TIP_REF as TIP_REF
+from workspace.repo.series import Stack as Stack
+from workspace.repo.series import State as State
+
+APPLY, UNAPPLY = "./scripts/inv patch.apply", "./scripts/inv patch.unapply"
+
+
+def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack:
+    """Look at the stack; nothing in the checkout is written.
+
+    The expected tree is None where the series does not apply to the base.
+    Raises SettingsError and PatchDrift as series.read does.
+    """
+    wanted = series.read_series(layout.patches(project), pin=pin.commit)
+    if checkout.base is None or checkout.head is None:
+        state = State.MISSING if checkout.kind is Kind.MISSING else State.FOREIGN
+        return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
+    git = Git(checkouts.folder_of(layout, pin))
+    ended = moves.attempted(layout, project)
+    verb, tree = git.standing(checkout.head)
+    expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
+    dirty = git.edits()
+    is_at_base = checkout.head == checkout.base
+    if verb or ended:
+        state = State.IN_PROGRESS
+    elif is_at_base:
+        # Patches that undo each other leave the tree of the base: on it they are only once their commits are there.
+        state = State.APPLIED if tree == expected and not wanted.names else State.DIRTY if dirty else State.UNAPPLIED
+    elif git.is_ancestor(checkout.base, checkout.head):
+        state = State.APPLIED if tree == expected else State.UNEXPORTED
+    else:
+        state = State.FOREIGN
+    return Stack(state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, ended)
+
+
+def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal, stop_at_conflict: bool = False) -> Stack:
+    """Put the whole series on its base, or nothing of it. An applied stack is left untouched.
+
+    With `stop_at_conflict` an `am` is left in the checkout where a patch does not apply, for resume.go_on.
+    Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something; PatchDrift where it holds
+    commits that are no patches yet, or a patch changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
+    """
+    path = checkouts.folder_of(layout, pin)
+    git, checkout = Git(path), _settled(layout, project, pin, checkout, journal)
+    place, files = (
+        layout.state / f"{project}-stack",
+        [layout.patches(project) / name for name in series.read_series(layout.patches(project), pin=pin.commit).names],
+    )
+    stack, applied = _looked_and_tried(layout, project, pin, checkout, git, files, place)
+    if stack.state is State.APPLIED:
+        return stack
+    if stack.state is not State.UNAPPLIED or stack.base is None:
+        raise series.refusal(layout.relative(path), git, stack, verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap")
+    if stop_at_conflict and stack.expected_tree is None:
+        _put_on_in_place(layout, project, git, stack, stack.base, files, journal)
+    else:
+        if applied.tip is None:
+            applied = am.applied(git, stack.base, files, place=place)
+        if applied.tip is None:
+            raise series.refused(project, stack.names[applied.position - 1], stack, applied)
+        _check(project, git, stack, stack.base, applied.tip)
+        _keep(git, stack.base, applied.tip)
+        moves.move(layout, project, git, applied.tip, journal=journal)
+    return observe(layout, project, pin, replace(checkout, head=git.head()))
+
+
+def _looked_and_tried(layout: Layout, project: str, pin: Pin, checkout: Checkout, git: Git, files: Sequence[Path], place: Path) -> tuple[Stack, am.Applied]:
+    """Look at the stack, and meanwhile make the commits of one that may have to be put on: most of the time goes into that, on one core.
+
+    The repository gets them only where the stack is to be put on.
+    """
+    decided: Future[bool] = Future()
+    is_wanted = False
+    with ThreadPoolExecutor(1) as pool:
+        is_at_base = files and checkout.base and checkout.head == checkout.base and not git.under_way()
+        begun = pool.submit(am.tried, git, checkout.base or "", files, place=place, is_wanted=decided.result) if is_at_base else None
+        try:
+            stack = observe(layout, project, pin, checkout)
+            is_wanted = stack.state is State.UNAPPLIED and stack.expected_tree is not None
+            if stack.state is State.UNAPPLIED:
+                _keep_lost(git)
+        finally:
+            decided.set_result(is_wanted)
+    return stack, begun.result() if begun and is_wanted else am.Applied(None)
+
+
+def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal) -> Stack:
+    """Go back to the base; the commits of the stack stay under refs/patches. Where HEAD is the base nothing is touched.
+
+    Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something, and PatchDrift where it holds
+    commits that are no patches yet.
+    """
+    stack = observe(layout, project, pin, _settled(layout, project, pin, checkout, journal))
+    if stack.base and stack.head == stack.base and stack.state is not State.IN_PROGRESS:
+        return stack
+    path = checkouts.folder_of(layout, pin)
+    git = Git(path)
+    if stack.state is not State.APPLIED or stack.base is None or stack.head is None or stack.dirty:
+        raise series.refusal(layout.relative(path), git, stack, verb=UNAPPLY)
+    _keep(git, stack.base, stack.head)
+    moves.move(layout, project, git, stack.base, journal=journal)
+    return observe(layout, project, pin, checkouts.observe(layout, pin))
+
+
+def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, journal: Journal) -> Checkout:
+    """The checkout, after a move that a killed run began has been finished."""
+    if moves.is_begun(layout, project) and moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), journal=journal):
+        return checkouts.observe(layout, pin)
+    return checkout
+
+
+def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base: str, files: Sequence[Path], journal: Journal) -> None:
+    """Put the series on in the checkout itself. Raises PatchConflict where the `am` stops, and leaves it there."""
+    known = moves.read_times(layout.times(project), git.path)
+    moves.remember_times(git, (path for file in files for path in git.patch_paths(file)), memory=layout.times(project))
+    again = APPLY if project == "vllm" else f"{APPLY} --project {project}"
+    with moves.attempt(layout, project, git, Attempt("git am", again), journal=journal):
+        applied = am.start(git, files, journal=journal)
+        if applied.tip is None:
+            patch = f"patches/{project}/{stack.names[applied.position - 1]}"
+            raise series.sentence(git, applied, count=len(files), patch=patch, shown=layout.relative(git.path), base=base)
+        _keep(git, base, applied.tip)
+    moves.restore_times(git, known)
+    _check(project, git, stack, base, applied.tip)
+
+
+def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
+    """Prove by their count and their tree that the commits are the series. Raises PatchDrift."""
+    made = git.slugs(base, tip)
+    if len(made) != len(stack.names):
+        lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
+        raise PatchDrift(
+            f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: {len(made)} of {len(stack.names)} patches make a commit",
+            hint=f"if upstream has it, take its line out of patches/{project}/series",
+        )
+    if stack.expected_tree and git.tree(tip) != stack.expected_tree:
+        raise PatchDrift(f"the series gives tree {git.tree(tip)}, expected {stack.expected_tree}; nothing was changed", hint="./scripts/inv bootstrap")
+
+
+def _keep(git: Git, base: str, tip: str) -> None:
+    """Let references name the stack before anything moves, so that its commits are safe whenever this run is killed.
+
+    A former stack that has commits of the user's own, and not those that `am` makes of patches, gets a reference of its own.
+    """
+    former = git.resolve(TIP_REF)
+    if former and former != tip and not git.is_ancestor(former, tip) and git.has_own_commits(base, former):
+        git.set_ref(f"{KEPT_REFS}/{former[:12]}", former)
+    git.set_ref(TIP_REF, tip)
+    git.set_ref(BASE_REF, base)
+
+
+def _keep_lost(git: Git) -> None:
+    """Give a reference to the commits that something else than a verb moved the checkout away from, if they have none."""
+    move = repository.last_move(git)
+    if move and not move.is_ours and move.before in git.present((move.before,)) and not worktree.is_kept(git, move.before):
+        git.set_ref(f"{KEPT_REFS}/{move.before[:12]}", move.before)
+
+
+def _expected_tree(layout: Layout, project: str, git: Git, base: str, names: Sequence[str]) -> str | None:
+    """The tree of the base with all patches on it, remembered by base and content of the series."""
+    files = [layout.patches(project) / name for name in names]
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    key = {"base": base, "series": digest.hexdigest()}
+    memory = layout.state / "expected-trees" / f"{project}.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        known = json.loads(read_regular(memory))
+        if isinstance(known, dict) and {name: known.get(name) for name in key} == key and isinstance(known.get("tree"), str):
+            return str(known["tree"])
+    tree = git.tree_after(base, files)
+    if tree is not None:
+        # Only a memory: where it cannot be written, it is worked out again.
+        with contextlib.suppress(OSError):
+            write_atomic(memory, json.dumps(key | {"tree": tree}).encode())
+    return tree

@@ -1,0 +1,286 @@
+"""Recipes: how a model is served here, one TOML file each in recipes/. Read whole or refused with a sentence.
+
+[recipes/README.md](../../recipes/README.md) says what stands in one.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, cast
+
+from workspace.core import settings
+from workspace.core.errors import SettingsError
+from workspace.core.files import read_regular
+from workspace.core.paths import Layout
+from workspace.server import flags as engine_flags
+
+
+def read_table(path: Path, *, place: str) -> dict[str, object]:
+    """Return the table of a file, which is called `place` in what is said of it. Raises SettingsError where it cannot be read or is no TOML."""
+    try:
+        return tomllib.loads(read_regular(path).decode())
+    except OSError as exc:
+        raise SettingsError(f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise SettingsError(f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}") from exc
+
+
+Origin = Literal["hub", "built-in"]
+# What a flag of a recipe may be: a switch, a value, several words, or a table that becomes JSON.
+FlagValue = bool | int | float | str | tuple[str | int | float, ...] | Mapping[str, object]
+BUILT_IN = ("tiny", "smollm2")
+DEFAULT_UTILIZATION = 0.92
+_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FLAG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[A-Za-z0-9_-]+)*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# The model is the recipe's own word, and a key in a file that is shared is none.
+_NOT_AS_FLAG = {
+    "model": "write it as `model`",
+    "api-key": "put VLLM_API_KEY into .env",
+    "hf-token": "put HF_TOKEN into .env",
+    "config": "write its settings here",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model needs. `weights_gib` in memory, `overhead_gib` for activations, graphs and the runtime, `kv_kib_per_token` of one sequence."""
+
+    weights_gib: float
+    overhead_gib: float
+    kv_kib_per_token: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published figure with its source."""
+
+    what: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What is otherwise with the vLLM releases that `vllm` names, such as `<0.31`; `without` are flags that they do not get."""
+
+    vllm: str
+    why: str
+    flags: Mapping[str, FlagValue] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model and how it is served. `flags` by name without dashes in front; `fetch_gib` is what `serve.fetch` brings, `ignored` what it leaves."""
+
+    name: str
+    model: str
+    origin: Origin
+    summary: str
+    memory: Memory
+    fetch_gib: float = 0.0
+    ignored: tuple[str, ...] = ()
+    harmony: bool = False
+    flags: Mapping[str, FlagValue] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The flags as words of a command line."""
+        return tuple(word for name, value in self.flags.items() for word in engine_flags.words_of(name, list(value) if isinstance(value, tuple) else value))
+
+    @property
+    def asks_for_remote_code(self) -> bool:
+        return bool(self.flags.get("trust-remote-code"))
+
+
+def names(layout: Layout) -> tuple[str, ...]:
+    """The names of the recipes that are there, in the order in which they are listed."""
+    return tuple(sorted(path.stem for path in _folder(layout).glob("*.toml")))
+
+
+def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
+    """Read a recipe, with the alternatives that hold for this version of vLLM, such as 0.31.0, where one is given.
+
+    Raises SettingsError for a name without a recipe and for a recipe with something wrong in it.
+    """
+    path = _folder(layout) / f"{name}.toml"
+    if not _NAME.fullmatch(name) or name not in names(layout):
+        alike = settings.nearest(name, names(layout))
+        hint = f"did you mean {alike}? ./scripts/inv serve.list" if alike else "./scripts/inv serve.list"
+        raise SettingsError(f"there is no recipe {settings.shortened(name)!r}", hint=hint)
+    place = layout.relative(path)
+    table = read_table(path, place=place)
+    recipe = _recipe(name, _Table(place, "", table))
+    return resolved(recipe, version) if version else recipe
+
+
+def resolved(recipe: Recipe, version: str) -> Recipe:
+    """The recipe as it is for one version of vLLM: its alternatives that hold, in their order, put over it."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    for other in recipe.alternatives:
+        if Version(version) in SpecifierSet(other.vllm, prereleases=True):
+            kept = {name: value for name, value in recipe.flags.items() if name not in other.without}
+            notes = (*recipe.notes, *([other.why] if other.why else []))
+            recipe = replace(recipe, flags=kept | dict(other.flags), environment=dict(recipe.environment) | dict(other.environment), notes=notes)
+    return replace(recipe, alternatives=())
+
+
+def unnamed(model: str, *, weights_gib: float = 0.0) -> Recipe:
+    """A recipe for a model that has none: a name on the hub, or a folder. What it needs is not known but for its weights."""
+    return Recipe(name="", model=model, origin="hub", summary="no recipe", memory=Memory(weights_gib, 0.0, 0.0), fetch_gib=weights_gib)
+
+
+class _Table:
+    """One table of a recipe: hands out values of the type that is asked for, and complains of what nobody has asked for."""
+
+    def __init__(self, place: str, name: str, content: Mapping[str, object]) -> None:
+        self._place, self._name, self._content = place, name, content
+        self._asked: list[str] = []
+
+    def wrong(self, key: str, expected: str) -> SettingsError:
+        where = f"{self._name}.{key}" if self._name else key
+        said = f"{where} is missing; it should be" if key not in self._content else f"{where} is not"
+        return SettingsError(f"{self._place}: {said} {expected}", hint=f"${{EDITOR:-nano}} {self._place}    recipes/README.md says what stands in a recipe")
+
+    def text(self, key: str, default: str | None = None, *, form: re.Pattern[str] | None = None, expected: str = "a text of one line") -> str:
+        found = self._get(key, default)
+        if not isinstance(found, str) or not found.isprintable() or (form and not form.fullmatch(found)):
+            raise self.wrong(key, expected)
+        return found
+
+    def number(self, key: str, default: float | None = None) -> float:
+        found = self._get(key, default)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 10**6:
+            raise self.wrong(key, "a number from 0 on")
+        return float(found)
+
+    def switch(self, key: str) -> bool:
+        found = self._get(key, False)
+        if not isinstance(found, bool):
+            raise self.wrong(key, "true or false")
+        return found
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        found = self._get(key, [])
+        if not isinstance(found, list) or not all(isinstance(text, str) and text.isprintable() for text in found):
+            raise self.wrong(key, "a list of texts")
+        return tuple(found)
+
+    def table(self, key: str) -> "_Table":
+        found = self._get(key, {})
+        if not isinstance(found, dict):
+            raise self.wrong(key, "a table")
+        return _Table(self._place, f"{self._name}.{key}" if self._name else key, found)
+
+    def tables(self, key: str) -> list["_Table"]:
+        found = self._get(key, [])
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise self.wrong(key, f"a list of tables, written [[{key}]]")
+        return [_Table(self._place, f"{key}[{number}]", one) for number, one in enumerate(found, 1)]
+
+    def items(self) -> Sequence[tuple[str, object]]:
+        self._asked += self._content
+        return list(self._content.items())
+
+    def finish(self) -> None:
+        """Complain of a key that nobody has asked for."""
+        for key in self._content:
+            if key not in self._asked:
+                alike = settings.nearest(key, self._asked)
+                where = f"[{self._name}]" if self._name else "a recipe"
+                hint = f"did you mean {alike}?" if alike else f"{where} has {', '.join(self._asked)}"
+                raise SettingsError(f"{self._place}: {where} has no key {settings.shortened(key)!r}", hint=hint)
+
+    def _get(self, key: str, default: object) -> object:
+        self._asked.append(key)
+        return self._content.get(key, default)
+
+
+def _recipe(name: str, table: _Table) -> Recipe:
+    origin = table.text("origin", "hub", form=re.compile("hub|built-in"), expected="hub or built-in")
+    built_in = re.compile("|".join(BUILT_IN))
+    expected = f"one of {', '.join(BUILT_IN)}" if origin == "built-in" else "the name of a model on the hub, such as openai/gpt-oss-120b"
+    memory, fetch = table.table("memory"), table.table("fetch")
+    recipe = Recipe(
+        name=name,
+        model=table.text("model", form=built_in if origin == "built-in" else _HUB, expected=expected),
+        origin=cast("Origin", origin),
+        summary=table.text("summary"),
+        harmony=table.switch("harmony"),
+        memory=Memory(memory.number("weights_gib"), memory.number("overhead_gib"), memory.number("kv_kib_per_token")),
+        fetch_gib=fetch.number("gib", 0.0),
+        ignored=fetch.texts("ignore"),
+        flags=_flags(table.table("flags")),
+        environment=_environment(table.table("environment")),
+        notes=table.texts("notes"),
+        figures=tuple(_figure(one) for one in table.tables("figures")),
+        alternatives=tuple(_alternative(one) for one in table.tables("alternatives")),
+    )
+    for one in (memory, fetch, table):
+        one.finish()
+    return recipe
+
+
+def _figure(table: _Table) -> Figure:
+    figure = Figure(table.text("what"), table.text("value"), table.text("source"))
+    table.finish()
+    return figure
+
+
+def _alternative(table: _Table) -> Alternative:
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    vllm = table.text("vllm", expected="versions of vLLM such as <0.31")
+    try:
+        SpecifierSet(vllm)
+    except InvalidSpecifier as exc:
+        raise table.wrong("vllm", "versions of vLLM such as <0.31") from exc
+    flags, environment = _flags(table.table("flags")), _environment(table.table("environment"))
+    other = Alternative(vllm, table.text("why"), flags, environment, table.texts("without"))
+    table.finish()
+    return other
+
+
+def _flags(table: _Table) -> Mapping[str, FlagValue]:
+    found: dict[str, FlagValue] = {}
+    for key, value in table.items():
+        name = key.replace("_", "-") if "." not in key else key
+        if not _FLAG.fullmatch(name):
+            raise table.wrong(key, "the name of a flag, without the dashes in front")
+        if name in _NOT_AS_FLAG:
+            raise table.wrong(key, f"for a recipe: {_NOT_AS_FLAG[name]}")
+        if isinstance(value, list) and value and all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in value):
+            found[name] = tuple(value)
+        elif isinstance(value, bool | int | float | dict) or (isinstance(value, str) and value.isprintable()):
+            found[name] = value
+        else:
+            raise table.wrong(key, "a switch, a number, a text, a table or a list of texts or numbers")
+    return found
+
+
+def _environment(table: _Table) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        if not _VARIABLE.fullmatch(key):
+            raise table.wrong(key, "the name of an environment variable")
+        if settings.is_secret(key):
+            raise table.wrong(key, "for a recipe, which is shared: put it into .env")
+        if not isinstance(value, str) or not value.isprintable():
+            raise table.wrong(key, "a text of one line; quote a number")
+        found[key] = value
+    return found
+
+
+def _folder(layout: Layout) -> Path:
+    return layout.root / "recipes"

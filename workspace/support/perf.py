@@ -1,0 +1,252 @@
+"""The door of perf: `python -m workspace.perf`, run by `nox -s perf` with the tool environment's Python."""
+
+import contextlib
+import datetime
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from workspace.core.console import Console
+from workspace.core.errors import BuildError, WorkspaceError
+from workspace.core.files import write_atomic
+from workspace.core.paths import Layout
+from workspace.core.settings import Settings
+from workspace.machine.hardware import Machine
+from workspace.support import perf_pairs, perf_replay
+from workspace.support.perf_measure import Aim, Command, Comparison, Ground, Sample, Spread, Timed, Told, compare
+
+Sides = tuple[Timed, Timed]
+
+
+@dataclass(frozen=True)
+class Row:
+    """`prepare` makes what the two sides need and yields them, the measured one first; it raises a WorkspaceError where it cannot."""
+
+    name: str
+    measured: str
+    against: str
+    aim: Aim | None
+    prepare: Callable[[Ground], AbstractContextManager[Sides]]
+    pairs: int = 10
+    warm_ups: int = 1
+
+
+@contextlib.contextmanager
+def _list(ground: Ground) -> Iterator[Sides]:
+    yield ground.inv("--list"), ground.bare()
+
+
+@contextlib.contextmanager
+def _inv_wrapper(ground: Ground) -> Iterator[Sides]:
+    direct = ground.inv("--list")
+    yield Command((ground.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env), direct
+
+
+@contextlib.contextmanager
+def _nox_wrapper(ground: Ground) -> Iterator[Sides]:
+    direct = ground.tool("-I", "-m", "nox", "-f", ground.layout.root / "noxfile.py", "--list")
+    yield Command((ground.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env), direct
+
+
+@contextlib.contextmanager
+def _status(ground: Ground) -> Iterator[Sides]:
+    # An unbuilt tree is looked at in less time, which says nothing.
+    _ = ground.built
+    yield ground.inv("status"), ground.bare()
+
+
+@contextlib.contextmanager
+def _rebuild(ground: Ground) -> Iterator[Sides]:
+    _ = ground.built
+    yield ground.inv("rebuild"), ground.bare()
+
+
+@contextlib.contextmanager
+def _doctor(ground: Ground) -> Iterator[Sides]:
+    # 6: the machine lacks something, which takes as long to find out.
+    yield ground.inv("doctor", "--offline", statuses=(0, 6)), ground.bare()
+
+
+def _told(prepare: Callable[[Ground], AbstractContextManager[perf_replay.Sides]]) -> Callable[[Ground], AbstractContextManager[Sides]]:
+    @contextlib.contextmanager
+    def sides(ground: Ground) -> Iterator[Sides]:
+        with prepare(ground) as (measured, against):
+            yield Told(measured), Told(against)
+
+    return sides
+
+
+def _replays() -> Iterator[Row]:
+    bound = "the least that any order takes"
+    for gib in (24.0, 48.0, 96.0):
+        here = f"the recorded build on {perf_replay.CORES} cores in {gib:g} GiB"
+        yield Row(f"replay-{gib:g}", f"{here}, admitted", bound, Aim("ratio", 1.1), _told(perf_replay.in_thought(gib)), pairs=1, warm_ups=0)
+        yield Row(f"static-{gib:g}", f"{here}, safe static jobs", bound, None, _told(perf_replay.in_thought(gib, way=perf_replay.static)), pairs=1, warm_ups=0)
+    for gib in (24.0, 48.0):
+        here = f"the same in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through ninja and launchers"
+        yield Row(f"ninja-{gib:g}", here, bound, Aim("ratio", 1.2), _told(perf_replay.in_small_time(gib)), pairs=1, warm_ups=0)
+
+
+_BARE = "a bare invoke with one empty task"
+ROWS: tuple[Row, ...] = (
+    Row("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
+    Row("wrapper-inv", "scripts/inv --list", "the same, the tool called directly", Aim("extra", 0.03), _inv_wrapper),
+    Row("wrapper-nox", "scripts/nox --list", "the same, the tool called directly", Aim("extra", 0.03), _nox_wrapper),
+    Row("status", "inv status", _BARE, None, _status),
+    Row("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
+    Row("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
+    Row(
+        "no-op",
+        "inv bootstrap with nothing to do",
+        "uv pip install --no-build-isolation --no-deps -e, done before",
+        Aim("ratio", 0.1),
+        perf_pairs.installed_again,
+        pairs=3,
+    ),
+    Row(
+        "warm",
+        "inv bootstrap in a fresh clone, caches warm",
+        "the same commands typed by hand (by_hand.sh)",
+        Aim("ratio", 1.1),
+        perf_pairs.from_warm_caches,
+        pairs=1,
+        warm_ups=0,
+    ),
+    Row("apply", "inv patch.apply of a hundred patches, in this process", "git am of them", Aim("ratio", 1.15), perf_pairs.applied, pairs=5),
+    Row(
+        "export",
+        "inv patch.export with its proof, in this process",
+        "git format-patch, and one git apply --cached of all files",
+        Aim("ratio", 1.5),
+        perf_pairs.exported,
+        pairs=5,
+    ),
+    Row("forecast", "inv pin.forecast of them, in this process", "git apply --cached one by one", Aim("ratio", 1.5), perf_pairs.forecast, pairs=5),
+    Row("re-apply", "inv patch.apply with nothing to do, in this process", "git status --porcelain", Aim("ratio", 2.0), perf_pairs.applied_again),
+    Row("patches", "inv patch, in this process", "git status --porcelain", Aim("ratio", 2.0), perf_pairs.looked_at),
+    *_replays(),
+)
+
+SCHEMA = 1
+_HEAD = ("", "row", "ratio", "from..to", "cpu", "measured", "against", "more", "aim")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row with what was measured, or with why it could not be."""
+
+    row: Row
+    comparison: Comparison | None
+    error: WorkspaceError | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.comparison is None:
+            return "not measured"
+        if self.row.aim is None:
+            return "no aim"
+        return "met" if self.row.aim.is_met(self.comparison) else "missed"
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """The rows as lines for a person: state word first, then the figures (medians of the pairs), then what was held against what."""
+    cells = [_HEAD, *(_cells(result) for result in results)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(_HEAD))]
+    words = ["", *(f"{result.row.measured}, against {result.row.against}" for result in results)]
+    return [_line(row, widths, text) for row, text in zip(cells, words, strict=True)]
+
+
+def encode(results: Sequence[Result], machine: Machine) -> str:
+    """One JSON document. Times are UTC, durations milliseconds, ratios and differences those within a pair."""
+    record = {
+        "schema": SCHEMA,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": asdict(machine),
+        "rows": [_row(result) for result in results],
+    }
+    return json.dumps(record, indent=1, allow_nan=False)
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    if (runs := result.comparison) is None:
+        return (result.verdict, result.row.name, *[""] * (len(_HEAD) - 2))
+    ratio = runs.ratio
+    return (
+        result.verdict,
+        result.row.name,
+        f"{ratio.median:.2f}x",
+        f"{ratio.low:.2f}..{ratio.high:.2f}",
+        f"{runs.cpu_ratio.median:.2f}x",
+        *(f"{seconds * 1000:.0f} ms" for seconds in (runs.measured_s.median, runs.against_s.median, runs.extra_s.median)),
+        str(result.row.aim or ""),
+    )
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], words: str) -> str:
+    aligned = [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+    return f"{'  '.join(aligned)}  {words}".rstrip()
+
+
+def _row(result: Result) -> dict[str, object]:
+    row, runs = result.row, result.comparison
+    aim = {"kind": row.aim.kind, "limit": row.aim.limit} if row.aim else None
+    head: dict[str, object] = {"name": row.name, "measured": row.measured, "against": row.against, "aim": aim, "verdict": result.verdict}
+    if runs is None:
+        return head | {"error": result.error.message if result.error else None}
+    return head | {
+        "pairs": len(runs.measured),
+        "ratio": _spread(runs.ratio),
+        "cpu_ratio": _spread(runs.cpu_ratio),
+        "extra_ms": _spread(runs.extra_s, scale=1000),
+        "seam": _sample(runs.seam),
+        "samples": {"measured": [_sample(sample) for sample in runs.measured], "against": [_sample(sample) for sample in runs.against]},
+    }
+
+
+def _spread(spread: Spread, *, scale: float = 1) -> dict[str, float]:
+    return {name: round(value * scale, 4) for name, value in asdict(spread).items()}
+
+
+def _sample(sample: Sample) -> dict[str, float]:
+    return {"wall_ms": round(sample.wall_s * 1000, 2), "cpu_ms": round(sample.cpu_s * 1000, 2)}
+
+
+RECORD = "perf.json"
+
+
+def run(layout: Layout, settings: Settings, rows: Sequence[Row], *, console: Console, pairs: int | None = None, json_file: Path | None = None) -> None:
+    """Measure rows, print table and record, keep the record. A missed aim is no failure: machines are noisy.
+
+    Raises BuildError where a row could not be measured, after all others were.
+    """
+    from workspace.core import files
+    from workspace.machine import hardware
+
+    with files.folder_beside(layout.state / "perf") as folder:
+        ground = Ground(layout, settings, folder)
+        results = [_measure(row, ground, pairs or row.pairs, console) for row in rows]
+    for line in table(results):
+        console.say(line)
+    text = encode(results, hardware.observe(settings))
+    for file in (layout.state / RECORD, *([json_file] if json_file else [])):
+        write_atomic(file, f"{text}\n".encode())
+    console.data(text)
+    failed = [result for result in results if result.error]
+    if failed and (first := failed[0].error):
+        details = tuple(line for result in failed if result.error for line in (*result.error.details, f"{result.row.name}: {result.error}"))
+        names = ", ".join(result.row.name for result in failed)
+        raise BuildError(f"{len(failed)} of {len(results)} rows could not be measured: {names}: {first.message}", hint=first.hint, details=details)
+
+
+def _measure(row: Row, ground: Ground, pairs: int, console: Console) -> Result:
+    try:
+        with console.step(row.name) as view, row.prepare(ground) as (measured, against):
+            view.reason = f"{pairs} {'pair' if pairs == 1 else 'pairs'}"
+            runs = compare(
+                measured, against, pairs=pairs, warm_ups=row.warm_ups, on_run=lambda done, total: view.progress(done, total, f"{done} of {total} runs")
+            )
+    except WorkspaceError as exc:
+        return Result(row, None, exc)
+    return Result(row, runs)
