@@ -120,7 +120,7 @@ def typecheck(session):
 def smoke(session):
     """Does the built tree compute rightly."""
     run(session, "workspace.cli.sessions", "smoke", *session.posargs)
-    # What passed is what inv pin.back returns to.
+    # What passed is what inv pin.rollback returns to.
     run(session, "workspace.cli.sessions", "record-good")
 
 

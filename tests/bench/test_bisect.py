@@ -11,7 +11,7 @@ from tests.bench.histories import Made, make
 from tests.small.materials import git
 from workspace.bench import bisect, bisect_log, bisect_predicate
 from workspace.bench.bisect import Attempt
-from workspace.bench.bisect_log import Asked, Course, Ground, Role, Standing
+from workspace.bench.bisect_log import BisectOptions, Course, Ground, Role, Standing
 from workspace.bench.bisect_predicate import Question, Said
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
@@ -47,16 +47,16 @@ class Place:
         names = git(self.layout.vllm, "ls-tree", "--name-only", tip).split()
         return Said("skip", "it is stuck") if "stuck" in names else Said("bad", "it is broken") if "broken" in names else Said("good", "fine")
 
-    def search(self, asked: Asked, attempt: Attempt | None = None) -> tuple[bisect_log.Field, Course, Standing]:
+    def search(self, options: BisectOptions, attempt: Attempt | None = None) -> tuple[bisect_log.Field, Course, Standing]:
         console = Console(out=io.StringIO(), err=self.err)
-        there = bisect.begin(self.layout, self.ground, asked, console=console)
-        searched = bisect_log.open_range(self.layout, self.ground, there.good, there.bad, is_patches=asked.is_patches)
+        there = bisect.begin(self.layout, self.ground, options, console=console)
+        searched = bisect_log.open_range(self.layout, self.ground, there.good, there.bad, is_patches=options.is_patches)
         keep: Callable[[Course], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
         return searched, *bisect.search_on(searched, there, attempt=attempt or self.attempt, keep=keep, console=console)
 
-    def outcome(self, asked: Asked) -> str:
+    def outcome(self, options: BisectOptions) -> str:
         """What the bisect says on stdout. Raises what it raises."""
-        searched, there, standing = self.search(asked)
+        searched, there, standing = self.search(options)
         out = io.StringIO()
         document = bisect.described(self.layout, searched, there, standing)
         json.dumps(document, allow_nan=False)
@@ -77,8 +77,8 @@ def line(count: int, *, broken: int) -> list[Made]:
     return made
 
 
-def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> Asked:
-    return Asked("smoke", made[first], made[last], **more)  # type: ignore[arg-type]
+def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> BisectOptions:
+    return BisectOptions("smoke", made[first], made[last], **more)  # type: ignore[arg-type]
 
 
 def test_broken_commit_among_64_is_named_with_its_deed_in_eight_tries(place: Place) -> None:
@@ -117,7 +117,7 @@ def test_fork_that_is_bad_says_that_the_good_end_has_the_cure(place: Place) -> N
     tree = git(place.layout.vllm, "mktree", "--missing")
     release = git(place.layout.vllm, "commit-tree", "-m", "release", "-p", made["c1"], tree)
     with pytest.raises(SettingsError, match=r"c1, where .* release and the bad end parted, is bad: it is broken"):
-        place.outcome(Asked("smoke", release, made["last"]))
+        place.outcome(BisectOptions("smoke", release, made["last"]))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_end_that_cannot_be_tried_is_not_remembered_as_such(place: Place) -> Non
 
 def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by_no_other(place: Place) -> None:
     made = place.history(*line(33, broken=20))
-    asked, ended = ends(made, "c32"), 0
+    options, ended = ends(made, "c32"), 0
     while True:
         tries = 0
 
@@ -191,12 +191,12 @@ def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by
             return place.attempt(commit, role, there)
 
         try:
-            _, there, standing = place.search(asked, attempt)
+            _, there, standing = place.search(options, attempt)
             break
         except KeyboardInterrupt:
             ended += 1
             with pytest.raises(SettingsError, match=r"another bisect is under way, \d steps?, .*--run smoke; asked for is .*--run parity.llama"):
-                place.search(Asked("parity.llama", made["c0"], made["c32"]))
+                place.search(BisectOptions("parity.llama", made["c0"], made["c32"]))
     assert standing.culprit == made["c20"]
     assert len(place.tried) == len(set(place.tried)) == len(there.tries) == ended + 1
 
@@ -272,14 +272,14 @@ def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(pl
         names = git(place.layout.vllm, "ls-tree", "--name-only", commit).split()
         return Said("bad" if "broken" in names else "good", "looked")
 
-    asked = Asked("smoke", is_patches=True)
-    searched, there, standing = place.search(asked, attempt)
+    options = BisectOptions("smoke", is_patches=True)
+    searched, there, standing = place.search(options, attempt)
     assert standing.culprit
     assert searched.called(standing.culprit) == "p3.patch"
     assert len(there.tries) == 5
     (place.layout.patches("vllm") / "p8.patch").write_text("other")
     with pytest.raises(SettingsError, match="no longer those that this bisect began with"):
-        place.search(asked, attempt)
+        place.search(options, attempt)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(pl
 def test_ends_that_are_none_are_refused_before_anything_is_written(place: Place, good: str | None, bad: str | None, says: str) -> None:
     made = place.history(*line(3, broken=1))
     with pytest.raises(SettingsError, match=says):
-        place.search(Asked("smoke", made.get(good or "", good), made.get(bad or "", bad)))
+        place.search(BisectOptions("smoke", made.get(good or "", good), made.get(bad or "", bad)))
     assert bisect_log.read_log(place.layout) is None
 
 
@@ -303,7 +303,7 @@ def test_ends_without_a_history_in_common_are_refused(place: Place) -> None:
     made = place.history(*line(3, broken=1))
     tree = git(place.layout.vllm, "mktree", "--missing")
     with pytest.raises(CheckoutError, match="no history in common"):
-        place.search(Asked("smoke", git(place.layout.vllm, "commit-tree", "-m", "alone", tree), made["c2"]))
+        place.search(BisectOptions("smoke", git(place.layout.vllm, "commit-tree", "-m", "alone", tree), made["c2"]))
 
 
 def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(place: Place) -> None:
@@ -313,7 +313,7 @@ def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(plac
         git(place.layout.vllm, "update-ref", f"refs/good/{name}", patched)
     git(place.layout.vllm, "update-ref", "refs/good/pin", made["c8"])
     git(place.layout.vllm, "tag", "v1.0", made["c8"])
-    assert place.outcome(Asked("smoke", None, "1.0")) == made["c7"]
+    assert place.outcome(BisectOptions("smoke", None, "1.0")) == made["c7"]
     assert place.tried[0] == made["c4"]
 
 

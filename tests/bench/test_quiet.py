@@ -44,7 +44,7 @@ def test_work_and_servers_of_others_are_named_and_refused_and_may_be_allowed(set
     assert "cores are busy" in refused.value.message
     # Somebody else's may be the first to be named.
     assert re.search(r"a vLLM runs, process \d+", refused.value.message)
-    assert "--busy" in (refused.value.hint or "")
+    assert "--allow-busy" in (refused.value.hint or "")
     conditions.require_idle(settings_, has_gpu=False, is_busy=True, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
 
 

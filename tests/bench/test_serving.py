@@ -11,7 +11,7 @@ from workspace.bench import measure
 from workspace.bench.subject import Workload
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, WorkspaceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.server import observation
 
@@ -52,8 +52,8 @@ def measured(layout: Layout, model: str, *concurrencies: int) -> dict[str, tuple
     work = Workload("serve", model, model, (), (), {}, {}, concurrencies)
     folder = layout.root / "neutral"
     folder.mkdir()
-    with Journal(Console(), layout.logs, verb="bench", secrets=()) as journal:
-        return measure.measure_start(layout, work, {"PATH": os.environ["PATH"]}, folder, journal=journal, look=lambda line: None)
+    with RunLog(Console(), layout.logs, verb="bench", secrets=()) as run_log:
+        return measure.measure_start(layout, work, {"PATH": os.environ["PATH"]}, folder, run_log=run_log, look=lambda line: None)
 
 
 def starts(layout: Layout) -> list[int]:

@@ -25,9 +25,9 @@ def pretend_good(world: World, tag: str) -> str:
 
 
 def test_nothing_to_return_to_and_unknown_names_are_sentences(clone: World) -> None:
-    assert "there is no good state to return to" in clone.run("pin.back").error(2)
+    assert "there is no good state to return to" in clone.run("pin.rollback").error(2)
     name = pretend_good(clone, "v0.31.0")
-    assert f"there are {name}" in clone.run("pin.back", "--good", "v0.1.0-000000000000").error(2)
+    assert f"there are {name}" in clone.run("pin.rollback", "--good", "v0.1.0-000000000000").error(2)
 
 
 def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:
@@ -35,7 +35,7 @@ def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:
     edited = clone.layout.vllm / "vllm" / "envs.py"
     text = edited.read_text()
     edited.write_text(text + "# mine\n")
-    ended = clone.run("pin.back")
+    ended = clone.run("pin.rollback")
     assert "has edits (vllm/envs.py)" in ended.error(3)
     assert "git -C vendor/vllm stash" in ended.err
     assert edited.read_text() == text + "# mine\n"
@@ -43,4 +43,4 @@ def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:
     folder = clone.layout.vllm / ".git" / "rebase-apply"
     folder.mkdir()
     (folder / "applying").touch()
-    assert "in the middle of a git am" in clone.run("pin.back").error(3)
+    assert "in the middle of a git am" in clone.run("pin.rollback").error(3)

@@ -28,7 +28,7 @@ def test_there_and_back(clone: World) -> None:
         CLEAN,
         str(layout.vllm / "vllm" / "__init__.py"),
     ]
-    assert not layout.workshop.exists()
+    assert not layout.bump_sandbox.exists()
     assert len(clone.git("worktree", "list").splitlines()) == 1
     named = [path for path in layout.environment.rglob("*") if path.is_file() and not path.is_symlink() and b".workspace/bump" in path.read_bytes()]
     assert [path for path in named if path.suffix != ".pyc"] == []
@@ -51,7 +51,7 @@ def test_there_and_back(clone: World) -> None:
 
     # Back: without a network, and the very environment.
     clone.index.hide(*clone.index.files)
-    ended = clone.run("pin.back")
+    ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert clone.git("rev-parse", "HEAD") == old_head
     assert layout.pins.read_text() == old_pins
@@ -74,4 +74,4 @@ def test_what_is_not_ready_is_refused_and_nothing_is_made(clone: World) -> None:
     text = edited.read_text()
     edited.write_text(text + "# mine\n")
     assert "has edits (vllm/envs.py)" in clone.run("pin.bump", f"v{CLEAN}").error(3)
-    assert not clone.layout.workshop.exists()
+    assert not clone.layout.bump_sandbox.exists()

@@ -180,6 +180,6 @@ def test_age_is_held_against_what_a_bump_asks_for(ground: Ground) -> None:
 
 
 def test_donor_is_missed_on_this_machine_only(ground: Ground) -> None:
-    ground.candidate = replace(ground.candidate, undonated={f"cpu-{os.uname().machine}": "no wheel", "cpu-other": "no wheel"})
+    ground.candidate = replace(ground.candidate, not_precompiled={f"cpu-{os.uname().machine}": "no wheel", "cpu-other": "no wheel"})
     found = [change for change in ground.between(*both("a", "1", "2")) if change.topic == "donor"]
     assert [change.name for change in found] == [f"cpu-{os.uname().machine}"]

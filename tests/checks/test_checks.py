@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from workspace.checks import registry
-from workspace.checks.registry import CATALOGUE, Answer, Check, Expected, chosen
+from workspace.checks.registry import REGISTRY, Answer, Check, Expected, chosen
 
 TREE = Path("/clone/vendor/vllm")
 LIBRARIES = {"vllm/_C.abi3.so": (9, "a" * 64), "vllm/spinloop.abi3.so": (7, "b" * 64)}
@@ -141,6 +141,6 @@ def test_skipping_what_the_machine_has_is_a_failure() -> None:
 
 def test_levels_nest_and_the_named_model_is_judged_where_one_is_named() -> None:
     quick, full = set(chosen("quick", has_model=False)), set(chosen("full", has_model=True))
-    assert quick < full == set(CATALOGUE)
+    assert quick < full == set(REGISTRY)
     assert "parity.model" in chosen("quick", has_model=True)
     assert "parity.model" not in quick

@@ -16,7 +16,7 @@ from workspace.checks import server_checks, stack_dumps
 from workspace.checks.http_checks import offline
 from workspace.checks.registry import Check
 from workspace.core.console import Console
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.server import lifecycle, observation, process_tree
 from workspace.server.observation import Address
 
@@ -49,8 +49,8 @@ class Place:
         argv = (sys.executable, "-S", str(FRONT), str(port), manner, str(self.rows))
         what = server_checks.Subject(argv, {"PATH": "/usr/bin:/bin", **stack_dumps.FAULTS}, Address("127.0.0.1", port), "1+cpu", offline(rows), limit_s)
         before = process_tree.living().keys()
-        with Journal(Console(out=io.StringIO(), err=io.StringIO()), self.folder / "logs", verb="smoke") as journal:
-            checks, self.stacks = server_checks.run(self.place, what, journal=journal)
+        with RunLog(Console(out=io.StringIO(), err=io.StringIO()), self.folder / "logs", verb="smoke") as run_log:
+            checks, self.stacks = server_checks.run(self.place, what, run_log=run_log)
         assert [check.identifier for check in checks] == [f"server.{name}" for name in server_checks.CHECKS]
         assert not [number for number in process_tree.living().keys() - before if str(port) in words_of(number)]
         assert observation.find(self.place) is None

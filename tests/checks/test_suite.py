@@ -14,7 +14,7 @@ from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import judge
 from workspace.core.console import Console
 from workspace.core.errors import SmokeError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load
@@ -85,9 +85,9 @@ class Clone:
         settings = load(self.layout, environ={"PATH": "/usr/bin:/bin", **shell})
         expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": (1, "a")})
         seen = iter(looks)
-        with Journal(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as journal:
-            asked = smoke_suite.Asked(level, model, timeout_s, is_fail_fast)
-            checks, _ = smoke_suite.run(self.layout, settings, expected, asked, journal=journal, look=lambda: next(seen))
+        with RunLog(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as run_log:
+            options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
+            checks, _ = smoke_suite.run(self.layout, settings, expected, options, run_log=run_log, look=lambda: next(seen))
         return {check.identifier: check for check in checks}
 
     def failed(self, **words: object) -> set[str]:
@@ -142,13 +142,13 @@ print(json.dumps(answer))
 
 
 def test_only_a_model_that_the_two_differ_on_is_asked_about_once_more(clone: Clone) -> None:
-    asked = clone.layout.root / "asked"
-    clone.probe("reference", HASTY.replace("@ASKED@", str(asked)))
+    options = clone.layout.root / "asked"
+    clone.probe("reference", HASTY.replace("@ASKED@", str(options)))
     clone.probe("parity", STEADY.replace("@ANSWER@", json.dumps(clone.answer)))
     check = clone.run()["parity.qwen3"]
     assert check.verdict == "pass"
     assert "it does not say again" in check.evidence
-    models = [[word.partition("=")[2].partition("=")[0] for word in line.split() if word.startswith("--model=")] for line in asked.read_text().splitlines()]
+    models = [[word.partition("=")[2].partition("=")[0] for word in line.split() if word.startswith("--model=")] for line in options.read_text().splitlines()]
     assert models == [["llama", "qwen3"], ["qwen3"]]
 
 

@@ -16,7 +16,7 @@ from workspace.compile import cmake, project
 from workspace.compile.cmake_inputs import folder
 from workspace.core.errors import BuildError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 INTERFACE = "vllm/third_party/flashy/interface.py"
 KERNEL = "csrc/generated/kernel_a.c"
 

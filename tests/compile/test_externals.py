@@ -17,7 +17,7 @@ from workspace.compile import cmake_inputs, externals
 from workspace.compile.externals import External
 from workspace.core.errors import SettingsError, SourceError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 HOST = "https://github.com"
 REAL = {
     "CMakeLists.txt": """\
@@ -278,7 +278,7 @@ def test_a_password_of_the_mirror_is_shown_nowhere(site: Site, mirror: Path, cap
 
 def running(site: Site, mirror: str, external: External) -> "subprocess.Popen[str]":
     script = (
-        "import sys; from pathlib import Path; from tests.compile.trees import Site; from workspace.build.native.externals import External\n"
+        "import sys; from pathlib import Path; from tests.compile.trees import Site; from workspace.compile.externals import External\n"
         "root, mirror, repository, tag = sys.argv[1:]\n"
         "external = External('flashy', repository, tag, 'FLASHY_SRC_DIR', 'FETCHCONTENT_SOURCE_DIR_FLASHY', (), None, (), ())\n"
         "print(Site.again(Path(root)).provide((external,), (), EXTERNALS_MIRROR=mirror, no_proxy='*'))"

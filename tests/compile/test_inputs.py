@@ -77,8 +77,8 @@ def test_a_machine_without_compilers_is_observed_all_the_same(site: Site) -> Non
 
 
 def arguments(site: Site) -> dict[str, str]:
-    with site.journal() as journal:
-        said = cmake.toolkit_arguments(site.layout, site.settings(), site.root / "build", journal=journal)
+    with site.run_log() as run_log:
+        said = cmake.toolkit_arguments(site.layout, site.settings(), site.root / "build", run_log=run_log)
     return dict(word.removeprefix("-D").split("=", 1) for word in said)
 
 

@@ -18,7 +18,7 @@ from workspace.compile.project import Unit
 from workspace.core import settings
 from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 
 
@@ -41,7 +41,7 @@ class Clone:
 
     def compile(self, names: list[str], *, at_once: int = 4, budget_gib: float = 1000.0, keep_going: bool = False) -> ninja.Compiled:
         units = [Unit(f"{name}.cu", f"CMakeFiles/t.dir/{name}.cu.o", "CUDA") for name in names]
-        with Journal(Console(out=io.StringIO(), err=self.talk), self.layout.logs, verb="rebuild") as journal:
+        with RunLog(Console(out=io.StringIO(), err=self.talk), self.layout.logs, verb="rebuild") as run_log:
             return ninja.compile(
                 self.layout,
                 self.settings,
@@ -51,7 +51,7 @@ class Clone:
                 jobs=jobs.Jobs(at_once, 1, ""),
                 memory=jobs.Memory(budget_gib, 0.0, ""),
                 units=units,
-                journal=journal,
+                run_log=run_log,
                 step=Step("compile"),
                 keep_going=keep_going,
             )
@@ -201,10 +201,10 @@ def test_commands_that_call_a_compiler_by_themselves_are_within_the_bound_too(cl
 
 
 def test_without_a_target_nothing_is_run(clone: Clone) -> None:
-    with Journal(Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild") as journal:
+    with RunLog(Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild") as run_log:
         bound, memory = jobs.Jobs(1, 1, ""), jobs.Memory(1.0, 0.0, "")
         made = ninja.compile(
-            clone.layout, clone.settings, clone.build, [], setup="s", jobs=bound, memory=memory, units=[], journal=journal, step=Step("compile")
+            clone.layout, clone.settings, clone.build, [], setup="s", jobs=bound, memory=memory, units=[], run_log=run_log, step=Step("compile")
         )
     assert made == ninja.Compiled((), 0.0, None, ())
     assert not clone.layout.logs.exists()
@@ -268,22 +268,22 @@ def test_ccache_is_set_so_that_other_clones_hit_and_the_users_own_word_counts(tm
 VERB = """
 import sys
 from pathlib import Path
-from workspace import door
-from workspace.build import jobs
-from workspace.build.native import ninja
-from workspace.build.native.project import Unit
+from workspace.cli import main
+from workspace.compile import jobs
+from workspace.compile import ninja
+from workspace.compile.project import Unit
 from workspace.core.console import Step
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
+from workspace.core.log import RunLog
+from workspace.core.paths import Layout
 
 def work():
     layout = Layout(Path(sys.argv[1]))
     units = [Unit("", f"CMakeFiles/t.dir/u{number}.cu.o", "CUDA") for number in range(6)]
-    with Journal(door.console(), layout.logs, verb="rebuild") as journal:
-        ninja.compile(layout, door.load_settings(layout), Path(sys.argv[2]), ["all"], setup="s", jobs=jobs.Jobs(2, 1, ""), memory=jobs.Memory(99.0, 0.0, ""),
-                      units=units, journal=journal, step=Step("compile"))
+    with RunLog(main.console(), layout.logs, verb="rebuild") as run_log:
+        ninja.compile(layout, main.load_settings(layout), Path(sys.argv[2]), ["all"], setup="s", jobs=jobs.Jobs(2, 1, ""), memory=jobs.Memory(99.0, 0.0, ""),
+                      units=units, run_log=run_log, step=Step("compile"))
 
-sys.exit(door.run(work))
+sys.exit(main.run(work))
 """
 
 

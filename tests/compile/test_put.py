@@ -17,7 +17,7 @@ from workspace.compile.project import Target
 from workspace.compile.tree_files import install_targets
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 
 ENV = {"PATH": "/usr/bin:/bin"}
 # Components as vLLM's CMake has them: plain ones, the nested prefix and the link of flash-attention, one that brings nothing.
@@ -69,8 +69,8 @@ class Bench:
         self.tree, self.build, self.folder = folder / "vendor" / "vllm", folder / "builds" / "cpu-abc", folder
 
     def put(self, *names: str, shared: Path | None = None, env: Mapping[str, str] | None = None) -> tuple[str, ...]:
-        with Journal(Console(), self.folder / "logs", verb="test") as journal:
-            return install_targets(self.build, self.tree, named(*names), journal=journal, env=ENV | dict(env or {}), shared=shared)
+        with RunLog(Console(), self.folder / "logs", verb="test") as run_log:
+            return install_targets(self.build, self.tree, named(*names), run_log=run_log, env=ENV | dict(env or {}), shared=shared)
 
     def text(self, name: str) -> str:
         return (self.tree / "vllm" / name).read_text()

@@ -233,7 +233,7 @@ def test_reasons_name_the_file_and_who_includes_it(tree: Path) -> None:
 
 def test_a_library_that_is_linked_in_reaches_what_it_is_linked_into(tree: Path) -> None:
     (found,) = targets.reached(tree, ["csrc/base.cpp"], PROJECT, build=tree, pinned=PROJECT)
-    assert (found.target, found.reason, len(found.units), found.is_whole) == ("_C", "csrc/base.cpp changed", 4, True)
+    assert (found.target, found.reason, len(found.units), found.is_complete) == ("_C", "csrc/base.cpp changed", 4, True)
 
 
 def test_a_generator_reaches_what_it_writes_and_who_includes_that(tree: Path) -> None:
@@ -280,14 +280,14 @@ def test_a_file_of_an_external_project_reaches_its_targets_though_no_recipe_says
 
 
 def test_a_target_that_was_asked_for_must_be_one(tree: Path) -> None:
-    assert [one.target for one in targets.asked((), "torch 2.13.0 → 2.14.0", tree, PROJECT, build=tree)] == ["_C", "_moe_C", "_deep_C"]
+    assert [one.target for one in targets.requested((), "torch 2.13.0 → 2.14.0", tree, PROJECT, build=tree)] == ["_C", "_moe_C", "_deep_C"]
     with pytest.raises(SettingsError, match="--target base: CMake builds no such target here; it has _C, _moe_C, _deep_C"):
-        targets.asked(("_C", "base"), "--target", tree, PROJECT, build=tree)
+        targets.requested(("_C", "base"), "--target", tree, PROJECT, build=tree)
 
 
 def test_several_reasons_keep_the_first_of_each_target(tree: Path) -> None:
     found = targets.reached(tree, ["csrc/a.cu"], PROJECT, build=tree, pinned=PROJECT)
-    more = targets.asked(("_moe_C", "_C"), "--target", tree, PROJECT, build=tree)
+    more = targets.requested(("_moe_C", "_C"), "--target", tree, PROJECT, build=tree)
     assert {one.target: one.reason for one in targets.merged((found, more))} == {"_C": "csrc/a.cu changed", "_moe_C": "--target"}
 
 
@@ -312,7 +312,7 @@ def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(site: Site,
     build, project = compiled
 
     def said(*changed: str) -> dict[str, tuple[int, bool]]:
-        return {one.target: (len(one.units), one.is_whole) for one in targets.reached(site.tree, changed, project, build=build, pinned=project)}
+        return {one.target: (len(one.units), one.is_complete) for one in targets.reached(site.tree, changed, project, build=build, pinned=project)}
 
     # The first change in a target compiles it whole, and what CMake builds before it; one that was compiled, nothing, until its file changes.
     assert said("csrc/c.c") == {"_C": (5, True)}
@@ -356,7 +356,7 @@ def test_a_damaged_build_directory_costs_whole_targets_and_no_traceback(
 ) -> None:
     (damaged / name).write_text(content)
     (found,) = targets.reached(site.tree, ["csrc/spinloop.c"], compiled[1], build=damaged, pinned=compiled[1])
-    assert (found.target, len(found.units), found.is_whole) == ("spinloop", 1, True)
+    assert (found.target, len(found.units), found.is_complete) == ("spinloop", 1, True)
 
 
 def test_where_cmake_has_to_run_first_ninja_is_not_believed(site: Site, compiled: tuple[Path, Project], damaged: Path) -> None:

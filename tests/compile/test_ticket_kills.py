@@ -169,10 +169,10 @@ VERB = """
 import sys
 import time
 from pathlib import Path
-from workspace.build import tickets
-from workspace.build.admission import Admission, Bounds
-from workspace.build.costs import Costs
-with tickets.Broker(Path(sys.argv[1]), Admission(Bounds(1, 100.0)), Costs([]), units=1) as broker:
+from workspace.compile import job_server
+from workspace.compile.scheduler import Admission, Bounds
+from workspace.compile.costs import Costs
+with job_server.Broker(Path(sys.argv[1]), Admission(Bounds(1, 100.0)), Costs([]), units=1) as broker:
     print("ready", flush=True)
     while broker.state.waiting < 3:
         time.sleep(0.01)

@@ -14,7 +14,7 @@ from workspace.compile.externals import External
 from workspace.compile.project import Project
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 
@@ -160,18 +160,18 @@ class Site:
         plain = Inputs("cpu", str(self.tree), "v1", "", "2.13.0", "", "gcc 12", "Release", {"CMAKE_ARGS": ""})
         return replace(plain, **changes)
 
-    def journal(self) -> Journal:
-        return Journal(Console(), self.layout.logs, verb="rebuild")
+    def run_log(self) -> RunLog:
+        return RunLog(Console(), self.layout.logs, verb="rebuild")
 
     def provide(self, wanted: tuple[External, ...] = (), others: tuple[External, ...] | None = None, **more: str) -> Mapping[str, str]:
         others = externals.declared(self.tree, "cpu") if others is None else others
-        with self.journal() as journal:
-            return externals.provide(self.layout, self.settings(**more), wanted, others, journal=journal, step=Step("externals"))
+        with self.run_log() as run_log:
+            return externals.provide(self.layout, self.settings(**more), wanted, others, run_log=run_log, step=Step("externals"))
 
     def configure(self, inputs: Inputs | None = None, sources: Mapping[str, str] | None = None, **more: str) -> Project:
         inputs, sources = inputs or self.inputs(), self.provide() if sources is None else sources
-        with self.journal() as journal:
-            return cmake.configure(self.layout, self.settings(**more), inputs, sources, ticket=TICKET, journal=journal)
+        with self.run_log() as run_log:
+            return cmake.configure(self.layout, self.settings(**more), inputs, sources, ticket=TICKET, run_log=run_log)
 
     def ninja(self, build: Path, *words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["ninja", "-C", str(build), *words], env=self.shell, capture_output=True, text=True)

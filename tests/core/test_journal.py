@@ -4,23 +4,23 @@ import io
 from pathlib import Path
 
 from workspace.core.console import Console
-from workspace.core.log import KEPT_LOGS, Journal
+from workspace.core.log import KEPT_LOGS, RunLog
 
 
-def journal(folder: Path, *secrets: str) -> tuple[Journal, io.StringIO]:
+def run_log(folder: Path, *secrets: str) -> tuple[RunLog, io.StringIO]:
     talk = io.StringIO()
-    return Journal(Console(out=io.StringIO(), err=talk), folder, verb="bootstrap", secrets=secrets), talk
+    return RunLog(Console(out=io.StringIO(), err=talk), folder, verb="bootstrap", secrets=secrets), talk
 
 
 def test_run_without_a_line_leaves_no_log(tmp_path: Path) -> None:
-    with journal(tmp_path / "logs")[0] as run:
+    with run_log(tmp_path / "logs")[0] as run:
         run.phase("source")
     assert run.path is None
     assert not (tmp_path / "logs").exists()
 
 
 def test_phase_is_written_before_its_first_line_only(tmp_path: Path) -> None:
-    with journal(tmp_path)[0] as run:
+    with run_log(tmp_path)[0] as run:
         run.phase("empty")
         run.phase("source")
         run.line("one")
@@ -32,7 +32,7 @@ def test_phase_is_written_before_its_first_line_only(tmp_path: Path) -> None:
 
 
 def test_secrets_are_masked_on_screen_and_in_the_log(tmp_path: Path) -> None:
-    run, talk = journal(tmp_path, "hunter2", "")
+    run, talk = run_log(tmp_path, "hunter2", "")
     with run:
         run.command("git clone https://me:hunter2@host/x")
         run.line("fatal: hunter2 refused")
@@ -45,7 +45,7 @@ def test_secrets_are_masked_on_screen_and_in_the_log(tmp_path: Path) -> None:
 def test_old_logs_go_and_the_newest_stay(tmp_path: Path) -> None:
     for number in range(KEPT_LOGS + 5):
         (tmp_path / f"2000-{number:03}-bootstrap.log").touch()
-    with journal(tmp_path)[0] as run:
+    with run_log(tmp_path)[0] as run:
         run.line("new")
     logs = sorted(path.name for path in tmp_path.iterdir())
     assert len(logs) == KEPT_LOGS

@@ -30,10 +30,10 @@ import sys
 from pathlib import Path
 from workspace.core import lock, process
 from workspace.core.console import Console
-from workspace.core.journal import Journal
+from workspace.core.log import RunLog
 script = "trap : TERM HUP INT; echo $$; while :; do sleep 0.1; done"
-with lock.hold(Path(sys.argv[1]), verb="test") as held, Journal(Console(), Path(sys.argv[2]), verb="test", held=held) as journal:
-    process.run(["/bin/sh", "-c", script], env={"PATH": "/usr/bin:/bin"}, journal=journal, on_line=lambda line: print(line, flush=True))
+with lock.hold(Path(sys.argv[1]), verb="test") as held, RunLog(Console(), Path(sys.argv[2]), verb="test", held=held) as run_log:
+    process.run(["/bin/sh", "-c", script], env={"PATH": "/usr/bin:/bin"}, run_log=run_log, on_line=lambda line: print(line, flush=True))
 """
 
 

@@ -13,7 +13,7 @@ import pytest
 from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"PATH": "/usr/bin:/bin"}
@@ -21,23 +21,23 @@ PLAIN = {"PATH": "/usr/bin:/bin"}
 VERB = """
 import os, sys
 from pathlib import Path
-from workspace import door
+from workspace.cli import main
 from workspace.core import process
-from workspace.core.journal import Journal
+from workspace.core.log import RunLog
 
 def work():
-    with Journal(door.console(), Path(sys.argv[1]), verb="test") as journal:
-        process.run(["/bin/sh", "-c", sys.argv[2]], env={"PATH": "/usr/bin:/bin"}, journal=journal, on_line=lambda line: print(line, flush=True))
+    with RunLog(main.console(), Path(sys.argv[1]), verb="test") as run_log:
+        process.run(["/bin/sh", "-c", sys.argv[2]], env={"PATH": "/usr/bin:/bin"}, run_log=run_log, on_line=lambda line: print(line, flush=True))
 
-sys.exit(door.run(work))
+sys.exit(main.run(work))
 """
 # The shell and a grandchild tell their numbers and wait for ever.
 FAMILY = "sh -c 'echo $PPID $$; exec sleep 1000'; :"
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return Journal(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test")
+def run_log(tmp_path: Path) -> RunLog:
+    return RunLog(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test")
 
 
 def verb(tmp_path: Path, script: str) -> "subprocess.Popen[str]":
@@ -100,20 +100,20 @@ def test_signal_during_a_start_waits_until_the_child_is_known() -> None:
     assert steps == ["started", "handled", "left"]
 
 
-def test_failure_shows_the_first_error_line_the_tail_and_the_log(journal: Journal) -> None:
+def test_failure_shows_the_first_error_line_the_tail_and_the_log(run_log: RunLog) -> None:
     script = "echo fine; echo 'x.cpp:3: error: no such thing' >&2; echo 'error: later'; for i in $(seq 30); do echo line $i; done; exit 3"
-    with journal, pytest.raises(SourceError) as caught:
-        process.run(["/bin/sh", "-c", script], env=PLAIN, journal=journal, failure=SourceError, hint="do this")
+    with run_log, pytest.raises(SourceError) as caught:
+        process.run(["/bin/sh", "-c", script], env=PLAIN, run_log=run_log, failure=SourceError, hint="do this")
     assert caught.value.message == "sh exited with 3: x.cpp:3: error: no such thing"
-    assert caught.value.details[-2:] == ("line 30", f"log: {journal.path}")
+    assert caught.value.details[-2:] == ("line 30", f"log: {run_log.path}")
     assert len(caught.value.details) == process.SHOWN_TAIL_LINES + 1
     assert caught.value.hint == "do this"
 
 
 def test_secret_in_a_failing_child_reaches_neither_message_nor_log(tmp_path: Path) -> None:
     talk = io.StringIO()
-    with Journal(Console(out=io.StringIO(), err=talk), tmp_path, verb="test", secrets=("hunter2",)) as run, pytest.raises(ToolchainError) as caught:
-        process.run(["/bin/sh", "-c", "echo error: hunter2; exit 1"], env=PLAIN, journal=run, failure=ToolchainError)
+    with RunLog(Console(out=io.StringIO(), err=talk), tmp_path, verb="test", secrets=("hunter2",)) as run, pytest.raises(ToolchainError) as caught:
+        process.run(["/bin/sh", "-c", "echo error: hunter2; exit 1"], env=PLAIN, run_log=run, failure=ToolchainError)
     assert run.path is not None
     for text in (caught.value.message, *caught.value.details, talk.getvalue(), run.path.read_text(encoding="utf-8")):
         assert "hunter2" not in text
@@ -135,9 +135,9 @@ def test_capture_that_takes_too_long_is_ended_and_named() -> None:
         process.capture(["sleep", "1000"], env=PLAIN, timeout_s=0.1)
 
 
-def test_missing_program_is_a_sentence(journal: Journal) -> None:
-    with journal, pytest.raises(ToolchainError, match="^no-such-program is not there"):
-        process.run(["no-such-program"], env=PLAIN, journal=journal)
+def test_missing_program_is_a_sentence(run_log: RunLog) -> None:
+    with run_log, pytest.raises(ToolchainError, match="^no-such-program is not there"):
+        process.run(["no-such-program"], env=PLAIN, run_log=run_log)
 
 
 @pytest.mark.parametrize(

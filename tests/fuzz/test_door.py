@@ -24,11 +24,11 @@ SECRET = "hf_swordfish42"
 FLAGS = ("--device", "--source", "--kernels", "--jobs", "--wait", "--json", "-d", "-k", "-w", "--no-wait", "--help", "--list", "-l", "--version")
 CORE = ("--complete", "--debug", "--list-depth", "--list-format", "--print-completion-script", "--write-pyc", "--search-root", "--dry", "--config", "--", "-")
 MORE_FLAGS = (
-    *("--memory", "--target", "--clean", "--plan", "--offline", "--check", "--branch", "--patch", "--project", "--skip", "--abort", "--young", "--good"),
+    *("--memory", "--target", "--clean", "--plan", "--offline", "--check", "--branch", "--patch", "--project", "--skip", "--abort", "--allow-recent", "--good"),
     *("--origin", "--ref", "--replace", "--from-source", "--factor", "--across", "--lines", "--follow", "-m", "-t", "-p"),
 )
 VERBS = (
-    *("bootstrap", "rebuild", "fix-triton", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.back"),
+    *("bootstrap", "rebuild", "fix-triton", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.rollback"),
     # Not run, shell, drop-caches, env.init, serve itself: they become what the words say, or change machine and .env.
     *("env.check", "env.export", "env", "serve.list", "serve.fetch", "serve.status", "serve.logs", "serve.stop", "bench", "bench.compare", "bench.report"),
     *("patch.status", "patch.apply", "patch.unapply", "patch.export", "patch.import", "patch.continue"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.fuzz.strategies import fuzz
 from workspace.core.console import Console
 from workspace.core.errors import PatchDrift
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout, export, patches
 from workspace.repo.patches import State
@@ -240,8 +240,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def run(layout: Layout, pin: Pin, *, check: bool = False) -> export.Export:
-    with Journal(Console(out=io.StringIO(), err=io.StringIO()), layout.logs, verb="test") as journal:
-        return export.run(layout, "vllm", pin, checkout.observe(layout, pin), journal=journal, check=check)
+    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), layout.logs, verb="test") as run_log:
+        return export.run(layout, "vllm", pin, checkout.observe(layout, pin), run_log=run_log, check=check)
 
 
 def files(layout: Layout) -> dict[str, bytes]:
@@ -266,8 +266,8 @@ def test_export_apply_and_export_again_give_the_same_bytes_or_a_reason(pair: Pai
     exported = files(pair.mine)
     for name, content in exported.items():
         (pair.fresh.patches("vllm") / name).write_bytes(content)
-    with Journal(Console(out=io.StringIO(), err=io.StringIO()), pair.fresh.logs, verb="test") as journal:
-        stack = patches.apply(pair.fresh, "vllm", pair.pin, checkout.observe(pair.fresh, pair.pin), journal=journal)
+    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), pair.fresh.logs, verb="test") as run_log:
+        stack = patches.apply(pair.fresh, "vllm", pair.pin, checkout.observe(pair.fresh, pair.pin), run_log=run_log)
     assert (stack.state, stack.tree) == (State.APPLIED, git(pair.mine.vllm, "rev-parse", "HEAD^{tree}"))
     assert run(pair.fresh, pair.pin, check=True).names == done.names
     for name in done.names:

@@ -11,7 +11,7 @@ from tests.small.world import World, make_world
 from workspace.core import settings as settings_module
 from workspace.core.console import Console
 from workspace.core.errors import BuildError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings, Value
 from workspace.install import sandbox as arms
 from workspace.install import stamp
@@ -49,8 +49,8 @@ def armed(_armed: World) -> Iterator[World]:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal(QUIET, tmp_path / "logs", verb="test") as made:
+def run_log(tmp_path: Path) -> Iterator[RunLog]:
+    with RunLog(QUIET, tmp_path / "logs", verb="test") as made:
         yield made
 
 
@@ -70,8 +70,8 @@ def base(world: World) -> str:
 
 
 def made_arm(world: World, name: str = "a", *, tip: str | None = None, patches: Path | None = None) -> Arm:
-    with Journal(QUIET, world.folder / "logs", verb="test") as journal:
-        return arms.make(world.layout, name, pin=pin(world), patches=patches, tip=tip or base(world), settings=settings(world), journal=journal)
+    with RunLog(QUIET, world.folder / "logs", verb="test") as run_log:
+        return arms.make(world.layout, name, pin=pin(world), patches=patches, tip=tip or base(world), settings=settings(world), run_log=run_log)
 
 
 def build(world: World, arm: Arm, **flags: str) -> Observation:
@@ -117,18 +117,18 @@ def test_arm_of_the_bare_pin_has_all_kernels_of_the_donor_although_its_setup_lea
     assert armed.status()["kernels"] == "ok"
 
 
-def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kernels_of_its_own(armed: World, journal: Journal) -> None:
+def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kernels_of_its_own(armed: World, run_log: RunLog) -> None:
     arm = made_arm(armed)
     stamped = stamp.read(arm.layout.stamp("vllm"))
-    live = arms.move(arm, commit(armed, PYTHON, "__version__", "mine = 1\n__version__"), settings=settings(armed), journal=journal)
+    live = arms.move(arm, commit(armed, PYTHON, "__version__", "mine = 1\n__version__"), settings=settings(armed), run_log=run_log)
     assert built(armed, live) == "donor"
     assert stamp.read(arm.layout.stamp("vllm")) == stamped
     assert "mine" in (arm.layout.vllm / PYTHON).read_text()
-    changed = arms.move(live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), journal=journal)
+    changed = arms.move(live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
     assert stamp.read(arm.layout.stamp("vllm")) is None
     assert built(armed, changed) == "hybrid"
     assert answer(changed, armed) == "43"
-    back = arms.move(changed, base(armed), settings=settings(armed), journal=journal)
+    back = arms.move(changed, base(armed), settings=settings(armed), run_log=run_log)
     assert built(armed, back) == "donor"
     library = Path("vllm/_C.abi3.so")
     assert (back.layout.vllm / library).read_bytes() == (armed.layout.vllm / library).read_bytes()
@@ -136,8 +136,8 @@ def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kern
 
 
 @pytest.mark.parametrize("missing", ["KERNELS", "compiler"])
-def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_donors(armed: World, journal: Journal, missing: str) -> None:
-    arm = arms.move(made_arm(armed), commit(armed, ANSWER, "42", "43"), settings=settings(armed), journal=journal)
+def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_donors(armed: World, run_log: RunLog, missing: str) -> None:
+    arm = arms.move(made_arm(armed), commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
     if missing == "compiler":
         armed.env["CXX"] = armed.env["CC"] = "/nowhere/c++"
     with pytest.raises(BuildError):
@@ -152,12 +152,12 @@ def test_commit_that_does_not_descend_from_the_pin_is_built_where_it_stands(arme
     assert git(arm.layout.vllm, "rev-parse", "HEAD") == older
 
 
-def test_what_somebody_did_in_an_arm_is_kept_and_leaves_the_tree(armed: World, journal: Journal) -> None:
+def test_what_somebody_did_in_an_arm_is_kept_and_leaves_the_tree(armed: World, run_log: RunLog) -> None:
     arm = made_arm(armed)
     (arm.layout.vllm / PYTHON).write_text("edited\n")
     (arm.layout.vllm / "new.txt").write_text("new\n")
     python = commit(armed, PYTHON, "__version__", "mine = 1\n__version__")
-    arms.move(arm, python, settings=settings(armed), journal=journal)
+    arms.move(arm, python, settings=settings(armed), run_log=run_log)
     assert git(arm.layout.vllm, "status", "--porcelain") == ""
     (kept,) = git(armed.layout.vllm, "for-each-ref", "--format=%(refname)", arms.LEFT_REFS).splitlines()
     assert git(armed.layout.vllm, "show", f"{kept}:new.txt") == "new"

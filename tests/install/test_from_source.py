@@ -12,7 +12,7 @@ from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import load
-from workspace.install.triton_fix import Asked, run
+from workspace.install.triton_fix import FixOptions, run
 
 
 def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_commands(built: World, tmp_path: Path) -> None:
@@ -29,18 +29,18 @@ def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_command
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("options", "sentence"),
     [
-        (Asked(check=True, from_source=True), "--check builds nothing"),
-        (Asked(ref="main"), "they go with --from-source"),
-        (Asked(jobs="2"), "they go with --from-source"),
-        (Asked(from_source=True, jobs="many"), "--jobs: 'many' is neither auto nor"),
+        (FixOptions(check=True, from_source=True), "--check builds nothing"),
+        (FixOptions(ref="main"), "they go with --from-source"),
+        (FixOptions(jobs="2"), "they go with --from-source"),
+        (FixOptions(from_source=True, jobs="many"), "--jobs: 'many' is neither auto nor"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(tmp_path: Path, asked: Asked, sentence: str) -> None:
+def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(tmp_path: Path, options: FixOptions, sentence: str) -> None:
     layout = Layout(tmp_path / "nowhere")
     with pytest.raises(SettingsError, match=sentence):
-        run(layout, load(layout, environ={"PATH": ""}), asked, console=Console(out=io.StringIO(), err=io.StringIO()), provide=lambda: None)
+        run(layout, load(layout, environ={"PATH": ""}), options, console=Console(out=io.StringIO(), err=io.StringIO()), provide=lambda: None)
 
 
 def test_without_an_environment_there_is_nothing_to_look_at(world: World) -> None:

@@ -12,7 +12,7 @@ from tests.small.materials import git
 from workspace.core.errors import ToolchainError
 from workspace.install import stamp, triton_diagnosis, triton_remedies
 from workspace.install.triton_diagnosis import Diagnosis, Finding, Stale
-from workspace.install.triton_remedies import REMEDIES, Ground
+from workspace.install.triton_remedies import REMEDIES, Context
 from workspace.machine import dotenv, interpreter, torch, venv
 from workspace.machine.dotenv import Assembler, Trial, Verdict
 
@@ -31,8 +31,8 @@ def verdict(house: House, *, release: str = "13.3", known: str = "sm_121a", own:
 
 
 def changes(house: House, *verdicts: Verdict, findings: tuple[Finding, ...] = (), **shell: str):
-    with house.journal(house.settings()) as journal:
-        return triton_remedies.assembler_changes(Ground(house.layout, house.settings(**shell), journal), replace(NOTHING, verdicts=verdicts, findings=findings))
+    with house.run_log(house.settings()) as run_log:
+        return triton_remedies.assembler_changes(Context(house.layout, house.settings(**shell), run_log), replace(NOTHING, verdicts=verdicts, findings=findings))
 
 
 def toolkit(house: House, release: str) -> dict[str, str]:
@@ -87,11 +87,11 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
         (Path("vllm/triton_kernels"), "vLLM has none there any more"),
         (Path(name), "1 of 1 files are not those of vllm.whl"),
     ]
-    with house.journal(house.settings()) as journal:
-        ground = Ground(house.layout, house.settings(), journal)
+    with house.run_log(house.settings()) as run_log:
+        context = Context(house.layout, house.settings(), run_log)
         found = replace(NOTHING, stale=stale)
-        assert len(REMEDIES[1].plan(ground, found)) == 2
-        assert REMEDIES[1].act(ground, found).startswith("2 moved to .workspace/aside/")
+        assert len(REMEDIES[1].plan(context, found)) == 2
+        assert REMEDIES[1].act(context, found).startswith("2 moved to .workspace/aside/")
     assert (tree / name / "matmul.py").read_text() == "own"
     assert not (tree / "vllm" / "triton_kernels").exists()
     assert triton_diagnosis.stale_folders(house.layout) == ()
@@ -110,31 +110,31 @@ def test_kernels_that_git_tracks_are_the_trees_own(house):
 
 def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path):
     built()
-    with house.journal(house.settings()) as journal:
-        ground = Ground(house.layout, house.settings(), journal)
-        assert REMEDIES[1].plan(ground, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
+    with house.run_log(house.settings()) as run_log:
+        context = Context(house.layout, house.settings(), run_log)
+        assert REMEDIES[1].plan(context, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
     row = triton_diagnosis._shadow(house.layout, tmp_path / "triton_kernels")
     assert "only you can" in row.remedy
 
 
 def test_folder_that_cannot_be_moved_is_a_sentence(house):
     (house.layout.root / "here").mkdir()
-    with house.journal(house.settings()) as journal, pytest.raises(ToolchainError, match="cannot be moved"):
-        REMEDIES[1].act(Ground(house.layout, house.settings(), journal), replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)))
+    with house.run_log(house.settings()) as run_log, pytest.raises(ToolchainError, match="cannot be moved"):
+        REMEDIES[1].act(Context(house.layout, house.settings(), run_log), replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)))
 
 
 def test_former_triton_comes_back_with_every_file_though_an_installer_has_removed_it(house, built):
     settings = built()
     house.wheel("triton", "3.7.1", files={"triton/__init__.py": b"old = 1\n", "triton/_C/lib.so": b"\0"})
     house.wheel("triton", "3.8.0", files={"triton/__init__.py": b"", "triton/new.py": b""})
-    with house.journal(settings) as journal:
-        interpreter.install(house.layout, settings, ["triton==3.7.1"], journal=journal)
+    with house.run_log(settings) as run_log:
+        interpreter.install(house.layout, settings, ["triton==3.7.1"], run_log=run_log)
         packages = interpreter.site_packages(house.layout)[0]
         before = {path.relative_to(packages): path.read_bytes() for path in packages.rglob("triton*/**/*") if path.is_file()}
         kept = venv.keep_former(house.layout)
-        interpreter.install(house.layout, settings, ["--reinstall-package", "triton", "triton==3.8.0"], journal=journal)
+        interpreter.install(house.layout, settings, ["--reinstall-package", "triton", "triton==3.8.0"], run_log=run_log)
         assert venv.keep_former(house.layout).version == "3.7.1", "a run that goes on after a kill keeps the first"
-        venv.put_former_back(house.layout, settings, kept, journal=journal)
+        venv.put_former_back(house.layout, settings, kept, run_log=run_log)
     assert {path.relative_to(packages): path.read_bytes() for path in packages.rglob("triton*/**/*") if path.is_file()} == before
     assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == ("3.7.1", False)
 
@@ -142,10 +142,10 @@ def test_former_triton_comes_back_with_every_file_though_an_installer_has_remove
 def test_where_there_was_no_triton_there_is_none_again(house, built):
     settings = built()
     house.wheel("triton", "3.8.0")
-    with house.journal(settings) as journal:
+    with house.run_log(settings) as run_log:
         kept = venv.keep_former(house.layout)
-        interpreter.install(house.layout, settings, ["triton"], journal=journal)
-        venv.put_former_back(house.layout, settings, kept, journal=journal)
+        interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
+        venv.put_former_back(house.layout, settings, kept, run_log=run_log)
     assert torch.observe_triton(house.layout) is None
 
 
@@ -154,13 +154,13 @@ def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_anot
     settings = built()
     for version in ("3.7.1", "3.8.0"):
         house.wheel("triton", version)
-    with house.journal(settings) as journal:
-        interpreter.install(house.layout, settings, ["triton==3.7.1"], journal=journal)
+    with house.run_log(settings) as run_log:
+        interpreter.install(house.layout, settings, ["triton==3.7.1"], run_log=run_log)
         venv.keep_former(house.layout)
-        interpreter.install(house.layout, settings, ["triton==3.8.0"], journal=journal)
+        interpreter.install(house.layout, settings, ["triton==3.8.0"], run_log=run_log)
         if vouched:
             stamp.write(house.layout.stamp("environment"), stamp.Stamp(inputs={}, packages={"triton": vouched}))
-        triton_remedies.put_back_former(Ground(house.layout, settings, journal))
+        triton_remedies.put_back_former(Context(house.layout, settings, run_log))
     assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (after, False)
 
 
@@ -168,8 +168,8 @@ def test_stamp_of_the_environment_says_which_triton_is_there_now(house, built):
     settings = built()
     stamp.write(house.layout.stamp("environment"), stamp.Stamp(inputs={}, packages={"triton": "3.5.1", "numpy": "2"}))
     house.wheel("triton", "3.7.1")
-    with house.journal(settings) as journal:
-        interpreter.install(house.layout, settings, ["triton"], journal=journal)
+    with house.run_log(settings) as run_log:
+        interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
     triton_remedies.vouch(house.layout)
     assert stamp.read(house.layout.stamp("environment")).packages == {"triton": "3.7.1", "numpy": "2"}
 

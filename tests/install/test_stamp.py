@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from workspace.install.stamp import Library, Stamp, differences, read, write
+from workspace.core.files import differences
+from workspace.install.stamp import Library, Stamp, read, write
 
 WHOLE = Stamp(
     inputs={"origin": "donor x", "torch": "2.13.0+cpu CUDA none"},

@@ -12,7 +12,7 @@ import pytest
 
 from tests.small.wheels import write, write_torch
 from workspace.core.console import Console
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings, load
 
@@ -39,8 +39,8 @@ class House:
         }
         return load(self.layout, environ=base | shell)
 
-    def journal(self, settings: Settings) -> Journal:
-        return Journal(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="test", secrets=settings.secrets)
+    def run_log(self, settings: Settings) -> RunLog:
+        return RunLog(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="test", secrets=settings.secrets)
 
     def log(self) -> str:
         return "".join(path.read_text(encoding="utf-8") for path in sorted(self.layout.logs.glob("*.log")))
@@ -81,8 +81,8 @@ def built(house: House) -> Callable[[], Settings]:
 
         settings = house.settings()
         choice = interpreter.Choice(Path(getattr(sys, "_base_executable", sys.executable)), ".".join(str(part) for part in sys.version_info[:3]))
-        with house.journal(settings) as journal:
-            interpreter.create(house.layout, settings, choice, journal=journal)
+        with house.run_log(settings) as run_log:
+            interpreter.create(house.layout, settings, choice, run_log=run_log)
         return settings
 
     return make

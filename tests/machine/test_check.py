@@ -58,7 +58,7 @@ def test_old_guides_variables_are_called_what_they_are(house: House, tmp_path: P
     rows = judged(house, "", **guide)
     assert {rows[name].state for name in guide} == {"warn"}
     assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].text.startswith("is read by no release of vLLM (vllm-project/vllm#43148); instead: --moe-backend")
-    assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].cure == "unset VLLM_USE_FLASHINFER_MXFP4_MOE"
+    assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].hint == "unset VLLM_USE_FLASHINFER_MXFP4_MOE"
     assert rows["TIKTOKEN_ENCODINGS_BASE"].text.startswith("cl100k_base.tiktoken is not there, and gpt-oss would die of it")
     assert "Triton passes it over" in rows["TRITON_PTXAS_PATH"].text
 
@@ -76,7 +76,7 @@ def test_ptxas_of_the_guide_is_not_the_one_that_triton_takes_on_a_spark(house: H
 
 def test_removed_name_is_said_with_release_replacement_and_reference(house: House) -> None:
     row = judged(house, "VLLM_ATTENTION_BACKEND=FLASHINFER\n")["VLLM_ATTENTION_BACKEND"]
-    assert (row.state, row.cure) == ("warn", "sed -i '/^VLLM_ATTENTION_BACKEND=/d' .env")
+    assert (row.state, row.hint) == ("warn", "sed -i '/^VLLM_ATTENTION_BACKEND=/d' .env")
     assert row.text == "is gone since vLLM 0.16.0 (vllm-project/vllm#32812); instead: --attention-backend; nothing is told of it"
 
 
@@ -144,7 +144,7 @@ def test_recipe_that_speaks_to_a_build_stops_and_the_user_goes_before_it(house: 
 
 def test_shell_that_hides_a_line_is_said_with_both_values(house: House) -> None:
     row = judged(house, "MAX_JOBS=3\n", MAX_JOBS="2")["MAX_JOBS"]
-    assert (row.state, row.cure, row.is_said) == ("warn", "unset MAX_JOBS", True)
+    assert (row.state, row.hint, row.is_said) == ("warn", "unset MAX_JOBS", True)
     assert "MAX_JOBS=2 in the shell hides MAX_JOBS=3" in row.text
 
 

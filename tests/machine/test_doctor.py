@@ -26,7 +26,7 @@ def tree(house) -> Path:
 
 def rows(house, settings, *, device="cpu", kernels="donor", need=None) -> dict[str, doctor.Row]:
     found = doctor.preflight(house.layout, settings, device=device, kernels=kernels, need_gib=need or {house.layout.root: 0.001})
-    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
 
@@ -58,7 +58,7 @@ def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house
     found = doctor.preflight(house.layout, settings, device="cpu", kernels="donor", need_gib=need)
     assert (found[0].state, found[0].name) == ("FAIL", "disk")
     assert len([row for row in found if row.name == "disk"]) == 1
-    assert found[0].cure.startswith("df -h ")
+    assert found[0].hint.startswith("df -h ")
 
 
 def test_place_that_cannot_hold_a_folder_or_be_written_fails(house, built, tree, tmp_path):
@@ -72,14 +72,14 @@ def test_place_that_cannot_hold_a_folder_or_be_written_fails(house, built, tree,
     for place in places:
         row = rows(house, settings, need={place: 0.0})["folder"]
         assert row.state == "FAIL"
-        assert "chown" in row.cure
+        assert "chown" in row.hint
 
 
 def test_missing_git_fails_with_the_command_that_installs_it(house, built, tree):
     built()
     (house.bin / "git").unlink(missing_ok=True)
     found = rows(house, house.settings(PATH=str(house.bin)))
-    assert (found["git"].state, found["git"].cure) == ("FAIL", "sudo apt install git")
+    assert (found["git"].state, found["git"].hint) == ("FAIL", "sudo apt install git")
 
 
 def test_uv_that_does_not_run_fails_before_anything_needs_it(house, built, tree):
@@ -100,7 +100,7 @@ def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(ho
     text = python.read_text().replace('"prefix": "/usr"', f'"prefix": "{house.layout.environment}"')
     house.program("python", text.removeprefix("#!/bin/sh\n"), folder=environment)
     row = rows(house, house.settings(), device=device, kernels=kernels)["headers"]
-    assert (row.state, row.cure) == (state, "sudo apt install python3.12-dev")
+    assert (row.state, row.hint) == (state, "sudo apt install python3.12-dev")
 
 
 def test_headers_of_a_python_that_may_still_be_replaced_are_a_warning_only(house, tree):
@@ -118,7 +118,7 @@ def test_no_gpu_fails_for_cuda_and_names_the_way_without(house, built, tree):
     settings = built()
     row = rows(house, settings, device="cuda")["driver"]
     assert row.state == "FAIL"
-    assert "--device cpu" in row.cure
+    assert "--device cpu" in row.hint
 
 
 def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_donor(house, built, tree):
@@ -144,7 +144,7 @@ def test_compiler_must_be_what_the_trees_own_words_demand_for_the_device(house, 
     house.program("g++", "echo 12.2.0")
     row = rows(house, settings, kernels="native")["compiler"]
     assert (row.state, row.seen) == ("FAIL", "g++ 12.2.0")
-    assert "CXX=g++-13" in row.cure
+    assert "CXX=g++-13" in row.hint
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
     assert rows(house, settings, device="cuda", kernels="native")["compiler"].state == "ok"
     house.program("g++", "echo 12.3.0")
@@ -181,11 +181,11 @@ def test_json_has_every_row_with_its_five_words_and_a_verdict(house, built, tree
     out, _, error = shown(house, house.settings(DEVICE="cuda"), as_json=True)
     said = json.loads(out)
     assert (said["schema"], said["verdict"]) == (1, "FAIL")
-    assert {tuple(sorted(row)) for row in said["rows"]} == {("cure", "name", "seen", "state", "why")}
+    assert {tuple(sorted(row)) for row in said["rows"]} == {("hint", "name", "seen", "state", "why")}
     assert {row["state"] for row in said["rows"]} <= {"ok", "warn", "FAIL"}
     assert error is not None
     assert (error.exit_code, "driver" in error.message) == (6, True)
-    assert error.hint in {row["cure"] for row in said["rows"] if row["state"] == "FAIL"}
+    assert error.hint in {row["hint"] for row in said["rows"] if row["state"] == "FAIL"}
 
 
 def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(house, built, tree):

@@ -22,7 +22,7 @@ def row(house, *, device="cuda", kernels="donor", **shell) -> Row:
 def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_what_decides_a_hit(house):
     ccache(house, base_dir=house.layout.root, sloppiness="time_macros")
     found = row(house)
-    assert (found.state, found.cure) == ("ok", None)
+    assert (found.state, found.hint) == ("ok", None)
     for word in ("1.0 GiB", "limit 20.0G", "hash_dir false", f"base_dir {house.layout.root}", "sloppiness time_macros"):
         assert word in found.seen
 
@@ -35,7 +35,7 @@ def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
 
 
 @pytest.mark.parametrize(
-    ("config", "cure"),
+    ("config", "hint"),
     [
         ({"disable": "true"}, "ccache --set-config disable=false"),
         ({"read_only": "true"}, "ccache --set-config read_only=false"),
@@ -45,15 +45,15 @@ def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
         ({"max_size": "500.0M", "hash_dir": "true"}, "ccache --set-config max_size=20G && unset CCACHE_HASHDIR"),
     ],
 )
-def test_what_keeps_the_cache_from_a_hit_is_a_warning_with_its_cure(house, config, cure):
+def test_what_keeps_the_cache_from_a_hit_is_a_warning_with_its_cure(house, config, hint):
     ccache(house, **config)
     found = row(house)
-    assert (found.state, found.cure) == ("warn", cure)
+    assert (found.state, found.hint) == ("warn", hint)
 
 
 def test_switch_that_comes_from_the_shell_is_unset_there(house):
     ccache(house, disable="true", origin="environment")
-    assert row(house).cure == "unset CCACHE_DISABLE"
+    assert row(house).hint == "unset CCACHE_DISABLE"
 
 
 def test_limit_of_five_gib_is_enough_without_a_gpu(house):
@@ -77,7 +77,7 @@ def test_cache_that_talks_nonsense_never_breaks_the_row(house, script):
 def test_ccache_is_asked_with_the_settings_that_a_build_gives_it(house):
     house.program("ccache", 'echo "(environment) base_dir = $CCACHE_BASEDIR"; echo "(environment) depend_mode = $CCACHE_DEPEND"')
     assert f"base_dir {house.layout.root}" in row(house).seen
-    assert row(house, CCACHE_BASEDIR="/elsewhere").cure == "unset CCACHE_BASEDIR"
+    assert row(house, CCACHE_BASEDIR="/elsewhere").hint == "unset CCACHE_BASEDIR"
 
 
 def test_ccache_goes_before_sccache_because_its_compilers_step_back(house):

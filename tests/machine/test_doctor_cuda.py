@@ -34,7 +34,7 @@ def case(house, *, device="cuda", kernels="native", **shell) -> Case:
 
 def rows(check, *args, **words) -> dict[str, Row]:
     found = tuple(check(case(*args, **words)))
-    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
 
@@ -113,7 +113,7 @@ def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, 
     row = rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST=text, CUDA_HOME=nvcc(house, toolkit))["arch list"]
     assert row.state == ("FAIL" if fault else "ok")
     assert fault is None or fault in row.why
-    assert fault is None or re.search(r"TORCH_CUDA_ARCH_LIST='?12\.1a", row.cure)
+    assert fault is None or re.search(r"TORCH_CUDA_ARCH_LIST='?12\.1a", row.hint)
 
 
 def test_nvcc_that_does_not_list_what_it_knows_is_not_held_against_the_architectures(house):
@@ -124,8 +124,8 @@ def test_nvcc_that_does_not_list_what_it_knows_is_not_held_against_the_architect
 def test_list_in_env_file_is_mended_there_and_in_the_shell_by_an_export(house):
     smi(house)
     house.layout.dotenv.write_text("TORCH_CUDA_ARCH_LIST=12.0a\n")
-    assert ">> .env" in rows(doctor_toolchain.archs, house)["arch list"].cure
-    assert rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.0a")["arch list"].cure == "export TORCH_CUDA_ARCH_LIST='12.1a'"
+    assert ">> .env" in rows(doctor_toolchain.archs, house)["arch list"].hint
+    assert rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.0a")["arch list"].hint == "export TORCH_CUDA_ARCH_LIST='12.1a'"
 
 
 def test_without_a_gpu_the_device_cpu_asks_for_nothing_of_cuda(house):
@@ -165,4 +165,4 @@ def test_process_that_calls_itself_an_engine_is_found(house):
         finally:
             engine.kill()
     assert found.state == "warn"
-    assert str(engine.pid) in found.cure.split()
+    assert str(engine.pid) in found.hint.split()

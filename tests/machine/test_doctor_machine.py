@@ -32,11 +32,11 @@ def test_jobs_that_outgrow_memory_are_told_before_the_machine_freezes(house):
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
     fitting = max(1, min(len(os.sched_getaffinity(0)), int(hardware.observe(house.settings()).memory_gib * 0.75 / 9.5)))
     (row,) = doctor_host.cores(case(house, device="cuda", MAX_JOBS="5000"))
-    assert (row.state, row.cure) == ("warn", "sed -i '/^MAX_JOBS=/d' .env")
+    assert (row.state, row.hint) == ("warn", "sed -i '/^MAX_JOBS=/d' .env")
     (row,) = doctor_host.cores(case(house, device="cuda"))
     assert (row.state, f"{fitting} at run time" in row.seen) == ("ok", True)
     (row,) = doctor_host.cores(case(house, device="cuda", MAX_JOBS=str(fitting)))
-    assert (row.state, row.cure) == ("ok", None)
+    assert (row.state, row.hint) == ("ok", None)
 
 
 def test_vital_place_without_room_fails_and_another_one_only_warns(house):
@@ -67,7 +67,7 @@ def test_cache_on_the_clones_own_file_system_does_not_count_twice(house, tmp_pat
 def test_place_below_a_file_fails_with_the_command_that_mends_it(house, tmp_path):
     (tmp_path / "file").touch()
     (row,) = doctor_host.folders(case(house, places=(Place("models", tmp_path / "file" / "hub", 0.0),)))
-    assert (row.state, row.cure) == ("FAIL", f'sudo chown -R "$USER" {tmp_path / "file"}')
+    assert (row.state, row.hint) == ("FAIL", f'sudo chown -R "$USER" {tmp_path / "file"}')
 
 
 def test_what_ends_programs_in_time_is_found_among_those_that_run(house, tmp_path):
@@ -94,4 +94,4 @@ def test_limit_of_the_control_group_is_shown_beside_what_the_machine_has(house):
 
 def test_processor_without_released_wheels_is_told_to_compile(house):
     (row,) = doctor_host.architecture(case(house, host=hardware.Machine("riscv64", 4, 8.0, 8.0, ())))
-    assert (row.state, row.cure) == ("warn", "./scripts/inv bootstrap --device cpu --kernels native")
+    assert (row.state, row.hint) == ("warn", "./scripts/inv bootstrap --device cpu --kernels native")

@@ -17,7 +17,7 @@ def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
         house.layout.stamp("vllm").parent.mkdir(parents=True, exist_ok=True)
         house.layout.stamp("vllm").touch()
     found = tuple(check(Case(house.layout, house.settings(**shell), device="cpu", kernels="donor")))
-    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
 

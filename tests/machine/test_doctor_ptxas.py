@@ -26,7 +26,7 @@ def triton(house, version, *, first=OLD, second=None) -> None:
 
 def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
     found = tuple(dotenv.ptxas(Case(house.layout, house.settings(**shell), device=device, kernels="donor")))
-    assert all(row.cure for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
 
@@ -37,7 +37,7 @@ def test_triton_3_5_fails_by_assembling_and_the_toolkits_own_is_the_cure(house, 
     row = rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"]
     assert row.state == "FAIL"
     assert "'sm_121a' is not defined" in row.seen
-    assert row.cure == f"echo TRITON_PTXAS_PATH={tmp_path / 'cuda' / 'bin' / 'ptxas'} >> .env"
+    assert row.hint == f"echo TRITON_PTXAS_PATH={tmp_path / 'cuda' / 'bin' / 'ptxas'} >> .env"
     assert rows(house, TRITON_PTXAS_PATH=str(tmp_path / "cuda" / "bin" / "ptxas"))["ptxas"].state == "ok"
 
 
@@ -45,7 +45,7 @@ def test_toolkit_whose_assembler_knows_no_more_is_not_offered_as_a_cure(house, t
     triton(house, "3.5.1")
     house.program("ptxas", PTXAS.format(release="12.8", known=OLD), folder=tmp_path / "cuda" / "bin")
     house.program("nvcc", '[ "$1" = --version ] && echo "release 12.8, V12.8.1"', folder=tmp_path / "cuda" / "bin")
-    assert str(tmp_path) not in rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"].cure
+    assert str(tmp_path) not in rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"].hint
 
 
 def test_first_assembler_may_fail_where_the_second_is_used(house):
@@ -60,7 +60,7 @@ def test_second_assembler_that_fails_is_not_mended_by_the_first_ones_variable(ho
     good = house.program("ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path)
     found = rows(house, TRITON_PTXAS_PATH=str(good))["ptxas-bw"]
     assert found.state == "FAIL"
-    assert "TRITON_PTXAS_BLACKWELL_PATH" in found.cure
+    assert "TRITON_PTXAS_BLACKWELL_PATH" in found.hint
 
 
 def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
@@ -73,14 +73,14 @@ def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
 def test_path_that_leads_nowhere_is_told_since_triton_passes_over_it_in_silence(house):
     triton(house, "3.7.1", second=NEW)
     row = rows(house, TRITON_PTXAS_BLACKWELL_PATH="/nonexistent/ptxas")["ptxas-bw"]
-    assert (row.state, row.cure) == ("warn", "unset TRITON_PTXAS_BLACKWELL_PATH")
+    assert (row.state, row.hint) == ("warn", "unset TRITON_PTXAS_BLACKWELL_PATH")
 
 
 def test_path_to_a_folder_fails_since_triton_stops_there(house, tmp_path):
     triton(house, "3.7.1", second=NEW)
     house.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path}\n")
     row = rows(house)["ptxas-bw"]
-    assert (row.state, row.cure) == ("FAIL", "sed -i '/^TRITON_PTXAS_BLACKWELL_PATH=/d' .env")
+    assert (row.state, row.hint) == ("FAIL", "sed -i '/^TRITON_PTXAS_BLACKWELL_PATH=/d' .env")
 
 
 @pytest.mark.parametrize("script", ["exit 127", "echo garbage", 'case "$1" in --version) echo "release 13.1, V13.1.1";; esac'])

@@ -36,13 +36,13 @@ def test_folder_with_a_library_that_torch_brings_is_named_and_left_out_by_the_cu
     found = row(doctor_host.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
     assert found.state == "warn"
     assert "libcublas.so.13, libnccl.so.2" in found.seen
-    assert found.cure == f"export LD_LIBRARY_PATH={good}:/nonexistent"
+    assert found.hint == f"export LD_LIBRARY_PATH={good}:/nonexistent"
 
 
 def test_empty_entry_is_the_current_folder_and_told(house, torchs, tmp_path):
     found = row(doctor_host.library_path, house, LD_LIBRARY_PATH=f"{tmp_path}:")
-    assert (found.state, found.cure) == ("warn", f"export LD_LIBRARY_PATH={tmp_path}")
-    assert row(doctor_host.library_path, house, LD_LIBRARY_PATH=":").cure == "unset LD_LIBRARY_PATH"
+    assert (found.state, found.hint) == ("warn", f"export LD_LIBRARY_PATH={tmp_path}")
+    assert row(doctor_host.library_path, house, LD_LIBRARY_PATH=":").hint == "unset LD_LIBRARY_PATH"
 
 
 def test_folders_without_such_libraries_are_no_fault(house, torchs, tmp_path):
@@ -81,13 +81,13 @@ def test_token_file_that_cannot_be_read_is_a_warning(house, tmp_path):
         # root reads what says it must not be.
         (tmp_path / "closed").write_text("x")
         (tmp_path / "closed").chmod(0)
-        assert "chmod 600" in row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "closed")).cure
+        assert "chmod 600" in row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "closed")).hint
 
 
 def test_variable_of_the_shell_that_hides_a_line_is_told_with_its_unset(house):
     house.layout.dotenv.write_text("MAX_JOBS=4\n")
     found = row(doctor_host.settings, house, MAX_JOBS="8")
-    assert (found.state, found.cure) == ("warn", "unset MAX_JOBS")
+    assert (found.state, found.hint) == ("warn", "unset MAX_JOBS")
     assert row(doctor_host.settings, house, MAX_JOBS="4").state == "ok"
 
 
@@ -95,4 +95,4 @@ def test_misspelt_setting_is_told_with_its_line(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOB=4\n")
     found = row(doctor_host.settings, house)
     assert "did you mean MAX_JOBS" in found.seen
-    assert found.cure.endswith("+2 .env")
+    assert found.hint.endswith("+2 .env")

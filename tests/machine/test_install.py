@@ -11,8 +11,8 @@ from workspace.machine import interpreter
 
 
 def install(house, settings, *arguments: str, **more) -> None:
-    with house.journal(settings) as journal:
-        interpreter.install(house.layout, settings, arguments, journal=journal, **more)
+    with house.run_log(settings) as run_log:
+        interpreter.install(house.layout, settings, arguments, run_log=run_log, **more)
 
 
 def test_installed_names_are_canonical_and_half_removed_packages_are_not_counted(house, built):

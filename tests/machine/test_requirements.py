@@ -54,10 +54,10 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 def read(
-    house, tree: Path, *, device: str = "cpu", machine: str = "x86_64", python: str = "3.12.3", existing: bool = False, journal=None
+    house, tree: Path, *, device: str = "cpu", machine: str = "x86_64", python: str = "3.12.3", existing: bool = False, run_log=None
 ) -> requirements.Requirements:
     return requirements.read(
-        tree, device=device, machine=machine, python_version=python, use_existing_torch=existing, settings=house.settings(), journal=journal
+        tree, device=device, machine=machine, python_version=python, use_existing_torch=existing, settings=house.settings(), run_log=run_log
     )
 
 
@@ -118,8 +118,8 @@ def test_existing_torch_is_kept_by_the_trees_own_script_and_the_tree_is_not_touc
 
 def test_script_is_found_in_the_root_of_older_trees(house, tree):
     (tree / "tools" / "use_existing_torch.py").rename(tree / "use_existing_torch.py")
-    with house.journal(house.settings()) as journal:
-        assert read(house, tree, existing=True, journal=journal).torch == ""
+    with house.run_log(house.settings()) as run_log:
+        assert read(house, tree, existing=True, run_log=run_log).torch == ""
     assert "use_existing_torch.py" in house.log()
 
 

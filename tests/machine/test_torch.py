@@ -12,8 +12,8 @@ HERE = f"cp311-cp311-manylinux_2_28_{MACHINE}"
 
 
 def install(house, settings, *arguments: str, **more) -> None:
-    with house.journal(settings) as journal:
-        interpreter.install(house.layout, settings, arguments, journal=journal, **more)
+    with house.run_log(settings) as run_log:
+        interpreter.install(house.layout, settings, arguments, run_log=run_log, **more)
 
 
 def put_torch(house, settings, version: str, **more) -> None:

@@ -8,8 +8,8 @@ from workspace.machine import interpreter, requirements, torch, venv
 
 
 def install(house, settings, *arguments: str, **more) -> None:
-    with house.journal(settings) as journal:
-        interpreter.install(house.layout, settings, arguments, journal=journal, **more)
+    with house.run_log(settings) as run_log:
+        interpreter.install(house.layout, settings, arguments, run_log=run_log, **more)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
 from workspace.core.errors import PatchConflict
 from workspace.core.files import sha256
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, overview, patches, pins
@@ -181,7 +181,7 @@ class Workspace:
 
     layout: Layout
     pin: Pin
-    journal: Journal
+    run_log: RunLog
     err: io.StringIO
     environ: dict[str, str] = field(default_factory=dict)
 
@@ -193,7 +193,7 @@ class Workspace:
         return settings_module.load(self.layout, environ={**os.environ, **self.environ, **more})
 
     def ensure(self, choice: Choice = "git", **more: str) -> Checkout:
-        return checkout.ensure(self.layout, self.pin, self.settings(**more), choice=choice, journal=self.journal, step=Step("source"))
+        return checkout.ensure(self.layout, self.pin, self.settings(**more), choice=choice, run_log=self.run_log, step=Step("source"))
 
     def observe(self) -> Checkout:
         return checkout.observe(self.layout, self.pin)
@@ -202,17 +202,17 @@ class Workspace:
         return patches.observe(self.layout, "vllm", self.pin, self.observe())
 
     def apply(self, *, stop_at_conflict: bool = False) -> Stack:
-        return patches.apply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal, stop_at_conflict=stop_at_conflict)
+        return patches.apply(self.layout, "vllm", self.pin, self.observe(), run_log=self.run_log, stop_at_conflict=stop_at_conflict)
 
     def unapply(self) -> Stack:
-        return patches.unapply(self.layout, "vllm", self.pin, self.observe(), journal=self.journal)
+        return patches.unapply(self.layout, "vllm", self.pin, self.observe(), run_log=self.run_log)
 
     def begin_move(self, target: str) -> None:
         """What is written down before the first file of a move is touched."""
         write(self.layout.root, {".workspace/moving/vllm.json": json.dumps({"from": sh_git(self.vllm, "rev-parse", "HEAD"), "to": target})})
 
     def go_on(self, how: overview.How) -> Stack:
-        return overview.resume(self.layout, "vllm", self.pin, self.observe(), how=how, journal=self.journal)
+        return overview.resume(self.layout, "vllm", self.pin, self.observe(), how=how, run_log=self.run_log)
 
     def series(self, content: Mapping[str, bytes], *, base: str | None = None) -> None:
         """Replace the series."""
@@ -253,8 +253,8 @@ def opened(folder: Path, upstream: Upstream, series: Mapping[str, bytes] | None 
     assert upstream.pin.archive
     write(folder, {f"cache/files/{upstream.pin.archive.sha256}/{upstream.archive.name}": upstream.archive.read_bytes()})
     layout = Layout(folder / "clone")
-    with Journal(Console(out=io.StringIO(), err=err), layout.logs, verb="test") as journal:
-        made = Workspace(layout, upstream.pin, journal, err, {"WORKSPACE_CACHE_DIR": str(folder / "cache")})
+    with RunLog(Console(out=io.StringIO(), err=err), layout.logs, verb="test") as run_log:
+        made = Workspace(layout, upstream.pin, run_log, err, {"WORKSPACE_CACHE_DIR": str(folder / "cache")})
         made.series(series or upstream.patches)
         yield made
 

@@ -13,7 +13,7 @@ STATUS = "\n\nUpstream-Status: Pending"
 
 
 def run(workspace: Workspace, *, check: bool = False) -> Export:
-    return export.run(workspace.layout, "vllm", workspace.pin, workspace.observe(), journal=workspace.journal, check=check)
+    return export.run(workspace.layout, "vllm", workspace.pin, workspace.observe(), run_log=workspace.run_log, check=check)
 
 
 def files(workspace: Workspace) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from tests.repo.conftest import add_member, commit, export, sh_git, write
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
 from workspace.core.files import sha256
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, patches, pins
@@ -246,7 +246,7 @@ class Clone:
 
     layout: Layout
     pin: Pin
-    journal: Journal
+    run_log: RunLog
     out: io.StringIO
     err: io.StringIO
     environ: dict[str, str]
@@ -259,7 +259,7 @@ class Clone:
         return settings_module.load(self.layout, environ={**os.environ, **self.environ, **more})
 
     def ensure(self, kind: Choice) -> Checkout:
-        return checkout.ensure(self.layout, self.pin, self.settings(), choice=kind, journal=self.journal, step=Step("source"))
+        return checkout.ensure(self.layout, self.pin, self.settings(), choice=kind, run_log=self.run_log, step=Step("source"))
 
     def observe(self) -> Checkout:
         return checkout.observe(self.layout, self.pin)
@@ -289,8 +289,8 @@ def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
     sh_git(root, "commit", "--quiet", "--message", "workspace")
     layout, out, err = Layout(root), io.StringIO(), io.StringIO()
     environ = {"WORKSPACE_CACHE_DIR": str(folder / "cache"), "UV_DEFAULT_INDEX": index.address, "VLLM_MIRROR": f"file://{ladder.bare}", "no_proxy": "*"}
-    with Journal(Console(out=out, err=err), layout.logs, verb="test") as journal:
-        made = Clone(layout, pins.load(layout.pins).vllm, journal, out, err, environ)
+    with RunLog(Console(out=out, err=err), layout.logs, verb="test") as run_log:
+        made = Clone(layout, pins.load(layout.pins).vllm, run_log, out, err, environ)
         made.series(ladder.series)
         yield made
 

@@ -21,7 +21,7 @@ TRIED = Attempt("git am --continue", "./scripts/inv patch.continue")
 @contextlib.contextmanager
 def ended(workspace: Workspace) -> Iterator[Path]:
     """Let the block be all that a verb came to do. Yields the checkout's git directory."""
-    with contextlib.suppress(KeyboardInterrupt), moves.attempt(workspace.layout, "vllm", Git(workspace.vllm), TRIED, journal=workspace.journal):
+    with contextlib.suppress(KeyboardInterrupt), moves.attempt(workspace.layout, "vllm", Git(workspace.vllm), TRIED, run_log=workspace.run_log):
         yield workspace.vllm / ".git"
         raise KeyboardInterrupt
 
@@ -36,7 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, ma
 
 
 def finish(workspace: Workspace) -> bool:
-    return moves.finish(workspace.layout, "vllm", Git(workspace.vllm), journal=workspace.journal)
+    return moves.finish(workspace.layout, "vllm", Git(workspace.vllm), run_log=workspace.run_log)
 
 
 def lying(workspace: Workspace) -> dict[str, bytes | str]:
@@ -209,10 +209,10 @@ def test_operation_of_the_users_that_was_ended_is_back_with_its_branch(release: 
 
 def test_full_disk_in_the_middle_leaves_the_note_and_a_refusal_of_git_none(stopped: Workspace) -> None:
     for error, is_left in ((ToolchainError("no space"), True), (CheckoutError("no"), False)):
-        with pytest.raises(type(error)), moves.attempt(stopped.layout, "vllm", Git(stopped.vllm), TRIED, journal=stopped.journal):
+        with pytest.raises(type(error)), moves.attempt(stopped.layout, "vllm", Git(stopped.vllm), TRIED, run_log=stopped.run_log):
             raise error
         assert (moves.attempted(stopped.layout, "vllm") == TRIED) is is_left
-        moves.finish(stopped.layout, "vllm", Git(stopped.vllm), journal=stopped.journal)
+        moves.finish(stopped.layout, "vllm", Git(stopped.vllm), run_log=stopped.run_log)
     assert not [*(stopped.layout.state / "moving").iterdir()]
 
 

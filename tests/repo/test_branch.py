@@ -11,7 +11,7 @@ from workspace.repo import patching
 
 
 def run(workspace: Workspace, name: str, patch: str, **settings: str) -> Path:
-    return patching.put_on_upstream(workspace.layout, "vllm", workspace.pin, workspace.settings(**settings), name, patch, journal=workspace.journal)
+    return patching.put_on_upstream(workspace.layout, "vllm", workspace.pin, workspace.settings(**settings), name, patch, run_log=workspace.run_log)
 
 
 @pytest.fixture

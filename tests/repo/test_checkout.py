@@ -247,18 +247,18 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from workspace.core.console import Console, Step
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
+from workspace.core.log import RunLog
+from workspace.core.paths import Layout
 from workspace.core import settings
-from workspace.source import checkout
-from workspace.source.pins import Archive, Pin
+from workspace.repo import checkout
+from workspace.repo.pins import Archive, Pin
 layout = Layout(Path(sys.argv[1])); commit, *archive = sys.argv[4:]
 class Deadly(Step):
     def progress(self, done, total, text=""):
         if text.startswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
 pin = Pin("vllm", "v1.0.0", "1.0.0", commit, "URL", Archive(*archive), {})
-with Journal(Console(), layout.logs, verb="test") as journal:
-    checkout.ensure(layout, pin, settings.load(layout), choice=sys.argv[2], journal=journal, step=Deadly("source"))
+with RunLog(Console(), layout.logs, verb="test") as run_log:
+    checkout.ensure(layout, pin, settings.load(layout), choice=sys.argv[2], run_log=run_log, step=Deadly("source"))
 """.replace("URL", URL)
 
 

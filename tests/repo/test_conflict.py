@@ -7,7 +7,7 @@ import pytest
 from tests.repo.conftest import LINES, commit, export, sh_git, write
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.repo import series
 from workspace.repo.git import Git, am
 
@@ -29,8 +29,8 @@ def moved(tmp_path: Path) -> tuple[Git, str, str, Path]:
 
 
 def stop(git: Git, patch: Path, tmp_path: Path) -> am.Applied:
-    with Journal(Console(), tmp_path / "logs", verb="test") as journal:
-        return am.start(git, [patch], journal=journal)
+    with RunLog(Console(), tmp_path / "logs", verb="test") as run_log:
+        return am.start(git, [patch], run_log=run_log)
 
 
 def test_each_path_has_the_upstream_commits_since_the_old_base(moved: tuple[Git, str, str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.repo.conftest import Snapshot, Upstream, Workspace, commit, sh_git, w
 from tests.repo.exporting import STATUS, files, order, run, series
 from workspace.core.console import Console
 from workspace.core.errors import PatchDrift
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.repo import export
 from workspace.repo.git import Git
 from workspace.repo.patches import State
@@ -191,8 +191,8 @@ def test_check_prints_the_difference_and_writes_nothing(applied: Workspace, snap
     commit(applied.vllm, "mine" + STATUS, {"vllm/mine.py": b"mine \xff\r\n"})
     before = snapshot(applied.layout.root)
     out = io.StringIO()
-    with Journal(Console(out=out, err=io.StringIO()), applied.layout.logs, verb="test") as journal, pytest.raises(PatchDrift, match="mine.patch") as failure:
-        export.run(applied.layout, "vllm", applied.pin, applied.observe(), journal=journal, check=True)
+    with RunLog(Console(out=out, err=io.StringIO()), applied.layout.logs, verb="test") as run_log, pytest.raises(PatchDrift, match="mine.patch") as failure:
+        export.run(applied.layout, "vllm", applied.pin, applied.observe(), run_log=run_log, check=True)
     assert failure.value.hint == "./scripts/inv patch.export"
     assert "+++ b/patches/vllm/mine.patch" in out.getvalue()
     assert "+mine.patch" in out.getvalue()
@@ -210,14 +210,14 @@ def commit_template(workspace: Workspace) -> str:
 
 def test_template_brings_the_trailer_and_is_set_once(checked_out: Workspace, snapshot: Snapshot) -> None:
     git = Git(checked_out.vllm)
-    export.template(checked_out.layout, "vllm", git, checked_out.journal)
+    export.template(checked_out.layout, "vllm", git, checked_out.run_log)
     assert "Upstream-Status: Pending\n" in Path(commit_template(checked_out)).read_text()
     before = snapshot(checked_out.layout.root)
-    export.template(checked_out.layout, "vllm", git, checked_out.journal)
+    export.template(checked_out.layout, "vllm", git, checked_out.run_log)
     assert snapshot(checked_out.layout.root) == before
     # As after a copy of the clone: the path leads elsewhere.
     sh_git(checked_out.vllm, "config", "commit.template", "/nowhere/workspace-commit-template")
-    export.template(checked_out.layout, "vllm", git, checked_out.journal)
+    export.template(checked_out.layout, "vllm", git, checked_out.run_log)
     assert Path(commit_template(checked_out)).exists()
     write(checked_out.vllm, {"vllm/mine.py": "mine\n"})
     sh_git(checked_out.vllm, "add", "vllm/mine.py")
@@ -229,7 +229,7 @@ def test_template_brings_the_trailer_and_is_set_once(checked_out: Workspace, sna
 @pytest.mark.parametrize("where", ["--local", "--file"])
 def test_template_of_the_user_stays(release: Workspace, hostile: Path, where: str) -> None:
     sh_git(release.vllm, "config", where, *([str(hostile)] if where == "--file" else []), "commit.template", "/mine")
-    export.template(release.layout, "vllm", Git(release.vllm), release.journal)
+    export.template(release.layout, "vllm", Git(release.vllm), release.run_log)
     assert Git(release.vllm).look("config", "--get", "commit.template").out == "/mine\n"
 
 

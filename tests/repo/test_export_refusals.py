@@ -136,7 +136,7 @@ def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(release: Workspace, 
     done = run(release)
     assert done.removed == (second,)
     assert [path.read_bytes() for path in done.aside] == [edited]
-    export.show(done, console=release.journal.console)
+    export.show(done, console=release.run_log.console)
     assert str(done.aside[0]) in release.err.getvalue()
 
 
@@ -145,7 +145,7 @@ def test_file_that_was_never_in_the_series_is_left_and_said(applied: Workspace) 
     series(applied).write_text(series(applied).read_text() + "# remarked.patch: later\n")
     done = run(applied)
     assert done.unlisted == ("mine.patch",)
-    export.show(done, console=applied.journal.console)
+    export.show(done, console=applied.run_log.console)
     assert "patches/vllm/mine.patch is not in the series" in applied.err.getvalue()
 
 
@@ -153,7 +153,7 @@ def test_edits_that_are_not_committed_are_said_to_be_in_no_patch(applied: Worksp
     write(applied.vllm, {"README": "edited\n"})
     done = run(applied)
     assert done.edits == ("README",)
-    export.show(done, console=applied.journal.console)
+    export.show(done, console=applied.run_log.console)
     assert "edits that are not committed are in no patch: README" in applied.err.getvalue()
     assert (applied.vllm / "README").read_text() == "edited\n"
 

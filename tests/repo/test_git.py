@@ -140,7 +140,7 @@ def test_machine_without_git_is_told_how_to_get_it(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
 from workspace.core.errors import ToolchainError
-from workspace.source.git import Git, worktree
+from workspace.repo.git import Git, worktree
 try:
     Git(Path(".")).head()
 except ToolchainError as error:

@@ -16,7 +16,7 @@ from workspace.repo.patches import State
 
 
 def take(workspace: Workspace, source: Path | str, **settings: str) -> Export:
-    return importing.run(workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.settings(**settings), str(source), journal=workspace.journal)
+    return importing.run(workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.settings(**settings), str(source), run_log=workspace.run_log)
 
 
 def state(workspace: Workspace, snapshot: Snapshot) -> object:

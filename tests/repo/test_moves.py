@@ -88,17 +88,17 @@ import sys
 from pathlib import Path
 from workspace.core.console import Console
 from workspace.core.errors import WorkspaceError
-from workspace.core.journal import Journal
-from workspace.core.layout import Layout
-from workspace.source import checkout, patches
-from workspace.source.pins import Archive, Pin
+from workspace.core.log import RunLog
+from workspace.core.paths import Layout
+from workspace.repo import checkout, patches
+from workspace.repo.pins import Archive, Pin
 layout, base = Layout(Path(sys.argv[1])), sys.argv[2]
 pin = Pin("vllm", "v1.0.0", "1.0.0", sys.argv[3], "u", Archive("f", "0", base, "0"), {})
-with Journal(Console(), layout.logs, verb="test") as journal:
+with RunLog(Console(), layout.logs, verb="test") as run_log:
     try:
-        patches.apply(layout, "vllm", pin, checkout.observe(layout, pin), journal=journal, stop_at_conflict=True)
+        patches.apply(layout, "vllm", pin, checkout.observe(layout, pin), run_log=run_log, stop_at_conflict=True)
     except WorkspaceError as exc:
-        journal.console.error(exc)
+        run_log.console.error(exc)
         sys.exit(exc.exit_code)
 """
 
@@ -124,7 +124,7 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(r
     git = Git(release.vllm)
     (release.vllm / "vllm" / "new.py").write_text("mine\n")
     with pytest.raises(CheckoutError, match="is in the way"):
-        moves.move(release.layout, "vllm", git, tip, journal=release.journal)
+        moves.move(release.layout, "vllm", git, tip, run_log=release.run_log)
     assert not moves.is_begun(release.layout, "vllm")
     (release.vllm / "vllm" / "new.py").unlink()
     git_of_path = f'#!/bin/sh\ncase "$*" in *" read-tree -m -u "*) kill -9 $$;; esac\nexec {shutil.which("git")} "$@"\n'
@@ -132,9 +132,9 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(r
     (tmp_path / "bin" / "git").chmod(0o755)
     with monkeypatch.context() as patch, pytest.raises(ToolchainError, match="git read-tree in .* was killed by SIGKILL"):
         patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-        moves.move(release.layout, "vllm", git, tip, journal=release.journal)
+        moves.move(release.layout, "vllm", git, tip, run_log=release.run_log)
     assert moves.is_begun(release.layout, "vllm")
-    assert moves.finish(release.layout, "vllm", git, journal=release.journal)
+    assert moves.finish(release.layout, "vllm", git, run_log=release.run_log)
     assert (git.head(), git.edits()) == (tip, ())
 
 
@@ -146,7 +146,7 @@ def test_finished_move_leaves_no_folder_that_it_has_emptied_and_no_file_of_the_u
     (release.vllm / "a" / "b" / "c" / "d").unlink()
     write(release.vllm, {"e/f/mine": "mine\n"})
     assert release.observe().head == tip
-    assert moves.finish(release.layout, "vllm", Git(release.vllm), journal=release.journal)
+    assert moves.finish(release.layout, "vllm", Git(release.vllm), run_log=release.run_log)
     assert sh_git(release.vllm, "rev-parse", "HEAD") == base
     assert not (release.vllm / "a").exists()
     assert (release.vllm / "e" / "f" / "mine").read_text() == "mine\n"

@@ -12,7 +12,7 @@ import pytest
 from tests.repo.conftest import LINES, PATCHED, Snapshot, Upstream, Workspace, commit, export, sh_git, write
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchDrift
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout, patches, pins
 from workspace.repo.checkout import Checkout, Kind
@@ -236,8 +236,8 @@ def test_shipped_patch_makes_a_commit_of_its_name_and_round_trips(tmp_path: Path
     found = Checkout(Kind.RELEASE, base, base, "a part of it")
     assert pin.archive
     pin = replace(pin, archive=replace(pin.archive, commit=base))
-    with Journal(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test") as journal:
-        assert patches.apply(layout, "vllm", pin, found, journal=journal).state is State.APPLIED
+    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test") as run_log:
+        assert patches.apply(layout, "vllm", pin, found, run_log=run_log).state is State.APPLIED
     assert checkout.observe(layout, pin).kind is Kind.RELEASE
     assert sh_git(layout.vllm, "log", "-1", "--format=%f") + ".patch" == name
     text = (layout.vllm / "setup.py").read_text()

@@ -29,7 +29,7 @@ def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_wo
 def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(stopped: Workspace) -> None:
     resolve(stopped)
     head = stopped.go_on("continue").head
-    done = export_run(stopped.layout, "vllm", stopped.pin, stopped.observe(), journal=stopped.journal)
+    done = export_run(stopped.layout, "vllm", stopped.pin, stopped.observe(), run_log=stopped.run_log)
     assert done.written == ("XX-to-YY.patch",)
     assert stopped.stack().state is State.APPLIED
     assert sh_git(stopped.vllm, "rev-parse", "refs/patches/tip") == head
@@ -249,7 +249,7 @@ def test_author_of_a_revert_is_the_user(release: Workspace, hostile: Path) -> No
 def test_any_working_tree_can_be_gone_on_in(stopped: Workspace) -> None:
     git, base = Git(stopped.vllm), stopped.observe().base or ""
     resolve(stopped)
-    tip = overview.resume_in(git, base=base, how="continue", journal=stopped.journal)
+    tip = overview.resume_in(git, base=base, how="continue", run_log=stopped.run_log)
     assert (tip, sh_git(stopped.vllm, "rev-list", "--count", f"{base}..HEAD")) == (git.head(), "3")
     with pytest.raises(CheckoutError, match=f"nothing is under way in {stopped.vllm}"):
-        overview.resume_in(git, base=base, how="abort", journal=stopped.journal)
+        overview.resume_in(git, base=base, how="abort", run_log=stopped.run_log)

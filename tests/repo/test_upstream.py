@@ -33,7 +33,7 @@ def mirror(tmp_path: Path, ladder: Ladder) -> Path:
 
 
 def find(clone: Clone, ref: str = "v1.1.0", **more: str) -> Candidate:
-    return upstream.find(clone.layout, clone.pin, ref, clone.settings(**more), clone.observe(), journal=clone.journal, step=Step("upstream"))
+    return upstream.find(clone.layout, clone.pin, ref, clone.settings(**more), clone.observe(), run_log=clone.run_log, step=Step("upstream"))
 
 
 def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
@@ -43,7 +43,7 @@ def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
     assert (found.kind, found.prefix, found.lacking) == (Kind.GIT, None, ())
     assert found.published == datetime.datetime(2026, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
     assert set(found.pin.donors) == {"cuda-x86_64", "cuda-aarch64"}
-    assert set(found.undonated) == {"cpu-x86_64", "cpu-aarch64"}
+    assert set(found.not_precompiled) == {"cpu-x86_64", "cpu-aarch64"}
     assert found.pin.archive
     assert found.pin.archive.sha256 == sha256(ladder.sdists["1.1.0"])
 
@@ -113,7 +113,7 @@ def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: La
     # No tag is on main: each release has a branch of its own.
     assert found.pin.version == "1.0.0.post0.dev0"
     assert dict(found.pin.donors) == {}
-    assert found.undonated["cpu-x86_64"] == "main is no release"
+    assert found.not_precompiled["cpu-x86_64"] == "main is no release"
 
 
 def test_commit_is_taken_by_all_its_digits_and_the_version_counts_from_a_tag(clone: Clone, ladder: Ladder) -> None:

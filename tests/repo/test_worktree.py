@@ -22,11 +22,11 @@ def test_half_made_tree_is_made_anew_and_another_of_a_like_name_stays(release: W
     git, path, mine = Git(release.vllm), tmp_path / "bump" / "vllm", tmp_path / "vllm"
     base = sh_git(release.vllm, "rev-parse", "HEAD")
     sh_git(release.vllm, "worktree", "add", "--quiet", "--detach", str(mine))
-    worktree.add(git, path, base, journal=release.journal)
+    worktree.add(git, path, base, run_log=release.run_log)
     books = Path(sh_git(path, "rev-parse", "--absolute-git-dir"))
     DAMAGE[damage](books)
     (path / ".git").unlink()
-    made = worktree.add(git, path, base, journal=release.journal)
+    made = worktree.add(git, path, base, run_log=release.run_log)
     assert made.head() == base
     assert sorted(line.split()[1] for line in sh_git(release.vllm, "worktree", "list", "--porcelain").splitlines() if line.startswith("worktree ")) == sorted(
         map(str, (release.vllm, mine, path))
@@ -37,7 +37,7 @@ def test_half_made_tree_is_made_anew_and_another_of_a_like_name_stays(release: W
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tree_is_given_up_for_good(release: Workspace, tmp_path: Path, damage: str) -> None:
     git, path = Git(release.vllm), tmp_path / "vllm"
-    worktree.add(git, path, sh_git(release.vllm, "rev-parse", "HEAD"), journal=release.journal)
+    worktree.add(git, path, sh_git(release.vllm, "rev-parse", "HEAD"), run_log=release.run_log)
     DAMAGE[damage](Path(sh_git(path, "rev-parse", "--absolute-git-dir")))
     path.rename(tmp_path / "gone")
     worktree.forget(git, path)
@@ -49,7 +49,7 @@ def test_tree_behind_a_link_is_found_in_the_books_and_one_that_was_half_forgotte
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     git, path = Git(release.vllm), tmp_path / "link" / "vllm"
-    worktree.add(git, path, sh_git(release.vllm, "rev-parse", "HEAD"), journal=release.journal)
+    worktree.add(git, path, sh_git(release.vllm, "rev-parse", "HEAD"), run_log=release.run_log)
     books = Path(sh_git(path, "rev-parse", "--absolute-git-dir"))
     for name in ("HEAD", "commondir"):
         (books / name).unlink()

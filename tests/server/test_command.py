@@ -26,8 +26,8 @@ RECIPE = Recipe(
 )
 
 
-def compose(*extra: str, has_key: bool = False, knows: bool = False, recipe: Recipe = RECIPE) -> command.Command:
-    return command.compose(recipe, extra, KNOWN, has_key=has_key, knows=knows)
+def compose(*extra: str, has_key: bool = False, force: bool = False, recipe: Recipe = RECIPE) -> command.Command:
+    return command.compose(recipe, extra, KNOWN, has_key=has_key, force=force)
 
 
 def test_users_word_takes_the_place_of_the_recipes_and_nothing_is_said_twice() -> None:
@@ -49,8 +49,8 @@ def test_server_open_to_others_needs_a_key_or_the_users_word(host: str) -> None:
     with pytest.raises(SettingsError, match="no key is asked for") as caught:
         compose("--host", host)
     assert "VLLM_API_KEY" in (caught.value.hint or "")
-    assert "--i-know" in (caught.value.hint or "")
-    assert "no key is asked for" in compose("--host", host, knows=True).said[0]
+    assert "--force" in (caught.value.hint or "")
+    assert "no key is asked for" in compose("--host", host, force=True).said[0]
     assert "asks for VLLM_API_KEY" in compose("--host", host, has_key=True).said[0]
 
 

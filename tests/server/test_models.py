@@ -8,7 +8,7 @@ import pytest
 
 from workspace.core.console import Console
 from workspace.core.errors import BuildError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, load
 from workspace.server import models
@@ -40,8 +40,8 @@ def install(layout: Layout, name: str, version: str) -> None:
 def tiny(layout: Layout, architecture: models.Architecture = "llama") -> Path:
     settings: Settings = load(layout, environ={"PATH": "/usr/bin:/bin"})
     console = Console(out=io.StringIO(), err=io.StringIO())
-    with Journal(console, layout.logs, verb="test") as journal:
-        return models.tiny(layout, settings, journal=journal, architecture=architecture)
+    with RunLog(console, layout.logs, verb="test") as run_log:
+        return models.tiny(layout, settings, run_log=run_log, architecture=architecture)
 
 
 def test_model_is_made_once_and_the_second_time_nothing_is_run(layout: Layout) -> None:

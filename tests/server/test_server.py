@@ -129,10 +129,10 @@ def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(place: Pa
     port = lifecycle.free_port()
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from workspace.engine import server; from workspace.engine.readiness import Address\n"
-        "launch = server.Launch('standin', tuple(sys.argv[5:]), {}, Address('127.0.0.1', int(sys.argv[3])))\n"
-        "there = server.start(Path(sys.argv[2]), launch, is_detached=sys.argv[4] == 'True')\n"
-        "server.wait_until_ready(there, timeout_s=20); print('ready', flush=True); time.sleep(60)"
+        "from workspace.server import lifecycle; from workspace.server.observation import Address\n"
+        "launch = lifecycle.Launch('standin', tuple(sys.argv[5:]), {}, Address('127.0.0.1', int(sys.argv[3])))\n"
+        "there = lifecycle.start(Path(sys.argv[2]), launch, is_detached=sys.argv[4] == 'True')\n"
+        "lifecycle.wait_until_ready(there, timeout_s=20); print('ready', flush=True); time.sleep(60)"
     )
     words = [str(ROOT), str(place), str(port), str(is_detached), *launch(port=port).argv]
     with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True) as starter:

@@ -77,12 +77,12 @@ def built(root: Path) -> Layout:
 
 def become(layout: Layout, *words: str, verb: str = "run", own_shell: str = "", **how: object) -> "subprocess.Popen[str]":
     """`inv run -- WORDS`, or `inv shell`, in a process of its own, which it becomes."""
-    what = "shell.run(layout, settings.load(layout), sys.argv[2:], console=door.console())"
-    what = what if verb == "run" else "shell.shell(layout, settings.load(layout), console=door.console())"
+    what = "command.run_command(layout, settings.load(layout), sys.argv[2:], console=main.console())"
+    what = what if verb == "run" else "command.open_shell(layout, settings.load(layout), console=main.console())"
     code = (
-        "import sys; from pathlib import Path; from workspace import door; from workspace.core import settings; from workspace.core.layout import Layout\n"
-        "from workspace.engine import shell; layout = Layout(Path(sys.argv[1]))\n"
-        "sys.exit(door.run(lambda: " + what + "))"
+        "import sys; from pathlib import Path; from workspace.cli import main; from workspace.core import settings; from workspace.core.paths import Layout\n"
+        "from workspace.server import command; layout = Layout(Path(sys.argv[1]))\n"
+        "sys.exit(main.run(lambda: " + what + "))"
     )
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere", "PYTHONPATH": str(ROOT), "VLLM_VERSION_OVERRIDE": "1", "HF_TOKEN": "hf_secret"}
     environment |= {"SHELL": own_shell} if own_shell else {}

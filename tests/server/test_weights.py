@@ -33,7 +33,7 @@ INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b":
 
 
 @pytest.mark.parametrize(
-    ("files", "is_whole"),
+    ("files", "is_complete"),
     [
         ({"config.json": "{}", "model.safetensors": "x"}, True),
         ({"config.json": "{}", "model-00001-of-00002.safetensors": "x", "model-00002-of-00002.safetensors": "x", "model.safetensors.index.json": INDEX}, True),
@@ -47,9 +47,9 @@ INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b":
         ({"config.json": "{}", "model.safetensors": "x", "model.safetensors.index.json": "[]"}, True),
     ],
 )
-def test_snapshot_counts_only_with_all_of_its_parts(tmp_path: Path, files: dict[str, str | None], is_whole: bool) -> None:
+def test_snapshot_counts_only_with_all_of_its_parts(tmp_path: Path, files: dict[str, str | None], is_complete: bool) -> None:
     folder = snapshot(tmp_path, files)
-    assert models.snapshot(tmp_path, MODEL) == (folder if is_whole else None)
+    assert models.snapshot(tmp_path, MODEL) == (folder if is_complete else None)
 
 
 @pytest.mark.parametrize("content", [b"", b"../../../etc", b"\xff", b"abc1\0", None])

@@ -28,13 +28,13 @@ HELPS = "error: undefined symbol _ZN3c10, exit code 137, torch 2.13.0+cpu, nvidi
 PROGRAM = """
 import sys
 from pathlib import Path
-from workspace import door
-from workspace.build import report
-from workspace.core.layout import Layout
+from workspace.cli import main
+from workspace.support import bug_report
+from workspace.core.paths import Layout
 
-report.COLLECT_ENV_S = float(sys.argv[2])
+bug_report.COLLECT_ENV_S = float(sys.argv[2])
 here = Layout(Path(sys.argv[1]))
-sys.exit(door.run(lambda: report.write(here, report.settings_of(here), console=door.console())))
+sys.exit(main.run(lambda: bug_report.write(here, bug_report.settings_of(here), console=main.console())))
 """
 
 

@@ -16,7 +16,7 @@ from workspace.bench.subject import Workload
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox
@@ -34,7 +34,7 @@ SHOWN_PACKAGES = 5
 
 
 @dataclass(frozen=True)
-class Asked:
+class AbOptions:
     """What the command line said. `words` are for vLLM, `factor` is a share."""
 
     kind: Kind = "latency"
@@ -67,13 +67,13 @@ class Session:
 
     layout: Layout
     settings: Settings
-    asked: Asked
-    journal: Journal
+    options: AbOptions
+    run_log: RunLog
     hashes: dict[tuple[str, int, int, int], str] = field(default_factory=dict)
 
     @property
     def console(self) -> Console:
-        return self.journal.console
+        return self.run_log.console
 
 
 def fight(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
@@ -87,12 +87,12 @@ def fight(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
     name = _name(a.fresh, b.fresh)
     sides, paths = [], []
     for side in (a, b):
-        label = f"ab-{session.asked.kind}-{side.name}-{name}"
+        label = f"ab-{session.options.kind}-{side.name}-{name}"
         sides.append(replace(side, fresh=replace(side.fresh, label=label)))
         paths.append(results.record_path(session.layout, sides[-1].fresh))
     records = [_so_far(session.layout, path, side.fresh) for path, side in zip(paths, sides, strict=True)]
     if all(one.is_complete for one in records):
-        session.console.say(f"both arms have their {session.asked.repeat} starts; --repeat with more adds to them")
+        session.console.say(f"both arms have their {session.options.repeat} starts; --repeat with more adds to them")
     else:
         with _kept(session, records):
             _measure(session, sides, records, paths)
@@ -104,19 +104,19 @@ def fight(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
 
 
 def _side(session: Session, name: str, tree: Tree) -> Side:
-    layout, asked, journal = session.layout, session.asked, session.journal
-    journal.console.say(f"arm {name.upper()}: {tree.said}, {tree.tip[:12]}")
-    with journal.console.step(f"arm {name.upper()}") as view:
-        journal.phase(f"arm {name}", view)
-        arm = arms.make(layout, f"ab-{name}", pin=tree.pin, patches=tree.patches, tip=tree.tip, settings=session.settings, journal=journal)
+    layout, options, run_log = session.layout, session.options, session.run_log
+    run_log.console.say(f"arm {name.upper()}: {tree.said}, {tree.tip[:12]}")
+    with run_log.console.step(f"arm {name.upper()}") as view:
+        run_log.phase(f"arm {name}", view)
+        arm = arms.make(layout, f"ab-{name}", pin=tree.pin, patches=tree.patches, tip=tree.tip, settings=session.settings, run_log=run_log)
         view.reason = arm.shown
-    journal.step = None
-    observed = arms.build_arm(arm, session.settings, console=journal.console)
-    journal.phase("model")
-    work = subject.prepare(arm.layout, session.settings, asked.kind, asked.model, asked.words, has_sweep=False, journal=journal)
+    run_log.step = None
+    observed = arms.build_arm(arm, session.settings, console=run_log.console)
+    run_log.phase("model")
+    work = subject.prepare(arm.layout, session.settings, options.kind, options.model, options.words, has_sweep=False, run_log=run_log)
     environment = built_environment(arm.layout, session.settings, recipe=work.recipe, more=work.more)
     ab_trees.require_own(arm, environment)
-    fresh = subject.describe(arm.layout, session.settings, observed, work, label=f"ab-{name}", repeat=asked.repeat, environment=environment, outer=layout)
+    fresh = subject.describe(arm.layout, session.settings, observed, work, label=f"ab-{name}", repeat=options.repeat, environment=environment, outer=layout)
     if tree.workspace:
         fresh = replace(fresh, workspace=tree.workspace)
     return Side(name, tree, arm, session.settings, work, environment, _stamped(observed), fresh)
@@ -167,7 +167,7 @@ def _kept(session: Session, records: list[Record]) -> Iterator[None]:
         yield
     except BaseException:
         counts = " and ".join(str(len(one.starts)) for one in records)
-        session.console.say(f"kept are {counts} of {session.asked.repeat} starts; the same command goes on from there")
+        session.console.say(f"kept are {counts} of {session.options.repeat} starts; the same command goes on from there")
         raise
 
 
@@ -199,15 +199,15 @@ def _next(records: list[Record]) -> int:
 def _start(session: Session, side: Side, title: str, *, left: float | None = None) -> tuple[Record, dict[str, str]]:
     """Start one process of an arm: a record of this start alone, and the libraries that it has loaded."""
     has_gpu = bool(side.fresh.machine.gpus)
-    conditions.require_idle(session.settings, has_gpu=has_gpu, is_busy=session.asked.is_busy, console=session.console)
+    conditions.require_idle(session.settings, has_gpu=has_gpu, is_busy=session.options.is_busy, console=session.console)
     with session.console.step(title) as view:
-        session.journal.phase(title, view)
+        session.run_log.phase(title, view)
         watch = ab_trees.Watch(side.arm)
-        start, backends = measure.once(side.arm.layout, side.settings, side.work, side.environment, has_gpu=has_gpu, journal=session.journal, watch=watch)
+        start, backends = measure.once(side.arm.layout, side.settings, side.work, side.environment, has_gpu=has_gpu, run_log=session.run_log, watch=watch)
         libraries = watch.libraries(side.stamped, session.hashes)
         one = replace(side.fresh, starts=(start,), backends=backends)
         view.reason = "  ".join(results.measured_text(one, metric) for metric in one.metrics[:1]) + (f"  about {left / 60:.1f} min left" if left else "")
-    session.journal.step = None
+    session.run_log.step = None
     return one, libraries
 
 
@@ -235,24 +235,24 @@ class Verdicts:
     is_noise: bool
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -> None:
+def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Console) -> None:
     """Compare the working tree with the base, or with itself less a patch at a time.
 
     Raises Regression where something is slower, and whatever keeps an arm from being had, built or measured.
     """
     pins.require_settled(layout)
-    with lock.hold(layout.lock, verb="nox -s ab") as held, Journal(console, layout.logs, verb="ab", secrets=settings.secrets, held=held) as journal:
+    with lock.hold(layout.lock, verb="nox -s ab") as held, RunLog(console, layout.logs, verb="ab", secrets=settings.secrets, held=held) as run_log:
         observed = plan.observe(layout, settings)
         settings = sandbox.as_built(settings, observed)
         check.require(layout, settings, console=console, device=observed.device)
-        if asked.is_busy:
-            console.warn("whatever else uses this machine is measured too (--busy)")
-        session = Session(layout, settings, asked, journal)
-        if asked.is_each:
+        if options.is_busy:
+            console.warn("whatever else uses this machine is measured too (--allow-busy)")
+        session = Session(layout, settings, options, run_log)
+        if options.is_each:
             _each(session, observed)
         else:
             ours = ab_trees.working(layout, observed, arm="ab-b")
-            with ab_trees.base(layout, observed, asked.base) as base:
+            with ab_trees.base(layout, observed, options.base) as base:
                 _one(session, base, ours)
 
 
@@ -263,14 +263,14 @@ def _one(session: Session, base: Tree, ours: Tree) -> None:
     if names := compare.worse(verdicts.rows):
         raise Regression(
             f"{ours.said} is slower than {base.said}: {names}",
-            hint=f"./scripts/nox -s ab -- --each-patch    says what each patch costs; factor {session.asked.factor:.3g}",
+            hint=f"./scripts/nox -s ab -- --each-patch    says what each patch costs; factor {session.options.factor:.3g}",
         )
     _say_next(session, verdicts)
 
 
 def _judged(session: Session, records: tuple[Record, Record]) -> Verdicts:
     """Print a row a metric, then what the measuring itself shows."""
-    a, b, factor, console = *records, session.asked.factor, session.console
+    a, b, factor, console = *records, session.options.factor, session.console
     rows = compare.judged(a, b, factor=factor)
     noise = {row.metric: compare.itself(a.values(row.metric), b.values(row.metric), factor=factor) for row in rows}
     noisy = [name for name, of in noise.items() if of.verdict == "fail"]
@@ -291,18 +291,18 @@ def _judged(session: Session, records: tuple[Record, Record]) -> Verdicts:
 
 def _say_next(session: Session, verdicts: Verdicts) -> None:
     if needed := compare.most_needed(verdicts.rows):
-        session.console.say(f"next: {command(session.asked, repeat=needed)}    what is measured stays")
+        session.console.say(f"next: {command(session.options, repeat=needed)}    what is measured stays")
 
 
-def command(asked: Asked, *, repeat: int) -> str:
+def command(options: AbOptions, *, repeat: int) -> str:
     """The command line that asks for the same with so many starts."""
-    words = ["./scripts/nox", "-s", "ab", "--", asked.kind]
-    words += ["--each-patch"] if asked.is_each else ["--base", asked.base] if asked.base != ab_trees.PIN else []
-    words += ["--model", asked.model] if asked.model != subject.TINY else []
+    words = ["./scripts/nox", "-s", "ab", "--", options.kind]
+    words += ["--each-patch"] if options.is_each else ["--base", options.base] if options.base != ab_trees.PIN else []
+    words += ["--model", options.model] if options.model != subject.TINY else []
     words += ["--repeat", str(repeat)] if repeat != MIN_STARTS else []
-    words += ["--factor", f"{asked.factor * 100:g}"] if asked.factor != FACTOR else []
-    words += ["--busy"] if asked.is_busy else []
-    return shlex.join([*words, *(["--", *asked.words] if asked.words else [])])
+    words += ["--factor", f"{options.factor * 100:g}"] if options.factor != FACTOR else []
+    words += ["--allow-busy"] if options.is_busy else []
+    return shlex.join([*words, *(["--", *options.words] if options.words else [])])
 
 
 def _each(session: Session, observed: plan.Observation) -> None:
@@ -344,4 +344,4 @@ def _conclude(session: Session, names: Sequence[str], found: dict[str, Verdicts]
     for verdicts in found.values():
         _say_next(session, verdicts)
     if slow := {name: names for name, verdicts in found.items() if not verdicts.is_noise and (names := compare.worse(verdicts.rows))}:
-        raise Regression("; ".join(f"{name} costs {text}" for name, text in slow.items()), hint=f"the factor is {session.asked.factor:.3g}")
+        raise Regression("; ".join(f"{name} costs {text}" for name, text in slow.items()), hint=f"the factor is {session.options.factor:.3g}")

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from workspace.bench import bisect_log, bisect_predicate, compare
-from workspace.bench.bisect_log import ABORT, Asked, Course, Field, Ground, Role, Standing, Try, Verdict
+from workspace.bench.bisect_log import ABORT, BisectOptions, Course, Field, Ground, Role, Standing, Try, Verdict
 from workspace.bench.bisect_predicate import Bounds, Question, Said
 from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import BuildError, SettingsError, WorkspaceError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox
@@ -32,20 +32,20 @@ _STATES: Mapping[Verdict, State] = {"good": "ok", "bad": "FAIL", "skip": "warn"}
 Attempt = Callable[[str, Role, Course], Said]
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, folder: Path, json_file: Path | None, console: Console) -> None:
+def run(layout: Layout, settings: Settings, options: BisectOptions, *, folder: Path, json_file: Path | None, console: Console) -> None:
     """Search to the end, or as far as it gets; the same call goes on. `folder` is where relative paths of a command are counted from.
 
     Raises SettingsError for misuse, for an end that is not what it has to be, and while another bisect is under way; WorkspaceError where it stays
     inconclusive.
     """
-    asking, factor = bisect_predicate.parse(asked.run, folder=folder), compare.parsed_factor(asked.factor)
-    with lock.hold(layout.lock, verb=VERB) as held, Journal(console, layout.logs / ARM, verb=ARM, secrets=settings.secrets, held=held) as journal:
+    asking, factor = bisect_predicate.parse(options.run, folder=folder), compare.parsed_factor(options.factor)
+    with lock.hold(layout.lock, verb=VERB) as held, RunLog(console, layout.logs / ARM, verb=ARM, secrets=settings.secrets, held=held) as run_log:
         observed = plan.observe(layout, settings)
         ground = bisect_log.bisect_context(layout, observed)
-        there = begin(layout, ground, asked, console=console)
-        searched = bisect_log.open_range(layout, ground, there.good, there.bad, is_patches=asked.is_patches)
+        there = begin(layout, ground, options, console=console)
+        searched = bisect_log.open_range(layout, ground, there.good, there.bad, is_patches=options.is_patches)
         wanted = sandbox.as_built(settings, observed)
-        trial = _Trial(layout, wanted, observed.pin, ground.base, searched, asking, Bounds(asked.timeout_s, factor), journal)
+        trial = _Trial(layout, wanted, observed.pin, ground.base, searched, asking, Bounds(options.timeout_s, factor), run_log)
         with _kept(layout, console):
             there, standing = search_on(searched, there, attempt=trial.attempt, keep=lambda one: bisect_log.write_log(layout, one), console=console)
         document = described(layout, searched, there, standing)
@@ -66,21 +66,21 @@ def abort(layout: Layout, *, console: Console) -> None:
         console.say("the bisect is given up" if is_there else "no bisect is under way")
 
 
-def begin(layout: Layout, ground: Ground, asked: Asked, *, console: Console) -> Course:
+def begin(layout: Layout, ground: Ground, options: BisectOptions, *, console: Console) -> Course:
     """Return the course to go on with: the one that is there where it is of the same command, else a fresh one. Raises SettingsError as `run` does."""
     former, digest = bisect_log.read_log(layout), bisect_log.context_digest(ground.base, ground.patches)
-    if former and former.asked == asked:
+    if former and former.options == options:
         if former.ground != digest:
             raise SettingsError("the pin or its patches are no longer those that this bisect began with", hint=f"bring them back, or {ABORT}")
         console.say(f"going on: {_tries(former)}")
         return former
     if former and not is_over(layout, ground, former):
         raise SettingsError(
-            f"another bisect is under way, {_tries(former)}: {former.asked.command}; asked for is {asked.command}",
+            f"another bisect is under way, {_tries(former)}: {former.options.command}; asked for is {options.command}",
             hint=f"the former command goes on with it; {ABORT}    gives it up",
         )
-    good, bad = bisect_log.range_ends(layout, ground, asked)
-    fresh = Course(asked, good, bad, digest)
+    good, bad = bisect_log.range_ends(layout, ground, options)
+    fresh = Course(options, good, bad, digest)
     fresh = fresh.inheriting(former) if former else fresh
     bisect_log.write_log(layout, fresh)
     return fresh
@@ -89,7 +89,7 @@ def begin(layout: Layout, ground: Ground, asked: Asked, *, console: Console) -> 
 def is_over(layout: Layout, ground: Ground, former: Course) -> bool:
     """Whether a course came to an end that is not what it has to be: what it found out is of use to the next one."""
     with contextlib.suppress(WorkspaceError, ValueError):
-        searched = bisect_log.open_range(layout, ground, former.good, former.bad, is_patches=former.asked.is_patches)
+        searched = bisect_log.open_range(layout, ground, former.good, former.bad, is_patches=former.options.is_patches)
         return bisect_log.search_state(searched.suspects, former.verdicts).contradiction is not None
     return False
 
@@ -103,7 +103,7 @@ def search_on(searched: Field, there: Course, *, attempt: Attempt, keep: Callabl
         started = time.monotonic()
         said = attempt(commit, role, there)
         if said.verdict == "skip" and role in ("good", "bad"):
-            hint = "--patches is of the pin itself: mend that first" if there.asked.is_patches else f"--{role} another one; {ABORT}    first"
+            hint = "--patches is of the pin itself: mend that first" if there.options.is_patches else f"--{role} another one; {ABORT}    first"
             raise WorkspaceError(f"the {role} end, {searched.called(commit)}, cannot be tried: {said.evidence}", hint=hint)
         there = there.after(Try(commit, said.verdict, said.evidence, round(time.monotonic() - started, 1), said.values))
         keep(there)
@@ -120,20 +120,20 @@ def search_on(searched: Field, there: Course, *, attempt: Attempt, keep: Callabl
 class _Trial:
     """Tries a commit: its tree in an arm, built as far as compiled inputs ask for, and the question put to it."""
 
-    def __init__(self, layout: Layout, settings: Settings, pin: Pin, base: str, searched: Field, asking: Question, bounds: Bounds, journal: Journal) -> None:
+    def __init__(self, layout: Layout, settings: Settings, pin: Pin, base: str, searched: Field, asking: Question, bounds: Bounds, run_log: RunLog) -> None:
         self._layout, self._settings, self._pin, self._base, self._field = layout, settings, pin, base, searched
-        self._asking, self._bounds, self._journal = asking, bounds, journal
+        self._asking, self._bounds, self._run_log = asking, bounds, run_log
 
     def attempt(self, commit: str, role: Role, there: Course) -> Said:
-        console, git = self._journal.console, Git(self._layout.vllm)
-        self._journal.phase(self._field.called(commit))
-        history.complete_range(git, self._base, commit, self._settings, journal=self._journal)
+        console, git = self._run_log.console, Git(self._layout.vllm)
+        self._run_log.phase(self._field.called(commit))
+        history.complete_range(git, self._base, commit, self._settings, run_log=self._run_log)
         carried = history.carried(git, commit, self._field.carried)
         if carried.tip is None:
             return self._shown(Said("skip", f"patches/vllm/{carried.failing} does not apply there"))
         if carried.left_out:
             console.say(f"  left out, because it is there: {', '.join(carried.left_out)}")
-        arm = arms.make(self._layout, ARM, pin=self._pin, patches=None, tip=carried.tip, settings=self._settings, journal=self._journal)
+        arm = arms.make(self._layout, ARM, pin=self._pin, patches=None, tip=carried.tip, settings=self._settings, run_log=self._run_log)
         try:
             arms.build_arm(arm, self._settings, console=console)
         except BuildError as exc:
@@ -141,14 +141,14 @@ class _Trial:
         first = there.of(there.good)
         reference = first.values if first and role != "good" else ()
         with console.step(self._asking.name) as view:
-            self._journal.phase(self._asking.name, view)
-            said = bisect_predicate.ask(self._asking, arm, self._settings, self._bounds, reference=reference, journal=self._journal, view=view)
+            self._run_log.phase(self._asking.name, view)
+            said = bisect_predicate.ask(self._asking, arm, self._settings, self._bounds, reference=reference, run_log=self._run_log, view=view)
             view.state, view.reason = _STATES[said.verdict], f"{said.verdict}: {said.evidence}"
-        self._journal.step = None
+        self._run_log.step = None
         return said
 
     def _shown(self, said: Said) -> Said:
-        self._journal.console.row(_STATES[said.verdict], said.verdict, said.evidence)
+        self._run_log.console.row(_STATES[said.verdict], said.verdict, said.evidence)
         return said
 
 
@@ -184,7 +184,7 @@ def described(layout: Layout, searched: Field, there: Course, standing: Standing
     return {
         "schema": bisect_log.SCHEMA,
         "verdict": "found" if culprit else "contradiction" if standing.contradiction else "inconclusive",
-        "asked": asdict(there.asked),
+        "asked": asdict(there.options),
         "good": there.good,
         "bad": there.bad,
         "culprit": culprit,
@@ -212,7 +212,7 @@ def _contradiction(searched: Field, there: Course, standing: Standing) -> Settin
     assert found is not None
     called = searched.called(found.commit)
     if standing.role == "good":
-        hint = "an older --good" if not there.asked.is_patches else "./scripts/nox -s bisect -- --run …    searches upstream's commits"
+        hint = "an older --good" if not there.options.is_patches else "./scripts/nox -s bisect -- --run …    searches upstream's commits"
         return SettingsError(f"the good end, {called}, is bad: {found.evidence}", hint=f"{hint}; {ABORT}    takes the arm away")
     if standing.role == "fork":
         sentence = f"{called}, where {searched.called(there.good)} and the bad end parted, is bad: {found.evidence}; the good end has what mends it"

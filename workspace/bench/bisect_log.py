@@ -116,7 +116,7 @@ ABORT = "./scripts/nox -s bisect -- --abort"
 
 
 @dataclass(frozen=True)
-class Asked:
+class BisectOptions:
     """What the command line says. `factor` is as it was typed, `good` and `bad` are None where nothing was."""
 
     run: str
@@ -130,7 +130,7 @@ class Asked:
     def command(self) -> str:
         """The command line that asks for this."""
         ends = [word for name, ref in (("--good", self.good), ("--bad", self.bad)) if ref for word in (name, ref)]
-        usual = Asked(self.run)
+        usual = BisectOptions(self.run)
         more = [*(["--timeout-s", f"{self.timeout_s:g}"] if self.timeout_s != usual.timeout_s else [])]
         more += ["--factor", self.factor] if self.factor != usual.factor else []
         return shlex.join(["./scripts/nox", "-s", "bisect", "--", *(["--patches"] if self.is_patches else ends), "--run", self.run, *more])
@@ -151,7 +151,7 @@ class Try:
 class Course:
     """`ground` is a digest of what the patches are on, and of the patches: tries on another ground say nothing of this one."""
 
-    asked: Asked
+    options: BisectOptions
     good: str
     bad: str
     ground: str
@@ -174,7 +174,7 @@ class Course:
 
     def inheriting(self, former: "Course") -> "Course":
         """Take over what another course has found out, where it asked the same of the same; a benchmark is judged against its own good end."""
-        same = [(one.asked.run, one.asked.timeout_s, one.asked.is_patches, one.ground) for one in (self, former)]
+        same = [(one.options.run, one.options.timeout_s, one.options.is_patches, one.ground) for one in (self, former)]
         return replace(self, tries=former.tries) if same[0] == same[1] and not any(one.values for one in former.tries) else self
 
 
@@ -209,13 +209,14 @@ def read_log(layout: Layout) -> Course | None:
 def _course(document: Mapping[str, object]) -> Course:
     if document["schema"] != SCHEMA:
         raise ValueError(f"it has schema {document['schema']}, this workspace reads {SCHEMA}")
-    asked, tries = document["asked"], document["tries"]
-    assert isinstance(asked, dict)
+    # The first edition named the options otherwise.
+    options, tries = document.get("options", document.get("asked")), document["tries"]
+    assert isinstance(options, dict)
     assert isinstance(tries, list)
     found = tuple(Try(**{**one, "values": tuple(one["values"])}) for one in tries)
     if any(one.verdict not in get_args(Verdict) for one in found):
         raise ValueError("it has a verdict that is none")
-    return Course(Asked(**asked), str(document["good"]), str(document["bad"]), str(document["ground"]), found)
+    return Course(BisectOptions(**options), str(document["good"]), str(document["bad"]), str(document["ground"]), found)
 
 
 GOOD_REFS = "refs/good"
@@ -253,17 +254,17 @@ def bisect_context(layout: Layout, observed: plan.Observation) -> Ground:
     return Ground(observed.checkout.base, tuple(layout.patches("vllm") / name for name in stack.names))
 
 
-def range_ends(layout: Layout, ground: Ground, asked: Asked) -> tuple[str, str]:
+def range_ends(layout: Layout, ground: Ground, options: BisectOptions) -> tuple[str, str]:
     """The commits that the search goes between: what is asked for, else the last good state's or the pin, and the pin.
 
     Raises SettingsError for an end that is none, CheckoutError where they have nothing to do with each other, and for a series what it does not apply.
     """
     git = Git(layout.vllm)
-    if asked.is_patches:
+    if options.is_patches:
         return ground.base, _tip(layout, git, ground)
-    bad = _resolved(git, "--bad", asked.bad) if asked.bad else ground.base
-    if asked.good:
-        good = _resolved(git, "--good", asked.good)
+    bad = _resolved(git, "--bad", options.bad) if options.bad else ground.base
+    if options.good:
+        good = _resolved(git, "--good", options.good)
     else:
         states = worktree.references(git, GOOD_REFS).values()
         found = history.last_in_common(git, states, bad)
@@ -273,10 +274,10 @@ def range_ends(layout: Layout, ground: Ground, asked: Asked) -> tuple[str, str]:
     forks = history.forks(git, good, bad)
     if not forks:
         hint = "./scripts/inv status    says what the checkout was made from: a release archive has no history"
-        raise CheckoutError(f"{asked.good or good[:12]} and {asked.bad or bad[:12]} have no history in common", hint=hint)
+        raise CheckoutError(f"{options.good or good[:12]} and {options.bad or bad[:12]} have no history in common", hint=hint)
     if bad in forks:
         raise SettingsError(
-            f"{asked.bad or bad[:12]} is no later than {asked.good or good[:12]}: there is no commit between them", hint="--good OLDER --bad NEWER"
+            f"{options.bad or bad[:12]} is no later than {options.good or good[:12]}: there is no commit between them", hint="--good OLDER --bad NEWER"
         )
     return good, bad
 

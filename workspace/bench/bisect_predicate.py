@@ -19,12 +19,12 @@ from workspace.bench import compare, metrics, subject
 from workspace.bench.bisect_log import Verdict
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
-from workspace.checks.registry import CATALOGUE
+from workspace.checks.registry import REGISTRY
 from workspace.core import process
 from workspace.core.console import Console, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Arm
 from workspace.server.command import built_environment
@@ -78,14 +78,14 @@ def parse(text: str, *, folder: Path) -> Question:
             hint = f"did you mean bench:{alike}?" if alike else f"there are {', '.join(metrics.METRICS)}"
             raise SettingsError(f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint)
         return Question("bench", name)
-    checks = [name for name in CATALOGUE if name != "parity.model"]
+    checks = [name for name in REGISTRY if name != "parity.model"]
     if text == SMOKE or text in checks:
         return Question("smoke" if text == SMOKE else "check", text)
     try:
         words = shlex.split(text)
     except ValueError as exc:
         raise SettingsError(f"--run: {shortened(text)!r} is no command line: {exc}", hint="quote it as a whole, and what has blanks in it once more") from exc
-    stems = {name.partition(".")[0] for name in CATALOGUE}
+    stems = {name.partition(".")[0] for name in REGISTRY}
     if not words or (len(words) == 1 and re.fullmatch(r"[a-z]+\.\w+", text) and text.partition(".")[0] in stems) or nearest(text, [SMOKE, *checks]):
         alike = nearest(text, [SMOKE, *checks])
         hint = f"did you mean {alike}?" if alike else f"smoke, bench:METRIC, a command line, or one of {', '.join(checks)}"
@@ -94,15 +94,15 @@ def parse(text: str, *, folder: Path) -> Question:
     return Question("command", text, tuple(str((folder / word).resolve()) if (folder / word).is_file() else word for word in words))
 
 
-def ask(question: Question, arm: Arm, settings: Settings, bounds: Bounds, *, reference: Sequence[float], journal: Journal, view: Step) -> Said:
+def ask(question: Question, arm: Arm, settings: Settings, bounds: Bounds, *, reference: Sequence[float], run_log: RunLog, view: Step) -> Said:
     """Ask the tree of a built arm. `reference` is what the good end measured, nothing where this is the good end.
 
     Raises WorkspaceError where a command ends in a way that has no meaning, and what makes any further question pointless, such as a full disk.
     """
     if question.kind == "bench":
-        return _measured(question.name, arm, settings, bounds, reference, journal, view)
+        return _measured(question.name, arm, settings, bounds, reference, run_log, view)
     if question.kind == "command":
-        return _run(question, arm, settings, bounds, journal)
+        return _run(question, arm, settings, bounds, run_log)
     return judged(question, _smoke(question, arm, settings, bounds), timeout_s=bounds.timeout_s)
 
 
@@ -111,7 +111,7 @@ def _smoke(question: Question, arm: Arm, settings: Settings, bounds: Bounds) -> 
     from workspace.checks import smoke
 
     arm.layout.smoke_record.unlink(missing_ok=True)
-    level = CATALOGUE[question.name].level if question.kind == "check" else "quick"
+    level = REGISTRY[question.name].level if question.kind == "check" else "quick"
     with contextlib.suppress(FileNotFoundError):
         try:
             smoke.smoke(
@@ -139,29 +139,29 @@ def judged(question: Question, record: Mapping[str, object] | str, *, timeout_s:
         return Said("skip", record)
     rows = record["checks"]
     assert isinstance(rows, list)
-    asked = [row for row in rows if question.kind == "smoke" or row["id"] == question.name]
-    failed = [row for row in asked if row["verdict"] == "fail"]
+    options = [row for row in rows if question.kind == "smoke" or row["id"] == question.name]
+    failed = [row for row in options if row["verdict"] == "fail"]
     seen = [row for row in failed if row["seconds"] < OWN_WATCH * timeout_s and NO_ANSWER not in row["evidence"]]
     if seen:
         return Said("bad", "; ".join(f"{row['id']}: {row['evidence']}" for row in seen[:2]))
     if failed:
         return Said("skip", f"{failed[0]['id']} has no answer within {timeout_s:g} s: {failed[0]['evidence']}")
-    passed = [row for row in asked if row["verdict"] == "pass"]
+    passed = [row for row in options if row["verdict"] == "pass"]
     if not passed:
-        return Said("skip", f"{question.name} is not judged here: {asked[0]['evidence'] if asked else 'the smoke does not have it'}")
+        return Said("skip", f"{question.name} is not judged here: {options[0]['evidence'] if options else 'the smoke does not have it'}")
     return Said("good", f"{question.name}: {passed[0]['evidence']}" if question.kind == "check" else f"{len(passed)} checks pass")
 
 
-def _measured(name: str, arm: Arm, settings: Settings, bounds: Bounds, reference: Sequence[float], journal: Journal, view: Step) -> Said:
+def _measured(name: str, arm: Arm, settings: Settings, bounds: Bounds, reference: Sequence[float], run_log: RunLog, view: Step) -> Said:
     """Start the benchmark until the verdict is clear, or further starts would not make it so."""
-    work = subject.prepare(arm.layout, settings, _OF_KIND.get(name, "serve"), subject.TINY, (), has_sweep=False, journal=journal)
+    work = subject.prepare(arm.layout, settings, _OF_KIND.get(name, "serve"), subject.TINY, (), has_sweep=False, run_log=run_log)
     environment = built_environment(arm.layout, settings, recipe=work.recipe, more=work.more)
     metric, values, wanted = metrics.known(name), list[float](), MIN_STARTS if reference else REFERENCE_STARTS
     while True:
         while len(values) < wanted:
             view.progress(len(values), wanted, "starts")
             try:
-                samples = _start(arm, work, environment, bounds, journal)
+                samples = _start(arm, work, environment, bounds, run_log)
             except WorkspaceError as exc:
                 if isinstance(exc, ToolchainError):
                     raise
@@ -180,15 +180,15 @@ def _measured(name: str, arm: Arm, settings: Settings, bounds: Bounds, reference
         wanted = min(MOST_STARTS, len(values) + MIN_STARTS)
 
 
-def _start(arm: Arm, work: subject.Workload, environment: Mapping[str, str], bounds: Bounds, journal: Journal) -> Mapping[str, tuple[float, ...]]:
+def _start(arm: Arm, work: subject.Workload, environment: Mapping[str, str], bounds: Bounds, run_log: RunLog) -> Mapping[str, tuple[float, ...]]:
     """Measure one start. Raises WorkspaceError where it measured nothing, or not within the time."""
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         if work.kind == "serve":
             from workspace.bench import measure
 
-            return measure.measure_start(arm.layout, work, environment, Path(neutral), journal=journal, look=lambda line: None)
+            return measure.measure_start(arm.layout, work, environment, Path(neutral), run_log=run_log, look=lambda line: None)
         result = Path(neutral) / "result.json"
-        done = _waited_for(subject.command(arm.layout, work, result), environment, Path(neutral), bounds.timeout_s, journal)
+        done = _waited_for(subject.command(arm.layout, work, result), environment, Path(neutral), bounds.timeout_s, run_log)
         if done is None:
             raise WorkspaceError(f"vllm bench {work.kind} has no result within {bounds.timeout_s:g} s")
         if done.returncode != 0:
@@ -196,10 +196,10 @@ def _start(arm: Arm, work: subject.Workload, environment: Mapping[str, str], bou
         return measure.taken(work, result)
 
 
-def _run(question: Question, arm: Arm, settings: Settings, bounds: Bounds, journal: Journal) -> Said:
+def _run(question: Question, arm: Arm, settings: Settings, bounds: Bounds, run_log: RunLog) -> Said:
     environment = built_environment(arm.layout, settings)
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        done = _waited_for(question.words, environment, Path(neutral), bounds.timeout_s, journal)
+        done = _waited_for(question.words, environment, Path(neutral), bounds.timeout_s, run_log)
     if done is None:
         return Said("skip", f"no end within {bounds.timeout_s:g} s")
     said = f"{process.describe_status(done.returncode)}: {_last(done)}"
@@ -213,9 +213,9 @@ def _run(question: Question, arm: Arm, settings: Settings, bounds: Bounds, journ
     )
 
 
-def _waited_for(argv: Sequence[str], environment: Mapping[str, str], folder: Path, timeout_s: float, journal: Journal) -> process.Completed | None:
+def _waited_for(argv: Sequence[str], environment: Mapping[str, str], folder: Path, timeout_s: float, run_log: RunLog) -> process.Completed | None:
     """Run a program to its end, what it says in the log; None where it has not ended in time. Raises ToolchainError where it cannot be started."""
-    journal.write(f"+ {shlex.join(argv)}")
+    run_log.write(f"+ {shlex.join(argv)}")
     started = time.monotonic()
     try:
         done = process.capture(argv, env=environment, cwd=folder, timeout_s=timeout_s)
@@ -224,7 +224,7 @@ def _waited_for(argv: Sequence[str], environment: Mapping[str, str], folder: Pat
             raise
         return None
     for line in (*done.stdout.splitlines(), *done.stderr.splitlines()):
-        journal.write(line)
+        run_log.write(line)
     return done
 
 

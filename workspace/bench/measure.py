@@ -17,7 +17,7 @@ from workspace.core import lock, process
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.files import read_regular
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.server import lifecycle, observation, process_tree, supervisor
@@ -28,7 +28,7 @@ START_TIMEOUT_S = 1800.0
 
 
 def measure_start(
-    layout: Layout, work: Workload, environment: Mapping[str, str], folder: Path, *, journal: Journal, look: Callable[[str], None]
+    layout: Layout, work: Workload, environment: Mapping[str, str], folder: Path, *, run_log: RunLog, look: Callable[[str], None]
 ) -> dict[str, tuple[float, ...]]:
     """Start the server at a free port, put each load on it, stop it, and return all samples.
 
@@ -38,7 +38,7 @@ def measure_start(
     argv = (str(layout.environment / "bin" / "vllm"), "serve", work.model, *work.engine, f"--host={address.host}", f"--port={address.port}")
 
     def on_line(line: str) -> None:
-        journal.line(line)
+        run_log.line(line)
         look(line)
 
     launch = lifecycle.Launch("bench", argv, environment, address)
@@ -50,7 +50,7 @@ def measure_start(
             command = subject.client(layout, work, result, port=address.port, at=at)
             try:
                 process.run(
-                    command, env={**environment, "OPENAI_API_KEY": key or "none"}, journal=journal, cwd=folder, failure=ServeError, hint="the log says more"
+                    command, env={**environment, "OPENAI_API_KEY": key or "none"}, run_log=run_log, cwd=folder, failure=ServeError, hint="the log says more"
                 )
             except ServeError as exc:
                 if not observation.is_healthy(address) and _has_ended(there):
@@ -78,7 +78,7 @@ _PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchOptions:
     """What the command line said. `words` are for vLLM."""
 
     kind: Kind = "latency"
@@ -89,7 +89,7 @@ class Asked:
     words: tuple[str, ...] = ()
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -> Path:
+def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: Console) -> Path:
     """Measure until `asked.repeat` starts are in the record, and return its path.
 
     Raises SmokeError where nothing fresh is built, SettingsError for a record that is complete or of something else, WorkspaceError where vLLM fails.
@@ -100,18 +100,18 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     # What is measured must not change meanwhile.
-    with lock.hold(layout.lock, verb="nox -s bench") as held, Journal(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as journal:
-        journal.phase("model")
-        work = subject.prepare(layout, settings, asked.kind, asked.model, asked.words, has_sweep=asked.has_sweep, journal=journal)
+    with lock.hold(layout.lock, verb="nox -s bench") as held, RunLog(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as run_log:
+        run_log.phase("model")
+        work = subject.prepare(layout, settings, options.kind, options.model, options.words, has_sweep=options.has_sweep, run_log=run_log)
         environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
-        label = asked.label or f"{asked.kind}{'-sweep' if asked.has_sweep else ''}"
-        fresh = subject.describe(layout, settings, observed, work, label=label, repeat=asked.repeat, environment=environment)
+        label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
+        fresh = subject.describe(layout, settings, observed, work, label=label, repeat=options.repeat, environment=environment)
         path = results.record_path(layout, fresh)
         so_far = _begun(layout, path, fresh)
         if so_far.starts:
             console.say(f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there")
         with _kept(layout, path, console):
-            _measure(layout, settings, work, environment, so_far, path=path, journal=journal)
+            _measure(layout, settings, work, environment, so_far, path=path, run_log=run_log)
     console.data(str(path))
     return path
 
@@ -152,13 +152,13 @@ def _kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
         raise
 
 
-def _measure(layout: Layout, settings: Settings, work: Workload, environment: Mapping[str, str], so_far: Record, *, path: Path, journal: Journal) -> None:
+def _measure(layout: Layout, settings: Settings, work: Workload, environment: Mapping[str, str], so_far: Record, *, path: Path, run_log: RunLog) -> None:
     took: list[float] = []
     for number in range(len(so_far.starts) + 1, so_far.repeat + 1):
         name = f"start {number}/{so_far.repeat}"
-        with journal.console.step(name) as view:
-            journal.phase(name, view)
-            start, backends = once(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), journal=journal)
+        with run_log.console.step(name) as view:
+            run_log.phase(name, view)
+            start, backends = once(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), run_log=run_log)
             so_far = replace(so_far, starts=(*so_far.starts, start), backends=tuple(sorted({*so_far.backends, *backends})))
             results.write(path, so_far)
             took.append(start.seconds)
@@ -174,7 +174,7 @@ def once(
     environment: Mapping[str, str],
     *,
     has_gpu: bool,
-    journal: Journal,
+    run_log: RunLog,
     watch: Callable[[], None] = lambda: None,
 ) -> tuple[Start, tuple[str, ...]]:
     """Start the process once, and return what it measured and which backends its log names. `watch` is called at each line of its log.
@@ -191,12 +191,12 @@ def once(
     before, at, began = conditions.observe(settings, has_gpu=has_gpu), subject.subject_now(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         if work.kind == "serve":
-            samples = measure_start(layout, work, environment, Path(neutral), journal=journal, look=look)
+            samples = measure_start(layout, work, environment, Path(neutral), run_log=run_log, look=look)
         else:
             result = Path(neutral) / "result.json"
             hint = "the log says more; words after -- go to vllm bench"
             process.run(
-                subject.command(layout, work, result), env=environment, journal=journal, cwd=Path(neutral), on_line=look, failure=WorkspaceError, hint=hint
+                subject.command(layout, work, result), env=environment, run_log=run_log, cwd=Path(neutral), on_line=look, failure=WorkspaceError, hint=hint
             )
             samples = taken(work, result)
     seconds = round(time.monotonic() - began, 2)

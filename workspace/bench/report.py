@@ -82,8 +82,8 @@ class _Section:
         names = ("", "record", "time", "starts", "pin and patches", "flags", "software", "backends", "conditions")
         return _table(names, rows)
 
-    def pair(self, asked: tuple[Record, Record] | None) -> str:
-        pair = self._pair(asked)
+    def pair(self, options: tuple[Record, Record] | None) -> str:
+        pair = self._pair(options)
         if pair is None:
             newest = self.group[-1]
             return self._figures(
@@ -118,9 +118,9 @@ class _Section:
     def _percentiles(self, names: Sequence[str], records: Sequence[tuple[str, Record]]) -> list[Plot]:
         return [plots.percentiles(f"{self.name}-percentiles-{name}", name, records) for name in names if name.partition("@")[0] in PERCENTILE_METRICS]
 
-    def _pair(self, asked: tuple[Record, Record] | None) -> tuple[Record, Record] | None:
-        if asked:
-            return asked if asked[1] in self.group else None
+    def _pair(self, options: tuple[Record, Record] | None) -> tuple[Record, Record] | None:
+        if options:
+            return options if options[1] in self.group else None
         second = self.group[-1]
         return next(((one, second) for one in reversed(self.group[:-1]) if not compare.differences(one, second)), None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from workspace.bench.results import Gpu, Kind, Machine, Record, Software, Source
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
@@ -69,7 +69,7 @@ class Workload:
         return (*self.engine, *self.work, *(f"--max-concurrency={at}" for at in self.concurrencies))
 
 
-def prepare(layout: Layout, settings: Settings, kind: Kind, model: str, words: Sequence[str], *, has_sweep: bool, journal: Journal) -> Workload:
+def prepare(layout: Layout, settings: Settings, kind: Kind, model: str, words: Sequence[str], *, has_sweep: bool, run_log: RunLog) -> Workload:
     """Return what is to be run; a built-in model is made where there is none. `words` are the user's own, for vLLM.
 
     Raises SettingsError for words that are the workspace's to say, BuildError where the model cannot be made.
@@ -81,12 +81,12 @@ def prepare(layout: Layout, settings: Settings, kind: Kind, model: str, words: S
     recipe: Mapping[str, str] = {}
     place = model
     if model == TINY:
-        place, engine = str(models.tiny(layout, settings, journal=journal)), (*_TINY_ENGINE, *words)
+        place, engine = str(models.tiny(layout, settings, run_log=run_log)), (*_TINY_ENGINE, *words)
         more |= _TINY_ENVIRONMENT
         # A server's engine is a process of its own, whatever this says.
         more |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if kind in ("latency", "throughput") else {}
     elif model == "smollm2":
-        place = str(models.smollm2(layout, settings, journal=journal))
+        place = str(models.smollm2(layout, settings, run_log=run_log))
         recipe = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
     elif Path(model).is_dir():
         place, model = str(Path(model).resolve()), _called(Path(model).resolve())

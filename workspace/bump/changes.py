@@ -243,7 +243,7 @@ def _moved(differing: Mapping[str, Difference], moved: Mapping[str, str], touche
 
 
 def _donors(pin: Pin, candidate: Candidate) -> Iterator[Change]:
-    for key, why in candidate.undonated.items():
+    for key, why in candidate.not_precompiled.items():
         if key.endswith(f"-{platform.machine()}"):
             present = pin.donors.get(key)
             yield Change("donor", key, present.filename if present else None, None, (), f"{why}; kernels: --kernels native, or --kernels WHEEL")

@@ -16,7 +16,7 @@ from workspace.bump.changes import Change, Topic
 from workspace.core.console import Console
 from workspace.core.console import State as Word
 from workspace.core.errors import PatchConflict
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, mail, patches, pins, upstream
@@ -141,9 +141,9 @@ def run(layout: Layout, settings: Settings, ref: str, *, console: Console, as_js
     pin, ref = (known.triton, known.triton.tag) if ref == "triton" else (known.vllm, ref)
     there = checkout.observe(layout, pin)
     stack = patches.observe(layout, pin.name, pin, there)
-    with Journal(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as journal, console.step("upstream") as view:
-        journal.phase("upstream", view)
-        candidate = upstream.find(layout, pin, ref, settings, there, journal=journal, step=view)
+    with RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log, console.step("upstream") as view:
+        run_log.phase("upstream", view)
+        candidate = upstream.find(layout, pin, ref, settings, there, run_log=run_log, step=view)
         view.reason = f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {'git' if candidate.kind is Kind.GIT else 'the release archive'}"
     made = work_out(layout, settings, candidate, there, stack)
     if as_json:

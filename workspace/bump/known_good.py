@@ -1,4 +1,4 @@
-"""What `inv pin.back` returns to: states whose smoke has passed, each with its references, patches, kernels and list of packages.
+"""What `inv pin.rollback` returns to: states whose smoke has passed, each with its references, patches, kernels and list of packages.
 
 One folder a state in `.workspace/good`; its good.json is written last, and without it the folder is nothing.
 """
@@ -16,7 +16,7 @@ from workspace.checks import registry as smoke_record
 from workspace.core import files, lock
 from workspace.core.console import Console
 from workspace.core.files import copy_files, read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, stamp
@@ -84,15 +84,15 @@ def record(layout: Layout, settings: Settings, observed: plan.Observation, *, co
     """Record the present state as good where the smoke passed on exactly this, else say why not. Takes the workspace's lock."""
     with (
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as journal,
+        RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
     ):
         clear(layout)
         why = refusal(layout, observed)
         if why:
             console.say(f"not recorded as good: {why}")
             return None
-        made = keep(layout, observed, journal=journal)
-        console.say(f"recorded as good: {made.name}; ./scripts/inv pin.back returns to it")
+        made = keep(layout, observed, run_log=run_log)
+        console.say(f"recorded as good: {made.name}; ./scripts/inv pin.rollback returns to it")
         return made
 
 
@@ -110,7 +110,7 @@ def refusal(layout: Layout, observed: plan.Observation) -> str | None:
     return None if has_passed(layout, stack.tree) else "the smoke has not passed on this tree"
 
 
-def keep(layout: Layout, observed: plan.Observation, *, journal: Journal) -> Good:
+def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good:
     """Keep everything of the present state, which the caller knows to be good; what is kept of it already stays."""
     stack, build = observed.stack, observed.kernels.recorded
     assert build is not None
@@ -146,7 +146,7 @@ def keep(layout: Layout, observed: plan.Observation, *, journal: Journal) -> Goo
     made = Good(name, observed.pin.tag, stack.head, stack.base, stack.tree, link.commit if link else None, recorded, smoke, inputs)
     os.sync()
     write_atomic(path / "good.json", json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
-    _prune(layout, using=name, journal=journal)
+    _prune(layout, using=name, run_log=run_log)
     return made
 
 
@@ -172,15 +172,15 @@ def keep_aside(layout: Layout, why: str, *, name: str) -> None:
 
 def gone(layout: Layout) -> Path:
     """Where a workshop lies that is done with, until it is deleted."""
-    return layout.workshop.with_name(f".{layout.workshop.name}.gone")
+    return layout.bump_sandbox.with_name(f".{layout.bump_sandbox.name}.gone")
 
 
 def clear(layout: Layout) -> None:
     """Finish what a run left that was ended while it took a workshop away; of one that is there everything stays."""
     shutil.rmtree(gone(layout), ignore_errors=True)
     git = Git(layout.vllm)
-    if not os.path.lexists(layout.workshop) and git.place() and git.path_of("worktrees").is_dir():
-        worktree.forget(git, Layout(layout.workshop).vllm)
+    if not os.path.lexists(layout.bump_sandbox) and git.place() and git.path_of("worktrees").is_dir():
+        worktree.forget(git, Layout(layout.bump_sandbox).vllm)
 
 
 def left(layout: Layout, name: str) -> Path:
@@ -215,12 +215,12 @@ def current(layout: Layout) -> str | None:
     return name_of(pins.load(layout.pins).vllm.tag, git.tree(head)) if head else None
 
 
-def _prune(layout: Layout, *, using: str, journal: Journal) -> None:
+def _prune(layout: Layout, *, using: str, run_log: RunLog) -> None:
     """Keep the newest states; the one in use counts and is never taken away."""
     others = [good for good in every(layout) if good.name != using]
     outer = checkout.superproject(layout)
     for good in others[KEPT - 1 :]:
-        journal.write(f"no longer kept: {good.name}")
+        run_log.write(f"no longer kept: {good.name}")
         stamp.withdraw(folder(layout, good.name) / "good.json")
         for git in filter(None, (Git(layout.vllm), outer)):
             worktree.delete_ref(git, f"refs/good/{good.name}")

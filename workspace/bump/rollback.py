@@ -1,6 +1,6 @@
-"""`inv pin.back`: return to a state that passed the smoke, with its source, patches, pins, environment and compiled files.
+"""`inv pin.rollback`: return to a state that passed the smoke, with its source, patches, pins, environment and compiled files.
 
-What is there now is kept under references first. Done in steps; whatever ends them, the next `inv pin.back` finishes them.
+What is there now is kept under references first. Done in steps; whatever ends them, the next `inv pin.rollback` finishes them.
 """
 
 import datetime
@@ -19,7 +19,7 @@ from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import copy_files, files_below, read_regular
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import plan, sandbox, stamp
@@ -36,15 +36,15 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
     Raises SettingsError where there is no such state, CheckoutError where edits or an `am` stand in the way, SmokeError where it fails.
     """
     with (
-        lock.hold(layout.lock, verb="inv pin.back", wait=wait, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb="pin.back", secrets=settings.secrets, held=held) as journal,
+        lock.hold(layout.lock, verb="inv pin.rollback", wait=wait, on_wait=console.say) as held,
+        RunLog(console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held) as run_log,
     ):
         marker = staging.find_marker(layout.returning) or _begin(layout, name, console)
         wanted = known_good.read(layout, marker.facts["good"])
         if wanted is None:
             hint = f"rm {layout.relative(layout.returning)}    gives the return up; then ./scripts/inv status"
             raise CheckoutError(f"{marker.facts['good']} is not there any more, and a return to it was begun", hint=hint)
-        _finish(layout, marker, wanted, journal)
+        _finish(layout, marker, wanted, run_log)
     staging.say_left(layout, marker.facts, console=console)
     if not layout.environment.exists():
         console.say("its environment was not kept: it is made anew and brought to the versions that it had")
@@ -79,7 +79,7 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
         raise CheckoutError(f"{shown} is in the middle of a git {verb}", hint="./scripts/inv patch.continue    or --abort")
     if edited := git.edits():
         more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
-        raise CheckoutError(f"{shown} has edits ({', '.join(edited[:3])}{more})", hint=f"git -C {shown} stash && ./scripts/inv pin.back")
+        raise CheckoutError(f"{shown} has edits ({', '.join(edited[:3])}{more})", hint=f"git -C {shown} stash && ./scripts/inv pin.rollback")
     if wanted.head not in git.present((wanted.head,)):
         raise CheckoutError(f"{shown} no longer holds commit {wanted.head[:12]} of {wanted.name}", hint="./scripts/inv pin    names the others")
     worktree.require_way(git, wanted.head)
@@ -113,27 +113,27 @@ def _choose(layout: Layout, name: str | None) -> Good:
     raise SettingsError(what + (f"; there are {there}" if there else ""), hint="a state is recorded as good when ./scripts/nox -s smoke has passed on it")
 
 
-def _finish(layout: Layout, marker: Marker, wanted: Good, journal: Journal) -> None:
+def _finish(layout: Layout, marker: Marker, wanted: Good, run_log: RunLog) -> None:
     # Only what this workspace made may go to make room.
     discarded = layout.state / ".back.gone"
-    with journal.console.step("back") as view:
-        journal.phase("back", view)
+    with run_log.console.step("back") as view:
+        run_log.phase("back", view)
         staging.finish_marker(
             marker,
             (
                 ("environment aside", lambda facts: _put_aside(layout, wanted, facts, discarded)),
-                ("source", lambda facts: staging.move_tree(layout, old=facts["tip"], new=wanted.head, journal=journal)),
+                ("source", lambda facts: staging.move_tree(layout, old=facts["tip"], new=wanted.head, run_log=run_log)),
                 ("references", lambda facts: _set_refs(layout, wanted)),
                 ("environment", lambda facts: _bring_environment(layout, wanted)),
                 ("products aside", lambda facts: staging.take_products_away(layout, facts, good_state=facts["present"])),
                 ("products", lambda facts: _bring_products(layout, wanted)),
                 ("patches", lambda facts: _write_patches(layout, wanted, facts)),
                 ("pins", lambda facts: pins.save(layout.pins, pins.load(known_good.kept(layout, wanted.name).pins).vllm)),
-                ("gitlink", lambda facts: staging.set_gitlink(layout, wanted.gitlink, journal=journal)),
+                ("gitlink", lambda facts: staging.set_gitlink(layout, wanted.gitlink, run_log=run_log)),
             ),
         )
         view.reason = f"{wanted.name}; what was there is kept as refs/left/{marker.facts['left']}"
-    journal.step = None
+    run_log.step = None
     marker.path.unlink()
     shutil.rmtree(discarded, ignore_errors=True)
 
@@ -177,14 +177,14 @@ def _hold_to_freeze(layout: Layout, settings: Settings, wanted: Good, console: C
     if not differing:
         return
     with (
-        lock.hold(layout.lock, verb="inv pin.back", wait=True, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb="pin.back", secrets=settings.secrets, held=held) as journal,
+        lock.hold(layout.lock, verb="inv pin.rollback", wait=True, on_wait=console.say) as held,
+        RunLog(console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held) as run_log,
         console.step("freeze") as view,
     ):
-        journal.phase("freeze", view)
+        run_log.phase("freeze", view)
         before = stamp.read(layout.stamp("environment"))
         stamp.withdraw(layout.stamp("environment"))
-        interpreter.install(layout, settings, ["--no-deps", *differing], journal=journal)
+        interpreter.install(layout, settings, ["--no-deps", *differing], run_log=run_log)
         if before:
             packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
             stamp.write(layout.stamp("environment"), stamp.Stamp(inputs=before.inputs, packages=packages))
@@ -240,32 +240,32 @@ def _stack(layout: Layout, pin: Pin) -> Row:
 def _under_way(layout: Layout) -> list[Row]:
     rows = []
     if is_under_way(layout):
-        rows.append(Row("warn", "back", "a return to a good state was interrupted; next: ./scripts/inv pin.back"))
+        rows.append(Row("warn", "back", "a return to a good state was interrupted; next: ./scripts/inv pin.rollback"))
     if not staging.is_there(layout):
         return rows
     try:
-        shop = staging.find(layout)
-        assert shop is not None
-        what, following = _stage(shop)
+        bump_sandbox = staging.find(layout)
+        assert bump_sandbox is not None
+        what, following = _stage(bump_sandbox)
     except WorkspaceError as exc:
         return [*rows, Row("FAIL", "bump", f"{exc.message}; next: {exc.hint}")]
-    return [*rows, Row("warn", "bump", f"to {shop.pin.tag}: {what}; next: {following}", {"tag": shop.pin.tag, "commit": shop.pin.commit})]
+    return [*rows, Row("warn", "bump", f"to {bump_sandbox.pin.tag}: {what}; next: {following}", {"tag": bump_sandbox.pin.tag, "commit": bump_sandbox.pin.commit})]
 
 
-def _stage(shop: staging.Workshop) -> tuple[str, str]:
+def _stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
     """What a bump waits for, and the command that leads on."""
     from workspace.repo.git import am
 
-    if promote.is_begun(shop):
+    if promote.is_begun(bump_sandbox):
         return "being promoted", bump.CONTINUE
-    tree = Git(shop.layout.vllm)
-    there = am.position(tree) if (shop.layout.vllm / ".git").exists() else None
+    tree = Git(bump_sandbox.layout.vllm)
+    there = am.position(tree) if (bump_sandbox.layout.vllm / ".git").exists() else None
     if there is None:
-        is_red = smoke_record.last_record(shop.layout).get("verdict") == "fail"
-        return ("its smoke failed; commit a fix in " + shop.shown if is_red else "interrupted"), bump.CONTINUE
+        is_red = smoke_record.last_record(bump_sandbox.layout).get("verdict") == "fail"
+        return ("its smoke failed; commit a fix in " + bump_sandbox.shown if is_red else "interrupted"), bump.CONTINUE
     unmerged = am.unmerged(tree)
     waits = f"patch {there.number} of {there.last} conflicts" + (f" in {', '.join(unmerged[:3])}" if unmerged else "")
-    return waits, f"edit and git add in {shop.shown}, then {bump.CONTINUE}"
+    return waits, f"edit and git add in {bump_sandbox.shown}, then {bump.CONTINUE}"
 
 
 def _goods(layout: Layout) -> list[Row]:

@@ -17,7 +17,7 @@ from workspace.core import files
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, sandbox, stamp
@@ -45,7 +45,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class BumpSandbox:
     """A bump that is under way. `layout` is the workshop's own, `outer` the clone's, `pin` the new pin."""
 
     outer: Layout
@@ -74,53 +74,53 @@ class Workshop:
 
 
 def is_there(layout: Layout) -> bool:
-    return (layout.workshop / RECORD).exists()
+    return (layout.bump_sandbox / RECORD).exists()
 
 
-def find(layout: Layout) -> Workshop | None:
+def find(layout: Layout) -> BumpSandbox | None:
     """Return the bump that is under way, None where none is. Raises WorkspaceError for one that is damaged."""
     try:
-        record = json.loads(read_regular(layout.workshop / RECORD))
+        record = json.loads(read_regular(layout.bump_sandbox / RECORD))
         begun = Begun(**record)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as exc:
-        raise WorkspaceError(f"{layout.relative(layout.workshop)} cannot be read: {exc}", hint="./scripts/inv patch.continue --abort") from exc
-    own = Layout(layout.workshop)
-    return Workshop(layout, own, begun, pins.load(own.pins).vllm)
+        raise WorkspaceError(f"{layout.relative(layout.bump_sandbox)} cannot be read: {exc}", hint="./scripts/inv patch.continue --abort") from exc
+    own = Layout(layout.bump_sandbox)
+    return BumpSandbox(layout, own, begun, pins.load(own.pins).vllm)
 
 
-def make(layout: Layout, begun: Begun, pin: Pin) -> Workshop:
+def make(layout: Layout, begun: Begun, pin: Pin) -> BumpSandbox:
     """Make the workshop without its tree, whole or not at all: from then on a bump is under way."""
     shutil.rmtree(known_good.gone(layout), ignore_errors=True)
-    with files.folder_beside(layout.workshop) as folder:
+    with files.folder_beside(layout.bump_sandbox) as folder:
         made = Layout(folder / "bump")
         sandbox.furnish(layout, made, pin)
         shutil.copytree(layout.patches("vllm").parent, made.patches("vllm").parent)
         write_series_base(made.patches("vllm"), pin.commit)
         write_atomic(made.root / RECORD, json.dumps(asdict(begun), indent=1).encode())
-        files.put_in_place(made.root, layout.workshop)
-    return Workshop(layout, Layout(layout.workshop), begun, pin)
+        files.put_in_place(made.root, layout.bump_sandbox)
+    return BumpSandbox(layout, Layout(layout.bump_sandbox), begun, pin)
 
 
-def open_tree(workshop: Workshop, settings: Settings, *, journal: Journal) -> Git:
+def open_tree(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) -> Git:
     """Return the workshop's tree, which is made where it is not there yet: the new base, checked out.
 
     Raises CheckoutError where something else lies there.
     """
     hint = "./scripts/inv patch.continue --abort"
-    return sandbox.open_tree(workshop.outer, workshop.layout, workshop.begun.new_base, settings, journal=journal, hint=hint)
+    return sandbox.open_tree(bump_sandbox.outer, bump_sandbox.layout, bump_sandbox.begun.new_base, settings, run_log=run_log, hint=hint)
 
 
 def tidy(layout: Layout) -> None:
     """Finish what a verb left that was killed while it made a workshop or took one away; there is none."""
-    files.sweep_beside(layout.workshop)
+    files.sweep_beside(layout.bump_sandbox)
     known_good.clear(layout)
 
 
 def remove(layout: Layout) -> str | None:
     """Take the workshop away. What was committed or edited there stays under the reference of vendor/vllm that is returned."""
-    own = Layout(layout.workshop)
+    own = Layout(layout.bump_sandbox)
     why = "What was in the workshop of a bump when it was given up"
     kept = sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if is_there(layout) else None
     sandbox.remove_tree(layout, own, known_good.gone(layout))
@@ -149,14 +149,14 @@ def write_series_base(folder: Path, commit: str, *, only: str | None = None) -> 
         write_atomic(path, after)
 
 
-def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
+def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
     """Move vendor/vllm from one commit to another; a move that was ended in the middle is finished.
 
     Raises CheckoutError where HEAD is at neither, or where an edit may be the user's.
     """
     git, shown = Git(layout.vllm), layout.relative(layout.vllm)
     if moves.is_begun(layout, "vllm"):
-        moves.finish(layout, "vllm", git, journal=journal)
+        moves.finish(layout, "vllm", git, run_log=run_log)
     head = git.head()
     if head == new:
         return
@@ -165,7 +165,7 @@ def move_tree(layout: Layout, *, old: str, new: str, journal: Journal) -> None:
     if edited := git.edits():
         hint = f"git -C {shown} stash    and the same command again"
         raise CheckoutError(f"{shown} has edits ({', '.join(edited[:3])}), which were left as they are", hint=hint)
-    moves.move(layout, "vllm", git, new, journal=journal)
+    moves.move(layout, "vllm", git, new, run_log=run_log)
 
 
 def require_one_disk(layout: Layout) -> None:
@@ -208,14 +208,14 @@ def say_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> N
         console.say(f"what a build had left in vendor/vllm and no good state holds is in {layout.relative(left)}")
 
 
-def set_gitlink(layout: Layout, commit: str | None, *, journal: Journal) -> None:
+def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
     """Let the superproject's index name this commit, unless it is None, and keep git's hands off the submodule as before."""
     outer = checkout.superproject(layout)
     path = layout.relative(layout.vllm)
     link = outer.gitlink(path) if outer else None
     if outer and link and commit and link.commit != commit:
-        worktree.set_gitlink(outer, path, commit, journal=journal)
-    checkout.protect(layout, journal=journal)
+        worktree.set_gitlink(outer, path, commit, run_log=run_log)
+    checkout.protect(layout, run_log=run_log)
 
 
 Act = Callable[[Mapping[str, str]], None]

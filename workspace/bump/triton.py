@@ -7,7 +7,7 @@ from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, git, pins, series
@@ -53,7 +53,7 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
     """
     with (
         lock.hold(layout.lock, verb="inv pin.bump triton", wait=wait, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb="pin.bump", secrets=settings.secrets, held=held) as journal,
+        RunLog(console, layout.logs, verb="pin.bump", secrets=settings.secrets, held=held) as run_log,
     ):
         pin = pins.load(layout.pins).triton
         # A run that was ended between the files of a move left the series behind the pin, or the pin behind the series.
@@ -61,12 +61,12 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
         found = ahead(layout, settings, pin)
         new = replace(pin, commit=found.commit, tag=found.branch, version=found.branch if pin.version == pin.tag else pin.version)
         if (layout.triton / ".git").exists():
-            _move_tree(layout, settings, pin, new, names, journal)
+            _move_tree(layout, settings, pin, new, names, run_log)
         else:
-            with journal.console.step("vendor/triton") as view:
-                journal.phase("vendor/triton", view)
-                view.reason = checkout.ensure(layout, new, settings, choice="git", journal=journal, step=view).detail
-            journal.step = None
+            with run_log.console.step("vendor/triton") as view:
+                run_log.phase("vendor/triton", view)
+                view.reason = checkout.ensure(layout, new, settings, choice="git", run_log=run_log, step=view).detail
+            run_log.step = None
         staging.write_series_base(layout.patches("triton"), new.commit)
         if pin == new:
             console.say(f"nothing to do: {new.tag} is at {new.commit[:12]}, which is pinned already")
@@ -85,16 +85,16 @@ def series_names(layout: Layout) -> tuple[str, ...]:
     return tuple(name for name in sandbox.names_of(layout.patches("triton")).split("\n") if name)
 
 
-def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, names: list[str], journal: Journal) -> None:
+def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, names: list[str], run_log: RunLog) -> None:
     """Fetch the new commit into vendor/triton, see that the patches apply to it, and move a clean checkout."""
     tree, shown = Git(layout.triton), layout.relative(layout.triton)
     _require_clean(tree, shown, pin, new, layout)
-    with journal.console.step("fetch") as view:
-        journal.phase("fetch", view)
+    with run_log.console.step("fetch") as view:
+        run_log.phase("fetch", view)
         if not worktree.is_kept(tree, new.commit):
             url, whole = checkout.url_of(layout, new, settings), tree.setting("remote.origin.promisor") != "true"
             ref = f"+{new.commit}:refs/pins/triton"
-            tree.fetch(url, (ref,), whole=whole, settings=settings, journal=journal, on_line=checkout.shown(view))
+            tree.fetch(url, (ref,), whole=whole, settings=settings, run_log=run_log, on_line=checkout.shown(view))
         view.reason = new.commit[:12]
     files = [layout.patches("triton") / name for name in names]
     done = am.applied(tree, new.commit, files, place=layout.state / "triton-stack") if files else am.Applied(new.commit)
@@ -107,8 +107,8 @@ def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, names: li
     tree.set_ref("refs/patches/tip", done.tip)
     tree.set_ref("refs/patches/base", new.commit)
     if tree.head() != done.tip:
-        tree.check_out(done.tip, settings=settings, journal=journal, on_line=lambda line: None)
-    journal.step = None
+        tree.check_out(done.tip, settings=settings, run_log=run_log, on_line=lambda line: None)
+    run_log.step = None
 
 
 def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) -> None:

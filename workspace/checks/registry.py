@@ -29,13 +29,13 @@ _REBUILD = "./scripts/inv rebuild   # compiles for the GPU that is here"
 @dataclass(frozen=True)
 class Entry:
     meaning: str
-    cure: str
+    hint: str
     level: Level = "quick"
     need: Need | None = None
 
 
 # In the order in which they are shown. What explains the others comes first: the cure of the first that failed is the hint.
-CATALOGUE: Mapping[str, Entry] = {
+REGISTRY: Mapping[str, Entry] = {
     "provenance.libraries": Entry("every compiled library is, by size and SHA-256, the one that this build or its donor brought, and none is left over", _ANEW),
     "binary.load": Entry("every compiled library is whole and loads with all symbols bound, each in a process of its own", _ANEW),
     "binary.cubins": Entry("every compiled library holds code for this GPU", _REBUILD, need="architectures"),
@@ -77,7 +77,7 @@ CATALOGUE: Mapping[str, Entry] = {
 
 def chosen(level: Level, *, has_model: bool) -> tuple[str, ...]:
     """The identifiers of a level, in their order."""
-    return tuple(name for name, entry in CATALOGUE.items() if level in ("full", entry.level) and (has_model or name != "parity.model"))
+    return tuple(name for name, entry in REGISTRY.items() if level in ("full", entry.level) and (has_model or name != "parity.model"))
 
 
 Verdict = Literal["pass", "fail", "skipped"]
@@ -96,7 +96,7 @@ class Check:
 
     @property
     def meaning(self) -> str:
-        return CATALOGUE[self.identifier].meaning
+        return REGISTRY[self.identifier].meaning
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def tree(before: object, after: object, seconds: float) -> Check:
 
 def settled(check: Check, *, lacks: frozenset[Need]) -> Check:
     """A check may be skipped only where the machine lacks what it needs."""
-    need = CATALOGUE[check.identifier].need
+    need = REGISTRY[check.identifier].need
     if check.verdict != "skipped" or need in lacks:
         return check
     return Check(check.identifier, "fail", f"skipped on a machine that has what it needs: {check.evidence}", check.seconds)

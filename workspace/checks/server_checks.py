@@ -20,7 +20,7 @@ from workspace.checks.http_checks import Reply, Row
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, judged
 from workspace.core.errors import ServeError, WorkspaceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.server import flags, lifecycle, observation, process_tree
 from workspace.server.observation import Address, Server, find, is_alive
@@ -83,7 +83,7 @@ def failed(why: str, seconds: float, names: tuple[str, ...] = CHECKS) -> tuple[C
     return tuple(judged(f"server.{name}", [why], "", seconds if name == names[0] else 0.0) for name in names)
 
 
-def run(place: Path, what: Subject, *, journal: Journal) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+def run(place: Path, what: Subject, *, run_log: RunLog) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Start the server below `place`, ask it, stop it. Return the verdicts, and the stacks of what hung."""
     started = time.monotonic()
     if not what.rows or any(len(row.named(TOKENS)) <= STOP_WORD for row in what.rows):
@@ -102,9 +102,9 @@ def run(place: Path, what: Subject, *, journal: Journal) -> tuple[tuple[Check, .
         raise
     said = there.log.read_text(encoding="utf-8", errors="replace")
     if any(check.verdict == "fail" for check in found):
-        journal.phase("server")
+        run_log.phase("server")
         for line in (*watch.seen, *said.splitlines()[-KEPT_LOG_LINES:]):
-            journal.write(line)
+            run_log.write(line)
     return tuple(found), watch.told(said)
 
 

@@ -6,12 +6,12 @@ import shlex
 import time
 from pathlib import Path
 
-from workspace.checks.registry import CATALOGUE, Check, Level
+from workspace.checks.registry import REGISTRY, Check, Level
 from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo.git import Git, repository
@@ -41,12 +41,12 @@ def smoke(
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     expected = smoke_suite.expect(layout, observed)
-    asked = smoke_suite.Asked(level, model, timeout_s, is_fail_fast)
+    options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
     # What is judged must not change meanwhile.
-    with lock.hold(layout.lock, verb="nox -s smoke") as held, Journal(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as journal:
+    with lock.hold(layout.lock, verb="nox -s smoke") as held, RunLog(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as run_log:
         tree = registry.tree_of(layout, observed)
         checks, parity = smoke_suite.run(
-            layout, settings, expected, asked, journal=journal, look=lambda: registry.tree_of(layout, plan.observe(layout, settings))
+            layout, settings, expected, options, run_log=run_log, look=lambda: registry.tree_of(layout, plan.observe(layout, settings))
         )
         document = registry.compose(
             checks,
@@ -61,7 +61,7 @@ def smoke(
         console.data(text)
         if json_file:
             write_atomic(json_file, f"{text}\n".encode())
-        judge(checks, log=layout.relative(journal.path) if journal.path else None)
+        judge(checks, log=layout.relative(run_log.path) if run_log.path else None)
     console.say(f"smoke passed in {time.monotonic() - started:.1f} s")
 
 
@@ -69,7 +69,7 @@ def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
     """Raise SmokeError with one line for each failed check, and the way on from the most telling one."""
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        hint = next(entry.cure for name, entry in CATALOGUE.items() if any(check.identifier == name for check in failed))
+        hint = next(entry.hint for name, entry in REGISTRY.items() if any(check.identifier == name for check in failed))
         message = f"{len(failed)} of {len(checks)} checks failed: {', '.join(check.identifier for check in failed)}"
         lines = tuple(f"{check.identifier}: {check.evidence}" for check in failed)
         raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))

@@ -18,7 +18,7 @@ from workspace.compile import device_code
 from workspace.core import process
 from workspace.core.console import State
 from workspace.core.errors import BuildError, SmokeError, SourceError, ToolchainError, WorkspaceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
@@ -48,7 +48,7 @@ COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
 
 
 @dataclass(frozen=True)
-class Asked:
+class SmokeOptions:
     """What the user wants judged. `model` is tiny, smollm2, a folder, or a name on the hub whose files are on disk; `timeout_s` bounds each probe.
 
     `is_fail_fast` stops after the first probe of which a check failed.
@@ -73,18 +73,18 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
 
 
 def run(
-    layout: Layout, settings: Settings, expected: Expected, asked: Asked, *, journal: Journal, look: Callable[[], object]
+    layout: Layout, settings: Settings, expected: Expected, options: SmokeOptions, *, run_log: RunLog, look: Callable[[], object]
 ) -> tuple[tuple[Check, ...], Mapping[str, object]]:
     """Return the verdicts, each shown as it falls, and the parity probe's document for the record. `look` returns what of the tree must not change."""
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        suite = _Suite(layout, settings, expected, asked, Path(neutral), journal)
-        for part in (suite.binary, suite.kernels, suite.compare, *((suite.serve, suite.more) if asked.level == "full" else ())):
+        suite = _Suite(layout, settings, expected, options, Path(neutral), run_log)
+        for part in (suite.binary, suite.kernels, suite.compare, *((suite.serve, suite.more) if options.level == "full" else ())):
             part()
-            if asked.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
+            if options.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
                 return tuple(suite.checks), suite.document
     suite.found(lambda: (registry.tree(before, look(), 0.0),), "provenance.tree")
-    missing = set(chosen(asked.level, has_model=asked.model != "tiny")) - {check.identifier for check in suite.checks}
+    missing = set(chosen(options.level, has_model=options.model != "tiny")) - {check.identifier for check in suite.checks}
     assert not missing, f"no verdict for {missing}"
     return tuple(suite.checks), suite.document
 
@@ -92,8 +92,8 @@ def run(
 class _Suite:
     """One run: the probes that it asks, and the checks that have their verdict."""
 
-    def __init__(self, layout: Layout, settings: Settings, expected: Expected, asked: Asked, folder: Path, journal: Journal) -> None:
-        self._layout, self._settings, self._expected, self._asked, self._folder, self._journal = layout, settings, expected, asked, folder, journal
+    def __init__(self, layout: Layout, settings: Settings, expected: Expected, options: SmokeOptions, folder: Path, run_log: RunLog) -> None:
+        self._layout, self._settings, self._expected, self._options, self._folder, self._run_log = layout, settings, expected, options, folder, run_log
         self._lacks: frozenset[Need] = frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
         self.checks: list[Check] = []
         self.document: Mapping[str, object] = {}
@@ -102,11 +102,11 @@ class _Suite:
 
     def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
         """Show a spinner while something is judged, then a row for each verdict."""
-        with self._journal.console.step(first.ljust(NAME_WIDTH)) as view:
+        with self._run_log.console.step(first.ljust(NAME_WIDTH)) as view:
             done = self._with_stacks([registry.settled(check, lacks=self._lacks) for check in judge()])
             view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
         for check in done[1:]:
-            self._journal.console.row(_STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence)
+            self._run_log.console.row(_STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence)
         self.checks += done
 
     def _with_stacks(self, done: list[Check]) -> list[Check]:
@@ -133,7 +133,7 @@ class _Suite:
 
     def compare(self) -> None:
         """Parity of the tiny models, consistency of one of them, and whose vLLM it was that spoke."""
-        names: list[models.Architecture] = ["llama", "qwen3", *(["mixtral"] if self._asked.level == "full" else [])]  # type: ignore[list-item]
+        names: list[models.Architecture] = ["llama", "qwen3", *(["mixtral"] if self._options.level == "full" else [])]  # type: ignore[list-item]
 
         def judge() -> tuple[Check, ...]:
             answer, folders = self._tiny(names)
@@ -144,7 +144,7 @@ class _Suite:
             return *parity, *same, registry.provenance(answer, self._expected)
 
         self.found(judge, "parity.llama")
-        if self._asked.model != "tiny":
+        if self._options.model != "tiny":
             self.found(self._named, "parity.model")
 
     def serve(self) -> None:
@@ -153,13 +153,13 @@ class _Suite:
         def judge() -> tuple[Check, ...]:
             started = time.monotonic()
             try:
-                model = models.tiny(self._layout, self._settings, journal=self._journal)
+                model = models.tiny(self._layout, self._settings, run_log=self._run_log)
                 environment = built_environment(self._layout, self._settings, more={**ENVIRONMENT, **server_checks.ENVIRONMENT})
                 wanted = {"version": self._expected.version, "device": self._expected.device}
-                what = server_checks.subject(self._layout, environment, model, **wanted, rows=self._offline(), limit_s=self._asked.timeout_s)
+                what = server_checks.subject(self._layout, environment, model, **wanted, rows=self._offline(), limit_s=self._options.timeout_s)
             except WorkspaceError as exc:
                 return server_checks.failed(exc.message, time.monotonic() - started)
-            found, told = server_checks.run(self._layout.state / "smoke-server", what, journal=self._journal)
+            found, told = server_checks.run(self._layout.state / "smoke-server", what, run_log=self._run_log)
             self._stacks += told
             return found
 
@@ -196,20 +196,20 @@ class _Suite:
         folders: dict[str, str] = dict.fromkeys(names, "")
 
         def ask() -> Answer:
-            folders.update({name: str(models.tiny(self._layout, self._settings, journal=self._journal, architecture=name)) for name in names})
+            folders.update({name: str(models.tiny(self._layout, self._settings, run_log=self._run_log, architecture=name)) for name in names})
             return self._parity(folders, "tiny", "--consistency", "llama")
 
-        self._journal.phase("tiny models")
+        self._run_log.phase("tiny models")
         return _made(ask), folders
 
     def _named(self) -> tuple[Check, ...]:
-        folders = {"model": self._asked.model}
+        folders = {"model": self._options.model}
 
         def ask(folder: str) -> Answer:
             folders["model"] = folder
             return self._parity(folders, "model")
 
-        answer = self._with_smollm2(ask) if self._asked.model == "smollm2" else ask(self._asked.model)
+        answer = self._with_smollm2(ask) if self._options.model == "smollm2" else ask(self._options.model)
         return self._twice(answer, folders, "model")
 
     def _twice(self, answer: Answer, folders: Mapping[str, str], round_name: str) -> tuple[Check, ...]:
@@ -240,7 +240,7 @@ class _Suite:
         rows = self._said("tiny").vllm
         if not rows.is_file():
             return registry.judged("consistency.compiled", ["there is no answer of the eager engine to compare with"], "", 0.0)
-        model = models.tiny(self._layout, self._settings, journal=self._journal)
+        model = models.tiny(self._layout, self._settings, run_log=self._run_log)
         words = (f"--model=llama={model}", "--compiled", "--against", str(rows), "--device", self._expected.device)
         return numeric.parity(self._ask("parity.py", *words, environment=COMPILED), "llama", "consistency.compiled")
 
@@ -249,7 +249,7 @@ class _Suite:
             return Check("parity.gpt-oss", "skipped", "vLLM's MXFP4 kernel for CPUs wants AMX, which this one lacks", 0.0)
 
         def ask() -> Answer:
-            folder = models.tiny(self._layout, self._settings, journal=self._journal, architecture="gpt-oss")
+            folder = models.tiny(self._layout, self._settings, run_log=self._run_log, architecture="gpt-oss")
             # Hugging Face in float32: what vLLM's kernels round, which take bfloat16 only, is enough.
             return self._parity({"gpt-oss": str(folder)}, "gpt-oss", "--dtype", "bfloat16")
 
@@ -260,11 +260,11 @@ class _Suite:
         return http_checks.offline(numeric.rows_again(self._said("tiny").vllm, "llama"))
 
     def _with_smollm2(self, ask: Callable[[str], Answer]) -> Answer:
-        return _made(lambda: ask(str(models.smollm2(self._layout, self._settings, journal=self._journal))))
+        return _made(lambda: ask(str(models.smollm2(self._layout, self._settings, run_log=self._run_log))))
 
     def _ask(self, probe: str, *words: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
         """Run a probe in a neutral folder, where no import can come from by accident."""
-        started, patience_s = time.monotonic(), self._asked.timeout_s
+        started, patience_s = time.monotonic(), self._options.timeout_s
         # What the shell says of torch's threads and vLLM's caches goes in, what it says of these does not.
         variables = built_environment(self._layout, self._settings, more={**environment, LIMIT: f"{OWN_SHARE * patience_s:g}"})
         argv: list[process.Argument] = [self._layout.environment_python, self._layout.probes / probe, *words]
@@ -277,10 +277,10 @@ class _Suite:
         problem = _late(probe, patience_s) if watch.has_fired else problem
         if problem or "error" in done.stdout:
             self._stacks += watch.told(done.stderr)
-            self._journal.phase(probe)
-            self._journal.write(shlex.join([str(word) for word in argv]))
+            self._run_log.phase(probe)
+            self._run_log.write(shlex.join([str(word) for word in argv]))
             for line in (*watch.seen, *done.stderr.splitlines()):
-                self._journal.write(line)
+                self._run_log.write(line)
         return Answer(record, problem, time.monotonic() - started)
 
 

@@ -12,7 +12,7 @@ from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
@@ -32,7 +32,7 @@ _STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skippe
 
 
 @dataclass(frozen=True)
-class Asked:
+class UpstreamOptions:
     """What the user wants. `all_of` are paths taken as if they had changed; `words` go to pytest; `timeout_s` bounds each of its runs.
 
     `try_all` also runs what upstream runs on GPUs only, `is_online` lets tests ask the hub.
@@ -80,14 +80,14 @@ class Result:
         return "upstream's tests: " + ", ".join([*counted, *([f"{files} of {len(self.checks)} files not run here"] if files else [])])
 
 
-def select(layout: Layout, observed: plan.Observation, asked: Asked, known: Rules) -> Selection:
+def select(layout: Layout, observed: plan.Observation, options: UpstreamOptions, known: Rules) -> Selection:
     """Look what differs from the pin and decide. Raises CheckoutError without a checkout, SettingsError for a path that is not there."""
     base = observed.checkout.base
     if base is None:
         raise CheckoutError(f"vendor/vllm is {observed.checkout.detail}", hint="./scripts/inv bootstrap")
     changed = repository.differing(Git(layout.vllm), base, new_below=SOURCES, is_wanted=lambda path: not path.endswith(".pyc"))
-    if asked.all_of:
-        chosen, named = _named(layout, asked.all_of)
+    if options.all_of:
+        chosen, named = _named(layout, options.all_of)
         found = upstream_selection.find(layout.vllm, chosen, known)
         tests = dict.fromkeys(named, "named on the command line") | {test.path: test.why for test in found.tests if test.path not in named}
         found = Reach(tuple(Reached(path, why) for path, why in tests.items()), found.unreached)
@@ -95,7 +95,7 @@ def select(layout: Layout, observed: plan.Observation, asked: Asked, known: Rule
         chosen, found = changed, upstream_selection.find(layout.vllm, changed, known)
     lists = upstream_selection.cpu_lists(layout.vllm)
     decisions = {
-        test.path: upstream_selection.decide_runnable(layout.vllm, test.path, lists, known, device=observed.device, try_all=asked.try_all)
+        test.path: upstream_selection.decide_runnable(layout.vllm, test.path, lists, known, device=observed.device, try_all=options.try_all)
         for test in found.tests
     }
     return Selection(base, changed, chosen, found, decisions)
@@ -125,12 +125,12 @@ def show(selection: Selection, console: Console) -> None:
         console.data(f"{'none':<6}{one.path}  {one.why}")
 
 
-def run_tests(layout: Layout, settings: Settings, observed: plan.Observation, selection: Selection, asked: Asked, known: Rules, *, journal: Journal) -> Result:
+def run_tests(layout: Layout, settings: Settings, observed: plan.Observation, selection: Selection, options: UpstreamOptions, known: Rules, *, run_log: RunLog) -> Result:
     """Run what runs here and judge each test file, each shown."""
-    with journal.console.step("test requirements".ljust(NAME_WIDTH)) as view:
-        journal.phase("test requirements", view)
-        site, view.reason = upstream_pinned.install_needs(layout, settings, known, device=observed.device, journal=journal)
-    runner = _Runner(layout, settings, site, asked, journal)
+    with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
+        run_log.phase("test requirements", view)
+        site, view.reason = upstream_pinned.install_needs(layout, settings, known, device=observed.device, run_log=run_log)
+    runner = _Runner(layout, settings, site, options, run_log)
     outcomes = runner.all_of(selection)
     failed = tuple(one for one in outcomes if one.state == "failed")
     there: tuple[upstream_trial.Outcome, ...] | None = None
@@ -139,18 +139,18 @@ def run_tests(layout: Layout, settings: Settings, observed: plan.Observation, se
         there, compared = runner.on_the_pin(failed, selection), "; on the pin they pass, or are not there"
     elif failed:
         compared = "; not compared with the pin, from whose compiled sources yours differ"
-    found = upstream_trial.sort(outcomes, there, is_online=asked.is_online)
+    found = upstream_trial.sort(outcomes, there, is_online=options.is_online)
     checks = upstream_trial.checks(selection.reach.tests, selection.decisions, found)
     for check in checks:
-        journal.console.row(_STATES[check.verdict], f"{check.identifier} ".ljust(NAME_WIDTH), f"{check.evidence}  {check.seconds:.1f} s")
+        run_log.console.row(_STATES[check.verdict], f"{check.identifier} ".ljust(NAME_WIDTH), f"{check.evidence}  {check.seconds:.1f} s")
     return Result(checks, found, compared)
 
 
 class _Runner:
     """What all runs of pytest share."""
 
-    def __init__(self, layout: Layout, settings: Settings, site: Path, asked: Asked, journal: Journal) -> None:
-        self._layout, self._settings, self._site, self._asked, self._journal = layout, settings, site, asked, journal
+    def __init__(self, layout: Layout, settings: Settings, site: Path, options: UpstreamOptions, run_log: RunLog) -> None:
+        self._layout, self._settings, self._site, self._options, self._run_log = layout, settings, site, options, run_log
 
     def all_of(self, selection: Selection) -> tuple[upstream_trial.Outcome, ...]:
         outcomes: tuple[upstream_trial.Outcome, ...] = ()
@@ -163,29 +163,29 @@ class _Runner:
         """What becomes on the pin of the tests that failed; those that are known to ask the hub there are not asked again."""
         there = failed
         if selection.changed:
-            known = frozenset() if self._asked.is_online else upstream_pinned.hub_tests(self._layout, selection.base)
+            known = frozenset() if self._options.is_online else upstream_pinned.hub_tests(self._layout, selection.base)
             there = tuple(one for one in failed if one.asks_hub and one.node in known)
             with upstream_pinned.tree(self._layout, selection.base) as folder:
                 files, words = upstream_pinned.again([one for one in failed if one not in there], folder)
                 # The user's -x would leave tests out, and they would count as passed there.
                 there += self._run("the same on the pin", folder, files, ("--maxfail=0", *words)) if files else ()
-        if not self._asked.is_online:
+        if not self._options.is_online:
             upstream_pinned.keep_hub_tests(self._layout, selection.base, there)
         return there
 
     def _run(self, title: str, tree: Path, files: Sequence[str], words: tuple[str, ...]) -> tuple[upstream_trial.Outcome, ...]:
-        more = {**ENVIRONMENT, **({} if self._asked.is_online else OFFLINE)}
+        more = {**ENVIRONMENT, **({} if self._options.is_online else OFFLINE)}
         # The pin's tree goes before the editable install.
         more["PYTHONPATH"] = ":".join(str(path) for path in ((self._site,) if tree == self._layout.vllm else (tree, self._site)))
         variables = built_environment(self._layout, self._settings, more=more)
         place = upstream_trial.Place(tree, self._layout.environment_python, variables, upstream_pinned.needs_folder(self._layout) / "chosen.txt")
-        with self._journal.console.step(title.ljust(NAME_WIDTH)) as view:
-            self._journal.phase(title, view)
+        with self._run_log.console.step(title.ljust(NAME_WIDTH)) as view:
+            self._run_log.phase(title, view)
             # On the pin ours come last, and so hold; else the user's do.
-            said = (*words, *self._asked.words) if tree == self._layout.vllm else (*self._asked.words, *words)
-            outcomes = upstream_trial.run(place, files, said, timeout_s=self._asked.timeout_s, journal=self._journal)
+            said = (*words, *self._options.words) if tree == self._layout.vllm else (*self._options.words, *words)
+            outcomes = upstream_trial.run(place, files, said, timeout_s=self._options.timeout_s, run_log=self._run_log)
             view.reason = f"{len(files)} files, {len(outcomes)} tests"
-        self._journal.step = None
+        self._run_log.step = None
         return outcomes
 
 
@@ -225,7 +225,7 @@ RECORD = "upstream.json"
 _CHOOSE = "./scripts/nox -s upstream -- --all-of vllm/sampling_params.py    runs what a file, or a folder, would reach; --all-of tests/config runs these"
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, json_file: Path | None, is_list: bool) -> None:
+def run(layout: Layout, settings: Settings, options: UpstreamOptions, *, console: Console, json_file: Path | None, is_list: bool) -> None:
     """Run vLLM's own tests that the change reaches; print and keep the record. Raises SmokeError where one fails, or nothing is built."""
     from workspace.checks import registry as smoke_record
     from workspace.checks import upstream_selection
@@ -237,7 +237,7 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, j
     observed = plan.observe(layout, settings) if is_list else require_built(layout, settings)
     if not is_list:
         check.require(layout, settings, console=console, device=observed.device)
-    selection = select(layout, observed, asked, known)
+    selection = select(layout, observed, options, known)
     if not selection.chosen and not selection.reach.tests:
         console.say(f"vendor/vllm is as {observed.pin.tag} is: there is no change that a test could reach\n{_CHOOSE}")
         return
@@ -250,9 +250,9 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, j
         console.say(f"what was changed reaches none of upstream's tests; ./scripts/nox -s smoke judges what they do not\n{_CHOOSE}")
         return
     # What is judged must not change meanwhile.
-    with lock.hold(layout.lock, verb="nox -s upstream") as held, Journal(console, layout.logs, verb="upstream", secrets=settings.secrets, held=held) as journal:
+    with lock.hold(layout.lock, verb="nox -s upstream") as held, RunLog(console, layout.logs, verb="upstream", secrets=settings.secrets, held=held) as run_log:
         tree = smoke_record.tree_of(layout, observed)
-        result = run_tests(layout, settings, observed, selection, asked, known, journal=journal)
+        result = run_tests(layout, settings, observed, selection, options, known, run_log=run_log)
         if smoke_record.tree_of(layout, plan.observe(layout, settings)) != tree:
             raise SmokeError("vendor/vllm was changed while it was judged", hint="./scripts/nox -s upstream")
         seconds = time.monotonic() - started
@@ -261,5 +261,5 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, j
         console.data(text)
         if json_file:
             write_atomic(json_file, f"{text}\n".encode())
-        judge(result, log=layout.relative(journal.path) if journal.path else None)
+        judge(result, log=layout.relative(run_log.path) if run_log.path else None)
     console.say(f"{result.said} in {time.monotonic() - started:.1f} s")

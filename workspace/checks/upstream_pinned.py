@@ -16,7 +16,7 @@ from pathlib import Path
 from workspace.checks.upstream_selection import Rules
 from workspace.checks.upstream_trial import Outcome
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import COMPILED_SOURCES
@@ -32,7 +32,7 @@ def needs_folder(layout: Layout) -> Path:
     return layout.state / "upstream-tests"
 
 
-def install_needs(layout: Layout, settings: Settings, known: Rules, *, device: str, journal: Journal) -> tuple[Path, str]:
+def install_needs(layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog) -> tuple[Path, str]:
     """Return the folder for PYTHONPATH, and a word on it. Where it is there nothing is installed, and no index is asked.
 
     Raises SourceError where the index cannot be reached or lacks a version, and BuildError.
@@ -52,7 +52,7 @@ def install_needs(layout: Layout, settings: Settings, known: Rules, *, device: s
     new.mkdir(parents=True)
     barred = tuple(f"{name} ; {_NEVER}" for name in there)
     if wanted:
-        interpreter.install(layout, settings, ["--target", str(new), *wanted], journal=journal, constraints=pinned, overrides=barred)
+        interpreter.install(layout, settings, ["--target", str(new), *wanted], run_log=run_log, constraints=pinned, overrides=barred)
     # uv syncs nothing; after a power cut the name would stand over empty files.
     os.sync()
     new.rename(folder)

@@ -20,7 +20,7 @@ from workspace.checks.upstream_selection import Decision, Reached
 from workspace.core import process
 from workspace.core.errors import SmokeError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 
 # Seconds for one test: upstream's slowest on a CPU take one minute on two cores. Words after -- may say otherwise.
 TEST_TIMEOUT_S = 300
@@ -60,7 +60,7 @@ class _OutOfTime(Exception):
     pass
 
 
-def run(place: Place, files: Sequence[str], words: Sequence[str], *, timeout_s: float, journal: Journal) -> tuple[Outcome, ...]:
+def run(place: Place, files: Sequence[str], words: Sequence[str], *, timeout_s: float, run_log: RunLog) -> tuple[Outcome, ...]:
     """Run the tests of these files, relative to the tree; `words` go to pytest as they are.
 
     Raises SmokeError where pytest itself fails, whatever it has reported until then, and where it has not ended after `timeout_s` seconds: nothing of it
@@ -80,18 +80,18 @@ def run(place: Place, files: Sequence[str], words: Sequence[str], *, timeout_s: 
         trouble: SmokeError | None = None
         try:
             with _limited(timeout_s):
-                process.run(argv, env=variables, cwd=place.tree / "tests", journal=journal, failure=SmokeError, hint="the words after -- go to pytest")
+                process.run(argv, env=variables, cwd=place.tree / "tests", run_log=run_log, failure=SmokeError, hint="the words after -- go to pytest")
         except _OutOfTime:
             raise SmokeError(
                 f"upstream's tests had not ended after {timeout_s:g} s and were ended",
                 hint="--timeout-s says how long they may take; -- -k WORD runs fewer of them",
-                details=(f"log: {journal.path}",),
+                details=(f"log: {run_log.path}",),
             ) from None
         except SmokeError as exc:
             # A status other than 0 is also what failed tests give, or none that were collected.
             trouble = exc
         if not report.is_file():
-            raise trouble or SmokeError("pytest wrote no report", hint=f"less {journal.path}")
+            raise trouble or SmokeError("pytest wrote no report", hint=f"less {run_log.path}")
         outcomes = read(report.read_bytes(), place.tree)
     is_explained = any(one.state == "failed" for one in outcomes) or (not outcomes and _NOTHING_TO_RUN.match(str(trouble)))
     if trouble and (_FAILED_ITSELF.match(str(trouble)) or not is_explained):

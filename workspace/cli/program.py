@@ -111,7 +111,7 @@ def program() -> Program:
         verbs.drop_caches,
     )
     namespace.add_collection(Collection("patch", patch.status, patch.apply, patch.unapply, patch.export, patch.import_, patch.continue_))
-    namespace.add_collection(Collection("pin", verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_back))
+    namespace.add_collection(Collection("pin", verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback))
     namespace.add_collection(Collection("env", verbs.env_check, verbs.env_init, verbs.env_export))
     namespace.add_collection(Collection("serve", verbs.serve, verbs.serve_status, verbs.serve_logs, verbs.serve_stop, verbs.serve_list, verbs.serve_fetch))
     namespace.add_collection(Collection("bench", verbs.bench_list, verbs.bench_compare, verbs.bench_report))

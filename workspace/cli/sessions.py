@@ -72,11 +72,11 @@ def upstream_session(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(ours)
     _require_timeout(parser, arguments.timeout_s)
-    asked = upstream.Asked(tuple(arguments.all_of), tuple(for_pytest), arguments.timeout_s, arguments.try_all, arguments.online)
+    options = upstream.UpstreamOptions(tuple(arguments.all_of), tuple(for_pytest), arguments.timeout_s, arguments.try_all, arguments.online)
     layout = layouts.here()
 
     def work() -> None:
-        upstream.run(layout, main.load_settings(layout), asked, console=main.console(), json_file=arguments.json, is_list=arguments.list)
+        upstream.run(layout, main.load_settings(layout), options, console=main.console(), json_file=arguments.json, is_list=arguments.list)
 
     return main.run(work)
 
@@ -101,11 +101,11 @@ def bench_session(argv: Sequence[str]) -> int:
         parser.error("--label is of letters, digits, dot, dash, plus and underscore, at most 64")
     if arguments.sweep and arguments.kind != "serve":
         parser.error("--sweep is for serve")
-    asked = measure.Asked(arguments.kind, arguments.model, arguments.label, arguments.repeat, arguments.sweep, tuple(for_vllm))
+    options = measure.BenchOptions(arguments.kind, arguments.model, arguments.label, arguments.repeat, arguments.sweep, tuple(for_vllm))
     layout = layouts.here()
 
     def work() -> None:
-        measure.run(layout, main.load_settings(layout), asked, console=main.console())
+        measure.run(layout, main.load_settings(layout), options, console=main.console())
 
     return main.run(work)
 
@@ -113,7 +113,7 @@ def bench_session(argv: Sequence[str]) -> int:
 def ab_session(argv: Sequence[str]) -> int:
     """Measure the working tree and a base alternately, and judge."""
     from workspace.bench import ab, ab_trees, compare, subject
-    from workspace.bench.ab import Asked
+    from workspace.bench.ab import AbOptions
     from workspace.bench.compare import FACTOR, MIN_STARTS
 
     ours, for_vllm = _split(argv)
@@ -127,7 +127,7 @@ def ab_session(argv: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=int, default=MIN_STARTS, metavar="N", help=f"starts of each arm (default and at least {MIN_STARTS})")
     parser.add_argument("--factor", default=f"{FACTOR * 100:g}", metavar="PERCENT", help=f"a change up to this does not count (default {FACTOR * 100:g})")
     parser.add_argument("--each-patch", action="store_true", help="leave one patch out at a time, and say what each costs")
-    parser.add_argument("--busy", action="store_true", help="measure although something else uses the machine")
+    parser.add_argument("--allow-busy", action="store_true", help="measure although something else uses the machine")
     arguments = parser.parse_args(ours)
     if not MIN_STARTS <= arguments.repeat <= MOST_REPEATS:
         parser.error(f"--repeat is a number from {MIN_STARTS} to {MOST_REPEATS}: fewer starts decide nothing")
@@ -137,8 +137,8 @@ def ab_session(argv: Sequence[str]) -> int:
 
     def work() -> None:
         factor = compare.parsed_factor(arguments.factor)
-        asked = Asked(arguments.kind, arguments.base, arguments.model, arguments.repeat, factor, arguments.each_patch, arguments.busy, tuple(for_vllm))
-        ab.run(layout, main.load_settings(layout), asked, console=main.console())
+        options = AbOptions(arguments.kind, arguments.base, arguments.model, arguments.repeat, factor, arguments.each_patch, arguments.allow_busy, tuple(for_vllm))
+        ab.run(layout, main.load_settings(layout), options, console=main.console())
 
     return main.run(work)
 
@@ -146,10 +146,10 @@ def ab_session(argv: Sequence[str]) -> int:
 def bisect_session(argv: Sequence[str]) -> int:
     """Find the upstream commit, or the patch, that turned good into bad."""
     from workspace.bench import bisect
-    from workspace.bench.bisect_log import Asked
+    from workspace.bench.bisect_log import BisectOptions
     from workspace.bench.compare import FACTOR
 
-    timeout_s = Asked("").timeout_s
+    timeout_s = BisectOptions("").timeout_s
     description = "Find the upstream commit, or the patch, that turned good into bad. The same command goes on with a bisect that was ended."
     epilog = "A command's exit code: 0 good, 125 neither, 1 to 127 bad; anything above stops the bisect."
     parser = argparse.ArgumentParser(prog="nox -s bisect --", description=description, epilog=epilog)
@@ -173,8 +173,8 @@ def bisect_session(argv: Sequence[str]) -> int:
         if arguments.abort:
             bisect.abort(layout, console=main.console())
             return
-        asked = Asked(arguments.run, arguments.good, arguments.bad, arguments.patches, arguments.timeout_s, arguments.factor)
-        bisect.run(layout, main.load_settings(layout), asked, folder=Path.cwd(), json_file=arguments.json, console=main.console())
+        options = BisectOptions(arguments.run, arguments.good, arguments.bad, arguments.patches, arguments.timeout_s, arguments.factor)
+        bisect.run(layout, main.load_settings(layout), options, folder=Path.cwd(), json_file=arguments.json, console=main.console())
 
     return main.run(work)
 

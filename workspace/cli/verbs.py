@@ -57,8 +57,8 @@ def rebuild(
     settings = main.load_settings(here, flags={"KERNELS": kernels})
     from workspace.install import rebuild as verb
 
-    asked = verb.Asked(jobs=jobs, memory=memory, targets=tuple(target or ()), clean=clean, plan_only=plan, as_json=json)
-    verb.run(here, settings, asked, console=main.console(), wait=wait)
+    options = verb.RebuildOptions(jobs=jobs, memory=memory, targets=tuple(target or ()), clean=clean, plan_only=plan, as_json=json)
+    verb.run(here, settings, options, console=main.console(), wait=wait)
 
 
 @task(
@@ -77,9 +77,9 @@ def fix_triton(_: Context, from_source: bool = False, ref: str | None = None, jo
     from workspace.bump import triton as pin
     from workspace.install import triton_fix as verb
 
-    asked = verb.Asked(check=check, from_source=from_source, ref=ref, jobs=jobs)
+    options = verb.FixOptions(check=check, from_source=from_source, ref=ref, jobs=jobs)
     provide = lambda: pin.move(here, settings, console=main.console(), wait=wait)  # noqa: E731
-    verb.run(here, settings, asked, console=main.console(), provide=provide, wait=wait)
+    verb.run(here, settings, options, console=main.console(), provide=provide, wait=wait)
 
 
 @task(help={"wait": WAIT})
@@ -256,19 +256,19 @@ def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
 @task(
     name="bump",
     positional=["ref"],
-    help={"ref": "a tag of vLLM, or the word triton", "young": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT},
+    help={"ref": "a tag of vLLM, or the word triton", "allow-recent": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT},
 )
-def pin_bump(_: Context, ref: str, young: bool = False, wait: bool = False) -> None:
+def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = False) -> None:
     """Move the pin beside the working tree; promote if green."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import bump
 
-    bump.run(here, settings, ref, console=main.console(), young=young, wait=wait)
+    bump.run(here, settings, ref, console=main.console(), allow_recent=allow_recent, wait=wait)
 
 
-@task(name="back", help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
-def pin_back(_: Context, good: str = "", wait: bool = False) -> None:
+@task(name="rollback", help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
+def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
     """Return to the last good pin, environment included."""
     here = paths.here()
     settings = main.load_settings(here)
@@ -285,17 +285,17 @@ def pin_back(_: Context, good: str = "", wait: bool = False) -> None:
         "recipe": "a recipe, a model on the hub, or a folder; flags of vllm serve stand after --",
         "dry-run": "print environment and command line; start nothing",
         "detach": "return when it is ready; it outlives the terminal",
-        "i-know": "open to others without a key, or short of memory: go on",
+        "force": "open to others without a key, or short of memory: go on",
     },
 )
-def serve(_: Context, recipe: str, dry_run: bool = False, detach: bool = False, i_know: bool = False) -> None:
+def serve(_: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False) -> None:
     """Serve a recipe or a model; vLLM's own flags after --."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import start
 
-    asked = start.Asked(recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, knows=i_know)
-    start.run(here, settings, asked, console=main.console())
+    options = start.ServeOptions(recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, force=force)
+    start.run(here, settings, options, console=main.console())
 
 
 @task(name="status", help={"json": JSON})

@@ -21,7 +21,7 @@ from workspace.compile.tree_files import State
 from workspace.core import process
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain
@@ -33,7 +33,7 @@ _FUNCTION = re.compile(r"^\s*CUresult\s+(cu[A-Z]\w*)\s*\(", re.MULTILINE)
 _SYSTEM_LIBRARIES = ("/usr/lib/*", "/usr/lib64", "/usr/lib/*/nvidia/current", "/usr/local/lib", "/lib/*")
 
 
-def toolkit_arguments(layout: Layout, settings: Settings, build: Path, *, journal: Journal) -> tuple[str, ...]:
+def toolkit_arguments(layout: Layout, settings: Settings, build: Path, *, run_log: RunLog) -> tuple[str, ...]:
     """Return arguments for CMake that name what the toolkit lacks. On a machine without a driver a stub of its library is made in `build`."""
     toolkit = toolchain.find_toolkit(settings)
     if toolkit is None:
@@ -50,7 +50,7 @@ def toolkit_arguments(layout: Layout, settings: Settings, build: Path, *, journa
     if runtime and not any(_libraries(toolkit.home, "libnvrtc.so")):
         found.append(f"-DCUDA_nvrtc_LIBRARY={runtime}")
     if not any(_libraries(toolkit.home, "libcuda.so")) and not any(_system("libcuda.so")):
-        found.append(f"-DCUDA_cuda_driver_LIBRARY={_stub(settings, toolkit.home, build, journal=journal)}")
+        found.append(f"-DCUDA_cuda_driver_LIBRARY={_stub(settings, toolkit.home, build, run_log=run_log)}")
     return tuple(found)
 
 
@@ -62,7 +62,7 @@ def _system(name: str) -> Iterator[Path]:
     return (path for place in _SYSTEM_LIBRARIES for path in Path("/").glob(f"{place[1:]}/{name}"))
 
 
-def _stub(settings: Settings, home: Path, build: Path, *, journal: Journal) -> Path:
+def _stub(settings: Settings, home: Path, build: Path, *, run_log: RunLog) -> Path:
     """A library of the driver's name to link against, with the functions of the toolkit's cuda.h: the real one comes with the driver.
 
     With none of them a linker that keeps only what is used (--as-needed) would leave it out, and what was linked would load nowhere.
@@ -75,7 +75,7 @@ def _stub(settings: Settings, home: Path, build: Path, *, journal: Journal) -> P
         said = process.capture(["cc", "-E", "-P", home / "include" / "cuda.h"], env=environment)
         names = sorted(set(_FUNCTION.findall(said.stdout)))
         write_atomic(source, "".join(f"int {name}(void) {{ return 999; }}\n" for name in names).encode())
-        process.run(["cc", "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", stub, source], env=environment, journal=journal)
+        process.run(["cc", "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", stub, source], env=environment, run_log=run_log)
     return stub
 
 
@@ -121,7 +121,7 @@ def due(build: Path, inputs: Inputs, sources: Mapping[str, str]) -> str | None:
     return reasons[0] + (f" and {len(reasons) - 1} more" if len(reasons) > 1 else "") if reasons else None
 
 
-def configure(layout: Layout, settings: Settings, inputs: Inputs, sources: Mapping[str, str], *, ticket: Path, journal: Journal) -> Project:
+def configure(layout: Layout, settings: Settings, inputs: Inputs, sources: Mapping[str, str], *, ticket: Path, run_log: RunLog) -> Project:
     """Return what CMake would build of the tree at `inputs.place`, having configured where that is due.
 
     Raises BuildError with CMake's own sentence; objects that are there stay, and there is no record then.
@@ -130,7 +130,7 @@ def configure(layout: Layout, settings: Settings, inputs: Inputs, sources: Mappi
     reason = due(build, inputs, sources)
     if reason is None and (known := project.read(build, tree)):
         return known
-    journal.write(f"configure: {reason or 'what CMake said of it cannot be read'}")
+    run_log.write(f"configure: {reason or 'what CMake said of it cannot be read'}")
     former = _recorded(build)
     _begin(build)
     folders, aside = _written_to(tree, inputs.device), layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
@@ -139,7 +139,7 @@ def configure(layout: Layout, settings: Settings, inputs: Inputs, sources: Mappi
     read = tree_files.states(tree, _read_of(tree))
     before, own = tree_files.states(tree, tree_files.sources(tree)), tree_files.states(build, tree_files.headers(build))
     try:
-        said = _run(layout, settings, inputs, sources, build, ticket=ticket, journal=journal)
+        said = _run(layout, settings, inputs, sources, build, ticket=ticket, run_log=run_log)
     finally:
         tree_files.give_back_times(build, tree_files.states(build, tree_files.headers(build)), [own])
         renewed = tree_files.renewed(before, tree_files.states(tree, tree_files.sources(tree)))
@@ -190,10 +190,10 @@ def arguments(layout: Layout, settings: Settings, inputs: Inputs, sources: Mappi
     return ("-G", "Ninja", *(f"-D{name}={text}" for name, text in defined.items()))
 
 
-def _run(layout: Layout, settings: Settings, inputs: Inputs, sources: Mapping[str, str], build: Path, *, ticket: Path, journal: Journal) -> str:
+def _run(layout: Layout, settings: Settings, inputs: Inputs, sources: Mapping[str, str], build: Path, *, ticket: Path, run_log: RunLog) -> str:
     """Configure, with what placeholders turn out to lack made as it shows; return what CMake said."""
     words = [*arguments(layout, settings, inputs, sources, build=build, ticket=ticket)]
-    words += toolkit_arguments(layout, settings, build, journal=journal) if inputs.device == "cuda" else ()
+    words += toolkit_arguments(layout, settings, build, run_log=run_log) if inputs.device == "cuda" else ()
     path = os.pathsep.join([str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")])
     overrides = {name: place for name, place in sources.items() if name.isidentifier()}
     environment = settings.child_environment("build", {"PATH": path, "VLLM_TARGET_DEVICE": inputs.device, **overrides})
@@ -202,14 +202,14 @@ def _run(layout: Layout, settings: Settings, inputs: Inputs, sources: Mapping[st
     for number in range(1, MOST_TRIES + 1):
         said: list[str] = []
         try:
-            process.run(argv, env=environment, journal=journal, on_line=said.append)
+            process.run(argv, env=environment, run_log=run_log, on_line=said.append)
             return "\n".join(said)
         except BuildError as exc:
             text = "\n".join(said)
             absent = externals.complete_placeholder(layout.builds / externals.PLACEHOLDERS, text)
             if not absent or number == MOST_TRIES:
                 raise BuildError(f"the tree cannot be configured: {_sentence(text) or exc.message}", hint=_hint(text), details=exc.details) from exc
-            journal.write(f"made for placeholders: {', '.join(map(str, absent))}")
+            run_log.write(f"made for placeholders: {', '.join(map(str, absent))}")
     raise AssertionError
 
 

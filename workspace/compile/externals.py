@@ -14,7 +14,7 @@ from workspace.core import files, lock
 from workspace.core.console import Step
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo.git import remotes
@@ -151,7 +151,7 @@ def declared(tree: Path, device: str, *, machine: str | None = None) -> tuple[Ex
 
 
 def provide(
-    layout: Layout, settings: Settings, wanted: Collection[External], others: Collection[External], *, journal: Journal, step: Step
+    layout: Layout, settings: Settings, wanted: Collection[External], others: Collection[External], *, run_log: RunLog, step: Step
 ) -> Mapping[str, str]:
     """Have the sources at hand and return, for configure, variable and folder: the user's own, else fetched if `wanted`, else a placeholder.
 
@@ -163,7 +163,7 @@ def provide(
         if own:
             given |= own
         elif external in wanted:
-            given[external.variable] = str(_fetched(settings, external, journal=journal, step=step))
+            given[external.variable] = str(_fetched(settings, external, run_log=run_log, step=step))
         else:
             given[external.variable] = str(_stand_in(layout, external))
     return given
@@ -277,7 +277,7 @@ def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str,
     return {}
 
 
-def _fetched(settings: Settings, external: External, *, journal: Journal, step: Step) -> Path:
+def _fetched(settings: Settings, external: External, *, run_log: RunLog, step: Step) -> Path:
     place = settings.cache / "externals" / external.name.lower() / external.tag.replace("/", "_")
     if _is_there(place, external):
         return place
@@ -288,14 +288,14 @@ def _fetched(settings: Settings, external: External, *, journal: Journal, step: 
             raise SourceError(said, hint=f"rm -rf {place}    and the same command fetches it again")
         if not place.exists():
             with files.folder_beside(place) as made:
-                commit = _clone(made, settings, external, journal=journal, step=step)
+                commit = _clone(made, settings, external, run_log=run_log, step=step)
                 if _COMMIT.fullmatch(external.tag) and commit != external.tag:
                     raise SourceError(f"{external.name}: {external.repository} served {commit[:12]}, asked for was {external.tag[:12]}")
                 files.put_in_place(made, place)
     return place
 
 
-def _clone(made: Path, settings: Settings, external: External, *, journal: Journal, step: Step) -> str:
+def _clone(made: Path, settings: Settings, external: External, *, run_log: RunLog, step: Step) -> str:
     mirror = settings.text("EXTERNALS_MIRROR")
     try:
         return remotes.clone_shallow(
@@ -305,7 +305,7 @@ def _clone(made: Path, settings: Settings, external: External, *, journal: Journ
             submodules=external.submodules,
             mirror=mirror,
             settings=settings,
-            journal=journal,
+            run_log=run_log,
             on_line=lambda line: step.line(f"{external.name}: {line}"),
         )
     except SourceError as exc:

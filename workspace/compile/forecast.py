@@ -28,7 +28,7 @@ class Row:
     units: int
     minutes: float
     peak_gib: float
-    is_whole: bool
+    is_complete: bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def work_out(reached: Sequence[Reached], project: Project, costs: Costs, bounds:
         everything |= expected | link
         of_target = (expected | link).values()
         minutes, peak_gib = sum(cost.seconds for cost in of_target) / _MINUTE_S, max((cost.peak_gib for cost in of_target), default=0.0)
-        rows.append(Row(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_whole))
+        rows.append(Row(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_complete))
     replayed = scheduler.simulate(tuple(everything.values()), bounds)
     names = {one.target for one in reached}
     return RebuildPlan(
@@ -127,7 +127,7 @@ def _sentences(plan: RebuildPlan) -> list[str]:
         )
     else:
         said.append("nothing is to be compiled" if not plan.rows else "nothing is to be compiled: what is reached was compiled before")
-    if not plan.why_not_hybrid and (whole := [row.target for row in plan.rows if row.is_whole and row.units]):
+    if not plan.why_not_hybrid and (whole := [row.target for row in plan.rows if row.is_complete and row.units]):
         said.append(f"{', '.join(whole)}: compiled whole, for a donor brings libraries and no objects; the next change compiles what it reaches")
     if plan.from_donor:
         said.append(f"from the donor: {', '.join(plan.from_donor)}")

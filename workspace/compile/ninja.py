@@ -25,7 +25,7 @@ from workspace.core import process
 from workspace.core.console import Step
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain
@@ -174,7 +174,7 @@ def compile(
     jobs: Jobs,
     memory: Memory,
     units: Sequence[Unit],
-    journal: Journal,
+    run_log: RunLog,
     step: Step,
     keep_going: bool = False,
 ) -> Compiled:
@@ -186,11 +186,11 @@ def compile(
     if not targets:
         return Compiled((), 0.0, None, ())
     for sentence in mend(build):
-        journal.console.warn(sentence)
+        run_log.console.warn(sentence)
     planned = tuple(unit for unit in (unit_at(one.object) for one in units) if unit)
     argv: list[process.Argument] = [find(layout, settings), "-C", build, f"-j{bounds.visible(len(planned), jobs)}", *(["-k0"] if keep_going else []), *targets]
     work = Work(build, setup, jobs, memory, planned, keep_going=keep_going)
-    return under_tickets(settings, argv, _child_environment(layout, settings, build, jobs), work, journal=journal, step=step)
+    return under_tickets(settings, argv, _child_environment(layout, settings, build, jobs), work, run_log=run_log, step=step)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def under_tickets(
     environment: Mapping[str, str],
     work: Work,
     *,
-    journal: Journal,
+    run_log: RunLog,
     step: Step,
     on_line: Callable[[str, Meter], None] = lambda line, meter: None,
     cwd: Path | None = None,
@@ -234,10 +234,10 @@ def under_tickets(
         units=len(work.planned),
         keep_going=work.keep_going,
     )
-    meter = Meter(broker, work.planned, costs, bounds=limits, console=journal.console, step=step)
-    began, failures, shown = time.monotonic(), Failures(), journal.step
+    meter = Meter(broker, work.planned, costs, bounds=limits, console=run_log.console, step=step)
+    began, failures, shown = time.monotonic(), Failures(), run_log.step
     # The bar shows what the meter says, not ninja's newest line.
-    journal.step = None
+    run_log.step = None
 
     def hear(line: str) -> None:
         failures.hear(line)
@@ -245,14 +245,14 @@ def under_tickets(
 
     try:
         with broker, meter:
-            process.run(argv, env=environment, journal=journal, on_line=hear, hint=work.go_on, cwd=cwd)
+            process.run(argv, env=environment, run_log=run_log, on_line=hear, hint=work.go_on, cwd=cwd)
     except (BuildError, OSError) as exc:
-        _write_trace(journal, broker.finished, meter, began)
-        raise _explained(exc, broker, failures, settings, work, journal) from exc
+        _write_trace(run_log, broker.finished, meter, began)
+        raise _explained(exc, broker, failures, settings, work, run_log) from exc
     finally:
-        journal.step = shown
+        run_log.step = shown
     seconds = time.monotonic() - began
-    trace = _write_trace(journal, broker.finished, meter, began)
+    trace = _write_trace(run_log, broker.finished, meter, began)
     return Compiled(broker.finished, seconds, trace, progress.build_summary(broker.finished, before))
 
 
@@ -302,20 +302,20 @@ def _words(text: str) -> list[str]:
         return []
 
 
-def _write_trace(journal: Journal, finished: Sequence[Finished], meter: Meter, began: float) -> Path | None:
+def _write_trace(run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float) -> Path | None:
     """A trace that cannot be written is no reason to fail."""
-    if journal.path is None or not finished:
+    if run_log.path is None or not finished:
         return None
     try:
-        return progress.write_timeline(journal.path, finished, meter.samples, began=began)
+        return progress.write_timeline(run_log.path, finished, meter.samples, began=began)
     except OSError:
         return None
 
 
-def _explained(exc: BuildError | OSError, broker: job_server.Broker, failures: Failures, settings: Settings, work: Work, journal: Journal) -> Exception:
+def _explained(exc: BuildError | OSError, broker: job_server.Broker, failures: Failures, settings: Settings, work: Work, run_log: RunLog) -> Exception:
     """What a failure of ninja's means: memory, a disk, a compiler's own error, or what it said itself."""
     is_full = failures.has_no_space or (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT))
-    log = (f"log: {journal.path}",)
+    log = (f"log: {run_log.path}",)
     if broker.trouble:
         one_by_one = f"{work.go_on.partition('    ')[0]} --jobs 1    goes on where it was, one compiler at a time"
         return BuildError(broker.trouble, hint=one_by_one, details=log)
@@ -329,4 +329,4 @@ def _explained(exc: BuildError | OSError, broker: job_server.Broker, failures: F
         return exc
     unit = unit_at(failure.output)
     name = f"{unit.source} of {unit.target}" if unit else failure.output
-    return BuildError(journal.redact(f"{name} failed: {failure.error}"), hint=work.go_on, details=(*(journal.redact(line) for line in failure.shown), *log))
+    return BuildError(run_log.redact(f"{name} failed: {failure.error}"), hint=work.go_on, details=(*(run_log.redact(line) for line in failure.shown), *log))

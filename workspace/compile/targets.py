@@ -127,7 +127,7 @@ class Reached:
     target: str
     reason: str
     units: tuple[Unit, ...]
-    is_whole: bool
+    is_complete: bool
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def follow(tree: Path, changed: Collection[str], project: Project, *, build: Pat
     return Reach(targets, tuple(_idle(path, tree) for path in sorted(set(changed) - arrived) if _is_of_interest(path)))
 
 
-def asked(names: Sequence[str], reason: str, tree: Path, project: Project, *, build: Path) -> tuple[Reached, ...]:
+def requested(names: Sequence[str], reason: str, tree: Path, project: Project, *, build: Path) -> tuple[Reached, ...]:
     """Return the named targets as reached for `reason`, such as `--target` or an input that changed; without names all of them.
 
     Raises SettingsError for a name that the project has not.
@@ -210,7 +210,7 @@ def with_dependencies(target: Target, project: Project) -> tuple[Target, ...]:
 def _reached(target: Target, reason: str, project: Project, state: Built | None) -> Reached:
     units = tuple(unit for part in with_dependencies(target, project) for unit in part.units)
     due = tuple(unit for unit in units if state is None or unit.object in state.due)
-    return Reached(target.name, reason, due, is_whole=len(due) == len(units))
+    return Reached(target.name, reason, due, is_complete=len(due) == len(units))
 
 
 def _by_sources(tree: Path, changed: Collection[str], parts: Sequence[Target], state: Built | None) -> dict[str, dict[str, str]]:

@@ -17,7 +17,7 @@ from workspace.compile.project import Target
 from workspace.core import files, process
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, sha256, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.repo.git import Git, worktree
 
 PACKAGE = "vllm"
@@ -32,7 +32,7 @@ _Brought = dict[str, dict[str, str]]
 
 
 def install_targets(
-    build: Path, tree: Path, targets: Sequence[Target], *, journal: Journal, env: Mapping[str, str], shared: Path | None = None
+    build: Path, tree: Path, targets: Sequence[Target], *, run_log: RunLog, env: Mapping[str, str], shared: Path | None = None
 ) -> tuple[str, ...]:
     """Install the components of `targets` into the tree and return the paths of their files, relative to it.
 
@@ -48,11 +48,11 @@ def install_targets(
             if missing := [name for name in target.artifacts if not (build / name).exists()]:
                 raise BuildError(f"{target.name} has not been built: {missing[0]} is not in {build}", hint=f"./scripts/inv rebuild --target {target.name}")
             prefix = staging / target.name
-            _install(build, prefix, target.name, journal=journal, env=env)
+            _install(build, prefix, target.name, run_log=run_log, env=env)
             _copy_linked(prefix / LINKED, shared)
             placed = _files(prefix)
             for name in sorted(placed & tracked.keys()):
-                journal.line(f"{name} is the tree's own and stays: {target.name} brings one, too")
+                run_log.line(f"{name} is the tree's own and stays: {target.name} brings one, too")
             brought[target.name] = {name: _content_digest(prefix / name) for name in sorted(placed - tracked.keys())}
         former = _read(record)
         # Before anything is put: what a kill leaves here is known to be of a build, the old files as well as the new ones.
@@ -70,12 +70,12 @@ def as_package(content: bytes) -> bytes:
     return content.replace(*_IMPORTS)
 
 
-def _install(build: Path, prefix: Path, component: str, *, journal: Journal, env: Mapping[str, str]) -> None:
+def _install(build: Path, prefix: Path, component: str, *, run_log: RunLog, env: Mapping[str, str]) -> None:
     prefix.mkdir()
     process.run(
         ["cmake", "--install", build, "--prefix", prefix, "--component", component],
         env={name: text for name, text in env.items() if name not in _MISLEADING},
-        journal=journal,
+        run_log=run_log,
         failure=BuildError,
         hint="./scripts/inv rebuild --clean",
     )

@@ -22,7 +22,7 @@ from workspace.core import process
 from workspace.core.console import Step
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain, torch
@@ -46,12 +46,12 @@ class Wheel:
     summary: tuple[str, ...]
 
 
-def put_requirements(layout: Layout, settings: Settings, source: Source, *, journal: Journal) -> str:
+def put_requirements(layout: Layout, settings: Settings, source: Source, *, run_log: RunLog) -> str:
     """Install what the build needs beside what is there; torch, and a Triton, stay as they are."""
     wanted = requirements(source)
     lacking = [line for line in wanted if not _is_there(layout, line)]
     if lacking:
-        interpreter.install(layout, settings, lacking, journal=journal, constraints=torch.constraints(layout))
+        interpreter.install(layout, settings, lacking, run_log=run_log, constraints=torch.constraints(layout))
     return f"{len(wanted)} wanted, {len(lacking)} installed"
 
 
@@ -85,7 +85,7 @@ def environment(layout: Layout, settings: Settings, jobs: Jobs, build: Path) -> 
     }
 
 
-def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Jobs, memory: Memory, journal: Journal, step: Step) -> Wheel:
+def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Jobs, memory: Memory, run_log: RunLog, step: Step) -> Wheel:
     """Compile what changed and pack it. Raises BuildError with the first error of the first unit that failed; the same call goes on there."""
     build = folder(layout, settings)
     told = environment(layout, settings, jobs, build)
@@ -94,7 +94,7 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
     _clear_assembled(build)
     for place in _cmake_folders(build):
         for sentence in ninja.mend(place):
-            journal.console.warn(sentence)
+            run_log.console.warn(sentence)
     argv: list[process.Argument] = [interpreter.uv(layout), "build", "--wheel", "--no-build-isolation", "--no-config", "--python", layout.environment_python]
     argv += ["--out-dir", out, source.project]
     work = ninja.Work(build, f"triton {platform.machine()} {toolchain.compiler_version(settings) or 'none'}", jobs, memory, go_on=GO_ON)
@@ -109,7 +109,7 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
             _expect(build, int(found[2]), meter)
 
     try:
-        made = ninja.under_tickets(settings, argv, told, work, journal=journal, step=step, on_line=hear, cwd=layout.root)
+        made = ninja.under_tickets(settings, argv, told, work, run_log=run_log, step=step, on_line=hear, cwd=layout.root)
     except BuildError as exc:
         if configured.network:
             why = f"the build of Triton fetches something by itself, and could not: {configured.network}"
@@ -120,7 +120,7 @@ def build_wheel(layout: Layout, settings: Settings, source: Source, *, jobs: Job
         raise BuildError(f"Triton cannot be configured: {configured.error}", hint=exc.hint, details=exc.details) from exc
     wheels = sorted(out.glob("triton-*.whl"))
     if len(wheels) != 1:
-        raise BuildError(f"the build ended well and left {len(wheels)} wheels of Triton in {layout.relative(out)}", hint=f"log: {journal.path}")
+        raise BuildError(f"the build ended well and left {len(wheels)} wheels of Triton in {layout.relative(out)}", hint=f"log: {run_log.path}")
     return Wheel(wheels[0], made.seconds, len(made.finished), made.summary)
 
 

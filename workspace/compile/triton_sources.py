@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from workspace.core.console import Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError
 from workspace.core.files import download, sha256
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, patches, pins
@@ -47,14 +47,14 @@ class Source:
     patches: int
 
 
-def prepare_source(layout: Layout, settings: Settings, *, journal: Journal, step: Step) -> Source:
+def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step: Step) -> Source:
     """Have vendor/triton at the pin with its patches on it, cloned where it is missing.
 
     Raises CheckoutError where it holds edits, commits that are no patches, or an operation under way; SourceError where it cannot be fetched.
     """
     pin = pins.load(layout.pins).triton
-    there = checkout.ensure(layout, pin, settings, choice="git", journal=journal, step=step)
-    stack = patches.apply(layout, "triton", pin, there, journal=journal)
+    there = checkout.ensure(layout, pin, settings, choice="git", run_log=run_log, step=step)
+    stack = patches.apply(layout, "triton", pin, there, run_log=run_log)
     shown = layout.relative(layout.triton)
     if stack.dirty:
         raise CheckoutError(
@@ -140,13 +140,13 @@ def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[
     return tuple({one.place: one for one in found}.values())
 
 
-def provide_downloads(source: Source, home: Path, settings: Settings, environment: Mapping[str, str], *, journal: Journal, step: Step) -> str:
+def provide_downloads(source: Source, home: Path, settings: Settings, environment: Mapping[str, str], *, run_log: RunLog, step: Step) -> str:
     """Have all of it there, and say what came from where. Raises SourceError naming the setting by which each can be had without a network."""
     found = wanted(source, home, environment)
     missing = [one for one in found if not one.is_there]
     for one in missing:
         known = one.sha256 is not None or one.setting == "JSON_SYSPATH"
-        journal.console.say(f"  {one.name} from {_origin(one.url, settings)}; or {one.setting}=/a/folder in .env")
+        run_log.console.say(f"  {one.name} from {_origin(one.url, settings)}; or {one.setting}=/a/folder in .env")
         full = one if known else replace(one, sha256=_published(one, settings))
         try:
             archive = _fetched(full, settings, step)
@@ -154,7 +154,7 @@ def provide_downloads(source: Source, home: Path, settings: Settings, environmen
             raise SourceError(
                 f"{one.name}: {exc.message}", hint=f"{MIRROR}=/a/folder/or/address in .env, or {one.setting}=/a/folder; then {FROM_SOURCE}"
             ) from exc
-        journal.write(f"{archive.name} has sha256 {full.sha256}" if full.sha256 else f"{archive.name}: sha256 {sha256(archive)}, which nobody has published")
+        run_log.write(f"{archive.name} has sha256 {full.sha256}" if full.sha256 else f"{archive.name}: sha256 {sha256(archive)}, which nobody has published")
         _unpack(full, archive)
         archive.unlink()
     _forget_other_tools(source, found)

@@ -13,7 +13,7 @@ from workspace.core.lock import Held
 KEPT_LOGS = 30
 
 
-class Journal:
+class RunLog:
     """Console and log of one run. Use as a context manager; phases are the steps' titles."""
 
     def __init__(self, console: Console, folder: Path, *, verb: str, secrets: tuple[str, ...] = (), held: Held | None = None) -> None:
@@ -31,7 +31,7 @@ class Journal:
         """The log file, or None while nothing was written."""
         return Path(self._file.name) if self._file else None
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -40,7 +40,7 @@ class Layout:
         return self.state / "moving" / f"{project}.json"
 
     @property
-    def workshop(self) -> Path:
+    def bump_sandbox(self) -> Path:
         """A clone in small, with a tree and an environment of its own, in which a pin is moved before anything else is."""
         return self.state / "bump"
 
@@ -52,7 +52,7 @@ class Layout:
     @property
     def promoting(self) -> Path:
         """Is there while what the workshop made takes the place of the working state, or a run that did so was ended."""
-        return self.workshop / "promoting.json"
+        return self.bump_sandbox / "promoting.json"
 
     @property
     def returning(self) -> Path:
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def goods(self) -> Path:
-        """What `inv pin.back` returns to, a folder each."""
+        """What `inv pin.rollback` returns to, a folder each."""
         return self.state / "good"
 
     @property

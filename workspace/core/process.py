@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from workspace.core import guard
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0
@@ -63,7 +63,7 @@ def run(
     argv: Sequence[Argument],
     *,
     env: Mapping[str, str],
-    journal: Journal,
+    run_log: RunLog,
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     failure: type[WorkspaceError] = BuildError,
@@ -74,15 +74,15 @@ def run(
     Raises `failure` with the first error line, the last lines and the log's path on any status but 0.
     """
     words = [os.fspath(word) for word in argv]
-    journal.command(shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}")
+    run_log.command(shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}")
     tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
     first_error: str | None = None
-    with _started(words, env=env, cwd=cwd, stderr=subprocess.STDOUT, held=journal.held.descriptor if journal.held else None) as child:
+    with _started(words, env=env, cwd=cwd, stderr=subprocess.STDOUT, held=run_log.held.descriptor if run_log.held else None) as child:
         assert child.stdout is not None
         for raw in child.stdout:
             line = raw.rstrip()
             tail.append(line)
-            journal.line(line)
+            run_log.line(line)
             if first_error is None and _ERROR_LINE.search(line):
                 first_error = line.strip()
             if on_line:
@@ -90,9 +90,9 @@ def run(
         child.wait()
     if child.returncode != 0:
         raise failure(
-            journal.redact(f"{_name(words)} {describe_status(child.returncode)}" + (f": {first_error}" if first_error else "")),
+            run_log.redact(f"{_name(words)} {describe_status(child.returncode)}" + (f": {first_error}" if first_error else "")),
             hint=hint,
-            details=(*(journal.redact(line) for line in tail), f"log: {journal.path}"),
+            details=(*(run_log.redact(line) for line in tail), f"log: {run_log.path}"),
         )
 
 

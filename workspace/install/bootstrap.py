@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stages, status
@@ -54,10 +54,10 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     )
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
         _preflight(layout, settings, observed, console)
-        with Journal(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as journal:
-            observed = _act(stages.Run(layout, settings, journal, observed, is_arm=is_arm))
-            if journal.path:
-                console.say(f"log: {layout.relative(journal.path)}")
+        with RunLog(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as run_log:
+            observed = _act(stages.Run(layout, settings, run_log, observed, is_arm=is_arm))
+            if run_log.path:
+                console.say(f"log: {layout.relative(run_log.path)}")
     if not is_part:
         _close(observed, console, "")
 
@@ -116,7 +116,7 @@ def _act(run: stages.Run) -> plan.Observation:
         first = next((number for number, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:
-                _show_skipped(stage, run.journal.console)
+                _show_skipped(stage, run.run_log.console)
         shown = max(shown, first)
         if first == len(due):
             # Again, for a full disk may have ended the step that did so first.
@@ -142,9 +142,9 @@ def _preflight(layout: Layout, settings: Settings, observed: plan.Observation, c
     bad = [row for row in rows if row.state == "FAIL"]
     for row in rows:
         if row.state != "ok":
-            console.row(row.state, row.name, f"{row.seen}: {row.why}" + (f"; {row.cure}" if row.cure else ""))
+            console.row(row.state, row.name, f"{row.seen}: {row.why}" + (f"; {row.hint}" if row.hint else ""))
     if bad:
-        raise ToolchainError(f"this machine cannot bootstrap yet: {', '.join(f'{row.name}: {row.seen}' for row in bad)}", hint=bad[0].cure)
+        raise ToolchainError(f"this machine cannot bootstrap yet: {', '.join(f'{row.name}: {row.seen}' for row in bad)}", hint=bad[0].hint)
 
 
 def _show_skipped(stage: Stage, console: Console) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from workspace.core import process
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
@@ -32,13 +32,13 @@ _NO_CARGO = "/nonexistent/cargo"
 _NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
-def install_with_wheel(layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, journal: Journal) -> None:
+def install_with_wheel(layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, run_log: RunLog) -> None:
     """Install editable, the libraries taken out of `wheel`. Raises BuildError with the first error line."""
     extra = {"VLLM_USE_PRECOMPILED": "1", "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel), "CARGO": _NO_CARGO}
-    _install(layout, settings, observed, extra, journal=journal)
+    _install(layout, settings, observed, extra, run_log=run_log)
 
 
-def install_alone(layout: Layout, settings: Settings, observed: Observation, *, build: Mapping[str, str], journal: Journal) -> None:
+def install_alone(layout: Layout, settings: Settings, observed: Observation, *, build: Mapping[str, str], run_log: RunLog) -> None:
     """Install editable without any library: they are compiled, and put into the tree afterwards. `build` bounds cargo, which comes from here.
 
     The tree's setup.py would compile in a new temporary folder each time, unless it is told of a wheel; so it is given one with nothing in it.
@@ -49,10 +49,10 @@ def install_alone(layout: Layout, settings: Settings, observed: Observation, *, 
         wheel = Path(folder) / f"vllm-{observed.pin.version}-py3-none-any.whl"
         zipfile.ZipFile(wheel, "w").close()
         extra = {"VLLM_USE_PRECOMPILED": "1", "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel), **build, **cargo}
-        _install(layout, settings, observed, extra, journal=journal)
+        _install(layout, settings, observed, extra, run_log=run_log)
 
 
-def _install(layout: Layout, settings: Settings, observed: Observation, extra: Mapping[str, str], *, journal: Journal) -> None:
+def _install(layout: Layout, settings: Settings, observed: Observation, extra: Mapping[str, str], *, run_log: RunLog) -> None:
     environment = {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
@@ -65,10 +65,10 @@ def _install(layout: Layout, settings: Settings, observed: Observation, extra: M
 
     def show(line: str) -> None:
         found = _NINJA_PROGRESS.match(line.strip().removeprefix("DEBUG ").strip())
-        if found and journal.step:
-            journal.step.progress(int(found[1]), int(found[2]), f"{found[1]} of {found[2]} steps")
+        if found and run_log.step:
+            run_log.step.progress(int(found[1]), int(found[2]), f"{found[1]} of {found[2]} steps")
 
-    interpreter.install(layout, settings, arguments, journal=journal, phase_env=environment, on_line=show, failure=BuildError)
+    interpreter.install(layout, settings, arguments, run_log=run_log, phase_env=environment, on_line=show, failure=BuildError)
 
 
 def build_products(tree: Path) -> tuple[str, ...]:

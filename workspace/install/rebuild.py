@@ -21,7 +21,7 @@ from workspace.compile.targets import Reached
 from workspace.core import lock
 from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status
@@ -82,7 +82,7 @@ class Job:
         """Ask CMake what there is to build, then find what the changes reach. Sources of other projects come only for what is compiled."""
         run = self.run
         for sentence in externals.leftover(run.layout.vllm):
-            run.journal.console.warn(sentence)
+            run.run_log.console.warn(sentence)
         declared = externals.declared(run.layout.vllm, run.observed.device)
         wanted: set[str] = {*self.targets, *(own(run.observed.kernels.recorded) if not self.is_native else ())}
         while True:
@@ -96,15 +96,15 @@ class Job:
         table, trouble = read_table()
         history = History(ninja.history_file(run.settings), setup=self.setup)
         for sentence in (*((trouble,) if trouble else ()), *history.warnings):
-            run.journal.console.warn(sentence)
+            run.run_log.console.warn(sentence)
         limits = Bounds(self.jobs.count, self.memory.budget_gib)
         self.plan = forecast.work_out(self.reached, self.project, Costs(table, history.entries), limits, why_not_hybrid=self.why_native)
         view.reason = f"{run.layout.relative(self.folder)}: {len(self.project.targets)} targets, {len(self.reached)} reached"
 
     def _configured(self, view: Step, needed: Sequence[External], others: Sequence[External]) -> Project:
         run = self.run
-        sources = externals.provide(run.layout, run.settings, needed, others, journal=run.journal, step=view)
-        return cmake.configure(run.layout, run.settings, self.inputs, sources, ticket=job_server.install(self.folder / "tickets"), journal=run.journal)
+        sources = externals.provide(run.layout, run.settings, needed, others, run_log=run.run_log, step=view)
+        return cmake.configure(run.layout, run.settings, self.inputs, sources, ticket=job_server.install(self.folder / "tickets"), run_log=run.run_log)
 
     def _reach(self, view: Step) -> tuple[Reached, ...]:
         run, tree = self.run, self.run.layout.vllm
@@ -113,25 +113,25 @@ class Job:
             listed = {extension.target for extension in project.extensions(tree, run.observed.device)}
             names = [target.name for target in targets.final_targets(self.project) if target.name in listed]
             reason = TARGET_FLAG if self.targets else self.why_native or "--kernels native"
-            return targets.asked(self.targets or names, reason, tree, self.project, build=self.folder)
+            return targets.requested(self.targets or names, reason, tree, self.project, build=self.folder)
         changed = targets.changed_files(Git(tree), base) if base and run.observed.kernels_wanted.kind == "hybrid" else ()
         pinned = self._pinned(view, base) if base and any(targets.is_cmake(path) for path in changed) else None
         found = targets.follow(tree, changed, self.project, build=self.folder, pinned=pinned)
         for sentence in found.idle:
-            run.journal.write(sentence)
-        more = targets.asked(self.targets, TARGET_FLAG, tree, self.project, build=self.folder) if self.targets else ()
+            run.run_log.write(sentence)
+        more = targets.requested(self.targets, TARGET_FLAG, tree, self.project, build=self.folder) if self.targets else ()
         return targets.merged((found.targets, more))
 
     def _pinned(self, view: Step, base: str) -> Project:
         """What CMake makes of the pin's own tree, asked in a build directory of its own: a changed CMakeLists.txt then reaches only what it changes."""
-        layout, settings, journal = self.run.layout, self.run.settings, self.run.journal
+        layout, settings, run_log = self.run.layout, self.run.settings, self.run.run_log
         tree = layout.builds / "pinned" / base[:12]
         if not (tree / "CMakeLists.txt").is_file():
             remotes.write_tree(Git(layout.vllm), base, tree)
         of_pin = replace(self.inputs, place=str(tree))
-        sources = externals.provide(layout, settings, (), externals.declared(tree, of_pin.device), journal=journal, step=view)
+        sources = externals.provide(layout, settings, (), externals.declared(tree, of_pin.device), run_log=run_log, step=view)
         ticket = job_server.install(cmake_inputs.folder(layout, of_pin) / "tickets")
-        return cmake.configure(layout, settings, of_pin, sources, ticket=ticket, journal=journal)
+        return cmake.configure(layout, settings, of_pin, sources, ticket=ticket, run_log=run_log)
 
     def compile(self, view: Step) -> None:
         """Compile what ninja finds out of date in the reached targets. From here on no remembered time of a source counts."""
@@ -141,7 +141,7 @@ class Job:
             return
         moves.forget_times(run.layout, "vllm")
         for said in (self.jobs.sentence, self.memory.sentence):
-            run.journal.console.say(said)
+            run.run_log.console.say(said)
         units = [unit for one in self.reached for unit in one.units]
         made = ninja.compile(
             run.layout,
@@ -152,11 +152,11 @@ class Job:
             jobs=self.jobs,
             memory=self.memory,
             units=units,
-            journal=run.journal,
+            run_log=run.run_log,
             step=view,
         )
         for sentence in made.summary:
-            run.journal.console.say(sentence)
+            run.run_log.console.say(sentence)
         run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{made.seconds:.0f}"
         view.reason = f"{len(made.finished)} units, {', '.join(one.target for one in self.reached)}"
 
@@ -173,22 +173,22 @@ class Job:
         run, layout, observed = self.run, self.run.layout, self.run.observed
         placed = [one.target for one in self.reached if one.reason != TARGET_FLAG]
         recorded = observed.kernels.recorded
-        is_same_ground = recorded is not None and not self.is_native and not (own(recorded) - set(placed)) and observed.install.state == "ok"
+        is_same_context = recorded is not None and not self.is_native and not (own(recorded) - set(placed)) and observed.install.state == "ok"
         only_compiled = set(observed.kernels.reasons) <= set(observed.for_compiler)
         stamp.withdraw(layout.stamp("vllm"))
-        venv.repair(layout, run.settings, journal=run.journal, names=("vllm",))
-        if not (is_same_ground and only_compiled):
+        venv.repair(layout, run.settings, run_log=run.run_log, names=("vllm",))
+        if not (is_same_context and only_compiled):
             if self.is_native:
-                editable.install_alone(layout, run.settings, observed, build={"CARGO_BUILD_JOBS": str(self.jobs.count)}, journal=run.journal)
+                editable.install_alone(layout, run.settings, observed, build={"CARGO_BUILD_JOBS": str(self.jobs.count)}, run_log=run.run_log)
             else:
                 wheel = Path(run.outcome["wheel"])
-                editable.install_with_wheel(layout, run.settings, observed, wheel, journal=run.journal)
+                editable.install_with_wheel(layout, run.settings, observed, wheel, run_log=run.run_log)
                 if run.is_arm:
                     precompiled.complete(wheel, layout.vllm)
                 precompiled.check_taken(wheel, layout.vllm)
         placed_targets = [target for target in self.project.targets if target.name in placed]
         environment = run.settings.child_environment("build", ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"))
-        files = tree_files.install_targets(self.folder, layout.vllm, placed_targets, journal=run.journal, env=environment, shared=run.settings.cache)
+        files = tree_files.install_targets(self.folder, layout.vllm, placed_targets, run_log=run.run_log, env=environment, shared=run.settings.cache)
         run.outcome[OWN] = " ".join(sorted(placed))
         view.reason = f"vllm {observed.version}, editable; {len(files)} files of {len(placed_targets)} targets compiled here"
 
@@ -209,9 +209,9 @@ class Job:
         judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
         left_out = device_code.judge_not_built(self.project.not_built, archs)
         for sentence in (*(f"{one.library}: {one.state}: {one.sentence}" for one in judged), *left_out.expected):
-            run.journal.write(sentence)
+            run.run_log.write(sentence)
         for sentence in (*left_out.unknown, *(left_out.failures if not self.is_native else ())):
-            run.journal.console.warn(sentence)
+            run.run_log.console.warn(sentence)
         wrong = [f"{one.library} {one.sentence}" for one in judged if one.state == "wrong"] + list(left_out.failures if self.is_native else ())
         if wrong:
             meant = " and ".join(capabilities) or archs
@@ -222,7 +222,7 @@ class Job:
 
     def show(self, *, as_json: bool) -> None:
         if self.plan is not None:
-            forecast.show(self.plan, self.run.journal.console, as_json=as_json)
+            forecast.show(self.plan, self.run.run_log.console, as_json=as_json)
 
 
 def job_of(run: stages.Run) -> Job:
@@ -256,7 +256,7 @@ NEEDED_GIB = 6.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class RebuildOptions:
     """What the command line says, as it was typed; None where it says nothing."""
 
     jobs: str | None = None
@@ -267,30 +267,30 @@ class Asked:
     as_json: bool = False
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, wait: bool = False, is_arm: bool = False) -> None:
+def run(layout: Layout, settings: Settings, options: RebuildOptions, *, console: Console, wait: bool = False, is_arm: bool = False) -> None:
     """Bring the compiled libraries up to what the tree says, and no further. Raises the WorkspaceError of the step that failed."""
     pins.require_settled(layout)
-    if asked.as_json and not asked.plan_only:
+    if options.as_json and not options.plan_only:
         raise SettingsError("--json is of the plan", hint="./scripts/inv rebuild --plan --json")
-    bounds = _bounds(settings, asked) if asked.jobs is not None or asked.memory is not None else None
+    bounds = _bounds(settings, options) if options.jobs is not None or options.memory is not None else None
     observed = plan.observe(layout, settings)
-    _require_ground(observed, is_arm=is_arm)
-    if asked.clean and not asked.plan_only:
+    _require_context(observed, is_arm=is_arm)
+    if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
-    if not asked.targets and observed.kernels.state == observed.install.state == "ok":
+    if not options.targets and observed.kernels.state == observed.install.state == "ok":
         console.say(f"nothing to do: the kernels of vllm {observed.version} are up to date ({_origin(observed)}); Python files are live")
         return
-    bounds = bounds or _bounds(settings, asked)
-    verb = "inv rebuild --plan" if asked.plan_only else "inv rebuild"
+    bounds = bounds or _bounds(settings, options)
+    verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
     with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held:
-        is_compiled = bool(asked.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
+        is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
         _preflight(layout, settings, observed, console, is_compiled=is_compiled)
-        with Journal(console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held) as journal:
-            run = stages.Run(layout, settings, journal, plan.observe(layout, settings), is_arm=is_arm)
-            _act(run, asked, bounds, is_compiled=is_compiled)
-            if journal.path:
-                console.say(f"log: {layout.relative(journal.path)}")
-    if not asked.plan_only:
+        with RunLog(console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held) as run_log:
+            run = stages.Run(layout, settings, run_log, plan.observe(layout, settings), is_arm=is_arm)
+            _act(run, options, bounds, is_compiled=is_compiled)
+            if run_log.path:
+                console.say(f"log: {layout.relative(run_log.path)}")
+    if not options.plan_only:
         console.say(f"vllm {observed.version} is rebuilt; next: {status.next_command(plan.observe(layout, settings))}")
 
 
@@ -304,12 +304,12 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
         view.reason = f"{layout.relative(layout.builds)} is gone"
 
 
-def _bounds(settings: Settings, asked: Asked) -> tuple[Jobs, Memory]:
+def _bounds(settings: Settings, options: RebuildOptions) -> tuple[Jobs, Memory]:
     host = hardware.observe(settings)
-    return jobs.count(settings, cores=host.cores, flag=asked.jobs), jobs.memory(host, flag=asked.memory)
+    return jobs.count(settings, cores=host.cores, flag=options.jobs), jobs.memory(host, flag=options.memory)
 
 
-def _require_ground(observed: plan.Observation, *, is_arm: bool) -> None:
+def _require_context(observed: plan.Observation, *, is_arm: bool) -> None:
     """Raise where there is nothing to compile, or nothing to compile for: those are other verbs' business."""
     if observed.stack is None or observed.environment.state == "missing":
         raise BuildError("there is no vLLM to rebuild yet", hint="./scripts/inv bootstrap")
@@ -330,23 +330,23 @@ def _preflight(layout: Layout, settings: Settings, observed: plan.Observation, c
     rows = doctor.preflight(layout, settings, device=observed.device, kernels=kernels, need_gib=need)
     for row in rows:
         if row.state != "ok":
-            console.row(row.state, row.name, f"{row.seen}: {row.why}" + (f"; {row.cure}" if row.cure else ""))
+            console.row(row.state, row.name, f"{row.seen}: {row.why}" + (f"; {row.hint}" if row.hint else ""))
     if bad := [row for row in rows if row.state == "FAIL"]:
-        raise ToolchainError(f"this machine cannot compile yet: {', '.join(f'{row.name}: {row.seen}' for row in bad)}", hint=bad[0].cure)
+        raise ToolchainError(f"this machine cannot compile yet: {', '.join(f'{row.name}: {row.seen}' for row in bad)}", hint=bad[0].hint)
 
 
-def _act(run: stages.Run, asked: Asked, bounds: tuple[Jobs, Memory], *, is_compiled: bool) -> None:
+def _act(run: stages.Run, options: RebuildOptions, bounds: tuple[Jobs, Memory], *, is_compiled: bool) -> None:
     """Do the steps in their order; each looks at what the one before it made."""
     if not is_compiled:
         stages.act(run, stages.VLLM)
         return
-    run.job = job = Job(run, *bounds, targets=asked.targets)
+    run.job = job = Job(run, *bounds, targets=options.targets)
     stages.act(run, PLAN)
-    job.show(as_json=asked.as_json)
-    if asked.plan_only:
+    job.show(as_json=options.as_json)
+    if options.plan_only:
         return
     stages.act(run, COMPILE)
     if job.is_put_due:
         stages.act(run, PUT)
     else:
-        run.journal.console.say(f"{', '.join(asked.targets)} stand ready in {run.layout.relative(job.folder)}; nothing in the tree was due")
+        run.run_log.console.say(f"{', '.join(options.targets)} stand ready in {run.layout.relative(job.folder)}; nothing in the tree was due")

@@ -16,7 +16,7 @@ from workspace.core import files
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bootstrap, editable, plan, stamp
@@ -42,7 +42,7 @@ def furnish(outer: Layout, made: Layout, pin: Pin) -> None:
         link.symlink_to(target.absolute())
 
 
-def open_tree(outer: Layout, own: Layout, commit: str, settings: Settings, *, journal: Journal, hint: str) -> Git:
+def open_tree(outer: Layout, own: Layout, commit: str, settings: Settings, *, run_log: RunLog, hint: str) -> Git:
     """Return the tree of a clone in small, which is made where it is not there yet: `commit`, checked out.
 
     Raises CheckoutError, with `hint` as the way on, where something else lies there.
@@ -55,12 +55,12 @@ def open_tree(outer: Layout, own: Layout, commit: str, settings: Settings, *, jo
     if not os.path.lexists(path / ".git"):
         if path.exists() and any(path.iterdir()):
             raise CheckoutError(f"{shown} has files and is no working tree", hint=hint)
-        tree = worktree.add(git, path, commit, journal=journal)
+        tree = worktree.add(git, path, commit, run_log=run_log)
     if not _is_linked(tree):
         raise CheckoutError(f"{shown} is no working tree of vendor/vllm", hint=hint)
     if tree.resolve(MADE_REF) is None:
         command.remove_at_top(tree.path_of("index").parent, path)
-        tree.check_out(commit, settings=settings, journal=journal, on_line=lambda line: None)
+        tree.check_out(commit, settings=settings, run_log=run_log, on_line=lambda line: None)
         os.sync()
         tree.set_ref(MADE_REF, commit)
     return tree
@@ -110,7 +110,7 @@ def names_of(folder: Path) -> str:
     return ""
 
 
-def borrow_environment(outer: Layout, own: Layout, *, journal: Journal) -> None:
+def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
     """Copy the clone's environment, where there is none yet: a torch of the user's own may be had nowhere else.
 
     Without stamps, so that everything but torch is due. Raises ToolchainError for want of rights or space.
@@ -118,8 +118,8 @@ def borrow_environment(outer: Layout, own: Layout, *, journal: Journal) -> None:
     source, target = outer.environment, own.environment
     if os.path.lexists(target) or not source.is_dir():
         return
-    with journal.console.step("environment") as view, files.folder_beside(target) as aside:
-        journal.phase("environment", view)
+    with run_log.console.step("environment") as view, files.folder_beside(target) as aside:
+        run_log.phase("environment", view)
         made = Layout(aside)
         copy_files(source, made.environment, files_below(source))
         for name in ("environment", "vllm"):
@@ -127,7 +127,7 @@ def borrow_environment(outer: Layout, own: Layout, *, journal: Journal) -> None:
         _make_relocatable(made.environment / "pyvenv.cfg")
         files.put_in_place(made.environment, target)
         view.reason = f"a copy of {outer.relative(source)}, for its torch stays (USE_EXISTING_TORCH=1)"
-    journal.step = None
+    run_log.step = None
 
 
 def _make_relocatable(config: Path) -> None:
@@ -156,7 +156,7 @@ def build_in(layout: Layout, settings: Settings, *, console: Console, is_arm: bo
     if plan.observe(layout, settings).for_compiler:
         from workspace.install import rebuild
 
-        rebuild.run(layout, settings, rebuild.Asked(), console=console, wait=True, is_arm=is_arm)
+        rebuild.run(layout, settings, rebuild.RebuildOptions(), console=console, wait=True, is_arm=is_arm)
 
 
 def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
@@ -192,7 +192,7 @@ class Arm:
         return self.outer.relative(self.layout.root)
 
 
-def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str, settings: Settings, journal: Journal) -> Arm:
+def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str, settings: Settings, run_log: RunLog) -> Arm:
     """Return the arm of that name with its tree on `tip`: the one that is there, brought to what is asked for, or a new one.
 
     `pin` names the donor of its kernels and what they were compiled from; `patches` is the folder of a series on it that `tip` holds already, for the
@@ -207,7 +207,7 @@ def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str,
     else:
         pins.save(there.layout.pins, pin)
         _write_patches(there.layout, pin, patches)
-    return move(there, tip, settings=settings, journal=journal)
+    return move(there, tip, settings=settings, run_log=run_log)
 
 
 def find(layout: Layout, name: str) -> Arm | None:
@@ -226,21 +226,21 @@ def find_all(layout: Layout) -> tuple[Arm, ...]:
     return tuple(found for name in names if NAME.fullmatch(name) and (found := find(layout, name)))
 
 
-def move(arm: Arm, tip: str, *, settings: Settings, journal: Journal) -> Arm:
+def move(arm: Arm, tip: str, *, settings: Settings, run_log: RunLog) -> Arm:
     """Check another commit out, with content-true times. What a build left of other compiled sources goes with them.
 
     Raises CheckoutError where the tree cannot be had, SourceError where contents of files cannot be fetched.
     """
     # First: git may prune a commit that nothing leads to.
     Git(arm.outer.vllm).set_ref(f"{REFS}/{arm.name}", tip)
-    tree = _settled(arm, tip, settings, journal)
+    tree = _settled(arm, tip, settings, run_log)
     if (head := tree.head()) != tip:
         assert head is not None
         if tree.setting("remote.origin.promisor") == "true":
             # To compare contents fetches, all at once, what a partial clone lacks of them; to write files is not let online.
-            tree.talk(("diff", "--shortstat", "--no-renames", head, tip), settings, journal, lambda line: None)
+            tree.talk(("diff", "--shortstat", "--no-renames", head, tip), settings, run_log, lambda line: None)
         _take_products_away(arm, tree, head, tip)
-        moves.move(arm.layout, "vllm", tree, tip, journal=journal)
+        moves.move(arm.layout, "vllm", tree, tip, run_log=run_log)
     _record(arm.layout, tip)
     return replace(arm, tip=tip)
 
@@ -254,8 +254,8 @@ def build_arm(arm: Arm, settings: Settings, *, console: Console) -> plan.Observa
     if moves.is_begun(arm.layout, "vllm") or Git(arm.layout.vllm).head() != arm.tip:
         raise CheckoutError(f"{arm.shown} does not stand on {arm.tip[:12]}", hint=f"rm -rf {arm.shown}    and the same command again")
     if wanted.switch("USE_EXISTING_TORCH"):
-        with Journal(console, arm.layout.logs, verb="arm", secrets=settings.secrets) as journal:
-            borrow_environment(arm.outer, arm.layout, journal=journal)
+        with RunLog(console, arm.layout.logs, verb="arm", secrets=settings.secrets) as run_log:
+            borrow_environment(arm.outer, arm.layout, run_log=run_log)
     try:
         build_in(arm.layout, wanted, console=console, is_arm=True)
     except ToolchainError as exc:
@@ -308,19 +308,19 @@ def _record(own: Layout, tip: str) -> None:
     write_atomic(own.root / RECORD, json.dumps({"tip": tip}).encode())
 
 
-def _settled(arm: Arm, tip: str, settings: Settings, journal: Journal) -> Git:
+def _settled(arm: Arm, tip: str, settings: Settings, run_log: RunLog) -> Git:
     """The arm's tree, whole, without edits, and no operation of git's under way; what somebody did there is kept."""
     hint = f"rm -rf {arm.shown}    and the same command again"
 
     def opened() -> Git:
-        return open_tree(arm.outer, arm.layout, tip, settings, journal=journal, hint=hint)
+        return open_tree(arm.outer, arm.layout, tip, settings, run_log=run_log, hint=hint)
 
     tree = opened()
     if moves.is_begun(arm.layout, "vllm"):
-        moves.finish(arm.layout, "vllm", tree, journal=journal)
+        moves.finish(arm.layout, "vllm", tree, run_log=run_log)
     work = worktree.snapshot(tree, _why(arm))
     if kept := _keep_work(arm, work=work):
-        journal.console.say(f"what was done in {arm.shown} is kept in vendor/vllm as {kept}")
+        run_log.console.say(f"what was done in {arm.shown} is kept in vendor/vllm as {kept}")
     if tree.under_way():
         worktree.forget(Git(arm.outer.vllm), arm.layout.vllm)
         return opened()

@@ -8,7 +8,7 @@ from typing import cast
 
 from workspace.core.console import Step
 from workspace.core.errors import BuildError, SourceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp
@@ -27,7 +27,7 @@ class Run:
 
     layout: Layout
     settings: Settings
-    journal: Journal
+    run_log: RunLog
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
     # What the steps of a rebuild share (compiling.Job).
@@ -44,12 +44,12 @@ Act = Callable[[Run, Step], None]
 def act(run: Run, steps: Iterable[tuple[str, Act]], *, reason: str = "") -> None:
     """Do steps in their order, each shown with its state and written into the log as a phase; torch stays what it is in all but its own."""
     for name, do in steps:
-        with run.journal.console.step(name) as view:
+        with run.run_log.console.step(name) as view:
             view.reason = reason
-            run.journal.phase(name, view)
+            run.run_log.phase(name, view)
             with contextlib.nullcontext() if name in CHANGES_TORCH else torch.held(run.layout, run.settings, step=name):
                 do(run, view)
-        run.journal.step = None
+        run.run_log.step = None
 
 
 def write_dotenv(run: Run, view: Step) -> None:
@@ -58,17 +58,17 @@ def write_dotenv(run: Run, view: Step) -> None:
 
 def make_source(run: Run, view: Step) -> None:
     choice = cast("checkout.Choice", run.settings.text("SOURCE"))
-    view.reason = checkout.ensure(run.layout, run.observed.pin, run.settings, choice=choice, journal=run.journal, step=view).detail
+    view.reason = checkout.ensure(run.layout, run.observed.pin, run.settings, choice=choice, run_log=run.run_log, step=view).detail
     checkout.protect(run.layout)
     # Only now it is known which variables this vLLM reads.
-    check.require(run.layout, run.settings, console=run.journal.console, device=run.observed.device)
+    check.require(run.layout, run.settings, console=run.run_log.console, device=run.observed.device)
 
 
 def apply_patches(run: Run, view: Step) -> None:
     observed = run.observed
     # First: once the patches are on, nothing is due that would bring it.
-    export.template(run.layout, "vllm", Git(run.layout.vllm), run.journal)
-    stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, journal=run.journal)
+    export.template(run.layout, "vllm", Git(run.layout.vllm), run.run_log)
+    stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, run_log=run.run_log)
     view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
     checkout.protect(run.layout)
 
@@ -77,24 +77,24 @@ def make_python(run: Run, view: Step) -> None:
     # uv believes what lies there: nothing that an unfinished run left may be taken for whole.
     if run.layout.environment.exists():
         is_interrupted = stamp.read(run.layout.stamp("environment")) is None
-        venv.repair(run.layout, run.settings, journal=run.journal, with_cache=is_interrupted)
+        venv.repair(run.layout, run.settings, run_log=run.run_log, with_cache=is_interrupted)
         if is_interrupted:
             venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("environment"))
-    view.reason = venv.make_python(run.layout, run.settings, device=run.observed.device, journal=run.journal)
+    view.reason = venv.make_python(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
 
 
 def put_torch(run: Run, view: Step) -> None:
-    view.reason = venv.put_torch(run.layout, run.settings, device=run.observed.device, journal=run.journal)
+    view.reason = venv.put_torch(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
 
 
 def put_requirements(run: Run, view: Step) -> None:
-    view.reason = venv.put_requirements(run.layout, run.settings, device=run.observed.device, journal=run.journal)
+    view.reason = venv.put_requirements(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
 
 
 def put_accelerators(run: Run, view: Step) -> None:
     """The last step of the environment: its stamp follows."""
-    provided = venv.put_accelerators(run.layout, run.settings, device=run.observed.device, journal=run.journal)
+    provided = venv.put_accelerators(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
     inputs = run.observe().environment.inputs
     if inputs is None:
         raise BuildError("the environment is not there after it was made", hint="./scripts/inv status")
@@ -135,10 +135,10 @@ def put_vllm(run: Run, view: Step) -> None:
     if stamp.read(run.layout.stamp("vllm")) is None:
         venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("vllm"))
-    venv.repair(run.layout, run.settings, journal=run.journal, names=("vllm",))
+    venv.repair(run.layout, run.settings, run_log=run.run_log, names=("vllm",))
     observed = run.observed
     wheel = Path(run.outcome["wheel"])
-    editable.install_with_wheel(run.layout, run.settings, observed, wheel, journal=run.journal)
+    editable.install_with_wheel(run.layout, run.settings, observed, wheel, run_log=run.run_log)
     if run.is_arm:
         precompiled.complete(wheel, run.layout.vllm)
     precompiled.check_taken(wheel, run.layout.vllm)

@@ -127,7 +127,7 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:
     text = f"{observed.pin.tag} {observed.pin.commit[:12]}"
-    if Layout(layout.workshop).pins.exists():
+    if Layout(layout.bump_sandbox).pins.exists():
         return Row("warn", "pin", f"{text}; it is being moved: ./scripts/inv pin")
     return Row("ok", "pin", text)
 

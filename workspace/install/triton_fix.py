@@ -14,12 +14,12 @@ from workspace.core import lock
 from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console
 from workspace.core.errors import BuildError, SettingsError, ToolchainError
 from workspace.core.files import sha256
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp, triton_remedies
 from workspace.install.triton_diagnosis import Diagnosis, Finding, diagnose, try_kernel
-from workspace.install.triton_remedies import Ground
+from workspace.install.triton_remedies import Context
 from workspace.machine import hardware, interpreter, torch, venv
 from workspace.repo import pins
 
@@ -29,7 +29,7 @@ NEEDED_GIB, NEEDED_CACHE_GIB = 6.0, 5.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class FixOptions:
     """What the command line says, as it was typed."""
 
     check: bool = False
@@ -38,32 +38,32 @@ class Asked:
     jobs: str | None = None
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, provide: Callable[[], None], wait: bool = False) -> None:
+def run(layout: Layout, settings: Settings, options: FixOptions, *, console: Console, provide: Callable[[], None], wait: bool = False) -> None:
     """Bring Triton to where a kernel compiles, and runs where there is a GPU.
 
     Raises ToolchainError where something is wrong and was only looked at, or cannot be mended here, and what the build from source raises.
     """
-    _require_sense(asked)
-    limits = _limits(settings, asked) if asked.from_source else None
+    _require_sense(options)
+    limits = _limits(settings, options) if options.from_source else None
     pins.require_settled(layout)
     found = diagnose(layout, settings)
     _show(found.findings, console)
-    if asked.check or (not found.bad and not asked.from_source):
+    if options.check or (not found.bad and not options.from_source):
         _close(found, console, f"{VERB}    mends what it can{_in_shell(found, settings)}")
         return
     with (
         lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held) as journal,
+        RunLog(console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held) as run_log,
     ):
-        ground = Ground(layout, settings, journal)
-        triton_remedies.put_back_former(ground)
-        found = _mended(ground, diagnose(layout, ground.settings), is_source_asked=asked.from_source)
-        if journal.path:
-            console.say(f"log: {layout.relative(journal.path)}")
-    if asked.from_source or not (found.can_compile or found.paired is None):
-        if not asked.from_source:
+        context = Context(layout, settings, run_log)
+        triton_remedies.put_back_former(context)
+        found = _mended(context, diagnose(layout, context.settings), is_source_asked=options.from_source)
+        if run_log.path:
+            console.say(f"log: {layout.relative(run_log.path)}")
+    if options.from_source or not (found.can_compile or found.paired is None):
+        if not options.from_source:
             console.say("nothing cheaper has helped: Triton is built from its source now; ^C stops it, and what is there stays")
-        found = _from_source(ground, asked, limits or _limits(settings, asked), console=console, provide=provide, wait=wait)
+        found = _from_source(context, options, limits or _limits(settings, options), console=console, provide=provide, wait=wait)
     _close(
         found,
         console,
@@ -71,16 +71,16 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console, p
     )
 
 
-def _require_sense(asked: Asked) -> None:
-    if asked.check and (asked.from_source or asked.ref or asked.jobs):
+def _require_sense(options: FixOptions) -> None:
+    if options.check and (options.from_source or options.ref or options.jobs):
         raise SettingsError("--check builds nothing: it stands alone", hint=f"{VERB} --check")
-    if (asked.ref or asked.jobs) and not asked.from_source:
+    if (options.ref or options.jobs) and not options.from_source:
         raise SettingsError("--ref and --jobs are of a build: they go with --from-source", hint=f"{VERB} --from-source")
 
 
-def _limits(settings: Settings, asked: Asked) -> tuple[Jobs, Memory]:
+def _limits(settings: Settings, options: FixOptions) -> tuple[Jobs, Memory]:
     host = hardware.observe(settings)
-    return bounds.count(settings, cores=host.cores, flag=asked.jobs), bounds.memory(host)
+    return bounds.count(settings, cores=host.cores, flag=options.jobs), bounds.memory(host)
 
 
 def _show(findings: tuple[Finding, ...], console: Console) -> None:
@@ -108,22 +108,22 @@ def _in_shell(found: Diagnosis, settings: Settings) -> str:
     return f"; first: unset {' '.join(in_shell)}" if in_shell else ""
 
 
-def _mended(ground: Ground, found: Diagnosis, *, is_source_asked: bool) -> Diagnosis:
+def _mended(context: Context, found: Diagnosis, *, is_source_asked: bool) -> Diagnosis:
     """Take remedy by remedy, each shown before, done, and judged by a new diagnosis. The wheel is left alone where another Triton is to come."""
-    console = ground.journal.console
+    console = context.run_log.console
     for remedy in triton_remedies.REMEDIES:
-        planned = remedy.plan(ground, found) if found.bad and not (is_source_asked and remedy.name == "wheel") else ()
+        planned = remedy.plan(context, found) if found.bad and not (is_source_asked and remedy.name == "wheel") else ()
         if not planned:
             continue
         for line in planned:
             console.say(f"{remedy.name}: {line}")
         before = {finding.name for finding in found.bad}
         with console.step(remedy.name) as view:
-            ground.journal.phase(remedy.name, view)
-            with torch.held(ground.layout, ground.settings, step=remedy.name):
-                view.reason = remedy.act(ground, found)
-        ground.journal.step = None
-        found = diagnose(ground.layout, ground.settings)
+            context.run_log.phase(remedy.name, view)
+            with torch.held(context.layout, context.settings, step=remedy.name):
+                view.reason = remedy.act(context, found)
+        context.run_log.step = None
+        found = diagnose(context.layout, context.settings)
         cured = before - {finding.name for finding in found.bad}
         console.say(f"looked again: {', '.join(sorted(cured)) + ' mended' if cured else 'nothing is better for it'}")
     if found.bad:
@@ -131,41 +131,41 @@ def _mended(ground: Ground, found: Diagnosis, *, is_source_asked: bool) -> Diagn
     return found
 
 
-def _from_source(ground: Ground, asked: Asked, limits: tuple[Jobs, Memory], *, console: Console, provide: Callable[[], None], wait: bool) -> Diagnosis:
+def _from_source(context: Context, options: FixOptions, limits: tuple[Jobs, Memory], *, console: Console, provide: Callable[[], None], wait: bool) -> Diagnosis:
     """Build the pinned Triton, or the one of --ref, and put it in the place of the installed one once its kernel is right."""
-    layout, settings = ground.layout, ground.settings
-    _require_ground(layout, settings)
-    if asked.ref:
+    layout, settings = context.layout, context.settings
+    _require_context(layout, settings)
+    if options.ref:
         provide()
     with (
         lock.hold(layout.lock, verb="inv fix-triton --from-source", wait=wait, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held) as journal,
+        RunLog(console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held) as run_log,
     ):
         with console.step("source") as view:
-            journal.phase("source", view)
-            tree = triton_sources.prepare_source(layout, settings, journal=journal, step=view)
+            run_log.phase("source", view)
+            tree = triton_sources.prepare_source(layout, settings, run_log=run_log, step=view)
         with console.step("downloads") as view:
-            journal.phase("downloads", view)
+            run_log.phase("downloads", view)
             home, told = triton_sources.home_of(settings), triton_build.environment(layout, settings, limits[0], triton_build.folder(layout, settings))
-            view.reason = triton_sources.provide_downloads(tree, home, settings, told, journal=journal, step=view)
+            view.reason = triton_sources.provide_downloads(tree, home, settings, told, run_log=run_log, step=view)
         with console.step("requirements") as view, torch.held(layout, settings, step="requirements"):
-            journal.phase("requirements", view)
-            view.reason = triton_build.put_requirements(layout, settings, tree, journal=journal)
+            run_log.phase("requirements", view)
+            view.reason = triton_build.put_requirements(layout, settings, tree, run_log=run_log)
         for line in (limit.sentence for limit in limits):
             console.say(line)
         with console.step("compile") as view, torch.held(layout, settings, step="compile"):
-            journal.phase("compile", view)
-            wheel = triton_build.build_wheel(layout, settings, tree, jobs=limits[0], memory=limits[1], journal=journal, step=view)
+            run_log.phase("compile", view)
+            wheel = triton_build.build_wheel(layout, settings, tree, jobs=limits[0], memory=limits[1], run_log=run_log, step=view)
             view.reason = f"{wheel.units} units, {wheel.path.name}"
         for line in wheel.summary:
             console.say(line)
-        found = _put(Ground(layout, settings, journal), tree, wheel, jobs=limits[0].count)
-        if journal.path:
-            console.say(f"log: {layout.relative(journal.path)}")
+        found = _put(Context(layout, settings, run_log), tree, wheel, jobs=limits[0].count)
+        if run_log.path:
+            console.say(f"log: {layout.relative(run_log.path)}")
     return found
 
 
-def _require_ground(layout: Layout, settings: Settings) -> None:
+def _require_context(layout: Layout, settings: Settings) -> None:
     """Raise before anything is fetched or compiled where the result could not be put in its place."""
     places = (layout.environment, *interpreter.site_packages(layout), layout.state)
     closed = next((place for place in places if place.exists() and not os.access(place, os.W_OK)), None)
@@ -177,23 +177,23 @@ def _require_ground(layout: Layout, settings: Settings) -> None:
             raise ToolchainError(f"{place} has {free:.1f} GiB left, a build of Triton needs {need:g} there", hint=f"df -h {hardware.existing(place)}")
 
 
-def _put(ground: Ground, tree: triton_sources.Source, wheel: triton_build.Wheel, *, jobs: int) -> Diagnosis:
+def _put(context: Context, tree: triton_sources.Source, wheel: triton_build.Wheel, *, jobs: int) -> Diagnosis:
     """Install the wheel, let it compile the kernel, and go back to the former Triton where it does not."""
-    layout, settings, journal = ground.layout, ground.settings, ground.journal
+    layout, settings, run_log = context.layout, context.settings, context.run_log
     before, recorded = venv.keep_former(layout), stamp.read(layout.stamp("triton"))
     stamp.withdraw(layout.stamp("triton"))
     try:
-        with journal.console.step("install") as view, torch.held(layout, settings, step="install"):
-            journal.phase("install", view)
+        with run_log.console.step("install") as view, torch.held(layout, settings, step="install"):
+            run_log.phase("install", view)
             arguments = ["--no-deps", "--reinstall-package", "triton", str(wheel.path)]
-            interpreter.install(layout, settings, arguments, journal=journal, failure=BuildError)
+            interpreter.install(layout, settings, arguments, run_log=run_log, failure=BuildError)
             view.reason = f"triton {interpreter.installed(layout).get('triton')}, torch stays"
-        with journal.console.step("verify") as view:
-            journal.phase("verify", view)
-            found = _verified(ground)
+        with run_log.console.step("verify") as view:
+            run_log.phase("verify", view)
+            found = _verified(context)
             view.reason = found.kernel.said if found.kernel else ""
     except BaseException as exc:
-        venv.put_former_back(layout, settings, before, journal=journal)
+        venv.put_former_back(layout, settings, before, run_log=run_log)
         triton_remedies.vouch(layout)
         if recorded:
             stamp.write(layout.stamp("triton"), recorded)
@@ -220,10 +220,10 @@ def _put(ground: Ground, tree: triton_sources.Source, wheel: triton_build.Wheel,
     return diagnose(layout, settings)
 
 
-def _verified(ground: Ground) -> Diagnosis:
+def _verified(context: Context) -> Diagnosis:
     """Raise BuildError where the kernel of the diagnosis does not come out right with what was installed."""
-    found = diagnose(ground.layout, ground.settings)
-    kernel = found.kernel or try_kernel(ground.layout, ground.settings, found.capability)
+    found = diagnose(context.layout, context.settings)
+    kernel = found.kernel or try_kernel(context.layout, context.settings, found.capability)
     if kernel.error:
         raise BuildError(
             f"a small kernel does not come out right: {kernel.error}", hint=f"{VERB} --check; {triton_sources.FROM_SOURCE} --ref v3.7.1    builds another one"

@@ -36,7 +36,7 @@ class Row:
     name: str
     seen: str
     why: str
-    cure: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True)

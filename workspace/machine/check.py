@@ -35,7 +35,7 @@ class Finding:
     name: str
     said: str
     is_error: bool = False
-    cure: str | None = None
+    hint: str | None = None
 
 
 def conflict_findings(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
@@ -149,7 +149,7 @@ class Row:
     value: str
     source: str
     text: str
-    cure: str | None = None
+    hint: str | None = None
     is_said: bool = False
 
 
@@ -162,7 +162,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         console.data(json.dumps({"schema": 1, "rows": shown, "verdict": "fail" if bad else "pass"}, indent=1))
     else:
         for row in rows:
-            text = row.text + (f"; {row.cure}" if row.cure else "")
+            text = row.text + (f"; {row.hint}" if row.hint else "")
             console.row(row.state, f"{row.name:<{NAME_WIDTH}}", f"{row.value:<{VALUE_WIDTH}} {row.source:<{SOURCE_WIDTH}}{text}".rstrip())
     _stop(bad)
 
@@ -175,7 +175,7 @@ def require(layout: Layout, settings: Settings, *, console: Console, recipe: Map
     rows = judge(Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe)
     for row in rows:
         if row.state == "warn" and not row.is_said:
-            _warn(console, f"{_called(row)}: {row.text}" + (f"; {row.cure}" if row.cure else ""))
+            _warn(console, f"{_called(row)}: {row.text}" + (f"; {row.hint}" if row.hint else ""))
     _stop([row for row in rows if row.state == "FAIL"])
 
 
@@ -190,7 +190,7 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
         if row.state == "ok" or (row.state == "warn" and finding.is_error):
             text = settings.masked(finding.said)
             rows[finding.name] = replace(
-                row, state="FAIL" if finding.is_error else "warn", text=text, cure=_away(row) if finding.cure is None else finding.cure, is_said=False
+                row, state="FAIL" if finding.is_error else "warn", text=text, hint=_away(row) if finding.hint is None else finding.hint, is_said=False
             )
     is_judged = bool(run_environment.known_variables(case.layout))
     return tuple(_with_door(settings, row, is_judged=is_judged and bool(run_environment.VARIABLE.fullmatch(row.name))) for row in rows.values())
@@ -255,8 +255,8 @@ def _with_door(settings: Settings, row: Row, *, is_judged: bool) -> Row:
     for warning in settings.warnings:
         found = _HIDES.match(warning) or (None if is_judged else _UNKNOWN.match(warning))
         if found and found["name"] == row.name and row.state == "ok":
-            cure = f"unset {row.name}" if _HIDES.match(warning) else _away(row)
-            return replace(row, state="warn", text=re.sub(r"; `unset .*$", "", warning), cure=cure, is_said=True)
+            hint = f"unset {row.name}" if _HIDES.match(warning) else _away(row)
+            return replace(row, state="warn", text=re.sub(r"; `unset .*$", "", warning), hint=hint, is_said=True)
     if row.state == "ok" and not row.text:
         phase = "builds" if not is_for(row.name, "run") else "running vLLM" if not is_for(row.name, "build") else "builds and running vLLM"
         return replace(row, text="for this workspace" if row.name in KNOWN and KNOWN[row.name].phase == "workspace" else f"for {phase}")
@@ -296,4 +296,4 @@ def _stop(bad: list[Row]) -> None:
     if bad:
         first = bad[0]
         more = tuple(f"{_called(row)}: {row.text}" for row in bad[1:])
-        raise SettingsError(f"{_called(first)}: {first.text}", hint=first.cure or "./scripts/inv env", details=more)
+        raise SettingsError(f"{_called(first)}: {first.text}", hint=first.hint or "./scripts/inv env", details=more)

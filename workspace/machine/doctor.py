@@ -64,7 +64,7 @@ def _ccache(case: Case, program: str) -> Row:
     faults = tuple(_ccache_faults(case, config, limit_gib))
     if not faults:
         return Row("ok", "ccache", seen, why)
-    return Row("warn", "ccache", seen, "; ".join(harm for harm, _ in faults), " && ".join(cure for _, cure in faults))
+    return Row("warn", "ccache", seen, "; ".join(harm for harm, _ in faults), " && ".join(hint for _, hint in faults))
 
 
 def _ccache_faults(case: Case, config: dict[str, tuple[str, str]], limit_gib: float | None) -> Iterator[tuple[str, str]]:
@@ -210,7 +210,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         _print(rows, console)
     bad = [row for row in rows if row.state == "FAIL"]
     if bad:
-        raise ToolchainError(f"this machine lacks something: {', '.join(dict.fromkeys(row.name for row in bad))}", hint=bad[0].cure)
+        raise ToolchainError(f"this machine lacks something: {', '.join(dict.fromkeys(row.name for row in bad))}", hint=bad[0].hint)
 
 
 def _print(rows: tuple[Row, ...], console: Console) -> None:
@@ -224,9 +224,9 @@ def _print(rows: tuple[Row, ...], console: Console) -> None:
             more += _wrapped(row.why, room)
         for line in more:
             console.say(indent + line)
-        if row.cure and row.state != "ok":
+        if row.hint and row.state != "ok":
             # Never wrapped, so that it can be copied.
-            console.say(f"{indent}$ {row.cure}", style="bold")
+            console.say(f"{indent}$ {row.hint}", style="bold")
     counts = {state: sum(row.state == state for row in rows) for state in ORDER}
     console.say(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} in the way")
 

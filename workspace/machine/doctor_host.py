@@ -147,14 +147,14 @@ def library_path(case: Case) -> Iterator[Row]:
     home = case.settings.path("CUDA_HOME")
     if home and set(bad) == {str(home / "lib64")}:
         wanted = (build.cuda if (build := case.torch()) else None) or "13.0"
-        cure = f"sed -i 's|^CUDA_HOME=.*|CUDA_HOME=/usr/local/cuda-{wanted}|' .env  # after: sudo apt install cuda-toolkit-{wanted.replace('.', '-')}"
-        yield Row("warn", "library path", "; ".join(bad.values()), why, cure)
+        hint = f"sed -i 's|^CUDA_HOME=.*|CUDA_HOME=/usr/local/cuda-{wanted}|' .env  # after: sudo apt install cuda-toolkit-{wanted.replace('.', '-')}"
+        yield Row("warn", "library path", "; ".join(bad.values()), why, hint)
         return
     kept = ":".join(entry for entry in dict.fromkeys(entries) if entry not in bad and entry != str((home or Path("/nonexistent")) / "lib64"))
-    cure = f"export LD_LIBRARY_PATH={shlex.quote(kept)}" if kept else "unset LD_LIBRARY_PATH"
+    hint = f"export LD_LIBRARY_PATH={shlex.quote(kept)}" if kept else "unset LD_LIBRARY_PATH"
     if "LD_LIBRARY_PATH" in case.settings.passed and case.settings.passed["LD_LIBRARY_PATH"].source == ".env":
-        cure = "sed -i '/^LD_LIBRARY_PATH=/d' .env"
-    yield Row("warn", "library path", "; ".join(bad.values()), why, cure)
+        hint = "sed -i '/^LD_LIBRARY_PATH=/d' .env"
+    yield Row("warn", "library path", "; ".join(bad.values()), why, hint)
 
 
 def _is_torchs_toolkit(case: Case, folder: Path) -> bool:
@@ -195,8 +195,8 @@ def token(case: Case) -> Iterator[Row]:
     except FileNotFoundError:
         yield Row("ok", "token", "absent", f"only {why}: .vllm/bin/hf auth login")
     except OSError as exc:
-        cure = f'sudo chown "$USER" {shlex.quote(str(path))} && chmod 600 {shlex.quote(str(path))}'
-        yield Row("warn", "token", f"{path} cannot be read: {exc.strerror}", why, cure if path.is_file() else f"ls -ld {shlex.quote(str(path))}")
+        hint = f'sudo chown "$USER" {shlex.quote(str(path))} && chmod 600 {shlex.quote(str(path))}'
+        yield Row("warn", "token", f"{path} cannot be read: {exc.strerror}", why, hint if path.is_file() else f"ls -ld {shlex.quote(str(path))}")
     else:
         yield Row("ok" if present else "warn", "token", f"{'present' if present else 'empty'}, {path}", why, None if present else ".vllm/bin/hf auth login")
 
@@ -238,16 +238,16 @@ def _remote(case: Case, name: str, setting: str, *, otherwise: str, lacking: Sta
         return
     if mirror:
         fault = _git_fault(case, mirror)
-        cure = f"git ls-remote {without_user(mirror)} HEAD  # {setting} in .env names it"
+        hint = f"git ls-remote {without_user(mirror)} HEAD  # {setting} in .env names it"
         seen = without_user(mirror) + (f": {fault}" if fault else " answers")
-        yield Row(lacking if fault else "ok", f"{name} mirror", seen, f"{setting} is asked before anything else", cure if fault else None)
+        yield Row(lacking if fault else "ok", f"{name} mirror", seen, f"{setting} is asked before anything else", hint if fault else None)
         if not fault:
             return
     fault = _git_fault(case, url)
-    cure = f"echo {setting}=URL >> .env  # URL: a copy that can be reached"
+    hint = f"echo {setting}=URL >> .env  # URL: a copy that can be reached"
     # With a mirror set, git never goes to the pinned remote.
     state: State = "ok" if not fault else "warn" if mirror else lacking
-    yield Row(state, f"{name} git", without_user(url) + (f": {fault}" if fault else " answers"), otherwise, cure if fault else None)
+    yield Row(state, f"{name} git", without_user(url) + (f": {fault}" if fault else " answers"), otherwise, hint if fault else None)
 
 
 def index(case: Case) -> Iterator[Row]:
@@ -275,8 +275,8 @@ def index(case: Case) -> Iterator[Row]:
         return
     # What is built needs nothing more of it, and starting over would.
     why = "everything needed is in .vllm already; a changed requirement is not" if case.is_built else "source archive, donor and packages come from it"
-    cure = "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export HTTPS_PROXY=URL"
-    yield Row("warn" if case.is_built else "FAIL", "index", f"{shown}: {without_user(fault)}", why, cure)
+    hint = "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export HTTPS_PROXY=URL"
+    yield Row("warn" if case.is_built else "FAIL", "index", f"{shown}: {without_user(fault)}", why, hint)
 
 
 def torch_index(case: Case) -> Iterator[Row]:

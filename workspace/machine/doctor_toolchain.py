@@ -29,8 +29,8 @@ def python(case: Case) -> Iterator[Row]:
     version = ".".join(str(part) for part in sys.version_info[:3])
     oldest = ".".join(str(part) for part in OLDEST_TOOLS_PYTHON)
     is_new = sys.version_info[:2] >= OLDEST_TOOLS_PYTHON
-    cure = None if is_new else "sudo apt install python3.12 python3.12-venv"
-    yield Row("ok" if is_new else "FAIL", "python", version, f"the tools need {oldest} or newer", cure)
+    hint = None if is_new else "sudo apt install python3.12 python3.12-venv"
+    yield Row("ok" if is_new else "FAIL", "python", version, f"the tools need {oldest} or newer", hint)
 
 
 def git(case: Case) -> Iterator[Row]:
@@ -46,8 +46,8 @@ def uv(case: Case) -> Iterator[Row]:
         said = case.said([str(interpreter.uv(case.layout)), "--version"])
     except WorkspaceError:
         said = None
-    cure = None if said else "rm -rf .workspace/tools && ./scripts/inv bootstrap"
-    yield Row("ok" if said else "FAIL", "uv", said or "not there, or does not run", "it makes .vllm and fills it", cure)
+    hint = None if said else "rm -rf .workspace/tools && ./scripts/inv bootstrap"
+    yield Row("ok" if said else "FAIL", "uv", said or "not there, or does not run", "it makes .vllm and fills it", hint)
 
 
 def headers(case: Case) -> Iterator[Row]:
@@ -63,8 +63,8 @@ def headers(case: Case) -> Iterator[Row]:
             yield Row("FAIL", "headers", exc.message, "the Python of .vllm cannot be told", exc.hint)
             return
         if choice is None:
-            cure = f"{case.uv} python install {case.settings.text('PYTHON_VERSION')}"
-            yield Row("warn", "headers", "no Python for .vllm is installed yet", "uv fetches one, with its headers", cure)
+            hint = f"{case.uv} python install {case.settings.text('PYTHON_VERSION')}"
+            yield Row("warn", "headers", "no Python for .vllm is installed yet", "uv fetches one, with its headers", hint)
             return
         # Another one may still be fetched, or a torch wheel may decide.
         version, folder, is_certain = choice.version, interpreter.headers_of(choice.path, case.settings), not choice.reason
@@ -77,8 +77,8 @@ def headers(case: Case) -> Iterator[Row]:
     # Only a system's Python has a package beside it; others bring their headers, so take one of those.
     own = f"{case.uv} python install {minor}" + (" && mv .vllm .vllm.old" if there else "")
     is_needed = (case.is_native or case.device == "cuda") and is_certain
-    cure = f"sudo apt install python{minor}-dev" if base == Path("/usr") else own
-    yield Row("FAIL" if is_needed else "warn", "headers", f"no Python.h for {version}", why, cure)
+    hint = f"sudo apt install python{minor}-dev" if base == Path("/usr") else own
+    yield Row("FAIL" if is_needed else "warn", "headers", f"no Python.h for {version}", why, hint)
 
 
 def compiler(case: Case) -> Iterator[Row]:
@@ -100,17 +100,17 @@ def cmake(case: Case) -> Iterator[Row]:
     said = case.said([found, "--version"]) if found else None
     version = re.search(r"version (\d+(?:\.\d+)+)", said or "")
     why = f"vLLM needs {CMAKE_FROM} or newer, Triton in the same environment one below {CMAKE_BELOW}"
-    cure = f"{case.uv} pip install --python .vllm/bin/python 'cmake>={CMAKE_FROM},<{CMAKE_BELOW}'"
+    hint = f"{case.uv} pip install --python .vllm/bin/python 'cmake>={CMAKE_FROM},<{CMAKE_BELOW}'"
     own = case.layout.relative(Path(found)) if found else ""
     if not case.layout.environment_python.exists():
         yield Row("ok", "cmake", "not in .vllm yet", "bootstrap puts a fitting one there")
     elif version is None:
-        yield Row(case.lacking, "cmake", f"{own} does not run" if found else "not there", why, cure)
+        yield Row(case.lacking, "cmake", f"{own} does not run" if found else "not there", why, hint)
     elif key(version[1]) < key(CMAKE_FROM):
-        yield Row(case.lacking, "cmake", f"{version[1]}, {own}", why, cure)
+        yield Row(case.lacking, "cmake", f"{version[1]}, {own}", why, hint)
     else:
         is_fitting = key(version[1]) < key(CMAKE_BELOW)
-        yield Row("ok" if is_fitting else "warn", "cmake", f"{version[1]}, {own}", why, None if is_fitting else cure)
+        yield Row("ok" if is_fitting else "warn", "cmake", f"{version[1]}, {own}", why, None if is_fitting else hint)
 
 
 def ninja(case: Case) -> Iterator[Row]:
@@ -122,8 +122,8 @@ def ninja(case: Case) -> Iterator[Row]:
     elif found and said:
         yield Row("ok", "ninja", f"{said}, {case.layout.relative(Path(found))}", "it runs the compilers, FlashInfer's at run time too")
     else:
-        cure = f"{case.uv} pip install --python .vllm/bin/python --reinstall ninja"
-        yield Row(case.lacking, "ninja", "not there, or does not run", "it runs the compilers, FlashInfer's at run time too", cure)
+        hint = f"{case.uv} pip install --python .vllm/bin/python --reinstall ninja"
+        yield Row(case.lacking, "ninja", "not there, or does not run", "it runs the compilers, FlashInfer's at run time too", hint)
 
 
 def patch(case: Case) -> Iterator[Row]:
@@ -211,8 +211,8 @@ def toolkit(case: Case) -> Iterator[Row]:
         seen = f"CUDA_HOME={home} has no nvcc that runs" if home else "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
         yield Row(case.lacking, "toolkit", seen, why, f"sudo apt install cuda-toolkit-{CUDA_MAJOR}-0 && export CUDA_HOME={wanted}")
     elif found.version.split(".")[0] != CUDA_MAJOR:
-        cure = f"export CUDA_HOME={wanted}  # after: sudo apt install cuda-toolkit-{CUDA_MAJOR}-0"
-        yield Row(case.lacking, "toolkit", f"CUDA {found.version} in {found.home}", f"torch is built for CUDA {CUDA_MAJOR}", cure)
+        hint = f"export CUDA_HOME={wanted}  # after: sudo apt install cuda-toolkit-{CUDA_MAJOR}-0"
+        yield Row(case.lacking, "toolkit", f"CUDA {found.version} in {found.home}", f"torch is built for CUDA {CUDA_MAJOR}", hint)
     else:
         yield Row("ok", "toolkit", f"CUDA {found.version} in {found.home}", why)
 

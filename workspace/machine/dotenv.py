@@ -212,12 +212,12 @@ def _row(case: Case, verdict: Verdict, version: str, capability: str) -> Row:
     ignored = f"{one.variable}={own} does not run and is passed over; " if verdict.is_ignored else ""
     if trial is None:
         state: State = "FAIL" if one.is_used else "warn"
-        cure = _cure(case, one, capability) if one.is_used else f"{case.uv} pip install --python .vllm/bin/python --no-deps --reinstall triton=={version}"
-        return Row(state, one.name, f"{ignored}{case.layout.relative(one.bundled)} does not run", why, cure)
+        hint = _hint(case, one, capability) if one.is_used else f"{case.uv} pip install --python .vllm/bin/python --no-deps --reinstall triton=={version}"
+        return Row(state, one.name, f"{ignored}{case.layout.relative(one.bundled)} does not run", why, hint)
     place = "Triton's own" if trial.program == one.bundled else str(trial.program)
     seen = f"{ignored}{place}, CUDA {trial.release}, {'fails on' if trial.complaint else 'assembles'} {target}"
     if trial.complaint and one.is_used:
-        return Row("FAIL", one.name, f"{seen}: {trial.complaint}", why, _cure(case, one, capability))
+        return Row("FAIL", one.name, f"{seen}: {trial.complaint}", why, _hint(case, one, capability))
     unused = "" if one.is_used else "; another one is used for this GPU"
     return Row(
         "warn" if ignored else "ok",
@@ -228,7 +228,7 @@ def _row(case: Case, verdict: Verdict, version: str, capability: str) -> Row:
     )
 
 
-def _cure(case: Case, one: Assembler, capability: str) -> str:
+def _hint(case: Case, one: Assembler, capability: str) -> str:
     """Triton's own in place of one that was set, else the toolkit's, where that can do better."""
     if case.settings.path(one.variable):
         return _unset(case, one)

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from workspace.core import process
 from workspace.core.errors import BuildError, SettingsError, SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 
@@ -89,7 +89,7 @@ def headers_of(python: Path, settings: Settings) -> Path | None:
 
 
 def choose(
-    layout: Layout, settings: Settings, *, supported: "SpecifierSet", wheel_pythons: frozenset[str] | None = None, journal: Journal | None = None
+    layout: Layout, settings: Settings, *, supported: "SpecifierSet", wheel_pythons: frozenset[str] | None = None, run_log: RunLog | None = None
 ) -> Choice:
     """Choose the Python for `.vllm`: PYTHON_VERSION where it is installed or soon fetched, else the newest supported one.
 
@@ -99,7 +99,7 @@ def choose(
     preferred = _preferred(settings)
     choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     is_bound = choice is not None and wheel_pythons is not None and _minor(choice.version) in wheel_pythons and _minor(preferred) not in wheel_pythons
-    if (choice is None or choice.reason) and not is_bound and preferred in supported and _fetch(layout, settings, preferred, journal):
+    if (choice is None or choice.reason) and not is_bound and preferred in supported and _fetch(layout, settings, preferred, run_log):
         choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     if choice is None:
         wanted = preferred if preferred in supported else "3.12"
@@ -126,7 +126,7 @@ def foresee(layout: Layout, settings: Settings, *, supported: "SpecifierSet", wh
     return None
 
 
-def create(layout: Layout, settings: Settings, choice: Choice, *, journal: Journal) -> None:
+def create(layout: Layout, settings: Settings, choice: Choice, *, run_log: RunLog) -> None:
     """Make `.vllm` with the chosen Python. A half-made one of ours is made anew, a working one of anybody is adopted.
 
     Raises ToolchainError for anything else at its place, and where the folder cannot be written.
@@ -152,7 +152,7 @@ def create(layout: Layout, settings: Settings, choice: Choice, *, journal: Journ
         raise ToolchainError(f".vllm cannot be written: {exc.strerror}", hint=f"ls -ld {layout.root} {environment}") from exc
     # Relocatable: a bump makes it in a place of its own and renames it to where it will be used.
     argv: list[process.Argument] = [uv(layout), "venv", "--no-project", "--relocatable", "--allow-existing", "--python", choice.path, environment]
-    process.run(argv, env=settings.child_environment("plain"), journal=journal, failure=ToolchainError, hint=f"{choice.path} -V  # does this Python work?")
+    process.run(argv, env=settings.child_environment("plain"), run_log=run_log, failure=ToolchainError, hint=f"{choice.path} -V  # does this Python work?")
     if describe(layout, settings) is None:
         raise BuildError(f".vllm was made with {choice.path}, and its Python does not run", hint=f"{layout.environment_python} -V")
     # uv syncs nothing: after a power cut its Python may run while the scripts beside it are empty.
@@ -179,7 +179,7 @@ def install(
     settings: Settings,
     arguments: Sequence[str],
     *,
-    journal: Journal,
+    run_log: RunLog,
     constraints: Sequence[str] = (),
     overrides: Sequence[str] = (),
     phase_env: Mapping[str, str] | None = None,
@@ -210,7 +210,7 @@ def install(
     argv: list[process.Argument] = [uv(layout), "pip", "install", "--python", layout.environment_python, *words]
     try:
         # uv reads [tool.uv] of the folder that it runs in: not vLLM's, wherever the person stands.
-        process.run(argv, env=environment | secret, cwd=layout.root, journal=journal, on_line=show, failure=failure, hint=hint)
+        process.run(argv, env=environment | secret, cwd=layout.root, run_log=run_log, on_line=show, failure=failure, hint=hint)
     except failure as exc:
         # A compiler's log may hold any words; of those only a full disk is certain.
         known = classify(said, layout=layout, is_build=phase_env is not None, otherwise=exc)
@@ -314,7 +314,7 @@ def _listed(program: Path, environment: tuple[tuple[str, str], ...]) -> process.
     return process.capture(argv, env=dict(environment), timeout_s=ANSWER_S * 3)
 
 
-def _fetch(layout: Layout, settings: Settings, version: str, journal: Journal | None) -> bool:
+def _fetch(layout: Layout, settings: Settings, version: str, run_log: RunLog | None) -> bool:
     """Let uv fetch a Python, once a day where that fails."""
     tried = layout.state / f"python-{version}-not-fetched"
     with contextlib.suppress(OSError):
@@ -323,8 +323,8 @@ def _fetch(layout: Layout, settings: Settings, version: str, journal: Journal | 
     haste = {"UV_HTTP_TIMEOUT": str(FETCH_ANSWER_S), "UV_HTTP_CONNECT_TIMEOUT": str(FETCH_ANSWER_S), "UV_HTTP_RETRIES": "0"}
     environment = settings.child_environment("plain", haste)
     argv = [str(uv(layout)), "python", "install", "--no-bin", version]
-    if journal:
-        journal.command(" ".join(argv))
+    if run_log:
+        run_log.command(" ".join(argv))
     with contextlib.suppress(ToolchainError):
         if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
             _listed.cache_clear()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from workspace.core import process
 from workspace.core.errors import BuildError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def read(
     python_version: str,
     use_existing_torch: bool,
     settings: Settings,
-    journal: Journal | None = None,
+    run_log: RunLog | None = None,
 ) -> Requirements:
     """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a Python version.
 
     Raises BuildError where a file is missing or a line cannot be read, and, for an existing torch, where the tree's own
     script that takes torch out is missing or leaves it in.
     """
-    with _editable_copy(tree, settings, journal) if use_existing_torch else contextlib.nullcontext(tree) as root:
+    with _editable_copy(tree, settings, run_log) if use_existing_torch else contextlib.nullcontext(tree) as root:
         project, text = _project(root)
         files: dict[str, str] = {"pyproject.toml": text}
         build_lines = list(_lines(root, _first(root, f"requirements/build/{device}.txt", "requirements/build.txt", "requirements-build.txt"), files))
@@ -129,7 +129,7 @@ def _overrides(project: Mapping[str, object], accelerators: tuple[str, ...], *, 
 
 
 @contextlib.contextmanager
-def _editable_copy(tree: Path, settings: Settings, journal: Journal | None) -> Iterator[Path]:
+def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> Iterator[Path]:
     """Yield a folder with the tree's requirements from which its own script has taken torch out."""
     script = next((tree / name for name in _SCRIPTS if (tree / name).is_file()), None)
     if script is None:
@@ -142,8 +142,8 @@ def _editable_copy(tree: Path, settings: Settings, journal: Journal | None) -> I
             if file.is_file():
                 shutil.copy(file, copy)
         # Its patterns are relative: elsewhere than in the copy it would find nothing, and say so by doing nothing.
-        if journal:
-            process.run([sys.executable, script], env=settings.child_environment("plain"), journal=journal, cwd=copy)
+        if run_log:
+            process.run([sys.executable, script], env=settings.child_environment("plain"), run_log=run_log, cwd=copy)
         else:
             done = process.capture([sys.executable, script], env=settings.child_environment("plain"), cwd=copy, timeout_s=SCRIPT_S)
             if done.returncode != 0:

@@ -16,7 +16,7 @@ from pathlib import Path
 from workspace.core import process
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, requirements, torch
@@ -27,7 +27,7 @@ _UNFINISHED = ".tmp??????"
 ANSWER_S = 60.0
 
 
-def repair(layout: Layout, settings: Settings, *, journal: Journal, names: Iterable[str] = (), with_cache: bool = False) -> tuple[str, ...]:
+def repair(layout: Layout, settings: Settings, *, run_log: RunLog, names: Iterable[str] = (), with_cache: bool = False) -> tuple[str, ...]:
     """Let uv see half packages as not installed, so that it installs them anew; return their dist-info names.
 
     Only those of `names`, as they begin, where there are any. `with_cache` also removes damaged wheels that uv has unpacked.
@@ -38,7 +38,7 @@ def repair(layout: Layout, settings: Settings, *, journal: Journal, names: Itera
     for folder in interpreter.site_packages(layout):
         for info in sorted(folder.glob("*.dist-info")):
             is_meant = not info.name.startswith(kept) and (not names or info.name.startswith(tuple(f"{name}-" for name in names)))
-            if is_meant and not _is_whole(info, _NEEDED):
+            if is_meant and not _is_complete(info, _NEEDED):
                 shutil.rmtree(info)
                 taken_out.append(info.name.removesuffix(".dist-info"))
     for place in (layout.environment, *interpreter.site_packages(layout)):
@@ -47,7 +47,7 @@ def repair(layout: Layout, settings: Settings, *, journal: Journal, names: Itera
     if with_cache:
         taken_out += _mend_cache(layout, settings)
     if taken_out:
-        journal.write(f"half there, and to be installed anew: {', '.join(taken_out)}")
+        run_log.write(f"half there, and to be installed anew: {', '.join(taken_out)}")
     return tuple(taken_out)
 
 
@@ -67,13 +67,13 @@ def _mend_cache(layout: Layout, settings: Settings) -> list[str]:
     damaged = []
     for archive in Path(said.stdout.strip() or "/nonexistent").glob("archive-v*/*"):
         infos = list(archive.glob("*.dist-info"))
-        if any(not _is_whole(info, ("METADATA", "RECORD")) for info in infos):
+        if any(not _is_complete(info, ("METADATA", "RECORD")) for info in infos):
             shutil.rmtree(archive, ignore_errors=True)
             damaged += [f"{info.name.removesuffix('.dist-info')} in uv's cache" for info in infos]
     return damaged
 
 
-def _is_whole(info: Path, needed: Iterable[str]) -> bool:
+def _is_complete(info: Path, needed: Iterable[str]) -> bool:
     try:
         if any((info / name).stat().st_size == 0 for name in needed):
             return False
@@ -108,19 +108,19 @@ class Provided:
     packages: Mapping[str, str]
 
 
-def make_python(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> str:
+def make_python(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
     """Make `.vllm`, or keep the one that is there and works."""
     there = interpreter.describe(layout, settings)
-    needs = _needs(layout, settings, device=device, python_version=there.version if there else settings.text("PYTHON_VERSION"), journal=None)
+    needs = _needs(layout, settings, device=device, python_version=there.version if there else settings.text("PYTHON_VERSION"), run_log=None)
     if there and there.version in needs.python and interpreter.is_finished(layout):
         return f"Python {there.version} is there"
     wheels = torch.local_wheel_pythons(needs.torch, settings) if device == "cpu" and not settings.switch("USE_EXISTING_TORCH") else None
     choice = interpreter.choose(layout, settings, supported=needs.python, wheel_pythons=wheels)
-    interpreter.create(layout, settings, choice, journal=journal)
+    interpreter.create(layout, settings, choice, run_log=run_log)
     return f"Python {choice.version}" + (f": {choice.reason}" if choice.reason else "")
 
 
-def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> str:
+def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
     """Install the pin's torch, or keep what is there under USE_EXISTING_TORCH=1.
 
     Raises BuildError where there is none to keep, or where the one installed is for another device.
@@ -134,7 +134,7 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journ
             )
         build = torch.load(layout, settings)
         return f"{build.version} is there and stays (USE_EXISTING_TORCH=1)"
-    wanted = torch.plan(_needs(layout, settings, device=device, journal=None).torch, device=device, settings=settings)
+    wanted = torch.plan(_needs(layout, settings, device=device, run_log=None).torch, device=device, settings=settings)
     # A CPU build satisfies `torch==2.13.0` in uv's eyes, and so would stay when the device becomes cuda.
     again = ("--reinstall-package", "torch") if there and device == "cuda" and there.cuda is None else ()
     said = wanted.said
@@ -143,14 +143,14 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journ
         try:
             # Over torch's own word: it asks for the Triton that it was released with.
             interpreter.install(
-                layout, settings, [*again, *arguments, wanted.requirement], journal=journal, overrides=torch.kept_triton(layout), on_line=_bar(journal)
+                layout, settings, [*again, *arguments, wanted.requirement], run_log=run_log, overrides=torch.kept_triton(layout), on_line=_bar(run_log)
             )
             break
         except SourceError as exc:
             if number == len(attempts):
                 raise
             said = f"from {' '.join(attempts[number]) or 'the plain index'}"
-            journal.console.say(f"{exc.message}; now {said}")
+            run_log.console.say(f"{exc.message}; now {said}")
     build = torch.load(layout, settings)
     if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
         raise BuildError(
@@ -160,9 +160,9 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, journal: Journ
     return f"{build.version}, CUDA {build.cuda or 'none'}; {said}"
 
 
-def put_requirements(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> str:
+def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
     """Install what builds and runs the tree, torch held; then torch's companions where they can work."""
-    needs = _needs(layout, settings, device=device, journal=journal)
+    needs = _needs(layout, settings, device=device, run_log=run_log)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
     # As a file, for the sake of who reads the command; it stays, so that the command can be copied into a shell.
     written = layout.state / "requirements.txt"
@@ -171,38 +171,38 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, journal
         layout,
         settings,
         ["-r", str(written)],
-        journal=journal,
+        run_log=run_log,
         constraints=torch.constraints(layout),
         overrides=_overrides(layout, needs),
-        on_line=_bar(journal),
+        on_line=_bar(run_log),
     )
     for requirement, why in needs.left_out:
-        journal.write(f"left out: {requirement}: {why}")
+        run_log.write(f"left out: {requirement}: {why}")
     left_out = f", {len(needs.left_out)} left out (see the log)" if needs.left_out else ""
-    return f"{len(listed)} from requirements/{left_out}{_companions(layout, settings, needs, device=device, journal=journal)}"
+    return f"{len(listed)} from requirements/{left_out}{_companions(layout, settings, needs, device=device, run_log=run_log)}"
 
 
-def put_accelerators(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> Provided:
+def put_accelerators(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> Provided:
     """Install xgrammar, triton and FlashInfer as the pin asks, and see that every package is whole."""
-    _put_accelerators(layout, settings, device=device, journal=journal)
-    if repair(layout, settings, journal=journal, with_cache=False):
+    _put_accelerators(layout, settings, device=device, run_log=run_log)
+    if repair(layout, settings, run_log=run_log, with_cache=False):
         # What uv has just linked is short: its cache was damaged, by a power cut say.
-        repair(layout, settings, journal=journal, with_cache=True)
-        put_torch(layout, settings, device=device, journal=journal)
-        put_requirements(layout, settings, device=device, journal=journal)
-        _put_accelerators(layout, settings, device=device, journal=journal)
+        repair(layout, settings, run_log=run_log, with_cache=True)
+        put_torch(layout, settings, device=device, run_log=run_log)
+        put_requirements(layout, settings, device=device, run_log=run_log)
+        _put_accelerators(layout, settings, device=device, run_log=run_log)
     packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
     meant = " (put there on purpose: it stays)" if torch.kept_triton(layout) else ""
     named = [f"{name} {packages[name]}{meant if name == 'triton' else ''}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
     return Provided(", ".join(named) or "none is needed here", packages)
 
 
-def _put_accelerators(layout: Layout, settings: Settings, *, device: str, journal: Journal) -> None:
-    needs = _needs(layout, settings, device=device, journal=None)
+def _put_accelerators(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> None:
+    needs = _needs(layout, settings, device=device, run_log=None)
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
-            layout, settings, [*arguments, *needs.accelerators], journal=journal, constraints=torch.constraints(layout), overrides=_overrides(layout, needs)
+            layout, settings, [*arguments, *needs.accelerators], run_log=run_log, constraints=torch.constraints(layout), overrides=_overrides(layout, needs)
         )
 
 
@@ -212,7 +212,7 @@ def _overrides(layout: Layout, needs: requirements.Requirements) -> tuple[str, .
     return (*(line for line in needs.overrides if not meant or line.split(" ")[0] != "triton"), *meant)
 
 
-def _bar(journal: Journal) -> Callable[[str], None]:
+def _bar(run_log: RunLog) -> Callable[[str], None]:
     """Move the step's bar by what uv says of its downloads."""
     announced: dict[str, float] = {}
     finished: set[str] = set()
@@ -222,14 +222,14 @@ def _bar(journal: Journal) -> Callable[[str], None]:
             announced[found[1]] = float(found[2]) * _MEBIBYTES[found[3]]
         elif found := _FINISHED.match(line):
             finished.add(found[1])
-        if found and journal.step:
+        if found and run_log.step:
             done = sum(size for name, size in announced.items() if name in finished)
-            journal.step.progress(done, sum(announced.values()), f"{done:.0f} of {sum(announced.values()):.0f} MiB")
+            run_log.step.progress(done, sum(announced.values()), f"{done:.0f} of {sum(announced.values()):.0f} MiB")
 
     return show
 
 
-def _needs(layout: Layout, settings: Settings, *, device: str, journal: Journal | None, python_version: str | None = None) -> requirements.Requirements:
+def _needs(layout: Layout, settings: Settings, *, device: str, run_log: RunLog | None, python_version: str | None = None) -> requirements.Requirements:
     if python_version is None:
         there = interpreter.describe(layout, settings)
         if there is None:
@@ -242,22 +242,22 @@ def _needs(layout: Layout, settings: Settings, *, device: str, journal: Journal 
         python_version=python_version,
         use_existing_torch=settings.switch("USE_EXISTING_TORCH"),
         settings=settings,
-        journal=journal,
+        run_log=run_log,
     )
 
 
-def _companions(layout: Layout, settings: Settings, needs: requirements.Requirements, *, device: str, journal: Journal) -> str:
+def _companions(layout: Layout, settings: Settings, needs: requirements.Requirements, *, device: str, run_log: RunLog) -> str:
     """Install torchvision and friends from where torch came, and take out again what does not import: a broken one breaks transformers."""
     wanted = torch.plan(needs.torch, device=device, settings=settings) if needs.torch else None
     arguments = torch.companion_arguments(layout, wanted, device=device) if wanted and needs.companions else None
     if arguments is not None:
         try:
-            interpreter.install(layout, settings, [*arguments, *needs.companions], journal=journal, constraints=torch.constraints(layout))
+            interpreter.install(layout, settings, [*arguments, *needs.companions], run_log=run_log, constraints=torch.constraints(layout))
         except (SourceError, BuildError) as exc:
             # A network that failed, or an installer that was killed, is no word on what fits: what is left out now would stay so.
             if not isinstance(exc, interpreter.NotOffered) and not any("No solution found" in line for line in exc.details):
                 raise
-            journal.console.say(f"torchvision, torchaudio and torchcodec are left out: {exc.message}")
+            run_log.console.say(f"torchvision, torchaudio and torchcodec are left out: {exc.message}")
     here = [name for name in ("torchvision", "torchaudio", "torchcodec") if name in interpreter.installed(layout)]
     if not here:
         return ", no torchvision, torchaudio, torchcodec beside this torch"
@@ -265,8 +265,8 @@ def _companions(layout: Layout, settings: Settings, needs: requirements.Requirem
     broken = [name for name, error in json.loads(done.stdout).items() if error and name in here] if done.returncode == 0 else here
     if broken:
         uv = interpreter.uv(layout)
-        process.run([uv, "pip", "uninstall", "--python", layout.environment_python, *broken], env=settings.child_environment("plain"), journal=journal)
-        journal.console.say(f"{', '.join(broken)} cannot be imported beside this torch and was taken out again")
+        process.run([uv, "pip", "uninstall", "--python", layout.environment_python, *broken], env=settings.child_environment("plain"), run_log=run_log)
+        run_log.console.say(f"{', '.join(broken)} cannot be imported beside this torch and was taken out again")
     return f", with {', '.join(name for name in here if name not in broken)}" if len(broken) < len(here) else ""
 
 
@@ -302,11 +302,11 @@ def is_former_kept(layout: Layout) -> bool:
     return (layout.environment / ".workspace" / "former-triton" / _LIST).is_file()
 
 
-def put_former_back(layout: Layout, settings: Settings, one: Former, *, journal: Journal) -> None:
+def put_former_back(layout: Layout, settings: Settings, one: Former, *, run_log: RunLog) -> None:
     """Take out what is there now, and put every file of the former one back to its place."""
     if "triton" in interpreter.installed(layout):
         argv: list[process.Argument] = [interpreter.uv(layout), "pip", "uninstall", "--python", layout.environment_python, "triton"]
-        process.run(argv, env=settings.child_environment("plain"), cwd=layout.root, journal=journal)
+        process.run(argv, env=settings.child_environment("plain"), cwd=layout.root, run_log=run_log)
     names = json.loads((one.folder / _LIST).read_text(encoding="utf-8"))["files"]
     for number, path in enumerate(names):
         place = layout.environment / path

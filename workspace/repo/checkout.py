@@ -15,7 +15,7 @@ from workspace.core import files
 from workspace.core.console import Step
 from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import git, index, pins
@@ -78,7 +78,7 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
     return Checkout(kind, bases[0], head, f"{pin.tag} from {'git' if kind is Kind.GIT else 'the release archive'}")
 
 
-def ensure(layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, journal: Journal, step: Step) -> Checkout:
+def ensure(layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, run_log: RunLog, step: Step) -> Checkout:
     """Make the checkout where there is none, and return what is there.
 
     Raises CheckoutError for something else in its place, or for a checkout of the other kind than `choice` asks for;
@@ -91,7 +91,7 @@ def ensure(layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, jour
         if choice not in ("auto", found.kind.value):
             raise _other_kind(layout, pin, found, choice)
         return found
-    if choice == "release" or not _made_from_git(layout, pin, settings, choice, journal, step):
+    if choice == "release" or not _made_from_git(layout, pin, settings, choice, run_log, step):
         _make_from_archive(layout, pin, settings, step)
     made = observe(layout, pin)
     if made.base is None:
@@ -99,20 +99,20 @@ def ensure(layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, jour
     return made
 
 
-def protect(layout: Layout, *, journal: Journal | None = None) -> None:
+def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     """Keep the superproject's own verbs from moving, fetching or staging what lies in vendor/vllm; touches nothing where that is so already."""
     outer = superproject(layout)
     if outer is None:
         return
     for key in ("fetch.recurseSubmodules", "submodule.recurse"):
-        outer.set_setting(key, "false", journal=journal)
+        outer.set_setting(key, "false", run_log=run_log)
     path = layout.relative(layout.vllm)
     link = outer.gitlink(path)
     if link is None or link.hidden or not os.path.lexists(layout.vllm / ".git"):
         return
     # A release checkout or a patched one: `git add -A` would stage its commit as if it were a new pin.
     if Git(layout.vllm).head() != link.commit:
-        outer.hide(path, journal=journal)
+        outer.hide(path, run_log=run_log)
 
 
 def sweep(layout: Layout, pin: Pin) -> None:
@@ -128,11 +128,11 @@ def superproject(layout: Layout) -> Git | None:
     return outer if place and place.top.resolve() == layout.root.resolve() else None
 
 
-def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice, journal: Journal, step: Step) -> bool:
+def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice, run_log: RunLog, step: Step) -> bool:
     """Make the checkout from git, or say why not and return False where `choice` leaves that open."""
     modules = _modules(layout, pin)
     if modules and modules.exists() and any(modules.iterdir()):
-        _restore(layout, pin, settings, modules, journal, step)
+        _restore(layout, pin, settings, modules, run_log, step)
         return True
     url = url_of(layout, pin, settings)
     try:
@@ -140,9 +140,9 @@ def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice,
     except SourceError as exc:
         if choice == "git" or pin.archive is None or isinstance(exc, _Moved):
             raise
-        journal.console.warn(f"{exc.message}; taking the release archive instead, which has no history: no version from git, no upstream commits in forecasts")
+        run_log.console.warn(f"{exc.message}; taking the release archive instead, which has no history: no version from git, no upstream commits in forecasts")
         return False
-    _clone(layout, pin, settings, modules, references, journal, step)
+    _clone(layout, pin, settings, modules, references, run_log, step)
     return True
 
 
@@ -154,7 +154,7 @@ def _make_from_archive(layout: Layout, pin: Pin, settings: Settings, step: Step)
     pins.make_from_archive(file, folder_of(layout, pin), pin, on_progress=lambda done, total: step.progress(done, total, f"unpacking {name}"))
 
 
-def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, references: Mapping[str, str], journal: Journal, step: Step) -> None:
+def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, references: Mapping[str, str], run_log: RunLog, step: Step) -> None:
     """Fetch the pin into a new repository and put it in place: as a submodule where `modules` says where its git directory goes."""
     path = folder_of(layout, pin)
     url = url_of(layout, pin, settings)
@@ -171,17 +171,17 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
             made = Git(tree, git_dir=git_dir, failure=SourceError)
             made.init()
             try:
-                made.fetch(url, wanted, whole=whole, settings=settings, journal=journal, on_line=shown(step))
+                made.fetch(url, wanted, whole=whole, settings=settings, run_log=run_log, on_line=shown(step))
                 _check_pin(made, pin, url)
                 if f"refs/tags/{pin.tag}" not in references and f"refs/heads/{pin.tag}" not in references:
                     # setuptools-scm derives the version from it; that it belongs to this commit, the pins say.
                     made.set_ref(f"refs/tags/{pin.tag}", pin.commit)
-                made.check_out(pin.commit, settings=settings, journal=journal, on_line=shown(step))
+                made.check_out(pin.commit, settings=settings, run_log=run_log, on_line=shown(step))
             except SourceError:
                 if number == len(attempts):
                     raise
                 _advertised(layout, pin, settings, url)
-                journal.write("the remote did not serve a partial clone; asking for more")
+                run_log.write("the remote did not serve a partial clone; asking for more")
                 continue
             if (made.head(), made.edits()) != (pin.commit, ()):
                 raise SourceError(
@@ -195,7 +195,7 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
             return
 
 
-def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, journal: Journal, step: Step) -> None:
+def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, run_log: RunLog, step: Step) -> None:
     """Write the files of a submodule whose git directory is there: what its index and HEAD hold, the user's commits included."""
     path = folder_of(layout, pin)
     with files.folder_beside(path) as holder:
@@ -205,10 +205,10 @@ def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, journa
         if pin.commit not in kept.present((pin.commit,)):
             url = url_of(layout, pin, settings)
             whole = kept.setting("remote.origin.promisor") != "true"
-            kept.fetch(url, _refspecs(pin, _advertised(layout, pin, settings, url)), whole=whole, settings=settings, journal=journal, on_line=shown(step))
+            kept.fetch(url, _refspecs(pin, _advertised(layout, pin, settings, url)), whole=whole, settings=settings, run_log=run_log, on_line=shown(step))
             _check_pin(kept, pin, url)
         if kept.head() is None or not (modules / "index").exists():
-            kept.check_out(kept.head() or pin.commit, settings=settings, journal=journal, on_line=shown(step))
+            kept.check_out(kept.head() or pin.commit, settings=settings, run_log=run_log, on_line=shown(step))
         else:
             kept.write_files()
         _settle(layout, pin, kept, modules)

@@ -18,7 +18,7 @@ from workspace.core import files
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchDrift, SettingsError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, series
@@ -84,7 +84,7 @@ class Prepared:
     edits: tuple[str, ...]
 
 
-def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal, check: bool = False) -> Export:
+def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog, check: bool = False) -> Export:
     """Make patches/<project> what the commits on the pin are; with `check` print the difference and write nothing.
 
     Raises CheckoutError where there is no stack, or git is in the middle of something; PatchDrift for commits that cannot be patches,
@@ -92,7 +92,7 @@ def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: 
     """
     prepared = prepare(layout, project, pin, checkout, proven=not check)
     if check:
-        _check(layout, prepared.folder, prepared.plan, journal.console)
+        _check(layout, prepared.folder, prepared.plan, run_log.console)
         return _done(layout, prepared, ())
     return finish(layout, prepared)
 
@@ -177,7 +177,7 @@ def write(folder: Path, *, base: str, patches: Patches) -> Written:
     return Written(tuple(plan.changed), plan.gone)
 
 
-def template(layout: Layout, project: str, git: Git, journal: Journal) -> None:
+def template(layout: Layout, project: str, git: Git, run_log: RunLog) -> None:
     """Have `git commit` in a checkout begin with the trailer that a patch needs, unless the user has a template of their own."""
     file = git.path_of("workspace-commit-template")
     chosen = git.look("config", "--get", "commit.template", check=False).out.rstrip("\n")
@@ -188,7 +188,7 @@ def template(layout: Layout, project: str, git: Git, journal: Journal) -> None:
         if not file.exists() or read_regular(file) != TEMPLATE.encode():
             write_atomic(file, TEMPLATE.encode())
         if chosen != str(file):
-            git.set_setting("commit.template", str(file), journal=journal)
+            git.set_setting("commit.template", str(file), run_log=run_log)
 
 
 def _ready(git: Git, checkout: Checkout, shown: str) -> tuple[str, str]:

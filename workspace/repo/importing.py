@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SourceError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
@@ -45,7 +45,7 @@ class Origin:
     url: str | None
 
 
-def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, settings: Settings, source: str, *, journal: Journal) -> export.Export:
+def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, settings: Settings, source: str, *, run_log: RunLog) -> export.Export:
     """Put the commits of a mail on top of the stack and export all: `source` is a file, a URL, or the number of a pull request.
 
     Author and date stay; each message gets an Upstream-Status unless it has one.
@@ -75,9 +75,9 @@ def run(layout: Layout, project: str, pin: Pin, checkout: Checkout, settings: Se
         hint = f"{by_hand}    then reword: git -C {shown} rebase -i {stack.head[:12]} && ./scripts/inv patch.export"
         raise mail.Unfit(f"{origin.name}: {exc.message}", hint=hint, details=exc.details) from exc
     git.set_ref(TIP_REF, tip)
-    moves.move(layout, project, git, tip, journal=journal)
+    moves.move(layout, project, git, tip, run_log=run_log)
     done = export.finish(layout, prepared)
-    export.show(done, console=journal.console)
+    export.show(done, console=run_log.console)
     return done
 
 

@@ -34,12 +34,12 @@ def fetch(project: str, filename: str, sha256: str, *, settings: Settings, on_pr
     Raises SourceError where the index cannot be reached, lacks the file or serves another one, ToolchainError where the cache cannot be written.
     """
     destination = settings.cache / "files" / sha256 / filename
-    if _is_whole(destination, sha256):
+    if _is_complete(destination, sha256):
         return destination
     try:
         # Another clone may be fetching the same file: two writers of one part would spoil it.
         with lock.hold(destination.parent / "lock", verb="fetch", wait=True):
-            if not _is_whole(destination, sha256):
+            if not _is_complete(destination, sha256):
                 url = _find(project, filename, sha256, settings)
                 if url.startswith("file://"):
                     _copy(_local(url), destination, sha256)
@@ -52,7 +52,7 @@ def fetch(project: str, filename: str, sha256: str, *, settings: Settings, on_pr
     return destination
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
+def _is_complete(path: Path, sha256: str) -> bool:
     return path.is_file() and files.sha256(path) == sha256
 
 
@@ -165,7 +165,7 @@ class Release:
     published: datetime.datetime | None
     sdist: Sdist | None
     donors: Mapping[str, Donor]
-    undonated: Mapping[str, str] = field(default_factory=dict)
+    not_precompiled: Mapping[str, str] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
 
     def age_days(self, now: datetime.datetime) -> float | None:
@@ -218,8 +218,8 @@ def _release(page: "ProjectPage", pin: Pin, version: str, pages: Mapping[str, "P
         lacking.append(f"the package index has no archive of {pin.name} {version} with a hash")
     found = {key: _donor(key, version, pin, pages) for key in (DONORS if pin.name in _DONOR_PROJECTS else ())}
     donors = {key: donor for key, donor in found.items() if isinstance(donor, Donor)}
-    undonated = {key: why for key, why in found.items() if isinstance(why, str)}
-    return Release(version, _published(packages), sdist, donors, undonated, tuple(lacking))
+    not_precompiled = {key: why for key, why in found.items() if isinstance(why, str)}
+    return Release(version, _published(packages), sdist, donors, not_precompiled, tuple(lacking))
 
 
 def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "ProjectPage | str"]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from workspace.core import files
 from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo.git import Git, checkpoint, command
 from workspace.repo.git.command import Entries, split
@@ -29,11 +29,11 @@ _KEPT = 4
 _AT_ONCE = 5000
 
 
-def move_with_times(git: Git, commit: str, *, memory: Path, journal: Journal) -> None:
+def move_with_times(git: Git, commit: str, *, memory: Path, run_log: RunLog) -> None:
     """Move the checkout as Git.move_to does; each file whose content was there before gets the time back that it had with it."""
     known = read_times(memory, git.path)
     remember_times(git, split(git.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", commit).out), memory=memory)
-    git.move_to(commit, journal=journal)
+    git.move_to(commit, run_log=run_log)
     restore_times(git, known)
 
 
@@ -100,12 +100,12 @@ def _mtime(file: Path) -> int | None:
     return None
 
 
-def move(layout: Layout, project: str, git: Git, target: str, *, journal: Journal) -> None:
+def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
     """Move the checkout to a commit, as Git.move_to does, with content-true times."""
     note = layout.moving(project)
     write_atomic(note, json.dumps({"from": git.head(), "to": target}).encode())
     try:
-        move_with_times(git, target, memory=layout.times(project), journal=journal)
+        move_with_times(git, target, memory=layout.times(project), run_log=run_log)
     except CheckoutError:
         # Refused before any file was touched: nobody must finish it over what is in its way.
         note.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def move(layout: Layout, project: str, git: Git, target: str, *, journal: Journa
 
 
 @contextlib.contextmanager
-def attempt(layout: Layout, project: str, git: Git, tried: Attempt, *, journal: Journal) -> Iterator[None]:
+def attempt(layout: Layout, project: str, git: Git, tried: Attempt, *, run_log: RunLog) -> Iterator[None]:
     """Let git itself act on the checkout in the block, and sync. Where that is killed, interrupted or has no room, `finish` takes it back.
 
     Raises ToolchainError where it cannot be written down; git has not begun then.
@@ -126,7 +126,7 @@ def attempt(layout: Layout, project: str, git: Git, tried: Attempt, *, journal: 
         checkpoint.keep(git, folder / "point")
         files.put_in_place(folder / "point", point)
         write_atomic(note, json.dumps({"what": tried.what, "again": tried.again}).encode())
-    journal.write(f"{tried.what} in {git.path} begins")
+    run_log.write(f"{tried.what} in {git.path} begins")
     try:
         yield
     except WorkspaceError as exc:
@@ -149,14 +149,14 @@ def is_begun(layout: Layout, project: str) -> bool:
     return layout.moving(project).exists()
 
 
-def finish(layout: Layout, project: str, git: Git, *, journal: Journal, shown: str | None = None) -> bool:
+def finish(layout: Layout, project: str, git: Git, *, run_log: RunLog, shown: str | None = None) -> bool:
     """Finish a move that a killed run began, or take back what git did. False, and no file touched, where there is none, or where it may be the user's.
 
     A move leaves HEAD where it was and each file that differs as the one or the other commit has it, or begun; perhaps an index.lock.
     """
     note = layout.moving(project)
     if tried := attempted(layout, project):
-        is_done = _take_back(layout, project, git, tried, shown or layout.relative(git.path), journal)
+        is_done = _take_back(layout, project, git, tried, shown or layout.relative(git.path), run_log)
         _forget(note, _point(layout, project))
         return is_done
     try:
@@ -165,7 +165,7 @@ def finish(layout: Layout, project: str, git: Git, *, journal: Journal, shown: s
     except (OSError, ValueError, KeyError, TypeError):
         source = target = ""
     is_done = bool(source) and git.head() == source and len(git.present((source, target))) == len({source, target})
-    is_done = is_done and _finish(layout, project, git, source, target, journal)
+    is_done = is_done and _finish(layout, project, git, source, target, run_log)
     # What lies there is finished, or the user's from now on.
     _forget(note, _point(layout, project))
     return is_done
@@ -183,20 +183,20 @@ def _forget(note: Path, point: Path) -> None:
     note.unlink(missing_ok=True)
 
 
-def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, shown: str, journal: Journal) -> bool:
+def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, shown: str, run_log: RunLog) -> bool:
     known = read_times(layout.times(project), git.path)
     before = git.resolve(LEFT_REF)
     done = checkpoint.restore(git, _point(layout, project), ref=LEFT_REF, message=f"What lay in {shown} when {tried.what} was ended")
     kept = f"; what lay there is kept: git -C {shown} show {LEFT_REF}" if git.resolve(LEFT_REF) != before else ""
     if not done:
-        journal.console.warn(f"{tried.what} in {shown} was ended in the middle, and something else has gone on from there{kept}")
+        run_log.console.warn(f"{tried.what} in {shown} was ended in the middle, and something else has gone on from there{kept}")
         return False
     restore_times(git, known)
-    journal.console.say(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
+    run_log.console.say(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
     return True
 
 
-def _finish(layout: Layout, project: str, git: Git, source: str, target: str, journal: Journal) -> bool:
+def _finish(layout: Layout, project: str, git: Git, source: str, target: str, run_log: RunLog) -> bool:
     before, after = git.entries((), source), git.entries((), target)
     touched = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     now = git.entries((), None)
@@ -204,7 +204,7 @@ def _finish(layout: Layout, project: str, git: Git, source: str, target: str, jo
     # What git ignores is in no listing: a file of the user's may lie where a new one is to come.
     if not all((path in now and now[path] == before.get(path)) or _is_begun(git, path, after.get(path)) for path in changed):
         return False
-    journal.write(f"finishing the interrupted move of {git.path} to {target}")
+    run_log.write(f"finishing the interrupted move of {git.path} to {target}")
     known = read_times(layout.times(project), git.path)
     command.remove_at_top(git.path_of("index").parent, git.path)
     git.read_index(target)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
@@ -192,7 +192,7 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
 How = Literal["continue", "skip", "abort"]
 
 
-def resume(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: How, journal: Journal) -> Stack:
+def resume(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: How, run_log: RunLog) -> Stack:
     """Continue, skip or abort whatever is under way in the checkout, and look at the stack that came of it.
 
     Raises CheckoutError where nothing is under way, or git refuses; PatchConflict where it stops at a conflict, old or new.
@@ -206,12 +206,12 @@ def resume(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: H
         names = tuple(f"patches/{project}/{name}" for name in series.read_series(layout.patches(project), pin=pin.commit).names)
     except WorkspaceError:
         # Whatever is wrong with the series, what is under way can be ended.
-        journal.write("the series cannot be read, so patches are named by their subjects")
+        run_log.write("the series cannot be read, so patches are named by their subjects")
     again = series.CONTINUE + ("" if how == "continue" else f" --{how}") + ("" if project == "vllm" else f" --project {project}")
     with contextlib.ExitStack() as held:
         if verb := git.under_way():
-            held.enter_context(moves.attempt(layout, project, git, Attempt(f"git {verb} --{how}", again), journal=journal))
-        resume_in(git, base=checkout.base or checkout.head, how=how, journal=journal, names=names, shown=layout.relative(path))
+            held.enter_context(moves.attempt(layout, project, git, Attempt(f"git {verb} --{how}", again), run_log=run_log))
+        resume_in(git, base=checkout.base or checkout.head, how=how, run_log=run_log, names=names, shown=layout.relative(path))
     moves.restore_times(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
     # What was resolved otherwise than the series has it is named by the export that is due, which would else take the patch for the newer one.
@@ -221,7 +221,7 @@ def resume(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: H
     return stack
 
 
-def resume_in(git: Git, *, base: str, how: How, journal: Journal, names: Sequence[str] = (), shown: str | None = None) -> str | None:
+def resume_in(git: Git, *, base: str, how: How, run_log: RunLog, names: Sequence[str] = (), shown: str | None = None) -> str | None:
     """Go on in any working tree, and return HEAD, or None after an abort. `names` are the patches' files, `base` what they are put on.
 
     What has stopped for the user's edit, as a rebase does that was told to, still is under way afterwards.
@@ -238,14 +238,14 @@ def resume_in(git: Git, *, base: str, how: How, journal: Journal, names: Sequenc
     else:
         # Each leads to the one before it, so that a second --skip does not lose what was kept at the first.
         git.set_ref(LEFT_REF, worktree.snapshot(git, f"What lay in {shown} before git {verb} --{how}", after=git.resolve(LEFT_REF)))
-        journal.console.say(f"what lay in {shown} is kept: git -C {shown} show {LEFT_REF}")
+        run_log.console.say(f"what lay in {shown} is kept: git -C {shown} show {LEFT_REF}")
         if verb == "am":
             am.drop_begun(git)
     # Neither the dates nor the committer of an am are remembered over a conflict. In a revert or merge the user is the author.
     dates = ("--committer-date-is-author-date",) if verb == "am" and how != "abort" else ()
     author = am.user(git) if verb in ("merge", "revert") else {}
     before = am.position(git)
-    answer = git.write(verb, *dates, f"--{how}", env=author, check=False, journal=journal)
+    answer = git.write(verb, *dates, f"--{how}", env=author, check=False, run_log=run_log)
     # git syncs the commits that it makes, and not the files.
     os.sync()
     waits = git.under_way()
@@ -253,7 +253,7 @@ def resume_in(git: Git, *, base: str, how: How, journal: Journal, names: Sequenc
         if how != "abort":
             return git.head()
         if before:
-            am.rewind(git, journal=journal)
+            am.rewind(git, run_log=run_log)
         return None
     unmerged = am.unmerged(git)
     if waits == "am" and (there := am.position(git)) and (there != before or unmerged):

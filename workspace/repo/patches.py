@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workspace.core.errors import PatchDrift
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import moves, series
@@ -54,7 +54,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
     return Stack(state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, ended)
 
 
-def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal, stop_at_conflict: bool = False) -> Stack:
+def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog, stop_at_conflict: bool = False) -> Stack:
     """Put the whole series on its base, or nothing of it. An applied stack is left untouched.
 
     With `stop_at_conflict` an `am` is left in the checkout where a patch does not apply, for resume.go_on.
@@ -62,7 +62,7 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
     commits that are no patches yet, or a patch changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
     """
     path = checkouts.folder_of(layout, pin)
-    git, checkout = Git(path), _settled(layout, project, pin, checkout, journal)
+    git, checkout = Git(path), _settled(layout, project, pin, checkout, run_log)
     place, files = (
         layout.state / f"{project}-stack",
         [layout.patches(project) / name for name in series.read_series(layout.patches(project), pin=pin.commit).names],
@@ -73,7 +73,7 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
     if stack.state is not State.UNAPPLIED or stack.base is None:
         raise series.refusal(layout.relative(path), git, stack, verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap")
     if stop_at_conflict and stack.expected_tree is None:
-        _put_on_in_place(layout, project, git, stack, stack.base, files, journal)
+        _put_on_in_place(layout, project, git, stack, stack.base, files, run_log)
     else:
         if applied.tip is None:
             applied = am.applied(git, stack.base, files, place=place)
@@ -81,7 +81,7 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal
             raise series.refused(project, stack.names[applied.position - 1], stack, applied)
         _check(project, git, stack, stack.base, applied.tip)
         _keep(git, stack.base, applied.tip)
-        moves.move(layout, project, git, applied.tip, journal=journal)
+        moves.move(layout, project, git, applied.tip, run_log=run_log)
     return observe(layout, project, pin, replace(checkout, head=git.head()))
 
 
@@ -105,13 +105,13 @@ def _looked_and_tried(layout: Layout, project: str, pin: Pin, checkout: Checkout
     return stack, begun.result() if begun and is_wanted else am.Applied(None)
 
 
-def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journal: Journal) -> Stack:
+def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog) -> Stack:
     """Go back to the base; the commits of the stack stay under refs/patches. Where HEAD is the base nothing is touched.
 
     Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something, and PatchDrift where it holds
     commits that are no patches yet.
     """
-    stack = observe(layout, project, pin, _settled(layout, project, pin, checkout, journal))
+    stack = observe(layout, project, pin, _settled(layout, project, pin, checkout, run_log))
     if stack.base and stack.head == stack.base and stack.state is not State.IN_PROGRESS:
         return stack
     path = checkouts.folder_of(layout, pin)
@@ -119,24 +119,24 @@ def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, journ
     if stack.state is not State.APPLIED or stack.base is None or stack.head is None or stack.dirty:
         raise series.refusal(layout.relative(path), git, stack, verb=UNAPPLY)
     _keep(git, stack.base, stack.head)
-    moves.move(layout, project, git, stack.base, journal=journal)
+    moves.move(layout, project, git, stack.base, run_log=run_log)
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
-def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, journal: Journal) -> Checkout:
+def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, run_log: RunLog) -> Checkout:
     """The checkout, after a move that a killed run began has been finished."""
-    if moves.is_begun(layout, project) and moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), journal=journal):
+    if moves.is_begun(layout, project) and moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log):
         return checkouts.observe(layout, pin)
     return checkout
 
 
-def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base: str, files: Sequence[Path], journal: Journal) -> None:
+def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base: str, files: Sequence[Path], run_log: RunLog) -> None:
     """Put the series on in the checkout itself. Raises PatchConflict where the `am` stops, and leaves it there."""
     known = moves.read_times(layout.times(project), git.path)
     moves.remember_times(git, (path for file in files for path in git.patch_paths(file)), memory=layout.times(project))
     again = APPLY if project == "vllm" else f"{APPLY} --project {project}"
-    with moves.attempt(layout, project, git, Attempt("git am", again), journal=journal):
-        applied = am.start(git, files, journal=journal)
+    with moves.attempt(layout, project, git, Attempt("git am", again), run_log=run_log):
+        applied = am.start(git, files, run_log=run_log)
         if applied.tip is None:
             patch = f"patches/{project}/{stack.names[applied.position - 1]}"
             raise series.sentence(git, applied, count=len(files), patch=patch, shown=layout.relative(git.path), base=base)

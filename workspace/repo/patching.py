@@ -9,7 +9,7 @@ from typing import Literal
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SourceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, mail, moves, pins
@@ -22,7 +22,7 @@ from workspace.repo.patches import Stack, State
 from workspace.repo.pins import Pin
 
 
-def put_on_upstream(layout: Layout, project: str, pin: Pin, settings: Settings, name: str, patch: str, *, journal: Journal) -> Path:
+def put_on_upstream(layout: Layout, project: str, pin: Pin, settings: Settings, name: str, patch: str, *, run_log: RunLog) -> Path:
     """Make branch `name` with one patch, signed off by the user and without Upstream-Status, and return its working tree.
 
     Raises SettingsError for a name, a patch or an identity that cannot be used; CheckoutError where the branch is there already;
@@ -36,19 +36,19 @@ def put_on_upstream(layout: Layout, project: str, pin: Pin, settings: Settings, 
     file = _patch(layout, project, patch)
     user = _user(git)
     _refuse_taken(layout, git, name, path, shown)
-    main = _main(layout, pin, settings, git, journal)
+    main = _main(layout, pin, settings, git, run_log)
     try:
-        with journal.console.step("working tree") as view:
-            remotes.add_worktree(git, path, main, settings=settings, journal=journal, on_line=checkouts.shown(view))
+        with run_log.console.step("working tree") as view:
+            remotes.add_worktree(git, path, main, settings=settings, run_log=run_log, on_line=checkouts.shown(view))
         commit = _on_main(layout, project, git, main, file)
         message = mail.without_status(commit.message)
         signature = f"Signed-off-by: {user[0]} <{user[1]}>"
         message = message if signature in message.split("\n") else mail.with_trailer(message, signature)
-        remotes.begin_branch(Git(path), name, mails.recommitted(git, commit, main, message, committer=user), journal=journal)
+        remotes.begin_branch(Git(path), name, mails.recommitted(git, commit, main, message, committer=user), run_log=run_log)
     except BaseException:
         worktree.forget(git, path)
         raise
-    _say(layout, pin, name, path, shown, journal)
+    _say(layout, pin, name, path, shown, run_log)
     return path
 
 
@@ -83,17 +83,17 @@ def _refuse_taken(layout: Layout, git: Git, name: str, path: Path, shown: str) -
         )
 
 
-def _main(layout: Layout, pin: Pin, settings: Settings, git: Git, journal: Journal) -> str:
+def _main(layout: Layout, pin: Pin, settings: Settings, git: Git, run_log: RunLog) -> str:
     """The commit of upstream's main: as it is now, or as it was fetched last."""
     url = checkouts.url_of(layout, pin, settings)
     known = git.resolve(remotes.UPSTREAM)
     try:
-        with journal.console.step("main") as view:
-            remotes.fetch_main(git, url, settings=settings, journal=journal, on_line=checkouts.shown(view))
+        with run_log.console.step("main") as view:
+            remotes.fetch_main(git, url, settings=settings, run_log=run_log, on_line=checkouts.shown(view))
     except SourceError as exc:
         if known is None:
             raise
-        journal.console.warn(f"{exc.message}; going on from {remotes.UPSTREAM} as it was fetched last, {known[:12]}")
+        run_log.console.warn(f"{exc.message}; going on from {remotes.UPSTREAM} as it was fetched last, {known[:12]}")
         return known
     fetched = git.resolve(remotes.UPSTREAM)
     if fetched is None:
@@ -115,10 +115,10 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
     return made[0]
 
 
-def _say(layout: Layout, pin: Pin, name: str, path: Path, shown: str, journal: Journal) -> None:
+def _say(layout: Layout, pin: Pin, name: str, path: Path, shown: str, run_log: RunLog) -> None:
     place = layout.relative(path)
     repository = pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
-    say = journal.console.say
+    say = run_log.console.say
     say(f"branch {name} stands in {place}, signed off, one commit on upstream's main")
     say(f"next: git -C {place} push git@github.com:YOUR-NAME/{repository}.git {name}    and open a pull request from there")
     say(f"when it is done with: git -C {shown} worktree remove {path} && git -C {shown} branch -D {name}")
@@ -130,7 +130,7 @@ class Opened:
 
     pin: Pin
     checkout: Checkout
-    journal: Journal
+    run_log: RunLog
 
 
 def apply(layout: Layout, settings: Settings, project: str, *, console: Console, wait: bool) -> None:
@@ -139,7 +139,7 @@ def apply(layout: Layout, settings: Settings, project: str, *, console: Console,
 
     with _opened(layout, settings, project, "inv patch.apply", console, wait=wait) as found:
         before = found.checkout.head
-        stack = patches.apply(layout, project, found.pin, found.checkout, journal=found.journal, stop_at_conflict=True)
+        stack = patches.apply(layout, project, found.pin, found.checkout, run_log=found.run_log, stop_at_conflict=True)
         checkout.protect(layout)
         _report(console, stack, "nothing to do: " if stack.head == before else "")
 
@@ -150,7 +150,7 @@ def unapply(layout: Layout, settings: Settings, project: str, *, console: Consol
 
     with _opened(layout, settings, project, "inv patch.unapply", console, wait=wait) as found:
         before = found.checkout.head
-        stack = patches.unapply(layout, project, found.pin, found.checkout, journal=found.journal)
+        stack = patches.unapply(layout, project, found.pin, found.checkout, run_log=found.run_log)
         checkout.protect(layout)
         _report(console, stack, "nothing to do: " if stack.head == before else "")
 
@@ -160,14 +160,14 @@ def export(layout: Layout, settings: Settings, project: str, *, console: Console
     from workspace.repo import export as work
 
     with _opened(layout, settings, project, "inv patch.export", console, wait=wait) as found:
-        work.show(work.run(layout, project, found.pin, found.checkout, journal=found.journal, check=check), console=console)
+        work.show(work.run(layout, project, found.pin, found.checkout, run_log=found.run_log, check=check), console=console)
 
 
 def make_branch(layout: Layout, settings: Settings, project: str, name: str, patch: str, *, console: Console, wait: bool) -> None:
     """Put one patch on upstream's main as a branch of its own. Raises what branch.run raises."""
 
     with _opened(layout, settings, project, "inv patch.export --branch", console, wait=wait) as found:
-        put_on_upstream(layout, project, found.pin, settings, name, patch, journal=found.journal)
+        put_on_upstream(layout, project, found.pin, settings, name, patch, run_log=found.run_log)
 
 
 def import_(layout: Layout, settings: Settings, project: str, origin: str, *, console: Console, wait: bool) -> None:
@@ -175,7 +175,7 @@ def import_(layout: Layout, settings: Settings, project: str, origin: str, *, co
     from workspace.repo import importing
 
     with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as found:
-        importing.run(layout, project, found.pin, found.checkout, settings, origin, journal=found.journal)
+        importing.run(layout, project, found.pin, found.checkout, settings, origin, run_log=found.run_log)
 
 
 def resume(layout: Layout, settings: Settings, project: str, how: Literal["continue", "skip", "abort"], *, console: Console, wait: bool) -> None:
@@ -183,7 +183,7 @@ def resume(layout: Layout, settings: Settings, project: str, how: Literal["conti
     from workspace.repo import overview
 
     with _opened(layout, settings, project, "inv patch.continue", console, wait=wait) as found:
-        _report(console, overview.resume(layout, project, found.pin, found.checkout, how=how, journal=found.journal), "")
+        _report(console, overview.resume(layout, project, found.pin, found.checkout, how=how, run_log=found.run_log), "")
 
 
 @contextlib.contextmanager
@@ -195,11 +195,11 @@ def _opened(layout: Layout, settings: Settings, project: str, verb: str, console
     pin = pinned.triton if project == "triton" else pinned.vllm
     with (
         lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held,
-        Journal(console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held) as journal,
+        RunLog(console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held) as run_log,
     ):
         if moves.is_begun(layout, project):
-            moves.finish(layout, project, Git(checkout.folder_of(layout, pin)), journal=journal)
-        yield Opened(pin, checkout.observe(layout, pin), journal)
+            moves.finish(layout, project, Git(checkout.folder_of(layout, pin)), run_log=run_log)
+        yield Opened(pin, checkout.observe(layout, pin), run_log)
 
 
 def _report(console: Console, stack: Stack, prefix: str) -> None:

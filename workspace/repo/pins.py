@@ -234,7 +234,7 @@ def half_moved(layout: Layout) -> str | None:
     """The command that finishes a promotion or a return which was ended in the middle, None where there is none."""
     if layout.promoting.exists():
         return "./scripts/inv patch.continue"
-    return "./scripts/inv pin.back" if layout.returning.exists() else None
+    return "./scripts/inv pin.rollback" if layout.returning.exists() else None
 
 
 # The commit must not depend on when it is made.

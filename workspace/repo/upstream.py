@@ -15,7 +15,7 @@ from pathlib import Path
 from workspace.core import files, lock
 from workspace.core.console import Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, git, index, pins, series
@@ -48,7 +48,7 @@ class Candidate:
     published: datetime.datetime | None
     store: Path
     prefix: str | None = None
-    undonated: Mapping[str, str] = field(default_factory=dict)
+    not_precompiled: Mapping[str, str] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
 
 
@@ -66,7 +66,7 @@ def is_looked_at(path: str) -> bool:
     return _LOOKED_AT.fullmatch(path) is not None
 
 
-def find(layout: Layout, pin: Pin, ref: str, settings: Settings, there: Checkout, *, journal: Journal, step: Step) -> Candidate:
+def find(layout: Layout, pin: Pin, ref: str, settings: Settings, there: Checkout, *, run_log: RunLog, step: Step) -> Candidate:
     """Find a tag, a version, or where the checkout is from git a branch or commit, and have all of it that a forecast reads.
 
     Raises SettingsError for a name that is none, SourceError for one that exists nowhere, with the nearest, or cannot be fetched or proven,
@@ -78,8 +78,8 @@ def find(layout: Layout, pin: Pin, ref: str, settings: Settings, there: Checkout
     if not _REF.fullmatch(ref):
         raise SettingsError(f"{ref!r} is not the name of a tag, branch or commit", hint="./scripts/inv pin.forecast v0.33.0   # for example")
     name = f"v{ref}" if pin.tag.startswith("v") and re.fullmatch(r"\d+(\.\d+)+\w*", ref) else ref
-    search = _Search(layout, pin, name, settings, there.base, journal, step)
-    with lock.hold(search.lock, verb="inv pin", wait=True, on_wait=journal.console.say):
+    search = _Search(layout, pin, name, settings, there.base, run_log, step)
+    with lock.hold(search.lock, verb="inv pin", wait=True, on_wait=run_log.console.say):
         return search.by_git() if there.kind is Kind.GIT else search.by_archive()
 
 
@@ -92,7 +92,7 @@ class _Search:
     name: str
     settings: Settings
     base: str
-    journal: Journal
+    run_log: RunLog
     step: Step
 
     @property
@@ -136,25 +136,25 @@ class _Search:
             commit = named.commit
         pin = replace(self.pin, tag=self.name, version=self.version, commit=commit, archive=made, donors=release.donors)
         unproven = prefix if commit == made.commit else None
-        return Candidate(pin, made.commit, Kind.RELEASE, release.published, into.path, unproven, release.undonated, tuple(lacking))
+        return Candidate(pin, made.commit, Kind.RELEASE, release.published, into.path, unproven, release.not_precompiled, tuple(lacking))
 
     def by_git(self) -> Candidate:
         into = self._store()
         lacking: list[str] = []
         named = self._named(into, lacking)
         if named.commit not in into.present((named.commit,)):
-            remotes.fetch_into_store(into, self.url, (named.refspec,), settings=self.settings, journal=self.journal, on_line=checkout.shown(self.step))
+            remotes.fetch_into_store(into, self.url, (named.refspec,), settings=self.settings, run_log=self.run_log, on_line=checkout.shown(self.step))
         if named.commit not in into.present((named.commit,)):
             raise SourceError(f"{git.without_user(self.url)} did not serve {self.name}, commit {named.commit}", hint="set VLLM_MIRROR to a copy that has it")
         made, published, donors = None, None, {}
-        undonated = {} if named.is_tag else dict.fromkeys(self.pin.donors, f"{self.name} is no release")
+        not_precompiled = {} if named.is_tag else dict.fromkeys(self.pin.donors, f"{self.name} is no release")
         if named.is_tag and self.version and index.has_any_release(self.pin):
             try:
                 release = index.find_release(self.pin, self.version, settings=self.settings)
                 if release.sdist:
                     made, prefix = self._archive(into, release.sdist)
                     self._hold_against(named.commit, prefix)
-                donors, undonated, published = dict(release.donors), dict(release.undonated), release.published
+                donors, not_precompiled, published = dict(release.donors), dict(release.not_precompiled), release.published
                 lacking += release.lacking
             except _Unequal:
                 raise
@@ -166,7 +166,7 @@ class _Search:
         self._complete(into, named)
         version = self._version_of(into, named)
         pin = replace(self.pin, tag=self.name, version=version, commit=named.commit, archive=made, donors=donors)
-        return Candidate(pin, named.commit, Kind.GIT, published or history.date_of(into, named.commit), into.path, None, undonated, tuple(lacking))
+        return Candidate(pin, named.commit, Kind.GIT, published or history.date_of(into, named.commit), into.path, None, not_precompiled, tuple(lacking))
 
     def _store(self) -> Git:
         into = remotes.open_store(self.layout.upstream(self.pin.name), checkout.folder_of(self.layout, self.pin))
@@ -259,7 +259,7 @@ class _Search:
             return
         wanted = history.absent(into, self._read(into, named.commit))
         if wanted:
-            remotes.complete_store(into, wanted, self.url, (named.refspec,), settings=self.settings, journal=self.journal, on_line=checkout.shown(self.step))
+            remotes.complete_store(into, wanted, self.url, (named.refspec,), settings=self.settings, run_log=self.run_log, on_line=checkout.shown(self.step))
 
     def _read(self, into: Git, commit: str) -> Sequence[str]:
         patches = _patches(self.layout, self.pin)

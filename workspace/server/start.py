@@ -30,38 +30,38 @@ FOLLOW_S = 0.3
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServeOptions:
     """What was typed. `knows`: the user knows that a server is open to others, or that memory may not suffice."""
 
     name: str
     extra: tuple[str, ...] = ()
     dry_run: bool = False
     detach: bool = False
-    knows: bool = False
+    force: bool = False
 
 
-def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -> None:
+def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: Console) -> None:
     """Serve a recipe, a model on the hub or a folder; with `dry_run` print the command and start nothing.
 
     Raises SettingsError for what cannot be meant, ServeError for what cannot be served, SmokeError where what is built is missing or stale; and whatever
     fetching the model raises.
     """
-    recipe = _recipe(layout, asked.name)
+    recipe = _recipe(layout, options.name)
     key = settings.text("VLLM_API_KEY") or None
-    line = command.compose(recipe, asked.extra, flags.known(layout), has_key=bool(key), knows=asked.knows)
+    line = command.compose(recipe, options.extra, flags.known(layout), has_key=bool(key), force=options.force)
     check.require(layout, settings, console=console, recipe=recipe.environment)
-    device = _device(layout, settings, console, dry_run=asked.dry_run)
+    device = _device(layout, settings, console, dry_run=options.dry_run)
     for sentence in (*line.dropped, *line.said):
         console.warn(sentence)
     for note in recipe.notes:
         console.say(f"note: {note}")
-    if not asked.dry_run:
+    if not options.dry_run:
         _require_room(layout, line)
     free = fit.observe(settings, device=device)
     environment = command.built_environment(layout, settings, recipe=USUAL | dict(recipe.environment), for_what="show")
-    _judge_memory(fit.judge(recipe, free, device=device, environment=environment, words=line.words), console, is_bound=not (asked.dry_run or asked.knows))
+    _judge_memory(fit.judge(recipe, free, device=device, environment=environment, words=line.words), console, is_bound=not (options.dry_run or options.force))
     there = models.found_weights(layout, settings, recipe)
-    if there is None and asked.dry_run:
+    if there is None and options.dry_run:
         console.say(
             f"{recipe.model} is not on this machine; " + ("its folder is made at the first start" if recipe.origin == "built-in" else "inv serve fetches it")
         )
@@ -72,14 +72,14 @@ def run(layout: Layout, settings: Settings, asked: Asked, *, console: Console) -
     if there:
         _require_usable(there, line)
     more = USUAL | ({"HF_HUB_OFFLINE": "1"} if there else {}) | dict(recipe.environment)
-    environment = command.built_environment(layout, settings, recipe=more, for_what="show" if asked.dry_run else "start")
+    environment = command.built_environment(layout, settings, recipe=more, for_what="show" if options.dry_run else "start")
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
-        (console.data if asked.dry_run else console.say)(text)
-    if not asked.dry_run:
-        facts = {"typed": command.typed(asked.name, line.extra), "built": built(layout), "tree": command.tree_oid(layout), "device": device}
-        launch = lifecycle.Launch(asked.name, argv, environment, line.address, facts, grace_s=_drain(line))
-        _serve(layout, settings, asked, recipe, line, launch, key=key, console=console, there=there)
+        (console.data if options.dry_run else console.say)(text)
+    if not options.dry_run:
+        facts = {"typed": command.typed(options.name, line.extra), "built": built(layout), "tree": command.tree_oid(layout), "device": device}
+        launch = lifecycle.Launch(options.name, argv, environment, line.address, facts, grace_s=_drain(line))
+        _serve(layout, settings, options, recipe, line, launch, key=key, console=console, there=there)
 
 
 def built(layout: Layout) -> str:
@@ -96,7 +96,7 @@ def built(layout: Layout) -> str:
 def _serve(
     layout: Layout,
     settings: Settings,
-    asked: Asked,
+    options: ServeOptions,
     recipe: Recipe,
     line: Command,
     launch: lifecycle.Launch,
@@ -105,7 +105,7 @@ def _serve(
     console: Console,
     there: Path | None,
 ) -> None:
-    if asked.detach:
+    if options.detach:
         # As nohup does: the terminal may go while the model loads.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     one: Server | None = None
@@ -113,17 +113,17 @@ def _serve(
     try:
         # What is loaded must not change meanwhile; afterwards nothing is held.
         with lock.hold(layout.lock, verb="inv serve"):
-            one = lifecycle.start(layout.server, launch, is_detached=asked.detach)
+            one = lifecycle.start(layout.server, launch, is_detached=options.detach)
             console.say(f"log: {layout.relative(one.log)}")
             with console.step("start") as view:
                 hear = lambda text: view.line(settings.masked(observation.plainly(text)))  # noqa: E731
                 try:
                     one, ready = lifecycle.wait_until_ready(one, key=key, on_line=hear)
                 except ServeError as exc:
-                    raise _explained(settings, asked, recipe, line, one, exc, there) from exc
+                    raise _explained(settings, options, recipe, line, one, exc, there) from exc
                 view.reason = f"{', '.join(ready.models)} completes"
         console.say(f"ready: {one.address.url}/v1 serves {', '.join(ready.models)}")
-        if asked.detach:
+        if options.detach:
             is_left = True
             console.say("it runs on by itself: ./scripts/inv serve.status, serve.logs, serve.stop")
         else:
@@ -131,7 +131,7 @@ def _serve(
             _follow(settings, one, console)
     except OSError:
         # A terminal that went away is no reason to end what was to outlive it.
-        is_left = asked.detach
+        is_left = options.detach
         raise
     finally:
         if one is not None and not is_left:
@@ -235,7 +235,7 @@ def _require_room(layout: Layout, line: Command) -> None:
 
 def _judge_memory(judged: fit.Fit, console: Console, *, is_bound: bool) -> None:
     if judged.verdict == "no" and is_bound:
-        raise ServeError(judged.sentence, hint=f"{judged.hint}; or --i-know")
+        raise ServeError(judged.sentence, hint=f"{judged.hint}; or --force")
     if judged.verdict == "yes":
         console.say(judged.sentence)
     else:
@@ -247,14 +247,14 @@ def _drain(line: Command) -> float:
     return float(said) if said.isdigit() else 0.0
 
 
-def _explained(settings: Settings, asked: Asked, recipe: Recipe, line: Command, one: Server, error: ServeError, there: Path | None) -> ServeError:
+def _explained(settings: Settings, options: ServeOptions, recipe: Recipe, line: Command, one: Server, error: ServeError, there: Path | None) -> ServeError:
     """The failure with the next rung in its hint, where it was for want of memory."""
     ended = how_ended(one)
     reading = observation.read_failure(one.log, status=ended.status if ended and not ended.was_told else None)
     hint = error.hint
     if reading.lack:
         free = fit.observe(settings, device=one.facts["device"])
-        hint = fit.next_step(asked.name, recipe, line, free, lack=reading.lack, length=_length(there), detach=asked.detach) or hint
+        hint = fit.next_step(options.name, recipe, line, free, lack=reading.lack, length=_length(there), detach=options.detach) or hint
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 

@@ -15,7 +15,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine.hardware import Machine
 from workspace.support import perf_pairs, perf_replay
-from workspace.support.perf_measure import Aim, Command, Comparison, Ground, Sample, Spread, Timed, Told, compare
+from workspace.support.perf_measure import Aim, Command, Comparison, Context, Sample, Spread, Timed, Told, compare
 
 Sides = tuple[Timed, Timed]
 
@@ -28,51 +28,51 @@ class Row:
     measured: str
     against: str
     aim: Aim | None
-    prepare: Callable[[Ground], AbstractContextManager[Sides]]
+    prepare: Callable[[Context], AbstractContextManager[Sides]]
     pairs: int = 10
     warm_ups: int = 1
 
 
 @contextlib.contextmanager
-def _list(ground: Ground) -> Iterator[Sides]:
-    yield ground.inv("--list"), ground.bare()
+def _list(context: Context) -> Iterator[Sides]:
+    yield context.inv("--list"), context.bare()
 
 
 @contextlib.contextmanager
-def _inv_wrapper(ground: Ground) -> Iterator[Sides]:
-    direct = ground.inv("--list")
-    yield Command((ground.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env), direct
+def _inv_wrapper(context: Context) -> Iterator[Sides]:
+    direct = context.inv("--list")
+    yield Command((context.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env), direct
 
 
 @contextlib.contextmanager
-def _nox_wrapper(ground: Ground) -> Iterator[Sides]:
-    direct = ground.tool("-I", "-m", "nox", "-f", ground.layout.root / "noxfile.py", "--list")
-    yield Command((ground.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env), direct
+def _nox_wrapper(context: Context) -> Iterator[Sides]:
+    direct = context.tool("-I", "-m", "nox", "-f", context.layout.root / "noxfile.py", "--list")
+    yield Command((context.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env), direct
 
 
 @contextlib.contextmanager
-def _status(ground: Ground) -> Iterator[Sides]:
+def _status(context: Context) -> Iterator[Sides]:
     # An unbuilt tree is looked at in less time, which says nothing.
-    _ = ground.built
-    yield ground.inv("status"), ground.bare()
+    _ = context.built
+    yield context.inv("status"), context.bare()
 
 
 @contextlib.contextmanager
-def _rebuild(ground: Ground) -> Iterator[Sides]:
-    _ = ground.built
-    yield ground.inv("rebuild"), ground.bare()
+def _rebuild(context: Context) -> Iterator[Sides]:
+    _ = context.built
+    yield context.inv("rebuild"), context.bare()
 
 
 @contextlib.contextmanager
-def _doctor(ground: Ground) -> Iterator[Sides]:
+def _doctor(context: Context) -> Iterator[Sides]:
     # 6: the machine lacks something, which takes as long to find out.
-    yield ground.inv("doctor", "--offline", statuses=(0, 6)), ground.bare()
+    yield context.inv("doctor", "--offline", statuses=(0, 6)), context.bare()
 
 
-def _told(prepare: Callable[[Ground], AbstractContextManager[perf_replay.Sides]]) -> Callable[[Ground], AbstractContextManager[Sides]]:
+def _told(prepare: Callable[[Context], AbstractContextManager[perf_replay.Sides]]) -> Callable[[Context], AbstractContextManager[Sides]]:
     @contextlib.contextmanager
-    def sides(ground: Ground) -> Iterator[Sides]:
-        with prepare(ground) as (measured, against):
+    def sides(context: Context) -> Iterator[Sides]:
+        with prepare(context) as (measured, against):
             yield Told(measured), Told(against)
 
     return sides
@@ -225,8 +225,8 @@ def run(layout: Layout, settings: Settings, rows: Sequence[Row], *, console: Con
     from workspace.machine import hardware
 
     with files.folder_beside(layout.state / "perf") as folder:
-        ground = Ground(layout, settings, folder)
-        results = [_measure(row, ground, pairs or row.pairs, console) for row in rows]
+        context = Context(layout, settings, folder)
+        results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
     for line in table(results):
         console.say(line)
     text = encode(results, hardware.observe(settings))
@@ -240,9 +240,9 @@ def run(layout: Layout, settings: Settings, rows: Sequence[Row], *, console: Con
         raise BuildError(f"{len(failed)} of {len(results)} rows could not be measured: {names}: {first.message}", hint=first.hint, details=details)
 
 
-def _measure(row: Row, ground: Ground, pairs: int, console: Console) -> Result:
+def _measure(row: Row, context: Context, pairs: int, console: Console) -> Result:
     try:
-        with console.step(row.name) as view, row.prepare(ground) as (measured, against):
+        with console.step(row.name) as view, row.prepare(context) as (measured, against):
             view.reason = f"{pairs} {'pair' if pairs == 1 else 'pairs'}"
             runs = compare(
                 measured, against, pairs=pairs, warm_ups=row.warm_ups, on_run=lambda done, total: view.progress(done, total, f"{done} of {total} runs")

@@ -184,7 +184,7 @@ def nothing(_):
 """
 
 
-class Ground:
+class Context:
     """One run's surroundings. `folder` is empty at first, on the file system of the clone, and vanishes afterwards."""
 
     def __init__(self, layout: Layout, settings: Settings, folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from workspace.core import lock, process
 from workspace.core.console import Console
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.install import precompiled
 from workspace.install.plan import Observation
@@ -27,7 +27,7 @@ from workspace.repo.checkout import Kind
 from workspace.repo.git import Git
 from workspace.repo.upstream import Candidate
 from workspace.support import perf_measure
-from workspace.support.perf_measure import Call, Command, Ground
+from workspace.support.perf_measure import Call, Command, Context
 
 SCRIPT = Path(__file__).with_name("by_hand.sh")
 # What a fresh clone holds and a bootstrap reads. Uncommitted work counts, so it is copied and not cloned.
@@ -40,35 +40,35 @@ _NO_CARGO = "/nonexistent/cargo"
 
 
 @contextlib.contextmanager
-def installed_again(ground: Ground) -> Iterator[tuple[Command, Command]]:
+def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
     """`inv bootstrap` in this clone, which has nothing to do, and uv's editable install of a copy of the tree, which was done before."""
-    observed, layout = ground.built, ground.layout
-    tree, environment = ground.folder / "vllm", ground.folder / "environment"
-    _copy(layout.vllm, tree, ground)
+    observed, layout = context.built, context.layout
+    tree, environment = context.folder / "vllm", context.folder / "environment"
+    _copy(layout.vllm, tree, context)
     if (tree / ".git").is_file():
         # It leads to the git directory of the user's tree, which knows nothing of a second one.
         (tree / ".git").unlink()
     uv = interpreter.uv(layout)
-    _do((uv, "venv", "--quiet", "--no-project", "--python", layout.environment_python, environment), ground)
+    _do((uv, "venv", "--quiet", "--no-project", "--python", layout.environment_python, environment), context)
     for packages in environment.glob("lib/python3.*/site-packages"):
         # Build tools and torch are the built environment's; what is installed goes into this one.
         (packages / "built.pth").write_text("".join(f"{place}\n" for place in interpreter.site_packages(layout)), encoding="utf-8")
     argv = (uv, "pip", "install", "--python", environment / "bin" / "python", "--no-build-isolation", "--no-deps", "--editable", tree)
-    hand = Command(argv, ground.folder, ground.settings.child_environment("build", _build_variables(ground, observed)))
+    hand = Command(argv, context.folder, context.settings.child_environment("build", _build_variables(context, observed)))
     # With the lock held here, a bootstrap that finds something to do after all stops instead of doing it.
     with lock.hold(layout.lock, verb="nox -s perf"):
-        yield ground.inv("bootstrap"), hand
+        yield context.inv("bootstrap"), hand
 
 
 @contextlib.contextmanager
-def from_warm_caches(ground: Ground) -> Iterator[tuple[Command, Command]]:
+def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
     """`inv bootstrap` in a fresh clone, and by_hand.sh in an empty folder: the same archive, wheel, requirements and proof."""
-    observed = ground.built
+    observed = context.built
     archive = observed.pin.archive
     if archive is None:
         raise SourceError(f"vendor/pins.toml has no release archive of {observed.pin.name}, from which both sides start", hint="git diff vendor/pins.toml")
-    packed = index.fetch(observed.pin.name, archive.filename, archive.sha256, settings=ground.settings)
-    clone, hand = ground.folder / "clone", ground.folder / "hand"
+    packed = index.fetch(observed.pin.name, archive.filename, archive.sha256, settings=context.settings)
+    clone, hand = context.folder / "clone", context.folder / "hand"
     same = {
         # The Python that the built environment has: looking for another one, online, is no part of this.
         "PYTHON_VERSION": ".".join(observed.python.version.split(".")[:2]) if observed.python else "",
@@ -76,59 +76,59 @@ def from_warm_caches(ground: Ground) -> Iterator[tuple[Command, Command]]:
         "ALLOW_PRERELEASE": "0",
     }
     argv = (clone / "scripts" / "inv", "bootstrap", "--device", observed.device, "--source", "release", "--kernels", "donor")
-    measured = Command(argv, clone, ground.environment | same, before=lambda: _make_clone(ground, clone))
-    variables = _build_variables(ground, observed) | {
-        "UV": str(interpreter.uv(ground.layout)),
-        "PYTHON": str(ground.layout.environment_python),
+    measured = Command(argv, clone, context.environment | same, before=lambda: _make_clone(context, clone))
+    variables = _build_variables(context, observed) | {
+        "UV": str(interpreter.uv(context.layout)),
+        "PYTHON": str(context.layout.environment_python),
         "ARCHIVE": str(packed),
         "TAG": observed.pin.tag,
-        "PROBE": str(ground.layout.probes / "verify.py"),
+        "PROBE": str(context.layout.probes / "verify.py"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     # The built environment's tools are not this one's.
-    variables["PATH"] = os.pathsep.join([str(hand / ".venv" / "bin"), ground.environment.get("PATH", "")])
-    wanted = _requirements(ground, observed)
-    source = torch.plan(wanted.torch, device=observed.device, settings=ground.settings)
+    variables["PATH"] = os.pathsep.join([str(hand / ".venv" / "bin"), context.environment.get("PATH", "")])
+    wanted = _requirements(context, observed)
+    source = torch.plan(wanted.torch, device=observed.device, settings=context.settings)
     against = Command(
         ("/bin/sh", SCRIPT, *source.arguments, source.requirement),
         hand,
-        ground.settings.child_environment("build", variables),
-        before=lambda: _make_hand(ground, hand, wanted),
+        context.settings.child_environment("build", variables),
+        before=lambda: _make_hand(context, hand, wanted),
     )
     yield measured, against
 
 
-def _build_variables(ground: Ground, observed: Observation) -> dict[str, str]:
+def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
     """What vLLM's setup.py is told, on either side. Natively compiled kernels would take hours again: here they come from a wheel."""
     kernels = observed.kernels_wanted if observed.kernels_wanted.kind != "native" else Kernels("donor", "donor")
-    wheel = precompiled.fetch_wheel(kernels, observed.pin, observed.device, ground.settings, on_progress=lambda done, total: None)
+    wheel = precompiled.fetch_wheel(kernels, observed.pin, observed.device, context.settings, on_progress=lambda done, total: None)
     return {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
         "VLLM_USE_PRECOMPILED": "1",
         "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
         "CARGO": _NO_CARGO,
-        "PATH": os.pathsep.join([str(ground.layout.environment / "bin"), ground.environment.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(context.layout.environment / "bin"), context.environment.get("PATH", "")]),
     }
 
 
-def _requirements(ground: Ground, observed: Observation) -> requirements.Requirements:
+def _requirements(context: Context, observed: Observation) -> requirements.Requirements:
     return requirements.read(
-        ground.layout.vllm,
+        context.layout.vllm,
         device=observed.device,
         machine=platform.machine(),
         python_version=observed.python.version if observed.python else "",
         use_existing_torch=False,
-        settings=ground.settings,
+        settings=context.settings,
     )
 
 
-def _make_clone(ground: Ground, clone: Path) -> None:
+def _make_clone(context: Context, clone: Path) -> None:
     """A clone as git leaves it, with the tool environment of this one."""
     shutil.rmtree(clone, ignore_errors=True)
     clone.mkdir()
     for name in CLONED:
-        origin, copy = ground.layout.root / name, clone / name
+        origin, copy = context.layout.root / name, clone / name
         copy.parent.mkdir(exist_ok=True)
         if origin.is_dir():
             shutil.copytree(origin, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -139,36 +139,36 @@ def _make_clone(ground: Ground, clone: Path) -> None:
     repository.init()
     repository.commit_everything("The workspace", date="2000-01-01T00:00:00+0000")
     Layout(clone).state.mkdir()
-    _copy(ground.layout.tools, Layout(clone).tools, ground)
+    _copy(context.layout.tools, Layout(clone).tools, context)
 
 
-def _make_hand(ground: Ground, hand: Path, wanted: requirements.Requirements) -> None:
+def _make_hand(context: Context, hand: Path, wanted: requirements.Requirements) -> None:
     """An empty folder with the lists that uv is given, as a person would have them in a project."""
     shutil.rmtree(hand, ignore_errors=True)
     hand.mkdir()
-    shutil.copytree(ground.layout.patches("vllm"), hand / "patches")
-    with_torch = wanted.companions if "torchvision" in interpreter.installed(ground.layout) else ()
+    shutil.copytree(context.layout.patches("vllm"), hand / "patches")
+    with_torch = wanted.companions if "torchvision" in interpreter.installed(context.layout) else ()
     lists = {
         "requirements": dict.fromkeys((*wanted.build, *wanted.runtime)),
         "companions": with_torch,
         "accelerators": wanted.accelerators,
-        "constraints": torch.constraints(ground.layout),
+        "constraints": torch.constraints(context.layout),
         "overrides": wanted.overrides,
     }
     for name, lines in lists.items():
         (hand / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _copy(origin: Path, target: Path, ground: Ground) -> None:
+def _copy(origin: Path, target: Path, context: Context) -> None:
     """cp keeps times, so that bytecode stays valid, and is quick where the file system can share blocks."""
-    _do(("cp", "-a", "--reflink=auto", origin, target), ground)
+    _do(("cp", "-a", "--reflink=auto", origin, target), context)
 
 
-def _do(argv: tuple[process.Argument, ...], ground: Ground) -> None:
-    done = process.capture(argv, env=ground.environment, cwd=ground.layout.root)
+def _do(argv: tuple[process.Argument, ...], context: Context) -> None:
+    done = process.capture(argv, env=context.environment, cwd=context.layout.root)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1]
-        raise ToolchainError(f"what is to be measured could not be made ready: {last}", hint=f"df -h {ground.layout.root}")
+        raise ToolchainError(f"what is to be measured could not be made ready: {last}", hint=f"df -h {context.layout.root}")
 
 
 Sides = tuple[Call, Command]
@@ -193,19 +193,19 @@ diff --git a/{path} b/{path}
 class _House:
     """A workspace in small around a checkout of the pinned release, with patches and another commit that they apply to as well."""
 
-    def __init__(self, ground: Ground) -> None:
-        pin = pins.load(ground.layout.pins).vllm
+    def __init__(self, context: Context) -> None:
+        pin = pins.load(context.layout.pins).vllm
         if pin.archive is None:
             raise SourceError("vendor/pins.toml has no release archive of vllm, from which both sides start", hint="git diff vendor/pins.toml")
-        self.ground, self.pin, self.base = ground, pin, pin.archive.commit
-        self.layout = Layout(ground.folder / "stack")
-        self.journal = Journal(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="perf")
+        self.context, self.pin, self.base = context, pin, pin.archive.commit
+        self.layout = Layout(context.folder / "stack")
+        self.run_log = RunLog(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="perf")
         self.git = Git(self.layout.vllm)
         if not self.layout.vllm.exists():
-            packed = index.fetch(pin.name, pin.archive.filename, pin.archive.sha256, settings=ground.settings)
+            packed = index.fetch(pin.name, pin.archive.filename, pin.archive.sha256, settings=context.settings)
             self.layout.state.mkdir(parents=True)
             self.layout.vllm.parent.mkdir(parents=True)
-            shutil.copyfile(ground.layout.pins, self.layout.pins)
+            shutil.copyfile(context.layout.pins, self.layout.pins)
             pins.make_from_archive(packed, self.layout.vllm, pin)
             self._write_series()
             self._commit_next()
@@ -235,13 +235,13 @@ class _House:
         return checkout.observe(self.layout, self.pin)
 
     def apply(self) -> patches.Stack:
-        return patches.apply(self.layout, self.pin.name, self.pin, self.there(), journal=self.journal)
+        return patches.apply(self.layout, self.pin.name, self.pin, self.there(), run_log=self.run_log)
 
     def typed(self, verb: str, before: Callable[[], None] | None = None) -> Command:
         """What stack.sh does for a verb."""
         places = {"PATCHES": str(self.layout.patches(self.pin.name)), "OUT": str(self.layout.state / "out")}
         said = places | {"BASE": self.base, "NEXT": self.git.resolve(_NEXT) or ""}
-        return Command(("/bin/sh", _SCRIPT, verb), self.layout.vllm, self.ground.environment | said, before)
+        return Command(("/bin/sh", _SCRIPT, verb), self.layout.vllm, self.context.environment | said, before)
 
     def by_hand(self, verb: str) -> None:
         perf_measure.run(self.typed(verb))
@@ -257,15 +257,15 @@ class _House:
 
 
 @contextlib.contextmanager
-def applied(ground: Ground) -> Iterator[Sides]:
-    house = _House(ground)
+def applied(context: Context) -> Iterator[Sides]:
+    house = _House(context)
     yield Call(house.apply, house.take_off), house.typed("apply", house.take_off)
 
 
 @contextlib.contextmanager
-def exported(ground: Ground) -> Iterator[Sides]:
+def exported(context: Context) -> Iterator[Sides]:
     """All files are written anew by either side."""
-    house = _House(ground)
+    house = _House(context)
     house.put_on()
     folder, name = house.layout.patches(house.pin.name), house.pin.name
     kept = house.layout.state / "kept"
@@ -278,7 +278,7 @@ def exported(ground: Ground) -> Iterator[Sides]:
 
     try:
         yield (
-            Call(lambda: export.run(house.layout, name, house.pin, house.there(), journal=house.journal), empty),
+            Call(lambda: export.run(house.layout, name, house.pin, house.there(), run_log=house.run_log), empty),
             house.typed("export"),
         )
     finally:
@@ -287,30 +287,30 @@ def exported(ground: Ground) -> Iterator[Sides]:
 
 
 @contextlib.contextmanager
-def forecast(ground: Ground) -> Iterator[Sides]:
+def forecast(context: Context) -> Iterator[Sides]:
     from workspace.bump import forecast as work
 
-    house = _House(ground)
+    house = _House(context)
     house.put_on()
     found = Candidate(dataclasses.replace(house.pin, tag="v0", version="0"), house.git.resolve(_NEXT) or "", Kind.RELEASE, None, house.layout.vllm)
 
     def work_out() -> object:
         there = house.there()
         stack = patches.observe(house.layout, house.pin.name, house.pin, there)
-        return work.work_out(house.layout, ground.settings, found, there, stack)
+        return work.work_out(house.layout, context.settings, found, there, stack)
 
     yield Call(work_out), house.typed("forecast")
 
 
 @contextlib.contextmanager
-def applied_again(ground: Ground) -> Iterator[Sides]:
-    house = _House(ground)
+def applied_again(context: Context) -> Iterator[Sides]:
+    house = _House(context)
     house.put_on()
     yield Call(house.apply), house.typed("status")
 
 
 @contextlib.contextmanager
-def looked_at(ground: Ground) -> Iterator[Sides]:
-    house = _House(ground)
+def looked_at(context: Context) -> Iterator[Sides]:
+    house = _House(context)
     house.put_on()
     yield Call(lambda: overview.rows(house.layout, house.pin.name, house.pin, house.there())), house.typed("status")

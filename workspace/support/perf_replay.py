@@ -18,7 +18,7 @@ from workspace.compile.costs import Cost, Costs, Entry, read_table
 from workspace.compile.scheduler import Admission, Bounds, Replayed
 from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.support.perf_measure import Ground
+from workspace.support.perf_measure import Context
 
 # Those of a GB10.
 CORES = 20
@@ -114,38 +114,38 @@ def checked(replayed: Replayed, bounds: Bounds) -> float:
     return replayed.seconds
 
 
-def in_thought(budget_gib: float, *, way: Callable[[Sequence[Entry], Bounds], Replayed] = simulate) -> Callable[[Ground], AbstractContextManager[Sides]]:
+def in_thought(budget_gib: float, *, way: Callable[[Sequence[Entry], Bounds], Replayed] = simulate) -> Callable[[Context], AbstractContextManager[Sides]]:
     """A row: the shipped trace with `budget_gib`, against the lower bound. `way` is `simulate` or `static`."""
 
     @contextlib.contextmanager
-    def prepare(_: Ground) -> Iterator[Sides]:
+    def prepare(_: Context) -> Iterator[Sides]:
         entries, bounds = _trace(), Bounds(CORES, budget_gib)
         yield lambda: checked(way(entries, bounds), bounds), lambda: lower_bound(entries, bounds)
 
     return prepare
 
 
-def in_small_time(budget_gib: float) -> Callable[[Ground], AbstractContextManager[Sides]]:
+def in_small_time(budget_gib: float) -> Callable[[Context], AbstractContextManager[Sides]]:
     """A row: the shipped trace through ninja and launchers, SCALE times as fast, against its lower bound."""
 
     @contextlib.contextmanager
-    def prepare(ground: Ground) -> Iterator[Sides]:
+    def prepare(context: Context) -> Iterator[Sides]:
         entries, bounds = [replace(entry, seconds=entry.seconds / SCALE) for entry in _trace()], Bounds(CORES, budget_gib)
-        folder = ground.folder / f"replay-{budget_gib:g}"
+        folder = context.folder / f"replay-{budget_gib:g}"
         folder.mkdir()
-        found = find_ninja(ground)
+        found = find_ninja(context)
         yield (
-            lambda: checked(through_ninja(entries, bounds, folder, environment=ground.environment, ninja=found), bounds),
+            lambda: checked(through_ninja(entries, bounds, folder, environment=context.environment, ninja=found), bounds),
             lambda: lower_bound(entries, bounds),
         )
 
     return prepare
 
 
-def find_ninja(ground: Ground) -> Path:
+def find_ninja(context: Context) -> Path:
     """The tool environment's ninja, else the system's. Raises ToolchainError where there is none."""
-    own = ground.layout.tools / "bin" / "ninja"
-    found = str(own) if own.exists() else shutil.which("ninja", path=ground.environment.get("PATH", ""))
+    own = context.layout.tools / "bin" / "ninja"
+    found = str(own) if own.exists() else shutil.which("ninja", path=context.environment.get("PATH", ""))
     if not found:
         raise ToolchainError("there is no ninja to replay a build with", hint="sudo apt-get install ninja-build")
     return Path(found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from workspace.checks import upstream_trial
 from workspace.checks.upstream_trial import Outcome
 from workspace.core.console import Console
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 
 
 def place(folder: Path, tests: dict[str, str], config: str = "") -> upstream_trial.Place:
@@ -23,9 +23,9 @@ def place(folder: Path, tests: dict[str, str], config: str = "") -> upstream_tri
 
 
 def run(folder: Path, tests: dict[str, str], *words: str, timeout_s: float = 60.0, config: str = "[tool.pytest.ini_options]\n") -> dict[str, Outcome]:
-    with Journal(Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream") as journal:
+    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream") as run_log:
         files = [f"tests/{name}" for name in tests if name.rpartition("/")[2].startswith("test_")]
         # The tool environment has no pytest-timeout: the option is made known, and does nothing.
         plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
         tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
-        return {one.node: one for one in upstream_trial.run(place(folder, tests, config), files, words, timeout_s=timeout_s, journal=journal)}
+        return {one.node: one for one in upstream_trial.run(place(folder, tests, config), files, words, timeout_s=timeout_s, run_log=run_log)}

@@ -15,8 +15,8 @@ KNOWN = Rules({}, (), (), (), ("runner", "plugin"))
 
 
 def put(house, settings) -> tuple[Path, str]:
-    with house.journal(settings) as journal:
-        return upstream_pinned.install_needs(house.layout, settings, KNOWN, device="cpu", journal=journal)
+    with house.run_log(settings) as run_log:
+        return upstream_pinned.install_needs(house.layout, settings, KNOWN, device="cpu", run_log=run_log)
 
 
 def names(folder: Path) -> set[str]:

@@ -37,7 +37,7 @@ SLOW = "SLOW = 1\n"
 
 
 def ab(world: World, *words: str, **env: str) -> Ended:
-    model = ["--model", str(world.folder / "model"), "--busy"]
+    model = ["--model", str(world.folder / "model"), "--allow-busy"]
     call = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *words, *model]
     done = subprocess.run(call, cwd=world.root, env=world.env | env, capture_output=True, text=True, timeout=120, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)

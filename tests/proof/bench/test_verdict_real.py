@@ -166,7 +166,7 @@ def ab(layout: Layout) -> subprocess.CompletedProcess[str]:
     """Run an A/B against the series to its end, however often something else uses the machine meanwhile."""
     deadline = time.monotonic() + QUIET_S
     while True:
-        done = run(layout, "ab", "--base", "HEAD", "--repeat", str(STARTS), *(["--busy"] if IS_BUSY else []))
+        done = run(layout, "ab", "--base", "HEAD", "--repeat", str(STARTS), *(["--allow-busy"] if IS_BUSY else []))
         if "something else uses this machine" not in done.stderr.splitlines()[-2:][0] or time.monotonic() > deadline:
             return done
         time.sleep(AGAIN_S)

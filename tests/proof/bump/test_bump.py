@@ -46,11 +46,11 @@ def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_f
 
 def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_reached(clone: World, releases: Releases) -> None:
     layout = clone.layout
-    for words in (("pin.bump", f"v{CLEAN}"), ("pin.back",)):
+    for words in (("pin.bump", f"v{CLEAN}"), ("pin.rollback",)):
         ended = clone.run(*words)
         assert ended.code == 0, ended.said
     name = next(row["facts"]["name"] for row in shown(clone) if row["name"] == "good" and not row["facts"]["current"])
-    ended = clone.run("pin.back", "--good", name)
+    ended = clone.run("pin.rollback", "--good", name)
     assert ended.code == 0, ended.said
     assert clone.python("import vllm; print(vllm.RELEASE)") == CLEAN
     assert clone.status()["smoke"] == "ok"
@@ -75,11 +75,11 @@ def test_abort_leaves_everything_and_keeps_what_was_done_in_the_workshop(clone: 
     ended = clone.run("pin.bump", f"v{CONFLICT}")
     assert "patch 1 of 1, patches/vllm/" in ended.error(4)
     assert "conflict in setup.py" in ended.err
-    ((clone.layout.workshop / "vendor" / "vllm") / "mine.py").write_text("MINE = 1\n")
+    ((clone.layout.bump_sandbox / "vendor" / "vllm") / "mine.py").write_text("MINE = 1\n")
     ended = clone.run("patch.continue", "--abort")
     assert ended.code == 0, ended.said
     assert user_files(clone) == before
-    assert not clone.layout.workshop.exists()
+    assert not clone.layout.bump_sandbox.exists()
     left = clone.git("for-each-ref", "--format=%(refname)", "refs/pins/left-*").strip()
     assert left in ended.err
     assert clone.git("show", f"{left}:mine.py") == "MINE = 1"
@@ -114,7 +114,7 @@ def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(clone: World, r
     clone.index.faults["vllm"] = Fault(status=503)
     clone.run("pin.bump", f"v{CONFLICT}").error(11)
     assert "newer         unknown: " in clone.run("pin.show").err
-    assert not clone.layout.workshop.exists()
+    assert not clone.layout.bump_sandbox.exists()
 
 
 def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
@@ -124,7 +124,7 @@ def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
     assert not (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
     assert f"Dropped {clone.materials.patch.name}: upstream has it" in (clone.layout.state / "bump-message.txt").read_text()
     assert_stands_on(clone, UPSTREAMED)
-    ended = clone.run("pin.back")
+    ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, "0.31.0")
     assert (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
@@ -142,7 +142,7 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
     kept = list(clone.layout.goods.glob("*/environment"))
     assert len(kept) == 1
     kept[0].rename(clone.folder / "lost")
-    ended = clone.run("pin.back")
+    ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, "0.31.0")
     assert "numba" in clone.uv("list")
@@ -159,13 +159,13 @@ def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_o
     # Leave, come back, ask again for something else, and for the same.
     assert "a bump to v0.33.0 is under way" in clone.run("pin.bump", f"v{CLEAN}").error(3)
     assert "patch 1 of 1" in clone.run("pin.bump", f"v{CONFLICT}").error(4)
-    assert "is under way" in clone.run("pin.back").error(3)
-    setup = (clone.layout.workshop / "vendor" / "vllm") / "setup.py"
+    assert "is under way" in clone.run("pin.rollback").error(3)
+    setup = (clone.layout.bump_sandbox / "vendor" / "vllm") / "setup.py"
     text = setup.read_text()
     start, end = text.index("<<<<<<<"), text.index("\n", text.index(">>>>>>>")) + 1
     line = '                        "vllm/_C.abi3.so",\n'
     setup.write_text(text[:start] + line + line.replace("_C", "_C_AVX2") + line.replace("_C", "_C_AVX512") + text[end:])
-    git((clone.layout.workshop / "vendor" / "vllm"), "add", "setup.py")
+    git((clone.layout.bump_sandbox / "vendor" / "vllm"), "add", "setup.py")
     assert user_files(clone) == before
     ended = clone.run("patch.continue")
     assert ended.code == 0, ended.said
@@ -181,10 +181,10 @@ def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_t
     assert "the working tree is untouched" in ended.err
     assert "commit a fix in .workspace/bump/vendor/vllm" in ended.err
     assert user_files(clone) == before
-    package = (clone.layout.workshop / "vendor" / "vllm") / "vllm" / "__init__.py"
+    package = (clone.layout.bump_sandbox / "vendor" / "vllm") / "vllm" / "__init__.py"
     package.write_text(package.read_text().replace("BROKEN = True\n", ""))
     assert "has edits (vllm/__init__.py) that no commit has" in clone.run("patch.continue").error(3)
-    git((clone.layout.workshop / "vendor" / "vllm"), "commit", "--quiet", "--all", "-m", "Mend what is broken\n\nUpstream-Status: Pending")
+    git((clone.layout.bump_sandbox / "vendor" / "vllm"), "commit", "--quiet", "--all", "-m", "Mend what is broken\n\nUpstream-Status: Pending")
     ended = clone.run("pin.bump", RED)
     assert ended.code == 0, ended.said
     series = (clone.layout.patches("vllm") / "series").read_text().split()
@@ -216,7 +216,7 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
     git(from_git.root, "commit", "--quiet", "-F", ".workspace/bump-message.txt")
     assert git(from_git.root, "ls-tree", "HEAD", "vendor/vllm").split()[2] == releases.commit(CLEAN)
     assert git(from_git.root, "status", "--porcelain") == ""
-    ended = from_git.run("pin.back")
+    ended = from_git.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert_stands_on(from_git, "0.31.0")
     assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
@@ -228,15 +228,15 @@ def test_bump_that_was_killed_before_its_promotion_has_touched_nothing_and_goes_
     child = clone.start("pin.bump", f"v{CLEAN}")
     time.sleep(tenths / 10)
     clone.kill(child)
-    if pins.load(clone.layout.pins).vllm.tag == "v0.31.0" and not (clone.layout.workshop / "promoting.json").exists():
+    if pins.load(clone.layout.pins).vllm.tag == "v0.31.0" and not (clone.layout.bump_sandbox / "promoting.json").exists():
         assert user_files(clone) == before
     finish_bump(clone)
 
 
 @pytest.mark.parametrize("delay_ms", range(0, 480, 40))
 def test_promotion_that_was_killed_is_finished_by_the_next_bump(clone: World, delay_ms: int) -> None:
-    kill_after(clone, clone.layout.workshop / "promoting.json", delay_ms, "pin.bump", f"v{CLEAN}")
-    if clone.layout.workshop.exists():
+    kill_after(clone, clone.layout.bump_sandbox / "promoting.json", delay_ms, "pin.bump", f"v{CLEAN}")
+    if clone.layout.bump_sandbox.exists():
         assert "goes forward only" in clone.run("patch.continue", "--abort").error(3)
     finish_bump(clone)
     assert clone.git("rev-parse", "refs/patches/tip") == clone.git("rev-parse", "HEAD")
@@ -248,9 +248,9 @@ def test_return_that_was_killed_is_finished_by_the_next(clone: World, delay_ms: 
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
     marker = clone.layout.state / "back.json"
-    kill_after(clone, marker, delay_ms, "pin.back")
+    kill_after(clone, marker, delay_ms, "pin.rollback")
     if marker.exists():
-        ended = clone.run("pin.back")
+        ended = clone.run("pin.rollback")
         assert ended.code == 0, ended.said
     assert_stands_on(clone, "0.31.0")
     assert not marker.exists()
@@ -270,5 +270,5 @@ def kill_after(world: World, path: Path, delay_ms: int, *words: str) -> None:
 def finish_bump(world: World) -> None:
     ended = world.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
-    assert not world.layout.workshop.exists()
+    assert not world.layout.bump_sandbox.exists()
     assert_stands_on(world, CLEAN)

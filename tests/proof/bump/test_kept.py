@@ -63,7 +63,7 @@ def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_
     assert (tree / "vllm" / "run.log").read_text() == "mine\n"
     assert answer(clone) == "43"
 
-    assert clone.run("pin.back").code == 0
+    assert clone.run("pin.rollback").code == 0
     assert_stands_on(clone, "0.31.0")
     assert origin(clone) == "native"
     assert {path.name: path.read_bytes() for path in (tree / "vllm").glob("*.so")} == own
@@ -81,7 +81,7 @@ def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_an
     assert origin(clone).startswith("hybrid donor ")
     assert CLEAN in origin(clone)
     assert answer(clone) == "43"
-    assert clone.run("pin.back").code == 0
+    assert clone.run("pin.rollback").code == 0
     assert_stands_on(clone, "0.31.0")
     assert (origin(clone).startswith("hybrid donor "), CLEAN in origin(clone)) == (True, False)
     assert answer(clone) == "43"
@@ -106,7 +106,7 @@ def test_donors_kernels_do_not_mix_with_those_that_were_compiled_here(clone: Wor
     assert not before & {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
     wanted = next(found for found in known_good.every(clone.layout) if found.tag == "v0.31.0" and found.inputs["origin"] == "native")
     del clone.env["KERNELS"]
-    assert clone.run("pin.back", "--good", wanted.name).code == 0
+    assert clone.run("pin.rollback", "--good", wanted.name).code == 0
     assert origin(clone) == "native"
     assert answer(clone) == "43"
 
@@ -137,7 +137,7 @@ def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
 
 def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path: Path) -> None:
     mine = bump_with_own_torch(clone, tmp_path)
-    ended = clone.run("pin.back")
+    ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, "0.31.0")
     back = torch_file(clone)

@@ -59,7 +59,7 @@ def three_patches(clone: World) -> Path:
     clone.git("commit", "--quiet", "--all", "-m", "Take one more" + status)
     ended = clone.run("patch.export")
     assert ended.code == 0, ended.said
-    return clone.layout.workshop / "vendor" / "vllm"
+    return clone.layout.bump_sandbox / "vendor" / "vllm"
 
 
 def resolve(tree: Path) -> None:
@@ -125,10 +125,10 @@ def test_killed_export_is_finished_by_the_next(clone: World) -> None:
 
 def test_killed_return_is_finished_by_the_next(clone: World) -> None:
     wanted, tip = pretend_good(clone, "v0.31.0"), clone.git("rev-parse", "HEAD")
-    kill(clone, 46, "pin.back", "--good", wanted)
+    kill(clone, 46, "pin.rollback", "--good", wanted)
     assert (clone.layout.state / "back.json").exists()
-    assert "./scripts/inv pin.back" in clone.status()["next"]
-    ended = clone.run("pin.back")
+    assert "./scripts/inv pin.rollback" in clone.status()["next"]
+    ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert not (clone.layout.state / "back.json").exists()
     # The series of that state is this one's, and bootstrap, a part of the return, has put it on.

@@ -209,7 +209,7 @@ def resolved_in_the_workshop(world: World) -> None:
 
 
 def resolve_in_the_workshop(world: World) -> None:
-    tree = world.layout.workshop / "vendor" / "vllm"
+    tree = world.layout.bump_sandbox / "vendor" / "vllm"
     take_both_sides(tree / "setup.py")
     git(tree, "add", "setup.py")
 
@@ -270,7 +270,7 @@ def lead_on(world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[Wo
         rows = json.loads(ended.out)["rows"]
         names = {row["name"] for row in rows}
         if "back" in names:
-            typed(world, "pin.back")
+            typed(world, "pin.rollback")
         elif "bump" in names or next(row["facts"]["tag"] for row in rows if row["name"] == "pin") != tag:
             ended = world.run(*(("patch.continue",) if "bump" in names else verb))
             assert "Traceback" not in ended.err, ended.said
@@ -303,7 +303,7 @@ def again_resolved(world: World) -> None:
 
 
 def again_back(world: World) -> None:
-    lead_on(world, "v0.31.0", ("pin.back",))
+    lead_on(world, "v0.31.0", ("pin.rollback",))
 
 
 MOVES = (
@@ -313,7 +313,7 @@ MOVES = (
     KillCase("patch.import of a mail", mail, ("patch.import", "clone/later.mbox"), check_remembered, again_import, full_from=""),
     KillCase("patch.continue of a resolved am", resolved_conflict, ("patch.continue",), check_remembered, again_continue, full_from=""),
     KillCase("pin.bump to the next release", to_be_bumped, ("pin.bump", f"v{CLEAN}"), check_remembered, again_bump),
-    KillCase("pin.back after a bump", bumped, ("pin.back",), check_remembered, again_back, full_from=""),
+    KillCase("pin.rollback after a bump", bumped, ("pin.rollback",), check_remembered, again_back, full_from=""),
     KillCase("pin.bump into a conflict", to_be_bumped_into_a_conflict, ("pin.bump", f"v{CONFLICT}"), check_remembered, again_conflict, code=4),
     KillCase("patch.continue of a bump", resolved_in_the_workshop, ("patch.continue",), check_remembered, again_resolved),
 )

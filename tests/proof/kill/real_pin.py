@@ -1,4 +1,4 @@
-"""pin.bump and pin.back, killed again and again on their way through the real tree, beside a file and a branch of the user's.
+"""pin.bump and pin.rollback, killed again and again on their way through the real tree, beside a file and a branch of the user's.
 
 One bump to the next release and two returns are killed at moments drawn in each of their steps, and every time taken up again by what
 `inv` says is next. What comes of it is held against a bump that nothing disturbed. Needs the network or warm caches, and 8 GB of disk.
@@ -129,7 +129,7 @@ def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
         rows = stand.rows()
         names = {row["name"] for row in rows}
         if "back" in names:
-            stand.inv("pin.back")
+            stand.inv("pin.rollback")
         elif "bump" in names or pinned_of(rows) != tag:
             stand.inv(*(("patch.continue",) if "bump" in names else verb), codes=(0, 8))
             if "checks failed" in stand.clone.said:
@@ -154,7 +154,7 @@ def pinned_of(rows: list[dict]) -> str:
 
 def mend(stand: Stand) -> None:
     """Commit a fix in the workshop, with the same identity and date each time, unless it is there."""
-    tree = Layout(stand.layout.workshop).vllm
+    tree = Layout(stand.layout.bump_sandbox).vllm
     if MEND[0][0] not in (tree / PATH).read_text():
         return
     edit(tree / PATH, *MEND)
@@ -165,7 +165,7 @@ def mend(stand: Stand) -> None:
 
 def doing(layout: Layout, process: int) -> str | None:
     """The step that a verb is at by its own word in the lock, that of the workshop first; None where none is. What a killed one said stays there."""
-    for lock in (Layout(layout.workshop).lock, layout.lock):
+    for lock in (Layout(layout.bump_sandbox).lock, layout.lock):
         with contextlib.suppress(OSError, ValueError, KeyError):
             record = json.loads(lock.read_text())
             if record["doing"] and record["pid"] == str(process):
@@ -197,7 +197,7 @@ def way_on(stand: Stand, verb: Sequence[str], tag: str, draw: random.Random) -> 
     if "bump" in names:
         return ("patch.continue",) if draw.random() < 0.5 else tuple(verb)
     if "back" in names:
-        return ("pin.back",)
+        return ("pin.rollback",)
     # Once the pin has moved, what is left is bootstrap's and the smoke's.
     return tuple(verb) if pinned_of(rows) != tag else ("bootstrap",)
 
@@ -249,13 +249,13 @@ def prove(folder: Path, *, seed: int) -> int:
     second = fingerprint(stand)
     returns = 0
     for to, expected in ((tag, first), (NEXT, second), (tag, first)):
-        struck, failed = round_of(stand, ("pin.back",), to, BACK, draw)
+        struck, failed = round_of(stand, ("pin.rollback",), to, BACK, draw)
         wrong = judge.differences(expected, fingerprint(stand))
         print("".join(f"      {line}\n" for line in wrong[:8]), end="", flush=True)
         returns, failures = returns + struck, failures + failed + bool(wrong)
         if returns >= 2 * len(BACK):
             break
-    lead_on(stand, tag, ("pin.back",))
+    lead_on(stand, tag, ("pin.rollback",))
     shutil.rmtree(stand.layout.goods / good_of(stand, NEXT))
     started = time.monotonic()
     lead_on(stand, NEXT, bump)
@@ -263,7 +263,7 @@ def prove(folder: Path, *, seed: int) -> int:
     wrong = judge.differences(fingerprint(stand), second)
     print("".join(f"      {line}\n" for line in wrong[:8]), end="", flush=True)
     failures += bool(wrong)
-    print(f"{kills} kills of pin.bump, {returns} of pin.back, {failures} not completed rightly, seed {seed}", flush=True)
+    print(f"{kills} kills of pin.bump, {returns} of pin.rollback, {failures} not completed rightly, seed {seed}", flush=True)
     return failures
 
 

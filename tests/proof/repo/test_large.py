@@ -14,6 +14,6 @@ def test_patch_of_5_mb_goes_on_and_off_without_a_trace_and_is_exported_as_it_was
     release.series({name: content})
     before = everything(release)
     assert (release.apply().state, release.stack().tree, release.stack().dirty) == (State.APPLIED, tree, ())
-    assert export.run(release.layout, "vllm", release.pin, release.observe(), journal=release.journal).written == ()
+    assert export.run(release.layout, "vllm", release.pin, release.observe(), run_log=release.run_log).written == ()
     assert release.unapply().state is State.UNAPPLIED
     assert everything(release) | {"refs": ""} == before | {"refs": ""}

@@ -16,10 +16,10 @@ def test_pack_that_a_killed_fetch_has_begun_goes_with_the_next(release: Workspac
     with (packs / "tmp_pack_held").open("wb") as file, subprocess.Popen(["sleep", "60"], stdout=file) as holder:
         try:
             if is_local:
-                worktree.bring(git, upstream.bare, upstream.pin.commit, ref, journal=release.journal)
+                worktree.bring(git, upstream.bare, upstream.pin.commit, ref, run_log=release.run_log)
             else:
                 words = (f"+{upstream.pin.commit}:{ref}",)
-                git.fetch(upstream.bare.as_uri(), words, whole=True, settings=release.settings(), journal=release.journal, on_line=lambda line: None)
+                git.fetch(upstream.bare.as_uri(), words, whole=True, settings=release.settings(), run_log=release.run_log, on_line=lambda line: None)
         finally:
             holder.kill()
     assert git.resolve(ref) == upstream.pin.commit

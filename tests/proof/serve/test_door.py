@@ -101,7 +101,7 @@ def test_start_up_that_is_stopped_from_elsewhere_is_no_success(clone: World) -> 
 
 def test_crash_for_memory_says_the_next_rung_as_a_command(clone: World) -> None:
     line = [word if word != "0.1" else "0.3" for word in words(clone, "crash")]
-    ended = clone.run("serve", "--i-know", *line[1:])
+    ended = clone.run("serve", "--force", *line[1:])
     error, hint = ended.err.splitlines()[-2:]
     assert ended.code == 10
     assert error.endswith("exited with 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")

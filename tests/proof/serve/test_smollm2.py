@@ -3,7 +3,7 @@
 import subprocess
 
 from workspace.core.console import Console
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import load
 from workspace.server import models
@@ -21,8 +21,8 @@ print(words.decode(said, skip_special_tokens=True))
 
 def test_made_once_it_says_that_the_capital_of_france_is_paris(layout: Layout) -> None:
     settings = load(layout)
-    with Journal(Console(), layout.logs, verb="test") as journal:
-        folder = models.smollm2(layout, settings, journal=journal)
+    with RunLog(Console(), layout.logs, verb="test") as run_log:
+        folder = models.smollm2(layout, settings, run_log=run_log)
     assert models.found_built_in(layout, "smollm2") == folder
     environment = settings.child_environment("run", {"HF_HUB_OFFLINE": "1"})
     done = subprocess.run([layout.environment_python, "-c", ASK, folder], env=environment, capture_output=True, text=True, timeout=300)

@@ -25,7 +25,7 @@ TORCH = "from torch import cuda, version\n"
 
 
 @pytest.fixture
-def ground(materials: Materials, tmp_path: Path) -> Iterator[World]:
+def context(materials: Materials, tmp_path: Path) -> Iterator[World]:
     """A clone with an empty environment, whose packages come from where this machine takes them."""
     made = make_world(materials, tmp_path)
     made.venv()
@@ -68,10 +68,10 @@ def rows(ended: Ended) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("version", "used", "code"), [(OLD, "ptxas", 6), (MIDDLE, "ptxas-bw", 0), (NEW, "ptxas-bw", 0)])
-def test_what_a_wheel_can_assemble_is_told_by_assembling(ground: World, tmp_path: Path, version: str, used: str, code: int) -> None:
-    install(ground, version)
-    torch(ground, tmp_path)
-    ended = ground.run("fix-triton", "--check")
+def test_what_a_wheel_can_assemble_is_told_by_assembling(context: World, tmp_path: Path, version: str, used: str, code: int) -> None:
+    install(context, version)
+    torch(context, tmp_path)
+    ended = context.run("fix-triton", "--check")
     assert ended.code == code, ended.said
     said = rows(ended)
     assert said["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with none"
@@ -82,89 +82,89 @@ def test_what_a_wheel_can_assemble_is_told_by_assembling(ground: World, tmp_path
         assert said[used].endswith("assembles sm_121a")
         assert said["kernel"].startswith("ok compiled for sm_121a, PTX ")
         assert "not run: torch is for the CPU" in said["kernel"]
-    assert not ground.layout.dotenv.exists(), "only looked at"
+    assert not context.layout.dotenv.exists(), "only looked at"
 
 
 @pytest.mark.skipif(not TOOLKIT.exists(), reason="there is no CUDA toolkit at /usr/local/cuda")
-def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(ground: World) -> None:
-    install(ground, OLD)
-    ground.layout.dotenv.write_text("MAX_JOBS=2\n")
-    ended = ground.run("fix-triton")
+def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(context: World) -> None:
+    install(context, OLD)
+    context.layout.dotenv.write_text("MAX_JOBS=2\n")
+    ended = context.run("fix-triton")
     assert ended.code == 0, ended.said
-    lines = ground.layout.dotenv.read_text().splitlines()
+    lines = context.layout.dotenv.read_text().splitlines()
     assert (lines[0], lines[2]) == ("MAX_JOBS=2", f"TRITON_PTXAS_PATH={TOOLKIT.resolve()}")
     assert f"  +{lines[2]}" in ended.err, "the difference was shown"
-    assert ground.run("fix-triton", "--check").code == 0
+    assert context.run("fix-triton", "--check").code == 0
 
 
-def test_newer_wheel_is_not_given_the_toolkits_older_assembler(ground: World, tmp_path: Path) -> None:
-    install(ground, NEW)
-    ground.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
-    assert "passes over it in silence" in ground.run("fix-triton", "--check").err
-    ended = ground.run("fix-triton")
+def test_newer_wheel_is_not_given_the_toolkits_older_assembler(context: World, tmp_path: Path) -> None:
+    install(context, NEW)
+    context.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
+    assert "passes over it in silence" in context.run("fix-triton", "--check").err
+    ended = context.run("fix-triton")
     assert ended.code == 0, ended.said
-    assert f"# TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n" in ground.layout.dotenv.read_text()
-    assert [line for line in ground.layout.dotenv.read_text().splitlines() if not line.startswith("#")] == []
+    assert f"# TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n" in context.layout.dotenv.read_text()
+    assert [line for line in context.layout.dotenv.read_text().splitlines() if not line.startswith("#")] == []
 
 
-def test_path_that_is_no_program_stops_a_kernel_and_is_taken_out_of_dotenv(ground: World, tmp_path: Path) -> None:
-    install(ground, NEW)
+def test_path_that_is_no_program_stops_a_kernel_and_is_taken_out_of_dotenv(context: World, tmp_path: Path) -> None:
+    install(context, NEW)
     (tmp_path / "ptxas").touch()
-    ground.layout.dotenv.write_text(f"export TRITON_PTXAS_BLACKWELL_PATH='{tmp_path / 'ptxas'}'\n")
-    ended = ground.run("fix-triton", "--check")
+    context.layout.dotenv.write_text(f"export TRITON_PTXAS_BLACKWELL_PATH='{tmp_path / 'ptxas'}'\n")
+    ended = context.run("fix-triton", "--check")
     assert "PermissionError" in ended.err
     assert "ptxas-bw, kernel" in ended.error(6)
-    assert ground.run("fix-triton").code == 0
+    assert context.run("fix-triton").code == 0
 
 
-def test_path_in_the_shell_is_for_the_person_to_change(ground: World, tmp_path: Path) -> None:
-    install(ground, NEW)
-    ground.env["TRITON_PTXAS_BLACKWELL_PATH"] = str(tmp_path / "nowhere")
-    ended = ground.run("fix-triton")
+def test_path_in_the_shell_is_for_the_person_to_change(context: World, tmp_path: Path) -> None:
+    install(context, NEW)
+    context.env["TRITON_PTXAS_BLACKWELL_PATH"] = str(tmp_path / "nowhere")
+    ended = context.run("fix-triton")
     assert "is set in the shell, where only you can change it" in ended.error(6)
     assert "unset TRITON_PTXAS_BLACKWELL_PATH" in ended.err
 
 
-def test_stale_cache_and_shadow_are_found_and_moved_aside(ground: World) -> None:
-    install(ground, MIDDLE)
-    home = Path(ground.env["HOME"])
+def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> None:
+    install(context, MIDDLE)
+    home = Path(context.env["HOME"])
     cache = home / ".triton" / "cache"
-    argv = [ground.layout.environment_python, Layout(ground.root).probes / "triton_kernel.py"]
-    said = subprocess.run(argv, env=ground.env | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=True)
+    argv = [context.layout.environment_python, Layout(context.root).probes / "triton_kernel.py"]
+    said = subprocess.run(argv, env=context.env | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["cubin_bytes"] > 0
-    install(ground, NEW)
-    packages = next((ground.layout.environment / "lib").glob("python3*/site-packages"))
+    install(context, NEW)
+    packages = next((context.layout.environment / "lib").glob("python3*/site-packages"))
     (packages / "triton_kernels").mkdir()
     (packages / "triton_kernels" / "__init__.py").write_text("raise ImportError('shadow')\n")
-    ended = ground.run("fix-triton", "--check")
+    ended = context.run("fix-triton", "--check")
     assert "shadows, caches" in ended.error(6)
     assert f"written by triton {MIDDLE}, installed is {NEW}" in ended.err
-    ended = ground.run("fix-triton")
+    ended = context.run("fix-triton")
     assert ended.code == 0, ended.said
     assert not cache.exists()
     assert len(list(cache.parent.glob("cache.of-*/*/kernel.cubin"))) == 1
     assert not (packages / "triton_kernels").exists()
-    assert len(list(ground.layout.aside.glob("*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"))) == 1
-    assert ground.run("fix-triton", "--check").code == 0
+    assert len(list(context.layout.aside.glob("*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"))) == 1
+    assert context.run("fix-triton", "--check").code == 0
 
 
-def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does(ground: World, tmp_path: Path) -> None:
-    install(ground, NEW)
-    install(ground, OLD)
-    torch(ground, tmp_path, cuda="13.0")
-    ended = ground.run("fix-triton", "--check")
+def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does(context: World, tmp_path: Path) -> None:
+    install(context, NEW)
+    install(context, OLD)
+    torch(context, tmp_path, cuda="13.0")
+    ended = context.run("fix-triton", "--check")
     assert "torch asks for another one" in ended.err
-    ended = ground.run("fix-triton")
+    ended = context.run("fix-triton")
     assert ended.code == 0, ended.said
     assert f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}" in ended.err
-    assert f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}" in ground.run("status").err
-    assert not ground.layout.dotenv.exists(), "no word for an assembler that has gone"
+    assert f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}" in context.run("status").err
+    assert not context.layout.dotenv.exists(), "no word for an assembler that has gone"
 
 
-def test_half_a_wheel_beside_a_torch_for_the_cpu_cannot_be_mended_and_is_said_to_be(ground: World) -> None:
-    install(ground, NEW)
-    packages = next((ground.layout.environment / "lib").glob("python3*/site-packages"))
+def test_half_a_wheel_beside_a_torch_for_the_cpu_cannot_be_mended_and_is_said_to_be(context: World) -> None:
+    install(context, NEW)
+    packages = next((context.layout.environment / "lib").glob("python3*/site-packages"))
     shutil.rmtree(packages / "triton" / "_C")
-    ended = ground.run("fix-triton")
+    ended = context.run("fix-triton")
     assert "kernel" in ended.error(6)
     assert "ImportError" in ended.err or "ModuleNotFoundError" in ended.err

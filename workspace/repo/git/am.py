@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workspace.core import files
 from workspace.core.errors import CheckoutError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.repo.git import command
 from workspace.repo.git.command import Entries, first_line, index_entries, split, tree_entries
 from workspace.repo.git.repository import Git, take_in
@@ -99,12 +99,12 @@ def _applied_in(place: Path, git: Git, base: str, patches: Sequence[Path], *, wi
         return Applied(None, number, unmerged(aside) or git.patch_paths(patches[number - 1]))
 
 
-def start(git: Git, patches: Sequence[Path], *, journal: Journal) -> Applied:
+def start(git: Git, patches: Sequence[Path], *, run_log: RunLog) -> Applied:
     """Put patches on HEAD in the working tree itself. At a conflict the `am` is left there, in progress.
 
     Raises CheckoutError where git refuses to begin.
     """
-    answer = git.write(*_AM, *(str(patch.absolute()) for patch in patches), check=False, journal=journal)
+    answer = git.write(*_AM, *(str(patch.absolute()) for patch in patches), check=False, run_log=run_log)
     # git syncs the commits that it makes, and not the files.
     os.sync()
     there = position(git)
@@ -156,7 +156,7 @@ def drop_begun(git: Git) -> None:
             git.write_files(*held)
 
 
-def rewind(git: Git, *, journal: Journal) -> None:
+def rewind(git: Git, *, run_log: RunLog) -> None:
     """Go back to where an aborted `am` began if git did not: it takes the commits of one that was killed for the user's.
 
     Only over commits that the workspace itself has made.
@@ -165,7 +165,7 @@ def rewind(git: Git, *, journal: Journal) -> None:
     if start is None or head is None or start == head or not git.is_ancestor(start, head):
         return
     if set(git.look("log", "--no-show-signature", "--format=%ce", f"{start}..{head}", "--").out.split()) == {command.IDENTITY[1]}:
-        git.move_to(start, journal=journal)
+        git.move_to(start, run_log=run_log)
 
 
 # What some configuration would change in the bytes and no flag of format-patch overrides.

@@ -70,7 +70,7 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
     # Of a linked working tree what all of them share lies elsewhere.
     for place in {top, git.path_of("packed-refs").parent}:
         command.remove_at_top(place, git.path)
-    if not _is_whole(top / "index"):
+    if not _is_complete(top / "index"):
         _replace_index(top, folder)
     if not _is_left_so(git, facts.head):
         take_in(folder / _OBJECTS, git.path_of("objects"))
@@ -97,7 +97,7 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
     return True
 
 
-def _is_whole(index: Path) -> bool:
+def _is_complete(index: Path) -> bool:
     """Whether an index ends in the checksum of what it holds, or in zeros for none (gitformat-index(5)): git itself does not look."""
     content = index.read_bytes() if index.exists() else b""
     return content[-20:] in (hashlib.sha1(content[:-20]).digest(), bytes(20))

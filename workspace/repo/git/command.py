@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from workspace.core import process
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError, WorkspaceError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -232,12 +232,12 @@ class Command:
     def look(self, *words: str, check: bool = True) -> Answer:
         return self._git((*LOOKING_FLAGS, *words), LOOKING, check=check, said=words)
 
-    def write(self, *words: str, env: Mapping[str, str] | None = None, check: bool = True, journal: Journal | None = None) -> Answer:
+    def write(self, *words: str, env: Mapping[str, str] | None = None, check: bool = True, run_log: RunLog | None = None) -> Answer:
         if not self._trusted:
             self.look("rev-parse", "--git-dir")
             self._trusted = True
-        if journal:
-            journal.command(shlex.join(["git", "-C", str(self.path), *words]))
+        if run_log:
+            run_log.command(shlex.join(["git", "-C", str(self.path), *words]))
         return self._git(words, git_environment() | dict(env or {}), check=check, said=words)
 
     def _git(self, words: Sequence[str], env: Mapping[str, str], *, check: bool, said: Sequence[str]) -> Answer:
@@ -289,7 +289,7 @@ class Command:
             raise self._failure(f"{what}: another git, or one that was killed, left {found[1]}", hint=hint)
         raise self._failure(f"{what}: {first_line(answer.err) or f'exited with {answer.status}'}", details=tuple(answer.err.splitlines()[1:10]))
 
-    def talk(self, words: Sequence[str], settings: Settings, journal: Journal, on_line: OnLine) -> None:
+    def talk(self, words: Sequence[str], settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
         # A submodule's own directory lies with the superproject's.
         there = self.look("rev-parse", "--path-format=absolute", "--absolute-git-dir", "--git-path", "objects/pack", check=False)
         if there.status == 0:
@@ -300,7 +300,7 @@ class Command:
         process.run(
             [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *words],
             env=settings.child_environment("plain", git_environment(offline=False) | PATIENCE),
-            journal=journal,
+            run_log=run_log,
             on_line=on_line,
             failure=SourceError,
             hint="check the network and run the same command again; VLLM_MIRROR or TRITON_MIRROR names a copy, and bootstrap --source release needs none",

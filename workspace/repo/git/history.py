@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import executable, first_line, split
@@ -249,10 +249,10 @@ def tags(git: Git) -> tuple[str, ...]:
     return tuple(git.look("for-each-ref", "--format=%(refname:strip=2)", "refs/tags").out.split())
 
 
-def complete_range(git: Git, present: str, commit: str, settings: Settings, *, journal: Journal) -> None:
+def complete_range(git: Git, present: str, commit: str, settings: Settings, *, run_log: RunLog) -> None:
     """Fetch, all at once, what a partial clone lacks of the files of `commit` that differ from those of `present`. Raises SourceError."""
     if git.setting("remote.origin.promisor") == "true":
-        git.talk(("diff", "--shortstat", "--no-renames", present, commit), settings, journal, lambda line: None)
+        git.talk(("diff", "--shortstat", "--no-renames", present, commit), settings, run_log, lambda line: None)
 
 
 def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:

