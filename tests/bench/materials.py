@@ -30,7 +30,7 @@ def record(
         label=label,
         time="2026-11-20T10:00:00+00:00",
         workspace="c" * 40,
-        source=Source("v0.31.0", "b" * 40, "d" * 40, tree, None, ("0001-faster.patch",), "donor", {"vllm/_C.abi3.so": "e" * 64}),
+        source=Source("v0.31.0", "b" * 40, "d" * 40, tree, None, ("0001-faster.patch",), "precompiled", {"vllm/_C.abi3.so": "e" * 64}),
         machine=Machine("gb10-123456", "aarch64", "Cortex-X925", 20, 119.7, (Gpu("NVIDIA GB10", "12.1", "580.95"),)),
         software=Software("0.31.0", "2.13.0", "3.7.1", "13.0", "3.12.3"),
         device="cuda",

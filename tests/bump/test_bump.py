@@ -38,7 +38,7 @@ def test_there_and_back(clone: World) -> None:
     # Pins, series and message; the gitlink stays, for nobody could fetch the commit that is made of an archive.
     pin = pins.load(layout.pins).vllm
     assert (pin.tag, pin.version, pin.archive is not None and pin.archive.commit) == (f"v{CLEAN}", CLEAN, clone.git("rev-parse", "HEAD~1"))
-    assert pin.donors["cpu-x86_64"].version == CLEAN
+    assert pin.precompiled["cpu-x86_64"].version == CLEAN
     assert [line for line in layout.pins.read_text().splitlines() if line.startswith("#")] == remarks
     assert f"# base: {pin.commit}" in (layout.patches("vllm") / "series").read_text()
     assert git(clone.root, "ls-files", "-s", "vendor/vllm") == link

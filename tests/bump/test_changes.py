@@ -179,7 +179,7 @@ def test_age_is_held_against_what_a_bump_asks_for(ground: Ground) -> None:
     assert "is not known" in ground.texts("age", *both("d", "1", "2"))[0]
 
 
-def test_donor_is_missed_on_this_machine_only(ground: Ground) -> None:
+def test_precompiled_wheel_is_missed_on_this_machine_only(ground: Ground) -> None:
     ground.candidate = replace(ground.candidate, not_precompiled={f"cpu-{os.uname().machine}": "no wheel", "cpu-other": "no wheel"})
-    found = [change for change in ground.between(*both("a", "1", "2")) if change.topic == "donor"]
+    found = [change for change in ground.between(*both("a", "1", "2")) if change.topic == "precompiled"]
     assert [change.name for change in found] == [f"cpu-{os.uname().machine}"]

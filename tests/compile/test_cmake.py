@@ -24,7 +24,7 @@ KERNEL = "csrc/generated/kernel_a.c"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made = Site.make(tmp_path_factory.mktemp("cmake"))
-    put(made.tree, {INTERFACE: "from a donor\n"})
+    put(made.tree, {INTERFACE: "from a precompiled wheel\n"})
     made.configure()
     return made
 
@@ -138,13 +138,13 @@ def test_two_build_directories_share_generated_sources(own: Site) -> None:
 
 
 def test_a_placeholder_replaces_nothing_of_the_package(site: Site, own: Site) -> None:
-    assert (site.tree / INTERFACE).read_text() == "from a donor\n"
+    assert (site.tree / INTERFACE).read_text() == "from a precompiled wheel\n"
     own.configure()
     assert not (own.tree / INTERFACE).exists(), "what was made of a placeholder is taken away"
 
 
 def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) -> None:
-    put(own.tree, {INTERFACE: "from a donor\n", "CMakeLists.txt": TOP + f"file(TOUCH {own.root}/reached)\nexecute_process(COMMAND sleep 600)\n"})
+    put(own.tree, {INTERFACE: "from a precompiled wheel\n", "CMakeLists.txt": TOP + f"file(TOUCH {own.root}/reached)\nexecute_process(COMMAND sleep 600)\n"})
     script = "import sys; from pathlib import Path; from tests.compile.trees import Site; Site.again(Path(sys.argv[1])).configure()"
     verb = subprocess.Popen([sys.executable, "-c", script, str(own.root)], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (own.root / "reached").exists():
@@ -159,7 +159,7 @@ def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) 
     assert due(own) == "it is not configured yet"
     own.configure()
     assert [path.name for path in build_of(own).rglob("*.tmp?????*")] == ["mine.tmpfiles"]
-    assert (own.tree / INTERFACE).read_text() == "from a donor\n"
+    assert (own.tree / INTERFACE).read_text() == "from a precompiled wheel\n"
 
 
 def test_sources_of_the_users_own_are_built_and_written_into_the_package(own: Site) -> None:

@@ -52,7 +52,7 @@ def shown(plan: RebuildPlan, *, as_json: bool = False) -> tuple[list[str], str]:
 def test_a_row_is_compiler_time_and_link_with_the_hungriest_unit() -> None:
     plan = work_out(MOE, ONE)
     assert plan.rows == (Row("_moe_C", MOE.reason, 2, 3.1, 4.0, True), Row("_C", ONE.reason, 1, 0.6, 8.0, False))
-    assert (plan.units, plan.guessed, plan.from_donor) == (3, 0, ("_fa2_C",))
+    assert (plan.units, plan.guessed, plan.from_precompiled) == (3, 0, ("_fa2_C",))
     assert plan.compiler_minutes == pytest.approx(3.7)
 
 
@@ -79,15 +79,15 @@ def test_a_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
 
 
 def test_nothing_to_compile_says_so() -> None:
-    assert shown(work_out())[0] == ["nothing is to be compiled", "from the donor: _C, _moe_C, _fa2_C"]
+    assert shown(work_out())[0] == ["nothing is to be compiled", "from the precompiled wheel: _C, _moe_C, _fa2_C"]
     said, _ = shown(work_out(Reached("_C", "csrc/c.cu changed", (), False)))
     assert said[2] == "nothing is to be compiled: what is reached was compiled before"
 
 
-def test_a_plan_without_a_donor_says_why() -> None:
-    said, _ = shown(work_out(MOE, why_not_hybrid="the donor is vLLM 0.30.0, pinned is 0.31.0"))
-    assert "not hybrid: the donor is vLLM 0.30.0, pinned is 0.31.0; every target is compiled here" in said
-    assert not [line for line in said if line.startswith("from the donor") or "donor brings" in line]
+def test_a_plan_without_a_precompiled_wheel_says_why() -> None:
+    said, _ = shown(work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0"))
+    assert "not hybrid: the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0; every target is compiled here" in said
+    assert not [line for line in said if line.startswith("from the precompiled wheel") or "precompiled brings" in line]
 
 
 def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
@@ -98,8 +98,8 @@ def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
         "_moe_C  csrc/a.cu changed                            2      3.1       4.0",
         "_C      csrc/c.h changed, included by csrc/c.cu      1      0.6       8.0",
         "3 units, 3.7 minutes of compiler time: about 2.5 minutes with at most 4 at once in 10.0 GiB, 8.0 GiB at the most",
-        "_moe_C: compiled whole, for a donor brings libraries and no objects; the next change compiles what it reaches",
-        "from the donor: _fa2_C",
+        "_moe_C: compiled whole, for a precompiled wheel brings libraries and no objects; the next change compiles what it reaches",
+        "from the precompiled wheel: _fa2_C",
     ]
 
 
@@ -118,7 +118,7 @@ def test_json_is_the_whole_plan() -> None:
     assert record["schema"] == 1
     assert [row["target"] for row in record["rows"]] == ["_moe_C", "_C"]
     assert record["bounds"] == {"jobs": 4, "budget_gib": 10.0}
-    assert (record["units"], record["why_not_hybrid"], record["from_donor"]) == (3, None, ["_fa2_C"])
+    assert (record["units"], record["why_not_hybrid"], record["from_precompiled_wheel"]) == (3, None, ["_fa2_C"])
 
 
 def test_a_plan_of_a_whole_build_is_worked_out_at_once(recorded: Sequence[Reached]) -> None:

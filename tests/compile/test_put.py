@@ -108,9 +108,9 @@ def bench(_configured: Bench) -> Bench:
 
 
 def test_component_replaces_what_was_there_and_nothing_else(bench: Bench) -> None:
-    write(bench.tree, {"vllm/_C.abi3.so": "of a donor", "vllm/spinloop.abi3.so": "of a donor", "vllm/notes.txt": "the user's"})
+    write(bench.tree, {"vllm/_C.abi3.so": "of a precompiled wheel", "vllm/spinloop.abi3.so": "of a precompiled wheel", "vllm/notes.txt": "the user's"})
     assert bench.put("_C") == ("vllm/_C.abi3.so",)
-    assert (bench.text("_C.abi3.so"), bench.text("spinloop.abi3.so"), bench.text("notes.txt")) == ("C 1", "of a donor", "the user's")
+    assert (bench.text("_C.abi3.so"), bench.text("spinloop.abi3.so"), bench.text("notes.txt")) == ("C 1", "of a precompiled wheel", "the user's")
     assert bench.left() == []
 
 
@@ -209,13 +209,13 @@ def test_link_of_the_users_is_not_removed_with_tracked_files_in_its_place(bench:
 
 
 def test_target_that_was_not_built_is_named_and_the_tree_stays(bench: Bench) -> None:
-    write(bench.tree, {"vllm/_C.abi3.so": "of a donor"})
+    write(bench.tree, {"vllm/_C.abi3.so": "of a precompiled wheel"})
     (bench.build / "spinloop.abi3.so").unlink()
     with pytest.raises(BuildError) as caught:
         bench.put("_C", "spinloop")
     assert caught.value.message.startswith("spinloop has not been built: spinloop.abi3.so is not in ")
     assert caught.value.hint == "./scripts/inv rebuild --target spinloop"
-    assert bench.text("_C.abi3.so") == "of a donor"
+    assert bench.text("_C.abi3.so") == "of a precompiled wheel"
     assert bench.left() == []
 
 

@@ -43,10 +43,10 @@ def have_their_form(found: pins.Pins) -> None:
             assert HEX64.match(pin.archive.sha256)
             assert HEX40.match(pin.archive.commit)
             assert HEX40.match(pin.archive.tree)
-        for donor in pin.donors.values():
-            assert HEX64.match(donor.sha256)
-            assert "/" not in donor.project + donor.version
-        for filename in (*(donor.filename for donor in pin.donors.values()), *([pin.archive.filename] if pin.archive else [])):
+        for precompiled_wheel in pin.precompiled.values():
+            assert HEX64.match(precompiled_wheel.sha256)
+            assert "/" not in precompiled_wheel.project + precompiled_wheel.version
+        for filename in (*(precompiled_wheel.filename for precompiled_wheel in pin.precompiled.values()), *([pin.archive.filename] if pin.archive else [])):
             assert Path(filename).name == filename
             assert len(filename) < 250
 
@@ -57,7 +57,7 @@ def written(found: pins.Pins) -> str:
     for name, pin in (("vllm", found.vllm), ("triton", found.triton)):
         tables = {name: {key: getattr(pin, key) for key in ("tag", "version", "commit", "url")}}
         tables |= {f"{name}.archive": asdict(pin.archive)} if pin.archive else {}
-        tables |= {f"{name}.donors.{key}": asdict(donor) for key, donor in pin.donors.items()}
+        tables |= {f"{name}.precompiled.{key}": asdict(precompiled_wheel) for key, precompiled_wheel in pin.precompiled.items()}
         for title, table in tables.items():
             text += f"[{title}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
     return text

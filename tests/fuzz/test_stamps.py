@@ -16,7 +16,7 @@ from workspace.core import files
 from workspace.install import stamp
 
 WHOLE = stamp.Stamp(
-    inputs={"origin": "donor vllm.whl " + "a" * 64, "device": "cpu", "torch": "2.13.0+cpu CUDA none", "place": "/home/someone/vllm"},
+    inputs={"origin": "precompiled vllm.whl " + "a" * 64, "device": "cpu", "torch": "2.13.0+cpu CUDA none", "place": "/home/someone/vllm"},
     outcome={"version": "0.31.0+cpu", "tree": "b" * 40},
     packages={"torch": "2.13.0+cpu"},
     libraries=(stamp.Library("vllm/_C.abi3.so", 4096, "c" * 64), stamp.Library("vllm/vllm-rs", 8, "d" * 64)),

@@ -109,9 +109,9 @@ def answer(arm: Arm, world: World) -> str:
     return said
 
 
-def test_arm_of_the_bare_pin_has_all_kernels_of_the_donor_although_its_setup_leaves_some_out(armed: World) -> None:
+def test_arm_of_the_bare_pin_has_all_kernels_of_the_precompiled_wheel_although_its_setup_leaves_some_out(armed: World) -> None:
     arm = made_arm(armed)
-    assert built(armed, arm) == "donor"
+    assert built(armed, arm) == "precompiled"
     assert (arm.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes() == (armed.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes()
     assert '"vllm/_C_AVX2.abi3.so"' not in (arm.layout.vllm / "setup.py").read_text()
     assert armed.status()["kernels"] == "ok"
@@ -121,7 +121,7 @@ def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kern
     arm = made_arm(armed)
     stamped = stamp.read(arm.layout.stamp("vllm"))
     live = arms.move(arm, commit(armed, PYTHON, "__version__", "mine = 1\n__version__"), settings=settings(armed), run_log=run_log)
-    assert built(armed, live) == "donor"
+    assert built(armed, live) == "precompiled"
     assert stamp.read(arm.layout.stamp("vllm")) == stamped
     assert "mine" in (arm.layout.vllm / PYTHON).read_text()
     changed = arms.move(live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
@@ -129,26 +129,26 @@ def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kern
     assert built(armed, changed) == "hybrid"
     assert answer(changed, armed) == "43"
     back = arms.move(changed, base(armed), settings=settings(armed), run_log=run_log)
-    assert built(armed, back) == "donor"
+    assert built(armed, back) == "precompiled"
     library = Path("vllm/_C.abi3.so")
     assert (back.layout.vllm / library).read_bytes() == (armed.layout.vllm / library).read_bytes()
     assert arms.find_all(armed.layout) == (back,)
 
 
 @pytest.mark.parametrize("missing", ["KERNELS", "compiler"])
-def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_donors(armed: World, run_log: RunLog, missing: str) -> None:
+def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled(armed: World, run_log: RunLog, missing: str) -> None:
     arm = arms.move(made_arm(armed), commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
     if missing == "compiler":
         armed.env["CXX"] = armed.env["CC"] = "/nowhere/c++"
     with pytest.raises(BuildError):
-        built(armed, arm, **({"KERNELS": "donor"} if missing == "KERNELS" else {}))
+        built(armed, arm, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
     assert arms.find(armed.layout, "a") == arm
 
 
 def test_commit_that_does_not_descend_from_the_pin_is_built_where_it_stands(armed: World) -> None:
     older = git(armed.layout.vllm, "commit-tree", "-m", "elsewhere", f"{base(armed)}^{{tree}}")
     arm = made_arm(armed, tip=older)
-    assert built(armed, arm) == "donor"
+    assert built(armed, arm) == "precompiled"
     assert git(arm.layout.vllm, "rev-parse", "HEAD") == older
 
 

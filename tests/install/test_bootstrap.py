@@ -21,10 +21,10 @@ def test_bootstrap_from_the_release_archive_ends_with_an_importable_vllm_of_the_
     assert {name: state for name, state in built.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
 
 
-def test_libraries_are_the_donors_and_python_files_are_the_trees(built: World) -> None:
+def test_libraries_are_the_precompiled_and_python_files_are_the_trees(built: World) -> None:
     taken = {str(path.relative_to(built.layout.vllm)) for path in built.layout.vllm.rglob("*.so")}
     assert taken == libraries()
-    assert "a Python file of the donor" not in (built.layout.vllm / "vllm" / "__init__.py").read_text()
+    assert "a Python file of the precompiled wheel" not in (built.layout.vllm / "vllm" / "__init__.py").read_text()
     assert built.git("status", "--porcelain") == ""
 
 

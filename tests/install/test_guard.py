@@ -1,4 +1,4 @@
-"""May a donor's libraries and own ones stand side by side: real wheels in small, with every fault a wheel can have."""
+"""May a precompiled wheel's libraries and own ones stand side by side: real wheels in small, with every fault a wheel can have."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def test_metadata_alone_is_enough(tmp_path: Path, ask: Ask) -> None:
 
 
 def test_another_tag_is_refused(tmp_path: Path, ask: Ask) -> None:
-    assert ask(make(tmp_path, metadata=METADATA.replace("0.31.0", "0.30.0"))) == "the donor is vLLM 0.30.0, pinned is 0.31.0"
+    assert ask(make(tmp_path, metadata=METADATA.replace("0.31.0", "0.30.0"))) == "the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0"
 
 
 @pytest.mark.parametrize("torch", ["2.14.0+cu130", "2.13.0a0+nv25.10", "2.14.0.dev20261001+cu130"])
@@ -93,17 +93,17 @@ def test_another_torch_fits_only_where_all_libraries_are_of_the_stable_abi(tmp_p
     assert ask(make(tmp_path), torch=torch) is None
     said = ask(make(tmp_path, libraries=(*LIBRARIES, *UNSTABLE)), torch=torch)
     assert said == (
-        f"the donor was built for torch 2.13.0 and {torch} is installed: _vllm_fa2_C, _C are not of torch's stable ABI, as 1 other is (TORCH_TARGET_VERSION)"
+        f"the precompiled wheel was built for torch 2.13.0 and {torch} is installed: _vllm_fa2_C, _C are not of torch's stable ABI, as 1 other is (TORCH_TARGET_VERSION)"
     )
 
 
 def test_a_torch_older_than_the_stable_abi_is_of_is_refused(tmp_path: Path, ask: Ask) -> None:
     said = ask(make(tmp_path), torch="2.10.0+cu130")
-    assert said == "the donor was built for torch 2.13.0 and 2.10.0+cu130 is installed: _C_stable_libtorch is not of torch's stable ABI"
+    assert said == "the precompiled wheel was built for torch 2.13.0 and 2.10.0+cu130 is installed: _C_stable_libtorch is not of torch's stable ABI"
 
 
 def test_another_major_version_of_cuda_is_refused_and_the_cpu_has_none(tmp_path: Path, ask: Ask) -> None:
-    said = "the donor is linked against CUDA 13, the installed torch 2.13.0+cu129 against CUDA 12"
+    said = "the precompiled wheel is linked against CUDA 13, the installed torch 2.13.0+cu129 against CUDA 12"
     assert ask(make(tmp_path), torch="2.13.0+cu129") == said
     assert ask(make(tmp_path), torch="2.13.0+cu129", device="cpu", archs="") is None
     local = make(tmp_path, metadata=METADATA.replace("Version: 0.31.0", "Version: 0.31.0+cu129"), name="local.whl")
@@ -139,7 +139,7 @@ def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask
 def test_metadata_that_says_nothing_is_a_sentence(tmp_path: Path, ask: Ask, metadata: str, said: str) -> None:
     found = ask(make(tmp_path, metadata=metadata))
     assert found is not None
-    assert found.startswith(f"the donor vllm-0.31.0-py3-none-any.whl {said}")
+    assert found.startswith(f"the precompiled wheel vllm-0.31.0-py3-none-any.whl {said}")
 
 
 def spoiled(folder: Path, how: str) -> Path:
@@ -173,7 +173,7 @@ def spoiled(folder: Path, how: str) -> Path:
 def test_a_wheel_that_is_spoiled_is_a_sentence_and_no_traceback(tmp_path: Path, ask: Ask, how: str) -> None:
     said = ask(spoiled(tmp_path, how))
     assert said is not None
-    assert said.startswith("the donor vllm-0.31.0-py3-none-any.whl ")
+    assert said.startswith("the precompiled wheel vllm-0.31.0-py3-none-any.whl ")
     assert "\n" not in said
 
 

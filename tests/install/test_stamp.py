@@ -9,7 +9,7 @@ from workspace.core.files import differences
 from workspace.install.stamp import Library, Stamp, read, write
 
 WHOLE = Stamp(
-    inputs={"origin": "donor x", "torch": "2.13.0+cpu CUDA none"},
+    inputs={"origin": "precompiled x", "torch": "2.13.0+cpu CUDA none"},
     outcome={"version": "0.31.0+cpu"},
     packages={"numpy": "2.4.0"},
     libraries=(Library("vllm/_C.abi3.so", 15104, "a" * 64),),
@@ -59,6 +59,23 @@ def test_stamp_cut_at_any_byte_is_none(tmp_path: Path) -> None:
     for length in range(len(whole) - 1):
         path.write_bytes(whole[:length])
         assert read(path) is None, length
+
+
+@pytest.mark.parametrize(
+    ("former", "today"),
+    [
+        ("donor x.whl abc", "precompiled x.whl abc"),
+        ("hybrid donor x.whl abc", "hybrid precompiled x.whl abc"),
+        ("native", "native"),
+        ("wheel donor", "wheel donor"),
+    ],
+)
+def test_origin_of_the_first_edition_is_read_in_todays_words(tmp_path: Path, former: str, today: str) -> None:
+    path = tmp_path / "vllm.json"
+    write(path, Stamp(inputs={**WHOLE.inputs, "origin": former}))
+    found = read(path)
+    assert found is not None
+    assert found.inputs["origin"] == today
 
 
 def test_equal_inputs_have_no_differences() -> None:

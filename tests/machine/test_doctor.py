@@ -24,7 +24,7 @@ def tree(house) -> Path:
     return house.layout.vllm
 
 
-def rows(house, settings, *, device="cpu", kernels="donor", need=None) -> dict[str, doctor.Row]:
+def rows(house, settings, *, device="cpu", kernels="precompiled", need=None) -> dict[str, doctor.Row]:
     found = doctor.preflight(house.layout, settings, device=device, kernels=kernels, need_gib=need or {house.layout.root: 0.001})
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
@@ -44,7 +44,7 @@ def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> No
     house.program("uv", f'[ "$1" = --version ] && echo "uv 0.0.0" || echo \'{listed}\'', folder=uv.parent)
 
 
-def test_sound_machine_passes_for_a_cpu_donor(house, built, tree):
+def test_sound_machine_passes_for_a_cpu_precompiled_wheel(house, built, tree):
     settings = built()
     found = rows(house, settings)
     assert {found[name].state for name in ("disk", "python", "git", "uv")} == {"ok"}
@@ -55,7 +55,7 @@ def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house
     settings = built()
     free = hardware.free_gib(house.layout.root)
     need = {house.layout.root: free * 0.6, house.layout.root.parent / "cache" / "not made yet": free * 0.6}
-    found = doctor.preflight(house.layout, settings, device="cpu", kernels="donor", need_gib=need)
+    found = doctor.preflight(house.layout, settings, device="cpu", kernels="precompiled", need_gib=need)
     assert (found[0].state, found[0].name) == ("FAIL", "disk")
     assert len([row for row in found if row.name == "disk"]) == 1
     assert found[0].hint.startswith("df -h ")
@@ -90,7 +90,7 @@ def test_uv_that_does_not_run_fails_before_anything_needs_it(house, built, tree)
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels", "state"), [("cpu", "donor", "warn"), ("cpu", "native", "FAIL"), ("cuda", "donor", "FAIL"), ("cuda", "native", "FAIL")]
+    ("device", "kernels", "state"), [("cpu", "precompiled", "warn"), ("cpu", "native", "FAIL"), ("cuda", "precompiled", "FAIL"), ("cuda", "native", "FAIL")]
 )
 def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(house, tree, device, kernels, state):
     fake_python(house, "3.12.3", headers=False)
@@ -121,7 +121,7 @@ def test_no_gpu_fails_for_cuda_and_names_the_way_without(house, built, tree):
     assert "--device cpu" in row.hint
 
 
-def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_donor(house, built, tree):
+def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_precompiled_wheel(house, built, tree):
     built()
     settings = house.settings(CUDA_HOME="/nonexistent/cuda")
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
@@ -222,7 +222,7 @@ def test_check_that_the_machine_answers_with_nonsense_does_not_end_the_others(ho
     def sound(_):
         yield doctor.Row("ok", "sound", "", "")
 
-    case = Case(house.layout, house.settings(), device="cpu", kernels="donor")
+    case = Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
     found = doctor.examine(case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())])
     assert [(row.state, row.name) for row in found] == [("warn", "hostile"), ("ok", "sound")]
 
@@ -230,7 +230,7 @@ def test_check_that_the_machine_answers_with_nonsense_does_not_end_the_others(ho
 def test_preflight_is_a_selection_from_the_doctors_own_rows(house, built, tree):
     settings = built()
     names = {row["name"] for row in json.loads(shown(house, settings, as_json=True)[0])["rows"]}
-    for kernels in ("donor", "native"):
+    for kernels in ("precompiled", "native"):
         assert set(rows(house, settings, kernels=kernels)) <= names
 
 

@@ -14,7 +14,7 @@ def ccache(house, *, size_kib="1048576", origin="default", **config) -> None:
     house.program("ccache", f"case $1 in --show-config) cat <<'X'\n{lines}X\n;; --print-stats) cat <<'X'\n{stats}X\n;; *) exit 1;; esac")
 
 
-def row(house, *, device="cuda", kernels="donor", **shell) -> Row:
+def row(house, *, device="cuda", kernels="precompiled", **shell) -> Row:
     (found,) = doctor.ccache(Case(house.layout, house.settings(PATH=f"{house.bin}:/bin", **shell), device=device, kernels=kernels))
     return found
 

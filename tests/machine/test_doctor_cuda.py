@@ -85,11 +85,11 @@ def test_driver_serves_older_cuda_and_newer_of_its_own_major_version(house, serv
     assert rows(doctor_toolchain.agreement, house, CUDA_HOME=nvcc(house, of_toolkit))["cuda fit"].state == state
 
 
-def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_donor(house):
+def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_precompiled_wheel(house):
     smi(house, cuda="12.9")
     home = nvcc(house)
     assert rows(doctor_toolchain.agreement, house, CUDA_HOME=home)["cuda fit"].state == "FAIL"
-    assert rows(doctor_toolchain.agreement, house, kernels="donor", CUDA_HOME=home)["cuda fit"].state == "warn"
+    assert rows(doctor_toolchain.agreement, house, kernels="precompiled", CUDA_HOME=home)["cuda fit"].state == "warn"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from workspace.machine import doctor_host, hardware
 from workspace.machine.case import Case, Place, grown
 
 
-def case(house, *, device="cpu", kernels="donor", places=None, host=None, **shell) -> Case:
+def case(house, *, device="cpu", kernels="precompiled", places=None, host=None, **shell) -> Case:
     return Case(house.layout, house.settings(**shell), device=device, kernels=kernels, places=places, host=host)
 
 
@@ -80,7 +80,7 @@ def test_what_ends_programs_in_time_is_found_among_those_that_run(house, tmp_pat
     assert (row.state, row.seen) == ("ok", "earlyoom")
 
 
-@pytest.mark.parametrize(("available_gib", "kernels", "state"), [(100.0, "native", "ok"), (9.0, "native", "FAIL"), (9.0, "donor", "warn")])
+@pytest.mark.parametrize(("available_gib", "kernels", "state"), [(100.0, "native", "ok"), (9.0, "native", "FAIL"), (9.0, "precompiled", "warn")])
 def test_memory_for_less_than_one_nvcc_stops_a_native_build(house, available_gib, kernels, state):
     host = hardware.Machine("aarch64", 20, 120.0, available_gib, ())
     (row,) = doctor_host.memory(case(house, device="cuda", kernels=kernels, host=host))

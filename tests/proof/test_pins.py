@@ -90,7 +90,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder
     sh_git(bare, "update-ref", "refs/heads/main", parent)
     sh_git(bare, "config", "uploadpack.allowFilter", "true")
     sh_git(root, "clone", "--quiet", "--shared", str(bare), "work")
-    pin = replace(pinned, commit=commits["0.31.0"], url="file:///nowhere", donors={})
+    pin = replace(pinned, commit=commits["0.31.0"], url="file:///nowhere", precompiled={})
     return Ladder(root, root / "work", bare, pin, {}, commits, sdists)
 
 
@@ -220,7 +220,7 @@ def test_release_archives_alone_give_the_same_and_say_what_they_cannot(tmp_path:
         pin = made.candidate.pin
         assert pin.archive
         assert (pin.commit, made.candidate.prefix) == (pin.archive.commit, "4ba787ec9")
-        assert {"cuda-x86_64", "cuda-aarch64"} <= set(pin.donors)
+        assert {"cuda-x86_64", "cuda-aarch64"} <= set(pin.precompiled)
         assert all(conflict.commits is None for patch in made.patches for conflict in patch.conflicts)
         said = [change.remark for change in made.changes if change.topic == "unknown"]
         assert any("no history" in sentence for sentence in said)

@@ -11,13 +11,13 @@ from workspace.install import stamp
 __all__ = ["patched"]
 
 
-def test_change_taken_back_brings_the_donors_library_back(patched: World) -> None:
-    donors = library(patched, "_C")
+def test_change_taken_back_brings_the_precompiled_library_back(patched: World) -> None:
+    precompiled = library(patched, "_C")
     rebuild(patched)
-    assert library(patched, "_C") != donors
+    assert library(patched, "_C") != precompiled
     patched.git("checkout", "--", str(ANSWER))
     rebuild(patched)
-    assert library(patched, "_C") == donors
+    assert library(patched, "_C") == precompiled
     assert observed(patched).kernels.state == "ok"
 
 
@@ -33,24 +33,24 @@ def test_error_of_the_compiler_is_shown_and_the_tree_stays_as_it_was(patched: Wo
 
 
 def test_native_compiles_everything_and_stays_until_something_else_is_asked_for(built: World) -> None:
-    donors = library(built, "spinloop")
+    precompiled = library(built, "spinloop")
     rebuild(built, "--kernels", "native", "--jobs", "2")
-    assert library(built, "spinloop") != donors
+    assert library(built, "spinloop") != precompiled
     assert answer(built) == "42"
     assert "nothing to do" in rebuild(built)
     rebuild(built, "--kernels", "auto")
-    assert library(built, "spinloop") == donors
+    assert library(built, "spinloop") == precompiled
 
 
 def test_changed_cmake_file_reaches_only_what_it_changes(built: World) -> None:
     (built.layout.vllm / "csrc" / "more.c").write_text("int vllm_small_more(void) { return 1; }\n")
     edit(built, Path("CMakeLists.txt"), "csrc/spinloop.c", "csrc/spinloop.c csrc/more.c")
-    donors = library(built, "_C")
+    precompiled = library(built, "_C")
     rebuild(built)
     recorded = stamp.read(built.layout.stamp("vllm"))
     assert recorded is not None
     assert recorded.outcome["compiled here"] == "spinloop"
-    assert library(built, "_C") == donors
+    assert library(built, "_C") == precompiled
 
 
 @pytest.mark.parametrize("damage", ["ninja log", "cache", "build file", "api", "record", "everything"])

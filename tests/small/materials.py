@@ -50,7 +50,7 @@ class Materials:
     def wheels(self) -> Path:
         return self.folder / "wheels"
 
-    def donor(self, project: str, machine: str | None = None) -> Path:
+    def precompiled_wheel(self, project: str, machine: str | None = None) -> Path:
         return self.wheels / f"{project.replace('-', '_')}-{VERSION}-cp38-abi3-manylinux_2_28_{machine or wheels.this_machine()}.whl"
 
 

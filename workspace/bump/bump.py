@@ -310,7 +310,13 @@ def _conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None)
     # The `am` of a run that was recovered has the rest of the series only.
     name = names[-there.last if there else 0 :][done.position - 1]
     return series.sentence(
-        tree, done, count=there.last if there else len(names), patch=f"patches/vllm/{name}", shown=bump_sandbox.shown, base=bump_sandbox.begun.new_base, old=bump_sandbox.begun.base
+        tree,
+        done,
+        count=there.last if there else len(names),
+        patch=f"patches/vllm/{name}",
+        shown=bump_sandbox.shown,
+        base=bump_sandbox.begun.new_base,
+        old=bump_sandbox.begun.base,
     )
 
 
@@ -324,12 +330,18 @@ def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
     from workspace.repo import export
 
     if verb := tree.under_way():
-        raise CheckoutError(f"{bump_sandbox.shown} is in the middle of a git {verb}", hint=f"git -C {bump_sandbox.shown} {verb} --continue    or --abort, then {CONTINUE}")
+        raise CheckoutError(
+            f"{bump_sandbox.shown} is in the middle of a git {verb}", hint=f"git -C {bump_sandbox.shown} {verb} --continue    or --abort, then {CONTINUE}"
+        )
     if edited := tree.edits():
-        raise CheckoutError(f"{bump_sandbox.shown} has edits ({', '.join(edited[:3])}) that no commit has", hint=f"git -C {bump_sandbox.shown} commit --all    then {CONTINUE}")
+        raise CheckoutError(
+            f"{bump_sandbox.shown} has edits ({', '.join(edited[:3])}) that no commit has", hint=f"git -C {bump_sandbox.shown} commit --all    then {CONTINUE}"
+        )
     head = tree.head()
     if head is None or not (head == bump_sandbox.begun.new_base or tree.is_ancestor(bump_sandbox.begun.new_base, head)):
-        raise CheckoutError(f"{bump_sandbox.shown} is at {(head or 'no commit')[:12]}, which is not on {bump_sandbox.pin.tag}", hint=f"git -C {bump_sandbox.shown} reflog")
+        raise CheckoutError(
+            f"{bump_sandbox.shown} is at {(head or 'no commit')[:12]}, which is not on {bump_sandbox.pin.tag}", hint=f"git -C {bump_sandbox.shown} reflog"
+        )
     made = export.series_of(tree, bump_sandbox.begun.new_base, head) if head != bump_sandbox.begun.new_base else ()
     export.write(bump_sandbox.layout.patches("vllm"), base=bump_sandbox.pin.commit, patches=made)
 

@@ -1,4 +1,4 @@
-"""What else a new base brings with it than patches to be moved: requirements, compilers, names, external sources, donors, age."""
+"""What else a new base brings with it than patches to be moved: requirements, compilers, names, external sources, precompiled wheels, age."""
 
 import contextlib
 import datetime
@@ -79,7 +79,7 @@ def _walk(value: object, name: str) -> Iterator[str]:
         yield value
 
 
-Topic = Literal["requirement", "minimum", "external", "sources", "variable", "flag", "moved", "donor", "age", "unknown"]
+Topic = Literal["requirement", "minimum", "external", "sources", "variable", "flag", "moved", "precompiled", "age", "unknown"]
 Difference = tuple[str | None, str | None]
 # Sets of words by name: what a file says of each requirement, external project or least version.
 Facts = dict[str, set[str]]
@@ -133,7 +133,7 @@ def work_out(
         *_sources(differing),
         *_names(layout, settings, before, after),
         *_moved(differing, moved, touched),
-        *_donors(pin, candidate),
+        *_precompiled_wheels(pin, candidate),
         *_age(settings, candidate),
         *_unknown(candidate),
     )
@@ -242,11 +242,11 @@ def _moved(differing: Mapping[str, Difference], moved: Mapping[str, str], touche
             yield Change("moved", path, path, moved.get(path), (), "" if path in moved else "is gone, and no new file is like it")
 
 
-def _donors(pin: Pin, candidate: Candidate) -> Iterator[Change]:
+def _precompiled_wheels(pin: Pin, candidate: Candidate) -> Iterator[Change]:
     for key, why in candidate.not_precompiled.items():
         if key.endswith(f"-{platform.machine()}"):
-            present = pin.donors.get(key)
-            yield Change("donor", key, present.filename if present else None, None, (), f"{why}; kernels: --kernels native, or --kernels WHEEL")
+            present = pin.precompiled.get(key)
+            yield Change("precompiled", key, present.filename if present else None, None, (), f"{why}; kernels: --kernels native, or --kernels WHEEL")
 
 
 def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:

@@ -32,7 +32,7 @@ State = Literal["clean", "conflicts", "upstreamed"]
 # By which of the three tests upstream has a patch: it changes nothing, `git cherry` finds its patch-id, or the commit it names is there.
 Test = Literal["tree", "patch-id", "backport"]
 _WORDS: Mapping[State, Word] = {"clean": "ok", "conflicts": "FAIL", "upstreamed": "done"}
-_TOPICS: Mapping[Topic, Word] = {"variable": "warn", "flag": "warn", "sources": "warn", "moved": "warn", "donor": "missing", "unknown": "warn"}
+_TOPICS: Mapping[Topic, Word] = {"variable": "warn", "flag": "warn", "sources": "warn", "moved": "warn", "precompiled": "missing", "unknown": "warn"}
 _SAID: Mapping[Test, str] = {"tree": "it changes nothing there", "patch-id": "a commit there has its patch-id", "backport": "the commit that it names is there"}
 _COMMIT = re.compile(r"\b[0-9a-f]{7,40}\b")
 _SHOWN = 5
@@ -265,7 +265,7 @@ def text_of(change: Change) -> str:
             said = f"{change.name}: {change.after or 'unknown'}"
         case "variable" | "flag":
             said = f"{change.name} is not known there"
-        case "donor":
+        case "precompiled":
             said = f"{change.name}: none" + (f", at present {change.before}" if change.before else "")
         case "moved":
             said = f"{change.name} → {change.after}" if change.after else change.name

@@ -114,7 +114,9 @@ def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: R
     layout, made = bump_sandbox.outer, Git(bump_sandbox.layout.vllm)
     require_unmoved(bump_sandbox)
     if made.head() != tip or made.edits():
-        raise CheckoutError(f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted", hint="./scripts/inv patch.continue    judges what is there now")
+        raise CheckoutError(
+            f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted", hint="./scripts/inv patch.continue    judges what is there now"
+        )
     worktree.require_way(Git(layout.vllm), tip)
     observed = plan.observe(layout, settings)
     why = known_good.refusal(layout, observed)

@@ -60,7 +60,7 @@ def run(layout: Layout, settings: Settings, name: str | None, *, console: Consol
 
 
 def _as_it_was(settings: Settings, wanted: Good) -> Settings:
-    """The settings that make the good state's kernels again: those that were compiled here are no donor's."""
+    """The settings that make the good state's kernels again: those that were compiled here are no precompiled wheel's."""
     is_native = wanted.inputs.get("origin") == "native" and settings.text("KERNELS") == "auto"
     return replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")}) if is_native else settings
 
@@ -249,7 +249,10 @@ def _under_way(layout: Layout) -> list[Row]:
         what, following = _stage(bump_sandbox)
     except WorkspaceError as exc:
         return [*rows, Row("FAIL", "bump", f"{exc.message}; next: {exc.hint}")]
-    return [*rows, Row("warn", "bump", f"to {bump_sandbox.pin.tag}: {what}; next: {following}", {"tag": bump_sandbox.pin.tag, "commit": bump_sandbox.pin.commit})]
+    return [
+        *rows,
+        Row("warn", "bump", f"to {bump_sandbox.pin.tag}: {what}; next: {following}", {"tag": bump_sandbox.pin.tag, "commit": bump_sandbox.pin.commit}),
+    ]
 
 
 def _stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:

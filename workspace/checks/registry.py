@@ -36,7 +36,9 @@ class Entry:
 
 # In the order in which they are shown. What explains the others comes first: the cure of the first that failed is the hint.
 REGISTRY: Mapping[str, Entry] = {
-    "provenance.libraries": Entry("every compiled library is, by size and SHA-256, the one that this build or its donor brought, and none is left over", _ANEW),
+    "provenance.libraries": Entry(
+        "every compiled library is, by size and SHA-256, the one that this build or its precompiled wheel brought, and none is left over", _ANEW
+    ),
     "binary.load": Entry("every compiled library is whole and loads with all symbols bound, each in a process of its own", _ANEW),
     "binary.cubins": Entry("every compiled library holds code for this GPU", _REBUILD, need="architectures"),
     "kernels.norm": Entry("RMS norms compute what plain torch computes", _DIFFERS),

@@ -125,7 +125,9 @@ def show(selection: Selection, console: Console) -> None:
         console.data(f"{'none':<6}{one.path}  {one.why}")
 
 
-def run_tests(layout: Layout, settings: Settings, observed: plan.Observation, selection: Selection, options: UpstreamOptions, known: Rules, *, run_log: RunLog) -> Result:
+def run_tests(
+    layout: Layout, settings: Settings, observed: plan.Observation, selection: Selection, options: UpstreamOptions, known: Rules, *, run_log: RunLog
+) -> Result:
     """Run what runs here and judge each test file, each shown."""
     with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
         run_log.phase("test requirements", view)

@@ -137,7 +137,9 @@ def ab_session(argv: Sequence[str]) -> int:
 
     def work() -> None:
         factor = compare.parsed_factor(arguments.factor)
-        options = AbOptions(arguments.kind, arguments.base, arguments.model, arguments.repeat, factor, arguments.each_patch, arguments.allow_busy, tuple(for_vllm))
+        options = AbOptions(
+            arguments.kind, arguments.base, arguments.model, arguments.repeat, factor, arguments.each_patch, arguments.allow_busy, tuple(for_vllm)
+        )
         ab.run(layout, main.load_settings(layout), options, console=main.console())
 
     return main.run(work)

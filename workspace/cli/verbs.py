@@ -12,7 +12,7 @@ from workspace.core import paths
     help={
         "device": "what vLLM is built for: auto, cuda or cpu",
         "source": "where vendor/vllm comes from: auto, git or release",
-        "kernels": "compiled libraries: auto, donor, native, or a wheel file",
+        "kernels": "compiled libraries: auto, precompiled, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
         "wait": WAIT,
     }
@@ -33,7 +33,7 @@ def bootstrap(
     help={
         "jobs": "compilers at once, or auto: as many as cores and memory allow",
         "memory": "GiB for all compilers together, or auto: what is available",
-        "kernels": "auto, donor, native, or a wheel file",
+        "kernels": "auto, precompiled, native, or a wheel file",
         "target": "compile this CMake target too; may be given again",
         "clean": "throw the build directories of this clone away first",
         "plan": "print what would be compiled and why; compile nothing",

@@ -290,7 +290,7 @@ def _read_of(tree: Path) -> Iterator[str]:
 
 
 def _written_to(tree: Path, device: str) -> tuple[str, ...]:
-    """Folders of the Python package that CMake files of the tree name: a configure may write there what a donor has brought."""
+    """Folders of the Python package that CMake files of the tree name: a configure may write there what a precompiled wheel has brought."""
     steps = cmake_inputs.walk(tree, device)
     named = (found[1] for step in steps for word in step.command.words if (found := _IN_TREE.match(word)))
     return tuple(dict.fromkeys(path for path in named if ".." not in path and not Path(path).suffix))

@@ -36,7 +36,7 @@ class RebuildPlan:
     """`minutes` on the clock and `peak_gib` at once, by letting all units through the admission in thought. `guessed` units were never measured."""
 
     rows: tuple[Row, ...]
-    from_donor: tuple[str, ...]
+    from_precompiled: tuple[str, ...]
     why_not_hybrid: str | None
     units: int
     guessed: int
@@ -61,7 +61,7 @@ def work_out(reached: Sequence[Reached], project: Project, costs: Costs, bounds:
     names = {one.target for one in reached}
     return RebuildPlan(
         rows=tuple(rows),
-        from_donor=() if why_not_hybrid else tuple(target.name for target in targets.final_targets(project) if target.name not in names),
+        from_precompiled=() if why_not_hybrid else tuple(target.name for target in targets.final_targets(project) if target.name not in names),
         why_not_hybrid=why_not_hybrid,
         units=len(compiled),
         guessed=sum(everything[name].origin == "guess" for name in compiled),
@@ -128,9 +128,9 @@ def _sentences(plan: RebuildPlan) -> list[str]:
     else:
         said.append("nothing is to be compiled" if not plan.rows else "nothing is to be compiled: what is reached was compiled before")
     if not plan.why_not_hybrid and (whole := [row.target for row in plan.rows if row.is_complete and row.units]):
-        said.append(f"{', '.join(whole)}: compiled whole, for a donor brings libraries and no objects; the next change compiles what it reaches")
-    if plan.from_donor:
-        said.append(f"from the donor: {', '.join(plan.from_donor)}")
+        said.append(f"{', '.join(whole)}: compiled whole, for a precompiled wheel brings libraries and no objects; the next change compiles what it reaches")
+    if plan.from_precompiled:
+        said.append(f"from the precompiled wheel: {', '.join(plan.from_precompiled)}")
     return said
 
 

@@ -60,7 +60,7 @@ SETTINGS: tuple[Setting, ...] = (
         "text",
         "auto",
         "workspace",
-        "compiled libraries: auto (donor, and compiled where sources differ), donor (the pin's release wheel), native, a wheel",
+        "compiled libraries: auto (precompiled, and compiled where sources differ), precompiled (the pin's release wheel), native, a wheel",
     ),
     Setting(
         "PYTHON_VERSION", "text", "3.12", "workspace", "Python of the built environment; another one the pin supports is taken, and said, where it is missing"

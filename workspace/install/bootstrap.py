@@ -16,7 +16,7 @@ from workspace.machine import check, doctor
 from workspace.repo import checkout, moves, patches, pins
 
 # GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
-# CUDA environment 10 and libraries 0.8; in the cache the release archive and the donor wheel.
+# CUDA environment 10 and libraries 0.8; in the cache the release archive and the precompiled wheel.
 NEEDED_GIB = {"cpu": 5.0, "cuda": 14.0}
 NEEDED_CACHE_GIB = 1.0
 

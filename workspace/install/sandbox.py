@@ -195,7 +195,7 @@ class Arm:
 def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str, settings: Settings, run_log: RunLog) -> Arm:
     """Return the arm of that name with its tree on `tip`: the one that is there, brought to what is asked for, or a new one.
 
-    `pin` names the donor of its kernels and what they were compiled from; `patches` is the folder of a series on it that `tip` holds already, for the
+    `pin` names the precompiled wheel of its kernels and what they were compiled from; `patches` is the folder of a series on it that `tip` holds already, for the
     record; None is an empty one. Raises PatchDrift for a series that is not on the pin, CheckoutError where the tree cannot be had.
     """
     assert NAME.fullmatch(name), name
@@ -248,7 +248,7 @@ def move(arm: Arm, tip: str, *, settings: Settings, run_log: RunLog) -> Arm:
 def build_arm(arm: Arm, settings: Settings, *, console: Console) -> plan.Observation:
     """Bring the arm to a verified vLLM of the kind that the clone has, as far as it is not there: what differs in compiled sources is compiled.
 
-    Raises BuildError where it cannot be built, so that no donor's kernels pass for its own; SourceError where something cannot be fetched.
+    Raises BuildError where it cannot be built, so that no precompiled wheel's kernels pass for its own; SourceError where something cannot be fetched.
     """
     wanted = as_built(settings, plan.observe(arm.outer, settings))
     if moves.is_begun(arm.layout, "vllm") or Git(arm.layout.vllm).head() != arm.tip:

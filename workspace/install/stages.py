@@ -149,8 +149,8 @@ def verify_vllm(run: Run, view: Step) -> None:
     """The last step: the stamp is written once the built interpreter has said that all is as asked for."""
     observed = run.observe()
     verdict = editable.verify(run.layout, run.settings, observed)
-    # A donor's kernels that the sources have outrun are still the donor's: only inv rebuild makes them hybrid.
-    kind = "donor" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
+    # A precompiled wheel's kernels that the sources have outrun are still the precompiled wheel's: only inv rebuild makes them hybrid.
+    kind = "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
     write_stamp(run, observed, verdict, kind=kind)
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
 

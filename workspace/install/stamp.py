@@ -16,6 +16,7 @@ from workspace.core.files import read_regular, write_atomic
 
 SCHEMA = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
+_FORMER_ORIGIN = re.compile("(hybrid )?donor (.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def read(path: Path) -> Stamp | None:
         libraries = tuple(Library(**item) for item in record["libraries"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    # The first edition had another word for where the libraries came from.
+    if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
+        mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
     return Stamp(libraries=libraries, **mappings) if all(_is_library(library) for library in libraries) else None
 
 

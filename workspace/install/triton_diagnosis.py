@@ -87,7 +87,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     """Look at everything. Raises BuildError where there is no environment to look at."""
     if interpreter.describe(layout, settings) is None:
         raise BuildError("there is no environment in .vllm whose Triton could be looked at", hint="./scripts/inv bootstrap")
-    case = Case(layout, settings, device=None, kernels="donor")
+    case = Case(layout, settings, device=None, kernels="precompiled")
     there, build = torch.observe_triton(layout), torch.observe(layout, settings)
     is_gpu_torch = build is not None and build.cuda is not None
     paired, capability = torch.paired_triton(layout), dotenv.capability_of(case)

@@ -65,7 +65,7 @@ def assembler_changes(context: Context, found: Diagnosis) -> dict[str, str | Non
 
 
 def _better(context: Context, found: Diagnosis, verdict: Verdict) -> str | None:
-    case = Case(context.layout, context.settings, device=None, kernels="donor")
+    case = Case(context.layout, context.settings, device=None, kernels="precompiled")
     own = dotenv.try_ptxas(verdict.assembler.bundled, found.capability, case.ask)
     if own and not own.complaint:
         return None

@@ -76,7 +76,7 @@ class Once(Generic[Seen]):
 class Case:
     """A clone on a machine, and what is to be done there.
 
-    `device` None lets it be told; `kernels` is donor, native or anything else for a wheel; `host` is the machine, where it was looked at already.
+    `device` None lets it be told; `kernels` is precompiled, native or anything else for a wheel; `host` is the machine, where it was looked at already.
     """
 
     def __init__(

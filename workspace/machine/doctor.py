@@ -169,7 +169,7 @@ def device(settings: Settings, host: hardware.Machine) -> Literal["cuda", "cpu"]
 
 
 def preflight(layout: Layout, settings: Settings, *, device: str, kernels: str, need_gib: Mapping[Path, float], for_serving: bool = False) -> tuple[Row, ...]:
-    """Check what a verb needs, disk first. `kernels` is donor, native, or anything else for a wheel; `need_gib` maps folders to GiB.
+    """Check what a verb needs, disk first. `kernels` is precompiled, native, or anything else for a wheel; `need_gib` maps folders to GiB.
 
     For a bootstrap or, with `for_serving`, for running what was built.
     """

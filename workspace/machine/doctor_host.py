@@ -14,7 +14,7 @@ from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.machine import hardware, interpreter, torch
 from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home, key, without_user
 
-# What PyTorch and the donors are released for.
+# What PyTorch and the precompiled wheels are released for.
 RELEASED_FOR = ("aarch64", "x86_64")
 # What a bootstrap and a smoke leave comfortably free.
 COMFORT_GIB = {"cpu": 4.0, "cuda": 16.0}
@@ -24,7 +24,7 @@ LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 
 
 def architecture(case: Case) -> Iterator[Row]:
-    """Check that torch and the donors are released for the processor."""
+    """Check that torch and the precompiled wheels are released for the processor."""
     seen, why = case.host().architecture, f"torch and vLLM are released for {' and '.join(RELEASED_FOR)}"
     is_served = seen in RELEASED_FOR
     yield Row("ok" if is_served else "warn", "architecture", seen, why, None if is_served else "./scripts/inv bootstrap --device cpu --kernels native")
@@ -251,7 +251,7 @@ def _remote(case: Case, name: str, setting: str, *, otherwise: str, lacking: Sta
 
 
 def index(case: Case) -> Iterator[Row]:
-    """Check the package index that source archives, donors and packages come from."""
+    """Check the package index that source archives, precompiled wheels and packages come from."""
     import requests
     from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
@@ -271,10 +271,14 @@ def index(case: Case) -> Iterator[Row]:
         except requests.RequestException as exc:
             fault = _innermost(exc)
     if fault is None:
-        yield Row("ok", "index", f"{shown} answers", "source archive, donor and packages come from it")
+        yield Row("ok", "index", f"{shown} answers", "source archive, precompiled wheel and packages come from it")
         return
     # What is built needs nothing more of it, and starting over would.
-    why = "everything needed is in .vllm already; a changed requirement is not" if case.is_built else "source archive, donor and packages come from it"
+    why = (
+        "everything needed is in .vllm already; a changed requirement is not"
+        if case.is_built
+        else "source archive, precompiled wheel and packages come from it"
+    )
     hint = "export UV_DEFAULT_INDEX=URL  # URL: a mirror of the index; behind a proxy: export HTTPS_PROXY=URL"
     yield Row("warn" if case.is_built else "FAIL", "index", f"{shown}: {without_user(fault)}", why, hint)
 

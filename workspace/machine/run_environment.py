@@ -160,5 +160,3 @@ def _put_encodings(layout: Layout, environment: dict[str, str]) -> None:
         del environment[ENCODINGS]
     if ENCODINGS not in environment and not missing_vocabularies(layout.encodings):
         environment[ENCODINGS] = str(layout.encodings)
-
-

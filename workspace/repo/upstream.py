@@ -38,7 +38,7 @@ class Candidate:
     """What a pin may be moved to, and where it can be looked at.
 
     `base` is the commit that patches would go on, of the kind of the present checkout. `prefix` are the first digits of upstream's commit
-    where only the archive names it: `pin.commit` is then the archive's own. `undonated` says by key of pins.DONORS why there is no donor,
+    where only the archive names it: `pin.commit` is then the archive's own. `undonated` says by key of pins.PRECOMPILED_KEYS why there is no precompiled wheel,
     `lacking` are sentences on what could not be found out.
     """
 
@@ -134,7 +134,7 @@ class _Search:
         if named and named.is_tag:
             self._hold_against(named.commit, prefix)
             commit = named.commit
-        pin = replace(self.pin, tag=self.name, version=self.version, commit=commit, archive=made, donors=release.donors)
+        pin = replace(self.pin, tag=self.name, version=self.version, commit=commit, archive=made, precompiled=release.precompiled)
         unproven = prefix if commit == made.commit else None
         return Candidate(pin, made.commit, Kind.RELEASE, release.published, into.path, unproven, release.not_precompiled, tuple(lacking))
 
@@ -146,26 +146,26 @@ class _Search:
             remotes.fetch_into_store(into, self.url, (named.refspec,), settings=self.settings, run_log=self.run_log, on_line=checkout.shown(self.step))
         if named.commit not in into.present((named.commit,)):
             raise SourceError(f"{git.without_user(self.url)} did not serve {self.name}, commit {named.commit}", hint="set VLLM_MIRROR to a copy that has it")
-        made, published, donors = None, None, {}
-        not_precompiled = {} if named.is_tag else dict.fromkeys(self.pin.donors, f"{self.name} is no release")
+        made, published, precompiled = None, None, {}
+        not_precompiled = {} if named.is_tag else dict.fromkeys(self.pin.precompiled, f"{self.name} is no release")
         if named.is_tag and self.version and index.has_any_release(self.pin):
             try:
                 release = index.find_release(self.pin, self.version, settings=self.settings)
                 if release.sdist:
                     made, prefix = self._archive(into, release.sdist)
                     self._hold_against(named.commit, prefix)
-                donors, not_precompiled, published = dict(release.donors), dict(release.not_precompiled), release.published
+                precompiled, not_precompiled, published = dict(release.precompiled), dict(release.not_precompiled), release.published
                 lacking += release.lacking
             except _Unequal:
                 raise
             except SourceError as exc:
-                lacking.append(f"{exc.message}: release archive and donor wheels are not known, and the age is that of the commit")
+                lacking.append(f"{exc.message}: release archive and precompiled wheels are not known, and the age is that of the commit")
         if named.is_tag:
             into.set_ref(f"refs/tags/{self.name}", named.commit)
         # After the archive, which has the content of nearly every file.
         self._complete(into, named)
         version = self._version_of(into, named)
-        pin = replace(self.pin, tag=self.name, version=version, commit=named.commit, archive=made, donors=donors)
+        pin = replace(self.pin, tag=self.name, version=version, commit=named.commit, archive=made, precompiled=precompiled)
         return Candidate(pin, named.commit, Kind.GIT, published or history.date_of(into, named.commit), into.path, None, not_precompiled, tuple(lacking))
 
     def _store(self) -> Git:

@@ -75,7 +75,7 @@ def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
         "USE_EXISTING_TORCH": "0",
         "ALLOW_PRERELEASE": "0",
     }
-    argv = (clone / "scripts" / "inv", "bootstrap", "--device", observed.device, "--source", "release", "--kernels", "donor")
+    argv = (clone / "scripts" / "inv", "bootstrap", "--device", observed.device, "--source", "release", "--kernels", "precompiled")
     measured = Command(argv, clone, context.environment | same, before=lambda: _make_clone(context, clone))
     variables = _build_variables(context, observed) | {
         "UV": str(interpreter.uv(context.layout)),
@@ -100,7 +100,7 @@ def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
 
 def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
     """What vLLM's setup.py is told, on either side. Natively compiled kernels would take hours again: here they come from a wheel."""
-    kernels = observed.kernels_wanted if observed.kernels_wanted.kind != "native" else Kernels("donor", "donor")
+    kernels = observed.kernels_wanted if observed.kernels_wanted.kind != "native" else Kernels("precompiled", "precompiled")
     wheel = precompiled.fetch_wheel(kernels, observed.pin, observed.device, context.settings, on_progress=lambda done, total: None)
     return {
         "VLLM_TARGET_DEVICE": observed.device,

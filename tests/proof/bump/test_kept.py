@@ -71,34 +71,34 @@ def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_
     assert not list(clone.layout.state.glob("left-*")), "what a good state keeps is kept there"
 
 
-def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_and_the_rest_is_the_donors(clone: World) -> None:
+def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_and_the_rest_is_the_precompiled(clone: World) -> None:
     patched(clone)
     assert clone.run("rebuild", "--jobs", "2").code == 0
     assert smoke(clone).code == 0
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, CLEAN)
-    assert origin(clone).startswith("hybrid donor ")
+    assert origin(clone).startswith("hybrid precompiled ")
     assert CLEAN in origin(clone)
     assert answer(clone) == "43"
     assert clone.run("pin.rollback").code == 0
     assert_stands_on(clone, "0.31.0")
-    assert (origin(clone).startswith("hybrid donor "), CLEAN in origin(clone)) == (True, False)
+    assert (origin(clone).startswith("hybrid precompiled "), CLEAN in origin(clone)) == (True, False)
     assert answer(clone) == "43"
 
 
-def test_donors_kernels_do_not_mix_with_those_that_were_compiled_here(clone: World, tmp_path: Path) -> None:
+def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(clone: World, tmp_path: Path) -> None:
     tree, stray = clone.layout.vllm, compiled(clone, tmp_path)
     clone.git("revert", "--no-edit", "HEAD")
     clone.git("reset", "--quiet", "--soft", "HEAD~2")
     assert clone.run("patch.export").code == 0
     before = {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
     # Never smoked in this state: nothing of it is kept but what nobody else has.
-    clone.env["KERNELS"] = "donor"
+    clone.env["KERNELS"] = "precompiled"
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
     assert_stands_on(clone, CLEAN)
-    assert origin(clone).startswith("donor ")
+    assert origin(clone).startswith("precompiled wheel ")
     left = next(clone.layout.state.glob("left-*"))
     assert (left / "products" / "vllm" / "_version.py").exists()
     assert left.name in ended.err

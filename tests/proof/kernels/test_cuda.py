@@ -33,7 +33,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
 
 
 def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clone: Clone) -> None:
-    donor = libraries(clone)
+    precompiled_wheel = libraries(clone)
     edit(clone, "one")
     units = planned(clone)
     assert units > 20
@@ -42,15 +42,15 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     child = replace(clone, words=("rebuild",)).start()
     wait_for_objects(clone, least=2)
     assert clone.end(child, signal.SIGINT)[0] == 130, clone.said[-2000:]
-    assert libraries(clone) == donor
+    assert libraries(clone) == precompiled_wheel
     left = planned(clone)
     assert 0 < left < units
 
     began = time.monotonic()
     assert re.search(r"\d (has|have) code for 12\.1a", inv(clone, "rebuild")), clone.said[-2000:]
     whole_s = time.monotonic() - began
-    changed = {path for path, digest in libraries(clone).items() if donor.get(path) != digest}
-    assert changed == {f"vllm/{TARGET}.abi3.so"}, "the rest is the donor's"
+    changed = {path for path, digest in libraries(clone).items() if precompiled_wheel.get(path) != digest}
+    assert changed == {f"vllm/{TARGET}.abi3.so"}, "the rest is the precompiled wheel's"
 
     edit(clone, "two")
     assert planned(clone) == 1

@@ -78,7 +78,7 @@ def is_true(world: World, answer: str) -> None:
         found = world.python(f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())")
         assert found == answer, f"status says that it is fresh, and it answers {found}"
     elif rows["kernels"] == "ok":
-        assert world.git("status", "--porcelain", "csrc") == "", "status says that a donor's kernels are those of an edit"
+        assert world.git("status", "--porcelain", "csrc") == "", "status says that a precompiled wheel's kernels are those of an edit"
 
 
 def again(world: World, words: tuple[str, ...], answer: str) -> None:
