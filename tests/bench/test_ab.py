@@ -90,7 +90,7 @@ def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_
     tree = ab_trees.working(built.layout, observed(built), arm="ab-b")
     assert tree.said == "the working tree, uncommitted edits included"
     assert built.git("show", f"{tree.tip}:vllm/new.py") == "NEW = 1"
-    folder = built.layout.arms / "ab-b"
+    folder = built.layout.sandboxes / "ab-b"
     folder.mkdir(parents=True)
     (folder / "arm.json").write_text(json.dumps({"tip": tree.tip}))
     assert ab_trees.working(built.layout, observed(built), arm="ab-b").tip == tree.tip
@@ -105,7 +105,7 @@ def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str
     done = subprocess.run(argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert not built.layout.arms.exists()
+    assert not built.layout.sandboxes.exists()
 
 
 def test_tree_in_the_middle_of_something_is_not_measured(built: World) -> None:

@@ -13,7 +13,7 @@ from workspace.bench.compare import MIN_STARTS, judge_samples
 
 STARTS = 30
 values = st.floats(1e-6, 1e6)
-arms = st.lists(values, min_size=1, max_size=9)
+sandboxes = st.lists(values, min_size=1, max_size=9)
 similar = st.tuples(st.integers(0, 10**6), st.integers(MIN_STARTS, 12), st.floats(-0.3, 0.3)).map(lambda drawn: arm(drawn[0], drawn[1], slow=drawn[2]))
 
 
@@ -67,7 +67,7 @@ def test_what_is_slower_is_still_slower_when_all_of_it_gets_slower_yet(a: list[f
 
 
 @settings(deadline=None, max_examples=100)
-@given(arms, arms, st.sampled_from(("lower", "higher")), st.floats(0.0025, 10))
+@given(sandboxes, sandboxes, st.sampled_from(("lower", "higher")), st.floats(0.0025, 10))
 def test_no_arms_whatever_give_a_nan(a: list[float], b: list[float], better: compare.Better, factor: float) -> None:
     of = judge_samples(a, b, better=better, factor=factor)
     assert all(math.isfinite(number) for number in (of.ratio, of.p, of.low, of.high) if number is not None)

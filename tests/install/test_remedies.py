@@ -93,11 +93,11 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
         context = Context(house.layout, house.settings(), run_log)
         found = replace(NOTHING, stale=stale)
         assert len(REMEDIES[1].plan(context, found)) == 2
-        assert REMEDIES[1].act(context, found).startswith("2 moved to .workspace/aside/")
+        assert REMEDIES[1].act(context, found).startswith("2 moved to .workspace/quarantine/")
     assert (tree / name / "matmul.py").read_text() == "own"
     assert not (tree / "vllm" / "triton_kernels").exists()
     assert triton_diagnosis.stale_folders(house.layout) == ()
-    assert sorted(path.read_text() for path in house.layout.aside.rglob("*.py")) == ["old", "stale"]
+    assert sorted(path.read_text() for path in house.layout.quarantine.rglob("*.py")) == ["old", "stale"]
 
 
 def test_kernels_that_git_tracks_are_the_trees_own(house):

@@ -20,8 +20,8 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox
-from workspace.install import sandbox as arms
-from workspace.install.sandbox import Arm
+from workspace.install import sandbox as sandboxes
+from workspace.install.sandbox import Sandbox
 from workspace.machine import check, interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git
@@ -53,7 +53,7 @@ class Side:
 
     name: str
     tree: Tree
-    arm: Arm
+    arm: Sandbox
     settings: Settings
     work: Workload
     environment: Mapping[str, str]
@@ -108,10 +108,10 @@ def _side(session: Session, name: str, tree: Tree) -> Side:
     run_log.console.say(f"arm {name.upper()}: {tree.said}, {tree.tip[:12]}")
     with run_log.console.step(f"arm {name.upper()}") as view:
         run_log.phase(f"arm {name}", view)
-        arm = arms.make(layout, f"ab-{name}", pin=tree.pin, patches=tree.patches, tip=tree.tip, settings=session.settings, run_log=run_log)
+        arm = sandboxes.make(layout, f"ab-{name}", pin=tree.pin, patches=tree.patches, tip=tree.tip, settings=session.settings, run_log=run_log)
         view.reason = arm.shown
     run_log.step = None
-    observed = arms.build_arm(arm, session.settings, console=run_log.console)
+    observed = sandboxes.build_sandbox(arm, session.settings, console=run_log.console)
     run_log.phase("model")
     work = subject.prepare(arm.layout, session.settings, options.kind, options.model, options.words, has_sweep=False, run_log=run_log)
     environment = built_environment(arm.layout, session.settings, recipe=work.recipe, more=work.more)

@@ -20,8 +20,8 @@ from workspace.core.errors import BuildError, CheckoutError, PatchConflict, Sett
 from workspace.core.files import read_regular, sha256
 from workspace.core.paths import Layout
 from workspace.install import plan
-from workspace.install import sandbox as arms
-from workspace.install.sandbox import Arm
+from workspace.install import sandbox as sandboxes
+from workspace.install.sandbox import Sandbox
 from workspace.repo import checkout, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import Pin
@@ -52,7 +52,7 @@ def working(layout: Layout, observed: plan.Observation, *, arm: str) -> Tree:
     if stack.state is State.IN_PROGRESS:
         raise CheckoutError(f"{shown} is in the middle of something", hint="./scripts/inv patch.continue    or --abort")
     tip = worktree.snapshot(git, "The working tree, as nox -s ab measures it")
-    there = arms.find(layout, arm)
+    there = sandboxes.find(layout, arm)
     if there and git.present((there.tip,)) and git.tree(there.tip) == git.tree(tip):
         # A snapshot has the time of its making: the same content is the same tree.
         tip = there.tip
@@ -174,9 +174,9 @@ _ASK_TIMEOUT_S = 60.0
 class Watch:
     """Looks, at each line of a measured process's log, at what it and what it starts have mapped (proc_pid_maps(5)). One for each start."""
 
-    def __init__(self, arm: Arm) -> None:
+    def __init__(self, arm: Sandbox) -> None:
         self._tree = os.path.realpath(arm.layout.vllm)
-        self._others = tuple(f"{os.path.realpath(place)}/" for place in (arm.outer.vllm, arm.outer.arms))
+        self._others = tuple(f"{os.path.realpath(place)}/" for place in (arm.outer.vllm, arm.outer.sandboxes))
         self._arm = arm
         self._mapped: dict[str, int] = {}
         self._strange: set[str] = set()
@@ -234,7 +234,7 @@ def _digest(path: Path, inode: int, hashes: dict[tuple[str, int, int, int], str]
         return None
 
 
-def require_own(arm: Arm, environment: Mapping[str, str]) -> Path:
+def require_own(arm: Sandbox, environment: Mapping[str, str]) -> Path:
     """Return the file of the vLLM that a process of the arm imports. Raises BuildError where that is not in its tree."""
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = process.capture([arm.layout.environment_python, arm.layout.probes / "origin.py"], env=environment, cwd=Path(neutral), timeout_s=_ASK_TIMEOUT_S)

@@ -18,7 +18,7 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox
-from workspace.install import sandbox as arms
+from workspace.install import sandbox as sandboxes
 from workspace.repo.git import Git, history
 from workspace.repo.pins import Pin
 
@@ -61,7 +61,7 @@ def run(layout: Layout, settings: Settings, options: BisectOptions, *, folder: P
 def abort(layout: Layout, *, console: Console) -> None:
     """Give up the bisect that is under way, whatever state it is in."""
     with lock.hold(layout.lock, verb=VERB):
-        is_there = bisect_log.log_path(layout).exists() or (layout.arms / ARM).exists()
+        is_there = bisect_log.log_path(layout).exists() or (layout.sandboxes / ARM).exists()
         _clear(layout, console)
         console.say("the bisect is given up" if is_there else "no bisect is under way")
 
@@ -133,9 +133,9 @@ class _Trial:
             return self._shown(Said("skip", f"patches/vllm/{carried.failing} does not apply there"))
         if carried.left_out:
             console.say(f"  left out, because it is there: {', '.join(carried.left_out)}")
-        arm = arms.make(self._layout, ARM, pin=self._pin, patches=None, tip=carried.tip, settings=self._settings, run_log=self._run_log)
+        arm = sandboxes.make(self._layout, ARM, pin=self._pin, patches=None, tip=carried.tip, settings=self._settings, run_log=self._run_log)
         try:
-            arms.build_arm(arm, self._settings, console=console)
+            sandboxes.build_sandbox(arm, self._settings, console=console)
         except BuildError as exc:
             return self._shown(Said("skip", f"it cannot be built: {exc.message}"))
         first = there.of(there.good)
@@ -250,8 +250,8 @@ def _kept(layout: Layout, console: Console) -> Iterator[None]:
 
 def _clear(layout: Layout, console: Console) -> None:
     """Take the arm away, then the course, so that a run that is killed here is finished by the next one."""
-    root = layout.arms / ARM
-    there = arms.find(layout, ARM) or (arms.Arm(ARM, layout, Layout(root), "0" * 40) if root.exists() else None)
-    if there and (kept := arms.remove(there)):
+    root = layout.sandboxes / ARM
+    there = sandboxes.find(layout, ARM) or (sandboxes.Sandbox(ARM, layout, Layout(root), "0" * 40) if root.exists() else None)
+    if there and (kept := sandboxes.remove(there)):
         console.say(f"what was done in {there.shown} is kept in vendor/vllm as {kept}")
     bisect_log.log_path(layout).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from workspace.core.errors import SettingsError, SmokeError, ToolchainError, Wor
 from workspace.core.files import read_regular
 from workspace.core.log import RunLog
 from workspace.core.settings import Settings, nearest, shortened
-from workspace.install.sandbox import Arm
+from workspace.install.sandbox import Sandbox
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"
@@ -94,7 +94,7 @@ def parse(text: str, *, folder: Path) -> Question:
     return Question("command", text, tuple(str((folder / word).resolve()) if (folder / word).is_file() else word for word in words))
 
 
-def ask(question: Question, arm: Arm, settings: Settings, bounds: Bounds, *, reference: Sequence[float], run_log: RunLog, view: Step) -> Said:
+def ask(question: Question, arm: Sandbox, settings: Settings, bounds: Bounds, *, reference: Sequence[float], run_log: RunLog, view: Step) -> Said:
     """Ask the tree of a built arm. `reference` is what the good end measured, nothing where this is the good end.
 
     Raises WorkspaceError where a command ends in a way that has no meaning, and what makes any further question pointless, such as a full disk.
@@ -106,7 +106,7 @@ def ask(question: Question, arm: Arm, settings: Settings, bounds: Bounds, *, ref
     return judged(question, _smoke(question, arm, settings, bounds), timeout_s=bounds.timeout_s)
 
 
-def _smoke(question: Question, arm: Arm, settings: Settings, bounds: Bounds) -> Mapping[str, object] | str:
+def _smoke(question: Question, arm: Sandbox, settings: Settings, bounds: Bounds) -> Mapping[str, object] | str:
     """The record of a smoke on the arm, or why there is none."""
     from workspace.checks import smoke
 
@@ -152,7 +152,7 @@ def judged(question: Question, record: Mapping[str, object] | str, *, timeout_s:
     return Said("good", f"{question.name}: {passed[0]['evidence']}" if question.kind == "check" else f"{len(passed)} checks pass")
 
 
-def _measured(name: str, arm: Arm, settings: Settings, bounds: Bounds, reference: Sequence[float], run_log: RunLog, view: Step) -> Said:
+def _measured(name: str, arm: Sandbox, settings: Settings, bounds: Bounds, reference: Sequence[float], run_log: RunLog, view: Step) -> Said:
     """Start the benchmark until the verdict is clear, or further starts would not make it so."""
     work = subject.prepare(arm.layout, settings, _OF_KIND.get(name, "serve"), subject.TINY, (), has_sweep=False, run_log=run_log)
     environment = built_environment(arm.layout, settings, recipe=work.recipe, more=work.more)
@@ -180,7 +180,7 @@ def _measured(name: str, arm: Arm, settings: Settings, bounds: Bounds, reference
         wanted = min(MOST_STARTS, len(values) + MIN_STARTS)
 
 
-def _start(arm: Arm, work: subject.Workload, environment: Mapping[str, str], bounds: Bounds, run_log: RunLog) -> Mapping[str, tuple[float, ...]]:
+def _start(arm: Sandbox, work: subject.Workload, environment: Mapping[str, str], bounds: Bounds, run_log: RunLog) -> Mapping[str, tuple[float, ...]]:
     """Measure one start. Raises WorkspaceError where it measured nothing, or not within the time."""
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         if work.kind == "serve":
@@ -196,7 +196,7 @@ def _start(arm: Arm, work: subject.Workload, environment: Mapping[str, str], bou
         return measure.taken(work, result)
 
 
-def _run(question: Question, arm: Arm, settings: Settings, bounds: Bounds, run_log: RunLog) -> Said:
+def _run(question: Question, arm: Sandbox, settings: Settings, bounds: Bounds, run_log: RunLog) -> Said:
     environment = built_environment(arm.layout, settings)
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _waited_for(question.words, environment, Path(neutral), bounds.timeout_s, run_log)

@@ -135,9 +135,9 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good
     inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
     if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
         shutil.rmtree(kernels(layout, name), ignore_errors=True)
-        with files.folder_beside(kernels(layout, name)) as aside:
-            copy_files(layout.vllm, aside / "kernels", editable.build_products(layout.vllm))
-            files.put_in_place(aside / "kernels", kernels(layout, name))
+        with files.folder_beside(kernels(layout, name)) as scratch:
+            copy_files(layout.vllm, scratch / "kernels", editable.build_products(layout.vllm))
+            files.put_in_place(scratch / "kernels", kernels(layout, name))
     _keep_files(layout, name)
     packages = {package: version for package, version in interpreter.installed(layout).items() if package != "vllm"}
     write_atomic(path / "freeze.txt", "".join(f"{package}=={version}\n" for package, version in sorted(packages.items())).encode())
@@ -164,10 +164,10 @@ def keep_aside(layout: Layout, why: str, *, name: str) -> None:
     if outer and outer.head():
         outer.set_ref(ref, worktree.snapshot(outer, why, paths=("vendor/pins.toml", "patches")))
     else:
-        with files.folder_beside(left(layout, name)) as aside:
-            _copy_pins(layout, Layout(aside / "left"))
+        with files.folder_beside(left(layout, name)) as scratch:
+            _copy_pins(layout, Layout(scratch / "left"))
             shutil.rmtree(left(layout, name), ignore_errors=True)
-            files.put_in_place(aside / "left", left(layout, name))
+            files.put_in_place(scratch / "left", left(layout, name))
 
 
 def gone(layout: Layout) -> Path:
@@ -190,10 +190,10 @@ def left(layout: Layout, name: str) -> Path:
 
 def _keep_files(layout: Layout, name: str) -> None:
     place = kept(layout, name).root
-    with files.folder_beside(place) as aside:
-        _copy_pins(layout, Layout(aside / "files"))
+    with files.folder_beside(place) as scratch:
+        _copy_pins(layout, Layout(scratch / "files"))
         shutil.rmtree(place, ignore_errors=True)
-        files.put_in_place(aside / "files", place)
+        files.put_in_place(scratch / "files", place)
 
 
 def _copy_pins(layout: Layout, target: Layout) -> None:

@@ -175,8 +175,8 @@ def _keep(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
 
 def _put_aside(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
     """The old environment waits with the good state that it belongs to; one that proved nothing goes with the workshop."""
-    aside = known_good.environment(bump_sandbox.outer, facts["good"]) if facts["good"] else bump_sandbox.layout.root / "old-environment"
-    staging.put_aside(bump_sandbox.outer.environment, aside)
+    scratch = known_good.environment(bump_sandbox.outer, facts["good"]) if facts["good"] else bump_sandbox.layout.root / "old-environment"
+    staging.put_aside(bump_sandbox.outer.environment, scratch)
 
 
 def _move_environment(bump_sandbox: BumpSandbox) -> None:

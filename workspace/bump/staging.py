@@ -176,13 +176,13 @@ def require_one_disk(layout: Layout) -> None:
         raise ToolchainError(sentence, hint="df . .workspace vendor/vllm .vllm")
 
 
-def put_aside(environment: Path, aside: Path) -> None:
+def put_aside(environment: Path, scratch: Path) -> None:
     """Rename an environment to where it waits; where another one is left from earlier, that one is out of date."""
     if os.path.lexists(environment):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.rename(environment, aside)
+            os.rename(environment, scratch)
         except OSError as exc:
             # Where something is mounted, be it of the same disk.
             hint = f"findmnt {environment}    unmount it; the same command again goes on"

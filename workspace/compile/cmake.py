@@ -133,9 +133,9 @@ def configure(layout: Layout, settings: Settings, inputs: Inputs, sources: Mappi
     run_log.write(f"configure: {reason or 'what CMake said of it cannot be read'}")
     former = _recorded(build)
     _begin(build)
-    folders, aside = _written_to(tree, inputs.device), layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
-    tree_files.bring_back(tree, folders, aside)
-    tree_files.keep(tree, folders, aside)
+    folders, scratch = _written_to(tree, inputs.device), layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
+    tree_files.bring_back(tree, folders, scratch)
+    tree_files.keep(tree, folders, scratch)
     read = tree_files.states(tree, _read_of(tree))
     before, own = tree_files.states(tree, tree_files.sources(tree)), tree_files.states(build, tree_files.headers(build))
     try:
@@ -144,7 +144,7 @@ def configure(layout: Layout, settings: Settings, inputs: Inputs, sources: Mappi
         tree_files.give_back_times(build, tree_files.states(build, tree_files.headers(build)), [own])
         renewed = tree_files.renewed(before, tree_files.states(tree, tree_files.sources(tree)))
         renewed = tree_files.give_back_times(tree, renewed, [former.written if former else {}, before])
-        tree_files.bring_back(tree, folders, aside)
+        tree_files.bring_back(tree, folders, scratch)
     below = (_below(tree, path) for path in project.files(build) if not path.is_relative_to(build))
     record = Record(
         inputs=inputs.named,

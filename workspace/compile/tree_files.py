@@ -219,21 +219,21 @@ def give_back_times(root: Path, now: Mapping[str, State], former: Sequence[Mappi
     return result
 
 
-def keep(tree: Path, folders: Iterable[str], aside: Path) -> None:
+def keep(tree: Path, folders: Iterable[str], scratch: Path) -> None:
     """Copy what lies in these folders of the tree to `aside`, from where `bring_back` takes it, be it in a later run."""
     for folder in folders:
         for path in sorted((tree / folder).rglob("*")):
             if path.is_file() and not path.is_symlink() and MARK.encode() not in read_regular(path):
-                write_atomic(aside / path.relative_to(tree), path.read_bytes())
-                shutil.copystat(path, aside / path.relative_to(tree))
+                write_atomic(scratch / path.relative_to(tree), path.read_bytes())
+                shutil.copystat(path, scratch / path.relative_to(tree))
 
 
-def bring_back(tree: Path, folders: Iterable[str], aside: Path) -> None:
+def bring_back(tree: Path, folders: Iterable[str], scratch: Path) -> None:
     """Undo what a configure made of placeholders in these folders of the tree."""
     for folder in folders:
         for path in sorted((tree / folder).rglob("*")):
             if path.is_file() and not path.is_symlink() and MARK.encode() in read_regular(path):
-                former = aside / path.relative_to(tree)
+                former = scratch / path.relative_to(tree)
                 if former.is_file():
                     write_atomic(path, former.read_bytes())
                     shutil.copystat(former, path)
@@ -241,7 +241,7 @@ def bring_back(tree: Path, folders: Iterable[str], aside: Path) -> None:
                     path.unlink()
                     with contextlib.suppress(OSError):
                         path.parent.rmdir()
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _state(path: Path) -> State | None:

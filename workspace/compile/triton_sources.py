@@ -277,24 +277,24 @@ def _origin(url: str, settings: Settings) -> str:
 def _unpack(one: Download, archive: Path) -> None:
     """Unpack aside and rename, so that what is at its place is whole; the note that Triton's script looks for comes last."""
     one.root.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=one.root.parent, prefix=".unpacking-"))
+    scratch = Path(tempfile.mkdtemp(dir=one.root.parent, prefix=".unpacking-"))
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as zipped:
-                zipped.extractall(aside)
+                zipped.extractall(scratch)
         else:
             with tarfile.open(archive) as packed:
-                packed.extractall(aside, filter="data")
+                packed.extractall(scratch, filter="data")
         is_own = one.place == one.root
-        if not is_own and not (aside / one.place.name).is_dir():
+        if not is_own and not (scratch / one.place.name).is_dir():
             raise SourceError(f"{archive.name} holds no folder {one.place.name}", hint=f"another file was taken for it; {one.setting}=/a/folder in .env")
         shutil.rmtree(one.place, ignore_errors=True)
-        os.replace(aside if is_own else aside / one.place.name, one.place)
+        os.replace(scratch if is_own else scratch / one.place.name, one.place)
         (one.place / "version.txt").write_text(one.url, encoding="utf-8")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as exc:
         raise SourceError(f"{archive.name} cannot be unpacked: {exc}", hint=f"rm {archive} && {FROM_SOURCE}") from exc
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _forget_other_tools(source: Source, found: tuple[Download, ...]) -> None:

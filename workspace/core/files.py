@@ -177,13 +177,13 @@ def copy_files(source: Path, target: Path, paths: Sequence[str]) -> None:
     for path in paths:
         made = target / path
         made.parent.mkdir(parents=True, exist_ok=True)
-        aside = made.with_name(f".{made.name}.copying")
+        scratch = made.with_name(f".{made.name}.copying")
         if (source / path).is_symlink():
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(os.readlink(source / path))
+            scratch.unlink(missing_ok=True)
+            scratch.symlink_to(os.readlink(source / path))
         else:
-            _copy(source / path, aside)
-        os.replace(aside, made)
+            _copy(source / path, scratch)
+        os.replace(scratch, made)
 
 
 def files_below(folder: Path) -> tuple[str, ...]:

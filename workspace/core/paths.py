@@ -32,7 +32,7 @@ class Layout:
         return self.state / "upstream" / f"{project}.git"
 
     def times(self, project: str) -> Path:
-        """When the files of a checkout were written last with which content; see source/times.py."""
+        """When the files of a checkout were written last with which content; see repo/moves.py."""
         return self.state / "times" / f"{project}.json"
 
     def moving(self, project: str) -> Path:
@@ -45,13 +45,13 @@ class Layout:
         return self.state / "bump"
 
     @property
-    def arms(self) -> Path:
-        """Clones in small that trees are compared or searched in, a folder each; see build/arm.py."""
-        return self.state / "arms"
+    def sandboxes(self) -> Path:
+        """Clones in small that trees are compared or searched in, a folder each; see install/sandbox.py."""
+        return self.state / "sandboxes"
 
     @property
     def promoting(self) -> Path:
-        """Is there while what the workshop made takes the place of the working state, or a run that did so was ended."""
+        """Is there while what the sandbox of a bump made takes the place of the working state, or a run that did so was ended."""
         return self.bump_sandbox / "promoting.json"
 
     @property
@@ -109,9 +109,9 @@ class Layout:
         return self.state / "jit"
 
     @property
-    def aside(self) -> Path:
+    def quarantine(self) -> Path:
         """Folders that stood in the way and may be somebody's, each below the time at which it was moved here."""
-        return self.state / "aside"
+        return self.state / "quarantine"
 
     @property
     def lock(self) -> Path:

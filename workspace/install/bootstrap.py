@@ -30,7 +30,7 @@ class Stage:
     steps: tuple[tuple[str, stages.Act], ...]
 
 
-def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False, is_arm: bool = False) -> None:
+def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False, is_sandbox: bool = False) -> None:
     """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to type next to that.
 
     An arm's source stays as it stands, whatever pins and series say of it.
@@ -40,7 +40,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     pins.require_settled(layout)
     observed = plan.observe(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
-    due = stages_of(layout, settings, observed, is_arm=is_arm)
+    due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
     if not any(stage.is_due for stage in due):
         if is_part:
             console.row("skipped", "build", f"vllm {observed.version} is there already")
@@ -55,14 +55,14 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
         _preflight(layout, settings, observed, console)
         with RunLog(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as run_log:
-            observed = _act(stages.Run(layout, settings, run_log, observed, is_arm=is_arm))
+            observed = _act(stages.Run(layout, settings, run_log, observed, is_sandbox=is_sandbox))
             if run_log.path:
                 console.say(f"log: {layout.relative(run_log.path)}")
     if not is_part:
         _close(observed, console, "")
 
 
-def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *, is_arm: bool = False) -> tuple[Stage, ...]:
+def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[Stage, ...]:
     """Decide, stage by stage in their order, what is due and why."""
     is_written = layout.dotenv.exists()
     environment = observed.environment
@@ -78,7 +78,7 @@ def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *,
     )
     return (
         Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
-        *(() if is_arm else source),
+        *(() if is_sandbox else source),
         Stage(environment.state != "ok", environment.why or "up to date", stages.ENVIRONMENT),
         Stage(bool(build), "; ".join(build) or "up to date", steps),
     )
@@ -112,7 +112,7 @@ def _act(run: stages.Run) -> plan.Observation:
     shown = 0
     while True:
         observed = run.observed = run.observe()
-        due = stages_of(run.layout, run.settings, observed, is_arm=run.is_arm)
+        due = stages_of(run.layout, run.settings, observed, is_sandbox=run.is_sandbox)
         first = next((number for number, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:

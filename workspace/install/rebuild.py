@@ -183,7 +183,7 @@ class Job:
             else:
                 wheel = Path(run.outcome["wheel"])
                 editable.install_with_wheel(layout, run.settings, observed, wheel, run_log=run.run_log)
-                if run.is_arm:
+                if run.is_sandbox:
                     precompiled.complete(wheel, layout.vllm)
                 precompiled.check_taken(wheel, layout.vllm)
         placed_targets = [target for target in self.project.targets if target.name in placed]
@@ -267,14 +267,14 @@ class RebuildOptions:
     as_json: bool = False
 
 
-def run(layout: Layout, settings: Settings, options: RebuildOptions, *, console: Console, wait: bool = False, is_arm: bool = False) -> None:
+def run(layout: Layout, settings: Settings, options: RebuildOptions, *, console: Console, wait: bool = False, is_sandbox: bool = False) -> None:
     """Bring the compiled libraries up to what the tree says, and no further. Raises the WorkspaceError of the step that failed."""
     pins.require_settled(layout)
     if options.as_json and not options.plan_only:
         raise SettingsError("--json is of the plan", hint="./scripts/inv rebuild --plan --json")
     bounds = _bounds(settings, options) if options.jobs is not None or options.memory is not None else None
     observed = plan.observe(layout, settings)
-    _require_context(observed, is_arm=is_arm)
+    _require_context(observed, is_sandbox=is_sandbox)
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
@@ -286,7 +286,7 @@ def run(layout: Layout, settings: Settings, options: RebuildOptions, *, console:
         is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
         _preflight(layout, settings, observed, console, is_compiled=is_compiled)
         with RunLog(console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held) as run_log:
-            run = stages.Run(layout, settings, run_log, plan.observe(layout, settings), is_arm=is_arm)
+            run = stages.Run(layout, settings, run_log, plan.observe(layout, settings), is_sandbox=is_sandbox)
             _act(run, options, bounds, is_compiled=is_compiled)
             if run_log.path:
                 console.say(f"log: {layout.relative(run_log.path)}")
@@ -309,13 +309,13 @@ def _bounds(settings: Settings, options: RebuildOptions) -> tuple[Jobs, Memory]:
     return jobs.count(settings, cores=host.cores, flag=options.jobs), jobs.memory(host, flag=options.memory)
 
 
-def _require_context(observed: plan.Observation, *, is_arm: bool) -> None:
+def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
     """Raise where there is nothing to compile, or nothing to compile for: those are other verbs' business."""
     if observed.stack is None or observed.environment.state == "missing":
         raise BuildError("there is no vLLM to rebuild yet", hint="./scripts/inv bootstrap")
     if observed.environment.state != "ok":
         raise BuildError(f"the environment is stale: {observed.environment.why}", hint="./scripts/inv bootstrap && ./scripts/inv rebuild")
-    if observed.stack.state is State.IN_PROGRESS or (observed.stack.state is State.FOREIGN and not is_arm):
+    if observed.stack.state is State.IN_PROGRESS or (observed.stack.state is State.FOREIGN and not is_sandbox):
         raise CheckoutError("vendor/vllm is in the middle of something, or not on the pin: it is not what is to be compiled", hint="./scripts/inv patch")
 
 

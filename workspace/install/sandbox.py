@@ -118,9 +118,9 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
     source, target = outer.environment, own.environment
     if os.path.lexists(target) or not source.is_dir():
         return
-    with run_log.console.step("environment") as view, files.folder_beside(target) as aside:
+    with run_log.console.step("environment") as view, files.folder_beside(target) as scratch:
         run_log.phase("environment", view)
-        made = Layout(aside)
+        made = Layout(scratch)
         copy_files(source, made.environment, files_below(source))
         for name in ("environment", "vllm"):
             stamp.withdraw(made.stamp(name))
@@ -150,13 +150,13 @@ def as_built(settings: Settings, observed: plan.Observation) -> Settings:
     return replace(settings, values=values)
 
 
-def build_in(layout: Layout, settings: Settings, *, console: Console, is_arm: bool = False) -> None:
+def build_in(layout: Layout, settings: Settings, *, console: Console, is_sandbox: bool = False) -> None:
     """Bring a layout to a stamped vLLM, what its tree changes of compiled sources compiled too. Raises what bootstrap and rebuild raise."""
-    bootstrap.run(layout, settings, console=console, wait=True, is_part=True, is_arm=is_arm)
+    bootstrap.run(layout, settings, console=console, wait=True, is_part=True, is_sandbox=is_sandbox)
     if plan.observe(layout, settings).for_compiler:
         from workspace.install import rebuild
 
-        rebuild.run(layout, settings, rebuild.RebuildOptions(), console=console, wait=True, is_arm=is_arm)
+        rebuild.run(layout, settings, rebuild.RebuildOptions(), console=console, wait=True, is_sandbox=is_sandbox)
 
 
 def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
@@ -170,16 +170,16 @@ def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
     files.sweep_beside(own.root)
 
 
-RECORD = "arm.json"
+RECORD = "sandbox.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 # What an arm stands on, safe from git's own tidying; and what somebody did in one.
-REFS, LEFT_REFS = "refs/arms", "refs/left/arms"
+REFS, LEFT_REFS = "refs/sandboxes", "refs/left/sandboxes"
 # Where these differ, what a build left in the tree is of the other commit, or git would no longer know it for what a build left.
 _OF_PRODUCTS = (*plan.COMPILED_SOURCES, ".gitignore")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Sandbox:
     """`outer` is the clone's layout, `layout` the arm's own; its tree stands on the commit `tip`."""
 
     name: str
@@ -192,7 +192,7 @@ class Arm:
         return self.outer.relative(self.layout.root)
 
 
-def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str, settings: Settings, run_log: RunLog) -> Arm:
+def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str, settings: Settings, run_log: RunLog) -> Sandbox:
     """Return the arm of that name with its tree on `tip`: the one that is there, brought to what is asked for, or a new one.
 
     `pin` names the precompiled wheel of its kernels and what they were compiled from; `patches` is the folder of a series on it that `tip` holds already, for the
@@ -210,87 +210,87 @@ def make(layout: Layout, name: str, *, pin: Pin, patches: Path | None, tip: str,
     return move(there, tip, settings=settings, run_log=run_log)
 
 
-def find(layout: Layout, name: str) -> Arm | None:
+def find(layout: Layout, name: str) -> Sandbox | None:
     """Return the arm of that name; None where there is none, or one whose record cannot be read."""
-    own = Layout(layout.arms / name)
+    own = Layout(layout.sandboxes / name)
     try:
         tip = json.loads(read_regular(own.root / RECORD))["tip"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Arm(name, layout, own, tip) if isinstance(tip, str) and COMMIT.fullmatch(tip) else None
+    return Sandbox(name, layout, own, tip) if isinstance(tip, str) and COMMIT.fullmatch(tip) else None
 
 
-def find_all(layout: Layout) -> tuple[Arm, ...]:
+def find_all(layout: Layout) -> tuple[Sandbox, ...]:
     """Every arm that is there, by name."""
-    names = sorted(path.parent.name for path in layout.arms.glob(f"*/{RECORD}"))
+    names = sorted(path.parent.name for path in layout.sandboxes.glob(f"*/{RECORD}"))
     return tuple(found for name in names if NAME.fullmatch(name) and (found := find(layout, name)))
 
 
-def move(arm: Arm, tip: str, *, settings: Settings, run_log: RunLog) -> Arm:
+def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> Sandbox:
     """Check another commit out, with content-true times. What a build left of other compiled sources goes with them.
 
     Raises CheckoutError where the tree cannot be had, SourceError where contents of files cannot be fetched.
     """
     # First: git may prune a commit that nothing leads to.
-    Git(arm.outer.vllm).set_ref(f"{REFS}/{arm.name}", tip)
-    tree = _settled(arm, tip, settings, run_log)
+    Git(sandbox.outer.vllm).set_ref(f"{REFS}/{sandbox.name}", tip)
+    tree = _settled(sandbox, tip, settings, run_log)
     if (head := tree.head()) != tip:
         assert head is not None
         if tree.setting("remote.origin.promisor") == "true":
             # To compare contents fetches, all at once, what a partial clone lacks of them; to write files is not let online.
             tree.talk(("diff", "--shortstat", "--no-renames", head, tip), settings, run_log, lambda line: None)
-        _take_products_away(arm, tree, head, tip)
-        moves.move(arm.layout, "vllm", tree, tip, run_log=run_log)
-    _record(arm.layout, tip)
-    return replace(arm, tip=tip)
+        _take_products_away(sandbox, tree, head, tip)
+        moves.move(sandbox.layout, "vllm", tree, tip, run_log=run_log)
+    _record(sandbox.layout, tip)
+    return replace(sandbox, tip=tip)
 
 
-def build_arm(arm: Arm, settings: Settings, *, console: Console) -> plan.Observation:
+def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> plan.Observation:
     """Bring the arm to a verified vLLM of the kind that the clone has, as far as it is not there: what differs in compiled sources is compiled.
 
     Raises BuildError where it cannot be built, so that no precompiled wheel's kernels pass for its own; SourceError where something cannot be fetched.
     """
-    wanted = as_built(settings, plan.observe(arm.outer, settings))
-    if moves.is_begun(arm.layout, "vllm") or Git(arm.layout.vllm).head() != arm.tip:
-        raise CheckoutError(f"{arm.shown} does not stand on {arm.tip[:12]}", hint=f"rm -rf {arm.shown}    and the same command again")
+    wanted = as_built(settings, plan.observe(sandbox.outer, settings))
+    if moves.is_begun(sandbox.layout, "vllm") or Git(sandbox.layout.vllm).head() != sandbox.tip:
+        raise CheckoutError(f"{sandbox.shown} does not stand on {sandbox.tip[:12]}", hint=f"rm -rf {sandbox.shown}    and the same command again")
     if wanted.switch("USE_EXISTING_TORCH"):
-        with RunLog(console, arm.layout.logs, verb="arm", secrets=settings.secrets) as run_log:
-            borrow_environment(arm.outer, arm.layout, run_log=run_log)
+        with RunLog(console, sandbox.layout.logs, verb="sandbox", secrets=settings.secrets) as run_log:
+            borrow_environment(sandbox.outer, sandbox.layout, run_log=run_log)
     try:
-        build_in(arm.layout, wanted, console=console, is_arm=True)
+        build_in(sandbox.layout, wanted, console=console, is_sandbox=True)
     except ToolchainError as exc:
-        if not plan.observe(arm.layout, wanted).for_compiler:
+        if not plan.observe(sandbox.layout, wanted).for_compiler:
             raise
-        raise BuildError(f"{arm.shown} needs kernels of its own, and {exc.message}", hint=exc.hint, details=exc.details) from exc
-    observed = plan.observe(arm.layout, wanted)
+        raise BuildError(f"{sandbox.shown} needs kernels of its own, and {exc.message}", hint=exc.hint, details=exc.details) from exc
+    observed = plan.observe(sandbox.layout, wanted)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
             hint = "./scripts/inv env.check    KERNELS=auto compiles what differs from the pin"
-            raise BuildError(f"{arm.shown} cannot be built as its tree asks: {layer.name} {layer.why}", hint=hint)
+            raise BuildError(f"{sandbox.shown} cannot be built as its tree asks: {layer.name} {layer.why}", hint=hint)
     return observed
 
 
-def remove(arm: Arm) -> str | None:
+def remove(sandbox: Sandbox) -> str | None:
     """Take an arm away. What somebody committed or edited there stays under the reference of vendor/vllm that is returned."""
-    kept = _keep_work(arm)
-    remove_tree(arm.outer, arm.layout, _gone(arm.layout))
-    worktree.delete_ref(Git(arm.outer.vllm), f"{REFS}/{arm.name}")
+    kept = _keep_work(sandbox)
+    remove_tree(sandbox.outer, sandbox.layout, _gone(sandbox.layout))
+    worktree.delete_ref(Git(sandbox.outer.vllm), f"{REFS}/{sandbox.name}")
     return kept
 
 
-def _begin(layout: Layout, name: str, pin: Pin, patches: Path | None, tip: str) -> Arm:
+def _begin(layout: Layout, name: str, pin: Pin, patches: Path | None, tip: str) -> Sandbox:
     """Put the arm there, whole or not at all, without its tree."""
-    arm = Arm(name, layout, Layout(layout.arms / name), tip)
+    sandbox = Sandbox(name, layout, Layout(layout.sandboxes / name), tip)
     # What lies there is none: its record is damaged, say.
-    _keep_work(arm)
-    remove_tree(layout, arm.layout, _gone(arm.layout))
-    with files.folder_beside(arm.layout.root) as folder:
-        made = Layout(folder / "arm")
+    _keep_work(sandbox)
+    remove_tree(layout, sandbox.layout, _gone(sandbox.layout))
+    with files.folder_beside(sandbox.layout.root) as folder:
+        made = Layout(folder / "sandbox")
         furnish(layout, made, pin)
         _write_patches(made, pin, patches)
         _record(made, tip)
-        files.put_in_place(made.root, arm.layout.root)
-    return arm
+        files.put_in_place(made.root, sandbox.layout.root)
+    return sandbox
 
 
 def _write_patches(own: Layout, pin: Pin, patches: Path | None) -> None:
@@ -308,21 +308,21 @@ def _record(own: Layout, tip: str) -> None:
     write_atomic(own.root / RECORD, json.dumps({"tip": tip}).encode())
 
 
-def _settled(arm: Arm, tip: str, settings: Settings, run_log: RunLog) -> Git:
+def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) -> Git:
     """The arm's tree, whole, without edits, and no operation of git's under way; what somebody did there is kept."""
-    hint = f"rm -rf {arm.shown}    and the same command again"
+    hint = f"rm -rf {sandbox.shown}    and the same command again"
 
     def opened() -> Git:
-        return open_tree(arm.outer, arm.layout, tip, settings, run_log=run_log, hint=hint)
+        return open_tree(sandbox.outer, sandbox.layout, tip, settings, run_log=run_log, hint=hint)
 
     tree = opened()
-    if moves.is_begun(arm.layout, "vllm"):
-        moves.finish(arm.layout, "vllm", tree, run_log=run_log)
-    work = worktree.snapshot(tree, _why(arm))
-    if kept := _keep_work(arm, work=work):
-        run_log.console.say(f"what was done in {arm.shown} is kept in vendor/vllm as {kept}")
+    if moves.is_begun(sandbox.layout, "vllm"):
+        moves.finish(sandbox.layout, "vllm", tree, run_log=run_log)
+    work = worktree.snapshot(tree, _why(sandbox))
+    if kept := _keep_work(sandbox, work=work):
+        run_log.console.say(f"what was done in {sandbox.shown} is kept in vendor/vllm as {kept}")
     if tree.under_way():
-        worktree.forget(Git(arm.outer.vllm), arm.layout.vllm)
+        worktree.forget(Git(sandbox.outer.vllm), sandbox.layout.vllm)
         return opened()
     if work != tree.head():
         # From here on the edits are a commit's, so that the move takes them away like any other difference.
@@ -331,24 +331,24 @@ def _settled(arm: Arm, tip: str, settings: Settings, run_log: RunLog) -> Git:
     return tree
 
 
-def _keep_work(arm: Arm, *, work: str | None = None) -> str | None:
-    ours = {arm.tip, Git(arm.outer.vllm).resolve(f"{REFS}/{arm.name}") or arm.tip}
-    return keep_work(arm.outer, arm.layout, _why(arm), prefix=f"{LEFT_REFS}/", ours=ours, work=work)
+def _keep_work(sandbox: Sandbox, *, work: str | None = None) -> str | None:
+    ours = {sandbox.tip, Git(sandbox.outer.vllm).resolve(f"{REFS}/{sandbox.name}") or sandbox.tip}
+    return keep_work(sandbox.outer, sandbox.layout, _why(sandbox), prefix=f"{LEFT_REFS}/", ours=ours, work=work)
 
 
-def _why(arm: Arm) -> str:
-    return f"What was in the arm {arm.name} before it was moved or taken away"
+def _why(sandbox: Sandbox) -> str:
+    return f"What was in the arm {sandbox.name} before it was moved or taken away"
 
 
 def _gone(own: Layout) -> Path:
     return own.root.with_name(f".{own.root.name}.gone")
 
 
-def _take_products_away(arm: Arm, tree: Git, head: str, tip: str) -> None:
+def _take_products_away(sandbox: Sandbox, tree: Git, head: str, tip: str) -> None:
     """All of what a build left there is the workspace's own."""
     listed = editable.build_products(tree.path)
     is_of_both = tree.digest(_OF_PRODUCTS, commit=head) == tree.digest(_OF_PRODUCTS, commit=tip)
     if not listed or (is_of_both and not tree.entries(listed, tip)):
         return
-    stamp.withdraw(arm.layout.stamp("vllm"))
-    editable.take_products_away(arm.layout, listed, ours=listed, kept=None, left=arm.layout.aside)
+    stamp.withdraw(sandbox.layout.stamp("vllm"))
+    editable.take_products_away(sandbox.layout, listed, ours=listed, kept=None, left=sandbox.layout.quarantine)

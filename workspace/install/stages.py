@@ -32,7 +32,7 @@ class Run:
     outcome: dict[str, str] = field(default_factory=dict)
     # What the steps of a rebuild share (compiling.Job).
     job: object | None = None
-    is_arm: bool = False
+    is_sandbox: bool = False
 
     def observe(self) -> plan.Observation:
         return plan.observe(self.layout, self.settings)
@@ -139,7 +139,7 @@ def put_vllm(run: Run, view: Step) -> None:
     observed = run.observed
     wheel = Path(run.outcome["wheel"])
     editable.install_with_wheel(run.layout, run.settings, observed, wheel, run_log=run.run_log)
-    if run.is_arm:
+    if run.is_sandbox:
         precompiled.complete(wheel, run.layout.vllm)
     precompiled.check_taken(wheel, run.layout.vllm)
     view.reason = f"vllm {observed.version}, editable"

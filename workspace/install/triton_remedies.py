@@ -112,7 +112,7 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
 
 
 def _plan_folders(context: Context, found: Diagnosis) -> tuple[str, ...]:
-    place = context.layout.relative(context.layout.aside)
+    place = context.layout.relative(context.layout.quarantine)
     said = [f"{context.layout.relative(one.place)}, which git does not track, goes to {place}" for one in found.stale]
     return (*said, *(f"{context.layout.relative(folder)} goes to {place}" for folder in _shadows(context, found)))
 
@@ -128,10 +128,10 @@ def _shadows(context: Context, found: Diagnosis) -> tuple[Path, ...]:
 
 def _move_folders(context: Context, found: Diagnosis) -> str:
     layout = context.layout
-    aside = layout.aside / datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
+    scratch = layout.quarantine / datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
     moved = [*(one.place for one in found.stale), *_shadows(context, found)]
     for place in moved:
-        target = aside / place.relative_to(layout.root)
+        target = scratch / place.relative_to(layout.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         context.run_log.command(shlex.join(["mv", str(place), str(target)]))
         try:
@@ -140,7 +140,7 @@ def _move_folders(context: Context, found: Diagnosis) -> str:
             raise ToolchainError(f"{layout.relative(place)} cannot be moved: {exc.strerror}", hint=f"ls -ld {place.parent}") from exc
     for one in found.stale:
         _bring_again(layout, one.place)
-    return f"{len(moved)} moved to {layout.relative(aside)}"
+    return f"{len(moved)} moved to {layout.relative(scratch)}"
 
 
 def _bring_again(layout: Layout, place: Path) -> None:

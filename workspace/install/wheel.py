@@ -78,11 +78,11 @@ def pack(layout: Layout, settings: Settings, observed: plan.Observation, folder:
     tag = f"cp{packed.python.replace('.', '')}" if packed.python else "cp38"
     name = f"vllm-{packed.version}-{tag}-{tag if packed.python else 'abi3'}-linux_{packed.machine}.whl"
     members[f"vllm-{packed.version}.dist-info/WHEEL"] = _wheel_file(name)
-    with files.folder_beside(folder / name) as aside:
-        for path, found in _write(aside / name, members, f"vllm-{packed.version}.dist-info/RECORD", step):
+    with files.folder_beside(folder / name) as scratch:
+        for path, found in _write(scratch / name, members, f"vllm-{packed.version}.dist-info/RECORD", step):
             if known.get(path, found) != found:
                 raise BuildError(f"{path} changed since the build was verified", hint="./scripts/inv bootstrap")
-        (aside / name).replace(folder / name)
+        (scratch / name).replace(folder / name)
     return Written(folder / name, (folder / name).stat().st_size, sha256(folder / name))
 
 

@@ -164,10 +164,10 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
     if refspecs == (pin.commit,):
         attempts.append((("+refs/heads/*:refs/remotes/origin/*",), True))
     for number, (wanted, whole) in enumerate(attempts, 1):
-        with files.folder_beside(path) as holder, files.folder_beside(modules or path) as aside:
+        with files.folder_beside(path) as holder, files.folder_beside(modules or path) as scratch:
             tree = holder / "tree"
             tree.mkdir()
-            git_dir = aside / "git" if modules else tree / ".git"
+            git_dir = scratch / "git" if modules else tree / ".git"
             made = Git(tree, git_dir=git_dir, failure=SourceError)
             made.init()
             try:
@@ -279,8 +279,8 @@ def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
 
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    aside = f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
-    hint = f"to keep it aside: {aside}"
+    scratch = f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
+    hint = f"to keep it aside: {scratch}"
     if found.head:
         hint = f"to give it the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
     return CheckoutError(f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was left as it is", hint=hint)

@@ -49,7 +49,7 @@ class Export:
     names: tuple[str, ...]
     written: tuple[str, ...]
     removed: tuple[str, ...]
-    aside: tuple[Path, ...]
+    scratch: tuple[Path, ...]
     unlisted: tuple[str, ...]
     edits: tuple[str, ...]
     folder: str
@@ -120,20 +120,20 @@ def prepare(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, prove
 def finish(layout: Layout, prepared: Prepared) -> Export:
     """Write what was prepared, and let the references name the stack; what is so already is not touched. Raises ToolchainError."""
     git, plan, folder = prepared.git, prepared.plan, prepared.folder
-    aside = _keep_aside(layout, folder, plan, {*prepared.former.values(), *dict(prepared.patches).values()})
+    scratch = _keep_aside(layout, folder, plan, {*prepared.former.values(), *dict(prepared.patches).values()})
     _put(folder, plan)
     # Last: whoever is killed before finds the stack as the last export left it, and what is written is not taken for a newer series.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(git.set_ref, (TIP_REF, BASE_REF), (prepared.head, prepared.base)))
-    return _done(layout, prepared, aside)
+    return _done(layout, prepared, scratch)
 
 
-def _done(layout: Layout, prepared: Prepared, aside: tuple[Path, ...]) -> Export:
+def _done(layout: Layout, prepared: Prepared, scratch: tuple[Path, ...]) -> Export:
     return Export(
         names=tuple(name for name, _ in prepared.patches),
         written=tuple(name for name in prepared.plan.changed if name != series.SERIES_FILE),
         removed=prepared.plan.gone,
-        aside=aside,
+        scratch=scratch,
         unlisted=_unlisted(prepared.folder, prepared.plan),
         edits=prepared.edits,
         folder=layout.relative(prepared.folder),
@@ -147,7 +147,7 @@ def show(done: Export, *, console: Console) -> None:
     for verb, names in (("wrote", done.written), ("removed", done.removed)):
         for name in names:
             console.say(f"{verb} {done.folder}/{name}")
-    for path in done.aside:
+    for path in done.scratch:
         console.say(f"kept what was there and nowhere else: {path}")
     for name in done.unlisted:
         console.say(f"{done.folder}/{name} is not in the series; it was left as it is")
@@ -360,13 +360,13 @@ def _put(folder: Path, plan: _Plan) -> None:
     files.sweep_beside(folder)
     if changed:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.folder_beside(folder) as aside:
+        with files.folder_beside(folder) as scratch:
             for name, content in changed.items():
-                (aside / name).write_bytes(content)
+                (scratch / name).write_bytes(content)
             # One call for all: a hundred files one by one take a third of a second.
             os.sync()
             for name in changed:
-                os.replace(aside / name, folder / name)
+                os.replace(scratch / name, folder / name)
     for name in plan.gone:
         if plan.present.get(name) is not None:
             (folder / name).unlink(missing_ok=True)

@@ -52,7 +52,7 @@ def _duelling(materials: Materials, tmp_path_factory: pytest.TempPathFactory) ->
     ended = ab(world)
     assert "bin/vllm is not there" in ended.error(6), ended.said
     for name in ("ab-a", "ab-b"):
-        program = world.layout.arms / name / ".vllm" / "bin" / "vllm"
+        program = world.layout.sandboxes / name / ".vllm" / "bin" / "vllm"
         program.write_text(PROGRAM.replace("@PYTHON@", sys.executable))
         program.chmod(0o755)
     world.save()
@@ -89,7 +89,7 @@ def test_uncommitted_slow_edit_is_a_regression_also_where_the_run_was_ended_in_b
     ended = ab(duelling)
     assert "is slower than v0.31.0 without patches: latency +" in ended.error(9)
     titles = re.findall(r"^\w+ +([AB] (?:\d/6|warm-up))", ended.err, re.MULTILINE)
-    assert titles == ["A warm-up", "B warm-up", *(f"{arm} {number}/6" for number, arms in enumerate(("AB", "BA", "AB", "BA"), 3) for arm in arms)]
+    assert titles == ["A warm-up", "B warm-up", *(f"{arm} {number}/6" for number, sandboxes in enumerate(("AB", "BA", "AB", "BA"), 3) for arm in sandboxes)]
     found = records(duelling)
     assert [len(found[name]["starts"]) for name in "ab"] == [6, 6]
     assert found["a"]["source"]["patches"] == []

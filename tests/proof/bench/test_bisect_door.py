@@ -83,7 +83,7 @@ def living(world: World) -> list[str]:
 
 def is_gone(world: World) -> bool:
     layout = world.layout
-    return not (layout.state / "bisect.json").exists() and not (layout.arms / "bisect").exists() and "bisect" not in git(layout.vllm, "worktree", "list")
+    return not (layout.state / "bisect.json").exists() and not (layout.sandboxes / "bisect").exists() and "bisect" not in git(layout.vllm, "worktree", "list")
 
 
 def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_the_users_tree_is_as_it_was(judged: World) -> None:
@@ -102,7 +102,7 @@ def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_th
     assert "it cannot be built" in said[made["c6"]]
     assert is_gone(judged)
     assert user_files(judged) == before
-    assert git(judged.layout.vllm, "for-each-ref", "refs/arms") == ""
+    assert git(judged.layout.vllm, "for-each-ref", "refs/sandboxes") == ""
     # An end that hangs is none.
     ended = bisect(judged, *ends(made, "c7"), "--run", command(judged), "--timeout-s", "5")
     assert "the bad end, " in ended.error(1)

@@ -61,7 +61,7 @@ def bisect(layout: Layout, *words: str) -> dict[str, Any]:
     with (layout.state / "bisect.tsv").open("a") as file:
         file.write(f"{' '.join(words)}\t{done.stdout.strip()}\t{document['steps']} steps\t{document['minutes']} min\n{done.stderr}\n")
     assert not (layout.state / "bisect.json").exists()
-    assert not (layout.arms / "bisect").exists()
+    assert not (layout.sandboxes / "bisect").exists()
     return document
 
 

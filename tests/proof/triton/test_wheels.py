@@ -144,7 +144,7 @@ def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> Non
     assert not cache.exists()
     assert len(list(cache.parent.glob("cache.of-*/*/kernel.cubin"))) == 1
     assert not (packages / "triton_kernels").exists()
-    assert len(list(context.layout.aside.glob("*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"))) == 1
+    assert len(list(context.layout.quarantine.glob("*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"))) == 1
     assert context.run("fix-triton", "--check").code == 0
 
 

@@ -77,26 +77,26 @@ def tried(git: Git, base: str, patches: Sequence[Path], *, place: Path, is_wante
 
 def _applied_in(place: Path, git: Git, base: str, patches: Sequence[Path], *, with_files: bool, is_wanted: Callable[[], bool] = lambda: True) -> Applied:
     with files.folder_beside(place) as folder:
-        aside, objects = Git(folder / "tree", git_dir=folder / "git"), git.path_of("objects")
-        aside.path.mkdir()
-        aside.init()
+        scratch, objects = Git(folder / "tree", git_dir=folder / "git"), git.path_of("objects")
+        scratch.path.mkdir()
+        scratch.init()
         made = folder / "git" / "objects"
         (made / "info").mkdir(exist_ok=True)
         (made / "info" / "alternates").write_bytes(os.fsencode(objects) + b"\n")
-        aside.set_ref("HEAD", base)
+        scratch.set_ref("HEAD", base)
         # It is written anew for each patch: the smaller the better.
-        aside.write(*_SMALL_INDEX, "read-tree", base)
+        scratch.write(*_SMALL_INDEX, "read-tree", base)
         if with_files:
-            aside.write_files()
+            scratch.write_files()
         # A sync for all is a third of the time of one for each object.
-        if aside.write(*_SMALL_INDEX, "-c", "core.fsync=none", *_AM, *map(str, patches), check=False).status == 0:
+        if scratch.write(*_SMALL_INDEX, "-c", "core.fsync=none", *_AM, *map(str, patches), check=False).status == 0:
             if not is_wanted():
                 return Applied(None)
             take_in(made, objects)
-            return Applied(aside.head())
-        there = position(aside)
+            return Applied(scratch.head())
+        there = position(scratch)
         number = there.number if there else 1
-        return Applied(None, number, unmerged(aside) or git.patch_paths(patches[number - 1]))
+        return Applied(None, number, unmerged(scratch) or git.patch_paths(patches[number - 1]))
 
 
 def start(git: Git, patches: Sequence[Path], *, run_log: RunLog) -> Applied:
@@ -267,22 +267,22 @@ def failing(git: Git, base: str, patches: Sequence[bytes], expected: Differences
         files = [f"{folder}/{number}" for number in range(len(patches))]
         for file, patch in zip(files, patches, strict=True):
             Path(file).write_bytes(patch)
-        aside = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": f"{folder}/objects"}
-        aside["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(git.path_of("objects"))
+        scratch = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": f"{folder}/objects"}
+        scratch["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(git.path_of("objects"))
         start = [word for path, entry in {**before, **unchanged}.items() for word in ("--cacheinfo", f"{entry.replace(' ', ',')},{path}")]
 
         def applies(*words: str) -> bool:
-            return git.write(*_UNSYNCED, "apply", "--cached", "--whitespace=nowarn", *words, env=aside, check=False).status == 0
+            return git.write(*_UNSYNCED, "apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False).status == 0
 
-        git.write(*_UNSYNCED, "update-index", "--add", *start, env=aside)
+        git.write(*_UNSYNCED, "update-index", "--add", *start, env=scratch)
         if not applies(*files):
             # All at once, git is confused by what one by one is clear, such as a file that becomes a link and a file again.
             os.unlink(f"{folder}/index")
-            git.write(*_UNSYNCED, "update-index", "--add", *start, env=aside)
+            git.write(*_UNSYNCED, "update-index", "--add", *start, env=scratch)
             for number, file in enumerate(files, 1):
                 if not applies(file):
                     return number
-        found = index_entries(git.write("ls-files", "-s", "-z", env=aside).out)
+        found = index_entries(git.write("ls-files", "-s", "-z", env=scratch).out)
     return 0 if found == {**after, **unchanged} else -1
 
 

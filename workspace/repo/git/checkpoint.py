@@ -76,12 +76,12 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
         take_in(folder / _OBJECTS, git.path_of("objects"))
         git.set_ref(ref, _commit(git, message, facts.tree, facts.head, ref))
         return False
-    with _content(git, but=facts.others) as (aside, tree):
+    with _content(git, but=facts.others) as (scratch, tree):
         is_other = (git.head(), tree) != (facts.head, facts.tree)
         if is_other:
             git.set_ref(ref, _commit(git, message, tree, git.head() or facts.head, ref))
             there = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / _OBJECTS)}
-            git.write("read-tree", "-m", "-u", tree, facts.tree, env={**aside, **there})
+            git.write("read-tree", "-m", "-u", tree, facts.tree, env={**scratch, **there})
     for name in _NOTES:
         _remove(top / name)
         _copy(folder / name, top / name)
@@ -138,18 +138,18 @@ def _content(git: Git, *, but: Collection[str], objects: Path | None = None) -> 
     `objects`, else into the repository.
     """
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
-        aside = {"GIT_INDEX_FILE": f"{folder}/index"}
+        scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
         if objects:
-            aside |= {"GIT_OBJECT_DIRECTORY": str(objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects"))}
+            scratch |= {"GIT_OBJECT_DIRECTORY": str(objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects"))}
         _copy(git.path_of("index"), Path(folder, "index"))
         # Edits of files that git was told to take for unchanged are edits.
-        git.write("update-index", "-q", "--really-refresh", env=aside, check=False)
-        git.write("add", "--update", "--", ".", env=aside)
+        git.write("update-index", "-q", "--really-refresh", env=scratch, check=False)
+        git.write("add", "--update", "--", ".", env=scratch)
         known = set(but)
         new = [path for path in _others(git) if path not in known]
         for start in range(0, len(new), _AT_ONCE):
-            git.write("update-index", "--add", "--", *new[start : start + _AT_ONCE], env=aside)
-        yield aside, git.write("write-tree", env=aside).out.strip()
+            git.write("update-index", "--add", "--", *new[start : start + _AT_ONCE], env=scratch)
+        yield scratch, git.write("write-tree", env=scratch).out.strip()
 
 
 def _others(git: Git) -> tuple[str, ...]:

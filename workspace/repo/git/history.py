@@ -259,15 +259,15 @@ def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
     """Put patches on a commit, as `am --3way` would, without those that it has already. The same input gives the same tip."""
     left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
-        aside = {"GIT_INDEX_FILE": f"{folder}/index"}
+        scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
 
         def applies(*words: str) -> bool:
-            return git.write("apply", "--cached", "--whitespace=nowarn", *words, env=aside, check=False).status == 0
+            return git.write("apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False).status == 0
 
         def tree() -> str:
-            return git.write("write-tree", "--missing-ok", env=aside).out.strip()
+            return git.write("write-tree", "--missing-ok", env=scratch).out.strip()
 
-        git.write("read-tree", commit, env=aside)
+        git.write("read-tree", commit, env=scratch)
         if patches and not applies(*map(str, patches)):
             for patch in patches:
                 before = tree()

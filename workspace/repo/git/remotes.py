@@ -67,8 +67,8 @@ def begin_branch(worktree: Git, name: str, commit: str, *, run_log: RunLog) -> N
 def write_tree(git: Git, commit: str, folder: Path) -> None:
     """Write all files of a commit below `folder`, which is made where it is not there. What lies there already is overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="workspace-index-") as aside:
-        environment = {"GIT_INDEX_FILE": f"{aside}/index"}
+    with tempfile.TemporaryDirectory(prefix="workspace-index-") as scratch:
+        environment = {"GIT_INDEX_FILE": f"{scratch}/index"}
         git.write("read-tree", commit, env=environment)
         git.write("checkout-index", "--all", "--force", "--quiet", f"--prefix={folder.absolute()}/", env=environment)
 

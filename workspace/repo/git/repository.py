@@ -138,16 +138,16 @@ class Git(Command):
         """
         with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
             os.mkdir(f"{folder}/objects")
-            aside = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": f"{folder}/objects"}
-            aside["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(self.path_of("objects"))
+            scratch = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": f"{folder}/objects"}
+            scratch["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(self.path_of("objects"))
 
             def applies(*words: str) -> bool:
-                return self.write("apply", "--cached", "--whitespace=nowarn", *words, env=aside, check=False).status == 0
+                return self.write("apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False).status == 0
 
-            self.write("read-tree", base, env=aside)
+            self.write("read-tree", base, env=scratch)
             if patches and not applies(*map(str, patches)) and not all(applies(str(patch)) or applies("--3way", str(patch)) for patch in patches):
                 return None
-            return self.write("write-tree", "--missing-ok", env=aside).out.strip()
+            return self.write("write-tree", "--missing-ok", env=scratch).out.strip()
 
     # Writing
 
@@ -289,8 +289,8 @@ def take_in(made: Path, objects: Path) -> None:
             shutil.copy(file, begun[target])
     if begun:
         os.sync()
-        for target, aside in begun.items():
-            os.replace(aside, target)
+        for target, scratch in begun.items():
+            os.replace(scratch, target)
         os.sync()
 
 

@@ -92,22 +92,22 @@ def snapshot(git: Git, message: str, *, paths: Sequence[str] = (), gitlinks: Map
     are the commits of submodules. An index with conflicts is no hindrance.
     """
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
-        aside = {"GIT_INDEX_FILE": f"{folder}/index"}
+        scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
         index = git.path_of("index")
         if paths or not index.exists():
-            git.write("read-tree", "HEAD", env=aside)
+            git.write("read-tree", "HEAD", env=scratch)
         else:
             # With its time: an entry is as new as the index where a file was written in the same tick, and git then reads the file.
             shutil.copy2(index, folder + "/index")
             # Edits of files that git was told to take for unchanged are edits.
-            git.write("update-index", "-q", "--really-refresh", env=aside, check=False)
-        tracked = git.write("ls-files", "-z", "--", *paths, env=aside).out if paths else ""
+            git.write("update-index", "-q", "--really-refresh", env=scratch, check=False)
+        tracked = git.write("ls-files", "-z", "--", *paths, env=scratch).out if paths else ""
         present = [path for path in paths if (git.path / path).exists() or any(name == path or name.startswith(f"{path}/") for name in split(tracked))]
         if present or not paths:
-            git.write("add", "--all", "--", *(present or ["."]), env=aside)
+            git.write("add", "--all", "--", *(present or ["."]), env=scratch)
         for path, commit in (gitlinks or {}).items():
-            git.write("update-index", "--add", "--cacheinfo", f"160000,{commit},{path}", env=aside)
-        tree = git.write("write-tree", env=aside).out.strip()
+            git.write("update-index", "--add", "--cacheinfo", f"160000,{commit},{path}", env=scratch)
+        tree = git.write("write-tree", env=scratch).out.strip()
     head = git.head()
     others = [after] if after and after != head and not (head and git.is_ancestor(after, head)) else []
     if head is not None and git.tree(head) == tree and not others:

@@ -13,10 +13,10 @@ from workspace.core.console import Console
 from workspace.core.errors import BuildError
 from workspace.core.log import RunLog
 from workspace.core.settings import Settings, Value
-from workspace.install import sandbox as arms
+from workspace.install import sandbox as sandboxes
 from workspace.install import stamp
 from workspace.install.plan import Observation
-from workspace.install.sandbox import Arm
+from workspace.install.sandbox import Sandbox
 from workspace.repo import pins
 from workspace.repo.pins import Pin
 
@@ -34,7 +34,7 @@ def _armed(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Wo
     made = make_world(materials, tmp_path_factory.mktemp("armed"))
     made.bootstrap()
     before = of_the_clone(made)
-    built(made, made_arm(made))
+    built(made, made_sandbox(made))
     assert of_the_clone(made) == before, "an arm was built, and the clone is not what it was"
     made.save()
     return made
@@ -69,21 +69,21 @@ def base(world: World) -> str:
     return found.commit
 
 
-def made_arm(world: World, name: str = "a", *, tip: str | None = None, patches: Path | None = None) -> Arm:
+def made_sandbox(world: World, name: str = "a", *, tip: str | None = None, patches: Path | None = None) -> Sandbox:
     with RunLog(QUIET, world.folder / "logs", verb="test") as run_log:
-        return arms.make(world.layout, name, pin=pin(world), patches=patches, tip=tip or base(world), settings=settings(world), run_log=run_log)
+        return sandboxes.make(world.layout, name, pin=pin(world), patches=patches, tip=tip or base(world), settings=settings(world), run_log=run_log)
 
 
-def build(world: World, arm: Arm, **flags: str) -> Observation:
+def build(world: World, sandbox: Sandbox, **flags: str) -> Observation:
     """Build an arm in this process, which gets the world's programs for it: its uv is not on every machine's PATH."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", world.env["PATH"])
-        return arms.build_arm(arm, settings(world, **flags), console=QUIET)
+        return sandboxes.build_sandbox(sandbox, settings(world, **flags), console=QUIET)
 
 
-def built(world: World, arm: Arm, **flags: str) -> str:
+def built(world: World, sandbox: Sandbox, **flags: str) -> str:
     """Build an arm and return where its kernels are from."""
-    observed = build(world, arm, **flags)
+    observed = build(world, sandbox, **flags)
     assert observed.kernels.recorded
     return observed.kernels.recorded.inputs["origin"].split()[0]
 
@@ -101,94 +101,94 @@ def commit(world: World, path: str, old: str, new: str, *, parent: str | None = 
     return made
 
 
-def answer(arm: Arm, world: World) -> str:
+def answer(sandbox: Sandbox, world: World) -> str:
     """What the compiled library that the arm's own interpreter imports says."""
     code = "import ctypes, pathlib, vllm; print(ctypes.CDLL(str(pathlib.Path(vllm.__file__).parent / '_C.abi3.so')).vllm_small_answer(), vllm.__file__)"
-    said, place = World(world.materials, world.folder, arm.layout, world.index, world.env).python(code).split()
-    assert Path(place).is_relative_to(arm.layout.vllm)
+    said, place = World(world.materials, world.folder, sandbox.layout, world.index, world.env).python(code).split()
+    assert Path(place).is_relative_to(sandbox.layout.vllm)
     return said
 
 
 def test_arm_of_the_bare_pin_has_all_kernels_of_the_precompiled_wheel_although_its_setup_leaves_some_out(armed: World) -> None:
-    arm = made_arm(armed)
-    assert built(armed, arm) == "precompiled"
-    assert (arm.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes() == (armed.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes()
-    assert '"vllm/_C_AVX2.abi3.so"' not in (arm.layout.vllm / "setup.py").read_text()
+    sandbox = made_sandbox(armed)
+    assert built(armed, sandbox) == "precompiled"
+    assert (sandbox.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes() == (armed.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes()
+    assert '"vllm/_C_AVX2.abi3.so"' not in (sandbox.layout.vllm / "setup.py").read_text()
     assert armed.status()["kernels"] == "ok"
 
 
 def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kernels_of_its_own(armed: World, run_log: RunLog) -> None:
-    arm = made_arm(armed)
-    stamped = stamp.read(arm.layout.stamp("vllm"))
-    live = arms.move(arm, commit(armed, PYTHON, "__version__", "mine = 1\n__version__"), settings=settings(armed), run_log=run_log)
+    sandbox = made_sandbox(armed)
+    stamped = stamp.read(sandbox.layout.stamp("vllm"))
+    live = sandboxes.move(sandbox, commit(armed, PYTHON, "__version__", "mine = 1\n__version__"), settings=settings(armed), run_log=run_log)
     assert built(armed, live) == "precompiled"
-    assert stamp.read(arm.layout.stamp("vllm")) == stamped
-    assert "mine" in (arm.layout.vllm / PYTHON).read_text()
-    changed = arms.move(live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
-    assert stamp.read(arm.layout.stamp("vllm")) is None
+    assert stamp.read(sandbox.layout.stamp("vllm")) == stamped
+    assert "mine" in (sandbox.layout.vllm / PYTHON).read_text()
+    changed = sandboxes.move(live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
+    assert stamp.read(sandbox.layout.stamp("vllm")) is None
     assert built(armed, changed) == "hybrid"
     assert answer(changed, armed) == "43"
-    back = arms.move(changed, base(armed), settings=settings(armed), run_log=run_log)
+    back = sandboxes.move(changed, base(armed), settings=settings(armed), run_log=run_log)
     assert built(armed, back) == "precompiled"
     library = Path("vllm/_C.abi3.so")
     assert (back.layout.vllm / library).read_bytes() == (armed.layout.vllm / library).read_bytes()
-    assert arms.find_all(armed.layout) == (back,)
+    assert sandboxes.find_all(armed.layout) == (back,)
 
 
 @pytest.mark.parametrize("missing", ["KERNELS", "compiler"])
 def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled(armed: World, run_log: RunLog, missing: str) -> None:
-    arm = arms.move(made_arm(armed), commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
+    sandbox = sandboxes.move(made_sandbox(armed), commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
     if missing == "compiler":
         armed.env["CXX"] = armed.env["CC"] = "/nowhere/c++"
     with pytest.raises(BuildError):
-        built(armed, arm, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
-    assert arms.find(armed.layout, "a") == arm
+        built(armed, sandbox, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
+    assert sandboxes.find(armed.layout, "a") == sandbox
 
 
 def test_commit_that_does_not_descend_from_the_pin_is_built_where_it_stands(armed: World) -> None:
     older = git(armed.layout.vllm, "commit-tree", "-m", "elsewhere", f"{base(armed)}^{{tree}}")
-    arm = made_arm(armed, tip=older)
-    assert built(armed, arm) == "precompiled"
-    assert git(arm.layout.vllm, "rev-parse", "HEAD") == older
+    sandbox = made_sandbox(armed, tip=older)
+    assert built(armed, sandbox) == "precompiled"
+    assert git(sandbox.layout.vllm, "rev-parse", "HEAD") == older
 
 
 def test_what_somebody_did_in_an_arm_is_kept_and_leaves_the_tree(armed: World, run_log: RunLog) -> None:
-    arm = made_arm(armed)
-    (arm.layout.vllm / PYTHON).write_text("edited\n")
-    (arm.layout.vllm / "new.txt").write_text("new\n")
+    sandbox = made_sandbox(armed)
+    (sandbox.layout.vllm / PYTHON).write_text("edited\n")
+    (sandbox.layout.vllm / "new.txt").write_text("new\n")
     python = commit(armed, PYTHON, "__version__", "mine = 1\n__version__")
-    arms.move(arm, python, settings=settings(armed), run_log=run_log)
-    assert git(arm.layout.vllm, "status", "--porcelain") == ""
-    (kept,) = git(armed.layout.vllm, "for-each-ref", "--format=%(refname)", arms.LEFT_REFS).splitlines()
+    sandboxes.move(sandbox, python, settings=settings(armed), run_log=run_log)
+    assert git(sandbox.layout.vllm, "status", "--porcelain") == ""
+    (kept,) = git(armed.layout.vllm, "for-each-ref", "--format=%(refname)", sandboxes.LEFT_REFS).splitlines()
     assert git(armed.layout.vllm, "show", f"{kept}:new.txt") == "new"
     assert git(armed.layout.vllm, "show", f"{kept}:{PYTHON}") == "edited"
     # A commit is kept too, and that of the workspace's own making is not.
-    git(arm.layout.vllm, "commit", "--quiet", "--allow-empty", "-m", "mine")
-    mine = git(arm.layout.vllm, "rev-parse", "HEAD")
-    found = arms.find(armed.layout, "a")
+    git(sandbox.layout.vllm, "commit", "--quiet", "--allow-empty", "-m", "mine")
+    mine = git(sandbox.layout.vllm, "rev-parse", "HEAD")
+    found = sandboxes.find(armed.layout, "a")
     assert found
-    assert arms.remove(found) == f"{arms.LEFT_REFS}/{mine[:12]}"
-    assert arms.remove(made_arm(armed, "b", tip=python)) is None
-    assert not any(armed.layout.arms.iterdir())
+    assert sandboxes.remove(found) == f"{sandboxes.LEFT_REFS}/{mine[:12]}"
+    assert sandboxes.remove(made_sandbox(armed, "b", tip=python)) is None
+    assert not any(armed.layout.sandboxes.iterdir())
     assert git(armed.layout.vllm, "worktree", "list").count("\n") == 0
-    assert git(armed.layout.vllm, "for-each-ref", arms.REFS) == ""
+    assert git(armed.layout.vllm, "for-each-ref", sandboxes.REFS) == ""
 
 
 def test_patches_and_pins_of_an_arm_are_its_own_and_follow_what_is_asked_for(armed: World) -> None:
     tip = armed.git("rev-parse", "HEAD")
-    arm = made_arm(armed, tip=tip, patches=armed.layout.patches("vllm"))
-    assert (arm.layout.patches("vllm") / armed.materials.patch.name).exists()
-    bare = made_arm(armed)
+    sandbox = made_sandbox(armed, tip=tip, patches=armed.layout.patches("vllm"))
+    assert (sandbox.layout.patches("vllm") / armed.materials.patch.name).exists()
+    bare = made_sandbox(armed)
     assert [path.name for path in bare.layout.patches("vllm").iterdir()] == ["series"]
     assert git(bare.layout.vllm, "rev-parse", "HEAD") == base(armed)
 
 
 @pytest.mark.parametrize("left", ["record", "tree", "move", "products", "half a folder"])
 def test_whatever_a_kill_left_the_next_run_goes_on_from(armed: World, left: str) -> None:
-    arm, tip = made_arm(armed), commit(armed, ANSWER, "42", "43")
-    own = arm.layout
+    sandbox, tip = made_sandbox(armed), commit(armed, ANSWER, "42", "43")
+    own = sandbox.layout
     if left == "record":
-        (own.root / arms.RECORD).unlink()
+        (own.root / sandboxes.RECORD).unlink()
     elif left == "tree":
         git(own.vllm, "update-ref", "-d", "refs/worktree/made")
         (own.vllm / ANSWER).write_text("")
@@ -203,8 +203,8 @@ def test_whatever_a_kill_left_the_next_run_goes_on_from(armed: World, left: str)
     else:
         own.root.rename(own.root.with_name(".a.gone"))
         (own.root.parent / ".a.making-x").mkdir()
-    again = made_arm(armed, tip=tip)
+    again = made_sandbox(armed, tip=tip)
     assert git(again.layout.vllm, "status", "--porcelain") == ""
     assert git(again.layout.vllm, "rev-parse", "HEAD") == tip
-    assert git(armed.layout.vllm, "for-each-ref", arms.LEFT_REFS) == ""
-    assert sorted(path.name for path in armed.layout.arms.iterdir()) == ["a"]
+    assert git(armed.layout.vllm, "for-each-ref", sandboxes.LEFT_REFS) == ""
+    assert sorted(path.name for path in armed.layout.sandboxes.iterdir()) == ["a"]
