@@ -1,7 +1,8 @@
 """The door of `nox`: it passes judgement on the workspace. Imports nothing of ours.
 
-A single session ends the process with its child's exit code (8: smoke failed); of several all are run, and nox exits 1 if any failed.
-scripts/nox starts it in the tool environment; a nox from elsewhere hands over to that.
+A single session ends the process with its child's exit code (8: smoke failed); of several all are
+run, and nox exits 1 if any failed. scripts/nox starts it in the tool environment; a nox from
+elsewhere hands over to that.
 """
 
 import os
@@ -14,15 +15,25 @@ ROOT = os.path.dirname(os.path.realpath(__file__))
 TOOLS = os.path.join(ROOT, ".workspace", "tools")
 HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
 
-# Seconds that a child gets to end its own children after ^C; nox's own 0.3 s would kill it in the middle of that.
+# Seconds that a child gets to end its own children after ^C; nox's own 0.3 s would kill it in the
+# middle of that.
 INTERRUPT_TIMEOUT_S = 30.0
 TERMINATE_TIMEOUT_S = 10.0
 # What would make a child import from elsewhere, or believe that it runs in another environment.
-FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", HANDED_OVER)
+FOREIGN = (
+    "PYTHONPATH",
+    "PYTHONHOME",
+    "PYTHONSAFEPATH",
+    "PYTHONSTARTUP",
+    "VIRTUAL_ENV",
+    HANDED_OVER,
+)
 
 
 def hand_over():
-    """Become scripts/nox with all arguments, once: exec keeps the process number, which thus tells a loop."""
+    """Become scripts/nox with all arguments, once: exec keeps the process number, which thus tells
+    a loop.
+    """
     if os.environ.get(HANDED_OVER) == str(os.getpid()):
         sys.exit("error: scripts/nox did not lead to {}".format(TOOLS))
     os.environ[HANDED_OVER] = str(os.getpid())
@@ -38,7 +49,11 @@ if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
 # Name of a proof: what pytest is given.
 PROOFS = {
     "bench": ["tests/proof/bench", "-n", "0"],
-    "bootstrap": ["tests/proof/test_bootstrap.py", "tests/proof/test_rebuild.py", "tests/proof/test_perf.py"],
+    "bootstrap": [
+        "tests/proof/test_bootstrap.py",
+        "tests/proof/test_rebuild.py",
+        "tests/proof/test_perf.py",
+    ],
     "fuzz": ["tests/fuzz", "--hypothesis-profile=deep"],
     # It runs its worlds beside each other by itself.
     "kill": ["tests/proof/kill", "-n", "0"],
@@ -48,7 +63,6 @@ PROOFS = {
     # One server at a time in this clone.
     "serve": ["tests/proof/serve", "-n", "0", "-s"],
     "smoke": ["tests/proof/smoke", "-n", "0"],
-    
     "triton": ["tests/proof/triton"],
     "upstream": ["tests/proof/upstream", "-n", "0"],
 }
@@ -92,7 +106,9 @@ def run(session, *words):
         # nox has no public way to ask how many sessions there are.
         if exc.return_code is None or len(session._runner.manifest) > 1:
             raise
-        raise SystemExit(exc.return_code if exc.return_code > 0 else 128 - exc.return_code) from None
+        raise SystemExit(
+            exc.return_code if exc.return_code > 0 else 128 - exc.return_code
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, former)
 
@@ -132,7 +148,9 @@ def upstream(session):
 
 @nox.session
 def bench(session):
-    """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve, startup."""
+    """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve,
+    startup.
+    """
     run(session, "workspace.cli.sessions", "bench", *session.posargs)
 
 
@@ -156,10 +174,14 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve, smoke, triton, upstream; words after its name go to pytest."""
+    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve, smoke,
+    triton, upstream; words after its name go to pytest.
+    """
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:
-        session.error("no proof is called {}; there are {}".format(unknown[0], ", ".join(sorted(PROOFS))))
+        session.error(
+            "no proof is called {}; there are {}".format(unknown[0], ", ".join(sorted(PROOFS)))
+        )
     for name in chosen:
         run(session, "pytest", *PROOFS[name], *session.posargs[1:])

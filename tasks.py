@@ -1,7 +1,8 @@
 """The door of `inv`: parse, call, print.
 
-scripts/inv runs this file as a program of the tool environment. Whoever else loads it, a plain `inv` from pipx or an old Python,
-hands over to scripts/inv, so that every way in has the same verbs, messages and exit codes. It therefore parses in old Pythons.
+scripts/inv runs this file as a program of the tool environment. Whoever else loads it, a plain
+`inv` from pipx or an old Python, hands over to scripts/inv, so that every way in has the same
+verbs, messages and exit codes. It therefore parses in old Pythons.
 """
 
 import os
@@ -13,11 +14,14 @@ _HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
 
 
 def _hand_over():
-    """Become scripts/inv with all arguments, once: exec keeps the process number, which thus tells a loop."""
+    """Become scripts/inv with all arguments, once: exec keeps the process number, which thus tells
+    a loop.
+    """
     if os.environ.get(_HANDED_OVER) == str(os.getpid()):
         return
     if os.path.realpath(sys.prefix) == os.path.realpath(_TOOLS):
-        # The tool environment itself lacks something: without the copy of its requirements it is made anew.
+        # The tool environment itself lacks something: without the copy of its requirements it is
+        # made anew.
         try:
             os.unlink(os.path.join(_TOOLS, "requirements.txt"))
         except OSError:

@@ -1,7 +1,8 @@
 """Make .workspace/tools, the environment that `inv` and `nox` run in: whole or not at all.
 
-Started by scripts/inv and scripts/nox with whatever python3 there is, before anything of ours can be imported: standard library
-only, syntax of Python 3.6. Of the user's pip and uv settings those that say where packages come from are kept, the others dropped.
+Started by scripts/inv and scripts/nox with whatever python3 there is, before anything of ours can
+be imported: standard library only, syntax of Python 3.6. Of the user's pip and uv settings those
+that say where packages come from are kept, the others dropped.
 """
 
 import configparser
@@ -28,9 +29,12 @@ PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11")
 # The first uv with `venv --relocatable` and today's names of the index options.
 OLDEST_UV = (0, 5)
 SHOWN_LINES = 12
-CHECK_INDEX = "check the network and the package index (`pip config list`), then run the same command again"
+CHECK_INDEX = (
+    "check the network and the package index (`pip config list`), then run the same command again"
+)
 
-# What says where packages come from, how to get there and where to keep them; the rest of UV_* and PIP_* says what to install where.
+# What says where packages come from, how to get there and where to keep them; the rest of UV_* and
+# PIP_* says what to install where.
 _UV_KEPT = re.compile(
     r"UV_(DEFAULT_INDEX|INDEX.*|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|KEYRING_PROVIDER|INSECURE_HOST|NATIVE_TLS|SYSTEM_CERTS|HTTP_.*|REQUEST_TIMEOUT"
     r"|CACHE_DIR|NO_CACHE|LINK_MODE|OFFLINE|CONFIG_FILE|NO_CONFIG|CONCURRENT_.*|CREDENTIALS_DIR|PYTHON_INSTALL_.*|PYTHON_DOWNLOADS.*)$"
@@ -58,7 +62,9 @@ def main():
             prepare()
         except OSError as exc:
             sentence = "{} cannot be written: {}".format(exc.filename or STATE, exc.strerror)
-            raise Failure(MACHINE, sentence, "df -h {0}; ls -ld {0}".format(shlex.quote(ROOT))) from exc
+            raise Failure(
+                MACHINE, sentence, "df -h {0}; ls -ld {0}".format(shlex.quote(ROOT))
+            ) from exc
     except Failure as exc:
         for line in exc.details:
             say("  " + line)
@@ -74,7 +80,11 @@ def main():
 def prepare():
     """Build what is missing, one process at a time."""
     if not os.path.isfile(REQUIREMENTS):
-        raise Failure(MACHINE, "requirements/tools.txt is not there: the clone is incomplete", "git -C {} checkout -- requirements".format(ROOT))
+        raise Failure(
+            MACHINE,
+            "requirements/tools.txt is not there: the clone is incomplete",
+            "git -C {} checkout -- requirements".format(ROOT),
+        )
     os.makedirs(STATE, exist_ok=True)
     with open(os.path.join(STATE, "tools.lock"), "a") as lock:
         try:
@@ -90,7 +100,9 @@ def prepare():
             remove_leftovers()
             environment, index = surroundings()
             python = find_python()
-            build(find_uv(environment) or install_uv(python, environment), python, environment, index)
+            build(
+                find_uv(environment) or install_uv(python, environment), python, environment, index
+            )
         except BaseException:
             say("")
             raise
@@ -102,23 +114,55 @@ def prepare():
 def is_complete():
     """Say whether TOOLS was made from today's requirements; scripts/inv asks the same with cmp."""
     try:
-        with open(REQUIREMENTS, "rb") as wanted, open(os.path.join(TOOLS, "requirements.txt"), "rb") as made:
-            return wanted.read() == made.read() and os.access(os.path.join(TOOLS, "bin", "python"), os.X_OK)
+        with (
+            open(REQUIREMENTS, "rb") as wanted,
+            open(os.path.join(TOOLS, "requirements.txt"), "rb") as made,
+        ):
+            return wanted.read() == made.read() and os.access(
+                os.path.join(TOOLS, "bin", "python"), os.X_OK
+            )
     except OSError:
         return False
 
 
 def build(uv, python, environment, index):
-    """Make the environment beside TOOLS, prove it, write what it was made from last, and put it in place."""
+    """Make the environment beside TOOLS, prove it, write what it was made from last, and put it in
+    place.
+    """
     new = os.path.join(STATE, "tools.new-{}".format(os.getpid()))
-    venv = [uv, "venv", "--quiet", "--relocatable", "--python", python or ">={}.{}".format(*OLDEST_PYTHON), new]
+    venv = [
+        uv,
+        "venv",
+        "--quiet",
+        "--relocatable",
+        "--python",
+        python or ">={}.{}".format(*OLDEST_PYTHON),
+        new,
+    ]
     none = "no Python {}.{} or newer could be found or fetched".format(*OLDEST_PYTHON)
     call(venv, environment, MACHINE, none, "sudo apt-get install python3.12 python3.12-venv")
     interpreter = os.path.join(new, "bin", "python")
-    install = [uv, "pip", "install", "--quiet", "--python", interpreter, "--require-hashes", "--no-build", "-r", REQUIREMENTS]
+    install = [
+        uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        interpreter,
+        "--require-hashes",
+        "--no-build",
+        "-r",
+        REQUIREMENTS,
+    ]
     call(install + index, environment, FETCH, "the tools could not be installed", CHECK_INDEX)
     imports = [interpreter, "-Es", "-c", "import invoke, nox"]
-    call(imports, environment, MACHINE, "the tools were installed but cannot be imported", "run the same command again")
+    call(
+        imports,
+        environment,
+        MACHINE,
+        "the tools were installed but cannot be imported",
+        "run the same command again",
+    )
     shutil.copyfile(REQUIREMENTS, os.path.join(new, "requirements.txt"))
     if os.path.lexists(TOOLS):
         os.rename(TOOLS, os.path.join(STATE, "tools.old-{}".format(os.getpid())))
@@ -126,7 +170,9 @@ def build(uv, python, environment, index):
 
 
 def find_python():
-    """Return an interpreter that is new enough, or None: uv then looks for one in its own places."""
+    """Return an interpreter that is new enough, or None: uv then looks for one in its own
+    places.
+    """
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return sys.executable
     for name in PYTHONS:
@@ -148,44 +194,84 @@ def find_uv(environment):
 
 
 def install_uv(python, environment):
-    """Install the locked uv from the index into PRIVATE_UV, with venv or, as on Ubuntu without python3-venv, with pip alone."""
+    """Install the locked uv from the index into PRIVATE_UV, with venv or, as on Ubuntu without
+    python3-venv, with pip alone.
+    """
     python = python or sys.executable
     new = os.path.join(STATE, "uv.new-{}".format(os.getpid()))
     wanted = new + ".txt"
     with open(REQUIREMENTS) as file, open(wanted, "w") as only:
         entry = re.search(r"^uv==(?:.*\\\n)*.*\n?", file.read(), re.MULTILINE)
         only.write(entry.group(0) if entry else "uv\n")
-    install = ["-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", wanted]
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--require-hashes",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "-r",
+        wanted,
+    ]
     environment = dict(environment, PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0")
     sentence = "uv could not be installed"
     if run([python, "-Es", "-m", "venv", new], environment)[0] == 0:
-        call([os.path.join(new, "bin", "python"), "-Es"] + install, environment, FETCH, sentence, CHECK_INDEX)
+        call(
+            [os.path.join(new, "bin", "python"), "-Es"] + install,
+            environment,
+            FETCH,
+            sentence,
+            CHECK_INDEX,
+        )
     elif run([python, "-Es", "-m", "pip", "--version"], environment)[0] == 0:
         shutil.rmtree(new, ignore_errors=True)
-        call([python, "-Es"] + install + ["--target", new], environment, FETCH, sentence, CHECK_INDEX)
+        call(
+            [python, "-Es"] + install + ["--target", new], environment, FETCH, sentence, CHECK_INDEX
+        )
     else:
         package = "python{}.{}-venv".format(*sys.version_info[:2])
-        raise Failure(MACHINE, "{} has neither venv nor pip, and there is no uv on PATH".format(python), "sudo apt-get install {}".format(package))
+        raise Failure(
+            MACHINE,
+            "{} has neither venv nor pip, and there is no uv on PATH".format(python),
+            "sudo apt-get install {}".format(package),
+        )
     does_not_run = "the installed uv does not run"
-    call([os.path.join(new, "bin", "uv"), "--version"], environment, MACHINE, does_not_run, "install uv yourself and run the same command again")
+    call(
+        [os.path.join(new, "bin", "uv"), "--version"],
+        environment,
+        MACHINE,
+        does_not_run,
+        "install uv yourself and run the same command again",
+    )
     shutil.rmtree(PRIVATE_UV, ignore_errors=True)
     os.rename(new, PRIVATE_UV)
     return os.path.join(PRIVATE_UV, "bin", "uv")
 
 
 def surroundings():
-    """Return the environment for pip and uv, and the options that give uv the index that only pip was told of."""
+    """Return the environment for pip and uv, and the options that give uv the index that only pip
+    was told of.
+    """
     environment = {}
     for name, text in os.environ.items():
         if _UV_KEPT.match(name) or _PIP_KEPT.match(name) or not _DROPPED.match(name):
             environment[name] = text
     pip = pip_settings(environment)
-    for name, key in (("SSL_CERT_FILE", "cert"), ("SSL_CLIENT_CERT", "client-cert"), ("UV_HTTP_TIMEOUT", "timeout"), ("ALL_PROXY", "proxy")):
+    for name, key in (
+        ("SSL_CERT_FILE", "cert"),
+        ("SSL_CLIENT_CERT", "client-cert"),
+        ("UV_HTTP_TIMEOUT", "timeout"),
+        ("ALL_PROXY", "proxy"),
+    ):
         if pip.get(key) and name not in environment:
             environment[name] = pip[key]
     options = []
     if not has_uv_index(environment):
-        options += ["--no-index"] if pip.get("no-index", "").lower() in ("1", "true", "yes", "on") else []
+        options += (
+            ["--no-index"] if pip.get("no-index", "").lower() in ("1", "true", "yes", "on") else []
+        )
         options += ["--default-index=" + pip["index-url"]] if pip.get("index-url") else []
         extra = pip.get("extra-index-url", "").split()
         options += ["--index=" + url for url in extra]
@@ -198,13 +284,25 @@ def surroundings():
 
 
 def pip_settings(environment):
-    """Return what pip would take from its files and PIP_*: https://pip.pypa.io/en/stable/topics/configuration/."""
+    """Return what pip would take from its files and PIP_*:
+    https://pip.pypa.io/en/stable/topics/configuration/.
+    """
     home = os.path.expanduser("~")
     files = [environment.get("PIP_CONFIG_FILE", "")]
     if files[0] != os.devnull:
-        files += [os.path.join(folder, "pip", "pip.conf") for folder in environment.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")]
+        files += [
+            os.path.join(folder, "pip", "pip.conf")
+            for folder in environment.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")
+        ]
         files += ["/etc/pip.conf", os.path.join(home, ".pip", "pip.conf")]
-        files += [os.path.join(environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config"), "pip", "pip.conf"), os.path.join(sys.prefix, "pip.conf")]
+        files += [
+            os.path.join(
+                environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config"),
+                "pip",
+                "pip.conf",
+            ),
+            os.path.join(sys.prefix, "pip.conf"),
+        ]
     settings = {}
     for path in files:
         parser = configparser.RawConfigParser()
@@ -214,22 +312,43 @@ def pip_settings(environment):
             continue
         for section in ("global", "install"):
             if parser.has_section(section):
-                settings.update((key.replace("_", "-"), text) for key, text in parser.items(section))
+                settings.update(
+                    (key.replace("_", "-"), text) for key, text in parser.items(section)
+                )
     for name, text in environment.items():
         if name.startswith("PIP_") and text:
-            settings[name[4:].lower().replace("_", "-").replace("default-timeout", "timeout")] = text
+            settings[name[4:].lower().replace("_", "-").replace("default-timeout", "timeout")] = (
+                text
+            )
     return settings
 
 
 def has_uv_index(environment):
-    """Say whether the user told uv itself where packages come from; pip's word then does not count."""
-    if any(environment.get(name) for name in ("UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_NO_INDEX")):
+    """Say whether the user told uv itself where packages come from; pip's word then does not
+    count.
+    """
+    if any(
+        environment.get(name)
+        for name in (
+            "UV_DEFAULT_INDEX",
+            "UV_INDEX",
+            "UV_INDEX_URL",
+            "UV_EXTRA_INDEX_URL",
+            "UV_NO_INDEX",
+        )
+    ):
         return True
-    own = os.path.join(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "uv", "uv.toml")
+    own = os.path.join(
+        environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "uv", "uv.toml"
+    )
     for path in (environment.get("UV_CONFIG_FILE", ""), own, "/etc/uv/uv.toml"):
         try:
             with open(path, encoding="utf-8") as file:
-                if re.search(r"^\s*(\[\[index\]\]|(extra-)?index(-url)?\s*=|no-index\s*=)", file.read(), re.MULTILINE):
+                if re.search(
+                    r"^\s*(\[\[index\]\]|(extra-)?index(-url)?\s*=|no-index\s*=)",
+                    file.read(),
+                    re.MULTILINE,
+                ):
                     return True
         except (OSError, UnicodeDecodeError):
             continue
@@ -243,7 +362,9 @@ def call(argv, environment, code, sentence, hint):
         return
     # Addresses may hold a password.
     lines = tuple(re.sub(r"//[^/@\s]+@", "//****@", text).strip().splitlines()[-SHOWN_LINES:])
-    if re.search(r"no space left|read-only file system|permission denied|disk quota", text, re.IGNORECASE):
+    if re.search(
+        r"no space left|read-only file system|permission denied|disk quota", text, re.IGNORECASE
+    ):
         raise Failure(MACHINE, sentence, "df -h {0}; ls -ld {0}".format(shlex.quote(STATE)), lines)
     raise Failure(code, sentence, hint, lines)
 
@@ -251,7 +372,14 @@ def call(argv, environment, code, sentence, hint):
 def run(argv, environment):
     """Run a program to its end and return its status and what it said; it ends with us."""
     try:
-        child = subprocess.Popen(argv, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            argv,
+            env=environment,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     except OSError as exc:
         return 127, str(exc)
     try:

@@ -38,14 +38,18 @@ def world(materials: Materials, tmp_path: Path) -> Iterator[World]:
 def _bootstrapped(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
     made = make_world(materials, tmp_path_factory.mktemp("built"))
     # As on a machine that has a package index and no way to the git server.
-    made.first = made.bootstrap("--source", "auto", env={"VLLM_MIRROR": (made.folder / "nowhere").as_uri()})
+    made.first = made.bootstrap(
+        "--source", "auto", env={"VLLM_MIRROR": (made.folder / "nowhere").as_uri()}
+    )
     made.save()
     return made
 
 
 @pytest.fixture
 def built(_bootstrapped: World) -> Iterator[World]:
-    """A bootstrapped clone, put back to that state for each test; always at the same path, which its environment holds."""
+    """A bootstrapped clone, put back to that state for each test; always at the same path, which
+    its environment holds.
+    """
     _bootstrapped.restore()
     yield _bootstrapped
     _bootstrapped.end()

@@ -1,7 +1,9 @@
-"""Copies of the clone with no more than its doors, and stand-ins for the uv and the Python that they find on PATH.
+"""Copies of the clone with no more than its doors, and stand-ins for the uv and the Python that
+they find on PATH.
 
-No network: a program called uv on PATH makes a virtual environment that borrows the packages of the one these tests run in, and
-a program called python3 stands for machines whose Python is too old or lacks venv and pip.
+No network: a program called uv on PATH makes a virtual environment that borrows the packages of the
+one these tests run in, and a program called python3 stands for machines whose Python is too old or
+lacks venv and pip.
 """
 
 import json
@@ -13,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = "nothing==1 \\\n    --hash=sha256:" + "1" * 64 + "\nuv==0.13.9 \\\n    --hash=sha256:" + "0" * 64 + "\n"
+REQUIREMENTS = (
+    "nothing==1 \\\n    --hash=sha256:"
+    + "1" * 64
+    + "\nuv==0.13.9 \\\n    --hash=sha256:"
+    + "0" * 64
+    + "\n"
+)
 
 # Makes what it is asked for in 50 ms, notes how it was called, and misbehaves as FAKE_MANNER says.
 FAKE_UV = """#!@PYTHON@ -Es
@@ -39,7 +47,8 @@ elif manner == "wait":
     signal.pause()
 """
 
-# A python3 that believes in another version, or has no venv, or no pip; asked to install uv it puts the fake one there.
+# A python3 that believes in another version, or has no venv, or no pip; asked to install uv it puts
+# the fake one there.
 FAKE_PYTHON = """#!@PYTHON@ -Es
 import os, runpy, shutil, sys
 words, lacks = [word for word in sys.argv[1:] if word != "-Es"], "@LACKS@".split()
@@ -70,7 +79,11 @@ else:
 
 def program(path: Path, text: str, **words: str) -> Path:
     """Write an executable, @WORDS@ filled in."""
-    for name, word in {"PYTHON": sys.executable, "PACKAGES": sysconfig.get_path("purelib"), **words}.items():
+    for name, word in {
+        "PYTHON": sys.executable,
+        "PACKAGES": sysconfig.get_path("purelib"),
+        **words,
+    }.items():
         text = text.replace(f"@{name}@", word)
     path.unlink(missing_ok=True)
     path.write_text(text)
@@ -94,17 +107,34 @@ class Clone:
         return self.programs / "uv.log"
 
     def calls(self) -> list[tuple[list[str], dict[str, str]]]:
-        return [(words, environment) for words, environment in map(json.loads, self.log.read_text().splitlines())] if self.log.exists() else []
+        return (
+            [
+                (words, environment)
+                for words, environment in map(json.loads, self.log.read_text().splitlines())
+            ]
+            if self.log.exists()
+            else []
+        )
 
     def environment(self, **more: str) -> dict[str, str]:
         return {"PATH": f"{self.programs}:/usr/bin:/bin", "HOME": str(self.programs), **more}
 
-    def run(self, *argv: str | Path, cwd: Path | None = None, **more: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *argv: str | Path, cwd: Path | None = None, **more: str
+    ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            argv, cwd=cwd or self.programs, env=self.environment(**more), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30
+            argv,
+            cwd=cwd or self.programs,
+            env=self.environment(**more),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=30,
         )
 
-    def inv(self, *words: str, cwd: Path | None = None, **more: str) -> "subprocess.CompletedProcess[str]":
+    def inv(
+        self, *words: str, cwd: Path | None = None, **more: str
+    ) -> "subprocess.CompletedProcess[str]":
         return self.run(self.root / "scripts" / "inv", *words, cwd=cwd, **more)
 
 
@@ -145,6 +175,15 @@ HOSTILE = {
 def booby_trap(folder: Path) -> Path:
     """A folder in which every import of the doors would go wrong."""
     folder.mkdir()
-    for name in ("sitecustomize", "invoke", "nox", "workspace", "tasks", "random", "json", "dotenv"):
+    for name in (
+        "sitecustomize",
+        "invoke",
+        "nox",
+        "workspace",
+        "tasks",
+        "random",
+        "json",
+        "dotenv",
+    ):
         (folder / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')\n")
     return folder

@@ -1,6 +1,7 @@
 """The picture of the house, enforced: who may import whom, and the single doors.
 
-Each rule is a function from a module's source to complaints, and is also shown a source that breaks it.
+Each rule is a function from a module's source to complaints, and is also shown a source that breaks
+it.
 """
 
 import ast
@@ -12,11 +13,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The rooms from the top down. A room may import what stands below it and nothing above; probes import nothing of ours.
-ROOMS = ("cli", "support", "bump", "bench", "checks", "server", "install", "compile", "repo", "machine", "core")
+# The rooms from the top down. A room may import what stands below it and nothing above; probes
+# import nothing of ours.
+ROOMS = (
+    "cli",
+    "support",
+    "bump",
+    "bench",
+    "checks",
+    "server",
+    "install",
+    "compile",
+    "repo",
+    "machine",
+    "core",
+)
 # Of the rooms below, those that a room has no business with.
 NOT_EVEN = {"repo": {"machine"}, "bench": {"compile"}}
-MAY_IMPORT = {room: set(ROOMS[place + 1 :]) - NOT_EVEN.get(room, set()) for place, room in enumerate(ROOMS)} | {"probes": set()}
+MAY_IMPORT = {
+    room: set(ROOMS[place + 1 :]) - NOT_EVEN.get(room, set()) for place, room in enumerate(ROOMS)
+} | {"probes": set()}
 # A package that only one module, one package, or nobody, may import.
 SINGLE_ENTRANCES = {
     "subprocess": "workspace/core/process.py",
@@ -28,12 +44,30 @@ SINGLE_ENTRANCES = {
     "nox": "noxfile.py",
 }
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
-# The seam, the program it puts between itself and what it starts, the one that a build puts before each compiler, and the one above a server.
-STARTS_PROGRAMS = {"workspace/core/process.py", "workspace/core/guard.py", "workspace/compile/launcher.py", "workspace/server/supervisor.py"}
+# The seam, the program it puts between itself and what it starts, the one that a build puts before
+# each compiler, and the one above a server.
+STARTS_PROGRAMS = {
+    "workspace/core/process.py",
+    "workspace/core/guard.py",
+    "workspace/compile/launcher.py",
+    "workspace/server/supervisor.py",
+}
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
-# What the built environment is sure to have: vLLM's own requirements, and what those require; gguf comes with the model that needs it.
-PROBES_MAY_IMPORT = {"torch", "triton", "vllm", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "httpx", "gguf"}
+# What the built environment is sure to have: vLLM's own requirements, and what those require; gguf
+# comes with the model that needs it.
+PROBES_MAY_IMPORT = {
+    "torch",
+    "triton",
+    "vllm",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "huggingface_hub",
+    "httpx",
+    "gguf",
+}
 LONGEST_MODULE = 500
 MOST_MODULES = 154
 # Of the library's lines.
@@ -84,7 +118,11 @@ def wrong_entrances(source: str, path: str) -> list[str]:
     if path.startswith("workspace/probes/"):
         # A program of its own in another environment: it can use none of our doors.
         return []
-    complaints = [f"{path} imports {name}" for name in imports(tree, path) if not _is_entrance(name.split(".")[0], path)]
+    complaints = [
+        f"{path} imports {name}"
+        for name in imports(tree, path)
+        if not _is_entrance(name.split(".")[0], path)
+    ]
     for name in attributes(tree):
         starts = STARTS_A_PROGRAM.match(name) and path not in STARTS_PROGRAMS
         if starts or (READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"):
@@ -94,36 +132,68 @@ def wrong_entrances(source: str, path: str) -> list[str]:
 
 def _is_entrance(package: str, path: str) -> bool:
     entrance = SINGLE_ENTRANCES.get(package, path)
-    return entrance is not None and (path == entrance or (entrance.endswith("/") and path.startswith(entrance)))
+    return entrance is not None and (
+        path == entrance or (entrance.endswith("/") and path.startswith(entrance))
+    )
 
 
 def wrong_probe(source: str, path: str) -> list[str]:
     names = {name.split(".")[0] for name in imports(ast.parse(source), path)}
-    return [f"{path} imports {name}" for name in sorted(names - PROBES_MAY_IMPORT - set(sys.stdlib_module_names))]
+    return [
+        f"{path} imports {name}"
+        for name in sorted(names - PROBES_MAY_IMPORT - set(sys.stdlib_module_names))
+    ]
 
 
 def heavy_at_the_top(source: str, path: str) -> list[str]:
     tree = ast.parse(source)
-    at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.Try | ast.With)]
-    return [f"{path} imports {name} when it is loaded" for node in at_import for name in imports(node, path) if name.split(".")[0] in HEAVY]
+    at_import = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.Try | ast.With)
+    ]
+    return [
+        f"{path} imports {name} when it is loaded"
+        for node in at_import
+        for name in imports(node, path)
+        if name.split(".")[0] in HEAVY
+    ]
 
 
 def untidy(source: str, path: str) -> list[str]:
-    complaints = [f"{path} has {source.count(chr(10))} lines"] if source.count("\n") > LONGEST_MODULE else []
-    complaints += [f"{path}: {match.group()}" for match in re.finditer(r"\b(TODO|FIXME|XXX)\b.*", source)]
-    return complaints + ([] if ast.get_docstring(ast.parse(source)) else [f"{path} has no docstring"])
+    complaints = (
+        [f"{path} has {source.count(chr(10))} lines"] if source.count("\n") > LONGEST_MODULE else []
+    )
+    complaints += [
+        f"{path}: {match.group()}" for match in re.finditer(r"\b(TODO|FIXME|XXX)\b.*", source)
+    ]
+    return complaints + (
+        [] if ast.get_docstring(ast.parse(source)) else [f"{path} has no docstring"]
+    )
 
 
 def circles(sources: dict[str, str]) -> list[list[str]]:
-    """Groups of modules that import each other, directly or through others; an import inside a function counts."""
-    names = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    """Groups of modules that import each other, directly or through others; an import inside a
+    function counts.
+    """
+    names = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path in sources
+    }
     graph = {}
     for name, path in names.items():
         found = set(imports(ast.parse(sources[path]), path))
-        # `from workspace.core.files import sha256` means the module; `from workspace.core import files` the one that is named.
-        graph[name] = {one if one in names else one.rpartition(".")[0] for one in found} & names.keys() - {name}
+        # `from workspace.core.files import sha256` means the module; `from workspace.core import
+        # files` the one that is named.
+        graph[name] = {
+            one if one in names else one.rpartition(".")[0] for one in found
+        } & names.keys() - {name}
     reached = {name: _reachable(graph, name) for name in graph}
-    groups = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in graph if name in reached[name]}
+    groups = {
+        tuple(sorted(other for other in reached[name] if name in reached[other]))
+        for name in graph
+        if name in reached[name]
+    }
     return sorted(map(list, groups))
 
 
@@ -138,11 +208,17 @@ def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 
 
 def complaints_of(rule, paths: list[Path]) -> list[str]:
-    return [complaint for path in paths for complaint in rule(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))]
+    return [
+        complaint
+        for path in paths
+        for complaint in rule(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
+    ]
 
 
 def test_every_package_is_in_the_picture() -> None:
-    there = {path.relative_to(ROOT / "workspace").parts[0].removesuffix(".py") for path in library()}
+    there = {
+        path.relative_to(ROOT / "workspace").parts[0].removesuffix(".py") for path in library()
+    }
     assert there - {"__init__"} <= set(MAY_IMPORT)
 
 
@@ -151,11 +227,20 @@ def test_arrows_point_down_only() -> None:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    assert circles({str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in library()}) == []
+    assert (
+        circles(
+            {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in library()}
+        )
+        == []
+    )
 
 
 def test_circles_are_seen_also_where_they_are_lazy() -> None:
-    sources = {"workspace/a.py": "from workspace import b", "workspace/b.py": "def f():\n    from workspace.a import x", "workspace/c.py": "import workspace.a"}
+    sources = {
+        "workspace/a.py": "from workspace import b",
+        "workspace/b.py": "def f():\n    from workspace.a import x",
+        "workspace/c.py": "import workspace.a",
+    }
     assert circles(sources) == [["workspace.a", "workspace.b"]]
 
 
@@ -166,7 +251,9 @@ def test_library_is_one_that_a_stranger_can_survey() -> None:
     for path, count in lines.items():
         room = path.relative_to(ROOT / "workspace").parts[0]
         rooms[room] = rooms.get(room, 0) + count
-    assert {room: count for room, count in rooms.items() if count > LARGEST_ROOM * sum(lines.values())} == {}
+    assert {
+        room: count for room, count in rooms.items() if count > LARGEST_ROOM * sum(lines.values())
+    } == {}
 
 
 def test_single_entrances_are_the_only_entrances() -> None:
@@ -184,11 +271,22 @@ def test_nothing_heavy_is_imported_before_a_verb_needs_it() -> None:
 
 
 def test_modules_are_short_documented_and_finished() -> None:
-    assert complaints_of(untidy, [*library(), ROOT / "tasks.py", ROOT / "noxfile.py", ROOT / "scripts" / "tools.py"]) == []
+    assert (
+        complaints_of(
+            untidy,
+            [*library(), ROOT / "tasks.py", ROOT / "noxfile.py", ROOT / "scripts" / "tools.py"],
+        )
+        == []
+    )
 
 
 def test_noxfile_imports_nothing_of_ours() -> None:
-    names = {name.split(".")[0] for name in imports(ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8")), "noxfile.py")}
+    names = {
+        name.split(".")[0]
+        for name in imports(
+            ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8")), "noxfile.py"
+        )
+    }
     assert not names & {"workspace", "tasks", "tests"}
 
 
@@ -231,7 +329,11 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
     [
         (wrong_arrows, "workspace/checks/a.py", "from workspace.server import start"),
         (wrong_arrows, "workspace/repo/a.py", "from .series import read"),
-        (heavy_at_the_top, "workspace/install/a.py", "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git"),
+        (
+            heavy_at_the_top,
+            "workspace/install/a.py",
+            "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git",
+        ),
         (wrong_entrances, "workspace/core/settings.py", "import os\nos.environ"),
     ],
 )

@@ -1,4 +1,6 @@
-"""inv and its ways in, run for real in copies of the clone: from any folder, with any words, by a foreign inv, nox or Python."""
+"""inv and its ways in, run for real in copies of the clone: from any folder, with any words, by a
+foreign inv, nox or Python.
+"""
 
 import json
 import subprocess
@@ -28,21 +30,44 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
         ready.run("sh", "inv", "--list", cwd=ready.root / "scripts"),
         ready.run("inv", "--list", cwd=tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin"),
     ]
-    assert [(is_list(way.stdout), way.stderr, way.returncode) for way in ways] == [(True, "", 0)] * 4
+    assert [(is_list(way.stdout), way.stderr, way.returncode) for way in ways] == [
+        (True, "", 0)
+    ] * 4
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["nonsense"], "error: there is no verb nonsense\nhint: inv --list\n"),
-        (["bootstarp"], "error: there is no verb bootstarp\nhint: did you mean bootstrap? inv --list\n"),
-        (["bootstrap", "--nope"], "error: inv bootstrap has no flag --nope\nhint: inv --help bootstrap\n"),
-        (["bootstrap", "--devise=cpu"], "error: inv bootstrap has no flag --devise\nhint: did you mean --device? inv --help bootstrap\n"),
+        (
+            ["bootstarp"],
+            "error: there is no verb bootstarp\nhint: did you mean bootstrap? inv --list\n",
+        ),
+        (
+            ["bootstrap", "--nope"],
+            "error: inv bootstrap has no flag --nope\nhint: inv --help bootstrap\n",
+        ),
+        (
+            ["bootstrap", "--devise=cpu"],
+            (
+                "error: inv bootstrap has no flag --devise\nhint: did you mean --device? inv --help"
+                " bootstrap\n"
+            ),
+        ),
         (["bootstrap", "--device"], "error: --device needs a value\nhint: inv --help bootstrap\n"),
         (["--dry", "bootstrap"], "error: inv has no flag --dry\nhint: inv --help\n"),
-        (["--help", "bootstarp"], "error: there is no verb bootstarp\nhint: did you mean bootstrap? inv --list\n"),
-        (["bootstrap", "--device", "gpu"], "error: --device: 'gpu' is not one of auto, cuda, cpu\n"),
-        (["bootstrap", "--jobs", "many"], "error: --jobs: 'many' is not a whole number of at least 1\n"),
+        (
+            ["--help", "bootstarp"],
+            "error: there is no verb bootstarp\nhint: did you mean bootstrap? inv --list\n",
+        ),
+        (
+            ["bootstrap", "--device", "gpu"],
+            "error: --device: 'gpu' is not one of auto, cuda, cpu\n",
+        ),
+        (
+            ["bootstrap", "--jobs", "many"],
+            "error: --jobs: 'many' is not a whole number of at least 1\n",
+        ),
     ],
 )
 def test_misuse_is_a_sentence_and_exits_2(ready: Clone, words: list[str], says: str) -> None:
@@ -68,16 +93,27 @@ def test_every_help_text_fits_its_column(ready: Clone) -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """The bin folder of an environment from elsewhere, with invoke and nox and nothing else of what the doors need."""
-    subprocess.run([sys.executable, "-Es", "-m", "venv", "--without-pip", "--symlinks", tmp_path / "foreign"], check=True)
+    """The bin folder of an environment from elsewhere, with invoke and nox and nothing else of what
+    the doors need.
+    """
+    subprocess.run(
+        [sys.executable, "-Es", "-m", "venv", "--without-pip", "--symlinks", tmp_path / "foreign"],
+        check=True,
+    )
     site = next(tmp_path.glob("foreign/lib/*/site-packages"))
     own = Path(sysconfig.get_path("purelib"))
-    names = "invoke nox argcomplete attr attrs colorlog dependency_groups humanize packaging virtualenv platformdirs filelock distlib python_discovery"
+    names = (
+        "invoke nox argcomplete attr attrs colorlog dependency_groups humanize packaging virtualenv"
+        " platformdirs filelock distlib python_discovery"
+    )
     for name in names.split():
         for path in (own / name, *own.glob(f"{name}-*.dist-info")):
             if path.exists():
                 (site / path.name).symlink_to(path)
-    for tool, start in (("inv", "from invoke.main import program; program.run()"), ("nox", "from nox import main; main()")):
+    for tool, start in (
+        ("inv", "from invoke.main import program; program.run()"),
+        ("nox", "from nox import main; main()"),
+    ):
         script = tmp_path / "foreign" / "bin" / tool
         script.write_text(f"#!{tmp_path}/foreign/bin/python\n{start}\n")
         script.chmod(0o755)
@@ -88,7 +124,10 @@ def test_foreign_inv_hands_over_with_all_arguments(ready: Clone, foreign: Path) 
     below = ready.root / "workspace" / "core"
     assert is_list(ready.run(foreign / "inv", "--list", cwd=below).stdout)
     failed = ready.run(foreign / "inv", "bootstrap", "--device", "a b", cwd=below)
-    assert (failed.returncode, failed.stderr.splitlines()[0]) == (2, "error: --device: 'a b' is not one of auto, cuda, cpu")
+    assert (failed.returncode, failed.stderr.splitlines()[0]) == (
+        2,
+        "error: --device: 'a b' is not one of auto, cuda, cpu",
+    )
     assert is_list(ready.run(foreign / "inv", "--search-root", ready.root, "--list").stdout)
 
 
@@ -99,5 +138,18 @@ def test_foreign_python_that_runs_the_tasks_file_hands_over(ready: Clone, foreig
 
 
 def test_foreign_nox_hands_over_with_all_arguments(ready: Clone, foreign: Path) -> None:
-    listed = ready.run(foreign / "nox", "-f", "a clone/noxfile.py", "--list", "-s", "lint", cwd=ready.root.parent, PWD=str(ready.root.parent))
-    assert ("* lint" in listed.stdout, "* tests" in listed.stdout, listed.returncode) == (True, False, 0), listed.stderr
+    listed = ready.run(
+        foreign / "nox",
+        "-f",
+        "a clone/noxfile.py",
+        "--list",
+        "-s",
+        "lint",
+        cwd=ready.root.parent,
+        PWD=str(ready.root.parent),
+    )
+    assert ("* lint" in listed.stdout, "* tests" in listed.stdout, listed.returncode) == (
+        True,
+        False,
+        0,
+    ), listed.stderr

@@ -1,4 +1,6 @@
-"""nox: its sessions end as their child ends, see nothing of the caller's Python, and wait for a child that clears up."""
+"""nox: its sessions end as their child ends, see nothing of the caller's Python, and wait for a
+child that clears up.
+"""
 
 import os
 import signal
@@ -18,18 +20,26 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     return clone
 
 
-def session(clone: Clone, *words: str, body: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
-    """Run nox in the clone with `body` in place of the smoke, and nothing in place of the other sessions."""
+def session(
+    clone: Clone, *words: str, body: str = "", **more: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run nox in the clone with `body` in place of the smoke, and nothing in place of the other
+    sessions.
+    """
     text = f"import sys\nif sys.argv.pop(1) != 'smoke':\n    sys.exit()\n{body}\n"
     (clone.root / "workspace" / "cli" / "sessions.py").write_text(text)
     return clone.run(clone.root / "scripts" / "nox", *words, **more)
 
 
 def test_single_session_exits_with_the_code_of_its_child(judged: Clone) -> None:
-    result = session(judged, "-s", "smoke", "--", "a b", body="import sys; print(sys.argv[1:]); sys.exit(8)")
+    result = session(
+        judged, "-s", "smoke", "--", "a b", body="import sys; print(sys.argv[1:]); sys.exit(8)"
+    )
     assert (result.returncode, result.stdout) == (8, "['a b']\n")
     assert "Traceback" not in result.stderr
-    assert session(judged, "-s", "smoke", body="import os; os.kill(os.getpid(), 9)").returncode == 137
+    assert (
+        session(judged, "-s", "smoke", body="import os; os.kill(os.getpid(), 9)").returncode == 137
+    )
     assert session(judged, "-s", "smoke", body="").returncode == 0
 
 
@@ -42,21 +52,35 @@ def test_of_several_sessions_all_are_run_and_nox_exits_1(judged: Clone) -> None:
 
 def test_session_does_not_see_the_callers_python(judged: Clone, tmp_path: Path) -> None:
     trap = booby_trap(tmp_path / "trap")
-    body = "import os; print(sorted(name for name in os.environ if name.startswith(('PYTHON', 'VIRTUAL'))))"
-    assert session(judged, "-s", "smoke", body=body, PYTHONPATH=str(trap), **HOSTILE).stdout == "[]\n"
+    body = (
+        "import os; print(sorted(name for name in os.environ if name.startswith(('PYTHON',"
+        " 'VIRTUAL'))))"
+    )
+    assert (
+        session(judged, "-s", "smoke", body=body, PYTHONPATH=str(trap), **HOSTILE).stdout == "[]\n"
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ended_nox_waits_for_its_child_to_clear_up(judged: Clone, number: signal.Signals, code: int) -> None:
+def test_ended_nox_waits_for_its_child_to_clear_up(
+    judged: Clone, number: signal.Signals, code: int
+) -> None:
     # Longer than the 0.3 s after which nox would kill it by default.
     body = (
-        "import os, signal, sys, time\n"
-        "def end(number, _):\n    time.sleep(0.6)\n    os.write(1, b'cleared up\\n')\n    sys.exit(128 + number)\n"
-        "signal.signal(signal.SIGINT, end)\nsignal.signal(signal.SIGTERM, end)\nprint('here', flush=True)\nsignal.pause()\n"
+        "import os, signal, sys, time\ndef end(number, _):\n    time.sleep(0.6)\n    os.write(1,"
+        " b'cleared up\\n')\n    sys.exit(128 + number)\nsignal.signal(signal.SIGINT,"
+        " end)\nsignal.signal(signal.SIGTERM, end)\nprint('here', flush=True)\nsignal.pause()\n"
     )
     session(judged, "--list", body=body)
     argv = [judged.root / "scripts" / "nox", "-s", "smoke"]
-    with subprocess.Popen(argv, env=judged.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+    with subprocess.Popen(
+        argv,
+        env=judged.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "here\n"
         if number == signal.SIGINT:

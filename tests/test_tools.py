@@ -1,4 +1,6 @@
-"""The tool environment that the doors make for themselves: from nothing, from half made, in hostile surroundings, ended in the middle."""
+"""The tool environment that the doors make for themselves: from nothing, from half made, in hostile
+surroundings, ended in the middle.
+"""
 
 import os
 import select
@@ -74,39 +76,68 @@ def test_environment_whose_python_went_away_is_made_anew(worn: Clone) -> None:
 
 def test_nothing_hostile_around_gets_into_the_tools(bare: Clone, tmp_path: Path) -> None:
     trap = booby_trap(tmp_path / "trap")
-    kept = {"HTTPS_PROXY": "http://proxy.example:1", "SSL_CERT_FILE": "/c.pem", "PIP_INDEX_URL": "https://pip.example/simple", "UV_HTTP_TIMEOUT": "7"}
+    kept = {
+        "HTTPS_PROXY": "http://proxy.example:1",
+        "SSL_CERT_FILE": "/c.pem",
+        "PIP_INDEX_URL": "https://pip.example/simple",
+        "UV_HTTP_TIMEOUT": "7",
+    }
     result = bare.inv("--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE, **kept)
     assert (is_list(result.stdout), result.returncode) == (True, 0), result.stderr
     for words, environment in bare.calls():
-        assert not environment.keys() & (HOSTILE.keys() - {"CDPATH", "INVOKE_RUN_ECHO", "LC_ALL"} | {"PYTHONPATH"})
+        assert not environment.keys() & (
+            HOSTILE.keys() - {"CDPATH", "INVOKE_RUN_ECHO", "LC_ALL"} | {"PYTHONPATH"}
+        )
         assert kept.items() <= environment.items()
         assert words[0] == "venv" or "--default-index=https://pip.example/simple" in words
     assert is_list(bare.inv("--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE).stdout)
-    listed = bare.run(bare.root / "scripts" / "nox", "--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE)
+    listed = bare.run(
+        bare.root / "scripts" / "nox", "--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE
+    )
     assert ("* tests" in listed.stdout, listed.returncode) == (True, 0), listed.stderr
 
 
 def test_index_that_only_pip_was_told_of_reaches_uv(bare: Clone) -> None:
     (bare.programs / ".config" / "pip").mkdir(parents=True)
-    index = "index-url = https://a.example/simple\nextra-index-url = https://b.example/s\n  https://c.example/s\n"
-    (bare.programs / ".config" / "pip" / "pip.conf").write_text(f"[install]\nfind-links = /wheels\n[global]\n{index}cert = /corp.pem\nuser = true\n")
+    index = (
+        "index-url = https://a.example/simple\nextra-index-url = https://b.example/s\n "
+        " https://c.example/s\n"
+    )
+    (bare.programs / ".config" / "pip" / "pip.conf").write_text(
+        f"[install]\nfind-links = /wheels\n[global]\n{index}cert = /corp.pem\nuser = true\n"
+    )
     assert bare.inv("--list", PIP_NO_INDEX="0").returncode == 0
     words, environment = bare.calls()[1]
-    options = ["--default-index=https://a.example/simple", "--index=https://b.example/s", "--index=https://c.example/s", "--index-strategy=unsafe-best-match"]
+    options = [
+        "--default-index=https://a.example/simple",
+        "--index=https://b.example/s",
+        "--index=https://c.example/s",
+        "--index-strategy=unsafe-best-match",
+    ]
     assert [word for word in words if "index" in word and word in options] == options
     assert "--find-links=/wheels" in words
     assert environment["SSL_CERT_FILE"] == "/corp.pem"
 
 
 def test_index_that_uv_itself_was_told_of_beats_pips(bare: Clone) -> None:
-    assert bare.inv("--list", PIP_INDEX_URL="https://a.example/simple", UV_DEFAULT_INDEX="https://b.example/simple").returncode == 0
+    assert (
+        bare.inv(
+            "--list",
+            PIP_INDEX_URL="https://a.example/simple",
+            UV_DEFAULT_INDEX="https://b.example/simple",
+        ).returncode
+        == 0
+    )
     words, environment = bare.calls()[1]
     assert not any("a.example" in word for word in words)
     assert environment["UV_DEFAULT_INDEX"] == "https://b.example/simple"
 
 
 def test_failed_installation_is_a_sentence_and_leaves_nothing_half_made(bare: Clone) -> None:
-    for manner, code, says in (("fail", 11, "hint: check the network and the package index"), ("full", 6, "hint: df -h ")):
+    for manner, code, says in (
+        ("fail", 11, "hint: check the network and the package index"),
+        ("full", 6, "hint: df -h "),
+    ):
         failed = bare.inv("--list", FAKE_MANNER=manner)
         assert (failed.returncode, failed.stdout) == (code, "")
         assert "error: the tools could not be installed\n" + says in failed.stderr
@@ -116,13 +147,22 @@ def test_failed_installation_is_a_sentence_and_leaves_nothing_half_made(bare: Cl
     assert is_list(bare.inv("--list").stdout)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_preparation_ended_in_the_middle_is_completed_by_the_next_run(bare: Clone, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_preparation_ended_in_the_middle_is_completed_by_the_next_run(
+    bare: Clone, number: signal.Signals, code: int
+) -> None:
     fifo = Path(f"{bare.log}.fifo")
     os.mkfifo(fifo)
     argv = [sys.executable, "-Es", bare.root / "scripts" / "tools.py"]
     with subprocess.Popen(
-        argv, env=bare.environment(FAKE_MANNER="wait"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        argv,
+        env=bare.environment(FAKE_MANNER="wait"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as preparing:
         assert heard(fifo) == b"here"
         if number == signal.SIGINT:
@@ -142,7 +182,12 @@ def test_preparation_ended_in_the_middle_is_completed_by_the_next_run(bare: Clon
 
 def test_two_at_once_prepare_one_environment(bare: Clone) -> None:
     argv = [bare.root / "scripts" / "inv", "--list"]
-    both = [subprocess.Popen(argv, env=bare.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            argv, env=bare.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [one.communicate(timeout=30) for one in both]
     assert [is_list(out) for out, _ in outputs] == [True, True]
     assert len([words for words, _ in bare.calls() if words[0] == "venv"]) == 1
@@ -162,12 +207,19 @@ def test_uv_is_installed_where_there_is_none(bare: Clone, lacks: str) -> None:
     elsewhere = (bare.programs / "uv").rename(bare.programs / "no-uv")
     program(bare.programs / "python3", FAKE_PYTHON, LACKS=lacks, UV=str(elsewhere))
     if "age" in lacks:
-        program(bare.programs / "python3.11", FAKE_PYTHON, LACKS=lacks.replace("age", ""), UV=str(elsewhere))
+        program(
+            bare.programs / "python3.11",
+            FAKE_PYTHON,
+            LACKS=lacks.replace("age", ""),
+            UV=str(elsewhere),
+        )
     result = bare.inv("--list")
     assert is_list(result.stdout), result.stderr
     assert (bare.root / ".workspace" / "uv" / "bin" / "uv").exists()
     venv = bare.calls()[0][0]
-    assert venv[venv.index("--python") + 1] == str(bare.programs / ("python3.11" if "age" in lacks else "python3"))
+    assert venv[venv.index("--python") + 1] == str(
+        bare.programs / ("python3.11" if "age" in lacks else "python3")
+    )
 
 
 def test_uv_that_is_too_old_is_left_alone(bare: Clone) -> None:
@@ -190,7 +242,12 @@ def test_machine_without_python_is_told_so(bare: Clone, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("cmp", "sh"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name) or "")
-    script = (bare.root / "scripts" / "inv").read_text().replace("/usr/bin/python3", "/nowhere/python3")
+    script = (
+        (bare.root / "scripts" / "inv").read_text().replace("/usr/bin/python3", "/nowhere/python3")
+    )
     (bare.root / "scripts" / "inv").write_text(script)
     failed = bare.run(bare.root / "scripts" / "inv", "--list", PATH=str(tmp_path / "bin"))
-    assert (failed.returncode, failed.stderr) == (6, "error: there is no python3 on PATH\nhint: sudo apt-get install python3 python3-venv\n")
+    assert (failed.returncode, failed.stderr) == (
+        6,
+        "error: there is no python3 on PATH\nhint: sudo apt-get install python3 python3-venv\n",
+    )

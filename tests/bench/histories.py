@@ -9,7 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Made:
-    """A commit to be: its name, which is its subject, and the files that it writes, or for None removes; without parents it stands on the one before."""
+    """A commit to be: its name, which is its subject, and the files that it writes, or for None
+    removes; without parents it stands on the one before.
+    """
 
     name: str
     files: Mapping[str, str | None]
@@ -17,17 +19,33 @@ class Made:
 
 
 def make(folder: Path, commits: Sequence[Made], *, onto: str | None = None) -> dict[str, str]:
-    """Write the commits into the repository, the last one as refs/heads/history, and return their OIDs by name. The first stands on `onto`."""
+    """Write the commits into the repository, the last one as refs/heads/history, and return their
+    OIDs by name. The first stands on `onto`.
+    """
     marks = {commit.name: number for number, commit in enumerate(commits, 1)}
     lines: list[str] = []
     before: list[str] = [onto] if onto else []
     for commit in commits:
-        parents = before if commit.parents is None else [f":{marks[name]}" if name in marks else name for name in commit.parents]
-        lines += ["commit refs/heads/history", f"mark :{marks[commit.name]}", f"committer Up <up@invalid> {1_700_000_000 + marks[commit.name]} +0000"]
+        parents = (
+            before
+            if commit.parents is None
+            else [f":{marks[name]}" if name in marks else name for name in commit.parents]
+        )
+        lines += [
+            "commit refs/heads/history",
+            f"mark :{marks[commit.name]}",
+            f"committer Up <up@invalid> {1_700_000_000 + marks[commit.name]} +0000",
+        ]
         lines += [f"data {len(commit.name)}", commit.name]
-        lines += [f"{'merge' if number else 'from'} {parent}" for number, parent in enumerate(parents)]
+        lines += [
+            f"{'merge' if number else 'from'} {parent}" for number, parent in enumerate(parents)
+        ]
         for path, text in commit.files.items():
-            lines += [f"D {path}"] if text is None else [f"M 100644 inline {path}", f"data {len(text.encode())}", text]
+            lines += (
+                [f"D {path}"]
+                if text is None
+                else [f"M 100644 inline {path}", f"data {len(text.encode())}", text]
+            )
         lines.append("")
         before = [f":{marks[commit.name]}"]
     with tempfile.NamedTemporaryFile("r") as marked:

@@ -1,4 +1,6 @@
-"""Records in small, for the tests of benchmarks: arms drawn with the variation that was measured here, and files of them."""
+"""Records in small, for the tests of benchmarks: arms drawn with the variation that was measured
+here, and files of them.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -11,18 +13,31 @@ VARIATION = 0.025
 QUIET = Conditions(load=0.1, processor_mhz=None)
 
 
-def arm(seed: int, starts: int, *, mean: float = 1.0, slow: float = 0.0, variation: float = VARIATION) -> list[float]:
+def arm(
+    seed: int, starts: int, *, mean: float = 1.0, slow: float = 0.0, variation: float = VARIATION
+) -> list[float]:
     """One value a start, slower by `slow`."""
     draw = random.Random(seed)
     return [mean * (1 + slow) * draw.gauss(1, variation) for _ in range(starts)]
 
 
 def start(samples: Mapping[str, Sequence[float]]) -> Start:
-    return Start("2026-11-20T10:00:00+00:00", 15.0, QUIET, QUIET, {name: tuple(those) for name, those in samples.items()})
+    return Start(
+        "2026-11-20T10:00:00+00:00",
+        15.0,
+        QUIET,
+        QUIET,
+        {name: tuple(those) for name, those in samples.items()},
+    )
 
 
 def record(
-    values: Sequence[float] = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0), *, metric: str = "latency", label: str = "latency", tree: str = "a" * 40, repeat: int = 6
+    values: Sequence[float] = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0),
+    *,
+    metric: str = "latency",
+    label: str = "latency",
+    tree: str = "a" * 40,
+    repeat: int = 6,
 ) -> Record:
     """A record whose starts have one sample of one metric each."""
     return Record(
@@ -30,8 +45,24 @@ def record(
         label=label,
         time="2026-11-20T10:00:00+00:00",
         workspace="c" * 40,
-        source=Source("v0.31.0", "b" * 40, "d" * 40, tree, None, ("0001-faster.patch",), "precompiled", {"vllm/_C.abi3.so": "e" * 64}),
-        machine=Machine("gb10-123456", "aarch64", "Cortex-X925", 20, 119.7, (Gpu("NVIDIA GB10", "12.1", "580.95"),)),
+        source=Source(
+            "v0.31.0",
+            "b" * 40,
+            "d" * 40,
+            tree,
+            None,
+            ("0001-faster.patch",),
+            "precompiled",
+            {"vllm/_C.abi3.so": "e" * 64},
+        ),
+        machine=Machine(
+            "gb10-123456",
+            "aarch64",
+            "Cortex-X925",
+            20,
+            119.7,
+            (Gpu("NVIDIA GB10", "12.1", "580.95"),),
+        ),
         software=Software("0.31.0", "2.13.0", "3.7.1", "13.0", "3.12.3"),
         device="cuda",
         model="tiny",
@@ -43,15 +74,23 @@ def record(
     )
 
 
-def served(concurrencies: Sequence[int], *, seed: int = 0, slow: float = 0.0, starts: int = 6, **more: str) -> Record:
+def served(
+    concurrencies: Sequence[int], *, seed: int = 0, slow: float = 0.0, starts: int = 6, **more: str
+) -> Record:
     """A record of a server at several loads, forty requests each."""
     draw = random.Random(seed)
     found = []
     for _ in range(starts):
         samples: dict[str, list[float]] = {}
         for at in concurrencies:
-            samples[f"output_throughput@{at}"] = [50 * at**0.6 / (1 + slow) * draw.gauss(1, VARIATION)]
-            samples[f"ttft@{at}"] = [draw.lognormvariate(4.5, 0.3) * (1 + slow) * at**0.3 for _ in range(40)]
-            samples[f"itl@{at}"] = [draw.lognormvariate(2.8, 0.2) * (1 + slow) * at**0.2 for _ in range(40)]
+            samples[f"output_throughput@{at}"] = [
+                50 * at**0.6 / (1 + slow) * draw.gauss(1, VARIATION)
+            ]
+            samples[f"ttft@{at}"] = [
+                draw.lognormvariate(4.5, 0.3) * (1 + slow) * at**0.3 for _ in range(40)
+            ]
+            samples[f"itl@{at}"] = [
+                draw.lognormvariate(2.8, 0.2) * (1 + slow) * at**0.2 for _ in range(40)
+            ]
         found.append(start(samples))
     return replace(record(**more), kind="serve", starts=tuple(found))

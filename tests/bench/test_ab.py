@@ -1,4 +1,6 @@
-"""Which trees `nox -s ab` compares: a commit of the workspace, a record, the tree as it is, the series less a patch. And what the door refuses."""
+"""Which trees `nox -s ab` compares: a commit of the workspace, a record, the tree as it is, the
+series less a patch. And what the door refuses.
+"""
 
 import json
 import re
@@ -37,26 +39,47 @@ def test_base_may_be_a_commit_of_the_workspace_whose_patches_are_put_on_again(bu
         assert bare.tip != base.tip
     git(built.root, "rm", "--quiet", "-r", "--cached", "patches")
     git(built.root, "commit", "--quiet", "-m", "No series at all")
-    with pytest.raises(SettingsError, match="has no patches/vllm"), ab_trees.base(built.layout, observed(built), "HEAD"):
+    with (
+        pytest.raises(SettingsError, match="has no patches/vllm"),
+        ab_trees.base(built.layout, observed(built), "HEAD"),
+    ):
         pass
 
 
-def test_base_whose_pin_is_not_at_hand_or_whose_patches_do_not_apply_is_a_sentence(built: World) -> None:
+def test_base_whose_pin_is_not_at_hand_or_whose_patches_do_not_apply_is_a_sentence(
+    built: World,
+) -> None:
     pins = built.layout.pins
     text, series = pins.read_text(), built.layout.patches("vllm") / "series"
     lines, commit = series.read_text(), built.materials.commit
     for path in (pins, series):
-        path.write_text(path.read_text().replace(commit, "1" * 40).replace(built.materials.archive_commit, "2" * 40))
+        path.write_text(
+            path.read_text()
+            .replace(commit, "1" * 40)
+            .replace(built.materials.archive_commit, "2" * 40)
+        )
     git(built.root, "commit", "--quiet", "--all", "-m", "Another pin")
     pins.write_text(text)
     series.write_text(lines)
-    with pytest.raises(SettingsError, match="does not have v0.31.0"), ab_trees.base(built.layout, observed(built), "HEAD"):
+    with (
+        pytest.raises(SettingsError, match="does not have v0.31.0"),
+        ab_trees.base(built.layout, observed(built), "HEAD"),
+    ):
         pass
     patch = built.layout.patches("vllm") / built.materials.patch.name
     # Nothing to merge from either.
-    patch.write_text(re.sub(r"index [0-9a-f]{40}", f"index {'3' * 40}", patch.read_text().replace("_C.abi3.so", "_D.abi3.so")))
+    patch.write_text(
+        re.sub(
+            r"index [0-9a-f]{40}",
+            f"index {'3' * 40}",
+            patch.read_text().replace("_C.abi3.so", "_D.abi3.so"),
+        )
+    )
     git(built.root, "commit", "--quiet", "--all", "-m", "A patch on nothing")
-    with pytest.raises(PatchConflict, match="does not apply"), ab_trees.base(built.layout, observed(built), "HEAD"):
+    with (
+        pytest.raises(PatchConflict, match="does not apply"),
+        ab_trees.base(built.layout, observed(built), "HEAD"),
+    ):
         pass
 
 
@@ -66,25 +89,46 @@ def test_record_is_a_base_only_where_it_can_be_had_again(built: World) -> None:
     path = results.record_path(built.layout, good)
 
     def base_of(source: dict[str, str] | None = None, **other: str | None) -> str:
-        records.write(path, replace(good, source=replace(good.source, **{"dirty": None, **(source or {})}), **other))  # type: ignore[arg-type]
-        with ab_trees.base(built.layout, observed(built), "mine" if source is None else str(path)) as base:
+        records.write(
+            path,
+            replace(
+                good, source=replace(good.source, **{"dirty": None, **(source or {})}), **other
+            ),
+        )  # type: ignore[arg-type]
+        with ab_trees.base(
+            built.layout, observed(built), "mine" if source is None else str(path)
+        ) as base:
             return base.tip
 
     assert base_of() == built.git("rev-parse", "HEAD")
-    for source, says in (({"dirty": "d" * 64}, "uncommitted edits"), ({"tree": "b" * 40}, "pins and patches of its commit")):
+    for source, says in (
+        ({"dirty": "d" * 64}, "uncommitted edits"),
+        ({"tree": "b" * 40}, "pins and patches of its commit"),
+    ):
         with pytest.raises(SettingsError, match=says):
             base_of(source)
-    for workspace, says in ((None, "does not say which commit"), ("3" * 40, "which this clone does not have")):
+    for workspace, says in (
+        (None, "does not say which commit"),
+        ("3" * 40, "which this clone does not have"),
+    ):
         with pytest.raises(SettingsError, match=says):
             base_of(workspace=workspace)
     path.write_text(path.read_text()[:300])
-    with pytest.raises(SettingsError, match="is no whole record"), ab_trees.base(built.layout, observed(built), str(path)):
+    with (
+        pytest.raises(SettingsError, match="is no whole record"),
+        ab_trees.base(built.layout, observed(built), str(path)),
+    ):
         pass
-    with pytest.raises(SettingsError, match="is no commit of the workspace and no record"), ab_trees.base(built.layout, observed(built), "nowhere"):
+    with (
+        pytest.raises(SettingsError, match="is no commit of the workspace and no record"),
+        ab_trees.base(built.layout, observed(built), "nowhere"),
+    ):
         pass
 
 
-def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_are_the_same_tree(built: World) -> None:
+def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_are_the_same_tree(
+    built: World,
+) -> None:
     (built.layout.vllm / "vllm" / "new.py").write_text("NEW = 1\n")
     before = built.git("status", "--porcelain")
     tree = ab_trees.working(built.layout, observed(built), arm="ab-b")
@@ -98,11 +142,21 @@ def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_
 
 
 @pytest.mark.parametrize(
-    "words", [("--repeat", "5"), ("--factor", "0"), ("--each-patch", "--base", "HEAD"), ("speed",), ("--base", "nowhere"), ("--repeat=x",)]
+    "words",
+    [
+        ("--repeat", "5"),
+        ("--factor", "0"),
+        ("--each-patch", "--base", "HEAD"),
+        ("speed",),
+        ("--base", "nowhere"),
+        ("--repeat=x",),
+    ],
 )
 def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str, ...]) -> None:
     argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *words]
-    done = subprocess.run(argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not built.layout.sandboxes.exists()

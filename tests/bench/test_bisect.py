@@ -1,4 +1,6 @@
-"""The bisect on real histories: ends that lie, merges, patches carried along, trees that cannot be tried, and a run that is killed at any try."""
+"""The bisect on real histories: ends that lie, merges, patches carried along, trees that cannot be
+tried, and a run that is killed at any try.
+"""
 
 import io
 import json
@@ -22,7 +24,9 @@ LINES = "".join(f"line {number}\n" for number in range(1, 31))
 
 
 class Place:
-    """A workspace that is no more than vendor/vllm with a history; a tree is bad where `broken` is in it, and cannot be tried where `stuck` is."""
+    """A workspace that is no more than vendor/vllm with a history; a tree is bad where `broken` is
+    in it, and cannot be tried where `stuck` is.
+    """
 
     def __init__(self, root: Path) -> None:
         self.layout = Layout(root)
@@ -45,14 +49,26 @@ class Place:
         if tip is None:
             return Said("skip", "a patch does not apply there")
         names = git(self.layout.vllm, "ls-tree", "--name-only", tip).split()
-        return Said("skip", "it is stuck") if "stuck" in names else Said("bad", "it is broken") if "broken" in names else Said("good", "fine")
+        return (
+            Said("skip", "it is stuck")
+            if "stuck" in names
+            else Said("bad", "it is broken")
+            if "broken" in names
+            else Said("good", "fine")
+        )
 
-    def search(self, options: BisectOptions, attempt: Attempt | None = None) -> tuple[bisect_log.Field, Course, Standing]:
+    def search(
+        self, options: BisectOptions, attempt: Attempt | None = None
+    ) -> tuple[bisect_log.Field, Course, Standing]:
         console = Console(out=io.StringIO(), err=self.err)
         there = bisect.begin(self.layout, self.ground, options, console=console)
-        searched = bisect_log.open_range(self.layout, self.ground, there.good, there.bad, is_patches=options.is_patches)
+        searched = bisect_log.open_range(
+            self.layout, self.ground, there.good, there.bad, is_patches=options.is_patches
+        )
         keep: Callable[[Course], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
-        return searched, *bisect.search_on(searched, there, attempt=attempt or self.attempt, keep=keep, console=console)
+        return searched, *bisect.search_on(
+            searched, there, attempt=attempt or self.attempt, keep=keep, console=console
+        )
 
     def outcome(self, options: BisectOptions) -> str:
         """What the bisect says on stdout. Raises what it raises."""
@@ -73,7 +89,12 @@ def line(count: int, *, broken: int) -> list[Made]:
     """Commits c0, c1 …, each an edit; what `broken` adds stays."""
     made = [Made("c0", {"text": LINES})]
     for number in range(1, count):
-        made.append(Made(f"c{number}", {"number": f"{number}\n"} | ({"broken": "x"} if number == broken else {})))
+        made.append(
+            Made(
+                f"c{number}",
+                {"number": f"{number}\n"} | ({"broken": "x"} if number == broken else {}),
+            )
+        )
     return made
 
 
@@ -106,24 +127,38 @@ def test_merged_branch_is_searched_too_and_not_its_merge_blamed(place: Place) ->
 
 
 def test_good_release_on_a_branch_of_its_own_has_the_fork_tried_first(place: Place) -> None:
-    made = place.history(*line(6, broken=4), Made("release", {"version": "1"}, ("c1",)), Made("last", {"version": "2"}, ("c5",)))
+    made = place.history(
+        *line(6, broken=4),
+        Made("release", {"version": "1"}, ("c1",)),
+        Made("last", {"version": "2"}, ("c5",)),
+    )
     assert place.outcome(ends(made, "last", "release")) == made["c4"]
     assert place.tried[:3] == [made["release"], made["c1"], made["last"]]
 
 
 def test_fork_that_is_bad_says_that_the_good_end_has_the_cure(place: Place) -> None:
-    made = place.history(Made("c0", {"broken": "x"}), Made("c1", {"number": "1"}), Made("last", {"number": "2"}))
+    made = place.history(
+        Made("c0", {"broken": "x"}), Made("c1", {"number": "1"}), Made("last", {"number": "2"})
+    )
     # Only on the release's branch the file is gone.
     tree = git(place.layout.vllm, "mktree", "--missing")
     release = git(place.layout.vllm, "commit-tree", "-m", "release", "-p", made["c1"], tree)
-    with pytest.raises(SettingsError, match=r"c1, where .* release and the bad end parted, is bad: it is broken"):
+    with pytest.raises(
+        SettingsError, match=r"c1, where .* release and the bad end parted, is bad: it is broken"
+    ):
         place.outcome(BisectOptions("smoke", release, made["last"]))
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "says"), [("c4", "c5", "the good end, .* c4, is bad: it is broken"), ("c0", "c1", "the bad end, .* c1, is good: fine")]
+    ("good", "bad", "says"),
+    [
+        ("c4", "c5", "the good end, .* c4, is bad: it is broken"),
+        ("c0", "c1", "the bad end, .* c1, is good: fine"),
+    ],
 )
-def test_end_that_is_not_what_it_has_to_be_is_a_sentence_with_the_evidence(place: Place, good: str, bad: str, says: str) -> None:
+def test_end_that_is_not_what_it_has_to_be_is_a_sentence_with_the_evidence(
+    place: Place, good: str, bad: str, says: str
+) -> None:
     made = place.history(*line(6, broken=3))
     with pytest.raises(SettingsError, match=says):
         place.outcome(ends(made, bad, good))
@@ -138,32 +173,53 @@ def test_next_command_after_an_end_that_lied_takes_over_what_was_tried(place: Pl
     assert made["c6"] not in place.tried
 
 
-def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_nothing_tells_them_apart(place: Place) -> None:
+def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_nothing_tells_them_apart(
+    place: Place,
+) -> None:
     commits = [Made("c0", {"text": "x"})]
     for number in range(1, 10):
-        commits.append(Made(f"c{number}", {"number": str(number)} | ({"broken": "x"} if number == 5 else {})))
+        commits.append(
+            Made(f"c{number}", {"number": str(number)} | ({"broken": "x"} if number == 5 else {}))
+        )
     made = place.history(*commits)
 
     def attempt(commit: str, role: Role, there: Course) -> Said:
-        return Said("skip", "it cannot be built") if commit in (made["c4"], made["c5"]) else place.attempt(commit, role, there)
+        return (
+            Said("skip", "it cannot be built")
+            if commit in (made["c4"], made["c5"])
+            else place.attempt(commit, role, there)
+        )
 
     searched, there, standing = place.search(ends(made, "c9"), attempt)
     assert standing.left == (made["c4"], made["c5"], made["c6"])
     document = bisect.described(place.layout, searched, there, standing)
     assert document["verdict"] == "inconclusive"
-    with pytest.raises(WorkspaceError, match="one of 3, the last of which is bad and the others cannot be tried") as caught:
-        bisect.conclude(searched, there, standing, document, console=Console(out=io.StringIO(), err=place.err))
+    with pytest.raises(
+        WorkspaceError, match="one of 3, the last of which is bad and the others cannot be tried"
+    ) as caught:
+        bisect.conclude(
+            searched, there, standing, document, console=Console(out=io.StringIO(), err=place.err)
+        )
     assert [text.split()[1] for text in caught.value.details] == ["c4:", "c5:", "c6"]
 
 
-def test_a_dozen_skips_running_ask_for_somebody_to_look_and_the_same_command_goes_on(place: Place) -> None:
+def test_a_dozen_skips_running_ask_for_somebody_to_look_and_the_same_command_goes_on(
+    place: Place,
+) -> None:
     made = place.history(*line(60, broken=30))
 
     def attempt(commit: str, role: Role, there: Course) -> Said:
-        return Said("skip", "no compiler") if role == "suspect" else place.attempt(commit, role, there)
+        return (
+            Said("skip", "no compiler") if role == "suspect" else place.attempt(commit, role, there)
+        )
 
     for count in (14, 26):
-        with pytest.raises(WorkspaceError, match="inconclusive so far: 12 running could not be tried, the last because no compiler"):
+        with pytest.raises(
+            WorkspaceError,
+            match=(
+                "inconclusive so far: 12 running could not be tried, the last because no compiler"
+            ),
+        ):
             place.search(ends(made, "c59"), attempt)
         there = bisect_log.read_log(place.layout)
         assert there
@@ -177,7 +233,9 @@ def test_end_that_cannot_be_tried_is_not_remembered_as_such(place: Place) -> Non
     assert place.outcome(ends(made, "c3")) == made["c2"]
 
 
-def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by_no_other(place: Place) -> None:
+def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by_no_other(
+    place: Place,
+) -> None:
     made = place.history(*line(33, broken=20))
     options, ended = ends(made, "c32"), 0
     while True:
@@ -195,13 +253,21 @@ def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by
             break
         except KeyboardInterrupt:
             ended += 1
-            with pytest.raises(SettingsError, match=r"another bisect is under way, \d steps?, .*--run smoke; asked for is .*--run parity.llama"):
+            with pytest.raises(
+                SettingsError,
+                match=(
+                    r"another bisect is under way, \d steps?, .*--run smoke; asked for is .*--run"
+                    r" parity.llama"
+                ),
+            ):
                 place.search(BisectOptions("parity.llama", made["c0"], made["c32"]))
     assert standing.culprit == made["c20"]
     assert len(place.tried) == len(set(place.tried)) == len(there.tries) == ended + 1
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1, "asked": {}}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1, "asked": {}}', b"\xff"]
+)
 def test_damaged_course_is_a_sentence_that_names_the_way_out(place: Place, content: bytes) -> None:
     made = place.history(*line(3, broken=1))
     bisect_log.log_path(place.layout).parent.mkdir(parents=True)
@@ -224,11 +290,25 @@ def patch_of(place: Place, base: str, name: str, old: str, new: str, *, file: st
     folder = place.layout.patches("vllm")
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / f"{name}.patch"
-    made.write_text(git(work, "format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1") + "\n")
+    made.write_text(
+        git(
+            work,
+            "format-patch",
+            "--stdout",
+            "--zero-commit",
+            "--full-index",
+            "--no-signature",
+            "--keep-subject",
+            "-1",
+        )
+        + "\n"
+    )
     return made
 
 
-def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_then(place: Place) -> None:
+def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_then(
+    place: Place,
+) -> None:
     twenty = LINES.replace("line 20\n", "line twenty\n")
     made = place.history(
         Made("c0", {"text": LINES}),
@@ -239,7 +319,12 @@ def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_the
     )
     patch = patch_of(place, made["c0"], "twenty", "line 20\n", "line twenty\n")
     repository = Git(place.layout.vllm)
-    for name, is_other, left_out in (("c0", True, ()), ("c1", True, ()), ("c2", False, ("twenty.patch",)), ("c4", True, ())):
+    for name, is_other, left_out in (
+        ("c0", True, ()),
+        ("c1", True, ()),
+        ("c2", False, ("twenty.patch",)),
+        ("c4", True, ()),
+    ):
         found = history.carried(repository, made[name], [patch])
         assert found.left_out == left_out, name
         assert found.tip
@@ -254,17 +339,34 @@ def test_bisect_leaves_the_users_own_bisect_head_index_and_references_alone(plac
     patch = patch_of(place, made["c0"], "more", "", "more\n", file="more")
     place.ground = Ground(made["c8"], (patch,))
     git(place.layout.vllm, "bisect", "start", made["c8"], made["c0"])
-    state = {path: path.read_bytes() for path in (place.layout.vllm / ".git").rglob("*") if path.is_file() and "objects" not in path.parts}
+    state = {
+        path: path.read_bytes()
+        for path in (place.layout.vllm / ".git").rglob("*")
+        if path.is_file() and "objects" not in path.parts
+    }
     assert place.outcome(ends(made, "c8")) == made["c5"]
     assert {path: path.read_bytes() for path in state} == state
-    assert {path for path in (place.layout.vllm / ".git").rglob("*") if path.is_file() and "objects" not in path.parts} == set(state)
+    assert {
+        path
+        for path in (place.layout.vllm / ".git").rglob("*")
+        if path.is_file() and "objects" not in path.parts
+    } == set(state)
 
 
 def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(place: Place) -> None:
     made = place.history(Made("c0", {"text": LINES}))
     patches, tip = [], made["c0"]
     for number in range(1, 9):
-        patches.append(patch_of(place, tip, f"p{number}", "", "x\n", file="broken" if number == 3 else f"file{number}"))
+        patches.append(
+            patch_of(
+                place,
+                tip,
+                f"p{number}",
+                "",
+                "x\n",
+                file="broken" if number == 3 else f"file{number}",
+            )
+        )
         tip = git(place.layout.root / "work", "rev-parse", "HEAD")
     place.ground = Ground(made["c0"], tuple(patches))
 
@@ -292,7 +394,9 @@ def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(pl
         ("c1", "c1", "no later than"),
     ],
 )
-def test_ends_that_are_none_are_refused_before_anything_is_written(place: Place, good: str | None, bad: str | None, says: str) -> None:
+def test_ends_that_are_none_are_refused_before_anything_is_written(
+    place: Place, good: str | None, bad: str | None, says: str
+) -> None:
     made = place.history(*line(3, broken=1))
     with pytest.raises(SettingsError, match=says):
         place.search(BisectOptions("smoke", made.get(good or "", good), made.get(bad or "", bad)))
@@ -303,13 +407,25 @@ def test_ends_without_a_history_in_common_are_refused(place: Place) -> None:
     made = place.history(*line(3, broken=1))
     tree = git(place.layout.vllm, "mktree", "--missing")
     with pytest.raises(CheckoutError, match="no history in common"):
-        place.search(BisectOptions("smoke", git(place.layout.vllm, "commit-tree", "-m", "alone", tree), made["c2"]))
+        place.search(
+            BisectOptions(
+                "smoke", git(place.layout.vllm, "commit-tree", "-m", "alone", tree), made["c2"]
+            )
+        )
 
 
 def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(place: Place) -> None:
     made = place.history(*line(9, broken=7))
     for name in ("c2", "c4"):
-        patched = git(place.layout.vllm, "commit-tree", "-m", "patched", "-p", made[name], git(place.layout.vllm, "rev-parse", f"{made[name]}^{{tree}}"))
+        patched = git(
+            place.layout.vllm,
+            "commit-tree",
+            "-m",
+            "patched",
+            "-p",
+            made[name],
+            git(place.layout.vllm, "rev-parse", f"{made[name]}^{{tree}}"),
+        )
         git(place.layout.vllm, "update-ref", f"refs/good/{name}", patched)
     git(place.layout.vllm, "update-ref", "refs/good/pin", made["c8"])
     git(place.layout.vllm, "tag", "v1.0", made["c8"])
@@ -319,9 +435,16 @@ def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(plac
 
 @pytest.mark.parametrize(
     ("text", "kind", "name"),
-    [("smoke", "smoke", "smoke"), ("parity.llama", "check", "parity.llama"), ("bench:ttft", "bench", "ttft"), ("python -c 'import vllm'", "command", None)],
+    [
+        ("smoke", "smoke", "smoke"),
+        ("parity.llama", "check", "parity.llama"),
+        ("bench:ttft", "bench", "ttft"),
+        ("python -c 'import vllm'", "command", None),
+    ],
 )
-def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(tmp_path: Path, text: str, kind: str, name: str | None) -> None:
+def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(
+    tmp_path: Path, text: str, kind: str, name: str | None
+) -> None:
     found = bisect_predicate.parse(text, folder=tmp_path)
     assert (found.kind, found.name) == (kind, name or text)
     assert found.words == (("python", "-c", "import vllm") if kind == "command" else ())
@@ -348,7 +471,11 @@ def test_typo_in_run_names_the_nearest(tmp_path: Path, text: str, says: str) -> 
 
 def test_command_names_its_files_from_where_it_was_typed(tmp_path: Path) -> None:
     (tmp_path / "try.py").touch()
-    assert bisect_predicate.parse("python try.py --more", folder=tmp_path).words == ("python", str(tmp_path / "try.py"), "--more")
+    assert bisect_predicate.parse("python try.py --more", folder=tmp_path).words == (
+        "python",
+        str(tmp_path / "try.py"),
+        "--more",
+    )
 
 
 def row(name: str, verdict: str, evidence: str = "seen", seconds: float = 1.0) -> dict[str, object]:
@@ -362,14 +489,27 @@ def row(name: str, verdict: str, evidence: str = "seen", seconds: float = 1.0) -
         ([row("parity.llama", "pass"), row("binary.load", "fail")], "bad", "good"),
         ([row("parity.llama", "fail"), row("binary.load", "pass")], "bad", "bad"),
         ([row("parity.llama", "fail", seconds=90.0), row("binary.load", "pass")], "skip", "skip"),
-        ([row("parity.llama", "fail", "gave no answer in 80 s, its stacks are in the log")], "skip", "skip"),
+        (
+            [row("parity.llama", "fail", "gave no answer in 80 s, its stacks are in the log")],
+            "skip",
+            "skip",
+        ),
         ([row("parity.llama", "fail", seconds=90.0), row("binary.load", "fail")], "bad", "skip"),
         ([row("parity.llama", "skipped"), row("binary.load", "pass")], "good", "skip"),
         ([row("binary.load", "pass")], "good", "skip"),
     ],
 )
-def test_check_that_was_waited_for_in_vain_is_no_bad_one(rows: list[dict[str, object]], smoke: str, check: str) -> None:
+def test_check_that_was_waited_for_in_vain_is_no_bad_one(
+    rows: list[dict[str, object]], smoke: str, check: str
+) -> None:
     record = {"checks": rows}
-    assert bisect_predicate.judged(Question("smoke", "smoke"), record, timeout_s=100).verdict == smoke
-    assert bisect_predicate.judged(Question("check", "parity.llama"), record, timeout_s=100).verdict == check
-    assert bisect_predicate.judged(Question("smoke", "smoke"), "not built", timeout_s=100) == Said("skip", "not built")
+    assert (
+        bisect_predicate.judged(Question("smoke", "smoke"), record, timeout_s=100).verdict == smoke
+    )
+    assert (
+        bisect_predicate.judged(Question("check", "parity.llama"), record, timeout_s=100).verdict
+        == check
+    )
+    assert bisect_predicate.judged(Question("smoke", "smoke"), "not built", timeout_s=100) == Said(
+        "skip", "not built"
+    )

@@ -16,10 +16,25 @@ from workspace.core.console import Console
 from workspace.core.errors import Regression, SettingsError
 
 
-def said(folder: Path, first: Record, second: Record, *across: str, factor: str = "5", as_json: bool = False) -> tuple[str, str]:
+def said(
+    folder: Path,
+    first: Record,
+    second: Record,
+    *across: str,
+    factor: str = "5",
+    as_json: bool = False,
+) -> tuple[str, str]:
     layout = kept(folder, first, second)
     out, err = io.StringIO(), io.StringIO()
-    compare.show(layout, first.stem, second.stem, factor=factor, across=across, console=Console(out=out, err=err), as_json=as_json)
+    compare.show(
+        layout,
+        first.stem,
+        second.stem,
+        factor=factor,
+        across=across,
+        console=Console(out=out, err=err),
+        as_json=as_json,
+    )
     return out.getvalue(), err.getvalue()
 
 
@@ -29,14 +44,21 @@ def other(**parts: object) -> Record:
 
 def test_regression_names_metric_and_size_and_exits_9(tmp_path: Path) -> None:
     first, second = record(arm(1, 12)), record(arm(2, 12, slow=0.2), tree="f" * 40)
-    with pytest.raises(Regression, match=r"ffffffffffff-latency is slower than aaaaaaaaaaaa-latency: latency \+19\.8%") as caught:
+    with pytest.raises(
+        Regression,
+        match=r"ffffffffffff-latency is slower than aaaaaaaaaaaa-latency: latency \+19\.8%",
+    ) as caught:
         said(tmp_path, first, second)
     assert caught.value.exit_code == 9
 
 
 def test_lower_throughput_is_a_regression_and_lower_latency_is_none(tmp_path: Path) -> None:
     with pytest.raises(Regression, match=r"tokens_per_second -2\d"):
-        said(tmp_path, record(arm(1, 12), metric="tokens_per_second"), record(arm(2, 12, slow=-0.25), metric="tokens_per_second", tree="f" * 40))
+        said(
+            tmp_path,
+            record(arm(1, 12), metric="tokens_per_second"),
+            record(arm(2, 12, slow=-0.25), metric="tokens_per_second", tree="f" * 40),
+        )
     _, err = said(tmp_path, record(arm(1, 12)), record(arm(2, 12, slow=-0.25), tree="f" * 40))
     assert err.startswith("ok")
     assert "faster" in err
@@ -62,14 +84,28 @@ def test_json_is_one_document_without_nan(tmp_path: Path) -> None:
         ({"model": "smollm2"}, "model: tiny against smollm2"),
         ({"flags": ()}, "flags: --enforce-eager against nothing"),
         ({"kind": "throughput"}, "kind: latency against throughput"),
-        ({"backends": ("Using TRITON_ATTN backend",)}, "backends: Using FLASH_ATTN backend against Using TRITON_ATTN backend"),
+        (
+            {"backends": ("Using TRITON_ATTN backend",)},
+            "backends: Using FLASH_ATTN backend against Using TRITON_ATTN backend",
+        ),
         ({"software": replace(record().software, torch="2.14.0")}, "torch: 2.13.0 against 2.14.0"),
-        ({"machine": replace(record().machine, name="gb10-abcdef")}, "machine: gb10-123456 against gb10-abcdef"),
-        ({"machine": replace(record().machine, gpus=(Gpu("NVIDIA GB10", "12.1", "590.1"),))}, "driver: 580.95 against 590.1"),
-        ({"environment": {"OMP_NUM_THREADS": "4"}}, "environment: OMP_NUM_THREADS unset against 4; VLLM_NO_USAGE_STATS 1 against unset"),
+        (
+            {"machine": replace(record().machine, name="gb10-abcdef")},
+            "machine: gb10-123456 against gb10-abcdef",
+        ),
+        (
+            {"machine": replace(record().machine, gpus=(Gpu("NVIDIA GB10", "12.1", "590.1"),))},
+            "driver: 580.95 against 590.1",
+        ),
+        (
+            {"environment": {"OMP_NUM_THREADS": "4"}},
+            "environment: OMP_NUM_THREADS unset against 4; VLLM_NO_USAGE_STATS 1 against unset",
+        ),
     ],
 )
-def test_records_that_are_not_comparable_say_which_field_differs(tmp_path: Path, parts: Mapping[str, object], field: str) -> None:
+def test_records_that_are_not_comparable_say_which_field_differs(
+    tmp_path: Path, parts: Mapping[str, object], field: str
+) -> None:
     with pytest.raises(SettingsError, match="are not comparable") as caught:
         said(tmp_path, record(), other(**parts))
     assert field in caught.value.details
@@ -94,7 +130,11 @@ def test_another_tree_pin_and_patches_are_no_obstacle(tmp_path: Path) -> None:
 
 def test_records_without_a_common_metric_say_so(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="have no metric in common"):
-        said(tmp_path, served((1,)), replace(served((4,)), source=replace(record().source, tree="f" * 40)))
+        said(
+            tmp_path,
+            served((1,)),
+            replace(served((4,)), source=replace(record().source, tree="f" * 40)),
+        )
 
 
 @pytest.mark.parametrize("factor", ["", "five", "nan", "inf", "-5", "0", "1e9", "0.1", "5 %%"])

@@ -1,4 +1,6 @@
-"""What the measuring itself leaves in the samples: seen where it is there, and no more often than chance where it is not."""
+"""What the measuring itself leaves in the samples: seen where it is there, and no more often than
+chance where it is not.
+"""
 
 import pytest
 
@@ -7,7 +9,9 @@ from workspace.bench import compare
 
 
 def seen(kind: str, *, size: float, starts: int = 12, seed: int = 0) -> compare.Order:
-    """Two arms in the order A B B A, with an effect of the second of a pair, or a drift, of `size`."""
+    """Two arms in the order A B B A, with an effect of the second of a pair, or a drift, of
+    `size`.
+    """
     values = [arm(2 * seed, starts, slow=0.1), arm(2 * seed + 1, starts)]
     for pair in range(starts):
         later = 1 - compare.is_first(pair)
@@ -33,8 +37,13 @@ def test_where_there_is_no_effect_one_is_seldom_seen() -> None:
     assert sum(seen("none", size=0.0, seed=seed).is_seen for seed in range(100)) <= 6
 
 
-def test_same_tree_is_seldom_slower_than_itself_and_is_said_to_be_where_every_other_start_is() -> None:
-    drawn = [compare.itself(arm(seed, 6), arm(seed + 1000, 6, slow=0.08), factor=0.05).verdict for seed in range(100)]
+def test_same_tree_is_seldom_slower_than_itself_and_is_said_to_be_where_every_other_start_is() -> (
+    None
+):
+    drawn = [
+        compare.itself(arm(seed, 6), arm(seed + 1000, 6, slow=0.08), factor=0.05).verdict
+        for seed in range(100)
+    ]
     assert drawn.count("fail") <= 1
     every_other = [one * (1.2 if number % 2 else 1.0) for number, one in enumerate(arm(1, 6))]
     for halves in (every_other, every_other[1:] + every_other[:1]):

@@ -1,4 +1,6 @@
-"""`nox -s bench` on a bootstrapped clone in small, with a program in the place of vLLM: what is recorded, what an interruption leaves, what is refused."""
+"""`nox -s bench` on a bootstrapped clone in small, with a program in the place of vLLM: what is
+recorded, what an interruption leaves, what is refused.
+"""
 
 import json
 import shutil
@@ -53,9 +55,19 @@ def argv(world: World, *words: str) -> list[str]:
 
 def bench(world: World, *words: str, env: Mapping[str, str] | None = None) -> Ended:
     model = ["--model", str(world.folder / "model")]
-    before, after = (words[: words.index("--")], words[words.index("--") :]) if "--" in words else (words, ())
+    before, after = (
+        (words[: words.index("--")], words[words.index("--") :]) if "--" in words else (words, ())
+    )
     call = argv(world, *before, *model, *after)
-    done = subprocess.run(call, cwd=world.root, env=world.env | dict(env or {}), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        call,
+        cwd=world.root,
+        env=world.env | dict(env or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -66,11 +78,25 @@ def only(world: World) -> dict[str, Any]:
 
 
 def test_record_says_what_was_measured_on_what_and_nothing_private(measured: World) -> None:
-    ended = bench(measured, "--repeat", "2", "--label", "first", "--", "--enforce-eager", env={"HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1"})
+    ended = bench(
+        measured,
+        "--repeat",
+        "2",
+        "--label",
+        "first",
+        "--",
+        "--enforce-eager",
+        env={"HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1"},
+    )
     assert ended.code == 0, ended.said
     path = Path(ended.out.strip())
     document = only(measured)
-    assert path == measured.layout.results / document["machine"]["name"] / f"{document['source']['tree'][:12]}-first.json"
+    assert (
+        path
+        == measured.layout.results
+        / document["machine"]["name"]
+        / f"{document['source']['tree'][:12]}-first.json"
+    )
     assert [len(start["samples"]["latency"]) for start in document["starts"]] == [3, 3]
     assert document["backends"] == ["Using Torch SDPA backend"]
     assert document["flags"][0] == "--enforce-eager"
@@ -122,14 +148,20 @@ def test_model_that_cannot_be_loaded_is_a_sentence_and_leaves_no_record(measured
 
 
 def test_bench_that_measured_nothing_is_no_record(measured: World) -> None:
-    assert "measured nothing: its result holds no measured number" in bench(measured, env={"FAKE_MANNER": "nothing"}).error(1)
+    assert "measured nothing: its result holds no measured number" in bench(
+        measured, env={"FAKE_MANNER": "nothing"}
+    ).error(1)
     assert list(measured.layout.results.glob("*/*.json")) == []
 
 
-def test_label_that_is_taken_is_refused_whether_it_is_whole_of_something_else_or_damaged(measured: World) -> None:
+def test_label_that_is_taken_is_refused_whether_it_is_whole_of_something_else_or_damaged(
+    measured: World,
+) -> None:
     assert bench(measured, "--repeat", "1").code == 0
     assert "has its 1 starts already" in bench(measured, "--repeat", "1").error(2)
-    assert "was measured otherwise: flags" in bench(measured, "--repeat", "2", "--", "--dtype=float32").error(2)
+    assert "was measured otherwise: flags" in bench(
+        measured, "--repeat", "2", "--", "--dtype=float32"
+    ).error(2)
     (path,) = measured.layout.results.glob("*/*.json")
     half = path.read_bytes()[:400]
     path.write_bytes(half)
@@ -138,7 +170,15 @@ def test_label_that_is_taken_is_refused_whether_it_is_whole_of_something_else_or
 
 
 @pytest.mark.parametrize(
-    "words", [("--repeat", "0"), ("--repeat", "x"), ("--label", "../x"), ("speed",), ("--sweep",), ("latency", "--", "--output-json=/tmp/x")]
+    "words",
+    [
+        ("--repeat", "0"),
+        ("--repeat", "x"),
+        ("--label", "../x"),
+        ("speed",),
+        ("--sweep",),
+        ("latency", "--", "--output-json=/tmp/x"),
+    ],
 )
 def test_misuse_is_refused_before_anything_runs(measured: World, words: tuple[str, ...]) -> None:
     assert bench(measured, *words).code == 2

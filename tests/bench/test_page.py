@@ -19,7 +19,9 @@ VOID = ("meta", "br", "hr", "img", "link")
 
 
 class Balanced(HTMLParser):
-    """Fails where an element is closed that is not open; collects where anything would be fetched from."""
+    """Fails where an element is closed that is not open; collects where anything would be fetched
+    from.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +31,11 @@ class Balanced(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in VOID:
             self.open.append(tag)
-        self.addresses += [text for name, text in attrs if name in ("src", "href", "xlink:href") and text and not text.startswith("#")]
+        self.addresses += [
+            text
+            for name, text in attrs
+            if name in ("src", "href", "xlink:href") and text and not text.startswith("#")
+        ]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -41,7 +47,9 @@ class Balanced(HTMLParser):
 
 
 def composed(*records: Record) -> report.Page:
-    return report.compose(records, plots.published_figures(Layout(ROOT)), pair=None, problems=(), written="2026-11-20")
+    return report.compose(
+        records, plots.published_figures(Layout(ROOT)), pair=None, problems=(), written="2026-11-20"
+    )
 
 
 def at(day: int, one: Record, **parts: object) -> Record:
@@ -51,7 +59,13 @@ def at(day: int, one: Record, **parts: object) -> Record:
 def test_whatever_a_record_says_is_text() -> None:
     hostile = "<script>alert(1)</script>&\"'$x^2$"
     one = record()
-    told = replace(one, model=hostile, flags=(hostile,), backends=(hostile,), source=replace(one.source, patches=(hostile,)))
+    told = replace(
+        one,
+        model=hostile,
+        flags=(hostile,),
+        backends=(hostile,),
+        source=replace(one.source, patches=(hostile,)),
+    )
     made = report.compose([told], (), pair=None, problems=(hostile,), written=hostile)
     Balanced().feed(made.html)
     assert "<script" not in made.html
@@ -60,7 +74,9 @@ def test_whatever_a_record_says_is_text() -> None:
 
 def test_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there is nothing to show") as caught:
-        report.write(Layout(tmp_path), "", "", console=Console(out=io.StringIO(), err=io.StringIO()))
+        report.write(
+            Layout(tmp_path), "", "", console=Console(out=io.StringIO(), err=io.StringIO())
+        )
     assert caught.value.hint == "./scripts/nox -s bench"
 
 
@@ -68,18 +84,26 @@ def test_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
     ("what", "value", "points"),
     [
         ("one request at a time, marlin", "57 to 60 tok/s", ((1, 57.0, 60.0),)),
-        ("1, 4 and 16 requests at once", "57.5, 107.9 and 218.5 tok/s", ((1, 57.5, 57.5), (4, 107.9, 107.9), (16, 218.5, 218.5))),
+        (
+            "1, 4 and 16 requests at once",
+            "57.5, 107.9 and 218.5 tok/s",
+            ((1, 57.5, 57.5), (4, 107.9, 107.9), (16, 218.5, 218.5)),
+        ),
         ("1 and 4 requests at once", "57.5 tok/s", ()),
         ("0 requests at once", "57.5 tok/s", ()),
         ("a full build", "32 min", ()),
         ("", "", ()),
     ],
 )
-def test_published_figures_become_points_where_their_words_allow(what: str, value: str, points: tuple[tuple[int, float, float], ...]) -> None:
+def test_published_figures_become_points_where_their_words_allow(
+    what: str, value: str, points: tuple[tuple[int, float, float], ...]
+) -> None:
     assert plots.points(what, value) == points
 
 
 def test_figures_of_the_recipe_for_one_spark_are_all_points() -> None:
-    own = [one for one in plots.published_figures(Layout(ROOT)) if one.model == "openai/gpt-oss-120b"]
+    own = [
+        one for one in plots.published_figures(Layout(ROOT)) if one.model == "openai/gpt-oss-120b"
+    ]
     assert len(own) >= 4
     assert all(one.points and one.source for one in own)

@@ -1,4 +1,6 @@
-"""Whether the machine is quiet, with real processes that are not ours: children of a process that has left them behind."""
+"""Whether the machine is quiet, with real processes that are not ours: children of a process that
+has left them behind.
+"""
 
 import io
 import os
@@ -29,23 +31,45 @@ def orphan(tmp_path: Path) -> Iterator[None]:
     """A process that keeps a core busy, and whose command line is that of a server."""
     program = tmp_path / "vllm"
     program.write_text("import signal\nprint(flush=True)\nsignal.alarm(60)\nwhile True: pass\n")
-    begin = "child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)"
+    begin = (
+        "child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)"
+    )
     code = f"import subprocess, sys; {begin}; child.stdout.readline(); print(child.pid)"
-    done = subprocess.run([sys.executable, "-c", code, sys.executable, str(program), "serve"], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, str(program), "serve"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
     number = int(done.stdout)
     yield
     os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("orphan")
-def test_work_and_servers_of_others_are_named_and_refused_and_may_be_allowed(settings_: Settings) -> None:
+def test_work_and_servers_of_others_are_named_and_refused_and_may_be_allowed(
+    settings_: Settings,
+) -> None:
     with pytest.raises(WorkspaceError) as refused:
-        conditions.require_idle(settings_, has_gpu=False, is_busy=False, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
+        conditions.require_idle(
+            settings_,
+            has_gpu=False,
+            is_busy=False,
+            console=Console(out=io.StringIO(), err=io.StringIO()),
+            wait_s=0,
+        )
     assert "cores are busy" in refused.value.message
     # Somebody else's may be the first to be named.
     assert re.search(r"a vLLM runs, process \d+", refused.value.message)
     assert "--allow-busy" in (refused.value.hint or "")
-    conditions.require_idle(settings_, has_gpu=False, is_busy=True, console=Console(out=io.StringIO(), err=io.StringIO()), wait_s=0)
+    conditions.require_idle(
+        settings_,
+        has_gpu=False,
+        is_busy=True,
+        console=Console(out=io.StringIO(), err=io.StringIO()),
+        wait_s=0,
+    )
 
 
 def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) -> None:
@@ -59,10 +83,26 @@ def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) 
     assert not any(str(ours.pid) in sentence for sentence in found)
 
 
-@pytest.mark.parametrize(("said", "names"), [("4711, /usr/bin/python3\n", ("python3 (4711) holds a GPU",)), ("", ()), ("Failed to initialize NVML\n", ())])
-def test_processes_on_a_gpu_are_named_by_the_drivers_word(tmp_path: Path, said: str, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("4711, /usr/bin/python3\n", ("python3 (4711) holds a GPU",)),
+        ("", ()),
+        ("Failed to initialize NVML\n", ()),
+    ],
+)
+def test_processes_on_a_gpu_are_named_by_the_drivers_word(
+    tmp_path: Path, said: str, names: tuple[str, ...]
+) -> None:
     driver = tmp_path / "nvidia-smi"
     driver.write_text(f"#!/bin/sh\nprintf '{said}'\n")
     driver.chmod(0o755)
     loaded = settings.load(Layout(tmp_path), environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert tuple(one for one in conditions.observe_others(loaded, has_gpu=True, look_s=0.05) if "GPU" in one) == names
+    assert (
+        tuple(
+            one
+            for one in conditions.observe_others(loaded, has_gpu=True, look_s=0.05)
+            if "GPU" in one
+        )
+        == names
+    )

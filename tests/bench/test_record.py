@@ -1,4 +1,6 @@
-"""Records on disk: whole or refused with a sentence, found by what a person types, listed whatever lies among them."""
+"""Records on disk: whole or refused with a sentence, found by what a person types, listed whatever
+lies among them.
+"""
 
 import io
 import json
@@ -42,7 +44,9 @@ def test_summary_in_a_file_is_for_readers_and_counts_for_nothing() -> None:
 
 @fuzz(fast=150, deep=5000)
 @given(damaged_document(DOCUMENT))
-def test_any_damage_is_refused_with_a_sentence_or_leaves_a_record_without_odd_numbers(content: bytes) -> None:
+def test_any_damage_is_refused_with_a_sentence_or_leaves_a_record_without_odd_numbers(
+    content: bytes,
+) -> None:
     try:
         one = decode(content)
     except Newer:
@@ -79,20 +83,27 @@ def test_any_damage_is_refused_with_a_sentence_or_leaves_a_record_without_odd_nu
 def test_what_is_no_whole_record_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match="^a.json is no whole record of a benchmark: .+") as caught:
+    with pytest.raises(
+        SettingsError, match="^a.json is no whole record of a benchmark: .+"
+    ) as caught:
         read(path, place="a.json")
     assert caught.value.hint
 
 
 def test_record_of_a_newer_workspace_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(changed(schema=2, starts="in another way"))
-    with pytest.raises(SettingsError, match="^a.json has schema 2, this workspace reads 1: a newer one wrote it$"):
+    with pytest.raises(
+        SettingsError, match="^a.json has schema 2, this workspace reads 1: a newer one wrote it$"
+    ):
         read(tmp_path / "a.json", place="a.json")
 
 
 def test_metric_that_a_start_lacks_is_none_of_the_record() -> None:
     one = served((1, 8))
-    first = replace(one.starts[0], samples={name: those for name, those in one.starts[0].samples.items() if name != "ttft@8"})
+    first = replace(
+        one.starts[0],
+        samples={name: those for name, those in one.starts[0].samples.items() if name != "ttft@8"},
+    )
     assert "ttft@8" not in replace(one, starts=(first, *one.starts[1:])).metrics
 
 
@@ -111,7 +122,13 @@ def test_label_of_several_trees_is_asked_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("befor", "did you mean before?"), ("", "./scripts/inv bench"), ("../../etc", "./scripts/inv bench"), ("x" * 5000, "")]
+    ("word", "hint"),
+    [
+        ("befor", "did you mean before?"),
+        ("", "./scripts/inv bench"),
+        ("../../etc", "./scripts/inv bench"),
+        ("x" * 5000, ""),
+    ],
 )
 def test_word_that_means_no_record(tmp_path: Path, word: str, hint: str) -> None:
     layout = kept(tmp_path, record(label="before"))
@@ -122,13 +139,19 @@ def test_word_that_means_no_record(tmp_path: Path, word: str, hint: str) -> None
 
 
 def test_list_shows_newest_first_and_what_is_damaged_or_interrupted(tmp_path: Path) -> None:
-    newer = replace(record(values=(1.0, 1.1), label="newer", tree="f" * 40), time="2026-11-21T10:00:00+00:00")
+    newer = replace(
+        record(values=(1.0, 1.1), label="newer", tree="f" * 40), time="2026-11-21T10:00:00+00:00"
+    )
     layout = kept(tmp_path, record(), newer)
     (layout.results / "gb10-123456" / "half.json").write_bytes(encode(record())[:300])
     out, err = io.StringIO(), io.StringIO()
     results.show_records(layout, console=Console(out=out, err=err), as_json=False)
     rows = err.getvalue().splitlines()
-    assert [row.split()[:2] for row in rows[:3]] == [["warn", "ffffffffffff-newer"], ["ok", "aaaaaaaaaaaa-latency"], ["FAIL", "half"]]
+    assert [row.split()[:2] for row in rows[:3]] == [
+        ["warn", "ffffffffffff-newer"],
+        ["ok", "aaaaaaaaaaaa-latency"],
+        ["FAIL", "half"],
+    ]
     assert "2 of 6 starts, interrupted" in rows[0]
     assert "latency 1 s ± 1.4%" in rows[1]
     results.show_records(layout, console=Console(out=out, err=err), as_json=True)
@@ -139,20 +162,41 @@ def test_list_shows_newest_first_and_what_is_damaged_or_interrupted(tmp_path: Pa
     ("kind", "result", "says"),
     [
         ("serve", {"completed": 0, "failed": 16}, "no request was completed, 16 failed"),
-        ("serve", {"completed": 15, "failed": 1, "request_throughput": 3.0}, "1 of 16 requests failed"),
+        (
+            "serve",
+            {"completed": 15, "failed": 1, "request_throughput": 3.0},
+            "1 of 16 requests failed",
+        ),
         ("latency", {"latencies": []}, "holds no measured number"),
-        ("latency", {"latencies": [float("nan"), -1, 0, True, "1", None]}, "holds no measured number"),
-        ("throughput", {"requests_per_second": 0.0, "tokens_per_second": 0.0}, "holds no measured number"),
+        (
+            "latency",
+            {"latencies": [float("nan"), -1, 0, True, "1", None]},
+            "holds no measured number",
+        ),
+        (
+            "throughput",
+            {"requests_per_second": 0.0, "tokens_per_second": 0.0},
+            "holds no measured number",
+        ),
         ("startup", {}, "holds no measured number"),
     ],
 )
-def test_result_without_a_single_sample_is_refused(kind: str, result: dict[str, object], says: str) -> None:
+def test_result_without_a_single_sample_is_refused(
+    kind: str, result: dict[str, object], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         metrics.samples(kind, result)
 
 
 def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
-    result = {"completed": 2, "failed": 0, "request_throughput": 2.0, "output_throughput": 9.0, "ttfts": [0.1, 0.2], "itls": [[0.01, 0.03], []]}
+    result = {
+        "completed": 2,
+        "failed": 0,
+        "request_throughput": 2.0,
+        "output_throughput": 9.0,
+        "ttfts": [0.1, 0.2],
+        "itls": [[0.01, 0.03], []],
+    }
     found = metrics.samples("serve", result, at=8)
     assert found["ttft@8"] == (100.0, 200.0)
     assert found["itl@8"] == (10.0, 30.0)
@@ -162,5 +206,8 @@ def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
 
 
 def test_startup_without_compilation_has_no_metric_of_it() -> None:
-    found = metrics.samples("startup", {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]})
+    found = metrics.samples(
+        "startup",
+        {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]},
+    )
     assert found == {"cold_startup": (3.5,), "warm_startup": (2.5,)}

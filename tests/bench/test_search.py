@@ -1,4 +1,6 @@
-"""The search alone: on histories of any shape, with commits that cannot be tried, it finds the culprit or names who may be; and git's weights are its own."""
+"""The search alone: on histories of any shape, with commits that cannot be tried, it finds the
+culprit or names who may be; and git's weights are its own.
+"""
 
 import math
 import re
@@ -23,11 +25,18 @@ def histories(draw: st.DrawFn) -> Parents:
     names = [f"c{number}" for number in range(count)]
     parents: Parents = {}
     for number, name in enumerate(names):
-        before = draw(st.lists(st.integers(max(0, number - 6), number - 1), max_size=3, unique=True)) if number else []
+        before = (
+            draw(st.lists(st.integers(max(0, number - 6), number - 1), max_size=3, unique=True))
+            if number
+            else []
+        )
         parents[name] = tuple(names[other] for other in sorted(before))
     loose = [name for name in names[:-1] if not any(name in above for above in parents.values())]
     # A parent that is outside is one of the good ones.
-    return {**parents, names[-1]: tuple(dict.fromkeys((*parents[names[-1]], *loose))) or ("outside",)}
+    return {
+        **parents,
+        names[-1]: tuple(dict.fromkeys((*parents[names[-1]], *loose))) or ("outside",),
+    }
 
 
 def leads_to(parents: Parents, commit: str) -> set[str]:
@@ -40,7 +49,9 @@ def leads_to(parents: Parents, commit: str) -> set[str]:
     return found
 
 
-def search(suspects: Suspects, judge: Callable[[str], Verdict]) -> tuple[tuple[str, ...], list[str]]:
+def search(
+    suspects: Suspects, judge: Callable[[str], Verdict]
+) -> tuple[tuple[str, ...], list[str]]:
     """Who is left in the end, and what was tried for it, ends aside."""
     tries: dict[str, Verdict] = {}
     while (standing := search_state(suspects, tries)).following:
@@ -48,11 +59,15 @@ def search(suspects: Suspects, judge: Callable[[str], Verdict]) -> tuple[tuple[s
         tries[standing.following] = judge(standing.following)
     assert standing.contradiction is None
     assert (standing.culprit is None) == (len(standing.left) > 1)
-    return standing.left, [commit for commit in tries if commit not in (suspects.good, suspects.bad, *suspects.forks)]
+    return standing.left, [
+        commit for commit in tries if commit not in (suspects.good, suspects.bad, *suspects.forks)
+    ]
 
 
 @hypothesis.given(parents=histories(), data=st.data())
-def test_culprit_is_found_or_is_among_those_that_cannot_be_told_apart(parents: Parents, data: st.DataObject) -> None:
+def test_culprit_is_found_or_is_among_those_that_cannot_be_told_apart(
+    parents: Parents, data: st.DataObject
+) -> None:
     culprit = data.draw(st.sampled_from(sorted(parents)))
     untried = data.draw(st.sets(st.sampled_from(sorted(parents)), max_size=len(parents) // 2))
     suspects = Suspects("good", parents)
@@ -60,7 +75,13 @@ def test_culprit_is_found_or_is_among_those_that_cannot_be_told_apart(parents: P
     def judge(commit: str) -> Verdict:
         if commit in ("good", suspects.bad):
             return "bad" if commit == suspects.bad else "good"
-        return "skip" if commit in untried else "bad" if culprit in leads_to(parents, commit) else "good"
+        return (
+            "skip"
+            if commit in untried
+            else "bad"
+            if culprit in leads_to(parents, commit)
+            else "good"
+        )
 
     if culprit not in leads_to(parents, suspects.bad):
         return
@@ -74,9 +95,14 @@ def test_culprit_is_found_or_is_among_those_that_cannot_be_told_apart(parents: P
 @hypothesis.given(count=st.integers(1, 300), data=st.data())
 def test_line_of_commits_takes_no_more_steps_than_halving(count: int, data: st.DataObject) -> None:
     names = [f"c{number}" for number in range(count)]
-    parents = {name: (names[number - 1],) if number else ("good",) for number, name in enumerate(names)}
+    parents = {
+        name: (names[number - 1],) if number else ("good",) for number, name in enumerate(names)
+    }
     culprit = data.draw(st.integers(0, count - 1))
-    left, tried = search(Suspects("good", parents), lambda commit: "good" if commit == "good" or int(commit[1:]) < culprit else "bad")
+    left, tried = search(
+        Suspects("good", parents),
+        lambda commit: "good" if commit == "good" or int(commit[1:]) < culprit else "bad",
+    )
     assert left == (names[culprit],)
     assert len(tried) <= math.ceil(math.log2(count))
 
@@ -108,7 +134,9 @@ def test_ends_and_forks_are_tried_first_and_contradict() -> None:
     assert order == [("good", "good"), ("fork", "fork"), ("b", "bad")]
     assert search_state(suspects, {"good": "bad"}).contradiction == "good"
     assert search_state(suspects, {"good": "good", "fork": "bad"}).contradiction == "fork"
-    assert search_state(suspects, {"good": "good", "fork": "good", "b": "good"}).contradiction == "b"
+    assert (
+        search_state(suspects, {"good": "good", "fork": "good", "b": "good"}).contradiction == "b"
+    )
     assert search_state(suspects, {"good": "good", "fork": "skip", "b": "bad"}).following == "a"
 
 
@@ -119,15 +147,28 @@ def test_weights_are_those_of_git_on_a_history_with_merges(tmp_path: Path) -> No
     for number in range(1, 61):
         others = (f"merge :{number - 4}",) if number % 5 == 0 else ()
         first = number - 1 if number % 3 or number < 4 else number - 2
-        stream += ["commit refs/heads/main", f"mark :{number}", f"committer A <a@invalid> {number} +0000", "data 1", "x"]
+        stream += [
+            "commit refs/heads/main",
+            f"mark :{number}",
+            f"committer A <a@invalid> {number} +0000",
+            "data 1",
+            "x",
+        ]
         stream += [*([f"from :{first}"] if number > 1 else []), *others]
     (tmp_path / "stream").write_text("\n".join(stream) + "\n")
     with (tmp_path / "stream").open() as file:
         subprocess.run(["git", "fast-import", "--quiet"], cwd=tmp_path, stdin=file, check=True)
-    good, bad = git(tmp_path, "rev-list", "--max-parents=0", "main"), git(tmp_path, "rev-parse", "main")
+    good, bad = (
+        git(tmp_path, "rev-list", "--max-parents=0", "main"),
+        git(tmp_path, "rev-parse", "main"),
+    )
     commits = history.commits_between(Git(tmp_path), good, bad)
     suspects = Suspects(good, {commit.oid: commit.parents for commit in commits})
-    found = re.findall(r"^(\w+) .*dist=(\d+)", git(tmp_path, "rev-list", "--bisect-all", bad, f"^{good}"), re.MULTILINE)
+    found = re.findall(
+        r"^(\w+) .*dist=(\d+)",
+        git(tmp_path, "rev-list", "--bisect-all", bad, f"^{good}"),
+        re.MULTILINE,
+    )
     distances = {commit: int(distance) for commit, distance in found}
     standing = search_state(suspects, {good: "good", bad: "bad"})
     assert set(standing.left) == set(distances)

@@ -15,7 +15,8 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.server import observation
 
-# Plays `vllm serve MODEL --port=N` and `vllm bench serve --max-concurrency=N …`; MODEL is what becomes of it.
+# Plays `vllm serve MODEL --port=N` and `vllm bench serve --max-concurrency=N …`; MODEL is what
+# becomes of it.
 VLLM = f"""#!{sys.executable} -S
 import json, os, signal, sys
 words = sys.argv[1:]
@@ -53,7 +54,14 @@ def measured(layout: Layout, model: str, *concurrencies: int) -> dict[str, tuple
     folder = layout.root / "neutral"
     folder.mkdir()
     with RunLog(Console(), layout.logs, verb="bench", secrets=()) as run_log:
-        return measure.measure_start(layout, work, {"PATH": os.environ["PATH"]}, folder, run_log=run_log, look=lambda line: None)
+        return measure.measure_start(
+            layout,
+            work,
+            {"PATH": os.environ["PATH"]},
+            folder,
+            run_log=run_log,
+            look=lambda line: None,
+        )
 
 
 def starts(layout: Layout) -> list[int]:
@@ -85,7 +93,9 @@ def test_a_single_load_is_not_named_after_its_requests_at_once(layout: Layout) -
         ("breaks", ServeError, "exit"),
     ],
 )
-def test_load_that_measures_nothing_is_a_sentence_and_leaves_no_server(layout: Layout, model: str, kind: type[WorkspaceError], said: str) -> None:
+def test_load_that_measures_nothing_is_a_sentence_and_leaves_no_server(
+    layout: Layout, model: str, kind: type[WorkspaceError], said: str
+) -> None:
     with pytest.raises(kind, match=said):
         measured(layout, model, 2)
     require_nothing_left(layout)

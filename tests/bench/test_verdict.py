@@ -1,4 +1,6 @@
-"""The verdict: what is never called slower, what nearly always is, and what changes nothing about it."""
+"""The verdict: what is never called slower, what nearly always is, and what changes nothing about
+it.
+"""
 
 import math
 
@@ -14,15 +16,22 @@ from workspace.bench.compare import MIN_STARTS, judge_samples
 STARTS = 30
 values = st.floats(1e-6, 1e6)
 sandboxes = st.lists(values, min_size=1, max_size=9)
-similar = st.tuples(st.integers(0, 10**6), st.integers(MIN_STARTS, 12), st.floats(-0.3, 0.3)).map(lambda drawn: arm(drawn[0], drawn[1], slow=drawn[2]))
+similar = st.tuples(st.integers(0, 10**6), st.integers(MIN_STARTS, 12), st.floats(-0.3, 0.3)).map(
+    lambda drawn: arm(drawn[0], drawn[1], slow=drawn[2])
+)
 
 
 @pytest.mark.parametrize("better", ["lower", "higher"])
 @pytest.mark.parametrize("slow", [0.0, 0.02])
 @pytest.mark.parametrize("starts", [MIN_STARTS, STARTS])
-def test_nothing_and_two_per_cent_are_never_a_regression(slow: float, starts: int, better: compare.Better) -> None:
+def test_nothing_and_two_per_cent_are_never_a_regression(
+    slow: float, starts: int, better: compare.Better
+) -> None:
     for seed in range(100):
-        a, b = arm(seed, starts), arm(seed + 5000, starts, slow=slow if better == "lower" else 1 / (1 + slow) - 1)
+        a, b = (
+            arm(seed, starts),
+            arm(seed + 5000, starts, slow=slow if better == "lower" else 1 / (1 + slow) - 1),
+        )
         assert judge_samples(a, b, better=better).verdict != "fail", seed
 
 
@@ -31,12 +40,20 @@ def test_eight_per_cent_are_a_regression_in_at_least_19_of_20(better: compare.Be
     for round_ in range(5):
         seeds = range(round_ * 20, round_ * 20 + 20)
         slow = 0.08 if better == "lower" else 1 / 1.08 - 1
-        found = [judge_samples(arm(seed, STARTS), arm(seed + 5000, STARTS, slow=slow), better=better).verdict for seed in seeds]
+        found = [
+            judge_samples(
+                arm(seed, STARTS), arm(seed + 5000, STARTS, slow=slow), better=better
+            ).verdict
+            for seed in seeds
+        ]
         assert found.count("fail") >= 19, found
 
 
 def test_nothing_passes_with_thirty_starts() -> None:
-    assert [judge_samples(arm(seed, STARTS), arm(seed + 5000, STARTS), better="lower").verdict for seed in range(20)] == ["pass"] * 20
+    assert [
+        judge_samples(arm(seed, STARTS), arm(seed + 5000, STARTS), better="lower").verdict
+        for seed in range(20)
+    ] == ["pass"] * 20
 
 
 @settings(deadline=None, max_examples=60)
@@ -54,23 +71,34 @@ def test_arms_that_are_swapped_say_the_opposite(a: list[float], b: list[float]) 
 @settings(deadline=None, max_examples=60)
 @given(similar, similar, st.sampled_from((1e-3, 2.0, 60.0, 1e3)))
 def test_another_unit_changes_nothing(a: list[float], b: list[float], scale: float) -> None:
-    one, other = (judge_samples([value * by for value in a], [value * by for value in b], better="lower") for by in (1.0, scale))
+    one, other = (
+        judge_samples([value * by for value in a], [value * by for value in b], better="lower")
+        for by in (1.0, scale)
+    )
     assert (one.verdict, one.ratio) == (other.verdict, pytest.approx(other.ratio))
 
 
 @settings(deadline=None, max_examples=60)
 @given(similar, similar)
-def test_what_is_slower_is_still_slower_when_all_of_it_gets_slower_yet(a: list[float], b: list[float]) -> None:
+def test_what_is_slower_is_still_slower_when_all_of_it_gets_slower_yet(
+    a: list[float], b: list[float]
+) -> None:
     ranks = ("pass", "inconclusive", "fail")
     slowed = [value * 1.05 for value in b]
-    assert ranks.index(judge_samples(a, b, better="lower").verdict) <= ranks.index(judge_samples(a, slowed, better="lower").verdict)
+    assert ranks.index(judge_samples(a, b, better="lower").verdict) <= ranks.index(
+        judge_samples(a, slowed, better="lower").verdict
+    )
 
 
 @settings(deadline=None, max_examples=100)
 @given(sandboxes, sandboxes, st.sampled_from(("lower", "higher")), st.floats(0.0025, 10))
-def test_no_arms_whatever_give_a_nan(a: list[float], b: list[float], better: compare.Better, factor: float) -> None:
+def test_no_arms_whatever_give_a_nan(
+    a: list[float], b: list[float], better: compare.Better, factor: float
+) -> None:
     of = judge_samples(a, b, better=better, factor=factor)
-    assert all(math.isfinite(number) for number in (of.ratio, of.p, of.low, of.high) if number is not None)
+    assert all(
+        math.isfinite(number) for number in (of.ratio, of.p, of.low, of.high) if number is not None
+    )
     assert of.low is None or of.high is None or of.low <= of.ratio <= of.high
     assert 0 <= of.p <= 1
     assert of.verdict == "inconclusive" or min(len(a), len(b)) >= MIN_STARTS
@@ -78,11 +106,15 @@ def test_no_arms_whatever_give_a_nan(a: list[float], b: list[float], better: com
 
 @settings(deadline=None, max_examples=40)
 @given(similar, similar)
-def test_the_interval_leaves_out_what_scipys_exact_test_rejects(a: list[float], b: list[float]) -> None:
+def test_the_interval_leaves_out_what_scipys_exact_test_rejects(
+    a: list[float], b: list[float]
+) -> None:
     of = judge_samples(a, b, better="lower")
     assert of.low is not None
     for ratio, is_out in ((of.low * 0.9999, True), (of.low * 1.0001, False)):
-        p = mannwhitneyu(b, [value * ratio for value in a], alternative="two-sided", method="exact").pvalue
+        p = mannwhitneyu(
+            b, [value * ratio for value in a], alternative="two-sided", method="exact"
+        ).pvalue
         assert (p < compare.ALPHA) == is_out
 
 
@@ -103,11 +135,23 @@ def test_one_odd_start_makes_no_regression() -> None:
 
 
 def test_starts_that_are_said_to_be_needed_settle_it() -> None:
-    few = [judge_samples(arm(seed, 8, variation=0.06), arm(seed + 900, 8, variation=0.06), better="lower") for seed in range(20)]
+    few = [
+        judge_samples(
+            arm(seed, 8, variation=0.06), arm(seed + 900, 8, variation=0.06), better="lower"
+        )
+        for seed in range(20)
+    ]
     needed = sorted(one.needed for one in few if one.needed)
     assert len(needed) >= 5
     starts = needed[len(needed) // 2]
-    settled = [judge_samples(arm(seed, starts, variation=0.06), arm(seed + 900, starts, variation=0.06), better="lower").verdict for seed in range(20)]
+    settled = [
+        judge_samples(
+            arm(seed, starts, variation=0.06),
+            arm(seed + 900, starts, variation=0.06),
+            better="lower",
+        ).verdict
+        for seed in range(20)
+    ]
     assert settled.count("inconclusive") <= 3, (starts, settled)
 
 

@@ -1,4 +1,6 @@
-"""A bootstrapped small clone with a smoke that judges: its parity probe asks the built vLLM, which a release may break, and answers at once."""
+"""A bootstrapped small clone with a smoke that judges: its parity probe asks the built vLLM, which
+a release may break, and answers at once.
+"""
 
 import subprocess
 import sys
@@ -45,13 +47,26 @@ RECORD = ("-m", "workspace.cli.sessions", "record-good")
 
 def judge_at_once(probes: Path) -> None:
     """Put probes there that start no engine."""
-    for name, text in (("parity", PARITY), ("tiny_model", TINY), ("reference", REFERENCE), ("kernels", KERNELS)):
+    for name, text in (
+        ("parity", PARITY),
+        ("tiny_model", TINY),
+        ("reference", REFERENCE),
+        ("kernels", KERNELS),
+    ):
         (probes / f"{name}.py").write_text(text)
 
 
 def run(world: World, *words: str) -> Ended:
     """A program of the clone's library."""
-    done = subprocess.run([sys.executable, "-Es", "-B", *words], cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-Es", "-B", *words],
+        cwd=world.root,
+        env=world.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -84,7 +99,9 @@ def _good(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Wor
 
 @pytest.fixture
 def clone(_good: World, releases: Releases) -> Iterator[World]:
-    """A clone whose state is recorded as good, and an index with every later release; always at the same path."""
+    """A clone whose state is recorded as good, and an index with every later release; always at the
+    same path.
+    """
     _good.restore()
     releases.publish(_good, *releases.files)
     yield _good
@@ -92,10 +109,19 @@ def clone(_good: World, releases: Releases) -> Iterator[World]:
 
 
 def user_files(world: World) -> dict[str, tuple[int, int, int, int]]:
-    """Everything that a bump must not touch before it is promoted: path, time, size, inode, mode."""
+    """Everything that a bump must not touch before it is promoted: path, time, size, inode,
+    mode.
+    """
     layout = world.layout
-    kept = [layout.relative(path) for path in (layout.vllm, layout.root / "patches", layout.pins, layout.environment)]
-    return {path: facts for path, facts in world.listing().items() if any(path == name or path.startswith(f"{name}/") for name in kept) and not _gits(path)}
+    kept = [
+        layout.relative(path)
+        for path in (layout.vllm, layout.root / "patches", layout.pins, layout.environment)
+    ]
+    return {
+        path: facts
+        for path, facts in world.listing().items()
+        if any(path == name or path.startswith(f"{name}/") for name in kept) and not _gits(path)
+    }
 
 
 def _gits(path: str) -> bool:

@@ -9,7 +9,9 @@ pytestmark = pytest.mark.xdist_group("good")
 
 
 def pretend_good(world: World, tag: str) -> str:
-    """Another good state, with the present one's files, at the base: what bootstrap then does with its series is the present state again."""
+    """Another good state, with the present one's files, at the base: what bootstrap then does with
+    its series is the present state again.
+    """
     layout, base = world.layout, world.git("rev-parse", "HEAD~1")
     before = known_good.every(layout)[0]
     tree = world.git("rev-parse", f"{base}^{{tree}}")
@@ -19,7 +21,13 @@ def pretend_good(world: World, tag: str) -> str:
     folder.mkdir()
     for part in ("freeze.txt", "kernels", "files"):
         (folder / part).symlink_to(kept / part)
-    record = (kept / "good.json").read_text().replace(before.name, name).replace(before.head, base).replace(before.tree, tree)
+    record = (
+        (kept / "good.json")
+        .read_text()
+        .replace(before.name, name)
+        .replace(before.head, base)
+        .replace(before.tree, tree)
+    )
     (folder / "good.json").write_text(record)
     return name
 
@@ -27,7 +35,9 @@ def pretend_good(world: World, tag: str) -> str:
 def test_nothing_to_return_to_and_unknown_names_are_sentences(clone: World) -> None:
     assert "there is no good state to return to" in clone.run("pin.rollback").error(2)
     name = pretend_good(clone, "v0.31.0")
-    assert f"there are {name}" in clone.run("pin.rollback", "--good", "v0.1.0-000000000000").error(2)
+    assert f"there are {name}" in clone.run("pin.rollback", "--good", "v0.1.0-000000000000").error(
+        2
+    )
 
 
 def test_edits_and_an_am_under_way_are_left_as_they_are(clone: World) -> None:

@@ -1,4 +1,6 @@
-"""A pin is moved beside the working tree, and takes its place when its smoke is green; until then not a file of the user's is touched."""
+"""A pin is moved beside the working tree, and takes its place when its smoke is green; until then
+not a file of the user's is touched.
+"""
 
 from pathlib import Path
 
@@ -15,31 +17,53 @@ pytestmark = pytest.mark.xdist_group("good")
 
 def test_there_and_back(clone: World) -> None:
     """One story, because each part needs what the one before has made."""
-    layout, remarks = clone.layout, [line for line in clone.layout.pins.read_text().splitlines() if line.startswith("#")]
-    before, old_head, old_pins = user_files(clone), clone.git("rev-parse", "HEAD"), layout.pins.read_text()
+    layout, remarks = (
+        clone.layout,
+        [line for line in clone.layout.pins.read_text().splitlines() if line.startswith("#")],
+    )
+    before, old_head, old_pins = (
+        user_files(clone),
+        clone.git("rev-parse", "HEAD"),
+        layout.pins.read_text(),
+    )
     link = git(clone.root, "ls-files", "-s", "vendor/vllm")
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
 
     # The new state is whole, in its own place, and nothing of the workshop is left or named.
-    assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
-    assert clone.python("import vllm; print(vllm.__version__, vllm.RELEASE, vllm.__file__)").split() == [
+    assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(
+        ROWS, "ok"
+    )
+    assert clone.python(
+        "import vllm; print(vllm.__version__, vllm.RELEASE, vllm.__file__)"
+    ).split() == [
         f"{CLEAN}+cpu",
         CLEAN,
         str(layout.vllm / "vllm" / "__init__.py"),
     ]
     assert not layout.bump_sandbox.exists()
     assert len(clone.git("worktree", "list").splitlines()) == 1
-    named = [path for path in layout.environment.rglob("*") if path.is_file() and not path.is_symlink() and b".workspace/bump" in path.read_bytes()]
+    named = [
+        path
+        for path in layout.environment.rglob("*")
+        if path.is_file() and not path.is_symlink() and b".workspace/bump" in path.read_bytes()
+    ]
     assert [path for path in named if path.suffix != ".pyc"] == []
     assert clone.git("status", "--porcelain") == ""
     assert clone.git("diff", "--name-only", "HEAD~1", "HEAD") == "setup.py"
 
-    # Pins, series and message; the gitlink stays, for nobody could fetch the commit that is made of an archive.
+    # Pins, series and message; the gitlink stays, for nobody could fetch the commit that is made of
+    # an archive.
     pin = pins.load(layout.pins).vllm
-    assert (pin.tag, pin.version, pin.archive is not None and pin.archive.commit) == (f"v{CLEAN}", CLEAN, clone.git("rev-parse", "HEAD~1"))
+    assert (pin.tag, pin.version, pin.archive is not None and pin.archive.commit) == (
+        f"v{CLEAN}",
+        CLEAN,
+        clone.git("rev-parse", "HEAD~1"),
+    )
     assert pin.precompiled["cpu-x86_64"].version == CLEAN
-    assert [line for line in layout.pins.read_text().splitlines() if line.startswith("#")] == remarks
+    assert [
+        line for line in layout.pins.read_text().splitlines() if line.startswith("#")
+    ] == remarks
     assert f"# base: {pin.commit}" in (layout.patches("vllm") / "series").read_text()
     assert git(clone.root, "ls-files", "-s", "vendor/vllm") == link
     message = (layout.state / "bump-message.txt").read_text()
@@ -47,7 +71,10 @@ def test_there_and_back(clone: World) -> None:
     assert "1:  " in message
     git(clone.root, "add", "vendor/pins.toml", "patches/vllm")
     git(clone.root, "commit", "--quiet", "-F", ".workspace/bump-message.txt")
-    assert set(git(clone.root, "show", "--name-only", "--format=", "HEAD").split()) == {"vendor/pins.toml", "patches/vllm/series"}
+    assert set(git(clone.root, "show", "--name-only", "--format=", "HEAD").split()) == {
+        "vendor/pins.toml",
+        "patches/vllm/series",
+    }
 
     # Back: without a network, and the very environment.
     clone.index.hide(*clone.index.files)
@@ -56,16 +83,35 @@ def test_there_and_back(clone: World) -> None:
     assert clone.git("rev-parse", "HEAD") == old_head
     assert layout.pins.read_text() == old_pins
     after = user_files(clone)
-    moved = {path for path in before.keys() | after.keys() if path not in after or path not in before or before[path][:2] != after[path][:2]}
-    assert {path for path in moved if not path.startswith((".vllm", "patches")) and "__pycache__" not in path} <= changed_by_a_move(moved)
-    assert all(before[path][2] == after[path][2] for path in before if path.startswith(".vllm/lib") and "__pycache__" not in path), "another environment"
+    moved = {
+        path
+        for path in before.keys() | after.keys()
+        if path not in after or path not in before or before[path][:2] != after[path][:2]
+    }
+    assert {
+        path
+        for path in moved
+        if not path.startswith((".vllm", "patches")) and "__pycache__" not in path
+    } <= changed_by_a_move(moved)
+    assert all(
+        before[path][2] == after[path][2]
+        for path in before
+        if path.startswith(".vllm/lib") and "__pycache__" not in path
+    ), "another environment"
     assert clone.python("import vllm; print(vllm.__version__)") == "0.31.0+cpu"
-    assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
+    assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(
+        ROWS, "ok"
+    )
 
 
 def changed_by_a_move(paths: set[str]) -> set[str]:
     """What differs between the two releases, and folders, whose times are nobody's."""
-    names = ("vendor/vllm/setup.py", "vendor/vllm/vllm/__init__.py", "vendor/pins.toml", "vendor/vllm/vllm/_version.py")
+    names = (
+        "vendor/vllm/setup.py",
+        "vendor/vllm/vllm/__init__.py",
+        "vendor/pins.toml",
+        "vendor/vllm/vllm/_version.py",
+    )
     return {path for path in paths if path in names or not Path(path).suffix or "egg-info" in path}
 
 

@@ -35,19 +35,38 @@ class Ground:
         self.shell: dict[str, str] = {}
         self.candidate = Candidate(PIN, "", Kind.GIT, NOW - datetime.timedelta(days=30), self.work)
 
-    def between(self, old: dict[str, str], new: dict[str, str], *, touched: tuple[str, ...] = ()) -> list[Change]:
+    def between(
+        self, old: dict[str, str], new: dict[str, str], *, touched: tuple[str, ...] = ()
+    ) -> list[Change]:
         before = commit(self.work, "old", {"keep": "", **old})
         for name in old:
             (self.work / name).unlink()
         after = commit(self.work, "new", {"other": "", **new})
         git = Git(self.work)
         differing = history.changed(git, before, after)
-        moved = history.renames(git, before, after, [path for path in touched if path in differing], differing)
-        settings = settings_module.load(self.layout, environ={"PATH": os.environ["PATH"], **self.shell})
-        return list(changes.work_out(git, self.layout, settings, pin=PIN, candidate=self.candidate, differing=differing, moved=moved, touched=touched))
+        moved = history.renames(
+            git, before, after, [path for path in touched if path in differing], differing
+        )
+        settings = settings_module.load(
+            self.layout, environ={"PATH": os.environ["PATH"], **self.shell}
+        )
+        return list(
+            changes.work_out(
+                git,
+                self.layout,
+                settings,
+                pin=PIN,
+                candidate=self.candidate,
+                differing=differing,
+                moved=moved,
+                touched=touched,
+            )
+        )
 
     def texts(self, topic: str, old: dict[str, str], new: dict[str, str]) -> list[str]:
-        return [forecast.text_of(change) for change in self.between(old, new) if change.topic == topic]
+        return [
+            forecast.text_of(change) for change in self.between(old, new) if change.topic == topic
+        ]
 
 
 @pytest.fixture
@@ -60,8 +79,14 @@ def both(path: str, old: str, new: str) -> tuple[dict[str, str], dict[str, str]]
 
 
 def test_requirements_added_removed_and_changed_are_named_with_their_files(ground: Ground) -> None:
-    old = {"requirements/common.txt": "a\nb==1 # why\nsame>=1\n", "requirements/cuda.txt": "-r common.txt\ntorch==2.13.0\n"}
-    new = {"requirements/common.txt": "b == 2\nsame >= 1 # else\nC_c[x]>=1,<2\n", "requirements/cuda.txt": "-r common.txt\ntorch==2.14.0\n"}
+    old = {
+        "requirements/common.txt": "a\nb==1 # why\nsame>=1\n",
+        "requirements/cuda.txt": "-r common.txt\ntorch==2.13.0\n",
+    }
+    new = {
+        "requirements/common.txt": "b == 2\nsame >= 1 # else\nC_c[x]>=1,<2\n",
+        "requirements/cuda.txt": "-r common.txt\ntorch==2.14.0\n",
+    }
     assert ground.texts("requirement", old, new) == [
         "torch ==2.13.0 → ==2.14.0  (requirements/cuda.txt)",
         "a any version, gone  (requirements/common.txt)",
@@ -71,20 +96,49 @@ def test_requirements_added_removed_and_changed_are_named_with_their_files(groun
 
 
 def test_same_change_in_several_files_is_one_line(ground: Ground) -> None:
-    old = {"requirements/build/cuda.txt": "torch==1\n", "pyproject.toml": '[build-system]\nrequires = ["torch == 1"]\n'}
-    new = {"requirements/build/cuda.txt": "torch==2\n", "pyproject.toml": '[build-system]\nrequires = ["torch == 2"]\n'}
-    assert ground.texts("requirement", old, new) == ["torch ==1 → ==2  (pyproject.toml, requirements/build/cuda.txt)"]
+    old = {
+        "requirements/build/cuda.txt": "torch==1\n",
+        "pyproject.toml": '[build-system]\nrequires = ["torch == 1"]\n',
+    }
+    new = {
+        "requirements/build/cuda.txt": "torch==2\n",
+        "pyproject.toml": '[build-system]\nrequires = ["torch == 2"]\n',
+    }
+    assert ground.texts("requirement", old, new) == [
+        "torch ==1 → ==2  (pyproject.toml, requirements/build/cuda.txt)"
+    ]
 
 
 def test_requirements_of_other_machines_pythons_and_devices_do_not_count(ground: Ground) -> None:
-    old, new = both("requirements/common.txt", "a==1; sys_platform == 'win32'\nb==1; python_version < '3.5'\n", "b==2; python_version < '3.5'\n")
-    assert ground.texts("requirement", old | {"requirements/rocm.txt": "torch==1\n"}, new | {"requirements/rocm.txt": "torch==2\n"}) == []
+    old, new = both(
+        "requirements/common.txt",
+        "a==1; sys_platform == 'win32'\nb==1; python_version < '3.5'\n",
+        "b==2; python_version < '3.5'\n",
+    )
+    assert (
+        ground.texts(
+            "requirement",
+            old | {"requirements/rocm.txt": "torch==1\n"},
+            new | {"requirements/rocm.txt": "torch==2\n"},
+        )
+        == []
+    )
     # The built environment's Python decides, not the one that runs this.
-    assert [*changes.requirements_of("requirements/common.txt", "b==1; python_version < '3.5'\n", python="3.4")] == [("b", "==1")]
+    assert [
+        *changes.requirements_of(
+            "requirements/common.txt", "b==1; python_version < '3.5'\n", python="3.4"
+        )
+    ] == [("b", "==1")]
 
 
-def test_options_addresses_and_what_is_no_requirement_are_compared_as_they_stand(ground: Ground) -> None:
-    old, new = both("requirements/cpu.txt", "--extra-index-url https://a.invalid\n!!\n", "--extra-index-url https://b.invalid\nx @ https://c.invalid/x.whl\n")
+def test_options_addresses_and_what_is_no_requirement_are_compared_as_they_stand(
+    ground: Ground,
+) -> None:
+    old, new = both(
+        "requirements/cpu.txt",
+        "--extra-index-url https://a.invalid\n!!\n",
+        "--extra-index-url https://b.invalid\nx @ https://c.invalid/x.whl\n",
+    )
     assert ground.texts("requirement", old, new) == [
         "!! , gone  (requirements/cpu.txt)",
         "--extra-index-url https://a.invalid → https://b.invalid  (requirements/cpu.txt)",
@@ -92,33 +146,72 @@ def test_options_addresses_and_what_is_no_requirement_are_compared_as_they_stand
     ]
 
 
-@pytest.mark.parametrize("broken", ["[build-system\n", "[build-system]\nrequires = 3\n", "build-system = 1\n", "\x00", "a = " + "[" * 9000])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "[build-system\n",
+        "[build-system]\nrequires = 3\n",
+        "build-system = 1\n",
+        "\x00",
+        "a = " + "[" * 9000,
+    ],
+)
 def test_pyproject_that_is_none_has_no_requirements(ground: Ground, broken: str) -> None:
     old, new = both("pyproject.toml", broken, '[build-system]\nrequires = ["a"]\n')
     assert ground.texts("requirement", old, new) == ["a any version, new  (pyproject.toml)"]
 
 
 def test_least_versions_of_tools(ground: Ground) -> None:
-    text = 'cmake_minimum_required(VERSION {})\n# cmake_minimum_required(VERSION 1)\nif(CMAKE_CXX_COMPILER_VERSION VERSION_LESS "{}")\n'
-    old = {"CMakeLists.txt": text.format("3.26", "11.3"), "pyproject.toml": '[project]\nrequires-python = ">=3.10"\n'}
-    new = {"CMakeLists.txt": text.format("3.26", "13"), "pyproject.toml": '[project]\nrequires-python = ">=3.11"\n'}
-    assert ground.texts("minimum", old, new) == ["C++ compiler 11.3 → 13  (CMakeLists.txt)", "Python >=3.10 → >=3.11  (pyproject.toml)"]
+    text = (
+        "cmake_minimum_required(VERSION {})\n# cmake_minimum_required(VERSION"
+        ' 1)\nif(CMAKE_CXX_COMPILER_VERSION VERSION_LESS "{}")\n'
+    )
+    old = {
+        "CMakeLists.txt": text.format("3.26", "11.3"),
+        "pyproject.toml": '[project]\nrequires-python = ">=3.10"\n',
+    }
+    new = {
+        "CMakeLists.txt": text.format("3.26", "13"),
+        "pyproject.toml": '[project]\nrequires-python = ">=3.11"\n',
+    }
+    assert ground.texts("minimum", old, new) == [
+        "C++ compiler 11.3 → 13  (CMakeLists.txt)",
+        "Python >=3.10 → >=3.11  (pyproject.toml)",
+    ]
 
 
 def test_external_projects_are_named_by_tag_through_variables(ground: Ground) -> None:
     text = 'if(R)\n  set(TAG "{}")\nelse()\n  set(TAG "v3.5.1")\nendif()\n'
-    text += "FetchContent_Declare(\n  Kernels\n  GIT_REPOSITORY https://x\n  GIT_TAG ${{TAG}} # GIT_TAG no\n)\n"
+    text += (
+        "FetchContent_Declare(\n  Kernels\n  GIT_REPOSITORY https://x\n  GIT_TAG ${{TAG}} # GIT_TAG"
+        " no\n)\n"
+    )
     old, new = both("cmake/external_projects/a.cmake", text.format("1" * 40), text.format("2" * 40))
-    populate = "FetchContent_Populate(acl\n  GIT_TAG        {}\n)\nFetchContent_Declare(local SOURCE_DIR x)\n"
-    old, new = old | {"cmake/cpu_extension.cmake": populate.format("v1")}, new | {"cmake/cpu_extension.cmake": populate.format("v2")}
+    populate = (
+        "FetchContent_Populate(acl\n  GIT_TAG        {}\n)\nFetchContent_Declare(local SOURCE_DIR"
+        " x)\n"
+    )
+    old, new = (
+        old | {"cmake/cpu_extension.cmake": populate.format("v1")},
+        new | {"cmake/cpu_extension.cmake": populate.format("v2")},
+    )
     assert ground.texts("external", old, new) == [
         "acl v1 → v2  (cmake/cpu_extension.cmake)",
         f"kernels {'1' * 12}; v3.5.1 → {'2' * 12}; v3.5.1  (cmake/external_projects/a.cmake)",
     ]
 
 
-@pytest.mark.parametrize(("path", "said"), [("csrc/a.cu", "1 files differ"), ("CMakeLists.txt", "1 files differ"), ("vllm/a.py", "none differ")])
-def test_compiled_sources_that_differ_outdate_the_kernels(ground: Ground, path: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("csrc/a.cu", "1 files differ"),
+        ("CMakeLists.txt", "1 files differ"),
+        ("vllm/a.py", "none differ"),
+    ],
+)
+def test_compiled_sources_that_differ_outdate_the_kernels(
+    ground: Ground, path: str, said: str
+) -> None:
     assert said in ground.texts("sources", *both(path, "a\n", "b\n"))[0]
 
 
@@ -126,36 +219,75 @@ ENVS = "environment_variables: dict[str, int] = {{\n    '{}': 1,\n    **more,\n}
 
 
 @pytest.mark.parametrize("place", [".env", "shell", "recipes/big.toml"])
-def test_variable_that_the_new_tree_no_longer_knows_is_named_with_its_place_and_the_nearest(ground: Ground, place: str) -> None:
+def test_variable_that_the_new_tree_no_longer_knows_is_named_with_its_place_and_the_nearest(
+    ground: Ground, place: str
+) -> None:
     if place == "shell":
         ground.shell["VLLM_MXFP4_BACKEND"] = "hunter2"
     else:
-        line = "VLLM_MXFP4_BACKEND=hunter2\n" if place == ".env" else '[environment]\nVLLM_MXFP4_BACKEND = "hunter2"\n'
+        line = (
+            "VLLM_MXFP4_BACKEND=hunter2\n"
+            if place == ".env"
+            else '[environment]\nVLLM_MXFP4_BACKEND = "hunter2"\n'
+        )
         write(ground.layout.root, {place: line})
-    old, new = both("vllm/envs.py", ENVS.format("VLLM_MXFP4_BACKEND"), ENVS.format("VLLM_MXFP8_BACKEND"))
-    assert ground.texts("variable", old, new) == [f"VLLM_MXFP4_BACKEND is not known there; did you mean VLLM_MXFP8_BACKEND?  ({place})"]
+    old, new = both(
+        "vllm/envs.py", ENVS.format("VLLM_MXFP4_BACKEND"), ENVS.format("VLLM_MXFP8_BACKEND")
+    )
+    assert ground.texts("variable", old, new) == [
+        f"VLLM_MXFP4_BACKEND is not known there; did you mean VLLM_MXFP8_BACKEND?  ({place})"
+    ]
 
 
 def test_variables_that_are_ours_or_that_neither_tree_knows_are_no_news(ground: Ground) -> None:
     ground.shell |= {"VLLM_MIRROR": "x", "VLLM_NEVER": "1"}
-    assert ground.texts("variable", *both("vllm/envs.py", ENVS.format("VLLM_MIRROR"), ENVS.format("A"))) == []
+    assert (
+        ground.texts(
+            "variable", *both("vllm/envs.py", ENVS.format("VLLM_MIRROR"), ENVS.format("A"))
+        )
+        == []
+    )
 
 
 def test_flags_in_use_that_are_gone_are_named_however_they_are_spelled(ground: Ground) -> None:
-    recipe = 'command = "vllm serve x --swap_space=4 --kept"\n[flags]\nlora-modules = 1\nmax_model_len = 2\n[other]\nlist = ["--no-gone.deep", "3"]\n'
-    write(ground.layout.root, {"recipes/a.toml": recipe, ".env": "EXTRA=--swap-space 4\n", "recipes/broken.toml": "["})
+    recipe = (
+        'command = "vllm serve x --swap_space=4 --kept"\n[flags]\nlora-modules = 1\nmax_model_len ='
+        ' 2\n[other]\nlist = ["--no-gone.deep", "3"]\n'
+    )
+    write(
+        ground.layout.root,
+        {"recipes/a.toml": recipe, ".env": "EXTRA=--swap-space 4\n", "recipes/broken.toml": "["},
+    )
     cli = "class FrontendArgs:\n    lora_modules: str = ''\n    _own: int = 0\n"
-    engine = "class EngineArgs:\n    max_model_len: int = 1\nclass Else:\n    kept: int\np.add_argument('--swap-space', '-s')\np.add_argument('--kept')\n"
-    old = {"vllm/entrypoints/openai/cli_args.py": cli, "vllm/engine/arg_utils.py": engine + "p.add_argument('--gone')\n"}
+    engine = (
+        "class EngineArgs:\n    max_model_len: int = 1\nclass Else:\n    kept:"
+        " int\np.add_argument('--swap-space', '-s')\np.add_argument('--kept')\n"
+    )
+    old = {
+        "vllm/entrypoints/openai/cli_args.py": cli,
+        "vllm/engine/arg_utils.py": engine + "p.add_argument('--gone')\n",
+    }
     # A file that moves takes its flags along.
-    new = {"vllm/entrypoints/common/cli_args.py": cli, "vllm/engine/arg_utils.py": engine.replace("--swap-space", "--swap-spaces")}
+    new = {
+        "vllm/entrypoints/common/cli_args.py": cli,
+        "vllm/engine/arg_utils.py": engine.replace("--swap-space", "--swap-spaces"),
+    }
     assert ground.texts("flag", old, new) == [
         "--no-gone is not known there; nothing of a like name is there  (recipes/a.toml)",
         "--swap-space is not known there; did you mean --swap-spaces?  (.env, recipes/a.toml)",
     ]
 
 
-@pytest.mark.parametrize("source", [b"def", b"\x00", b"environment_variables = 3\n", b"environment_variables = {**a, 3: 4}\n", b"(" * 999])
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"def",
+        b"\x00",
+        b"environment_variables = 3\n",
+        b"environment_variables = {**a, 3: 4}\n",
+        b"(" * 999,
+    ],
+)
 def test_source_that_is_no_registry_has_no_names(source: bytes) -> None:
     assert run_environment.variables_of(source) == flags.flags_of(source) == frozenset()
 
@@ -163,7 +295,9 @@ def test_source_that_is_no_registry_has_no_names(source: bytes) -> None:
 def test_file_of_a_patch_that_moved_or_vanished_is_named(ground: Ground) -> None:
     text = "".join(f"line {number}\n" for number in range(30))
     old = {"a/moved.py": text, "a/gone.py": "short and gone\n", "a/untouched.py": "x\n"}
-    found = ground.between(old, {"b/there.py": text + "more\n"}, touched=("a/moved.py", "a/gone.py"))
+    found = ground.between(
+        old, {"b/there.py": text + "more\n"}, touched=("a/moved.py", "a/gone.py")
+    )
     moved = [forecast.text_of(change) for change in found if change.topic == "moved"]
     assert moved == ["a/gone.py; is gone, and no new file is like it", "a/moved.py → b/there.py"]
 
@@ -180,6 +314,11 @@ def test_age_is_held_against_what_a_bump_asks_for(ground: Ground) -> None:
 
 
 def test_precompiled_wheel_is_missed_on_this_machine_only(ground: Ground) -> None:
-    ground.candidate = replace(ground.candidate, not_precompiled={f"cpu-{os.uname().machine}": "no wheel", "cpu-other": "no wheel"})
-    found = [change for change in ground.between(*both("a", "1", "2")) if change.topic == "precompiled"]
+    ground.candidate = replace(
+        ground.candidate,
+        not_precompiled={f"cpu-{os.uname().machine}": "no wheel", "cpu-other": "no wheel"},
+    )
+    found = [
+        change for change in ground.between(*both("a", "1", "2")) if change.topic == "precompiled"
+    ]
     assert [change.name for change in found] == [f"cpu-{os.uname().machine}"]

@@ -1,4 +1,6 @@
-"""A series in which every patch meets another fate at the next release, forecast on checkouts of both kinds."""
+"""A series in which every patch meets another fate at the next release, forecast on checkouts of
+both kinds.
+"""
 
 import hashlib
 import json
@@ -31,7 +33,10 @@ FATES = {
     },
 }
 # Without history two of the three tests are impossible.
-FATES["release"] = FATES["git"] | {"backport": "conflicts in vllm/backport.py", "cherry": "conflicts in vllm/cherry.py"}
+FATES["release"] = FATES["git"] | {
+    "backport": "conflicts in vllm/backport.py",
+    "cherry": "conflicts in vllm/cherry.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,28 +85,47 @@ def clone(tmp_path: Path, made: Path, ladder: Ladder, index: Index, kind: str) -
 
 
 def run(clone: Clone, ref: str = "v1.1.0", **more: str) -> Forecast:
-    return forecast.run(clone.layout, clone.settings(**more), ref, console=Console(out=clone.out, err=clone.err))
+    return forecast.run(
+        clone.layout, clone.settings(**more), ref, console=Console(out=clone.out, err=clone.err)
+    )
 
 
 def fate(patch: PatchForecast) -> str:
-    text = patch.state + (f" by {patch.test}" if patch.test else "") + (", merged" if patch.merged else "")
-    text += f" in {', '.join(conflict.path for conflict in patch.conflicts)}" if patch.conflicts else ""
+    text = (
+        patch.state
+        + (f" by {patch.test}" if patch.test else "")
+        + (", merged" if patch.merged else "")
+    )
+    text += (
+        f" in {', '.join(conflict.path for conflict in patch.conflicts)}" if patch.conflicts else ""
+    )
     return text + (f" after {patch.depends_on}" if patch.depends_on else "")
 
 
 def fates(made: Forecast) -> dict[str, str]:
-    return {patch.name.removeprefix("Local-").removesuffix(".patch"): fate(patch) for patch in made.patches}
+    return {
+        patch.name.removeprefix("Local-").removesuffix(".patch"): fate(patch)
+        for patch in made.patches
+    }
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Every file, link and folder below a folder, .git included, with what is in it and when it was written."""
+    """Every file, link and folder below a folder, .git included, with what is in it and when it was
+    written.
+    """
     found = {}
     for path in [root, *root.rglob("*")]:
         if path.is_relative_to(root / ".workspace"):
             continue
         status = path.lstat()
-        inside = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and not path.is_symlink() else ""
-        found[str(path)] = f"{status.st_mode} {status.st_mtime_ns if path != root else 0} {status.st_ino} {inside}"
+        inside = (
+            hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file() and not path.is_symlink()
+            else ""
+        )
+        found[str(path)] = (
+            f"{status.st_mode} {status.st_mtime_ns if path != root else 0} {status.st_ino} {inside}"
+        )
     return found
 
 
@@ -114,17 +138,27 @@ def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Clone, kind: str) 
     assert clone.err.getvalue().splitlines()[-1].startswith("next: ./scripts/inv pin.bump v1.1.0")
 
 
-def test_conflicts_name_the_upstream_commits_that_touched_the_file(clone: Clone, ladder: Ladder, kind: str) -> None:
+def test_conflicts_name_the_upstream_commits_that_touched_the_file(
+    clone: Clone, ladder: Ladder, kind: str
+) -> None:
     by_name = {patch.name: patch for patch in run(clone).patches}
     commits = by_name["Local-conflict.patch"].conflicts[0].commits
     if kind == "git":
         # Not the one that drew the release branch, which touched README only.
         assert commits == (f"{ladder.commits['conflict'][:12]} [Misc] Upstream's conflict (#3)",)
-        assert by_name["Local-cherry.patch"].by == f"{ladder.commits['cherry'][:12]} [Misc] Upstream's cherry (#6)"
-        assert by_name["Local-backport.patch"].by == f"{ladder.commits['backport'][:12]} [Misc] Upstream's backport (#5)"
+        assert (
+            by_name["Local-cherry.patch"].by
+            == f"{ladder.commits['cherry'][:12]} [Misc] Upstream's cherry (#6)"
+        )
+        assert (
+            by_name["Local-backport.patch"].by
+            == f"{ladder.commits['backport'][:12]} [Misc] Upstream's backport (#5)"
+        )
     else:
         assert commits is None
-        assert any("unknown" in line and "no history" in line for line in clone.err.getvalue().splitlines())
+        assert any(
+            "unknown" in line and "no history" in line for line in clone.err.getvalue().splitlines()
+        )
 
 
 @pytest.mark.parametrize("kind", ["git"])
@@ -140,27 +174,77 @@ def test_forecast_is_what_am_then_does(clone: Clone) -> None:
     clone.series(again)
     tree = run(clone).tree
     work = clone.layout.state / "by-hand"
-    sh_git(clone.layout.state, "clone", "--quiet", "--shared", "--no-checkout", str(made.candidate.store), str(work))
+    sh_git(
+        clone.layout.state,
+        "clone",
+        "--quiet",
+        "--shared",
+        "--no-checkout",
+        str(made.candidate.store),
+        str(work),
+    )
     # The store borrows, and a clone of it does not do so again.
-    write(work, {".git/objects/info/alternates": f"{made.candidate.store}/objects\n{clone.vllm}/.git/objects\n"})
-    sh_git(work, "fetch", "--quiet", str(made.candidate.store), f"{made.candidate.base}:refs/heads/new", check=False)
-    sh_git(work, "checkout", "--quiet", "--detach", made.candidate.base, env={"GIT_CONFIG_GLOBAL": "/dev/null"})
-    sh_git(work, "am", "--quiet", "--3way", *(str(clone.layout.patches("vllm") / name) for name in kept))
+    write(
+        work,
+        {
+            ".git/objects/info/alternates": (
+                f"{made.candidate.store}/objects\n{clone.vllm}/.git/objects\n"
+            )
+        },
+    )
+    sh_git(
+        work,
+        "fetch",
+        "--quiet",
+        str(made.candidate.store),
+        f"{made.candidate.base}:refs/heads/new",
+        check=False,
+    )
+    sh_git(
+        work,
+        "checkout",
+        "--quiet",
+        "--detach",
+        made.candidate.base,
+        env={"GIT_CONFIG_GLOBAL": "/dev/null"},
+    )
+    sh_git(
+        work,
+        "am",
+        "--quiet",
+        "--3way",
+        *(str(clone.layout.patches("vllm") / name) for name in kept),
+    )
     assert sh_git(work, "rev-parse", "HEAD^{tree}") == tree
 
 
 @pytest.mark.parametrize("kind", ["git"])
 def test_series_applied_in_the_checkout_gives_the_same_forecast(clone: Clone, kind: str) -> None:
-    sh_git(clone.vllm, "am", "--quiet", "--keep-cr", *(str(clone.layout.patches("vllm") / name) for name in clone.stack().names))
+    sh_git(
+        clone.vllm,
+        "am",
+        "--quiet",
+        "--keep-cr",
+        *(str(clone.layout.patches("vllm") / name) for name in clone.stack().names),
+    )
     assert fates(run(clone)) == FATES[kind]
 
 
-def test_patch_that_upstream_took_and_reverted_is_kept(clone: Clone, ladder: Ladder, kind: str, tmp_path: Path) -> None:
+def test_patch_that_upstream_took_and_reverted_is_kept(
+    clone: Clone, ladder: Ladder, kind: str, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
     sh_git(tmp_path, "clone", "--quiet", str(ladder.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0")
     write(work, {"vllm/clean.py": lines("clean", l5="five")})
-    sh_git(work, "commit", "--quiet", "--all", "--message", f"Five\n\nUpstream-Status: Backport [{ladder.commits['clean']}]")
+    sh_git(
+        work,
+        "commit",
+        "--quiet",
+        "--all",
+        "--message",
+        f"Five\n\nUpstream-Status: Backport [{ladder.commits['clean']}]",
+    )
     clone.series({"Five.patch": export(work, "HEAD")})
     (patch,) = run(clone).patches
     assert patch.state == "clean"
@@ -168,7 +252,9 @@ def test_patch_that_upstream_took_and_reverted_is_kept(clone: Clone, ladder: Lad
 
 
 @pytest.mark.parametrize("kind", ["git"])
-def test_two_patches_of_one_file_are_taken_without_their_commits_in_any_repository(clone: Clone, ladder: Ladder, tmp_path: Path) -> None:
+def test_two_patches_of_one_file_are_taken_without_their_commits_in_any_repository(
+    clone: Clone, ladder: Ladder, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
     sh_git(tmp_path, "clone", "--quiet", str(ladder.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0")
@@ -192,23 +278,40 @@ def test_empty_series_is_a_forecast_too(clone: Clone) -> None:
 def test_series_that_does_not_fit_its_own_base_is_named(clone: Clone, ladder: Ladder) -> None:
     after = ladder.series["Local-after.patch"]
     clone.series({"Local-after.patch": after})
-    with pytest.raises(PatchConflict, match="Local-after.patch does not even apply to the present base"):
+    with pytest.raises(
+        PatchConflict, match="Local-after.patch does not even apply to the present base"
+    ):
         run(clone)
 
 
-def test_json_says_the_same_and_nothing_is_fetched_again(clone: Clone, index: Index, kind: str) -> None:
+def test_json_says_the_same_and_nothing_is_fetched_again(
+    clone: Clone, index: Index, kind: str
+) -> None:
     del index.asked[:]
-    made = forecast.run(clone.layout, clone.settings(), "1.1.0", console=Console(out=clone.out, err=clone.err), as_json=True)
+    made = forecast.run(
+        clone.layout,
+        clone.settings(),
+        "1.1.0",
+        console=Console(out=clone.out, err=clone.err),
+        as_json=True,
+    )
     record = json.loads(clone.out.getvalue())
-    assert [patch["state"] for patch in record["patches"]] == [patch.state for patch in made.patches]
+    assert [patch["state"] for patch in record["patches"]] == [
+        patch.state for patch in made.patches
+    ]
     assert record["candidate"]["kind"] == kind
     assert record["candidate"]["pin"]["tag"] == "v1.1.0"
     assert len(record["changes"]) == len(made.changes)
     assert [path for path in index.asked if "/files/" in path] == []
 
 
-def test_forecast_without_a_checkout_says_how_to_get_one(tmp_path: Path, ladder: Ladder, index: Index) -> None:
-    with ladders.cloned(tmp_path / "bare", ladder, index) as clone, pytest.raises(CheckoutError, match="vendor/vllm is not there") as failure:
+def test_forecast_without_a_checkout_says_how_to_get_one(
+    tmp_path: Path, ladder: Ladder, index: Index
+) -> None:
+    with (
+        ladders.cloned(tmp_path / "bare", ladder, index) as clone,
+        pytest.raises(CheckoutError, match="vendor/vllm is not there") as failure,
+    ):
         run(clone)
     assert failure.value.hint == "./scripts/inv bootstrap"
 
@@ -235,7 +338,9 @@ def test_triton_without_a_checkout_is_a_sentence(clone: Clone) -> None:
 @pytest.mark.parametrize("kind", ["release"])
 def test_no_name_or_value_of_the_user_is_shown(clone: Clone) -> None:
     os.chmod(clone.layout.root, 0o755)
-    write(clone.layout.root, {".env": "VLLM_OLD_BACKEND=hunter2secret\nSERVE=--swap-space 4 --kept\n"})
+    write(
+        clone.layout.root, {".env": "VLLM_OLD_BACKEND=hunter2secret\nSERVE=--swap-space 4 --kept\n"}
+    )
     run(clone)
     shown = clone.err.getvalue() + clone.out.getvalue()
     assert "hunter2secret" not in shown

@@ -26,11 +26,16 @@ def test_only_a_clean_exported_tree_whose_smoke_passed_is_good(clone: World) -> 
     assert names(clone) == [name]
     assert refusal(clone) == ""
 
-    # Its references: the superproject's commit holds pins, patches and gitlink as they are, vendor/vllm's the commit.
+    # Its references: the superproject's commit holds pins, patches and gitlink as they are,
+    # vendor/vllm's the commit.
     assert git(clone.root, "rev-parse", f"refs/good/{name}") == git(clone.root, "rev-parse", "HEAD")
     assert clone.git("rev-parse", f"refs/good/{name}") == clone.git("rev-parse", "HEAD")
-    assert {path.name for path in known_good.kernels(layout, name).rglob("*.so")} == {path.name for path in (layout.vllm / "vllm").glob("*.so")}
-    assert "torch==2.13.0+cpu" in (known_good.folder(layout, name) / "freeze.txt").read_text().split()
+    assert {path.name for path in known_good.kernels(layout, name).rglob("*.so")} == {
+        path.name for path in (layout.vllm / "vllm").glob("*.so")
+    }
+    assert (
+        "torch==2.13.0+cpu" in (known_good.folder(layout, name) / "freeze.txt").read_text().split()
+    )
 
     # Edits, and a smoke of another tree, are no ground.
     package = layout.vllm / "vllm" / "envs.py"

@@ -1,4 +1,6 @@
-"""`inv hook`: what it puts into real repositories, and what --remove leaves; pushes are in tests/proof/smoke."""
+"""`inv hook`: what it puts into real repositories, and what --remove leaves; pushes are in
+tests/proof/smoke.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,12 @@ MINE = '#!/bin/sh\nread words; echo "mine: $1 $words" >&2\n'
 def own_hooks(clone: World) -> None:
     """The user's configuration names a folder for all repositories; these have their own."""
     for folder in (clone.root, clone.layout.vllm):
-        git(folder, "config", "core.hooksPath", git(folder, "rev-parse", "--absolute-git-dir").strip() + "/hooks")
+        git(
+            folder,
+            "config",
+            "core.hooksPath",
+            git(folder, "rev-parse", "--absolute-git-dir").strip() + "/hooks",
+        )
 
 
 @pytest.fixture

@@ -12,7 +12,13 @@ pytestmark = pytest.mark.xdist_group("good")
 
 def kill(world: World, call: int, *words: str) -> None:
     """End a verb before its call of that number."""
-    launch = [*world.argv()[:3], str(Path(launcher.__file__)), str(world.folder / "calls"), str(call), "before"]
+    launch = [
+        *world.argv()[:3],
+        str(Path(launcher.__file__)),
+        str(world.folder / "calls"),
+        str(call),
+        "before",
+    ]
     ended = world.run(*words, through=launch)
     assert ended.code == -9, (world.folder / "calls").read_text() + ended.said
     _, living = judge.await_no_stray(f"HOME={world.folder / 'home'}")

@@ -1,4 +1,6 @@
-"""Triton's pin follows its main at once, and takes vendor/triton along only where nothing of the user's is in the way."""
+"""Triton's pin follows its main at once, and takes vendor/triton along only where nothing of the
+user's is in the way.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,12 @@ def triton(world: World, tmp_path: Path) -> Path:
     for key in ("uploadpack.allowFilter", "uploadpack.allowAnySHA1InWant"):
         git(upstream, "config", key, "true")
     first = git(upstream, "rev-parse", "HEAD~1")
-    world.layout.pins.write_text(world.layout.pins.read_text().replace("1" * 40, first).replace('"v3.7.1"', '"main"').replace('"3.7.1"', '"main"'))
+    world.layout.pins.write_text(
+        world.layout.pins.read_text()
+        .replace("1" * 40, first)
+        .replace('"v3.7.1"', '"main"')
+        .replace('"3.7.1"', '"main"')
+    )
     world.env["TRITON_MIRROR"] = upstream.as_uri()
     return upstream
 
@@ -33,17 +40,31 @@ def test_pin_and_series_follow_main(world: World, triton: Path) -> None:
     assert ended.code == 0, ended.said
     assert pins.load(world.layout.pins).triton.commit == new
     assert f"# base: {new}" in (world.layout.patches("triton") / "series").read_text()
-    assert (world.layout.state / "bump-message.txt").read_text().startswith(f"pin: move Triton to {new[:12]}\n\n")
+    assert (
+        (world.layout.state / "bump-message.txt")
+        .read_text()
+        .startswith(f"pin: move Triton to {new[:12]}\n\n")
+    )
 
 
-def test_patch_that_does_not_apply_there_stops_it_before_anything_is_changed(world: World, triton: Path) -> None:
+def test_patch_that_does_not_apply_there_stops_it_before_anything_is_changed(
+    world: World, triton: Path
+) -> None:
     tree, first = world.layout.triton, git(triton, "rev-parse", "main~1")
     git(triton, "clone", "--quiet", triton.as_uri(), str(tree))
     git(tree, "checkout", "--quiet", "--detach", first)
     (tree / "file").write_text("three\n")
     git(tree, "commit", "--quiet", "--all", "-m", "Three")
     folder = world.layout.patches("triton")
-    words = ("format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1")
+    words = (
+        "format-patch",
+        "--stdout",
+        "--zero-commit",
+        "--full-index",
+        "--no-signature",
+        "--keep-subject",
+        "-1",
+    )
     (folder / "Three.patch").write_text(git(tree, *words) + "\n")
     (folder / "series").write_text(f"# base: {first}\nThree.patch\n")
     before = world.layout.pins.read_bytes()

@@ -20,7 +20,9 @@ from workspace.repo.pins import Pin
 
 @pytest.fixture
 def submodule(tmp_path: Path) -> Path:
-    """A superproject with one submodule that has two commits, the first of them checked out by neither."""
+    """A superproject with one submodule that has two commits, the first of them checked out by
+    neither.
+    """
     upstream, outer = tmp_path / "upstream", tmp_path / "super"
     for folder in (upstream, outer):
         folder.mkdir()
@@ -36,14 +38,20 @@ def submodule(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_log(tmp_path: Path) -> Iterator[RunLog]:
-    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test") as made:
+    with RunLog(
+        Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test"
+    ) as made:
         yield made
 
 
-def test_linked_tree_of_a_submodule_is_not_led_astray_by_its_core_worktree(submodule: Path, tmp_path: Path, run_log: RunLog) -> None:
+def test_linked_tree_of_a_submodule_is_not_led_astray_by_its_core_worktree(
+    submodule: Path, tmp_path: Path, run_log: RunLog
+) -> None:
     assert Git(submodule).setting("core.worktree")
     path = tmp_path / "linked"
-    tree = worktree.add(Git(submodule), path, git(submodule, "rev-parse", "HEAD~1"), run_log=run_log)
+    tree = worktree.add(
+        Git(submodule), path, git(submodule, "rev-parse", "HEAD~1"), run_log=run_log
+    )
     tree.write("reset", "--quiet", "--hard")
     place = tree.place()
     assert place is not None
@@ -54,7 +62,9 @@ def test_linked_tree_of_a_submodule_is_not_led_astray_by_its_core_worktree(submo
     assert Git(submodule).resolve("refs/worktree/applied") is None
 
 
-def test_forgetting_one_tree_leaves_others_alone_that_are_out_of_reach(submodule: Path, tmp_path: Path, run_log: RunLog) -> None:
+def test_forgetting_one_tree_leaves_others_alone_that_are_out_of_reach(
+    submodule: Path, tmp_path: Path, run_log: RunLog
+) -> None:
     mine, ours = tmp_path / "mine", tmp_path / "ours"
     for path in (mine, ours):
         worktree.add(Git(submodule), path, "HEAD", run_log=run_log)
@@ -91,7 +101,9 @@ def test_what_a_build_left_is_told_from_what_the_user_ignores(submodule: Path) -
     assert worktree.products(Git(submodule), "vllm") == ("vllm/_C.so", "vllm/deep/x.so")
 
 
-def test_commit_of_which_a_killed_fetch_has_left_no_more_than_itself_is_fetched_whole(submodule: Path, tmp_path: Path, run_log: RunLog) -> None:
+def test_commit_of_which_a_killed_fetch_has_left_no_more_than_itself_is_fetched_whole(
+    submodule: Path, tmp_path: Path, run_log: RunLog
+) -> None:
     made, other = tmp_path / "store", tmp_path / "other"
     git(tmp_path, "clone", "--quiet", "--bare", str(submodule), str(made))
     git(tmp_path, "clone", "--quiet", str(made), str(other))
@@ -107,7 +119,9 @@ def test_commit_of_which_a_killed_fetch_has_left_no_more_than_itself_is_fetched_
     assert git(submodule, "show", "refs/pins/new:file") == "three"
 
 
-def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_it_is_not_taken_for_it(submodule: Path) -> None:
+def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_it_is_not_taken_for_it(
+    submodule: Path,
+) -> None:
     place = submodule.parent.parent / "store.git"
     remotes.open_store(place, submodule)
     (place / "HEAD").write_text("")
@@ -117,32 +131,47 @@ def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_
     assert not git(submodule.parent.parent, "for-each-ref", "refs/tags")
 
 
-def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(submodule: Path, tmp_path: Path, run_log: RunLog) -> None:
+def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(
+    submodule: Path, tmp_path: Path, run_log: RunLog
+) -> None:
     layout, base = Layout(submodule.parent.parent), git(submodule, "rev-parse", "HEAD")
     settings = settings_module.load(layout, environ={})
     own = Layout(layout.bump_sandbox)
-    bump_sandbox = BumpSandbox(layout, own, Begun("v2", "v1", base, base, "", base), Pin("vllm", "v2", "2", base, "", None, {}))
+    bump_sandbox = BumpSandbox(
+        layout,
+        own,
+        Begun("v2", "v1", base, base, "", base),
+        Pin("vllm", "v2", "2", base, "", None, {}),
+    )
     tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
     (own.vllm / "file").write_text("mine\n")
-    assert staging.open_tree(bump_sandbox, settings, run_log=run_log).edits() == ("file",), "a user's edit stays"
+    assert staging.open_tree(bump_sandbox, settings, run_log=run_log).edits() == ("file",), (
+        "a user's edit stays"
+    )
     tree.write("update-ref", "-d", sandbox.MADE_REF)
     (own.vllm / "file").write_text("")
     assert staging.open_tree(bump_sandbox, settings, run_log=run_log).edits() == ()
-    # Or no more than the first file of all is there, cut short so that it leads to the clone's own repository.
+    # Or no more than the first file of all is there, cut short so that it leads to the clone's own
+    # repository.
     (own.vllm / "file").unlink()
     (own.vllm / ".git").write_text(f"gitdir: {git(submodule, 'rev-parse', '--absolute-git-dir')}\n")
     git(submodule, "checkout", "--quiet", "HEAD~1")
     assert staging.open_tree(bump_sandbox, settings, run_log=run_log).edits() == ()
     assert (own.vllm / "file").read_text() == "two\n"
-    assert git(submodule, "rev-parse", "HEAD") == git(submodule, "rev-parse", f"{base}~1"), "the clone's own HEAD was moved"
+    assert git(submodule, "rev-parse", "HEAD") == git(submodule, "rev-parse", f"{base}~1"), (
+        "the clone's own HEAD was moved"
+    )
 
 
-def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_users_stays(submodule: Path, tmp_path: Path, run_log: RunLog) -> None:
+def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_users_stays(
+    submodule: Path, tmp_path: Path, run_log: RunLog
+) -> None:
     layout = Layout(submodule.parents[1])
     mine, ours = tmp_path / "mine", Layout(layout.bump_sandbox).vllm
     for path in (mine, ours):
         worktree.add(Git(submodule), path, "HEAD", run_log=run_log)
-    # Killed after the rename that ends the bump, before git was told; and one that was killed when it had just been made.
+    # Killed after the rename that ends the bump, before git was told; and one that was killed when
+    # it had just been made.
     layout.bump_sandbox.rename(tmp_path / "gone")
     begun = layout.state / ".bump.making-k7a3ox9q"
     begun.mkdir()
@@ -153,7 +182,9 @@ def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_
     assert not begun.exists()
 
 
-def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(submodule: Path) -> None:
+def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(
+    submodule: Path,
+) -> None:
     books = Git(submodule).path_of("worktrees")
     books.mkdir()
     staging.tidy(Layout(submodule.parents[1]))

@@ -13,7 +13,10 @@ EXPECTED = Expected(TREE, "0.31.0+cpu", "2.13.0+cpu", "cpu", LIBRARIES)
 
 
 def libraries(**changes: dict) -> dict:
-    rows = {path: {"path": path, "verdict": "ok", "error": None, "size": size, "sha256": digest} for path, (size, digest) in LIBRARIES.items()}
+    rows = {
+        path: {"path": path, "verdict": "ok", "error": None, "size": size, "sha256": digest}
+        for path, (size, digest) in LIBRARIES.items()
+    }
     for name, change in changes.items():
         rows[f"vllm/{name}.abi3.so"] |= change
     return {"error": None, "libraries": list(rows.values())}
@@ -22,7 +25,12 @@ def libraries(**changes: dict) -> dict:
 def said(**changes: object) -> dict:
     return {
         "error": None,
-        "vllm": {"file": str(TREE / "vllm" / "__init__.py"), "version": "0.31.0+cpu", "platform": "cpu", "kernels": ["vllm/_C.abi3.so"]},
+        "vllm": {
+            "file": str(TREE / "vllm" / "__init__.py"),
+            "version": "0.31.0+cpu",
+            "platform": "cpu",
+            "kernels": ["vllm/_C.abi3.so"],
+        },
         "torch": {"version": "2.13.0+cpu", "cuda": None},
         **changes,
     }
@@ -49,12 +57,19 @@ def test_right_build_passes() -> None:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        # It loads and computes the same: a library of another version, or one that was cut by a third.
+        # It loads and computes the same: a library of another version, or one that was cut by a
+        # third.
         (libraries(_C={"sha256": "c" * 64}), "vllm/_C.abi3.so is not the file that was verified"),
         (libraries(_C={"size": 8}), "vllm/_C.abi3.so is not the file that was verified"),
-        ({"error": None, "libraries": libraries()["libraries"][:1]}, "vllm/spinloop.abi3.so is missing"),
         (
-            {"error": None, "libraries": [*libraries()["libraries"], {"path": "vllm/new.so", "verdict": "ok"}]},
+            {"error": None, "libraries": libraries()["libraries"][:1]},
+            "vllm/spinloop.abi3.so is missing",
+        ),
+        (
+            {
+                "error": None,
+                "libraries": [*libraries()["libraries"], {"path": "vllm/new.so", "verdict": "ok"}],
+            },
             "vllm/new.so was not there when the build was verified",
         ),
         ({"error": None, "libraries": "many"}, "vllm/_C.abi3.so is missing (and 2 more)"),
@@ -68,9 +83,18 @@ def test_library_that_is_not_as_stamped_fails_although_it_loads(record: dict, wo
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (libraries(_C={"verdict": "broken", "error": "killed by SIGBUS"}), "vllm/_C.abi3.so: killed by SIGBUS"),
-        (libraries(_C={"verdict": "no driver", "error": "libcuda.so.1: no"}), "vllm/_C.abi3.so: libcuda.so.1: no"),
-        ({"error": "torch cannot be imported: no", "libraries": libraries()["libraries"]}, "torch cannot be imported: no"),
+        (
+            libraries(_C={"verdict": "broken", "error": "killed by SIGBUS"}),
+            "vllm/_C.abi3.so: killed by SIGBUS",
+        ),
+        (
+            libraries(_C={"verdict": "no driver", "error": "libcuda.so.1: no"}),
+            "vllm/_C.abi3.so: libcuda.so.1: no",
+        ),
+        (
+            {"error": "torch cannot be imported: no", "libraries": libraries()["libraries"]},
+            "torch cannot be imported: no",
+        ),
         ({"error": None, "libraries": []}, "the tree holds no compiled library"),
     ],
 )
@@ -80,12 +104,18 @@ def test_library_that_does_not_load_fails(record: dict, words: str) -> None:
 
 def test_build_without_any_library_fails_even_when_none_was_stamped() -> None:
     none = Expected(TREE, "0.31.0+cpu", "2.13.0+cpu", "cpu", {})
-    assert registry.libraries(Answer({"error": None, "libraries": []}, None, 1.0), none).verdict == "fail"
+    assert (
+        registry.libraries(Answer({"error": None, "libraries": []}, None, 1.0), none).verdict
+        == "fail"
+    )
 
 
 def test_library_for_another_processor_passes_and_is_said() -> None:
     check = binary(libraries(_C={"verdict": "other cpu"}))
-    assert (check.verdict, check.evidence) == ("pass", "1 libraries, 1 for other processors or Pythons not tried")
+    assert (check.verdict, check.evidence) == (
+        "pass",
+        "1 libraries, 1 for other processors or Pythons not tried",
+    )
 
 
 def vllm(**changes: object) -> dict:
@@ -95,16 +125,28 @@ def vllm(**changes: object) -> dict:
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (vllm(file="/clone/.vllm/lib/python3.11/site-packages/vllm/__init__.py"), "not from /clone/vendor/vllm"),
+        (
+            vllm(file="/clone/.vllm/lib/python3.11/site-packages/vllm/__init__.py"),
+            "not from /clone/vendor/vllm",
+        ),
         (vllm(file="/clone/vendor/vllm-old/vllm/__init__.py"), "not from /clone/vendor/vllm"),
         (vllm(version="0.31.1.dev1+g12345"), "vllm is 0.31.1.dev1+g12345, stamped is 0.31.0+cpu"),
         (vllm(platform=""), "its platform is none, stamped is cpu"),
-        (said(torch={"version": "2.14.0+cpu", "cuda": None}), "torch is 2.14.0+cpu, stamped is 2.13.0+cpu"),
-        (said(torch={"version": "2.13.0+cpu", "cuda": "13.0"}), "torch's CUDA is 13.0, stamped is none"),
+        (
+            said(torch={"version": "2.14.0+cpu", "cuda": None}),
+            "torch is 2.14.0+cpu, stamped is 2.13.0+cpu",
+        ),
+        (
+            said(torch={"version": "2.13.0+cpu", "cuda": "13.0"}),
+            "torch's CUDA is 13.0, stamped is none",
+        ),
         (said(triton="3.7.1"), "triton is 3.7.1, stamped is none"),
         (vllm(kernels=[]), "without a compiled library"),
         (vllm(file=None), "not known which vLLM is imported"),
-        (said(vllm=None, error="vLLM: ImportError: no"), "not known which vLLM is imported: vLLM: ImportError: no"),
+        (
+            said(vllm=None, error="vLLM: ImportError: no"),
+            "not known which vLLM is imported: vLLM: ImportError: no",
+        ),
         ({}, "not known which vLLM is imported"),
     ],
 )
@@ -115,7 +157,10 @@ def test_other_vllm_than_the_stamped_one_fails(record: dict, words: str) -> None
 
 
 def test_provenance_is_judged_although_the_generation_crashed() -> None:
-    assert origin(vllm(kernels=None) | {"error": "vLLM: killed by SIGSEGV (stage generate)"}).verdict == "pass"
+    assert (
+        origin(vllm(kernels=None) | {"error": "vLLM: killed by SIGSEGV (stage generate)"}).verdict
+        == "pass"
+    )
 
 
 def test_edit_in_the_middle_of_the_smoke_makes_it_worth_nothing() -> None:
@@ -125,7 +170,11 @@ def test_edit_in_the_middle_of_the_smoke_makes_it_worth_nothing() -> None:
 
 def test_probe_that_gave_no_document_fails_with_its_last_words() -> None:
     silent = Answer({}, "the probe was killed by SIGKILL", 3.0)
-    for check in (registry.libraries(silent, EXPECTED), registry.binary_load(silent), registry.provenance(silent, EXPECTED)):
+    for check in (
+        registry.libraries(silent, EXPECTED),
+        registry.binary_load(silent),
+        registry.provenance(silent, EXPECTED),
+    ):
         assert check.verdict == "fail"
         assert "was killed by SIGKILL" in check.evidence
 
@@ -134,9 +183,14 @@ def test_skipping_what_the_machine_has_is_a_failure() -> None:
     skipped = Check("binary.cubins", "skipped", "no time", 0.0)
     assert registry.settled(skipped, lacks=frozenset({"gpu", "architectures"})) == skipped
     found = registry.settled(skipped, lacks=frozenset())
-    assert (found.verdict, found.evidence) == ("fail", "skipped on a machine that has what it needs: no time")
+    assert (found.verdict, found.evidence) == (
+        "fail",
+        "skipped on a machine that has what it needs: no time",
+    )
     needs_nothing = Check("kernels.norm", "skipped", "no time", 0.0)
-    assert registry.settled(needs_nothing, lacks=frozenset({"gpu", "architectures"})).verdict == "fail"
+    assert (
+        registry.settled(needs_nothing, lacks=frozenset({"gpu", "architectures"})).verdict == "fail"
+    )
 
 
 def test_levels_nest_and_the_named_model_is_judged_where_one_is_named() -> None:

@@ -10,8 +10,27 @@ from workspace.checks.registry import Answer, Check
 
 
 def measured(**changes: object) -> dict:
-    same = {"error": None, "same_prompt": True, "equal": 320, "total": 320, "compared": 640, "wanted": 640, "not_finite": 0, "behind": 0, "partings": []}
-    return same | {"decode_difference": 9e-5, "prefill_difference": 1e-5, "mean_difference": 1e-5, "seconds": {"load": 1.0, "generate": 2.0}} | changes
+    same = {
+        "error": None,
+        "same_prompt": True,
+        "equal": 320,
+        "total": 320,
+        "compared": 640,
+        "wanted": 640,
+        "not_finite": 0,
+        "behind": 0,
+        "partings": [],
+    }
+    return (
+        same
+        | {
+            "decode_difference": 9e-5,
+            "prefill_difference": 1e-5,
+            "mean_difference": 1e-5,
+            "seconds": {"load": 1.0, "generate": 2.0},
+        }
+        | changes
+    )
 
 
 def parity(found: object) -> Check:
@@ -59,8 +78,16 @@ def test_tie_may_fall_either_way() -> None:
 
 
 def test_sampler_is_named_where_log_probabilities_are_right_and_tokens_are_not() -> None:
-    assert "what chooses among them is wrong" in parity(measured(equal=20, behind=300, compared=340, partings=[0.5])).evidence
-    assert "what chooses" not in parity(measured(equal=20, behind=300, compared=340, partings=[0.5], prefill_difference=0.3)).evidence
+    assert (
+        "what chooses among them is wrong"
+        in parity(measured(equal=20, behind=300, compared=340, partings=[0.5])).evidence
+    )
+    assert (
+        "what chooses"
+        not in parity(
+            measured(equal=20, behind=300, compared=340, partings=[0.5], prefill_difference=0.3)
+        ).evidence
+    )
 
 
 def consistent(name: str, **changes: object) -> Check:
@@ -82,17 +109,32 @@ def test_cache_that_was_never_read_and_a_prompt_in_one_piece_prove_nothing() -> 
 
 
 def kernels(**changes: object) -> Check:
-    group = {"error": None, "skipped": None, "seconds": 0.2, "rows": [{"case": "rms_norm 7x256 float32", "difference": 2.0, "limit": 16.0}]} | changes
+    group = {
+        "error": None,
+        "skipped": None,
+        "seconds": 0.2,
+        "rows": [{"case": "rms_norm 7x256 float32", "difference": 2.0, "limit": 16.0}],
+    } | changes
     return numeric.kernels(Answer({"groups": {"norm": group}}, None, 1.0), "norm")
 
 
 def test_operator_within_rounding_passes_and_beyond_it_is_named() -> None:
     assert kernels().evidence == "1 cases, the worst at 12% of what rounding allows"
     far = kernels(rows=[{"case": "rms_norm 7x256 float32", "difference": 84000.0, "limit": 16.0}])
-    assert (far.verdict, far.evidence) == ("fail", "rms_norm 7x256 float32: off by 8.4e+04, allowed is 16 (roundings)")
+    assert (far.verdict, far.evidence) == (
+        "fail",
+        "rms_norm 7x256 float32: off by 8.4e+04, allowed is 16 (roundings)",
+    )
 
 
-@pytest.mark.parametrize("changes", [{"rows": []}, {"error": "killed by SIGILL", "rows": []}, {"rows": [{"case": "x", "difference": None, "limit": 1.0}]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": []},
+        {"error": "killed by SIGILL", "rows": []},
+        {"rows": [{"case": "x", "difference": None, "limit": 1.0}]},
+    ],
+)
 def test_operator_that_was_not_compared_fails(changes: dict) -> None:
     assert kernels(**changes).verdict == "fail"
 
@@ -104,7 +146,13 @@ def test_operator_that_the_build_lacks_is_skipped_with_the_reason() -> None:
 
 def real(**changes: object) -> list[str]:
     finishes = [{"case": "by itself", "found": "stop", "expected": "stop"}]
-    record = {"error": None, "answer": "The capital of France is Paris.", "longest_run": 2, "most_repeated": 6, "finishes": finishes} | changes
+    record = {
+        "error": None,
+        "answer": "The capital of France is Paris.",
+        "longest_run": 2,
+        "most_repeated": 6,
+        "finishes": finishes,
+    } | changes
     return [check.verdict for check in numeric.real(Answer(record, None, 1.0))]
 
 
@@ -113,7 +161,10 @@ def test_real_model_answers_rightly_and_ends_where_it_should() -> None:
     assert real(answer="The capital of France is London.") == ["fail", "pass"]
     assert real(longest_run=40) == ["fail", "pass"]
     assert real(longest_run=None) == ["fail", "pass"]
-    assert real(finishes=[{"case": "by itself", "found": "length", "expected": "stop"}]) == ["pass", "fail"]
+    assert real(finishes=[{"case": "by itself", "found": "length", "expected": "stop"}]) == [
+        "pass",
+        "fail",
+    ]
     assert real(finishes=[]) == ["pass", "fail"]
     assert real(error="killed") == ["fail", "fail"]
 
@@ -121,8 +172,18 @@ def test_real_model_answers_rightly_and_ends_where_it_should() -> None:
 def test_bfloat16_is_judged_by_the_mean() -> None:
     answer = Answer({"models": {"smollm2": measured(equal=3, mean_difference=0.01)}}, None, 1.0)
     assert numeric.bfloat16(answer, "smollm2").verdict == "pass"
-    for changes in ({"mean_difference": 0.2}, {"mean_difference": math.nan}, {"not_finite": 1}, {"error": "no"}):
-        assert numeric.bfloat16(Answer({"models": {"smollm2": measured(**changes)}}, None, 1.0), "smollm2").verdict == "fail"
+    for changes in (
+        {"mean_difference": 0.2},
+        {"mean_difference": math.nan},
+        {"not_finite": 1},
+        {"error": "no"},
+    ):
+        assert (
+            numeric.bfloat16(
+                Answer({"models": {"smollm2": measured(**changes)}}, None, 1.0), "smollm2"
+            ).verdict
+            == "fail"
+        )
 
 
 def test_gpt_oss_is_judged_where_it_decodes_too() -> None:

@@ -1,4 +1,6 @@
-"""`python -m workspace.smoke` in a small clone, whose stand-in vLLM has libraries that load and computes nothing."""
+"""`python -m workspace.smoke` in a small clone, whose stand-in vLLM has libraries that load and
+computes nothing.
+"""
 
 import json
 import subprocess
@@ -21,7 +23,9 @@ def smoke(world: World, *words: str | Path) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def test_missing_environment_is_an_error_that_names_the_command_and_leaves_nothing(world: World) -> None:
+def test_missing_environment_is_an_error_that_names_the_command_and_leaves_nothing(
+    world: World,
+) -> None:
     before = world.listing()
     ended = smoke(world)
     assert "environment missing" in ended.error(8)
@@ -45,22 +49,36 @@ def test_library_of_the_same_size_with_another_content_is_found_by_its_hash(buil
     library.write_bytes(content)
     assert "provenance.libraries" in smoke(built).error(8)
     rows = {row["id"]: row for row in json.loads(built.layout.smoke_record.read_bytes())["checks"]}
-    assert rows["provenance.libraries"]["evidence"] == f"vllm/{library.name} is not the file that was verified"
+    assert (
+        rows["provenance.libraries"]["evidence"]
+        == f"vllm/{library.name} is not the file that was verified"
+    )
 
 
-def test_vllm_that_computes_nothing_fails_with_8_and_the_record_says_the_same_at_all_three_places(built: World, tmp_path: Path) -> None:
+def test_vllm_that_computes_nothing_fails_with_8_and_the_record_says_the_same_at_all_three_places(
+    built: World, tmp_path: Path
+) -> None:
     ended = smoke(built, "--json", tmp_path / "deep" / "record.json")
     assert "checks failed: kernels.norm" in ended.error(8)
     # One line for each, so that a push that is refused says what it is refused for.
     assert "parity.llama: " in ended.err
     record = json.loads(ended.out)
-    assert record == json.loads(built.layout.smoke_record.read_bytes()) == json.loads((tmp_path / "deep" / "record.json").read_bytes())
+    assert (
+        record
+        == json.loads(built.layout.smoke_record.read_bytes())
+        == json.loads((tmp_path / "deep" / "record.json").read_bytes())
+    )
     assert record["verdict"] == "fail"
     assert record["tree"] == built.git("rev-parse", "HEAD^{tree}").strip()
     assert record["dirty"] is None
     said = {row["id"]: row["verdict"] for row in record["checks"]}
-    assert {said[name] for name in ("provenance.libraries", "binary.load", "provenance.tree")} == {"pass"}
-    assert {said[name] for name in ("kernels.norm", "parity.llama", "consistency.prefix", "provenance.import")} == {"fail"}
+    assert {said[name] for name in ("provenance.libraries", "binary.load", "provenance.tree")} == {
+        "pass"
+    }
+    assert {
+        said[name]
+        for name in ("kernels.norm", "parity.llama", "consistency.prefix", "provenance.import")
+    } == {"fail"}
     assert len(record["built"]) == 64
     assert built.status()["smoke"] == "FAIL"
 
@@ -73,5 +91,10 @@ def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:
 
 
 def test_bad_flag_is_a_usage_error(world: World) -> None:
-    for words in (("--timeout-s", "0"), ("--timeout-s", "soon"), ("--jsn", "x"), ("--level", "none")):
+    for words in (
+        ("--timeout-s", "0"),
+        ("--timeout-s", "soon"),
+        ("--jsn", "x"),
+        ("--level", "none"),
+    ):
         assert smoke(world, *words).code == 2

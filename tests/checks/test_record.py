@@ -7,13 +7,22 @@ from workspace.checks import registry
 from workspace.checks.registry import Check
 from workspace.machine.hardware import Machine
 
-GOOD, BAD = Check("binary.load", "pass", "5 libraries", 1.23456), Check("parity.llama", "fail", "319/320", 16.0)
+GOOD, BAD = (
+    Check("binary.load", "pass", "5 libraries", 1.23456),
+    Check("parity.llama", "fail", "319/320", 16.0),
+)
 MACHINE = Machine("aarch64", 20, 128.0, 100.0, ())
 TREE = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None)
 
 
 def composed(*checks: Check, parity: dict | None = None) -> dict:
-    return json.loads(registry.encode(registry.compose(checks, level="quick", tree=TREE, machine=MACHINE, parity=parity or {}, seconds=20.0)))
+    return json.loads(
+        registry.encode(
+            registry.compose(
+                checks, level="quick", tree=TREE, machine=MACHINE, parity=parity or {}, seconds=20.0
+            )
+        )
+    )
 
 
 def test_one_failed_check_or_none_at_all_is_no_pass() -> None:
@@ -25,7 +34,12 @@ def test_one_failed_check_or_none_at_all_is_no_pass() -> None:
 def test_record_names_tree_checks_versions_and_machine() -> None:
     found = composed(
         GOOD,
-        parity={"vllm": {"version": "0.31.0+cpu"}, "torch": {"version": "2.13.0+cpu", "cuda": None}, "models": {"llama": {"equal": 320}}, "prompts": [1] * 999},
+        parity={
+            "vllm": {"version": "0.31.0+cpu"},
+            "torch": {"version": "2.13.0+cpu", "cuda": None},
+            "models": {"llama": {"equal": 320}},
+            "prompts": [1] * 999,
+        },
     )
     assert found["schema"] == 2
     assert (found["pin"], found["tree"]) == ("v0.31.0", "d" * 40)
@@ -42,7 +56,11 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
         "torch": "damaged",
         "vllm": None,
     }
-    text = registry.encode(registry.compose([BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0))
+    text = registry.encode(
+        registry.compose(
+            [BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0
+        )
+    )
     assert json.loads(text, parse_constant=lambda word: f"not JSON: {word}")["parity"] == {
         "models": {"llama": {"max_difference": None, "margin": None}},
         "seconds": {"load": None, "torch": 1.0},
@@ -53,10 +71,18 @@ def test_record_is_of_this_tree_only_where_edits_and_build_are_the_same_and_it_p
     now = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None, "b" * 64)
     said = {"verdict": "pass", "tree": "d" * 40, "dirty": None, "built": "b" * 64}
     assert registry.is_of(said, now)
-    for change in ({"verdict": "fail"}, {"tree": "e" * 40}, {"dirty": "f" * 64}, {"built": "a" * 64}):
+    for change in (
+        {"verdict": "fail"},
+        {"tree": "e" * 40},
+        {"dirty": "f" * 64},
+        {"built": "a" * 64},
+    ):
         assert not registry.is_of(said | change, now)
     assert not registry.is_of({}, now)
-    assert not registry.is_of({"verdict": "pass", "tree": None, "dirty": None, "built": None}, registry.Tree("v0.31.0", None, None, None))
+    assert not registry.is_of(
+        {"verdict": "pass", "tree": None, "dirty": None, "built": None},
+        registry.Tree("v0.31.0", None, None, None),
+    )
 
 
 def test_skipped_checks_alone_are_no_pass() -> None:

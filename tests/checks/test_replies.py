@@ -17,23 +17,47 @@ def reply(document: object, status: int = 200) -> Reply:
 
 
 def completed(**changes: object) -> Reply:
-    return reply({"choices": [{"index": 0, "text": TEXT, "finish_reason": "length"} | changes], "usage": USED})
+    return reply(
+        {
+            "choices": [{"index": 0, "text": TEXT, "finish_reason": "length"} | changes],
+            "usage": USED,
+        }
+    )
 
 
-def streamed(*pieces: str, end: str = "data: [DONE]\n\n", finish: str | None = "length", kind: str = "text/event-stream; charset=utf-8") -> Reply:
-    events = [{"choices": [{"text": piece}]} for piece in pieces] + [{"choices": [{"text": "", "finish_reason": finish}]}]
+def streamed(
+    *pieces: str,
+    end: str = "data: [DONE]\n\n",
+    finish: str | None = "length",
+    kind: str = "text/event-stream; charset=utf-8",
+) -> Reply:
+    events = [{"choices": [{"text": piece}]} for piece in pieces] + [
+        {"choices": [{"text": "", "finish_reason": finish}]}
+    ]
     return Reply(200, "".join(f"data: {json.dumps(event)}\n\n" for event in events) + end, kind)
 
 
 def test_completion_is_read_by_the_tokens_that_its_text_names() -> None:
     assert http_checks.completions(completed(), [ROW], 4) == []
-    for changes in ({"text": "<300>$<301>"}, {"text": "<300>$<302><301>"}, {"text": ""}, {"text": None}, {"index": 1}, {"finish_reason": "stop"}):
+    for changes in (
+        {"text": "<300>$<301>"},
+        {"text": "<300>$<302><301>"},
+        {"text": ""},
+        {"text": None},
+        {"index": 1},
+        {"finish_reason": "stop"},
+    ):
         assert len(http_checks.completions(completed(**changes), [ROW], 4)) == 1, changes
 
 
 def test_completion_that_is_missing_or_counted_wrongly_is_wrong() -> None:
     assert "1 answers to 2 prompts" in http_checks.completions(completed(), [ROW, ROW], 4)
-    assert http_checks.completions(reply({"choices": [{"index": 0, "text": TEXT, "finish_reason": "length"}]}), [ROW], 4) != []
+    assert (
+        http_checks.completions(
+            reply({"choices": [{"index": 0, "text": TEXT, "finish_reason": "length"}]}), [ROW], 4
+        )
+        != []
+    )
 
 
 def test_stop_word_cuts_before_its_first_place() -> None:
@@ -61,7 +85,11 @@ def test_stream_needs_pieces_an_end_and_one_finish() -> None:
         streamed("<300>$", "<301><302>", end=""),
         streamed("<300>$", "<301><302>", finish=None),
         streamed("<300>$", "<301><302>", kind="application/json"),
-        streamed("<300>$", "<301><302>", end='data: {"error": {"message": "the engine is dead"}}\n\ndata: [DONE]\n\n'),
+        streamed(
+            "<300>$",
+            "<301><302>",
+            end='data: {"error": {"message": "the engine is dead"}}\n\ndata: [DONE]\n\n',
+        ),
         streamed("<300>$", "<301><302>", end="data: {\n\ndata: [DONE]\n\n"),
         streamed("<300>$", "<301><302>", end="data: [DONE]\n\ndata: {}\n\n"),
         Reply(500, "no", ""),
@@ -74,15 +102,32 @@ def test_stream_needs_pieces_an_end_and_one_finish() -> None:
     ("tokens", "chances", "said"),
     [
         ((300, 7, 301, 302), (-0.5, -0.25, -1.0, -2.0005), None),
-        ((300, 7, 301, 302), (-0.5, -0.25, -1.0, -2.002), "4 of 4 tokens as offline, largest log-probability difference 2.0e-03, allowed is 0.001"),
-        ((300, 7, 301, 302), (-0.5, -0.25, -1.0, None), "4 of 4 tokens as offline, largest log-probability difference inf"),
-        ((300, 7, 301, 302), (-0.5, -0.25, -1.0, float("nan")), "largest log-probability difference inf"),
+        (
+            (300, 7, 301, 302),
+            (-0.5, -0.25, -1.0, -2.002),
+            (
+                "4 of 4 tokens as offline, largest log-probability difference 2.0e-03, allowed is"
+                " 0.001"
+            ),
+        ),
+        (
+            (300, 7, 301, 302),
+            (-0.5, -0.25, -1.0, None),
+            "4 of 4 tokens as offline, largest log-probability difference inf",
+        ),
+        (
+            (300, 7, 301, 302),
+            (-0.5, -0.25, -1.0, float("nan")),
+            "largest log-probability difference inf",
+        ),
         ((300, 8, 301, 302), (-0.5, -0.25, -1.0, -2.0), "3 of 4 tokens"),
         ((300, 7, 301), (-0.5, -0.25, -1.0), "3 of 4 tokens"),
         ((), (), "0 of 4 tokens"),
     ],
 )
-def test_logprobs_are_compared_token_by_token(tokens: tuple, chances: tuple, said: str | None) -> None:
+def test_logprobs_are_compared_token_by_token(
+    tokens: tuple, chances: tuple, said: str | None
+) -> None:
     found = {"tokens": [f"token_id:{token}" for token in tokens], "token_logprobs": list(chances)}
     problems, _ = http_checks.logprobs(reply({"choices": [{"logprobs": found}]}), [ROW], 1e-3)
     assert (said is None and problems == []) or (said is not None and said in problems[0])
@@ -106,7 +151,9 @@ def test_logprobs_are_compared_token_by_token(tokens: tuple, chances: tuple, sai
     ],
 )
 def test_schema_is_obeyed_to_the_letter(content: object, is_right: bool) -> None:
-    problems, _ = http_checks.structured(reply({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}))
+    problems, _ = http_checks.structured(
+        reply({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+    )
     assert (problems == []) == is_right
 
 
@@ -117,7 +164,9 @@ def test_refusal_is_4xx_with_a_word_why() -> None:
     assert http_checks.refused("x", reply(error, 500)) == ["x: HTTP 500: no such model"]
     assert http_checks.refused("x", reply({"choices": []}, 200)) == ["x: it was answered with 200"]
     assert http_checks.refused("x", reply({}, 400)) == ["x: HTTP 400 without a word why"]
-    assert http_checks.refused("x", Reply(None, "Connection reset by peer")) == ["x: no answer: Connection reset by peer"]
+    assert http_checks.refused("x", Reply(None, "Connection reset by peer")) == [
+        "x: no answer: Connection reset by peer"
+    ]
 
 
 BODIES = (
@@ -131,11 +180,15 @@ BODIES = (
     '{"a":' * 100_000,
     '{"choices": 3, "usage": []}',
     '{"choices": [null, [], {"text": {}, "message": [], "logprobs": 1, "delta": 2}]}',
-    '{"choices": [{"text": "<99999999999999999999>", "index": 1e999, "logprobs": {"tokens": [1], "token_logprobs": [NaN]}}]}',
-    '{"choices": [{"text": 1, "message": {"content": "{\\"part\\": {}, \\"count\\": [], \\"is_built\\": NaN}"}}], "usage": {"prompt_tokens": 1'
+    (
+        '{"choices": [{"text": "<99999999999999999999>", "index": 1e999, "logprobs": {"tokens":'
+        ' [1], "token_logprobs": [NaN]}}]}'
+    ),
+    '{"choices": [{"text": 1, "message": {"content": "{\\"part\\": {}, \\"count\\": [],'
+    ' \\"is_built\\": NaN}"}}], "usage": {"prompt_tokens": 1' + "0" * 400 + "}}",
+    '{"choices": [{"logprobs": {"tokens": ["token_id:300"], "token_logprobs": [1'
     + "0" * 400
-    + "}}",
-    '{"choices": [{"logprobs": {"tokens": ["token_id:300"], "token_logprobs": [1' + "0" * 400 + "]}}]}",
+    + "]}}]}",
     'data: {"choices": [{"text": "x"}]}\n\n' * 3,
     "data: [DONE]",
 )
@@ -160,5 +213,13 @@ def test_whatever_comes_is_a_sentence_and_never_right(status: int | None) -> Non
 def test_rows_that_are_damaged_are_none() -> None:
     good = {"text": "a", "prompt": [1], "tokens": [300], "logprobs": [-0.5]}
     assert http_checks.offline([good]) == (Row("a", (1,), (300,), (-0.5,)),)
-    for bad in (None, {}, [None], [good | {"tokens": "x"}], [good | {"logprobs": [None]}], [{"text": "a"}], [good | {"logprobs": [10**400]}]):
+    for bad in (
+        None,
+        {},
+        [None],
+        [good | {"tokens": "x"}],
+        [good | {"logprobs": [None]}],
+        [{"text": "a"}],
+        [good | {"logprobs": [10**400]}],
+    ):
         assert http_checks.offline(bad) == ()

@@ -1,4 +1,6 @@
-"""A whole life of the smoke's server with real processes: what is wrong with it fails the check that names it, and nothing of it is left."""
+"""A whole life of the smoke's server with real processes: what is wrong with it fails the check
+that names it, and nothing of it is left.
+"""
 
 import io
 import json
@@ -23,7 +25,12 @@ from workspace.server.observation import Address
 FRONT = Path(__file__).with_name("front.py")
 # Prompts as long as their texts, since a letter is a token to the tiny model.
 ROWS = [
-    {"text": text, "prompt": list(range(start, start + len(text))), "tokens": [300 + (start + step) % 700 for step in range(20)], "logprobs": [-0.5] * 20}
+    {
+        "text": text,
+        "prompt": list(range(start, start + len(text))),
+        "tokens": [300 + (start + step) % 700 for step in range(20)],
+        "logprobs": [-0.5] * 20,
+    }
     for start, text in enumerate(("Hello", "def add(a, b):"), 10)
 ]
 
@@ -44,15 +51,32 @@ class Place:
         self.rows.write_text(json.dumps(ROWS))
         self.stacks: tuple[str, ...] = ()
 
-    def run(self, manner: str = "", *, limit_s: float = 20.0, rows: object = ROWS) -> dict[str, Check]:
+    def run(
+        self, manner: str = "", *, limit_s: float = 20.0, rows: object = ROWS
+    ) -> dict[str, Check]:
         port = lifecycle.free_port()
         argv = (sys.executable, "-S", str(FRONT), str(port), manner, str(self.rows))
-        what = server_checks.Subject(argv, {"PATH": "/usr/bin:/bin", **stack_dumps.FAULTS}, Address("127.0.0.1", port), "1+cpu", offline(rows), limit_s)
+        what = server_checks.Subject(
+            argv,
+            {"PATH": "/usr/bin:/bin", **stack_dumps.FAULTS},
+            Address("127.0.0.1", port),
+            "1+cpu",
+            offline(rows),
+            limit_s,
+        )
         before = process_tree.living().keys()
-        with RunLog(Console(out=io.StringIO(), err=io.StringIO()), self.folder / "logs", verb="smoke") as run_log:
+        with RunLog(
+            Console(out=io.StringIO(), err=io.StringIO()), self.folder / "logs", verb="smoke"
+        ) as run_log:
             checks, self.stacks = server_checks.run(self.place, what, run_log=run_log)
-        assert [check.identifier for check in checks] == [f"server.{name}" for name in server_checks.CHECKS]
-        assert not [number for number in process_tree.living().keys() - before if str(port) in words_of(number)]
+        assert [check.identifier for check in checks] == [
+            f"server.{name}" for name in server_checks.CHECKS
+        ]
+        assert not [
+            number
+            for number in process_tree.living().keys() - before
+            if str(port) in words_of(number)
+        ]
         assert observation.find(self.place) is None
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -60,7 +84,11 @@ class Place:
         return {check.identifier.removeprefix("server."): check for check in checks}
 
     def failed(self, manner: str, **words: object) -> dict[str, str]:
-        return {name: check.evidence for name, check in self.run(manner, **words).items() if check.verdict == "fail"}  # type: ignore[arg-type]
+        return {
+            name: check.evidence
+            for name, check in self.run(manner, **words).items()
+            if check.verdict == "fail"
+        }  # type: ignore[arg-type]
 
     def log(self) -> str:
         return "".join(path.read_text() for path in (self.folder / "logs").glob("*.log"))
@@ -79,7 +107,9 @@ def test_right_server_passes_with_evidence_for_each_check_and_no_log(place: Plac
     assert place.log() == ""
 
 
-def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_stopped(place: Place) -> None:
+def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_stopped(
+    place: Place,
+) -> None:
     failed = place.failed("rubbish")
     # All at once it is the same rubbish as alone.
     assert set(failed) == {"completions", "chat", "stream", "logprobs", "structured"}
@@ -89,12 +119,18 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
 @pytest.mark.parametrize(
     ("manner", "check", "said"),
     [
-        ("off", "logprobs", "40 of 40 tokens as offline, largest log-probability difference 1.0e-02"),
+        (
+            "off",
+            "logprobs",
+            "40 of 40 tokens as offline, largest log-probability difference 1.0e-02",
+        ),
         ("raises", "bad_request", "no document: HTTP 500"),
         ("other", "ready", "it calls itself vLLM 2, stamped is 1+cpu"),
     ],
 )
-def test_one_fault_fails_the_one_check_that_names_it(place: Place, manner: str, check: str, said: str) -> None:
+def test_one_fault_fails_the_one_check_that_names_it(
+    place: Place, manner: str, check: str, said: str
+) -> None:
     failed = place.failed(manner)
     assert set(failed) == {check}
     assert failed[check].startswith(said)
@@ -107,18 +143,31 @@ def test_crash_at_start_is_told_by_the_servers_own_error(place: Place) -> None:
     assert "no such kernel" in place.log()
 
 
-def test_crash_in_the_middle_is_the_cause_of_everything_behind_it_and_nobody_waits(place: Place) -> None:
+def test_crash_in_the_middle_is_the_cause_of_everything_behind_it_and_nobody_waits(
+    place: Place,
+) -> None:
     started = time.monotonic()
     failed = place.failed("dies")
     assert set(failed) == {*server_checks.CHECKS[1:]}
-    assert all(text.endswith("exited with 3: ValueError: the engine is no more") for name, text in failed.items() if name != "stop")
+    assert all(
+        text.endswith("exited with 3: ValueError: the engine is no more")
+        for name, text in failed.items()
+        if name != "stop"
+    )
     assert time.monotonic() - started < server_checks.DYING_S
 
 
-@pytest.mark.parametrize(("manner", "first", "said"), [("hangs at start", "ready", "not ready"), ("hangs", "completions", "not done")])
-def test_hang_is_ended_at_the_limit_and_tells_where_it_stood(place: Place, manner: str, first: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("manner", "first", "said"),
+    [("hangs at start", "ready", "not ready"), ("hangs", "completions", "not done")],
+)
+def test_hang_is_ended_at_the_limit_and_tells_where_it_stood(
+    place: Place, manner: str, first: str, said: str
+) -> None:
     failed = place.failed(manner, limit_s=1.0)
-    assert failed[first] == f"the server was {said} after 1 s and was ended; its stacks are in the log"
+    assert (
+        failed[first] == f"the server was {said} after 1 s and was ended; its stacks are in the log"
+    )
     assert any("front.py" in line and "sleep_for_ever" in line for line in place.stacks)
     assert "sleep_for_ever" in place.log()
 
@@ -130,21 +179,32 @@ def test_process_that_outlives_its_front_is_named_and_ended(place: Place) -> Non
     assert any("sleep_for_ever" in line for line in place.stacks)
 
 
-def test_damaged_state_and_a_server_that_a_killed_smoke_has_left_are_no_obstacle(place: Place) -> None:
+def test_damaged_state_and_a_server_that_a_killed_smoke_has_left_are_no_obstacle(
+    place: Place,
+) -> None:
     place.place.mkdir()
     (place.place / "server.json").write_text("{")
     assert place.failed("raises at start")["ready"].endswith("no such kernel")
     port = lifecycle.free_port()
-    launch = lifecycle.Launch("smoke", (sys.executable, "-S", str(FRONT), str(port), "", str(place.rows)), {}, Address("127.0.0.1", port))
+    launch = lifecycle.Launch(
+        "smoke",
+        (sys.executable, "-S", str(FRONT), str(port), "", str(place.rows)),
+        {},
+        Address("127.0.0.1", port),
+    )
     former = lifecycle.start(place.place, launch, is_detached=True)
     os.kill(former.family.keeper, signal.SIGSTOP)
     assert place.failed("raises at start")["ready"].endswith("no such kernel")
     assert former.members() == set()
 
 
-def test_nothing_is_started_where_the_offline_engine_has_said_nothing_to_compare_with(place: Place) -> None:
+def test_nothing_is_started_where_the_offline_engine_has_said_nothing_to_compare_with(
+    place: Place,
+) -> None:
     for rows in ([], [{"text": 1}], "x", [ROWS[0] | {"tokens": [0] * 20}]):
-        assert set(place.failed("", rows=rows).values()) == {"the offline engine gave no answer that could be compared with"}
+        assert set(place.failed("", rows=rows).values()) == {
+            "the offline engine gave no answer that could be compared with"
+        }
     assert not place.place.exists()
 
 
@@ -154,7 +214,10 @@ def test_interrupt_leaves_nothing(place: Place) -> None:
         "from tests.checks.test_serving import Place\n"
         "Place(Path(sys.argv[2])).run('hangs at start', limit_s=60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(FRONT.parents[2]), str(place.folder)], stderr=subprocess.DEVNULL) as verb:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(FRONT.parents[2]), str(place.folder)],
+        stderr=subprocess.DEVNULL,
+    ) as verb:
         deadline = time.monotonic() + 20
         while not ((there := observation.find(place.place)) and len(there.members()) > 1):
             assert time.monotonic() < deadline

@@ -32,7 +32,12 @@ Extension modules: numpy (total: 1)
 
 
 def hanging(folder: Path, environment: dict[str, str]) -> "subprocess.Popen[str]":
-    child = subprocess.Popen([sys.executable, "-S", "-c", HANGS, str(folder / "up")], stderr=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", HANGS, str(folder / "up")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     deadline = time.monotonic() + 20
     while not (folder / "up").exists():
         assert time.monotonic() < deadline
@@ -65,7 +70,9 @@ def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_pat
         program.chmod(0o755)
         (tmp_path / "up").unlink(missing_ok=True)
         with hanging(tmp_path, environment) as child:
-            with stack_dumps.Watch(0.05, lambda child=child: family(child), environment=environment) as watch:  # type: ignore[misc]
+            with stack_dumps.Watch(
+                0.05, lambda child=child: family(child), environment=environment
+            ) as watch:  # type: ignore[misc]
                 said = child.communicate(timeout=20)[1]
             assert watch.told(said)[0] == expected
 

@@ -20,7 +20,12 @@ from workspace.core.process import Completed
 from workspace.core.settings import load
 
 # What one process says.
-SPOKEN = {"parity.llama", "parity.qwen3", "provenance.import", *(f"consistency.{name}" for name in smoke_suite.CONSISTENCY)}
+SPOKEN = {
+    "parity.llama",
+    "parity.qwen3",
+    "provenance.import",
+    *(f"consistency.{name}" for name in smoke_suite.CONSISTENCY),
+}
 FRONT = Path(__file__).with_name("front.py")
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
 
@@ -35,41 +40,109 @@ class Clone:
         self.layout.probes.mkdir(parents=True)
         self.err = io.StringIO()
         self.probe("tiny_model", TINY)
-        self.says("verify", {"error": None, "libraries": [{"path": "vllm/_C.so", "verdict": "ok", "size": 1, "sha256": "a"}]})
-        group = {"error": None, "skipped": None, "seconds": 0.1, "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}]}
+        self.says(
+            "verify",
+            {
+                "error": None,
+                "libraries": [{"path": "vllm/_C.so", "verdict": "ok", "size": 1, "sha256": "a"}],
+            },
+        )
+        group = {
+            "error": None,
+            "skipped": None,
+            "seconds": 0.1,
+            "rows": [{"case": "one", "difference": 0.5, "limit": 1.0}],
+        }
         self.says("kernels", {"error": None, "groups": dict.fromkeys(smoke_suite.KERNELS, group)})
         self.says("reference", {"error": None, "models": {}})
         self.says(
-            "real_model", {"error": None, "answer": "Paris", "longest_run": 1, "most_repeated": 6, "finishes": [{"case": "x", "found": 1, "expected": 1}]}
+            "real_model",
+            {
+                "error": None,
+                "answer": "Paris",
+                "longest_run": 1,
+                "most_repeated": 6,
+                "finishes": [{"case": "x", "found": 1, "expected": 1}],
+            },
         )
-        vllm = {"file": str(self.layout.vllm / "vllm" / "__init__.py"), "version": "1+cpu", "platform": "cpu", "kernels": ["vllm/_C.so"]}
-        same = {"error": None, "same_prompt": True, "equal": 2, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
-        same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "mean_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
-        measured = {"models": dict.fromkeys(("llama", "qwen3", "mixtral", "model"), same), "consistency": dict.fromkeys(smoke_suite.CONSISTENCY, same)}
-        self.answer = {"error": None, "vllm": vllm, "torch": {"version": "2", "cuda": None}, **measured}
+        vllm = {
+            "file": str(self.layout.vllm / "vllm" / "__init__.py"),
+            "version": "1+cpu",
+            "platform": "cpu",
+            "kernels": ["vllm/_C.so"],
+        }
+        same = {
+            "error": None,
+            "same_prompt": True,
+            "equal": 2,
+            "total": 2,
+            "compared": 4,
+            "wanted": 4,
+            "not_finite": 0,
+            "behind": 0,
+            "partings": [],
+        }
+        same |= {
+            "decode_difference": 0.0,
+            "prefill_difference": 0.0,
+            "mean_difference": 0.0,
+            "cached": [1],
+            "chunks": 2,
+            "seconds": {},
+        }
+        measured = {
+            "models": dict.fromkeys(("llama", "qwen3", "mixtral", "model"), same),
+            "consistency": dict.fromkeys(smoke_suite.CONSISTENCY, same),
+        }
+        self.answer = {
+            "error": None,
+            "vllm": vllm,
+            "torch": {"version": "2", "cuda": None},
+            **measured,
+        }
         self.says("parity", self.answer)
 
     def probe(self, name: str, code: str) -> None:
         (self.layout.probes / f"{name}.py").write_text(code)
 
     def says(self, name: str, record: dict) -> None:
-        self.probe(name, f"import sys\nprint('a greeting', file=sys.stderr)\nprint({json.dumps(json.dumps(record))})\n")
+        self.probe(
+            name,
+            "import sys\nprint('a greeting',"
+            f" file=sys.stderr)\nprint({json.dumps(json.dumps(record))})\n",
+        )
 
     def serves(self, manner: str) -> None:
-        """Make a stand-in play vLLM's command line, and have the offline engine say what that is to say."""
-        rows = [{"text": "Hello", "prompt": [1, 2, 3, 4, 5], "tokens": list(range(300, 320)), "logprobs": [-0.5] * 20}]
+        """Make a stand-in play vLLM's command line, and have the offline engine say what that is to
+        say.
+        """
+        rows = [
+            {
+                "text": "Hello",
+                "prompt": [1, 2, 3, 4, 5],
+                "tokens": list(range(300, 320)),
+                "logprobs": [-0.5] * 20,
+            }
+        ]
         for name, document in (("rows", rows), ("kept", {"models": {"llama": rows}})):
             (self.layout.root / f"{name}.json").write_text(json.dumps(document))
         parity = self.layout.probes / "parity.py"
         parity.write_text(
-            f"import sys, shutil\nshutil.copy({str(self.layout.root / 'kept.json')!r}, sys.argv[sys.argv.index('--keep') + 1])\n" + parity.read_text()
+            f"import sys, shutil\nshutil.copy({str(self.layout.root / 'kept.json')!r},"
+            " sys.argv[sys.argv.index('--keep') + 1])\n" + parity.read_text()
         )
         source = self.layout.vllm / "vllm" / "engine" / "arg_utils.py"
         source.parent.mkdir(parents=True)
-        names = "host port dtype seed max-model-len max-num-seqs served-model-name chat-template enforce-eager"
+        names = (
+            "host port dtype seed max-model-len max-num-seqs served-model-name chat-template"
+            " enforce-eager"
+        )
         source.write_text("".join(f'group.add_argument("--{name}")\n' for name in names.split()))
         program = self.layout.environment / "bin" / "vllm"
-        program.write_text(f'#!/bin/sh\nwords="$*"\nexec {sys.executable} -S {FRONT} "${{words##*--port=}}" {manner} {self.layout.root}/rows.json\n')
+        program.write_text(
+            f'#!/bin/sh\nwords="$*"\nexec {sys.executable} -S {FRONT} "${{words##*--port=}}"'
+            f" {manner} {self.layout.root}/rows.json\n"
+        )
         program.chmod(0o755)
 
     def run(
@@ -85,9 +158,16 @@ class Clone:
         settings = load(self.layout, environ={"PATH": "/usr/bin:/bin", **shell})
         expected = Expected(self.layout.vllm, "1+cpu", "2", "cpu", {"vllm/_C.so": (1, "a")})
         seen = iter(looks)
-        with RunLog(Console(out=io.StringIO(), err=self.err), self.layout.logs, verb="smoke", secrets=settings.secrets) as run_log:
+        with RunLog(
+            Console(out=io.StringIO(), err=self.err),
+            self.layout.logs,
+            verb="smoke",
+            secrets=settings.secrets,
+        ) as run_log:
             options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
-            checks, _ = smoke_suite.run(self.layout, settings, expected, options, run_log=run_log, look=lambda: next(seen))
+            checks, _ = smoke_suite.run(
+                self.layout, settings, expected, options, run_log=run_log, look=lambda: next(seen)
+            )
         return {check.identifier: check for check in checks}
 
     def failed(self, **words: object) -> set[str]:
@@ -102,18 +182,27 @@ def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path)
 
 
-def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(clone: Clone) -> None:
+def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(
+    clone: Clone,
+) -> None:
     assert clone.failed() == set()
     rows = [line.split() for line in clone.err.getvalue().splitlines() if not line.startswith("+ ")]
-    assert {row[1]: row[0] for row in rows} == {name: "skipped" if name == "binary.cubins" else "ok" for name in chosen("quick", has_model=False)}
+    assert {row[1]: row[0] for row in rows} == {
+        name: "skipped" if name == "binary.cubins" else "ok"
+        for name in chosen("quick", has_model=False)
+    }
 
 
-def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops_at_its_failure(clone: Clone) -> None:
+def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops_at_its_failure(
+    clone: Clone,
+) -> None:
     clone.serves("other")
     found = clone.run(level="full", is_fail_fast=True, VLLM_API_KEY="geheim")
     said = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
     assert said == {"server.ready": "it calls itself vLLM 2, stamped is 1+cpu"}
-    assert [name.removeprefix("server.") for name in list(found)[-len(server_checks.CHECKS) :]] == list(server_checks.CHECKS)
+    assert [
+        name.removeprefix("server.") for name in list(found)[-len(server_checks.CHECKS) :]
+    ] == list(server_checks.CHECKS)
 
 
 def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_path: Path) -> None:
@@ -148,7 +237,14 @@ def test_only_a_model_that_the_two_differ_on_is_asked_about_once_more(clone: Clo
     check = clone.run()["parity.qwen3"]
     assert check.verdict == "pass"
     assert "it does not say again" in check.evidence
-    models = [[word.partition("=")[2].partition("=")[0] for word in line.split() if word.startswith("--model=")] for line in options.read_text().splitlines()]
+    models = [
+        [
+            word.partition("=")[2].partition("=")[0]
+            for word in line.split()
+            if word.startswith("--model=")
+        ]
+        for line in options.read_text().splitlines()
+    ]
     assert models == [["llama", "qwen3"], ["qwen3"]]
 
 
@@ -156,9 +252,15 @@ def test_edit_of_the_tree_while_it_is_judged_fails(clone: Clone) -> None:
     assert clone.failed(looks=("one", "other")) == {"provenance.tree"}
 
 
-def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(clone: Clone, tmp_path: Path) -> None:
+def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(
+    clone: Clone, tmp_path: Path
+) -> None:
     pids = tmp_path / "pids"
-    clone.probe("parity", f"import os, time\nos.fork()\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\ntime.sleep(600)\n")
+    clone.probe(
+        "parity",
+        f"import os, time\nos.fork()\nopen({str(pids)!r},"
+        " 'a').write(f'{os.getpid()}\\n')\ntime.sleep(600)\n",
+    )
     found = clone.run(timeout_s=1.0)
     assert found["binary.load"].verdict == "pass"
     assert "parity.py gave no answer in 1 s" in found["parity.llama"].evidence
@@ -186,13 +288,21 @@ def is_running(pid: str) -> bool:
     ("code", "said"),
     [
         ("import os; os.kill(os.getpid(), 11)", "the probe was killed by SIGSEGV: no word"),
-        ("raise ImportError('libtorch.so is missing')", "the probe exited with 1: ImportError: libtorch.so is missing"),
-        ("print('{\"equal\": 320'); import sys; print('last words', file=sys.stderr)", "the probe printed no document: last words"),
+        (
+            "raise ImportError('libtorch.so is missing')",
+            "the probe exited with 1: ImportError: libtorch.so is missing",
+        ),
+        (
+            "print('{\"equal\": 320'); import sys; print('last words', file=sys.stderr)",
+            "the probe printed no document: last words",
+        ),
         ("print('[]')", "the probe printed no document: no word"),
         ("pass", "the probe printed no document: no word"),
     ],
 )
-def test_probe_without_a_document_fails_its_checks_and_no_others(clone: Clone, code: str, said: str) -> None:
+def test_probe_without_a_document_fails_its_checks_and_no_others(
+    clone: Clone, code: str, said: str
+) -> None:
     clone.probe("parity", code)
     found = clone.run()
     assert found["parity.llama"].evidence == said
@@ -200,13 +310,19 @@ def test_probe_without_a_document_fails_its_checks_and_no_others(clone: Clone, c
 
 
 def test_what_a_failed_probe_said_is_kept_in_the_log_without_secrets(clone: Clone) -> None:
-    clone.probe("verify", "import os, sys\nprint('token', os.environ.get('HF_TOKEN'), file=sys.stderr)\nprint('why it failed', file=sys.stderr)\nsys.exit(1)\n")
+    clone.probe(
+        "verify",
+        "import os, sys\nprint('token', os.environ.get('HF_TOKEN'), file=sys.stderr)\nprint('why it"
+        " failed', file=sys.stderr)\nsys.exit(1)\n",
+    )
     assert clone.failed(HF_TOKEN="hf_geheim") == {"binary.load", "provenance.libraries"}
     assert "why it failed" in clone.log()
     assert "hf_geheim" not in clone.log() + clone.err.getvalue()
 
 
-def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judged(clone: Clone) -> None:
+def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judged(
+    clone: Clone,
+) -> None:
     clone.probe("tiny_model", "raise ImportError('no transformers')")
     found = clone.run()
     assert found["binary.load"].verdict == "pass"
@@ -216,13 +332,26 @@ def test_model_that_cannot_be_made_fails_parity_and_the_libraries_are_still_judg
 
 def test_missing_interpreter_is_a_failed_check_and_no_crash(clone: Clone) -> None:
     clone.layout.environment_python.unlink()
-    assert clone.failed() == set(chosen("quick", has_model=False)) - {"binary.cubins", "provenance.tree"}
+    assert clone.failed() == set(chosen("quick", has_model=False)) - {
+        "binary.cubins",
+        "provenance.tree",
+    }
 
 
-def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_count(clone: Clone, tmp_path: Path) -> None:
+def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_count(
+    clone: Clone, tmp_path: Path
+) -> None:
     seen = tmp_path / "seen"
-    clone.probe("parity", f"import json, os\njson.dump([os.getcwd(), dict(os.environ)], open({str(seen)!r}, 'w'))")
-    clone.run(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_KVCACHE_SPACE="12", HF_HUB_OFFLINE="0", PYTHONPATH="/elsewhere")
+    clone.probe(
+        "parity",
+        f"import json, os\njson.dump([os.getcwd(), dict(os.environ)], open({str(seen)!r}, 'w'))",
+    )
+    clone.run(
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_KVCACHE_SPACE="12",
+        HF_HUB_OFFLINE="0",
+        PYTHONPATH="/elsewhere",
+    )
     folder, environment = json.loads(seen.read_text())
     assert not Path(folder).is_relative_to(tmp_path)
     assert not os.path.exists(folder)
@@ -233,14 +362,23 @@ def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_
 
 
 def test_only_the_last_line_of_talk_is_taken_for_the_reason() -> None:
-    assert smoke_suite.read(Completed(1, "", "first\nlast\n\n")) == ({}, "the probe exited with 1: last")
+    assert smoke_suite.read(Completed(1, "", "first\nlast\n\n")) == (
+        {},
+        "the probe exited with 1: last",
+    )
 
 
 def test_failed_checks_are_named_with_the_way_on_from_the_most_telling_one() -> None:
     said = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
     fine, load_, words = (Check(name, verdict, "no", 0.0) for name, verdict in said.items())  # type: ignore[arg-type]
     judge((fine,), log=None)
-    with pytest.raises(SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load") as caught:
+    with pytest.raises(
+        SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load"
+    ) as caught:
         judge((words, fine, load_), log=".workspace/logs/x.log")
     assert "inv bootstrap" in (caught.value.hint or "")
-    assert caught.value.details == ("parity.llama: no", "binary.load: no", "log: .workspace/logs/x.log")
+    assert caught.value.details == (
+        "parity.llama: no",
+        "binary.load: no",
+        "log: .workspace/logs/x.log",
+    )

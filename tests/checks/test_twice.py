@@ -9,7 +9,10 @@ from workspace.checks import numeric
 from workspace.checks.numeric import Said
 from workspace.checks.registry import Check
 
-WRONG, RIGHT = Check("parity.llama", "fail", "275/320 tokens equal", 10.0), Check("parity.llama", "pass", "320/320 tokens equal", 20.0)
+WRONG, RIGHT = (
+    Check("parity.llama", "fail", "275/320 tokens equal", 10.0),
+    Check("parity.llama", "pass", "320/320 tokens equal", 20.0),
+)
 ROW = {"tokens": [7, 8], "logprobs": [-0.5, -0.25]}
 OTHER = {"tokens": [7, 8], "logprobs": [-0.5, -0.26]}
 
@@ -22,8 +25,20 @@ def said(folder: Path, reference: object, vllm: object) -> Said:
     return files
 
 
-def settled(folder: Path, *, before: tuple[object, object], after: tuple[object, object], second: Check = RIGHT) -> Check:
-    return numeric.settle(WRONG, second, name="llama", before=said(folder / "before", *before), after=said(folder / "after", *after))
+def settled(
+    folder: Path,
+    *,
+    before: tuple[object, object],
+    after: tuple[object, object],
+    second: Check = RIGHT,
+) -> Check:
+    return numeric.settle(
+        WRONG,
+        second,
+        name="llama",
+        before=said(folder / "before", *before),
+        after=said(folder / "after", *after),
+    )
 
 
 def test_failure_that_comes_again_bit_for_bit_stays_one(tmp_path: Path) -> None:
@@ -35,15 +50,23 @@ def test_failure_that_comes_again_bit_for_bit_stays_one(tmp_path: Path) -> None:
 def test_vllm_that_is_right_the_second_time_has_failed_and_is_named(tmp_path: Path) -> None:
     check = settled(tmp_path, before=([ROW], [OTHER]), after=([ROW], [ROW]))
     assert check.verdict == "fail"
-    assert check.evidence == "275/320 tokens equal; vLLM does not say the same again, but 320/320 tokens equal"
+    assert (
+        check.evidence
+        == "275/320 tokens equal; vLLM does not say the same again, but 320/320 tokens equal"
+    )
 
 
 @pytest.mark.parametrize("second", [RIGHT, WRONG])
-def test_reference_that_alone_has_changed_was_none_and_the_second_decides(tmp_path: Path, second: Check) -> None:
+def test_reference_that_alone_has_changed_was_none_and_the_second_decides(
+    tmp_path: Path, second: Check
+) -> None:
     check = settled(tmp_path, before=([OTHER], [ROW]), after=([ROW], [ROW]), second=second)
     assert check.verdict == second.verdict
     assert check.evidence.startswith(second.evidence)
-    assert "what Hugging Face said before (275/320 tokens equal) it does not say again" in check.evidence
+    assert (
+        "what Hugging Face said before (275/320 tokens equal) it does not say again"
+        in check.evidence
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +80,9 @@ def test_reference_that_alone_has_changed_was_none_and_the_second_decides(tmp_pa
         ([{"tokens": [7, 8], "logprobs": [-0.5, None]}], [ROW | {"tokens": [7]}]),
     ],
 )
-def test_two_that_both_change_leave_the_failure(tmp_path: Path, after: tuple[object, object]) -> None:
+def test_two_that_both_change_leave_the_failure(
+    tmp_path: Path, after: tuple[object, object]
+) -> None:
     check = settled(tmp_path, before=([OTHER], [ROW]), after=after)
     assert check.verdict == "fail"
     assert "neither of the two does not" not in check.evidence

@@ -1,4 +1,6 @@
-"""What tests of tickets share: a folder with a compiler that tells when it begins and ends, and real launchers and ninjas in it."""
+"""What tests of tickets share: a folder with a compiler that tells when it begins and ends, and
+real launchers and ninjas in it.
+"""
 
 import contextlib
 import os
@@ -21,7 +23,9 @@ NINJA = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{o
 
 
 class Site:
-    """A build folder: sources that are named, a compiler that tells when it begins and ends, and what has run so far."""
+    """A build folder: sources that are named, a compiler that tells when it begins and ends, and
+    what has run so far.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,7 +37,10 @@ class Site:
     def compiler(self, script: str, *, writes_output: bool = True) -> None:
         """What the compiler does. $5 is the output; `gate` holds it until the test opens it."""
         output = ': > "$5"; echo "$5: $2" > "$5.d"' if writes_output else ""
-        text = f'#!/bin/sh\ngate() {{ read -r word < gate || :; }}\necho "+ $5 $$" >> log\n{script}\nstatus=$?\necho "- $5 $$" >> log\n{output}\nexit $status\n'
+        text = (
+            '#!/bin/sh\ngate() { read -r word < gate || :; }\necho "+ $5 $$" >>'
+            f' log\n{script}\nstatus=$?\necho "- $5 $$" >> log\n{output}\nexit $status\n'
+        )
         (self.folder / "compiler").write_text(text)
         (self.folder / "compiler").chmod(0o755)
         if not (self.folder / "gate").exists():
@@ -41,26 +48,65 @@ class Site:
 
     def launch(self, name: str, *, argv: list[str] | None = None) -> "subprocess.Popen[str]":
         """Start one launcher, in a group of its own as ninja does."""
-        words = [str(self.tickets / "ticket"), *(argv or ["./compiler", "-c", f"{name}.cu", f"{name}.o", "-o", f"CMakeFiles/t.dir/{name}.cu.o"])]
-        child = subprocess.Popen(words, cwd=self.folder, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+        words = [
+            str(self.tickets / "ticket"),
+            *(
+                argv
+                or [
+                    "./compiler",
+                    "-c",
+                    f"{name}.cu",
+                    f"{name}.o",
+                    "-o",
+                    f"CMakeFiles/t.dir/{name}.cu.o",
+                ]
+            ),
+        ]
+        child = subprocess.Popen(
+            words,
+            cwd=self.folder,
+            env=PLAIN,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
         self.started.append(child)
         return child
 
     def write_build(self, names: list[str], *, has_deps: bool = False) -> None:
-        lines = ["rule compile", f"  command = {shlex.quote(str(self.tickets / 'ticket'))} ./compiler -c $in $out -o $out"]
+        lines = [
+            "rule compile",
+            (
+                f"  command = {shlex.quote(str(self.tickets / 'ticket'))} ./compiler -c $in $out -o"
+                " $out"
+            ),
+        ]
         if has_deps:
             lines += ["  depfile = $out.d", "  deps = gcc"]
         for name in names:
             (self.folder / f"{name}.cu").touch()
             lines.append(f"build CMakeFiles/t.dir/{name}.cu.o: compile {name}.cu")
-        lines.append("build all: phony " + " ".join(f"CMakeFiles/t.dir/{name}.cu.o" for name in names))
+        lines.append(
+            "build all: phony " + " ".join(f"CMakeFiles/t.dir/{name}.cu.o" for name in names)
+        )
         (self.folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
-    def ninja(self, names: list[str], *words: str, has_deps: bool = False) -> "subprocess.Popen[str]":
+    def ninja(
+        self, names: list[str], *words: str, has_deps: bool = False
+    ) -> "subprocess.Popen[str]":
         self.write_build(names, has_deps=has_deps)
         assert NINJA is not None
         argv = [NINJA, "-j100", *words]
-        child = subprocess.Popen(argv, cwd=self.folder, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+        child = subprocess.Popen(
+            argv,
+            cwd=self.folder,
+            env=PLAIN,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
         self.started.append(child)
         return child
 
@@ -97,8 +143,12 @@ class Site:
             child.communicate()
 
 
-def broker(site: Site, *, jobs: int = 4, budget_gib: float = 1000.0, units: int = 1, **more) -> job_server.Broker:
-    return job_server.Broker(site.tickets, Admission(Bounds(jobs, budget_gib)), Costs([]), units=units, **more)
+def broker(
+    site: Site, *, jobs: int = 4, budget_gib: float = 1000.0, units: int = 1, **more
+) -> job_server.Broker:
+    return job_server.Broker(
+        site.tickets, Admission(Bounds(jobs, budget_gib)), Costs([]), units=units, **more
+    )
 
 
 def until(what: Callable[[], object], *, timeout_s: float = 10.0) -> None:

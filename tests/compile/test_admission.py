@@ -1,4 +1,6 @@
-"""Who may start, decided on paper: the order, the bounds, the machine's own word, and that nothing waits for ever."""
+"""Who may start, decided on paper: the order, the bounds, the machine's own word, and that nothing
+waits for ever.
+"""
 
 import heapq
 import random
@@ -6,7 +8,14 @@ import random
 import pytest
 
 from workspace.compile.costs import Cost
-from workspace.compile.scheduler import LAUNCHER_GIB, PATIENCE_S, PRESSED_PERCENT, Admission, Bounds, Live
+from workspace.compile.scheduler import (
+    LAUNCHER_GIB,
+    PATIENCE_S,
+    PRESSED_PERCENT,
+    Admission,
+    Bounds,
+    Live,
+)
 
 
 def asked(admission: Admission, *costs: tuple[float, float], now: float = 0.0) -> Admission:
@@ -149,7 +158,9 @@ def test_bounds_are_kept_and_all_end_whatever_asks_when(seed: int) -> None:
     dice = random.Random(seed)
     bounds = Bounds(dice.randint(1, 12), dice.uniform(2, 20))
     admission, now, number, running, done = Admission(bounds), 0.0, 0, [], 0
-    arrivals = [(dice.uniform(0, 50), dice.uniform(0.1, 60), dice.uniform(0.05, 12)) for _ in range(60)]
+    arrivals = [
+        (dice.uniform(0, 50), dice.uniform(0.1, 60), dice.uniform(0.05, 12)) for _ in range(60)
+    ]
     arrivals.sort()
     actual = {}
     while done < 60:

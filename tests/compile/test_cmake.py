@@ -1,4 +1,6 @@
-"""Configuring with the real CMake: once for each change of what it depends on, and never more than that is compiled again."""
+"""Configuring with the real CMake: once for each change of what it depends on, and never more than
+that is compiled again.
+"""
 
 import json
 import os
@@ -40,7 +42,11 @@ def due(site: Site, **changes: object) -> str | None:
 
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.lstat().st_mtime_ns, path.lstat().st_ino) for top in folders for path in top.rglob("*")}
+    return {
+        path: (path.lstat().st_mtime_ns, path.lstat().st_ino)
+        for top in folders
+        for path in top.rglob("*")
+    }
 
 
 def build_of(site: Site) -> Path:
@@ -61,12 +67,22 @@ def test_nothing_changed_touches_nothing_and_says_the_same(site: Site) -> None:
         ("cmake/utils.cmake", None, "cmake/utils.cmake changed"),
         ("cmake/patches/new.patch", "+1\n", "cmake/patches/new.patch is new"),
         ("csrc/generate.py", GENERATOR + "# a word\n", "csrc/generate.py changed"),
-        ("csrc/generated/kernel_a.c", "int mine;\n", "csrc/generated/kernel_a.c, which a configure wrote, is another or gone"),
-        ("csrc/generated/kernel_b.c", None, "csrc/generated/kernel_b.c, which a configure wrote, is another or gone and 1 more"),
+        (
+            "csrc/generated/kernel_a.c",
+            "int mine;\n",
+            "csrc/generated/kernel_a.c, which a configure wrote, is another or gone",
+        ),
+        (
+            "csrc/generated/kernel_b.c",
+            None,
+            "csrc/generated/kernel_b.c, which a configure wrote, is another or gone and 1 more",
+        ),
         ("csrc/generated/kernel_z.c", "int z;\n", "csrc/generated/kernel_*.c finds other files"),
     ],
 )
-def test_a_change_that_configure_depends_on_is_named_and_undoing_it_undoes_that(site: Site, path: str, text: str | None, reason: str) -> None:
+def test_a_change_that_configure_depends_on_is_named_and_undoing_it_undoes_that(
+    site: Site, path: str, text: str | None, reason: str
+) -> None:
     (site.tree / path).parent.mkdir(exist_ok=True)
     with written(site.tree / path, text):
         assert due(site) == reason
@@ -104,15 +120,24 @@ def test_a_build_file_that_is_not_configures_is_a_reason(site: Site) -> None:
 def test_configure_again_compiles_nothing_again(own: Site) -> None:
     own.configure()
     build = build_of(own)
-    assert own.ninja(build, "_C.abi3.so", "spinloop").returncode == 1, "its external project is a placeholder"
-    objects = [unit.object for target in own.configure().targets if target.name in ("_C", "spinloop") for unit in target.units]
+    assert own.ninja(build, "_C.abi3.so", "spinloop").returncode == 1, (
+        "its external project is a placeholder"
+    )
+    objects = [
+        unit.object
+        for target in own.configure().targets
+        if target.name in ("_C", "spinloop")
+        for unit in target.units
+    ]
     assert own.ninja(build, *objects).returncode == 0
     put(own.tree, {"CMakeLists.txt": TOP + "# a word\n"})
     own.configure()
     assert "no work to do" in own.ninja(build, *objects).stdout
     # A corrupt directory is begun anew, and what was compiled in it stays.
     (build / "CMakeCache.txt").write_text("garbage")
-    shutil.rmtree(build / "CMakeFiles" / next(path.name for path in (build / "CMakeFiles").glob("3.*")))
+    shutil.rmtree(
+        build / "CMakeFiles" / next(path.name for path in (build / "CMakeFiles").glob("3.*"))
+    )
     (build / "build.ninja").write_text("garbage")
     own.configure()
     assert "no work to do" in own.ninja(build, *objects).stdout
@@ -125,7 +150,12 @@ def test_two_build_directories_share_generated_sources(own: Site) -> None:
     sources, one, other = own.provide(), own.inputs(), own.inputs(archs="x")
     own.configure(one)
     build = folder(own.layout, one)
-    object_of_a = next(unit.object for target in own.configure().targets for unit in target.units if unit.source == KERNEL)
+    object_of_a = next(
+        unit.object
+        for target in own.configure().targets
+        for unit in target.units
+        if unit.source == KERNEL
+    )
     assert own.ninja(build, object_of_a).returncode == 0
     own.configure(other)
     assert cmake.due(build, one, sources) is None, "the other one has written the same"
@@ -134,7 +164,9 @@ def test_two_build_directories_share_generated_sources(own: Site) -> None:
     assert "kernel_" in (cmake.due(build, one, sources) or "")
     own.configure(one)
     assert cmake.due(build, one, sources) is None
-    assert "no work to do" in own.ninja(build, object_of_a).stdout, "it is as it was when it was compiled"
+    assert "no work to do" in own.ninja(build, object_of_a).stdout, (
+        "it is as it was when it was compiled"
+    )
 
 
 def test_a_placeholder_replaces_nothing_of_the_package(site: Site, own: Site) -> None:
@@ -144,9 +176,22 @@ def test_a_placeholder_replaces_nothing_of_the_package(site: Site, own: Site) ->
 
 
 def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) -> None:
-    put(own.tree, {INTERFACE: "from a precompiled wheel\n", "CMakeLists.txt": TOP + f"file(TOUCH {own.root}/reached)\nexecute_process(COMMAND sleep 600)\n"})
-    script = "import sys; from pathlib import Path; from tests.compile.trees import Site; Site.again(Path(sys.argv[1])).configure()"
-    verb = subprocess.Popen([sys.executable, "-c", script, str(own.root)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    put(
+        own.tree,
+        {
+            INTERFACE: "from a precompiled wheel\n",
+            "CMakeLists.txt": (
+                TOP + f"file(TOUCH {own.root}/reached)\nexecute_process(COMMAND sleep 600)\n"
+            ),
+        },
+    )
+    script = (
+        "import sys; from pathlib import Path; from tests.compile.trees import Site;"
+        " Site.again(Path(sys.argv[1])).configure()"
+    )
+    verb = subprocess.Popen(
+        [sys.executable, "-c", script, str(own.root)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     while not (own.root / "reached").exists():
         assert verb.poll() is None
         time.sleep(0.02)
@@ -154,7 +199,14 @@ def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) 
     verb.wait()
     assert "not fetched" in (own.tree / INTERFACE).read_text()
     # What CMake has begun to write, and would never look at again.
-    put(build_of(own), {"build.ninja.tmpe227e": "half", "_deps/a-subbuild/cmake_install.cmake.tmp0c1f9": "half", "mine.tmpfiles": "no digits"})
+    put(
+        build_of(own),
+        {
+            "build.ninja.tmpe227e": "half",
+            "_deps/a-subbuild/cmake_install.cmake.tmp0c1f9": "half",
+            "mine.tmpfiles": "no digits",
+        },
+    )
     put(own.tree, {"CMakeLists.txt": TOP})
     assert due(own) == "it is not configured yet"
     own.configure()
@@ -164,7 +216,14 @@ def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) 
 
 def test_sources_of_the_users_own_are_built_and_written_into_the_package(own: Site) -> None:
     mine = own.root / "mine"
-    put(mine, {"flashy/interface.py": "mine = 1\n", "csrc/api.c": "int api;\n", "csrc/hidden.c": "int hidden;\n"})
+    put(
+        mine,
+        {
+            "flashy/interface.py": "mine = 1\n",
+            "csrc/api.c": "int api;\n",
+            "csrc/hidden.c": "int hidden;\n",
+        },
+    )
     with pytest.raises(BuildError, match="generation failed"):
         own.configure(sources=own.provide(FLASHY_SRC_DIR=str(mine)))
     put(mine, {"python/of_flashy.py": ""})
@@ -190,11 +249,16 @@ def test_placeholders_are_made_as_configure_asks_and_build_nothing(own: Site) ->
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('message(FATAL_ERROR "GCC >= 99 is required\\nto build vLLM")\n', r"GCC >= 99 is required to build vLLM \(CMakeLists.txt:\d+\)"),
+        (
+            'message(FATAL_ERROR "GCC >= 99 is required\\nto build vLLM")\n',
+            r"GCC >= 99 is required to build vLLM \(CMakeLists.txt:\d+\)",
+        ),
         ("add_library(x MODULE nowhere.c)\n", "Cannot find source file: nowhere.c"),
     ],
 )
-def test_a_tree_that_cannot_be_configured_is_a_sentence_and_costs_no_object(own: Site, text: str, sentence: str) -> None:
+def test_a_tree_that_cannot_be_configured_is_a_sentence_and_costs_no_object(
+    own: Site, text: str, sentence: str
+) -> None:
     build = build_of(own)
     kept = build / "CMakeFiles" / "_C.dir" / "csrc" / "c.c.o"
     kept.parent.mkdir(parents=True)
@@ -210,7 +274,9 @@ def test_a_tree_that_cannot_be_configured_is_a_sentence_and_costs_no_object(own:
 def test_the_users_words_come_last(own: Site) -> None:
     own.configure(CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug -DMINE=a;b")
     cache = (build_of(own) / "CMakeCache.txt").read_text()
-    assert "CMAKE_BUILD_TYPE:STRING=Debug" in cache or "CMAKE_BUILD_TYPE:UNINITIALIZED=Debug" in cache
+    assert (
+        "CMAKE_BUILD_TYPE:STRING=Debug" in cache or "CMAKE_BUILD_TYPE:UNINITIALIZED=Debug" in cache
+    )
     assert "MINE:UNINITIALIZED=a;b" in cache
     assert "JOB_POOL" not in cache
     record = json.loads((build_of(own) / project.RECORD).read_text())

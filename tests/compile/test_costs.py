@@ -1,4 +1,6 @@
-"""What units are expected to cost: names from commands, the shipped table, the history, and guesses where there is nothing."""
+"""What units are expected to cost: names from commands, the shipped table, the history, and guesses
+where there is nothing.
+"""
 
 import json
 import os
@@ -16,10 +18,16 @@ NVCC = "nvcc -forward-unknown-to-host-compiler -x cu -c {} -o {}"
     ("argv", "unit"),
     [
         ("g++ -O2 -o CMakeFiles/_C.dir/csrc/a.cpp.o -c /tree/csrc/a.cpp", Unit("_C", "csrc/a.cpp")),
-        (NVCC.format("/t/b.cu", "vllm-flash-attn/CMakeFiles/_vllm_fa2_C.dir/csrc/b.cu.o"), Unit("_vllm_fa2_C", "csrc/b.cu")),
+        (
+            NVCC.format("/t/b.cu", "vllm-flash-attn/CMakeFiles/_vllm_fa2_C.dir/csrc/b.cu.o"),
+            Unit("_vllm_fa2_C", "csrc/b.cu"),
+        ),
         ("nvcc -E -o /tmp/x.ii /tree/csrc/a.cu", Unit("", "/tmp/x.ii", is_light=True)),
         ("g++ -shared -o _C.abi3.so a.o b.o", Unit("_C", "link")),
-        ("g++ -shared -fPIC -I/t/csrc /t/csrc/python_api.cpp -ltorch -o /b/_C.cpython-312.so", Unit("_C", "/t/csrc/python_api.cpp")),
+        (
+            "g++ -shared -fPIC -I/t/csrc /t/csrc/python_api.cpp -ltorch -o /b/_C.cpython-312.so",
+            Unit("_C", "/t/csrc/python_api.cpp"),
+        ),
         ("rustc --crate-name tokio --edition=2021 src/lib.rs --out-dir /t", Unit("cargo", "tokio")),
         ("cc -c a.c -o a.o", Unit("", "a")),
         ("cc -c a.c", Unit("", "a.c")),
@@ -35,25 +43,54 @@ def test_the_shipped_table_is_whole_and_is_what_encode_writes() -> None:
     assert trouble == ()
     assert len(entries) == 169
     text = costs.TABLE.read_text(encoding="utf-8")
-    head = "\n".join(line.removeprefix("#").removeprefix(" ") for line in text.splitlines() if line.startswith("#"))
+    head = "\n".join(
+        line.removeprefix("#").removeprefix(" ")
+        for line in text.splitlines()
+        if line.startswith("#")
+    )
     assert costs.encode(entries, head=head) == text
     assert sum(entry.seconds for entry in entries) / 60 == pytest.approx(284.8, abs=0.1)
     assert max(entry.peak_gib for entry in entries) == pytest.approx(9.48, abs=0.01)
 
 
 def test_a_trace_becomes_a_table_in_the_order_in_which_its_units_began(tmp_path: Path) -> None:
-    record = {"target": "_C", "source": "csrc/late.cu", "start_s": 9.0, "wall_s": 12.34, "cpu_s": 12.0, "peak_rss_mib": 4099}
-    lines = [json.dumps(record), json.dumps({**record, "source": "csrc/early.cu", "start_s": 0.0, "wall_s": 0.04})]
+    record = {
+        "target": "_C",
+        "source": "csrc/late.cu",
+        "start_s": 9.0,
+        "wall_s": 12.34,
+        "cpu_s": 12.0,
+        "peak_rss_mib": 4099,
+    }
+    lines = [
+        json.dumps(record),
+        json.dumps({**record, "source": "csrc/early.cu", "start_s": 0.0, "wall_s": 0.04}),
+    ]
     text = costs.encode(costs.derive(lines), head="Where from.\n\nAnd how.")
-    assert text == "# Where from.\n#\n# And how.\ntarget\tsource\tseconds\tpeak_mib\n_C\tcsrc/early.cu\t0.1\t4099\n_C\tcsrc/late.cu\t12.3\t4099\n"
+    assert (
+        text == "# Where from.\n#\n# And"
+        " how.\ntarget\tsource\tseconds\tpeak_mib\n_C\tcsrc/early.cu\t0.1\t4099\n_C\tcsrc/late.cu\t12.3\t4099\n"
+    )
     (tmp_path / "t.tsv").write_text(text)
-    assert costs.read_table(tmp_path / "t.tsv") == ((Entry("_C", "csrc/early.cu", 0.1, 4099 / 1024), Entry("_C", "csrc/late.cu", 12.3, 4099 / 1024)), ())
+    assert costs.read_table(tmp_path / "t.tsv") == (
+        (
+            Entry("_C", "csrc/early.cu", 0.1, 4099 / 1024),
+            Entry("_C", "csrc/late.cu", 12.3, 4099 / 1024),
+        ),
+        (),
+    )
 
 
 def test_history_comes_before_table_and_table_before_guess() -> None:
     table = [Entry("_C", "csrc/a.cu", 10.0, 1.0), Entry("_C", "csrc/b.cu", 20.0, 2.0)]
     known = Costs(table, [Entry("_C", "csrc/a.cu", 11.0, 1.5)])
-    assert [(known.expected(Unit("_C", f"csrc/{name}.cu")).origin, known.expected(Unit("_C", f"csrc/{name}.cu")).peak_gib) for name in "abc"] == [
+    assert [
+        (
+            known.expected(Unit("_C", f"csrc/{name}.cu")).origin,
+            known.expected(Unit("_C", f"csrc/{name}.cu")).peak_gib,
+        )
+        for name in "abc"
+    ] == [
         ("history", 1.5),
         ("table", 2.0),
         ("guess", 2.0),
@@ -61,7 +98,10 @@ def test_history_comes_before_table_and_table_before_guess() -> None:
 
 
 def test_a_source_is_known_again_where_the_tree_or_the_folder_has_moved() -> None:
-    table = [Entry("_q", "qutlass/csrc/gemm.cu", 176.0, 9.5), Entry("_q", "qutlass/ada/gemm.cu", 49.0, 1.7)]
+    table = [
+        Entry("_q", "qutlass/csrc/gemm.cu", 176.0, 9.5),
+        Entry("_q", "qutlass/ada/gemm.cu", 49.0, 1.7),
+    ]
     known = Costs(table)
     assert known.expected(Unit("_q", "__/deps/x/qutlass/csrc/gemm.cu")).peak_gib == 9.5
     assert known.expected(Unit("_q", "home/me/qutlass/ada/gemm.cu")).peak_gib == 1.7
@@ -85,12 +125,34 @@ def test_an_unknown_source_takes_what_the_hungriest_beside_it_takes() -> None:
 
 def test_real_sources_of_another_release_are_guessed_by_their_folder() -> None:
     known = Costs(costs.read_table()[0])
-    assert known.expected(Unit("_C_stable_libtorch", "csrc/libtorch_stable/quantization/fp4/mxfp4_experts_quant.cu")).peak_gib > 6.9
-    assert known.expected(Unit("_C_stable_libtorch", "csrc/libtorch_stable/ngram_embedding_kernels.cu")).peak_gib < 1.0
+    assert (
+        known.expected(
+            Unit(
+                "_C_stable_libtorch", "csrc/libtorch_stable/quantization/fp4/mxfp4_experts_quant.cu"
+            )
+        ).peak_gib
+        > 6.9
+    )
+    assert (
+        known.expected(
+            Unit("_C_stable_libtorch", "csrc/libtorch_stable/ngram_embedding_kernels.cu")
+        ).peak_gib
+        < 1.0
+    )
     assert known.expected(Unit("_flashmla_C", "csrc/sm120/new.cu")).peak_gib >= 8.0
 
 
-@pytest.mark.parametrize("unit", [Unit("", ""), Unit("", "/"), Unit("_C", "link"), Unit("cargo", "tokio"), Unit("_C", "a.cu/"), Unit("_C", "\udcff.cu")])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        Unit("", ""),
+        Unit("", "/"),
+        Unit("_C", "link"),
+        Unit("cargo", "tokio"),
+        Unit("_C", "a.cu/"),
+        Unit("_C", "\udcff.cu"),
+    ],
+)
 def test_nothing_is_without_an_expectation(unit: Unit) -> None:
     found = Costs(costs.read_table()[0]).expected(unit)
     assert found.seconds > 0
@@ -98,16 +160,31 @@ def test_nothing_is_without_an_expectation(unit: Unit) -> None:
 
 
 def test_a_preprocessor_is_light_whatever_its_source() -> None:
-    assert Costs([Entry("_C", "a.cu", 900.0, 9.0)]).expected(Unit("_C", "a.cu", is_light=True)) == LIGHT
+    assert (
+        Costs([Entry("_C", "a.cu", 900.0, 9.0)]).expected(Unit("_C", "a.cu", is_light=True))
+        == LIGHT
+    )
 
 
 @pytest.mark.parametrize(
     "line",
-    ["_C\ta.cu\tnan\t500", "_C\ta.cu\t-1\t500", "_C\ta.cu\t1\t0", "_C\ta.cu\t1\tinf", "_C\ta.cu\t1", "_C\ta.cu\tone\t500", "_C\t\t1\t500", "<<<<<<< HEAD", ""],
+    [
+        "_C\ta.cu\tnan\t500",
+        "_C\ta.cu\t-1\t500",
+        "_C\ta.cu\t1\t0",
+        "_C\ta.cu\t1\tinf",
+        "_C\ta.cu\t1",
+        "_C\ta.cu\tone\t500",
+        "_C\t\t1\t500",
+        "<<<<<<< HEAD",
+        "",
+    ],
 )
 def test_a_damaged_line_of_the_table_is_left_out_and_said(tmp_path: Path, line: str) -> None:
     file = tmp_path / "costs.tsv"
-    file.write_text(f"# head\ntarget\tsource\tseconds\tpeak_mib\n_C\tb.cu\t1.0\t100\n{line}\n_C\tc.cu\t2.0\t200\n")
+    file.write_text(
+        f"# head\ntarget\tsource\tseconds\tpeak_mib\n_C\tb.cu\t1.0\t100\n{line}\n_C\tc.cu\t2.0\t200\n"
+    )
     entries, trouble = costs.read_table(file)
     assert [entry.source for entry in entries] == ["b.cu", "c.cu"]
     assert "costs.tsv is damaged in line 4" in trouble[0]
@@ -115,7 +192,9 @@ def test_a_damaged_line_of_the_table_is_left_out_and_said(tmp_path: Path, line: 
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"# only a head\n"])
-def test_a_table_with_nothing_in_it_is_said_and_guesses_take_its_place(tmp_path: Path, content: bytes) -> None:
+def test_a_table_with_nothing_in_it_is_said_and_guesses_take_its_place(
+    tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / "costs.tsv").write_bytes(content)
     entries, trouble = costs.read_table(tmp_path / "costs.tsv")
     assert entries == ()
@@ -124,7 +203,9 @@ def test_a_table_with_nothing_in_it_is_said_and_guesses_take_its_place(tmp_path:
     assert costs.read_table(tmp_path / "missing.tsv")[1]
 
 
-def test_history_is_there_again_in_the_next_build_and_only_for_the_same_setup(tmp_path: Path) -> None:
+def test_history_is_there_again_in_the_next_build_and_only_for_the_same_setup(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "cache" / "history.json"
     first = History(file, setup="12.1a CUDA 13.0")
     assert first.warnings == ()
@@ -140,7 +221,10 @@ def test_what_another_build_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
     other.add(Unit("_C", "b.cu"), seconds=2.0, peak_gib=2.0)
     one.save()
     other.save()
-    assert {entry.source for entry in History(tmp_path / "h", setup="s").entries} == {"a.cu", "b.cu"}
+    assert {entry.source for entry in History(tmp_path / "h", setup="s").entries} == {
+        "a.cu",
+        "b.cu",
+    }
 
 
 def test_old_setups_do_not_pile_up(tmp_path: Path) -> None:
@@ -153,7 +237,9 @@ def test_old_setups_do_not_pile_up(tmp_path: Path) -> None:
     assert not History(tmp_path / "h", setup="setup 0").entries
 
 
-def test_a_killed_compiler_is_expected_to_need_more_than_it_had_and_never_less_than_known(tmp_path: Path) -> None:
+def test_a_killed_compiler_is_expected_to_need_more_than_it_had_and_never_less_than_known(
+    tmp_path: Path,
+) -> None:
     history = History(tmp_path / "h", setup="s")
     history.add(Unit("_C", "a.cu"), seconds=100.0, peak_gib=8.0)
     history.add(Unit("_C", "a.cu"), seconds=5.0, peak_gib=2.0, is_killed=True)
@@ -192,10 +278,19 @@ def test_a_corrupt_history_is_said_and_begun_anew(tmp_path: Path, content: bytes
 
 
 @pytest.mark.parametrize(
-    "row", ['"_C", "a.cu", NaN, 1.0', '"_C", "a.cu", 1.0, Infinity', '"_C", 7, 1.0, 1.0', '"_C", "a.cu", true, 1.0', '"_C", "a.cu", 1.0, -2']
+    "row",
+    [
+        '"_C", "a.cu", NaN, 1.0',
+        '"_C", "a.cu", 1.0, Infinity',
+        '"_C", 7, 1.0, 1.0',
+        '"_C", "a.cu", true, 1.0',
+        '"_C", "a.cu", 1.0, -2',
+    ],
 )
 def test_a_figure_that_cannot_be_is_left_out_of_the_history(tmp_path: Path, row: str) -> None:
-    (tmp_path / "h").write_text(f'{{"schema": 1, "setups": {{"s": [[{row}], ["_C", "b.cu", 1.0, 1.0]]}}}}')
+    (tmp_path / "h").write_text(
+        f'{{"schema": 1, "setups": {{"s": [[{row}], ["_C", "b.cu", 1.0, 1.0]]}}}}'
+    )
     assert [entry.source for entry in History(tmp_path / "h", setup="s").entries] == ["b.cu"]
 
 

@@ -1,4 +1,6 @@
-"""What libraries hold, and whether it is right for a GPU. The fat binaries are nvcc 13.0's own, of a kernel of one line."""
+"""What libraries hold, and whether it is right for a GPU. The fat binaries are nvcc 13.0's own, of
+a kernel of one line.
+"""
 
 import functools
 import struct
@@ -17,7 +19,21 @@ FATBINS = Path(__file__).parent / "fatbins"
 KERNELS = "vllm/_C_stable_libtorch.abi3.so"
 # As cuobjdump lists them, the letters aside that it does not tell.
 MULTI = ("sm_80", "sm_90a", "sm_100f", "sm_120f", "ptx 8.0", "ptx 12.0f")
-RELEASE = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100f", "sm_120", "sm_120f", "ptx 8.0", "ptx 8.9", "ptx 9.0")
+RELEASE = (
+    "sm_75",
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_90a",
+    "sm_100",
+    "sm_100f",
+    "sm_120",
+    "sm_120f",
+    "ptx 8.0",
+    "ptx 8.9",
+    "ptx 9.0",
+)
 # What CMake of 0.31.0 prints for 12.1a under CUDA 13.0.
 SPARK = (
     "Not building Machete kernels as no compatible archs found in CUDA target architectures",
@@ -33,15 +49,24 @@ SPARK = (
 )
 
 
-# The linker's own file with room for fat binaries; compiled once, for that takes longer than all else here.
+# The linker's own file with room for fat binaries; compiled once, for that takes longer than all
+# else here.
 ROOM = 1 << 14
-SOURCE = f'void *nothing(void) {{ return 0; }}\n__asm__(".section .nv_fatbin, \\"a\\"\\n.balign 8\\n.fill {ROOM}, 1, 0x5a\\n.text\\n");\n'
+SOURCE = (
+    'void *nothing(void) { return 0; }\n__asm__(".section .nv_fatbin, \\"a\\"\\n.balign'
+    f' 8\\n.fill {ROOM}, 1, 0x5a\\n.text\\n");\n'
+)
 
 
 @functools.cache
 def linked(source: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"], input=source, text=True, check=True)
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"],
+            input=source,
+            text=True,
+            check=True,
+        )
         return Path(folder, "x.so").read_bytes()
 
 
@@ -72,13 +97,17 @@ def library(path: Path, section: Path | bytes | None) -> Path:
         ("multi", MULTI),
     ],
 )
-def test_family_is_told_from_one_gpu_and_from_plain(tmp_path: Path, name: str, held: tuple[str, ...]) -> None:
+def test_family_is_told_from_one_gpu_and_from_plain(
+    tmp_path: Path, name: str, held: tuple[str, ...]
+) -> None:
     assert device_code.architectures(library(tmp_path / "x.so", FATBINS / f"{name}.fatbin")) == held
 
 
 def test_several_containers_with_zeros_between_them_are_read_to_the_last(tmp_path: Path) -> None:
     parts = [(FATBINS / f"{name}.fatbin").read_bytes() for name in ("sm_120", "sm_121a")]
-    assert device_code.architectures(library(tmp_path / "x.so", parts[0] + bytes(24) + parts[1])) == ("sm_120", "sm_121a")
+    assert device_code.architectures(
+        library(tmp_path / "x.so", parts[0] + bytes(24) + parts[1])
+    ) == ("sm_120", "sm_121a")
 
 
 def test_host_library_holds_nothing(tmp_path: Path) -> None:
@@ -100,9 +129,20 @@ WHOLE = (FATBINS / "sm_120f.fatbin").read_bytes()
         WHOLE[:44] + struct.pack("<I", 70000) + WHOLE[48:],
         WHOLE[:56] + struct.pack("<Q", 0x300000) + WHOLE[64:],
     ],
-    ids=["magic", "version", "rest", "too long", "cut", "header of 8 bytes", "architecture", "both letters"],
+    ids=[
+        "magic",
+        "version",
+        "rest",
+        "too long",
+        "cut",
+        "header of 8 bytes",
+        "architecture",
+        "both letters",
+    ],
 )
-def test_container_of_another_form_is_unknown_and_not_misread(tmp_path: Path, section: bytes) -> None:
+def test_container_of_another_form_is_unknown_and_not_misread(
+    tmp_path: Path, section: bytes
+) -> None:
     with pytest.raises(device_code.UnknownForm):
         device_code.architectures(library(tmp_path / "x.so", section))
 
@@ -123,7 +163,14 @@ def test_text_is_unknown(tmp_path: Path) -> None:
 
 def listed(root: Path, paths: list[Path], env: dict[str, str] | None = None) -> tuple[Cubins, ...]:
     layout = Layout(root)
-    return list_cubins(layout, settings.load(layout, environ={"PATH": "/usr/bin:/bin", "CUDA_HOME": str(root / "nowhere")} | (env or {})), paths)
+    return list_cubins(
+        layout,
+        settings.load(
+            layout,
+            environ={"PATH": "/usr/bin:/bin", "CUDA_HOME": str(root / "nowhere")} | (env or {}),
+        ),
+        paths,
+    )
 
 
 def test_libraries_are_named_below_the_tree(tmp_path: Path) -> None:
@@ -140,10 +187,22 @@ def test_unknown_form_without_cuobjdump_cannot_be_known(tmp_path: Path) -> None:
 
 
 def test_unknown_form_is_asked_of_tritons_cuobjdump(tmp_path: Path) -> None:
-    program = Layout(tmp_path).environment / "lib" / "python3.12" / "site-packages" / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
+    program = (
+        Layout(tmp_path).environment
+        / "lib"
+        / "python3.12"
+        / "site-packages"
+        / "triton"
+        / "backends"
+        / "nvidia"
+        / "bin"
+        / "cuobjdump"
+    )
     program.parent.mkdir(parents=True)
     elf = 'echo "ELF file    1: x.1.sm_120.cubin"; echo "ELF file    2: x.2.sm_90a.cubin"'
-    program.write_text(f'#!/bin/sh\ncase $1 in --list-elf) {elf};; *) echo "PTX file    1: x.1.sm_80.ptx";; esac\n')
+    program.write_text(
+        f'#!/bin/sh\ncase $1 in --list-elf) {elf};; *) echo "PTX file    1: x.1.sm_80.ptx";; esac\n'
+    )
     program.chmod(0o755)
     (found,) = listed(tmp_path, [library(tmp_path / "x.so", b"\x01" + WHOLE[1:])])
     assert found == Cubins("x.so", ("sm_90a", "sm_120", "ptx 8.0"))
@@ -162,7 +221,8 @@ def test_missing_library_is_said(tmp_path: Path) -> None:
         (("sm_121a",), "ok"),
         (("sm_120",), "ok"),
         (("sm_120a",), "wrong"),
-        # CUDA 12.9 and a list of 12.0: what CUTLASS compiles is for 12.0 alone (vllm-project/vllm#43367), all else for its family.
+        # CUDA 12.9 and a list of 12.0: what CUTLASS compiles is for 12.0 alone
+        # (vllm-project/vllm#43367), all else for its family.
         (("sm_120", "sm_120a"), "wrong"),
         (("sm_120a", "sm_121a"), "ok"),
         (("sm_120a", "sm_120f"), "ok"),
@@ -178,8 +238,12 @@ def test_missing_library_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_kernels_of_a_gb10(held: tuple[str, ...], state: str) -> None:
-    assert [one.state for one in judge([Cubins(KERNELS, held)], capabilities=["12.1"], archs="")] == [state]
-    assert [one.state for one in judge([Cubins(KERNELS, held)], capabilities=[], archs="12.1a")] == [state]
+    assert [
+        one.state for one in judge([Cubins(KERNELS, held)], capabilities=["12.1"], archs="")
+    ] == [state]
+    assert [
+        one.state for one in judge([Cubins(KERNELS, held)], capabilities=[], archs="12.1a")
+    ] == [state]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +265,9 @@ def test_kernels_of_a_gb10(held: tuple[str, ...], state: str) -> None:
         ("vllm/_vllm_fa2_C.abi3.so", ("sm_80", "ptx 8.0"), "12.1", "ok"),
     ],
 )
-def test_library_is_judged_by_what_upstream_has_for_it(name: str, held: tuple[str, ...], capability: str, state: str) -> None:
+def test_library_is_judged_by_what_upstream_has_for_it(
+    name: str, held: tuple[str, ...], capability: str, state: str
+) -> None:
     assert judge([Cubins(name, held)], capabilities=[capability], archs="9.0")[0].state == state
 
 
@@ -211,7 +277,12 @@ def test_every_gpu_must_be_served() -> None:
 
 
 def test_without_gpu_and_list_only_nothing_at_all_is_wrong() -> None:
-    assert [one.state for one in judge([Cubins(KERNELS, ("sm_75",)), Cubins(KERNELS, ())], capabilities=[], archs="")] == ["ok", "wrong"]
+    assert [
+        one.state
+        for one in judge(
+            [Cubins(KERNELS, ("sm_75",)), Cubins(KERNELS, ())], capabilities=[], archs=""
+        )
+    ] == ["ok", "wrong"]
 
 
 def test_sentences_of_a_spark_are_all_expected() -> None:
@@ -222,24 +293,98 @@ def test_sentences_of_a_spark_are_all_expected() -> None:
 @pytest.mark.parametrize(
     ("sentence", "archs", "part"),
     [
-        ("Not building scaled_mm_c3x_120 as no compatible archs found in CUDA target architectures", "12.1a", "failures"),
+        (
+            (
+                "Not building scaled_mm_c3x_120 as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1a",
+            "failures",
+        ),
         ("Not building SM12x NVFP4 as no compatible archs were found.", "12.1a", "failures"),
         ("Not building SM12x NVFP4 as no compatible archs were found.", "9.0", "expected"),
-        ("Not building Marlin kernels as no compatible archs found in CUDA target architectures", "12.1", "failures"),
-        ("Not building Marlin MOE kernels as no compatible archs found in CUDA target architectures", "12.1", "failures"),
-        ("Not building moe_data as no compatible archs found in CUDA target architectures.", "12.1", "failures"),
-        ("Not building moe_data as no compatible archs found in CUDA target architectures.", "8.9", "expected"),
-        ("Not building Machete kernels as no compatible archs found in CUDA target architectures", "12.1;9.0", "failures"),
-        ("Not building AllSpark kernels as no compatible archs found in CUDA target architectures", "12.1a", "expected"),
-        ("Not building scaled_mm_c2x as all archs are already built for and covered by scaled_mm_c3x", "9.0", "expected"),
-        ("Not building scaled_mm_c3x_sm120 as CUDA Compiler version is not >= 12.8, we recommend upgrading", "12.1", "failures"),
-        ("[QUTLASS] Skipping build: no supported arch (12.0f / 10.0f) found in CUDA_ARCHS='9.0'.", "9.0", "expected"),
-        ("[QUTLASS] Skipping build: CUDA 12.8 or newer is required (found 12.6).", "12.1", "failures"),
+        (
+            "Not building Marlin kernels as no compatible archs found in CUDA target architectures",
+            "12.1",
+            "failures",
+        ),
+        (
+            (
+                "Not building Marlin MOE kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1",
+            "failures",
+        ),
+        (
+            "Not building moe_data as no compatible archs found in CUDA target architectures.",
+            "12.1",
+            "failures",
+        ),
+        (
+            "Not building moe_data as no compatible archs found in CUDA target architectures.",
+            "8.9",
+            "expected",
+        ),
+        (
+            (
+                "Not building Machete kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1;9.0",
+            "failures",
+        ),
+        (
+            (
+                "Not building AllSpark kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "12.1a",
+            "expected",
+        ),
+        (
+            (
+                "Not building scaled_mm_c2x as all archs are already built for and covered by"
+                " scaled_mm_c3x"
+            ),
+            "9.0",
+            "expected",
+        ),
+        (
+            (
+                "Not building scaled_mm_c3x_sm120 as CUDA Compiler version is not >= 12.8, we"
+                " recommend upgrading"
+            ),
+            "12.1",
+            "failures",
+        ),
+        (
+            (
+                "[QUTLASS] Skipping build: no supported arch (12.0f / 10.0f) found in"
+                " CUDA_ARCHS='9.0'."
+            ),
+            "9.0",
+            "expected",
+        ),
+        (
+            "[QUTLASS] Skipping build: CUDA 12.8 or newer is required (found 12.6).",
+            "12.1",
+            "failures",
+        ),
         ("Not building warp_drive as no compatible archs found", "12.1a", "unknown"),
-        ("Not building Machete kernels as no compatible archs found in CUDA target architectures", "", "unknown"),
+        (
+            (
+                "Not building Machete kernels as no compatible archs found in CUDA target"
+                " architectures"
+            ),
+            "",
+            "unknown",
+        ),
     ],
 )
-def test_sentence_is_judged_by_the_list_of_architectures(sentence: str, archs: str, part: str) -> None:
+def test_sentence_is_judged_by_the_list_of_architectures(
+    sentence: str, archs: str, part: str
+) -> None:
     said = judge_not_built([sentence], archs)
     (quoted,) = getattr(said, part)
     assert quoted.startswith(sentence)
@@ -247,7 +392,9 @@ def test_sentence_is_judged_by_the_list_of_architectures(sentence: str, archs: s
 
 
 def test_words_that_two_blocks_print_fail_when_both_print_them_and_one_should_not() -> None:
-    sentence = "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures."
+    sentence = (
+        "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures."
+    )
     assert judge_not_built([sentence], "9.0").failures == ()
     assert len(judge_not_built([sentence, sentence], "9.0").failures) == 1
     assert judge_not_built([sentence, sentence], "12.1").failures == ()

@@ -1,4 +1,6 @@
-"""External projects: what the tree's CMake files declare, and having it at hand: whole or not at all, once for all clones."""
+"""External projects: what the tree's CMake files declare, and having it at hand: whole or not at
+all, once for all clones.
+"""
 
 import contextlib
 import os
@@ -20,7 +22,8 @@ from workspace.core.errors import SettingsError, SourceError
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "https://github.com"
 REAL = {
-    "CMakeLists.txt": """\
+    "CMakeLists.txt": (
+        """\
 set(VLLM_TARGET_DEVICE "cuda" CACHE STRING "")
 if (DEFINED ENV{TORCH_NIGHTLY} AND "$ENV{TORCH_NIGHTLY}" STREQUAL "1")
 endif()
@@ -55,8 +58,10 @@ if(VLLM_GPU_LANG STREQUAL "CUDA")
   include(cmake/external_projects/qutlass.cmake)
   include(cmake/external_projects/attn.cmake)
 endif()
-""",
-    "cmake/cpu_extension.cmake": """\
+"""
+    ),
+    "cmake/cpu_extension.cmake": (
+        """\
 if(ASIMD_FOUND)
   if(DEFINED ENV{ACL_ROOT_DIR} AND IS_DIRECTORY "$ENV{ACL_ROOT_DIR}")
     message(STATUS "Using ACL")
@@ -74,8 +79,10 @@ else()
   FetchContent_Declare(oneDNN GIT_REPOSITORY https://github.com/oneapi-src/oneDNN.git GIT_TAG v3.13)
 endif()
 define_extension_target(_C SOURCES a.cpp)
-""",
-    "cmake/external_projects/qutlass.cmake": """\
+"""
+    ),
+    "cmake/external_projects/qutlass.cmake": (
+        """\
 if(DEFINED ENV{QUTLASS_SRC_DIR})
   set(QUTLASS_SRC_DIR $ENV{QUTLASS_SRC_DIR})
 endif()
@@ -95,8 +102,10 @@ if(EXISTS "${CUTLASS_INCLUDE_DIR}/cutlass/cutlass.h")
 else()
   add_custom_target(_qutlass_C)
 endif()
-""",
-    "cmake/external_projects/attn.cmake": """\
+"""
+    ),
+    "cmake/external_projects/attn.cmake": (
+        """\
 if (DEFINED ENV{VLLM_FLASH_ATTN_SRC_DIR})
   set(VLLM_FLASH_ATTN_SRC_DIR $ENV{VLLM_FLASH_ATTN_SRC_DIR})
 endif()
@@ -108,12 +117,15 @@ foreach(_FA_COMPONENT _vllm_fa2_C _vllm_fa3_C)
   install(DIRECTORY ${vllm-flash-attn_SOURCE_DIR}/x/ DESTINATION vllm COMPONENT ${_FA_COMPONENT})
 endforeach()
 add_custom_target(_vllm_fa4_cutedsl_C)
-""",
+"""
+    ),
 }
 
 
 def declared(tree: Path, device: str, machine: str = "x86_64") -> dict[str, External]:
-    return {external.name: external for external in externals.declared(tree, device, machine=machine)}
+    return {
+        external.name: external for external in externals.declared(tree, device, machine=machine)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +136,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_declared_follows_the_device_and_the_machine(tree: Path) -> None:
-    assert {name: external.tag[:6] for name, external in declared(tree, "cuda").items()} == {"cutlass": "v4.7.1", "qutlass": "830d2c", "vllm-flash-attn": "abc"}
-    assert {name: external.tag[:6] for name, external in declared(tree, "cpu").items()} == {"oneDNN": "v3.13"}
-    assert {name: external.tag[:6] for name, external in declared(tree, "cpu", "aarch64").items()} == {"arm_compute": "v52.6.", "oneDNN": "9c5be1"}
+    assert {name: external.tag[:6] for name, external in declared(tree, "cuda").items()} == {
+        "cutlass": "v4.7.1",
+        "qutlass": "830d2c",
+        "vllm-flash-attn": "abc",
+    }
+    assert {name: external.tag[:6] for name, external in declared(tree, "cpu").items()} == {
+        "oneDNN": "v3.13"
+    }
+    assert {
+        name: external.tag[:6] for name, external in declared(tree, "cpu", "aarch64").items()
+    } == {"arm_compute": "v52.6.", "oneDNN": "9c5be1"}
 
 
 def test_overrides_and_what_a_copy_is_handed_over_in(tree: Path) -> None:
@@ -138,7 +158,11 @@ def test_overrides_and_what_a_copy_is_handed_over_in(tree: Path) -> None:
         "arm_compute": ("ACL_ROOT_DIR", "ACL_ROOT_DIR"),
         "oneDNN": ("FETCHCONTENT_SOURCE_DIR_ONEDNN", "FETCHCONTENT_SOURCE_DIR_ONEDNN"),
     }
-    assert {name: external.submodules for name, external in found.items() if external.submodules is not None} == {
+    assert {
+        name: external.submodules
+        for name, external in found.items()
+        if external.submodules is not None
+    } == {
         "qutlass": ("third-party/a", "b"),
         "vllm-flash-attn": (),
     }
@@ -148,14 +172,30 @@ def test_targets_that_need_a_project(tree: Path) -> None:
     found = declared(tree, "cuda")
     assert found["cutlass"].targets == ("_C", "_qutlass_C"), "cumem_allocator needs none"
     assert found["qutlass"].targets == ("_qutlass_C",)
-    assert set(found["vllm-flash-attn"].targets) == {"_vllm_fa2_C", "_vllm_fa3_C", "_vllm_fa4_cutedsl_C"}
+    assert set(found["vllm-flash-attn"].targets) == {
+        "_vllm_fa2_C",
+        "_vllm_fa3_C",
+        "_vllm_fa4_cutedsl_C",
+    }
     assert found["vllm-flash-attn"].defines == ("_vllm_fa2_C", "_vllm_fa3_C")
     assert found["qutlass"].files == ("qutlass/csrc/gemm.cu",)
     assert found["cutlass"].files == ("include/cutlass/cutlass.h",)
 
 
 @pytest.mark.parametrize(
-    "text", ["if(", "if(A\nset(x", ")", '"', "include(CMakeLists.txt)", "endif()\nelse()", "[[", "if(NOT)\nendif()", "if(AND OR ( STREQUAL)\nendif()", "\0\xff"]
+    "text",
+    [
+        "if(",
+        "if(A\nset(x",
+        ")",
+        '"',
+        "include(CMakeLists.txt)",
+        "endif()\nelse()",
+        "[[",
+        "if(NOT)\nendif()",
+        "if(AND OR ( STREQUAL)\nendif()",
+        "\0\xff",
+    ],
 )
 def test_a_file_that_is_no_cmake_ends_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "CMakeLists.txt").write_bytes(text.encode("latin-1"))
@@ -178,10 +218,18 @@ def test_a_file_that_is_no_cmake_ends_nothing(tmp_path: Path, text: str) -> None
         ("${CUDA} VERSION_GREATER_EQUAL 13.0", "yes no"),
     ],
 )
-def test_a_condition_that_only_configure_knows_is_both(tmp_path: Path, condition: str, branches: str) -> None:
-    put(tmp_path, {"CMakeLists.txt": f"if({condition})\n  walked(yes)\nelse()\n  walked(no)\nendif()\n"})
+def test_a_condition_that_only_configure_knows_is_both(
+    tmp_path: Path, condition: str, branches: str
+) -> None:
+    put(
+        tmp_path,
+        {"CMakeLists.txt": f"if({condition})\n  walked(yes)\nelse()\n  walked(no)\nendif()\n"},
+    )
     steps = cmake_inputs.walk(tmp_path, "cuda", machine="x86_64")
-    assert " ".join(step.command.words[0] for step in steps if step.command.name == "walked") == branches
+    assert (
+        " ".join(step.command.words[0] for step in steps if step.command.name == "walked")
+        == branches
+    )
 
 
 # Fetching
@@ -189,7 +237,9 @@ def test_a_condition_that_only_configure_knows_is_both(tmp_path: Path, condition
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that stands for GitHub: flashy with cutlass as a submodule, by its public address."""
+    """A folder that stands for GitHub: flashy with cutlass as a submodule, by its public
+    address.
+    """
     folder = tmp_path_factory.mktemp("mirror")
     cutlass = folder / "NVIDIA" / "cutlass"
     cutlass.mkdir(parents=True)
@@ -203,7 +253,13 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sh_git(flashy, "update-index", "--add", "--cacheinfo", f"160000,{inner},csrc/cutlass")
     put(
         flashy,
-        {".gitmodules": f'[submodule "cutlass"]\n\tpath = csrc/cutlass\n\turl = {HOST}/NVIDIA/cutlass.git\n', "flashy.py": "1\n", ".gitignore": "*.so\n"},
+        {
+            ".gitmodules": (
+                f'[submodule "cutlass"]\n\tpath = csrc/cutlass\n\turl = {HOST}/NVIDIA/cutlass.git\n'
+            ),
+            "flashy.py": "1\n",
+            ".gitignore": "*.so\n",
+        },
     )
     sh_git(flashy, "add", ".gitmodules", "flashy.py")
     sh_git(flashy, "commit", "--quiet", "--message", "wanted")
@@ -217,9 +273,21 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flashy(mirror: Path, *, tag: str | None = None, submodules: tuple[str, ...] | None = None) -> External:
+def flashy(
+    mirror: Path, *, tag: str | None = None, submodules: tuple[str, ...] | None = None
+) -> External:
     wanted = tag or sh_git(mirror / "vllm-project" / "flashy.git", "rev-parse", "v1.0^{commit}")
-    return External("flashy", f"{HOST}/vllm-project/flashy.git", wanted, "FLASHY_SRC_DIR", "FETCHCONTENT_SOURCE_DIR_FLASHY", (), submodules, (), ())
+    return External(
+        "flashy",
+        f"{HOST}/vllm-project/flashy.git",
+        wanted,
+        "FLASHY_SRC_DIR",
+        "FETCHCONTENT_SOURCE_DIR_FLASHY",
+        (),
+        submodules,
+        (),
+        (),
+    )
 
 
 @pytest.fixture
@@ -229,7 +297,9 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.mark.parametrize("address", ["{}", "file://{}/"])
 @pytest.mark.parametrize("tag", [None, "v1.0"])
-def test_a_project_is_fetched_whole_from_a_mirror_and_then_needs_none(site: Site, mirror: Path, address: str, tag: str | None) -> None:
+def test_a_project_is_fetched_whole_from_a_mirror_and_then_needs_none(
+    site: Site, mirror: Path, address: str, tag: str | None
+) -> None:
     external = flashy(mirror, tag=tag)
     given = site.provide((external,), (), EXTERNALS_MIRROR=address.format(mirror))
     folder = Path(given["FETCHCONTENT_SOURCE_DIR_FLASHY"])
@@ -242,7 +312,15 @@ def test_a_project_is_fetched_whole_from_a_mirror_and_then_needs_none(site: Site
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
     # Another clone of the same user.
     other = Site.make(site.root / "other")
-    assert other.provide((external,), (), EXTERNALS_MIRROR="/nowhere", WORKSPACE_CACHE_DIR=site.shell["WORKSPACE_CACHE_DIR"]) == given
+    assert (
+        other.provide(
+            (external,),
+            (),
+            EXTERNALS_MIRROR="/nowhere",
+            WORKSPACE_CACHE_DIR=site.shell["WORKSPACE_CACHE_DIR"],
+        )
+        == given
+    )
 
 
 def test_only_the_submodules_that_are_asked_for(site: Site, mirror: Path) -> None:
@@ -251,16 +329,22 @@ def test_only_the_submodules_that_are_asked_for(site: Site, mirror: Path) -> Non
 
 
 @pytest.mark.parametrize("tag", ["0" * 40, "v9"])
-def test_what_the_remote_does_not_have_is_a_sentence_and_leaves_nothing(site: Site, mirror: Path, tag: str) -> None:
+def test_what_the_remote_does_not_have_is_a_sentence_and_leaves_nothing(
+    site: Site, mirror: Path, tag: str
+) -> None:
     with pytest.raises(SourceError, match=f"flashy {tag[:12]} could not be fetched from") as caught:
         site.provide((flashy(mirror, tag=tag),), (), EXTERNALS_MIRROR=str(mirror))
     assert "EXTERNALS_MIRROR" in (caught.value.hint or "")
     assert "FLASHY_SRC_DIR" in (caught.value.hint or "")
-    left = [path for path in (site.settings().cache / "externals" / "flashy").iterdir() if path.is_dir()]
+    left = [
+        path for path in (site.settings().cache / "externals" / "flashy").iterdir() if path.is_dir()
+    ]
     assert left == []
 
 
-def test_a_submodule_that_is_missing_leaves_nothing(site: Site, mirror: Path, tmp_path: Path) -> None:
+def test_a_submodule_that_is_missing_leaves_nothing(
+    site: Site, mirror: Path, tmp_path: Path
+) -> None:
     half = tmp_path / "half"
     shutil.copytree(mirror / "vllm-project", half / "vllm-project")
     with pytest.raises(SourceError, match="flashy"):
@@ -268,23 +352,50 @@ def test_a_submodule_that_is_missing_leaves_nothing(site: Site, mirror: Path, tm
     assert not (site.settings().cache / "externals" / "flashy" / flashy(mirror).tag).exists()
 
 
-def test_a_password_of_the_mirror_is_shown_nowhere(site: Site, mirror: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_password_of_the_mirror_is_shown_nowhere(
+    site: Site, mirror: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SourceError) as caught:
-        site.provide((flashy(mirror),), (), EXTERNALS_MIRROR="http://me:hunter2@127.0.0.1:9", no_proxy="*")
-    shown = "".join((caught.value.message, *caught.value.details, *capfd.readouterr(), *(log.read_text() for log in site.layout.logs.glob("*.log"))))
+        site.provide(
+            (flashy(mirror),), (), EXTERNALS_MIRROR="http://me:hunter2@127.0.0.1:9", no_proxy="*"
+        )
+    shown = "".join(
+        (
+            caught.value.message,
+            *caught.value.details,
+            *capfd.readouterr(),
+            *(log.read_text() for log in site.layout.logs.glob("*.log")),
+        )
+    )
     assert "hunter2" not in shown
-    assert not [path for path in (site.root / "cache").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert not [
+        path
+        for path in (site.root / "cache").rglob("*")
+        if path.is_file() and b"hunter2" in path.read_bytes()
+    ]
 
 
 def running(site: Site, mirror: str, external: External) -> "subprocess.Popen[str]":
     script = (
-        "import sys; from pathlib import Path; from tests.compile.trees import Site; from workspace.compile.externals import External\n"
-        "root, mirror, repository, tag = sys.argv[1:]\n"
-        "external = External('flashy', repository, tag, 'FLASHY_SRC_DIR', 'FETCHCONTENT_SOURCE_DIR_FLASHY', (), None, (), ())\n"
-        "print(Site.again(Path(root)).provide((external,), (), EXTERNALS_MIRROR=mirror, no_proxy='*'))"
+        "import sys; from pathlib import Path; from tests.compile.trees import Site; from"
+        " workspace.compile.externals import External\nroot, mirror, repository, tag ="
+        " sys.argv[1:]\nexternal = External('flashy', repository, tag, 'FLASHY_SRC_DIR',"
+        " 'FETCHCONTENT_SOURCE_DIR_FLASHY', (), None, (),"
+        " ())\nprint(Site.again(Path(root)).provide((external,), (), EXTERNALS_MIRROR=mirror,"
+        " no_proxy='*'))"
     )
-    words = [sys.executable, "-c", script, str(site.root), mirror, external.repository, external.tag]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [
+        sys.executable,
+        "-c",
+        script,
+        str(site.root),
+        mirror,
+        external.repository,
+        external.tag,
+    ]
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @contextlib.contextmanager
@@ -294,7 +405,9 @@ def silent_server() -> Iterator[tuple[str, socket.socket]]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}", server
 
 
-def test_a_fetch_that_is_killed_leaves_nothing_that_counts_and_the_next_one_clears_up(site: Site, mirror: Path) -> None:
+def test_a_fetch_that_is_killed_leaves_nothing_that_counts_and_the_next_one_clears_up(
+    site: Site, mirror: Path
+) -> None:
     external = flashy(mirror)
     place = site.settings().cache / "externals" / "flashy" / external.tag
     with silent_server() as (address, server):
@@ -304,13 +417,17 @@ def test_a_fetch_that_is_killed_leaves_nothing_that_counts_and_the_next_one_clea
         verb.communicate()
         connection.close()
     assert not place.exists()
-    assert [path.name for path in place.parent.iterdir() if path.is_dir()] != [], "it was in the middle of something"
+    assert [path.name for path in place.parent.iterdir() if path.is_dir()] != [], (
+        "it was in the middle of something"
+    )
     # The guard of what was killed still holds nothing that a next one waits for.
     site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
     assert [path.name for path in place.parent.iterdir() if path.is_dir()] == [external.tag]
 
 
-def test_two_clones_at_once_fetch_once_and_both_go_on(site: Site, mirror: Path, tmp_path: Path) -> None:
+def test_two_clones_at_once_fetch_once_and_both_go_on(
+    site: Site, mirror: Path, tmp_path: Path
+) -> None:
     external = flashy(mirror)
     other = Site.make(tmp_path / "other")
     (tmp_path / "other" / "cache").symlink_to(site.root / "cache")
@@ -319,12 +436,22 @@ def test_two_clones_at_once_fetch_once_and_both_go_on(site: Site, mirror: Path, 
     said = [verb.communicate(timeout=60) for verb in verbs]
     assert [verb.returncode for verb in verbs] == [0, 0], said
     assert sum(err.count(" fetch ") for _, err in said) == 1
-    assert [path.name for path in (site.root / "cache" / "externals" / "flashy").iterdir() if path.is_dir()] == [external.tag]
+    assert [
+        path.name
+        for path in (site.root / "cache" / "externals" / "flashy").iterdir()
+        if path.is_dir()
+    ] == [external.tag]
 
 
-def test_a_checkout_that_somebody_moved_is_not_taken_for_the_pinned_one(site: Site, mirror: Path) -> None:
+def test_a_checkout_that_somebody_moved_is_not_taken_for_the_pinned_one(
+    site: Site, mirror: Path
+) -> None:
     external = flashy(mirror)
-    folder = Path(site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))["FETCHCONTENT_SOURCE_DIR_FLASHY"])
+    folder = Path(
+        site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))[
+            "FETCHCONTENT_SOURCE_DIR_FLASHY"
+        ]
+    )
     (folder / ".git" / "HEAD").write_text("0" * 40 + "\n")
     with pytest.raises(SourceError, match="is at 000000000000, not at"):
         site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
@@ -334,15 +461,25 @@ def test_a_checkout_that_somebody_moved_is_not_taken_for_the_pinned_one(site: Si
 
 
 @pytest.mark.parametrize("how", ["shell", ".env", "CMAKE_ARGS", "relative"])
-def test_sources_of_the_users_own_win_and_are_not_fetched(site: Site, mirror: Path, how: str) -> None:
+def test_sources_of_the_users_own_win_and_are_not_fetched(
+    site: Site, mirror: Path, how: str
+) -> None:
     mine = site.root / "mine"
     mine.mkdir()
     text = os.path.relpath(mine, site.tree) if how == "relative" else str(mine)
     if how == ".env":
         site.layout.dotenv.write_text(f"FLASHY_SRC_DIR={text}\n")
-    more = {"CMAKE_ARGS": f"-DA=1 -DFETCHCONTENT_SOURCE_DIR_FLASHY:PATH={text}"} if how == "CMAKE_ARGS" else {} if how == ".env" else {"FLASHY_SRC_DIR": text}
+    more = (
+        {"CMAKE_ARGS": f"-DA=1 -DFETCHCONTENT_SOURCE_DIR_FLASHY:PATH={text}"}
+        if how == "CMAKE_ARGS"
+        else {}
+        if how == ".env"
+        else {"FLASHY_SRC_DIR": text}
+    )
     given = site.provide((flashy(mirror),), (), EXTERNALS_MIRROR="/nowhere", **more)
-    assert list(given) == ["FETCHCONTENT_SOURCE_DIR_FLASHY" if how == "CMAKE_ARGS" else "FLASHY_SRC_DIR"]
+    assert list(given) == [
+        "FETCHCONTENT_SOURCE_DIR_FLASHY" if how == "CMAKE_ARGS" else "FLASHY_SRC_DIR"
+    ]
     assert Path(next(iter(given.values()))).resolve() == mine
 
 

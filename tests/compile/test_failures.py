@@ -4,8 +4,15 @@ import pytest
 
 from workspace.compile.ninja import Failures
 
-REFUSED = ["FAILED: [code=1] CMakeFiles/t.dir/b.cu.o ", "/b/tickets/ticket nvcc -c b.cu -o CMakeFiles/t.dir/b.cu.o", "not compiled: another unit failed"]
-REAL = ["FAILED: [code=2] CMakeFiles/t.dir/a.cu.o ", "/b/tickets/ticket nvcc -DX=error:-1 -c a.cu -o CMakeFiles/t.dir/a.cu.o"]
+REFUSED = [
+    "FAILED: [code=1] CMakeFiles/t.dir/b.cu.o ",
+    "/b/tickets/ticket nvcc -c b.cu -o CMakeFiles/t.dir/b.cu.o",
+    "not compiled: another unit failed",
+]
+REAL = [
+    "FAILED: [code=2] CMakeFiles/t.dir/a.cu.o ",
+    "/b/tickets/ticket nvcc -DX=error:-1 -c a.cu -o CMakeFiles/t.dir/a.cu.o",
+]
 
 
 def heard(*lines: str) -> Failures:
@@ -16,8 +23,21 @@ def heard(*lines: str) -> Failures:
 
 
 def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None:
-    said = ["a.cu(3): warning #177-D: unused", "", "a.cu(7): error: expected a ;", "", "1 error detected in the compilation of a.cu"]
-    failures = heard("[1/9] Building", *REFUSED, *REAL, *said, *REFUSED, "ninja: build stopped: subcommand failed.")
+    said = [
+        "a.cu(3): warning #177-D: unused",
+        "",
+        "a.cu(7): error: expected a ;",
+        "",
+        "1 error detected in the compilation of a.cu",
+    ]
+    failures = heard(
+        "[1/9] Building",
+        *REFUSED,
+        *REAL,
+        *said,
+        *REFUSED,
+        "ninja: build stopped: subcommand failed.",
+    )
     assert failures.first is not None
     assert failures.first.output == "CMakeFiles/t.dir/a.cu.o"
     assert failures.first.error == "a.cu(7): error: expected a ;"
@@ -25,9 +45,14 @@ def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None
 
 
 def test_older_ninjas_name_no_code() -> None:
-    failures = heard("FAILED: a.o ", "cc -c a.c", "a.c:1:2: fatal error: b.h: No such file or directory")
+    failures = heard(
+        "FAILED: a.o ", "cc -c a.c", "a.c:1:2: fatal error: b.h: No such file or directory"
+    )
     assert failures.first is not None
-    assert (failures.first.output, failures.first.error) == ("a.o", "a.c:1:2: fatal error: b.h: No such file or directory")
+    assert (failures.first.output, failures.first.error) == (
+        "a.o",
+        "a.c:1:2: fatal error: b.h: No such file or directory",
+    )
 
 
 def test_a_nested_ninjas_failure_is_the_first() -> None:
@@ -41,7 +66,8 @@ def test_a_nested_ninjas_failure_is_the_first() -> None:
     ]
     failures = heard("FAILED: [code=1] deepgemm/.built ", "python build.py", *nested, *REFUSED)
     assert failures.first is not None
-    # What the outer command said before is kept as a failure of its own only where it said something.
+    # What the outer command said before is kept as a failure of its own only where it said
+    # something.
     assert failures.first.output in ("deepgemm/.built", "x.o")
 
 

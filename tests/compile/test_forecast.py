@@ -32,11 +32,17 @@ def units(target: str, *sources: str) -> tuple[Unit, ...]:
 
 
 def project(*names: str) -> Project:
-    return Project(tuple(Target(name, "MODULE_LIBRARY", (), (), ("vllm",), (), "", ()) for name in names))
+    return Project(
+        tuple(Target(name, "MODULE_LIBRARY", (), (), ("vllm",), (), "", ()) for name in names)
+    )
 
 
-def work_out(*reached: Reached, why_not_hybrid: str | None = None, bounds: Bounds = BOUNDS) -> RebuildPlan:
-    return forecast.work_out(reached, project("_C", "_moe_C", "_fa2_C"), COSTS, bounds, why_not_hybrid=why_not_hybrid)
+def work_out(
+    *reached: Reached, why_not_hybrid: str | None = None, bounds: Bounds = BOUNDS
+) -> RebuildPlan:
+    return forecast.work_out(
+        reached, project("_C", "_moe_C", "_fa2_C"), COSTS, bounds, why_not_hybrid=why_not_hybrid
+    )
 
 
 MOE = Reached("_moe_C", "csrc/a.cu changed", units("_moe_C", "csrc/a.cu", "csrc/b.cu"), True)
@@ -51,7 +57,10 @@ def shown(plan: RebuildPlan, *, as_json: bool = False) -> tuple[list[str], str]:
 
 def test_a_row_is_compiler_time_and_link_with_the_hungriest_unit() -> None:
     plan = work_out(MOE, ONE)
-    assert plan.rows == (Row("_moe_C", MOE.reason, 2, 3.1, 4.0, True), Row("_C", ONE.reason, 1, 0.6, 8.0, False))
+    assert plan.rows == (
+        Row("_moe_C", MOE.reason, 2, 3.1, 4.0, True),
+        Row("_C", ONE.reason, 1, 0.6, 8.0, False),
+    )
     assert (plan.units, plan.guessed, plan.from_precompiled) == (3, 0, ("_fa2_C",))
     assert plan.compiler_minutes == pytest.approx(3.7)
 
@@ -62,11 +71,15 @@ def test_minutes_are_those_of_the_admission_within_its_bounds() -> None:
     assert tight.minutes == pytest.approx(2.5)
     assert tight.peak_gib <= BOUNDS.budget_gib
     assert work_out(MOE, ONE, bounds=Bounds(4, 64.0)).minutes == pytest.approx(2.0)
-    assert work_out(MOE, ONE, bounds=Bounds(1, 64.0)).minutes == pytest.approx(tight.compiler_minutes)
+    assert work_out(MOE, ONE, bounds=Bounds(1, 64.0)).minutes == pytest.approx(
+        tight.compiler_minutes
+    )
 
 
 def test_units_that_nobody_measured_are_counted_as_guessed() -> None:
-    plan = work_out(Reached("_new_C", "--target", units("_new_C", "csrc/n.cu", "csrc/n.cpp"), True), MOE)
+    plan = work_out(
+        Reached("_new_C", "--target", units("_new_C", "csrc/n.cu", "csrc/n.cpp"), True), MOE
+    )
     assert (plan.units, plan.guessed) == (4, 2)
     assert "4 units, 6.1 minutes of compiler time" in (said := shown(plan)[0])[3]
     assert said[3].endswith("; 2 of them never measured, so guessed")
@@ -79,15 +92,27 @@ def test_a_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
 
 
 def test_nothing_to_compile_says_so() -> None:
-    assert shown(work_out())[0] == ["nothing is to be compiled", "from the precompiled wheel: _C, _moe_C, _fa2_C"]
+    assert shown(work_out())[0] == [
+        "nothing is to be compiled",
+        "from the precompiled wheel: _C, _moe_C, _fa2_C",
+    ]
     said, _ = shown(work_out(Reached("_C", "csrc/c.cu changed", (), False)))
     assert said[2] == "nothing is to be compiled: what is reached was compiled before"
 
 
 def test_a_plan_without_a_precompiled_wheel_says_why() -> None:
-    said, _ = shown(work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0"))
-    assert "not hybrid: the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0; every target is compiled here" in said
-    assert not [line for line in said if line.startswith("from the precompiled wheel") or "precompiled brings" in line]
+    said, _ = shown(
+        work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0")
+    )
+    assert (
+        "not hybrid: the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0; every target is"
+        " compiled here" in said
+    )
+    assert not [
+        line
+        for line in said
+        if line.startswith("from the precompiled wheel") or "precompiled brings" in line
+    ]
 
 
 def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
@@ -97,15 +122,30 @@ def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
         "target  reason                                   units  minutes  peak GiB",
         "_moe_C  csrc/a.cu changed                            2      3.1       4.0",
         "_C      csrc/c.h changed, included by csrc/c.cu      1      0.6       8.0",
-        "3 units, 3.7 minutes of compiler time: about 2.5 minutes with at most 4 at once in 10.0 GiB, 8.0 GiB at the most",
-        "_moe_C: compiled whole, for a precompiled wheel brings libraries and no objects; the next change compiles what it reaches",
+        (
+            "3 units, 3.7 minutes of compiler time: about 2.5 minutes with at most 4 at once in"
+            " 10.0 GiB, 8.0 GiB at the most"
+        ),
+        (
+            "_moe_C: compiled whole, for a precompiled wheel brings libraries and no objects; the"
+            " next change compiles what it reaches"
+        ),
         "from the precompiled wheel: _fa2_C",
     ]
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_reasons_that_do_not_fit_beside_stand_below_their_target(width: int) -> None:
-    rows = [Row("_moe_C_stable_libtorch", "csrc/libtorch_stable/moe/topk_softmax_kernels.cu changed", 31, 34.3, 4.1, True)]
+    rows = [
+        Row(
+            "_moe_C_stable_libtorch",
+            "csrc/libtorch_stable/moe/topk_softmax_kernels.cu changed",
+            31,
+            34.3,
+            4.1,
+            True,
+        )
+    ]
     lines = forecast.table(rows, width=width)
     assert all(len(line) < width for line in lines)
     assert len(lines) == (3 if width == 80 else 2)
@@ -118,7 +158,11 @@ def test_json_is_the_whole_plan() -> None:
     assert record["schema"] == 1
     assert [row["target"] for row in record["rows"]] == ["_moe_C", "_C"]
     assert record["bounds"] == {"jobs": 4, "budget_gib": 10.0}
-    assert (record["units"], record["why_not_hybrid"], record["from_precompiled_wheel"]) == (3, None, ["_fa2_C"])
+    assert (record["units"], record["why_not_hybrid"], record["from_precompiled_wheel"]) == (
+        3,
+        None,
+        ["_fa2_C"],
+    )
 
 
 def test_a_plan_of_a_whole_build_is_worked_out_at_once(recorded: Sequence[Reached]) -> None:
@@ -130,4 +174,12 @@ def test_a_plan_of_a_whole_build_is_worked_out_at_once(recorded: Sequence[Reache
 @pytest.fixture
 def recorded() -> list[Reached]:
     names = list(dict.fromkeys(entry.target for entry in TABLE))
-    return [Reached(name, "all", units(name, *(entry.source for entry in TABLE if entry.target == name)), True) for name in names]
+    return [
+        Reached(
+            name,
+            "all",
+            units(name, *(entry.source for entry in TABLE if entry.target == name)),
+            True,
+        )
+        for name in names
+    ]

@@ -1,4 +1,6 @@
-"""What a build directory is keyed by, and what else a configure depends on, read from a clone and its environment."""
+"""What a build directory is keyed by, and what else a configure depends on, read from a clone and
+its environment.
+"""
 
 import os
 import subprocess
@@ -21,21 +23,41 @@ def site(tmp_path: Path) -> Site:
     made = Site.make(tmp_path)
     packages = made.layout.environment / "lib" / "python3.12" / "site-packages"
     put(packages, {f"{name}.dist-info/METADATA": "" for name in ("cmake-3.31.10", "ninja-1.13.2")})
-    put(made.root / "cuda", {"bin/nvcc": '#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n'})
+    put(
+        made.root / "cuda",
+        {"bin/nvcc": '#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n'},
+    )
     put(made.root / "bin", {"g++": "#!/bin/sh\necho 13.3.0\n"})
     for program in (made.root / "cuda" / "bin" / "nvcc", made.root / "bin" / "g++"):
         program.chmod(0o755)
-    made.shell |= {"CUDA_HOME": str(made.root / "cuda"), "TORCH_CUDA_ARCH_LIST": "12.1a", "PATH": f"{made.root / 'bin'}{os.pathsep}{made.shell['PATH']}"}
+    made.shell |= {
+        "CUDA_HOME": str(made.root / "cuda"),
+        "TORCH_CUDA_ARCH_LIST": "12.1a",
+        "PATH": f"{made.root / 'bin'}{os.pathsep}{made.shell['PATH']}",
+    }
     return made
 
 
-def observe(site: Site, device: cmake_inputs.Device = "cuda", torch: TorchBuild = TORCH, **more: str) -> Inputs:
-    return cmake_inputs.observe(site.layout, site.settings(**more), device=device, pin=PIN, torch=torch)
+def observe(
+    site: Site, device: cmake_inputs.Device = "cuda", torch: TorchBuild = TORCH, **more: str
+) -> Inputs:
+    return cmake_inputs.observe(
+        site.layout, site.settings(**more), device=device, pin=PIN, torch=torch
+    )
 
 
 def test_the_key_is_made_of_what_objects_are_made_of(site: Site) -> None:
     plain = observe(site)
-    assert plain.named.items() >= {"archs": "12.1a", "torch": "2.13.0+cu130", "cuda": "13.0", "compiler": "g++ 13.3.0", "build type": "RelWithDebInfo"}.items()
+    assert (
+        plain.named.items()
+        >= {
+            "archs": "12.1a",
+            "torch": "2.13.0+cu130",
+            "cuda": "13.0",
+            "compiler": "g++ 13.3.0",
+            "build type": "RelWithDebInfo",
+        }.items()
+    )
     others = [
         observe(site, "cpu"),
         observe(site, TORCH_CUDA_ARCH_LIST="12.0"),
@@ -49,14 +71,29 @@ def test_the_key_is_made_of_what_objects_are_made_of(site: Site) -> None:
 
 
 def test_what_only_configure_depends_on_is_no_part_of_the_key(site: Site) -> None:
-    put(site.tree, {"cmake/x.cmake": "if(DEFINED ENV{VLLM_KERNEL_SYMBOL_MAP})\nset(X $ENV{SOME_TOKEN} $ENV{HOME} $ENV{FLASHY_SRC_DIR})\nendif()\n"})
+    put(
+        site.tree,
+        {
+            "cmake/x.cmake": (
+                "if(DEFINED ENV{VLLM_KERNEL_SYMBOL_MAP})\nset(X $ENV{SOME_TOKEN} $ENV{HOME}"
+                " $ENV{FLASHY_SRC_DIR})\nendif()\n"
+            )
+        },
+    )
     plain = observe(site)
-    for name, text in {"CMAKE_ARGS": "-DX=1", "NVCC_THREADS": "4", "VLLM_KERNEL_SYMBOL_MAP": "1", "CXXFLAGS": "-g"}.items():
+    for name, text in {
+        "CMAKE_ARGS": "-DX=1",
+        "NVCC_THREADS": "4",
+        "VLLM_KERNEL_SYMBOL_MAP": "1",
+        "CXXFLAGS": "-g",
+    }.items():
         other = observe(site, **{name: text})
         assert other.key == plain.key
         before = plain.named.get(name, "nothing") or "none"
         assert other.differences(plain.named) == (f"{name} {before} → {text}",)
-        assert plain.differences(other.named) == (f"{name} {text} → {plain.named.get(name) or 'none'}",)
+        assert plain.differences(other.named) == (
+            f"{name} {text} → {plain.named.get(name) or 'none'}",
+        )
     for name in ("SOME_TOKEN", "HOME", "FLASHY_SRC_DIR", "EDITOR"):
         assert observe(site, **{name: str(site.root)}) == plain
 
@@ -78,19 +115,27 @@ def test_a_machine_without_compilers_is_observed_all_the_same(site: Site) -> Non
 
 def arguments(site: Site) -> dict[str, str]:
     with site.run_log() as run_log:
-        said = cmake.toolkit_arguments(site.layout, site.settings(), site.root / "build", run_log=run_log)
+        said = cmake.toolkit_arguments(
+            site.layout, site.settings(), site.root / "build", run_log=run_log
+        )
     return dict(word.removeprefix("-D").split("=", 1) for word in said)
 
 
 def test_a_full_toolkit_lacks_nothing(site: Site) -> None:
-    put(site.root / "cuda", {"include/cublas_v2.h": "", "lib64/libnvrtc.so": "", "lib64/stubs/libcuda.so": ""})
+    put(
+        site.root / "cuda",
+        {"include/cublas_v2.h": "", "lib64/libnvrtc.so": "", "lib64/stubs/libcuda.so": ""},
+    )
     assert arguments(site) == {}
     assert not (site.root / "build").exists()
 
 
 def test_what_a_small_toolkit_lacks_is_taken_from_torchs_wheels(site: Site) -> None:
     wheel = site.layout.environment / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
-    put(wheel, {"include/cublas_v2.h": "", "lib/libnvrtc.so.13": "", "lib/libnvrtc-builtins.so.13.0": ""})
+    put(
+        wheel,
+        {"include/cublas_v2.h": "", "lib/libnvrtc.so.13": "", "lib/libnvrtc-builtins.so.13.0": ""},
+    )
     put(site.root / "cuda", {"lib64/stubs/libcuda.so": ""})
     assert arguments(site) == {
         "CMAKE_CXX_STANDARD_INCLUDE_DIRECTORIES": str(wheel / "include"),
@@ -99,17 +144,50 @@ def test_what_a_small_toolkit_lacks_is_taken_from_torchs_wheels(site: Site) -> N
     }
 
 
-def test_a_stub_of_the_drivers_library_is_made_where_there_is_no_driver_and_once(site: Site) -> None:
-    renamed = "#define cuMemFree cuMemFree_v2\nCUresult cuMemFree(int);\nCUresult cuMemAddressFree(int, long);\n"
-    put(site.root / "cuda", {"include/cublas_v2.h": "", "lib64/libnvrtc.so": "", "include/cuda.h": f"typedef int CUresult;\n{renamed}"})
-    has_driver = any(path for place in ("/usr/lib", "/usr/lib64", "/usr/local/lib") for path in Path(place).glob("**/libcuda.so"))
+def test_a_stub_of_the_drivers_library_is_made_where_there_is_no_driver_and_once(
+    site: Site,
+) -> None:
+    renamed = (
+        "#define cuMemFree cuMemFree_v2\nCUresult cuMemFree(int);\nCUresult cuMemAddressFree(int,"
+        " long);\n"
+    )
+    put(
+        site.root / "cuda",
+        {
+            "include/cublas_v2.h": "",
+            "lib64/libnvrtc.so": "",
+            "include/cuda.h": f"typedef int CUresult;\n{renamed}",
+        },
+    )
+    has_driver = any(
+        path
+        for place in ("/usr/lib", "/usr/lib64", "/usr/local/lib")
+        for path in Path(place).glob("**/libcuda.so")
+    )
     stub = site.root / "build" / "stub" / "libcuda.so"
     assert arguments(site) == ({} if has_driver else {"CUDA_cuda_driver_LIBRARY": str(stub)})
     if not has_driver:
-        # What is linked against it asks for the driver's own name when it is loaded, also by a linker that keeps only what is used.
+        # What is linked against it asks for the driver's own name when it is loaded, also by a
+        # linker that keeps only what is used.
         made = site.root / "made.so"
-        source = "int cuMemAddressFree(int, long); int cuMemFree_v2(int); int f(void) { return cuMemAddressFree(0, 0) + cuMemFree_v2(0); }"
-        words = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(made), "-Wl,-z,defs", "-Wl,--as-needed", f"-L{stub.parent}", "-lcuda"]
+        source = (
+            "int cuMemAddressFree(int, long); int cuMemFree_v2(int); int f(void) { return"
+            " cuMemAddressFree(0, 0) + cuMemFree_v2(0); }"
+        )
+        words = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-x",
+            "c",
+            "-",
+            "-o",
+            str(made),
+            "-Wl,-z,defs",
+            "-Wl,--as-needed",
+            f"-L{stub.parent}",
+            "-lcuda",
+        ]
         subprocess.run(words, input=source, text=True, check=True)
         assert b"libcuda.so.1\0" in made.read_bytes()
         before = stub.stat().st_mtime_ns

@@ -11,7 +11,13 @@ from workspace.core.paths import Layout
 from workspace.machine.hardware import Machine
 
 
-def load(root: Path, *, shell: dict[str, str] | None = None, dotenv: str = "", flags: dict[str, str | None] | None = None) -> settings.Settings:
+def load(
+    root: Path,
+    *,
+    shell: dict[str, str] | None = None,
+    dotenv: str = "",
+    flags: dict[str, str | None] | None = None,
+) -> settings.Settings:
     (root / ".env").write_text(dotenv, encoding="utf-8")
     return settings.load(Layout(root), environ={"HOME": str(root), **(shell or {})}, flags=flags)
 
@@ -40,7 +46,11 @@ def test_jobs_4_means_4_and_says_so(tmp_path: Path) -> None:
 def test_the_flag_outranks_the_shell_that_outranks_dotenv(
     tmp_path: Path, flag: str | None, shell: str | None, dotenv: str | None, number: int, said: str
 ) -> None:
-    given = load(tmp_path, shell={"MAX_JOBS": shell} if shell else {}, dotenv=f"MAX_JOBS={dotenv}\n" if dotenv else "")
+    given = load(
+        tmp_path,
+        shell={"MAX_JOBS": shell} if shell else {},
+        dotenv=f"MAX_JOBS={dotenv}\n" if dotenv else "",
+    )
     found = jobs.count(given, cores=20, flag=flag)
     assert found.count == number
     assert f": {said};" in found.sentence
@@ -55,7 +65,13 @@ def test_a_flag_that_the_settings_took_is_called_a_flag(tmp_path: Path) -> None:
     [
         ("8", "4", 2, 4, "2 compilers of 4 threads at once: --jobs 8 / NVCC_THREADS 4"),
         ("7", "4", 1, 4, "1 compiler of 4 threads at once: --jobs 7 / NVCC_THREADS 4"),
-        ("2", "4", 1, 2, "1 compiler of 2 threads at once: --jobs 2 / NVCC_THREADS 2, not the 4 asked for"),
+        (
+            "2",
+            "4",
+            1,
+            2,
+            "1 compiler of 2 threads at once: --jobs 2 / NVCC_THREADS 2, not the 4 asked for",
+        ),
         ("1", "4", 1, 1, "1 compiler at once: --jobs 1; NVCC_THREADS 1, not the 4 asked for"),
     ],
 )
@@ -67,8 +83,12 @@ def test_threads_of_nvcc_are_compilers_too_so_that_the_product_never_exceeds_the
     assert found.count * found.nvcc_threads <= int(flag)
 
 
-@pytest.mark.parametrize("flag", ["0", "-1", "four", "", "4.5", "1e3", "٤", "9" * 12, "4 ", "auto4"])
-def test_what_is_no_number_of_jobs_is_a_sentence_with_the_next_command(tmp_path: Path, flag: str) -> None:
+@pytest.mark.parametrize(
+    "flag", ["0", "-1", "four", "", "4.5", "1e3", "٤", "9" * 12, "4 ", "auto4"]
+)
+def test_what_is_no_number_of_jobs_is_a_sentence_with_the_next_command(
+    tmp_path: Path, flag: str
+) -> None:
     with pytest.raises(SettingsError, match="^--jobs: ") as caught:
         jobs.count(load(tmp_path), cores=20, flag=flag)
     assert caught.value.hint is not None
@@ -78,7 +98,10 @@ def test_what_is_no_number_of_jobs_is_a_sentence_with_the_next_command(tmp_path:
 def test_auto_takes_what_is_available_less_what_is_left_for_the_system() -> None:
     found = jobs.memory(machine())
     assert found.budget_gib == pytest.approx(110.0 - 11.97)
-    assert found.sentence == "98.0 GiB for compilers: 110.0 of 119.7 are available, 12.0 are left for the system"
+    assert (
+        found.sentence
+        == "98.0 GiB for compilers: 110.0 of 119.7 are available, 12.0 are left for the system"
+    )
     assert jobs.memory(machine(), flag="auto") == found
 
 
@@ -86,14 +109,20 @@ def test_a_resident_server_counts_because_what_it_holds_is_not_available() -> No
     assert jobs.memory(machine(available=30.0)).budget_gib == pytest.approx(18.03)
 
 
-def test_with_nothing_to_spare_there_is_still_a_budget_and_the_sentence_says_that_it_is_the_least() -> None:
+def test_with_nothing_to_spare_there_is_still_a_budget_and_the_sentence_says_that_it_is_the_least() -> (
+    None
+):
     found = jobs.memory(machine(available=5.0))
     assert found.budget_gib == jobs.LEAST_BUDGET_GIB
     assert "leaves too little" in found.sentence
 
 
-@pytest.mark.parametrize(("total", "reserve"), [(119.7, 11.97), (24.0, 2.4), (8.0, 2.0), (2.0, 1.0)])
-def test_the_reserve_is_a_share_never_less_than_2_gib_and_never_more_than_half(total: float, reserve: float) -> None:
+@pytest.mark.parametrize(
+    ("total", "reserve"), [(119.7, 11.97), (24.0, 2.4), (8.0, 2.0), (2.0, 1.0)]
+)
+def test_the_reserve_is_a_share_never_less_than_2_gib_and_never_more_than_half(
+    total: float, reserve: float
+) -> None:
     assert jobs.memory(machine(total, total)).reserve_gib == pytest.approx(reserve)
 
 
@@ -104,7 +133,16 @@ def test_memory_asked_for_is_taken_and_what_is_missing_now_is_said() -> None:
     assert "only 8.0 are to be had now" in found.sentence
 
 
-@pytest.mark.parametrize(("flag", "says"), [("120", "there are 119.7 GiB"), ("0", "at least 1"), ("0.5", "at least 1"), ("-4", "at least 1"), ("four", "four")])
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("120", "there are 119.7 GiB"),
+        ("0", "at least 1"),
+        ("0.5", "at least 1"),
+        ("-4", "at least 1"),
+        ("four", "four"),
+    ],
+)
 def test_memory_that_cannot_be_is_a_sentence_with_the_next_command(flag: str, says: str) -> None:
     with pytest.raises(SettingsError, match=says) as caught:
         jobs.memory(machine(), flag=flag)
@@ -120,10 +158,19 @@ def test_memory_that_python_would_take_for_a_number_is_refused_too(flag: str) ->
 
 def test_ninja_sees_all_units_and_never_fewer_than_may_run() -> None:
     four = jobs.Jobs(4, 1, "")
-    assert [jobs.visible(units, four) for units in (0, 3, 169, 5000)] == [4, 4, 169, jobs.MOST_VISIBLE]
+    assert [jobs.visible(units, four) for units in (0, 3, 169, 5000)] == [
+        4,
+        4,
+        169,
+        jobs.MOST_VISIBLE,
+    ]
 
 
 def test_everything_that_starts_compilers_by_itself_is_told_the_same_number() -> None:
     said = jobs.environment(jobs.Jobs(4, 1, ""), ticket="/build/ticket")
-    assert {said[name] for name in ("MAX_JOBS", "CARGO_BUILD_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")} == {"4"}
-    assert {said[name] for name in said if name.endswith(("LAUNCHER", "WRAPPER"))} == {"/build/ticket"}
+    assert {
+        said[name] for name in ("MAX_JOBS", "CARGO_BUILD_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")
+    } == {"4"}
+    assert {said[name] for name in said if name.endswith(("LAUNCHER", "WRAPPER"))} == {
+        "/build/ticket"
+    }

@@ -13,7 +13,14 @@ from workspace.compile import job_server, launcher
 
 def test_a_compiler_behind_the_launcher_is_called_as_without_it(site: Site) -> None:
     odd = ["a b", "new\nline", "", "$HOME", "\udcff", "ünï"]
-    show = [sys.executable, "-c", "import sys; print(sys.argv[1:]); print('talk', file=sys.stderr); sys.exit(3)", *odd, "-o", "x"]
+    show = [
+        sys.executable,
+        "-c",
+        "import sys; print(sys.argv[1:]); print('talk', file=sys.stderr); sys.exit(3)",
+        *odd,
+        "-o",
+        "x",
+    ]
     with broker(site):
         child = site.launch("", argv=show)
         said, _ = child.communicate(timeout=10)
@@ -21,12 +28,18 @@ def test_a_compiler_behind_the_launcher_is_called_as_without_it(site: Site) -> N
     assert sorted(said.splitlines()) == sorted([repr([*odd, "-o", "x"]), "talk"])
 
 
-def test_compilers_are_nicer_and_the_first_to_be_ended_and_their_launchers_are_not(site: Site) -> None:
+def test_compilers_are_nicer_and_the_first_to_be_ended_and_their_launchers_are_not(
+    site: Site,
+) -> None:
     site.compiler("cat /proc/self/oom_score_adj; nice; ulimit -c; cat /proc/$PPID/oom_score_adj")
     with broker(site):
         said, _ = site.launch("a").communicate(timeout=10)
     words = said.split()
-    assert (words[0], int(words[1]) >= launcher.NICE, words[3]) == ("1000", True, Path("/proc/self/oom_score_adj").read_text().strip())
+    assert (words[0], int(words[1]) >= launcher.NICE, words[3]) == (
+        "1000",
+        True,
+        Path("/proc/self/oom_score_adj").read_text().strip(),
+    )
 
 
 def test_a_pipe_that_nobody_reads_ends_a_compiler_as_ever(site: Site) -> None:
@@ -61,7 +74,16 @@ def test_ninja_typed_by_hand_compiles_one_at_a_time(site: Site) -> None:
 
 
 def test_without_the_folder_of_the_tickets_a_launcher_says_so(site: Site) -> None:
-    argv = [sys.executable, "-I", "-S", launcher.__file__, str(site.folder / "gone"), "./compiler", "-c", "a"]
+    argv = [
+        sys.executable,
+        "-I",
+        "-S",
+        launcher.__file__,
+        str(site.folder / "gone"),
+        "./compiler",
+        "-c",
+        "a",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, env=PLAIN, cwd=site.folder)
     assert done.returncode == 1
     assert done.stderr.startswith("not compiled: ")
@@ -83,7 +105,9 @@ def test_a_folder_too_deep_for_the_address_of_a_socket_works_too(tmp_path: Path)
         assert child.communicate(timeout=10)[0] == "compiled\n"
 
 
-def test_the_launcher_is_not_written_again_so_that_ninja_sees_no_new_command(tmp_path: Path) -> None:
+def test_the_launcher_is_not_written_again_so_that_ninja_sees_no_new_command(
+    tmp_path: Path,
+) -> None:
     program = job_server.install(tmp_path)
     before = program.stat()
     assert job_server.install(tmp_path) == program
@@ -97,21 +121,43 @@ def test_the_launcher_runs_in_old_pythons_and_imports_nothing_heavy() -> None:
     text = Path(launcher.__file__).read_text(encoding="utf-8")
     ast.parse(text, feature_version=(3, 8))
     seen = subprocess.run(
-        [sys.executable, "-I", "-S", "-X", "importtime", launcher.__file__, "/nowhere", "true"], capture_output=True, text=True, env=PLAIN
+        [sys.executable, "-I", "-S", "-X", "importtime", launcher.__file__, "/nowhere", "true"],
+        capture_output=True,
+        text=True,
+        env=PLAIN,
     ).stderr
     names = {line.rpartition("|")[2].strip() for line in seen.splitlines() if "|" in line}
     assert "_socket" in names
-    assert not names & {"socket", "signal", "enum", "re", "typing", "subprocess", "contextlib", "json", "site", "fcntl"}
+    assert not names & {
+        "socket",
+        "signal",
+        "enum",
+        "re",
+        "typing",
+        "subprocess",
+        "contextlib",
+        "json",
+        "site",
+        "fcntl",
+    }
 
 
 @pytest.mark.parametrize("name", ["plain", "with 'quotes', \"more\" $HOME and * blanks"])
-def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_takes_none(tmp_path: Path, name: str) -> None:
+def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_takes_none(
+    tmp_path: Path, name: str
+) -> None:
     site = Site(tmp_path / name)
     site.compiler("command -v compiler")
     stand_ins = job_server.stand_in(site.tickets, {"compiler": [str(site.folder / "compiler")]})
     environment = {"PATH": f"{stand_ins}:{site.folder}:{PLAIN['PATH']}"}
     with broker(site) as tickets_:
-        done = subprocess.run(["compiler", "-c", "a", "b", "-o", "x.o"], cwd=site.folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["compiler", "-c", "a", "b", "-o", "x.o"],
+            cwd=site.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     assert [one.unit.source for one in tickets_.finished] == ["x"]
     # Below a ticket the name means the compiler itself again.
     assert done.stdout.strip() == str(site.folder / "compiler")

@@ -39,9 +39,18 @@ class Clone:
     def build(self) -> Path:
         return self.site.folder
 
-    def compile(self, names: list[str], *, at_once: int = 4, budget_gib: float = 1000.0, keep_going: bool = False) -> ninja.Compiled:
+    def compile(
+        self,
+        names: list[str],
+        *,
+        at_once: int = 4,
+        budget_gib: float = 1000.0,
+        keep_going: bool = False,
+    ) -> ninja.Compiled:
         units = [Unit(f"{name}.cu", f"CMakeFiles/t.dir/{name}.cu.o", "CUDA") for name in names]
-        with RunLog(Console(out=io.StringIO(), err=self.talk), self.layout.logs, verb="rebuild") as run_log:
+        with RunLog(
+            Console(out=io.StringIO(), err=self.talk), self.layout.logs, verb="rebuild"
+        ) as run_log:
             return ninja.compile(
                 self.layout,
                 self.settings,
@@ -75,7 +84,12 @@ def clone(tmp_path: Path) -> Iterator[Clone]:
     # No compiler, and no compiler cache, of this machine's may come in between.
     for name, place in {"sleep": "/bin/sleep", "ninja": NINJA}.items():
         (tools / name).symlink_to(place)
-    made = Clone(Layout(tmp_path), site, io.StringIO(), {"HOME": str(tmp_path), "WORKSPACE_CACHE_DIR": str(tmp_path / "cache"), "PATH": str(tools)})
+    made = Clone(
+        Layout(tmp_path),
+        site,
+        io.StringIO(),
+        {"HOME": str(tmp_path), "WORKSPACE_CACHE_DIR": str(tmp_path / "cache"), "PATH": str(tools)},
+    )
     yield made
     site.end()
 
@@ -87,10 +101,21 @@ def test_what_is_out_of_date_is_compiled_within_the_bound_and_measured(clone: Cl
     clone.site.compiler("sleep 0.05")
     clone.site.write_build(NAMES)
     made = clone.compile(NAMES, at_once=2)
-    assert sorted(done.unit.source for done in made.finished) == sorted(f"{name}.cu" for name in NAMES)
+    assert sorted(done.unit.source for done in made.finished) == sorted(
+        f"{name}.cu" for name in NAMES
+    )
     assert clone.site.most() == 2
     assert made.trace == clone.log.with_suffix(progress.SUFFIX)
-    assert len([event for event in json.loads(made.trace.read_text())["traceEvents"] if event["ph"] == "X"]) == 6
+    assert (
+        len(
+            [
+                event
+                for event in json.loads(made.trace.read_text())["traceEvents"]
+                if event["ph"] == "X"
+            ]
+        )
+        == 6
+    )
     assert len(made.summary) == 6
     (kept,) = json.loads(ninja.history_file(clone.settings).read_text())["setups"].values()
     assert len(kept) == 6
@@ -105,7 +130,9 @@ def test_the_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> 
 
 
 def test_the_first_real_error_is_told_and_not_that_others_were_refused(clone: Clone) -> None:
-    clone.site.compiler('case "$5" in *u3*) echo "note: before"; echo "u3.cu:1: error: expected ;"; exit 2;; esac')
+    clone.site.compiler(
+        'case "$5" in *u3*) echo "note: before"; echo "u3.cu:1: error: expected ;"; exit 2;; esac'
+    )
     clone.site.write_build(NAMES)
     error = clone.fails(NAMES, at_once=1)
     assert error.message == "u3.cu of t failed: u3.cu:1: error: expected ;"
@@ -122,11 +149,16 @@ def test_told_to_keep_going_the_others_are_compiled_before_it_fails(clone: Clone
     assert len([line for line in clone.site.log if line.startswith("+")]) == 6
 
 
-def test_memory_that_runs_out_for_the_third_time_is_told_with_unit_peak_and_budgets(clone: Clone) -> None:
+def test_memory_that_runs_out_for_the_third_time_is_told_with_unit_peak_and_budgets(
+    clone: Clone,
+) -> None:
     clone.site.compiler("exit 137")
     clone.site.write_build(["a"])
     error = clone.fails(["a"], budget_gib=64.0)
-    assert "with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0 GiB expected" in error.message
+    assert (
+        "with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0 GiB"
+        " expected" in error.message
+    )
     assert "--jobs 1" in (error.hint or "")
     assert clone.talk.getvalue().count("it goes on") <= 2
 
@@ -136,11 +168,16 @@ def test_memory_that_runs_out_once_costs_one_compilation_and_half_the_budget(clo
     clone.site.write_build(["a"])
     made = clone.compile(["a"], budget_gib=64.0)
     assert [done.is_killed for done in made.finished] == [True, False]
-    assert "memory ran out while a.cu was compiled: it goes on, with 32.0 GiB instead of 64.0" in clone.talk.getvalue()
+    assert (
+        "memory ran out while a.cu was compiled: it goes on, with 32.0 GiB instead of 64.0"
+        in clone.talk.getvalue()
+    )
 
 
 def test_a_full_disk_is_a_sentence_with_the_command_that_shows_it(clone: Clone) -> None:
-    clone.site.compiler('echo "fatal error: error writing to /tmp/x.s: No space left on device"; exit 1')
+    clone.site.compiler(
+        'echo "fatal error: error writing to /tmp/x.s: No space left on device"; exit 1'
+    )
     clone.site.write_build(["a"])
     error = clone.fails(["a"])
     assert error.message.startswith("the disk is full: ")
@@ -149,7 +186,9 @@ def test_a_full_disk_is_a_sentence_with_the_command_that_shows_it(clone: Clone) 
 
 @pytest.mark.parametrize("name", [".ninja_log", ".ninja_deps"])
 @pytest.mark.parametrize("damage", [b"", b"\x00\xff garbage\n" * 20, None])
-def test_a_damaged_record_of_ninjas_is_begun_anew_and_said(clone: Clone, name: str, damage: bytes | None) -> None:
+def test_a_damaged_record_of_ninjas_is_begun_anew_and_said(
+    clone: Clone, name: str, damage: bytes | None
+) -> None:
     clone.site.write_build(["a"], has_deps=True)
     clone.compile(["a"])
     (clone.build / name).unlink()
@@ -169,8 +208,13 @@ def test_a_damaged_history_stops_no_build_and_is_whole_afterwards(clone: Clone) 
 
 
 @pytest.mark.parametrize("has_deps", [True, False])
-def test_an_object_that_was_half_written_when_all_was_killed_is_not_taken(clone: Clone, has_deps: bool) -> None:
-    half = 'printf half > "$5"; test -e calm || exec sleep 100; printf whole > "$5"; echo "$5: a.cu" > "$5.d"'
+def test_an_object_that_was_half_written_when_all_was_killed_is_not_taken(
+    clone: Clone, has_deps: bool
+) -> None:
+    half = (
+        'printf half > "$5"; test -e calm || exec sleep 100; printf whole > "$5"; echo "$5: a.cu" >'
+        ' "$5.d"'
+    )
     clone.site.compiler(half, writes_output=False)
     clone.site.write_build(["a"], has_deps=has_deps)
     job_server.install(clone.site.tickets)
@@ -192,19 +236,38 @@ def test_commands_that_call_a_compiler_by_themselves_are_within_the_bound_too(cl
     (clone.site.folder.parent / "bin" / "nvcc").symlink_to(clone.site.folder / "compiler")
     clone.shell["PATH"] += f":{clone.site.folder.parent / 'bin'}"
     clone.shell["CXX"] = f"{clone.site.folder.parent / 'bin' / 'g++'} -pipe"
-    calls = {"by_name": "g++ -c x y -o by_name", "by_variable": "$$CXX -c x by_variable -o z", "torch": "$$PYTORCH_NVCC -c x y -o torch"}
-    lines = [f"rule {name}\n  command = {call}\nbuild {name}: {name}" for name, call in calls.items()]
-    (clone.build / "build.ninja").write_text("\n".join(lines) + "\nbuild all: phony " + " ".join(calls) + "\n")
+    calls = {
+        "by_name": "g++ -c x y -o by_name",
+        "by_variable": "$$CXX -c x by_variable -o z",
+        "torch": "$$PYTORCH_NVCC -c x y -o torch",
+    }
+    lines = [
+        f"rule {name}\n  command = {call}\nbuild {name}: {name}" for name, call in calls.items()
+    ]
+    (clone.build / "build.ninja").write_text(
+        "\n".join(lines) + "\nbuild all: phony " + " ".join(calls) + "\n"
+    )
     made = clone.compile(NAMES, at_once=1)
     assert len(made.finished) == 3
     assert clone.site.most() == 1
 
 
 def test_without_a_target_nothing_is_run(clone: Clone) -> None:
-    with RunLog(Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild") as run_log:
+    with RunLog(
+        Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild"
+    ) as run_log:
         bound, memory = jobs.Jobs(1, 1, ""), jobs.Memory(1.0, 0.0, "")
         made = ninja.compile(
-            clone.layout, clone.settings, clone.build, [], setup="s", jobs=bound, memory=memory, units=[], run_log=run_log, step=Step("compile")
+            clone.layout,
+            clone.settings,
+            clone.build,
+            [],
+            setup="s",
+            jobs=bound,
+            memory=memory,
+            units=[],
+            run_log=run_log,
+            step=Step("compile"),
         )
     assert made == ninja.Compiled((), 0.0, None, ())
     assert not clone.layout.logs.exists()
@@ -217,7 +280,9 @@ def program(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def test_the_ninja_of_the_environment_goes_before_the_tools_and_that_before_path(tmp_path: Path) -> None:
+def test_the_ninja_of_the_environment_goes_before_the_tools_and_that_before_path(
+    tmp_path: Path,
+) -> None:
     layout = Layout(tmp_path)
     loaded = settings.load(layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
     with pytest.raises(ToolchainError, match="there is no ninja"):
@@ -237,27 +302,47 @@ CACHES: list[tuple[tuple[str, ...], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("programs", "shell", "word"), CACHES)
-def test_a_compiler_cache_stands_where_hits_need_no_ticket(tmp_path: Path, programs: tuple[str, ...], shell: dict[str, str], word: str) -> None:
+def test_a_compiler_cache_stands_where_hits_need_no_ticket(
+    tmp_path: Path, programs: tuple[str, ...], shell: dict[str, str], word: str
+) -> None:
     for name in programs:
         program(tmp_path / "bin", name)
-    loaded = settings.load(Layout(tmp_path), environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell})
+    loaded = settings.load(
+        Layout(tmp_path), environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell}
+    )
     found = ninja.launchers(loaded, Path("/b/tickets/ticket"))
     expected = word.replace("T", "/b/tickets/ticket").replace("BIN", str(tmp_path / "bin"))
-    assert {found[f"CMAKE_{language}_COMPILER_LAUNCHER"] for language in ("C", "CXX", "CUDA")} == {expected}
-    assert {found[f"CMAKE_{language}_LINKER_LAUNCHER"] for language in ("C", "CXX")} == {"/b/tickets/ticket"}
+    assert {found[f"CMAKE_{language}_COMPILER_LAUNCHER"] for language in ("C", "CXX", "CUDA")} == {
+        expected
+    }
+    assert {found[f"CMAKE_{language}_LINKER_LAUNCHER"] for language in ("C", "CXX")} == {
+        "/b/tickets/ticket"
+    }
 
 
-def test_ccache_is_set_so_that_other_clones_hit_and_the_users_own_word_counts(tmp_path: Path) -> None:
+def test_ccache_is_set_so_that_other_clones_hit_and_the_users_own_word_counts(
+    tmp_path: Path,
+) -> None:
     program(tmp_path / "bin", "ccache")
     layout, bound = Layout(tmp_path), jobs.Jobs(3, 1, "")
 
     def told(**shell: str) -> dict[str, str]:
-        loaded = settings.load(layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell})
+        loaded = settings.load(
+            layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell}
+        )
         return dict(ninja.environment(layout, loaded, bound, Path("/t")))
 
     plain = told()
-    assert (plain["CCACHE_BASEDIR"], plain["CCACHE_NOHASHDIR"], plain["CCACHE_DEPEND"]) == (str(tmp_path), "1", "1")
-    assert (plain["CCACHE_PREFIX"], plain["CCACHE_PREFIX_CPP"], plain["MAX_JOBS"]) == ("/t", "/t", "3")
+    assert (plain["CCACHE_BASEDIR"], plain["CCACHE_NOHASHDIR"], plain["CCACHE_DEPEND"]) == (
+        str(tmp_path),
+        "1",
+        "1",
+    )
+    assert (plain["CCACHE_PREFIX"], plain["CCACHE_PREFIX_CPP"], plain["MAX_JOBS"]) == (
+        "/t",
+        "/t",
+        "3",
+    )
     assert plain["PATH"].split(":")[0] == str(layout.environment / "bin")
     own = told(CCACHE_BASEDIR="/src", CCACHE_HASHDIR="1", CCACHE_NODEPEND="1")
     assert own["CCACHE_BASEDIR"] == "/src"
@@ -288,16 +373,30 @@ sys.exit(main.run(work))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whatever_ends_the_verb_no_compiler_outlives_it_and_the_next_build_goes_on(clone: Clone, number: signal.Signals) -> None:
+def test_whatever_ends_the_verb_no_compiler_outlives_it_and_the_next_build_goes_on(
+    clone: Clone, number: signal.Signals
+) -> None:
     clone.site.compiler("test -e calm || exec sleep 100")
     clone.site.write_build(NAMES)
     argv = [sys.executable, "-c", VERB, str(clone.layout.root), str(clone.build)]
-    verb = subprocess.Popen(argv, cwd=ROOT, env=clone.shell, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until(lambda: [Path(f"/proc/{pid}/comm").read_text() for pid in clone.site.running()] == ["sleep\n"] * 2)
+    verb = subprocess.Popen(
+        argv, cwd=ROOT, env=clone.shell, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until(
+        lambda: (
+            [Path(f"/proc/{pid}/comm").read_text() for pid in clone.site.running()]
+            == ["sleep\n"] * 2
+        )
+    )
     verb.send_signal(number)
     _, talk = verb.communicate(timeout=20)
     assert "Traceback" not in talk
-    until(lambda: not clone.site.running() and not [pid for pid in jobs.living() if command_of(pid).startswith(str(clone.build))])
+    until(
+        lambda: (
+            not clone.site.running()
+            and not [pid for pid in jobs.living() if command_of(pid).startswith(str(clone.build))]
+        )
+    )
     assert len(clone.site.log) == 2
     (clone.build / "calm").touch()
     assert len(clone.compile(NAMES).finished) == 6

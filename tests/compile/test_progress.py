@@ -6,7 +6,10 @@ from workspace.compile import progress
 from workspace.compile.costs import Cost, Unit
 from workspace.compile.scheduler import Finished, Running, State
 
-PLANNED = {Unit("t", name): Cost(seconds, gib, "table") for name, seconds, gib in [("long.cu", 90.0, 8.0), ("a.cu", 5.0, 1.0), ("b.cu", 5.0, 1.0)]}
+PLANNED = {
+    Unit("t", name): Cost(seconds, gib, "table")
+    for name, seconds, gib in [("long.cu", 90.0, 8.0), ("a.cu", 5.0, 1.0), ("b.cu", 5.0, 1.0)]
+}
 
 
 def finished(name: str, seconds: float, *, status: int = 0) -> Finished:
@@ -19,37 +22,68 @@ def running(name: str, started: float) -> Running:
 
 def test_a_few_small_units_do_not_promise_that_all_is_over_soon() -> None:
     state = State(running=(running("long.cu", 0.0),), budget_gib=100.0)
-    assert progress.estimate(PLANNED, [finished("a.cu", 0.1), finished("b.cu", 0.1)], state, jobs=4, now=1.0).left_s > 40
+    assert (
+        progress.estimate(
+            PLANNED, [finished("a.cu", 0.1), finished("b.cu", 0.1)], state, jobs=4, now=1.0
+        ).left_s
+        > 40
+    )
     # One that is over its time already says that more.
     assert progress.estimate(PLANNED, [], state, jobs=4, now=180.0).left_s > 8
 
 
 def test_percent_goes_by_cost_and_not_by_count() -> None:
-    found = progress.estimate(PLANNED, [finished("a.cu", 5.0), finished("b.cu", 5.0)], State(budget_gib=100.0), jobs=4, now=10.0)
+    found = progress.estimate(
+        PLANNED,
+        [finished("a.cu", 5.0), finished("b.cu", 5.0)],
+        State(budget_gib=100.0),
+        jobs=4,
+        now=10.0,
+    )
     assert (found.done, found.units, found.share) == (2, 3, 0.1)
     assert found.left_s == pytest.approx(90.0)
 
 
 def test_a_slower_machine_takes_what_its_first_units_took() -> None:
-    found = progress.estimate(PLANNED, [finished("a.cu", 15.0)], State(running=(running("long.cu", 0.0),), budget_gib=100.0), jobs=4, now=30.0)
+    found = progress.estimate(
+        PLANNED,
+        [finished("a.cu", 15.0)],
+        State(running=(running("long.cu", 0.0),), budget_gib=100.0),
+        jobs=4,
+        now=30.0,
+    )
     # 15 s for 5, and as much as a tenth of all speaks for the expected times: 25 for 15.
     assert found.share == pytest.approx((5 + 18) / 100)
     assert found.left_s == pytest.approx(72 * 25 / 15)
 
 
-@pytest.mark.parametrize(("jobs", "budget_gib", "left_s"), [(1, 100.0, 100.0), (20, 100.0, 90.0), (20, 4.0, (90 * 8 + 10) / 4)])
-def test_what_is_left_is_bound_by_cores_memory_and_the_longest_unit(jobs: int, budget_gib: float, left_s: float) -> None:
-    assert progress.estimate(PLANNED, [], State(budget_gib=budget_gib), jobs=jobs, now=0.0).left_s == pytest.approx(left_s)
+@pytest.mark.parametrize(
+    ("jobs", "budget_gib", "left_s"),
+    [(1, 100.0, 100.0), (20, 100.0, 90.0), (20, 4.0, (90 * 8 + 10) / 4)],
+)
+def test_what_is_left_is_bound_by_cores_memory_and_the_longest_unit(
+    jobs: int, budget_gib: float, left_s: float
+) -> None:
+    assert progress.estimate(
+        PLANNED, [], State(budget_gib=budget_gib), jobs=jobs, now=0.0
+    ).left_s == pytest.approx(left_s)
 
 
 def test_one_that_takes_longer_than_expected_never_reads_as_done() -> None:
-    found = progress.estimate(PLANNED, [], State(running=(running("long.cu", 0.0),), budget_gib=100.0), jobs=4, now=5000.0)
+    found = progress.estimate(
+        PLANNED, [], State(running=(running("long.cu", 0.0),), budget_gib=100.0), jobs=4, now=5000.0
+    )
     assert found.share < 0.9
     assert found.left_s > 0
 
 
 def test_what_nobody_planned_and_what_ran_twice_count_once() -> None:
-    again = [finished("a.cu", 5.0, status=137), finished("a.cu", 5.0), finished("new.cu", 5.0), Finished(Unit("", "x", True), Cost(1, 1, "guess"), 0, 1, 1, 0)]
+    again = [
+        finished("a.cu", 5.0, status=137),
+        finished("a.cu", 5.0),
+        finished("new.cu", 5.0),
+        Finished(Unit("", "x", True), Cost(1, 1, "guess"), 0, 1, 1, 0),
+    ]
     found = progress.estimate(PLANNED, again, State(), jobs=4, now=0.0)
     assert (found.done, found.units) == (2, 4)
 
@@ -57,7 +91,16 @@ def test_what_nobody_planned_and_what_ran_twice_count_once() -> None:
 def test_a_link_at_the_end_is_no_work_left() -> None:
     link = Unit("_C", "link")
     state = State(running=(Running(link, Cost(20.0, 2.0, "guess"), 9.0),), budget_gib=100.0)
-    found = progress.estimate({}, [finished("a.cu", 500.0), Finished(Unit("_D", "link"), Cost(20.0, 2.0, "guess"), 0.0, 1.0, 1.0, 0)], state, jobs=4, now=10.0)
+    found = progress.estimate(
+        {},
+        [
+            finished("a.cu", 500.0),
+            Finished(Unit("_D", "link"), Cost(20.0, 2.0, "guess"), 0.0, 1.0, 1.0, 0),
+        ],
+        state,
+        jobs=4,
+        now=10.0,
+    )
     assert (found.done, found.units, found.share, found.left_s) == (1, 1, 1.0, 0.0)
     assert progress.units(state) == ("link of _C",)
 
@@ -68,12 +111,24 @@ def test_with_nothing_planned_and_nothing_done_it_is_no_division_by_zero() -> No
 
 def test_figures_say_all_that_people_plan_by() -> None:
     state = State(waiting=7, held_gib=9.23, budget_gib=24.0)
-    assert progress.figures(progress.Estimate(12, 31, 0.634, 245.0), state) == ("63%", "12 of 31 units", "4 min left", "9.2 of 24.0 GiB", "7 wait")
+    assert progress.figures(progress.Estimate(12, 31, 0.634, 245.0), state) == (
+        "63%",
+        "12 of 31 units",
+        "4 min left",
+        "9.2 of 24.0 GiB",
+        "7 wait",
+    )
 
 
 def test_where_none_runs_it_is_said_why() -> None:
     assert progress.units(State(waiting=3, why="memory is short")) == ("memory is short",)
-    both = State(running=(running("b.cu", 5.0), running("long.cu", 1.0), Running(Unit("", "p", True), PLANNED[Unit("t", "a.cu")], 0.0)))
+    both = State(
+        running=(
+            running("b.cu", 5.0),
+            running("long.cu", 1.0),
+            Running(Unit("", "p", True), PLANNED[Unit("t", "a.cu")], 0.0),
+        )
+    )
     assert progress.units(both) == ("long.cu", "b.cu")
 
 
@@ -88,10 +143,26 @@ def test_where_none_runs_it_is_said_why() -> None:
         (6, 2, ("63%", "12, +3")),
     ],
 )
-def test_parts_are_set_into_lines_and_what_has_no_room_is_counted(width: int, lines: int, rows: tuple[str, ...]) -> None:
-    assert progress.filled(["63%", "12 of 31 units", "4 min left", "9.2 of 24.0 GiB", "7 wait"], width, lines=lines) == rows
+def test_parts_are_set_into_lines_and_what_has_no_room_is_counted(
+    width: int, lines: int, rows: tuple[str, ...]
+) -> None:
+    assert (
+        progress.filled(
+            ["63%", "12 of 31 units", "4 min left", "9.2 of 24.0 GiB", "7 wait"], width, lines=lines
+        )
+        == rows
+    )
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.0, "1 s"), (89.0, "89 s"), (91.0, "2 min"), (3600.0, "60 min"), (3600 * 2 + 300, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0, "1 s"),
+        (89.0, "89 s"),
+        (91.0, "2 min"),
+        (3600.0, "60 min"),
+        (3600 * 2 + 300, "2 h 05 min"),
+    ],
+)
 def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
     assert progress.duration(seconds) == said

@@ -57,7 +57,11 @@ def target(found: Project, name: str) -> project.Target:
 def test_targets_have_units_places_and_dependencies(found: Project) -> None:
     made = target(found, "_C")
     assert made.kind == "MODULE_LIBRARY"
-    assert [unit.source for unit in made.units] == ["csrc/c.c", "csrc/generated/kernel_a.c", "csrc/generated/kernel_b.c"]
+    assert [unit.source for unit in made.units] == [
+        "csrc/c.c",
+        "csrc/generated/kernel_a.c",
+        "csrc/generated/kernel_b.c",
+    ]
     assert {unit.language for unit in made.units} == {"C"}
     assert made.artifacts == ("_C.abi3.so",)
     assert made.installs == ("vllm",)
@@ -74,13 +78,19 @@ def test_objects_are_the_names_that_ninja_knows(site: Site, found: Project) -> N
 
 
 def test_what_is_not_built_is_kept_in_configures_own_words(found: Project) -> None:
-    assert found.not_built == ("Not building Machete kernels as no compatible archs found in CUDA target architectures",)
+    assert found.not_built == (
+        "Not building Machete kernels as no compatible archs found in CUDA target architectures",
+    )
 
 
-def test_recipes_differ_where_flags_do_and_not_by_the_build_directory(site: Site, found: Project) -> None:
+def test_recipes_differ_where_flags_do_and_not_by_the_build_directory(
+    site: Site, found: Project
+) -> None:
     with written(site.tree / "CMakeLists.txt", TOP.replace("WIDE=1", "WIDE=2")):
         there = site.configure(site.inputs(pin="v2"))
-    differing = {each.name for each in there.targets if each.recipe != target(found, each.name).recipe}
+    differing = {
+        each.name for each in there.targets if each.recipe != target(found, each.name).recipe
+    }
     assert differing == {"_C"}
 
 
@@ -90,7 +100,11 @@ def test_half_an_answer_is_none(site: Site, tmp_path: Path, damage: str) -> None
     if damage != "nothing there":
         shutil.copytree(folder(site.layout, site.inputs()), build)
         reply = build / ".cmake" / "api" / "v1" / "reply"
-        victim = {"index": next(reply.glob("index-*")), "target": next(reply.glob("target-_C-*")), "record": build / project.RECORD}
+        victim = {
+            "index": next(reply.glob("index-*")),
+            "target": next(reply.glob("target-_C-*")),
+            "record": build / project.RECORD,
+        }
         path = victim.get(damage, build / "compile_commands.json")
         path.write_bytes(path.read_bytes()[:40])
     assert project.read(build, site.tree) is None
@@ -108,10 +122,24 @@ def test_an_answer_of_another_form_is_none(site: Site, tmp_path: Path) -> None:
 def test_setup_is_read_for_a_device_without_being_run(tmp_path: Path) -> None:
     put(tmp_path, {"setup.py": SETUP.replace("MACHINE", platform.machine())})
     listed = [(each.target, each.is_optional) for each in project.extensions(tmp_path, "cuda")]
-    assert listed == [("cumem_allocator", False), ("triton_kernels", True), ("spinloop", False), ("_vllm_fa3_C", False), ("odd", False)]
-    assert [each.target for each in project.extensions(tmp_path, "cpu")] == ["spinloop", "_C_AVX2", "odd"]
+    assert listed == [
+        ("cumem_allocator", False),
+        ("triton_kernels", True),
+        ("spinloop", False),
+        ("_vllm_fa3_C", False),
+        ("odd", False),
+    ]
+    assert [each.target for each in project.extensions(tmp_path, "cpu")] == [
+        "spinloop",
+        "_C_AVX2",
+        "odd",
+    ]
     put(tmp_path, {"setup.py": SETUP})
-    assert [each.target for each in project.extensions(tmp_path, "cpu")] == ["spinloop", "_C", "odd"]
+    assert [each.target for each in project.extensions(tmp_path, "cpu")] == [
+        "spinloop",
+        "_C",
+        "odd",
+    ]
 
 
 @pytest.mark.parametrize("text", ["def (", "", "\0", "ext_modules = f()"])

@@ -1,4 +1,6 @@
-"""What a real `cmake --install` brings, put into a real tree: whole files, nothing of the user's, and done after a kill."""
+"""What a real `cmake --install` brings, put into a real tree: whole files, nothing of the user's,
+and done after a kill.
+"""
 
 import json
 import os
@@ -20,7 +22,8 @@ from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.log import RunLog
 
 ENV = {"PATH": "/usr/bin:/bin"}
-# Components as vLLM's CMake has them: plain ones, the nested prefix and the link of flash-attention, one that brings nothing.
+# Components as vLLM's CMake has them: plain ones, the nested prefix and the link of
+# flash-attention, one that brings nothing.
 PROJECT = """
 cmake_minimum_required(VERSION 3.20)
 project(small LANGUAGES NONE)
@@ -43,12 +46,23 @@ install(CODE "
   " COMPONENT _vllm_fa4_cutedsl_C)
 install(DIRECTORY ${CMAKE_BINARY_DIR}/many/ DESTINATION vllm/third_party/deep_gemm COMPONENT many)
 """
-FIRST = {"_C.abi3.so": "C 1", "spinloop.abi3.so": "S 1", "_vllm_fa2_C.abi3.so": "FA2 1", "fa/layers/rotary.py": "r = 1\n", "fa/__init__.py": "brought = 1\n"}
-CUTE = {"cache/flash_attn/cute/__init__.py": "", "cache/flash_attn/cute/interface.py": "from flash_attn.cute.utils import x\n"}
+FIRST = {
+    "_C.abi3.so": "C 1",
+    "spinloop.abi3.so": "S 1",
+    "_vllm_fa2_C.abi3.so": "FA2 1",
+    "fa/layers/rotary.py": "r = 1\n",
+    "fa/__init__.py": "brought = 1\n",
+}
+CUTE = {
+    "cache/flash_attn/cute/__init__.py": "",
+    "cache/flash_attn/cute/interface.py": "from flash_attn.cute.utils import x\n",
+}
 TRACKED = {
     "vllm/__init__.py": "",
     "vllm/vllm_flash_attn/__init__.py": "own = 1\n",
-    ".gitignore": "*.so\nvllm/vllm_flash_attn/*\n!vllm/vllm_flash_attn/__init__.py\nvllm/third_party/deep_gemm/\n",
+    ".gitignore": (
+        "*.so\nvllm/vllm_flash_attn/*\n!vllm/vllm_flash_attn/__init__.py\nvllm/third_party/deep_gemm/\n"
+    ),
 }
 
 
@@ -59,18 +73,43 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def named(*names: str) -> tuple[Target, ...]:
-    return tuple(Target(name, "MODULE_LIBRARY", (), (f"{name}.abi3.so",) if name == "spinloop" else (), (), (), "", ()) for name in names)
+    return tuple(
+        Target(
+            name,
+            "MODULE_LIBRARY",
+            (),
+            (f"{name}.abi3.so",) if name == "spinloop" else (),
+            (),
+            (),
+            "",
+            (),
+        )
+        for name in names
+    )
 
 
 class Bench:
     """A tree under git and a configured build directory, in the places that a clone has them."""
 
     def __init__(self, folder: Path) -> None:
-        self.tree, self.build, self.folder = folder / "vendor" / "vllm", folder / "builds" / "cpu-abc", folder
+        self.tree, self.build, self.folder = (
+            folder / "vendor" / "vllm",
+            folder / "builds" / "cpu-abc",
+            folder,
+        )
 
-    def put(self, *names: str, shared: Path | None = None, env: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    def put(
+        self, *names: str, shared: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> tuple[str, ...]:
         with RunLog(Console(), self.folder / "logs", verb="test") as run_log:
-            return install_targets(self.build, self.tree, named(*names), run_log=run_log, env=ENV | dict(env or {}), shared=shared)
+            return install_targets(
+                self.build,
+                self.tree,
+                named(*names),
+                run_log=run_log,
+                env=ENV | dict(env or {}),
+                shared=shared,
+            )
 
     def text(self, name: str) -> str:
         return (self.tree / "vllm" / name).read_text()
@@ -85,7 +124,9 @@ def _configured(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("put"))
     write(bench.folder / "source", {"CMakeLists.txt": PROJECT})
     write(bench.build, FIRST | CUTE)
-    subprocess.run(["cmake", "-S", bench.folder / "source", "-B", bench.build], check=True, capture_output=True)
+    subprocess.run(
+        ["cmake", "-S", bench.folder / "source", "-B", bench.build], check=True, capture_output=True
+    )
     write(bench.tree, TRACKED)
     git(bench.tree, "init", "--quiet")
     git(bench.tree, "add", "--all")
@@ -108,14 +149,28 @@ def bench(_configured: Bench) -> Bench:
 
 
 def test_component_replaces_what_was_there_and_nothing_else(bench: Bench) -> None:
-    write(bench.tree, {"vllm/_C.abi3.so": "of a precompiled wheel", "vllm/spinloop.abi3.so": "of a precompiled wheel", "vllm/notes.txt": "the user's"})
+    write(
+        bench.tree,
+        {
+            "vllm/_C.abi3.so": "of a precompiled wheel",
+            "vllm/spinloop.abi3.so": "of a precompiled wheel",
+            "vllm/notes.txt": "the user's",
+        },
+    )
     assert bench.put("_C") == ("vllm/_C.abi3.so",)
-    assert (bench.text("_C.abi3.so"), bench.text("spinloop.abi3.so"), bench.text("notes.txt")) == ("C 1", "of a precompiled wheel", "the user's")
+    assert (bench.text("_C.abi3.so"), bench.text("spinloop.abi3.so"), bench.text("notes.txt")) == (
+        "C 1",
+        "of a precompiled wheel",
+        "the user's",
+    )
     assert bench.left() == []
 
 
 def test_nested_prefix_and_python_files_land_in_the_package(bench: Bench) -> None:
-    assert bench.put("_vllm_fa2_C", "_vllm_fa3_C") == ("vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", "vllm/vllm_flash_attn/layers/rotary.py")
+    assert bench.put("_vllm_fa2_C", "_vllm_fa3_C") == (
+        "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so",
+        "vllm/vllm_flash_attn/layers/rotary.py",
+    )
     assert bench.text("vllm_flash_attn/_vllm_fa2_C.abi3.so") == "FA2 1"
 
 
@@ -130,7 +185,9 @@ def test_same_files_again_are_not_touched(bench: Bench) -> None:
     bench.put("_C", "_vllm_fa2_C", "_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
     before = {path: path.lstat() for path in (bench.tree / "vllm").rglob("*") if not path.is_dir()}
     bench.put("_C", "_vllm_fa2_C", "_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
-    assert {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in before} == {path: (was.st_ino, was.st_mtime_ns) for path, was in before.items()}
+    assert {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in before} == {
+        path: (was.st_ino, was.st_mtime_ns) for path, was in before.items()
+    }
 
 
 def test_file_that_a_component_no_longer_brings_goes(bench: Bench) -> None:
@@ -154,7 +211,9 @@ def test_file_that_another_component_still_brings_stays(bench: Bench) -> None:
     assert bench.text("vllm_flash_attn/layers/rotary.py") == "r = 1\n"
 
 
-@pytest.mark.parametrize("change", ["edited", "not ignored", "record gone", "record damaged", "record elsewhere"])
+@pytest.mark.parametrize(
+    "change", ["edited", "not ignored", "record gone", "record damaged", "record elsewhere"]
+)
 def test_file_that_is_not_surely_of_a_build_stays(bench: Bench, change: str) -> None:
     bench.put("_vllm_fa2_C")
     record = bench.build.parent / "put.json"
@@ -168,28 +227,42 @@ def test_file_that_is_not_surely_of_a_build_stays(bench: Bench, change: str) -> 
     elif change == "record damaged":
         record.write_text('{"_vllm_fa2_C": [1]}')
     else:
-        record.write_text(record.read_text().replace("vllm/vllm_flash_attn/layers", "vllm/../layers"))
+        record.write_text(
+            record.read_text().replace("vllm/vllm_flash_attn/layers", "vllm/../layers")
+        )
     bench.put("_vllm_fa2_C")
     assert (bench.tree / "vllm/vllm_flash_attn/layers/rotary.py").exists()
 
 
-def test_link_into_the_shared_cache_becomes_a_copy_with_the_imports_of_the_package(bench: Bench) -> None:
+def test_link_into_the_shared_cache_becomes_a_copy_with_the_imports_of_the_package(
+    bench: Bench,
+) -> None:
     brought = bench.put("_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
-    assert brought == ("vllm/vllm_flash_attn/cute/__init__.py", "vllm/vllm_flash_attn/cute/interface.py")
+    assert brought == (
+        "vllm/vllm_flash_attn/cute/__init__.py",
+        "vllm/vllm_flash_attn/cute/interface.py",
+    )
     assert not (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
-    assert bench.text("vllm_flash_attn/cute/interface.py") == "from vllm.vllm_flash_attn.cute.utils import x\n"
+    assert (
+        bench.text("vllm_flash_attn/cute/interface.py")
+        == "from vllm.vllm_flash_attn.cute.utils import x\n"
+    )
 
 
 def test_link_to_the_users_own_sources_stays_a_link(bench: Bench) -> None:
     bench.put("_vllm_fa4_cutedsl_C", shared=bench.folder / "elsewhere")
-    assert (bench.tree / "vllm/vllm_flash_attn/cute").resolve() == bench.build / "cache/flash_attn/cute"
+    assert (
+        bench.tree / "vllm/vllm_flash_attn/cute"
+    ).resolve() == bench.build / "cache/flash_attn/cute"
 
 
 def test_nothing_is_written_behind_a_link_that_an_earlier_build_left(bench: Bench) -> None:
     bench.put("_vllm_fa4_cutedsl_C")
     bench.put("_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
     assert not (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
-    assert (bench.build / "cache/flash_attn/cute/interface.py").read_text() == CUTE["cache/flash_attn/cute/interface.py"]
+    assert (bench.build / "cache/flash_attn/cute/interface.py").read_text() == CUTE[
+        "cache/flash_attn/cute/interface.py"
+    ]
     bench.put("_vllm_fa4_cutedsl_C")
     assert (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
     assert bench.left() == []
@@ -200,7 +273,9 @@ def test_link_of_the_users_is_not_removed_with_tracked_files_in_its_place(bench:
     git(bench.tree, "add", "--force", "vllm/vllm_flash_attn/cute/own.py")
     git(bench.tree, "commit", "--quiet", "-m", "A file where the build has a link")
     try:
-        with pytest.raises(BuildError, match="vllm/vllm_flash_attn/cute/own.py of the tree is in the way"):
+        with pytest.raises(
+            BuildError, match="vllm/vllm_flash_attn/cute/own.py of the tree is in the way"
+        ):
             bench.put("_vllm_fa4_cutedsl_C")
         assert bench.text("vllm_flash_attn/cute/own.py") == "own = 1\n"
     finally:
@@ -213,14 +288,18 @@ def test_target_that_was_not_built_is_named_and_the_tree_stays(bench: Bench) -> 
     (bench.build / "spinloop.abi3.so").unlink()
     with pytest.raises(BuildError) as caught:
         bench.put("_C", "spinloop")
-    assert caught.value.message.startswith("spinloop has not been built: spinloop.abi3.so is not in ")
+    assert caught.value.message.startswith(
+        "spinloop has not been built: spinloop.abi3.so is not in "
+    )
     assert caught.value.hint == "./scripts/inv rebuild --target spinloop"
     assert bench.text("_C.abi3.so") == "of a precompiled wheel"
     assert bench.left() == []
 
 
 def test_destdir_of_the_users_shell_misleads_nothing(bench: Bench) -> None:
-    bench.put("_C", env={"DESTDIR": str(bench.folder / "package"), "CMAKE_INSTALL_MODE": "ABS_SYMLINK"})
+    bench.put(
+        "_C", env={"DESTDIR": str(bench.folder / "package"), "CMAKE_INSTALL_MODE": "ABS_SYMLINK"}
+    )
     assert bench.text("_C.abi3.so") == "C 1"
     assert not (bench.tree / "vllm/_C.abi3.so").is_symlink()
 
@@ -250,7 +329,11 @@ def test_kill_leaves_every_file_old_or_new_and_the_next_run_finishes(bench: Benc
     write(bench.build / "many", dict.fromkeys(names, new))
     last = bench.tree / "vllm/third_party/deep_gemm" / names[0]
     before = last.stat().st_ino
-    child = subprocess.Popen([sys.executable, "-B", "-c", KILLED, str(ROOT), str(bench.folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-B", "-c", KILLED, str(ROOT), str(bench.folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while last.stat().st_ino == before and child.poll() is None:
         time.sleep(0)
     os.kill(child.pid, signal.SIGKILL)
@@ -258,5 +341,7 @@ def test_kill_leaves_every_file_old_or_new_and_the_next_run_finishes(bench: Benc
     there = {(bench.tree / "vllm/third_party/deep_gemm" / name).read_text() for name in names}
     assert there == {old, new}, "the kill came too late to say anything"
     bench.put("many")
-    assert {(bench.tree / "vllm/third_party/deep_gemm" / name).read_text() for name in names} == {new}
+    assert {(bench.tree / "vllm/third_party/deep_gemm" / name).read_text() for name in names} == {
+        new
+    }
     assert bench.left() == []

@@ -1,4 +1,6 @@
-"""What a change reaches: held against a compiler's own -M on random include graphs, and against real ninja, real CMake and real git."""
+"""What a change reaches: held against a compiler's own -M on random include graphs, and against
+real ninja, real CMake and real git.
+"""
 
 import os
 import re
@@ -47,7 +49,9 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Graph:
-    """Files by path with the lines in them, links, folders for -I, and one for CPATH, which no project tells of."""
+    """Files by path with the lines in them, links, folders for -I, and one for CPATH, which no
+    project tells of.
+    """
 
     files: Mapping[str, str]
     links: Mapping[str, str]
@@ -59,10 +63,19 @@ class Graph:
 def graphs(draw: st.DrawFn) -> Graph:
     folders = tuple(draw(st.lists(st.sampled_from(FOLDERS), max_size=3, unique=True)))
     hidden = draw(st.none() | st.sampled_from(("csrc", "csrc/moe")))
-    places = st.tuples(st.sampled_from(FOLDERS[: -1 if hidden else None]), st.sampled_from(NAMES)).map("/".join)
+    places = st.tuples(
+        st.sampled_from(FOLDERS[: -1 if hidden else None]), st.sampled_from(NAMES)
+    ).map("/".join)
     paths = draw(st.lists(places, min_size=1, max_size=7, unique=True))
-    links = {path: draw(st.sampled_from(paths[:1])) for path in paths[1:] if draw(st.integers(0, 9)) == 0}
-    spelled = st.tuples(st.sampled_from(paths), st.sampled_from((".", *folders, *((hidden,) if hidden else ()))), st.sampled_from(FORMS), st.booleans())
+    links = {
+        path: draw(st.sampled_from(paths[:1])) for path in paths[1:] if draw(st.integers(0, 9)) == 0
+    }
+    spelled = st.tuples(
+        st.sampled_from(paths),
+        st.sampled_from((".", *folders, *((hidden,) if hidden else ()))),
+        st.sampled_from(FORMS),
+        st.booleans(),
+    )
     files = {}
     for path in ("csrc/moe/unit.cpp", *(path for path in paths if path not in links)):
         lines = []
@@ -74,12 +87,31 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 
 def named_by_compiler(tree: Path, graph: Graph) -> set[str]:
-    """The files of the tree that g++ -M names, links followed. -MG: what is missing stops nothing."""
-    words = ["g++", "-M", "-MG", "-w", "-fmax-include-depth=40", *(f"-I{tree / place}" for place in graph.folders), str(tree / "csrc/moe/unit.cpp")]
-    environment = {"PATH": os.environ["PATH"]} | ({"CPATH": str(tree / graph.hidden)} if graph.hidden else {})
+    """The files of the tree that g++ -M names, links followed. -MG: what is missing stops
+    nothing.
+    """
+    words = [
+        "g++",
+        "-M",
+        "-MG",
+        "-w",
+        "-fmax-include-depth=40",
+        *(f"-I{tree / place}" for place in graph.folders),
+        str(tree / "csrc/moe/unit.cpp"),
+    ]
+    environment = {"PATH": os.environ["PATH"]} | (
+        {"CPATH": str(tree / graph.hidden)} if graph.hidden else {}
+    )
     said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-    names = [word.replace("\\ ", " ") for word in re.findall(r"(?:\\.|\S)+", said.replace("\\\n", " ").split(":", 1)[1])]
-    return {os.path.relpath(real, tree) for name in names if os.path.isfile(real := os.path.realpath(name)) and real.startswith(f"{tree}/")}
+    names = [
+        word.replace("\\ ", " ")
+        for word in re.findall(r"(?:\\.|\S)+", said.replace("\\\n", " ").split(":", 1)[1])
+    ]
+    return {
+        os.path.relpath(real, tree)
+        for name in names
+        if os.path.isfile(real := os.path.realpath(name)) and real.startswith(f"{tree}/")
+    }
 
 
 @fuzz(fast=25, deep=4000)
@@ -92,15 +124,33 @@ def test_the_scan_misses_nothing_that_a_compiler_takes_in(graph: Graph) -> None:
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).symlink_to(os.path.relpath(tree / target, (tree / path).parent))
         for name in named_by_compiler(tree, graph):
-            taken = Scan(tree, [name]).taken_in(["csrc/moe/unit.cpp"], graph.folders)["csrc/moe/unit.cpp"]
+            taken = Scan(tree, [name]).taken_in(["csrc/moe/unit.cpp"], graph.folders)[
+                "csrc/moe/unit.cpp"
+            ]
             assert name in taken, f"{name} is included, and was not found"
 
 
 def test_every_spelling_that_a_compiler_takes_is_found_beside_and_by_folder(tmp_path: Path) -> None:
-    spelled = [(form, name, place) for form in FORMS for name in ('"sub/e.h"', "<sub/e.h>") for place in ("moe", "other") if place == "other" or name[0] == '"']
-    units = {f"csrc/{place}/u{number}.cpp": form.format(name, name[1:-1]) + "\n" for number, (form, name, place) in enumerate(spelled)}
+    spelled = [
+        (form, name, place)
+        for form in FORMS
+        for name in ('"sub/e.h"', "<sub/e.h>")
+        for place in ("moe", "other")
+        if place == "other" or name[0] == '"'
+    ]
+    units = {
+        f"csrc/{place}/u{number}.cpp": form.format(name, name[1:-1]) + "\n"
+        for number, (form, name, place) in enumerate(spelled)
+    }
     put(tmp_path, units | {"csrc/moe/sub/e.h": ""})
-    words = ["g++", "-M", "-w", f"-I{tmp_path / 'inc'}", f"-I{tmp_path / 'csrc/moe'}", *(str(tmp_path / unit) for unit in units)]
+    words = [
+        "g++",
+        "-M",
+        "-w",
+        f"-I{tmp_path / 'inc'}",
+        f"-I{tmp_path / 'csrc/moe'}",
+        *(str(tmp_path / unit) for unit in units),
+    ]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert said.count("/csrc/moe/sub/e.h") == len(units)
     found = Scan(tmp_path, ["csrc/moe/sub/e.h"]).taken_in(units, ("inc", "csrc/moe"))
@@ -110,68 +160,153 @@ def test_every_spelling_that_a_compiler_takes_is_found_beside_and_by_folder(tmp_
 def test_a_link_reaches_as_what_it_names_and_finds_what_lies_beside_itself(tmp_path: Path) -> None:
     put(
         tmp_path,
-        {"csrc/u.cu": '#include "link/x.h"\n', "real/x.h": '#include "y.h"\n', "csrc/link/y.h": "", "real/y.h": "", "csrc/v.cu": '#include "dir/x.h"\n'},
+        {
+            "csrc/u.cu": '#include "link/x.h"\n',
+            "real/x.h": '#include "y.h"\n',
+            "csrc/link/y.h": "",
+            "real/y.h": "",
+            "csrc/v.cu": '#include "dir/x.h"\n',
+        },
     )
     (tmp_path / "csrc/link/x.h").symlink_to("../../real/x.h")
     (tmp_path / "csrc/dir").symlink_to("../real")
-    assert scanned(tmp_path, ["real/x.h", "csrc/link/x.h", "csrc/link/y.h"]) == {"real/x.h", "csrc/link/x.h", "csrc/link/y.h"}
-    assert scanned(tmp_path, ["real/x.h", "real/y.h", "csrc/link/y.h"], "csrc/v.cu") == {"real/x.h", "real/y.h"}
+    assert scanned(tmp_path, ["real/x.h", "csrc/link/x.h", "csrc/link/y.h"]) == {
+        "real/x.h",
+        "csrc/link/x.h",
+        "csrc/link/y.h",
+    }
+    assert scanned(tmp_path, ["real/x.h", "real/y.h", "csrc/link/y.h"], "csrc/v.cu") == {
+        "real/x.h",
+        "real/y.h",
+    }
 
 
 def test_a_name_in_several_include_folders_may_be_any_of_them(tmp_path: Path) -> None:
-    put(tmp_path, {"csrc/u.cu": "#include <a.h>\n#include_next <b.h>\n", "one/a.h": "", "two/a.h": "", "csrc/b.h": "", "two/b.h": ""})
-    assert scanned(tmp_path, ["one/a.h", "two/a.h", "two/b.h"], folders=("one", "two")) == {"one/a.h", "two/a.h", "two/b.h"}
+    put(
+        tmp_path,
+        {
+            "csrc/u.cu": "#include <a.h>\n#include_next <b.h>\n",
+            "one/a.h": "",
+            "two/a.h": "",
+            "csrc/b.h": "",
+            "two/b.h": "",
+        },
+    )
+    assert scanned(tmp_path, ["one/a.h", "two/a.h", "two/b.h"], folders=("one", "two")) == {
+        "one/a.h",
+        "two/a.h",
+        "two/b.h",
+    }
 
 
-def scanned(tree: Path, changed: Sequence[str], source: str = "csrc/u.cu", folders: Sequence[str] = ("csrc",)) -> frozenset[str]:
+def scanned(
+    tree: Path,
+    changed: Sequence[str],
+    source: str = "csrc/u.cu",
+    folders: Sequence[str] = ("csrc",),
+) -> frozenset[str]:
     return Scan(tree, changed).taken_in([source], folders)[source]
 
 
 def test_what_is_included_by_nothing_is_not_reached(tmp_path: Path) -> None:
-    put(tmp_path, {"csrc/u.cu": '#include "a.h"\n#include <vector>\n', "csrc/a.h": "", "csrc/b.h": '#include "a.h"\n', "csrc/v/u.cu": ""})
+    put(
+        tmp_path,
+        {
+            "csrc/u.cu": '#include "a.h"\n#include <vector>\n',
+            "csrc/a.h": "",
+            "csrc/b.h": '#include "a.h"\n',
+            "csrc/v/u.cu": "",
+        },
+    )
     assert scanned(tmp_path, ["csrc/a.h", "csrc/b.h", "csrc/v/u.cu"]) == {"csrc/a.h"}
 
 
 def test_what_lies_beside_hides_the_file_of_that_name_in_an_include_folder(tmp_path: Path) -> None:
-    put(tmp_path, {"csrc/moe/u.cu": '#include "common.h"\n', "csrc/moe/common.h": "", "csrc/common.h": ""})
+    put(
+        tmp_path,
+        {"csrc/moe/u.cu": '#include "common.h"\n', "csrc/moe/common.h": "", "csrc/common.h": ""},
+    )
     assert scanned(tmp_path, ["csrc/common.h"], "csrc/moe/u.cu") == frozenset()
     assert scanned(tmp_path, ["csrc/moe/common.h"], "csrc/moe/u.cu") == {"csrc/moe/common.h"}
 
 
-def test_a_deleted_header_reaches_who_still_names_it_and_who_now_finds_another(tmp_path: Path) -> None:
-    put(tmp_path, {"csrc/moe/u.cu": '#include "common.h"\n', "csrc/common.h": "", "csrc/v.cu": '#include "gone.h"\n'})
+def test_a_deleted_header_reaches_who_still_names_it_and_who_now_finds_another(
+    tmp_path: Path,
+) -> None:
+    put(
+        tmp_path,
+        {
+            "csrc/moe/u.cu": '#include "common.h"\n',
+            "csrc/common.h": "",
+            "csrc/v.cu": '#include "gone.h"\n',
+        },
+    )
     assert scanned(tmp_path, ["csrc/moe/common.h"], "csrc/moe/u.cu") == {"csrc/moe/common.h"}
     assert scanned(tmp_path, ["csrc/gone.h"], "csrc/v.cu") == {"csrc/gone.h"}
 
 
-def test_an_include_by_a_macro_may_be_any_changed_file_and_prose_about_includes_is_none(tmp_path: Path) -> None:
+def test_an_include_by_a_macro_may_be_any_changed_file_and_prose_about_includes_is_none(
+    tmp_path: Path,
+) -> None:
     put(
         tmp_path,
-        {"csrc/u.cu": "#include WHAT(EVER)\n", "csrc/v.cu": "// we include the tail, and\n/* # include\n * nothing, or import it */\n", "csrc/x.h": ""},
+        {
+            "csrc/u.cu": "#include WHAT(EVER)\n",
+            "csrc/v.cu": "// we include the tail, and\n/* # include\n * nothing, or import it */\n",
+            "csrc/x.h": "",
+        },
     )
     assert scanned(tmp_path, ["csrc/x.h"]) == {"csrc/x.h"}
     assert scanned(tmp_path, ["csrc/x.h"], "csrc/v.cu") == frozenset()
 
 
-def test_a_macro_that_makes_the_name_of_its_argument_is_that_file_and_no_other(tmp_path: Path) -> None:
+def test_a_macro_that_makes_the_name_of_its_argument_is_that_file_and_no_other(
+    tmp_path: Path,
+) -> None:
     # CUTLASS names the C++ headers of the toolkit in this way, and nearly every unit takes it in.
     shared = "#define STD(header) <cuda/std/header>  // of the toolkit\n"
-    put(tmp_path, {"csrc/u.cu": '#include "ext/a.h"\n#include "ext/std.h"\n', "csrc/ext/std.h": shared, "csrc/ext/a.h": "#include STD(cassert)\n"})
-    put(tmp_path, {"csrc/x.h": "", "csrc/cuda/std/cassert": '#include "y.h"\n', "csrc/cuda/std/y.h": ""})
+    put(
+        tmp_path,
+        {
+            "csrc/u.cu": '#include "ext/a.h"\n#include "ext/std.h"\n',
+            "csrc/ext/std.h": shared,
+            "csrc/ext/a.h": "#include STD(cassert)\n",
+        },
+    )
+    put(
+        tmp_path,
+        {"csrc/x.h": "", "csrc/cuda/std/cassert": '#include "y.h"\n', "csrc/cuda/std/y.h": ""},
+    )
     assert scanned(tmp_path, ["csrc/x.h"]) == frozenset()
     assert scanned(tmp_path, ["csrc/x.h", "csrc/cuda/std/y.h"]) == {"csrc/cuda/std/y.h"}
     # Where a second definition, or that of a word in the name, is no name at once, nobody can tell.
-    for further in ("#define STD(header) NAMED(header)\n", "#define cassert x.h\n", "#define STD(a, b) <a/b>\n"):
+    for further in (
+        "#define STD(header) NAMED(header)\n",
+        "#define cassert x.h\n",
+        "#define STD(a, b) <a/b>\n",
+    ):
         put(tmp_path, {"csrc/ext/std.h": shared + further})
         assert scanned(tmp_path, ["csrc/x.h"]) == {"csrc/x.h"}, further
 
 
-def test_a_name_in_a_folder_that_nobody_told_of_is_matched_by_its_last_parts(tmp_path: Path) -> None:
-    put(tmp_path, {"csrc/u.cu": "#include <core/math.hpp>\n", "csrc/deep/core/math.hpp": '#include "x.h"\n', "csrc/deep/core/x.h": "", "csrc/math.hpp": ""})
+def test_a_name_in_a_folder_that_nobody_told_of_is_matched_by_its_last_parts(
+    tmp_path: Path,
+) -> None:
+    put(
+        tmp_path,
+        {
+            "csrc/u.cu": "#include <core/math.hpp>\n",
+            "csrc/deep/core/math.hpp": '#include "x.h"\n',
+            "csrc/deep/core/x.h": "",
+            "csrc/math.hpp": "",
+        },
+    )
     assert scanned(tmp_path, ["csrc/deep/core/x.h", "csrc/math.hpp"]) == {"csrc/deep/core/x.h"}
 
 
-def test_a_header_named_like_one_of_the_system_reaches_everything_that_searches_its_folder(tmp_path: Path) -> None:
+def test_a_header_named_like_one_of_the_system_reaches_everything_that_searches_its_folder(
+    tmp_path: Path,
+) -> None:
     put(tmp_path, {"csrc/u.cu": "#include <string>\n", "csrc/errno.h": "", "other/errno.h": ""})
     assert scanned(tmp_path, ["csrc/errno.h", "other/errno.h"]) == {"csrc/errno.h"}
 
@@ -186,12 +321,21 @@ def test_a_source_that_cannot_be_read_may_include_everything(tmp_path: Path) -> 
 
 def target(name: str, *sources: str, **fields: object) -> Target:
     units = tuple(Unit(source, f"CMakeFiles/{name}.dir/{source}.o", "CXX") for source in sources)
-    return replace(Target(name, "MODULE_LIBRARY", units, (f"{name}.so",), ("vllm",), ("csrc",), "recipe", ()), **fields)
+    return replace(
+        Target(name, "MODULE_LIBRARY", units, (f"{name}.so",), ("vllm",), ("csrc",), "recipe", ()),
+        **fields,
+    )
 
 
 PROJECT = Project(
     (
-        target("_C", "csrc/a.cu", "csrc/marlin/marlin.cu", "csrc/marlin/sm80_kernel_1.cu", depends=("base",)),
+        target(
+            "_C",
+            "csrc/a.cu",
+            "csrc/marlin/marlin.cu",
+            "csrc/marlin/sm80_kernel_1.cu",
+            depends=("base",),
+        ),
         target("_moe_C", "csrc/moe/m.cu"),
         target("base", "csrc/base.cpp", kind="STATIC_LIBRARY", installs=()),
         target("_deep_C", kind="UTILITY", includes=()),
@@ -220,20 +364,32 @@ def tree(tmp_path: Path) -> Path:
 
 
 def follow(tree: Path, *changed: str, pinned: Project | None = PROJECT) -> dict[str, str]:
-    return {one.target: one.reason for one in targets.follow(tree, changed, PROJECT, build=tree.parent / "build", pinned=pinned).targets}
+    return {
+        one.target: one.reason
+        for one in targets.follow(
+            tree, changed, PROJECT, build=tree.parent / "build", pinned=pinned
+        ).targets
+    }
 
 
 def test_reasons_name_the_file_and_who_includes_it(tree: Path) -> None:
     assert follow(tree, "csrc/a.cu") == {"_C": "csrc/a.cu changed"}
     assert follow(tree, "csrc/common.h") == {"_C": "csrc/common.h changed, included by csrc/a.cu"}
-    assert follow(tree, "csrc/common.h", "csrc/a.cu") == {"_C": "csrc/a.cu changed (and 1 more file)"}
+    assert follow(tree, "csrc/common.h", "csrc/a.cu") == {
+        "_C": "csrc/a.cu changed (and 1 more file)"
+    }
     (tree / "csrc/moe/m.cu").unlink()
     assert follow(tree, "csrc/moe/m.cu") == {"_moe_C": "csrc/moe/m.cu deleted"}
 
 
 def test_a_library_that_is_linked_in_reaches_what_it_is_linked_into(tree: Path) -> None:
     (found,) = targets.reached(tree, ["csrc/base.cpp"], PROJECT, build=tree, pinned=PROJECT)
-    assert (found.target, found.reason, len(found.units), found.is_complete) == ("_C", "csrc/base.cpp changed", 4, True)
+    assert (found.target, found.reason, len(found.units), found.is_complete) == (
+        "_C",
+        "csrc/base.cpp changed",
+        4,
+        True,
+    )
 
 
 def test_a_generator_reaches_what_it_writes_and_who_includes_that(tree: Path) -> None:
@@ -244,7 +400,14 @@ def test_a_generator_reaches_what_it_writes_and_who_includes_that(tree: Path) ->
 
 
 def test_what_reaches_nothing_is_said(tree: Path) -> None:
-    changed = ["csrc/rocm/attention.cu", "csrc/gone.h", "csrc/lonely.cuh", "csrc/README.md", "CMakeLists.txt", "csrc/python/none.py"]
+    changed = [
+        "csrc/rocm/attention.cu",
+        "csrc/gone.h",
+        "csrc/lonely.cuh",
+        "csrc/README.md",
+        "CMakeLists.txt",
+        "csrc/python/none.py",
+    ]
     put(tree, {"csrc/lonely.cuh": ""})
     assert targets.follow(tree, changed, PROJECT, build=tree, pinned=PROJECT) == targets.Reach(
         (),
@@ -268,27 +431,47 @@ def test_cmake_files_are_judged_by_what_the_pin_would_build(tree: Path) -> None:
             PROJECT.targets[3],
         )
     )
-    assert follow(tree, "CMakeLists.txt", pinned=before) == {"_C": "CMakeLists.txt changed: compiled or put together otherwise"}
-    assert follow(tree, "cmake/utils.cmake", pinned=Project(before.targets[1:]))["_C"] == "cmake/utils.cmake changed: new"
-    other_base = Project((*PROJECT.targets[:2], replace(PROJECT.targets[2], recipe="other"), PROJECT.targets[3]))
+    assert follow(tree, "CMakeLists.txt", pinned=before) == {
+        "_C": "CMakeLists.txt changed: compiled or put together otherwise"
+    }
+    assert (
+        follow(tree, "cmake/utils.cmake", pinned=Project(before.targets[1:]))["_C"]
+        == "cmake/utils.cmake changed: new"
+    )
+    other_base = Project(
+        (*PROJECT.targets[:2], replace(PROJECT.targets[2], recipe="other"), PROJECT.targets[3])
+    )
     assert set(follow(tree, "CMakeLists.txt", pinned=other_base)) == {"_C"}
 
 
-def test_a_file_of_an_external_project_reaches_its_targets_though_no_recipe_says_so(tree: Path) -> None:
-    assert follow(tree, "cmake/external_projects/deep.cmake") == {"_deep_C": "cmake/external_projects/deep.cmake changed"}
+def test_a_file_of_an_external_project_reaches_its_targets_though_no_recipe_says_so(
+    tree: Path,
+) -> None:
+    assert follow(tree, "cmake/external_projects/deep.cmake") == {
+        "_deep_C": "cmake/external_projects/deep.cmake changed"
+    }
     assert set(follow(tree, "cmake/patches/torch.patch")) == {"_C", "_moe_C", "_deep_C"}
 
 
 def test_a_target_that_was_asked_for_must_be_one(tree: Path) -> None:
-    assert [one.target for one in targets.requested((), "torch 2.13.0 → 2.14.0", tree, PROJECT, build=tree)] == ["_C", "_moe_C", "_deep_C"]
-    with pytest.raises(SettingsError, match="--target base: CMake builds no such target here; it has _C, _moe_C, _deep_C"):
+    assert [
+        one.target
+        for one in targets.requested((), "torch 2.13.0 → 2.14.0", tree, PROJECT, build=tree)
+    ] == ["_C", "_moe_C", "_deep_C"]
+    with pytest.raises(
+        SettingsError,
+        match="--target base: CMake builds no such target here; it has _C, _moe_C, _deep_C",
+    ):
         targets.requested(("_C", "base"), "--target", tree, PROJECT, build=tree)
 
 
 def test_several_reasons_keep_the_first_of_each_target(tree: Path) -> None:
     found = targets.reached(tree, ["csrc/a.cu"], PROJECT, build=tree, pinned=PROJECT)
     more = targets.requested(("_moe_C", "_C"), "--target", tree, PROJECT, build=tree)
-    assert {one.target: one.reason for one in targets.merged((found, more))} == {"_C": "csrc/a.cu changed", "_moe_C": "--target"}
+    assert {one.target: one.reason for one in targets.merged((found, more))} == {
+        "_C": "csrc/a.cu changed",
+        "_moe_C": "--target",
+    }
 
 
 # Real ninja, real CMake.
@@ -308,22 +491,37 @@ def compiled(site: Site) -> tuple[Path, Project]:
     return build, made
 
 
-def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(site: Site, compiled: tuple[Path, Project]) -> None:
+def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(
+    site: Site, compiled: tuple[Path, Project]
+) -> None:
     build, project = compiled
 
     def said(*changed: str) -> dict[str, tuple[int, bool]]:
-        return {one.target: (len(one.units), one.is_complete) for one in targets.reached(site.tree, changed, project, build=build, pinned=project)}
+        return {
+            one.target: (len(one.units), one.is_complete)
+            for one in targets.reached(site.tree, changed, project, build=build, pinned=project)
+        }
 
-    # The first change in a target compiles it whole, and what CMake builds before it; one that was compiled, nothing, until its file changes.
+    # The first change in a target compiles it whole, and what CMake builds before it; one that was
+    # compiled, nothing, until its file changes.
     assert said("csrc/c.c") == {"_C": (5, True)}
     assert said("csrc/include/wide.h") == {"_C": (5, True)}
     assert said("csrc/spinloop.c") == {"spinloop": (0, False)}
-    with written(site.tree / "csrc/spinloop.c", '#include "include/wide.h"\nint spin(void) { return WIDTH; }\n'):
-        assert said("csrc/spinloop.c", "csrc/include/wide.h") == {"_C": (5, True), "spinloop": (1, True)}
+    with written(
+        site.tree / "csrc/spinloop.c",
+        '#include "include/wide.h"\nint spin(void) { return WIDTH; }\n',
+    ):
+        assert said("csrc/spinloop.c", "csrc/include/wide.h") == {
+            "_C": (5, True),
+            "spinloop": (1, True),
+        }
         assert site.ninja(build, "spinloop").returncode == 0
         assert said("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (0, False)}
     # A condition that the compiler did not take is no include once it has compiled.
-    with written(site.tree / "csrc/spinloop.c", '#if 0\n#include "include/wide.h"\n#endif\nint spin(void) { return 1; }\n'):
+    with written(
+        site.tree / "csrc/spinloop.c",
+        '#if 0\n#include "include/wide.h"\n#endif\nint spin(void) { return 1; }\n',
+    ):
         assert said("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (1, True)}
         assert site.ninja(build, "spinloop").returncode == 0
         assert said("csrc/include/wide.h") == {"_C": (5, True)}
@@ -355,23 +553,37 @@ def test_a_damaged_build_directory_costs_whole_targets_and_no_traceback(
     site: Site, compiled: tuple[Path, Project], damaged: Path, name: str, content: str
 ) -> None:
     (damaged / name).write_text(content)
-    (found,) = targets.reached(site.tree, ["csrc/spinloop.c"], compiled[1], build=damaged, pinned=compiled[1])
+    (found,) = targets.reached(
+        site.tree, ["csrc/spinloop.c"], compiled[1], build=damaged, pinned=compiled[1]
+    )
     assert (found.target, len(found.units), found.is_complete) == ("spinloop", 1, True)
 
 
-def test_where_cmake_has_to_run_first_ninja_is_not_believed(site: Site, compiled: tuple[Path, Project], damaged: Path) -> None:
+def test_where_cmake_has_to_run_first_ninja_is_not_believed(
+    site: Site, compiled: tuple[Path, Project], damaged: Path
+) -> None:
     assert targets.ask_ninja(damaged, site.tree, compiled[1].targets) is not None
-    again = "rule again\n  command = true\n  description = Re-running CMake...\n  generator = 1\nbuild build.ninja: again never\nbuild never: phony\n"
+    again = (
+        "rule again\n  command = true\n  description = Re-running CMake...\n  generator = 1\nbuild"
+        " build.ninja: again never\nbuild never: phony\n"
+    )
     (damaged / "build.ninja").write_text((damaged / "build.ninja").read_text() + again)
     assert targets.ask_ninja(damaged, site.tree, compiled[1].targets) is None
 
 
-def test_a_source_that_is_gone_spoils_what_is_known_of_its_own_target_only(site: Site, compiled: tuple[Path, Project]) -> None:
+def test_a_source_that_is_gone_spoils_what_is_known_of_its_own_target_only(
+    site: Site, compiled: tuple[Path, Project]
+) -> None:
     build, project = compiled
     assert site.ninja(build, "spinloop").returncode == 0
     with written(site.tree / "csrc/c.c", None):
-        found = targets.reached(site.tree, ["csrc/c.c", "csrc/spinloop.c"], project, build=build, pinned=project)
-    assert [(one.target, one.reason, len(one.units)) for one in found] == [("_C", "csrc/c.c deleted", 5), ("spinloop", "csrc/spinloop.c changed", 0)]
+        found = targets.reached(
+            site.tree, ["csrc/c.c", "csrc/spinloop.c"], project, build=build, pinned=project
+        )
+    assert [(one.target, one.reason, len(one.units)) for one in found] == [
+        ("_C", "csrc/c.c deleted", 5),
+        ("spinloop", "csrc/spinloop.c changed", 0),
+    ]
 
 
 # Real git.
@@ -381,17 +593,41 @@ def test_changed_files_are_commits_edits_and_new_files_of_what_is_compiled(tmp_p
     work = tmp_path / "work"
     work.mkdir()
     sh_git(work, "init", "--quiet")
-    plain = {"csrc/a.cu": "1\n", "csrc/b.h": "1\n", "csrc/gone.h": "1\n", "cmake/x.cmake": "", "include/out.h": "1\n", "vllm/x.py": "", "tests/t.py": ""}
+    plain = {
+        "csrc/a.cu": "1\n",
+        "csrc/b.h": "1\n",
+        "csrc/gone.h": "1\n",
+        "cmake/x.cmake": "",
+        "include/out.h": "1\n",
+        "vllm/x.py": "",
+        "tests/t.py": "",
+    }
     base = commit(work, "base", {**plain, "csrc/same.h": "1\n", ".gitignore": "sm80_*\n"})
     git = Git(work)
     assert targets.changed_files(git, base) == ()
     commit(work, "own", {"csrc/a.cu": "2\n", "vllm/x.py": "2\n"})
     put(
         work,
-        {"csrc/b.h": "2\n", "include/out.h": "2\n", "csrc/new.cuh": "", "csrc/sm80_1.cu": "", "tests/t.py": "2\n", "vllm/other.h": "", "CMakeLists.txt": ""},
+        {
+            "csrc/b.h": "2\n",
+            "include/out.h": "2\n",
+            "csrc/new.cuh": "",
+            "csrc/sm80_1.cu": "",
+            "tests/t.py": "2\n",
+            "vllm/other.h": "",
+            "CMakeLists.txt": "",
+        },
     )
     (work / "csrc/gone.h").unlink()
     os.utime(work / "csrc/same.h", ns=(1, 1))
     os.rename(work / "cmake/x.cmake", work / "cmake/y.cmake")
-    expected = ("cmake/x.cmake", "cmake/y.cmake", "csrc/a.cu", "csrc/b.h", "csrc/gone.h", "csrc/new.cuh", "include/out.h")
+    expected = (
+        "cmake/x.cmake",
+        "cmake/y.cmake",
+        "csrc/a.cu",
+        "csrc/b.h",
+        "csrc/gone.h",
+        "csrc/new.cuh",
+        "include/out.h",
+    )
     assert targets.changed_files(git, base) == expected

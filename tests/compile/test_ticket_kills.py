@@ -1,4 +1,6 @@
-"""Kills of compilers, launchers, ninja and the verb: what is killed for memory goes on, and nothing is left behind."""
+"""Kills of compilers, launchers, ninja and the verb: what is killed for memory goes on, and nothing
+is left behind.
+"""
 
 import os
 import signal
@@ -25,7 +27,9 @@ class Pair:
 
 @pytest.fixture
 def pair(site: Site) -> Iterator[Pair]:
-    """A compiler that stands at the gate with the only ticket, and a second one that waits for it."""
+    """A compiler that stands at the gate with the only ticket, and a second one that waits for
+    it.
+    """
     site.compiler("gate")
     with broker(site, jobs=1, keep_going=True) as tickets_:
         holder = site.launch("a")
@@ -44,7 +48,9 @@ def test_a_killed_holder_gives_its_ticket_back_at_once(site: Site, pair: Pair) -
     until(lambda: [done.status for done in pair.tickets.finished] == [None, 0])
 
 
-def test_a_killed_launcher_keeps_its_ticket_as_long_as_its_compiler_lives(site: Site, pair: Pair) -> None:
+def test_a_killed_launcher_keeps_its_ticket_as_long_as_its_compiler_lives(
+    site: Site, pair: Pair
+) -> None:
     pair.holder.kill()
     pair.holder.wait()
     # The bound is on compilers, and that one still runs.
@@ -73,7 +79,9 @@ def test_a_compiler_killed_for_memory_runs_again_with_more_room(site: Site, tmp_
     site.compiler("test -e again || { touch again; kill -9 $$; }")
     history = History(tmp_path / "h", setup="s")
     admission = Admission(Bounds(4, 64.0))
-    with job_server.Broker(site.tickets, admission, Costs([]), units=1, history=history) as tickets_:
+    with job_server.Broker(
+        site.tickets, admission, Costs([]), units=1, history=history
+    ) as tickets_:
         child = site.launch("a")
         said, _ = child.communicate(timeout=10)
     assert child.returncode == 0
@@ -83,7 +91,9 @@ def test_a_compiler_killed_for_memory_runs_again_with_more_room(site: Site, tmp_
     assert tickets_.trouble is None
 
 
-def test_an_nvcc_that_exits_137_was_killed_for_memory_and_the_third_time_is_told_with_all_numbers(site: Site) -> None:
+def test_an_nvcc_that_exits_137_was_killed_for_memory_and_the_third_time_is_told_with_all_numbers(
+    site: Site,
+) -> None:
     site.compiler("exit 137")
     with broker(site, budget_gib=64.0) as tickets_:
         child = site.launch("a")
@@ -91,16 +101,23 @@ def test_an_nvcc_that_exits_137_was_killed_for_memory_and_the_third_time_is_told
     assert child.returncode == 137
     assert len(tickets_.finished) == 3
     assert tickets_.trouble is not None
-    assert "3 times, with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0 GiB expected" in tickets_.trouble
+    assert (
+        "3 times, with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0"
+        " GiB expected" in tickets_.trouble
+    )
     assert tickets_.trouble in said
 
 
-def test_a_compiler_that_hides_the_kill_of_its_own_child_is_found_out_by_the_kernels_count(site: Site) -> None:
+def test_a_compiler_that_hides_the_kill_of_its_own_child_is_found_out_by_the_kernels_count(
+    site: Site,
+) -> None:
     # As g++ does when cc1plus is killed.
     site.compiler("test -e again || { touch again; exit 1; }")
     admission = Admission(Bounds(4, 64.0))
     count = site.folder / "again"
-    with job_server.Broker(site.tickets, admission, Costs([]), units=1, kills=lambda: int(count.exists())) as tickets_:
+    with job_server.Broker(
+        site.tickets, admission, Costs([]), units=1, kills=lambda: int(count.exists())
+    ) as tickets_:
         child = site.launch("a")
         child.communicate(timeout=10)
     assert child.returncode == 0
@@ -152,7 +169,11 @@ def test_after_an_interruption_nothing_is_left_and_the_next_build_goes_on(site: 
     names = [f"u{number}" for number in range(6)]
     with broker(site, jobs=2, units=6):
         child = site.ninja(names)
-        until(lambda: [Path(f"/proc/{pid}/comm").read_text() for pid in site.running()] == ["sleep\n"] * 2)
+        until(
+            lambda: (
+                [Path(f"/proc/{pid}/comm").read_text() for pid in site.running()] == ["sleep\n"] * 2
+            )
+        )
         child.send_signal(signal.SIGINT)
         said, _ = child.communicate(timeout=10)
     assert child.returncode != 0
@@ -183,7 +204,13 @@ with job_server.Broker(Path(sys.argv[1]), Admission(Bounds(1, 100.0)), Costs([])
 
 def test_a_killed_verb_ends_who_waits_and_the_next_one_works(site: Site) -> None:
     site.compiler("gate")
-    verb = subprocess.Popen([sys.executable, "-c", VERB, str(site.tickets)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    verb = subprocess.Popen(
+        [sys.executable, "-c", VERB, str(site.tickets)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert verb.stdout is not None
     assert verb.stdout.readline() == "ready\n"
     holder = site.launch("a")
@@ -194,7 +221,10 @@ def test_a_killed_verb_ends_who_waits_and_the_next_one_works(site: Site) -> None
     verb.communicate()
     for waiter in waiters:
         said, _ = waiter.communicate(timeout=10)
-        assert (waiter.returncode, said) == (1, "not compiled: the build that this unit belongs to has ended\n")
+        assert (waiter.returncode, said) == (
+            1,
+            "not compiled: the build that this unit belongs to has ended\n",
+        )
     site.open_gate()
     holder.communicate(timeout=10)
     assert holder.returncode == 0

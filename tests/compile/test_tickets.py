@@ -14,7 +14,9 @@ from workspace.compile.scheduler import Admission, Bounds, Live
 from workspace.core.errors import BuildError
 
 
-def test_what_a_unit_took_is_measured_with_all_that_it_started_and_kept(site: Site, tmp_path: Path) -> None:
+def test_what_a_unit_took_is_measured_with_all_that_it_started_and_kept(
+    site: Site, tmp_path: Path
+) -> None:
     hungry = f"{shlex.quote(sys.executable)} -c 'held = bytearray(300 << 20); print(len(held))'"
     site.compiler(f"sh -c {shlex.quote(hungry)}")
     history = History(tmp_path / "history.json", setup="s")
@@ -25,11 +27,20 @@ def test_what_a_unit_took_is_measured_with_all_that_it_started_and_kept(site: Si
     assert 0.29 < done.peak_gib < 0.6
     assert done.seconds > 0
     (entry,) = History(tmp_path / "history.json", setup="s").entries
-    assert (entry.target, entry.source, entry.peak_gib) == ("t", "a.cu", pytest.approx(done.peak_gib, abs=0.001))
+    assert (entry.target, entry.source, entry.peak_gib) == (
+        "t",
+        "a.cu",
+        pytest.approx(done.peak_gib, abs=0.001),
+    )
 
 
-def test_processes_side_by_side_are_added_up_which_the_largest_alone_would_not_show(site: Site) -> None:
-    hungry = f"{shlex.quote(sys.executable)} -c 'import time; held = bytearray(150 << 20); time.sleep(100)' &"
+def test_processes_side_by_side_are_added_up_which_the_largest_alone_would_not_show(
+    site: Site,
+) -> None:
+    hungry = (
+        f"{shlex.quote(sys.executable)} -c 'import time; held = bytearray(150 << 20);"
+        " time.sleep(100)' &"
+    )
     site.compiler(f"{hungry}\nfirst=$!\n{hungry}\nsecond=$!\ngate\nkill $first $second\ntrue")
     with broker(site) as tickets_:
         child = site.launch("a")
@@ -61,7 +72,12 @@ def test_the_bound_holds_with_ninja_letting_all_units_go_at_once(site: Site) -> 
 
 def test_one_that_is_larger_than_the_budget_is_built_alone(site: Site) -> None:
     site.compiler("sleep 0.05")
-    costs = Costs([Entry("t", "big.cu", 1.0, 50.0), *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(8)]])
+    costs = Costs(
+        [
+            Entry("t", "big.cu", 1.0, 50.0),
+            *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(8)],
+        ]
+    )
     with job_server.Broker(site.tickets, Admission(Bounds(8, 4.5)), costs, units=9) as tickets_:
         child = site.ninja(["big", *[f"u{number}" for number in range(8)]])
         child.communicate(timeout=20)
@@ -74,7 +90,12 @@ def test_one_that_is_larger_than_the_budget_is_built_alone(site: Site) -> None:
 
 def test_after_a_failure_ninja_is_not_kept_until_all_that_waits_was_compiled(site: Site) -> None:
     site.compiler('case "$5" in *bad*) echo "error: bad"; exit 5;; esac')
-    costs = Costs([Entry("t", "bad.cu", 9.0, 9.0), *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(19)]])
+    costs = Costs(
+        [
+            Entry("t", "bad.cu", 9.0, 9.0),
+            *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(19)],
+        ]
+    )
     with job_server.Broker(site.tickets, Admission(Bounds(1, 100.0)), costs, units=20) as tickets_:
         child = site.ninja(["bad", *[f"u{number}" for number in range(19)]])
         said, _ = child.communicate(timeout=20)
@@ -105,7 +126,16 @@ def test_a_compiler_inside_another_ones_ticket_waits_for_none(site: Site) -> Non
 
 def test_strangers_at_the_socket_do_no_harm(site: Site) -> None:
     with broker(site, jobs=1, keep_going=True) as tickets_:
-        for words in (b"", b"hello\n", b"-5\n", b"\xff\xff\n", b"99\nshort", b"3\n\0\0\0", b"2\n-c", b"x" * 70_000):
+        for words in (
+            b"",
+            b"hello\n",
+            b"-5\n",
+            b"\xff\xff\n",
+            b"99\nshort",
+            b"3\n\0\0\0",
+            b"2\n-c",
+            b"x" * 70_000,
+        ):
             stranger = socket.socket(socket.AF_UNIX)
             stranger.connect(str(site.tickets / "socket"))
             stranger.sendall(words)
@@ -133,5 +163,13 @@ def test_the_machine_is_looked_at_for_real() -> None:
 
 
 def test_a_family_is_all_that_lives_below_and_nothing_else() -> None:
-    known = {number: jobs.Process(parent, 0, 1.0) for number, parent in {1: 0, 10: 1, 11: 10, 12: 11, 20: 1, 21: 20, 30: 31, 31: 30}.items()}
-    assert jobs.below(frozenset({10, 11, 20, 99}), known) == {10: {11, 12}, 11: {12}, 20: {21}, 99: set()}
+    known = {
+        number: jobs.Process(parent, 0, 1.0)
+        for number, parent in {1: 0, 10: 1, 11: 10, 12: 11, 20: 1, 21: 20, 30: 31, 31: 30}.items()
+    }
+    assert jobs.below(frozenset({10, 11, 20, 99}), known) == {
+        10: {11, 12},
+        11: {12},
+        20: {21},
+        99: set(),
+    }

@@ -1,4 +1,6 @@
-"""A small tree with vLLM's shapes: targets by component, generated sources, an external project, a file that configure writes into the package."""
+"""A small tree with vLLM's shapes: targets by component, generated sources, an external project, a
+file that configure writes into the package.
+"""
 
 import os
 import subprocess
@@ -101,7 +103,9 @@ FILES = {
     "csrc/generate.py": GENERATOR,
     "csrc/spared.py": "import of_flashy\n",
     "csrc/include/wide.h": "#define WIDTH 8\n",
-    "csrc/c.c": '#include "wide.h"\n#include "patched.h"\nint c(void) { return WIDTH + WIDE + PATCHED; }\n',
+    "csrc/c.c": (
+        '#include "wide.h"\n#include "patched.h"\nint c(void) { return WIDTH + WIDE + PATCHED; }\n'
+    ),
     "csrc/spinloop.c": "int spin(void) { return 1; }\n",
     "vllm/__init__.py": "",
 }
@@ -135,7 +139,9 @@ class Site:
     def again(cls, root: Path) -> "Site":
         """The one that `make` has made, in another process."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return cls(root, {"PATH": path, "WORKSPACE_CACHE_DIR": str(root / "cache"), "HOME": str(root)})
+        return cls(
+            root, {"PATH": path, "WORKSPACE_CACHE_DIR": str(root / "cache"), "HOME": str(root)}
+        )
 
     @classmethod
     def make(cls, root: Path) -> "Site":
@@ -157,21 +163,41 @@ class Site:
         return settings_module.load(self.layout, environ={**self.shell, **more})
 
     def inputs(self, **changes: object) -> Inputs:
-        plain = Inputs("cpu", str(self.tree), "v1", "", "2.13.0", "", "gcc 12", "Release", {"CMAKE_ARGS": ""})
+        plain = Inputs(
+            "cpu", str(self.tree), "v1", "", "2.13.0", "", "gcc 12", "Release", {"CMAKE_ARGS": ""}
+        )
         return replace(plain, **changes)
 
     def run_log(self) -> RunLog:
         return RunLog(Console(), self.layout.logs, verb="rebuild")
 
-    def provide(self, wanted: tuple[External, ...] = (), others: tuple[External, ...] | None = None, **more: str) -> Mapping[str, str]:
+    def provide(
+        self,
+        wanted: tuple[External, ...] = (),
+        others: tuple[External, ...] | None = None,
+        **more: str,
+    ) -> Mapping[str, str]:
         others = externals.declared(self.tree, "cpu") if others is None else others
         with self.run_log() as run_log:
-            return externals.provide(self.layout, self.settings(**more), wanted, others, run_log=run_log, step=Step("externals"))
+            return externals.provide(
+                self.layout,
+                self.settings(**more),
+                wanted,
+                others,
+                run_log=run_log,
+                step=Step("externals"),
+            )
 
-    def configure(self, inputs: Inputs | None = None, sources: Mapping[str, str] | None = None, **more: str) -> Project:
+    def configure(
+        self, inputs: Inputs | None = None, sources: Mapping[str, str] | None = None, **more: str
+    ) -> Project:
         inputs, sources = inputs or self.inputs(), self.provide() if sources is None else sources
         with self.run_log() as run_log:
-            return cmake.configure(self.layout, self.settings(**more), inputs, sources, ticket=TICKET, run_log=run_log)
+            return cmake.configure(
+                self.layout, self.settings(**more), inputs, sources, ticket=TICKET, run_log=run_log
+            )
 
     def ninja(self, build: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(["ninja", "-C", str(build), *words], env=self.shell, capture_output=True, text=True)
+        return subprocess.run(
+            ["ninja", "-C", str(build), *words], env=self.shell, capture_output=True, text=True
+        )

@@ -40,7 +40,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.server.manner == "forbidden":
             self.send_error(403)
             return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.server.manner != "no ranges" else 0
+        start = (
+            int(asked.removeprefix("bytes=").removesuffix("-"))
+            if asked and self.server.manner != "no ranges"
+            else 0
+        )
         if start >= len(CONTENT):
             self.send_error(416)
             return
@@ -71,13 +75,19 @@ def fetch(server: _Server, target: Path, *, sha256: str = SHA256, **more) -> Non
 
 def test_download_appears_whole_and_reports_its_way(server: _Server, tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
-    fetch(server, tmp_path / "new" / "file", on_progress=lambda done, total: seen.append((done, total)))
+    fetch(
+        server,
+        tmp_path / "new" / "file",
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
     assert (tmp_path / "new" / "file").read_bytes() == CONTENT
     assert seen[-1] == (len(CONTENT), len(CONTENT))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
-def test_download_that_broke_off_is_no_file_and_goes_on_where_it_stopped(server: _Server, tmp_path: Path) -> None:
+def test_download_that_broke_off_is_no_file_and_goes_on_where_it_stopped(
+    server: _Server, tmp_path: Path
+) -> None:
     target = tmp_path / "file"
     server.manner = "breaks off"
     with pytest.raises(SourceError) as caught:
@@ -92,7 +102,9 @@ def test_download_that_broke_off_is_no_file_and_goes_on_where_it_stopped(server:
     assert server.ranges == [None, f"bytes={kept}-"]
 
 
-def test_server_without_ranges_does_not_double_the_beginning(server: _Server, tmp_path: Path) -> None:
+def test_server_without_ranges_does_not_double_the_beginning(
+    server: _Server, tmp_path: Path
+) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT[:1000])
     server.manner = "no ranges"
     fetch(server, tmp_path / "file")
@@ -121,7 +133,9 @@ def test_wrong_hash_leaves_no_file_and_names_both(server: _Server, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refusal_is_named_without_the_password_in_the_address(server: _Server, tmp_path: Path) -> None:
+def test_refusal_is_named_without_the_password_in_the_address(
+    server: _Server, tmp_path: Path
+) -> None:
     server.manner = "forbidden"
     url = server.url.replace("http://", "http://someone:hunter2@")
     with pytest.raises(SourceError) as caught:
@@ -133,7 +147,12 @@ def test_nobody_listening_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.socket() as bound, pytest.raises(SourceError, match="Connection refused"):
         bound.bind(("127.0.0.1", 0))
-        files.download(f"http://127.0.0.1:{bound.getsockname()[1]}/file", tmp_path / "file", expected_sha256=SHA256, timeout_s=5)
+        files.download(
+            f"http://127.0.0.1:{bound.getsockname()[1]}/file",
+            tmp_path / "file",
+            expected_sha256=SHA256,
+            timeout_s=5,
+        )
 
 
 def test_atomic_write_replaces_content_and_mode_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from workspace.core.log import KEPT_LOGS, RunLog
 
 def run_log(folder: Path, *secrets: str) -> tuple[RunLog, io.StringIO]:
     talk = io.StringIO()
-    return RunLog(Console(out=io.StringIO(), err=talk), folder, verb="bootstrap", secrets=secrets), talk
+    return (
+        RunLog(Console(out=io.StringIO(), err=talk), folder, verb="bootstrap", secrets=secrets),
+        talk,
+    )
 
 
 def test_run_without_a_line_leaves_no_log(tmp_path: Path) -> None:

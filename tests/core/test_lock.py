@@ -39,7 +39,13 @@ with lock.hold(Path(sys.argv[1]), verb="test") as held, RunLog(Console(), Path(s
 
 def holder(path: Path) -> "subprocess.Popen[str]":
     """Start a process that holds the lock until its stdin closes."""
-    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     return child
@@ -49,14 +55,23 @@ def test_second_verb_stops_and_says_who_holds_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "state" / "lock"
     with holder(path) as child:
         with (
-            pytest.raises(LockError, match=rf"^inv bootstrap \(process {child.pid}\) has been changing this workspace since 20.*, now torch$"),
+            pytest.raises(
+                LockError,
+                match=(
+                    rf"^inv bootstrap \(process {child.pid}\) has been changing this workspace"
+                    r" since 20.*, now torch$"
+                ),
+            ),
             lock.hold(path, verb="status"),
         ):
             pass
         # Only a verb with somebody to tell that it waits has --wait.
         hints = []
         for on_wait in (None, print):
-            with pytest.raises(LockError) as caught, lock.hold(path, verb="status", on_wait=on_wait):
+            with (
+                pytest.raises(LockError) as caught,
+                lock.hold(path, verb="status", on_wait=on_wait),
+            ):
                 pass
             hints.append(caught.value.hint)
         assert hints == ["wait for it", "wait for it, or run the command with --wait"]
@@ -92,7 +107,10 @@ def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> Non
     path = tmp_path / "lock"
     with holder(path) as child:
         path.write_text("{", encoding="utf-8")
-        with pytest.raises(LockError, match="^another process is changing this workspace"), lock.hold(path, verb="status"):
+        with (
+            pytest.raises(LockError, match="^another process is changing this workspace"),
+            lock.hold(path, verb="status"),
+        ):
             pass
         child.communicate()
 
@@ -100,7 +118,12 @@ def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> Non
 def test_lock_of_a_killed_verb_is_held_until_what_it_started_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     # Deaf to being told to end, the program lives until the guard kills it.
-    with subprocess.Popen([sys.executable, "-c", VERB, str(path), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as verb:
+    with subprocess.Popen(
+        [sys.executable, "-c", VERB, str(path), str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as verb:
         assert verb.stdout is not None
         program = os.pidfd_open(int(verb.stdout.readline()))
         verb.kill()

@@ -42,11 +42,20 @@ def run_log(tmp_path: Path) -> RunLog:
 
 def verb(tmp_path: Path, script: str) -> "subprocess.Popen[str]":
     argv = [sys.executable, "-c", VERB, str(tmp_path / "logs"), script]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def is_alive(number: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for by its parent does not count."""
+    """Whether a process runs; one that ended and was not waited for by its parent does not
+    count.
+    """
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -55,9 +64,15 @@ def is_alive(number: int) -> bool:
 
 @pytest.mark.parametrize(
     ("number", "code", "says"),
-    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "interrupted by SIGTERM\n"), (signal.SIGHUP, 129, "interrupted by SIGHUP\n")],
+    [
+        (signal.SIGINT, 130, "interrupted\n"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM\n"),
+        (signal.SIGHUP, 129, "interrupted by SIGHUP\n"),
+    ],
 )
-def test_no_grandchild_outlives_an_ended_verb(tmp_path: Path, number: signal.Signals, code: int, says: str) -> None:
+def test_no_grandchild_outlives_an_ended_verb(
+    tmp_path: Path, number: signal.Signals, code: int, says: str
+) -> None:
     with verb(tmp_path, FAMILY) as started:
         assert started.stdout is not None
         family = [int(word) for word in started.stdout.readline().split()]
@@ -74,7 +89,9 @@ def test_second_interrupt_does_not_orphan_a_child_that_is_deaf_to_the_first(tmp_
     heard = tmp_path / "heard"
     os.mkfifo(heard)
     # The grandchild dies of the first ^C, the shell only says that it heard it.
-    with verb(tmp_path, f"trap 'echo x > {heard}' INT; echo $$; while :; do sleep 0.1; done") as started:
+    with verb(
+        tmp_path, f"trap 'echo x > {heard}' INT; echo $$; while :; do sleep 0.1; done"
+    ) as started:
         assert started.stdout is not None
         deaf = int(started.stdout.readline())
         started.send_signal(signal.SIGINT)
@@ -101,9 +118,18 @@ def test_signal_during_a_start_waits_until_the_child_is_known() -> None:
 
 
 def test_failure_shows_the_first_error_line_the_tail_and_the_log(run_log: RunLog) -> None:
-    script = "echo fine; echo 'x.cpp:3: error: no such thing' >&2; echo 'error: later'; for i in $(seq 30); do echo line $i; done; exit 3"
+    script = (
+        "echo fine; echo 'x.cpp:3: error: no such thing' >&2; echo 'error: later'; for i in $(seq"
+        " 30); do echo line $i; done; exit 3"
+    )
     with run_log, pytest.raises(SourceError) as caught:
-        process.run(["/bin/sh", "-c", script], env=PLAIN, run_log=run_log, failure=SourceError, hint="do this")
+        process.run(
+            ["/bin/sh", "-c", script],
+            env=PLAIN,
+            run_log=run_log,
+            failure=SourceError,
+            hint="do this",
+        )
     assert caught.value.message == "sh exited with 3: x.cpp:3: error: no such thing"
     assert caught.value.details[-2:] == ("line 30", f"log: {run_log.path}")
     assert len(caught.value.details) == process.SHOWN_TAIL_LINES + 1
@@ -112,10 +138,25 @@ def test_failure_shows_the_first_error_line_the_tail_and_the_log(run_log: RunLog
 
 def test_secret_in_a_failing_child_reaches_neither_message_nor_log(tmp_path: Path) -> None:
     talk = io.StringIO()
-    with RunLog(Console(out=io.StringIO(), err=talk), tmp_path, verb="test", secrets=("hunter2",)) as run, pytest.raises(ToolchainError) as caught:
-        process.run(["/bin/sh", "-c", "echo error: hunter2; exit 1"], env=PLAIN, run_log=run, failure=ToolchainError)
+    with (
+        RunLog(
+            Console(out=io.StringIO(), err=talk), tmp_path, verb="test", secrets=("hunter2",)
+        ) as run,
+        pytest.raises(ToolchainError) as caught,
+    ):
+        process.run(
+            ["/bin/sh", "-c", "echo error: hunter2; exit 1"],
+            env=PLAIN,
+            run_log=run,
+            failure=ToolchainError,
+        )
     assert run.path is not None
-    for text in (caught.value.message, *caught.value.details, talk.getvalue(), run.path.read_text(encoding="utf-8")):
+    for text in (
+        caught.value.message,
+        *caught.value.details,
+        talk.getvalue(),
+        run.path.read_text(encoding="utf-8"),
+    ):
         assert "hunter2" not in text
 
 
@@ -168,7 +209,9 @@ def test_killed_verb_leaves_nothing_running_not_even_in_sessions_of_its_own(tmp_
 
 def test_daemon_that_a_program_leaves_on_purpose_outlives_it() -> None:
     """A compiler cache starts its server that way."""
-    found = process.capture(["/bin/sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"], env=PLAIN)
+    found = process.capture(
+        ["/bin/sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"], env=PLAIN
+    )
     daemon = int(found.stdout)
     assert is_alive(daemon)
     os.kill(daemon, signal.SIGKILL)

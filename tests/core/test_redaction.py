@@ -1,4 +1,6 @@
-"""What is masked, in whatever spelling, and what must survive: a report without versions and error lines helps nobody."""
+"""What is masked, in whatever spelling, and what must survive: a report without versions and error
+lines helps nobody.
+"""
 
 import base64
 import json
@@ -19,7 +21,12 @@ PRIVATE = Private(
     users=("quentinx", "jürgen", "root", "vllm"),
     hosts=("spark-zq7", "git.planted.example.org"),
     people=("Zoe Plantagenet",),
-    places=(("/srv/planted/quentinx", "~"), ("/srv/planted/quentinx/clone", "<clone>"), ("/root", "~"), ("/", "never")),
+    places=(
+        ("/srv/planted/quentinx", "~"),
+        ("/srv/planted/quentinx/clone", "<clone>"),
+        ("/root", "~"),
+        ("/", "never"),
+    ),
     versions=frozenset({"10.4.0.35"}),
 )
 REDACTOR = Redactor(PRIVATE)
@@ -40,24 +47,53 @@ REDACTOR = Redactor(PRIVATE)
         ("curl -u me:word https://github.com/x", "curl -u **** https://github.com/x"),
         ("https://me:w@rd@github.com/x.git", "https://****@github.com/x.git"),
         (r"https:\/\/me:word@github.com\/x", r"https:\/\/****@github.com\/x"),
-        ("https://mirror/simple and http://pkg.corp.example.net:80/", "https://<host>/simple and http://<host>:80/"),
+        (
+            "https://mirror/simple and http://pkg.corp.example.net:80/",
+            "https://<host>/simple and http://<host>:80/",
+        ),
         ("got hf_abcdEFGH1234 and ghp_0123456789abcdef0123", "got **** and ****"),
         ("AKIAIOSFODNN7ABCDEFG eyJhbGciOiJI.eyJzdWIiOiIx.SflKx", "**** ****"),
-        ("git@github.com:me/x me@build7:/x bob@corp.example.org bob@bücher.de", "<user>@github.com:me/x <user>@<host>:/x <email> <email>"),
-        ("10.0.0.5 192.168.1.4:80 [2001:db8::7]:80 fe80::1%eth0", "<ip> <ip>:80 [<ip>]:80 <ip>%eth0"),
+        (
+            "git@github.com:me/x me@build7:/x bob@corp.example.org bob@bücher.de",
+            "<user>@github.com:me/x <user>@<host>:/x <email> <email>",
+        ),
+        (
+            "10.0.0.5 192.168.1.4:80 [2001:db8::7]:80 fe80::1%eth0",
+            "<ip> <ip>:80 [<ip>]:80 <ip>%eth0",
+        ),
         (r"up\n10.0.0.5\n02:42:ac:11:00:02", r"up\n<ip>\n<mac>"),
         ("GPU-8f9e1234-1234-1234-1234-123456789abc", "GPU-<uuid>"),
         (f"X-Login: {base64.b64encode(b'bob@corp.example.org:word').decode()}", "X-Login: ****"),
-        ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\naC1rZXk=\n-----END OPENSSH PRIVATE KEY-----\nafter", "<private key>\nafter"),
-        ("aC1rZXktdjEAAAAABG5vbmU\nAAAA==\n-----END RSA PRIVATE KEY-----\nafter", "<private key>\nafter"),
+        (
+            (
+                "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\naC1rZXk=\n-----END OPENSSH PRIVATE"
+                " KEY-----\nafter"
+            ),
+            "<private key>\nafter",
+        ),
+        (
+            "aC1rZXktdjEAAAAABG5vbmU\nAAAA==\n-----END RSA PRIVATE KEY-----\nafter",
+            "<private key>\nafter",
+        ),
         ("/srv/planted/quentinx/clone/a.py -I/srv/planted/quentinx/b", "<clone>/a.py -I~/b"),
         ("-I/root/x /root /rootfs vendor/root/a", "-I~/x ~ /rootfs vendor/root/a"),
         ("/home/other/x /Users/other/y", "/home/<user>/x /Users/<user>/y"),
-        ("torchinductor_quentinx QUENTINX, quentinx's\\nquentinx", "torchinductor_<user> <user>, <user>'s\\n<user>"),
+        (
+            "torchinductor_quentinx QUENTINX, quentinx's\\nquentinx",
+            "torchinductor_<user> <user>, <user>'s\\n<user>",
+        ),
         ("spark-zq7 spark-zq7.corp.example.org SPARK-ZQ7: x", "<host> <host> <host>: x"),
         ("zoe.plantagenet, Zoe  Plantagenet", "<person>, <person>"),
         ("\x1b[32mquentinx\x1b[0m", "<user>"),
-        (json.dumps("a\n" + base64.b64encode(b"quentinx").decode() + "\n" + base64.b64encode(b"xyz:Zoe Plantagenet").decode()), r'"a\n****\n****"'),
+        (
+            json.dumps(
+                "a\n"
+                + base64.b64encode(b"quentinx").decode()
+                + "\n"
+                + base64.b64encode(b"xyz:Zoe Plantagenet").decode()
+            ),
+            r'"a\n****\n****"',
+        ),
         (json.dumps("jürgen war da\njürgen"), '"**** war da\\n<user>"'),
     ],
 )
@@ -74,17 +110,32 @@ def test_private_things_are_masked_and_their_surroundings_stay(text: str, masked
         "error: undefined symbol: _ZN3c106detail@GLIBCXX_3.4.30 (root cause), exit code 137",
         " + nvidia-cudnn-cu13==9.13.0.50",
         "nvidia-curand            10.4.0.35",
-        "nvidia_cudnn_cu13-9.13.0.50-py3-none-manylinux_2_27_aarch64.whl, libcudart.so.13.0.88.1, cudnn version 9.1.0.70",
+        (
+            "nvidia_cudnn_cu13-9.13.0.50-py3-none-manylinux_2_27_aarch64.whl,"
+            " libcudart.so.13.0.88.1, cudnn version 9.1.0.70"
+        ),
         "tiktoken==0.12.0 tokenizers-0.22.1 partial-json-parser 0.2.1.1.post7",
-        "max_num_batched_tokens=8192, eos_token_id=2, num_tokens: 5, eos_token='<|endoftext|>', token_ids=[1, 2]",
+        (
+            "max_num_batched_tokens=8192, eos_token_id=2, num_tokens: 5, eos_token='<|endoftext|>',"
+            " token_ids=[1, 2]"
+        ),
         '"HF_TOKEN": "unset (default)", "VLLM_API_KEY": null',
         "SyntaxError: unexpected token: foo",
         "127.0.0.1:8000 [::1]:80 0.0.0.0 std::vector<at::Tensor> a::b 12:30:45 0000:01:00.0",
-        "maintainers@invalid a@b.invalid https://github.com/vllm-project/vllm.git hf_overrides hf_quant_config",
+        (
+            "maintainers@invalid a@b.invalid https://github.com/vllm-project/vllm.git hf_overrides"
+            " hf_quant_config"
+        ),
         "import vllm from vendor/vllm as root",
-        "commit db9527a46873454610df6dbedf79a36d6bf1a7f6 sha256 dde46f1efbe846e5bd0c5c4ec6ec71842c42254c7ff3d9bebb2a57028715d380",
+        (
+            "commit db9527a46873454610df6dbedf79a36d6bf1a7f6 sha256"
+            " dde46f1efbe846e5bd0c5c4ec6ec71842c42254c7ff3d9bebb2a57028715d380"
+        ),
         "torch-2.13.0%2Bcpu-cp312-cp312-linux_aarch64.whl C:\\new\\table 100%25",
-        "/usr/include/c++/13/bits/stl_vector.h:1234:56: fatal error: Python.h: No such file or directory",
+        (
+            "/usr/include/c++/13/bits/stl_vector.h:1234:56: fatal error: Python.h: No such file or"
+            " directory"
+        ),
     ],
 )
 def test_what_a_bug_report_is_about_survives(line: str) -> None:
@@ -103,21 +154,41 @@ def spellings(text: str) -> list[str]:
         json.dumps(json.dumps(text))[3:-3],
         shlex.quote(text),
         repr(raw)[2:-1],
-        *(base64.b64encode(before + raw + after).decode() for before in (b"", b"u:", b"user:", b"ab") for after in (b"", b"\n", b"zz")),
+        *(
+            base64.b64encode(before + raw + after).decode()
+            for before in (b"", b"u:", b"user:", b"ab")
+            for after in (b"", b"\n", b"zz")
+        ),
         base64.urlsafe_b64encode(b"user:" + raw).decode(),
     ]
 
 
 words = st.text(st.characters(blacklist_categories=("Cs",)), min_size=0, max_size=60)
-secrets = st.text(st.sampled_from(string.ascii_letters + string.digits + "-_/+=%&?#:.,;!$\"'\\@~üß"), min_size=9, max_size=40).filter(
-    lambda text: text.strip("*-= ")
-)
+secrets = st.text(
+    st.sampled_from(string.ascii_letters + string.digits + "-_/+=%&?#:.,;!$\"'\\@~üß"),
+    min_size=9,
+    max_size=40,
+).filter(lambda text: text.strip("*-= "))
 anything = st.one_of(
     words,
     st.text(),
     st.lists(
         st.sampled_from(
-            [*"/:@%=.-_<>\"'\\ \n", "quentinx", "root", SECRET, "token", "https://", "10.0.0.5", MASK, "<user>", "%2F", "\x1b[", "/root", "PRIVATE KEY-----"]
+            [
+                *"/:@%=.-_<>\"'\\ \n",
+                "quentinx",
+                "root",
+                SECRET,
+                "token",
+                "https://",
+                "10.0.0.5",
+                MASK,
+                "<user>",
+                "%2F",
+                "\x1b[",
+                "/root",
+                "PRIVATE KEY-----",
+            ]
         )
     ).map("".join),
 )
@@ -140,7 +211,9 @@ def test_any_bytes_are_masked_or_refused(content: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(secrets, words, words, st.integers(0, 20))
-def test_secret_at_any_place_and_in_any_spelling_is_gone(secret: str, before: str, after: str, number: int) -> None:
+def test_secret_at_any_place_and_in_any_spelling_is_gone(
+    secret: str, before: str, after: str, number: int
+) -> None:
     forms = spellings(secret)
     text = before + forms[number % len(forms)] + after
     # Where the surroundings themselves hold it, there is nothing to tell.
@@ -160,8 +233,18 @@ def test_user_is_masked_as_a_whole_word_only(before: str, after: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(), st.text(), st.text(), st.text(), st.text())
-def test_any_private_names_can_be_masked(secret: str, user: str, host: str, place: str, text: str) -> None:
-    redactor = Redactor(Private(secrets=(secret,), users=(user,), hosts=(host,), people=(user,), places=((place, "<place>"), (f"/{place}", "~"))))
+def test_any_private_names_can_be_masked(
+    secret: str, user: str, host: str, place: str, text: str
+) -> None:
+    redactor = Redactor(
+        Private(
+            secrets=(secret,),
+            users=(user,),
+            hosts=(host,),
+            people=(user,),
+            places=((place, "<place>"), (f"/{place}", "~")),
+        )
+    )
     masked = redactor.text(f"{text}{user} {secret}\n{host}{place}")
     assert redactor.text(masked) == masked
 
@@ -171,7 +254,12 @@ def test_secrets_of_several_lines_are_masked_whole_and_line_by_line() -> None:
 
 
 def test_values_that_stand_for_no_secret_are_no_secret() -> None:
-    assert Redactor(Private(secrets=("none", "EMPTY", "***", "abc"))).text("CUDA none, EMPTY, *** and abc") == "CUDA none, EMPTY, *** and abc"
+    assert (
+        Redactor(Private(secrets=("none", "EMPTY", "***", "abc"))).text(
+            "CUDA none, EMPTY, *** and abc"
+        )
+        == "CUDA none, EMPTY, *** and abc"
+    )
 
 
 def test_what_is_no_text_is_refused_but_a_hole_left_by_a_power_cut_is_text() -> None:

@@ -16,15 +16,25 @@ from workspace.core.paths import Layout
 BARE = {"PATH": "/usr/bin:/bin", "HOME": "/home/someone"}
 
 
-def load(root: Path, text: str | bytes = "", *, shell: dict[str, str] | None = None, **more) -> settings.Settings:
+def load(
+    root: Path, text: str | bytes = "", *, shell: dict[str, str] | None = None, **more
+) -> settings.Settings:
     (root / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return settings.load(Layout(root), environ={**BARE, **(shell or {})}, **more)
 
 
 def test_flag_beats_shell_beats_dotenv_beats_default(tmp_path: Path) -> None:
     text = "MAX_JOBS=3\nSOURCE=git\nDEVICE=cpu\n"
-    found = load(tmp_path, text, shell={"MAX_JOBS": "2", "SOURCE": "release"}, flags={"MAX_JOBS": "1", "SOURCE": None})
-    assert [(found.text(name), found.source(name)) for name in ("MAX_JOBS", "SOURCE", "DEVICE", "KERNELS")] == [
+    found = load(
+        tmp_path,
+        text,
+        shell={"MAX_JOBS": "2", "SOURCE": "release"},
+        flags={"MAX_JOBS": "1", "SOURCE": None},
+    )
+    assert [
+        (found.text(name), found.source(name))
+        for name in ("MAX_JOBS", "SOURCE", "DEVICE", "KERNELS")
+    ] == [
         ("1", "flag"),
         ("release", "shell"),
         ("cpu", ".env"),
@@ -35,7 +45,12 @@ def test_flag_beats_shell_beats_dotenv_beats_default(tmp_path: Path) -> None:
 def test_shell_variable_that_hides_a_line_of_dotenv_is_said(tmp_path: Path) -> None:
     found = load(tmp_path, 'TORCH_CUDA_ARCH_LIST="12.1a"\n', shell={"TORCH_CUDA_ARCH_LIST": "9.0"})
     assert found.text("TORCH_CUDA_ARCH_LIST") == "9.0"
-    assert found.warnings == ("TORCH_CUDA_ARCH_LIST=9.0 in the shell hides TORCH_CUDA_ARCH_LIST=12.1a in .env; `unset TORCH_CUDA_ARCH_LIST` to use .env's",)
+    assert found.warnings == (
+        (
+            "TORCH_CUDA_ARCH_LIST=9.0 in the shell hides TORCH_CUDA_ARCH_LIST=12.1a in .env; `unset"
+            " TORCH_CUDA_ARCH_LIST` to use .env's"
+        ),
+    )
 
 
 def test_hidden_secret_is_said_without_either_value(tmp_path: Path) -> None:
@@ -45,8 +60,15 @@ def test_hidden_secret_is_said_without_either_value(tmp_path: Path) -> None:
 
 
 def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) -> None:
-    found = load(tmp_path, "MAX_JOB=2\nVLLM_LOGGING_LEVEL=DEBUG\n", also_known=lambda: ["VLLM_LOGGING_LEVEL"])
-    assert found.warnings == (".env, line 1: MAX_JOB is no setting known here; did you mean MAX_JOBS? It is passed on as it is.",)
+    found = load(
+        tmp_path, "MAX_JOB=2\nVLLM_LOGGING_LEVEL=DEBUG\n", also_known=lambda: ["VLLM_LOGGING_LEVEL"]
+    )
+    assert found.warnings == (
+        (
+            ".env, line 1: MAX_JOB is no setting known here; did you mean MAX_JOBS? It is passed on"
+            " as it is."
+        ),
+    )
     assert found.child_environment("run")["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
@@ -61,9 +83,18 @@ def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) ->
         (b"DEVICE=cpu\n12=a\n", ".env, line 2: is not of the form NAME=value"),
         (b"\n\nDEVICE=gpu\n", ".env, line 3: DEVICE: 'gpu' is not one of auto, cuda, cpu"),
         (b"MAX_JOBS=0\n", ".env, line 1: MAX_JOBS: '0' is not a whole number of at least 1"),
-        (b"USE_EXISTING_TORCH=perhaps\n", ".env, line 1: USE_EXISTING_TORCH: 'perhaps' is not 0 or 1"),
-        (b"TORCH_INDEX_URL=ftp://x\n", ".env, line 1: TORCH_INDEX_URL: 'ftp://x' is not an address"),
-        (b"TORCH_CUDA_ARCH_LIST=sm_121\n", ".env, line 1: TORCH_CUDA_ARCH_LIST: 'sm_121' is not architectures"),
+        (
+            b"USE_EXISTING_TORCH=perhaps\n",
+            ".env, line 1: USE_EXISTING_TORCH: 'perhaps' is not 0 or 1",
+        ),
+        (
+            b"TORCH_INDEX_URL=ftp://x\n",
+            ".env, line 1: TORCH_INDEX_URL: 'ftp://x' is not an address",
+        ),
+        (
+            b"TORCH_CUDA_ARCH_LIST=sm_121\n",
+            ".env, line 1: TORCH_CUDA_ARCH_LIST: 'sm_121' is not architectures",
+        ),
     ],
 )
 def test_damaged_dotenv_stops_with_its_line(tmp_path: Path, text: bytes, says: str) -> None:
@@ -91,7 +122,12 @@ def test_bad_shell_value_is_said_to_be_in_the_shell(tmp_path: Path) -> None:
 
 
 @hypothesis_settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.one_of(st.binary(max_size=80), st.text(alphabet="ABMAX_JOS=#'\"\\ \n${}:-\tDEVIC01é", max_size=80).map(str.encode)))
+@given(
+    st.one_of(
+        st.binary(max_size=80),
+        st.text(alphabet="ABMAX_JOS=#'\"\\ \n${}:-\tDEVIC01é", max_size=80).map(str.encode),
+    )
+)
 def test_no_content_of_dotenv_gives_anything_but_settings_or_a_sentence(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -99,7 +135,11 @@ def test_no_content_of_dotenv_gives_anything_but_settings_or_a_sentence(content:
         except SettingsError as exc:
             assert exc.hint
         else:
-            assert all("\0" not in text and "\n" not in found.text(name) for name, text in found.child_environment("run").items() if name in settings.KNOWN)
+            assert all(
+                "\0" not in text and "\n" not in found.text(name)
+                for name, text in found.child_environment("run").items()
+                if name in settings.KNOWN
+            )
 
 
 def test_children_do_not_inherit_another_interpreter_checkout_or_build(tmp_path: Path) -> None:
@@ -112,8 +152,14 @@ def test_children_do_not_inherit_another_interpreter_checkout_or_build(tmp_path:
         "MAKEFLAGS": "-j",
         "VLLM_TARGET_DEVICE": "tpu",
     }
-    kept = {"UV_DEFAULT_INDEX": "https://index.example", "HTTPS_PROXY": "http://proxy.example", "SSL_CERT_FILE": "/c.pem"}
-    found = load(tmp_path, shell={**foreign, **kept, "VIRTUAL_ENV": "/v", "PATH": "/v/bin:/usr/bin"})
+    kept = {
+        "UV_DEFAULT_INDEX": "https://index.example",
+        "HTTPS_PROXY": "http://proxy.example",
+        "SSL_CERT_FILE": "/c.pem",
+    }
+    found = load(
+        tmp_path, shell={**foreign, **kept, "VIRTUAL_ENV": "/v", "PATH": "/v/bin:/usr/bin"}
+    )
     child = found.child_environment("plain")
     assert not {*foreign, "VIRTUAL_ENV"} & child.keys()
     assert kept.items() <= child.items()
@@ -132,7 +178,9 @@ def test_compilers_see_build_settings_but_no_secret(tmp_path: Path) -> None:
 
 
 def test_cuda_home_is_put_first_once_and_nothing_old_is_stored(tmp_path: Path) -> None:
-    found = load(tmp_path, "CUDA_HOME=/usr/local/cuda\n", shell={"PATH": "/usr/bin:/usr/local/cuda/bin"})
+    found = load(
+        tmp_path, "CUDA_HOME=/usr/local/cuda\n", shell={"PATH": "/usr/bin:/usr/local/cuda/bin"}
+    )
     child = found.child_environment("build")
     assert child["PATH"] == "/usr/local/cuda/bin:/usr/bin"
     assert child["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64"
@@ -143,11 +191,19 @@ def test_outer_git_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("GIT_SSL_CAINFO", "kept")
     settings.forget_outer_git()
-    assert [name for name in os.environ if name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_KEY_0", "GIT_SSL_CAINFO")] == ["GIT_SSL_CAINFO"]
+    assert [
+        name
+        for name in os.environ
+        if name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_CONFIG_KEY_0", "GIT_SSL_CAINFO")
+    ] == ["GIT_SSL_CAINFO"]
 
 
-@pytest.mark.parametrize(("cores", "memory_gib", "jobs"), [(20, 119.7, 9), (2, 23.5, 1), (2, 4.0, 1), (144, 4000.0, 144)])
-def test_jobs_at_run_time_fit_into_memory_whatever_they_compile(cores: int, memory_gib: float, jobs: int) -> None:
+@pytest.mark.parametrize(
+    ("cores", "memory_gib", "jobs"), [(20, 119.7, 9), (2, 23.5, 1), (2, 4.0, 1), (144, 4000.0, 144)]
+)
+def test_jobs_at_run_time_fit_into_memory_whatever_they_compile(
+    cores: int, memory_gib: float, jobs: int
+) -> None:
     assert settings.fitting_jobs(cores, memory_gib) == jobs
 
 

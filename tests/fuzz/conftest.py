@@ -1,4 +1,6 @@
-"""Two depths of the same properties: few and always the same examples by default, thousands of random ones with --hypothesis-profile=deep."""
+"""Two depths of the same properties: few and always the same examples by default, thousands of
+random ones with --hypothesis-profile=deep.
+"""
 
 import random
 from collections.abc import Iterator
@@ -17,13 +19,20 @@ settings.register_profile("deep", settings.get_profile("default"))
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # Before Hypothesis's own plugin reads it: a run that finds something can be repeated.
-    if config.getoption("--hypothesis-profile") == "deep" and config.getoption("--hypothesis-seed") is None:
+    if (
+        config.getoption("--hypothesis-profile") == "deep"
+        and config.getoption("--hypothesis-seed") is None
+    ):
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     seed = config.getoption("--hypothesis-seed")
-    return f"seed {seed}; the same examples again: --hypothesis-profile=deep --hypothesis-seed={seed}" if seed is not None else None
+    return (
+        f"seed {seed}; the same examples again: --hypothesis-profile=deep --hypothesis-seed={seed}"
+        if seed is not None
+        else None
+    )
 
 
 @pytest.fixture(scope="package")

@@ -22,21 +22,49 @@ class Door:
         self._out, self._err = folder / "out", folder / "err"
         for file in (self._out, self._err):
             file.touch()
-        argv = [sys.executable, "-Es", "-B", str(Path(__file__).with_name("warm.py")), str(world.root)]
-        self._warm = subprocess.Popen(argv, env=world.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        argv = [
+            sys.executable,
+            "-Es",
+            "-B",
+            str(Path(__file__).with_name("warm.py")),
+            str(world.root),
+        ]
+        self._warm = subprocess.Popen(
+            argv, env=world.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._answer() == "ready"
 
-    def __call__(self, *words: str, env: Mapping[str, str | None] | None = None, cwd: Path | None = None, tty: bool = False, encoding: str = "utf-8") -> Ended:
+    def __call__(
+        self,
+        *words: str,
+        env: Mapping[str, str | None] | None = None,
+        cwd: Path | None = None,
+        tty: bool = False,
+        encoding: str = "utf-8",
+    ) -> Ended:
         """Run to the end. `env` goes on top of the world's; None takes a name out."""
         for file in (self._out, self._err):
             file.write_bytes(b"")
-        surroundings = {name: text for name, text in {**self.world.env, **(env or {})}.items() if text is not None}
-        request = {"words": words, "env": surroundings, "cwd": str(cwd or self.world.folder), "tty": tty, "encoding": encoding}
+        surroundings = {
+            name: text
+            for name, text in {**self.world.env, **(env or {})}.items()
+            if text is not None
+        }
+        request = {
+            "words": words,
+            "env": surroundings,
+            "cwd": str(cwd or self.world.folder),
+            "tty": tty,
+            "encoding": encoding,
+        }
         request |= {"out": str(self._out), "err": str(self._err), "timeout_s": TIMEOUT_S}
         assert self._warm.stdin is not None
         print(json.dumps(request), file=self._warm.stdin, flush=True)
         code = self._answer()
-        out, err = (file.read_bytes().decode(encoding, errors="backslashreplace") for file in (self._out, self._err))
+        out, err = (
+            file.read_bytes().decode(encoding, errors="backslashreplace")
+            for file in (self._out, self._err)
+        )
         assert code != HANGS, f"inv {words} hangs\n{err}"
         return Ended(int(code), out, err)
 
@@ -49,7 +77,9 @@ class Door:
 
 
 def is_decent(ended: Ended, *, secrets: Sequence[str] = ()) -> None:
-    """No traceback, a code of the table, for an error one sentence and a way on; and no secret anywhere."""
+    """No traceback, a code of the table, for an error one sentence and a way on; and no secret
+    anywhere.
+    """
     assert "Traceback (most recent call last)" not in ended.err, ended.said
     assert ended.code in CODES, ended.said
     lines = ended.err.splitlines()
@@ -57,6 +87,8 @@ def is_decent(ended: Ended, *, secrets: Sequence[str] = ()) -> None:
         sentences = [line for line in lines if line.startswith("error: ")]
         assert len(sentences) == 1, ended.said
         assert len(sentences[0]) > len("error: "), ended.said
-        assert any(line.startswith("hint: ") and len(line) > len("hint: ") for line in lines), ended.said
+        assert any(line.startswith("hint: ") and len(line) > len("hint: ") for line in lines), (
+            ended.said
+        )
     for secret in secrets:
         assert secret not in ended.out + ended.err, ended.said

@@ -1,4 +1,6 @@
-"""What may lie where a file should: nothing, another kind of thing, a link that leads nowhere or round and round."""
+"""What may lie where a file should: nothing, another kind of thing, a link that leads nowhere or
+round and round.
+"""
 
 import contextlib
 import os
@@ -11,7 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-NO_FILE = ("nothing", "directory", "fifo", "socket", "dangling link", "loop", "endless device", "link to a directory")
+NO_FILE = (
+    "nothing",
+    "directory",
+    "fifo",
+    "socket",
+    "dangling link",
+    "loop",
+    "endless device",
+    "link to a directory",
+)
 HANGS_AFTER_S = 10
 # More than any test needs, and less than it takes to bring the machine into trouble.
 ADDRESS_SPACE_BYTES = 6 << 30
@@ -30,7 +41,12 @@ def put(path: Path, thing: str | bytes) -> None:
     elif thing == "socket":
         _socket(path)
     elif thing != "nothing":
-        targets = {"dangling link": "nowhere/at/all", "loop": path.name, "endless device": "/dev/zero", "link to a directory": "."}
+        targets = {
+            "dangling link": "nowhere/at/all",
+            "loop": path.name,
+            "endless device": "/dev/zero",
+            "link to a directory": ".",
+        }
         path.symlink_to(targets[thing])
 
 
@@ -46,7 +62,11 @@ def _socket(path: Path) -> None:
     """Bound under a short name first: a socket's address holds 108 bytes only (unix(7))."""
     with tempfile.TemporaryDirectory(prefix="s") as folder, socket.socket(socket.AF_UNIX) as bound:
         bound.bind(f"{folder}/s")
-        shutil.move(f"{folder}/s", path) if os.stat(folder).st_dev != os.stat(path.parent).st_dev else os.rename(f"{folder}/s", path)
+        (
+            shutil.move(f"{folder}/s", path)
+            if os.stat(folder).st_dev != os.stat(path.parent).st_dev
+            else os.rename(f"{folder}/s", path)
+        )
 
 
 @contextlib.contextmanager
@@ -76,7 +96,9 @@ def restored(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_soon() -> Iterator[None]:
-    """Fail where the block hangs, as who opens a fifo does, or takes all memory, as who reads /dev/zero does."""
+    """Fail where the block hangs, as who opens a fifo does, or takes all memory, as who reads
+    /dev/zero does.
+    """
 
     def hang(_: int, __: FrameType | None) -> None:
         raise AssertionError(f"no end within {HANGS_AFTER_S} s")

@@ -1,4 +1,6 @@
-"""Damage: what may be wrong with a text, a document, a word or a value, from an editor's slip to malice."""
+"""Damage: what may be wrong with a text, a document, a word or a value, from an editor's slip to
+malice.
+"""
 
 import json
 from collections.abc import Callable
@@ -8,22 +10,107 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 HUGE = "9" * 4400
-# Each has broken a program that reads text: line ends, marks, controls, look-alikes, escapes, numbers beyond every type.
-_MARKS = ("", " ", "\t", "\n", "\r", "\r\n", "\0", "\ufeff", "\x0b", "\x0c", "\x1b[31m", "\x85", "\u2028", "\u202e", "\u200b", "\xa0")
-_LETTERS = ("é", "e\u0301", "а", "Ａ", "١", "²", "#", "'", '"', "\\", "\\n", "=", "==", "%s", "{0}", "[/red]", "export ", ";", ",")
+# Each has broken a program that reads text: line ends, marks, controls, look-alikes, escapes,
+# numbers beyond every type.
+_MARKS = (
+    "",
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    "\r\n",
+    "\0",
+    "\ufeff",
+    "\x0b",
+    "\x0c",
+    "\x1b[31m",
+    "\x85",
+    "\u2028",
+    "\u202e",
+    "\u200b",
+    "\xa0",
+)
+_LETTERS = (
+    "é",
+    "e\u0301",
+    "а",
+    "Ａ",
+    "١",
+    "²",
+    "#",
+    "'",
+    '"',
+    "\\",
+    "\\n",
+    "=",
+    "==",
+    "%s",
+    "{0}",
+    "[/red]",
+    "export ",
+    ";",
+    ",",
+)
 _EXPANDED = ("${", "${HOME}", "${HF_TOKEN}", "${MAX_JOBS:-7}", "$(id)", "`id`")
-_NUMBERS = ("-", "--", "-1", "0", "00", "1", "1.5", "1e400", "nan", "inf", "0x10", "1_000", "+3", "2147483", "99999999", HUGE)
-_PATHS = ("/", "//", "..", "../..", "/dev/null", "/dev/zero", "~", "~nobody-of-this-name/x", "a" * 300, "/" + "a" * 4200, ".", ".patch", "x.lock")
-_FORMS = ("1" * 39, "1" * 40, "1" * 41, "A" * 40, "g" * 40, "0" * 64, f"# base: {'1' * 40}", "true", "None", "[]", "{}", "[vllm]", "[[vllm]]")
+_NUMBERS = (
+    "-",
+    "--",
+    "-1",
+    "0",
+    "00",
+    "1",
+    "1.5",
+    "1e400",
+    "nan",
+    "inf",
+    "0x10",
+    "1_000",
+    "+3",
+    "2147483",
+    "99999999",
+    HUGE,
+)
+_PATHS = (
+    "/",
+    "//",
+    "..",
+    "../..",
+    "/dev/null",
+    "/dev/zero",
+    "~",
+    "~nobody-of-this-name/x",
+    "a" * 300,
+    "/" + "a" * 4200,
+    ".",
+    ".patch",
+    "x.lock",
+)
+_FORMS = (
+    "1" * 39,
+    "1" * 40,
+    "1" * 41,
+    "A" * 40,
+    "g" * 40,
+    "0" * 64,
+    f"# base: {'1' * 40}",
+    "true",
+    "None",
+    "[]",
+    "{}",
+    "[vllm]",
+    "[[vllm]]",
+)
 _ADDRESSES = ("https://me:hunter2@host/x", "file:///", "ftp://x")
 TOKENS = (*_MARKS, *_LETTERS, *_EXPANDED, *_NUMBERS, *_PATHS, *_FORMS, *_ADDRESSES)
 tokens = st.sampled_from(TOKENS)
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 words = tokens | texts
 # As the shell hands them over: any bytes but zero.
-arguments = (words | st.binary(max_size=12).map(lambda raw: raw.decode(errors="surrogateescape")) | st.just("\udcff\udcfe")).map(
-    lambda text: text.replace("\0", "")
-)
+arguments = (
+    words
+    | st.binary(max_size=12).map(lambda raw: raw.decode(errors="surrogateescape"))
+    | st.just("\udcff\udcfe")
+).map(lambda text: text.replace("\0", ""))
 
 
 def is_deep() -> bool:
@@ -31,14 +118,20 @@ def is_deep() -> bool:
 
 
 def fuzz(*, fast: int, deep: int) -> Callable[..., Any]:
-    """How many examples: by default few and the same ones each time, in the deep profile many and others each time."""
+    """How many examples: by default few and the same ones each time, in the deep profile many and
+    others each time.
+    """
     return settings(
         max_examples=deep if is_deep() else fast,
         derandomize=not is_deep(),
         database=None,
         deadline=None,
         # A fixture is made once for all examples here; each example puts back what it changed.
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+        ],
     )
 
 
@@ -61,12 +154,18 @@ def damaged(draw: st.DrawFn, original: str) -> bytes:
 
 @st.composite
 def _slip(draw: st.DrawFn, lines: list[str]) -> list[str]:
-    """One line gone, twice, elsewhere, cut, or with something foreign in it, before it or in the place of a part of it."""
+    """One line gone, twice, elsewhere, cut, or with something foreign in it, before it or in the
+    place of a part of it.
+    """
     if not lines:
         return [draw(words)]
     at = draw(st.integers(0, len(lines) - 1))
     line, lines = lines[at], list(lines)
-    manner = draw(st.sampled_from(("gone", "twice", "swapped", "cut", "inserted", "before", "value", "value", "word")))
+    manner = draw(
+        st.sampled_from(
+            ("gone", "twice", "swapped", "cut", "inserted", "before", "value", "value", "word")
+        )
+    )
     if manner == "gone":
         del lines[at]
     elif manner == "twice":
@@ -93,7 +192,10 @@ def _slip(draw: st.DrawFn, lines: list[str]) -> list[str]:
 
 NUMBERS = (0, 1, -1, 2**63, 10**400, 1.5, float("nan"), float("inf"), True, False)
 values = st.recursive(
-    st.none() | st.sampled_from(NUMBERS) | words | st.sampled_from(("\ud800", "a\0b", "../../etc/passwd", "/etc/passwd")),
+    st.none()
+    | st.sampled_from(NUMBERS)
+    | words
+    | st.sampled_from(("\ud800", "a\0b", "../../etc/passwd", "/etc/passwd")),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
     max_leaves=4,
 )
@@ -103,7 +205,9 @@ DEEP = ("[" * 3000, '{"a":' * 1500, "[" * 1500 + "]" * 1500)
 
 @st.composite
 def damaged_document(draw: st.DrawFn, original: object) -> bytes:
-    """A JSON document in which one or two parts are gone or of another type; seldom damaged as a text, or nested beyond all reason."""
+    """A JSON document in which one or two parts are gone or of another type; seldom damaged as a
+    text, or nested beyond all reason.
+    """
     if draw(st.integers(0, 9)) == 0:
         return draw(st.sampled_from(DEEP)).encode()
     text = json.dumps(original, indent=1)
@@ -124,7 +228,13 @@ def damaged_document(draw: st.DrawFn, original: object) -> bytes:
 
 
 def _places(document: Any) -> Any:
-    items = list(document.items()) if isinstance(document, dict) else list(enumerate(document)) if isinstance(document, list) else []
+    items = (
+        list(document.items())
+        if isinstance(document, dict)
+        else list(enumerate(document))
+        if isinstance(document, list)
+        else []
+    )
     for key, part in items:
         yield document, key
         yield from _places(part)

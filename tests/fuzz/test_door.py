@@ -1,4 +1,6 @@
-"""The door of `inv` with any words, any surroundings and anything in the place of its files: a code of the table, a sentence, a way on."""
+"""The door of `inv` with any words, any surroundings and anything in the place of its files: a code
+of the table, a sentence, a way on.
+"""
 
 import json
 import os
@@ -21,32 +23,135 @@ from workspace.core.errors import SettingsError, WorkspaceError
 from workspace.core.paths import Layout
 
 SECRET = "hf_swordfish42"
-FLAGS = ("--device", "--source", "--kernels", "--jobs", "--wait", "--json", "-d", "-k", "-w", "--no-wait", "--help", "--list", "-l", "--version")
-CORE = ("--complete", "--debug", "--list-depth", "--list-format", "--print-completion-script", "--write-pyc", "--search-root", "--dry", "--config", "--", "-")
+FLAGS = (
+    "--device",
+    "--source",
+    "--kernels",
+    "--jobs",
+    "--wait",
+    "--json",
+    "-d",
+    "-k",
+    "-w",
+    "--no-wait",
+    "--help",
+    "--list",
+    "-l",
+    "--version",
+)
+CORE = (
+    "--complete",
+    "--debug",
+    "--list-depth",
+    "--list-format",
+    "--print-completion-script",
+    "--write-pyc",
+    "--search-root",
+    "--dry",
+    "--config",
+    "--",
+    "-",
+)
 MORE_FLAGS = (
-    *("--memory", "--target", "--clean", "--plan", "--offline", "--check", "--branch", "--patch", "--project", "--skip", "--abort", "--allow-recent", "--good"),
-    *("--origin", "--ref", "--replace", "--from-source", "--factor", "--across", "--lines", "--follow", "-m", "-t", "-p"),
+    *(
+        "--memory",
+        "--target",
+        "--clean",
+        "--plan",
+        "--offline",
+        "--check",
+        "--branch",
+        "--patch",
+        "--project",
+        "--skip",
+        "--abort",
+        "--allow-recent",
+        "--good",
+    ),
+    *(
+        "--origin",
+        "--ref",
+        "--replace",
+        "--from-source",
+        "--factor",
+        "--across",
+        "--lines",
+        "--follow",
+        "-m",
+        "-t",
+        "-p",
+    ),
 )
 VERBS = (
-    *("bootstrap", "rebuild", "fix-triton", "wheel", "status", "statu", "pin.show", "pin.forecast", "pin.bump", "pin.rollback"),
-    # Not run, shell, drop-caches, env.init, serve itself: they become what the words say, or change machine and .env.
-    *("env.check", "env.export", "env", "serve.list", "serve.fetch", "serve.status", "serve.logs", "serve.stop", "bench", "bench.compare", "bench.report"),
-    *("patch.status", "patch.apply", "patch.unapply", "patch.export", "patch.import", "patch.continue"),
+    *(
+        "bootstrap",
+        "rebuild",
+        "fix-triton",
+        "wheel",
+        "status",
+        "statu",
+        "pin.show",
+        "pin.forecast",
+        "pin.bump",
+        "pin.rollback",
+    ),
+    # Not run, shell, drop-caches, env.init, serve itself: they become what the words say, or change
+    # machine and .env.
+    *(
+        "env.check",
+        "env.export",
+        "env",
+        "serve.list",
+        "serve.fetch",
+        "serve.status",
+        "serve.logs",
+        "serve.stop",
+        "bench",
+        "bench.compare",
+        "bench.report",
+    ),
+    *(
+        "patch.status",
+        "patch.apply",
+        "patch.unapply",
+        "patch.export",
+        "patch.import",
+        "patch.continue",
+    ),
 )
 pieces = st.sampled_from((*VERBS, *FLAGS, *MORE_FLAGS, *CORE)) | arguments
 joined = st.tuples(st.sampled_from((*FLAGS, *MORE_FLAGS, *CORE)), arguments).map("=".join)
 rebuilds = st.lists(
-    st.sampled_from(("--clean", "--plan", "--json")) | st.tuples(st.sampled_from(("--jobs", "--memory", "--target", "--kernels")), arguments).map("=".join),
+    st.sampled_from(("--clean", "--plan", "--json"))
+    | st.tuples(st.sampled_from(("--jobs", "--memory", "--target", "--kernels")), arguments).map(
+        "=".join
+    ),
     max_size=3,
 ).map(lambda flags: ("rebuild", *flags))
 fixes = st.lists(
-    st.sampled_from(("--from-source", "--check", "--wait")) | st.tuples(st.sampled_from(("--ref", "--jobs")), arguments).map("=".join), max_size=3
+    st.sampled_from(("--from-source", "--check", "--wait"))
+    | st.tuples(st.sampled_from(("--ref", "--jobs")), arguments).map("=".join),
+    max_size=3,
 ).map(lambda flags: ("fix-triton", *flags))
 command_lines = st.lists(pieces | joined, max_size=4).map(tuple)
-bootstraps = st.lists(st.sampled_from(("--wait",)) | st.tuples(st.sampled_from(FLAGS[:4]), arguments).map("=".join), max_size=3).map(
-    lambda flags: ("bootstrap", *flags)
+bootstraps = st.lists(
+    st.sampled_from(("--wait",)) | st.tuples(st.sampled_from(FLAGS[:4]), arguments).map("=".join),
+    max_size=3,
+).map(lambda flags: ("bootstrap", *flags))
+NAMES = (
+    *settings.KNOWN,
+    "HOME",
+    "TERM",
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
+    "UV_DEFAULT_INDEX",
 )
-NAMES = (*settings.KNOWN, "HOME", "TERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "UV_DEFAULT_INDEX")
 ODD = (
     "VIRTUAL_ENV",
     "PYTHONPATH",
@@ -139,7 +244,8 @@ def test_doctor_in_any_surroundings(fresh: Door, env: dict[str, str | None]) -> 
     st.fixed_dictionaries(
         {},
         optional={
-            name: st.sampled_from(("0", "-1", "1", "x", "", "dumb", "xterm", "100", HUGE)) for name in ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR")
+            name: st.sampled_from(("0", "-1", "1", "x", "", "dumb", "xterm", "100", HUGE))
+            for name in ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR")
         },
     ),
     st.sampled_from((("status",), ("bootstrap",), ("bootstrap", "--jobs=[/red]"))),
@@ -158,7 +264,12 @@ def test_any_terminal(fresh: Door, env: dict[str, str], line: tuple[str, ...]) -
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_what_the_encoding_of_the_terminal_lacks_is_no_failure(fresh: Door, encoding: str) -> None:
-    for line in (("gr\udcffn",), ("bootstrap", "--kernels=größe\udcff×.whl"), ("status",), ("--list",)):
+    for line in (
+        ("gr\udcffn",),
+        ("bootstrap", "--kernels=größe\udcff×.whl"),
+        ("status",),
+        ("--list",),
+    ):
         is_decent(fresh(*line, encoding=encoding))
 
 
@@ -172,7 +283,16 @@ def test_any_dotenv(fresh: Door, content: bytes, line: tuple[str, ...]) -> None:
         is_decent(fresh(*line, env={"HF_TOKEN": SECRET}), secrets=[SECRET])
 
 
-RECORD = {"schema": 1, "time": "2026-10-20T10:00:00+00:00", "verdict": "pass", "tree": "a" * 40, "dirty": None, "pin": "v0.31.0", "checks": [], "seconds": 1.5}
+RECORD = {
+    "schema": 1,
+    "time": "2026-10-20T10:00:00+00:00",
+    "verdict": "pass",
+    "tree": "a" * 40,
+    "dirty": None,
+    "pin": "v0.31.0",
+    "checks": [],
+    "seconds": 1.5,
+}
 
 
 @fuzz(fast=20, deep=1500)
@@ -203,7 +323,18 @@ def test_any_content_of_a_lock_that_is_held(fresh: Door, content: bytes) -> None
     assert ended.code == 12
 
 
-LEFT = (".env", "vendor", "vendor/pins.toml", "vendor/vllm", "patches", "patches/vllm", "patches/vllm/series", ".vllm", ".workspace", ".workspace/lock")
+LEFT = (
+    ".env",
+    "vendor",
+    "vendor/pins.toml",
+    "vendor/vllm",
+    "patches",
+    "patches/vllm",
+    "patches/vllm/series",
+    ".vllm",
+    ".workspace",
+    ".workspace/lock",
+)
 STATE = (
     ".workspace/logs",
     ".workspace/smoke.json",
@@ -216,7 +347,11 @@ STATE = (
 )
 
 
-THINGS = (*places.NO_FILE, b"", b"\0\xff") if is_deep() else ("directory", "fifo", "dangling link", "loop", b"\0\xff")
+THINGS = (
+    (*places.NO_FILE, b"", b"\0\xff")
+    if is_deep()
+    else ("directory", "fifo", "dangling link", "loop", b"\0\xff")
+)
 
 
 @pytest.mark.parametrize("name", [*LEFT, *STATE])
@@ -235,7 +370,14 @@ def test_anything_in_the_place_of_a_file_or_folder(fresh: Door, name: str) -> No
 @pytest.mark.parametrize("name", ["", "lock", "logs"])
 def test_bootstrap_whose_state_has_no_place_says_so(fresh: Door, name: str) -> None:
     path = fresh.world.layout.state / name
-    for thing in (*(thing for thing in places.NO_FILE if thing not in ("nothing", "directory", "link to a directory")), b""):
+    for thing in (
+        *(
+            thing
+            for thing in places.NO_FILE
+            if thing not in ("nothing", "directory", "link to a directory")
+        ),
+        b"",
+    ):
         if name == "lock" and thing == b"":
             continue
         with places.replaced(path, thing) if name else blocked(fresh):
@@ -244,7 +386,9 @@ def test_bootstrap_whose_state_has_no_place_says_so(fresh: Door, name: str) -> N
         assert ended.code != 0
 
 
-def test_clone_in_a_folder_whose_name_is_no_text_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+def test_clone_in_a_folder_whose_name_is_no_text_is_refused_before_anything_is_done(
+    tmp_path: Path,
+) -> None:
     for name in (b"caf\xe9", b"two\nlines"):
         with pytest.raises(WorkspaceError) as caught:
             load_settings(Layout(tmp_path / os.fsdecode(name)))
@@ -252,7 +396,9 @@ def test_clone_in_a_folder_whose_name_is_no_text_is_refused_before_anything_is_d
         assert "\n" not in caught.value.message
 
 
-def test_user_whom_the_machine_does_not_know_and_who_has_no_home_is_told_what_to_set(tmp_path: Path) -> None:
+def test_user_whom_the_machine_does_not_know_and_who_has_no_home_is_told_what_to_set(
+    tmp_path: Path,
+) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     child = os.fork()
@@ -268,8 +414,12 @@ def test_user_whom_the_machine_does_not_know_and_who_has_no_home_is_told_what_to
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("thing", [b"", "dangling link", "loop"] if is_deep() else ["dangling link"])
-def test_logs_that_cannot_be_written_end_the_verb_before_its_first_command(whole: Door, thing: str | bytes) -> None:
+@pytest.mark.parametrize(
+    "thing", [b"", "dangling link", "loop"] if is_deep() else ["dangling link"]
+)
+def test_logs_that_cannot_be_written_end_the_verb_before_its_first_command(
+    whole: Door, thing: str | bytes
+) -> None:
     whole.world.layout.stamp("vllm").unlink()
     places.clear(whole.world.layout.logs)
     places.put(whole.world.layout.logs, thing)
@@ -284,7 +434,9 @@ DAMAGED = ("vllm", "environment")
 
 @fuzz(fast=5, deep=400)
 @given(st.data())
-def test_any_stamp_of_a_built_clone_is_fresh_only_if_it_says_the_same(whole: Door, data: st.DataObject) -> None:
+def test_any_stamp_of_a_built_clone_is_fresh_only_if_it_says_the_same(
+    whole: Door, data: st.DataObject
+) -> None:
     name = data.draw(st.sampled_from(DAMAGED))
     path = whole.world.layout.stamp(name)
     original = json.loads(path.read_bytes())
@@ -297,24 +449,41 @@ def test_any_stamp_of_a_built_clone_is_fresh_only_if_it_says_the_same(whole: Doo
         layers = ("environment",) if name == "environment" else ("kernels", "install")
         if all(states[layer] == "ok" for layer in layers):
             inputs = json.loads(content)["inputs"]
-            assert all(inputs.get(key) == text for key, text in original["inputs"].items()), "a damaged stamp passes for fresh"
+            assert all(inputs.get(key) == text for key, text in original["inputs"].items()), (
+                "a damaged stamp passes for fresh"
+            )
 
 
 READ = (".workspace/expected-trees/vllm.json", ".vllm/lib/python3.*/site-packages/torch/version.py")
 
 
-def test_whatever_lies_in_the_place_of_what_status_reads_of_a_built_clone_never_hangs(whole: Door) -> None:
+def test_whatever_lies_in_the_place_of_what_status_reads_of_a_built_clone_never_hangs(
+    whole: Door,
+) -> None:
     for pattern in READ:
         path = next(whole.world.root.glob(pattern))
-        for thing in (*places.NO_FILE, b"\xff\0", *map(str.encode, DEEP)) if is_deep() else ("fifo", b"\xff\0", DEEP[0].encode()):
+        for thing in (
+            (*places.NO_FILE, b"\xff\0", *map(str.encode, DEEP))
+            if is_deep()
+            else ("fifo", b"\xff\0", DEEP[0].encode())
+        ):
             with places.replaced(path, thing):
                 is_decent(whole("status"))
 
 
-INSIDE = ("vendor/vllm/.git/index", "vendor/vllm/.git/HEAD", "vendor/vllm/.git/config", "vendor/vllm/setup.py", "vendor/vllm/requirements", ".vllm/pyvenv.cfg")
+INSIDE = (
+    "vendor/vllm/.git/index",
+    "vendor/vllm/.git/HEAD",
+    "vendor/vllm/.git/config",
+    "vendor/vllm/setup.py",
+    "vendor/vllm/requirements",
+    ".vllm/pyvenv.cfg",
+)
 
 
-def test_files_inside_a_built_clone_that_a_power_cut_emptied_or_filled_with_noise(whole: Door) -> None:
+def test_files_inside_a_built_clone_that_a_power_cut_emptied_or_filled_with_noise(
+    whole: Door,
+) -> None:
     for name in INSIDE:
         for content in (b"", b"\xff\0", "directory") if is_deep() else (b"",):
             with places.replaced(whole.world.root / name, content):
@@ -340,7 +509,23 @@ def test_any_patch_and_series_on_a_built_clone(whole: Door, data: st.DataObject)
         ([b"bootstrap", b"--kernels="], {"PATH": None, "HOME": None}),
     ],
 )
-def test_a_real_process_with_bytes_that_are_no_text(fresh: Door, words: list[bytes], env: dict[str, str | None]) -> None:
-    surrounding = {name: text for name, text in {**fresh.world.env, **env}.items() if text is not None}
-    done = subprocess.run([*map(os.fsencode, fresh.world.argv()), *words], env=surrounding, capture_output=True, check=False, timeout=20)
-    is_decent(Ended(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")))
+def test_a_real_process_with_bytes_that_are_no_text(
+    fresh: Door, words: list[bytes], env: dict[str, str | None]
+) -> None:
+    surrounding = {
+        name: text for name, text in {**fresh.world.env, **env}.items() if text is not None
+    }
+    done = subprocess.run(
+        [*map(os.fsencode, fresh.world.argv()), *words],
+        env=surrounding,
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    is_decent(
+        Ended(
+            done.returncode,
+            done.stdout.decode(errors="replace"),
+            done.stderr.decode(errors="replace"),
+        )
+    )

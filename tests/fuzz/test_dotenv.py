@@ -1,4 +1,6 @@
-"""Settings from any .env, any shell and any flag: usable ones, or one sentence that says where and what."""
+"""Settings from any .env, any shell and any flag: usable ones, or one sentence that says where and
+what.
+"""
 
 import os
 import tempfile
@@ -19,13 +21,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_swordfish42"
 SHELL = {"PATH": "/usr/bin:/bin", "HOME": "/home/someone", "HF_TOKEN": SECRET}
 # Every setting once, with its default or something in its place.
-ORIGINAL = "".join(f"{line.lstrip('#')}\n" for line in (ROOT / ".env.example").read_text().splitlines() if "=" in line) + (
-    f"HF_TOKEN={SECRET}\nMAX_JOBS=4\nCUDA_HOME=~/cuda\nTORCH_INDEX_URL=https://me:hunter2@index.example/simple\nVLLM_LOGGING_LEVEL=DEBUG\n"
+ORIGINAL = (
+    "".join(
+        f"{line.lstrip('#')}\n"
+        for line in (ROOT / ".env.example").read_text().splitlines()
+        if "=" in line
+    )
+    + f"HF_TOKEN={SECRET}\nMAX_JOBS=4\nCUDA_HOME=~/cuda\nTORCH_INDEX_URL=https://me:hunter2@index.example/simple\nVLLM_LOGGING_LEVEL=DEBUG\n"
 )
 
 
-def load(content: bytes, shell: Mapping[str, str] = SHELL, flags: Mapping[str, str] | None = None) -> settings.Settings | None:
-    """Settings, or None after proof that the refusal is one sentence with a way on and without the secret."""
+def load(
+    content: bytes, shell: Mapping[str, str] = SHELL, flags: Mapping[str, str] | None = None
+) -> settings.Settings | None:
+    """Settings, or None after proof that the refusal is one sentence with a way on and without the
+    secret.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / ".env").write_bytes(content)
         try:
@@ -76,11 +87,23 @@ def test_any_dotenv_gives_usable_settings_or_a_sentence(content: bytes) -> None:
         are_usable(found)
         again = load(content)
         assert again is not None
-        assert (again.values, again.passed, again.warnings) == (found.values, found.passed, found.warnings)
+        assert (again.values, again.passed, again.warnings) == (
+            found.values,
+            found.passed,
+            found.warnings,
+        )
 
 
 @fuzz(fast=80, deep=6000)
-@given(st.dictionaries(st.sampled_from(sorted({*settings.KNOWN, "HOME", "XDG_CACHE_HOME", "VIRTUAL_ENV", "PIP_INDEX_URL"})), arguments, max_size=3))
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            sorted({*settings.KNOWN, "HOME", "XDG_CACHE_HOME", "VIRTUAL_ENV", "PIP_INDEX_URL"})
+        ),
+        arguments,
+        max_size=3,
+    )
+)
 @example({"MAX_JOBS": HUGE})
 @example({"TRITON_PTXAS_PATH": "~nobody-of-this-name/ptxas"})
 @example({"WORKSPACE_CACHE_DIR": "~nobody-of-this-name"})
@@ -91,30 +114,48 @@ def test_any_shell_gives_usable_settings_or_a_sentence(shell: dict[str, str]) ->
         found = load(content, SHELL | shell)
         if found is not None:
             are_usable(found)
-            assert all(found.text(name) == text for name, text in shell.items() if name in settings.KNOWN)
+            assert all(
+                found.text(name) == text for name, text in shell.items() if name in settings.KNOWN
+            )
 
 
 @fuzz(fast=40, deep=3000)
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("DEVICE", "SOURCE", "KERNELS", "MAX_JOBS"), arguments)))
+@given(
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("DEVICE", "SOURCE", "KERNELS", "MAX_JOBS"), arguments)
+    )
+)
 @example({"DEVICE": SECRET})
 def test_any_flag_gives_usable_settings_or_a_sentence_that_names_it(flags: dict[str, str]) -> None:
     found = load(f"HF_TOKEN={SECRET}\n".encode(), SHELL, flags)
     if found is not None:
         are_usable(found)
-        assert all(found.text(name) == text and found.source(name) == "flag" for name, text in flags.items())
+        assert all(
+            found.text(name) == text and found.source(name) == "flag"
+            for name, text in flags.items()
+        )
 
 
 @fuzz(fast=40, deep=3000)
 @given(st.dictionaries(st.sampled_from(sorted(settings.KNOWN)), words, max_size=6))
 def test_accepted_values_written_back_are_the_same(given_values: dict[str, str]) -> None:
     bare = {name: text for name, text in SHELL.items() if name not in settings.KNOWN}
-    found = load(b"", bare | {name: text for name, text in given_values.items() if "\0" not in text})
-    if found is None or any("${" in value.text or "\r" in value.text for value in found.values.values()):
+    found = load(
+        b"", bare | {name: text for name, text in given_values.items() if "\0" not in text}
+    )
+    if found is None or any(
+        "${" in value.text or "\r" in value.text for value in found.values.values()
+    ):
         return
-    quoted = {name: value.text.replace("\\", "\\\\").replace("'", "\\'") for name, value in found.values.items()}
+    quoted = {
+        name: value.text.replace("\\", "\\\\").replace("'", "\\'")
+        for name, value in found.values.items()
+    }
     written = load("".join(f"{name}='{text}'\n" for name, text in quoted.items()).encode(), bare)
     assert written is not None
-    assert {name: value.text for name, value in written.values.items()} == {name: value.text for name, value in found.values.items()}
+    assert {name: value.text for name, value in written.values.items()} == {
+        name: value.text for name, value in found.values.items()
+    }
 
 
 @pytest.mark.parametrize("thing", places.NO_FILE)

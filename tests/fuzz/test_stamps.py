@@ -16,10 +16,18 @@ from workspace.core import files
 from workspace.install import stamp
 
 WHOLE = stamp.Stamp(
-    inputs={"origin": "precompiled vllm.whl " + "a" * 64, "device": "cpu", "torch": "2.13.0+cpu CUDA none", "place": "/home/someone/vllm"},
+    inputs={
+        "origin": "precompiled vllm.whl " + "a" * 64,
+        "device": "cpu",
+        "torch": "2.13.0+cpu CUDA none",
+        "place": "/home/someone/vllm",
+    },
     outcome={"version": "0.31.0+cpu", "tree": "b" * 40},
     packages={"torch": "2.13.0+cpu"},
-    libraries=(stamp.Library("vllm/_C.abi3.so", 4096, "c" * 64), stamp.Library("vllm/vllm-rs", 8, "d" * 64)),
+    libraries=(
+        stamp.Library("vllm/_C.abi3.so", 4096, "c" * 64),
+        stamp.Library("vllm/vllm-rs", 8, "d" * 64),
+    ),
 )
 DOCUMENT = {"schema": stamp.SCHEMA, **asdict(WHOLE)}
 
@@ -53,25 +61,36 @@ def test_any_stamp_is_of_its_form_or_is_none(tmp_path: Path, content: bytes) -> 
     if found is None:
         return
     for mapping in (found.inputs, found.outcome, found.packages):
-        assert all(isinstance(text, str) and text.encode() is not None for pair in mapping.items() for text in pair)
+        assert all(
+            isinstance(text, str) and text.encode() is not None
+            for pair in mapping.items()
+            for text in pair
+        )
     for library in found.libraries:
         assert type(library.size) is int
         assert library.size >= 0
         assert re.fullmatch("[0-9a-f]{64}", library.sha256)
         assert not PurePosixPath(library.path).is_absolute()
         assert ".." not in PurePosixPath(library.path).parts
-        # Any length goes as far as the kernel, which refuses it as a sentence; a zero byte would not get there.
+        # Any length goes as far as the kernel, which refuses it as a sentence; a zero byte would
+        # not get there.
         with contextlib.suppress(OSError):
             (tmp_path / library.path).stat()
     record = json.loads(content)
-    assert (dict(found.inputs), dict(found.outcome), dict(found.packages)) == (record["inputs"], record["outcome"], record["packages"])
+    assert (dict(found.inputs), dict(found.outcome), dict(found.packages)) == (
+        record["inputs"],
+        record["outcome"],
+        record["packages"],
+    )
     stamp.write(path, found)
     assert stamp.read(path) == found
 
 
 @fuzz(fast=40, deep=2000)
 @given(st.integers(min_value=0), st.booleans())
-def test_a_stamp_cut_anywhere_or_full_of_zeros_from_there_is_none(tmp_path: Path, place: int, is_zeroed: bool) -> None:
+def test_a_stamp_cut_anywhere_or_full_of_zeros_from_there_is_none(
+    tmp_path: Path, place: int, is_zeroed: bool
+) -> None:
     content = json.dumps(DOCUMENT, indent=1).encode()
     at = place % len(content)
     (tmp_path / "vllm.json").write_bytes(content[:at] + bytes(len(content) - at) * is_zeroed)

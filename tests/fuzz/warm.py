@@ -1,7 +1,9 @@
-"""A warm `inv`: one process that has the clone's door loaded and forks a child for each command line.
+"""A warm `inv`: one process that has the clone's door loaded and forks a child for each command
+line.
 
-What a child does is what a fresh `inv` does, on real descriptors, with its own environment, and without the 0.3 s of imports.
-Run as `python -Es -B warm.py CLONE`; requests and answers are one JSON document a line. Imports nothing of the tests.
+What a child does is what a fresh `inv` does, on real descriptors, with its own environment, and
+without the 0.3 s of imports. Run as `python -Es -B warm.py CLONE`; requests and answers are one
+JSON document a line. Imports nothing of the tests.
 """
 
 import importlib
@@ -27,7 +29,8 @@ LATE = (
     "rich.console",
     "rich.text",
 )
-# tasks.py takes this for the sign that scripts/inv has run already, and so does not become scripts/inv here.
+# tasks.py takes this for the sign that scripts/inv has run already, and so does not become
+# scripts/inv here.
 HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
 HANGS = "hangs"
 # Who reads an endless device is to fail, not to take the machine down.
@@ -75,7 +78,17 @@ def _be_inv(request: dict[str, object]) -> None:
         os.chdir(str(request["cwd"]))
         sys.argv = [str(Path(sys.path[0]) / "tasks.py"), *request["words"]]
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
-            setattr(sys, name, open(descriptor, "w", encoding=str(request["encoding"]), errors="strict", closefd=False))  # noqa: SIM115
+            setattr(
+                sys,
+                name,
+                open(  # noqa: SIM115
+                    descriptor,
+                    "w",
+                    encoding=str(request["encoding"]),
+                    errors="strict",
+                    closefd=False,
+                ),
+            )
         code = sys.modules["tasks"]._main()
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 1

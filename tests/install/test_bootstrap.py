@@ -1,4 +1,6 @@
-"""A whole bootstrap, from an empty clone to a stamped and verified vLLM, and what a second one does: nothing."""
+"""A whole bootstrap, from an empty clone to a stamped and verified vLLM, and what a second one
+does: nothing.
+"""
 
 import json
 import stat
@@ -14,25 +16,45 @@ def libraries() -> set[str]:
     return {f"vllm/{name}.abi3.so" for name in LIBRARIES[this_machine()]}
 
 
-def test_bootstrap_from_the_release_archive_ends_with_an_importable_vllm_of_the_tree(built: World) -> None:
+def test_bootstrap_from_the_release_archive_ends_with_an_importable_vllm_of_the_tree(
+    built: World,
+) -> None:
     where = built.python("import vllm; print(vllm.__file__, vllm.__version__)").split()
     assert where == [str(built.layout.vllm / "vllm" / "__init__.py"), f"{VERSION}+cpu"]
-    assert built.python("from vllm.platforms import current_platform as p; print(p.device_type)", cwd=built.layout.vllm) == "cpu"
-    assert {name: state for name, state in built.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
+    assert (
+        built.python(
+            "from vllm.platforms import current_platform as p; print(p.device_type)",
+            cwd=built.layout.vllm,
+        )
+        == "cpu"
+    )
+    assert {name: state for name, state in built.status().items() if name in ROWS} == dict.fromkeys(
+        ROWS, "ok"
+    )
 
 
 def test_libraries_are_the_precompiled_and_python_files_are_the_trees(built: World) -> None:
     taken = {str(path.relative_to(built.layout.vllm)) for path in built.layout.vllm.rglob("*.so")}
     assert taken == libraries()
-    assert "a Python file of the precompiled wheel" not in (built.layout.vllm / "vllm" / "__init__.py").read_text()
+    assert (
+        "a Python file of the precompiled wheel"
+        not in (built.layout.vllm / "vllm" / "__init__.py").read_text()
+    )
     assert built.git("status", "--porcelain") == ""
 
 
-def test_the_checkout_of_the_archive_is_its_tree_and_the_patch_on_it(built: World, materials: Materials) -> None:
+def test_the_checkout_of_the_archive_is_its_tree_and_the_patch_on_it(
+    built: World, materials: Materials
+) -> None:
     assert built.git("rev-parse", "HEAD~1^{tree}") == materials.archive_tree
     assert built.git("diff", "--name-only", "HEAD~1", "HEAD") == "setup.py"
-    assert not (built.layout.vllm / "vllm.egg-info").exists() or "+cpu" in (built.layout.vllm / "vllm.egg-info" / "PKG-INFO").read_text()
-    assert (built.layout.vllm / "build" / "kept.txt").exists(), "a member that .gitignore names was lost"
+    assert (
+        not (built.layout.vllm / "vllm.egg-info").exists()
+        or "+cpu" in (built.layout.vllm / "vllm.egg-info" / "PKG-INFO").read_text()
+    )
+    assert (built.layout.vllm / "build" / "kept.txt").exists(), (
+        "a member that .gitignore names was lost"
+    )
 
 
 def test_stamps_lie_in_the_environment_and_name_every_library(built: World) -> None:
@@ -48,7 +70,8 @@ def test_dotenv_is_readable_by_its_owner_only(built: World) -> None:
 
 
 def test_second_bootstrap_touches_no_file_asks_nobody_and_leaves_no_log(built: World) -> None:
-    # After a copy no inode is what git's index holds: whoever lets git refresh that index is seen here.
+    # After a copy no inode is what git's index holds: whoever lets git refresh that index is seen
+    # here.
     before = built.listing()
     ended = built.bootstrap()
     assert built.listing() == before
@@ -57,10 +80,15 @@ def test_second_bootstrap_touches_no_file_asks_nobody_and_leaves_no_log(built: W
     assert ended.out == ""
 
 
-def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(world: World, materials: Materials) -> None:
+def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(
+    world: World, materials: Materials
+) -> None:
     world.bootstrap("--source", "git")
     assert world.git("rev-parse", "HEAD~1") == materials.commit
-    assert world.git("config", "--get-regexp", r"remote\..*\.partialclonefilter").split()[1] == "blob:none"
+    assert (
+        world.git("config", "--get-regexp", r"remote\..*\.partialclonefilter").split()[1]
+        == "blob:none"
+    )
     older = git(materials.upstream, "rev-parse", "v0.30.0:setup.py")
     missing = world.git("rev-list", "--objects", "--all", "--missing=print").splitlines()
     assert f"?{older}" in missing, "a file of an older release was fetched"
@@ -68,7 +96,9 @@ def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(world: 
     assert world.python("import vllm; print(vllm.__version__)") == f"{VERSION}+cpu"
 
 
-def test_superproject_does_not_see_the_release_checkout_as_a_moved_submodule(built: World, materials: Materials) -> None:
+def test_superproject_does_not_see_the_release_checkout_as_a_moved_submodule(
+    built: World, materials: Materials
+) -> None:
     git(built.root, "add", "--all")
     assert git(built.root, "ls-files", "-s", "vendor/vllm").split()[1] == materials.commit
     assert git(built.root, "status", "--porcelain") == ""
@@ -93,7 +123,8 @@ def test_log_is_named_at_the_end_and_holds_every_command(built: World) -> None:
 
 
 def test_bootstrap_ended_in_the_middle_is_completed_by_the_next(built: World) -> None:
-    # A change of the user's in the tree's requirements gives it something to do, and must be there afterwards.
+    # A change of the user's in the tree's requirements gives it something to do, and must be there
+    # afterwards.
     common = built.layout.vllm / "requirements" / "common.txt"
     common.write_text(common.read_text() + "triton\n")
     assert built.status()["environment"] == "stale"

@@ -1,4 +1,6 @@
-"""What stops inv fix-triton before anything is fetched or compiled. The build itself is proven below tests/proof/triton."""
+"""What stops inv fix-triton before anything is fetched or compiled. The build itself is proven
+below tests/proof/triton.
+"""
 
 import io
 from pathlib import Path
@@ -15,7 +17,9 @@ from workspace.core.settings import load
 from workspace.install.triton_fix import FixOptions, run
 
 
-def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_commands(built: World, tmp_path: Path) -> None:
+def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_commands(
+    built: World, tmp_path: Path
+) -> None:
     upstream = tritons.make(built, tmp_path)
     git(upstream.tree, "clone", "--quiet", upstream.tree.as_uri(), str(built.layout.triton))
     git(built.layout.triton, "checkout", "--quiet", "--detach", upstream.pinned)
@@ -37,10 +41,18 @@ def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_command
         (FixOptions(from_source=True, jobs="many"), "--jobs: 'many' is neither auto nor"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(tmp_path: Path, options: FixOptions, sentence: str) -> None:
+def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(
+    tmp_path: Path, options: FixOptions, sentence: str
+) -> None:
     layout = Layout(tmp_path / "nowhere")
     with pytest.raises(SettingsError, match=sentence):
-        run(layout, load(layout, environ={"PATH": ""}), options, console=Console(out=io.StringIO(), err=io.StringIO()), provide=lambda: None)
+        run(
+            layout,
+            load(layout, environ={"PATH": ""}),
+            options,
+            console=Console(out=io.StringIO(), err=io.StringIO()),
+            provide=lambda: None,
+        )
 
 
 def test_without_an_environment_there_is_nothing_to_look_at(world: World) -> None:

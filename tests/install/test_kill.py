@@ -30,10 +30,14 @@ def test_series_goes_on_a_clone_that_was_copied(built: World) -> None:
     shutil.rmtree(built.root)
     copy.rename(built.root)
     built.bootstrap()
-    assert git(built.layout.vllm, "rev-parse", "HEAD") == git(built.layout.vllm, "rev-parse", "refs/patches/tip")
+    assert git(built.layout.vllm, "rev-parse", "HEAD") == git(
+        built.layout.vllm, "rev-parse", "refs/patches/tip"
+    )
 
 
-def test_move_to_the_series_that_was_killed_is_finished_beside_a_new_file_of_the_users(built: World) -> None:
+def test_move_to_the_series_that_was_killed_is_finished_beside_a_new_file_of_the_users(
+    built: World,
+) -> None:
     built.git("checkout", "--quiet", "--detach", built.materials.archive_commit)
     built.begin_move(built.git("rev-parse", "refs/patches/tip"))
     (built.layout.vllm / "new.txt").write_text("mine\n")
@@ -41,7 +45,9 @@ def test_move_to_the_series_that_was_killed_is_finished_beside_a_new_file_of_the
     (built.layout.vllm / "setup.py").unlink()
     (built.layout.vllm / ".git" / "index.lock").touch()
     built.bootstrap()
-    assert git(built.layout.vllm, "rev-parse", "HEAD") == git(built.layout.vllm, "rev-parse", "refs/patches/tip")
+    assert git(built.layout.vllm, "rev-parse", "HEAD") == git(
+        built.layout.vllm, "rev-parse", "refs/patches/tip"
+    )
     assert git(built.layout.vllm, "status", "--porcelain") == "?? new.txt"
 
 

@@ -14,7 +14,11 @@ from workspace.machine.torch import TorchBuild
 
 def due(observed: plan.Observation, world: World, **flags: str) -> list[str]:
     """The first step of each stage that is due."""
-    return [stage.steps[0][0] for stage in bootstrap.stages_of(world.layout, loaded(world, **flags), observed) if stage.is_due]
+    return [
+        stage.steps[0][0]
+        for stage in bootstrap.stages_of(world.layout, loaded(world, **flags), observed)
+        if stage.is_due
+    ]
 
 
 def loaded(world: World, **flags: str) -> settings.Settings:
@@ -37,14 +41,21 @@ def test_version_names_the_platform_in_its_letters(built: World) -> None:
     [
         (("csrc/a.c",), "which csrc/a.c differs from"),
         (("csrc/a.c", "csrc/b.c"), "which csrc/a.c, csrc/b.c differ from"),
-        (tuple(f"csrc/{number}.c" for number in range(5)), "which csrc/0.c, csrc/1.c, csrc/2.c and 2 more differ from"),
+        (
+            tuple(f"csrc/{number}.c" for number in range(5)),
+            "which csrc/0.c, csrc/1.c, csrc/2.c and 2 more differ from",
+        ),
     ],
 )
-def test_sentence_on_outrun_kernels_names_at_most_three(changed: tuple[str, ...], sentence: str) -> None:
+def test_sentence_on_outrun_kernels_names_at_most_three(
+    changed: tuple[str, ...], sentence: str
+) -> None:
     assert plan.outrun_sentence(changed).endswith(sentence)
 
 
-def test_nothing_is_due_in_a_built_clone_and_everything_in_an_empty_one(built: World, world: World) -> None:
+def test_nothing_is_due_in_a_built_clone_and_everything_in_an_empty_one(
+    built: World, world: World
+) -> None:
     assert due(observed(built), built) == []
     assert due(observed(world), world) == [".env", "source", "patches", "python", "kernels"]
 
@@ -104,7 +115,9 @@ def test_build_settings_count_for_native_kernels_only(built: World) -> None:
     assert observed(built, KERNELS="native").kernels.state == "stale"
 
 
-def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_mends(built: World) -> None:
+def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_mends(
+    built: World,
+) -> None:
     (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
     seen = observed(built)
     assert seen.kernels.state == "stale"
@@ -115,12 +128,18 @@ def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_men
 def test_outrun_does_not_hide_another_reason(built: World) -> None:
     (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
     seen = observed(built)
-    more = replace(seen, kernels=replace(seen.kernels, reasons=("vllm/_C.abi3.so changed", *seen.kernels.reasons)))
+    more = replace(
+        seen,
+        kernels=replace(seen.kernels, reasons=("vllm/_C.abi3.so changed", *seen.kernels.reasons)),
+    )
     assert due(more, built) == ["kernels"]
 
 
 def test_kernels_may_be_asked_for_by_the_first_editions_word(built: World) -> None:
-    assert observed(built, KERNELS="donor").kernels_wanted == observed(built, KERNELS="precompiled").kernels_wanted
+    assert (
+        observed(built, KERNELS="donor").kernels_wanted
+        == observed(built, KERNELS="precompiled").kernels_wanted
+    )
 
 
 @pytest.mark.parametrize("choice", ["nowhere.whl", "prebuilt", "", "tests"])

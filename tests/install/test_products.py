@@ -20,8 +20,21 @@ __pycache__/
 *.egg-info/
 .DS_Store
 """
-BUILT = ("vllm.egg-info/PKG-INFO", "vllm/_C.so", "vllm/_version.py", "vllm/flash/deep/x.py", "vllm/third_party/kernels/a/b.py", "vllm/vllm-rs")
-MINE = ("vllm/run.log", "vllm/.DS_Store", "vllm/third_party/kernels-of-mine.log", "run.log", "other/_C.so")
+BUILT = (
+    "vllm.egg-info/PKG-INFO",
+    "vllm/_C.so",
+    "vllm/_version.py",
+    "vllm/flash/deep/x.py",
+    "vllm/third_party/kernels/a/b.py",
+    "vllm/vllm-rs",
+)
+MINE = (
+    "vllm/run.log",
+    "vllm/.DS_Store",
+    "vllm/third_party/kernels-of-mine.log",
+    "run.log",
+    "other/_C.so",
+)
 
 
 @pytest.fixture
@@ -44,15 +57,21 @@ def test_products_are_what_upstream_names_and_no_log_of_the_users(layout: Layout
     assert editable.build_products(layout.vllm) == ()
 
 
-def test_products_that_nothing_else_holds_are_moved_aside_and_no_empty_package_stays(layout: Layout, tmp_path: Path) -> None:
+def test_products_that_nothing_else_holds_are_moved_aside_and_no_empty_package_stays(
+    layout: Layout, tmp_path: Path
+) -> None:
     kept, left = tmp_path / "kept", tmp_path / "left"
     (kept / "vllm").mkdir(parents=True)
     (kept / "vllm" / "_version.py").write_text("vllm/_version.py")
     (kept / "vllm" / "vllm-rs").write_text("another one")
-    editable.take_products_away(layout, editable.build_products(layout.vllm), ours=("vllm/_C.so",), kept=kept, left=left)
+    editable.take_products_away(
+        layout, editable.build_products(layout.vllm), ours=("vllm/_C.so",), kept=kept, left=left
+    )
     assert editable.build_products(layout.vllm) == ()
     assert all((layout.vllm / path).read_text() == path for path in MINE)
-    found = {str(path.relative_to(left)): path.read_text() for path in left.rglob("*") if path.is_file()}
+    found = {
+        str(path.relative_to(left)): path.read_text() for path in left.rglob("*") if path.is_file()
+    }
     assert found == {path: path for path in BUILT if path not in ("vllm/_C.so", "vllm/_version.py")}
     assert not (layout.vllm / "vllm" / "third_party" / "kernels").exists()
     assert (layout.vllm / "vllm" / "flash" / "__init__.py").exists()

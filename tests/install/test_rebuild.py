@@ -1,4 +1,6 @@
-"""inv rebuild on the small upstream: real CMake, ninja and cc; what is reached is compiled, all else stays the precompiled wheel's."""
+"""inv rebuild on the small upstream: real CMake, ninja and cc; what is reached is compiled, all
+else stays the precompiled wheel's.
+"""
 
 import json
 import re
@@ -56,7 +58,9 @@ def test_python_edit_needs_no_compiler(built: World) -> None:
     assert not built.layout.builds.exists()
 
 
-def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(patched: World) -> None:
+def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
+    patched: World,
+) -> None:
     precompiled = library(patched, "spinloop")
     said = rebuild(patched, "--jobs", "2")
     assert re.search(r"2 compilers at once: --jobs 2", said)
@@ -77,18 +81,30 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
 
 
 def test_plan_says_target_reason_and_cost_and_touches_nothing_in_the_tree(patched: World) -> None:
-    before = {name: entry for name, entry in patched.listing().items() if not name.startswith(".workspace")}
+    before = {
+        name: entry
+        for name, entry in patched.listing().items()
+        if not name.startswith(".workspace")
+    }
     ended = patched.run("rebuild", "--plan")
     assert ended.code == 0, ended.said
     assert "_C" in ended.err + ended.out
     assert f"{ANSWER} changed" in ended.err + ended.out
     record = json.loads(patched.run("rebuild", "--plan", "--json").out)
-    assert {row["target"] for row in record["rows"]} == {name for name in ("_C", "_C_AVX2", "_C_AVX512") if name in str(record)}
-    assert {name: entry for name, entry in patched.listing().items() if not name.startswith(".workspace")} == before
+    assert {row["target"] for row in record["rows"]} == {
+        name for name in ("_C", "_C_AVX2", "_C_AVX512") if name in str(record)
+    }
+    assert {
+        name: entry
+        for name, entry in patched.listing().items()
+        if not name.startswith(".workspace")
+    } == before
     assert observed(patched).kernels.state == "stale"
 
 
-def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_stays(built: World) -> None:
+def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_stays(
+    built: World,
+) -> None:
     precompiled = library(built, "spinloop")
     said = rebuild(built, "--target", "spinloop")
     assert "spinloop stand" in said
@@ -110,7 +126,9 @@ def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_st
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_refused_with_a_hint(built: World, words: tuple[str, ...], code: int, sentence: str) -> None:
+def test_bad_input_is_refused_with_a_hint(
+    built: World, words: tuple[str, ...], code: int, sentence: str
+) -> None:
     assert sentence in built.run("rebuild", *words).error(code)
     assert observed(built).kernels.state == "ok"
 
@@ -120,4 +138,6 @@ def test_bootstrap_leaves_compiling_to_rebuild_and_says_so(built: World) -> None
     built.layout.stamp("vllm").unlink()
     ended = built.bootstrap()
     assert "next: ./scripts/inv rebuild" in ended.err
-    assert observed(built).kernels.reasons == (f"compiled from the pin's sources, which {ANSWER} differs from",)
+    assert observed(built).kernels.reasons == (
+        f"compiled from the pin's sources, which {ANSWER} differs from",
+    )

@@ -1,4 +1,6 @@
-"""Each remedy's decision and act on real files: .env, folders in a real checkout and environment, a Triton that is put back file by file."""
+"""Each remedy's decision and act on real files: .env, folders in a real checkout and environment, a
+Triton that is put back file by file.
+"""
 
 import os
 import zipfile
@@ -23,8 +25,14 @@ case " {known} " in *" ${{1#--gpu-name=}} "*) printf '\\177ELF' > "$3";; *) echo
 NOTHING = Diagnosis((), None, None, "12.1", (), None, None, (), ())
 
 
-def verdict(house: House, *, release: str = "13.3", known: str = "sm_121a", own: Path | None = None, **more) -> Verdict:
-    bundled = house.program("ptxas-blackwell", PTXAS.format(release=release, known=known), folder=house.layout.root / "bundled")
+def verdict(
+    house: House, *, release: str = "13.3", known: str = "sm_121a", own: Path | None = None, **more
+) -> Verdict:
+    bundled = house.program(
+        "ptxas-blackwell",
+        PTXAS.format(release=release, known=known),
+        folder=house.layout.root / "bundled",
+    )
     one = Assembler("ptxas-bw", "TRITON_PTXAS_BLACKWELL_PATH", bundled, True)
     trial = None if more.get("is_refused") else Trial(bundled, release, "" if known else "no such")
     return Verdict(one, own, **{"is_refused": False, "is_ignored": False, "trial": trial, **more})
@@ -33,7 +41,8 @@ def verdict(house: House, *, release: str = "13.3", known: str = "sm_121a", own:
 def changes(house: House, *verdicts: Verdict, findings: tuple[Finding, ...] = (), **shell: str):
     with house.run_log(house.settings()) as run_log:
         return triton_remedies.assembler_changes(
-            Context(house.layout, house.settings(**shell), run_log), replace(NOTHING, verdicts=verdicts, findings=findings)
+            Context(house.layout, house.settings(**shell), run_log),
+            replace(NOTHING, verdicts=verdicts, findings=findings),
         )
 
 
@@ -47,11 +56,15 @@ def toolkit(house: House, release: str) -> dict[str, str]:
 
 def test_own_assembler_that_serves_is_taken_again_and_none_is_named(house):
     shell = toolkit(house, "13.9")
-    assert changes(house, verdict(house, own=Path("/nowhere"), is_ignored=True), **shell) == {"TRITON_PTXAS_BLACKWELL_PATH": None}
+    assert changes(house, verdict(house, own=Path("/nowhere"), is_ignored=True), **shell) == {
+        "TRITON_PTXAS_BLACKWELL_PATH": None
+    }
     assert changes(house, verdict(house), **shell) == {}
 
 
-def test_assembler_that_is_older_than_tritons_own_is_never_named_even_where_it_alone_assembles(house):
+def test_assembler_that_is_older_than_tritons_own_is_never_named_even_where_it_alone_assembles(
+    house,
+):
     shell = toolkit(house, "13.0")
     assert changes(house, verdict(house, release="13.3", known=""), **shell) == {}
     named = changes(house, verdict(house, release="12.9", known=""), **shell)
@@ -60,20 +73,37 @@ def test_assembler_that_is_older_than_tritons_own_is_never_named_even_where_it_a
 
 def test_nothing_is_named_for_a_triton_that_is_about_to_go(house):
     shell = toolkit(house, "13.9")
-    assert changes(house, verdict(house, known=""), findings=(Finding("FAIL", "triton", "3.5.1"),), **shell) == {}
+    assert (
+        changes(
+            house, verdict(house, known=""), findings=(Finding("FAIL", "triton", "3.5.1"),), **shell
+        )
+        == {}
+    )
 
 
 def test_newest_assembler_of_nvidias_packages_is_preferred_to_the_toolkits(house, built):
     built()
     shell = toolkit(house, "13.0")
     packages = interpreter.site_packages(house.layout)[0]
-    newer = house.program("ptxas", PTXAS.format(release="13.5", known="sm_121a"), folder=packages / "nvidia" / "cu13" / "bin")
-    assert changes(house, verdict(house, release="12.8", known=""), **shell)["TRITON_PTXAS_BLACKWELL_PATH"] == str(newer)
+    newer = house.program(
+        "ptxas",
+        PTXAS.format(release="13.5", known="sm_121a"),
+        folder=packages / "nvidia" / "cu13" / "bin",
+    )
+    assert changes(house, verdict(house, release="12.8", known=""), **shell)[
+        "TRITON_PTXAS_BLACKWELL_PATH"
+    ] == str(newer)
 
 
-def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_come_back(house, tmp_path):
+def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_come_back(
+    house, tmp_path
+):
     tree, name = house.layout.vllm, "vllm/third_party/triton_kernels"
-    for place, text in (("vllm/triton_kernels", "old"), (name, "stale"), ("vllm/models/triton_kernels", "ours")):
+    for place, text in (
+        ("vllm/triton_kernels", "old"),
+        (name, "stale"),
+        ("vllm/models/triton_kernels", "ours"),
+    ):
         (tree / place).mkdir(parents=True)
         (tree / place / "matmul.py").write_text(text)
     (tree / ".gitignore").write_text("vllm/third_party/triton_kernels/*\n")
@@ -83,7 +113,12 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
     wheel = tmp_path / "vllm.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"{name}/matmul.py", "own")
-    stamp.write(house.layout.stamp("vllm"), stamp.Stamp(inputs={"device": "cuda", "origin": "precompiled"}, outcome={"wheel": str(wheel)}))
+    stamp.write(
+        house.layout.stamp("vllm"),
+        stamp.Stamp(
+            inputs={"device": "cuda", "origin": "precompiled"}, outcome={"wheel": str(wheel)}
+        ),
+    )
     stale = triton_diagnosis.stale_folders(house.layout)
     assert [(one.place.relative_to(tree), one.why) for one in stale] == [
         (Path("vllm/triton_kernels"), "vLLM has none there any more"),
@@ -97,7 +132,10 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
     assert (tree / name / "matmul.py").read_text() == "own"
     assert not (tree / "vllm" / "triton_kernels").exists()
     assert triton_diagnosis.stale_folders(house.layout) == ()
-    assert sorted(path.read_text() for path in house.layout.quarantine.rglob("*.py")) == ["old", "stale"]
+    assert sorted(path.read_text() for path in house.layout.quarantine.rglob("*.py")) == [
+        "old",
+        "stale",
+    ]
 
 
 def test_kernels_that_git_tracks_are_the_trees_own(house):
@@ -121,24 +159,50 @@ def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path)
 
 def test_folder_that_cannot_be_moved_is_a_sentence(house):
     (house.layout.root / "here").mkdir()
-    with house.run_log(house.settings()) as run_log, pytest.raises(ToolchainError, match="cannot be moved"):
-        REMEDIES[1].act(Context(house.layout, house.settings(), run_log), replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)))
+    with (
+        house.run_log(house.settings()) as run_log,
+        pytest.raises(ToolchainError, match="cannot be moved"),
+    ):
+        REMEDIES[1].act(
+            Context(house.layout, house.settings(), run_log),
+            replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)),
+        )
 
 
 def test_former_triton_comes_back_with_every_file_though_an_installer_has_removed_it(house, built):
     settings = built()
-    house.wheel("triton", "3.7.1", files={"triton/__init__.py": b"old = 1\n", "triton/_C/lib.so": b"\0"})
+    house.wheel(
+        "triton", "3.7.1", files={"triton/__init__.py": b"old = 1\n", "triton/_C/lib.so": b"\0"}
+    )
     house.wheel("triton", "3.8.0", files={"triton/__init__.py": b"", "triton/new.py": b""})
     with house.run_log(settings) as run_log:
         interpreter.install(house.layout, settings, ["triton==3.7.1"], run_log=run_log)
         packages = interpreter.site_packages(house.layout)[0]
-        before = {path.relative_to(packages): path.read_bytes() for path in packages.rglob("triton*/**/*") if path.is_file()}
+        before = {
+            path.relative_to(packages): path.read_bytes()
+            for path in packages.rglob("triton*/**/*")
+            if path.is_file()
+        }
         kept = venv.keep_former(house.layout)
-        interpreter.install(house.layout, settings, ["--reinstall-package", "triton", "triton==3.8.0"], run_log=run_log)
-        assert venv.keep_former(house.layout).version == "3.7.1", "a run that goes on after a kill keeps the first"
+        interpreter.install(
+            house.layout,
+            settings,
+            ["--reinstall-package", "triton", "triton==3.8.0"],
+            run_log=run_log,
+        )
+        assert venv.keep_former(house.layout).version == "3.7.1", (
+            "a run that goes on after a kill keeps the first"
+        )
         venv.put_former_back(house.layout, settings, kept, run_log=run_log)
-    assert {path.relative_to(packages): path.read_bytes() for path in packages.rglob("triton*/**/*") if path.is_file()} == before
-    assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == ("3.7.1", False)
+    assert {
+        path.relative_to(packages): path.read_bytes()
+        for path in packages.rglob("triton*/**/*")
+        if path.is_file()
+    } == before
+    assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (
+        "3.7.1",
+        False,
+    )
 
 
 def test_where_there_was_no_triton_there_is_none_again(house, built):
@@ -151,8 +215,12 @@ def test_where_there_was_no_triton_there_is_none_again(house, built):
     assert torch.observe_triton(house.layout) is None
 
 
-@pytest.mark.parametrize(("vouched", "after"), [("3.7.1", "3.7.1"), ("3.8.0", "3.8.0"), (None, "3.7.1")])
-def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_another(house, built, vouched, after):
+@pytest.mark.parametrize(
+    ("vouched", "after"), [("3.7.1", "3.7.1"), ("3.8.0", "3.8.0"), (None, "3.7.1")]
+)
+def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_another(
+    house, built, vouched, after
+):
     settings = built()
     for version in ("3.7.1", "3.8.0"):
         house.wheel("triton", version)
@@ -161,19 +229,31 @@ def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_anot
         venv.keep_former(house.layout)
         interpreter.install(house.layout, settings, ["triton==3.8.0"], run_log=run_log)
         if vouched:
-            stamp.write(house.layout.stamp("environment"), stamp.Stamp(inputs={}, packages={"triton": vouched}))
+            stamp.write(
+                house.layout.stamp("environment"),
+                stamp.Stamp(inputs={}, packages={"triton": vouched}),
+            )
         triton_remedies.put_back_former(Context(house.layout, settings, run_log))
-    assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (after, False)
+    assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (
+        after,
+        False,
+    )
 
 
 def test_stamp_of_the_environment_says_which_triton_is_there_now(house, built):
     settings = built()
-    stamp.write(house.layout.stamp("environment"), stamp.Stamp(inputs={}, packages={"triton": "3.5.1", "numpy": "2"}))
+    stamp.write(
+        house.layout.stamp("environment"),
+        stamp.Stamp(inputs={}, packages={"triton": "3.5.1", "numpy": "2"}),
+    )
     house.wheel("triton", "3.7.1")
     with house.run_log(settings) as run_log:
         interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
     triton_remedies.vouch(house.layout)
-    assert stamp.read(house.layout.stamp("environment")).packages == {"triton": "3.7.1", "numpy": "2"}
+    assert stamp.read(house.layout.stamp("environment")).packages == {
+        "triton": "3.7.1",
+        "numpy": "2",
+    }
 
 
 def test_script_without_a_shebang_is_refused_as_triton_would_be_stopped_by_it(house, tmp_path):
@@ -181,4 +261,6 @@ def test_script_without_a_shebang_is_refused_as_triton_would_be_stopped_by_it(ho
     program.write_text("echo release 13.0\n")
     os.chmod(program, 0o755)
     one = Assembler("ptxas", "TRITON_PTXAS_PATH", tmp_path / "bundled", True)
-    assert dotenv.judge_ptxas(one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda words: None).is_refused
+    assert dotenv.judge_ptxas(
+        one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda words: None
+    ).is_refused

@@ -1,4 +1,6 @@
-"""Arms on the small upstream: own tree, own environment, own kernels where they differ; the clone itself is left as it is."""
+"""Arms on the small upstream: own tree, own environment, own kernels where they differ; the clone
+itself is left as it is.
+"""
 
 import io
 from collections.abc import Iterator
@@ -26,7 +28,11 @@ ANSWER, PYTHON = "csrc/cpu/answer.c", "vllm/version.py"
 
 def of_the_clone(world: World) -> dict[str, object]:
     kept = ("vendor/", "patches/", ".vllm/")
-    return {path: facts for path, facts in world.listing().items() if path.startswith(kept) and not path.startswith("vendor/vllm/.git")}
+    return {
+        path: facts
+        for path, facts in world.listing().items()
+        if path.startswith(kept) and not path.startswith("vendor/vllm/.git")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +62,15 @@ def run_log(tmp_path: Path) -> Iterator[RunLog]:
 
 def settings(world: World, **flags: str) -> Settings:
     loaded = settings_module.load(world.layout, environ=world.env)
-    return Settings(**{**vars(loaded), "values": {**loaded.values, **{name: Value(text, "flag") for name, text in flags.items()}}})
+    return Settings(
+        **{
+            **vars(loaded),
+            "values": {
+                **loaded.values,
+                **{name: Value(text, "flag") for name, text in flags.items()},
+            },
+        }
+    )
 
 
 def pin(world: World) -> Pin:
@@ -69,13 +83,25 @@ def base(world: World) -> str:
     return found.commit
 
 
-def made_sandbox(world: World, name: str = "a", *, tip: str | None = None, patches: Path | None = None) -> Sandbox:
+def made_sandbox(
+    world: World, name: str = "a", *, tip: str | None = None, patches: Path | None = None
+) -> Sandbox:
     with RunLog(QUIET, world.folder / "logs", verb="test") as run_log:
-        return sandboxes.make(world.layout, name, pin=pin(world), patches=patches, tip=tip or base(world), settings=settings(world), run_log=run_log)
+        return sandboxes.make(
+            world.layout,
+            name,
+            pin=pin(world),
+            patches=patches,
+            tip=tip or base(world),
+            settings=settings(world),
+            run_log=run_log,
+        )
 
 
 def build(world: World, sandbox: Sandbox, **flags: str) -> Observation:
-    """Build an arm in this process, which gets the world's programs for it: its uv is not on every machine's PATH."""
+    """Build an arm in this process, which gets the world's programs for it: its uv is not on every
+    machine's PATH.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", world.env["PATH"])
         return sandboxes.build_sandbox(sandbox, settings(world, **flags), console=QUIET)
@@ -91,7 +117,16 @@ def built(world: World, sandbox: Sandbox, **flags: str) -> str:
 def commit(world: World, path: str, old: str, new: str, *, parent: str | None = None) -> str:
     """A commit on the bare pin, or on `parent`, made beside the clone's tree."""
     work = world.folder / "work"
-    git(world.layout.vllm, "worktree", "add", "--quiet", "--force", "--detach", str(work), parent or base(world))
+    git(
+        world.layout.vllm,
+        "worktree",
+        "add",
+        "--quiet",
+        "--force",
+        "--detach",
+        str(work),
+        parent or base(world),
+    )
     file = work / path
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
@@ -103,28 +138,48 @@ def commit(world: World, path: str, old: str, new: str, *, parent: str | None = 
 
 def answer(sandbox: Sandbox, world: World) -> str:
     """What the compiled library that the arm's own interpreter imports says."""
-    code = "import ctypes, pathlib, vllm; print(ctypes.CDLL(str(pathlib.Path(vllm.__file__).parent / '_C.abi3.so')).vllm_small_answer(), vllm.__file__)"
-    said, place = World(world.materials, world.folder, sandbox.layout, world.index, world.env).python(code).split()
+    code = (
+        "import ctypes, pathlib, vllm; print(ctypes.CDLL(str(pathlib.Path(vllm.__file__).parent /"
+        " '_C.abi3.so')).vllm_small_answer(), vllm.__file__)"
+    )
+    said, place = (
+        World(world.materials, world.folder, sandbox.layout, world.index, world.env)
+        .python(code)
+        .split()
+    )
     assert Path(place).is_relative_to(sandbox.layout.vllm)
     return said
 
 
-def test_arm_of_the_bare_pin_has_all_kernels_of_the_precompiled_wheel_although_its_setup_leaves_some_out(armed: World) -> None:
+def test_arm_of_the_bare_pin_has_all_kernels_of_the_precompiled_wheel_although_its_setup_leaves_some_out(
+    armed: World,
+) -> None:
     sandbox = made_sandbox(armed)
     assert built(armed, sandbox) == "precompiled"
-    assert (sandbox.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes() == (armed.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes()
+    assert (sandbox.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes() == (
+        armed.layout.vllm / "vllm" / "_C_AVX2.abi3.so"
+    ).read_bytes()
     assert '"vllm/_C_AVX2.abi3.so"' not in (sandbox.layout.vllm / "setup.py").read_text()
     assert armed.status()["kernels"] == "ok"
 
 
-def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kernels_of_its_own(armed: World, run_log: RunLog) -> None:
+def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kernels_of_its_own(
+    armed: World, run_log: RunLog
+) -> None:
     sandbox = made_sandbox(armed)
     stamped = stamp.read(sandbox.layout.stamp("vllm"))
-    live = sandboxes.move(sandbox, commit(armed, PYTHON, "__version__", "mine = 1\n__version__"), settings=settings(armed), run_log=run_log)
+    live = sandboxes.move(
+        sandbox,
+        commit(armed, PYTHON, "__version__", "mine = 1\n__version__"),
+        settings=settings(armed),
+        run_log=run_log,
+    )
     assert built(armed, live) == "precompiled"
     assert stamp.read(sandbox.layout.stamp("vllm")) == stamped
     assert "mine" in (sandbox.layout.vllm / PYTHON).read_text()
-    changed = sandboxes.move(live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
+    changed = sandboxes.move(
+        live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log
+    )
     assert stamp.read(sandbox.layout.stamp("vllm")) is None
     assert built(armed, changed) == "hybrid"
     assert answer(changed, armed) == "43"
@@ -136,8 +191,15 @@ def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kern
 
 
 @pytest.mark.parametrize("missing", ["KERNELS", "compiler"])
-def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled(armed: World, run_log: RunLog, missing: str) -> None:
-    sandbox = sandboxes.move(made_sandbox(armed), commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log)
+def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled(
+    armed: World, run_log: RunLog, missing: str
+) -> None:
+    sandbox = sandboxes.move(
+        made_sandbox(armed),
+        commit(armed, ANSWER, "42", "43"),
+        settings=settings(armed),
+        run_log=run_log,
+    )
     if missing == "compiler":
         armed.env["CXX"] = armed.env["CC"] = "/nowhere/c++"
     with pytest.raises(BuildError):
@@ -152,14 +214,18 @@ def test_commit_that_does_not_descend_from_the_pin_is_built_where_it_stands(arme
     assert git(sandbox.layout.vllm, "rev-parse", "HEAD") == older
 
 
-def test_what_somebody_did_in_an_arm_is_kept_and_leaves_the_tree(armed: World, run_log: RunLog) -> None:
+def test_what_somebody_did_in_an_arm_is_kept_and_leaves_the_tree(
+    armed: World, run_log: RunLog
+) -> None:
     sandbox = made_sandbox(armed)
     (sandbox.layout.vllm / PYTHON).write_text("edited\n")
     (sandbox.layout.vllm / "new.txt").write_text("new\n")
     python = commit(armed, PYTHON, "__version__", "mine = 1\n__version__")
     sandboxes.move(sandbox, python, settings=settings(armed), run_log=run_log)
     assert git(sandbox.layout.vllm, "status", "--porcelain") == ""
-    (kept,) = git(armed.layout.vllm, "for-each-ref", "--format=%(refname)", sandboxes.LEFT_REFS).splitlines()
+    (kept,) = git(
+        armed.layout.vllm, "for-each-ref", "--format=%(refname)", sandboxes.LEFT_REFS
+    ).splitlines()
     assert git(armed.layout.vllm, "show", f"{kept}:new.txt") == "new"
     assert git(armed.layout.vllm, "show", f"{kept}:{PYTHON}") == "edited"
     # A commit is kept too, and that of the workspace's own making is not.

@@ -70,7 +70,9 @@ def test_stamp_cut_at_any_byte_is_none(tmp_path: Path) -> None:
         ("wheel donor", "wheel donor"),
     ],
 )
-def test_origin_of_the_first_edition_is_read_in_todays_words(tmp_path: Path, former: str, today: str) -> None:
+def test_origin_of_the_first_edition_is_read_in_todays_words(
+    tmp_path: Path, former: str, today: str
+) -> None:
     path = tmp_path / "vllm.json"
     write(path, Stamp(inputs={**WHOLE.inputs, "origin": former}))
     found = read(path)
@@ -84,5 +86,17 @@ def test_equal_inputs_have_no_differences() -> None:
 
 def test_differences_name_old_and_new_and_spare_digests() -> None:
     recorded = {"torch": "2.13.0", "requirements": "a" * 64, "arch": "", "gone": "x"}
-    current = {"torch": "2.14.0", "requirements": "b" * 64, "arch": "12.1a", "new": "y", "sources": "c" * 64}
-    assert differences(recorded, current) == ("torch 2.13.0 → 2.14.0", "requirements changed", "arch none → 12.1a", "new nothing → y", "sources changed")
+    current = {
+        "torch": "2.14.0",
+        "requirements": "b" * 64,
+        "arch": "12.1a",
+        "new": "y",
+        "sources": "c" * 64,
+    }
+    assert differences(recorded, current) == (
+        "torch 2.13.0 → 2.14.0",
+        "requirements changed",
+        "arch none → 12.1a",
+        "new nothing → y",
+        "sources changed",
+    )

@@ -1,9 +1,13 @@
-"""A bootstrap stops at a setting that cannot work before it costs anything: once the tree is there, its own registry is asked."""
+"""A bootstrap stops at a setting that cannot work before it costs anything: once the tree is there,
+its own registry is asked.
+"""
 
 from tests.small.world import World
 
 
-def test_name_that_the_pinned_tree_does_not_know_stops_as_soon_as_the_tree_is_there(world: World) -> None:
+def test_name_that_the_pinned_tree_does_not_know_stops_as_soon_as_the_tree_is_there(
+    world: World,
+) -> None:
     world.layout.dotenv.write_text("VLLM_LOGING_LEVEL=DEBUG\n")
     ended = world.run("bootstrap")
     assert "VLLM_LOGING_LEVEL=DEBUG (.env)" in ended.error(2)
@@ -14,7 +18,11 @@ def test_name_that_the_pinned_tree_does_not_know_stops_as_soon_as_the_tree_is_th
     again = world.run("bootstrap")
     assert "VLLM_LOGING_LEVEL=DEBUG (.env)" in again.error(2)
     assert "preflight" not in again.err
-    row = next(line for line in world.run("env").err.splitlines() if line.split()[1:2] == ["VLLM_LOGING_LEVEL"])
+    row = next(
+        line
+        for line in world.run("env").err.splitlines()
+        if line.split()[1:2] == ["VLLM_LOGING_LEVEL"]
+    )
     assert row.startswith("FAIL")
 
 
@@ -28,7 +36,13 @@ def test_environment_of_a_run_is_what_env_export_prints_and_run_gets(built: Worl
     lines = built.run("env.export").out
     assert f"export VLLM_CACHE_ROOT={built.layout.jit}/" in lines
     assert f"export PATH={built.root}/scripts" in lines
-    ended = built.run("run", "--", "python", "-c", "import os, sys; print(sys.prefix, os.environ['VLLM_CACHE_ROOT']); sys.exit(9)")
+    ended = built.run(
+        "run",
+        "--",
+        "python",
+        "-c",
+        "import os, sys; print(sys.prefix, os.environ['VLLM_CACHE_ROOT']); sys.exit(9)",
+    )
     assert ended.code == 9, ended.said
     prefix, cache = ended.out.split()
     assert prefix == str(built.layout.environment)

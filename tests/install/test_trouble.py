@@ -1,4 +1,6 @@
-"""Each trouble is a sentence, a hint and the table's exit code; nothing is lost, and the next bootstrap goes on."""
+"""Each trouble is a sentence, a hint and the table's exit code; nothing is lost, and the next
+bootstrap goes on.
+"""
 
 import contextlib
 import os
@@ -20,9 +22,15 @@ def test_index_without_the_version_is_named(world: World, materials: Materials) 
     assert list(world.layout.vllm.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["\ufeffMAX_JOBS=2\n", "MAX_JOBS=2\r\n", "MAX_JOBS=many\n", "this is no line\n", None])
+@pytest.mark.parametrize(
+    "damage", ["\ufeffMAX_JOBS=2\n", "MAX_JOBS=2\r\n", "MAX_JOBS=many\n", "this is no line\n", None]
+)
 def test_damaged_dotenv_stops_before_anything_is_touched(world: World, damage: str | None) -> None:
-    world.layout.dotenv.mkdir() if damage is None else world.layout.dotenv.write_bytes(damage.encode())
+    (
+        world.layout.dotenv.mkdir()
+        if damage is None
+        else world.layout.dotenv.write_bytes(damage.encode())
+    )
     assert ".env" in world.run("bootstrap").error(2)
     assert list(world.layout.vllm.iterdir()) == []
     assert not world.layout.environment.exists()
@@ -39,7 +47,15 @@ def test_too_little_disk_is_found_before_anything_is_fetched(world: World) -> No
 def in_small_filesystem(world: World) -> Ended:
     """Bootstrap with the cache on a file system of 64 MiB, in a mount namespace of its own."""
     cache = world.folder / "cache"
-    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m small "$0" && exec "$@"', str(cache)]
+    mount = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=64m small "$0" && exec "$@"',
+        str(cache),
+    ]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("this machine lets nobody mount a small file system")
     return world.run("bootstrap", through=mount)
@@ -57,7 +73,14 @@ def read_only(folder: Path) -> Iterator[None]:
 
 def test_clone_that_cannot_be_written_is_named(world: World) -> None:
     with read_only(world.root):
-        ended = world.run("bootstrap", through=["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else [])
+        ended = world.run(
+            "bootstrap",
+            through=(
+                ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+                if os.geteuid() == 0
+                else []
+            ),
+        )
     sentence = ended.error(6)
     assert str(world.root) in sentence
     assert not world.layout.environment.exists()

@@ -25,8 +25,17 @@ def test_commit_and_edit_survive_a_bootstrap_and_are_live(built: World) -> None:
     (built.layout.vllm / "vllm" / "new.py").write_text("NEW = 3\n")
     built.bootstrap()
     assert built.git("rev-parse", "HEAD") == mine
-    assert built.git("status", "--porcelain").splitlines() == ["M vllm/version.py", "?? vllm/new.py"]
-    assert built.python("from vllm.version import COMMITTED, EDITED; from vllm.new import NEW; print(COMMITTED, EDITED, NEW)") == "1 2 3"
+    assert built.git("status", "--porcelain").splitlines() == [
+        "M vllm/version.py",
+        "?? vllm/new.py",
+    ]
+    assert (
+        built.python(
+            "from vllm.version import COMMITTED, EDITED; from vllm.new import NEW; print(COMMITTED,"
+            " EDITED, NEW)"
+        )
+        == "1 2 3"
+    )
     require_built(built)
 
 
@@ -77,23 +86,39 @@ def test_checkout_of_the_other_kind_is_not_replaced_without_a_word(built: World)
     assert (built.layout.vllm / "vllm" / "version.py").read_text() == "__version__ = 'edited'\n"
 
 
-def test_torch_that_a_requirement_swaps_is_an_error_that_names_the_step(world: World, tmp_path: Path) -> None:
+def test_torch_that_a_requirement_swaps_is_an_error_that_names_the_step(
+    world: World, tmp_path: Path
+) -> None:
     # A package that writes over torch's own files: no resolver sees that.
     says = b"__version__ = '2.99.0+swapped'\ncuda = None\ndebug = False\nhip = None\n"
-    world.index.add(wheels.write(tmp_path / "evil", "regex", "2026.9.9", {"regex/__init__.py": b"", "torch/version.py": says}))
+    world.index.add(
+        wheels.write(
+            tmp_path / "evil",
+            "regex",
+            "2026.9.9",
+            {"regex/__init__.py": b"", "torch/version.py": says},
+        )
+    )
     ended = world.run("bootstrap")
     assert ended.code == 7, ended.said
     assert "2.13.0+cpu" in ended.err
     assert "2.99.0+swapped" in ended.err
-    assert "requirements" in next(line for line in ended.err.splitlines() if line.startswith("error:"))
+    assert "requirements" in next(
+        line for line in ended.err.splitlines() if line.startswith("error:")
+    )
 
 
-def test_use_existing_torch_keeps_a_torch_that_no_index_has_and_edits_no_file_of_the_tree(built: World, tmp_path: Path) -> None:
+def test_use_existing_torch_keeps_a_torch_that_no_index_has_and_edits_no_file_of_the_tree(
+    built: World, tmp_path: Path
+) -> None:
     built.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
     assert built.status()["environment"] == "stale"
     built.env["USE_EXISTING_TORCH"] = "1"
     built.bootstrap()
-    assert built.python("import torch, vllm; print(torch.__version__, vllm.__version__)") == f"9.9.9+local {VERSION}+cpu"
+    assert (
+        built.python("import torch, vllm; print(torch.__version__, vllm.__version__)")
+        == f"9.9.9+local {VERSION}+cpu"
+    )
     assert built.git("status", "--porcelain") == ""
     assert "torch==2.13.0" in (built.layout.vllm / "requirements" / "cpu.txt").read_text()
     assert set(built.status().values()) >= {"ok"}
@@ -101,8 +126,11 @@ def test_use_existing_torch_keeps_a_torch_that_no_index_has_and_edits_no_file_of
 
 
 @pytest.mark.parametrize("moment", ["files written", "index written"])
-def test_patches_that_were_killed_while_they_were_written_are_no_edits_of_the_user(built: World, moment: str) -> None:
-    # What SIGKILL leaves of `git reset`: new files under the old HEAD, with the old index and its lock, or with the new index.
+def test_patches_that_were_killed_while_they_were_written_are_no_edits_of_the_user(
+    built: World, moment: str
+) -> None:
+    # What SIGKILL leaves of `git reset`: new files under the old HEAD, with the old index and its
+    # lock, or with the new index.
     tip = built.git("rev-parse", "HEAD")
     built.git("update-ref", "--no-deref", "HEAD", "HEAD~1")
     built.begin_move(tip)

@@ -1,4 +1,6 @@
-"""A verified build as a wheel: what is in it, that it installs and serves as a precompiled wheel, and what is refused."""
+"""A verified build as a wheel: what is in it, that it installs and serves as a precompiled wheel,
+and what is refused.
+"""
 
 import base64
 import csv
@@ -63,12 +65,19 @@ def test_record_names_every_member_with_its_hash(built: World, dist: Path) -> No
 def test_version_names_the_tree_and_the_requirements_stay(built: World, dist: Path) -> None:
     made = pack(built, dist)
     tree = built.git("rev-parse", "HEAD^{tree}")
-    assert made.path.name == f"vllm-{VERSION}+cpu.t{tree[:12]}-cp38-abi3-linux_{wheels.this_machine()}.whl"
+    assert (
+        made.path.name
+        == f"vllm-{VERSION}+cpu.t{tree[:12]}-cp38-abi3-linux_{wheels.this_machine()}.whl"
+    )
     with zipfile.ZipFile(made.path) as archive:
         metadata = archive.read(f"vllm-{VERSION}+cpu.t{tree[:12]}.dist-info/METADATA").decode()
         own = archive.read("vllm/_version.py").decode()
-    (installed,) = built.layout.environment.glob("lib/python3*/site-packages/vllm-*.dist-info/METADATA")
-    assert metadata == installed.read_text().replace(f"Version: {VERSION}+cpu\n", f"Version: {VERSION}+cpu.t{tree[:12]}\n")
+    (installed,) = built.layout.environment.glob(
+        "lib/python3*/site-packages/vllm-*.dist-info/METADATA"
+    )
+    assert metadata == installed.read_text().replace(
+        f"Version: {VERSION}+cpu\n", f"Version: {VERSION}+cpu.t{tree[:12]}\n"
+    )
     assert f"'{VERSION}+cpu.t{tree[:12]}'" in own
 
 
@@ -88,7 +97,14 @@ def test_same_build_gives_the_same_bytes(built: World, dist: Path) -> None:
 def test_what_it_says_of_itself_is_read_back(built: World, dist: Path) -> None:
     packed = precompiled.read_packed(pack(built, dist).path)
     assert packed is not None
-    assert (packed.tag, packed.device, packed.machine, packed.torch, packed.python, packed.dirty) == (
+    assert (
+        packed.tag,
+        packed.device,
+        packed.machine,
+        packed.torch,
+        packed.python,
+        packed.dirty,
+    ) == (
         "v0.31.0",
         "cpu",
         wheels.this_machine(),
@@ -97,7 +113,9 @@ def test_what_it_says_of_itself_is_read_back(built: World, dist: Path) -> None:
         "",
     )
     assert packed.digest == Git(built.layout.vllm).digest(plan.COMPILED_SOURCES)
-    assert {library.path: library.sha256 for library in packed.libraries}["vllm/_C.abi3.so"] == wheels.sha256(built.layout.vllm / "vllm/_C.abi3.so")
+    assert {library.path: library.sha256 for library in packed.libraries}[
+        "vllm/_C.abi3.so"
+    ] == wheels.sha256(built.layout.vllm / "vllm/_C.abi3.so")
     assert str(built.root) not in json.dumps(dict(packed.inputs))
 
 
@@ -133,7 +151,9 @@ def test_library_that_changed_at_equal_size_is_found(built: World, dist: Path) -
     library = built.layout.vllm / "vllm" / "spinloop.abi3.so"
     content = library.read_bytes()
     library.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert refused(built, dist).message == "vllm/spinloop.abi3.so changed since the build was verified"
+    assert (
+        refused(built, dist).message == "vllm/spinloop.abi3.so changed since the build was verified"
+    )
 
 
 def test_library_that_nobody_verified_is_not_packed(built: World, dist: Path) -> None:
@@ -177,7 +197,15 @@ except ToolchainError as exc:
 
 def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
     dist.mkdir()
-    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k small "$0" && exec "$@"', str(dist)]
+    mount = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=4k small "$0" && exec "$@"',
+        str(dist),
+    ]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("this machine lets nobody mount a small file system")
     argv = [*mount, sys.executable, "-B", "-c", FULL, str(ROOT), str(built.root), str(dist)]
@@ -198,7 +226,16 @@ def test_cut_wheel_is_none(built: World, dist: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "libraries": {}, "cubins": {}, "inputs": {}}', '{"schema": 1, "libraries": [{}]}', "[" * 100000]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema": 2}',
+        '{"schema": 1, "libraries": {}, "cubins": {}, "inputs": {}}',
+        '{"schema": 1, "libraries": [{}]}',
+        "[" * 100000,
+    ],
 )
 def test_wheel_with_a_damaged_word_on_itself_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.whl"
@@ -223,7 +260,17 @@ PACKED = precompiled.Packed(
     (),
     {"vllm/_C_stable_libtorch.abi3.so": ("sm_120f",)},
 )
-HERE = Inputs("cuda", "/x", f"v0.31.0 {'a' * 12}", "12.1a", "2.13.0+cu130", "13.0", "g++ 13.3.0", "RelWithDebInfo", {})
+HERE = Inputs(
+    "cuda",
+    "/x",
+    f"v0.31.0 {'a' * 12}",
+    "12.1a",
+    "2.13.0+cu130",
+    "13.0",
+    "g++ 13.3.0",
+    "RelWithDebInfo",
+    {},
+)
 
 
 @pytest.mark.parametrize(
@@ -232,44 +279,127 @@ HERE = Inputs("cuda", "/x", f"v0.31.0 {'a' * 12}", "12.1a", "2.13.0+cu130", "13.
         ({}, {}, "3.12", ("12.1",), None),
         ({}, {}, "3.12", (), None),
         ({"python": ""}, {}, "3.14", (), None),
-        ({"tag": "v0.30.0"}, {}, "3.12", (), "it was built for pin v0.30.0 aaaaaaaaaaaa, here it is v0.31.0 aaaaaaaaaaaa"),
-        ({"commit": "c" * 40}, {}, "3.12", (), "it was built for pin v0.31.0 cccccccccccc, here it is v0.31.0 aaaaaaaaaaaa"),
+        (
+            {"tag": "v0.30.0"},
+            {},
+            "3.12",
+            (),
+            "it was built for pin v0.30.0 aaaaaaaaaaaa, here it is v0.31.0 aaaaaaaaaaaa",
+        ),
+        (
+            {"commit": "c" * 40},
+            {},
+            "3.12",
+            (),
+            "it was built for pin v0.31.0 cccccccccccc, here it is v0.31.0 aaaaaaaaaaaa",
+        ),
         ({"device": "cpu"}, {}, "3.12", (), "it was built for device cpu, here it is cuda"),
-        ({"machine": "riscv64"}, {}, "3.12", (), f"it was built for machine riscv64, here it is {wheels.this_machine()}"),
-        ({}, {"torch": "2.14.0+cu130"}, "3.12", (), "it was built for torch 2.13.0+cu130, here it is 2.14.0+cu130"),
+        (
+            {"machine": "riscv64"},
+            {},
+            "3.12",
+            (),
+            f"it was built for machine riscv64, here it is {wheels.this_machine()}",
+        ),
+        (
+            {},
+            {"torch": "2.14.0+cu130"},
+            "3.12",
+            (),
+            "it was built for torch 2.13.0+cu130, here it is 2.14.0+cu130",
+        ),
         ({}, {}, "3.13", (), "it was built for Python 3.12, here it is 3.13"),
-        ({"digest": "e"}, {}, "3.12", (), "it was compiled from other sources than this tree's (csrc, cmake, CMakeLists.txt): those of tree bbbbbbbbbbbb"),
-        ({}, {"archs": "9.0"}, "3.12", (), "vllm/_C_stable_libtorch.abi3.so holds sm_120f, of which nothing runs on 9.0"),
-        ({}, {}, "3.12", ("9.0",), "vllm/_C_stable_libtorch.abi3.so holds sm_120f, of which nothing runs on 9.0"),
+        (
+            {"digest": "e"},
+            {},
+            "3.12",
+            (),
+            (
+                "it was compiled from other sources than this tree's (csrc, cmake, CMakeLists.txt):"
+                " those of tree bbbbbbbbbbbb"
+            ),
+        ),
+        (
+            {},
+            {"archs": "9.0"},
+            "3.12",
+            (),
+            "vllm/_C_stable_libtorch.abi3.so holds sm_120f, of which nothing runs on 9.0",
+        ),
+        (
+            {},
+            {},
+            "3.12",
+            ("9.0",),
+            "vllm/_C_stable_libtorch.abi3.so holds sm_120f, of which nothing runs on 9.0",
+        ),
     ],
 )
-def test_wheel_fits_or_the_reason_is_said(packed: dict[str, str], here: dict[str, str], python: str, capabilities: tuple[str, ...], said: str | None) -> None:
-    assert wheel.fits(replace(PACKED, **packed), replace(HERE, **here), "d", python=python, capabilities=capabilities) == said
+def test_wheel_fits_or_the_reason_is_said(
+    packed: dict[str, str],
+    here: dict[str, str],
+    python: str,
+    capabilities: tuple[str, ...],
+    said: str | None,
+) -> None:
+    assert (
+        wheel.fits(
+            replace(PACKED, **packed),
+            replace(HERE, **here),
+            "d",
+            python=python,
+            capabilities=capabilities,
+        )
+        == said
+    )
 
 
 def test_own_deepgemm_binds_the_wheel_to_one_python(built: World, dist: Path) -> None:
     """Its module is for one version of CPython, where a release brings one for each."""
-    own = built.layout.vllm / "vllm" / "third_party" / "deep_gemm" / "_C.cpython-312-x86_64-linux-gnu.so"
+    own = (
+        built.layout.vllm
+        / "vllm"
+        / "third_party"
+        / "deep_gemm"
+        / "_C.cpython-312-x86_64-linux-gnu.so"
+    )
     own.parent.mkdir(parents=True)
     own.write_bytes(b"a library")
     path = built.layout.stamp("vllm")
     record = json.loads(path.read_text())
-    record["libraries"].append({"path": str(own.relative_to(built.layout.vllm)), "size": 9, "sha256": wheels.sha256(own)})
+    record["libraries"].append(
+        {"path": str(own.relative_to(built.layout.vllm)), "size": 9, "sha256": wheels.sha256(own)}
+    )
     path.write_text(json.dumps(record))
     assert "-cp312-cp312-linux_" in pack(built, dist).path.name
-    record["libraries"].append(record["libraries"][-1] | {"path": record["libraries"][-1]["path"].replace("312", "313")})
+    record["libraries"].append(
+        record["libraries"][-1] | {"path": record["libraries"][-1]["path"].replace("312", "313")}
+    )
     own.with_name(own.name.replace("312", "313")).write_bytes(b"a library")
     path.write_text(json.dumps(record))
     assert "-cp38-abi3-linux_" in pack(built, dist).path.name
 
 
-def test_wheel_installs_into_another_environment_and_imports(built: World, dist: Path, tmp_path: Path) -> None:
+def test_wheel_installs_into_another_environment_and_imports(
+    built: World, dist: Path, tmp_path: Path
+) -> None:
     made = pack(built, dist)
     uv, venv = str(built.materials.bin / "uv"), tmp_path / "venv"
-    for words in (["venv", venv], ["pip", "install", "--python", venv, "torch==2.13.0+cpu"], ["pip", "install", "--python", venv, "--no-deps", made.path]):
+    for words in (
+        ["venv", venv],
+        ["pip", "install", "--python", venv, "torch==2.13.0+cpu"],
+        ["pip", "install", "--python", venv, "--no-deps", made.path],
+    ):
         subprocess.run([uv, "--quiet", *words], env=built.env, check=True, cwd=tmp_path)
     code = "import vllm; print(vllm.__file__, vllm.__version__)"
-    said = subprocess.run([venv / "bin" / "python", "-c", code], env=built.env, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [venv / "bin" / "python", "-c", code],
+        env=built.env,
+        check=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert said.startswith(str(venv))
     assert said.strip().endswith(made.path.name.split("-")[1])
 

@@ -16,7 +16,9 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings, load
 
-UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+UV = shutil.which(
+    "uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+)
 # Where no version manager's shims lie: each would be asked for its version.
 SYSTEM_PATH = "/usr/bin:/bin"
 
@@ -40,10 +42,17 @@ class House:
         return load(self.layout, environ=base | shell)
 
     def run_log(self, settings: Settings) -> RunLog:
-        return RunLog(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="test", secrets=settings.secrets)
+        return RunLog(
+            Console(out=io.StringIO(), err=io.StringIO()),
+            self.layout.logs,
+            verb="test",
+            secrets=settings.secrets,
+        )
 
     def log(self) -> str:
-        return "".join(path.read_text(encoding="utf-8") for path in sorted(self.layout.logs.glob("*.log")))
+        return "".join(
+            path.read_text(encoding="utf-8") for path in sorted(self.layout.logs.glob("*.log"))
+        )
 
     def program(self, name: str, script: str, *, folder: Path | None = None) -> Path:
         """Put a shell script on PATH, or into `folder`."""
@@ -53,10 +62,31 @@ class House:
         path.chmod(0o755)
         return path
 
-    def wheel(self, name: str, version: str, *, requires: tuple[str, ...] = (), files: Mapping[str, bytes] | None = None, folder: Path | None = None) -> Path:
-        return write(folder or self.links, name, version, files or {f"{name.replace('-', '_')}/__init__.py": b""}, requires=requires)
+    def wheel(
+        self,
+        name: str,
+        version: str,
+        *,
+        requires: tuple[str, ...] = (),
+        files: Mapping[str, bytes] | None = None,
+        folder: Path | None = None,
+    ) -> Path:
+        return write(
+            folder or self.links,
+            name,
+            version,
+            files or {f"{name.replace('-', '_')}/__init__.py": b""},
+            requires=requires,
+        )
 
-    def torch(self, version: str, *, cuda: str | None = None, requires: tuple[str, ...] = (), folder: Path | None = None) -> Path:
+    def torch(
+        self,
+        version: str,
+        *,
+        cuda: str | None = None,
+        requires: tuple[str, ...] = (),
+        folder: Path | None = None,
+    ) -> Path:
         return write_torch(folder or self.links, version, cuda=cuda, requires=requires)
 
 
@@ -64,7 +94,13 @@ class House:
 def house(tmp_path: Path) -> House:
     layout = Layout(tmp_path / "clone with a blank")
     made = House(layout, tmp_path / "links", tmp_path / "bin")
-    for folder in (layout.tools / "bin", made.links, made.bin, tmp_path / "home", layout.root / "workspace"):
+    for folder in (
+        layout.tools / "bin",
+        made.links,
+        made.bin,
+        tmp_path / "home",
+        layout.root / "workspace",
+    ):
         folder.mkdir(parents=True)
     assert UV is not None, "uv is part of the tool environment"
     (layout.tools / "bin" / "uv").symlink_to(UV)
@@ -80,7 +116,10 @@ def built(house: House) -> Callable[[], Settings]:
         from workspace.machine import interpreter
 
         settings = house.settings()
-        choice = interpreter.Choice(Path(getattr(sys, "_base_executable", sys.executable)), ".".join(str(part) for part in sys.version_info[:3]))
+        choice = interpreter.Choice(
+            Path(getattr(sys, "_base_executable", sys.executable)),
+            ".".join(str(part) for part in sys.version_info[:3]),
+        )
         with house.run_log(settings) as run_log:
             interpreter.create(house.layout, settings, choice, run_log=run_log)
         return settings

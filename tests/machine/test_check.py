@@ -33,17 +33,32 @@ environment_variables = {
 """
 
 
-def judged(house: House, dotenv: str = "", *, device: str = "cpu", recipe: dict[str, str] | None = None, **shell: str) -> dict[str, Row]:
+def judged(
+    house: House,
+    dotenv: str = "",
+    *,
+    device: str = "cpu",
+    recipe: dict[str, str] | None = None,
+    **shell: str,
+) -> dict[str, Row]:
     (house.layout.vllm / "vllm").mkdir(parents=True, exist_ok=True)
     (house.layout.vllm / "vllm" / "envs.py").write_text(ENVS)
     house.layout.dotenv.write_text(dotenv)
     settings = house.settings(**shell)
-    return {row.name: row for row in check.judge(Case(house.layout, settings, device=device, kernels="precompiled"), recipe=recipe)}
+    return {
+        row.name: row
+        for row in check.judge(
+            Case(house.layout, settings, device=device, kernels="precompiled"), recipe=recipe
+        )
+    }
 
 
 def test_every_setting_has_its_value_and_source_and_nothing_else_is_wrong(house: House) -> None:
     rows = judged(house, "MAX_JOBS=3\nVLLM_LOGGING_LEVEL=DEBUG\n", SOURCE="git")
-    assert [(rows[name].value, rows[name].source) for name in ("MAX_JOBS", "SOURCE", "KERNELS", "VLLM_LOGGING_LEVEL")] == [
+    assert [
+        (rows[name].value, rows[name].source)
+        for name in ("MAX_JOBS", "SOURCE", "KERNELS", "VLLM_LOGGING_LEVEL")
+    ] == [
         ("3", ".env"),
         ("git", "shell"),
         ("auto", "default"),
@@ -53,34 +68,61 @@ def test_every_setting_has_its_value_and_source_and_nothing_else_is_wrong(house:
 
 
 def test_old_guides_variables_are_called_what_they_are(house: House, tmp_path: Path) -> None:
-    guide = {"VLLM_USE_FLASHINFER_MXFP4_MOE": "1", "TIKTOKEN_ENCODINGS_BASE": str(tmp_path), "TRITON_PTXAS_PATH": "/usr/local/cuda-of-the-guide/bin/ptxas"}
+    guide = {
+        "VLLM_USE_FLASHINFER_MXFP4_MOE": "1",
+        "TIKTOKEN_ENCODINGS_BASE": str(tmp_path),
+        "TRITON_PTXAS_PATH": "/usr/local/cuda-of-the-guide/bin/ptxas",
+    }
     (tmp_path / "o200k_base.tiktoken").touch()
     rows = judged(house, "", **guide)
     assert {rows[name].state for name in guide} == {"warn"}
-    assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].text.startswith("is read by no release of vLLM (vllm-project/vllm#43148); instead: --moe-backend")
+    assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].text.startswith(
+        "is read by no release of vLLM (vllm-project/vllm#43148); instead: --moe-backend"
+    )
     assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].hint == "unset VLLM_USE_FLASHINFER_MXFP4_MOE"
-    assert rows["TIKTOKEN_ENCODINGS_BASE"].text.startswith("cl100k_base.tiktoken is not there, and gpt-oss would die of it")
+    assert rows["TIKTOKEN_ENCODINGS_BASE"].text.startswith(
+        "cl100k_base.tiktoken is not there, and gpt-oss would die of it"
+    )
     assert "Triton passes it over" in rows["TRITON_PTXAS_PATH"].text
 
 
 def test_ptxas_of_the_guide_is_not_the_one_that_triton_takes_on_a_spark(house: House) -> None:
-    house.program("nvidia-smi", 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) exit 1;; esac')
-    described = house.layout.environment / "lib" / "python3.12" / "site-packages" / "triton-3.7.1.dist-info"
+    house.program(
+        "nvidia-smi",
+        'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) exit 1;; esac',
+    )
+    described = (
+        house.layout.environment / "lib" / "python3.12" / "site-packages" / "triton-3.7.1.dist-info"
+    )
     described.mkdir(parents=True)
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.7.1\n")
     ptxas = house.program("ptxas", "exit 0")
     row = judged(house, device="cuda", TRITON_PTXAS_PATH=str(ptxas))["TRITON_PTXAS_PATH"]
-    assert (row.state, "Triton 3.7.1 assembles for this GPU with TRITON_PTXAS_BLACKWELL_PATH" in row.text) == ("warn", True), row
-    assert judged(house, device="cuda", TRITON_PTXAS_BLACKWELL_PATH=str(ptxas))["TRITON_PTXAS_BLACKWELL_PATH"].state == "ok"
+    assert (
+        row.state,
+        "Triton 3.7.1 assembles for this GPU with TRITON_PTXAS_BLACKWELL_PATH" in row.text,
+    ) == ("warn", True), row
+    assert (
+        judged(house, device="cuda", TRITON_PTXAS_BLACKWELL_PATH=str(ptxas))[
+            "TRITON_PTXAS_BLACKWELL_PATH"
+        ].state
+        == "ok"
+    )
 
 
 def test_removed_name_is_said_with_release_replacement_and_reference(house: House) -> None:
     row = judged(house, "VLLM_ATTENTION_BACKEND=FLASHINFER\n")["VLLM_ATTENTION_BACKEND"]
     assert (row.state, row.hint) == ("warn", "sed -i '/^VLLM_ATTENTION_BACKEND=/d' .env")
-    assert row.text == "is gone since vLLM 0.16.0 (vllm-project/vllm#32812); instead: --attention-backend; nothing is told of it"
+    assert (
+        row.text
+        == "is gone since vLLM 0.16.0 (vllm-project/vllm#32812); instead: --attention-backend;"
+        " nothing is told of it"
+    )
 
 
-def test_unknown_name_stops_where_it_was_written_for_us_and_not_where_the_shell_has_it(house: House) -> None:
+def test_unknown_name_stops_where_it_was_written_for_us_and_not_where_the_shell_has_it(
+    house: House,
+) -> None:
     row = judged(house, "VLLM_LOGING_LEVEL=DEBUG\n")["VLLM_LOGING_LEVEL"]
     assert row.state == "FAIL"
     assert "did you mean VLLM_LOGGING_LEVEL?" in row.text
@@ -109,7 +151,9 @@ def test_without_a_tree_no_name_is_judged(house: House) -> None:
         ("VLLM_TARGET_DEVICE", "tpu", "warn", "the workspace says this itself"),
     ],
 )
-def test_values_are_what_the_trees_own_functions_make_of_them(house: House, name: str, text: str, state: str, says: str) -> None:
+def test_values_are_what_the_trees_own_functions_make_of_them(
+    house: House, name: str, text: str, state: str, says: str
+) -> None:
     row = judged(house, f"{name}={text}\n")[name]
     assert (row.state, says in row.text) == (state, True), row
 
@@ -119,24 +163,72 @@ def test_values_are_what_the_trees_own_functions_make_of_them(house: House, name
     [
         ("cuda", {"CUDA_HOME": "/nowhere/cuda"}, "CUDA_HOME", "FAIL", "no such folder"),
         ("cpu", {"CUDA_HOME": "/nowhere/cuda"}, "CUDA_HOME", "warn", "no such folder"),
-        ("cuda", {"TRITON_PTXAS_BLACKWELL_PATH": "/etc/passwd"}, "TRITON_PTXAS_BLACKWELL_PATH", "FAIL", "Triton stops there"),
-        ("cuda", {"VLLM_CPU_KVCACHE_SPACE": "4"}, "VLLM_CPU_KVCACHE_SPACE", "warn", "does not read it"),
-        ("cpu", {"VLLM_CPU_KVCACHE_SPACE": "900000"}, "VLLM_CPU_KVCACHE_SPACE", "FAIL", "this machine"),
-        ("cpu", {"HF_HUB_OFFLINE": "1", "VLLM_USE_MODELSCOPE": "1"}, "VLLM_USE_MODELSCOPE", "warn", "another one is"),
-        ("cpu", {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "0"}, "TRANSFORMERS_OFFLINE", "warn", "says the opposite"),
+        (
+            "cuda",
+            {"TRITON_PTXAS_BLACKWELL_PATH": "/etc/passwd"},
+            "TRITON_PTXAS_BLACKWELL_PATH",
+            "FAIL",
+            "Triton stops there",
+        ),
+        (
+            "cuda",
+            {"VLLM_CPU_KVCACHE_SPACE": "4"},
+            "VLLM_CPU_KVCACHE_SPACE",
+            "warn",
+            "does not read it",
+        ),
+        (
+            "cpu",
+            {"VLLM_CPU_KVCACHE_SPACE": "900000"},
+            "VLLM_CPU_KVCACHE_SPACE",
+            "FAIL",
+            "this machine",
+        ),
+        (
+            "cpu",
+            {"HF_HUB_OFFLINE": "1", "VLLM_USE_MODELSCOPE": "1"},
+            "VLLM_USE_MODELSCOPE",
+            "warn",
+            "another one is",
+        ),
+        (
+            "cpu",
+            {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "0"},
+            "TRANSFORMERS_OFFLINE",
+            "warn",
+            "says the opposite",
+        ),
         ("cuda", {"MAX_JOBS": "900"}, "MAX_JOBS", "warn", "flashinfer#3634"),
-        ("cpu", {"MAX_JOBS": "2", "NVCC_THREADS": "8"}, "NVCC_THREADS", "warn", "more than MAX_JOBS=2"),
+        (
+            "cpu",
+            {"MAX_JOBS": "2", "NVCC_THREADS": "8"},
+            "NVCC_THREADS",
+            "warn",
+            "more than MAX_JOBS=2",
+        ),
         ("cpu", {"TORCH_CUDA_ARCH_LIST": "12.1a"}, "TORCH_CUDA_ARCH_LIST", "warn", "not used"),
-        ("cpu", {"USE_EXISTING_TORCH": "1", "TORCH_INDEX_URL": "https://a.example/whl"}, "TORCH_INDEX_URL", "warn", "not asked"),
+        (
+            "cpu",
+            {"USE_EXISTING_TORCH": "1", "TORCH_INDEX_URL": "https://a.example/whl"},
+            "TORCH_INDEX_URL",
+            "warn",
+            "not asked",
+        ),
     ],
 )
-def test_settings_that_do_not_go_together(house: House, device: str, shell: dict[str, str], name: str, state: str, says: str) -> None:
+def test_settings_that_do_not_go_together(
+    house: House, device: str, shell: dict[str, str], name: str, state: str, says: str
+) -> None:
     row = judged(house, device=device, **shell)[name]
     assert (row.state, says in row.text) == (state, True), row
 
 
 def test_recipe_that_speaks_to_a_build_stops_and_the_user_goes_before_it(house: House) -> None:
-    rows = judged(house, "VLLM_NUMBER=2\n", recipe={"CMAKE_ARGS": "-DX=1", "VLLM_NUMBER": "many", "VLLM_SWITCH": "1"})
+    rows = judged(
+        house,
+        "VLLM_NUMBER=2\n",
+        recipe={"CMAKE_ARGS": "-DX=1", "VLLM_NUMBER": "many", "VLLM_SWITCH": "1"},
+    )
     assert (rows["CMAKE_ARGS"].state, rows["CMAKE_ARGS"].source) == ("FAIL", "recipe")
     assert (rows["VLLM_NUMBER"].state, rows["VLLM_NUMBER"].source) == ("ok", ".env")
     assert (rows["VLLM_SWITCH"].state, rows["VLLM_SWITCH"].source) == ("ok", "recipe")
@@ -155,8 +247,15 @@ def test_secrets_are_set_or_unset_and_nowhere_else(house: House) -> None:
         out = io.StringIO()
         check.show(house.layout, house.settings(), console=Console(out=out, err=out), as_json=True)
     rows = {row["name"]: row for row in json.loads(out.getvalue())["rows"]}
-    assert [rows[name]["value"] for name in ("HF_TOKEN", "MY_API_KEY", "VLLM_API_KEY")] == ["set", "set", "unset"]
-    assert not any("swordfish" in text for text in (out.getvalue(), caught.value.message, *caught.value.details))
+    assert [rows[name]["value"] for name in ("HF_TOKEN", "MY_API_KEY", "VLLM_API_KEY")] == [
+        "set",
+        "set",
+        "unset",
+    ]
+    assert not any(
+        "swordfish" in text
+        for text in (out.getvalue(), caught.value.message, *caught.value.details)
+    )
 
 
 def test_warnings_are_spoken_once_and_errors_stop_with_the_first_and_the_rest(house: House) -> None:
@@ -174,8 +273,13 @@ def test_warnings_are_spoken_once_and_errors_stop_with_the_first_and_the_rest(ho
 
 def test_envs_that_cannot_be_loaded_judges_no_value(house: House) -> None:
     judged(house)
-    (house.layout.vllm / "vllm" / "envs.py").write_text("raise SystemExit(3)\nenvironment_variables = {'VLLM_NUMBER': 1}\n")
-    assert run_environment.misread_values(house.layout, house.settings(), {"VLLM_NUMBER": "many"}) == ()
+    (house.layout.vllm / "vllm" / "envs.py").write_text(
+        "raise SystemExit(3)\nenvironment_variables = {'VLLM_NUMBER': 1}\n"
+    )
+    assert (
+        run_environment.misread_values(house.layout, house.settings(), {"VLLM_NUMBER": "many"})
+        == ()
+    )
 
 
 def test_every_name_of_the_table_has_a_reference_and_no_release_order_that_cannot_be() -> None:
@@ -183,4 +287,6 @@ def test_every_name_of_the_table_has_a_reference_and_no_release_order_that_canno
         for former in run_environment.removed_names(kind).values():
             assert former.reference
             assert bool(former.last) == bool(former.gone)
-            assert [int(part) for part in former.last.split(".") if part] < [int(part) for part in former.gone.split(".") if part] or not former.last
+            assert [int(part) for part in former.last.split(".") if part] < [
+                int(part) for part in former.gone.split(".") if part
+            ] or not former.last

@@ -20,12 +20,22 @@ def tree(house) -> Path:
     (house.layout.vllm / "cmake").mkdir(parents=True)
     (house.layout.vllm / "CMakeLists.txt").write_text(CMAKE)
     (house.layout.vllm / "cmake" / "cpu_extension.cmake").write_text(CPU_CMAKE)
-    (house.layout.vllm / "pyproject.toml").write_text("[project]\nrequires-python = '>=3.10,<3.15'\n")
+    (house.layout.vllm / "pyproject.toml").write_text(
+        "[project]\nrequires-python = '>=3.10,<3.15'\n"
+    )
     return house.layout.vllm
 
 
-def rows(house, settings, *, device="cpu", kernels="precompiled", need=None) -> dict[str, doctor.Row]:
-    found = doctor.preflight(house.layout, settings, device=device, kernels=kernels, need_gib=need or {house.layout.root: 0.001})
+def rows(
+    house, settings, *, device="cpu", kernels="precompiled", need=None
+) -> dict[str, doctor.Row]:
+    found = doctor.preflight(
+        house.layout,
+        settings,
+        device=device,
+        kernels=kernels,
+        need_gib=need or {house.layout.root: 0.001},
+    )
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
@@ -36,12 +46,23 @@ def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> No
     (home / "include").mkdir(parents=True)
     if headers:
         (home / "include" / "Python.h").touch()
-    said = {"version": version, "level": "final", "include": str(home / "include"), "prefix": base, "base": base, "executable": ""}
+    said = {
+        "version": version,
+        "level": "final",
+        "include": str(home / "include"),
+        "prefix": base,
+        "base": base,
+        "executable": "",
+    }
     path = house.program("python", f"echo '{json.dumps(said)}'", folder=home / "bin")
-    listed = json.dumps([{"version": version, "path": str(path), "implementation": "cpython", "variant": "default"}])
+    listed = json.dumps(
+        [{"version": version, "path": str(path), "implementation": "cpython", "variant": "default"}]
+    )
     uv = house.layout.tools / "bin" / "uv"
     uv.unlink(missing_ok=True)
-    house.program("uv", f'[ "$1" = --version ] && echo "uv 0.0.0" || echo \'{listed}\'', folder=uv.parent)
+    house.program(
+        "uv", f'[ "$1" = --version ] && echo "uv 0.0.0" || echo \'{listed}\'', folder=uv.parent
+    )
 
 
 def test_sound_machine_passes_for_a_cpu_precompiled_wheel(house, built, tree):
@@ -54,8 +75,13 @@ def test_sound_machine_passes_for_a_cpu_precompiled_wheel(house, built, tree):
 def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house, built, tree):
     settings = built()
     free = hardware.free_gib(house.layout.root)
-    need = {house.layout.root: free * 0.6, house.layout.root.parent / "cache" / "not made yet": free * 0.6}
-    found = doctor.preflight(house.layout, settings, device="cpu", kernels="precompiled", need_gib=need)
+    need = {
+        house.layout.root: free * 0.6,
+        house.layout.root.parent / "cache" / "not made yet": free * 0.6,
+    }
+    found = doctor.preflight(
+        house.layout, settings, device="cpu", kernels="precompiled", need_gib=need
+    )
     assert (found[0].state, found[0].name) == ("FAIL", "disk")
     assert len([row for row in found if row.name == "disk"]) == 1
     assert found[0].hint.startswith("df -h ")
@@ -90,9 +116,17 @@ def test_uv_that_does_not_run_fails_before_anything_needs_it(house, built, tree)
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels", "state"), [("cpu", "precompiled", "warn"), ("cpu", "native", "FAIL"), ("cuda", "precompiled", "FAIL"), ("cuda", "native", "FAIL")]
+    ("device", "kernels", "state"),
+    [
+        ("cpu", "precompiled", "warn"),
+        ("cpu", "native", "FAIL"),
+        ("cuda", "precompiled", "FAIL"),
+        ("cuda", "native", "FAIL"),
+    ],
 )
-def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(house, tree, device, kernels, state):
+def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(
+    house, tree, device, kernels, state
+):
     fake_python(house, "3.12.3", headers=False)
     python = house.layout.root.parent / "python" / "bin" / "python"
     environment = house.layout.environment / "bin"
@@ -121,7 +155,9 @@ def test_no_gpu_fails_for_cuda_and_names_the_way_without(house, built, tree):
     assert "--device cpu" in row.hint
 
 
-def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_precompiled_wheel(house, built, tree):
+def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_precompiled_wheel(
+    house, built, tree
+):
     built()
     settings = house.settings(CUDA_HOME="/nonexistent/cuda")
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
@@ -133,8 +169,14 @@ def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_precompiled_w
 
 def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tree, tmp_path):
     built()
-    house.program("nvcc", '[ "$1" = --version ] && echo "release 12.9, V12.9.1"', folder=tmp_path / "cuda" / "bin")
-    found = rows(house, house.settings(CUDA_HOME=str(tmp_path / "cuda")), device="cuda", kernels="native")
+    house.program(
+        "nvcc",
+        '[ "$1" = --version ] && echo "release 12.9, V12.9.1"',
+        folder=tmp_path / "cuda" / "bin",
+    )
+    found = rows(
+        house, house.settings(CUDA_HOME=str(tmp_path / "cuda")), device="cuda", kernels="native"
+    )
     assert found["toolkit"].state == "FAIL"
     assert "12.9" in found["toolkit"].seen
 
@@ -159,8 +201,13 @@ def test_compiler_that_is_missing_stops_a_native_build(house, built, tree):
 
 def test_device_is_what_was_asked_for_and_otherwise_what_the_driver_shows(house):
     bare = hardware.Machine("aarch64", 20, 120.0, 100.0, ())
-    spark = hardware.Machine("aarch64", 20, 120.0, 100.0, (hardware.Gpu("NVIDIA GB10", "12.1", "580"),))
-    assert (doctor.device(house.settings(), bare), doctor.device(house.settings(), spark)) == ("cpu", "cuda")
+    spark = hardware.Machine(
+        "aarch64", 20, 120.0, 100.0, (hardware.Gpu("NVIDIA GB10", "12.1", "580"),)
+    )
+    assert (doctor.device(house.settings(), bare), doctor.device(house.settings(), spark)) == (
+        "cpu",
+        "cuda",
+    )
     assert doctor.device(house.settings(DEVICE="cpu"), spark) == "cpu"
     assert doctor.device(house.settings(DEVICE="cuda"), bare) == "cuda"
 
@@ -169,7 +216,9 @@ def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError |
     """What a doctor without network rows prints on stdout and stderr, and what it raises."""
     out, err = io.StringIO(), io.StringIO()
     try:
-        doctor.show(house.layout, settings, console=Console(out=out, err=err), as_json=as_json, offline=True)
+        doctor.show(
+            house.layout, settings, console=Console(out=out, err=err), as_json=as_json, offline=True
+        )
     except ToolchainError as exc:
         return out.getvalue(), err.getvalue(), exc
     return out.getvalue(), err.getvalue(), None
@@ -181,7 +230,9 @@ def test_json_has_every_row_with_its_five_words_and_a_verdict(house, built, tree
     out, _, error = shown(house, house.settings(DEVICE="cuda"), as_json=True)
     said = json.loads(out)
     assert (said["schema"], said["verdict"]) == (1, "FAIL")
-    assert {tuple(sorted(row)) for row in said["rows"]} == {("hint", "name", "seen", "state", "why")}
+    assert {tuple(sorted(row)) for row in said["rows"]} == {
+        ("hint", "name", "seen", "state", "why")
+    }
     assert {row["state"] for row in said["rows"]} <= {"ok", "warn", "FAIL"}
     assert error is not None
     assert (error.exit_code, "driver" in error.message) == (6, True)
@@ -196,7 +247,9 @@ def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(hous
     assert error is None
     lines = err.splitlines()
     assert len([line for line in lines if line.startswith("ok       uv")]) == 1
-    assert "                       $ sudo apt install g++-13 && export CC=gcc-13 CXX=g++-13" in lines
+    assert (
+        "                       $ sudo apt install g++-13 && export CC=gcc-13 CXX=g++-13" in lines
+    )
 
 
 def test_doctor_on_a_machine_with_no_program_at_all_names_them_and_does_not_break(house, tmp_path):
@@ -223,7 +276,9 @@ def test_check_that_the_machine_answers_with_nonsense_does_not_end_the_others(ho
         yield doctor.Row("ok", "sound", "", "")
 
     case = Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
-    found = doctor.examine(case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())])
+    found = doctor.examine(
+        case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())]
+    )
     assert [(row.state, row.name) for row in found] == [("warn", "hostile"), ("ok", "sound")]
 
 

@@ -5,17 +5,36 @@ import pytest
 from workspace.machine import doctor
 from workspace.machine.case import Case, Row
 
-CONFIG = {"cache_dir": "", "max_size": "20.0G", "hash_dir": "false", "base_dir": "", "sloppiness": "", "disable": "false", "read_only": "false"}
+CONFIG = {
+    "cache_dir": "",
+    "max_size": "20.0G",
+    "hash_dir": "false",
+    "base_dir": "",
+    "sloppiness": "",
+    "disable": "false",
+    "read_only": "false",
+}
 
 
 def ccache(house, *, size_kib="1048576", origin="default", **config) -> None:
     lines = "".join(f"({origin}) {key} = {value}\n" for key, value in (CONFIG | config).items())
     stats = f"cache_miss\t0\ncache_size_kibibyte\t{size_kib}\n" if size_kib is not None else ""
-    house.program("ccache", f"case $1 in --show-config) cat <<'X'\n{lines}X\n;; --print-stats) cat <<'X'\n{stats}X\n;; *) exit 1;; esac")
+    house.program(
+        "ccache",
+        f"case $1 in --show-config) cat <<'X'\n{lines}X\n;; --print-stats) cat <<'X'\n{stats}X\n;;"
+        " *) exit 1;; esac",
+    )
 
 
 def row(house, *, device="cuda", kernels="precompiled", **shell) -> Row:
-    (found,) = doctor.ccache(Case(house.layout, house.settings(PATH=f"{house.bin}:/bin", **shell), device=device, kernels=kernels))
+    (found,) = doctor.ccache(
+        Case(
+            house.layout,
+            house.settings(PATH=f"{house.bin}:/bin", **shell),
+            device=device,
+            kernels=kernels,
+        )
+    )
     return found
 
 
@@ -23,7 +42,13 @@ def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_what_decides_a_hit(ho
     ccache(house, base_dir=house.layout.root, sloppiness="time_macros")
     found = row(house)
     assert (found.state, found.hint) == ("ok", None)
-    for word in ("1.0 GiB", "limit 20.0G", "hash_dir false", f"base_dir {house.layout.root}", "sloppiness time_macros"):
+    for word in (
+        "1.0 GiB",
+        "limit 20.0G",
+        "hash_dir false",
+        f"base_dir {house.layout.root}",
+        "sloppiness time_macros",
+    ):
         assert word in found.seen
 
 
@@ -42,7 +67,10 @@ def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
         ({"hash_dir": "true"}, "unset CCACHE_HASHDIR"),
         ({"base_dir": "/elsewhere"}, "unset CCACHE_BASEDIR"),
         ({"max_size": "5.0G"}, "ccache --set-config max_size=20G"),
-        ({"max_size": "500.0M", "hash_dir": "true"}, "ccache --set-config max_size=20G && unset CCACHE_HASHDIR"),
+        (
+            {"max_size": "500.0M", "hash_dir": "true"},
+            "ccache --set-config max_size=20G && unset CCACHE_HASHDIR",
+        ),
     ],
 )
 def test_what_keeps_the_cache_from_a_hit_is_a_warning_with_its_cure(house, config, hint):
@@ -75,7 +103,11 @@ def test_cache_that_talks_nonsense_never_breaks_the_row(house, script):
 
 
 def test_ccache_is_asked_with_the_settings_that_a_build_gives_it(house):
-    house.program("ccache", 'echo "(environment) base_dir = $CCACHE_BASEDIR"; echo "(environment) depend_mode = $CCACHE_DEPEND"')
+    house.program(
+        "ccache",
+        'echo "(environment) base_dir = $CCACHE_BASEDIR"; echo "(environment) depend_mode ='
+        ' $CCACHE_DEPEND"',
+    )
     assert f"base_dir {house.layout.root}" in row(house).seen
     assert row(house, CCACHE_BASEDIR="/elsewhere").hint == "unset CCACHE_BASEDIR"
 
@@ -94,7 +126,10 @@ def test_no_cache_is_a_warning_only_where_kernels_are_compiled(house):
     assert row(house, kernels="native").state == "warn"
 
 
-@pytest.mark.parametrize(("text", "gib"), [("5.0G", 4.66), ("5 GiB", 5.0), ("512Mi", 0.5), ("0", 0.0), ("", None), ("lots", None)])
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [("5.0G", 4.66), ("5 GiB", 5.0), ("512Mi", 0.5), ("0", 0.0), ("", None), ("lots", None)],
+)
 def test_size_is_read_in_decimal_and_in_binary_units(text, gib):
     found = doctor.size_gib(text)
     assert found == gib if gib is None else abs(found - gib) < 0.01

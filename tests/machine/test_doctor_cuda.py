@@ -1,4 +1,6 @@
-"""Driver, toolkit and architectures, with an nvidia-smi and an nvcc that say what is put into their mouths."""
+"""Driver, toolkit and architectures, with an nvidia-smi and an nvcc that say what is put into their
+mouths.
+"""
 
 import re
 import subprocess
@@ -18,13 +20,26 @@ esac"""
 
 
 def smi(house, *, gpu="NVIDIA GB10, 12.1, 580.95.05", cuda="13.0", apps="true", xml=None) -> None:
-    house.program("nvidia-smi", SMI.format(gpu=gpu, apps=apps, xml=xml or f"echo '<nvidia_smi_log><cuda_version>{cuda}</cuda_version></nvidia_smi_log>'"))
+    house.program(
+        "nvidia-smi",
+        SMI.format(
+            gpu=gpu,
+            apps=apps,
+            xml=xml
+            or f"echo '<nvidia_smi_log><cuda_version>{cuda}</cuda_version></nvidia_smi_log>'",
+        ),
+    )
 
 
 def nvcc(house, version="13.0", archs="75 90 100 120 121"):
     home = house.layout.root.parent / "cuda"
     lines = "; ".join(f"echo compute_{arch}" for arch in archs.split())
-    house.program("nvcc", f'case "$1" in --version) echo "release {version}, V{version}.1";; --list-gpu-arch) {lines or "exit 1"};; esac', folder=home / "bin")
+    house.program(
+        "nvcc",
+        f'case "$1" in --version) echo "release {version}, V{version}.1";; --list-gpu-arch)'
+        f" {lines or 'exit 1'};; esac",
+        folder=home / "bin",
+    )
     return str(home)
 
 
@@ -41,7 +56,9 @@ def rows(check, *args, **words) -> dict[str, Row]:
 def torch(house, cuda="13.0") -> None:
     packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
     (packages / "torch").mkdir(parents=True)
-    (packages / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: str = '{cuda}'\n")
+    (packages / "torch" / "version.py").write_text(
+        f"__version__ = '2.13.0'\ncuda: str = '{cuda}'\n"
+    )
     (packages / "torch-2.13.0.dist-info").mkdir()
     (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
 
@@ -53,7 +70,9 @@ def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):
     assert (found["gpu"].state, found["gpu"].seen) == ("ok", "NVIDIA GB10, capability 12.1")
 
 
-@pytest.mark.parametrize("gpu", ["NVIDIA GB10, [N/A], 580.95.05", "NVIDIA GB10, soon, [N/A]", "garbage", ", , ,"])
+@pytest.mark.parametrize(
+    "gpu", ["NVIDIA GB10, [N/A], 580.95.05", "NVIDIA GB10, soon, [N/A]", "garbage", ", , ,"]
+)
 def test_driver_that_talks_nonsense_gives_rows_and_no_traceback(house, gpu):
     smi(house, gpu=gpu, xml="head -c 300 /dev/urandom", apps="echo 'N/A, x'; echo; echo '1,2,3,4'")
     assert {row.state for row in rows(doctor_toolchain.driver, house).values()} <= {"ok", "warn"}
@@ -77,19 +96,36 @@ def test_gpu_older_than_vllms_kernels_fails(house):
 
 @pytest.mark.parametrize(
     ("served", "of_torch", "of_toolkit", "state"),
-    [("13.0", "13.0", "13.0", "ok"), ("13.0", "12.9", "12.8", "ok"), ("13.0", "13.0", "13.1", "warn"), ("12.8", "13.0", "12.8", "FAIL")],
+    [
+        ("13.0", "13.0", "13.0", "ok"),
+        ("13.0", "12.9", "12.8", "ok"),
+        ("13.0", "13.0", "13.1", "warn"),
+        ("12.8", "13.0", "12.8", "FAIL"),
+    ],
 )
-def test_driver_serves_older_cuda_and_newer_of_its_own_major_version(house, served, of_torch, of_toolkit, state):
+def test_driver_serves_older_cuda_and_newer_of_its_own_major_version(
+    house, served, of_torch, of_toolkit, state
+):
     smi(house, cuda=served)
     torch(house, of_torch)
-    assert rows(doctor_toolchain.agreement, house, CUDA_HOME=nvcc(house, of_toolkit))["cuda fit"].state == state
+    assert (
+        rows(doctor_toolchain.agreement, house, CUDA_HOME=nvcc(house, of_toolkit))["cuda fit"].state
+        == state
+    )
 
 
-def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_precompiled_wheel(house):
+def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_precompiled_wheel(
+    house,
+):
     smi(house, cuda="12.9")
     home = nvcc(house)
     assert rows(doctor_toolchain.agreement, house, CUDA_HOME=home)["cuda fit"].state == "FAIL"
-    assert rows(doctor_toolchain.agreement, house, kernels="precompiled", CUDA_HOME=home)["cuda fit"].state == "warn"
+    assert (
+        rows(doctor_toolchain.agreement, house, kernels="precompiled", CUDA_HOME=home)[
+            "cuda fit"
+        ].state
+        == "warn"
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +146,9 @@ def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_pr
 )
 def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, toolkit, fault):
     smi(house)
-    row = rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST=text, CUDA_HOME=nvcc(house, toolkit))["arch list"]
+    row = rows(
+        doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST=text, CUDA_HOME=nvcc(house, toolkit)
+    )["arch list"]
     assert row.state == ("FAIL" if fault else "ok")
     assert fault is None or fault in row.why
     assert fault is None or re.search(r"TORCH_CUDA_ARCH_LIST='?12\.1a", row.hint)
@@ -118,18 +156,34 @@ def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, 
 
 def test_nvcc_that_does_not_list_what_it_knows_is_not_held_against_the_architectures(house):
     smi(house)
-    assert rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.1a", CUDA_HOME=nvcc(house, archs=""))["arch list"].state == "ok"
+    assert (
+        rows(
+            doctor_toolchain.archs,
+            house,
+            TORCH_CUDA_ARCH_LIST="12.1a",
+            CUDA_HOME=nvcc(house, archs=""),
+        )["arch list"].state
+        == "ok"
+    )
 
 
 def test_list_in_env_file_is_mended_there_and_in_the_shell_by_an_export(house):
     smi(house)
     house.layout.dotenv.write_text("TORCH_CUDA_ARCH_LIST=12.0a\n")
     assert ">> .env" in rows(doctor_toolchain.archs, house)["arch list"].hint
-    assert rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.0a")["arch list"].hint == "export TORCH_CUDA_ARCH_LIST='12.1a'"
+    assert (
+        rows(doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST="12.0a")["arch list"].hint
+        == "export TORCH_CUDA_ARCH_LIST='12.1a'"
+    )
 
 
 def test_without_a_gpu_the_device_cpu_asks_for_nothing_of_cuda(house):
-    for check in (doctor_toolchain.driver, doctor_toolchain.toolkit, doctor_toolchain.archs, doctor_toolchain.agreement):
+    for check in (
+        doctor_toolchain.driver,
+        doctor_toolchain.toolkit,
+        doctor_toolchain.archs,
+        doctor_toolchain.agreement,
+    ):
         assert {row.state for row in rows(check, house, device="cpu").values()} <= {"ok"}
 
 

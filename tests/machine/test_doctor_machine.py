@@ -1,4 +1,6 @@
-"""Memory, what guards it, and disk, on the machine that runs the tests and on groups and folders made up here."""
+"""Memory, what guards it, and disk, on the machine that runs the tests and on groups and folders
+made up here.
+"""
 
 import os
 import shutil
@@ -12,12 +14,23 @@ from workspace.machine.case import Case, Place, grown
 
 
 def case(house, *, device="cpu", kernels="precompiled", places=None, host=None, **shell) -> Case:
-    return Case(house.layout, house.settings(**shell), device=device, kernels=kernels, places=places, host=host)
+    return Case(
+        house.layout,
+        house.settings(**shell),
+        device=device,
+        kernels=kernels,
+        places=places,
+        host=host,
+    )
 
 
 @pytest.mark.parametrize("broken", ["missing", "folder", "garbage"])
 def test_control_group_that_cannot_be_read_is_no_limit(tmp_path: Path, broken):
-    for name, text in (("memory.max", "1048576"), ("memory.current", "4096"), ("memory.stat", "inactive_file 0")):
+    for name, text in (
+        ("memory.max", "1048576"),
+        ("memory.current", "4096"),
+        ("memory.stat", "inactive_file 0"),
+    ):
         (tmp_path / name).write_text(text)
     assert list(hardware._limit(tmp_path, "memory.max", "memory.current")) == [(1048576.0, 4096.0)]
     (tmp_path / "memory.max").unlink()
@@ -30,7 +43,13 @@ def test_control_group_that_cannot_be_read_is_no_limit(tmp_path: Path, broken):
 
 def test_jobs_that_outgrow_memory_are_told_before_the_machine_freezes(house):
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
-    fitting = max(1, min(len(os.sched_getaffinity(0)), int(hardware.observe(house.settings()).memory_gib * 0.75 / 9.5)))
+    fitting = max(
+        1,
+        min(
+            len(os.sched_getaffinity(0)),
+            int(hardware.observe(house.settings()).memory_gib * 0.75 / 9.5),
+        ),
+    )
     (row,) = doctor_host.cores(case(house, device="cuda", MAX_JOBS="5000"))
     assert (row.state, row.hint) == ("warn", "sed -i '/^MAX_JOBS=/d' .env")
     (row,) = doctor_host.cores(case(house, device="cuda"))
@@ -42,12 +61,19 @@ def test_jobs_that_outgrow_memory_are_told_before_the_machine_freezes(house):
 def test_vital_place_without_room_fails_and_another_one_only_warns(house):
     free = hardware.free_gib(house.layout.root)
     for is_vital, state in ((True, "FAIL"), (False, "warn")):
-        (row,) = doctor_host.disk(case(house, places=(Place("models", house.layout.root, free * 2, is_vital),)))
+        (row,) = doctor_host.disk(
+            case(house, places=(Place("models", house.layout.root, free * 2, is_vital),))
+        )
         assert (row.state, "models" in row.seen) == (state, True)
 
 
 def test_every_place_that_will_grow_is_looked_at_where_the_user_put_it(house, tmp_path):
-    shell = {"HF_HOME": str(tmp_path / "hf"), "UV_CACHE_DIR": str(tmp_path / "uv"), "TMPDIR": str(tmp_path / "tmp"), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    shell = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "UV_CACHE_DIR": str(tmp_path / "uv"),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "XDG_CACHE_HOME": str(tmp_path / "xdg"),
+    }
     places = {place.label: place.path for place in grown(case(house, **shell))}
     assert places == {
         "workspace": house.layout.root,
@@ -59,14 +85,19 @@ def test_every_place_that_will_grow_is_looked_at_where_the_user_put_it(house, tm
 
 
 def test_cache_on_the_clones_own_file_system_does_not_count_twice(house, tmp_path):
-    need = {place.label: place.need_gib for place in grown(case(house, UV_CACHE_DIR=str(tmp_path / "uv")))}
+    need = {
+        place.label: place.need_gib
+        for place in grown(case(house, UV_CACHE_DIR=str(tmp_path / "uv")))
+    }
     assert need["uv cache"] == 0
     assert need["workspace"] > 1
 
 
 def test_place_below_a_file_fails_with_the_command_that_mends_it(house, tmp_path):
     (tmp_path / "file").touch()
-    (row,) = doctor_host.folders(case(house, places=(Place("models", tmp_path / "file" / "hub", 0.0),)))
+    (row,) = doctor_host.folders(
+        case(house, places=(Place("models", tmp_path / "file" / "hub", 0.0),))
+    )
     assert (row.state, row.hint) == ("FAIL", f'sudo chown -R "$USER" {tmp_path / "file"}')
 
 
@@ -80,7 +111,10 @@ def test_what_ends_programs_in_time_is_found_among_those_that_run(house, tmp_pat
     assert (row.state, row.seen) == ("ok", "earlyoom")
 
 
-@pytest.mark.parametrize(("available_gib", "kernels", "state"), [(100.0, "native", "ok"), (9.0, "native", "FAIL"), (9.0, "precompiled", "warn")])
+@pytest.mark.parametrize(
+    ("available_gib", "kernels", "state"),
+    [(100.0, "native", "ok"), (9.0, "native", "FAIL"), (9.0, "precompiled", "warn")],
+)
 def test_memory_for_less_than_one_nvcc_stops_a_native_build(house, available_gib, kernels, state):
     host = hardware.Machine("aarch64", 20, 120.0, available_gib, ())
     (row,) = doctor_host.memory(case(house, device="cuda", kernels=kernels, host=host))
@@ -93,5 +127,10 @@ def test_limit_of_the_control_group_is_shown_beside_what_the_machine_has(house):
 
 
 def test_processor_without_released_wheels_is_told_to_compile(house):
-    (row,) = doctor_host.architecture(case(house, host=hardware.Machine("riscv64", 4, 8.0, 8.0, ())))
-    assert (row.state, row.hint) == ("warn", "./scripts/inv bootstrap --device cpu --kernels native")
+    (row,) = doctor_host.architecture(
+        case(house, host=hardware.Machine("riscv64", 4, 8.0, 8.0, ()))
+    )
+    assert (row.state, row.hint) == (
+        "warn",
+        "./scripts/inv bootstrap --device cpu --kernels native",
+    )

@@ -16,7 +16,9 @@ def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
     if built:
         house.layout.stamp("vllm").parent.mkdir(parents=True, exist_ok=True)
         house.layout.stamp("vllm").touch()
-    found = tuple(check(Case(house.layout, house.settings(**shell), device="cpu", kernels="precompiled")))
+    found = tuple(
+        check(Case(house.layout, house.settings(**shell), device="cpu", kernels="precompiled"))
+    )
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
@@ -30,7 +32,12 @@ def pinned(house, tmp_path):
 
 
 def repository(house, path):
-    assert Case(house.layout, house.settings(), device="cpu", kernels="precompiled").ask(["git", "init", "-q", "--bare", path]).returncode == 0
+    assert (
+        Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
+        .ask(["git", "init", "-q", "--bare", path])
+        .returncode
+        == 0
+    )
     return path
 
 
@@ -71,20 +78,27 @@ def test_remote_that_is_away_is_a_warning_while_the_archive_stands_in(house, pin
 
 def test_mirror_that_answers_is_enough(house, pinned, tmp_path):
     mirror = repository(house, tmp_path / "mirror")
-    assert {name: row.state for name, row in rows(doctor_host.vllm, house, VLLM_MIRROR=str(mirror)).items()} == {"vllm mirror": "ok"}
+    assert {
+        name: row.state
+        for name, row in rows(doctor_host.vllm, house, VLLM_MIRROR=str(mirror)).items()
+    } == {"vllm mirror": "ok"}
     found = rows(doctor_host.vllm, house, VLLM_MIRROR=str(tmp_path / "gone"))
     assert (found["vllm mirror"].state, found["vllm git"].state) == ("warn", "warn")
 
 
 def test_remote_that_never_answers_costs_the_connect_time_out(house, pinned, deaf):
     started = time.monotonic()
-    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"{deaf}/vllm.git", CONNECT_TIMEOUT_S="1")["vllm mirror"]
+    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"{deaf}/vllm.git", CONNECT_TIMEOUT_S="1")[
+        "vllm mirror"
+    ]
     assert time.monotonic() - started < 4
     assert "no answer in 1 s" in found.seen
 
 
 def test_password_in_a_mirrors_address_is_not_shown(house, pinned, refusing):
-    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"http://me:hunter2@{refusing}/vllm.git")["vllm mirror"]
+    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"http://me:hunter2@{refusing}/vllm.git")[
+        "vllm mirror"
+    ]
     assert found.state == "warn"
     assert "hunter2" not in repr(found)
 
@@ -101,19 +115,31 @@ def test_index_that_is_away_stops_a_fresh_clone_and_only_warns_one_that_is_built
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
     assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=closed)["index"].state == "FAIL"
-    assert rows(doctor_host.index, house, built=True, UV_DEFAULT_INDEX=closed)["index"].state == "warn"
+    assert (
+        rows(doctor_host.index, house, built=True, UV_DEFAULT_INDEX=closed)["index"].state == "warn"
+    )
 
 
 def test_index_that_hangs_or_refuses_is_told_without_its_password(house, deaf, refusing):
-    assert "no answer in 1 s" in rows(doctor_host.index, house, UV_DEFAULT_INDEX=deaf, CONNECT_TIMEOUT_S="1")["index"].seen
-    found = rows(doctor_host.index, house, UV_DEFAULT_INDEX=f"http://me:hunter2@{refusing}/simple")["index"]
+    assert (
+        "no answer in 1 s"
+        in rows(doctor_host.index, house, UV_DEFAULT_INDEX=deaf, CONNECT_TIMEOUT_S="1")[
+            "index"
+        ].seen
+    )
+    found = rows(doctor_host.index, house, UV_DEFAULT_INDEX=f"http://me:hunter2@{refusing}/simple")[
+        "index"
+    ]
     assert "answers 401" in found.seen
     assert "hunter2" not in repr(found)
 
 
 def test_index_in_a_folder_is_there_or_not(house, tmp_path):
     assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=tmp_path.as_uri())["index"].state == "ok"
-    assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=(tmp_path / "gone").as_uri())["index"].state == "FAIL"
+    assert (
+        rows(doctor_host.index, house, UV_DEFAULT_INDEX=(tmp_path / "gone").as_uri())["index"].state
+        == "FAIL"
+    )
 
 
 def test_torch_that_lies_in_a_local_folder_needs_no_index(house):

@@ -1,4 +1,6 @@
-"""Triton's assemblers as programs that know as much as the real ones: 12.8 of Triton 3.5.1 stops at sm_121a."""
+"""Triton's assemblers as programs that know as much as the real ones: 12.8 of Triton 3.5.1 stops at
+sm_121a.
+"""
 
 import pytest
 
@@ -25,26 +27,45 @@ def triton(house, version, *, first=OLD, second=None) -> None:
 
 
 def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
-    found = tuple(dotenv.ptxas(Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")))
+    found = tuple(
+        dotenv.ptxas(
+            Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")
+        )
+    )
     assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
     return {row.name: row for row in found}
 
 
 def test_triton_3_5_fails_by_assembling_and_the_toolkits_own_is_the_cure(house, tmp_path):
     triton(house, "3.5.1")
-    house.program("ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path / "cuda" / "bin")
-    house.program("nvcc", '[ "$1" = --version ] && echo "release 13.0, V13.0.1"', folder=tmp_path / "cuda" / "bin")
+    house.program(
+        "ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path / "cuda" / "bin"
+    )
+    house.program(
+        "nvcc",
+        '[ "$1" = --version ] && echo "release 13.0, V13.0.1"',
+        folder=tmp_path / "cuda" / "bin",
+    )
     row = rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"]
     assert row.state == "FAIL"
     assert "'sm_121a' is not defined" in row.seen
     assert row.hint == f"echo TRITON_PTXAS_PATH={tmp_path / 'cuda' / 'bin' / 'ptxas'} >> .env"
-    assert rows(house, TRITON_PTXAS_PATH=str(tmp_path / "cuda" / "bin" / "ptxas"))["ptxas"].state == "ok"
+    assert (
+        rows(house, TRITON_PTXAS_PATH=str(tmp_path / "cuda" / "bin" / "ptxas"))["ptxas"].state
+        == "ok"
+    )
 
 
 def test_toolkit_whose_assembler_knows_no_more_is_not_offered_as_a_cure(house, tmp_path):
     triton(house, "3.5.1")
-    house.program("ptxas", PTXAS.format(release="12.8", known=OLD), folder=tmp_path / "cuda" / "bin")
-    house.program("nvcc", '[ "$1" = --version ] && echo "release 12.8, V12.8.1"', folder=tmp_path / "cuda" / "bin")
+    house.program(
+        "ptxas", PTXAS.format(release="12.8", known=OLD), folder=tmp_path / "cuda" / "bin"
+    )
+    house.program(
+        "nvcc",
+        '[ "$1" = --version ] && echo "release 12.8, V12.8.1"',
+        folder=tmp_path / "cuda" / "bin",
+    )
     assert str(tmp_path) not in rows(house, CUDA_HOME=str(tmp_path / "cuda"))["ptxas"].hint
 
 
@@ -66,8 +87,15 @@ def test_second_assembler_that_fails_is_not_mended_by_the_first_ones_variable(ho
 def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
     house.program("nvidia-smi", "echo 'NVIDIA H100, 9.0, 580.1'")
     triton(house, "3.8.0", second="")
-    assert {name: row.state for name, row in rows(house).items()} == {"ptxas": "ok", "ptxas-bw": "ok"}
-    assert not dotenv.ptxas_of_triton(house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin", "3.9.0", "9.0")[0].is_used
+    assert {name: row.state for name, row in rows(house).items()} == {
+        "ptxas": "ok",
+        "ptxas-bw": "ok",
+    }
+    assert not dotenv.ptxas_of_triton(
+        house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin",
+        "3.9.0",
+        "9.0",
+    )[0].is_used
 
 
 def test_path_that_leads_nowhere_is_told_since_triton_passes_over_it_in_silence(house):
@@ -83,10 +111,17 @@ def test_path_to_a_folder_fails_since_triton_stops_there(house, tmp_path):
     assert (row.state, row.hint) == ("FAIL", "sed -i '/^TRITON_PTXAS_BLACKWELL_PATH=/d' .env")
 
 
-@pytest.mark.parametrize("script", ["exit 127", "echo garbage", 'case "$1" in --version) echo "release 13.1, V13.1.1";; esac'])
+@pytest.mark.parametrize(
+    "script",
+    ["exit 127", "echo garbage", 'case "$1" in --version) echo "release 13.1, V13.1.1";; esac'],
+)
 def test_assembler_that_makes_no_cubin_fails_whatever_its_version_says(house, script):
     triton(house, "3.7.1", second=NEW)
-    house.program("ptxas-blackwell", script, folder=house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin")
+    house.program(
+        "ptxas-blackwell",
+        script,
+        folder=house.layout.environment / "lib/python3.11/site-packages/triton/backends/nvidia/bin",
+    )
     assert rows(house)["ptxas-bw"].state == "FAIL"
 
 
@@ -98,7 +133,13 @@ def test_nothing_is_assembled_for_the_cpu_or_without_triton_and_the_row_says_so(
 
 
 @pytest.mark.parametrize(
-    ("capability", "target"), [("12.1", ("sm_121a", "8.8")), ("12.0", ("sm_120a", "8.7")), ("9.0", ("sm_90a", "8.0")), ("8.9", ("sm_89", "8.0"))]
+    ("capability", "target"),
+    [
+        ("12.1", ("sm_121a", "8.8")),
+        ("12.0", ("sm_120a", "8.7")),
+        ("9.0", ("sm_90a", "8.0")),
+        ("8.9", ("sm_89", "8.0")),
+    ],
 )
 def test_probe_asks_for_no_newer_ptx_than_the_architecture_needs(capability, target):
     assert dotenv.target_of(capability) == target

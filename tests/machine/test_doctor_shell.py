@@ -9,7 +9,9 @@ from workspace.machine.case import Case, Row
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:
-    (found,) = check(Case(house.layout, house.settings(**shell), device=device, kernels="precompiled"))
+    (found,) = check(
+        Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")
+    )
     return found
 
 
@@ -17,7 +19,12 @@ def row(check, house, *, device="cpu", **shell) -> Row:
 def torchs(house):
     """An environment whose torch brings libraries of its own."""
     packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
-    for place in ("nvidia/cu13/lib/libcublas.so.13", "nvidia/nccl/lib/libnccl.so.2", "torch/lib/libc10.so", "torch/lib/libtorch_python.so"):
+    for place in (
+        "nvidia/cu13/lib/libcublas.so.13",
+        "nvidia/nccl/lib/libnccl.so.2",
+        "torch/lib/libc10.so",
+        "torch/lib/libtorch_python.so",
+    ):
         (packages / place).parent.mkdir(parents=True, exist_ok=True)
         (packages / place).touch()
     return packages
@@ -30,8 +37,12 @@ def libraries(folder, *names):
     return folder
 
 
-def test_folder_with_a_library_that_torch_brings_is_named_and_left_out_by_the_cure(house, torchs, tmp_path):
-    bad = libraries(tmp_path / "bad", "libcublas.so.13.0.0.19", "libcublas.so.13", "libnccl.so.2.27.5")
+def test_folder_with_a_library_that_torch_brings_is_named_and_left_out_by_the_cure(
+    house, torchs, tmp_path
+):
+    bad = libraries(
+        tmp_path / "bad", "libcublas.so.13.0.0.19", "libcublas.so.13", "libnccl.so.2.27.5"
+    )
     good = libraries(tmp_path / "good", "libcublas.so.12", "libfoo.so.1")
     found = row(doctor_host.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
     assert found.state == "warn"
@@ -46,17 +57,30 @@ def test_empty_entry_is_the_current_folder_and_told(house, torchs, tmp_path):
 
 
 def test_folders_without_such_libraries_are_no_fault(house, torchs, tmp_path):
-    assert row(doctor_host.library_path, house, LD_LIBRARY_PATH=str(libraries(tmp_path / "x", "libfoo.so.1"))).state == "ok"
+    assert (
+        row(
+            doctor_host.library_path,
+            house,
+            LD_LIBRARY_PATH=str(libraries(tmp_path / "x", "libfoo.so.1")),
+        ).state
+        == "ok"
+    )
     assert row(doctor_host.library_path, house).state == "ok"
 
 
 @pytest.mark.parametrize(("version", "state"), [("13.0", "ok"), ("13.1", "warn")])
-def test_cuda_home_is_a_fault_only_where_it_is_not_of_torchs_cuda(house, torchs, tmp_path, version, state):
+def test_cuda_home_is_a_fault_only_where_it_is_not_of_torchs_cuda(
+    house, torchs, tmp_path, version, state
+):
     (torchs / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
     (torchs / "torch-2.13.0.dist-info").mkdir()
     (torchs / "torch-2.13.0.dist-info" / "METADATA").touch()
     libraries(tmp_path / "cuda" / "lib64", "libcublas.so.13")
-    house.program("nvcc", f'[ "$1" = --version ] && echo "release {version}, V{version}.1"', folder=tmp_path / "cuda" / "bin")
+    house.program(
+        "nvcc",
+        f'[ "$1" = --version ] && echo "release {version}, V{version}.1"',
+        folder=tmp_path / "cuda" / "bin",
+    )
     assert row(doctor_host.library_path, house, CUDA_HOME=str(tmp_path / "cuda")).state == state
 
 
@@ -65,7 +89,11 @@ def test_token_is_present_or_absent_and_its_value_never_shown(house, tmp_path):
     assert row(doctor_host.token, house, HF_HOME=str(tmp_path / "hf")).seen == "absent"
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text(secret)
-    for shell in ({"HF_HOME": str(tmp_path / "hf")}, {"HF_TOKEN": secret}, {"HF_TOKEN_PATH": str(tmp_path / "hf" / "token")}):
+    for shell in (
+        {"HF_HOME": str(tmp_path / "hf")},
+        {"HF_TOKEN": secret},
+        {"HF_TOKEN_PATH": str(tmp_path / "hf" / "token")},
+    ):
         found = row(doctor_host.token, house, **shell)
         assert found.state == "ok"
         assert found.seen.startswith("present")
@@ -76,12 +104,18 @@ def test_token_file_that_cannot_be_read_is_a_warning(house, tmp_path):
     (tmp_path / "token").mkdir()
     assert row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "token")).state == "warn"
     (tmp_path / "file").touch()
-    assert row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "file" / "token")).state == "warn"
+    assert (
+        row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "file" / "token")).state
+        == "warn"
+    )
     if os.geteuid() != 0:
         # root reads what says it must not be.
         (tmp_path / "closed").write_text("x")
         (tmp_path / "closed").chmod(0)
-        assert "chmod 600" in row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "closed")).hint
+        assert (
+            "chmod 600"
+            in row(doctor_host.token, house, HF_TOKEN_PATH=str(tmp_path / "closed")).hint
+        )
 
 
 def test_variable_of_the_shell_that_hides_a_line_is_told_with_its_unset(house):

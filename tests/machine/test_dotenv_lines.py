@@ -13,7 +13,11 @@ from workspace.machine import dotenv
         ("B=2\n", {"A": "1"}, "B=2\n# why\nA=1\n"),
         ("B=2", {"A": "1"}, "B=2\n# why\nA=1\n"),
         ("A=0\nB=2\n", {"A": "1"}, "# why\n# A=0\nA=1\nB=2\n"),
-        ("export A = 0\n#A=5\nAA=1\nA=3\nB=2\n", {"A": "1"}, "# why\n# export A = 0\n#A=5\nAA=1\n# A=3\nA=1\nB=2\n"),
+        (
+            "export A = 0\n#A=5\nAA=1\nA=3\nB=2\n",
+            {"A": "1"},
+            "# why\n# export A = 0\n#A=5\nAA=1\n# A=3\nA=1\nB=2\n",
+        ),
         ("A=0\n", {"A": None}, "# why\n# A=0\n"),
         ("B=2\n", {"A": None}, "B=2\n"),
         ("", {"A": "/a folder/x#y"}, "# why\nA='/a folder/x#y'\n"),
@@ -34,5 +38,8 @@ def test_difference_is_told_and_the_file_keeps_its_rights_and_its_link(house, tm
         "+# TRITON_PTXAS_PATH=/old",
         "+TRITON_PTXAS_PATH='/a b/ptxas'",
     ]
-    assert (house.layout.dotenv.is_symlink(), (tmp_path / "real.env").stat().st_mode & 0o777) == (True, 0o640)
+    assert (house.layout.dotenv.is_symlink(), (tmp_path / "real.env").stat().st_mode & 0o777) == (
+        True,
+        0o640,
+    )
     assert settings.load(house.layout, environ={}).text("TRITON_PTXAS_PATH") == "/a b/ptxas"

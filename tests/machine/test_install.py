@@ -19,7 +19,10 @@ def test_installed_names_are_canonical_and_half_removed_packages_are_not_counted
     settings = built()
     house.wheel("Some.Thing_here", "1.0+local")
     install(house, settings, "some-thing-here")
-    gone = next((house.layout.environment / "lib").glob("python*/site-packages")) / "gone-2.0.dist-info"
+    gone = (
+        next((house.layout.environment / "lib").glob("python*/site-packages"))
+        / "gone-2.0.dist-info"
+    )
     gone.mkdir()
     assert interpreter.installed(house.layout) == {"some-thing-here": "1.0+local"}
 
@@ -38,9 +41,19 @@ def test_constraints_and_overrides_bind_and_the_command_in_the_log_can_be_copied
         house.wheel("leaf", version)
     house.wheel("unwanted", "1.0")
     house.wheel("root", "1.0", requires=("leaf", "unwanted"))
-    install(house, settings, "root", constraints=("leaf<2",), overrides=('unwanted ; sys_platform == "never"',))
+    install(
+        house,
+        settings,
+        "root",
+        constraints=("leaf<2",),
+        overrides=('unwanted ; sys_platform == "never"',),
+    )
     assert interpreter.installed(house.layout) == {"leaf": "1.0", "root": "1.0"}
-    command = next(line for line in house.log().splitlines() if line.startswith("+ cd ") and "pip install" in line)
+    command = next(
+        line
+        for line in house.log().splitlines()
+        if line.startswith("+ cd ") and "pip install" in line
+    )
     assert "'" in command
     assert (house.layout.state / "constraints.txt").read_text() == "leaf<2\n"
 
@@ -48,14 +61,23 @@ def test_constraints_and_overrides_bind_and_the_command_in_the_log_can_be_copied
 def test_version_that_no_place_has_is_a_source_error(house, built):
     settings = built()
     house.wheel("leaf", "1.0")
-    for arguments in (("--no-index", "leaf==9"), ("--no-index", "leaf>=9"), ("--no-index", "nothing-of-this-name")):
+    for arguments in (
+        ("--no-index", "leaf==9"),
+        ("--no-index", "leaf>=9"),
+        ("--no-index", "nothing-of-this-name"),
+    ):
         with pytest.raises(SourceError, match=r"the package index has no (leaf|nothing)"):
             install(house, settings, *arguments)
 
 
 def test_no_network_is_a_source_error_with_a_hint(house, built):
     built()
-    for settings in (house.settings(), house.settings(UV_OFFLINE="0", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_HTTP_RETRIES="0")):
+    for settings in (
+        house.settings(),
+        house.settings(
+            UV_OFFLINE="0", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_HTTP_RETRIES="0"
+        ),
+    ):
         with pytest.raises(SourceError, match="could not be reached") as caught:
             install(house, settings, "not-here")
         assert "check the network" in caught.value.hint
@@ -67,16 +89,43 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
     house.wheel("leaf", "2.0")
     house.wheel("root", "1.0", requires=("leaf==2.0",))
     with pytest.raises(BuildError):
-        install(house, settings, "root==1.0", constraints=("leaf==1.0",), hint="the hint of the caller")
+        install(
+            house, settings, "root==1.0", constraints=("leaf==1.0",), hint="the hint of the caller"
+        )
 
 
 @pytest.mark.parametrize(
     ("said", "error", "sentence"),
     [
-        ("error: Failed to install: x.whl\n  cause: failed to copy file: No space left on device (os error 28)", ToolchainError, "disk is full"),
-        ("error: failed to create file `/a`: Read-only file system (os error 30)", ToolchainError, "cannot be written"),
-        ("error: Failed to install\n  cause: failed to create directory `/a`: Permission denied (os error 13)", ToolchainError, "cannot be written"),
-        ("  × Failed to build `x`\n  ╰─▶ Because x was not found in the package registry and you require x", SourceError, "has no x"),
+        (
+            (
+                "error: Failed to install: x.whl\n  cause: failed to copy file: No space left on"
+                " device (os error 28)"
+            ),
+            ToolchainError,
+            "disk is full",
+        ),
+        (
+            "error: failed to create file `/a`: Read-only file system (os error 30)",
+            ToolchainError,
+            "cannot be written",
+        ),
+        (
+            (
+                "error: Failed to install\n  cause: failed to create directory `/a`: Permission"
+                " denied (os error 13)"
+            ),
+            ToolchainError,
+            "cannot be written",
+        ),
+        (
+            (
+                "  × Failed to build `x`\n  ╰─▶ Because x was not found in the package registry and"
+                " you require x"
+            ),
+            SourceError,
+            "has no x",
+        ),
         ("No space left on device is what this line talks about", BuildError, "exited with 2"),
         ("gcc: dns error in a comment", BuildError, "exited with 2"),
     ],
@@ -90,17 +139,28 @@ def test_failures_of_uv_are_told_apart_by_what_uv_says(house, said, error, sente
 
 def test_words_of_a_compiler_are_not_taken_for_uvs_but_a_full_disk_is(house):
     house.layout.tools.joinpath("bin", "uv").unlink()
-    uv = house.program("uv", "echo 'error: Permission denied (os error 13)'; exit 1", folder=house.layout.tools / "bin")
+    uv = house.program(
+        "uv",
+        "echo 'error: Permission denied (os error 13)'; exit 1",
+        folder=house.layout.tools / "bin",
+    )
     with pytest.raises(BuildError):
         install(house, house.settings(), "x", phase_env={})
-    uv.write_text("#!/bin/sh\necho 'a.cu: fatal error: error writing to /tmp/x.s: No space left on device'; exit 1\n")
+    uv.write_text(
+        "#!/bin/sh\necho 'a.cu: fatal error: error writing to /tmp/x.s: No space left on device';"
+        " exit 1\n"
+    )
     with pytest.raises(ToolchainError, match="disk is full"):
         install(house, house.settings(), "x", phase_env={})
 
 
 def test_build_sees_build_settings_and_no_secret_while_an_installation_sees_neither_setting(house):
     house.layout.tools.joinpath("bin", "uv").unlink()
-    house.program("uv", 'echo "jobs=$MAX_JOBS token=$MY_TOKEN extra=$EXTRA"', folder=house.layout.tools / "bin")
+    house.program(
+        "uv",
+        'echo "jobs=$MAX_JOBS token=$MY_TOKEN extra=$EXTRA"',
+        folder=house.layout.tools / "bin",
+    )
     settings = house.settings(MAX_JOBS="3", MY_TOKEN="s3cret-word")
     lines: list[str] = []
     install(house, settings, "x", phase_env={"EXTRA": "1"}, on_line=lines.append)
@@ -125,17 +185,27 @@ class _Index(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_password_of_an_index_reaches_the_index_but_neither_screen_nor_log(house, built, tmp_path: Path):
+def test_password_of_an_index_reaches_the_index_but_neither_screen_nor_log(
+    house, built, tmp_path: Path
+):
     built()
     simple = tmp_path / "www" / "simple" / "leaf"
     house.wheel("leaf", "1.0", folder=simple)
-    (simple / "index.html").write_text('<a href="leaf-1.0-py3-none-any.whl">leaf-1.0-py3-none-any.whl</a>')
+    (simple / "index.html").write_text(
+        '<a href="leaf-1.0-py3-none-any.whl">leaf-1.0-py3-none-any.whl</a>'
+    )
     handler = functools.partial(_Index, directory=str(tmp_path / "www"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             settings = house.settings(UV_OFFLINE="0", UV_FIND_LINKS="")
-            install(house, settings, "--index", f"http://me:open%20sesame@127.0.0.1:{server.server_port}/simple", "leaf")
+            install(
+                house,
+                settings,
+                "--index",
+                f"http://me:open%20sesame@127.0.0.1:{server.server_port}/simple",
+                "leaf",
+            )
         finally:
             server.shutdown()
     assert interpreter.installed(house.layout) == {"leaf": "1.0"}
@@ -144,8 +214,14 @@ def test_password_of_an_index_reaches_the_index_but_neither_screen_nor_log(house
 
 def test_index_that_refuses_the_password_is_not_said_to_lack_the_package(house):
     house.layout.tools.joinpath("bin", "uv").unlink()
-    refused = "hint: An index URL (http://x/simple) could not be queried due to a lack of valid authentication credentials (401 Unauthorized)"
-    script = f"echo '  cause: Because leaf was not found in the package registry and you require leaf'; echo '{refused}'; exit 1"
+    refused = (
+        "hint: An index URL (http://x/simple) could not be queried due to a lack of valid"
+        " authentication credentials (401 Unauthorized)"
+    )
+    script = (
+        "echo '  cause: Because leaf was not found in the package registry and you require leaf';"
+        f" echo '{refused}'; exit 1"
+    )
     house.program("uv", script, folder=house.layout.tools / "bin")
     with pytest.raises(SourceError, match="401 Unauthorized"):
         install(house, house.settings(), "leaf")

@@ -15,7 +15,12 @@ FETCH = "echo fetch >> {record}; exit 1"
 
 
 def listed(version: str, path: Path, **more: str) -> dict[str, object]:
-    return {"version": version, "path": str(path), "implementation": "cpython", "variant": "default"} | more
+    return {
+        "version": version,
+        "path": str(path),
+        "implementation": "cpython",
+        "variant": "default",
+    } | more
 
 
 class Pythons:
@@ -27,7 +32,16 @@ class Pythons:
         self.install = FETCH.format(record=self.record)
         self.write()
 
-    def add(self, version: str, *, name: str | None = None, headers: bool = True, runs: bool = True, level: str = "final", **more: str) -> Path:
+    def add(
+        self,
+        version: str,
+        *,
+        name: str | None = None,
+        headers: bool = True,
+        runs: bool = True,
+        level: str = "final",
+        **more: str,
+    ) -> Path:
         home = self.house.layout.root.parent / (name or f"python-{version}")
         (home / "include").mkdir(parents=True, exist_ok=True)
         if headers:
@@ -40,20 +54,46 @@ class Pythons:
             "base": str(home),
             "executable": str(home / "bin" / "python"),
         }
-        path = self.house.program("python", f"echo '{json.dumps(said)}'" if runs else "echo 'pyenv: command not found' >&2; exit 127", folder=home / "bin")
+        path = self.house.program(
+            "python",
+            (
+                f"echo '{json.dumps(said)}'"
+                if runs
+                else "echo 'pyenv: command not found' >&2; exit 127"
+            ),
+            folder=home / "bin",
+        )
         self.rows.append(listed(version, path, **more))
         self.write()
         return path
 
     def write(self) -> None:
-        answer = f"echo 'warning: Failed to inspect Python interpreter' >&2; cat <<'END'\n{json.dumps(self.rows)}\nEND"
-        self.house.program("uv", f'if [ "$2" = install ]; then {self.install}\nfi\n{answer}', folder=self.house.layout.tools / "bin")
+        answer = (
+            "echo 'warning: Failed to inspect Python interpreter' >&2; cat"
+            f" <<'END'\n{json.dumps(self.rows)}\nEND"
+        )
+        self.house.program(
+            "uv",
+            f'if [ "$2" = install ]; then {self.install}\nfi\n{answer}',
+            folder=self.house.layout.tools / "bin",
+        )
 
     def fetches(self) -> int:
         return len(self.record.read_text().splitlines()) if self.record.exists() else 0
 
-    def choose(self, *, wheels: frozenset[str] | None = None, supported: SpecifierSet = SUPPORTED, **shell: str) -> interpreter.Choice:
-        return interpreter.choose(self.house.layout, self.house.settings(**shell), supported=supported, wheel_pythons=wheels)
+    def choose(
+        self,
+        *,
+        wheels: frozenset[str] | None = None,
+        supported: SpecifierSet = SUPPORTED,
+        **shell: str,
+    ) -> interpreter.Choice:
+        return interpreter.choose(
+            self.house.layout,
+            self.house.settings(**shell),
+            supported=supported,
+            wheel_pythons=wheels,
+        )
 
 
 @pytest.fixture
@@ -90,7 +130,11 @@ def test_fetched_python_is_preferred_and_needs_no_word(pythons):
     pythons.install = f"touch {pythons.record}; exit 0"
     pythons.write()
     uv = pythons.house.layout.tools / "bin" / "uv"
-    uv.write_text(uv.read_text().replace("cat <<'END'", f"[ -e {pythons.record} ] && echo '{row}' && exit\ncat <<'END'"))
+    uv.write_text(
+        uv.read_text().replace(
+            "cat <<'END'", f"[ -e {pythons.record} ] && echo '{row}' && exit\ncat <<'END'"
+        )
+    )
     assert pythons.choose() == interpreter.Choice(wanted, "3.12.7", "")
 
 
@@ -114,7 +158,9 @@ def test_broken_shims_prereleases_and_odd_builds_are_passed_over(pythons):
     pythons.add("3.12.7", name="pypy", implementation="pypy")
     pythons.add("3.13.0rc1")
     pythons.add("3.12.6", name="candidate", level="candidate")
-    pythons.rows.append({"version": "3.12.5", "path": None, "implementation": "cpython", "variant": "default"})
+    pythons.rows.append(
+        {"version": "3.12.5", "path": None, "implementation": "cpython", "variant": "default"}
+    )
     wanted = pythons.add("3.12.1")
     assert pythons.choose().path == wanted
 
@@ -170,7 +216,9 @@ def test_made_environment_is_described_and_making_it_again_touches_nothing(house
     assert interpreter.headers_of(facts.path, settings) == facts.headers
     before = {path: path.lstat().st_mtime_ns for path in house.layout.environment.rglob("*")}
     built()
-    assert {path: path.lstat().st_mtime_ns for path in house.layout.environment.rglob("*")} == before
+    assert {
+        path: path.lstat().st_mtime_ns for path in house.layout.environment.rglob("*")
+    } == before
 
 
 def test_half_made_environment_of_ours_is_made_anew_and_its_stamps_are_gone(house, built):

@@ -1,4 +1,6 @@
-"""Caches as Triton, FlashInfer and torch compile write them; who wrote is told by what they note, and by when."""
+"""Caches as Triton, FlashInfer and torch compile write them; who wrote is told by what they note,
+and by when.
+"""
 
 import json
 import os
@@ -28,14 +30,23 @@ def installed(house, name="torch", version="2.13.0") -> Path:
 def kernel(place: Path, *, version="3.7.1", arch=121, name="probe") -> Path:
     path = place / f"KEY-{version}-{arch}" / f"{name}.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"triton_version": version, "target": {"backend": "cuda", "arch": arch, "warp_size": 32}}))
+    path.write_text(
+        json.dumps(
+            {
+                "triton_version": version,
+                "target": {"backend": "cuda", "arch": arch, "warp_size": 32},
+            }
+        )
+    )
     return path
 
 
 def library(place: Path, include: Path, *, name="sampling") -> Path:
     path = place / "121a" / "cached_ops" / name / "build.ninja"
     path.parent.mkdir(parents=True)
-    path.write_text(f"common_cflags = -isystem {include}/torch/include -isystem /usr/local/cuda/include\n")
+    path.write_text(
+        f"common_cflags = -isystem {include}/torch/include -isystem /usr/local/cuda/include\n"
+    )
     return path
 
 
@@ -48,12 +59,17 @@ def foreign(house, stack=OURS, **shell):
     return jit_caches.foreign(house.layout, house.settings(**shell), stack)
 
 
-def test_kernels_of_another_triton_are_found_where_a_run_would_load_them_and_own_ones_beside_them_are_not(house):
+def test_kernels_of_another_triton_are_found_where_a_run_would_load_them_and_own_ones_beside_them_are_not(
+    house,
+):
     kernel(home(house) / ".triton" / "cache")
     assert foreign(house) == ()
     kernel(home(house) / ".triton" / "cache", version="3.5.1")
     (found,) = foreign(house)
-    assert (found.cache.kind, found.wrote) == ("triton", "written by triton 3.5.1, installed is 3.7.1")
+    assert (found.cache.kind, found.wrote) == (
+        "triton",
+        "written by triton 3.5.1, installed is 3.7.1",
+    )
 
 
 def test_kernels_for_another_gpu_are_foreign_only_where_a_gpu_says_what_is_here(house):
@@ -67,7 +83,9 @@ def test_triton_from_source_is_no_other_one_for_the_commit_in_its_version(house)
     assert foreign(house, Stack("tree", "2.13.0", "3.9.0+git3f6e4113", "none", "12.1")) == ()
 
 
-def test_library_that_is_linked_against_another_torch_is_found_and_one_of_another_flashinfer_never_loads(house, tmp_path):
+def test_library_that_is_linked_against_another_torch_is_found_and_one_of_another_flashinfer_never_loads(
+    house, tmp_path
+):
     packages = installed(house)
     place = home(house) / ".cache" / "flashinfer"
     library(place / "0.6.0", tmp_path / "elsewhere")
@@ -80,13 +98,22 @@ def test_library_that_is_linked_against_another_torch_is_found_and_one_of_anothe
 def test_what_is_older_than_the_installed_torch_is_of_another_stack_at_the_usual_places_only(house):
     packages = installed(house)
     graph = home(house) / ".cache" / "vllm" / "torch_compile_cache" / "ab12" / "graph.py"
-    own = Path(jit_caches.variables(house.layout, house.settings(), OURS)["FLASHINFER_WORKSPACE_BASE"])
-    made = [graph, library(home(house) / ".cache" / "flashinfer" / "0.7.0", packages), library(own / ".cache" / "flashinfer" / "0.7.0", packages)]
+    own = Path(
+        jit_caches.variables(house.layout, house.settings(), OURS)["FLASHINFER_WORKSPACE_BASE"]
+    )
+    made = [
+        graph,
+        library(home(house) / ".cache" / "flashinfer" / "0.7.0", packages),
+        library(own / ".cache" / "flashinfer" / "0.7.0", packages),
+    ]
     graph.parent.mkdir(parents=True)
     graph.touch()
     for path in made:
         os.utime(path, (INSTALLED_AT - 60, INSTALLED_AT - 60))
-    assert {(one.cache.kind, one.cache.is_own) for one in foreign(house)} == {("vllm", False), ("flashinfer", False)}
+    assert {(one.cache.kind, one.cache.is_own) for one in foreign(house)} == {
+        ("vllm", False),
+        ("flashinfer", False),
+    }
 
 
 def test_folder_of_a_key_into_which_something_else_was_copied_is_found_too(house):
@@ -102,7 +129,10 @@ def test_cache_is_moved_beside_itself_under_its_date_and_never_over_another(hous
         path = kernel(place, version="3.5.1")
         os.utime(path, (INSTALLED_AT, INSTALLED_AT))
         jit_caches.put_aside(foreign(house)[0])
-    assert sorted(path.name for path in place.parent.iterdir()) == ["cache.of-20231114-221320", "cache.of-20231114-221320-2"]
+    assert sorted(path.name for path in place.parent.iterdir()) == [
+        "cache.of-20231114-221320",
+        "cache.of-20231114-221320-2",
+    ]
     assert foreign(house) == ()
 
 
@@ -110,14 +140,29 @@ def test_place_that_the_user_has_named_is_looked_at_and_not_keyed(house, tmp_pat
     house.layout.dotenv.write_text(f"TRITON_CACHE_DIR={tmp_path / 'own'}\n")
     kernel(tmp_path / "own", version="3.5.1")
     assert "TRITON_CACHE_DIR" not in jit_caches.variables(house.layout, house.settings(), OURS)
-    assert "TRITON_CACHE_DIR" not in jit_caches.variables(house.layout, house.settings(TRITON_HOME=str(tmp_path)), OURS)
+    assert "TRITON_CACHE_DIR" not in jit_caches.variables(
+        house.layout, house.settings(TRITON_HOME=str(tmp_path)), OURS
+    )
     assert foreign(house)[0].cache.place == tmp_path / "own"
 
 
-@pytest.mark.parametrize(("part", "is_shared"), [("tree", True), ("triton", True), ("torch", False), ("flashinfer", False), ("architecture", False)])
-def test_every_part_of_a_stack_has_folders_of_its_own_and_flashinfer_is_not_compiled_anew_for_a_commit(house, part, is_shared):
+@pytest.mark.parametrize(
+    ("part", "is_shared"),
+    [
+        ("tree", True),
+        ("triton", True),
+        ("torch", False),
+        ("flashinfer", False),
+        ("architecture", False),
+    ],
+)
+def test_every_part_of_a_stack_has_folders_of_its_own_and_flashinfer_is_not_compiled_anew_for_a_commit(
+    house, part, is_shared
+):
     other = Stack(**{**OURS.__dict__, part: "another"})
-    mine, theirs = (jit_caches.variables(house.layout, house.settings(), stack) for stack in (OURS, other))
+    mine, theirs = (
+        jit_caches.variables(house.layout, house.settings(), stack) for stack in (OURS, other)
+    )
     assert (mine["FLASHINFER_WORKSPACE_BASE"] == theirs["FLASHINFER_WORKSPACE_BASE"]) is is_shared
     assert (mine["TRITON_CACHE_DIR"] == theirs["TRITON_CACHE_DIR"]) is (part == "flashinfer")
 
@@ -125,7 +170,9 @@ def test_every_part_of_a_stack_has_folders_of_its_own_and_flashinfer_is_not_comp
 def test_caches_that_nobody_can_read_say_nothing(house):
     place = home(house) / ".triton" / "cache" / "KEY"
     place.mkdir(parents=True)
-    for number, text in enumerate(["", "[]", '{"triton_version": 3}', "{", '{"triton_version": "3.5.1"}']):
+    for number, text in enumerate(
+        ["", "[]", '{"triton_version": 3}', "{", '{"triton_version": "3.5.1"}']
+    ):
         (place / f"{number}.json").write_text(text)
     (place / "link.json").symlink_to("/nonexistent")
     os.mkfifo(place / "pipe.json")
@@ -133,7 +180,11 @@ def test_caches_that_nobody_can_read_say_nothing(house):
 
 
 def test_cache_that_cannot_be_moved_is_a_sentence(house):
-    found = jit_caches.Foreign(jit_caches.Cache("triton", Path("/proc"), False), "", jit_caches._last_written(house.layout.root))
+    found = jit_caches.Foreign(
+        jit_caches.Cache("triton", Path("/proc"), False),
+        "",
+        jit_caches._last_written(house.layout.root),
+    )
     with pytest.raises(ToolchainError, match="/proc cannot be moved aside"):
         jit_caches.put_aside(found)
 
@@ -144,8 +195,12 @@ def test_stack_is_what_the_environment_holds(house):
     installed_torch = packages / "torch-2.13.0.dist-info"
     installed_torch.mkdir()
     (installed_torch / "METADATA").touch()
-    (packages / "torch" / "version.py").write_text("__version__ = '2.13.0+cu130'\ncuda: str = '13.0'\n")
+    (packages / "torch" / "version.py").write_text(
+        "__version__ = '2.13.0+cu130'\ncuda: str = '13.0'\n"
+    )
     stack = jit_caches.observe(house.layout, house.settings(), tree="abc", capabilities=("12.1",))
     assert stack == Stack("abc", "2.13.0+cu130 CUDA 13.0", "3.7.1", "none", "12.1")
     jit_caches.record(house.layout, stack)
-    assert json.loads((house.layout.jit / stack.key / "stack.json").read_text())["triton"] == "3.7.1"
+    assert (
+        json.loads((house.layout.jit / stack.key / "stack.json").read_text())["triton"] == "3.7.1"
+    )

@@ -6,13 +6,18 @@ from workspace.machine.hardware import Gpu
 
 
 def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(house):
-    house.program("nvidia-smi", 'case "$*" in *memory*) echo "[N/A]";; *) echo "NVIDIA GB10, 12.1, 580.95.05";; esac')
+    house.program(
+        "nvidia-smi",
+        'case "$*" in *memory*) echo "[N/A]";; *) echo "NVIDIA GB10, 12.1, 580.95.05";; esac',
+    )
     assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
 
 
 def test_driver_too_old_to_know_compute_cap_still_shows_its_gpu(house):
     house.program(
-        "nvidia-smi", 'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query."; exit 2;; *) echo "Old, 470.1";; esac'
+        "nvidia-smi",
+        'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query.";'
+        ' exit 2;; *) echo "Old, 470.1";; esac',
     )
     assert hardware.observe(house.settings()).gpus == (Gpu("Old", None, "470.1"),)
 
@@ -23,7 +28,11 @@ def test_field_that_the_driver_cannot_tell_is_none(house):
 
 
 def test_failing_driver_is_no_gpu_even_when_it_prints_lines(house):
-    house.program("nvidia-smi", 'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver."; exit 9')
+    house.program(
+        "nvidia-smi",
+        'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver.";'
+        " exit 9",
+    )
     assert hardware.observe(house.settings()).gpus == ()
 
 

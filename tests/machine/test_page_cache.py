@@ -10,7 +10,14 @@ from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.machine import hardware
 
-MEMINFO = {"MemFree": 4 << 20, "Cached": 10 << 20, "Buffers": 1 << 20, "Shmem": 2 << 20, "Dirty": 1 << 20, "SReclaimable": 1 << 20}
+MEMINFO = {
+    "MemFree": 4 << 20,
+    "Cached": 10 << 20,
+    "Buffers": 1 << 20,
+    "Shmem": 2 << 20,
+    "Dirty": 1 << 20,
+    "SReclaimable": 1 << 20,
+}
 
 
 def test_page_cache_that_comes_back_is_without_shared_memory_and_what_is_not_written_yet() -> None:
@@ -20,13 +27,24 @@ def test_page_cache_that_comes_back_is_without_shared_memory_and_what_is_not_wri
 
 
 def test_line_for_sudoers_allows_the_very_words_that_are_run_and_escapes_what_must_be() -> None:
-    assert hardware.command("/usr/sbin/sysctl", is_root=False) == ["sudo", "-n", "/usr/sbin/sysctl", "-w", "vm.drop_caches=3"]
-    assert hardware.sudoers_line("ada", "/usr/sbin/sysctl") == "ada ALL=(root) NOPASSWD: /usr/sbin/sysctl -w vm.drop_caches\\=3"
+    assert hardware.command("/usr/sbin/sysctl", is_root=False) == [
+        "sudo",
+        "-n",
+        "/usr/sbin/sysctl",
+        "-w",
+        "vm.drop_caches=3",
+    ]
+    assert (
+        hardware.sudoers_line("ada", "/usr/sbin/sysctl")
+        == "ada ALL=(root) NOPASSWD: /usr/sbin/sysctl -w vm.drop_caches\\=3"
+    )
 
 
 def dropped(house: House, *, is_root: bool) -> str:
     err = io.StringIO()
-    hardware.drop_caches(house.settings(), console=Console(out=io.StringIO(), err=err), is_root=is_root)
+    hardware.drop_caches(
+        house.settings(), console=Console(out=io.StringIO(), err=err), is_root=is_root
+    )
     return err.getvalue()
 
 

@@ -16,7 +16,9 @@ GPU = 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) ex
 def init(house: House, *, replace: bool = False, **shell: str) -> tuple[str, str]:
     """What was printed as data, and as talk."""
     out, err = io.StringIO(), io.StringIO()
-    dotenv.complete(house.layout, house.settings(**shell), console=Console(out=out, err=err), replace=replace)
+    dotenv.complete(
+        house.layout, house.settings(**shell), console=Console(out=out, err=err), replace=replace
+    )
     return out.getvalue(), err.getvalue()
 
 
@@ -36,7 +38,9 @@ def test_first_dotenv_is_written_for_the_machine(house: House) -> None:
     assert "done     .env" in err
 
 
-def test_what_is_missing_is_added_with_the_difference_and_the_rest_stays_byte_for_byte(house: House) -> None:
+def test_what_is_missing_is_added_with_the_difference_and_the_rest_stays_byte_for_byte(
+    house: House,
+) -> None:
     home = spark(house)
     before = "# mine\nHF_TOKEN='hf_secret'\nMY_OWN=\"a\nb\"\n"
     house.layout.dotenv.write_text(before)
@@ -54,9 +58,14 @@ def test_what_is_missing_is_added_with_the_difference_and_the_rest_stays_byte_fo
 
 def test_line_that_differs_is_shown_and_changed_only_where_it_is_asked_for(house: House) -> None:
     spark(house)
-    house.layout.dotenv.write_text("TORCH_CUDA_ARCH_LIST=12.0f  # the guide's\nCUDA_HOME=/opt/cuda\n")
+    house.layout.dotenv.write_text(
+        "TORCH_CUDA_ARCH_LIST=12.0f  # the guide's\nCUDA_HOME=/opt/cuda\n"
+    )
     _, err = init(house, DEVICE="cuda")
-    assert house.layout.dotenv.read_text() == "TORCH_CUDA_ARCH_LIST=12.0f  # the guide's\nCUDA_HOME=/opt/cuda\n"
+    assert (
+        house.layout.dotenv.read_text()
+        == "TORCH_CUDA_ARCH_LIST=12.0f  # the guide's\nCUDA_HOME=/opt/cuda\n"
+    )
     assert "12.0f; this machine suggests 12.1a: ./scripts/inv env.init --replace" in err
     out, _ = init(house, DEVICE="cuda", replace=True)
     text = house.layout.dotenv.read_text()

@@ -30,13 +30,15 @@ FILES = {
     "requirements/build/cpu.txt": "cmake>=3.26.1\ncmake-format\ntorch==2.13.0+cpu\nwheel\n",
     "requirements/build/cuda.txt": "cmake>=3.26.1\ntorch==2.13.0\nwheel\n",
     "requirements/cpu.txt": (
-        "-r common.txt\ntorch==2.13.0+cpu; platform_machine != 'riscv64'\ntorch==2.13.0; platform_machine == 'riscv64'\ntorchvision\ntorchcodec >= 0.14\n"
-        'triton @ https://example.org/triton-3.8.0+cpu-cp312-abi3-any.whl ; platform_machine == "x86_64" and python_version >= "3.12"\n'
-        "py-cpuinfo; platform_machine == 'aarch64'\n"
+        "-r common.txt\ntorch==2.13.0+cpu; platform_machine != 'riscv64'\ntorch==2.13.0;"
+        " platform_machine == 'riscv64'\ntorchvision\ntorchcodec >= 0.14\ntriton @"
+        ' https://example.org/triton-3.8.0+cpu-cp312-abi3-any.whl ; platform_machine == "x86_64"'
+        " and python_version >= \"3.12\"\npy-cpuinfo; platform_machine == 'aarch64'\n"
     ),
     "requirements/cuda.txt": (
-        "-r common.txt\n--extra-index-url https://example.org/whl/\ntorch==2.13.0\ntorchaudio==2.11.0\nflashinfer-python==0.7.0\nflashinfer_cubin==0.7.0\n"
-        "humming-kernels[cu13]==0.1.16 \\\n  # a remark behind a continued line\n"
+        "-r common.txt\n--extra-index-url"
+        " https://example.org/whl/\ntorch==2.13.0\ntorchaudio==2.11.0\nflashinfer-python==0.7.0\nflashinfer_cubin==0.7.0\nhumming-kernels[cu13]==0.1.16"
+        " \\\n  # a remark behind a continued line\n"
     ),
 }
 
@@ -54,10 +56,23 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 
 def read(
-    house, tree: Path, *, device: str = "cpu", machine: str = "x86_64", python: str = "3.12.3", existing: bool = False, run_log=None
+    house,
+    tree: Path,
+    *,
+    device: str = "cpu",
+    machine: str = "x86_64",
+    python: str = "3.12.3",
+    existing: bool = False,
+    run_log=None,
 ) -> requirements.Requirements:
     return requirements.read(
-        tree, device=device, machine=machine, python_version=python, use_existing_torch=existing, settings=house.settings(), run_log=run_log
+        tree,
+        device=device,
+        machine=machine,
+        python_version=python,
+        use_existing_torch=existing,
+        settings=house.settings(),
+        run_log=run_log,
     )
 
 
@@ -70,11 +85,15 @@ def test_lines_are_sorted_by_how_they_are_installed(house, tree):
     assert found.python == SpecifierSet(">=3.10,<3.15")
 
 
-def test_cmake_is_bounded_because_triton_shares_the_environment_and_its_namesakes_are_not(house, tree):
+def test_cmake_is_bounded_because_triton_shares_the_environment_and_its_namesakes_are_not(
+    house, tree
+):
     assert read(house, tree).build == ("cmake>=3.26.1,<4", "cmake-format", "wheel")
 
 
-def test_markers_are_judged_for_the_built_python_and_not_for_the_one_that_runs_the_tools(house, tree):
+def test_markers_are_judged_for_the_built_python_and_not_for_the_one_that_runs_the_tools(
+    house, tree
+):
     assert "six>=1.16.0" not in read(house, tree, python="3.11.7").runtime
     assert "py-cpuinfo" in read(house, tree, machine="aarch64").runtime
     assert read(house, tree, machine="riscv64").torch == "torch==2.13.0"
@@ -82,11 +101,14 @@ def test_markers_are_judged_for_the_built_python_and_not_for_the_one_that_runs_t
 
 
 def test_what_the_index_cannot_give_is_left_out_with_its_reason(house, tree):
-    (line, why) = read(house, tree).left_out[0]
+    line, why = read(house, tree).left_out[0]
     assert line.startswith("triton @ https://")
     assert "address of its own" in why
     assert read(house, tree, machine="aarch64").left_out == ()
-    assert [line for line, _ in read(house, tree, device="cuda").left_out] == ["--extra-index-url https://example.org/whl/", "flashinfer-cubin==0.7.0"]
+    assert [line for line, _ in read(house, tree, device="cuda").left_out] == [
+        "--extra-index-url https://example.org/whl/",
+        "flashinfer-cubin==0.7.0",
+    ]
 
 
 def test_continued_line_and_extras_are_read(house, tree):
@@ -96,24 +118,36 @@ def test_continued_line_and_extras_are_read(house, tree):
 def test_beside_a_cpu_torch_neither_companions_nor_triton_may_come_in_by_the_back_door(house, tree):
     names = [line.split()[0] for line in read(house, tree).overrides]
     assert names == ["torchvision", "torchaudio", "torchcodec", "triton", "openai-harmony"]
-    assert [line.split()[0] for line in read(house, tree, device="cuda").overrides] == ["openai-harmony"]
+    assert [line.split()[0] for line in read(house, tree, device="cuda").overrides] == [
+        "openai-harmony"
+    ]
 
 
 def test_triton_that_the_tree_itself_takes_from_the_index_is_not_kept_out(house, tree):
-    (tree / "requirements" / "cpu.txt").write_text("torch==2.7.0+cpu\ntriton==3.2.0; platform_machine == 'x86_64'\n")
+    (tree / "requirements" / "cpu.txt").write_text(
+        "torch==2.7.0+cpu\ntriton==3.2.0; platform_machine == 'x86_64'\n"
+    )
     found = read(house, tree)
     assert found.accelerators == ("triton==3.2.0",)
     assert not any(line.startswith("triton") for line in found.overrides)
 
 
 def test_existing_torch_is_kept_by_the_trees_own_script_and_the_tree_is_not_touched(house, tree):
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tree.rglob("*") if path.is_file()}
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in tree.rglob("*")
+        if path.is_file()
+    }
     for device in ("cpu", "cuda"):
         found = read(house, tree, device=device, existing=True)
         assert (found.torch, found.companions) == ("", ())
         assert "numpy" in found.runtime
         assert "torchvision" in [line.split()[0] for line in found.overrides]
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tree.rglob("*") if path.is_file()} == before
+    assert {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in tree.rglob("*")
+        if path.is_file()
+    } == before
 
 
 def test_script_is_found_in_the_root_of_older_trees(house, tree):
@@ -136,7 +170,13 @@ def test_missing_failing_or_idle_script_is_a_build_error(house, tree):
         read(house, tree, existing=True)
 
 
-@pytest.mark.parametrize("names", [("requirements/build.txt", "requirements/cpu.txt"), ("requirements-build.txt", "requirements-cpu.txt")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("requirements/build.txt", "requirements/cpu.txt"),
+        ("requirements-build.txt", "requirements-cpu.txt"),
+    ],
+)
 def test_files_of_older_trees_are_found(house, tmp_path, names):
     build, runtime = names
     old = plant(
@@ -162,7 +202,9 @@ def test_digest_follows_the_files_that_were_read_and_no_others(house, tree):
 
 def test_line_that_is_no_requirement_is_an_error_with_file_and_line(house, tree):
     (tree / "requirements" / "common.txt").write_text("numpy\n\n<<<<<<< HEAD\nsix\n")
-    with pytest.raises(BuildError, match=r"requirements/common\.txt, line 3: '<<<<<<< HEAD' is no requirement"):
+    with pytest.raises(
+        BuildError, match=r"requirements/common\.txt, line 3: '<<<<<<< HEAD' is no requirement"
+    ):
         read(house, tree)
 
 

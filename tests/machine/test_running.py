@@ -8,14 +8,38 @@ from workspace.machine import jit_caches, run_environment
 STACK = jit_caches.Stack("tree", "2.13.0", "none", "none", "none")
 
 
-def variables(house: House, dotenv: str = "", *, recipe: dict[str, str] | None = None, more: dict[str, str] | None = None, **shell: str) -> dict[str, str]:
+def variables(
+    house: House,
+    dotenv: str = "",
+    *,
+    recipe: dict[str, str] | None = None,
+    more: dict[str, str] | None = None,
+    **shell: str,
+) -> dict[str, str]:
     house.layout.dotenv.write_text(dotenv)
-    return run_environment.run_variables(house.layout, house.settings(**shell), stack=STACK, recipe=recipe, more=more)
+    return run_environment.run_variables(
+        house.layout, house.settings(**shell), stack=STACK, recipe=recipe, more=more
+    )
 
 
-def test_shell_goes_before_dotenv_before_recipe_and_the_callers_word_before_all(house: House) -> None:
-    recipe = {"VLLM_A": "recipe", "VLLM_B": "recipe", "VLLM_C": "recipe", "MAX_JOBS": "77", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_D": "recipe"}
-    found = variables(house, "VLLM_A=dotenv\nVLLM_B=dotenv\nVLLM_CPU_KVCACHE_SPACE=5\n", recipe=recipe, more={"VLLM_D": "caller"}, VLLM_A="shell")
+def test_shell_goes_before_dotenv_before_recipe_and_the_callers_word_before_all(
+    house: House,
+) -> None:
+    recipe = {
+        "VLLM_A": "recipe",
+        "VLLM_B": "recipe",
+        "VLLM_C": "recipe",
+        "MAX_JOBS": "77",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_D": "recipe",
+    }
+    found = variables(
+        house,
+        "VLLM_A=dotenv\nVLLM_B=dotenv\nVLLM_CPU_KVCACHE_SPACE=5\n",
+        recipe=recipe,
+        more={"VLLM_D": "caller"},
+        VLLM_A="shell",
+    )
     assert [found[f"VLLM_{name}"] for name in "ABCD"] == ["shell", "dotenv", "recipe", "caller"]
     assert (found["MAX_JOBS"], found["VLLM_CPU_KVCACHE_SPACE"]) == ("77", "5")
 
@@ -28,16 +52,28 @@ def test_builds_settings_are_kept_out_and_max_jobs_is_always_there(house: House)
         FLASH_MLA_SRC_DIR="/y",
     )
     assert (
-        not {"CMAKE_ARGS", "TORCH_CUDA_ARCH_LIST", "VLLM_CUTLASS_SRC_DIR", "VLLM_USE_PRECOMPILED", "VLLM_VERSION_OVERRIDE", "FLASH_MLA_SRC_DIR"} & found.keys()
+        not {
+            "CMAKE_ARGS",
+            "TORCH_CUDA_ARCH_LIST",
+            "VLLM_CUTLASS_SRC_DIR",
+            "VLLM_USE_PRECOMPILED",
+            "VLLM_VERSION_OVERRIDE",
+            "FLASH_MLA_SRC_DIR",
+        }
+        & found.keys()
     )
     assert int(found["MAX_JOBS"]) >= 1
     build = house.settings().child_environment("build")
     assert build["VLLM_CUTLASS_SRC_DIR"] == "/x"
     house.layout.dotenv.write_text("VLLM_LOGGING_LEVEL=DEBUG\nHF_HOME=/h\n")
-    assert not {"VLLM_LOGGING_LEVEL", "HF_HOME"} & house.settings().child_environment("build").keys()
+    assert (
+        not {"VLLM_LOGGING_LEVEL", "HF_HOME"} & house.settings().child_environment("build").keys()
+    )
 
 
-def test_names_that_only_former_releases_read_are_dropped_where_the_tree_has_not_got_them(house: House) -> None:
+def test_names_that_only_former_releases_read_are_dropped_where_the_tree_has_not_got_them(
+    house: House,
+) -> None:
     envs = house.layout.vllm / "vllm" / "envs.py"
     envs.parent.mkdir(parents=True)
     envs.write_text("environment_variables = {'VLLM_USE_V1': 1}\n")
@@ -50,10 +86,14 @@ def test_vocabularies_are_named_only_where_all_are_there(house: House, tmp_path:
     assert run_environment.ENCODINGS not in variables(house, TIKTOKEN_ENCODINGS_BASE=str(tmp_path))
     for name in run_environment.VOCABULARIES:
         (tmp_path / name).touch()
-    assert variables(house, TIKTOKEN_ENCODINGS_BASE=str(tmp_path))[run_environment.ENCODINGS] == str(tmp_path)
+    assert variables(house, TIKTOKEN_ENCODINGS_BASE=str(tmp_path))[
+        run_environment.ENCODINGS
+    ] == str(tmp_path)
 
 
-def test_kernels_are_kept_by_stack_but_where_the_user_says_otherwise_and_ninja_is_found(house: House) -> None:
+def test_kernels_are_kept_by_stack_but_where_the_user_says_otherwise_and_ninja_is_found(
+    house: House,
+) -> None:
     found = variables(house, TRITON_CACHE_DIR="/mine", VIRTUAL_ENV="/other", PYTHONPATH="/other")
     assert found["TRITON_CACHE_DIR"] == "/mine"
     assert Path(found["VLLM_CACHE_ROOT"]).is_relative_to(house.layout.jit)

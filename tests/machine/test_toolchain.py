@@ -3,7 +3,8 @@ from pathlib import Path
 from workspace.machine import toolchain
 
 NVCC = (
-    'case "$1" in --version) echo "Cuda compilation tools, release {version}, V{version}.88";; --dryrun) echo "#\\$ TOP={home}/bin/.." >&2;; *) exit 1;; esac'
+    'case "$1" in --version) echo "Cuda compilation tools, release {version}, V{version}.88";;'
+    ' --dryrun) echo "#\\$ TOP={home}/bin/.." >&2;; *) exit 1;; esac'
 )
 
 
@@ -15,7 +16,9 @@ def test_cuda_home_wins_over_path(house, tmp_path):
     make_toolkit(house, tmp_path / "wanted", "13.1")
     (house.bin / "nvcc").symlink_to(make_toolkit(house, tmp_path / "other"))
     found = toolchain.find_toolkit(house.settings(CUDA_HOME=str(tmp_path / "wanted")))
-    assert found == toolchain.Toolkit(tmp_path / "wanted", "13.1", tmp_path / "wanted" / "bin" / "nvcc")
+    assert found == toolchain.Toolkit(
+        tmp_path / "wanted", "13.1", tmp_path / "wanted" / "bin" / "nvcc"
+    )
 
 
 def test_broken_cuda_home_is_no_toolkit_although_path_has_one(house, tmp_path):
@@ -32,7 +35,11 @@ def test_home_is_found_behind_a_wrapper_script_on_path(house, tmp_path):
 
 
 def test_home_is_found_behind_a_link_when_nvcc_does_not_tell_it(house, tmp_path):
-    real = house.program("nvcc", '[ "$1" = --version ] && echo "release 12.9, V12.9.1"', folder=tmp_path / "cuda" / "bin")
+    real = house.program(
+        "nvcc",
+        '[ "$1" = --version ] && echo "release 12.9, V12.9.1"',
+        folder=tmp_path / "cuda" / "bin",
+    )
     (house.bin / "nvcc").symlink_to(real)
     found = toolchain.find_toolkit(house.settings())
     assert found is not None

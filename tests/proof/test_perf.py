@@ -1,4 +1,6 @@
-"""Every row of perf on a small built clone: measured, recorded, and nothing of the user's touched; and the recorded build through real ninja."""
+"""Every row of perf on a small built clone: measured, recorded, and nothing of the user's touched;
+and the recorded build through real ninja.
+"""
 
 import json
 import os
@@ -12,10 +14,16 @@ from workspace.compile.scheduler import Bounds
 from workspace.support import perf_replay
 
 
-def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays_as_it_is(built: World) -> None:
+def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays_as_it_is(
+    built: World,
+) -> None:
     before = kept(built)
     record = built.folder / "record.json"
-    words = [word for name in ("wrapper-inv", "wrapper-nox", "status", "no-op", "warm") for word in ("--row", name)]
+    words = [
+        word
+        for name in ("wrapper-inv", "wrapper-nox", "status", "no-op", "warm")
+        for word in ("--row", name)
+    ]
     ended = perf(built, *words, "--repeat", "1", "--json", str(record))
     assert ended.code == 0, ended.said
     rows = rows_of(ended)
@@ -33,7 +41,9 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
     assert not list(built.layout.state.glob(".perf*"))
 
 
-def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_that(built: World) -> None:
+def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_that(
+    built: World,
+) -> None:
     link, aside = built.layout.vllm / ".git", built.folder / "aside.git"
     link.rename(aside)
     link.write_text(f"gitdir: {aside}\n")
@@ -43,11 +53,19 @@ def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_
     assert {path: path.stat().st_mtime_ns for path in aside.rglob("*")} == before
 
 
-def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count(tmp_path: Path) -> None:
+def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count(
+    tmp_path: Path,
+) -> None:
     entries = [replace(entry, seconds=entry.seconds / 250) for entry in TRACE[::4]]
     bounds = Bounds(12, 24.0)
     assert NINJA is not None
-    found = perf_replay.through_ninja(entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA))
+    found = perf_replay.through_ninja(
+        entries, bounds, tmp_path, environment=dict(os.environ), ninja=Path(NINJA)
+    )
     assert perf_replay.checked(found, bounds) == found.seconds
     assert found.most_jobs > 2
-    assert perf_replay.lower_bound(entries, bounds) < found.seconds < perf_replay.static(entries, bounds).seconds
+    assert (
+        perf_replay.lower_bound(entries, bounds)
+        < found.seconds
+        < perf_replay.static(entries, bounds).seconds
+    )

@@ -1,6 +1,8 @@
-"""Forecasts on real content: vLLM's releases 0.30.0 to 0.33.0, as one history with a commit and tag each, and as the archives themselves.
+"""Forecasts on real content: vLLM's releases 0.30.0 to 0.33.0, as one history with a commit and tag
+each, and as the archives themselves.
 
-What is foreseen is held against what `git am` then does. Needs the package index: 180 MB, kept in the user's cache.
+What is foreseen is held against what `git am` then does. Needs the package index: 180 MB, kept in
+the user's cache.
 """
 
 import os
@@ -28,22 +30,45 @@ ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
 SHIPPED = "Bugfix-CPU-Extract-AVX512-and-AVX2-kernels-from-precompiled-wheels"
 CPU_UTILS = "vllm/utils/cpu_triton_utils.py"
-# The caller of 0.32.0 gives no block_size any more, so that the first generation dies. Between two places of a file:
+# The caller of 0.32.0 gives no block_size any more, so that the first generation dies. Between two
+# places of a file:
 GAP = "\n…\n"
-DEFECT = GAP.join(("    block_size: int,\n    slot_mapping: torch.Tensor,  # [max_num_tokens], int64\n", "        block_size,\n    )"))
+DEFECT = GAP.join(
+    (
+        "    block_size: int,\n    slot_mapping: torch.Tensor,  # [max_num_tokens], int64\n",
+        "        block_size,\n    )",
+    )
+)
 MEND = GAP.join(
     (
         "    slot_mapping: torch.Tensor,  # [max_num_tokens], int64\n    block_size: int = 0,\n",
         "        KV_CACHE_BLOCK_SIZE if block_size == 0 else block_size,\n    )",
     )
 )
-# Subject: path, what stands there in 0.31.0, and what we make of it. None: the file as 0.33.0 has it.
+# Subject: path, what stands there in 0.31.0, and what we make of it. None: the file as 0.33.0 has
+# it.
 EDITS: Mapping[str, tuple[str, str, str] | tuple[str, None, None]] = {
-    "Say in the log who speaks": ("vllm/logger.py", '"""Logging configuration for vLLM."""', '"""Logging configuration for vLLM, with local patches."""'),
-    "Let the KV cache block size stand alone": (CPU_UTILS, "        block_size,\n    )", "        KV_CACHE_BLOCK_SIZE or block_size,\n    )"),
-    "Take any block size": (CPU_UTILS, "    block_size: int,\n    slot", "    block_size: int | None,\n    slot"),
+    "Say in the log who speaks": (
+        "vllm/logger.py",
+        '"""Logging configuration for vLLM."""',
+        '"""Logging configuration for vLLM, with local patches."""',
+    ),
+    "Let the KV cache block size stand alone": (
+        CPU_UTILS,
+        "        block_size,\n    )",
+        "        KV_CACHE_BLOCK_SIZE or block_size,\n    )",
+    ),
+    "Take any block size": (
+        CPU_UTILS,
+        "    block_size: int,\n    slot",
+        "    block_size: int | None,\n    slot",
+    ),
     "Widen mcp": ("requirements/common.txt", "mcp >= 2.0.0, < 3.0.0", "mcp >= 1.0.0, < 4.0.0"),
-    "Ask for a CMake that we know": ("CMakeLists.txt", "cmake_minimum_required(VERSION 3.26)", "cmake_minimum_required(VERSION 3.28)"),
+    "Ask for a CMake that we know": (
+        "CMakeLists.txt",
+        "cmake_minimum_required(VERSION 3.26)",
+        "cmake_minimum_required(VERSION 3.28)",
+    ),
     "Describe the server's arguments": (
         "vllm/entrypoints/launchers/cli_args.py",
         "class LoRAParserAction(argparse.Action):",
@@ -56,7 +81,9 @@ FATES = {
     SHIPPED: "clean",
     "Say-in-the-log-who-speaks": "clean",
     "Let-the-KV-cache-block-size-stand-alone": f"conflicts {CPU_UTILS}",
-    "Take-any-block-size": f"conflicts {CPU_UTILS} after Let-the-KV-cache-block-size-stand-alone.patch",
+    "Take-any-block-size": (
+        f"conflicts {CPU_UTILS} after Let-the-KV-cache-block-size-stand-alone.patch"
+    ),
     "Widen-mcp": "conflicts requirements/common.txt",
     "Ask-for-a-CMake-that-we-know": "clean",
     "Describe-the-server-s-arguments": "clean merged",
@@ -83,8 +110,17 @@ def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder
         sdists[version] = index.fetch("vllm", sdist.filename, sdist.sha256, settings=settings)
         of = replace(pinned, tag=f"v{version}", version=version)
         _, tree = pins.build_archive(sdists[version], root / version, of)
-        sh_git(bare, "fetch", "--quiet", "--no-tags", str(root / version), f"HEAD:refs/archives/{version}")
-        parent = commits[version] = sh_git(bare, "commit-tree", "-m", f"vLLM {version}", *(("-p", parent) if parent else ()), tree)
+        sh_git(
+            bare,
+            "fetch",
+            "--quiet",
+            "--no-tags",
+            str(root / version),
+            f"HEAD:refs/archives/{version}",
+        )
+        parent = commits[version] = sh_git(
+            bare, "commit-tree", "-m", f"vLLM {version}", *(("-p", parent) if parent else ()), tree
+        )
         sh_git(bare, "update-ref", f"refs/tags/v{version}", parent)
         shutil.rmtree(root / version)
     sh_git(bare, "update-ref", "refs/heads/main", parent)
@@ -94,7 +130,9 @@ def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder
     return Ladder(root, root / "work", bare, pin, {}, commits, sdists)
 
 
-def series(real: Ladder, base: str, edits: Mapping[str, tuple[str, str | None, str | None]]) -> dict[str, bytes]:
+def series(
+    real: Ladder, base: str, edits: Mapping[str, tuple[str, str | None, str | None]]
+) -> dict[str, bytes]:
     """Commit each edit on a release, and export it."""
     made = {}
     sh_git(real.work, "checkout", "--quiet", "--force", "--detach", f"v{base}")
@@ -107,7 +145,9 @@ def series(real: Ladder, base: str, edits: Mapping[str, tuple[str, str | None, s
                 text = text.replace(old, new)
         write(real.work, {path: text or after or ""})
         sh_git(real.work, "add", path)
-        sh_git(real.work, "commit", "--quiet", "--message", f"{subject}\n\nUpstream-Status: Pending")
+        sh_git(
+            real.work, "commit", "--quiet", "--message", f"{subject}\n\nUpstream-Status: Pending"
+        )
         made[sh_git(real.work, "log", "-1", "--format=%f") + ".patch"] = export(real.work, "HEAD")
     return made
 
@@ -120,34 +160,54 @@ def whole(real: Ladder) -> dict[str, bytes]:
 
 def cloned(folder: Path, real: Ladder, pin: Pin, *, address: str) -> Iterator[Clone]:
     made = pin.archive or Archive("vllm-0.tar.gz", "0" * 64, "0" * 40, "0" * 40)
-    with ladders.cloned(folder, replace(real, pin=replace(pin, archive=made)), Index(address)) as clone:
+    with ladders.cloned(
+        folder, replace(real, pin=replace(pin, archive=made)), Index(address)
+    ) as clone:
         clone.environ["WORKSPACE_CACHE_DIR"] = str(settings_module.load(Layout(folder)).cache)
         yield clone
 
 
 @pytest.fixture
 def clone(tmp_path: Path, real: Ladder) -> Iterator[Clone]:
-    """A clone on the history's 0.31.0 whose index is empty: the real archives were not made from this history."""
+    """A clone on the history's 0.31.0 whose index is empty: the real archives were not made from
+    this history.
+    """
     (tmp_path / "simple").mkdir()
     yield from cloned(tmp_path, real, real.pin, address=(tmp_path / "simple").as_uri())
 
 
 def run(clone: Clone, ref: str) -> Forecast:
-    return forecast.run(clone.layout, clone.settings(), ref, console=Console(out=clone.out, err=clone.err))
+    return forecast.run(
+        clone.layout, clone.settings(), ref, console=Console(out=clone.out, err=clone.err)
+    )
 
 
 def fates(made: Forecast) -> dict[str, str]:
     found = {}
     for patch in made.patches:
-        words = [patch.state, *(["merged"] if patch.merged else []), *([patch.test] if patch.test else []), *(conflict.path for conflict in patch.conflicts)]
-        found[patch.name.removesuffix(".patch")] = " ".join([*words, *(["after", patch.depends_on] if patch.depends_on else [])])
+        words = [
+            patch.state,
+            *(["merged"] if patch.merged else []),
+            *([patch.test] if patch.test else []),
+            *(conflict.path for conflict in patch.conflicts),
+        ]
+        found[patch.name.removesuffix(".patch")] = " ".join(
+            [*words, *(["after", patch.depends_on] if patch.depends_on else [])]
+        )
     return found
 
 
 def am(real: Ladder, base: str, clone: Clone, names: list[str]) -> str | None:
     """The tree that `git am --3way` gives, None where it stops."""
     sh_git(real.work, "checkout", "--quiet", "--force", "--detach", base)
-    sh_git(real.work, "am", "--quiet", "--3way", *(str(clone.layout.patches("vllm") / name) for name in names), check=False)
+    sh_git(
+        real.work,
+        "am",
+        "--quiet",
+        "--3way",
+        *(str(clone.layout.patches("vllm") / name) for name in names),
+        check=False,
+    )
     count = int(sh_git(real.work, "rev-list", "--count", f"{base}..HEAD"))
     tree = sh_git(real.work, "rev-parse", "HEAD^{tree}")
     sh_git(real.work, "am", "--abort", check=False)
@@ -155,13 +215,18 @@ def am(real: Ladder, base: str, clone: Clone, names: list[str]) -> str | None:
     return tree if count == len(names) else None
 
 
-def test_series_is_foreseen_as_am_then_finds_it(clone: Clone, real: Ladder, whole: dict[str, bytes]) -> None:
+def test_series_is_foreseen_as_am_then_finds_it(
+    clone: Clone, real: Ladder, whole: dict[str, bytes]
+) -> None:
     clone.series(whole)
     clone.ensure("git")
     made = run(clone, "v0.33.0")
     assert fates(made) == FATES
     by_name = {patch.name: patch for patch in made.patches}
-    assert all(conflict.commits == (f"{real.commits['0.33.0'][:12]} vLLM 0.33.0",) for conflict in by_name["Take-any-block-size.patch"].conflicts)
+    assert all(
+        conflict.commits == (f"{real.commits['0.33.0'][:12]} vLLM 0.33.0",)
+        for conflict in by_name["Take-any-block-size.patch"].conflicts
+    )
     for name, patch in by_name.items():
         before = None if patch.state == "conflicts" else am(real, "v0.33.0", clone, [name])
         assert (before is None) == (patch.state != "clean"), name
@@ -175,14 +240,26 @@ def test_series_is_foreseen_as_am_then_finds_it(clone: Clone, real: Ladder, whol
 def test_what_else_moves_between_two_real_releases(clone: Clone) -> None:
     clone.series({})
     clone.ensure("git")
-    write(clone.layout.root, {".env": "SERVE=--swap-space 4 --max-model-len 9\nVLLM_LOGGING_LEVEL=INFO\n"})
-    changes = {(change.topic, change.name): change for change in run(clone, "v0.33.0").changes if change.name != "torch" or "cuda.txt" in change.where[-1]}
+    write(
+        clone.layout.root,
+        {".env": "SERVE=--swap-space 4 --max-model-len 9\nVLLM_LOGGING_LEVEL=INFO\n"},
+    )
+    changes = {
+        (change.topic, change.name): change
+        for change in run(clone, "v0.33.0").changes
+        if change.name != "torch" or "cuda.txt" in change.where[-1]
+    }
     torch = changes["requirement", "torch"]
     assert (torch.before, torch.after) == ("==2.13.0", "==2.14.0")
     assert changes["requirement", "flashinfer-python"].after == "==0.7.2.post1"
-    assert (changes["minimum", "Python"].before, changes["minimum", "Python"].after) == (">=3.10,<3.15", ">=3.11,<3.15")
+    assert (changes["minimum", "Python"].before, changes["minimum", "Python"].after) == (
+        ">=3.10,<3.15",
+        ">=3.11,<3.15",
+    )
     assert changes["external", "deepgemm"].after == "0820030756945b2daec208e8e8255268360f337d"
-    assert changes["external", "vllm-flash-attn"].after == "b273a02621d3c94bc747df67204f591b67f38fae"
+    assert (
+        changes["external", "vllm-flash-attn"].after == "b273a02621d3c94bc747df67204f591b67f38fae"
+    )
     assert changes["sources", "compiled sources"].where
     # Neither is news: one is gone for long, the others are there.
     assert not [change for change in changes.values() if change.topic in ("flag", "variable")]
@@ -197,19 +274,27 @@ def test_what_else_moves_between_two_real_releases(clone: Clone) -> None:
         ((CPU_UTILS, None, None), "upstreamed tree"),
     ],
 )
-def test_mend_of_the_cpu_defect_is_seen_in_its_file(tmp_path: Path, real: Ladder, mend: tuple[str, str | None, str | None], fate: str) -> None:
+def test_mend_of_the_cpu_defect_is_seen_in_its_file(
+    tmp_path: Path, real: Ladder, mend: tuple[str, str | None, str | None], fate: str
+) -> None:
     (tmp_path / "simple").mkdir()
-    pin = replace(real.pin, tag="v0.32.0", version="0.32.0", commit=real.commits["0.32.0"], archive=None)
+    pin = replace(
+        real.pin, tag="v0.32.0", version="0.32.0", commit=real.commits["0.32.0"], archive=None
+    )
     for clone in cloned(tmp_path, real, pin, address=(tmp_path / "simple").as_uri()):
         clone.series(series(real, "0.32.0", {"Mend the slot mapping on a CPU": mend}))
         clone.ensure("git")
         made = run(clone, "v0.33.0")
         assert list(fates(made).values()) == [fate]
         if made.patches[0].conflicts:
-            assert made.patches[0].conflicts[0].commits == (f"{real.commits['0.33.0'][:12]} vLLM 0.33.0",)
+            assert made.patches[0].conflicts[0].commits == (
+                f"{real.commits['0.33.0'][:12]} vLLM 0.33.0",
+            )
 
 
-def test_release_archives_alone_give_the_same_and_say_what_they_cannot(tmp_path: Path, real: Ladder, whole: dict[str, bytes], settings: Settings) -> None:
+def test_release_archives_alone_give_the_same_and_say_what_they_cannot(
+    tmp_path: Path, real: Ladder, whole: dict[str, bytes], settings: Settings
+) -> None:
     pinned = pins.load(ROOT / "vendor" / "pins.toml").vllm
     for clone in cloned(tmp_path, real, pinned, address=settings.index_url or PYPI_SIMPLE_ENDPOINT):
         clone.environ |= {"VLLM_MIRROR": (tmp_path / "nowhere").as_uri()}
@@ -221,7 +306,9 @@ def test_release_archives_alone_give_the_same_and_say_what_they_cannot(tmp_path:
         assert pin.archive
         assert (pin.commit, made.candidate.prefix) == (pin.archive.commit, "4ba787ec9")
         assert {"cuda-x86_64", "cuda-aarch64"} <= set(pin.precompiled)
-        assert all(conflict.commits is None for patch in made.patches for conflict in patch.conflicts)
+        assert all(
+            conflict.commits is None for patch in made.patches for conflict in patch.conflicts
+        )
         said = [change.remark for change in made.changes if change.topic == "unknown"]
         assert any("no history" in sentence for sentence in said)
         assert any("4ba787ec9" in sentence for sentence in said)

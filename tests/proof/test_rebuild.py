@@ -1,4 +1,6 @@
-"""inv rebuild on the small upstream, what takes seconds each: taken back, damaged, failing, everything, and handed on as a wheel."""
+"""inv rebuild on the small upstream, what takes seconds each: taken back, damaged, failing,
+everything, and handed on as a wheel.
+"""
 
 from pathlib import Path
 
@@ -32,7 +34,9 @@ def test_error_of_the_compiler_is_shown_and_the_tree_stays_as_it_was(patched: Wo
     assert answer(patched) == "43"
 
 
-def test_native_compiles_everything_and_stays_until_something_else_is_asked_for(built: World) -> None:
+def test_native_compiles_everything_and_stays_until_something_else_is_asked_for(
+    built: World,
+) -> None:
     precompiled = library(built, "spinloop")
     rebuild(built, "--kernels", "native", "--jobs", "2")
     assert library(built, "spinloop") != precompiled
@@ -53,10 +57,14 @@ def test_changed_cmake_file_reaches_only_what_it_changes(built: World) -> None:
     assert library(built, "_C") == precompiled
 
 
-@pytest.mark.parametrize("damage", ["ninja log", "cache", "build file", "api", "record", "everything"])
+@pytest.mark.parametrize(
+    "damage", ["ninja log", "cache", "build file", "api", "record", "everything"]
+)
 def test_damaged_build_directory_is_made_anew(patched: World, damage: str) -> None:
     rebuild(patched)
-    (build,) = [folder for folder in patched.layout.builds.iterdir() if (folder / "build.ninja").exists()]
+    (build,) = [
+        folder for folder in patched.layout.builds.iterdir() if (folder / "build.ninja").exists()
+    ]
     files = {
         "ninja log": [build / ".ninja_log", build / ".ninja_deps"],
         "cache": [build / "CMakeCache.txt"],
@@ -72,7 +80,9 @@ def test_damaged_build_directory_is_made_anew(patched: World, damage: str) -> No
     assert answer(patched) == "45"
 
 
-def test_wheel_of_a_patched_build_gives_its_kernels_to_the_same_sources_and_to_no_other(patched: World, tmp_path: Path) -> None:
+def test_wheel_of_a_patched_build_gives_its_kernels_to_the_same_sources_and_to_no_other(
+    patched: World, tmp_path: Path
+) -> None:
     rebuild(patched)
     compiled = library(patched, "_C")
     said = patched.run("wheel")

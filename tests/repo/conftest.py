@@ -1,4 +1,6 @@
-"""A small upstream in real git, its release archive, and workspaces that pin it. The user's git configuration is hostile throughout."""
+"""A small upstream in real git, its release archive, and workspaces that pin it. The user's git
+configuration is hostile throughout.
+"""
 
 import importlib
 import io
@@ -42,7 +44,9 @@ MESSAGE = "[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nUpstream-Sta
 
 @dataclass(frozen=True)
 class Upstream:
-    """`bare` serves tag v1.0.0; `work` has branches: main (the tag), local (two patches), drift (line 20 changed otherwise)."""
+    """`bare` serves tag v1.0.0; `work` has branches: main (the tag), local (two patches), drift
+    (line 20 changed otherwise).
+    """
 
     work: Path
     bare: Path
@@ -77,9 +81,15 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
     sh_git(work, "tag", "--annotate", "--message", "v1.0.0", "v1.0.0")
     sh_git(work, "switch", "--quiet", "--create", "local")
     commit(work, MESSAGE, {"vllm/lines.py": PATCHED})
-    commit(work, "Add a file and mend a DOS one\n\nUpstream-Status: Pending", {"vllm/new.py": "new\n", "csrc/dos.h": b"dos\r\nmended\r\n"})
+    commit(
+        work,
+        "Add a file and mend a DOS one\n\nUpstream-Status: Pending",
+        {"vllm/new.py": "new\n", "csrc/dos.h": b"dos\r\nmended\r\n"},
+    )
     names = sh_git(work, "log", "--reverse", "--format=%f", "main..local").split()
-    series = {f"{name}.patch": export(work, f"local~{1 - number}") for number, name in enumerate(names)}
+    series = {
+        f"{name}.patch": export(work, f"local~{1 - number}") for number, name in enumerate(names)
+    }
     sh_git(work, "switch", "--quiet", "--create", "drift", "main")
     commit(work, "twenty otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "line XX\n")})
     sh_git(work, "switch", "--quiet", "main")
@@ -89,11 +99,15 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
     make_archive(sdist, work)
     pin = Pin("vllm", "v1.0.0", "1.0.0", base, URL, None, {})
     made = pins.build_archive(sdist, root / "probe", pin)
-    return Upstream(work, bare, replace(pin, archive=Archive(sdist.name, sha256(sdist), *made)), sdist, series)
+    return Upstream(
+        work, bare, replace(pin, archive=Archive(sdist.name, sha256(sdist), *made)), sdist, series
+    )
 
 
 def make_archive(path: Path, work: Path) -> None:
-    """An sdist as setuptools makes it: the tracked files under one folder, and its own beside them."""
+    """An sdist as setuptools makes it: the tracked files under one folder, and its own beside
+    them.
+    """
     with tarfile.open(path, "w:gz") as tar:
         for name in sh_git(work, "ls-files", "-z").split("\0"):
             if name:
@@ -112,11 +126,26 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: 
 
 @pytest.fixture(scope="session")
 def hostile_home(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
-    """The home of a user whose configuration would break or change nearly everything; it also leads URL to the local upstream."""
+    """The home of a user whose configuration would break or change nearly everything; it also leads
+    URL to the local upstream.
+    """
     home = tmp_path_factory.mktemp("home")
     hook = "#!/bin/sh\ntouch hook-ran; exit 1\n"
-    hooks = ("applypatch-msg", "pre-applypatch", "post-applypatch", "pre-commit", "commit-msg", "post-checkout", "post-index-change", "reference-transaction")
-    write(home, {f"hooks/{name}": hook for name in hooks} | {f"template/hooks/{name}": hook for name in hooks})
+    hooks = (
+        "applypatch-msg",
+        "pre-applypatch",
+        "post-applypatch",
+        "pre-commit",
+        "commit-msg",
+        "post-checkout",
+        "post-index-change",
+        "reference-transaction",
+    )
+    write(
+        home,
+        {f"hooks/{name}": hook for name in hooks}
+        | {f"template/hooks/{name}": hook for name in hooks},
+    )
     for path in home.rglob("hooks/*"):
         path.chmod(0o755)
     write(home, {"attributes": "* text eol=crlf filter=broken\n", "ignore": "*.py\n", "config": ""})
@@ -193,7 +222,14 @@ class Workspace:
         return settings_module.load(self.layout, environ={**os.environ, **self.environ, **more})
 
     def ensure(self, choice: Choice = "git", **more: str) -> Checkout:
-        return checkout.ensure(self.layout, self.pin, self.settings(**more), choice=choice, run_log=self.run_log, step=Step("source"))
+        return checkout.ensure(
+            self.layout,
+            self.pin,
+            self.settings(**more),
+            choice=choice,
+            run_log=self.run_log,
+            step=Step("source"),
+        )
 
     def observe(self) -> Checkout:
         return checkout.observe(self.layout, self.pin)
@@ -202,17 +238,33 @@ class Workspace:
         return patches.observe(self.layout, "vllm", self.pin, self.observe())
 
     def apply(self, *, stop_at_conflict: bool = False) -> Stack:
-        return patches.apply(self.layout, "vllm", self.pin, self.observe(), run_log=self.run_log, stop_at_conflict=stop_at_conflict)
+        return patches.apply(
+            self.layout,
+            "vllm",
+            self.pin,
+            self.observe(),
+            run_log=self.run_log,
+            stop_at_conflict=stop_at_conflict,
+        )
 
     def unapply(self) -> Stack:
         return patches.unapply(self.layout, "vllm", self.pin, self.observe(), run_log=self.run_log)
 
     def begin_move(self, target: str) -> None:
         """What is written down before the first file of a move is touched."""
-        write(self.layout.root, {".workspace/moving/vllm.json": json.dumps({"from": sh_git(self.vllm, "rev-parse", "HEAD"), "to": target})})
+        write(
+            self.layout.root,
+            {
+                ".workspace/moving/vllm.json": json.dumps(
+                    {"from": sh_git(self.vllm, "rev-parse", "HEAD"), "to": target}
+                )
+            },
+        )
 
     def go_on(self, how: overview.How) -> Stack:
-        return overview.resume(self.layout, "vllm", self.pin, self.observe(), how=how, run_log=self.run_log)
+        return overview.resume(
+            self.layout, "vllm", self.pin, self.observe(), how=how, run_log=self.run_log
+        )
 
     def series(self, content: Mapping[str, bytes], *, base: str | None = None) -> None:
         """Replace the series."""
@@ -221,7 +273,15 @@ class Workspace:
         for old in folder.iterdir():
             old.unlink()
         write(folder, content)
-        write(folder, {"series": f"# Patches\n# base: {base or self.pin.commit}\n" + "".join(f"{name}\n" for name in content)})
+        write(
+            folder,
+            {
+                "series": (
+                    f"# Patches\n# base: {base or self.pin.commit}\n"
+                    + "".join(f"{name}\n" for name in content)
+                )
+            },
+        )
 
     def offline(self) -> None:
         """Let the remote be one that nothing listens at, and the archive be in the cache."""
@@ -233,11 +293,18 @@ def superproject(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -
     root = tmp_path_factory.mktemp("superproject")
     sh_git(root, "init", "--quiet", "--initial-branch=main")
     write(
-        root, {".gitmodules": f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {URL}\n', ".gitignore": "/.workspace/\n", "vendor/pins.toml": "pins\n"}
+        root,
+        {
+            ".gitmodules": f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {URL}\n',
+            ".gitignore": "/.workspace/\n",
+            "vendor/pins.toml": "pins\n",
+        },
     )
     (root / "vendor" / "vllm").mkdir()
     sh_git(root, "add", "--all")
-    sh_git(root, "update-index", "--add", "--cacheinfo", f"160000,{upstream.pin.commit},vendor/vllm")
+    sh_git(
+        root, "update-index", "--add", "--cacheinfo", f"160000,{upstream.pin.commit},vendor/vllm"
+    )
     sh_git(root, "commit", "--quiet", "--message", "workspace")
     return root
 
@@ -248,20 +315,39 @@ def workspace(tmp_path: Path, upstream: Upstream, superproject: Path) -> Iterato
     yield from opened(tmp_path, upstream)
 
 
-def opened(folder: Path, upstream: Upstream, series: Mapping[str, bytes] | None = None) -> Iterator[Workspace]:
+def opened(
+    folder: Path, upstream: Upstream, series: Mapping[str, bytes] | None = None
+) -> Iterator[Workspace]:
     err = io.StringIO()
     assert upstream.pin.archive
-    write(folder, {f"cache/files/{upstream.pin.archive.sha256}/{upstream.archive.name}": upstream.archive.read_bytes()})
+    write(
+        folder,
+        {
+            f"cache/files/{upstream.pin.archive.sha256}/{upstream.archive.name}": (
+                upstream.archive.read_bytes()
+            )
+        },
+    )
     layout = Layout(folder / "clone")
     with RunLog(Console(out=io.StringIO(), err=err), layout.logs, verb="test") as run_log:
-        made = Workspace(layout, upstream.pin, run_log, err, {"WORKSPACE_CACHE_DIR": str(folder / "cache")})
+        made = Workspace(
+            layout, upstream.pin, run_log, err, {"WORKSPACE_CACHE_DIR": str(folder / "cache")}
+        )
         made.series(series or upstream.patches)
         yield made
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, superproject: Path, conflicting: dict[str, bytes], hostile_home: Path) -> Path:
-    """Clones made once, to be copied: a checkout of each kind, `git` and `release`, with the stack applied, and `stopped` at a conflict."""
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+    upstream: Upstream,
+    superproject: Path,
+    conflicting: dict[str, bytes],
+    hostile_home: Path,
+) -> Path:
+    """Clones made once, to be copied: a checkout of each kind, `git` and `release`, with the stack
+    applied, and `stopped` at a conflict.
+    """
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", str(hostile_home / "config"))
@@ -281,13 +367,17 @@ def made(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, superproj
 
 
 @pytest.fixture(params=["git", "release"])
-def checked_out(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+def checked_out(
+    request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path
+) -> Iterator[Workspace]:
     """A workspace whose checkout is there, of either kind."""
     yield from copied(tmp_path, upstream, made / request.param)
 
 
 @pytest.fixture(params=["git", "release"])
-def either_applied(request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspace]:
+def either_applied(
+    request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path
+) -> Iterator[Workspace]:
     """The same with the stack applied."""
     yield from copied(tmp_path, upstream, made / f"{request.param}-applied")
 
@@ -303,7 +393,9 @@ def applied(tmp_path: Path, upstream: Upstream, made: Path) -> Iterator[Workspac
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, upstream: Upstream, made: Path, conflicting: dict[str, bytes]) -> Iterator[Workspace]:
+def stopped(
+    tmp_path: Path, upstream: Upstream, made: Path, conflicting: dict[str, bytes]
+) -> Iterator[Workspace]:
     """A stack that waits at the conflict of its second patch."""
     yield from copied(tmp_path, upstream, made / "stopped", series=conflicting)
 
@@ -316,7 +408,9 @@ def _age(folder: Path) -> None:
     sh_git(folder, "update-index", "-q", "--refresh")
 
 
-def copied(folder: Path, upstream: Upstream, original: Path, series: Mapping[str, bytes] | None = None) -> Iterator[Workspace]:
+def copied(
+    folder: Path, upstream: Upstream, original: Path, series: Mapping[str, bytes] | None = None
+) -> Iterator[Workspace]:
     shutil.copytree(original / "clone", folder / "clone", symlinks=True)
     # A copy has other inodes than its index says.
     sh_git(folder / "clone" / "vendor" / "vllm", "update-index", "-q", "--refresh", check=False)
@@ -328,7 +422,9 @@ Snapshot = Callable[[Path], dict[str, tuple[int, int]]]
 
 @pytest.fixture
 def snapshot() -> Snapshot:
-    """Every file below a folder with its mtime and inode: equal before and after means that nothing was touched."""
+    """Every file below a folder with its mtime and inode: equal before and after means that nothing
+    was touched.
+    """
 
     def take(root: Path) -> dict[str, tuple[int, int]]:
         found = {}
@@ -342,11 +438,17 @@ def snapshot() -> Snapshot:
 
 @pytest.fixture(scope="session")
 def conflicting(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> dict[str, bytes]:
-    """A series of three: the second is made for another line 20; where its contents are at hand, it is merged."""
+    """A series of three: the second is made for another line 20; where its contents are at hand, it
+    is merged.
+    """
     work = tmp_path_factory.mktemp("conflicting") / "work"
     sh_git(work.parent, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "origin/drift")
-    commit(work, "XX to YY\n\nUpstream-Status: Pending", {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n")})
+    commit(
+        work,
+        "XX to YY\n\nUpstream-Status: Pending",
+        {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n")},
+    )
     second = export(work, "HEAD")
     sh_git(work, "checkout", "--quiet", "v1.0.0")
     commit(work, "Last\n\nUpstream-Status: Pending", {"csrc/a.cu": "last\n"})
@@ -365,7 +467,13 @@ def mergeable(release: Workspace, upstream: Upstream, conflicting: dict[str, byt
 def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
     write(workspace.vllm, {"vllm/lines.py": content})
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
-    subprocess.run("git -C vendor/vllm add vllm/lines.py", shell=True, cwd=workspace.layout.root, check=True, env=environ)
+    subprocess.run(
+        "git -C vendor/vllm add vllm/lines.py",
+        shell=True,
+        cwd=workspace.layout.root,
+        check=True,
+        env=environ,
+    )
 
 
 @pytest.fixture(scope="session")

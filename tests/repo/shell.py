@@ -1,4 +1,6 @@
-"""git as a shell has it, by an author whose configuration changes nothing, and files written in one call."""
+"""git as a shell has it, by an author whose configuration changes nothing, and files written in one
+call.
+"""
 
 import os
 import subprocess
@@ -16,13 +18,23 @@ _PLAIN = {
     "GIT_AUTHOR_DATE": _DATE,
     "GIT_COMMITTER_DATE": _DATE,
 }
-_EXPORT = "--keep-subject --no-numbered --zero-commit --full-index --binary --no-signature --no-stat --no-renames --no-base --no-thread --no-attach --no-notes"
+_EXPORT = (
+    "--keep-subject --no-numbered --zero-commit --full-index --binary --no-signature --no-stat"
+    " --no-renames --no-base --no-thread --no-attach --no-notes"
+)
 _EXPORT += " -U3 --diff-algorithm=myers --src-prefix=a/ --dst-prefix=b/ --encode-email-headers"
 
 
-def sh_git(path: Path, *words: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
+def sh_git(
+    path: Path, *words: str, check: bool = True, env: Mapping[str, str] | None = None
+) -> str:
     """Plain git, as a person without any configuration would run it."""
-    done = subprocess.run(["git", "-C", str(path), *words], env={**os.environ, **_PLAIN, **(env or {})}, capture_output=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(path), *words],
+        env={**os.environ, **_PLAIN, **(env or {})},
+        capture_output=True,
+        check=False,
+    )
     assert not check or done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().rstrip("\n")
 
@@ -36,8 +48,19 @@ def write(root: Path, files: Mapping[str, str | bytes]) -> None:
 
 def export(repository: Path, revision: str) -> bytes:
     """One commit as the project stores it."""
-    words = ["git", "-C", str(repository), "format-patch", "--stdout", *_EXPORT.split(), "-1", revision]
-    return subprocess.run(words, env={**os.environ, **_PLAIN}, capture_output=True, check=True).stdout
+    words = [
+        "git",
+        "-C",
+        str(repository),
+        "format-patch",
+        "--stdout",
+        *_EXPORT.split(),
+        "-1",
+        revision,
+    ]
+    return subprocess.run(
+        words, env={**os.environ, **_PLAIN}, capture_output=True, check=True
+    ).stdout
 
 
 def commit(repository: Path, message: str, files: Mapping[str, str | bytes]) -> str:

@@ -6,11 +6,17 @@ from tests.repo.conftest import Workspace, sh_git
 
 
 def everything(workspace: Workspace) -> dict[str, str]:
-    """All that must survive a refusal: every reference, HEAD, the index against HEAD, and every file."""
+    """All that must survive a refusal: every reference, HEAD, the index against HEAD, and every
+    file.
+    """
     vllm = workspace.vllm
     files = {
         str(path): os.readlink(path) if path.is_symlink() else str(path.read_bytes())
         for path in vllm.rglob("*")
         if ".git" not in path.parts and not path.is_dir()
     }
-    return files | {"refs": sh_git(vllm, "for-each-ref"), "HEAD": sh_git(vllm, "rev-parse", "HEAD"), "status": sh_git(vllm, "status", "--porcelain", "-uall")}
+    return files | {
+        "refs": sh_git(vllm, "for-each-ref"),
+        "HEAD": sh_git(vllm, "rev-parse", "HEAD"),
+        "status": sh_git(vllm, "status", "--porcelain", "-uall"),
+    }

@@ -22,22 +22,34 @@ def on_other_contents(upstream: Upstream, tmp_path: Path) -> bytes:
     return export(work, "HEAD")
 
 
-def test_conflict_names_patch_place_and_paths_and_changes_nothing(checked_out: Workspace, upstream: Upstream, snapshot: Snapshot, tmp_path: Path) -> None:
+def test_conflict_names_patch_place_and_paths_and_changes_nothing(
+    checked_out: Workspace, upstream: Upstream, snapshot: Snapshot, tmp_path: Path
+) -> None:
     first, second = upstream.patches.items()
-    checked_out.series({second[0]: second[1], "XX-to-YY.patch": on_other_contents(upstream, tmp_path), first[0]: first[1]})
+    checked_out.series(
+        {
+            second[0]: second[1],
+            "XX-to-YY.patch": on_other_contents(upstream, tmp_path),
+            first[0]: first[1],
+        }
+    )
     assert (checked_out.stack().state, checked_out.stack().expected_tree) == (State.UNAPPLIED, None)
     before = snapshot(checked_out.vllm)
-    with pytest.raises(PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch") as failure:
+    with pytest.raises(
+        PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch"
+    ) as failure:
         checked_out.apply()
     assert failure.value.details == ("conflict in vllm/lines.py",)
     assert checked_out.stack().state is State.UNAPPLIED
-    assert {name: entry for name, entry in snapshot(checked_out.vllm).items() if "/.git" not in name} == {
-        name: entry for name, entry in before.items() if "/.git" not in name
-    }
+    assert {
+        name: entry for name, entry in snapshot(checked_out.vllm).items() if "/.git" not in name
+    } == {name: entry for name, entry in before.items() if "/.git" not in name}
     assert not [*checked_out.layout.root.rglob("*.making-*")]
 
 
-def test_conflicts_hint_leads_to_that_conflict(release: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+def test_conflicts_hint_leads_to_that_conflict(
+    release: Workspace, upstream: Upstream, tmp_path: Path
+) -> None:
     second = list(upstream.patches.items())[1]
     release.series({second[0]: second[1], "XX-to-YY.patch": on_other_contents(upstream, tmp_path)})
     # With the contents of the other side at hand it is a conflict, without them a refusal.
@@ -45,9 +57,14 @@ def test_conflicts_hint_leads_to_that_conflict(release: Workspace, upstream: Ups
     with pytest.raises(PatchConflict) as failure:
         release.apply()
     assert (failure.value.hint or "").startswith("./scripts/inv patch.apply    ")
-    with pytest.raises(PatchConflict, match=r"patch 2 of 2, patches/vllm/XX-to-YY\.patch, .* vendor/vllm waits at the conflict") as stopped:
+    with pytest.raises(
+        PatchConflict,
+        match=r"patch 2 of 2, patches/vllm/XX-to-YY\.patch, .* vendor/vllm waits at the conflict",
+    ) as stopped:
         release.apply(stop_at_conflict=True)
-    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue    " in (stopped.value.hint or "")
+    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue    " in (
+        stopped.value.hint or ""
+    )
     assert "patch.continue --skip" in (stopped.value.hint or "")
     assert "patch.continue --abort" in (stopped.value.hint or "")
     assert stopped.value.details == ("conflict in vllm/lines.py",)
@@ -56,7 +73,9 @@ def test_conflicts_hint_leads_to_that_conflict(release: Workspace, upstream: Ups
     assert "<<<<<<<" in (release.vllm / "vllm" / "lines.py").read_text()
 
 
-def test_three_way_merge_of_am_equals_the_expected_tree(workspace: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+def test_three_way_merge_of_am_equals_the_expected_tree(
+    workspace: Workspace, upstream: Upstream, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
     sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0~1")
@@ -66,18 +85,34 @@ def test_three_way_merge_of_am_equals_the_expected_tree(workspace: Workspace, up
     commit(work, "twenty", {"vllm/other.py": old.replace("line 20\n", "twenty\n")})
     patch = export(work, "HEAD")
     sh_git(work, "checkout", "--quiet", "older")
-    base = commit(work, "line 22 is back", {"vllm/other.py": "".join(f"line {number}\n" for number in range(1, 31))})
+    base = commit(
+        work,
+        "line 22 is back",
+        {"vllm/other.py": "".join(f"line {number}\n" for number in range(1, 31))},
+    )
     sh_git(work, "tag", "--force", "v1.0.0")
     workspace.pin = replace(workspace.pin, commit=base, url=str(work), archive=None)
     workspace.series({"twenty.patch": patch}, base=base)
     # A whole clone: it has the older contents that the merge needs.
     workspace.ensure("git")
-    assert sh_git(workspace.vllm, "apply", "--numstat", "--check", str(workspace.layout.patches("vllm") / "twenty.patch"), check=False) == ""
+    assert (
+        sh_git(
+            workspace.vllm,
+            "apply",
+            "--numstat",
+            "--check",
+            str(workspace.layout.patches("vllm") / "twenty.patch"),
+            check=False,
+        )
+        == ""
+    )
     assert workspace.apply().state is State.APPLIED
     assert "twenty\nline 21\nline 22\n" in (workspace.vllm / "vllm" / "other.py").read_text()
 
 
-def test_patch_that_the_pin_has_already_is_named(release: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+def test_patch_that_the_pin_has_already_is_named(
+    release: Workspace, upstream: Upstream, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
     sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0")
@@ -94,16 +129,28 @@ def test_patch_that_the_pin_has_already_is_named(release: Workspace, upstream: U
     assert release.stack().head == release.stack().base
 
 
-def test_broken_patch_is_a_conflict_and_no_traceback(release: Workspace, upstream: Upstream) -> None:
+def test_broken_patch_is_a_conflict_and_no_traceback(
+    release: Workspace, upstream: Upstream
+) -> None:
     name, content = next(iter(upstream.patches.items()))
     release.series({name: re.sub(rb"@@ -\d+", b"@@ -x", content)})
     with pytest.raises(PatchConflict, match="patch 1 of 1"):
         release.apply()
 
 
-def test_shallow_clone_without_the_contents_of_a_merge_is_a_conflict(release: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+def test_shallow_clone_without_the_contents_of_a_merge_is_a_conflict(
+    release: Workspace, upstream: Upstream, tmp_path: Path
+) -> None:
     shutil.rmtree(release.vllm)
-    sh_git(tmp_path, "clone", "--quiet", "--depth=1", "--branch=v1.0.0", upstream.bare.as_uri(), str(release.vllm))
+    sh_git(
+        tmp_path,
+        "clone",
+        "--quiet",
+        "--depth=1",
+        "--branch=v1.0.0",
+        upstream.bare.as_uri(),
+        str(release.vllm),
+    )
     release.series({"XX-to-YY.patch": on_other_contents(upstream, tmp_path)})
     before = everything(release)
     with pytest.raises(PatchConflict, match="patch 1 of 1"):
@@ -126,10 +173,22 @@ def test_shallow_clone_without_the_contents_of_a_merge_is_a_conflict(release: Wo
 )
 @pytest.mark.parametrize("stop_at_conflict", [False, True])
 def test_bad_series_is_a_sentence_and_a_hint_and_every_file_stays(
-    release: Workspace, upstream: Upstream, series: str, code: int, says: str, stop_at_conflict: bool
+    release: Workspace,
+    upstream: Upstream,
+    series: str,
+    code: int,
+    says: str,
+    stop_at_conflict: bool,
 ) -> None:
     good = next(iter(upstream.patches.values()))
-    release.series({"a.patch": good, "mbox.patch": b"no mail\n", "crlf.patch": good.replace(b" line 19\n", b" line 19\r\n"), "cut.patch": good[:-40]})
+    release.series(
+        {
+            "a.patch": good,
+            "mbox.patch": b"no mail\n",
+            "crlf.patch": good.replace(b" line 19\n", b" line 19\r\n"),
+            "cut.patch": good[:-40],
+        }
+    )
     write(release.layout.patches("vllm"), {"series": f"# base: {release.pin.commit}\n{series}"})
     before = everything(release)
     with pytest.raises(WorkspaceError, match=says) as failure:

@@ -20,16 +20,27 @@ def packed(path: Path, fill: Fill) -> Path:
     return path
 
 
-def test_commit_holds_the_tracked_files_and_nothing_that_packing_made(upstream: Upstream, tmp_path: Path) -> None:
+def test_commit_holds_the_tracked_files_and_nothing_that_packing_made(
+    upstream: Upstream, tmp_path: Path
+) -> None:
     made = tmp_path / "made"
     commit, tree = pins.build_archive(upstream.archive, made, upstream.pin)
     assert tree == sh_git(upstream.work, "rev-parse", "main^{tree}")
-    assert sh_git(made, "rev-parse", "HEAD", "v1.0.0", "HEAD^{tree}").split() == [commit, commit, tree]
+    assert sh_git(made, "rev-parse", "HEAD", "v1.0.0", "HEAD^{tree}").split() == [
+        commit,
+        commit,
+        tree,
+    ]
     assert sh_git(made, "status", "--porcelain", "--ignored") == ""
-    assert sh_git(made, "log", "--format=%an %ae %aI %cI") == "vLLM workspace workspace@invalid 2000-01-01T00:00:00+00:00 2000-01-01T00:00:00+00:00"
+    assert (
+        sh_git(made, "log", "--format=%an %ae %aI %cI")
+        == "vLLM workspace workspace@invalid 2000-01-01T00:00:00+00:00 2000-01-01T00:00:00+00:00"
+    )
 
 
-def test_same_archive_gives_the_same_commit_whatever_umask_and_owner(upstream: Upstream, tmp_path: Path) -> None:
+def test_same_archive_gives_the_same_commit_whatever_umask_and_owner(
+    upstream: Upstream, tmp_path: Path
+) -> None:
     def refill(tar: tarfile.TarFile) -> None:
         with tarfile.open(upstream.archive) as old:
             for member in old:
@@ -54,13 +65,27 @@ EVIL: dict[str, Fill] = {
     "git folder": lambda tar: add_member(tar, "vllm-1.0.0/.git/config", b"x"),
     "git folder in capitals": lambda tar: add_member(tar, "vllm-1.0.0/.GIT/config", b"x"),
     "beside its folder": lambda tar: add_member(tar, "evil", b"x"),
-    "link upwards": lambda tar: add_member(tar, "vllm-1.0.0/l", type=tarfile.SYMTYPE, linkname="../../evil"),
-    "absolute link": lambda tar: add_member(tar, "vllm-1.0.0/l", type=tarfile.SYMTYPE, linkname="/etc"),
-    "link to the repository": lambda tar: add_member(tar, "vllm-1.0.0/l", type=tarfile.SYMTYPE, linkname=".git/hooks"),
-    "device": lambda tar: add_member(tar, "vllm-1.0.0/d", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+    "link upwards": lambda tar: add_member(
+        tar, "vllm-1.0.0/l", type=tarfile.SYMTYPE, linkname="../../evil"
+    ),
+    "absolute link": lambda tar: add_member(
+        tar, "vllm-1.0.0/l", type=tarfile.SYMTYPE, linkname="/etc"
+    ),
+    "link to the repository": lambda tar: add_member(
+        tar, "vllm-1.0.0/l", type=tarfile.SYMTYPE, linkname=".git/hooks"
+    ),
+    "device": lambda tar: add_member(
+        tar, "vllm-1.0.0/d", type=tarfile.CHRTYPE, devmajor=1, devminor=3
+    ),
     "pipe": lambda tar: add_member(tar, "vllm-1.0.0/p", type=tarfile.FIFOTYPE),
-    "twice": lambda tar: [add_member(tar, "vllm-1.0.0/a", b"a"), add_member(tar, "vllm-1.0.0/a", b"b")][0],
-    "file and link": lambda tar: [add_member(tar, "vllm-1.0.0/a", b"a"), add_member(tar, "vllm-1.0.0/a", type=tarfile.SYMTYPE, linkname="b")][0],
+    "twice": lambda tar: [
+        add_member(tar, "vllm-1.0.0/a", b"a"),
+        add_member(tar, "vllm-1.0.0/a", b"b"),
+    ][0],
+    "file and link": lambda tar: [
+        add_member(tar, "vllm-1.0.0/a", b"a"),
+        add_member(tar, "vllm-1.0.0/a", type=tarfile.SYMTYPE, linkname="b"),
+    ][0],
     "links that add up": lambda tar: [
         add_member(tar, "vllm-1.0.0/d/x", type=tarfile.SYMTYPE, linkname="."),
         add_member(tar, "vllm-1.0.0/y", type=tarfile.SYMTYPE, linkname="d/x/../../.."),
@@ -69,7 +94,9 @@ EVIL: dict[str, Fill] = {
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_archive_with_a_member_that_leads_elsewhere_is_refused(upstream: Upstream, tmp_path: Path, name: str) -> None:
+def test_archive_with_a_member_that_leads_elsewhere_is_refused(
+    upstream: Upstream, tmp_path: Path, name: str
+) -> None:
     def fill(tar: tarfile.TarFile) -> None:
         add_member(tar, "vllm-1.0.0/good", b"good")
         EVIL[name](tar)
@@ -87,7 +114,9 @@ def test_file_is_never_written_through_a_link(upstream: Upstream, tmp_path: Path
         add_member(tar, "vllm-1.0.0/d/evil", b"x")
 
     with pytest.raises(SourceError):
-        pins.make_from_archive(packed(tmp_path / "vllm-1.0.0.tar.gz", fill), tmp_path / "vendor" / "vllm", upstream.pin)
+        pins.make_from_archive(
+            packed(tmp_path / "vllm-1.0.0.tar.gz", fill), tmp_path / "vendor" / "vllm", upstream.pin
+        )
     assert not [*tmp_path.rglob("evil")]
 
 
@@ -102,7 +131,9 @@ def test_hard_link_is_a_copy(upstream: Upstream, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 200])
-def test_truncated_archive_is_said_to_be_damaged(upstream: Upstream, tmp_path: Path, keep: int) -> None:
+def test_truncated_archive_is_said_to_be_damaged(
+    upstream: Upstream, tmp_path: Path, keep: int
+) -> None:
     broken = tmp_path / "vllm-1.0.0.tar.gz"
     broken.write_bytes(upstream.archive.read_bytes()[:keep])
     with pytest.raises(SourceError, match="is damaged"):

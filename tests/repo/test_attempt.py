@@ -1,4 +1,6 @@
-"""An act of git's own in the checkout that was ended in the middle, by a kill or with the power, is taken back, and begun again comes to the same end."""
+"""An act of git's own in the checkout that was ended in the middle, by a kill or with the power, is
+taken back, and begun again comes to the same end.
+"""
 
 import contextlib
 import os
@@ -8,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, RESOLVED, Upstream, Workspace, commit, copied, resolve, sh_git, write
+from tests.repo.conftest import (
+    LINES,
+    RESOLVED,
+    Upstream,
+    Workspace,
+    commit,
+    copied,
+    resolve,
+    sh_git,
+    write,
+)
 from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError
 from workspace.repo import moves, overview
 from workspace.repo.git import Git
@@ -21,15 +33,27 @@ TRIED = Attempt("git am --continue", "./scripts/inv patch.continue")
 @contextlib.contextmanager
 def ended(workspace: Workspace) -> Iterator[Path]:
     """Let the block be all that a verb came to do. Yields the checkout's git directory."""
-    with contextlib.suppress(KeyboardInterrupt), moves.attempt(workspace.layout, "vllm", Git(workspace.vllm), TRIED, run_log=workspace.run_log):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        moves.attempt(
+            workspace.layout, "vllm", Git(workspace.vllm), TRIED, run_log=workspace.run_log
+        ),
+    ):
         yield workspace.vllm / ".git"
         raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, made: Path, conflicting: dict[str, bytes]) -> str:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory,
+    upstream: Upstream,
+    made: Path,
+    conflicting: dict[str, bytes],
+) -> str:
     """The last commit of the resolved series where nothing was ended."""
-    for workspace in copied(tmp_path_factory.mktemp("undisturbed"), upstream, made / "stopped", series=conflicting):
+    for workspace in copied(
+        tmp_path_factory.mktemp("undisturbed"), upstream, made / "stopped", series=conflicting
+    ):
         resolve(workspace)
         return workspace.go_on("continue").head or ""
     raise AssertionError
@@ -42,11 +66,34 @@ def finish(workspace: Workspace) -> bool:
 def lying(workspace: Workspace) -> dict[str, bytes | str]:
     """What a resolution is: files, index, HEAD, branches, and git's notes of what is under way."""
     vllm = workspace.vllm
-    files = {str(path): path.read_bytes() for path in vllm.rglob("*") if path.is_file() and ".git" not in path.relative_to(vllm).parts}
-    notes = {str(path): path.read_bytes() for name in ("rebase-apply", "rebase-merge") for path in (vllm / ".git" / name).glob("*")}
-    notes |= {name: (vllm / ".git" / name).read_bytes() for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD") if (vllm / ".git" / name).exists()}
-    refs = sh_git(vllm, "for-each-ref", "refs/heads"), sh_git(vllm, "symbolic-ref", "HEAD", check=False)
-    return files | notes | {"index": sh_git(vllm, "ls-files", "--stage"), "HEAD": sh_git(vllm, "rev-parse", "HEAD"), "refs": "".join(refs)}
+    files = {
+        str(path): path.read_bytes()
+        for path in vllm.rglob("*")
+        if path.is_file() and ".git" not in path.relative_to(vllm).parts
+    }
+    notes = {
+        str(path): path.read_bytes()
+        for name in ("rebase-apply", "rebase-merge")
+        for path in (vllm / ".git" / name).glob("*")
+    }
+    notes |= {
+        name: (vllm / ".git" / name).read_bytes()
+        for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
+        if (vllm / ".git" / name).exists()
+    }
+    refs = (
+        sh_git(vllm, "for-each-ref", "refs/heads"),
+        sh_git(vllm, "symbolic-ref", "HEAD", check=False),
+    )
+    return (
+        files
+        | notes
+        | {
+            "index": sh_git(vllm, "ls-files", "--stage"),
+            "HEAD": sh_git(vllm, "rev-parse", "HEAD"),
+            "refs": "".join(refs),
+        }
+    )
 
 
 def cut_short(git_dir: Path) -> None:
@@ -75,8 +122,12 @@ def new_file_of_a_patch(git_dir: Path) -> None:
     (git_dir.parent / "vllm" / "begun.py").write_text("beg")
 
 
-@pytest.mark.parametrize("damage", [cut_short, notes_gone, all_done, done_and_damaged, new_file_of_a_patch])
-def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commits(stopped: Workspace, damage: Callable[[Path], None], undisturbed: str) -> None:
+@pytest.mark.parametrize(
+    "damage", [cut_short, notes_gone, all_done, done_and_damaged, new_file_of_a_patch]
+)
+def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commits(
+    stopped: Workspace, damage: Callable[[Path], None], undisturbed: str
+) -> None:
     resolve(stopped)
     write(stopped.vllm, {"mine.txt": "not tracked\n", "README": "an edit beside it\n"})
     before = lying(stopped)
@@ -86,9 +137,18 @@ def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commit
     assert stopped.stack().state is State.IN_PROGRESS
     assert finish(stopped)
     assert lying(stopped) == before
-    assert "git am --continue in vendor/vllm was ended in the middle and is taken back" in stopped.err.getvalue()
-    if any(found.get(name) != content for name, content in before.items() if "/rebase-apply/" not in name):
-        kept = sh_git(stopped.vllm, "show", "--name-only", "--format=", "-m", "refs/patches/left").split()
+    assert (
+        "git am --continue in vendor/vllm was ended in the middle and is taken back"
+        in stopped.err.getvalue()
+    )
+    if any(
+        found.get(name) != content
+        for name, content in before.items()
+        if "/rebase-apply/" not in name
+    ):
+        kept = sh_git(
+            stopped.vllm, "show", "--name-only", "--format=", "-m", "refs/patches/left"
+        ).split()
         assert kept, "what lay there is kept"
     assert not stopped.layout.moving("vllm").exists()
     assert not [*(stopped.vllm / ".git").glob("*.lock")]
@@ -107,7 +167,9 @@ def test_index_that_was_cut_short_hides_nothing(stopped: Workspace) -> None:
     assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "half"
 
 
-def test_what_was_edited_after_a_kill_is_kept_before_anything_is_taken_back(stopped: Workspace) -> None:
+def test_what_was_edited_after_a_kill_is_kept_before_anything_is_taken_back(
+    stopped: Workspace,
+) -> None:
     resolve(stopped)
     with ended(stopped):
         pass
@@ -117,7 +179,10 @@ def test_what_was_edited_after_a_kill_is_kept_before_anything_is_taken_back(stop
     assert (stopped.vllm / "vllm" / "lines.py").read_text() == RESOLVED
     assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "a better resolution"
     assert sh_git(stopped.vllm, "show", "refs/patches/left:new.txt") == "new"
-    assert "what lay there is kept: git -C vendor/vllm show refs/patches/left" in stopped.err.getvalue()
+    assert (
+        "what lay there is kept: git -C vendor/vllm show refs/patches/left"
+        in stopped.err.getvalue()
+    )
 
 
 def test_taking_back_may_itself_be_killed(stopped: Workspace) -> None:
@@ -160,14 +225,21 @@ def test_damaged_note_of_an_attempt_touches_nothing(stopped: Workspace) -> None:
     assert stopped.go_on("continue").state is State.UNEXPORTED
 
 
-def test_apply_that_was_ended_at_a_conflict_is_begun_again(mergeable: Workspace, conflicting: dict[str, bytes]) -> None:
+def test_apply_that_was_ended_at_a_conflict_is_begun_again(
+    mergeable: Workspace, conflicting: dict[str, bytes]
+) -> None:
     base = lying(mergeable)
     with pytest.raises(PatchConflict):
         mergeable.apply(stop_at_conflict=True)
     at_conflict = lying(mergeable)
     mergeable.go_on("abort")
     with ended(mergeable) as git_dir:
-        sh_git(mergeable.vllm, "am", *(str(mergeable.layout.patches("vllm") / name) for name in conflicting), check=False)
+        sh_git(
+            mergeable.vllm,
+            "am",
+            *(str(mergeable.layout.patches("vllm") / name) for name in conflicting),
+            check=False,
+        )
         (git_dir / "rebase-apply" / "last").unlink()
     with pytest.raises(PatchConflict, match="patch 2 of 3"):
         mergeable.apply(stop_at_conflict=True)
@@ -181,13 +253,21 @@ def test_what_was_ended_is_said_with_the_command_that_begins_it_again(stopped: W
     with ended(stopped) as git_dir:
         notes_gone(git_dir)
     row = overview.rows(stopped.layout, "vllm", stopped.pin, stopped.observe())[0]
-    assert (row.state, "git am --continue was ended in the middle" in row.subject) == ("in progress", True)
-    assert overview.next_command(stopped.layout, stopped.pin, stopped.stack()) == ("./scripts/inv patch.continue    takes it back and begins it again")
+    assert (row.state, "git am --continue was ended in the middle" in row.subject) == (
+        "in progress",
+        True,
+    )
+    assert (
+        overview.next_command(stopped.layout, stopped.pin, stopped.stack())
+        == "./scripts/inv patch.continue    takes it back and begins it again"
+    )
 
 
 @pytest.mark.parametrize("verb", ["rebase", "merge", "cherry-pick", "revert"])
 @pytest.mark.parametrize("how", ["continue", "abort"])
-def test_operation_of_the_users_that_was_ended_is_back_with_its_branch(release: Workspace, verb: str, how: str) -> None:
+def test_operation_of_the_users_that_was_ended_is_back_with_its_branch(
+    release: Workspace, verb: str, how: str
+) -> None:
     vllm, base = release.vllm, release.observe().base or ""
     mine = commit(vllm, "mine", {"vllm/lines.py": LINES.replace("line 20\n", "mine\n")})
     sh_git(vllm, "checkout", "--quiet", "-b", "side", base)
@@ -207,16 +287,25 @@ def test_operation_of_the_users_that_was_ended_is_back_with_its_branch(release: 
     assert Git(vllm).under_way() == verb
 
 
-def test_full_disk_in_the_middle_leaves_the_note_and_a_refusal_of_git_none(stopped: Workspace) -> None:
+def test_full_disk_in_the_middle_leaves_the_note_and_a_refusal_of_git_none(
+    stopped: Workspace,
+) -> None:
     for error, is_left in ((ToolchainError("no space"), True), (CheckoutError("no"), False)):
-        with pytest.raises(type(error)), moves.attempt(stopped.layout, "vllm", Git(stopped.vllm), TRIED, run_log=stopped.run_log):
+        with (
+            pytest.raises(type(error)),
+            moves.attempt(
+                stopped.layout, "vllm", Git(stopped.vllm), TRIED, run_log=stopped.run_log
+            ),
+        ):
             raise error
         assert (moves.attempted(stopped.layout, "vllm") == TRIED) is is_left
         moves.finish(stopped.layout, "vllm", Git(stopped.vllm), run_log=stopped.run_log)
     assert not [*(stopped.layout.state / "moving").iterdir()]
 
 
-def test_file_that_git_was_told_to_take_for_unchanged_is_kept_with_the_rest(stopped: Workspace) -> None:
+def test_file_that_git_was_told_to_take_for_unchanged_is_kept_with_the_rest(
+    stopped: Workspace,
+) -> None:
     resolve(stopped)
     sh_git(stopped.vllm, "update-index", "--assume-unchanged", "README")
     write(stopped.vllm, {"README": "hidden edit\n"})

@@ -1,4 +1,6 @@
-"""One patch as a branch on upstream's main: what is in it, and that nothing is left where it cannot be made."""
+"""One patch as a branch on upstream's main: what is in it, and that nothing is left where it cannot
+be made.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,12 +8,26 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import LINES, PATCHED, Upstream, Workspace, commit, sh_git
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SourceError
+from workspace.core.errors import (
+    CheckoutError,
+    PatchConflict,
+    PatchDrift,
+    SettingsError,
+    SourceError,
+)
 from workspace.repo import patching
 
 
 def run(workspace: Workspace, name: str, patch: str, **settings: str) -> Path:
-    return patching.put_on_upstream(workspace.layout, "vllm", workspace.pin, workspace.settings(**settings), name, patch, run_log=workspace.run_log)
+    return patching.put_on_upstream(
+        workspace.layout,
+        "vllm",
+        workspace.pin,
+        workspace.settings(**settings),
+        name,
+        patch,
+        run_log=workspace.run_log,
+    )
 
 
 @pytest.fixture
@@ -33,24 +49,45 @@ def moved(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
 
 def left(workspace: Workspace) -> tuple[str, str, list[Path]]:
     folder = workspace.layout.state / "branches"
-    return sh_git(workspace.vllm, "worktree", "list"), sh_git(workspace.vllm, "for-each-ref", "refs/heads"), [*folder.rglob("*")] if folder.exists() else []
+    return (
+        sh_git(workspace.vllm, "worktree", "list"),
+        sh_git(workspace.vllm, "for-each-ref", "refs/heads"),
+        [*folder.rglob("*")] if folder.exists() else [],
+    )
 
 
 @pytest.mark.usefixtures("user")
-def test_branch_has_one_signed_commit_on_main_without_the_status(either_applied: Workspace, upstream: Upstream, moved: Path) -> None:
+def test_branch_has_one_signed_commit_on_main_without_the_status(
+    either_applied: Workspace, upstream: Upstream, moved: Path
+) -> None:
     head = sh_git(either_applied.vllm, "rev-parse", "HEAD")
-    path = run(either_applied, "fix/twenty", next(iter(upstream.patches)), VLLM_MIRROR=moved.as_uri())
+    path = run(
+        either_applied, "fix/twenty", next(iter(upstream.patches)), VLLM_MIRROR=moved.as_uri()
+    )
     assert path == either_applied.layout.state / "branches" / "fix" / "twenty"
     main = sh_git(moved, "rev-parse", "main")
     assert sh_git(path, "rev-parse", "--abbrev-ref", "HEAD") == "fix/twenty"
     assert sh_git(path, "rev-list", "HEAD", "--not", main) == sh_git(path, "rev-parse", "HEAD")
-    assert sh_git(path, "log", "-1", "--format=%B") == ("[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nSigned-off-by: Mé Myself <me@example.invalid>")
-    assert sh_git(path, "log", "-1", "--format=%an %cn %ad", "--date=raw") == "Ünal Mé Myself 1767323045 +0000"
+    assert (
+        sh_git(path, "log", "-1", "--format=%B")
+        == "[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nSigned-off-by: Mé Myself"
+        " <me@example.invalid>"
+    )
+    assert (
+        sh_git(path, "log", "-1", "--format=%an %cn %ad", "--date=raw")
+        == "Ünal Mé Myself 1767323045 +0000"
+    )
     assert (path / "vllm/lines.py").read_text() == PATCHED
     assert (path / "README").read_text() == "three\n"
     assert sh_git(path, "status", "--porcelain") == ""
-    assert "git -C .workspace/branches/fix/twenty push git@github.com:YOUR-NAME/vllm.git fix/twenty" in either_applied.err.getvalue()
-    assert (sh_git(either_applied.vllm, "rev-parse", "HEAD"), either_applied.stack().dirty) == (head, ())
+    assert (
+        "git -C .workspace/branches/fix/twenty push git@github.com:YOUR-NAME/vllm.git fix/twenty"
+        in either_applied.err.getvalue()
+    )
+    assert (sh_git(either_applied.vllm, "rev-parse", "HEAD"), either_applied.stack().dirty) == (
+        head,
+        (),
+    )
     before = left(either_applied)
     with pytest.raises(CheckoutError, match="has a branch fix/twenty already"):
         run(either_applied, "fix/twenty", next(iter(upstream.patches)))
@@ -58,13 +95,17 @@ def test_branch_has_one_signed_commit_on_main_without_the_status(either_applied:
 
 
 @pytest.mark.usefixtures("user")
-def test_conflict_with_main_leaves_nothing_behind(applied: Workspace, upstream: Upstream, moved: Path, tmp_path: Path) -> None:
+def test_conflict_with_main_leaves_nothing_behind(
+    applied: Workspace, upstream: Upstream, moved: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     sh_git(tmp_path, "clone", "--quiet", str(moved), str(other))
     commit(other, "twenty otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "line XX\n")})
     before = left(applied)
     first = next(iter(upstream.patches))
-    with pytest.raises(PatchConflict, match=r"conflicts \(vllm/lines.py\) with upstream's main") as failure:
+    with pytest.raises(
+        PatchConflict, match=r"conflicts \(vllm/lines.py\) with upstream's main"
+    ) as failure:
         run(applied, "fix", first, VLLM_MIRROR=str(other))
     assert failure.value.hint
     assert left(applied) == before
@@ -75,7 +116,9 @@ def test_conflict_with_main_leaves_nothing_behind(applied: Workspace, upstream: 
 
 
 @pytest.mark.usefixtures("user")
-def test_offline_the_main_that_was_fetched_last_is_taken_and_that_is_said(applied: Workspace, upstream: Upstream) -> None:
+def test_offline_the_main_that_was_fetched_last_is_taken_and_that_is_said(
+    applied: Workspace, upstream: Upstream
+) -> None:
     nowhere = (applied.layout.root / "nowhere").as_uri()
     before = left(applied)
     with pytest.raises(SourceError):

@@ -13,7 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.repo.conftest import LINES, URL, Snapshot, Upstream, Workspace, add_member, commit, sh_git, write
+from tests.repo.conftest import (
+    LINES,
+    URL,
+    Snapshot,
+    Upstream,
+    Workspace,
+    add_member,
+    commit,
+    sh_git,
+    write,
+)
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError
 from workspace.core.files import sha256
 from workspace.repo import checkout, git
@@ -27,12 +37,20 @@ def leftovers(workspace: Workspace) -> list[Path]:
 
 
 def missing_objects(repository: Path) -> int:
-    return sh_git(repository, "rev-list", "--objects", "--all", "HEAD", "--missing=print").count("?")
+    return sh_git(repository, "rev-list", "--objects", "--all", "HEAD", "--missing=print").count(
+        "?"
+    )
 
 
-def test_git_checkout_is_a_real_submodule_that_update_leaves_alone(workspace: Workspace, snapshot: Snapshot) -> None:
+def test_git_checkout_is_a_real_submodule_that_update_leaves_alone(
+    workspace: Workspace, snapshot: Snapshot
+) -> None:
     found = workspace.ensure("git")
-    assert (found.kind, found.base, found.head) == (Kind.GIT, workspace.pin.commit, workspace.pin.commit)
+    assert (found.kind, found.base, found.head) == (
+        Kind.GIT,
+        workspace.pin.commit,
+        workspace.pin.commit,
+    )
     root = workspace.layout.root
     assert (root / ".git" / "modules" / "vendor" / "vllm" / "HEAD").is_file()
     assert sh_git(root, "submodule", "status") == f" {workspace.pin.commit} vendor/vllm (v1.0.0)"
@@ -41,7 +59,10 @@ def test_git_checkout_is_a_real_submodule_that_update_leaves_alone(workspace: Wo
     assert snapshot(workspace.vllm) == before
     assert sh_git(root, "status", "--porcelain", "--", "vendor") == ""
     assert sh_git(workspace.vllm, "status", "--porcelain") == ""
-    assert sh_git(workspace.vllm, "describe", "--tags", "--long", "--match", "v[0-9]*") == f"v1.0.0-0-g{workspace.pin.commit[:7]}"
+    assert (
+        sh_git(workspace.vllm, "describe", "--tags", "--long", "--match", "v[0-9]*")
+        == f"v1.0.0-0-g{workspace.pin.commit[:7]}"
+    )
     assert leftovers(workspace) == []
 
 
@@ -50,7 +71,15 @@ def test_git_checkout_is_partial_and_has_the_history(workspace: Workspace) -> No
     assert sh_git(workspace.vllm, "rev-list", "--count", "HEAD") == "2"
     # The first version of README and old.txt are in the history, not on disk.
     assert missing_objects(workspace.vllm) == 2
-    assert sh_git(workspace.vllm, "show", "HEAD~1:old.txt", env={"GIT_CONFIG_GLOBAL": os.environ["GIT_CONFIG_GLOBAL"]}) == "gone later"
+    assert (
+        sh_git(
+            workspace.vllm,
+            "show",
+            "HEAD~1:old.txt",
+            env={"GIT_CONFIG_GLOBAL": os.environ["GIT_CONFIG_GLOBAL"]},
+        )
+        == "gone later"
+    )
 
 
 def test_files_are_the_commits_bytes_whatever_the_user_configured(checked_out: Workspace) -> None:
@@ -62,14 +91,18 @@ def test_files_are_the_commits_bytes_whatever_the_user_configured(checked_out: W
     assert sh_git(checked_out.vllm, "ls-files", "ignored.txt") == "ignored.txt"
 
 
-def test_server_without_filters_gives_a_whole_clone(workspace: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+def test_server_without_filters_gives_a_whole_clone(
+    workspace: Workspace, upstream: Upstream, tmp_path: Path
+) -> None:
     mirror = tmp_path / "mirror.git"
     sh_git(tmp_path, "clone", "--quiet", "--bare", str(upstream.bare), str(mirror))
     assert workspace.ensure("git", VLLM_MIRROR=str(mirror)).kind is Kind.GIT
     assert missing_objects(workspace.vllm) == 0
 
 
-def test_server_that_filters_but_refuses_single_objects_gives_a_whole_clone(workspace: Workspace, hostile: Path) -> None:
+def test_server_that_filters_but_refuses_single_objects_gives_a_whole_clone(
+    workspace: Workspace, hostile: Path
+) -> None:
     sh_git(hostile.parent, "config", "--file", str(hostile), "protocol.version", "0")
     assert workspace.ensure("git").kind is Kind.GIT
     assert missing_objects(workspace.vllm) == 0
@@ -78,7 +111,12 @@ def test_server_that_filters_but_refuses_single_objects_gives_a_whole_clone(work
 
 @pytest.mark.parametrize(("any_sha", "protocol"), [("true", "0"), ("false", "0"), ("false", "2")])
 def test_mirror_without_the_tag_serves_the_commit_and_the_tag_is_made(
-    workspace: Workspace, upstream: Upstream, hostile: Path, tmp_path: Path, any_sha: str, protocol: str
+    workspace: Workspace,
+    upstream: Upstream,
+    hostile: Path,
+    tmp_path: Path,
+    any_sha: str,
+    protocol: str,
 ) -> None:
     mirror = tmp_path / "mirror.git"
     sh_git(tmp_path, "clone", "--quiet", "--bare", str(upstream.bare), str(mirror))
@@ -92,7 +130,9 @@ def test_mirror_without_the_tag_serves_the_commit_and_the_tag_is_made(
 
 
 @pytest.mark.parametrize("choice", ["auto", "git"])
-def test_tag_that_points_elsewhere_stops_before_anything_is_fetched(workspace: Workspace, upstream: Upstream, tmp_path: Path, choice: checkout.Choice) -> None:
+def test_tag_that_points_elsewhere_stops_before_anything_is_fetched(
+    workspace: Workspace, upstream: Upstream, tmp_path: Path, choice: checkout.Choice
+) -> None:
     mirror = tmp_path / "mirror.git"
     sh_git(tmp_path, "clone", "--quiet", "--bare", str(upstream.bare), str(mirror))
     sh_git(mirror, "tag", "--force", "v1.0.0", "drift")
@@ -140,7 +180,9 @@ def test_silent_remote_is_given_up_with_all_its_children(workspace: Workspace) -
 
 
 @pytest.mark.parametrize("choice", ["git", "release"])
-def test_second_ensure_touches_nothing_and_needs_no_network(workspace: Workspace, snapshot: Snapshot, choice: checkout.Choice) -> None:
+def test_second_ensure_touches_nothing_and_needs_no_network(
+    workspace: Workspace, snapshot: Snapshot, choice: checkout.Choice
+) -> None:
     first = workspace.ensure(choice)
     checkout.protect(workspace.layout)
     workspace.offline()
@@ -148,13 +190,21 @@ def test_second_ensure_touches_nothing_and_needs_no_network(workspace: Workspace
     assert workspace.ensure("auto") == first
     checkout.protect(workspace.layout)
     workspace.stack()
-    assert {name: entry for name, entry in snapshot(workspace.layout.root).items() if "/.workspace" not in name and name != str(workspace.layout.root)} == {
-        name: entry for name, entry in before.items() if "/.workspace" not in name and name != str(workspace.layout.root)
+    assert {
+        name: entry
+        for name, entry in snapshot(workspace.layout.root).items()
+        if "/.workspace" not in name and name != str(workspace.layout.root)
+    } == {
+        name: entry
+        for name, entry in before.items()
+        if "/.workspace" not in name and name != str(workspace.layout.root)
     }
 
 
 @pytest.mark.parametrize(("there", "asked"), [("git", "release"), ("release", "git")])
-def test_checkout_of_the_other_kind_is_kept_and_said(workspace: Workspace, there: checkout.Choice, asked: checkout.Choice) -> None:
+def test_checkout_of_the_other_kind_is_kept_and_said(
+    workspace: Workspace, there: checkout.Choice, asked: checkout.Choice
+) -> None:
     workspace.ensure(there)
     write(workspace.vllm, {"mine.txt": "mine\n"})
     with pytest.raises(CheckoutError, match=f"SOURCE asks for {asked}") as failure:
@@ -163,7 +213,13 @@ def test_checkout_of_the_other_kind_is_kept_and_said(workspace: Workspace, there
     (workspace.vllm / "mine.txt").unlink()
     assert failure.value.hint
     away = failure.value.hint.split("have the other: ")[1].split(" && ")[0]
-    subprocess.run(away, shell=True, cwd=workspace.layout.root, check=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
+    subprocess.run(
+        away,
+        shell=True,
+        cwd=workspace.layout.root,
+        check=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
+    )
     assert workspace.ensure(asked).kind.value == asked
 
 
@@ -183,7 +239,9 @@ def test_file_in_place_of_the_checkout_is_foreign(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "gitdir: /nowhere\n"])
-def test_broken_git_folder_does_not_pass_for_the_superproject(workspace: Workspace, content: str | None) -> None:
+def test_broken_git_folder_does_not_pass_for_the_superproject(
+    workspace: Workspace, content: str | None
+) -> None:
     if content is None:
         (workspace.vllm / ".git").mkdir()
     else:
@@ -192,7 +250,9 @@ def test_broken_git_folder_does_not_pass_for_the_superproject(workspace: Workspa
     assert (found.kind, found.head) == (Kind.FOREIGN, None)
 
 
-def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(workspace: Workspace, upstream: Upstream) -> None:
+def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(
+    workspace: Workspace, upstream: Upstream
+) -> None:
     sh_git(workspace.vllm, "init", "--quiet")
     mine = commit(workspace.vllm, "mine", {"a": "a\n"})
     with pytest.raises(CheckoutError, match=r"a repository without v1\.0\.0") as failure:
@@ -204,7 +264,9 @@ def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(wor
     assert workspace.observe().head == mine
 
 
-def test_release_into_which_upstream_was_fetched_keeps_its_base(workspace: Workspace, upstream: Upstream) -> None:
+def test_release_into_which_upstream_was_fetched_keeps_its_base(
+    workspace: Workspace, upstream: Upstream
+) -> None:
     first = workspace.ensure("release")
     sh_git(workspace.vllm, "fetch", "--quiet", str(upstream.bare), "main")
     assert workspace.observe() == first
@@ -212,7 +274,9 @@ def test_release_into_which_upstream_was_fetched_keeps_its_base(workspace: Works
     assert workspace.observe().kind is Kind.GIT
 
 
-def test_missing_pin_in_a_partial_clone_is_not_fetched_by_looking(workspace: Workspace, upstream: Upstream) -> None:
+def test_missing_pin_in_a_partial_clone_is_not_fetched_by_looking(
+    workspace: Workspace, upstream: Upstream
+) -> None:
     workspace.ensure("git")
     # The remote is there and would give it.
     workspace.pin = replace(workspace.pin, commit=sh_git(upstream.bare, "rev-parse", "drift"))
@@ -220,7 +284,9 @@ def test_missing_pin_in_a_partial_clone_is_not_fetched_by_looking(workspace: Wor
     assert missing_objects(workspace.vllm) == 2
 
 
-def test_removed_files_come_back_with_the_users_commits_and_without_network(workspace: Workspace) -> None:
+def test_removed_files_come_back_with_the_users_commits_and_without_network(
+    workspace: Workspace,
+) -> None:
     workspace.ensure("git")
     mine = commit(workspace.vllm, "mine", {"vllm/mine.py": "mine\n"})
     write(workspace.vllm, {"staged.txt": "staged\n"})
@@ -263,12 +329,27 @@ with RunLog(Console(), layout.logs, verb="test") as run_log:
 
 
 @pytest.mark.parametrize(("choice", "moment"), [("git", "receiving"), ("release", "unpacking")])
-def test_kill_leaves_nothing_half_and_the_next_run_completes(workspace: Workspace, choice: checkout.Choice, moment: str) -> None:
+def test_kill_leaves_nothing_half_and_the_next_run_completes(
+    workspace: Workspace, choice: checkout.Choice, moment: str
+) -> None:
     assert workspace.pin.archive
     given = workspace.pin.archive
-    argv = [sys.executable, "-c", _KILLED, str(workspace.layout.root), choice, moment, workspace.pin.commit]
+    argv = [
+        sys.executable,
+        "-c",
+        _KILLED,
+        str(workspace.layout.root),
+        choice,
+        moment,
+        workspace.pin.commit,
+    ]
     argv += [given.filename, given.sha256, given.commit, given.tree]
-    done = subprocess.run(argv, env={**os.environ, **workspace.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    done = subprocess.run(
+        argv,
+        env={**os.environ, **workspace.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert leftovers(workspace)
     assert workspace.observe().kind is Kind.MISSING
@@ -284,7 +365,9 @@ def test_tarball_copy_of_the_workspace_gets_a_plain_clone(workspace: Workspace) 
     assert workspace.apply().state.value == "applied"
 
 
-def test_tarball_copy_inside_another_repository_leaves_that_one_alone(workspace: Workspace, snapshot: Snapshot) -> None:
+def test_tarball_copy_inside_another_repository_leaves_that_one_alone(
+    workspace: Workspace, snapshot: Snapshot
+) -> None:
     outer = workspace.layout.root.parent
     subprocess.run(["rm", "-rf", str(workspace.layout.root / ".git")], check=True)
     sh_git(outer, "init", "--quiet")
@@ -294,7 +377,9 @@ def test_tarball_copy_inside_another_repository_leaves_that_one_alone(workspace:
     assert snapshot(outer / ".git") == before
 
 
-def test_linked_worktree_of_the_superproject_has_its_own_checkout(workspace: Workspace, tmp_path: Path) -> None:
+def test_linked_worktree_of_the_superproject_has_its_own_checkout(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     workspace.ensure("git")
     second = tmp_path / "second"
     sh_git(workspace.layout.root, "worktree", "add", "--quiet", str(second))
@@ -318,20 +403,26 @@ def test_protection_keeps_add_all_from_staging_what_lies_there(checked_out: Work
     assert sh_git(root, "config", "--local", "submodule.recurse") == "false"
 
 
-def test_release_from_another_archive_than_pinned_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:
+def test_release_from_another_archive_than_pinned_leaves_nothing(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     other = tmp_path / "vllm-1.0.0.tar.gz"
     with tarfile.open(other, "w:gz") as tar:
         add_member(tar, "vllm-1.0.0/a", b"a\n")
     assert workspace.pin.archive
     write(tmp_path / "cache", {f"files/{sha256(other)}/{other.name}": other.read_bytes()})
-    workspace.pin = replace(workspace.pin, archive=replace(workspace.pin.archive, sha256=sha256(other)))
+    workspace.pin = replace(
+        workspace.pin, archive=replace(workspace.pin.archive, sha256=sha256(other))
+    )
     with pytest.raises(SourceError, match="gives commit"):
         workspace.ensure("release")
     assert workspace.observe().kind is Kind.MISSING
     assert leftovers(workspace) == []
 
 
-def test_checkout_of_another_user_says_how_to_trust_it(checked_out: Workspace, hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkout_of_another_user_says_how_to_trust_it(
+    checked_out: Workspace, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     with pytest.raises(CheckoutError, match="belongs to another user") as failure:
         checked_out.observe()

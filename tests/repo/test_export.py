@@ -1,4 +1,6 @@
-"""Export on real checkouts of both kinds, under a hostile git configuration: what becomes a patch, what is refused, and what is never touched."""
+"""Export on real checkouts of both kinds, under a hostile git configuration: what becomes a patch,
+what is refused, and what is never touched.
+"""
 
 import io
 import re
@@ -17,18 +19,26 @@ from workspace.repo.git import Git
 from workspace.repo.patches import State
 
 
-def test_two_commits_become_patches_that_give_the_same_tree_elsewhere(either_applied: Workspace) -> None:
+def test_two_commits_become_patches_that_give_the_same_tree_elsewhere(
+    either_applied: Workspace,
+) -> None:
     commit(either_applied.vllm, "[Core] One more\n\nWhy." + STATUS, {"vllm/more.py": "more\n"})
-    last = commit(either_applied.vllm, "Größer, and noch größer" + STATUS, {"csrc/größe.cu": "gg\n"})
+    last = commit(
+        either_applied.vllm, "Größer, and noch größer" + STATUS, {"csrc/größe.cu": "gg\n"}
+    )
     done = run(either_applied)
     assert done.written == ("Core-One-more.patch", "Gr-er-and-noch-gr-er.patch")
     assert order(either_applied)[2:] == list(done.written)
     assert either_applied.stack().state is State.APPLIED
-    assert sh_git(either_applied.vllm, "rev-parse", "refs/patches/tip", "refs/patches/base").split() == [last, either_applied.observe().base]
+    assert sh_git(
+        either_applied.vllm, "rev-parse", "refs/patches/tip", "refs/patches/base"
+    ).split() == [last, either_applied.observe().base]
     base = either_applied.observe().base
     assert base
     sh_git(either_applied.vllm, "checkout", "--quiet", "--detach", base)
-    assert either_applied.apply().tree == sh_git(either_applied.vllm, "rev-parse", f"{last}^{{tree}}")
+    assert either_applied.apply().tree == sh_git(
+        either_applied.vllm, "rev-parse", f"{last}^{{tree}}"
+    )
     exported = files(either_applied)
     run(either_applied)
     assert files(either_applied) == exported
@@ -41,16 +51,22 @@ def test_nothing_is_touched_where_nothing_changed(applied: Workspace, snapshot: 
     assert snapshot(applied.layout.root) == before
 
 
-def test_exports_are_the_bytes_that_plain_format_patch_gives(applied: Workspace, upstream: Upstream) -> None:
+def test_exports_are_the_bytes_that_plain_format_patch_gives(
+    applied: Workspace, upstream: Upstream
+) -> None:
     applied.series({})
     for name, content in upstream.patches.items():
         (applied.layout.patches("vllm") / name).unlink(missing_ok=True)
         assert content
     run(applied)
-    assert {name: content for name, content in files(applied).items() if name != "series"} == dict(upstream.patches)
+    assert {name: content for name, content in files(applied).items() if name != "series"} == dict(
+        upstream.patches
+    )
 
 
-def test_configuration_of_the_checkout_itself_changes_no_byte(applied: Workspace, upstream: Upstream) -> None:
+def test_configuration_of_the_checkout_itself_changes_no_byte(
+    applied: Workspace, upstream: Upstream
+) -> None:
     for name in upstream.patches:
         (applied.layout.patches("vllm") / name).unlink()
     settings = {
@@ -87,11 +103,15 @@ def test_configuration_of_the_checkout_itself_changes_no_byte(applied: Workspace
     write(applied.vllm, {".git/info/attributes": "*.h -diff\n"})
     (applied.vllm / ".git/info/attributes").unlink()
     run(applied)
-    assert {name: content for name, content in files(applied).items() if name != "series"} == dict(upstream.patches)
+    assert {name: content for name, content in files(applied).items() if name != "series"} == dict(
+        upstream.patches
+    )
     assert not (applied.vllm / "elsewhere").exists()
 
 
-def test_commit_that_is_dropped_takes_its_patch_along(applied: Workspace, upstream: Upstream) -> None:
+def test_commit_that_is_dropped_takes_its_patch_along(
+    applied: Workspace, upstream: Upstream
+) -> None:
     first, second = upstream.patches
     sh_git(applied.vllm, "rebase", "--quiet", "--onto", "HEAD~2", "HEAD~1")
     done = run(applied)
@@ -101,10 +121,14 @@ def test_commit_that_is_dropped_takes_its_patch_along(applied: Workspace, upstre
     assert first not in files(applied)
 
 
-def test_order_of_the_commits_is_the_order_of_the_series_and_remarks_stay_with_their_patch(applied: Workspace, upstream: Upstream) -> None:
+def test_order_of_the_commits_is_the_order_of_the_series_and_remarks_stay_with_their_patch(
+    applied: Workspace, upstream: Upstream
+) -> None:
     first, second = upstream.patches
     series(applied).write_text(
-        f"# Ours\n# base: {applied.pin.commit}\n\n# why the first\n{first} # in a hurry\n#left-out.patch\n{second}\n# at the end\n", encoding="utf-8"
+        f"# Ours\n# base: {applied.pin.commit}\n\n# why the first\n{first} # in a"
+        f" hurry\n#left-out.patch\n{second}\n# at the end\n",
+        encoding="utf-8",
     )
     before = series(applied).read_bytes()
     assert run(applied).written == ()
@@ -114,17 +138,28 @@ def test_order_of_the_commits_is_the_order_of_the_series_and_remarks_stay_with_t
     commit(applied.vllm, "Between" + STATUS, {"vllm/between.py": "b\n"})
     sh_git(applied.vllm, "cherry-pick", "refs/patches/tip~1")
     run(applied)
-    assert series(applied).read_text() == (
-        f"# Ours\n# base: {applied.pin.commit}\n#left-out.patch\n{second}\n# at the end\nBetween.patch\n\n# why the first\n{first} # in a hurry\n"
+    assert (
+        series(applied).read_text()
+        == f"# Ours\n# base: {applied.pin.commit}\n#left-out.patch\n{second}\n# at the"
+        f" end\nBetween.patch\n\n# why the first\n{first} # in a hurry\n"
     )
 
 
-def test_remark_of_a_patch_that_is_gone_stays_at_its_place(applied: Workspace, upstream: Upstream) -> None:
+def test_remark_of_a_patch_that_is_gone_stays_at_its_place(
+    applied: Workspace, upstream: Upstream
+) -> None:
     first, second = upstream.patches
-    series(applied).write_text(f"# Ours\n# base: {applied.pin.commit}\n# why the first\n{first}\n# why the second\n{second}\n", encoding="utf-8")
+    series(applied).write_text(
+        f"# Ours\n# base: {applied.pin.commit}\n# why the first\n{first}\n# why the"
+        f" second\n{second}\n",
+        encoding="utf-8",
+    )
     sh_git(applied.vllm, "reset", "--quiet", "--hard", "HEAD~1")
     run(applied)
-    assert series(applied).read_text() == f"# Ours\n# base: {applied.pin.commit}\n# why the first\n{first}\n# why the second\n"
+    assert (
+        series(applied).read_text()
+        == f"# Ours\n# base: {applied.pin.commit}\n# why the first\n{first}\n# why the second\n"
+    )
 
 
 def test_series_that_is_missing_is_made(release: Workspace) -> None:
@@ -132,11 +167,17 @@ def test_series_that_is_missing_is_made(release: Workspace) -> None:
     commit(release.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
     series(release).unlink()
     assert run(release).names == ("mine.patch",)
-    assert series(release).read_text().split("\n")[1:] == [f"# base: {release.pin.commit}", "mine.patch", ""]
+    assert series(release).read_text().split("\n")[1:] == [
+        f"# base: {release.pin.commit}",
+        "mine.patch",
+        "",
+    ]
     assert release.stack().state is State.APPLIED
 
 
-def test_series_for_another_base_or_with_a_line_that_is_no_name_is_refused(applied: Workspace, upstream: Upstream) -> None:
+def test_series_for_another_base_or_with_a_line_that_is_no_name_is_refused(
+    applied: Workspace, upstream: Upstream
+) -> None:
     applied.series(dict(upstream.patches), base="1" * 40)
     with pytest.raises(PatchDrift, match="is for base 1111"):
         run(applied)
@@ -149,11 +190,22 @@ def test_series_for_another_base_or_with_a_line_that_is_no_name_is_refused(appli
 CHURN: tuple[Callable[[bytes], bytes], ...] = (
     lambda raw: raw.replace(b"From " + b"0" * 40, b"From " + b"1" * 40),
     lambda raw: raw.replace(b"5 +0000", b"5 -0000").replace(b"2 Jan 2026", b"02 Jan 2026"),
-    lambda raw: b"\n".join(b"index 1234567..89abcde" + line[86:] if line.startswith(b"index ") else line for line in raw.split(b"\n")),
-    lambda raw: b"\n".join(line + b" def function():" if line.startswith(b"@@") else line for line in raw.split(b"\n")),
+    lambda raw: b"\n".join(
+        b"index 1234567..89abcde" + line[86:] if line.startswith(b"index ") else line
+        for line in raw.split(b"\n")
+    ),
+    lambda raw: b"\n".join(
+        line + b" def function():" if line.startswith(b"@@") else line for line in raw.split(b"\n")
+    ),
     lambda raw: raw.replace(b"Subject: ", b"Subject: [PATCH 2/7] ") + b"-- \n2.30.1\n\n",
-    lambda raw: raw.replace(b"\n\ndiff --git", b"\n---\n vllm/lines.py | 2 +-\n 1 file changed\n\ndiff --git", 1),
-    lambda raw: re.sub(rb"Subject: =\?.*\?=", "Subject: [Bugfix]\n =?utf-8?b?R3LDtsOfZXI6?= twenty in words".encode(), raw),
+    lambda raw: raw.replace(
+        b"\n\ndiff --git", b"\n---\n vllm/lines.py | 2 +-\n 1 file changed\n\ndiff --git", 1
+    ),
+    lambda raw: re.sub(
+        rb"Subject: =\?.*\?=",
+        "Subject: [Bugfix]\n =?utf-8?b?R3LDtsOfZXI6?= twenty in words".encode(),
+        raw,
+    ),
 )
 
 
@@ -163,7 +215,9 @@ def test_file_that_says_the_same_in_other_words_is_left_alone(
 ) -> None:
     for path in applied.layout.patches("vllm").glob("*.patch"):
         path.write_bytes(churn(path.read_bytes()))
-    assert {name: content for name, content in files(applied).items() if name in upstream.patches} != dict(upstream.patches)
+    assert {
+        name: content for name, content in files(applied).items() if name in upstream.patches
+    } != dict(upstream.patches)
     before = snapshot(applied.layout.root / "patches")
     assert run(applied, check=True).written == ()
     assert run(applied).written == ()
@@ -177,22 +231,38 @@ def test_file_that_says_the_same_in_other_words_is_left_alone(
 def test_blanks_are_written_as_git_commit_would_have_them(applied: Workspace) -> None:
     write(applied.vllm, {"vllm/mine.py": "mine\n"})
     sh_git(applied.vllm, "add", "--all")
-    sh_git(applied.vllm, "commit", "--quiet", "--cleanup=verbatim", "--message", "two  blanks\nand a line\n\nbody   \n\n\n\nmore" + STATUS + "\n\n\n")
+    sh_git(
+        applied.vllm,
+        "commit",
+        "--quiet",
+        "--cleanup=verbatim",
+        "--message",
+        "two  blanks\nand a line\n\nbody   \n\n\n\nmore" + STATUS + "\n\n\n",
+    )
     run(applied)
     exported = files(applied)
     applied.unapply()
     applied.apply()
     assert run(applied).written == ()
     assert files(applied) == exported
-    assert sh_git(applied.vllm, "log", "-1", "--format=%B") == "two blanks and a line\n\nbody\n\nmore\n\nUpstream-Status: Pending\n".rstrip("\n")
+    assert sh_git(
+        applied.vllm, "log", "-1", "--format=%B"
+    ) == "two blanks and a line\n\nbody\n\nmore\n\nUpstream-Status: Pending\n".rstrip("\n")
 
 
-def test_check_prints_the_difference_and_writes_nothing(applied: Workspace, snapshot: Snapshot) -> None:
+def test_check_prints_the_difference_and_writes_nothing(
+    applied: Workspace, snapshot: Snapshot
+) -> None:
     commit(applied.vllm, "mine" + STATUS, {"vllm/mine.py": b"mine \xff\r\n"})
     before = snapshot(applied.layout.root)
     out = io.StringIO()
-    with RunLog(Console(out=out, err=io.StringIO()), applied.layout.logs, verb="test") as run_log, pytest.raises(PatchDrift, match="mine.patch") as failure:
-        export.run(applied.layout, "vllm", applied.pin, applied.observe(), run_log=run_log, check=True)
+    with (
+        RunLog(Console(out=out, err=io.StringIO()), applied.layout.logs, verb="test") as run_log,
+        pytest.raises(PatchDrift, match="mine.patch") as failure,
+    ):
+        export.run(
+            applied.layout, "vllm", applied.pin, applied.observe(), run_log=run_log, check=True
+        )
     assert failure.value.hint == "./scripts/inv patch.export"
     assert "+++ b/patches/vllm/mine.patch" in out.getvalue()
     assert "+mine.patch" in out.getvalue()
@@ -208,7 +278,9 @@ def commit_template(workspace: Workspace) -> str:
     return sh_git(workspace.vllm, "config", "--get", "commit.template", check=False)
 
 
-def test_template_brings_the_trailer_and_is_set_once(checked_out: Workspace, snapshot: Snapshot) -> None:
+def test_template_brings_the_trailer_and_is_set_once(
+    checked_out: Workspace, snapshot: Snapshot
+) -> None:
     git = Git(checked_out.vllm)
     export.template(checked_out.layout, "vllm", git, checked_out.run_log)
     assert "Upstream-Status: Pending\n" in Path(commit_template(checked_out)).read_text()
@@ -228,22 +300,39 @@ def test_template_brings_the_trailer_and_is_set_once(checked_out: Workspace, sna
 
 @pytest.mark.parametrize("where", ["--local", "--file"])
 def test_template_of_the_user_stays(release: Workspace, hostile: Path, where: str) -> None:
-    sh_git(release.vllm, "config", where, *([str(hostile)] if where == "--file" else []), "commit.template", "/mine")
+    sh_git(
+        release.vllm,
+        "config",
+        where,
+        *([str(hostile)] if where == "--file" else []),
+        "commit.template",
+        "/mine",
+    )
     export.template(release.layout, "vllm", Git(release.vllm), release.run_log)
     assert Git(release.vllm).look("config", "--get", "commit.template").out == "/mine\n"
 
 
-def test_rewritten_base_line_and_removed_files_of_a_bump(tmp_path: Path, upstream: Upstream) -> None:
+def test_rewritten_base_line_and_removed_files_of_a_bump(
+    tmp_path: Path, upstream: Upstream
+) -> None:
     folder = tmp_path / "vllm"
     first, second = upstream.patches
-    assert export.write(folder, base="1" * 40, patches=tuple(upstream.patches.items())) == ((first, second, "series"), ())
-    assert export.write(folder, base="2" * 40, patches=((second, upstream.patches[second]),)) == (("series",), (first,))
+    assert export.write(folder, base="1" * 40, patches=tuple(upstream.patches.items())) == (
+        (first, second, "series"),
+        (),
+    )
+    assert export.write(folder, base="2" * 40, patches=((second, upstream.patches[second]),)) == (
+        ("series",),
+        (first,),
+    )
     assert (folder / "series").read_text().split("\n")[1:] == ["# base: " + "2" * 40, second, ""]
     assert sorted(path.name for path in folder.iterdir()) == sorted([second, "series"])
 
 
 def test_objects_of_the_stack_have_their_names_only_when_they_are_whole(applied: Workspace) -> None:
-    """An object that a power cut has emptied counts as there for git, which would never write it again."""
+    """An object that a power cut has emptied counts as there for git, which would never write it
+    again.
+    """
     objects = applied.vllm / ".git" / "objects"
     assert not list(objects.glob("*/tmp_obj_*"))
     assert sh_git(applied.vllm, "fsck", "--connectivity-only") == ""

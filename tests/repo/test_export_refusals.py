@@ -11,13 +11,17 @@ from workspace.repo import export
 from workspace.repo.git import Git
 
 
-def test_all_commits_dropped_is_not_taken_for_a_wish(applied: Workspace, snapshot: Snapshot) -> None:
+def test_all_commits_dropped_is_not_taken_for_a_wish(
+    applied: Workspace, snapshot: Snapshot
+) -> None:
     sh_git(applied.vllm, "checkout", "--quiet", "--detach", "HEAD~2")
     failure = refused(applied, "no commit in vendor/vllm is of it", snapshot)
     assert "./scripts/inv patch.apply" in (failure.hint or "")
 
 
-def test_patch_that_came_with_a_pull_is_not_dropped_for_want_of_a_commit(release: Workspace, upstream: Upstream, snapshot: Snapshot) -> None:
+def test_patch_that_came_with_a_pull_is_not_dropped_for_want_of_a_commit(
+    release: Workspace, upstream: Upstream, snapshot: Snapshot
+) -> None:
     first, second = upstream.patches
     release.series({first: upstream.patches[first]})
     release.apply()
@@ -30,15 +34,27 @@ def test_patch_that_came_with_a_pull_is_not_dropped_for_want_of_a_commit(release
         if command.endswith("patch.apply"):
             release.apply()
         else:
-            subprocess.run(command, shell=True, cwd=release.layout.root, check=True, env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"})
+            subprocess.run(
+                command,
+                shell=True,
+                cwd=release.layout.root,
+                check=True,
+                env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"},
+            )
     run(release)
     assert order(release) == [first, second, "mine.patch"]
 
 
-def test_patch_that_was_changed_after_it_was_applied_is_not_written_over(applied: Workspace, upstream: Upstream, snapshot: Snapshot) -> None:
+def test_patch_that_was_changed_after_it_was_applied_is_not_written_over(
+    applied: Workspace, upstream: Upstream, snapshot: Snapshot
+) -> None:
     first, _ = upstream.patches
     file = applied.layout.patches("vllm") / first
-    file.write_bytes(file.read_bytes().replace(b"Upstream-Status: Pending", b"Upstream-Status: Submitted [https://example.invalid/1]"))
+    file.write_bytes(
+        file.read_bytes().replace(
+            b"Upstream-Status: Pending", b"Upstream-Status: Submitted [https://example.invalid/1]"
+        )
+    )
     commit(applied.vllm, "mine" + STATUS, {"vllm/mine.py": "mine\n"})
     failure = refused(applied, f"{first} was changed since it was applied", snapshot)
     assert "patch.unapply" in (failure.hint or "")
@@ -70,10 +86,14 @@ UNFIT = (
 )
 
 
-def test_messages_that_no_mail_can_carry_are_refused(applied: Workspace, snapshot: Snapshot) -> None:
+def test_messages_that_no_mail_can_carry_are_refused(
+    applied: Workspace, snapshot: Snapshot
+) -> None:
     commit(applied.vllm, "mine", {"vllm/mine.py": "mine\n"})
     for message, why in UNFIT:
-        sh_git(applied.vllm, "commit", "--quiet", "--amend", "--cleanup=verbatim", "--message", message)
+        sh_git(
+            applied.vllm, "commit", "--quiet", "--amend", "--cleanup=verbatim", "--message", message
+        )
         failure = refused(applied, why, snapshot)
         assert "git -C vendor/vllm rebase -i refs/patches/base" in (failure.hint or "")
 
@@ -85,7 +105,9 @@ def test_author_that_git_reads_otherwise_is_refused(applied: Workspace, snapshot
     refused(applied, "git would not read its author back", snapshot)
 
 
-def test_empty_commit_merge_and_second_of_a_name_are_refused(applied: Workspace, snapshot: Snapshot) -> None:
+def test_empty_commit_merge_and_second_of_a_name_are_refused(
+    applied: Workspace, snapshot: Snapshot
+) -> None:
     sh_git(applied.vllm, "commit", "--quiet", "--allow-empty", "--message", "nothing" + STATUS)
     refused(applied, "nothing.*it changes no file", snapshot)
     sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
@@ -98,14 +120,29 @@ def test_empty_commit_merge_and_second_of_a_name_are_refused(applied: Workspace,
     commit(applied.vllm, "side" + STATUS, {"vllm/side.py": "side\n"})
     sh_git(applied.vllm, "merge", "--quiet", "--message", "merge" + STATUS, same)
     failure = refused(applied, "it is a merge", snapshot)
-    subprocess.run((failure.hint or "").split(", then")[0], shell=True, cwd=applied.layout.root, check=True, env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"})
+    subprocess.run(
+        (failure.hint or "").split(", then")[0],
+        shell=True,
+        cwd=applied.layout.root,
+        check=True,
+        env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"},
+    )
     assert set(run(applied).written) == {"same.patch", "side.patch"}
 
 
-def test_export_that_was_killed_is_finished_by_the_next(applied: Workspace, upstream: Upstream) -> None:
+def test_export_that_was_killed_is_finished_by_the_next(
+    applied: Workspace, upstream: Upstream
+) -> None:
     first, second = upstream.patches
     sh_git(applied.vllm, "commit", "--quiet", "--amend", "--message", "Another name" + STATUS)
-    sh_git(applied.vllm, "rebase", "--quiet", "HEAD~2", "--exec", "git commit --quiet --amend --no-edit --date=2026-02-02T02:02:02")
+    sh_git(
+        applied.vllm,
+        "rebase",
+        "--quiet",
+        "HEAD~2",
+        "--exec",
+        "git commit --quiet --amend --no-edit --date=2026-02-02T02:02:02",
+    )
     whole = export.series_of(Git(applied.vllm), applied.observe().base or "", "HEAD")
     # As after the first of the files.
     (applied.layout.patches("vllm") / whole[0][0]).write_bytes(whole[0][1])
@@ -113,18 +150,25 @@ def test_export_that_was_killed_is_finished_by_the_next(applied: Workspace, upst
     assert order(applied) == [first, "Another-name.patch"]
 
 
-def test_export_that_was_killed_at_its_last_file_leaves_nothing_behind(applied: Workspace, upstream: Upstream) -> None:
+def test_export_that_was_killed_at_its_last_file_leaves_nothing_behind(
+    applied: Workspace, upstream: Upstream
+) -> None:
     first, second = upstream.patches
     sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     folder = applied.layout.patches("vllm")
-    # All of it was put in place, and the folder that it was made in is still there; or only the removal was done.
+    # All of it was put in place, and the folder that it was made in is still there; or only the
+    # removal was done.
     (folder.parent / ".vllm.making-abcdefgh").mkdir()
     (folder / second).unlink()
     assert run(applied).names == (first,)
-    assert sorted(path.name for path in folder.parent.rglob("*")) == sorted(["vllm", "series", first])
+    assert sorted(path.name for path in folder.parent.rglob("*")) == sorted(
+        ["vllm", "series", first]
+    )
 
 
-def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(release: Workspace, upstream: Upstream) -> None:
+def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(
+    release: Workspace, upstream: Upstream
+) -> None:
     sh_git(release.layout.root, "add", "patches")
     sh_git(release.layout.root, "commit", "--quiet", "--message", "patches")
     release.apply()
@@ -158,7 +202,9 @@ def test_edits_that_are_not_committed_are_said_to_be_in_no_patch(applied: Worksp
     assert (applied.vllm / "README").read_text() == "edited\n"
 
 
-def test_what_is_under_way_or_elsewhere_is_not_exported(applied: Workspace, upstream: Upstream) -> None:
+def test_what_is_under_way_or_elsewhere_is_not_exported(
+    applied: Workspace, upstream: Upstream
+) -> None:
     before = files(applied)
     sh_git(applied.vllm, "fetch", "--quiet", str(upstream.bare), "drift")
     head = sh_git(applied.vllm, "rev-parse", "HEAD")
@@ -172,7 +218,13 @@ def test_what_is_under_way_or_elsewhere_is_not_exported(applied: Workspace, upst
     with pytest.raises(CheckoutError, match="which is not on") as failure:
         run(applied)
     commands = (failure.value.hint or "").split(": ", 1)[1]
-    subprocess.run(commands, shell=True, cwd=applied.layout.root, check=True, env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"})
+    subprocess.run(
+        commands,
+        shell=True,
+        cwd=applied.layout.root,
+        check=True,
+        env={"PATH": "/usr/bin:/bin", "EMAIL": "a@b"},
+    )
     assert sh_git(applied.vllm, "rev-parse", "HEAD") == head
     assert run(applied).written == ()
     assert files(applied) == before

@@ -38,9 +38,15 @@ CHANGES = {
     "new file": lambda root: write(root, {"csrc/new\n file.cu": "n\n"}),
     "new folder": lambda root: write(root, {"csrc/deep/er/new.cu": "n\n"}),
     "mode": lambda root: (root / "csrc" / "a.cu").chmod(0o755),
-    "file to link": lambda root: [(root / "csrc" / "a.cu").unlink(), (root / "csrc" / "a.cu").symlink_to("dos.h")],
+    "file to link": lambda root: [
+        (root / "csrc" / "a.cu").unlink(),
+        (root / "csrc" / "a.cu").symlink_to("dos.h"),
+    ],
     "link to nowhere": lambda root: (root / "csrc" / "l").symlink_to("nowhere"),
-    "file to folder": lambda root: [(root / "csrc" / "a.cu").unlink(), write(root, {"csrc/a.cu/x": "x\n"})],
+    "file to folder": lambda root: [
+        (root / "csrc" / "a.cu").unlink(),
+        write(root, {"csrc/a.cu/x": "x\n"}),
+    ],
     "rename": lambda root: (root / "csrc" / "a.cu").rename(root / "csrc" / "b.cu"),
 }
 
@@ -87,7 +93,13 @@ def test_changed_files_are_committed_staged_edited_deleted_and_new_ones(tree: Gi
     sh_git(tree.path, "add", "staged.txt")
     (tree.path / "csrc" / "größe.cu").unlink()
     write(tree.path, {"new\tfile": "3", "ignored.so": "4"})
-    assert tree.changed_files(base) == ("README", "csrc/größe.cu", "new\tfile", "staged.txt", "vllm/one.py")
+    assert tree.changed_files(base) == (
+        "README",
+        "csrc/größe.cu",
+        "new\tfile",
+        "staged.txt",
+        "vllm/one.py",
+    )
 
 
 def test_looking_rewrites_no_index_and_makes_no_file(tree: Git, snapshot: Snapshot) -> None:
@@ -148,7 +160,13 @@ except ToolchainError as error:
 """
     environ = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     for more in ({}, {"GIT_PYTHON_REFRESH": "quiet"}):
-        done = subprocess.run([sys.executable, "-c", script], env=environ | more, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environ | more,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout == "sudo apt install git\n"
 
 
@@ -159,15 +177,29 @@ def test_first_line_is_the_one_that_says_why() -> None:
 
 
 def test_full_disk_is_told_from_a_patch_that_does_not_apply() -> None:
-    assert refusal_of_disk("error: unable to write file setup.py\nfatal: sha1 file 'index.lock' write error. Out of diskspace\n")
-    assert refusal_of_disk("error: unable to create temporary file: Read-only file system\nerror: patch does not apply\n")
-    assert refusal_of_disk("error: patch failed: setup.py:1\nerror: setup.py: patch does not apply\n") is None
+    assert refusal_of_disk(
+        "error: unable to write file setup.py\nfatal: sha1 file 'index.lock' write error. Out of"
+        " diskspace\n"
+    )
+    assert refusal_of_disk(
+        "error: unable to create temporary file: Read-only file system\nerror: patch does not"
+        " apply\n"
+    )
+    assert (
+        refusal_of_disk("error: patch failed: setup.py:1\nerror: setup.py: patch does not apply\n")
+        is None
+    )
 
 
 def test_snapshot_has_an_edit_of_the_same_size_and_the_same_tick(tree: Git) -> None:
-    # Git tells such an edit from the index being no newer than the file, which a copy of the index must not lose.
+    # Git tells such an edit from the index being no newer than the file, which a copy of the index
+    # must not lose.
     sh_git(tree.path, "config", "core.trustctime", "false")
-    file, index, tick = tree.path / "vllm" / "lines.py", tree.path_of("index"), (1_700_000_000 * 10**9,) * 2
+    file, index, tick = (
+        tree.path / "vllm" / "lines.py",
+        tree.path_of("index"),
+        (1_700_000_000 * 10**9,) * 2,
+    )
     text = file.read_text()
     os.utime(file, ns=tick)
     sh_git(tree.path, "update-index", "--refresh")

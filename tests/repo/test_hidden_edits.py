@@ -1,4 +1,6 @@
-"""Edits that git may not see by itself, for equal times and sizes or a bit in the index: none is overlooked, and none written over."""
+"""Edits that git may not see by itself, for equal times and sizes or a bit in the index: none is
+overlooked, and none written over.
+"""
 
 import os
 from pathlib import Path
@@ -31,8 +33,14 @@ def aged(workspace: Workspace) -> Path:
     return file
 
 
-@pytest.mark.parametrize("settings", [{}, {"core.checkStat": "minimal", "core.trustctime": "false"}], ids=["by-default", "by-time-and-size-only"])
-def test_file_replaced_by_one_of_its_size_and_time_is_an_edit(release: Workspace, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"core.checkStat": "minimal", "core.trustctime": "false"}],
+    ids=["by-default", "by-time-and-size-only"],
+)
+def test_file_replaced_by_one_of_its_size_and_time_is_an_edit(
+    release: Workspace, settings: dict[str, str]
+) -> None:
     for key, value in settings.items():
         sh_git(release.vllm, "config", key, value)
     file, git = aged(release), Git(release.vllm)
@@ -48,7 +56,9 @@ def test_file_replaced_by_one_of_its_size_and_time_is_an_edit(release: Workspace
     assert file.read_text() == MINE
 
 
-def test_files_that_a_verb_writes_do_not_count_as_unchanged_from_then_on(release: Workspace) -> None:
+def test_files_that_a_verb_writes_do_not_count_as_unchanged_from_then_on(
+    release: Workspace,
+) -> None:
     sh_git(release.vllm, "config", "core.ignoreStat", "true")
     release.apply()
     (release.vllm / "vllm" / "lines.py").write_text(MINE)
@@ -58,7 +68,9 @@ def test_files_that_a_verb_writes_do_not_count_as_unchanged_from_then_on(release
 
 
 @pytest.mark.parametrize("bit", ["--assume-unchanged", "--skip-worktree"])
-def test_edit_that_git_was_told_to_overlook_is_not_written_over_by_a_second_try(release: Workspace, bit: str) -> None:
+def test_edit_that_git_was_told_to_overlook_is_not_written_over_by_a_second_try(
+    release: Workspace, bit: str
+) -> None:
     write(release.vllm, {"vllm/lines.py": MINE})
     sh_git(release.vllm, "update-index", bit, "vllm/lines.py")
     for _ in range(2):

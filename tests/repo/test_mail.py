@@ -16,7 +16,11 @@ def test_parts_of_an_exported_mail(tmp_path: Path, upstream: Upstream) -> None:
     (name, content), _ = upstream.patches.items()
     (tmp_path / name).write_bytes(content)
     read = mail.read_mail(tmp_path / name)
-    assert (read.subject, read.author, read.status) == ("[Bugfix] Größer: twenty in words", "Ünal <u@example.invalid>", "Pending")
+    assert (read.subject, read.author, read.status) == (
+        "[Bugfix] Größer: twenty in words",
+        "Ünal <u@example.invalid>",
+        "Pending",
+    )
     assert read.message == "Why, in Füße.\n\nUpstream-Status: Pending"
     assert f"{read.slug}.patch" == name
     assert read.diff.startswith(b"diff --git a/vllm/lines.py")
@@ -28,27 +32,75 @@ def test_parts_of_an_exported_mail(tmp_path: Path, upstream: Upstream) -> None:
     ("head", "subject", "author", "message"),
     [
         (b"Subject: a very\n long one\nFrom: A <a@b>\n\nm\n", "a very long one", "A <a@b>", "m"),
-        (b"subject: =?UTF-8?q?a=20=C3=B6?=\n =?UTF-8?q?=C3=9F?=\nFrom: =?iso-8859-1?q?=D6?= <a@b>\n\n", "a öß", "Ö <a@b>", ""),
-        (b'Subject: [PATCH v2 3/7] [X] x\nFrom: "J. Doe, \\"Jr\\"" <a@b>\n\nm\n', "[X] x", 'J. Doe, "Jr" <a@b>', "m"),
-        (b"Subject: x\nFrom: A <a@b>\nContent-Type: text/plain; charset=iso-8859-1\n\n\xf6\n", "x", "A <a@b>", "ö"),
-        (b"Subject: x\nFrom: A <a@b>\nContent-Transfer-Encoding: quoted-printable\n\n=C3=B6 a=\nb\n", "x", "A <a@b>", "ö ab"),
-        (b"Subject: =?nosuch?q?x?=\nFrom: A <a@b>\nContent-Type: text/plain; charset=nosuch\n\n\xff\n", "=?nosuch?q?x?=", "A <a@b>", "\udcff"),
+        (
+            (
+                b"subject: =?UTF-8?q?a=20=C3=B6?=\n =?UTF-8?q?=C3=9F?=\nFrom: =?iso-8859-1?q?=D6?="
+                b" <a@b>\n\n"
+            ),
+            "a öß",
+            "Ö <a@b>",
+            "",
+        ),
+        (
+            b'Subject: [PATCH v2 3/7] [X] x\nFrom: "J. Doe, \\"Jr\\"" <a@b>\n\nm\n',
+            "[X] x",
+            'J. Doe, "Jr" <a@b>',
+            "m",
+        ),
+        (
+            b"Subject: x\nFrom: A <a@b>\nContent-Type: text/plain; charset=iso-8859-1\n\n\xf6\n",
+            "x",
+            "A <a@b>",
+            "ö",
+        ),
+        (
+            (
+                b"Subject: x\nFrom: A <a@b>\nContent-Transfer-Encoding: quoted-printable\n\n=C3=B6"
+                b" a=\nb\n"
+            ),
+            "x",
+            "A <a@b>",
+            "ö ab",
+        ),
+        (
+            (
+                b"Subject: =?nosuch?q?x?=\nFrom: A <a@b>\nContent-Type: text/plain;"
+                b" charset=nosuch\n\n\xff\n"
+            ),
+            "=?nosuch?q?x?=",
+            "A <a@b>",
+            "\udcff",
+        ),
         (b"no mail at all", "", "", ""),
     ],
 )
-def test_headers_and_message_are_decoded(head: bytes, subject: str, author: str, message: str) -> None:
+def test_headers_and_message_are_decoded(
+    head: bytes, subject: str, author: str, message: str
+) -> None:
     read = mail.parse(b"From x Mon Sep 17 00:00:00 2001\n" + head)
     assert (read.subject, read.author, read.message) == (subject, author, message)
 
 
-SUBJECTS = ("[Bugfix][CPU] Extract it", "a..b", ".a.", "-x-", "x_y: z (#12)", "ß", "äöü x", "a" * 90, "50% / more!")
+SUBJECTS = (
+    "[Bugfix][CPU] Extract it",
+    "a..b",
+    ".a.",
+    "-x-",
+    "x_y: z (#12)",
+    "ß",
+    "äöü x",
+    "a" * 90,
+    "50% / more!",
+)
 
 
 def test_slug_is_what_git_makes_of_the_subject(tmp_path: Path) -> None:
     sh_git(tmp_path, "init", "--quiet")
     for subject in SUBJECTS:
         sh_git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", subject)
-    assert [mail.Mail(subject, "", "", "", None, b"").slug for subject in SUBJECTS] == sh_git(tmp_path, "log", "--reverse", "--format=%f").split("\n")
+    assert [mail.Mail(subject, "", "", "", None, b"").slug for subject in SUBJECTS] == sh_git(
+        tmp_path, "log", "--reverse", "--format=%f"
+    ).split("\n")
 
 
 @pytest.mark.parametrize(
@@ -66,11 +118,25 @@ def test_slug_is_what_git_makes_of_the_subject(tmp_path: Path) -> None:
 )
 def test_vocabulary_of_the_status(status: str) -> None:
     assert mail.is_status(status)
-    assert mail.status_of(f"x\n\nbody\n\nUpstream-Status: {status}\nSigned-off-by: a <a@b>\n") == status
+    assert (
+        mail.status_of(f"x\n\nbody\n\nUpstream-Status: {status}\nSigned-off-by: a <a@b>\n")
+        == status
+    )
 
 
 @pytest.mark.parametrize(
-    "status", ["", "pending", "Pending soon", "Submitted", "Submitted []", "Submitted [later]", "Backport [main]", "Inappropriate", "Done"]
+    "status",
+    [
+        "",
+        "pending",
+        "Pending soon",
+        "Submitted",
+        "Submitted []",
+        "Submitted [later]",
+        "Backport [main]",
+        "Inappropriate",
+        "Done",
+    ],
 )
 def test_what_is_no_status(status: str) -> None:
     assert not mail.is_status(status)
@@ -102,16 +168,30 @@ def test_another_content_is_another_patch(upstream: Upstream, old: bytes, new: b
 
 
 def test_lines_that_look_like_headers_are_content_within_a_hunk() -> None:
-    head = b"From: A <a@b>\nSubject: x\n\nm\n\ndiff --git a/x b/x\nindex 1..2 100644\n--- a/x\n+++ b/x\n@@ -1,2 +1,3 @@ f\n"
+    head = (
+        b"From: A <a@b>\nSubject: x\n\nm\n\ndiff --git a/x b/x\nindex 1..2 100644\n--- a/x\n+++"
+        b" b/x\n@@ -1,2 +1,3 @@ f\n"
+    )
     one = head + b" \n+index 3333333..4444444 100644\n-- \n+@@ -1 +1 @@ a\n"
     assert not mail.same_change(one, one.replace(b"3333333", b"5555555"))
     assert not mail.same_change(one, one.replace(b"@@ a", b"@@ b"))
-    assert mail.same_change(one, one.replace(b"index 1..2", b"index 7..8").replace(b"@@ f", b"@@ g"))
-    binary = b"From: A <a@b>\nSubject: x\n\nm\n\ndiff --git a/x b/x\nindex 1..2 100644\nGIT binary patch\nliteral 1\nIcmZPo000310RR91\n\n"
-    assert not mail.same_change(binary, binary.replace(b"index 1..2", b"index 7..2")), "git applies it to no other blob"
+    assert mail.same_change(
+        one, one.replace(b"index 1..2", b"index 7..8").replace(b"@@ f", b"@@ g")
+    )
+    binary = (
+        b"From: A <a@b>\nSubject: x\n\nm\n\ndiff --git a/x b/x\nindex 1..2 100644\nGIT binary"
+        b" patch\nliteral 1\nIcmZPo000310RR91\n\n"
+    )
+    assert not mail.same_change(binary, binary.replace(b"index 1..2", b"index 7..2")), (
+        "git applies it to no other blob"
+    )
 
 
-AUTHORS = ("Ada Lovelace <ada@example.invalid>", "J. Doe-O'Neill <1+jd@users.example.invalid>", "Ünal 12 <u@x>")
+AUTHORS = (
+    "Ada Lovelace <ada@example.invalid>",
+    "J. Doe-O'Neill <1+jd@users.example.invalid>",
+    "Ünal 12 <u@x>",
+)
 MESSAGES = (
     "subject",
     "[Bugfix][CPU] Größer: x (#12)\n\n- a\n\tb\n\nSigned-off-by: x <y@z>",
@@ -127,10 +207,20 @@ def test_what_counts_as_plain_is_read_back_by_git_as_it_was_written(tmp_path: Pa
     work.mkdir()
     sh_git(work, "init", "--quiet")
     base = commit(work, "base", {"x": "0"})
-    for number, (message, author) in enumerate((message, author) for message in MESSAGES for author in AUTHORS):
+    for number, (message, author) in enumerate(
+        (message, author) for message in MESSAGES for author in AUTHORS
+    ):
         write(work, {"x": f"{number + 1}"})
         name, _, email = author.partition(" <")
-        sh_git(work, "commit", "--quiet", "--all", "--message", message, env={"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email.rstrip(">")})
+        sh_git(
+            work,
+            "commit",
+            "--quiet",
+            "--all",
+            "--message",
+            message,
+            env={"GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email.rstrip(">")},
+        )
     git = Git(work)
     stack = mails.commits(git, base, "HEAD")
     assert all(mail.is_plain(commit.message, commit.author, commit.date) for commit in stack)
@@ -138,7 +228,9 @@ def test_what_counts_as_plain_is_read_back_by_git_as_it_was_written(tmp_path: Pa
     heads = [content.partition(b"\ndiff --git ")[0] + b"\n" for content in raw]
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         read, written = mails.reread(heads, folder=Path(folder))
-    assert [(one.message, one.author, one.date) for one in read] == [(one.message, one.author, one.date) for one in stack]
+    assert [(one.message, one.author, one.date) for one in read] == [
+        (one.message, one.author, one.date) for one in stack
+    ]
     assert [text + b"\n" for text in written] == heads
     whole = mails.mails(git, base, stack[:3]) + mails.mails(git, stack[2].oid, stack[3:])
     assert whole == raw, "in one go or in two halves"
@@ -147,6 +239,12 @@ def test_what_counts_as_plain_is_read_back_by_git_as_it_was_written(tmp_path: Pa
 def test_trailer_joins_the_trailers() -> None:
     line = "Upstream-Status: Pending"
     assert mail.with_trailer("x", line) == f"x\n\n{line}"
-    assert mail.with_trailer("x\n\nbody: text and\nmore", line) == f"x\n\nbody: text and\nmore\n\n{line}"
-    assert mail.with_trailer("x\n\nbody\n\nSigned-off-by: a <b>\n", line) == f"x\n\nbody\n\nSigned-off-by: a <b>\n{line}"
+    assert (
+        mail.with_trailer("x\n\nbody: text and\nmore", line)
+        == f"x\n\nbody: text and\nmore\n\n{line}"
+    )
+    assert (
+        mail.with_trailer("x\n\nbody\n\nSigned-off-by: a <b>\n", line)
+        == f"x\n\nbody\n\nSigned-off-by: a <b>\n{line}"
+    )
     assert mail.without_status(mail.with_trailer("x\n\nbody", line)) == "x\n\nbody"

@@ -1,4 +1,6 @@
-"""Moves of the checkout that were killed in the middle, or had no room: what is finished, and what is the user's."""
+"""Moves of the checkout that were killed in the middle, or had no room: what is finished, and what
+is the user's.
+"""
 
 import os
 import shutil
@@ -21,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_unapply_that_was_killed_is_finished(release: Workspace) -> None:
     before = everything(release)
     head = release.apply().head
-    # As read-tree leaves it when it is killed: the first files written, one begun, one gone, HEAD and index as they were.
+    # As read-tree leaves it when it is killed: the first files written, one begun, one gone, HEAD
+    # and index as they were.
     release.begin_move(release.observe().base or "")
     write(release.vllm, {"vllm/lines.py": LINES, "csrc/dos.h": b"dos\r\nli"})
     (release.vllm / "vllm" / "new.py").unlink()
@@ -41,7 +44,9 @@ def test_apply_that_was_killed_after_its_new_files_is_finished(release: Workspac
     assert sh_git(release.vllm, "status", "--porcelain") == ""
 
 
-def test_edits_that_look_like_a_killed_move_are_the_users_where_none_was_begun(applied: Workspace) -> None:
+def test_edits_that_look_like_a_killed_move_are_the_users_where_none_was_begun(
+    applied: Workspace,
+) -> None:
     applied.unapply()
     (applied.vllm / "README").unlink()
     (applied.vllm / "vllm" / "lines.py").write_text("line 1\n")
@@ -62,7 +67,9 @@ def test_edit_of_a_file_that_a_killed_move_does_not_touch_stays(release: Workspa
     assert (release.vllm / "vllm" / "lines.py").read_text() == PATCHED
 
 
-def test_new_file_of_the_users_that_git_ignores_is_not_taken_for_one_of_a_killed_apply(release: Workspace) -> None:
+def test_new_file_of_the_users_that_git_ignores_is_not_taken_for_one_of_a_killed_apply(
+    release: Workspace,
+) -> None:
     tip = release.apply().head or ""
     release.unapply()
     release.begin_move(tip)
@@ -73,7 +80,9 @@ def test_new_file_of_the_users_that_git_ignores_is_not_taken_for_one_of_a_killed
     assert (release.vllm / "vllm" / "new.py").read_text() == "mine\n"
 
 
-def test_lock_that_a_killed_git_left_does_not_make_touched_files_look_edited(release: Workspace) -> None:
+def test_lock_that_a_killed_git_left_does_not_make_touched_files_look_edited(
+    release: Workspace,
+) -> None:
     os.utime(release.vllm / "vllm" / "lines.py", ns=(1, 1))
     write(release.vllm, {".git/index.lock": ""})
     assert release.apply().state is State.APPLIED
@@ -105,20 +114,37 @@ with RunLog(Console(), layout.logs, verb="test") as run_log:
 
 def test_full_disk_is_said_and_nothing_is_lost(release: Workspace) -> None:
     namespace = ("unshare", "--user", "--map-root-user", "--mount")
-    if (tried := subprocess.run([*namespace, "true"], capture_output=True, text=True)).returncode != 0:
+    if (
+        tried := subprocess.run([*namespace, "true"], capture_output=True, text=True)
+    ).returncode != 0:
         pytest.skip(f"no user namespaces here, so no full disk was tried: {tried.stderr.strip()}")
     git_dir = release.vllm / ".git"
     shutil.copytree(git_dir / "objects", git_dir / "objects.kept")
     before = everything(release)
     argv = [*namespace, "bash", "-c", FULL, "bash", str(git_dir), "400", sys.executable, "-c", VERB]
     argv += [str(release.layout.root), release.observe().base or "", release.pin.commit]
-    done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}, capture_output=True, text=True)
-    assert (done.returncode, "Traceback" in done.stderr, "hint: df -h" in done.stderr) == (6, False, True), done.stderr
+    done = subprocess.run(
+        argv,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "Traceback" in done.stderr, "hint: df -h" in done.stderr) == (
+        6,
+        False,
+        True,
+    ), done.stderr
     assert everything(release) == before
     assert release.apply().state is State.APPLIED
 
 
-def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(release: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(
+    release: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tip = release.apply().head or ""
     release.unapply()
     git = Git(release.vllm)
@@ -127,10 +153,16 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(r
         moves.move(release.layout, "vllm", git, tip, run_log=release.run_log)
     assert not moves.is_begun(release.layout, "vllm")
     (release.vllm / "vllm" / "new.py").unlink()
-    git_of_path = f'#!/bin/sh\ncase "$*" in *" read-tree -m -u "*) kill -9 $$;; esac\nexec {shutil.which("git")} "$@"\n'
+    git_of_path = (
+        '#!/bin/sh\ncase "$*" in *" read-tree -m -u "*) kill -9 $$;; esac\nexec'
+        f' {shutil.which("git")} "$@"\n'
+    )
     write(tmp_path, {"bin/git": git_of_path})
     (tmp_path / "bin" / "git").chmod(0o755)
-    with monkeypatch.context() as patch, pytest.raises(ToolchainError, match="git read-tree in .* was killed by SIGKILL"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ToolchainError, match="git read-tree in .* was killed by SIGKILL"),
+    ):
         patch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
         moves.move(release.layout, "vllm", git, tip, run_log=release.run_log)
     assert moves.is_begun(release.layout, "vllm")
@@ -138,7 +170,9 @@ def test_move_whose_git_was_killed_is_finished_and_one_that_git_refused_is_not(r
     assert (git.head(), git.edits()) == (tip, ())
 
 
-def test_finished_move_leaves_no_folder_that_it_has_emptied_and_no_file_of_the_user_goes_with_one(release: Workspace) -> None:
+def test_finished_move_leaves_no_folder_that_it_has_emptied_and_no_file_of_the_user_goes_with_one(
+    release: Workspace,
+) -> None:
     base = release.observe().head or ""
     tip = commit(release.vllm, "folders", {"a/b/c/d": "d\n", "e/f/g": "g\n"})
     release.begin_move(base)

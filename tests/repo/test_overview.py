@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, PATCHED, Snapshot, Upstream, Workspace, commit, copied, sh_git, write
+from tests.repo.conftest import (
+    LINES,
+    PATCHED,
+    Snapshot,
+    Upstream,
+    Workspace,
+    commit,
+    copied,
+    sh_git,
+    write,
+)
 from workspace.core.console import Console
 from workspace.core.errors import PatchConflict
 from workspace.repo import overview
@@ -19,18 +29,26 @@ def table(workspace: Workspace) -> tuple[overview.Row, ...]:
 
 
 def moved(workspace: Workspace) -> str:
-    told = overview.moved(workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.stack())
+    told = overview.moved(
+        workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.stack()
+    )
     assert (told or "") in table(workspace)[0].subject
     return told or ""
 
 
 def follow(workspace: Workspace, told: str) -> None:
     """Do what the sentence says, up to a verb of the workspace."""
-    command = told.rsplit("back: " if "back: " in told else "follow: ", 1)[1].replace(" && ./scripts/inv patch.apply", "")
+    command = told.rsplit("back: " if "back: " in told else "follow: ", 1)[1].replace(
+        " && ./scripts/inv patch.apply", ""
+    )
     if command != "./scripts/inv patch.apply":
         words = ["bash", "-ec", command]
         subprocess.run(
-            words, cwd=workspace.layout.root, check=True, capture_output=True, env={"PATH": "/usr/local/bin:/usr/bin:/bin", "GIT_CONFIG_GLOBAL": "/dev/null"}
+            words,
+            cwd=workspace.layout.root,
+            check=True,
+            capture_output=True,
+            env={"PATH": "/usr/local/bin:/usr/bin:/bin", "GIT_CONFIG_GLOBAL": "/dev/null"},
         )
     else:
         workspace.apply()
@@ -40,19 +58,28 @@ def states(workspace: Workspace) -> list[str]:
     return [row.state for row in table(workspace)]
 
 
-def test_each_patch_is_pending_then_applied_with_subject_status_and_files(checked_out: Workspace, snapshot: Snapshot) -> None:
+def test_each_patch_is_pending_then_applied_with_subject_status_and_files(
+    checked_out: Workspace, snapshot: Snapshot
+) -> None:
     assert states(checked_out) == ["unapplied", "pending", "pending"]
     checked_out.apply()
     before = snapshot(checked_out.layout.root)
     stack, first, second = table(checked_out)
     assert snapshot(checked_out.layout.root) == before
     assert (stack.state, stack.name) == ("applied", "stack")
-    assert (first.state, first.subject, first.status, first.files) == ("applied", "[Bugfix] Größer: twenty in words", "Pending", ("vllm/lines.py",))
+    assert (first.state, first.subject, first.status, first.files) == (
+        "applied",
+        "[Bugfix] Größer: twenty in words",
+        "Pending",
+        ("vllm/lines.py",),
+    )
     assert (second.state, set(second.files)) == ("applied", {"csrc/dos.h", "vllm/new.py"})
 
 
 def test_changed_patch_and_commit_without_a_file_are_told_apart(applied: Workspace) -> None:
-    commit(applied.vllm, "Mine\n\nUpstream-Status: Inappropriate [local]", {"vllm/mine.py": "mine\n"})
+    commit(
+        applied.vllm, "Mine\n\nUpstream-Status: Inappropriate [local]", {"vllm/mine.py": "mine\n"}
+    )
     assert states(applied) == ["unexported", "applied", "applied", "unexported"]
     mine = table(applied)[-1]
     assert (mine.name, mine.subject, mine.status, mine.files) == (
@@ -69,10 +96,20 @@ def test_changed_patch_and_commit_without_a_file_are_told_apart(applied: Workspa
     assert states(applied) == ["unexported", "applied", "pending"]
 
 
-def test_commit_that_only_shifts_the_patches_after_it_changes_none_of_them(release: Workspace) -> None:
+def test_commit_that_only_shifts_the_patches_after_it_changes_none_of_them(
+    release: Workspace,
+) -> None:
     vllm, base = release.vllm, release.observe().base or ""
     commit(vllm, "Above", {"vllm/lines.py": f"above\n{LINES}"})
-    sh_git(vllm, "am", "--quiet", "--3way", "--keep-non-patch", "--keep-cr", *(str(release.layout.patches("vllm") / name) for name in release.stack().names))
+    sh_git(
+        vllm,
+        "am",
+        "--quiet",
+        "--3way",
+        "--keep-non-patch",
+        "--keep-cr",
+        *(str(release.layout.patches("vllm") / name) for name in release.stack().names),
+    )
     assert sh_git(vllm, "show", "HEAD:vllm/lines.py") + "\n" == f"above\n{PATCHED}"
     assert sh_git(vllm, "rev-list", "--count", f"{base}..HEAD") == "3"
     assert states(release) == ["unexported", "applied", "applied", "unexported"]
@@ -83,11 +120,19 @@ def test_merge_in_the_stack_is_listed_and_no_traceback(applied: Workspace) -> No
     commit(applied.vllm, "Side", {"vllm/side.py": "side\n"})
     sh_git(applied.vllm, "merge", "--quiet", "--no-edit", "refs/patches/tip")
     rows = table(applied)
-    assert [row.state for row in rows] == ["unexported", "applied", "applied", "unexported", "unexported"]
+    assert [row.state for row in rows] == [
+        "unexported",
+        "applied",
+        "applied",
+        "unexported",
+        "unexported",
+    ]
     assert {row.subject for row in rows[3:]} >= {"Side"}
 
 
-def test_conflict_that_waits_is_in_the_row_of_the_stack(release: Workspace, upstream: Upstream) -> None:
+def test_conflict_that_waits_is_in_the_row_of_the_stack(
+    release: Workspace, upstream: Upstream
+) -> None:
     name, content = next(iter(upstream.patches.items()))
     release.series({name: content.replace(b"-line 20", b"-line XX"), "second.patch": content})
     with pytest.raises(PatchConflict):
@@ -118,20 +163,27 @@ def test_own_verbs_have_not_moved_anything(release: Workspace) -> None:
     assert (release.observe().head, moved(release)) == (release.observe().base, "")
 
 
-def test_submodule_update_that_detached_to_the_pin_is_said_with_the_way_back(made: Path, tmp_path: Path, upstream: Upstream) -> None:
+def test_submodule_update_that_detached_to_the_pin_is_said_with_the_way_back(
+    made: Path, tmp_path: Path, upstream: Upstream
+) -> None:
     for workspace in copied(tmp_path, upstream, made / "git"):
         tip = workspace.apply().head
         sh_git(workspace.layout.root, "update-index", "--no-skip-worktree", "vendor/vllm")
         sh_git(workspace.layout.root, "submodule", "--quiet", "update", "--checkout", "vendor/vllm")
         assert workspace.observe().head == workspace.pin.commit
         told = moved(workspace)
-        assert told.startswith(f"something else moved vendor/vllm from the stack to {workspace.pin.commit[:12]} (checkout: moving from {tip} ")
+        assert told.startswith(
+            f"something else moved vendor/vllm from the stack to {workspace.pin.commit[:12]}"
+            f" (checkout: moving from {tip} "
+        )
         assert told.endswith("back: ./scripts/inv patch.apply")
         follow(workspace, told)
         assert (workspace.observe().head, moved(workspace)) == (tip, "")
 
 
-def test_submodule_recurse_of_a_branch_switch_is_said_too(made: Path, tmp_path: Path, upstream: Upstream) -> None:
+def test_submodule_recurse_of_a_branch_switch_is_said_too(
+    made: Path, tmp_path: Path, upstream: Upstream
+) -> None:
     for workspace in copied(tmp_path, upstream, made / "git"):
         root = workspace.layout.root
         tip = workspace.apply().head
@@ -147,7 +199,9 @@ def test_submodule_recurse_of_a_branch_switch_is_said_too(made: Path, tmp_path: 
         assert workspace.observe().head == tip
 
 
-def test_commits_that_were_never_exported_are_what_the_way_back_leads_to(applied: Workspace) -> None:
+def test_commits_that_were_never_exported_are_what_the_way_back_leads_to(
+    applied: Workspace,
+) -> None:
     mine = commit(applied.vllm, "Mine", {"vllm/mine.py": "mine\n"})
     sh_git(applied.vllm, "checkout", "--quiet", "--detach", applied.observe().base or "")
     told = moved(applied)
@@ -172,11 +226,14 @@ def test_gitlink_that_is_not_the_pin_is_said(checked_out: Workspace, upstream: U
     other = sh_git(upstream.work, "rev-parse", "drift")
     sh_git(checked_out.layout.root, "update-index", "--cacheinfo", f"160000,{other},vendor/vllm")
     assert moved(checked_out).startswith(
-        f"the superproject's index has vendor/vllm at {other[:12]}, vendor/pins.toml at {checked_out.pin.commit[:12]}; git log"
+        f"the superproject's index has vendor/vllm at {other[:12]}, vendor/pins.toml at"
+        f" {checked_out.pin.commit[:12]}; git log"
     )
 
 
-def test_pin_that_moved_under_a_stack_is_said_with_the_way_to_follow(made: Path, tmp_path: Path, upstream: Upstream) -> None:
+def test_pin_that_moved_under_a_stack_is_said_with_the_way_to_follow(
+    made: Path, tmp_path: Path, upstream: Upstream
+) -> None:
     for workspace in copied(tmp_path, upstream, made / "git"):
         workspace.apply()
         drift = sh_git(upstream.work, "rev-parse", "drift")
@@ -195,19 +252,32 @@ def test_pin_that_moved_under_a_stack_is_said_with_the_way_to_follow(made: Path,
 def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied: Workspace) -> None:
     pin, archive = applied.pin, applied.pin.archive
     assert archive
-    tables = f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
-    tables += "[vllm.archive]\n" + "".join(f'{key} = "{getattr(archive, key)}"\n' for key in ("filename", "sha256", "commit", "tree"))
-    tables += f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
+    tables = (
+        f'[vllm]\ntag = "{pin.tag}"\nversion = "{pin.version}"\ncommit = "{pin.commit}"\nurl ='
+        f' "{pin.url}"\n'
+    )
+    tables += "[vllm.archive]\n" + "".join(
+        f'{key} = "{getattr(archive, key)}"\n' for key in ("filename", "sha256", "commit", "tree")
+    )
+    tables += (
+        f'[triton]\ntag = "main"\nversion = "main"\ncommit = "{pin.commit}"\nurl = "{pin.url}"\n'
+    )
     write(applied.layout.root, {"vendor/pins.toml": tables})
     err, out = io.StringIO(), io.StringIO()
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
     lines = err.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["applied", "applied", "applied", "next:"]
     assert lines[1] == "applied     [Bugfix] Größer: twenty in words  Pending  vllm/lines.py"
-    overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err), as_json=True)
+    overview.show(
+        applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err), as_json=True
+    )
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
-    assert record["next"] == "nothing is due; after commits in vendor/vllm: ./scripts/inv patch.export"
+    assert (
+        record["next"] == "nothing is due; after commits in vendor/vllm: ./scripts/inv patch.export"
+    )
     write(applied.vllm, {"README": "edited\n"})
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))
-    assert [line for line in err.getvalue().splitlines() if line.startswith("applied")][3].endswith("  edits: README")
+    assert [line for line in err.getvalue().splitlines() if line.startswith("applied")][3].endswith(
+        "  edits: README"
+    )

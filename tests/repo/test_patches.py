@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, PATCHED, Snapshot, Upstream, Workspace, commit, export, sh_git, write
+from tests.repo.conftest import (
+    LINES,
+    PATCHED,
+    Snapshot,
+    Upstream,
+    Workspace,
+    commit,
+    export,
+    sh_git,
+    write,
+)
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.core.log import RunLog
@@ -21,7 +31,9 @@ from workspace.repo.patches import State
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_series_is_applied_whole_and_kept_under_refs(checked_out: Workspace, upstream: Upstream) -> None:
+def test_series_is_applied_whole_and_kept_under_refs(
+    checked_out: Workspace, upstream: Upstream
+) -> None:
     before = checked_out.stack()
     assert before.state is State.UNAPPLIED
     after = checked_out.apply()
@@ -30,7 +42,10 @@ def test_series_is_applied_whole_and_kept_under_refs(checked_out: Workspace, ups
     vllm = checked_out.vllm
     assert (vllm / "vllm" / "lines.py").read_text() == PATCHED
     assert (vllm / "csrc" / "dos.h").read_bytes() == b"dos\r\nmended\r\n"
-    assert sh_git(vllm, "rev-parse", "refs/patches/base", "refs/patches/tip").split() == [after.base, after.head]
+    assert sh_git(vllm, "rev-parse", "refs/patches/base", "refs/patches/tip").split() == [
+        after.base,
+        after.head,
+    ]
     assert sh_git(vllm, "status", "--porcelain", "--ignored") == ""
     assert not [*checked_out.layout.root.rglob("hook-ran")]
 
@@ -40,7 +55,9 @@ def test_commits_round_trip_to_the_same_bytes(applied: Workspace, upstream: Upst
     assert exported == list(upstream.patches.values())
 
 
-def test_commits_are_the_same_on_every_machine(release: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commits_are_the_same_on_every_machine(
+    release: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = release.apply().head
     sh_git(release.vllm, "checkout", "--quiet", "--detach", release.observe().base or "")
     sh_git(release.vllm, "update-ref", "-d", "refs/patches/tip")
@@ -56,15 +73,23 @@ def test_applied_stack_is_not_touched_again(either_applied: Workspace, snapshot:
     assert snapshot(either_applied.layout.root) == before
 
 
-def test_files_that_no_patch_changes_keep_their_times(checked_out: Workspace, snapshot: Snapshot) -> None:
+def test_files_that_no_patch_changes_keep_their_times(
+    checked_out: Workspace, snapshot: Snapshot
+) -> None:
     before = snapshot(checked_out.vllm)
     checked_out.apply()
     after = snapshot(checked_out.vllm)
-    touched = {name for name in before if after.get(name) != before[name] and "/.git" not in name and Path(name).is_file()}
+    touched = {
+        name
+        for name in before
+        if after.get(name) != before[name] and "/.git" not in name and Path(name).is_file()
+    }
     assert {Path(name).name for name in touched} == {"lines.py", "dos.h"}
 
 
-def test_patch_and_its_revert_leave_every_file_untouched(release: Workspace, upstream: Upstream, snapshot: Snapshot, tmp_path: Path) -> None:
+def test_patch_and_its_revert_leave_every_file_untouched(
+    release: Workspace, upstream: Upstream, snapshot: Snapshot, tmp_path: Path
+) -> None:
     work = tmp_path / "work"
     sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0")
@@ -72,12 +97,13 @@ def test_patch_and_its_revert_leave_every_file_untouched(release: Workspace, ups
     commit(work, "and back", {"csrc/a.cu": "a\n"})
     release.series({"there.patch": export(work, "HEAD~1"), "and-back.patch": export(work, "HEAD")})
     before = snapshot(release.vllm)
-    # The tree is that of the base, and yet the commits have to be there: an export would find the patches lost.
+    # The tree is that of the base, and yet the commits have to be there: an export would find the
+    # patches lost.
     assert release.apply().state is State.APPLIED
     assert sh_git(release.vllm, "log", "-2", "--format=%f").split() == ["and-back", "there"]
-    assert {name: entry for name, entry in snapshot(release.vllm).items() if "/.git" not in name} == {
-        name: entry for name, entry in before.items() if "/.git" not in name
-    }
+    assert {
+        name: entry for name, entry in snapshot(release.vllm).items() if "/.git" not in name
+    } == {name: entry for name, entry in before.items() if "/.git" not in name}
 
 
 def test_empty_series_is_applied_as_it_stands_even_over_edits(release: Workspace) -> None:
@@ -95,13 +121,27 @@ def test_edits_in_the_way_stop_the_series_and_stay(release: Workspace) -> None:
     assert failure.value.hint
     assert (release.vllm / "README").read_text() == "edited\n"
     stash, _, pop = failure.value.hint.split(" && ")
-    subprocess.run(stash, shell=True, cwd=release.layout.root, check=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"})
+    subprocess.run(
+        stash,
+        shell=True,
+        cwd=release.layout.root,
+        check=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"},
+    )
     release.apply()
-    subprocess.run(pop, shell=True, cwd=release.layout.root, check=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"})
+    subprocess.run(
+        pop,
+        shell=True,
+        cwd=release.layout.root,
+        check=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "EMAIL": "a@b"},
+    )
     assert (release.stack().state, release.stack().dirty) == (State.APPLIED, ("README",))
 
 
-def test_new_file_of_the_user_where_a_patch_makes_one_is_kept(release: Workspace, snapshot: Snapshot) -> None:
+def test_new_file_of_the_user_where_a_patch_makes_one_is_kept(
+    release: Workspace, snapshot: Snapshot
+) -> None:
     write(release.vllm, {"vllm/new.py": "mine\n"})
     with pytest.raises(CheckoutError, match="is in the way"):
         release.apply()
@@ -117,7 +157,14 @@ def test_unexported_commits_stop_apply_and_the_hint_keeps_them(release: Workspac
         release.apply()
     assert failure.value.hint
     commands = failure.value.hint.split(": ", 1)[1].removesuffix(" && ./scripts/inv bootstrap")
-    subprocess.run(commands, shell=True, cwd=release.layout.root, check=True, capture_output=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
+    subprocess.run(
+        commands,
+        shell=True,
+        cwd=release.layout.root,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
+    )
     assert release.apply().state is State.APPLIED
     assert sh_git(release.vllm, "rev-parse", f"mine-{mine[:12]}") == mine
 
@@ -138,12 +185,20 @@ def test_head_that_is_not_on_the_base_is_foreign(release: Workspace) -> None:
 def test_same_tree_on_another_history_is_foreign(release: Workspace) -> None:
     tree = release.apply().tree
     assert tree
-    sh_git(release.vllm, "checkout", "--quiet", "--detach", sh_git(release.vllm, "commit-tree", "-m", "alone", tree))
+    sh_git(
+        release.vllm,
+        "checkout",
+        "--quiet",
+        "--detach",
+        sh_git(release.vllm, "commit-tree", "-m", "alone", tree),
+    )
     assert release.stack().state is State.FOREIGN
 
 
 @pytest.mark.parametrize("verb", ["am", "rebase", "merge", "cherry-pick", "revert"])
-def test_operation_under_way_is_named_and_left(release: Workspace, upstream: Upstream, verb: str) -> None:
+def test_operation_under_way_is_named_and_left(
+    release: Workspace, upstream: Upstream, verb: str
+) -> None:
     vllm = release.vllm
     first, base = next(iter(upstream.patches)), release.observe().base or ""
     mine = commit(vllm, "mine", {"vllm/lines.py": LINES.replace("line 20\n", "mine\n")})
@@ -174,9 +229,18 @@ def test_branch_of_the_user_at_the_base_moves_with_the_stack(release: Workspace)
     assert sh_git(release.vllm, "symbolic-ref", "--short", "HEAD") == "mine"
 
 
-def test_git_clone_applies_without_any_network(workspace: Workspace, upstream: Upstream, hostile: Path) -> None:
+def test_git_clone_applies_without_any_network(
+    workspace: Workspace, upstream: Upstream, hostile: Path
+) -> None:
     workspace.ensure("git")
-    sh_git(hostile.parent, "config", "--file", str(hostile), "--remove-section", f"url.file://{upstream.bare}")
+    sh_git(
+        hostile.parent,
+        "config",
+        "--file",
+        str(hostile),
+        "--remove-section",
+        f"url.file://{upstream.bare}",
+    )
     assert workspace.apply().state is State.APPLIED
 
 
@@ -191,13 +255,17 @@ def test_expected_tree_is_remembered_and_the_memory_may_be_damaged(release: Work
     assert release.stack().expected_tree == expected
 
 
-def test_looking_writes_nothing_into_the_checkout(checked_out: Workspace, snapshot: Snapshot) -> None:
+def test_looking_writes_nothing_into_the_checkout(
+    checked_out: Workspace, snapshot: Snapshot
+) -> None:
     before = snapshot(checked_out.vllm)
     checked_out.stack()
     assert snapshot(checked_out.vllm) == before
 
 
-def test_missing_checkout_has_a_stack_of_names_only(workspace: Workspace, upstream: Upstream) -> None:
+def test_missing_checkout_has_a_stack_of_names_only(
+    workspace: Workspace, upstream: Upstream
+) -> None:
     stack = workspace.stack()
     assert (stack.state, stack.names, stack.head) == (State.MISSING, tuple(upstream.patches), None)
     with pytest.raises(CheckoutError, match="is not there"):
@@ -236,7 +304,9 @@ def test_shipped_patch_makes_a_commit_of_its_name_and_round_trips(tmp_path: Path
     found = Checkout(Kind.RELEASE, base, base, "a part of it")
     assert pin.archive
     pin = replace(pin, archive=replace(pin.archive, commit=base))
-    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test") as run_log:
+    with RunLog(
+        Console(out=io.StringIO(), err=io.StringIO()), tmp_path / "logs", verb="test"
+    ) as run_log:
         assert patches.apply(layout, "vllm", pin, found, run_log=run_log).state is State.APPLIED
     assert checkout.observe(layout, pin).kind is Kind.RELEASE
     assert sh_git(layout.vllm, "log", "-1", "--format=%f") + ".patch" == name

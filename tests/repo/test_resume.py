@@ -1,4 +1,6 @@
-"""Going on after a conflict, whoever began it, until it ends, and with nothing lost where it is given up."""
+"""Going on after a conflict, whoever began it, until it ends, and with nothing lost where it is
+given up.
+"""
 
 import os
 import re
@@ -7,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, PATCHED, RESOLVED, Upstream, Workspace, commit, resolve, sh_git, write
+from tests.repo.conftest import (
+    LINES,
+    PATCHED,
+    RESOLVED,
+    Upstream,
+    Workspace,
+    commit,
+    resolve,
+    sh_git,
+    write,
+)
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
 from workspace.repo import overview
 from workspace.repo.export import run as export_run
@@ -15,21 +27,38 @@ from workspace.repo.git import Git
 from workspace.repo.patches import State
 
 
-def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_workspace(stopped: Workspace) -> None:
+def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_workspace(
+    stopped: Workspace,
+) -> None:
     resolve(stopped)
     stack = stopped.go_on("continue")
     vllm = stopped.vllm
     assert (stack.state, stack.dirty) == (State.UNEXPORTED, ())
-    assert sh_git(vllm, "log", "--reverse", "--format=%f", f"{stack.base}..HEAD").split()[1:] == ["XX-to-YY", "Last"]
-    assert set(sh_git(vllm, "log", "--format=%cn <%ce>", f"{stack.base}..HEAD").splitlines()) == {"vLLM workspace <workspace@invalid>"}
-    assert all(one == other for one, other in (line.split("|") for line in sh_git(vllm, "log", "--format=%ad|%cd", f"{stack.base}..HEAD").splitlines()))
+    assert sh_git(vllm, "log", "--reverse", "--format=%f", f"{stack.base}..HEAD").split()[1:] == [
+        "XX-to-YY",
+        "Last",
+    ]
+    assert set(sh_git(vllm, "log", "--format=%cn <%ce>", f"{stack.base}..HEAD").splitlines()) == {
+        "vLLM workspace <workspace@invalid>"
+    }
+    assert all(
+        one == other
+        for one, other in (
+            line.split("|")
+            for line in sh_git(vllm, "log", "--format=%ad|%cd", f"{stack.base}..HEAD").splitlines()
+        )
+    )
     assert (vllm / "vllm" / "lines.py").read_text() == RESOLVED
 
 
-def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(stopped: Workspace) -> None:
+def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(
+    stopped: Workspace,
+) -> None:
     resolve(stopped)
     head = stopped.go_on("continue").head
-    done = export_run(stopped.layout, "vllm", stopped.pin, stopped.observe(), run_log=stopped.run_log)
+    done = export_run(
+        stopped.layout, "vllm", stopped.pin, stopped.observe(), run_log=stopped.run_log
+    )
     assert done.written == ("XX-to-YY.patch",)
     assert stopped.stack().state is State.APPLIED
     assert sh_git(stopped.vllm, "rev-parse", "refs/patches/tip") == head
@@ -46,16 +75,22 @@ def test_same_resolution_gives_the_same_commits_again(stopped: Workspace) -> Non
 
 
 def test_unresolved_paths_stop_it_and_are_named(stopped: Workspace) -> None:
-    with pytest.raises(PatchConflict, match="the am in vendor/vllm waits: 1 path has a conflict left") as failure:
+    with pytest.raises(
+        PatchConflict, match="the am in vendor/vllm waits: 1 path has a conflict left"
+    ) as failure:
         stopped.go_on("continue")
     assert failure.value.details == ("conflict in vllm/lines.py",)
-    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue" in (failure.value.hint or "")
+    assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue" in (
+        failure.value.hint or ""
+    )
     assert stopped.stack().state is State.IN_PROGRESS
 
 
 def test_resolution_to_no_change_is_told_to_be_skipped(stopped: Workspace) -> None:
     resolve(stopped, LINES)
-    with pytest.raises(PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch, changes nothing") as failure:
+    with pytest.raises(
+        PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch, changes nothing"
+    ) as failure:
         stopped.go_on("continue")
     assert (failure.value.hint or "").startswith("./scripts/inv patch.continue --skip    ")
     stack = stopped.go_on("skip")
@@ -63,33 +98,56 @@ def test_resolution_to_no_change_is_told_to_be_skipped(stopped: Workspace) -> No
     assert sh_git(stopped.vllm, "log", "-2", "--format=%f").split()[0] == "Last"
 
 
-def test_resolution_that_is_not_staged_is_not_taken_for_no_change(mergeable: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> None:
+def test_resolution_that_is_not_staged_is_not_taken_for_no_change(
+    mergeable: Workspace, upstream: Upstream, conflicting: dict[str, bytes]
+) -> None:
     # Without the contents at hand git changes nothing, and marks nothing.
-    name, content = next((name, content) for name, content in conflicting.items() if name.startswith("XX"))
+    name, content = next(
+        (name, content) for name, content in conflicting.items() if name.startswith("XX")
+    )
     mergeable.series({name: re.sub(rb"index [0-9a-f]{40}", b"index " + b"1" * 40, content)})
     with pytest.raises(PatchConflict, match="waits at the conflict") as failure:
         mergeable.apply(stop_at_conflict=True)
     reject = (failure.value.hint or "").split("    ")[0]
     environ = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
-    assert subprocess.run(reject, shell=True, cwd=mergeable.layout.root, capture_output=True, env=environ).returncode == 1
+    assert (
+        subprocess.run(
+            reject, shell=True, cwd=mergeable.layout.root, capture_output=True, env=environ
+        ).returncode
+        == 1
+    )
     rejected = mergeable.vllm / "vllm" / "lines.py.rej"
     assert "+line YY" in rejected.read_text()
     rejected.unlink()
     write(mergeable.vllm, {"vllm/lines.py": RESOLVED})
-    with pytest.raises(PatchConflict, match=r"has edits \(vllm/lines\.py\) for patch 1 of 1.* not staged") as unstaged:
+    with pytest.raises(
+        PatchConflict, match=r"has edits \(vllm/lines\.py\) for patch 1 of 1.* not staged"
+    ) as unstaged:
         mergeable.go_on("continue")
-    assert (unstaged.value.hint or "").startswith("git -C vendor/vllm add --update && ./scripts/inv patch.continue")
+    assert (unstaged.value.hint or "").startswith(
+        "git -C vendor/vllm add --update && ./scripts/inv patch.continue"
+    )
     resolve(mergeable)
     assert mergeable.go_on("continue").state is State.UNEXPORTED
 
 
-def test_next_conflict_stops_it_again_with_its_own_name(mergeable: Workspace, conflicting: dict[str, bytes], upstream: Upstream) -> None:
+def test_next_conflict_stops_it_again_with_its_own_name(
+    mergeable: Workspace, conflicting: dict[str, bytes], upstream: Upstream
+) -> None:
     _, second, last = conflicting.items()
-    mergeable.series({second[0]: second[1], "again.patch": second[1].replace(b"XX to YY", b"again"), last[0]: last[1]})
+    mergeable.series(
+        {
+            second[0]: second[1],
+            "again.patch": second[1].replace(b"XX to YY", b"again"),
+            last[0]: last[1],
+        }
+    )
     with pytest.raises(PatchConflict, match="patch 1 of 3"):
         mergeable.apply(stop_at_conflict=True)
     resolve(mergeable)
-    with pytest.raises(PatchConflict, match=r"patch 2 of 3, patches/vllm/again\.patch, does not apply") as failure:
+    with pytest.raises(
+        PatchConflict, match=r"patch 2 of 3, patches/vllm/again\.patch, does not apply"
+    ) as failure:
         mergeable.go_on("continue")
     assert failure.value.details == ("conflict in vllm/lines.py",)
     assert mergeable.go_on("skip").state is State.UNEXPORTED
@@ -103,7 +161,10 @@ def test_abort_returns_to_the_base_and_keeps_what_lay_there(stopped: Workspace) 
     assert (stack.state, stack.head, stack.dirty) == (State.DIRTY, stack.base, ("README",))
     assert (stopped.vllm / "README").read_text() == "an edit beside it\n"
     assert (stopped.vllm / "vllm" / "lines.py").read_text() == LINES
-    assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "half resolved, for hours"
+    assert (
+        sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py")
+        == "half resolved, for hours"
+    )
     assert sh_git(stopped.vllm, "rev-parse", "refs/patches/left~1") == applied
     assert "git -C vendor/vllm show refs/patches/left" in stopped.err.getvalue()
 
@@ -116,11 +177,15 @@ def test_what_lay_there_at_an_earlier_abort_stays_too(stopped: Workspace) -> Non
             with pytest.raises(PatchConflict):
                 stopped.apply(stop_at_conflict=True)
     kept = sh_git(stopped.vllm, "rev-list", "refs/patches/left").split()
-    shown = [sh_git(stopped.vllm, "show", f"{commit}:vllm/lines.py", check=False) for commit in kept]
+    shown = [
+        sh_git(stopped.vllm, "show", f"{commit}:vllm/lines.py", check=False) for commit in kept
+    ]
     assert {"first", "second"} <= set(shown)
 
 
-def test_abort_gives_the_files_their_times_back(mergeable: Workspace, conflicting: dict[str, bytes]) -> None:
+def test_abort_gives_the_files_their_times_back(
+    mergeable: Workspace, conflicting: dict[str, bytes]
+) -> None:
     header = mergeable.vllm / "csrc" / "dos.h"
     before = header.stat().st_mtime_ns
     with pytest.raises(PatchConflict):
@@ -130,8 +195,12 @@ def test_abort_gives_the_files_their_times_back(mergeable: Workspace, conflictin
     assert header.stat().st_mtime_ns == before
 
 
-def test_am_from_elsewhere_is_continued_just_the_same(mergeable: Workspace, conflicting: dict[str, bytes], tmp_path: Path) -> None:
-    write(tmp_path, {"mine.patch": conflicting["XX-to-YY.patch"].replace(b"XX to YY", b"of my own")})
+def test_am_from_elsewhere_is_continued_just_the_same(
+    mergeable: Workspace, conflicting: dict[str, bytes], tmp_path: Path
+) -> None:
+    write(
+        tmp_path, {"mine.patch": conflicting["XX-to-YY.patch"].replace(b"XX to YY", b"of my own")}
+    )
     sh_git(mergeable.vllm, "am", "--3way", str(tmp_path / "mine.patch"), check=False)
     with pytest.raises(PatchConflict, match="1 path has a conflict left"):
         mergeable.go_on("continue")
@@ -150,13 +219,16 @@ def test_am_that_was_killed_before_a_patch_leaves_no_way_to_lose_it(stopped: Wor
     (state / "author-script").unlink()
     with pytest.raises(PatchConflict, match="was ended before it came to patch 2 of 3") as failure:
         stopped.go_on("continue")
-    assert (failure.value.hint or "").startswith("./scripts/inv patch.continue --abort && ./scripts/inv patch.apply")
+    assert (failure.value.hint or "").startswith(
+        "./scripts/inv patch.continue --abort && ./scripts/inv patch.apply"
+    )
     assert stopped.go_on("abort").state is State.UNAPPLIED
 
 
 def test_abort_after_a_kill_returns_to_the_base_with_its_files(stopped: Workspace) -> None:
     vllm, git_dir = stopped.vllm, stopped.vllm / ".git"
-    # As SIGKILL leaves it: the file of a patch written, not its index entry; a commit made, and not yet written down as the am's own.
+    # As SIGKILL leaves it: the file of a patch written, not its index entry; a commit made, and not
+    # yet written down as the am's own.
     sh_git(vllm, "read-tree", "--reset", "-u", "HEAD")
     write(vllm, {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n"), "README": "edited\n"})
     (git_dir / "rebase-apply" / "abort-safety").write_text(f"{stopped.observe().base}\n")
@@ -183,7 +255,9 @@ def test_folder_of_an_am_that_was_killed_at_once_is_taken_away(release: Workspac
     assert release.apply().state is State.APPLIED
 
 
-def test_series_that_cannot_be_read_does_not_keep_anybody_from_ending_an_am(stopped: Workspace) -> None:
+def test_series_that_cannot_be_read_does_not_keep_anybody_from_ending_an_am(
+    stopped: Workspace,
+) -> None:
     write(stopped.layout.patches("vllm"), {"series": "nonsense\n"})
     with pytest.raises(WorkspaceError, match="lines `# base"):
         stopped.go_on("abort")
@@ -205,7 +279,9 @@ def test_checkout_that_is_not_there_has_nothing_under_way(workspace: Workspace) 
 
 @pytest.mark.parametrize("how", ["continue", "skip", "abort"])
 @pytest.mark.parametrize("verb", ["rebase", "merge", "cherry-pick", "revert"])
-def test_operation_of_the_users_is_ended_by_the_same_verb(release: Workspace, verb: str, how: overview.How) -> None:
+def test_operation_of_the_users_is_ended_by_the_same_verb(
+    release: Workspace, verb: str, how: overview.How
+) -> None:
     vllm, base = release.vllm, release.observe().base or ""
     mine = commit(vllm, "mine", {"vllm/lines.py": LINES.replace("line 20\n", "mine\n")})
     sh_git(vllm, "checkout", "--quiet", "-b", "side", base)

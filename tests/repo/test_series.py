@@ -10,8 +10,15 @@ from workspace.repo import pins, series
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "0123456789" * 4
-MAIL = b"From " + b"0" * 40 + b" Mon Sep 17 00:00:00 2001\nFrom: a <a@b>\nSubject: x\n\nm\n\ndiff --git a/x b/x\n"
-STATUS = re.compile(r"^Upstream-Status: (Pending|Submitted|Backport|Denied|Inappropriate|Inactive-Upstream)\b", re.MULTILINE)
+MAIL = (
+    b"From "
+    + b"0" * 40
+    + b" Mon Sep 17 00:00:00 2001\nFrom: a <a@b>\nSubject: x\n\nm\n\ndiff --git a/x b/x\n"
+)
+STATUS = re.compile(
+    r"^Upstream-Status: (Pending|Submitted|Backport|Denied|Inappropriate|Inactive-Upstream)\b",
+    re.MULTILINE,
+)
 
 
 @pytest.fixture
@@ -28,9 +35,13 @@ def written(folder: Path, text: str) -> series.Series:
 
 
 @pytest.mark.parametrize("project", ["vllm", "triton"])
-def test_shipped_series_is_for_the_shipped_pin_and_says_where_each_patch_stands(project: str) -> None:
+def test_shipped_series_is_for_the_shipped_pin_and_says_where_each_patch_stands(
+    project: str,
+) -> None:
     folder = ROOT / "patches" / project
-    read = series.read_series(folder, pin=getattr(pins.load(ROOT / "vendor" / "pins.toml"), project).commit)
+    read = series.read_series(
+        folder, pin=getattr(pins.load(ROOT / "vendor" / "pins.toml"), project).commit
+    )
     assert {path.name for path in folder.glob("*.patch")} == set(read.names)
     for name in read.names:
         text = (folder / name).read_text(encoding="utf-8")
@@ -55,7 +66,11 @@ def test_remarks_and_blank_lines_are_no_patches(folder: Path) -> None:
         (f"# base: {BASE}\n# base: {BASE}\n", PatchDrift, "has 2 lines"),
         (f"# base: {BASE[:12]}\n", PatchDrift, "has 0 lines"),
         (f"# base: {'f' * 40}\n", PatchDrift, "pinned is"),
-        (f"# base: {BASE}\na.patch\na.patch\n", PatchDrift, "line 3: a.patch stands there a second time"),
+        (
+            f"# base: {BASE}\na.patch\na.patch\n",
+            PatchDrift,
+            "line 3: a.patch stands there a second time",
+        ),
         (f"# base: {BASE}\nb.patch\n", PatchDrift, "b.patch is not there"),
         (f"# base: {BASE}\n../vllm/a.patch\n", PatchDrift, "line 2"),
         (f"# base: {BASE}\n/etc/a.patch\n", PatchDrift, "line 2"),
@@ -64,12 +79,23 @@ def test_remarks_and_blank_lines_are_no_patches(folder: Path) -> None:
         (f"# base: {BASE}\na.patch -p0\n", PatchDrift, "line 2"),
     ],
 )
-def test_what_is_no_series_is_refused_with_its_line(folder: Path, text: str, error: type[Exception], complaint: str) -> None:
+def test_what_is_no_series_is_refused_with_its_line(
+    folder: Path, text: str, error: type[Exception], complaint: str
+) -> None:
     with pytest.raises(error, match=complaint):
         written(folder, text)
 
 
-@pytest.mark.parametrize("content", [b"", b"diff --git a/x b/x\n", MAIL + MAIL, MAIL.replace(b"diff --git", b"nothing"), b"\n" + MAIL])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"diff --git a/x b/x\n",
+        MAIL + MAIL,
+        MAIL.replace(b"diff --git", b"nothing"),
+        b"\n" + MAIL,
+    ],
+)
 def test_patch_that_is_no_single_mail_is_refused(folder: Path, content: bytes) -> None:
     (folder / "a.patch").write_bytes(content)
     with pytest.raises(PatchDrift, match=r"patches/vllm/a\.patch is not a mail"):

@@ -1,4 +1,6 @@
-"""Times follow content: what a move brings back has the time it had, and nothing else is touched."""
+"""Times follow content: what a move brings back has the time it had, and nothing else is
+touched.
+"""
 
 import json
 import os
@@ -6,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import LINES, OLD_NS, PATCHED, Snapshot, Upstream, Workspace, commit, export, sh_git, write
+from tests.repo.conftest import (
+    LINES,
+    OLD_NS,
+    PATCHED,
+    Snapshot,
+    Upstream,
+    Workspace,
+    commit,
+    export,
+    sh_git,
+    write,
+)
 from workspace.core.errors import ToolchainError
 from workspace.repo import moves
 from workspace.repo.patches import State
@@ -17,23 +30,37 @@ def mtime(workspace: Workspace, name: str) -> int:
 
 
 def files(workspace: Workspace, snapshot: Snapshot) -> dict[str, tuple[int, int]]:
-    return {name: entry for name, entry in snapshot(workspace.vllm).items() if "/.git" not in name and Path(name).is_file()}
+    return {
+        name: entry
+        for name, entry in snapshot(workspace.vllm).items()
+        if "/.git" not in name and Path(name).is_file()
+    }
 
 
 def test_apply_and_unapply_bring_both_times_back(applied: Workspace) -> None:
     patched = mtime(applied, "vllm/lines.py")
     assert patched > OLD_NS
     applied.unapply()
-    assert (mtime(applied, "vllm/lines.py"), (applied.vllm / "vllm/lines.py").read_text()) == (OLD_NS, LINES)
+    assert (mtime(applied, "vllm/lines.py"), (applied.vllm / "vllm/lines.py").read_text()) == (
+        OLD_NS,
+        LINES,
+    )
     applied.apply()
-    assert (mtime(applied, "vllm/lines.py"), (applied.vllm / "vllm/lines.py").read_text()) == (patched, PATCHED)
+    assert (mtime(applied, "vllm/lines.py"), (applied.vllm / "vllm/lines.py").read_text()) == (
+        patched,
+        PATCHED,
+    )
 
 
-def test_file_with_another_content_than_before_gets_a_new_time(applied: Workspace, upstream: Upstream, tmp_path: Path) -> None:
+def test_file_with_another_content_than_before_gets_a_new_time(
+    applied: Workspace, upstream: Upstream, tmp_path: Path
+) -> None:
     patched = mtime(applied, "vllm/lines.py")
     sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(tmp_path / "work"))
     sh_git(tmp_path / "work", "checkout", "--quiet", "v1.0.0")
-    commit(tmp_path / "work", "Otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "otherwise\n")})
+    commit(
+        tmp_path / "work", "Otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "otherwise\n")}
+    )
     applied.unapply()
     applied.series({"Otherwise.patch": export(tmp_path / "work", "HEAD")})
     applied.apply()
@@ -68,7 +95,8 @@ def test_build_by_hand_makes_the_memory_count_as_none(applied: Workspace, log: s
 
 def test_restored_times_leave_no_file_to_be_read_again(applied: Workspace) -> None:
     applied.unapply()
-    # Without a refresh, --really-refresh aside, diff-files names what the index knows another time of.
+    # Without a refresh, --really-refresh aside, diff-files names what the index knows another time
+    # of.
     assert sh_git(applied.vllm, "diff-files", "--name-only") == ""
 
 
@@ -76,11 +104,25 @@ def test_move_writes_no_file_that_both_commits_have(release: Workspace, snapshot
     before = files(release, snapshot)
     release.apply()
     after = files(release, snapshot)
-    assert {Path(name).name for name in before | after if before.get(name) != after.get(name)} == {"lines.py", "dos.h", "new.py"}
+    assert {Path(name).name for name in before | after if before.get(name) != after.get(name)} == {
+        "lines.py",
+        "dos.h",
+        "new.py",
+    }
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"[]", b"3", b"\xff\xfe", b'{"vllm/lines.py": 3}', b'{"vllm/lines.py": [["x"]]}', b'{"csrc/dos.h": [["x", 1e999]]}', b"[" * 100000]
+    "damage",
+    [
+        b"",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        b'{"vllm/lines.py": 3}',
+        b'{"vllm/lines.py": [["x"]]}',
+        b'{"csrc/dos.h": [["x", 1e999]]}',
+        b"[" * 100000,
+    ],
 )
 def test_damaged_memory_counts_as_none(applied: Workspace, damage: bytes) -> None:
     patched = mtime(applied, "vllm/lines.py")
@@ -105,7 +147,9 @@ def test_edited_file_is_remembered_as_what_it_is(release: Workspace) -> None:
     edited = mtime(release, "csrc/a.cu")
     moves.remember_times(git, ["csrc/a.cu", "link", "gone"], memory=release.layout.times("vllm"))
     known = moves.read_times(release.layout.times("vllm"), release.vllm)
-    assert dict(known) == {"csrc/a.cu": [(sh_git(release.vllm, "hash-object", "--no-filters", "csrc/a.cu"), edited)]}
+    assert dict(known) == {
+        "csrc/a.cu": [(sh_git(release.vllm, "hash-object", "--no-filters", "csrc/a.cu"), edited)]
+    }
     write(release.vllm, {"csrc/a.cu": "a\n"})
     after = mtime(release, "csrc/a.cu")
     moves.restore_times(git, known)

@@ -12,17 +12,23 @@ from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.repo.patches import State
 
 
-def test_unapply_goes_back_to_the_base_and_keeps_the_commits_under_refs(checked_out: Workspace) -> None:
+def test_unapply_goes_back_to_the_base_and_keeps_the_commits_under_refs(
+    checked_out: Workspace,
+) -> None:
     before = everything(checked_out)
     applied = checked_out.apply()
     after = checked_out.unapply()
     assert (after.state, after.head) == (State.UNAPPLIED, applied.base)
-    assert sh_git(checked_out.vllm, "rev-parse", "refs/patches/base", "refs/patches/tip").split() == [applied.base, applied.head]
+    assert sh_git(
+        checked_out.vllm, "rev-parse", "refs/patches/base", "refs/patches/tip"
+    ).split() == [applied.base, applied.head]
     assert everything(checked_out) | {"refs": ""} == before | {"refs": ""}
     assert checked_out.apply().head == applied.head
 
 
-def test_unapply_with_nothing_applied_touches_nothing(release: Workspace, snapshot: Snapshot) -> None:
+def test_unapply_with_nothing_applied_touches_nothing(
+    release: Workspace, snapshot: Snapshot
+) -> None:
     release.stack()
     before = snapshot(release.layout.root)
     assert release.unapply().state is State.UNAPPLIED
@@ -33,20 +39,45 @@ def test_unapply_with_nothing_applied_touches_nothing(release: Workspace, snapsh
     readme = str(release.vllm / "README")
     index = str(release.vllm / ".git" / "index")
     after = snapshot(release.layout.root)
-    assert {name for name in after if after[name] != before.get(name)} <= {readme, index, str(release.vllm), str(release.vllm / ".git")}
+    assert {name for name in after if after[name] != before.get(name)} <= {
+        readme,
+        index,
+        str(release.vllm),
+        str(release.vllm / ".git"),
+    }
 
 
 @pytest.mark.parametrize(
     ("trouble", "error", "says", "hint"),
     [
-        ("edit", CheckoutError, r"has edits \(csrc/a\.cu\)", "git -C vendor/vllm stash && ./scripts/inv patch.unapply && git -C vendor/vllm stash pop"),
-        ("commit", PatchDrift, "commits on .* that are not what the series makes", "./scripts/inv patch.export    "),
+        (
+            "edit",
+            CheckoutError,
+            r"has edits \(csrc/a\.cu\)",
+            (
+                "git -C vendor/vllm stash && ./scripts/inv patch.unapply && git -C vendor/vllm"
+                " stash pop"
+            ),
+        ),
+        (
+            "commit",
+            PatchDrift,
+            "commits on .* that are not what the series makes",
+            "./scripts/inv patch.export    ",
+        ),
         ("foreign", CheckoutError, "which is not on", "git -C vendor/vllm branch mine-"),
-        ("merge", CheckoutError, "in the middle of a git merge", "./scripts/inv patch.continue --abort && ./scripts/inv patch.unapply"),
+        (
+            "merge",
+            CheckoutError,
+            "in the middle of a git merge",
+            "./scripts/inv patch.continue --abort && ./scripts/inv patch.unapply",
+        ),
         ("missing", CheckoutError, "is not there", "./scripts/inv bootstrap"),
     ],
 )
-def test_unapply_refuses_what_it_could_lose(applied: Workspace, trouble: str, error: type[Exception], says: str, hint: str) -> None:
+def test_unapply_refuses_what_it_could_lose(
+    applied: Workspace, trouble: str, error: type[Exception], says: str, hint: str
+) -> None:
     vllm = applied.vllm
     if trouble in ("edit", "merge"):
         write(vllm, {"csrc/a.cu": "mine\n"})
@@ -77,17 +108,35 @@ def test_unexported_commits_are_off_and_safe_after_the_hint_of_unapply(applied: 
     with pytest.raises(PatchDrift) as failure:
         applied.unapply()
     commands = (failure.value.hint or "").split(": ", 1)[1]
-    subprocess.run(commands, shell=True, cwd=applied.layout.root, check=True, capture_output=True, env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"})
-    assert (applied.stack().state, sh_git(applied.vllm, "rev-parse", f"mine-{mine[:12]}")) == (State.UNAPPLIED, mine)
+    subprocess.run(
+        commands,
+        shell=True,
+        cwd=applied.layout.root,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
+    )
+    assert (applied.stack().state, sh_git(applied.vllm, "rev-parse", f"mine-{mine[:12]}")) == (
+        State.UNAPPLIED,
+        mine,
+    )
 
 
-def made_on_the_release(workspace: Workspace, tmp_path: Path, message: str, change: str) -> tuple[str, bytes, str]:
-    """A patch that `change`, a shell script, makes of the checkout's base: its name, its content, and the tree it gives."""
+def made_on_the_release(
+    workspace: Workspace, tmp_path: Path, message: str, change: str
+) -> tuple[str, bytes, str]:
+    """A patch that `change`, a shell script, makes of the checkout's base: its name, its content,
+    and the tree it gives.
+    """
     work = tmp_path / "made"
     sh_git(tmp_path, "clone", "--quiet", str(workspace.vllm), str(work))
     subprocess.run(["bash", "-ec", change], cwd=work, check=True)
     commit(work, f"{message}\n\nUpstream-Status: Pending", {})
-    return f"{sh_git(work, 'log', '-1', '--format=%f')}.patch", export(work, "HEAD"), sh_git(work, "rev-parse", "HEAD^{tree}")
+    return (
+        f"{sh_git(work, 'log', '-1', '--format=%f')}.patch",
+        export(work, "HEAD"),
+        sh_git(work, "rev-parse", "HEAD^{tree}"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,13 +151,28 @@ def made_on_the_release(workspace: Workspace, tmp_path: Path, message: str, chan
         "rm README; mkdir README; echo now a folder > README/file",
         "printf 'no newline at the end' > README; printf '' > empty",
     ],
-    ids=["crlf", "binary", "modes", "rename", "symlinks", "not-utf-8", "file-to-folder", "no-newline-and-empty"],
+    ids=[
+        "crlf",
+        "binary",
+        "modes",
+        "rename",
+        "symlinks",
+        "not-utf-8",
+        "file-to-folder",
+        "no-newline-and-empty",
+    ],
 )
-def test_patch_of_any_content_goes_on_and_off_without_a_trace(release: Workspace, tmp_path: Path, change: str) -> None:
+def test_patch_of_any_content_goes_on_and_off_without_a_trace(
+    release: Workspace, tmp_path: Path, change: str
+) -> None:
     name, content, tree = made_on_the_release(release, tmp_path, "Change it", change)
     release.series({name: content})
     before = everything(release)
-    assert (release.apply().state, release.stack().tree, release.stack().dirty) == (State.APPLIED, tree, ())
+    assert (release.apply().state, release.stack().tree, release.stack().dirty) == (
+        State.APPLIED,
+        tree,
+        (),
+    )
     assert release.unapply().state is State.UNAPPLIED
     assert everything(release) | {"refs": ""} == before | {"refs": ""}
 
@@ -123,15 +187,24 @@ def test_own_commits_that_apply_makes_anew_stay_in_a_reference(release: Workspac
         release.unapply()
         release.apply()
     assert sh_git(git, "rev-parse", "HEAD") != own
-    assert sh_git(git, "for-each-ref", "--format=%(refname)", "--contains", own) == f"refs/patches/kept/{own[:12]}"
-    # Commits that am makes of patches are made again whenever they are wanted, and need no reference.
+    assert (
+        sh_git(git, "for-each-ref", "--format=%(refname)", "--contains", own)
+        == f"refs/patches/kept/{own[:12]}"
+    )
+    # Commits that am makes of patches are made again whenever they are wanted, and need no
+    # reference.
     assert len(sh_git(git, "for-each-ref", "--format=%(refname)", "refs/patches/kept").split()) == 1
 
 
-def test_commits_that_something_else_left_behind_get_a_reference_before_apply_goes_on(release: Workspace) -> None:
+def test_commits_that_something_else_left_behind_get_a_reference_before_apply_goes_on(
+    release: Workspace,
+) -> None:
     base = release.apply().base or ""
     commit(release.vllm, "Mine\n\nUpstream-Status: Pending", {"vllm/mine.py": "mine\n"})
     mine = sh_git(release.vllm, "rev-parse", "HEAD")
     sh_git(release.vllm, "checkout", "--quiet", "--detach", base)
     release.apply()
-    assert sh_git(release.vllm, "for-each-ref", "--format=%(refname)", "--contains", mine) == f"refs/patches/kept/{mine[:12]}"
+    assert (
+        sh_git(release.vllm, "for-each-ref", "--format=%(refname)", "--contains", mine)
+        == f"refs/patches/kept/{mine[:12]}"
+    )

@@ -1,4 +1,6 @@
-"""Finding another release, tag, branch or commit, from git and from release archives, and proving what was found."""
+"""Finding another release, tag, branch or commit, from git and from release archives, and proving
+what was found.
+"""
 
 import datetime
 import shutil
@@ -33,13 +35,26 @@ def mirror(tmp_path: Path, ladder: Ladder) -> Path:
 
 
 def find(clone: Clone, ref: str = "v1.1.0", **more: str) -> Candidate:
-    return upstream.find(clone.layout, clone.pin, ref, clone.settings(**more), clone.observe(), run_log=clone.run_log, step=Step("upstream"))
+    return upstream.find(
+        clone.layout,
+        clone.pin,
+        ref,
+        clone.settings(**more),
+        clone.observe(),
+        run_log=clone.run_log,
+        step=Step("upstream"),
+    )
 
 
 def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
     clone.ensure("git")
     found = find(clone)
-    assert (found.pin.tag, found.pin.version, found.pin.commit, found.base) == ("v1.1.0", "1.1.0", ladder.commits["1.1.0"], ladder.commits["1.1.0"])
+    assert (found.pin.tag, found.pin.version, found.pin.commit, found.base) == (
+        "v1.1.0",
+        "1.1.0",
+        ladder.commits["1.1.0"],
+        ladder.commits["1.1.0"],
+    )
     assert (found.kind, found.prefix, found.lacking) == (Kind.GIT, None, ())
     assert found.published == datetime.datetime(2026, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
     assert set(found.pin.precompiled) == {"cuda-x86_64", "cuda-aarch64"}
@@ -48,7 +63,9 @@ def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
     assert found.pin.archive.sha256 == sha256(ladder.sdists["1.1.0"])
 
 
-def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(clone: Clone, ladder: Ladder, tmp_path: Path) -> None:
+def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(
+    clone: Clone, ladder: Ladder, tmp_path: Path
+) -> None:
     clone.ensure("git")
     found = find(clone)
     pins.make_from_archive(ladder.sdists["1.1.0"], tmp_path / "tree", found.pin)
@@ -56,11 +73,17 @@ def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(clone: Clone, lad
     assert sh_git(tmp_path / "tree", "rev-parse", "HEAD") == found.pin.archive.commit
 
 
-def test_archive_has_the_remotes_commit_where_it_can_be_reached(clone: Clone, ladder: Ladder) -> None:
+def test_archive_has_the_remotes_commit_where_it_can_be_reached(
+    clone: Clone, ladder: Ladder
+) -> None:
     clone.ensure("release")
     found = find(clone)
     assert found.pin.archive
-    assert (found.pin.commit, found.base, found.prefix) == (ladder.commits["1.1.0"], found.pin.archive.commit, None)
+    assert (found.pin.commit, found.base, found.prefix) == (
+        ladder.commits["1.1.0"],
+        found.pin.archive.commit,
+        None,
+    )
     assert found.kind is Kind.RELEASE
 
 
@@ -70,19 +93,31 @@ def test_archive_alone_proves_no_commit_and_says_so(clone: Clone, ladder: Ladder
     assert found.pin.archive
     assert found.pin.commit == found.pin.archive.commit == found.base
     assert found.prefix == ladder.commits["1.1.0"][:9]
-    assert any("is not proven" in sentence and found.prefix in sentence for sentence in found.lacking)
+    assert any(
+        "is not proven" in sentence and found.prefix in sentence for sentence in found.lacking
+    )
 
 
 @pytest.mark.parametrize("kind", ["git", "release"])
-def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(clone: Clone, mirror: Path, kind: str) -> None:
+def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(
+    clone: Clone, mirror: Path, kind: str
+) -> None:
     clone.ensure(kind)  # type: ignore[arg-type]
     sh_git(mirror, "tag", "--force", "v1.1.0", "main")
-    with pytest.raises(SourceError, match=r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, the release archive was made from [0-9a-f]{9}…"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"tag v1\.1\.0 .* is commit [0-9a-f]{40}, the release archive was made from"
+            r" [0-9a-f]{9}…"
+        ),
+    ):
         find(clone, VLLM_MIRROR=f"file://{mirror}")
 
 
 @pytest.mark.parametrize("kind", ["git", "release"])
-def test_both_bases_are_in_the_store_with_all_that_is_read(clone: Clone, ladder: Ladder, kind: str) -> None:
+def test_both_bases_are_in_the_store_with_all_that_is_read(
+    clone: Clone, ladder: Ladder, kind: str
+) -> None:
     old = clone.ensure(kind).base  # type: ignore[arg-type]
     found = find(clone)
     offline = {"GIT_ALLOW_PROTOCOL": "none"}
@@ -90,15 +125,24 @@ def test_both_bases_are_in_the_store_with_all_that_is_read(clone: Clone, ladder:
         assert sh_git(found.store, "cat-file", "-t", f"{revision}:vllm", env=offline) == "tree"
         assert sh_git(found.store, "show", f"{revision}:requirements/common.txt", env=offline)
         assert sh_git(found.store, "show", f"{revision}:vllm/conflict.py", env=offline)
-    assert sh_git(found.store, "rev-parse", "v1.0.0^{commit}", "v1.1.0^{commit}").split() == [old, found.base]
+    assert sh_git(found.store, "rev-parse", "v1.0.0^{commit}", "v1.1.0^{commit}").split() == [
+        old,
+        found.base,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["git", "release"])
-def test_nothing_but_the_store_and_the_cache_is_written(clone: Clone, kind: str, tmp_path: Path) -> None:
+def test_nothing_but_the_store_and_the_cache_is_written(
+    clone: Clone, kind: str, tmp_path: Path
+) -> None:
     clone.ensure(kind)  # type: ignore[arg-type]
 
     def taken() -> dict[str, tuple[int, int]]:
-        return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in clone.layout.root.rglob("*") if ".workspace" not in path.parts}
+        return {
+            str(path): (path.lstat().st_mtime_ns, path.lstat().st_ino)
+            for path in clone.layout.root.rglob("*")
+            if ".workspace" not in path.parts
+        }
 
     before = taken()
     find(clone)
@@ -109,14 +153,20 @@ def test_nothing_but_the_store_and_the_cache_is_written(clone: Clone, kind: str,
 def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: Ladder) -> None:
     clone.ensure("git")
     found = find(clone, "main")
-    assert (found.pin.tag, found.pin.commit, found.pin.archive) == ("main", ladder.commits["main"], None)
+    assert (found.pin.tag, found.pin.commit, found.pin.archive) == (
+        "main",
+        ladder.commits["main"],
+        None,
+    )
     # No tag is on main: each release has a branch of its own.
     assert found.pin.version == "1.0.0.post0.dev0"
     assert dict(found.pin.precompiled) == {}
     assert found.not_precompiled["cpu-x86_64"] == "main is no release"
 
 
-def test_commit_is_taken_by_all_its_digits_and_the_version_counts_from_a_tag(clone: Clone, ladder: Ladder) -> None:
+def test_commit_is_taken_by_all_its_digits_and_the_version_counts_from_a_tag(
+    clone: Clone, ladder: Ladder
+) -> None:
     clone.ensure("git")
     assert find(clone, ladder.commits["main"]).base == ladder.commits["main"]
     with pytest.raises(SourceError, match="has no tag or branch") as failure:
@@ -141,11 +191,25 @@ def test_tag_that_exists_nowhere_names_the_nearest(clone: Clone, kind: str) -> N
 def test_git_without_an_index_still_has_the_commit(clone: Clone, ladder: Ladder) -> None:
     clone.ensure("git")
     found = find(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")
-    assert (found.pin.commit, found.pin.archive, dict(found.pin.precompiled)) == (ladder.commits["1.1.0"], None, {})
+    assert (found.pin.commit, found.pin.archive, dict(found.pin.precompiled)) == (
+        ladder.commits["1.1.0"],
+        None,
+        {},
+    )
     assert any("precompiled wheels are not known" in sentence for sentence in found.lacking)
     # Of a partial clone only what a forecast reads is fetched.
     held = {
-        path: sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}", "--", path) for path in ("csrc", "cmake")
+        path: sh_git(
+            found.store,
+            "rev-list",
+            "--objects",
+            "--missing=print",
+            "--no-walk",
+            f"{found.base}^{{tree}}",
+            "--",
+            path,
+        )
+        for path in ("csrc", "cmake")
     }
     assert ["?" in listed for listed in held.values()] == [True, False]
 
@@ -160,19 +224,39 @@ def test_remote_that_is_out_of_reach_stops_only_what_is_not_there(clone: Clone) 
     assert any("taken from" in sentence for sentence in again.lacking)
 
 
-def test_server_that_refuses_filters_and_single_objects_gives_all(clone: Clone, mirror: Path, tmp_path: Path) -> None:
+def test_server_that_refuses_filters_and_single_objects_gives_all(
+    clone: Clone, mirror: Path, tmp_path: Path
+) -> None:
     clone.ensure("git")
     sh_git(mirror, "config", "uploadpack.allowFilter", "false")
     sh_git(tmp_path, "config", "--file", "gitconfig", "protocol.version", "0")
-    found = find(clone, VLLM_MIRROR=f"file://{mirror}", GIT_CONFIG_GLOBAL=str(tmp_path / "gitconfig"))
-    assert "?" not in sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}")
+    found = find(
+        clone, VLLM_MIRROR=f"file://{mirror}", GIT_CONFIG_GLOBAL=str(tmp_path / "gitconfig")
+    )
+    assert "?" not in sh_git(
+        found.store,
+        "rev-list",
+        "--objects",
+        "--missing=print",
+        "--no-walk",
+        f"{found.base}^{{tree}}",
+    )
 
 
-def test_server_that_filters_but_refuses_single_objects_gives_all(clone: Clone, tmp_path: Path) -> None:
+def test_server_that_filters_but_refuses_single_objects_gives_all(
+    clone: Clone, tmp_path: Path
+) -> None:
     clone.ensure("git")
     sh_git(tmp_path, "config", "--file", "gitconfig", "protocol.version", "0")
     found = find(clone, GIT_CONFIG_GLOBAL=str(tmp_path / "gitconfig"))
-    assert "?" not in sh_git(found.store, "rev-list", "--objects", "--missing=print", "--no-walk", f"{found.base}^{{tree}}")
+    assert "?" not in sh_git(
+        found.store,
+        "rev-list",
+        "--objects",
+        "--missing=print",
+        "--no-walk",
+        f"{found.base}^{{tree}}",
+    )
 
 
 def test_store_that_was_half_made_or_belongs_to_a_clone_elsewhere_is_mended(clone: Clone) -> None:

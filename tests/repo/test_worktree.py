@@ -1,4 +1,6 @@
-"""A linked working tree that a power cut has left half made is made anew; what another one has stays."""
+"""A linked working tree that a power cut has left half made is made anew; what another one has
+stays.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +13,18 @@ from workspace.repo.git import Git, worktree
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no common directory": lambda books: (books / "commondir").write_text(""),
     "no way to it": lambda books: (books / "gitdir").write_text(""),
-    "half a way to it": lambda books: (books / "gitdir").write_text((books / "gitdir").read_text()[:9]),
+    "half a way to it": (
+        lambda books: (books / "gitdir").write_text((books / "gitdir").read_text()[:9])
+    ),
     "no HEAD": lambda books: (books / "HEAD").write_text(""),
     "nothing": lambda books: [path.unlink() for path in books.iterdir() if path.is_file()],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_half_made_tree_is_made_anew_and_another_of_a_like_name_stays(release: Workspace, tmp_path: Path, damage: str) -> None:
+def test_half_made_tree_is_made_anew_and_another_of_a_like_name_stays(
+    release: Workspace, tmp_path: Path, damage: str
+) -> None:
     git, path, mine = Git(release.vllm), tmp_path / "bump" / "vllm", tmp_path / "vllm"
     base = sh_git(release.vllm, "rev-parse", "HEAD")
     sh_git(release.vllm, "worktree", "add", "--quiet", "--detach", str(mine))
@@ -28,9 +34,11 @@ def test_half_made_tree_is_made_anew_and_another_of_a_like_name_stays(release: W
     (path / ".git").unlink()
     made = worktree.add(git, path, base, run_log=release.run_log)
     assert made.head() == base
-    assert sorted(line.split()[1] for line in sh_git(release.vllm, "worktree", "list", "--porcelain").splitlines() if line.startswith("worktree ")) == sorted(
-        map(str, (release.vllm, mine, path))
-    )
+    assert sorted(
+        line.split()[1]
+        for line in sh_git(release.vllm, "worktree", "list", "--porcelain").splitlines()
+        if line.startswith("worktree ")
+    ) == sorted(map(str, (release.vllm, mine, path)))
     assert sh_git(mine, "rev-parse", "HEAD") == base
 
 
@@ -45,7 +53,9 @@ def test_damaged_tree_is_given_up_for_good(release: Workspace, tmp_path: Path, d
     assert not [*(release.vllm / ".git").glob("worktrees/*")]
 
 
-def test_tree_behind_a_link_is_found_in_the_books_and_one_that_was_half_forgotten_too(release: Workspace, tmp_path: Path) -> None:
+def test_tree_behind_a_link_is_found_in_the_books_and_one_that_was_half_forgotten_too(
+    release: Workspace, tmp_path: Path
+) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     git, path = Git(release.vllm), tmp_path / "link" / "vllm"

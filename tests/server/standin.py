@@ -1,6 +1,8 @@
-"""Stands for `vllm serve` where no vLLM is built: a front that answers, an engine that shares memory, a worker of its own session. As bad as the real one.
+"""Stands for `vllm serve` where no vLLM is built: a front that answers, an engine that shares
+memory, a worker of its own session. As bad as the real one.
 
-Run as `standin.py PORT [MANNER]`. During start-up the front loses SIGTERM, and a front that is killed leaves the others behind.
+Run as `standin.py PORT [MANNER]`. During start-up the front loses SIGTERM, and a front that is
+killed leaves the others behind.
 """
 
 import http.server

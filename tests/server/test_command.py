@@ -1,4 +1,6 @@
-"""The command line of a server: what it says, what it refuses, what it never says by itself; and the next rung where memory was short."""
+"""The command line of a server: what it says, what it refuses, what it never says by itself; and
+the next rung where memory was short.
+"""
 
 from dataclasses import replace
 
@@ -11,29 +13,51 @@ from workspace.server.flags import Flags
 from workspace.server.recipes import Memory, Recipe
 
 NAMES = (
-    "api-key async-scheduling config gpu-memory-utilization headless help hf-token host max-model-len max-num-seqs port served-model-name "
-    "ssl-certfile tensor-parallel-size trust-remote-code uds"
+    "api-key async-scheduling config gpu-memory-utilization headless help hf-token host"
+    " max-model-len max-num-seqs port served-model-name ssl-certfile tensor-parallel-size"
+    " trust-remote-code uds"
 )
 SWITCHES = frozenset({"--async-scheduling", "--trust-remote-code", "--headless"})
-KNOWN = Flags(frozenset(f"--{name}" for name in NAMES.split()), SWITCHES, frozenset({"--async-scheduling"}), frozenset({"-tp", "-h"}))
+KNOWN = Flags(
+    frozenset(f"--{name}" for name in NAMES.split()),
+    SWITCHES,
+    frozenset({"--async-scheduling"}),
+    frozenset({"-tp", "-h"}),
+)
 RECIPE = Recipe(
     name="big",
     model="some/big",
     origin="hub",
     summary="",
     memory=Memory(60, 6, 36),
-    flags={"port": 8000, "async-scheduling": True, "max-model-len": 32000, "max-num-seqs": 1024, "gpu-memory-utilization": 0.7},
+    flags={
+        "port": 8000,
+        "async-scheduling": True,
+        "max-model-len": 32000,
+        "max-num-seqs": 1024,
+        "gpu-memory-utilization": 0.7,
+    },
 )
 
 
-def compose(*extra: str, has_key: bool = False, force: bool = False, recipe: Recipe = RECIPE) -> command.Command:
+def compose(
+    *extra: str, has_key: bool = False, force: bool = False, recipe: Recipe = RECIPE
+) -> command.Command:
     return command.compose(recipe, extra, KNOWN, has_key=has_key, force=force)
 
 
 def test_users_word_takes_the_place_of_the_recipes_and_nothing_is_said_twice() -> None:
     words = compose("--port=8001", "--no-async-scheduling", "--max_num_seqs", "8").words
     recipes = ("--max-model-len", "32000", "--gpu-memory-utilization", "0.7")
-    assert words == (*recipes, "--port=8001", "--no-async-scheduling", "--max-num-seqs", "8", "--host", "127.0.0.1")
+    assert words == (
+        *recipes,
+        "--port=8001",
+        "--no-async-scheduling",
+        "--max-num-seqs",
+        "8",
+        "--host",
+        "127.0.0.1",
+    )
 
 
 def test_it_listens_to_this_machine_only_and_trusts_nobody_unless_told() -> None:
@@ -59,7 +83,9 @@ def test_server_for_this_machine_needs_no_key(host: str) -> None:
     assert compose("--host", host).said == ()
 
 
-def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_the_nearest_name() -> None:
+def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_the_nearest_name() -> (
+    None
+):
     line = compose("--swap-space", "16")
     assert "16" not in line.words
     assert "--swap-space 16 is left out: it is gone since vLLM" in line.dropped[0]
@@ -71,10 +97,38 @@ def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_t
 @pytest.mark.parametrize(
     "extra",
     [
-        *(("--port", "99999"), ("--port", "0"), ("--port", "-1"), ("--port",), ("--port", "8o"), ("--port", "٣"), ("--host",), ("--host=",)),
-        *(("--gpu-memory-utilization", "-0.5"), ("--gpu-memory-utilization", "0"), ("--gpu-memory-utilization", "70"), ("--gpu-memory-utilization", "nan")),
-        *(("--max-num-seqs", "0"), ("--max-num-seqs", "many"), ("--tensor-parallel-size", "-1"), ("--max-model-len", "0"), ("--max-model-len", "long")),
-        *(("--api-key", "sk-secret"), ("--hf-token", "hf_secret"), ("--config", "x.yaml"), ("--uds", "/x"), ("--headless",), ("--help",), ("-h",)),
+        *(
+            ("--port", "99999"),
+            ("--port", "0"),
+            ("--port", "-1"),
+            ("--port",),
+            ("--port", "8o"),
+            ("--port", "٣"),
+            ("--host",),
+            ("--host=",),
+        ),
+        *(
+            ("--gpu-memory-utilization", "-0.5"),
+            ("--gpu-memory-utilization", "0"),
+            ("--gpu-memory-utilization", "70"),
+            ("--gpu-memory-utilization", "nan"),
+        ),
+        *(
+            ("--max-num-seqs", "0"),
+            ("--max-num-seqs", "many"),
+            ("--tensor-parallel-size", "-1"),
+            ("--max-model-len", "0"),
+            ("--max-model-len", "long"),
+        ),
+        *(
+            ("--api-key", "sk-secret"),
+            ("--hf-token", "hf_secret"),
+            ("--config", "x.yaml"),
+            ("--uds", "/x"),
+            ("--headless",),
+            ("--help",),
+            ("-h",),
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(extra: tuple[str, ...]) -> None:
@@ -85,7 +139,14 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(extra: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    "extra", [("--max-model-len", "32k"), ("--max-model-len", "auto"), ("--gpu-memory-utilization", ".7"), ("-tp", "2"), ("--max-num-seqs=8",)]
+    "extra",
+    [
+        ("--max-model-len", "32k"),
+        ("--max-model-len", "auto"),
+        ("--gpu-memory-utilization", ".7"),
+        ("-tp", "2"),
+        ("--max-num-seqs=8",),
+    ],
 )
 def test_what_the_parser_takes_is_taken(extra: tuple[str, ...]) -> None:
     assert compose(*extra).extra == extra
@@ -108,8 +169,14 @@ def test_rungs_follow_each_other_and_each_is_a_command() -> None:
     assert said == [
         "./scripts/inv serve big -- --gpu-memory-utilization 0.6",
         "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512",
-        "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512 --max-model-len 16000",
-        "./scripts/inv serve big -- --max-num-seqs 512 --max-model-len 16000 --gpu-memory-utilization 0.5",
+        (
+            "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512"
+            " --max-model-len 16000"
+        ),
+        (
+            "./scripts/inv serve big -- --max-num-seqs 512 --max-model-len 16000"
+            " --gpu-memory-utilization 0.5"
+        ),
     ]
 
 
@@ -123,4 +190,7 @@ def test_ladder_ends() -> None:
 
 
 def test_rung_keeps_what_the_user_said_otherwise() -> None:
-    assert rung("--port", "9000", "--gpu-memory-utilization=0.7") == "./scripts/inv serve big -- --port 9000 --gpu-memory-utilization 0.6"
+    assert (
+        rung("--port", "9000", "--gpu-memory-utilization=0.7")
+        == "./scripts/inv serve big -- --port 9000 --gpu-memory-utilization 0.6"
+    )

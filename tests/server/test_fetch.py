@@ -1,4 +1,6 @@
-"""`inv serve.fetch` around its probe, which a stand-in plays here; the real one meets a hub of real bytes in tests/proof/serve."""
+"""`inv serve.fetch` around its probe, which a stand-in plays here; the real one meets a hub of real
+bytes in tests/proof/serve.
+"""
 
 import functools
 import hashlib
@@ -14,7 +16,13 @@ from pathlib import Path
 import pytest
 
 from workspace.core.console import Console
-from workspace.core.errors import ServeError, SettingsError, SourceError, ToolchainError, WorkspaceError
+from workspace.core.errors import (
+    ServeError,
+    SettingsError,
+    SourceError,
+    ToolchainError,
+    WorkspaceError,
+)
 from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
@@ -44,18 +52,27 @@ class Clone:
         self.layout.environment_python.symlink_to(sys.executable)
         self.packages = self.layout.environment / "lib" / "python3.11" / "site-packages"
         self.packages.mkdir(parents=True)
-        shutil.copytree(here().probes, self.layout.probes, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            here().probes, self.layout.probes, ignore=shutil.ignore_patterns("__pycache__")
+        )
         self.layout.pins.parent.mkdir()
         shutil.copy(here().pins, self.layout.pins)
         shutil.copytree(here().root / "recipes", root / "recipes")
         self.package("oss-harmony", "0.0.11")
-        self.shell = {"PATH": "/usr/bin:/bin", "HOME": str(root / "home"), "HF_HOME": str(root / "hf"), "DEVICE": "cpu"}
+        self.shell = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(root / "home"),
+            "HF_HOME": str(root / "hf"),
+            "DEVICE": "cpu",
+        }
         self.said = ""
 
     def package(self, name: str, version: str) -> None:
         folder = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
 
     def probe(self, code: str) -> None:
         (self.layout.probes / "fetch_model.py").write_text(code)
@@ -66,7 +83,12 @@ class Clone:
     def fetch(self, name: str = "gpt-oss-20b", **shell: str) -> None:
         err = io.StringIO()
         try:
-            models.fetch(self.layout, load(self.layout, environ=self.shell | shell), name, console=Console(out=io.StringIO(), err=err))
+            models.fetch(
+                self.layout,
+                load(self.layout, environ=self.shell | shell),
+                name,
+                console=Console(out=io.StringIO(), err=err),
+            )
         finally:
             self.said = err.getvalue()
 
@@ -85,9 +107,16 @@ def test_model_is_fetched_once_and_then_asks_nobody(clone: Clone) -> None:
     clone.fetch()
     assert [line.split()[0] for line in clone.said.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
-    fit.show_recipes(clone.layout, load(clone.layout, environ=clone.shell), console=Console(out=out, err=out), as_json=True)
+    fit.show_recipes(
+        clone.layout,
+        load(clone.layout, environ=clone.shell),
+        console=Console(out=out, err=out),
+        as_json=True,
+    )
     rows = {row["name"]: row for row in json.loads(out.getvalue())["rows"]}
-    assert rows["gpt-oss-20b"]["on_disk"] == str(clone.layout.root / "hf/hub/models--openai--gpt-oss-20b/snapshots/abc1")
+    assert rows["gpt-oss-20b"]["on_disk"] == str(
+        clone.layout.root / "hf/hub/models--openai--gpt-oss-20b/snapshots/abc1"
+    )
     assert rows["gpt-oss-120b"]["on_disk"] is None
 
 
@@ -100,7 +129,9 @@ def test_model_is_fetched_once_and_then_asks_nobody(clone: Clone) -> None:
         ("network", SourceError, "could not be fetched", "goes on where it stopped"),
     ],
 )
-def test_what_stands_in_the_way_is_a_sentence_with_the_way_on(clone: Clone, kind: str, error: type[WorkspaceError], says: str, hint: str) -> None:
+def test_what_stands_in_the_way_is_a_sentence_with_the_way_on(
+    clone: Clone, kind: str, error: type[WorkspaceError], says: str, hint: str
+) -> None:
     clone.refuses(kind, "the hub's own word")
     with pytest.raises(error) as caught:
         clone.fetch()
@@ -116,7 +147,9 @@ def test_token_that_is_not_let_in_is_never_shown(clone: Clone) -> None:
     assert "swordfish" not in caught.value.message + clone.said
 
 
-@pytest.mark.parametrize("code", ["raise SystemExit(3)", "print('nothing')", "print('{}')", "print('{')", "pass"])
+@pytest.mark.parametrize(
+    "code", ["raise SystemExit(3)", "print('nothing')", "print('{}')", "print('{')", "pass"]
+)
 def test_probe_that_dies_or_babbles_is_a_sentence(clone: Clone, code: str) -> None:
     clone.probe(code)
     with pytest.raises(SourceError) as caught:
@@ -157,48 +190,76 @@ def store(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     yield folder, f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
 def published(clone: Clone, address: str, digests: dict[str, str]) -> None:
-    """A tiktoken that names the vocabularies as the real one does, and the harmony that asks for them."""
+    """A tiktoken that names the vocabularies as the real one does, and the harmony that asks for
+    them.
+    """
     shutil.rmtree(clone.packages / "oss_harmony-0.0.11.dist-info")
     clone.package("openai-harmony", "0.0.8")
     (clone.packages / "tiktoken_ext").mkdir()
     calls = "".join(
-        f'def f{number}():\n    return load_tiktoken_bpe(\n        "{address}/{name}",\n        expected_hash="{digest}",\n    )\n'
+        f'def f{number}():\n    return load_tiktoken_bpe(\n        "{address}/{name}",\n       '
+        f' expected_hash="{digest}",\n    )\n'
         for number, (name, digest) in enumerate(digests.items())
     )
     (clone.packages / "tiktoken_ext" / "openai_public.py").write_text(calls)
 
 
-def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_them_and_runs_are_told(clone: Clone, store: tuple[Path, str]) -> None:
+def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_them_and_runs_are_told(
+    clone: Clone, store: tuple[Path, str]
+) -> None:
     folder, address = store
-    published(clone, address, {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in run_environment.VOCABULARIES})
+    published(
+        clone,
+        address,
+        {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in run_environment.VOCABULARIES
+        },
+    )
     clone.probe(WHOLE)
     settings = load(clone.layout, environ=clone.shell)
-    assert run_environment.ENCODINGS not in run_environment.run_variables(clone.layout, settings, stack=None)
+    assert run_environment.ENCODINGS not in run_environment.run_variables(
+        clone.layout, settings, stack=None
+    )
     clone.fetch()
-    assert sorted(path.name for path in clone.layout.encodings.iterdir()) == sorted(run_environment.VOCABULARIES)
-    assert run_environment.run_variables(clone.layout, settings, stack=None)[run_environment.ENCODINGS] == str(clone.layout.encodings)
+    assert sorted(path.name for path in clone.layout.encodings.iterdir()) == sorted(
+        run_environment.VOCABULARIES
+    )
+    assert run_environment.run_variables(clone.layout, settings, stack=None)[
+        run_environment.ENCODINGS
+    ] == str(clone.layout.encodings)
     # A file that was damaged since is not trusted.
     (clone.layout.encodings / run_environment.VOCABULARIES[0]).write_text("damaged")
     clone.fetch()
-    assert (clone.layout.encodings / run_environment.VOCABULARIES[0]).read_bytes() == (folder / run_environment.VOCABULARIES[0]).read_bytes()
+    assert (clone.layout.encodings / run_environment.VOCABULARIES[0]).read_bytes() == (
+        folder / run_environment.VOCABULARIES[0]
+    ).read_bytes()
     clone.fetch()
     assert "on disk" in clone.said.splitlines()[1]
 
 
-def test_vocabulary_with_another_hash_is_refused_and_runs_are_not_told(clone: Clone, store: tuple[Path, str]) -> None:
+def test_vocabulary_with_another_hash_is_refused_and_runs_are_not_told(
+    clone: Clone, store: tuple[Path, str]
+) -> None:
     published(clone, store[1], dict.fromkeys(run_environment.VOCABULARIES, "0" * 64))
     clone.probe(WHOLE)
     with pytest.raises(SourceError, match="sha256"):
         clone.fetch()
-    assert run_environment.ENCODINGS not in run_environment.run_variables(clone.layout, load(clone.layout, environ=clone.shell), stack=None)
+    assert run_environment.ENCODINGS not in run_environment.run_variables(
+        clone.layout, load(clone.layout, environ=clone.shell), stack=None
+    )
 
 
 def test_model_without_harmony_needs_no_vocabularies(clone: Clone) -> None:

@@ -13,8 +13,12 @@ __all__ = ["house"]
 SPARK = Free(total_gib=119.7, available_gib=110.0, droppable_gib=10.0, is_unified=True)
 
 
-def judged(free: Free, *words: str, device: str = "cuda", name: str = "gpt-oss-120b", **environment: str) -> fit.Fit:
-    return fit.judge(recipes.load(here(), name), free, device=device, environment=environment, words=words)
+def judged(
+    free: Free, *words: str, device: str = "cuda", name: str = "gpt-oss-120b", **environment: str
+) -> fit.Fit:
+    return fit.judge(
+        recipes.load(here(), name), free, device=device, environment=environment, words=words
+    )
 
 
 def test_big_model_fits_an_empty_spark() -> None:
@@ -26,17 +30,26 @@ def test_big_model_fits_an_empty_spark() -> None:
 
 def test_page_cache_in_the_way_on_unified_memory_is_to_be_dropped_first() -> None:
     full_of_cache = replace(SPARK, available_gib=100.0, droppable_gib=90.0)
-    assert (judged(full_of_cache).verdict, judged(full_of_cache).hint) == ("after drop-caches", "./scripts/inv drop-caches")
+    assert (judged(full_of_cache).verdict, judged(full_of_cache).hint) == (
+        "after drop-caches",
+        "./scripts/inv drop-caches",
+    )
     # A GPU with memory of its own does not mind.
     assert judged(replace(full_of_cache, is_unified=False)).verdict == "yes"
 
 
 def test_too_much_asked_for_suggests_what_would_fit_beside_what_is_there() -> None:
-    busy = replace(SPARK, available_gib=80.0, droppable_gib=0.0, residents=(Resident(4711, "python", None),))
+    busy = replace(
+        SPARK, available_gib=80.0, droppable_gib=0.0, residents=(Resident(4711, "python", None),)
+    )
     found = judged(busy)
     assert found.verdict == "no"
     assert "the GPU is held by 4711 (python)" in found.sentence
-    assert found.hint == "--gpu-memory-utilization 0.65, or --kv-cache-memory-bytes 12025908428, leaves room for it"
+    assert (
+        found.hint
+        == "--gpu-memory-utilization 0.65, or --kv-cache-memory-bytes 12025908428, leaves room"
+        " for it"
+    )
     assert judged(busy, "--gpu-memory-utilization", "0.65").verdict == "yes"
     assert judged(busy, "--kv-cache-memory-bytes=11G").verdict == "yes"
     assert judged(busy, "--kv-cache-memory-bytes=14G").verdict == "no"
@@ -44,30 +57,49 @@ def test_too_much_asked_for_suggests_what_would_fit_beside_what_is_there() -> No
 
 def test_share_below_what_the_model_needs_is_found_before_the_load() -> None:
     found = judged(SPARK, "--gpu-memory-utilization", "0.5")
-    assert (found.verdict, found.hint, found.utilization) == ("no", "--gpu-memory-utilization 0.58", 0.58)
+    assert (found.verdict, found.hint, found.utilization) == (
+        "no",
+        "--gpu-memory-utilization 0.58",
+        0.58,
+    )
     assert "is given too little: 59.9 GiB with these flags; needs 67.9 GiB" in found.sentence
     assert judged(SPARK, "--gpu-memory-utilization", "0.58").verdict == "yes"
 
 
 def test_nothing_is_suggested_where_nothing_helps_but_to_end_what_is_there() -> None:
     found = judged(replace(SPARK, available_gib=50.0, residents=(Resident(7, "vllm", 60.0),)))
-    assert (found.utilization, found.kv_gib, found.hint) == (None, None, "end what holds the GPU first: ps -fp '7'")
+    assert (found.utilization, found.kv_gib, found.hint) == (
+        None,
+        None,
+        "end what holds the GPU first: ps -fp '7'",
+    )
 
 
 def test_length_asked_for_counts() -> None:
     recipe = recipes.load(here(), "gpt-oss-120b")
-    assert fit.needs_gib(recipe, ["--max-model-len", "128K"]) - fit.needs_gib(recipe) == pytest.approx((131072 - 32000) * 36 / 2**20)
+    assert fit.needs_gib(recipe, ["--max-model-len", "128K"]) - fit.needs_gib(
+        recipe
+    ) == pytest.approx((131072 - 32000) * 36 / 2**20)
     # As long as fits.
     assert fit.needs_gib(recipe, ["--max-model-len=auto"]) == 66.8
 
 
-def test_without_a_gpu_the_size_of_the_cache_is_what_the_environment_says_or_the_share_that_a_gpu_would_get() -> None:
+def test_without_a_gpu_the_size_of_the_cache_is_what_the_environment_says_or_the_share_that_a_gpu_would_get() -> (
+    None
+):
     small = Free(23.5, 20.0, 2.0, is_unified=False)
-    assert judged(small, device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="1").takes_gib == pytest.approx(2.6)
+    assert judged(
+        small, device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="1"
+    ).takes_gib == pytest.approx(2.6)
     assert judged(small, device="cpu", name="tiny").takes_gib == pytest.approx(2.35)
     assert judged(small, "--gpu-memory-utilization=0.05", device="cpu", name="tiny").verdict == "no"
-    full = judged(replace(small, available_gib=8.0), device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="12")
-    assert (full.verdict, full.hint) == ("no", "VLLM_CPU_KVCACHE_SPACE=4 in .env leaves room for it")
+    full = judged(
+        replace(small, available_gib=8.0), device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="12"
+    )
+    assert (full.verdict, full.hint) == (
+        "no",
+        "VLLM_CPU_KVCACHE_SPACE=4 in .env leaves room for it",
+    )
 
 
 GB10 = """case "$*" in

@@ -1,4 +1,6 @@
-"""Flags against a tree that is small and has every form in which vLLM defines them; the real parser's own word is asked for in tests/proof/serve."""
+"""Flags against a tree that is small and has every form in which vLLM defines them; the real
+parser's own word is asked for in tests/proof/serve.
+"""
 
 from pathlib import Path
 
@@ -50,7 +52,18 @@ class EngineArgs:
         group.add_argument("--log-stats", action=argparse.BooleanOptionalAction)
 """
 GUIDE = (
-    *("--async-scheduling", "--port", "8000", "--host", "0.0.0.0", "--trust-remote-code", "--swap-space", "16", "--max-model-len", "32000"),
+    *(
+        "--async-scheduling",
+        "--port",
+        "8000",
+        "--host",
+        "0.0.0.0",
+        "--trust-remote-code",
+        "--swap-space",
+        "16",
+        "--max-model-len",
+        "32000",
+    ),
     *("--tensor-parallel-size", "1", "--max-num-seqs", "1024", "--gpu-memory-utilization", "0.7"),
 )
 
@@ -58,7 +71,10 @@ GUIDE = (
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     layout = Layout(tmp_path_factory.mktemp("tree"))
-    for path, text in {"engine/arg_utils.py": ENGINE, "entrypoints/launchers/cli_args.py": CLI}.items():
+    for path, text in {
+        "engine/arg_utils.py": ENGINE,
+        "entrypoints/launchers/cli_args.py": CLI,
+    }.items():
         (layout.vllm / "vllm" / path).parent.mkdir(parents=True)
         (layout.vllm / "vllm" / path).write_text(text)
     return layout
@@ -69,18 +85,40 @@ def known(tree: Layout) -> flags.Flags:
     return flags.known(tree)
 
 
-def test_names_switches_and_short_forms_are_read_from_every_form_of_definition(known: flags.Flags) -> None:
-    assert {"--port", "--lora-modules", "--headless", "--max-model-len", "--log-stats", "--config"} <= known.names
+def test_names_switches_and_short_forms_are_read_from_every_form_of_definition(
+    known: flags.Flags,
+) -> None:
+    assert {
+        "--port",
+        "--lora-modules",
+        "--headless",
+        "--max-model-len",
+        "--log-stats",
+        "--config",
+    } <= known.names
     assert not {"--own", "--not-a-flag", "--model-tag"} & known.names
-    assert known.negatable == {"--enforce-eager", "--async-scheduling", "--trust-remote-code", "--enable-log-outputs", "--log-stats"}
+    assert known.negatable == {
+        "--enforce-eager",
+        "--async-scheduling",
+        "--trust-remote-code",
+        "--enable-log-outputs",
+        "--log-stats",
+    }
     assert known.switches == known.negatable | {"--headless"}
     assert {"-tp", "-cc", "-asc", "-O"} <= known.shorts
 
 
-def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(known: flags.Flags) -> None:
+def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
+    known: flags.Flags,
+) -> None:
     judged = flags.judge(GUIDE, known)
     assert judged.words == tuple(word for word in GUIDE if word not in ("--swap-space", "16"))
-    assert judged.dropped == ("--swap-space 16 is left out: it is gone since vLLM 0.18.1 (vllm-project/vllm#36216); nothing takes its place, leave it out",)
+    assert judged.dropped == (
+        (
+            "--swap-space 16 is left out: it is gone since vLLM 0.18.1 (vllm-project/vllm#36216);"
+            " nothing takes its place, leave it out"
+        ),
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,17 +126,28 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
     [
         (["--max_model_len", "5"], ["--max-model-len", "5"]),
         (["--max_model_len=5"], ["--max-model-len=5"]),
-        (["--no-async-scheduling", "--no_enforce_eager"], ["--no-async-scheduling", "--no-enforce-eager"]),
-        (["--quantization_config.moe.activation_x", "mxfp8"], ["--quantization-config.moe.activation_x", "mxfp8"]),
+        (
+            ["--no-async-scheduling", "--no_enforce_eager"],
+            ["--no-async-scheduling", "--no-enforce-eager"],
+        ),
+        (
+            ["--quantization_config.moe.activation_x", "mxfp8"],
+            ["--quantization-config.moe.activation_x", "mxfp8"],
+        ),
         (["--quantization-config.moe=a.b_c"], ["--quantization-config.moe=a.b_c"]),
         (["--max-model", "7"], ["--max-model-len", "7"]),
-        (["-tp", "2", "-tp=2", "-q8", "-O3", "-cc.mode=3"], ["-tp", "2", "-tp=2", "-q8", "-O3", "-cc.mode=3"]),
+        (
+            ["-tp", "2", "-tp=2", "-q8", "-O3", "-cc.mode=3"],
+            ["-tp", "2", "-tp=2", "-q8", "-O3", "-cc.mode=3"],
+        ),
         (["some/model", "-1", "-.5", "-", "--"], ["some/model", "-1", "-.5", "-", "--"]),
         (["--swap_space=4", "x"], ["x"]),
         (["--num-scheduler-steps", "8", "--use-v2-block-manager", "--port", "1"], ["--port", "1"]),
     ],
 )
-def test_spellings_that_vllms_parser_takes_are_taken(known: flags.Flags, words: list[str], taken: list[str]) -> None:
+def test_spellings_that_vllms_parser_takes_are_taken(
+    known: flags.Flags, words: list[str], taken: list[str]
+) -> None:
     assert list(flags.judge(words, known).words) == taken
 
 
@@ -121,7 +170,9 @@ def test_spellings_that_vllms_parser_takes_are_taken(known: flags.Flags, words: 
         ("--quantization-confi.moe", "--quantization-config"),
     ],
 )
-def test_unknown_flag_stops_with_the_nearest_names(known: flags.Flags, word: str, alike: str | None) -> None:
+def test_unknown_flag_stops_with_the_nearest_names(
+    known: flags.Flags, word: str, alike: str | None
+) -> None:
     if alike is None:
         assert flags.judge([word], known).words == (word,)
         return
@@ -134,7 +185,11 @@ def test_unknown_flag_stops_with_the_nearest_names(known: flags.Flags, word: str
 
 def test_last_value_counts(known: flags.Flags) -> None:
     words = ["--port", "1", "x", "--port=2", "--max-model-len", "3"]
-    assert (flags.last(words, "--port"), flags.last(words, "--max-model-len"), flags.last(words, "--host")) == ("2", "3", None)
+    assert (
+        flags.last(words, "--port"),
+        flags.last(words, "--max-model-len"),
+        flags.last(words, "--host"),
+    ) == ("2", "3", None)
     assert flags.last([], "--port") is None
     assert flags.last(["--enforce-eager"], "--enforce-eager") == ""
 
@@ -147,7 +202,11 @@ def test_last_value_counts(known: flags.Flags) -> None:
         ("enforce_eager", False, ["--no-enforce-eager"]),
         ("middleware", ["a", "b c"], ["--middleware", "a", "b c"]),
         ("compilation-config", {"mode": 3}, ["--compilation-config", '{"mode": 3}']),
-        ("quantization-config.moe.activation_x", "mxfp8", ["--quantization-config.moe.activation_x", "mxfp8"]),
+        (
+            "quantization-config.moe.activation_x",
+            "mxfp8",
+            ["--quantization-config.moe.activation_x", "mxfp8"],
+        ),
     ],
 )
 def test_values_of_a_recipe_become_words(name: str, value: object, words: list[str]) -> None:
@@ -155,8 +214,14 @@ def test_values_of_a_recipe_become_words(name: str, value: object, words: list[s
 
 
 def test_replacements_that_are_flags_are_no_removed_ones_themselves() -> None:
-    for former in (*run_environment.removed_names("flags").values(), *run_environment.removed_names("variables").values()):
-        assert not {word.strip(",;") for word in former.instead.split()} & run_environment.removed_names("flags").keys()
+    for former in (
+        *run_environment.removed_names("flags").values(),
+        *run_environment.removed_names("variables").values(),
+    ):
+        assert (
+            not {word.strip(",;") for word in former.instead.split()}
+            & run_environment.removed_names("flags").keys()
+        )
 
 
 def test_tree_without_a_command_line_is_a_sentence(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, load
 from workspace.server import models
 
-PROBE = "import sys, pathlib\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir(parents=True)\n(folder / 'words').write_text(' '.join(sys.argv[2:]))\n"
+PROBE = (
+    "import sys, pathlib\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir(parents=True)\n(folder /"
+    " 'words').write_text(' '.join(sys.argv[2:]))\n"
+)
 
 
 @pytest.fixture

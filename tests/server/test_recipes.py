@@ -1,4 +1,6 @@
-"""Recipes: the ones that are here are right for any tree that has their flags, and a wrong one is a sentence."""
+"""Recipes: the ones that are here are right for any tree that has their flags, and a wrong one is a
+sentence.
+"""
 
 from pathlib import Path
 
@@ -70,11 +72,16 @@ def test_every_recipe_here_can_be_read_and_says_what_it_needs(name: str) -> None
     assert not recipe.asks_for_remote_code
 
 
-def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(tmp_path: Path) -> None:
+def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(
+    tmp_path: Path,
+) -> None:
     new, old = load(tmp_path, GOOD, version="0.31.0"), load(tmp_path, GOOD, version="0.17.1")
     assert new.words == ("--max-model-len", "32000", "--async-scheduling", "--middleware", "a", "b")
     assert old.words == ("--max-model-len", "32000", "--middleware", "a", "b", "--swap-space", "4")
-    assert (new.environment, old.environment) == ({"VLLM_SWITCH": "1"}, {"VLLM_SWITCH": "1", "VLLM_OLD": "1"})
+    assert (new.environment, old.environment) == (
+        {"VLLM_SWITCH": "1"},
+        {"VLLM_SWITCH": "1", "VLLM_OLD": "1"},
+    )
     assert old.notes == ("one", "because")
 
 
@@ -88,11 +95,31 @@ def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(tm
         ("weights_gib = 60.8", "weights_gib = nan", "memory.weights_gib is not a number"),
         ("weights_gib = 60.8", "weights_gib = true", "memory.weights_gib is not a number"),
         ("openai/gpt-oss-120b", "../../etc", "model is not the name of a model"),
-        ('model = "openai/gpt-oss-120b"', 'model = "huge"\norigin = "built-in"', "model is not one of tiny, smollm2"),
-        ("max_model_len = 32000", "--max-model-len = 32000", "flags.--max-model-len is not the name of a flag"),
-        ("max_model_len = 32000", 'api-key = "x"', "flags.api-key is not for a recipe: put VLLM_API_KEY into .env"),
-        ("max_model_len = 32000", "max_model_len = 2020-01-01", "flags.max_model_len is not a switch, a number"),
-        ('VLLM_SWITCH = "1"', "VLLM_SWITCH = 1", "environment.VLLM_SWITCH is not a text of one line; quote a number"),
+        (
+            'model = "openai/gpt-oss-120b"',
+            'model = "huge"\norigin = "built-in"',
+            "model is not one of tiny, smollm2",
+        ),
+        (
+            "max_model_len = 32000",
+            "--max-model-len = 32000",
+            "flags.--max-model-len is not the name of a flag",
+        ),
+        (
+            "max_model_len = 32000",
+            'api-key = "x"',
+            "flags.api-key is not for a recipe: put VLLM_API_KEY into .env",
+        ),
+        (
+            "max_model_len = 32000",
+            "max_model_len = 2020-01-01",
+            "flags.max_model_len is not a switch, a number",
+        ),
+        (
+            'VLLM_SWITCH = "1"',
+            "VLLM_SWITCH = 1",
+            "environment.VLLM_SWITCH is not a text of one line; quote a number",
+        ),
         ('VLLM_SWITCH = "1"', 'HF_TOKEN = "hf_x"', "environment.HF_TOKEN is not for a recipe"),
         ('VLLM_SWITCH = "1"', '"not a name" = "1"', "environment.not a name is not the name of"),
         ('vllm = "<0.18"', 'vllm = "old"', "alternatives[1].vllm is not versions of vLLM"),
@@ -101,7 +128,9 @@ def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(tm
         ("[memory]", "[memory", "is not TOML"),
     ],
 )
-def test_wrong_recipe_is_a_sentence_with_its_file_and_key(tmp_path: Path, old: str, new: str, says: str) -> None:
+def test_wrong_recipe_is_a_sentence_with_its_file_and_key(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
     assert old in GOOD
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, GOOD.replace(old, new, 1))
@@ -110,7 +139,9 @@ def test_wrong_recipe_is_a_sentence_with_its_file_and_key(tmp_path: Path, old: s
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-12b", "../a", "", "a/b", "A", "x" * 5000, "\udcff", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["gpt-oss-12b", "../a", "", "a/b", "A", "x" * 5000, "\udcff", "a\nb"]
+)
 def test_name_without_a_recipe_is_a_sentence(tmp_path: Path, name: str) -> None:
     load(tmp_path, GOOD)
     with pytest.raises(SettingsError) as caught:
@@ -121,7 +152,9 @@ def test_name_without_a_recipe_is_a_sentence(tmp_path: Path, name: str) -> None:
 
 @fuzz(fast=60, deep=4000)
 @given(damaged(GOOD))
-def test_any_content_is_a_recipe_or_a_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_content_is_a_recipe_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzzed-recipe"
     folder.mkdir(exist_ok=True)
     try:
@@ -130,4 +163,7 @@ def test_any_content_is_a_recipe_or_a_sentence(tmp_path_factory: pytest.TempPath
         assert exc.hint
         assert "\n" not in exc.message or "is not TOML" in exc.message
     else:
-        assert all(isinstance(word, str) and "\0" not in word for word in (*recipe.words, *recipe.environment.values()))
+        assert all(
+            isinstance(word, str) and "\0" not in word
+            for word in (*recipe.words, *recipe.environment.values())
+        )

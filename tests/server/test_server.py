@@ -1,4 +1,6 @@
-"""A server's whole life with real processes: what runs is found, what is stopped leaves nothing, whoever is killed and whenever."""
+"""A server's whole life with real processes: what runs is found, what is stopped leaves nothing,
+whoever is killed and whenever.
+"""
 
 import contextlib
 import os
@@ -59,7 +61,9 @@ def is_clean(there: observation.Server) -> None:
 
 
 @pytest.mark.parametrize("manner", ["", "apart", "deaf"])
-def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(place: Path, manner: str) -> None:
+def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(
+    place: Path, manner: str
+) -> None:
     there = lifecycle.start(place, launch(manner))
     there, ready = lifecycle.wait_until_ready(there, timeout_s=20)
     assert ready.models == ("standin",)
@@ -107,7 +111,9 @@ def test_whoever_is_killed_nothing_is_left_after_stop(place: Path, who: str, man
     is_clean(there)
 
 
-def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_is_left_though_all_are_killed(place: Path) -> None:
+def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_is_left_though_all_are_killed(
+    place: Path,
+) -> None:
     there = lifecycle.start(place, launch("slow"))
     with ThreadPoolExecutor(1) as waiting:
         waiter = waiting.submit(lifecycle.wait_until_ready, there, timeout_s=60)
@@ -125,17 +131,22 @@ def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_
 
 
 @pytest.mark.parametrize("is_detached", [False, True])
-def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(place: Path, is_detached: bool) -> None:
+def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(
+    place: Path, is_detached: bool
+) -> None:
     port = lifecycle.free_port()
     code = (
-        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from workspace.server import lifecycle; from workspace.server.observation import Address\n"
-        "launch = lifecycle.Launch('standin', tuple(sys.argv[5:]), {}, Address('127.0.0.1', int(sys.argv[3])))\n"
-        "there = lifecycle.start(Path(sys.argv[2]), launch, is_detached=sys.argv[4] == 'True')\n"
-        "lifecycle.wait_until_ready(there, timeout_s=20); print('ready', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\nfrom"
+        " workspace.server import lifecycle; from workspace.server.observation import"
+        " Address\nlaunch = lifecycle.Launch('standin', tuple(sys.argv[5:]), {},"
+        " Address('127.0.0.1', int(sys.argv[3])))\nthere = lifecycle.start(Path(sys.argv[2]),"
+        " launch, is_detached=sys.argv[4] == 'True')\nlifecycle.wait_until_ready(there,"
+        " timeout_s=20); print('ready', flush=True); time.sleep(60)"
     )
     words = [str(ROOT), str(place), str(port), str(is_detached), *launch(port=port).argv]
-    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True) as starter:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True
+    ) as starter:
         assert starter.stdout.readline() == "ready\n"
         there = observation.find(place)
         assert there.is_ready
@@ -173,7 +184,9 @@ def test_port_that_is_taken_is_a_sentence_and_nothing_is_started(place: Path) ->
 
 def test_crash_in_the_start_up_says_the_cause_and_not_what_became_of_it(place: Path) -> None:
     there = lifecycle.start(place, launch("crash"))
-    with pytest.raises(ServeError, match=r"exited with 1: torch.OutOfMemoryError: CUDA out of memory\. Tried") as caught:
+    with pytest.raises(
+        ServeError, match=r"exited with 1: torch.OutOfMemoryError: CUDA out of memory\. Tried"
+    ) as caught:
         lifecycle.wait_until_ready(there, timeout_s=20)
     assert caught.value.details[-1] == f"log: {there.log}"
     lifecycle.stop(there)
@@ -181,7 +194,9 @@ def test_crash_in_the_start_up_says_the_cause_and_not_what_became_of_it(place: P
 
 def test_healthy_server_that_cannot_complete_is_not_ready(place: Path) -> None:
     there = lifecycle.start(place, launch("numb"))
-    with pytest.raises(ServeError, match="answers and does not work: .*500: EngineCore encountered an issue"):
+    with pytest.raises(
+        ServeError, match="answers and does not work: .*500: EngineCore encountered an issue"
+    ):
         lifecycle.wait_until_ready(there, timeout_s=20)
     lifecycle.stop(there)
 
@@ -190,10 +205,18 @@ def test_number_that_now_belongs_to_somebody_else_is_not_ended(place: Path) -> N
     there = lifecycle.start(place, launch("slow"))
     lifecycle.stop(there)
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
-        # As the state file would say if the number had been given away again, once with a session of its own.
-        for started, boot in ((process_tree.started_at(other.pid) - 1, there.boot), (process_tree.started_at(other.pid), "another boot")):
-            family = process_tree.Family(other.pid, started, there.family.mark, there.family.folder, there.family.log)
-            observation.write(observation.Server(place, "standin", there.address, family, boot, there.since, 0.0))
+        # As the state file would say if the number had been given away again, once with a session
+        # of its own.
+        for started, boot in (
+            (process_tree.started_at(other.pid) - 1, there.boot),
+            (process_tree.started_at(other.pid), "another boot"),
+        ):
+            family = process_tree.Family(
+                other.pid, started, there.family.mark, there.family.folder, there.family.log
+            )
+            observation.write(
+                observation.Server(place, "standin", there.address, family, boot, there.since, 0.0)
+            )
             found = observation.find(place)
             assert not observation.is_alive(found)
             lifecycle.stop(found)
@@ -210,7 +233,10 @@ def test_damaged_state_is_a_sentence(place: Path) -> None:
 
 
 def test_context_ends_the_server_when_the_block_fails(place: Path) -> None:
-    with contextlib.suppress(ZeroDivisionError), lifecycle.running(place, launch(), timeout_s=20) as (there, ready):
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        lifecycle.running(place, launch(), timeout_s=20) as (there, ready),
+    ):
         assert ready.models
         raise ZeroDivisionError
     is_clean(there)

@@ -1,4 +1,6 @@
-"""`inv run`, `inv shell`, `inv env.export`: what is started here, and what a shell makes of the lines, in a real sh."""
+"""`inv run`, `inv shell`, `inv env.export`: what is started here, and what a shell makes of the
+lines, in a real sh.
+"""
 
 import io
 import os
@@ -23,15 +25,41 @@ from workspace.server import command
 
 ROOT = Path(__file__).resolve().parents[2]
 names = st.text(string.ascii_letters + "_", min_size=1, max_size=6).map(lambda name: f"MY_{name}")
-values = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=30) | st.sampled_from(
-    ("$(touch /tmp/never)", "`id`", "a'b", '"', "\\", "\n\n", "-n", "; exit 3", "${HOME}", "~", "*", "#", "é\u2028", "trailing \n", "!x", "a b")
+values = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=30
+) | st.sampled_from(
+    (
+        "$(touch /tmp/never)",
+        "`id`",
+        "a'b",
+        '"',
+        "\\",
+        "\n\n",
+        "-n",
+        "; exit 3",
+        "${HOME}",
+        "~",
+        "*",
+        "#",
+        "é\u2028",
+        "trailing \n",
+        "!x",
+        "a b",
+    )
 )
 
 
 def evaluated(lines: list[str], outer: dict[str, str], program: str = "sh") -> dict[str, str]:
     """What a shell's children see after it has evaluated the lines, as `eval "$(…)"` does it."""
     script = 'eval "$(cat)"; exec env -0'
-    done = subprocess.run([program, "-euc", script], input="\n".join(lines).encode() + b"\n", env=outer, capture_output=True, timeout=20, check=True)
+    done = subprocess.run(
+        [program, "-euc", script],
+        input="\n".join(lines).encode() + b"\n",
+        env=outer,
+        capture_output=True,
+        timeout=20,
+        check=True,
+    )
     pairs = (entry.decode().partition("=") for entry in done.stdout.split(b"\0") if entry)
     return {name: text for name, _, text in pairs}
 
@@ -50,18 +78,30 @@ def test_sh_understands_every_value_as_it_is(wanted: dict[str, str], outer: dict
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_is_not_stopped_by_a_name_that_it_keeps_to_itself() -> None:
-    lines = list(command.lines(Layout(Path("/c")), {"UID": "7", "MY_A": "b", "not a name": "x", "é": "y"}, {}))
+    lines = list(
+        command.lines(
+            Layout(Path("/c")), {"UID": "7", "MY_A": "b", "not a name": "x", "é": "y"}, {}
+        )
+    )
     assert evaluated(lines, {"PATH": "/usr/bin:/bin"}, "bash")["MY_A"] == "b"
     assert not any("not a name" in line or "é" in line or "UID" in line for line in lines)
 
 
 def test_lists_of_folders_get_ours_in_front_once_and_nothing_is_said_twice() -> None:
     layout = Layout(Path("/c"))
-    environment = {"PATH": "/c/.vllm/bin:/cuda/bin:/usr/bin", "LD_LIBRARY_PATH": "/cuda/lib64", "HOME": "/h", "HF_TOKEN": "hf_secret"}
+    environment = {
+        "PATH": "/c/.vllm/bin:/cuda/bin:/usr/bin",
+        "LD_LIBRARY_PATH": "/cuda/lib64",
+        "HOME": "/h",
+        "HF_TOKEN": "hf_secret",
+    }
     outer = {"PATH": "/usr/bin", "HOME": "/h"}
     lines = list(command.lines(layout, environment, outer))
     seen = evaluated(lines, outer)
-    assert (seen["PATH"], seen["LD_LIBRARY_PATH"]) == ("/c/scripts:/cuda/bin:/usr/bin", "/cuda/lib64")
+    assert (seen["PATH"], seen["LD_LIBRARY_PATH"]) == (
+        "/c/scripts:/cuda/bin:/usr/bin",
+        "/cuda/lib64",
+    )
     assert "hf_secret" not in "".join(lines)
     assert list(command.lines(layout, environment, seen)) == []
 
@@ -75,40 +115,68 @@ def built(root: Path) -> Layout:
     return layout
 
 
-def become(layout: Layout, *words: str, verb: str = "run", own_shell: str = "", **how: object) -> "subprocess.Popen[str]":
+def become(
+    layout: Layout, *words: str, verb: str = "run", own_shell: str = "", **how: object
+) -> "subprocess.Popen[str]":
     """`inv run -- WORDS`, or `inv shell`, in a process of its own, which it becomes."""
-    what = "command.run_command(layout, settings.load(layout), sys.argv[2:], console=main.console())"
-    what = what if verb == "run" else "command.open_shell(layout, settings.load(layout), console=main.console())"
-    code = (
-        "import sys; from pathlib import Path; from workspace.cli import main; from workspace.core import settings; from workspace.core.paths import Layout\n"
-        "from workspace.server import command; layout = Layout(Path(sys.argv[1]))\n"
-        "sys.exit(main.run(lambda: " + what + "))"
+    what = (
+        "command.run_command(layout, settings.load(layout), sys.argv[2:], console=main.console())"
     )
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere", "PYTHONPATH": str(ROOT), "VLLM_VERSION_OVERRIDE": "1", "HF_TOKEN": "hf_secret"}
+    what = (
+        what
+        if verb == "run"
+        else "command.open_shell(layout, settings.load(layout), console=main.console())"
+    )
+    code = (
+        "import sys; from pathlib import Path; from workspace.cli import main; from workspace.core"
+        " import settings; from workspace.core.paths import Layout\nfrom workspace.server import"
+        " command; layout = Layout(Path(sys.argv[1]))\nsys.exit(main.run(lambda: " + what + "))"
+    )
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/nowhere",
+        "PYTHONPATH": str(ROOT),
+        "VLLM_VERSION_OVERRIDE": "1",
+        "HF_TOKEN": "hf_secret",
+    }
     environment |= {"SHELL": own_shell} if own_shell else {}
     argv = [sys.executable, "-c", code, str(layout.root), *words]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(argv, env=environment, text=True, **streams | how)  # type: ignore[call-overload]
 
 
-def test_command_gets_words_stdin_folder_and_environment_and_gives_its_exit_code(tmp_path: Path) -> None:
+def test_command_gets_words_stdin_folder_and_environment_and_gives_its_exit_code(
+    tmp_path: Path,
+) -> None:
     layout = built(tmp_path / "clone")
     layout.dotenv.write_text("CMAKE_ARGS=-DX\nMY_OWN='a b'\n")
-    script = 'cat; printf "%s|" "$@"; pwd; echo "$MY_OWN,$CMAKE_ARGS,$VLLM_VERSION_OVERRIDE,$HF_TOKEN,$MAX_JOBS,$VIRTUAL_ENV"; exit 7'
+    script = (
+        'cat; printf "%s|" "$@"; pwd; echo'
+        ' "$MY_OWN,$CMAKE_ARGS,$VLLM_VERSION_OVERRIDE,$HF_TOKEN,$MAX_JOBS,$VIRTUAL_ENV"; exit 7'
+    )
     child = become(layout, "sh", "-c", script, "x", "a b", "'", "--flag", "", cwd=tmp_path)
     out, err = child.communicate("input\n", timeout=20)
     assert child.returncode == 7, err
     first, words, last = out.splitlines()
     assert (first, words) == ("input", f"a b|'|--flag||{tmp_path}")
     own, *rest, token, jobs, environment = last.split(",")
-    assert (own, rest, token, environment) == ("a b", ["", ""], "hf_secret", str(layout.environment))
+    assert (own, rest, token, environment) == (
+        "a b",
+        ["", ""],
+        "hf_secret",
+        str(layout.environment),
+    )
     assert int(jobs) >= 1
 
 
-def test_command_is_looked_for_in_the_built_environment_first_and_signals_reach_it(tmp_path: Path) -> None:
+def test_command_is_looked_for_in_the_built_environment_first_and_signals_reach_it(
+    tmp_path: Path,
+) -> None:
     layout = built(tmp_path)
     program = layout.environment / "bin" / "sleeper"
-    program.write_text("#!/bin/sh\ntrap 'echo told; exit 9' TERM\necho here\nwhile :; do sleep 0.01; done\n")
+    program.write_text(
+        "#!/bin/sh\ntrap 'echo told; exit 9' TERM\necho here\nwhile :; do sleep 0.01; done\n"
+    )
     program.chmod(0o755)
     child = become(layout, "sleeper")
     assert child.stdout is not None
@@ -119,7 +187,15 @@ def test_command_is_looked_for_in_the_built_environment_first_and_signals_reach_
 
 def test_command_has_the_terminal(tmp_path: Path) -> None:
     terminal, end = pty.openpty()
-    child = become(built(tmp_path), "sh", "-c", "test -t 0 && test -t 1 && test -t 2 && exit 5", stdin=end, stdout=end, stderr=end)
+    child = become(
+        built(tmp_path),
+        "sh",
+        "-c",
+        "test -t 0 && test -t 1 && test -t 2 && exit 5",
+        stdin=end,
+        stdout=end,
+        stderr=end,
+    )
     os.close(end)
     assert child.wait(timeout=20) == 5
     os.close(terminal)
@@ -131,7 +207,10 @@ def test_shell_is_the_users_own_and_sh_where_there_is_none(tmp_path: Path) -> No
     own.write_text('#!/bin/sh\necho "own $VIRTUAL_ENV"\nexit 4\n')
     own.chmod(0o755)
     child = become(layout, verb="shell", own_shell=str(own))
-    assert (child.communicate(timeout=20)[0], child.returncode) == (f"own {layout.environment}\n", 4)
+    assert (child.communicate(timeout=20)[0], child.returncode) == (
+        f"own {layout.environment}\n",
+        4,
+    )
     child = become(layout, verb="shell")
     assert (child.communicate("exit 6\n", timeout=20)[0], child.returncode) == ("", 6)
 
@@ -157,17 +236,25 @@ def test_what_cannot_be_run_is_a_sentence(tmp_path: Path) -> None:
         command.run_command(layout, found, ["true"], console=console)
     made = built(tmp_path / "made")
     with pytest.raises(ToolchainError, match="no-such-program is not there"):
-        command.run_command(made, load(made, environ={"PATH": "/usr/bin"}), ["no-such-program"], console=console)
+        command.run_command(
+            made, load(made, environ={"PATH": "/usr/bin"}), ["no-such-program"], console=console
+        )
     made.dotenv.write_text("VLLM_CPU_KVCACHE_SPACE=900000\nDEVICE=cpu\n")
     with pytest.raises(SettingsError, match="VLLM_CPU_KVCACHE_SPACE=900000"):
-        command.run_command(made, load(made, environ={"PATH": "/usr/bin"}), ["true"], console=console)
+        command.run_command(
+            made, load(made, environ={"PATH": "/usr/bin"}), ["true"], console=console
+        )
 
 
 def test_export_prints_no_secret_and_says_so(tmp_path: Path) -> None:
     layout = built(tmp_path)
     layout.dotenv.write_text("HF_TOKEN=hf_secret\nMY_OWN='a b'\n")
     out, err = io.StringIO(), io.StringIO()
-    command.export_variables(layout, load(layout, environ={"PATH": os.environ["PATH"]}), console=Console(out=out, err=err))
+    command.export_variables(
+        layout,
+        load(layout, environ={"PATH": os.environ["PATH"]}),
+        console=Console(out=out, err=err),
+    )
     assert f"export MY_OWN={shlex.quote('a b')}" in out.getvalue().splitlines()
     assert "hf_secret" not in out.getvalue() + err.getvalue()
     assert "left out, because they are secret: HF_TOKEN" in err.getvalue()

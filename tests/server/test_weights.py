@@ -29,25 +29,62 @@ def snapshot(cache: Path, names: dict[str, str | None], *, commit: str = "abc1")
     return folder
 
 
-INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+INDEX = json.dumps(
+    {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
+)
 
 
 @pytest.mark.parametrize(
     ("files", "is_complete"),
     [
         ({"config.json": "{}", "model.safetensors": "x"}, True),
-        ({"config.json": "{}", "model-00001-of-00002.safetensors": "x", "model-00002-of-00002.safetensors": "x", "model.safetensors.index.json": INDEX}, True),
-        ({"config.json": "{}", "model-00001-of-00002.safetensors": "x", "model.safetensors.index.json": INDEX}, False),
+        (
+            {
+                "config.json": "{}",
+                "model-00001-of-00002.safetensors": "x",
+                "model-00002-of-00002.safetensors": "x",
+                "model.safetensors.index.json": INDEX,
+            },
+            True,
+        ),
+        (
+            {
+                "config.json": "{}",
+                "model-00001-of-00002.safetensors": "x",
+                "model.safetensors.index.json": INDEX,
+            },
+            False,
+        ),
         ({"config.json": "{}", "model-00001-of-00002.safetensors": "x"}, False),
-        ({"config.json": "{}", "model-00001-of-00002.safetensors": "x", "model-00002-of-00002.safetensors": None}, False),
+        (
+            {
+                "config.json": "{}",
+                "model-00001-of-00002.safetensors": "x",
+                "model-00002-of-00002.safetensors": None,
+            },
+            False,
+        ),
         ({"config.json": "{}"}, False),
         ({"model.safetensors": "x"}, False),
         ({"config.json": None, "model.safetensors": "x"}, False),
-        ({"config.json": "{}", "model.safetensors": "x", "model.safetensors.index.json": "{"}, False),
-        ({"config.json": "{}", "model.safetensors": "x", "model.safetensors.index.json": "[]"}, True),
+        (
+            {"config.json": "{}", "model.safetensors": "x", "model.safetensors.index.json": "{"},
+            False,
+        ),
+        (
+            {"config.json": "{}", "model.safetensors": "x", "model.safetensors.index.json": "[]"},
+            True,
+        ),
     ],
 )
-def test_snapshot_counts_only_with_all_of_its_parts(tmp_path: Path, files: dict[str, str | None], is_complete: bool) -> None:
+def test_snapshot_counts_only_with_all_of_its_parts(
+    tmp_path: Path, files: dict[str, str | None], is_complete: bool
+) -> None:
     folder = snapshot(tmp_path, files)
     assert models.snapshot(tmp_path, MODEL) == (folder if is_complete else None)
 
@@ -71,11 +108,17 @@ def test_damaged_reference_is_no_model(tmp_path: Path, content: bytes | None) ->
         ({}, "/home/someone/.cache/huggingface/hub"),
     ],
 )
-def test_cache_is_looked_for_where_huggingface_hub_has_it(tmp_path: Path, shell: dict[str, str], place: str) -> None:
-    assert models.hub_cache(load(Layout(tmp_path), environ={"PATH": "/bin", "HOME": "/home/someone", **shell})) == Path(place)
+def test_cache_is_looked_for_where_huggingface_hub_has_it(
+    tmp_path: Path, shell: dict[str, str], place: str
+) -> None:
+    assert models.hub_cache(
+        load(Layout(tmp_path), environ={"PATH": "/bin", "HOME": "/home/someone", **shell})
+    ) == Path(place)
 
 
-def test_folder_is_taken_as_it_is_and_built_in_models_where_they_were_made(house: House, tmp_path: Path) -> None:
+def test_folder_is_taken_as_it_is_and_built_in_models_where_they_were_made(
+    house: House, tmp_path: Path
+) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "config.json").write_text("{}")

@@ -1,4 +1,6 @@
-"""A model hub on the loopback that speaks what huggingface_hub asks: repository, tree, files with ranges. Real bytes, and faults on demand."""
+"""A model hub on the loopback that speaks what huggingface_hub asks: repository, tree, files with
+ranges. Real bytes, and faults on demand.
+"""
 
 import hashlib
 import json
@@ -15,7 +17,9 @@ CHUNK = 1 << 16
 
 @dataclass
 class Repository:
-    """One model: its files, and whether it is behind a gate. Files above `large` bytes are kept as the hub keeps large ones."""
+    """One model: its files, and whether it is behind a gate. Files above `large` bytes are kept as
+    the hub keeps large ones.
+    """
 
     files: dict[str, bytes]
     gated: bool = False
@@ -25,7 +29,9 @@ class Repository:
 
 @dataclass
 class Hub:
-    """`breaks` says after how many bytes a transfer of a file breaks off, once for each number; `ranges` what was asked for again."""
+    """`breaks` says after how many bytes a transfer of a file breaks off, once for each number;
+    `ranges` what was asked for again.
+    """
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -43,7 +49,9 @@ def serve() -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield hub
@@ -73,7 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.status:
             self._refuse(self.hub.status, "")
             return
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/auth-check|/revision/[^/]+|/tree/[^/]+)?", path):
+        if found := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(/auth-check|/revision/[^/]+|/tree/[^/]+)?", path
+        ):
             self._api(found[1], found[2] or "")
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(found[1], found[2], is_head=is_head)
@@ -89,15 +99,36 @@ class _Handler(BaseHTTPRequestHandler):
         elif what.startswith("/tree"):
             self._json(
                 [
-                    {"type": "file", "path": path, "oid": _blob(content), "size": len(content), **_lfs(repository, content)}
+                    {
+                        "type": "file",
+                        "path": path,
+                        "oid": _blob(content),
+                        "size": len(content),
+                        **_lfs(repository, content),
+                    }
                     for path, content in repository.files.items()
                 ]
             )
         else:
             siblings = [
-                {"rfilename": path, "size": len(content), "blobId": _blob(content), **_lfs(repository, content)} for path, content in repository.files.items()
+                {
+                    "rfilename": path,
+                    "size": len(content),
+                    "blobId": _blob(content),
+                    **_lfs(repository, content),
+                }
+                for path, content in repository.files.items()
             ]
-            self._json({"id": name, "modelId": name, "sha": COMMIT, "gated": "auto" if repository.gated else False, "private": False, "siblings": siblings})
+            self._json(
+                {
+                    "id": name,
+                    "modelId": name,
+                    "sha": COMMIT,
+                    "gated": "auto" if repository.gated else False,
+                    "private": False,
+                    "siblings": siblings,
+                }
+            )
 
     def _file(self, name: str, path: str, *, is_head: bool) -> None:
         repository = self.hub.repositories.get(name)
@@ -142,7 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
     def _is_allowed(self, repository: Repository) -> bool:
-        return not repository.gated or self.headers.get("Authorization") == f"Bearer {repository.token}"
+        return (
+            not repository.gated
+            or self.headers.get("Authorization") == f"Bearer {repository.token}"
+        )
 
     def _json(self, document: object) -> None:
         body = json.dumps(document).encode()

@@ -1,6 +1,8 @@
-"""A package index on the loopback: PEP 503 and PEP 691, hashes and sizes, range requests, and faults on request.
+"""A package index on the loopback: PEP 503 and PEP 691, hashes and sizes, range requests, and
+faults on request.
 
-One server for a session; each world sees it through a view of its own, with its own files, faults and counts.
+One server for a session; each world sees it through a view of its own, with its own files, faults
+and counts.
 """
 
 import contextlib
@@ -24,7 +26,9 @@ JSON_TYPE = "application/vnd.pypi.simple.v1+json"
 
 @dataclass(frozen=True)
 class Gate:
-    """Holds a request from when it is `reached` until it is `opened`: a verb stopped at a known place."""
+    """Holds a request from when it is `reached` until it is `opened`: a verb stopped at a known
+    place.
+    """
 
     reached: threading.Event = field(default_factory=threading.Event)
     opened: threading.Event = field(default_factory=threading.Event)
@@ -36,7 +40,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a file or with a project's page: a status, a wrong hash said, a line cut after some bytes, seconds of silence, a gate."""
+    """What goes wrong with a file or with a project's page: a status, a wrong hash said, a line cut
+    after some bytes, seconds of silence, a gate.
+    """
 
     status: int | None = None
     says_sha256: str | None = None
@@ -53,7 +59,9 @@ class Fault:
 
 @dataclass
 class View:
-    """The index as one world sees it. Keys of `faults` are file names or project names, `published` is when a file came (PEP 700)."""
+    """The index as one world sees it. Keys of `faults` are file names or project names, `published`
+    is when a file came (PEP 700).
+    """
 
     name: str
     port: int
@@ -87,7 +95,11 @@ class View:
 
     def fetched(self) -> list[str]:
         """The files that were asked for, in order, without pages and metadata."""
-        return [Path(path).name for path in self.requests if "/files/" in path and not path.endswith(".metadata")]
+        return [
+            Path(path).name
+            for path in self.requests
+            if "/files/" in path and not path.endswith(".metadata")
+        ]
 
 
 @dataclass
@@ -115,7 +127,9 @@ def serve(folder: Path) -> Iterator[Index]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     index.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield index
@@ -127,7 +141,11 @@ def serve(folder: Path) -> Iterator[Index]:
 
 def project_of(filename: str) -> str:
     """The normalised project (PEP 503) that a wheel or archive belongs to."""
-    stem = filename.removesuffix(".tar.gz").rsplit("-", 1)[0] if filename.endswith(".tar.gz") else filename.split("-", 1)[0]
+    stem = (
+        filename.removesuffix(".tar.gz").rsplit("-", 1)[0]
+        if filename.endswith(".tar.gz")
+        else filename.split("-", 1)[0]
+    )
     return re.sub(r"[-_.]+", "-", stem).lower()
 
 
@@ -171,8 +189,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             page = {"meta": {"api-version": "1.0"}, "name": project, "files": rows}
             self._send(200, json.dumps(page).encode(), kind=JSON_TYPE, cut_after=fault.cut_after)
         else:
-            links = "".join(f'<a href="{row["url"]}#sha256={row["hashes"]["sha256"]}">{row["filename"]}</a>\n' for row in rows)  # type: ignore[index]
-            self._send(200, f"<!DOCTYPE html><html><body>{links}</body></html>".encode(), kind="text/html", cut_after=fault.cut_after)
+            links = "".join(
+                f'<a href="{row["url"]}#sha256={row["hashes"]["sha256"]}">{row["filename"]}</a>\n'
+                for row in rows
+            )  # type: ignore[index]
+            self._send(
+                200,
+                f"<!DOCTYPE html><html><body>{links}</body></html>".encode(),
+                kind="text/html",
+                cut_after=fault.cut_after,
+            )
 
     def _file(self, view: View, name: str, fault: Fault) -> None:
         path = view.files.get(name.removesuffix(".metadata"))
@@ -181,19 +207,48 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if name.endswith(".metadata"):
             with zipfile.ZipFile(path) as archive:
-                self._send(200, archive.read(next(member for member in archive.namelist() if member.endswith(".dist-info/METADATA"))))
+                self._send(
+                    200,
+                    archive.read(
+                        next(
+                            member
+                            for member in archive.namelist()
+                            if member.endswith(".dist-info/METADATA")
+                        )
+                    ),
+                )
             return
         content = path.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and int(wanted[1]) < len(content):
             first, last = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
-            self._send(206, content[first : last + 1], span=f"bytes {first}-{last}/{len(content)}", cut_after=fault.cut_after)
+            self._send(
+                206,
+                content[first : last + 1],
+                span=f"bytes {first}-{last}/{len(content)}",
+                cut_after=fault.cut_after,
+            )
         else:
-            self._send(416 if wanted else 200, b"" if wanted else content, cut_after=fault.cut_after)
+            self._send(
+                416 if wanted else 200, b"" if wanted else content, cut_after=fault.cut_after
+            )
 
-    def _send(self, status: int, content: bytes, *, kind: str = "application/octet-stream", span: str | None = None, cut_after: int | None = None) -> None:
+    def _send(
+        self,
+        status: int,
+        content: bytes,
+        *,
+        kind: str = "application/octet-stream",
+        span: str | None = None,
+        cut_after: int | None = None,
+    ) -> None:
         self.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": str(len(content)), "Accept-Ranges": "bytes", "Cache-Control": "no-cache"}
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            "Accept-Ranges": "bytes",
+            "Cache-Control": "no-cache",
+        }
         for name, text in (headers | ({"Content-Range": span} if span else {})).items():
             self.send_header(name, text)
         self.end_headers()
@@ -210,5 +265,11 @@ def _row(view: View, name: str) -> dict[str, object]:
     said = view.faults.get(name, Fault()).says_sha256 or sha256(view.files[name])
     is_wheel = name.endswith(".whl")
     url = f"/{view.name}/files/{urllib.parse.quote(name)}"
-    row = {"filename": name, "url": url, "hashes": {"sha256": said}, "size": view.files[name].stat().st_size, "core-metadata": is_wheel}
+    row = {
+        "filename": name,
+        "url": url,
+        "hashes": {"sha256": said},
+        "size": view.files[name].stat().st_size,
+        "core-metadata": is_wheel,
+    }
     return row | ({"upload-time": view.published[name]} if name in view.published else {})

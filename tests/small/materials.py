@@ -1,4 +1,6 @@
-"""What all worlds of a session share: the upstream repository, the release archive, wheels, the patch, uv and its cache."""
+"""What all worlds of a session share: the upstream repository, the release archive, wheels, the
+patch, uv and its cache.
+"""
 
 import functools
 import os
@@ -24,11 +26,16 @@ Upstream-Status: Pending
 
 
 def _identity(name: str, email: str, date: str) -> dict[str, str]:
-    return {f"GIT_{role}_{what}": text for role in ("AUTHOR", "COMMITTER") for what, text in (("NAME", name), ("EMAIL", email), ("DATE", date))}
+    return {
+        f"GIT_{role}_{what}": text
+        for role in ("AUTHOR", "COMMITTER")
+        for what, text in (("NAME", name), ("EMAIL", email), ("DATE", date))
+    }
 
 
 UPSTREAM = _identity("Upstream", "upstream@invalid", "2026-01-01T00:00:00Z")
-# Published pins name this commit: another identity or date would make every clone's checkout another one.
+# Published pins name this commit: another identity or date would make every clone's checkout
+# another one.
 ARCHIVE_COMMIT = _identity("vLLM workspace", "workspace@invalid", "2000-01-01T00:00:00+0000")
 
 
@@ -51,7 +58,10 @@ class Materials:
         return self.folder / "wheels"
 
     def precompiled_wheel(self, project: str, machine: str | None = None) -> Path:
-        return self.wheels / f"{project.replace('-', '_')}-{VERSION}-cp38-abi3-manylinux_2_28_{machine or wheels.this_machine()}.whl"
+        return (
+            self.wheels
+            / f"{project.replace('-', '_')}-{VERSION}-cp38-abi3-manylinux_2_28_{machine or wheels.this_machine()}.whl"
+        )
 
 
 def prepare(folder: Path) -> Path:
@@ -71,14 +81,35 @@ def gather(folder: Path, served: index.Index) -> Materials:
     commit = _history(tree)
     patch = _patch(tree, folder / "patches", commit)
     archive = folder / "wheels" / f"vllm-{VERSION}.tar.gz"
-    return Materials(folder, folder / "bin", tree, commit, archive, *_archive_checkout(archive, folder / "archive"), patch, served)
+    return Materials(
+        folder,
+        folder / "bin",
+        tree,
+        commit,
+        archive,
+        *_archive_checkout(archive, folder / "archive"),
+        patch,
+        served,
+    )
 
 
 def git(folder: Path, *words: str, env: dict[str, str] | None = None) -> str:
     """Git for the test's own hand: no configuration but what is said here."""
-    base = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "HOME": "/nonexistent"}
+    base = {
+        "PATH": os.environ["PATH"],
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "HOME": "/nonexistent",
+    }
     argv = ["git", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always", *words]
-    done = subprocess.run(argv, cwd=folder, env=base | UPSTREAM | (env or {}), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        argv,
+        cwd=folder,
+        env=base | UPSTREAM | (env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"git {' '.join(words)}: {done.stderr}")
     return done.stdout.strip()
@@ -86,9 +117,15 @@ def git(folder: Path, *words: str, env: dict[str, str] | None = None) -> str:
 
 @functools.cache
 def find_uv() -> Path:
-    """The uv that this interpreter's environment or PATH has; the small world runs nothing else in its place."""
+    """The uv that this interpreter's environment or PATH has; the small world runs nothing else in
+    its place.
+    """
     beside = Path(sys.executable).parent / "uv"
-    found = beside if beside.exists() else shutil.which("uv") or ROOT / ".workspace" / "uv" / "bin" / "uv"
+    found = (
+        beside
+        if beside.exists()
+        else shutil.which("uv") or ROOT / ".workspace" / "uv" / "bin" / "uv"
+    )
     if not Path(found).exists():
         raise RuntimeError("the small world needs uv: ./scripts/nox installs one")
     return Path(found).resolve()
@@ -98,18 +135,27 @@ def _link_programs(folder: Path) -> None:
     """A PATH of its own, so that shims and wrappers of this machine are not asked."""
     folder.mkdir()
     base = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
-    # A CMake of the distribution may be older than what the trees demand; the tool environment's is not.
+    # A CMake of the distribution may be older than what the trees demand; the tool environment's is
+    # not.
     beside = {name: Path(sys.executable).parent / name for name in ("cmake", "ninja")}
-    for name, target in {"uv": find_uv(), f"python{sys.version_info[0]}.{sys.version_info[1]}": base, "python3": base, **beside}.items():
+    for name, target in {
+        "uv": find_uv(),
+        f"python{sys.version_info[0]}.{sys.version_info[1]}": base,
+        "python3": base,
+        **beside,
+    }.items():
         (folder / name).symlink_to(target)
 
 
 def _history(tree: Path) -> str:
-    """One commit before the tagged one and one after it, so that the pin is neither the root nor the tip."""
+    """One commit before the tagged one and one after it, so that the pin is neither the root nor
+    the tip.
+    """
     git(tree, "init", "--quiet")
     setup = (tree / "setup.py").read_text()
     (tree / "setup.py").write_text("# older\n" + setup)
-    # By force: as in the real tree, .gitignore names build/, and requirements/build is tracked all the same.
+    # By force: as in the real tree, .gitignore names build/, and requirements/build is tracked all
+    # the same.
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--quiet", "-m", "An older release")
     git(tree, "tag", "v0.30.0")
@@ -135,17 +181,33 @@ def _patch(tree: Path, folder: Path, commit: str) -> Path:
     line = '                        "vllm/_C.abi3.so",\n'
     text = setup.read_text()
     assert text.count(line) == 1
-    setup.write_text(text.replace(line, line + line.replace("_C", "_C_AVX2") + line.replace("_C", "_C_AVX512")))
+    setup.write_text(
+        text.replace(line, line + line.replace("_C", "_C_AVX2") + line.replace("_C", "_C_AVX512"))
+    )
     git(work, "commit", "--quiet", "--all", "-m", PATCH_MESSAGE)
     slug = git(work, "log", "-1", "--format=%f")
     made = folder / f"{slug}.patch"
-    made.write_text(git(work, "format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1") + "\n")
+    made.write_text(
+        git(
+            work,
+            "format-patch",
+            "--stdout",
+            "--zero-commit",
+            "--full-index",
+            "--no-signature",
+            "--keep-subject",
+            "-1",
+        )
+        + "\n"
+    )
     shutil.rmtree(work)
     return made
 
 
 def _archive_checkout(archive: Path, folder: Path) -> tuple[str, str]:
-    """Commit and tree that a checkout made from the archive must have, found without the workspace's own code."""
+    """Commit and tree that a checkout made from the archive must have, found without the
+    workspace's own code.
+    """
     folder.mkdir()
     shutil.unpack_archive(archive, folder, filter="data")
     tree = folder / f"vllm-{VERSION}"
@@ -155,5 +217,12 @@ def _archive_checkout(archive: Path, folder: Path) -> tuple[str, str]:
     git(tree, "init", "--quiet")
     git(tree, "add", "--all", "--force")
     oid = git(tree, "write-tree")
-    commit = git(tree, "commit-tree", "-m", f"vllm {VERSION}, as in its release archive {archive.name}", oid, env=ARCHIVE_COMMIT)
+    commit = git(
+        tree,
+        "commit-tree",
+        "-m",
+        f"vllm {VERSION}, as in its release archive {archive.name}",
+        oid,
+        env=ARCHIVE_COMMIT,
+    )
     return commit, oid

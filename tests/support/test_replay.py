@@ -1,4 +1,6 @@
-"""The recorded build through the real admission: near what no order can beat, never over the budget; and in small through real ninja and launchers."""
+"""The recorded build through the real admission: near what no order can beat, never over the
+budget; and in small through real ninja and launchers.
+"""
 
 import os
 import shutil
@@ -34,19 +36,29 @@ def test_with_jobs_as_the_tighter_bound_all_of_them_are_used_all_the_time() -> N
 
 
 @pytest.mark.parametrize("budget_gib", [2.0, 5.0, 9.0])
-def test_a_budget_below_the_largest_unit_builds_all_and_gives_that_one_the_machine_alone(budget_gib: float) -> None:
+def test_a_budget_below_the_largest_unit_builds_all_and_gives_that_one_the_machine_alone(
+    budget_gib: float,
+) -> None:
     found = perf_replay.simulate(TRACE, Bounds(perf_replay.CORES, budget_gib))
     assert found.most_gib == max(entry.peak_gib for entry in TRACE)
 
 
 def test_static_is_the_budget_by_the_largest_peak_in_the_order_of_the_build() -> None:
-    entries = [Entry("t", "a.cu", 10.0, 2.0), Entry("t", "b.cu", 4.0, 5.0), Entry("t", "c.cu", 5.0, 1.0)]
+    entries = [
+        Entry("t", "a.cu", 10.0, 2.0),
+        Entry("t", "b.cu", 4.0, 5.0),
+        Entry("t", "c.cu", 5.0, 1.0),
+    ]
     assert perf_replay.static(entries, Bounds(20, 11.0)) == perf_replay.Replayed(10.0, 10.0, 2)
     assert perf_replay.static(entries, Bounds(20, 1.0)) == perf_replay.Replayed(19.0, 5.0, 1)
 
 
-@pytest.mark.parametrize("found", [perf_replay.Replayed(1.0, 24.1, 3), perf_replay.Replayed(1.0, 3.0, 5)])
-def test_bounds_that_were_not_kept_fail_the_row_however_quick_it_was(found: perf_replay.Replayed) -> None:
+@pytest.mark.parametrize(
+    "found", [perf_replay.Replayed(1.0, 24.1, 3), perf_replay.Replayed(1.0, 3.0, 5)]
+)
+def test_bounds_that_were_not_kept_fail_the_row_however_quick_it_was(
+    found: perf_replay.Replayed,
+) -> None:
     with pytest.raises(BuildError, match="at once, where 4 and 24 GiB may be"):
         perf_replay.checked(found, Bounds(4, 24.0))
 
@@ -55,4 +67,6 @@ def test_a_unit_that_fails_fails_the_replay(tmp_path: Path) -> None:
     entries = [Entry("t", "a.cu", 0.01, 1.0), Entry("t", "b.cu", 0.01, 1.0)]
     assert NINJA is not None
     with pytest.raises(BuildError, match="ninja exited with 1"):
-        perf_replay.through_ninja(entries, Bounds(2, 8.0), tmp_path, environment={"PATH": "/nowhere"}, ninja=Path(NINJA))
+        perf_replay.through_ninja(
+            entries, Bounds(2, 8.0), tmp_path, environment={"PATH": "/nowhere"}, ninja=Path(NINJA)
+        )

@@ -1,6 +1,8 @@
-"""The course of a bisect: what was asked for, between which commits, and every try so far. One file, written anew after each try.
+"""The course of a bisect: what was asked for, between which commits, and every try so far. One
+file, written anew after each try.
 
-What follows from the tries is worked out from them each time, so that a bisect which was killed anywhere is gone on with by the same command.
+What follows from the tries is worked out from them each time, so that a bisect which was killed
+anywhere is gone on with by the same command.
 """
 
 import hashlib
@@ -12,7 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, SettingsError, WorkspaceError
+from workspace.core.errors import (
+    CheckoutError,
+    PatchConflict,
+    PatchDrift,
+    SettingsError,
+    WorkspaceError,
+)
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import nearest, shortened
@@ -25,7 +33,9 @@ Role = Literal["good", "fork", "bad", "suspect"]
 
 @dataclass(frozen=True)
 class Suspects:
-    """Every commit of `good..bad` with its parents, parents first: the last is `bad`. `forks` are where the two parted, none where good is an ancestor."""
+    """Every commit of `good..bad` with its parents, parents first: the last is `bad`. `forks` are
+    where the two parted, none where good is an ancestor.
+    """
 
     good: str
     parents: Mapping[str, tuple[str, ...]]
@@ -39,7 +49,8 @@ class Suspects:
 
 @dataclass(frozen=True)
 class Standing:
-    """How the search stands: who is left, oldest first, the last of them known to be bad, and whom to try next, as what; None where nothing is left to try.
+    """How the search stands: who is left, oldest first, the last of them known to be bad, and whom
+    to try next, as what; None where nothing is left to try.
 
     `contradiction` is an end, or a fork, that is not what it has to be.
     """
@@ -51,7 +62,11 @@ class Standing:
 
     @property
     def culprit(self) -> str | None:
-        return self.left[0] if len(self.left) == 1 and self.following is None and self.contradiction is None else None
+        return (
+            self.left[0]
+            if len(self.left) == 1 and self.following is None and self.contradiction is None
+            else None
+        )
 
     @property
     def steps(self) -> int:
@@ -60,15 +75,22 @@ class Standing:
 
 
 def search_state(suspects: Suspects, tries: Mapping[str, Verdict]) -> Standing:
-    """Work out from the tries, in their order, what is known. First the ends are to be tried, and the forks, which have to be good too."""
+    """Work out from the tries, in their order, what is known. First the ends are to be tried, and
+    the forks, which have to be good too.
+    """
     every = tuple(suspects.parents)
-    ends: list[tuple[str, Role]] = [(suspects.good, "good"), *((fork, "fork") for fork in suspects.forks), (suspects.bad, "bad")]
+    ends: list[tuple[str, Role]] = [
+        (suspects.good, "good"),
+        *((fork, "fork") for fork in suspects.forks),
+        (suspects.bad, "bad"),
+    ]
     for commit, role in ends:
         said = tries.get(commit)
         if said is None:
             return Standing(every, commit, role)
         wrong = "good" if role == "bad" else "bad"
-        # A fork that cannot be tried is taken for good, as git does: what is between it and good would else be searched for a commit that mends.
+        # A fork that cannot be tried is taken for good, as git does: what is between it and good
+        # would else be searched for a commit that mends.
         if said == wrong or (said == "skip" and role != "fork"):
             return Standing(every, None, role, contradiction=commit)
     reach = _reach(suspects.parents)
@@ -89,7 +111,9 @@ def _reach(parents: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
 
 
 def _left(reach: Mapping[str, int], tries: Mapping[str, Verdict]) -> int:
-    """Whoever every bad one leads to and no good one does. Not empty: only what lies before the last bad one is ever tried."""
+    """Whoever every bad one leads to and no good one does. Not empty: only what lies before the
+    last bad one is ever tried.
+    """
     mask = (1 << len(reach)) - 1
     for commit, said in tries.items():
         if said == "bad":
@@ -99,15 +123,23 @@ def _left(reach: Mapping[str, int], tries: Mapping[str, Verdict]) -> int:
     return mask
 
 
-def _following(left: Sequence[str], reach: Mapping[str, int], mask: int, tries: Mapping[str, Verdict]) -> str | None:
-    """Whoever has half of all; but those next to one that cannot be tried rarely can, so that half as far from each such counts too."""
+def _following(
+    left: Sequence[str], reach: Mapping[str, int], mask: int, tries: Mapping[str, Verdict]
+) -> str | None:
+    """Whoever has half of all; but those next to one that cannot be tried rarely can, so that half
+    as far from each such counts too.
+    """
     untried = [number for number, commit in enumerate(left) if tries.get(commit) == "skip"]
 
     def worth(number: int) -> int:
         weight = (reach[left[number]] & mask).bit_count()
         return min(weight, len(left) - weight, *(2 * abs(number - other) for other in untried))
 
-    best = max((number for number in range(len(left) - 1) if number not in untried), key=worth, default=None)
+    best = max(
+        (number for number in range(len(left) - 1) if number not in untried),
+        key=worth,
+        default=None,
+    )
     return None if best is None else left[best]
 
 
@@ -117,7 +149,9 @@ ABORT = "./scripts/nox -s bisect -- --abort"
 
 @dataclass(frozen=True)
 class BisectOptions:
-    """What the command line says. `factor` is as it was typed, `good` and `bad` are None where nothing was."""
+    """What the command line says. `factor` is as it was typed, `good` and `bad` are None where
+    nothing was.
+    """
 
     run: str
     good: str | None = None
@@ -129,11 +163,29 @@ class BisectOptions:
     @property
     def command(self) -> str:
         """The command line that asks for this."""
-        ends = [word for name, ref in (("--good", self.good), ("--bad", self.bad)) if ref for word in (name, ref)]
+        ends = [
+            word
+            for name, ref in (("--good", self.good), ("--bad", self.bad))
+            if ref
+            for word in (name, ref)
+        ]
         usual = BisectOptions(self.run)
-        more = [*(["--timeout-s", f"{self.timeout_s:g}"] if self.timeout_s != usual.timeout_s else [])]
+        more = [
+            *(["--timeout-s", f"{self.timeout_s:g}"] if self.timeout_s != usual.timeout_s else [])
+        ]
         more += ["--factor", self.factor] if self.factor != usual.factor else []
-        return shlex.join(["./scripts/nox", "-s", "bisect", "--", *(["--patches"] if self.is_patches else ends), "--run", self.run, *more])
+        return shlex.join(
+            [
+                "./scripts/nox",
+                "-s",
+                "bisect",
+                "--",
+                *(["--patches"] if self.is_patches else ends),
+                "--run",
+                self.run,
+                *more,
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +201,9 @@ class Try:
 
 @dataclass(frozen=True)
 class Course:
-    """`ground` is a digest of what the patches are on, and of the patches: tries on another ground say nothing of this one."""
+    """`ground` is a digest of what the patches are on, and of the patches: tries on another ground
+    say nothing of this one.
+    """
 
     options: BisectOptions
     good: str
@@ -173,9 +227,18 @@ class Course:
         return replace(self, tries=(*self.tries, one))
 
     def inheriting(self, former: "Course") -> "Course":
-        """Take over what another course has found out, where it asked the same of the same; a benchmark is judged against its own good end."""
-        same = [(one.options.run, one.options.timeout_s, one.options.is_patches, one.ground) for one in (self, former)]
-        return replace(self, tries=former.tries) if same[0] == same[1] and not any(one.values for one in former.tries) else self
+        """Take over what another course has found out, where it asked the same of the same; a
+        benchmark is judged against its own good end.
+        """
+        same = [
+            (one.options.run, one.options.timeout_s, one.options.is_patches, one.ground)
+            for one in (self, former)
+        ]
+        return (
+            replace(self, tries=former.tries)
+            if same[0] == same[1] and not any(one.values for one in former.tries)
+            else self
+        )
 
 
 def context_digest(base: str, patches: Sequence[Path]) -> str:
@@ -192,18 +255,25 @@ def log_path(layout: Layout) -> Path:
 
 
 def write_log(layout: Layout, course: Course) -> None:
-    write_atomic(log_path(layout), json.dumps({"schema": SCHEMA, **asdict(course)}, indent=1, allow_nan=False).encode())
+    write_atomic(
+        log_path(layout),
+        json.dumps({"schema": SCHEMA, **asdict(course)}, indent=1, allow_nan=False).encode(),
+    )
 
 
 def read_log(layout: Layout) -> Course | None:
-    """Return the bisect that is under way, None where there is none. Raises WorkspaceError for one that cannot be read."""
+    """Return the bisect that is under way, None where there is none. Raises WorkspaceError for one
+    that cannot be read.
+    """
     path = log_path(layout)
     try:
         return _course(json.loads(read_regular(path)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise WorkspaceError(f"{layout.relative(path)} is no bisect that can be gone on with: {exc}", hint=ABORT) from exc
+        raise WorkspaceError(
+            f"{layout.relative(path)} is no bisect that can be gone on with: {exc}", hint=ABORT
+        ) from exc
 
 
 def _course(document: Mapping[str, object]) -> Course:
@@ -216,7 +286,13 @@ def _course(document: Mapping[str, object]) -> Course:
     found = tuple(Try(**{**one, "values": tuple(one["values"])}) for one in tries)
     if any(one.verdict not in get_args(Verdict) for one in found):
         raise ValueError("it has a verdict that is none")
-    return Course(BisectOptions(**options), str(document["good"]), str(document["bad"]), str(document["ground"]), found)
+    return Course(
+        BisectOptions(**options),
+        str(document["good"]),
+        str(document["bad"]),
+        str(document["ground"]),
+        found,
+    )
 
 
 GOOD_REFS = "refs/good"
@@ -232,7 +308,9 @@ class Ground:
 
 @dataclass(frozen=True)
 class Field:
-    """`carried` are the patches that go on each commit; `names` are those that the commits of a series are made of."""
+    """`carried` are the patches that go on each commit; `names` are those that the commits of a
+    series are made of.
+    """
 
     suspects: Suspects
     subjects: Mapping[str, str]
@@ -243,21 +321,33 @@ class Field:
         """A commit as a person knows it."""
         if commit in self.names:
             return self.names[commit]
-        return "the pin without patches" if self.names and commit == self.suspects.good else f"{commit[:12]} {self.subjects.get(commit, '')}".rstrip()
+        return (
+            "the pin without patches"
+            if self.names and commit == self.suspects.good
+            else f"{commit[:12]} {self.subjects.get(commit, '')}".rstrip()
+        )
 
 
 def bisect_context(layout: Layout, observed: plan.Observation) -> Ground:
     """Raises CheckoutError where there is no checkout to search in."""
     stack = observed.stack
     if stack is None or observed.checkout.base is None:
-        raise CheckoutError(f"{layout.relative(layout.vllm)} is {observed.checkout.detail}, so there is nothing to search in", hint="./scripts/inv bootstrap")
-    return Ground(observed.checkout.base, tuple(layout.patches("vllm") / name for name in stack.names))
+        raise CheckoutError(
+            f"{layout.relative(layout.vllm)} is {observed.checkout.detail}, so there is nothing to"
+            " search in",
+            hint="./scripts/inv bootstrap",
+        )
+    return Ground(
+        observed.checkout.base, tuple(layout.patches("vllm") / name for name in stack.names)
+    )
 
 
 def range_ends(layout: Layout, ground: Ground, options: BisectOptions) -> tuple[str, str]:
-    """The commits that the search goes between: what is asked for, else the last good state's or the pin, and the pin.
+    """The commits that the search goes between: what is asked for, else the last good state's or
+    the pin, and the pin.
 
-    Raises SettingsError for an end that is none, CheckoutError where they have nothing to do with each other, and for a series what it does not apply.
+    Raises SettingsError for an end that is none, CheckoutError where they have nothing to do with
+    each other, and for a series what it does not apply.
     """
     git = Git(layout.vllm)
     if options.is_patches:
@@ -269,15 +359,27 @@ def range_ends(layout: Layout, ground: Ground, options: BisectOptions) -> tuple[
         states = worktree.references(git, GOOD_REFS).values()
         found = history.last_in_common(git, states, bad)
         if found is None:
-            raise SettingsError(f"no good state is known from before {bad[:12]}, so there is nothing to search from", hint="--good v0.30.0    for example")
+            raise SettingsError(
+                f"no good state is known from before {bad[:12]}, so there is nothing to search"
+                " from",
+                hint="--good v0.30.0    for example",
+            )
         good = found
     forks = history.forks(git, good, bad)
     if not forks:
-        hint = "./scripts/inv status    says what the checkout was made from: a release archive has no history"
-        raise CheckoutError(f"{options.good or good[:12]} and {options.bad or bad[:12]} have no history in common", hint=hint)
+        hint = (
+            "./scripts/inv status    says what the checkout was made from: a release archive has no"
+            " history"
+        )
+        raise CheckoutError(
+            f"{options.good or good[:12]} and {options.bad or bad[:12]} have no history in common",
+            hint=hint,
+        )
     if bad in forks:
         raise SettingsError(
-            f"{options.bad or bad[:12]} is no later than {options.good or good[:12]}: there is no commit between them", hint="--good OLDER --bad NEWER"
+            f"{options.bad or bad[:12]} is no later than {options.good or good[:12]}: there is no"
+            " commit between them",
+            hint="--good OLDER --bad NEWER",
         )
     return good, bad
 
@@ -286,13 +388,25 @@ def open_range(layout: Layout, ground: Ground, good: str, bad: str, *, is_patche
     """Read the history between the ends. Raises CheckoutError where it is no longer there."""
     git = Git(layout.vllm)
     if missing := {good, bad} - git.present((good, bad)):
-        raise CheckoutError(f"vendor/vllm no longer has {missing.pop()[:12]}, where the bisect goes", hint="./scripts/nox -s bisect -- --abort")
+        raise CheckoutError(
+            f"vendor/vllm no longer has {missing.pop()[:12]}, where the bisect goes",
+            hint="./scripts/nox -s bisect -- --abort",
+        )
     commits = history.commits_between(git, good, bad)
     forks = tuple(fork for fork in history.forks(git, good, bad) if fork != good)
     ends_too = {commit: history.subject(git, commit) for commit in (good, *forks)}
-    names = {commit.oid: patch.name for commit, patch in zip(commits, ground.patches, strict=True)} if is_patches else {}
+    names = (
+        {commit.oid: patch.name for commit, patch in zip(commits, ground.patches, strict=True)}
+        if is_patches
+        else {}
+    )
     suspects = Suspects(good, {commit.oid: commit.parents for commit in commits}, forks)
-    return Field(suspects, {**ends_too, **{commit.oid: commit.subject for commit in commits}}, () if is_patches else ground.patches, names)
+    return Field(
+        suspects,
+        {**ends_too, **{commit.oid: commit.subject for commit in commits}},
+        () if is_patches else ground.patches,
+        names,
+    )
 
 
 def _resolved(git: Git, flag: str, ref: str) -> str:
@@ -300,20 +414,33 @@ def _resolved(git: Git, flag: str, ref: str) -> str:
         if found := git.resolve(name):
             return found
     alike = nearest(ref, history.tags(git))
-    hint = f"did you mean {alike}?" if alike else f"git -C vendor/vllm fetch origin tag {ref if ref.startswith('v') else 'v0.30.0'}"
+    hint = (
+        f"did you mean {alike}?"
+        if alike
+        else f"git -C vendor/vllm fetch origin tag {ref if ref.startswith('v') else 'v0.30.0'}"
+    )
     raise SettingsError(f"{flag}: vendor/vllm has no {shortened(ref)!r}", hint=hint)
 
 
 def _tip(layout: Layout, git: Git, ground: Ground) -> str:
     """The last commit of the series, which are made anew, the same as ever."""
     if not ground.patches:
-        raise SettingsError("patches/vllm/series names no patch, so none can be to blame", hint="./scripts/nox -s bisect -- --good v0.30.0 --run smoke")
+        raise SettingsError(
+            "patches/vllm/series names no patch, so none can be to blame",
+            hint="./scripts/nox -s bisect -- --good v0.30.0 --run smoke",
+        )
     made = am.applied(git, ground.base, ground.patches, place=layout.state / "am")
     if made.tip is None:
         name = ground.patches[made.position - 1].name
-        raise PatchConflict(f"patches/vllm/{name} does not apply: {', '.join(made.conflicted)}", hint="./scripts/inv patch.apply")
+        raise PatchConflict(
+            f"patches/vllm/{name} does not apply: {', '.join(made.conflicted)}",
+            hint="./scripts/inv patch.apply",
+        )
     slugs = git.slugs(ground.base, made.tip)
     if len(slugs) != len(ground.patches):
         lost = [patch.name for patch in ground.patches if patch.stem not in slugs]
-        raise PatchDrift(f"{', '.join(lost) or 'a patch'} changes nothing on the pin", hint="take its line out of patches/vllm/series")
+        raise PatchDrift(
+            f"{', '.join(lost) or 'a patch'} changes nothing on the pin",
+            hint="take its line out of patches/vllm/series",
+        )
     return made.tip

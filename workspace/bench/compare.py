@@ -1,4 +1,6 @@
-"""`inv bench.compare`: whether two records may be compared, and a verdict on each metric that both have."""
+"""`inv bench.compare`: whether two records may be compared, and a verdict on each metric that both
+have.
+"""
 
 import functools
 import json
@@ -17,7 +19,8 @@ from workspace.core.paths import Layout
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 FACTOR = 0.05
-# Below five an arm no interval of 95 % exists at all; six is what the statistics of this workspace ask for.
+# Below five an arm no interval of 95 % exists at all; six is what the statistics of this workspace
+# ask for.
 MIN_STARTS = 6
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
@@ -31,9 +34,11 @@ COUNTED_PAIRS = 2500
 
 @dataclass(frozen=True)
 class Judgement:
-    """`ratio` is the second arm over the first, between `low` and `high` with 95 % confidence (None: too few starts to say).
+    """`ratio` is the second arm over the first, between `low` and `high` with 95 % confidence
+    (None: too few starts to say).
 
-    `p` is the chance that arms which do not differ look so different. `needed` starts an arm would settle what is inconclusive, None where none would.
+    `p` is the chance that arms which do not differ look so different. `needed` starts an arm would
+    settle what is inconclusive, None where none would.
     """
 
     verdict: Verdict
@@ -45,10 +50,14 @@ class Judgement:
     reason: str
 
 
-def judge_samples(first: Sequence[float], second: Sequence[float], *, better: Better, factor: float = FACTOR) -> Judgement:
-    """Compare two arms, one positive value a start. `factor` 0.05: a change up to 5 % does not count.
+def judge_samples(
+    first: Sequence[float], second: Sequence[float], *, better: Better, factor: float = FACTOR
+) -> Judgement:
+    """Compare two arms, one positive value a start. `factor` 0.05: a change up to 5 % does not
+    count.
 
-    fail: the interval lies beyond the factor on the worse side, and the arms differ. pass: it lies before it. Else inconclusive.
+    fail: the interval lies beyond the factor on the worse side, and the arms differ. pass: it lies
+    before it. Else inconclusive.
     """
     differences = sorted(math.log(b) - math.log(a) for a in first for b in second)
     middle = statistics.median(differences)
@@ -56,31 +65,47 @@ def judge_samples(first: Sequence[float], second: Sequence[float], *, better: Be
     p = _mann_whitney(first, second)
     ratio = math.exp(middle)
     if bounds is None or min(len(first), len(second)) < MIN_STARTS:
-        reason = f"an arm has at least {MIN_STARTS} starts, there are {len(first)} and {len(second)}"
+        reason = (
+            f"an arm has at least {MIN_STARTS} starts, there are {len(first)} and {len(second)}"
+        )
         low, high = (math.exp(bound) for bound in bounds) if bounds else (None, None)
         return Judgement("inconclusive", ratio, low, high, p, MIN_STARTS, reason)
     # Upwards is worse from here on.
-    worst, least, centre = (bounds[1], bounds[0], middle) if better == "lower" else (-bounds[0], -bounds[1], -middle)
+    worst, least, centre = (
+        (bounds[1], bounds[0], middle) if better == "lower" else (-bounds[0], -bounds[1], -middle)
+    )
     limit = math.log1p(factor)
     low, high = math.exp(bounds[0]), math.exp(bounds[1])
     if least > limit and p < ALPHA:
         return Judgement("fail", ratio, low, high, p, None, "slower")
     if worst < limit:
-        return Judgement("pass", ratio, low, high, p, None, "faster" if worst < -limit else "no slower")
-    needed = _needed(len(first), len(second), half=(worst - least) / 2, distance=abs(limit - centre))
-    reason = f"{needed} starts an arm would settle it" if needed else f"it lies at the factor of {factor:.3g} itself, more starts will hardly settle it"
+        return Judgement(
+            "pass", ratio, low, high, p, None, "faster" if worst < -limit else "no slower"
+        )
+    needed = _needed(
+        len(first), len(second), half=(worst - least) / 2, distance=abs(limit - centre)
+    )
+    reason = (
+        f"{needed} starts an arm would settle it"
+        if needed
+        else f"it lies at the factor of {factor:.3g} itself, more starts will hardly settle it"
+    )
     return Judgement("inconclusive", ratio, low, high, p, needed, reason)
 
 
 def _interval(differences: Sequence[float], first: int, second: int) -> tuple[float, float] | None:
-    """The bounds that U leaves: as many of the ordered differences are cut off at each end as chance alone would put there."""
+    """The bounds that U leaves: as many of the ordered differences are cut off at each end as
+    chance alone would put there.
+    """
     cut = _cut(first, second)
     return (differences[cut - 1], differences[-cut]) if cut > 0 else None
 
 
 @functools.cache
 def _cut(first: int, second: int) -> int:
-    """The largest k with P(U < k) of at most half of ALPHA for arms that do not differ; 0 where there is none."""
+    """The largest k with P(U < k) of at most half of ALPHA for arms that do not differ; 0 where
+    there is none.
+    """
     if first * second > COUNTED_PAIRS:
         spread = math.sqrt(first * second * (first + second + 1) / 12)
         return math.floor(first * second / 2 + statistics.NormalDist(0, spread).inv_cdf(ALPHA / 2))
@@ -106,7 +131,9 @@ def _arrangements(first: int, second: int) -> list[int]:
 
 
 def _mann_whitney(first: Sequence[float], second: Sequence[float]) -> float:
-    """The two-sided p of scipy.stats.mannwhitneyu; 1 where it says nothing, as of arms that are all one number."""
+    """The two-sided p of scipy.stats.mannwhitneyu; 1 where it says nothing, as of arms that are all
+    one number.
+    """
     from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
 
     p = float(mannwhitneyu(second, first, alternative="two-sided").pvalue)
@@ -114,7 +141,9 @@ def _mann_whitney(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _needed(first: int, second: int, *, half: float, distance: float) -> int | None:
-    """Starts an arm after which the interval, which shrinks with their root, no longer reaches over the limit."""
+    """Starts an arm after which the interval, which shrinks with their root, no longer reaches over
+    the limit.
+    """
     if distance <= 0:
         return None
     normal = statistics.NormalDist()
@@ -139,8 +168,19 @@ class Row:
     judgement: Judgement
 
 
-def show(layout: Layout, first: str, second: str, *, factor: str, across: Sequence[str], console: Console, as_json: bool) -> None:
-    """Print a row a metric. Raises Regression where one got worse, SettingsError where the records are not comparable."""
+def show(
+    layout: Layout,
+    first: str,
+    second: str,
+    *,
+    factor: str,
+    across: Sequence[str],
+    console: Console,
+    as_json: bool,
+) -> None:
+    """Print a row a metric. Raises Regression where one got worse, SettingsError where the records
+    are not comparable.
+    """
     allowed = parsed_factor(factor)
     a, b = (found.record for found in (results.find(layout, first), results.find(layout, second)))
     assert a is not None
@@ -148,14 +188,26 @@ def show(layout: Layout, first: str, second: str, *, factor: str, across: Sequen
     require_comparable(a, b, across=across)
     rows = judged(a, b, factor=allowed)
     if as_json:
-        document = {"schema": 1, "factor": allowed, "first": a.stem, "second": b.stem, "rows": [asdict(row) for row in rows]}
+        document = {
+            "schema": 1,
+            "factor": allowed,
+            "first": a.stem,
+            "second": b.stem,
+            "rows": [asdict(row) for row in rows],
+        }
         console.data(json.dumps(document, indent=1, allow_nan=False))
     else:
         print_rows(rows, console=console)
     if names := worse(rows):
-        raise Regression(f"{b.stem} is slower than {a.stem}: {names}", hint=f"./scripts/inv bench.report    draws both; factor {allowed:.3g}")
+        raise Regression(
+            f"{b.stem} is slower than {a.stem}: {names}",
+            hint=f"./scripts/inv bench.report    draws both; factor {allowed:.3g}",
+        )
     if needed := most_needed(rows):
-        console.say(f"next: ./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on both trees; what is measured stays")
+        console.say(
+            f"next: ./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on"
+            " both trees; what is measured stays"
+        )
 
 
 def print_rows(rows: Sequence[Row], *, console: Console) -> None:
@@ -165,12 +217,21 @@ def print_rows(rows: Sequence[Row], *, console: Console) -> None:
 
 def worse(rows: Sequence[Row]) -> str:
     """Name the metrics that got worse, and by how much; nothing where none did."""
-    return ", ".join(f"{row.metric} {percent(row.judgement.ratio)}" for row in rows if row.judgement.verdict == "fail")
+    return ", ".join(
+        f"{row.metric} {percent(row.judgement.ratio)}"
+        for row in rows
+        if row.judgement.verdict == "fail"
+    )
 
 
 def most_needed(rows: Sequence[Row]) -> int:
-    """How many starts an arm would settle what is inconclusive, 0 where nothing is, or none would."""
-    return max((row.judgement.needed or 0 for row in rows if row.judgement.verdict == "inconclusive"), default=0)
+    """How many starts an arm would settle what is inconclusive, 0 where nothing is, or none
+    would.
+    """
+    return max(
+        (row.judgement.needed or 0 for row in rows if row.judgement.verdict == "inconclusive"),
+        default=0,
+    )
 
 
 def parsed_factor(text: str) -> float:
@@ -181,7 +242,9 @@ def parsed_factor(text: str) -> float:
         factor = math.nan
     if not LEAST_FACTOR <= factor <= MOST_FACTOR:
         raise SettingsError(
-            f"--factor: {text[:40]!r} is not a percentage from {LEAST_FACTOR:.2%} to {MOST_FACTOR:.0%}", hint=f"--factor {FACTOR * 100:g}    is the default"
+            f"--factor: {text[:40]!r} is not a percentage from {LEAST_FACTOR:.2%} to"
+            f" {MOST_FACTOR:.0%}",
+            hint=f"--factor {FACTOR * 100:g}    is the default",
         )
     return factor
 
@@ -192,7 +255,10 @@ def judged(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
     if not shared:
         raise SettingsError(
             f"{first.stem} and {second.stem} have no metric in common",
-            hint=f"measured are {', '.join(first.metrics) or 'none'} and {', '.join(second.metrics) or 'none'}",
+            hint=(
+                f"measured are {', '.join(first.metrics) or 'none'} and"
+                f" {', '.join(second.metrics) or 'none'}"
+            ),
         )
     rows = []
     for name in shared:
@@ -205,9 +271,16 @@ def judged(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
 def sentence(row: Row) -> str:
     """The evidence of a verdict, in a line."""
     of = row.judgement
-    between = f" ({percent(of.low)} to {percent(of.high)})" if of.low is not None and of.high is not None else ""
+    between = (
+        f" ({percent(of.low)} to {percent(of.high)})"
+        if of.low is not None and of.high is not None
+        else ""
+    )
     chance = f"p = {of.p:.2g}, " if of.low is not None else ""
-    return f"{of.verdict}: {percent(of.ratio)}{between}, {chance}{row.first:.4g} → {row.second:.4g} {metrics.known(row.metric).unit}; {of.reason}"
+    return (
+        f"{of.verdict}: {percent(of.ratio)}{between}, {chance}{row.first:.4g} → {row.second:.4g}"
+        f" {metrics.known(row.metric).unit}; {of.reason}"
+    )
 
 
 def percent(ratio: float) -> str:
@@ -220,13 +293,22 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
     names = fields(first).keys()
     unknown = [name for name in across if name not in names]
     if unknown:
-        raise SettingsError(f"--across: {unknown[0][:40]!r} is no field of a record", hint=f"there are {', '.join(names)}")
-    differing = {name: text for name, text in differences(first, second).items() if name not in across}
+        raise SettingsError(
+            f"--across: {unknown[0][:40]!r} is no field of a record",
+            hint=f"there are {', '.join(names)}",
+        )
+    differing = {
+        name: text for name, text in differences(first, second).items() if name not in across
+    }
     if differing:
         flags = " ".join(f"--across {name}" for name in differing)
         raise SettingsError(
-            f"{first.stem} and {second.stem} are not comparable; what differs: {', '.join(differing)}",
-            hint=f"./scripts/inv bench.compare {first.stem} {second.stem} {flags}    where that is what you compare",
+            f"{first.stem} and {second.stem} are not comparable; what differs:"
+            f" {', '.join(differing)}",
+            hint=(
+                f"./scripts/inv bench.compare {first.stem} {second.stem} {flags}    where that is"
+                " what you compare"
+            ),
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )
 
@@ -237,8 +319,13 @@ def fields(one: Record) -> dict[str, str]:
         "kind": one.kind,
         "machine": one.machine.name,
         "cores": str(one.machine.cores),
-        "gpus": "; ".join(f"{gpu.name} {gpu.capability or ''}".strip() for gpu in one.machine.gpus) or "none",
-        "driver": ", ".join(sorted({gpu.driver or "unknown" for gpu in one.machine.gpus})) or "none",
+        "gpus": (
+            "; ".join(f"{gpu.name} {gpu.capability or ''}".strip() for gpu in one.machine.gpus)
+            or "none"
+        ),
+        "driver": (
+            ", ".join(sorted({gpu.driver or "unknown" for gpu in one.machine.gpus})) or "none"
+        ),
         "device": one.device,
         "model": one.model,
         "flags": " ".join(one.flags),
@@ -252,17 +339,29 @@ def fields(one: Record) -> dict[str, str]:
 
 
 def differences(first: Record, second: Record) -> dict[str, str]:
-    """The fields that differ, each with both values; of flags and environment only the words that do."""
+    """The fields that differ, each with both values; of flags and environment only the words that
+    do.
+    """
     a, b = fields(first), fields(second)
-    found = {name: f"{_shortened(a[name])} against {_shortened(b[name])}" for name in a if a[name] != b[name]}
+    found = {
+        name: f"{_shortened(a[name])} against {_shortened(b[name])}"
+        for name in a
+        if a[name] != b[name]
+    }
     if "flags" in found:
         found["flags"] = " against ".join(
-            " ".join(word for word in one.flags if word not in others.flags) or "nothing" for one, others in ((first, second), (second, first))
+            " ".join(word for word in one.flags if word not in others.flags) or "nothing"
+            for one, others in ((first, second), (second, first))
         )
     if "environment" in found:
         names = sorted({*first.environment, *second.environment})
-        told = [(name, first.environment.get(name, "unset"), second.environment.get(name, "unset")) for name in names]
-        found["environment"] = _shortened("; ".join(f"{name} {old} against {new}" for name, old, new in told if old != new))
+        told = [
+            (name, first.environment.get(name, "unset"), second.environment.get(name, "unset"))
+            for name in names
+        ]
+        found["environment"] = _shortened(
+            "; ".join(f"{name} {old} against {new}" for name, old, new in told if old != new)
+        )
     return found
 
 
@@ -276,7 +375,9 @@ EFFECT_ALPHA = 0.01
 
 @dataclass(frozen=True)
 class Order:
-    """`p_pair` is of Wilcoxon's signed ranks on first against second of a pair, `p_trend` of Kendall's tau over time; the ratio is second over first."""
+    """`p_pair` is of Wilcoxon's signed ranks on first against second of a pair, `p_trend` of
+    Kendall's tau over time; the ratio is second over first.
+    """
 
     p_pair: float
     ratio: float
@@ -290,8 +391,8 @@ class Order:
     @property
     def sentence(self) -> str:
         return (
-            f"the second of a pair is {self.ratio - 1:+.1%} to the first, p = {self.p_pair:.2g} (Wilcoxon); over time tau = {self.tau:+.2f}, "
-            f"p = {self.p_trend:.2g} (Kendall)"
+            f"the second of a pair is {self.ratio - 1:+.1%} to the first, p = {self.p_pair:.2g}"
+            f" (Wilcoxon); over time tau = {self.tau:+.2f}, p = {self.p_trend:.2g} (Kendall)"
         )
 
 
@@ -301,7 +402,8 @@ def is_first(pair: int) -> int:
 
 
 def itself(first: Sequence[float], second: Sequence[float], *, factor: float) -> Judgement:
-    """Judge odd against even starts of both arms, each divided by its arm's median, by the judge of the arms: what differs here is noise.
+    """Judge odd against even starts of both arms, each divided by its arm's median, by the judge of
+    the arms: what differs here is noise.
 
     A verdict of fail: the same tree looks slower than itself, whichever half is the slower one.
     """
@@ -316,10 +418,14 @@ def itself(first: Sequence[float], second: Sequence[float], *, factor: float) ->
 
 
 def order(first: Sequence[float], second: Sequence[float]) -> Order:
-    """Test for effects of the order on what is left when each arm's median is taken off. Both arms have as many starts."""
+    """Test for effects of the order on what is left when each arm's median is taken off. Both arms
+    have as many starts.
+    """
     from scipy.stats import kendalltau, wilcoxon
 
-    rests = [[math.log(one / statistics.median(values)) for one in values] for values in (first, second)]
+    rests = [
+        [math.log(one / statistics.median(values)) for one in values] for values in (first, second)
+    ]
     earlier = [rests[is_first(pair)][pair] for pair in range(len(first))]
     later = [rests[1 - is_first(pair)][pair] for pair in range(len(first))]
     gaps = [b - a for a, b in zip(earlier, later, strict=True)]
@@ -327,7 +433,10 @@ def order(first: Sequence[float], second: Sequence[float]) -> Order:
     p_pair = float(wilcoxon(gaps).pvalue) if any(gaps) else 1.0
     trend = kendalltau(range(len(in_time)), in_time)
     return Order(
-        _chance(p_pair), math.exp(statistics.median(gaps)), _chance(float(trend.pvalue)), float(trend.statistic) if math.isfinite(trend.statistic) else 0.0
+        _chance(p_pair),
+        math.exp(statistics.median(gaps)),
+        _chance(float(trend.pvalue)),
+        float(trend.statistic) if math.isfinite(trend.statistic) else 0.0,
     )
 
 

@@ -1,4 +1,6 @@
-"""The run of a benchmark: one start of the process after the other, each written down as soon as it is measured, so that an interrupted run goes on."""
+"""The run of a benchmark: one start of the process after the other, each written down as soon as it
+is measured, so that an interrupted run goes on.
+"""
 
 import contextlib
 import json
@@ -28,14 +30,28 @@ START_TIMEOUT_S = 1800.0
 
 
 def measure_start(
-    layout: Layout, work: Workload, environment: Mapping[str, str], folder: Path, *, run_log: RunLog, look: Callable[[str], None]
+    layout: Layout,
+    work: Workload,
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    run_log: RunLog,
+    look: Callable[[str], None],
 ) -> dict[str, tuple[float, ...]]:
     """Start the server at a free port, put each load on it, stop it, and return all samples.
 
-    Raises ServeError where it does not come up or dies in the middle, WorkspaceError where a load measured nothing.
+    Raises ServeError where it does not come up or dies in the middle, WorkspaceError where a load
+    measured nothing.
     """
     address = Address("127.0.0.1", lifecycle.free_port())
-    argv = (str(layout.environment / "bin" / "vllm"), "serve", work.model, *work.engine, f"--host={address.host}", f"--port={address.port}")
+    argv = (
+        str(layout.environment / "bin" / "vllm"),
+        "serve",
+        work.model,
+        *work.engine,
+        f"--host={address.host}",
+        f"--port={address.port}",
+    )
 
     def on_line(line: str) -> None:
         run_log.line(line)
@@ -44,13 +60,20 @@ def measure_start(
     launch = lifecycle.Launch("bench", argv, environment, address)
     found: dict[str, tuple[float, ...]] = {}
     key = environment.get("VLLM_API_KEY")
-    with lifecycle.running(layout.state / "bench", launch, key=key, timeout_s=START_TIMEOUT_S, on_line=on_line) as (there, _):
+    with lifecycle.running(
+        layout.state / "bench", launch, key=key, timeout_s=START_TIMEOUT_S, on_line=on_line
+    ) as (there, _):
         for at in work.concurrencies:
             result = folder / f"{at}.json"
             command = subject.client(layout, work, result, port=address.port, at=at)
             try:
                 process.run(
-                    command, env={**environment, "OPENAI_API_KEY": key or "none"}, run_log=run_log, cwd=folder, failure=ServeError, hint="the log says more"
+                    command,
+                    env={**environment, "OPENAI_API_KEY": key or "none"},
+                    run_log=run_log,
+                    cwd=folder,
+                    failure=ServeError,
+                    hint="the log says more",
                 )
             except ServeError as exc:
                 if not observation.is_healthy(address) and _has_ended(there):
@@ -61,7 +84,9 @@ def measure_start(
 
 
 def _has_ended(there: observation.Server) -> bool:
-    """Wait for what is left of a server that answers no more: only when all of it is gone is it known how it ended."""
+    """Wait for what is left of a server that answers no more: only when all of it is gone is it
+    known how it ended.
+    """
     deadline = time.monotonic() + lifecycle.GRACE_S + supervisor.KILL_GRACE_S
     while there.members():
         if time.monotonic() > deadline:
@@ -71,8 +96,11 @@ def _has_ended(there: observation.Server) -> bool:
     return True
 
 
-# What vLLM's log says of the code that computes, whatever was asked for: `… [cpu.py:123] Using Torch SDPA backend.`
-_BACKEND = re.compile(r"\] (Using [^\n]{0,160}?\b(?:backends?|kernels?|attention)\b[^\n]{0,80}?)\.?$", re.IGNORECASE)
+# What vLLM's log says of the code that computes, whatever was asked for: `… [cpu.py:123] Using
+# Torch SDPA backend.`
+_BACKEND = re.compile(
+    r"\] (Using [^\n]{0,160}?\b(?:backends?|kernels?|attention)\b[^\n]{0,80}?)\.?$", re.IGNORECASE
+)
 # Paths, addresses of objects and digests are of one start only.
 _PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
 
@@ -92,7 +120,8 @@ class BenchOptions:
 def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: Console) -> Path:
     """Measure until `asked.repeat` starts are in the record, and return its path.
 
-    Raises SmokeError where nothing fresh is built, SettingsError for a record that is complete or of something else, WorkspaceError where vLLM fails.
+    Raises SmokeError where nothing fresh is built, SettingsError for a record that is complete or
+    of something else, WorkspaceError where vLLM fails.
     """
     from workspace.install.status import require_built
     from workspace.machine import check
@@ -100,16 +129,37 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     # What is measured must not change meanwhile.
-    with lock.hold(layout.lock, verb="nox -s bench") as held, RunLog(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as run_log:
+    with (
+        lock.hold(layout.lock, verb="nox -s bench") as held,
+        RunLog(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as run_log,
+    ):
         run_log.phase("model")
-        work = subject.prepare(layout, settings, options.kind, options.model, options.words, has_sweep=options.has_sweep, run_log=run_log)
+        work = subject.prepare(
+            layout,
+            settings,
+            options.kind,
+            options.model,
+            options.words,
+            has_sweep=options.has_sweep,
+            run_log=run_log,
+        )
         environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
         label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
-        fresh = subject.describe(layout, settings, observed, work, label=label, repeat=options.repeat, environment=environment)
+        fresh = subject.describe(
+            layout,
+            settings,
+            observed,
+            work,
+            label=label,
+            repeat=options.repeat,
+            environment=environment,
+        )
         path = results.record_path(layout, fresh)
         so_far = _begun(layout, path, fresh)
         if so_far.starts:
-            console.say(f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there")
+            console.say(
+                f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there"
+            )
         with _kept(layout, path, console):
             _measure(layout, settings, work, environment, so_far, path=path, run_log=run_log)
     console.data(str(path))
@@ -117,26 +167,39 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
 
 
 def _begun(layout: Layout, path: Path, fresh: Record) -> Record:
-    """Return the record to go on from: the one that is there where it is of the same, else the fresh one."""
+    """Return the record to go on from: the one that is there where it is of the same, else the
+    fresh one.
+    """
     try:
         there = results.read(path, place=layout.relative(path)) if path.exists() else None
     except SettingsError:
         if not path.is_file():
             raise
         raise SettingsError(
-            f"{layout.relative(path)} is damaged, and nothing is written over it", hint=f"mv {path} {path}.damaged, or --label another"
+            f"{layout.relative(path)} is damaged, and nothing is written over it",
+            hint=f"mv {path} {path}.damaged, or --label another",
         ) from None
     if there is None:
         return fresh
     differing = [name for name in compare.differences(there, fresh) if name != "backends"]
     differing += [
-        name for name, a, b in (("edits", there.source.dirty, fresh.source.dirty), ("kernels", there.source.libraries, fresh.source.libraries)) if a != b
+        name
+        for name, a, b in (
+            ("edits", there.source.dirty, fresh.source.dirty),
+            ("kernels", there.source.libraries, fresh.source.libraries),
+        )
+        if a != b
     ]
     if differing:
-        raise SettingsError(f"{layout.relative(path)} was measured otherwise: {', '.join(differing)}", hint="--label another")
+        raise SettingsError(
+            f"{layout.relative(path)} was measured otherwise: {', '.join(differing)}",
+            hint="--label another",
+        )
     if len(there.starts) >= fresh.repeat:
         hint = f"--repeat {len(there.starts) + MIN_STARTS} adds to it, --label another begins anew"
-        raise SettingsError(f"{layout.relative(path)} has its {len(there.starts)} starts already", hint=hint)
+        raise SettingsError(
+            f"{layout.relative(path)} has its {len(there.starts)} starts already", hint=hint
+        )
     return replace(there, repeat=fresh.repeat)
 
 
@@ -148,23 +211,48 @@ def _kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
             there = results.read(path, place=layout.relative(path))
-            console.say(f"{layout.relative(path)} keeps {len(there.starts)} of {there.repeat} starts; the same command goes on from there")
+            console.say(
+                f"{layout.relative(path)} keeps {len(there.starts)} of {there.repeat} starts; the"
+                " same command goes on from there"
+            )
         raise
 
 
-def _measure(layout: Layout, settings: Settings, work: Workload, environment: Mapping[str, str], so_far: Record, *, path: Path, run_log: RunLog) -> None:
+def _measure(
+    layout: Layout,
+    settings: Settings,
+    work: Workload,
+    environment: Mapping[str, str],
+    so_far: Record,
+    *,
+    path: Path,
+    run_log: RunLog,
+) -> None:
     took: list[float] = []
     for number in range(len(so_far.starts) + 1, so_far.repeat + 1):
         name = f"start {number}/{so_far.repeat}"
         with run_log.console.step(name) as view:
             run_log.phase(name, view)
-            start, backends = once(layout, settings, work, environment, has_gpu=bool(so_far.machine.gpus), run_log=run_log)
-            so_far = replace(so_far, starts=(*so_far.starts, start), backends=tuple(sorted({*so_far.backends, *backends})))
+            start, backends = once(
+                layout,
+                settings,
+                work,
+                environment,
+                has_gpu=bool(so_far.machine.gpus),
+                run_log=run_log,
+            )
+            so_far = replace(
+                so_far,
+                starts=(*so_far.starts, start),
+                backends=tuple(sorted({*so_far.backends, *backends})),
+            )
             results.write(path, so_far)
             took.append(start.seconds)
             left = (so_far.repeat - number) * sum(took) / len(took)
             only = replace(so_far, starts=(start,))
-            view.reason = "  ".join(results.measured_text(only, metric) for metric in only.metrics[:1]) + (f"  about {left / 60:.1f} min left" if left else "")
+            view.reason = "  ".join(
+                results.measured_text(only, metric) for metric in only.metrics[:1]
+            ) + (f"  about {left / 60:.1f} min left" if left else "")
 
 
 def once(
@@ -177,9 +265,11 @@ def once(
     run_log: RunLog,
     watch: Callable[[], None] = lambda: None,
 ) -> tuple[Start, tuple[str, ...]]:
-    """Start the process once, and return what it measured and which backends its log names. `watch` is called at each line of its log.
+    """Start the process once, and return what it measured and which backends its log names. `watch`
+    is called at each line of its log.
 
-    Raises ServeError, or WorkspaceError for a benchmark without a server, where it fails or measures nothing.
+    Raises ServeError, or WorkspaceError for a benchmark without a server, where it fails or
+    measures nothing.
     """
     seen: set[str] = set()
 
@@ -188,19 +278,33 @@ def once(
         if found := _BACKEND.search(line):
             seen.add(_PASSING.sub("…", found[1]))
 
-    before, at, began = conditions.observe(settings, has_gpu=has_gpu), subject.subject_now(), time.monotonic()
+    before, at, began = (
+        conditions.observe(settings, has_gpu=has_gpu),
+        subject.subject_now(),
+        time.monotonic(),
+    )
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         if work.kind == "serve":
-            samples = measure_start(layout, work, environment, Path(neutral), run_log=run_log, look=look)
+            samples = measure_start(
+                layout, work, environment, Path(neutral), run_log=run_log, look=look
+            )
         else:
             result = Path(neutral) / "result.json"
             hint = "the log says more; words after -- go to vllm bench"
             process.run(
-                subject.command(layout, work, result), env=environment, run_log=run_log, cwd=Path(neutral), on_line=look, failure=WorkspaceError, hint=hint
+                subject.command(layout, work, result),
+                env=environment,
+                run_log=run_log,
+                cwd=Path(neutral),
+                on_line=look,
+                failure=WorkspaceError,
+                hint=hint,
             )
             samples = taken(work, result)
     seconds = round(time.monotonic() - began, 2)
-    return Start(at, seconds, before, conditions.observe(settings, has_gpu=has_gpu), samples), tuple(seen)
+    return Start(
+        at, seconds, before, conditions.observe(settings, has_gpu=has_gpu), samples
+    ), tuple(seen)
 
 
 def taken(work: Workload, result: Path, *, at: int | None = None) -> dict[str, tuple[float, ...]]:
@@ -210,4 +314,7 @@ def taken(work: Workload, result: Path, *, at: int | None = None) -> dict[str, t
         return metrics.samples(work.kind, document if isinstance(document, dict) else {}, at=at)
     except (OSError, ValueError, RecursionError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else exc
-        raise WorkspaceError(f"vllm bench {work.kind} measured nothing: {why}", hint="the newest log in .workspace/logs says what it did") from exc
+        raise WorkspaceError(
+            f"vllm bench {work.kind} measured nothing: {why}",
+            hint="the newest log in .workspace/logs says what it did",
+        ) from exc

@@ -1,6 +1,8 @@
-"""What is measured: the metrics, which way each is better, and how vLLM's own result files become samples.
+"""What is measured: the metrics, which way each is better, and how vLLM's own result files become
+samples.
 
-Pure. A number that is none, or not above zero, is no sample: a rate of zero means that nothing was completed.
+Pure. A number that is none, or not above zero, is no sample: a rate of zero means that nothing was
+completed.
 """
 
 import math
@@ -48,7 +50,9 @@ METRICS: Mapping[str, Metric] = {
 
 
 def find(name: str) -> Metric | None:
-    """The metric of a name such as `ttft`, or `ttft@8` for one of a sweep at 8 requests at once; None where it is none."""
+    """The metric of a name such as `ttft`, or `ttft@8` for one of a sweep at 8 requests at once;
+    None where it is none.
+    """
     base, at, concurrency = name.partition("@")
     if at and not re.fullmatch(r"[1-9][0-9]{0,5}", concurrency):
         return None
@@ -68,10 +72,14 @@ def concurrency(name: str) -> int | None:
     return int(at) if at else None
 
 
-def samples(kind: str, result: Mapping[str, object], *, at: int | None = None) -> dict[str, tuple[float, ...]]:
-    """Return the samples in a result file of `vllm bench`, by metric; `at` requests at once, in a sweep.
+def samples(
+    kind: str, result: Mapping[str, object], *, at: int | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Return the samples in a result file of `vllm bench`, by metric; `at` requests at once, in a
+    sweep.
 
-    Raises ValueError with a sentence for a file without a single one, and for a benchmark that completed no request.
+    Raises ValueError with a sentence for a file without a single one, and for a benchmark that
+    completed no request.
     """
     found: dict[str, Iterable[object]] = {}
     if kind == "latency":
@@ -79,11 +87,18 @@ def samples(kind: str, result: Mapping[str, object], *, at: int | None = None) -
     elif kind == "throughput":
         found = {name: [result.get(name)] for name in ("requests_per_second", "tokens_per_second")}
     elif kind == "startup":
-        found = {f"{phase}_{what}": _list(result.get(f"{phase}_{what}_times")) for phase in ("cold", "warm") for what in ("startup", "compilation")}
+        found = {
+            f"{phase}_{what}": _list(result.get(f"{phase}_{what}_times"))
+            for phase in ("cold", "warm")
+            for what in ("startup", "compilation")
+        }
     else:
         found = _served(result)
     suffix = f"@{at}" if at else ""
-    kept = {f"{name}{suffix}": tuple(float(one) for one in those if _is_sample(one)) for name, those in found.items()}
+    kept = {
+        f"{name}{suffix}": tuple(float(one) for one in those if _is_sample(one))
+        for name, those in found.items()
+    }
     kept = {name: those for name, those in kept.items() if those}
     if not kept:
         raise ValueError("its result holds no measured number")
@@ -95,13 +110,25 @@ def _served(result: Mapping[str, object]) -> dict[str, Iterable[object]]:
     if not isinstance(completed, int) or completed <= 0:
         raise ValueError(f"no request was completed, {failed} failed")
     if failed:
-        raise ValueError(f"{failed} of {completed + failed if isinstance(failed, int) else failed} requests failed: what the others took says little")
-    found: dict[str, Iterable[object]] = {name: [result.get(name)] for name in ("request_throughput", "output_throughput")}
-    first, between = _list(result.get("ttfts")), [[one for one in _list(gaps) if _is_sample(one)] for gaps in _list(result.get("itls"))]
+        raise ValueError(
+            f"{failed} of {completed + failed if isinstance(failed, int) else failed} requests"
+            " failed: what the others took says little"
+        )
+    found: dict[str, Iterable[object]] = {
+        name: [result.get(name)] for name in ("request_throughput", "output_throughput")
+    }
+    first, between = (
+        _list(result.get("ttfts")),
+        [[one for one in _list(gaps) if _is_sample(one)] for gaps in _list(result.get("itls"))],
+    )
     found["ttft"] = [one * 1000 for one in first if _is_sample(one)]
     found["itl"] = [one * 1000 for gaps in between for one in gaps]
     found["tpot"] = [statistics.fmean(gaps) * 1000 for gaps in between if gaps]
-    found["e2el"] = [(one + sum(gaps)) * 1000 for one, gaps in zip(first, between, strict=False) if _is_sample(one)]
+    found["e2el"] = [
+        (one + sum(gaps)) * 1000
+        for one, gaps in zip(first, between, strict=False)
+        if _is_sample(one)
+    ]
     return found
 
 
@@ -110,7 +137,12 @@ def _list(found: object) -> Sequence[object]:
 
 
 def _is_sample(found: object) -> typing.TypeGuard[float]:
-    return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) and found > 0
+    return (
+        isinstance(found, int | float)
+        and not isinstance(found, bool)
+        and math.isfinite(found)
+        and found > 0
+    )
 
 
 def median(numbers: Sequence[float]) -> float:
@@ -127,7 +159,9 @@ def percentile(numbers: Sequence[float], percent: float) -> float:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, extremes and, of two or more, the coefficient of variation of a metric over its starts."""
+    """Median, extremes and, of two or more, the coefficient of variation of a metric over its
+    starts.
+    """
     said = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return said | ({"cv": variation(values)} if len(values) > 1 else {})
 

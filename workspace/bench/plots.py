@@ -1,4 +1,6 @@
-"""The pictures of the report, each as SVG for the page and as PNG: small enough to be read on a phone, the same bytes for the same records."""
+"""The pictures of the report, each as SVG for the page and as PNG: small enough to be read on a
+phone, the same bytes for the same records.
+"""
 
 import io
 import random
@@ -20,7 +22,9 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Reference:
-    """One published figure of a model. `points` are requests at once with the lowest and the highest tok/s, where that can be told from its words."""
+    """One published figure of a model. `points` are requests at once with the lowest and the
+    highest tok/s, where that can be told from its words.
+    """
 
     model: str
     what: str
@@ -30,7 +34,9 @@ class Reference:
 
 
 def published_figures(layout: Layout) -> tuple[Reference, ...]:
-    """Read the figures of all recipes. Raises SettingsError for a recipe that cannot be read; what else is wrong with it is `serve.list`'s business."""
+    """Read the figures of all recipes. Raises SettingsError for a recipe that cannot be read; what
+    else is wrong with it is `serve.list`'s business.
+    """
     found = []
     for path in sorted((layout.root / "recipes").glob("*.toml")):
         table = recipes.read_table(path, place=layout.relative(path))
@@ -38,18 +44,28 @@ def published_figures(layout: Layout) -> tuple[Reference, ...]:
         for row in rows if isinstance(rows, list) else []:
             if isinstance(row, dict):
                 what, value, source = (str(row.get(key, "")) for key in ("what", "value", "source"))
-                found.append(Reference(str(table.get("model", path.stem)), what, value, source, points(what, value)))
+                found.append(
+                    Reference(
+                        str(table.get("model", path.stem)), what, value, source, points(what, value)
+                    )
+                )
     return tuple(found)
 
 
 def points(what: str, value: str) -> tuple[tuple[int, float, float], ...]:
-    """`1 and 4 requests at once` with `57.5 and 107.9 tok/s`, or `one request at a time …` with `57 to 60 tok/s`; nothing for other words."""
+    """`1 and 4 requests at once` with `57.5 and 107.9 tok/s`, or `one request at a time …` with `57
+    to 60 tok/s`; nothing for other words.
+    """
     if not value.endswith("tok/s"):
         return ()
     rates = [float(number) for number in _NUMBER.findall(value)]
     if what.startswith("one request at a time") and rates:
         return ((1, min(rates), max(rates)),)
-    loads = [int(number) for number in _NUMBER.findall(what.partition(" requests at once")[0]) if number.isdigit()]
+    loads = [
+        int(number)
+        for number in _NUMBER.findall(what.partition(" requests at once")[0])
+        if number.isdigit()
+    ]
     if "requests at once" in what and len(loads) == len(rates) and all(loads):
         return tuple((load, rate, rate) for load, rate in zip(loads, rates, strict=True))
     return ()
@@ -85,7 +101,9 @@ class Plot:
     png: bytes
 
 
-def _drawn(name: str, title: str, draw: "Callable[[Axes], None]", *, height_in: float = HEIGHT_IN) -> Plot:
+def _drawn(
+    name: str, title: str, draw: "Callable[[Axes], None]", *, height_in: float = HEIGHT_IN
+) -> Plot:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -106,7 +124,9 @@ def _drawn(name: str, title: str, draw: "Callable[[Axes], None]", *, height_in: 
     # The page gives it its width, and the viewBox the rest.
     head, _, rest = text.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return Plot(name, title, f'{head} role="img" aria-label="{_attribute(title)}">{rest}', png.getvalue())
+    return Plot(
+        name, title, f'{head} role="img" aria-label="{_attribute(title)}">{rest}', png.getvalue()
+    )
 
 
 def _attribute(text: str) -> str:
@@ -114,23 +134,41 @@ def _attribute(text: str) -> str:
 
 
 def history(name: str, metric: str, records: Sequence[Record]) -> Plot:
-    """A metric over the records in the order of time: a dot a start, a line through the medians. Records have numbers, which the table explains."""
+    """A metric over the records in the order of time: a dot a start, a line through the medians.
+    Records have numbers, which the table explains.
+    """
     of = metrics.known(metric)
 
     def draw(axes: "Axes") -> None:
         for number, one in enumerate(records, 1):
             values = one.values(metric)
-            axes.plot([number] * len(values), values, "o", color=COLOURS[0], alpha=0.35, markersize=3)
+            axes.plot(
+                [number] * len(values), values, "o", color=COLOURS[0], alpha=0.35, markersize=3
+            )
         medians = [metrics.median(one.values(metric)) for one in records]
         axes.plot(range(1, len(records) + 1), medians, "-", color=COLOURS[0], linewidth=1.2)
-        axes.plot(range(1, len(records) + 1), medians, "_", color=COLOURS[0], markersize=10, markeredgewidth=2)
+        axes.plot(
+            range(1, len(records) + 1),
+            medians,
+            "_",
+            color=COLOURS[0],
+            markersize=10,
+            markeredgewidth=2,
+        )
         step = max(1, len(records) // 8)
         ticks = range(1, len(records) + 1, step)
-        axes.set_xticks(ticks, [f"{number}\n{records[number - 1].source.tree[:7]}" for number in ticks])
+        axes.set_xticks(
+            ticks, [f"{number}\n{records[number - 1].source.tree[:7]}" for number in ticks]
+        )
         axes.set_xlim(0.5, len(records) + 0.5)
         axes.set_ylabel(f"{metric}, {of.unit}")
 
-    return _drawn(name, f"{metric} over {len(records)} {'record' if len(records) == 1 else 'records'}: {of.meaning}; {of.better} is better", draw)
+    return _drawn(
+        name,
+        f"{metric} over {len(records)} {'record' if len(records) == 1 else 'records'}:"
+        f" {of.meaning}; {of.better} is better",
+        draw,
+    )
 
 
 def distributions(name: str, metric: str, first: Record, second: Record) -> Plot:
@@ -144,16 +182,40 @@ def distributions(name: str, metric: str, first: Record, second: Record) -> Plot
             every = [sample for start in one.starts for sample in start.samples[metric]]
             shown = every if len(every) <= SHOWN_SAMPLES else spread.sample(every, SHOWN_SAMPLES)
             axes.plot(
-                shown, [1 - row - 0.12 + spread.uniform(-0.16, 0.16) for _ in shown], ".", color=COLOURS[row], alpha=0.25, markersize=3, markeredgewidth=0
+                shown,
+                [1 - row - 0.12 + spread.uniform(-0.16, 0.16) for _ in shown],
+                ".",
+                color=COLOURS[row],
+                alpha=0.25,
+                markersize=3,
+                markeredgewidth=0,
             )
             values = one.values(metric)
-            axes.plot(values, [1 - row + 0.2] * len(values), "|", color=COLOURS[row], markersize=9, markeredgewidth=1.5)
-            axes.plot([metrics.median(values)] * 2, [1 - row - 0.35, 1 - row + 0.35], "-", color=COLOURS[row], linewidth=1)
+            axes.plot(
+                values,
+                [1 - row + 0.2] * len(values),
+                "|",
+                color=COLOURS[row],
+                markersize=9,
+                markeredgewidth=1.5,
+            )
+            axes.plot(
+                [metrics.median(values)] * 2,
+                [1 - row - 0.35, 1 - row + 0.35],
+                "-",
+                color=COLOURS[row],
+                linewidth=1,
+            )
         axes.set_yticks([1, 0], ["A", "B"])
         axes.set_ylim(-0.5, 1.5)
         axes.set_xlabel(f"{metric}, {of.unit}")
 
-    return _drawn(name, f"{metric} of A ({first.stem}) and B ({second.stem}): dots are samples, ticks the starts", draw, height_in=1.9)
+    return _drawn(
+        name,
+        f"{metric} of A ({first.stem}) and B ({second.stem}): dots are samples, ticks the starts",
+        draw,
+        height_in=1.9,
+    )
 
 
 def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -> Plot:
@@ -164,7 +226,14 @@ def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -
         for number, (label, one) in enumerate(records):
             every = [sample for start in one.starts for sample in start.samples[metric]]
             curve = [metrics.percentile(every, percent) for percent in PERCENTILES]
-            axes.plot(range(len(PERCENTILES)), curve, f"-{MARKERS[number % len(MARKERS)]}", color=COLOURS[number % len(COLOURS)], markersize=4, label=label)
+            axes.plot(
+                range(len(PERCENTILES)),
+                curve,
+                f"-{MARKERS[number % len(MARKERS)]}",
+                color=COLOURS[number % len(COLOURS)],
+                markersize=4,
+                label=label,
+            )
         axes.set_xticks(range(len(PERCENTILES)), [f"p{percent}" for percent in PERCENTILES])
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"{metric}, {of.unit}")
@@ -173,24 +242,46 @@ def percentiles(name: str, metric: str, records: Sequence[tuple[str, Record]]) -
     return _drawn(name, f"percentiles of {metric}: {of.meaning}", draw)
 
 
-def throughput(name: str, records: Sequence[tuple[str, Record]], references: Sequence[Reference]) -> Plot:
-    """Tokens a second against requests at once: sweeps as lines, published figures as hollow marks."""
+def throughput(
+    name: str, records: Sequence[tuple[str, Record]], references: Sequence[Reference]
+) -> Plot:
+    """Tokens a second against requests at once: sweeps as lines, published figures as hollow
+    marks.
+    """
 
     def draw(axes: "Axes") -> None:
         loads: set[int] = set()
         for number, (label, one) in enumerate(records):
             curve = sorted(
-                (at, metrics.median(one.values(metric))) for metric in one.metrics if (at := metrics.concurrency(metric)) and metric.startswith("output_")
+                (at, metrics.median(one.values(metric)))
+                for metric in one.metrics
+                if (at := metrics.concurrency(metric)) and metric.startswith("output_")
             )
             loads |= {at for at, _ in curve}
-            axes.plot(*zip(*curve, strict=True), f"-{MARKERS[number % len(MARKERS)]}", color=COLOURS[number % len(COLOURS)], markersize=4, label=label)
+            axes.plot(
+                *zip(*curve, strict=True),
+                f"-{MARKERS[number % len(MARKERS)]}",
+                color=COLOURS[number % len(COLOURS)],
+                markersize=4,
+                label=label,
+            )
         for number, reference in enumerate(references):
             loads |= {at for at, _, _ in reference.points}
             middles = [((low + high) / 2) for _, low, high in reference.points]
             halves = [((high - low) / 2) for _, low, high in reference.points]
             at_once = [at for at, _, _ in reference.points]
             mark = MARKERS[number % len(MARKERS)]
-            axes.errorbar(at_once, middles, yerr=halves, fmt=mark, color="#555555", mfc="white", markersize=5, linewidth=1, label=reference.source)
+            axes.errorbar(
+                at_once,
+                middles,
+                yerr=halves,
+                fmt=mark,
+                color="#555555",
+                mfc="white",
+                markersize=5,
+                linewidth=1,
+                label=reference.source,
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(loads), [str(at) for at in sorted(loads)])
         axes.minorticks_off()

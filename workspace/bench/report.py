@@ -1,4 +1,6 @@
-"""The report as one HTML file: sections of figures and tables, no script, nothing that is fetched. Pure but for the drawing."""
+"""The report as one HTML file: sections of figures and tables, no script, nothing that is fetched.
+Pure but for the drawing.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -36,50 +38,98 @@ class Page:
     plots: tuple[Plot, ...]
 
 
-def compose(records: Sequence[Record], references: Sequence[Reference], *, pair: tuple[Record, Record] | None, problems: Sequence[str], written: str) -> Page:
-    """Lay the page out. `pair` are the records to compare, without them in each section the newest one and the newest that it may be compared with."""
+def compose(
+    records: Sequence[Record],
+    references: Sequence[Reference],
+    *,
+    pair: tuple[Record, Record] | None,
+    problems: Sequence[str],
+    written: str,
+) -> Page:
+    """Lay the page out. `pair` are the records to compare, without them in each section the newest
+    one and the newest that it may be compared with.
+    """
     drawn: list[Plot] = []
-    parts = [f"<h1>Benchmarks of the built vLLM</h1><p>{len(records)} records; written {escape(written)}.</p>"]
+    parts = [
+        (
+            f"<h1>Benchmarks of the built vLLM</h1><p>{len(records)} records; written"
+            f" {escape(written)}.</p>"
+        )
+    ]
     if problems:
-        parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{escape(problem)}</li>' for problem in problems)}</ul>")
+        parts.append(
+            "<h2>Left"
+            f" out</h2><ul>{''.join(f'<li>{escape(problem)}</li>' for problem in problems)}</ul>"
+        )
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for one in sorted(records, key=lambda one: results.instant(one.time)):
         if one.metrics:
             groups.setdefault((one.machine.name, one.kind, one.model), []).append(one)
     # What was measured last comes first.
     for (machine, kind, model), group in reversed(groups.items()):
-        section = _Section(re.sub(r"[^a-z0-9.]+", "-", f"{kind}-{model}-{machine}".lower()), group, drawn)
+        section = _Section(
+            re.sub(r"[^a-z0-9.]+", "-", f"{kind}-{model}-{machine}".lower()), group, drawn
+        )
         own = [one for one in references if one.model == model and one.points]
         parts.append(
-            f"<h2>{escape(kind)} · {escape(model)} · {escape(machine)}</h2>{section.histories()}{section.table()}{section.pair(pair)}{section.sweeps(own)}"
+            f"<h2>{escape(kind)} · {escape(model)} ·"
+            f" {escape(machine)}</h2>{section.histories()}{section.table()}{section.pair(pair)}{section.sweeps(own)}"
         )
     if references:
         parts.append(_published(references, drawn))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
     body = "\n".join(parts)
-    html = f'<!doctype html>\n<html lang="en"><head>{head}<title>Benchmarks</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    html = (
+        "<!doctype html>\n<html"
+        f' lang="en"><head>{head}<title>Benchmarks</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
     return Page(html, tuple(drawn))
 
 
 @dataclass(frozen=True)
 class _Section:
-    """The records of one kind, model and machine, oldest first; what is drawn is added to `drawn`."""
+    """The records of one kind, model and machine, oldest first; what is drawn is added to
+    `drawn`.
+    """
 
     name: str
     group: Sequence[Record]
     drawn: list[Plot]
 
     def histories(self) -> str:
-        shown = [metric for metric in self.group[-1].metrics if metrics.concurrency(metric) in (None, self._top)][:SHOWN_HISTORIES]
-        plots_ = [plots.history(f"{self.name}-history-{metric}", metric, [one for one in self.group if metric in one.metrics]) for metric in shown]
+        shown = [
+            metric
+            for metric in self.group[-1].metrics
+            if metrics.concurrency(metric) in (None, self._top)
+        ][:SHOWN_HISTORIES]
+        plots_ = [
+            plots.history(
+                f"{self.name}-history-{metric}",
+                metric,
+                [one for one in self.group if metric in one.metrics],
+            )
+            for metric in shown
+        ]
         return self._figures("History", plots_)
 
     def table(self) -> str:
         """What stands behind each number in the history."""
         rows = [_row(number, one) for number, one in enumerate(self.group, 1)]
-        names = ("", "record", "time", "starts", "pin and patches", "flags", "software", "backends", "conditions")
+        names = (
+            "",
+            "record",
+            "time",
+            "starts",
+            "pin and patches",
+            "flags",
+            "software",
+            "backends",
+            "conditions",
+        )
         return _table(names, rows)
 
     def pair(self, options: tuple[Record, Record] | None) -> str:
@@ -87,42 +137,83 @@ class _Section:
         if pair is None:
             newest = self.group[-1]
             return self._figures(
-                "", self._percentiles([name for name in newest.metrics if metrics.concurrency(name) in (None, self._top)], [(newest.stem, newest)])
+                "",
+                self._percentiles(
+                    [
+                        name
+                        for name in newest.metrics
+                        if metrics.concurrency(name) in (None, self._top)
+                    ],
+                    [(newest.stem, newest)],
+                ),
             )
         first, second = pair
         try:
             rows = compare.judged(first, second, factor=compare.FACTOR)
         except SettingsError:
             return ""
-        said = "".join(f'<li class="{row.judgement.verdict}">{escape(row.metric)}: {escape(compare.sentence(row))}</li>' for row in rows)
+        said = "".join(
+            f'<li class="{row.judgement.verdict}">{escape(row.metric)}:'
+            f" {escape(compare.sentence(row))}</li>"
+            for row in rows
+        )
         top = max((metrics.concurrency(row.metric) or 0 for row in rows), default=0)
         shown = [row.metric for row in rows if metrics.concurrency(row.metric) in (None, top)]
-        figures = [plots.distributions(f"{self.name}-ab-{metric}", metric, first, second) for metric in shown[:SHOWN_HISTORIES]]
+        figures = [
+            plots.distributions(f"{self.name}-ab-{metric}", metric, first, second)
+            for metric in shown[:SHOWN_HISTORIES]
+        ]
         figures += self._percentiles(shown, [("A", first), ("B", second)])
         differing = compare.differences(first, second)
-        note = "".join(f"<li>{escape(name)} differs: {escape(text)}</li>" for name, text in differing.items())
+        note = "".join(
+            f"<li>{escape(name)} differs: {escape(text)}</li>" for name, text in differing.items()
+        )
         title = f"B {second.stem} against A {first.stem}"
         return f"<h3>{escape(title)}</h3><ul>{said}{note}</ul>{self._figures('', figures)}"
 
     def sweeps(self, references: Sequence[Reference]) -> str:
-        swept = [(f"{number}: {one.stem}", one) for number, one in enumerate(self.group, 1) if any(metrics.concurrency(metric) for metric in one.metrics)]
+        swept = [
+            (f"{number}: {one.stem}", one)
+            for number, one in enumerate(self.group, 1)
+            if any(metrics.concurrency(metric) for metric in one.metrics)
+        ]
         if not swept:
             return ""
-        return self._figures("Throughput against concurrency", [plots.throughput(f"{self.name}-concurrency", swept[-len(plots.COLOURS) :], references)])
+        return self._figures(
+            "Throughput against concurrency",
+            [
+                plots.throughput(
+                    f"{self.name}-concurrency", swept[-len(plots.COLOURS) :], references
+                )
+            ],
+        )
 
     @property
     def _top(self) -> int:
         """The highest load of the newest record, 0 where it has none."""
         return max((metrics.concurrency(name) or 0 for name in self.group[-1].metrics), default=0)
 
-    def _percentiles(self, names: Sequence[str], records: Sequence[tuple[str, Record]]) -> list[Plot]:
-        return [plots.percentiles(f"{self.name}-percentiles-{name}", name, records) for name in names if name.partition("@")[0] in PERCENTILE_METRICS]
+    def _percentiles(
+        self, names: Sequence[str], records: Sequence[tuple[str, Record]]
+    ) -> list[Plot]:
+        return [
+            plots.percentiles(f"{self.name}-percentiles-{name}", name, records)
+            for name in names
+            if name.partition("@")[0] in PERCENTILE_METRICS
+        ]
 
     def _pair(self, options: tuple[Record, Record] | None) -> tuple[Record, Record] | None:
         if options:
             return options if options[1] in self.group else None
         second = self.group[-1]
-        return next(((one, second) for one in reversed(self.group[:-1]) if not compare.differences(one, second)), None)
+        return next(
+            (
+                (one, second)
+                for one in reversed(self.group[:-1])
+                if not compare.differences(one, second)
+            ),
+            None,
+        )
 
     def _figures(self, title: str, figures: Iterable[Plot]) -> str:
         new = list(figures)
@@ -141,9 +232,21 @@ def _row(number: int, one: Record) -> tuple[str, ...]:
     patches = "; ".join(source.patches) or "no patches"
     edited = f"; edited ({source.dirty[:12]})" if source.dirty else ""
     loads = [start.before.load for start in one.starts]
-    held = sorted({clocks.throttled_by for start in one.starts for clocks in (*start.before.clocks, *start.after.clocks) if clocks.throttled_by})
-    conditions = f"load {min(loads):.1f} to {max(loads):.1f}" + (f"; clocks held back by {', '.join(held)}" if held and held != ["nothing"] else "")
-    said = f"vLLM {software.vllm}, torch {software.torch}, triton {software.triton}, CUDA {software.cuda}"
+    held = sorted(
+        {
+            clocks.throttled_by
+            for start in one.starts
+            for clocks in (*start.before.clocks, *start.after.clocks)
+            if clocks.throttled_by
+        }
+    )
+    conditions = f"load {min(loads):.1f} to {max(loads):.1f}" + (
+        f"; clocks held back by {', '.join(held)}" if held and held != ["nothing"] else ""
+    )
+    said = (
+        f"vLLM {software.vllm}, torch {software.torch}, triton {software.triton}, CUDA"
+        f" {software.cuda}"
+    )
     return (
         str(number),
         one.stem,
@@ -159,8 +262,14 @@ def _row(number: int, one: Record) -> tuple[str, ...]:
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join(f"<tr>{''.join(_cell(name, text) for name, text in zip(names, row, strict=True))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(
+        f"<tr>{''.join(_cell(name, text) for name, text in zip(names, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return (
+        "<div"
+        f' class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _cell(name: str, text: str) -> str:
@@ -170,26 +279,37 @@ def _cell(name: str, text: str) -> str:
 
 def _published(references: Sequence[Reference], drawn: list[Plot]) -> str:
     parts = [
-        "<h2>Published figures</h2><p>Of others, on one Spark each; without their commits, flags and backends they say where to look, not who is faster.</p>"
+        (
+            "<h2>Published figures</h2><p>Of others, on one Spark each; without their commits, flags"
+            " and backends they say where to look, not who is faster.</p>"
+        )
     ]
     for model in dict.fromkeys(one.model for one in references):
         own = [one for one in references if one.model == model]
         parts.append(f"<h3>{escape(model)}</h3>")
         if pointed := [one for one in own if one.points]:
-            plot = plots.throughput("published-" + re.sub(r"[^a-z0-9.]+", "-", model.lower()), (), pointed)
+            plot = plots.throughput(
+                "published-" + re.sub(r"[^a-z0-9.]+", "-", model.lower()), (), pointed
+            )
             drawn.append(plot)
             parts.append(f'<div class="plots">{_figure(plot)}</div>')
-        parts.append(_table(("what", "figure", "source"), [(one.what, one.value, one.source) for one in own]))
+        parts.append(
+            _table(("what", "figure", "source"), [(one.what, one.value, one.source) for one in own])
+        )
     return "".join(parts)
 
 
 def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
-    """Write results/report.html and results/report/*.png, and print the page's path. With two words it compares these records.
+    """Write results/report.html and results/report/*.png, and print the page's path. With two words
+    it compares these records.
 
     Raises SettingsError where there is nothing to show, or one of two words is missing.
     """
     if bool(first) != bool(second):
-        raise SettingsError("two records are compared, or none is named", hint="./scripts/inv bench.report --first A --second B")
+        raise SettingsError(
+            "two records are compared, or none is named",
+            hint="./scripts/inv bench.report --first A --second B",
+        )
     pair = (_found(layout, first), _found(layout, second)) if first else None
     entries = results.entries(layout)
     records = [entry.record for entry in entries if entry.record]
@@ -198,8 +318,13 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     problems = [entry.problem for entry in entries if not entry.record]
     published = plots.published_figures(layout)
     if not records and not published:
-        raise SettingsError("there is nothing to show: no record, and no recipe with published figures", hint="./scripts/nox -s bench")
-    composed = compose(records, published, pair=pair, problems=problems, written=subject.subject_now())
+        raise SettingsError(
+            "there is nothing to show: no record, and no recipe with published figures",
+            hint="./scripts/nox -s bench",
+        )
+    composed = compose(
+        records, published, pair=pair, problems=problems, written=subject.subject_now()
+    )
     path, folder = layout.results / "report.html", layout.results / "report"
     for old in folder.glob("*.png"):
         old.unlink()
@@ -208,7 +333,10 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     write_atomic(path, composed.html.encode())
     for problem in problems:
         console.warn(problem)
-    console.say(f"{len(records)} records, {len(composed.plots)} plots, {path.stat().st_size / 1024:.0f} KiB; the plots as PNG: {layout.relative(folder)}")
+    console.say(
+        f"{len(records)} records, {len(composed.plots)} plots, {path.stat().st_size / 1024:.0f}"
+        f" KiB; the plots as PNG: {layout.relative(folder)}"
+    )
     console.data(str(path))
 
 

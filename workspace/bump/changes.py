@@ -1,4 +1,6 @@
-"""What else a new base brings with it than patches to be moved: requirements, compilers, names, external sources, precompiled wheels, age."""
+"""What else a new base brings with it than patches to be moved: requirements, compilers, names,
+external sources, precompiled wheels, age.
+"""
 
 import contextlib
 import datetime
@@ -29,12 +31,19 @@ Uses = Mapping[str, tuple[str, ...]]
 
 
 def used(layout: Layout, settings: Settings) -> tuple[Uses, Uses]:
-    """The variables and the flags in use here, each with where: .env, shell, a recipe. No value is ever part of the answer."""
+    """The variables and the flags in use here, each with where: .env, shell, a recipe. No value is
+    ever part of the answer.
+    """
     variables: dict[str, list[str]] = {}
     flags: dict[str, list[str]] = {}
     for name, value in (*settings.values.items(), *settings.passed.items()):
         # What this workspace keeps to itself is no business of vLLM's.
-        if VARIABLE.fullmatch(name) and value.text and value.source != "default" and (name not in KNOWN or KNOWN[name].phase != "workspace"):
+        if (
+            VARIABLE.fullmatch(name)
+            and value.text
+            and value.source != "default"
+            and (name not in KNOWN or KNOWN[name].phase != "workspace")
+        ):
             variables.setdefault(name, []).append(value.source)
         if value.source == ".env":
             for flag in _flags_in(value.text):
@@ -49,18 +58,25 @@ def used(layout: Layout, settings: Settings) -> tuple[Uses, Uses]:
                 variables.setdefault(word, []).append(place)
             for flag in _flags_in(word):
                 flags.setdefault(flag, []).append(place)
-    return tuple({name: tuple(dict.fromkeys(places)) for name, places in found.items()} for found in (variables, flags))  # type: ignore[return-value]
+    return tuple(
+        {name: tuple(dict.fromkeys(places)) for name, places in found.items()}
+        for found in (variables, flags)
+    )  # type: ignore[return-value]
 
 
 def _flags_in(text: str) -> Iterator[str]:
-    """The flags in a command line, spelled with dashes; what follows a dot or an equals sign is their value."""
+    """The flags in a command line, spelled with dashes; what follows a dot or an equals sign is
+    their value.
+    """
     for word in text.split():
         if found := _FLAG.match(word):
             yield found[0].replace("_", "-")
 
 
 def _words(recipe: Path) -> Iterator[str]:
-    """Every key and every text of a recipe; keys of tables that hold flags or arguments also as `--key`."""
+    """Every key and every text of a recipe; keys of tables that hold flags or arguments also as
+    `--key`.
+    """
     with contextlib.suppress(OSError, ValueError, RecursionError):
         yield from _walk(tomllib.loads(read_regular(recipe).decode()), "")
 
@@ -79,7 +95,18 @@ def _walk(value: object, name: str) -> Iterator[str]:
         yield value
 
 
-Topic = Literal["requirement", "minimum", "external", "sources", "variable", "flag", "moved", "precompiled", "age", "unknown"]
+Topic = Literal[
+    "requirement",
+    "minimum",
+    "external",
+    "sources",
+    "variable",
+    "flag",
+    "moved",
+    "precompiled",
+    "age",
+    "unknown",
+]
 Difference = tuple[str | None, str | None]
 # Sets of words by name: what a file says of each requirement, external project or least version.
 Facts = dict[str, set[str]]
@@ -91,14 +118,19 @@ _COMPILED = re.compile(r"csrc/.*|cmake/.*|CMakeLists\.txt")
 _MINIMA: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("CMake", re.compile(r"\bcmake_minimum_required\s*\(\s*VERSION\s+([0-9.]+)")),
     ("C++ compiler", re.compile(r"CMAKE_CXX_COMPILER_VERSION\s+VERSION_LESS\s+\"?([0-9.]+)")),
-    ("torch of the kernels", re.compile(r"\bset\s*\(\s*TORCH_SUPPORTED_VERSION_CUDA\s+\"?([0-9.]+)")),
+    (
+        "torch of the kernels",
+        re.compile(r"\bset\s*\(\s*TORCH_SUPPORTED_VERSION_CUDA\s+\"?([0-9.]+)"),
+    ),
 )
 _REMARK = re.compile(r"#.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs, or that could not be found out (`unknown`). `where` are files or places of use, `remark` what to make of it."""
+    """One thing that differs, or that could not be found out (`unknown`). `where` are files or
+    places of use, `remark` what to make of it.
+    """
 
     topic: Topic
     name: str
@@ -119,7 +151,9 @@ def work_out(
     moved: Mapping[str, str],
     touched: Iterable[str],
 ) -> tuple[Change, ...]:
-    """Compare what lies at the present base of `pin` with the candidate's. `differing` and `moved` are history's, `touched` the patches' paths."""
+    """Compare what lies at the present base of `pin` with the candidate's. `differing` and `moved`
+    are history's, `touched` the patches' paths.
+    """
     read = {path: pair for path, pair in differing.items() if is_looked_at(path)}
     contents = history.blobs(git, [oid for pair in read.values() for oid in pair if oid])
     before = {path: contents.get(old, b"") for path, (old, _) in read.items() if old}
@@ -139,15 +173,22 @@ def work_out(
     )
 
 
-def requirements_of(path: str, content: str, *, python: str | None = None) -> Iterator[tuple[str, str]]:
-    """Every requirement of a file that this workspace installs from and that counts on this machine, by canonical name, with its versions.
+def requirements_of(
+    path: str, content: str, *, python: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """Every requirement of a file that this workspace installs from and that counts on this
+    machine, by canonical name, with its versions.
 
-    `python` is the version of the built environment, such as 3.12. Options of pip stand under their own name.
+    `python` is the version of the built environment, such as 3.12. Options of pip stand under their
+    own name.
     """
     if path == "pyproject.toml":
         lines = _build_requires(content)
     elif _REQUIREMENTS.fullmatch(path):
-        lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in content.replace("\\\n", " ").splitlines()]
+        lines = [
+            re.sub(r"(^|\s)#.*", "", line).strip()
+            for line in content.replace("\\\n", " ").splitlines()
+        ]
     else:
         return
     from packaging.requirements import InvalidRequirement, Requirement
@@ -163,7 +204,10 @@ def requirements_of(path: str, content: str, *, python: str | None = None) -> It
             continue
         if found.marker is None or found.marker.evaluate(here):
             extras = f"[{','.join(sorted(found.extras))}]" if found.extras else ""
-            yield canonicalize_name(found.name), f"{extras}{found.url or found.specifier or 'any version'}"
+            yield (
+                canonicalize_name(found.name),
+                f"{extras}{found.url or found.specifier or 'any version'}",
+            )
 
 
 def minima_of(path: str, content: str) -> Iterator[tuple[str, str]]:
@@ -179,22 +223,39 @@ def minima_of(path: str, content: str) -> Iterator[tuple[str, str]]:
 
 
 def externals_of(path: str, content: str) -> Iterator[tuple[str, str]]:
-    """The projects that CMake fetches, with their GIT_TAG; a variable stands for every value that the file gives it."""
+    """The projects that CMake fetches, with their GIT_TAG; a variable stands for every value that
+    the file gives it.
+    """
     if not path.endswith((".cmake", "CMakeLists.txt")):
         return
     yield from externals.pinned(content)
 
 
-def _facts(topic: Topic, before: Mapping[str, bytes], after: Mapping[str, bytes], read: Callable[[str, str], Iterator[tuple[str, str]]]) -> Iterator[Change]:
-    """What two sets of files say otherwise; files that say the same of a name are named together."""
+def _facts(
+    topic: Topic,
+    before: Mapping[str, bytes],
+    after: Mapping[str, bytes],
+    read: Callable[[str, str], Iterator[tuple[str, str]]],
+) -> Iterator[Change]:
+    """What two sets of files say otherwise; files that say the same of a name are named
+    together.
+    """
     found: dict[tuple[str, str | None, str | None], list[str]] = {}
     for path in sorted(before.keys() | after.keys()):
-        old, new = (_gathered(read(path, files[path].decode(errors="replace"))) if path in files else {} for files in (before, after))
+        old, new = (
+            _gathered(read(path, files[path].decode(errors="replace"))) if path in files else {}
+            for files in (before, after)
+        )
         for name in old.keys() | new.keys():
             if old.get(name) != new.get(name):
-                found.setdefault((name, _joined(old.get(name)), _joined(new.get(name))), []).append(path)
+                found.setdefault((name, _joined(old.get(name)), _joined(new.get(name))), []).append(
+                    path
+                )
     # What every build rests on goes first.
-    for (name, was, is_now), places in sorted(found.items(), key=lambda entry: (not entry[0][0].startswith("torch"), entry[0][0], entry[1])):
+    for (name, was, is_now), places in sorted(
+        found.items(),
+        key=lambda entry: (not entry[0][0].startswith("torch"), entry[0][0], entry[1]),
+    ):
         yield Change(topic, name, was, is_now, tuple(places))
 
 
@@ -212,56 +273,119 @@ def _joined(texts: set[str] | None) -> str | None:
 def _sources(differing: Mapping[str, Difference]) -> Iterator[Change]:
     compiled = sorted(path for path in differing if _COMPILED.fullmatch(path))
     if compiled:
-        yield Change("sources", "compiled sources", None, f"{len(compiled)} files differ", tuple(compiled), "the present kernels do not fit")
+        yield Change(
+            "sources",
+            "compiled sources",
+            None,
+            f"{len(compiled)} files differ",
+            tuple(compiled),
+            "the present kernels do not fit",
+        )
     else:
-        yield Change("sources", "compiled sources", None, "none differ", (), "the present kernels fit")
+        yield Change(
+            "sources", "compiled sources", None, "none differ", (), "the present kernels fit"
+        )
 
 
-def _names(layout: Layout, settings: Settings, before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterator[Change]:
+def _names(
+    layout: Layout, settings: Settings, before: Mapping[str, bytes], after: Mapping[str, bytes]
+) -> Iterator[Change]:
     variables, flags = used(layout, settings)
     kinds: tuple[tuple[Topic, Uses, Callable[[bytes], frozenset[str]], re.Pattern[str]], ...] = (
         ("variable", variables, run_environment.variables_of, re.compile(r"vllm/envs\.py")),
-        ("flag", flags, known_flags.flags_of, re.compile(r"vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py")),
+        (
+            "flag",
+            flags,
+            known_flags.flags_of,
+            re.compile(r"vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py"),
+        ),
     )
     for topic, uses, known_in, files in kinds:
         if not uses:
             continue
-        old, new = (frozenset().union(*(known_in(text) for path, text in side.items() if files.fullmatch(path))) for side in (before, after))
+        old, new = (
+            frozenset().union(
+                *(known_in(text) for path, text in side.items() if files.fullmatch(path))
+            )
+            for side in (before, after)
+        )
         for name in sorted(uses):
             # BooleanOptionalAction makes a --no-X of every switch.
-            spelled = f"--{name.removeprefix('--no-')}" if name.startswith("--no-") and name not in old else name
+            spelled = (
+                f"--{name.removeprefix('--no-')}"
+                if name.startswith("--no-") and name not in old
+                else name
+            )
             if spelled in old and spelled not in new:
                 like = nearest(spelled, new)
-                yield Change(topic, name, "known", None, uses[name], f"did you mean {like}?" if like else "nothing of a like name is there")
+                yield Change(
+                    topic,
+                    name,
+                    "known",
+                    None,
+                    uses[name],
+                    f"did you mean {like}?" if like else "nothing of a like name is there",
+                )
 
 
-def _moved(differing: Mapping[str, Difference], moved: Mapping[str, str], touched: Iterable[str]) -> Iterator[Change]:
+def _moved(
+    differing: Mapping[str, Difference], moved: Mapping[str, str], touched: Iterable[str]
+) -> Iterator[Change]:
     for path in sorted(set(touched)):
         old, new = differing.get(path, (None, None))
         if old and not new:
-            yield Change("moved", path, path, moved.get(path), (), "" if path in moved else "is gone, and no new file is like it")
+            yield Change(
+                "moved",
+                path,
+                path,
+                moved.get(path),
+                (),
+                "" if path in moved else "is gone, and no new file is like it",
+            )
 
 
 def _precompiled_wheels(pin: Pin, candidate: Candidate) -> Iterator[Change]:
     for key, why in candidate.not_precompiled.items():
         if key.endswith(f"-{platform.machine()}"):
             present = pin.precompiled.get(key)
-            yield Change("precompiled", key, present.filename if present else None, None, (), f"{why}; kernels: --kernels native, or --kernels WHEEL")
+            yield Change(
+                "precompiled",
+                key,
+                present.filename if present else None,
+                None,
+                (),
+                f"{why}; kernels: --kernels native, or --kernels WHEEL",
+            )
 
 
 def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:
     least = settings.count("PIN_MIN_AGE_DAYS") or 0
     if candidate.published is None:
-        yield Change("age", candidate.pin.tag, None, None, (), f"when it was published is not known; inv pin.bump asks for {least} days (PIN_MIN_AGE_DAYS)")
+        yield Change(
+            "age",
+            candidate.pin.tag,
+            None,
+            None,
+            (),
+            f"when it was published is not known; inv pin.bump asks for {least} days"
+            " (PIN_MIN_AGE_DAYS)",
+        )
         return
     days = (datetime.datetime.now(datetime.UTC) - candidate.published).total_seconds() / 86400
-    remark = f"younger than the {least} days that inv pin.bump asks for (PIN_MIN_AGE_DAYS)" if days < least else ""
+    remark = (
+        f"younger than the {least} days that inv pin.bump asks for (PIN_MIN_AGE_DAYS)"
+        if days < least
+        else ""
+    )
     yield Change("age", candidate.pin.tag, None, f"{days:.1f} days", (), remark)
 
 
 def _unknown(candidate: Candidate) -> Iterator[Change]:
     if candidate.kind is Kind.RELEASE:
-        text = "a release archive has no history: whether upstream took a patch is judged from the tree alone, and which commits touched a file is unknown"
+        text = (
+            "a release archive has no history: whether upstream took a patch is judged from the"
+            " tree alone, and which commits touched a file is unknown"
+        )
         yield Change("unknown", "history", remark=text)
     for sentence in candidate.lacking:
         yield Change("unknown", "upstream", remark=sentence)

@@ -1,6 +1,8 @@
-"""What `inv pin.rollback` returns to: states whose smoke has passed, each with its references, patches, kernels and list of packages.
+"""What `inv pin.rollback` returns to: states whose smoke has passed, each with its references,
+patches, kernels and list of packages.
 
-One folder a state in `.workspace/good`; its good.json is written last, and without it the folder is nothing.
+One folder a state in `.workspace/good`; its good.json is written last, and without it the folder is
+nothing.
 """
 
 import contextlib
@@ -31,7 +33,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Good:
-    """A state that passed the smoke. `head`, `base` and `tree` are vendor/vllm's, `gitlink` what the superproject named."""
+    """A state that passed the smoke. `head`, `base` and `tree` are vendor/vllm's, `gitlink` what
+    the superproject named.
+    """
 
     name: str
     tag: str
@@ -69,7 +73,9 @@ def name_of(tag: str, tree: str) -> str:
 def every(layout: Layout) -> tuple[Good, ...]:
     """The good states, newest first; a folder whose record cannot be read is none."""
     found = (read(layout, path.parent.name) for path in layout.goods.glob("*/good.json"))
-    return tuple(sorted((good for good in found if good), key=lambda good: good.recorded, reverse=True))
+    return tuple(
+        sorted((good for good in found if good), key=lambda good: good.recorded, reverse=True)
+    )
 
 
 def read(layout: Layout, name: str) -> Good | None:
@@ -80,8 +86,12 @@ def read(layout: Layout, name: str) -> Good | None:
     return None
 
 
-def record(layout: Layout, settings: Settings, observed: plan.Observation, *, console: Console) -> Good | None:
-    """Record the present state as good where the smoke passed on exactly this, else say why not. Takes the workspace's lock."""
+def record(
+    layout: Layout, settings: Settings, observed: plan.Observation, *, console: Console
+) -> Good | None:
+    """Record the present state as good where the smoke passed on exactly this, else say why not.
+    Takes the workspace's lock.
+    """
     with (
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.say) as held,
         RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
@@ -104,14 +114,20 @@ def refusal(layout: Layout, observed: plan.Observation) -> str | None:
     if stack.dirty:
         return f"vendor/vllm has edits ({', '.join(stack.dirty[:3])})"
     if stack.state is not State.APPLIED:
-        return "vendor/vllm holds something else than the series makes; ./scripts/inv patch says what"
-    if any(layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)):
+        return (
+            "vendor/vllm holds something else than the series makes; ./scripts/inv patch says what"
+        )
+    if any(
+        layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
+    ):
         return "the build is stale; ./scripts/inv status says what"
     return None if has_passed(layout, stack.tree) else "the smoke has not passed on this tree"
 
 
 def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good:
-    """Keep everything of the present state, which the caller knows to be good; what is kept of it already stays."""
+    """Keep everything of the present state, which the caller knows to be good; what is kept of it
+    already stays.
+    """
     stack, build = observed.stack, observed.kernels.recorded
     assert build is not None
     assert stack is not None
@@ -124,7 +140,9 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good
     git.set_ref(f"refs/good/{name}", stack.head)
     if outer and outer.head():
         gitlinks = {layout.relative(layout.vllm): link.commit} if link else {}
-        commit = worktree.snapshot(outer, f"Good: {name}", paths=("vendor/pins.toml", "patches"), gitlinks=gitlinks)
+        commit = worktree.snapshot(
+            outer, f"Good: {name}", paths=("vendor/pins.toml", "patches"), gitlinks=gitlinks
+        )
         # One that differs by its date alone would leave the former to the reflog.
         if not worktree.are_alike(outer, commit, f"refs/good/{name}"):
             outer.set_ref(f"refs/good/{name}", commit)
@@ -139,13 +157,34 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good
             copy_files(layout.vllm, scratch / "kernels", editable.build_products(layout.vllm))
             files.put_in_place(scratch / "kernels", kernels(layout, name))
     _keep_files(layout, name)
-    packages = {package: version for package, version in interpreter.installed(layout).items() if package != "vllm"}
-    write_atomic(path / "freeze.txt", "".join(f"{package}=={version}\n" for package, version in sorted(packages.items())).encode())
+    packages = {
+        package: version
+        for package, version in interpreter.installed(layout).items()
+        if package != "vllm"
+    }
+    write_atomic(
+        path / "freeze.txt",
+        "".join(
+            f"{package}=={version}\n" for package, version in sorted(packages.items())
+        ).encode(),
+    )
     recorded = datetime.datetime.now(datetime.UTC).isoformat()
     smoke = str(smoke_record.last_record(layout).get("time"))
-    made = Good(name, observed.pin.tag, stack.head, stack.base, stack.tree, link.commit if link else None, recorded, smoke, inputs)
+    made = Good(
+        name,
+        observed.pin.tag,
+        stack.head,
+        stack.base,
+        stack.tree,
+        link.commit if link else None,
+        recorded,
+        smoke,
+        inputs,
+    )
     os.sync()
-    write_atomic(path / "good.json", json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
+    write_atomic(
+        path / "good.json", json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode()
+    )
     _prune(layout, using=name, run_log=run_log)
     return made
 
@@ -156,7 +195,9 @@ def now() -> str:
 
 
 def keep_aside(layout: Layout, why: str, *, name: str) -> None:
-    """Let references in both repositories, `refs/left/NAME`, name the present state, edits of pins and patches included."""
+    """Let references in both repositories, `refs/left/NAME`, name the present state, edits of pins
+    and patches included.
+    """
     ref = f"refs/left/{name}"
     git, outer = Git(layout.vllm), checkout.superproject(layout)
     if head := git.head():
@@ -176,10 +217,16 @@ def gone(layout: Layout) -> Path:
 
 
 def clear(layout: Layout) -> None:
-    """Finish what a run left that was ended while it took a workshop away; of one that is there everything stays."""
+    """Finish what a run left that was ended while it took a workshop away; of one that is there
+    everything stays.
+    """
     shutil.rmtree(gone(layout), ignore_errors=True)
     git = Git(layout.vllm)
-    if not os.path.lexists(layout.bump_sandbox) and git.place() and git.path_of("worktrees").is_dir():
+    if (
+        not os.path.lexists(layout.bump_sandbox)
+        and git.place()
+        and git.path_of("worktrees").is_dir()
+    ):
         worktree.forget(git, Layout(layout.bump_sandbox).vllm)
 
 
@@ -209,7 +256,9 @@ def has_passed(layout: Layout, tree: str | None) -> bool:
 
 
 def current(layout: Layout) -> str | None:
-    """The name that the present state has or would have, by pin and tree; None where there is no checkout."""
+    """The name that the present state has or would have, by pin and tree; None where there is no
+    checkout.
+    """
     git = Git(layout.vllm)
     head = git.head() if (layout.vllm / ".git").exists() else None
     return name_of(pins.load(layout.pins).vllm.tag, git.tree(head)) if head else None

@@ -1,6 +1,8 @@
-"""A bump whose smoke is green takes the place of the working state: tree, compiled files, environment, patches, pins, gitlink.
+"""A bump whose smoke is green takes the place of the working state: tree, compiled files,
+environment, patches, pins, gitlink.
 
-Done in steps that the next `inv pin.bump` or `inv patch.continue` finishes, whatever ended them. Nothing is fetched or compiled.
+Done in steps that the next `inv pin.bump` or `inv patch.continue` finishes, whatever ended them.
+Nothing is fetched or compiled.
 """
 
 import base64
@@ -25,21 +27,32 @@ from workspace.repo import pins, series
 from workspace.repo.git import Git, worktree
 from workspace.repo.series import BASE_REF, TIP_REF
 
-# The files of an editable install that hold paths (its .pth or finder, direct_url.json) have some hundred bytes.
+# The files of an editable install that hold paths (its .pth or finder, direct_url.json) have some
+# hundred bytes.
 LARGEST_BYTES = 1 << 20
 
 
 def retarget_scripts(layout: Layout, package: str, *, old: Path, new: Path) -> tuple[str, ...]:
-    """Let the editable install of `package` in `.vllm` lead to the tree `new` instead of `old`; return the files that were written.
+    """Let the editable install of `package` in `.vllm` lead to the tree `new` instead of `old`;
+    return the files that were written.
 
-    Done twice equals done once, also where the first was killed between a file and the list of files.
+    Done twice equals done once, also where the first was killed between a file and the list of
+    files.
     """
     written = []
     for site in interpreter.site_packages(layout):
         for info in site.glob(f"{package}-*.dist-info"):
-            rows = [row for row in csv.reader(io.StringIO(read_regular(info / "RECORD").decode(), newline="")) if row]
+            rows = [
+                row
+                for row in csv.reader(
+                    io.StringIO(read_regular(info / "RECORD").decode(), newline="")
+                )
+                if row
+            ]
             for row in rows:
-                written += [row[0]] if row[1:] != ["", ""] and _rewrite(site / row[0], old, new) else []
+                written += (
+                    [row[0]] if row[1:] != ["", ""] and _rewrite(site / row[0], old, new) else []
+                )
             _write_record(site, info / "RECORD", rows)
     return tuple(written)
 
@@ -58,12 +71,16 @@ def _rewrite(path: Path, old: Path, new: Path) -> bool:
 
 
 def _write_record(site: Path, record: Path, rows: list[list[str]]) -> None:
-    """Let the list of files name sizes and hashes as they are now: a file that is shorter than listed counts as half."""
+    """Let the list of files name sizes and hashes as they are now: a file that is shorter than
+    listed counts as half.
+    """
     for row in rows:
         path = site / row[0]
         if len(row) == 3 and row[2] and path.is_file() and path.stat().st_size <= LARGEST_BYTES:
             content = read_regular(path)
-            row[1] = f"sha256={base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b'=').decode()}"
+            row[1] = (
+                f"sha256={base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b'=').decode()}"
+            )
             row[2] = str(len(content))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -90,32 +107,49 @@ def is_begun_in(layout: Layout) -> bool:
 
 
 def require_unmoved(bump_sandbox: BumpSandbox) -> None:
-    """Raise CheckoutError or PatchDrift where the clone is no longer as it was when the bump began: what is new there would be lost."""
+    """Raise CheckoutError or PatchDrift where the clone is no longer as it was when the bump began:
+    what is new there would be lost.
+    """
     layout, begun = bump_sandbox.outer, bump_sandbox.begun
     git, pin = Git(layout.vllm), pins.load(layout.pins).vllm
-    again = f"./scripts/inv patch.export where it is to stay, then ./scripts/inv patch.continue --abort && ./scripts/inv pin.bump {begun.ref}"
+    again = (
+        "./scripts/inv patch.export where it is to stay, then ./scripts/inv patch.continue --abort"
+        f" && ./scripts/inv pin.bump {begun.ref}"
+    )
     if verb := git.under_way():
-        raise CheckoutError(f"vendor/vllm is in the middle of a git {verb}; nothing was promoted", hint=f"git -C vendor/vllm {verb} --continue    or --abort")
+        raise CheckoutError(
+            f"vendor/vllm is in the middle of a git {verb}; nothing was promoted",
+            hint=f"git -C vendor/vllm {verb} --continue    or --abort",
+        )
     if git.head() != begun.tip:
-        raise CheckoutError(f"vendor/vllm is no longer at {begun.tip[:12]}, where this bump began; nothing was promoted", hint=again)
+        raise CheckoutError(
+            f"vendor/vllm is no longer at {begun.tip[:12]}, where this bump began; nothing was"
+            " promoted",
+            hint=again,
+        )
     if edited := git.edits():
         raise CheckoutError(
-            f"vendor/vllm has edits ({', '.join(edited[:3])}); nothing was promoted", hint="git -C vendor/vllm stash    and the same command again"
+            f"vendor/vllm has edits ({', '.join(edited[:3])}); nothing was promoted",
+            hint="git -C vendor/vllm stash    and the same command again",
         )
     if staging.digest_of(layout.patches("vllm"), pin=pin.commit) != begun.patches:
-        raise PatchDrift("patches/vllm changed after this bump began; nothing was promoted", hint=again)
+        raise PatchDrift(
+            "patches/vllm changed after this bump began; nothing was promoted", hint=again
+        )
 
 
 def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: RunLog) -> None:
     """Write down what is to be done. From here on it goes forward only.
 
-    `tip` is what was exported and smoked. Raises what require_unmoved and require_way raise, and CheckoutError where the workshop moved on.
+    `tip` is what was exported and smoked. Raises what require_unmoved and require_way raise, and
+    CheckoutError where the workshop moved on.
     """
     layout, made = bump_sandbox.outer, Git(bump_sandbox.layout.vllm)
     require_unmoved(bump_sandbox)
     if made.head() != tip or made.edits():
         raise CheckoutError(
-            f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted", hint="./scripts/inv patch.continue    judges what is there now"
+            f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted",
+            hint="./scripts/inv patch.continue    judges what is there now",
         )
     worktree.require_way(Git(layout.vllm), tip)
     observed = plan.observe(layout, settings)
@@ -139,7 +173,8 @@ def finish(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) ->
     marker = staging.find_marker(bump_sandbox.promoting)
     assert marker is not None
     layout, patches_new = bump_sandbox.outer, bump_sandbox.layout.patches("vllm")
-    # Only a commit of upstream's belongs into the superproject: nobody could fetch the one that is made of an archive.
+    # Only a commit of upstream's belongs into the superproject: nobody could fetch the one that is
+    # made of an archive.
     gitlink = None if is_archives(bump_sandbox.pin) else bump_sandbox.pin.commit
     with run_log.console.step("promote") as view:
         run_log.phase("promote", view)
@@ -148,12 +183,42 @@ def finish(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) ->
             (
                 ("keep", lambda facts: _keep(bump_sandbox, facts)),
                 ("environment aside", lambda facts: _put_aside(bump_sandbox, facts)),
-                ("source", lambda facts: staging.move_tree(layout, old=bump_sandbox.begun.tip, new=facts["tip"], run_log=run_log)),
-                ("products aside", lambda facts: staging.take_products_away(layout, facts, good_state=facts["good"])),
-                ("products", lambda facts: editable.move_products(bump_sandbox.layout.vllm, layout.vllm, editable.build_products(bump_sandbox.layout.vllm))),
+                (
+                    "source",
+                    lambda facts: staging.move_tree(
+                        layout, old=bump_sandbox.begun.tip, new=facts["tip"], run_log=run_log
+                    ),
+                ),
+                (
+                    "products aside",
+                    lambda facts: staging.take_products_away(
+                        layout, facts, good_state=facts["good"]
+                    ),
+                ),
+                (
+                    "products",
+                    lambda facts: editable.move_products(
+                        bump_sandbox.layout.vllm,
+                        layout.vllm,
+                        editable.build_products(bump_sandbox.layout.vllm),
+                    ),
+                ),
                 ("environment", lambda facts: _move_environment(bump_sandbox)),
-                ("patches", lambda facts: sandbox.write_patches(patches_new, layout.patches("vllm"), pin=bump_sandbox.pin.commit, former=facts["names"])),
-                ("pins", lambda facts: write_atomic(layout.pins, pins.dump(read_regular(layout.pins), bump_sandbox.pin))),
+                (
+                    "patches",
+                    lambda facts: sandbox.write_patches(
+                        patches_new,
+                        layout.patches("vllm"),
+                        pin=bump_sandbox.pin.commit,
+                        former=facts["names"],
+                    ),
+                ),
+                (
+                    "pins",
+                    lambda facts: write_atomic(
+                        layout.pins, pins.dump(read_regular(layout.pins), bump_sandbox.pin)
+                    ),
+                ),
                 ("gitlink", lambda facts: staging.set_gitlink(layout, gitlink, run_log=run_log)),
                 ("message", lambda facts: _write_message(bump_sandbox, facts)),
             ),
@@ -167,15 +232,23 @@ def finish(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) ->
 
 def _keep(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
     if not facts["good"]:
-        known_good.keep_aside(bump_sandbox.outer, f"Before the bump to {bump_sandbox.pin.tag}", name=facts["left"])
+        known_good.keep_aside(
+            bump_sandbox.outer, f"Before the bump to {bump_sandbox.pin.tag}", name=facts["left"]
+        )
     git = Git(bump_sandbox.outer.vllm)
     git.set_ref(TIP_REF, facts["tip"])
     git.set_ref(BASE_REF, bump_sandbox.begun.new_base)
 
 
 def _put_aside(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
-    """The old environment waits with the good state that it belongs to; one that proved nothing goes with the workshop."""
-    scratch = known_good.environment(bump_sandbox.outer, facts["good"]) if facts["good"] else bump_sandbox.layout.root / "old-environment"
+    """The old environment waits with the good state that it belongs to; one that proved nothing
+    goes with the workshop.
+    """
+    scratch = (
+        known_good.environment(bump_sandbox.outer, facts["good"])
+        if facts["good"]
+        else bump_sandbox.layout.root / "old-environment"
+    )
     staging.put_aside(bump_sandbox.outer.environment, scratch)
 
 
@@ -191,7 +264,9 @@ def is_archives(pin: pins.Pin) -> bool:
 
 
 def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> None:
-    """Prove that what was moved works in its new place, and only then let its stamps say so. Bootstrap makes anew what does not."""
+    """Prove that what was moved works in its new place, and only then let its stamps say so.
+    Bootstrap makes anew what does not.
+    """
     layout = bump_sandbox.outer
     old = stamp.read(layout.stamp("vllm"))
     environment = stamp.read(layout.stamp("environment"))
@@ -201,7 +276,9 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
         stamp.withdraw(layout.stamp("environment"))
         return
     inputs = {**environment.inputs, "place": str(layout.environment)}
-    stamp.write(layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=environment.packages))
+    stamp.write(
+        layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=environment.packages)
+    )
     with run_log.console.step("verify") as view:
         try:
             observed = plan.observe(layout, settings)
@@ -217,35 +294,72 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
 
 def dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, str]:
     """The patches that are not on the new base any more, and why."""
-    names = series.read_series(bump_sandbox.layout.patches("vllm"), pin=bump_sandbox.pin.commit).names
+    names = series.read_series(
+        bump_sandbox.layout.patches("vllm"), pin=bump_sandbox.pin.commit
+    ).names
     gone = [name for name in facts["names"].split("\n") if name and name not in names]
-    return {name: "left out with --skip" if name in bump_sandbox.skipped else "upstream has it, or it has another subject now" for name in gone}
+    return {
+        name: (
+            "left out with --skip"
+            if name in bump_sandbox.skipped
+            else "upstream has it, or it has another subject now"
+        )
+        for name in gone
+    }
 
 
 def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
     """The commit message of the bump: what moved, each patch, and the range-diff."""
     old, new = bump_sandbox.begun, bump_sandbox.pin
     kept = series.read_series(bump_sandbox.layout.patches("vllm"), pin=new.commit).names
-    compared = worktree.range_diff(Git(bump_sandbox.outer.vllm), (old.base, old.tip), (old.new_base, facts["tip"])).splitlines()
-    more = [f"… {len(compared) - LONGEST_RANGE_DIFF} lines more"] if len(compared) > LONGEST_RANGE_DIFF else []
+    compared = worktree.range_diff(
+        Git(bump_sandbox.outer.vllm), (old.base, old.tip), (old.new_base, facts["tip"])
+    ).splitlines()
+    more = (
+        [f"… {len(compared) - LONGEST_RANGE_DIFF} lines more"]
+        if len(compared) > LONGEST_RANGE_DIFF
+        else []
+    )
     lines = [
         f"pin: move vLLM from {facts['tag']} to {new.tag}"[:SUBJECT_WIDTH],
         "",
         f"Commit {new.commit}" + (", made of the release archive." if is_archives(new) else "."),
         f"{len(kept)} {'patch' if len(kept) == 1 else 'patches'} on it; the smoke has passed.",
         *(f"Dropped {name}: {why}." for name, why in dropped(bump_sandbox, facts).items()),
-        *(["", f"git range-diff {old.base[:12]}..{old.tip[:12]} {old.new_base[:12]}..{facts['tip'][:12]}", ""] if compared else []),
+        *(
+            [
+                "",
+                (
+                    f"git range-diff {old.base[:12]}..{old.tip[:12]}"
+                    f" {old.new_base[:12]}..{facts['tip'][:12]}"
+                ),
+                "",
+            ]
+            if compared
+            else []
+        ),
         *(f"    {line}".rstrip() for line in [*compared[:LONGEST_RANGE_DIFF], *more]),
     ]
-    write_atomic(message_file(bump_sandbox.outer), ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
+    write_atomic(
+        message_file(bump_sandbox.outer), ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+    )
 
 
 def _say(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog) -> None:
     layout, console = bump_sandbox.outer, run_log.console
     if is_archives(bump_sandbox.pin):
-        console.say("the gitlink of vendor/vllm stays as it is: this pin is the release archive's commit, which upstream does not have")
+        console.say(
+            "the gitlink of vendor/vllm stays as it is: this pin is the release archive's commit,"
+            " which upstream does not have"
+        )
     if facts["good"]:
-        console.say(f"{facts['tag']} is kept as {facts['good']}; ./scripts/inv pin.rollback returns to it")
+        console.say(
+            f"{facts['tag']} is kept as {facts['good']}; ./scripts/inv pin.rollback returns to it"
+        )
     staging.say_left(layout, facts, console=console)
-    # Without a path of the submodule's: the gitlink is staged already, and by its path git may take the patched commit that is checked out.
-    console.say(f"to commit: git add vendor/pins.toml patches/vllm && git commit -F {layout.relative(message_file(layout))}")
+    # Without a path of the submodule's: the gitlink is staged already, and by its path git may take
+    # the patched commit that is checked out.
+    console.say(
+        "to commit: git add vendor/pins.toml patches/vllm && git commit -F"
+        f" {layout.relative(message_file(layout))}"
+    )

@@ -1,6 +1,8 @@
-"""The workshop of a bump, `.workspace/bump`: a clone in small, in which the pin is moved before anything of the real one is.
+"""The workshop of a bump, `.workspace/bump`: a clone in small, in which the pin is moved before
+anything of the real one is.
 
-It has pins, patches, tree and environment of its own, and shares objects, library, downloads and logs with the clone.
+It has pins, patches, tree and environment of its own, and shares objects, library, downloads and
+logs with the clone.
 """
 
 import hashlib
@@ -27,14 +29,17 @@ from workspace.repo.pins import Pin
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
-# Set in the workshop's tree when the whole series is on the new base; git itself knows no longer by then.
+# Set in the workshop's tree when the whole series is on the new base; git itself knows no longer by
+# then.
 APPLIED_REF = f"{worktree.OWN_REFS}/applied"
 _BASE = re.compile(rb"^(\s*# base: )([0-9a-f]{40})\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a bump began with: what was asked for, the stack as it stood, and the commit that the patches go on."""
+    """What a bump began with: what was asked for, the stack as it stood, and the commit that the
+    patches go on.
+    """
 
     ref: str
     tag: str
@@ -46,7 +51,9 @@ class Begun:
 
 @dataclass(frozen=True)
 class BumpSandbox:
-    """A bump that is under way. `layout` is the workshop's own, `outer` the clone's, `pin` the new pin."""
+    """A bump that is under way. `layout` is the workshop's own, `outer` the clone's, `pin` the new
+    pin.
+    """
 
     outer: Layout
     layout: Layout
@@ -63,7 +70,9 @@ class BumpSandbox:
 
     @property
     def applying(self) -> Path:
-        """There while an `am` runs: one that was killed is told from one that waits for the user."""
+        """There while an `am` runs: one that was killed is told from one that waits for the
+        user.
+        """
         return self.layout.root / "applying.json"
 
     @property
@@ -78,14 +87,19 @@ def is_there(layout: Layout) -> bool:
 
 
 def find(layout: Layout) -> BumpSandbox | None:
-    """Return the bump that is under way, None where none is. Raises WorkspaceError for one that is damaged."""
+    """Return the bump that is under way, None where none is. Raises WorkspaceError for one that is
+    damaged.
+    """
     try:
         record = json.loads(read_regular(layout.bump_sandbox / RECORD))
         begun = Begun(**record)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as exc:
-        raise WorkspaceError(f"{layout.relative(layout.bump_sandbox)} cannot be read: {exc}", hint="./scripts/inv patch.continue --abort") from exc
+        raise WorkspaceError(
+            f"{layout.relative(layout.bump_sandbox)} cannot be read: {exc}",
+            hint="./scripts/inv patch.continue --abort",
+        ) from exc
     own = Layout(layout.bump_sandbox)
     return BumpSandbox(layout, own, begun, pins.load(own.pins).vllm)
 
@@ -104,25 +118,39 @@ def make(layout: Layout, begun: Begun, pin: Pin) -> BumpSandbox:
 
 
 def open_tree(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) -> Git:
-    """Return the workshop's tree, which is made where it is not there yet: the new base, checked out.
+    """Return the workshop's tree, which is made where it is not there yet: the new base, checked
+    out.
 
     Raises CheckoutError where something else lies there.
     """
     hint = "./scripts/inv patch.continue --abort"
-    return sandbox.open_tree(bump_sandbox.outer, bump_sandbox.layout, bump_sandbox.begun.new_base, settings, run_log=run_log, hint=hint)
+    return sandbox.open_tree(
+        bump_sandbox.outer,
+        bump_sandbox.layout,
+        bump_sandbox.begun.new_base,
+        settings,
+        run_log=run_log,
+        hint=hint,
+    )
 
 
 def tidy(layout: Layout) -> None:
-    """Finish what a verb left that was killed while it made a workshop or took one away; there is none."""
+    """Finish what a verb left that was killed while it made a workshop or took one away; there is
+    none.
+    """
     files.sweep_beside(layout.bump_sandbox)
     known_good.clear(layout)
 
 
 def remove(layout: Layout) -> str | None:
-    """Take the workshop away. What was committed or edited there stays under the reference of vendor/vllm that is returned."""
+    """Take the workshop away. What was committed or edited there stays under the reference of
+    vendor/vllm that is returned.
+    """
     own = Layout(layout.bump_sandbox)
     why = "What was in the workshop of a bump when it was given up"
-    kept = sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if is_there(layout) else None
+    kept = (
+        sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if is_there(layout) else None
+    )
     sandbox.remove_tree(layout, own, known_good.gone(layout))
     return kept
 
@@ -161,10 +189,15 @@ def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
     if head == new:
         return
     if head != old:
-        raise CheckoutError(f"{shown} is at {(head or 'no commit')[:12]}, expected was {old[:12]}", hint=f"git -C {shown} checkout --detach {old[:12]}")
+        raise CheckoutError(
+            f"{shown} is at {(head or 'no commit')[:12]}, expected was {old[:12]}",
+            hint=f"git -C {shown} checkout --detach {old[:12]}",
+        )
     if edited := git.edits():
         hint = f"git -C {shown} stash    and the same command again"
-        raise CheckoutError(f"{shown} has edits ({', '.join(edited[:3])}), which were left as they are", hint=hint)
+        raise CheckoutError(
+            f"{shown} has edits ({', '.join(edited[:3])}), which were left as they are", hint=hint
+        )
     moves.move(layout, "vllm", git, new, run_log=run_log)
 
 
@@ -172,12 +205,17 @@ def require_one_disk(layout: Layout) -> None:
     """Raise ToolchainError where what a move renames lies on several disks."""
     places = (layout.root, layout.state, layout.vllm, layout.environment)
     if len({path.stat().st_dev for path in places if path.exists()}) > 1:
-        sentence = "the clone, .workspace, vendor/vllm and .vllm lie on several disks, so nothing can be renamed between them"
+        sentence = (
+            "the clone, .workspace, vendor/vllm and .vllm lie on several disks, so nothing can be"
+            " renamed between them"
+        )
         raise ToolchainError(sentence, hint="df . .workspace vendor/vllm .vllm")
 
 
 def put_aside(environment: Path, scratch: Path) -> None:
-    """Rename an environment to where it waits; where another one is left from earlier, that one is out of date."""
+    """Rename an environment to where it waits; where another one is left from earlier, that one is
+    out of date.
+    """
     if os.path.lexists(environment):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -186,30 +224,52 @@ def put_aside(environment: Path, scratch: Path) -> None:
         except OSError as exc:
             # Where something is mounted, be it of the same disk.
             hint = f"findmnt {environment}    unmount it; the same command again goes on"
-            raise ToolchainError(f"{environment} cannot be renamed: {exc.strerror}", hint=hint) from exc
+            raise ToolchainError(
+                f"{environment} cannot be renamed: {exc.strerror}", hint=hint
+            ) from exc
 
 
 def products_of(layout: Layout) -> dict[str, str]:
-    """What a marker says of the products in vendor/vllm: their paths, and the compiled libraries that the stamp names, a line each."""
+    """What a marker says of the products in vendor/vllm: their paths, and the compiled libraries
+    that the stamp names, a line each.
+    """
     build = stamp.read(layout.stamp("vllm"))
-    return {"products": "\n".join(editable.build_products(layout.vllm)), "libraries": "\n".join(library.path for library in build.libraries) if build else ""}
+    return {
+        "products": "\n".join(editable.build_products(layout.vllm)),
+        "libraries": "\n".join(library.path for library in build.libraries) if build else "",
+    }
 
 
 def take_products_away(layout: Layout, facts: Mapping[str, str], *, good_state: str) -> None:
-    """Take the products of the pin that is left out of vendor/vllm; those that the good state has not are kept aside."""
-    listed, ours = (tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries"))
+    """Take the products of the pin that is left out of vendor/vllm; those that the good state has
+    not are kept aside.
+    """
+    listed, ours = (
+        tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
+    )
     kept = known_good.kernels(layout, good_state) if good_state else None
-    editable.take_products_away(layout, listed, ours=ours, kept=kept, left=known_good.left(layout, facts["left"]) / "products")
+    editable.take_products_away(
+        layout,
+        listed,
+        ours=ours,
+        kept=kept,
+        left=known_good.left(layout, facts["left"]) / "products",
+    )
 
 
 def say_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
     left = known_good.left(layout, facts["left"])
     if left.exists():
-        console.say(f"what a build had left in vendor/vllm and no good state holds is in {layout.relative(left)}")
+        console.say(
+            "what a build had left in vendor/vllm and no good state holds is in"
+            f" {layout.relative(left)}"
+        )
 
 
 def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
-    """Let the superproject's index name this commit, unless it is None, and keep git's hands off the submodule as before."""
+    """Let the superproject's index name this commit, unless it is None, and keep git's hands off
+    the submodule as before.
+    """
     outer = checkout.superproject(layout)
     path = layout.relative(layout.vllm)
     link = outer.gitlink(path) if outer else None
@@ -223,30 +283,45 @@ Act = Callable[[Mapping[str, str]], None]
 
 @dataclass(frozen=True)
 class Marker:
-    """The file of one change: the `facts` that were true when it began, and the names of the finished steps."""
+    """The file of one change: the `facts` that were true when it began, and the names of the
+    finished steps.
+    """
 
     path: Path
     facts: Mapping[str, str]
     done: tuple[str, ...] = ()
 
     def write(self) -> "Marker":
-        write_atomic(self.path, json.dumps({"facts": dict(self.facts), "done": self.done}, indent=1).encode())
+        write_atomic(
+            self.path, json.dumps({"facts": dict(self.facts), "done": self.done}, indent=1).encode()
+        )
         return self
 
 
 def find_marker(path: Path) -> Marker | None:
-    """Return what is under way, None where nothing is. Raises WorkspaceError for a marker that is damaged."""
+    """Return what is under way, None where nothing is. Raises WorkspaceError for a marker that is
+    damaged.
+    """
     try:
         record = json.loads(read_regular(path))
-        return Marker(path, {str(name): str(text) for name, text in record["facts"].items()}, tuple(map(str, record["done"])))
+        return Marker(
+            path,
+            {str(name): str(text) for name, text in record["facts"].items()},
+            tuple(map(str, record["done"])),
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise WorkspaceError(f"{path} says what is under way and cannot be read: {exc}", hint=f"cat {path}; git log --all --oneline -9") from exc
+        raise WorkspaceError(
+            f"{path} says what is under way and cannot be read: {exc}",
+            hint=f"cat {path}; git log --all --oneline -9",
+        ) from exc
 
 
 def finish_marker(marker: Marker, steps: Sequence[tuple[str, Act]]) -> None:
-    """Do the steps that are not done yet, in order. The marker stays: whoever is content removes it."""
+    """Do the steps that are not done yet, in order. The marker stays: whoever is content removes
+    it.
+    """
     for name, act in steps:
         if name not in marker.done:
             act(marker.facts)

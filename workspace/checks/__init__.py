@@ -1,1 +1,3 @@
-"""Does the built tree compute rightly: checks with a verdict, their record, and the door `python -m workspace.smoke`."""
+"""Does the built tree compute rightly: checks with a verdict, their record, and the door `python -m
+workspace.smoke`.
+"""

@@ -1,4 +1,6 @@
-"""The verdicts on what was built and what is imported: pure functions from what a probe found, and what was stamped, to pass or fail with evidence."""
+"""The verdicts on what was built and what is imported: pure functions from what a probe found, and
+what was stamped, to pass or fail with evidence.
+"""
 
 import contextlib
 import datetime
@@ -19,7 +21,9 @@ Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped although it lacks nothing is a failed one.
 Need = Literal["gpu", "architectures"]
 
-_ANEW = "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # takes the compiled libraries anew"
+_ANEW = (
+    "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # takes the compiled libraries anew"
+)
 _DIFFERS = "git -C vendor/vllm diff refs/patches/base --stat   # what differs from the pin"
 _WHO = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap"
 _SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
@@ -34,52 +38,128 @@ class Entry:
     need: Need | None = None
 
 
-# In the order in which they are shown. What explains the others comes first: the cure of the first that failed is the hint.
+# In the order in which they are shown. What explains the others comes first: the cure of the first
+# that failed is the hint.
 REGISTRY: Mapping[str, Entry] = {
     "provenance.libraries": Entry(
-        "every compiled library is, by size and SHA-256, the one that this build or its precompiled wheel brought, and none is left over", _ANEW
+        "every compiled library is, by size and SHA-256, the one that this build or its precompiled"
+        " wheel brought, and none is left over",
+        _ANEW,
     ),
-    "binary.load": Entry("every compiled library is whole and loads with all symbols bound, each in a process of its own", _ANEW),
-    "binary.cubins": Entry("every compiled library holds code for this GPU", _REBUILD, need="architectures"),
+    "binary.load": Entry(
+        "every compiled library is whole and loads with all symbols bound, each in a process of"
+        " its own",
+        _ANEW,
+    ),
+    "binary.cubins": Entry(
+        "every compiled library holds code for this GPU", _REBUILD, need="architectures"
+    ),
     "kernels.norm": Entry("RMS norms compute what plain torch computes", _DIFFERS),
     "kernels.activation": Entry("gated activations compute what plain torch computes", _DIFFERS),
     "kernels.rotary": Entry("rotary embeddings compute what plain torch computes", _DIFFERS),
-    "kernels.attention": Entry("paged attention over a cache that the cache's operator filled computes what plain torch computes", _DIFFERS),
-    "kernels.quantized": Entry("8-bit matrix products compute what plain torch computes", _DIFFERS, need="gpu"),
+    "kernels.attention": Entry(
+        "paged attention over a cache that the cache's operator filled computes what plain torch"
+        " computes",
+        _DIFFERS,
+    ),
+    "kernels.quantized": Entry(
+        "8-bit matrix products compute what plain torch computes", _DIFFERS, need="gpu"
+    ),
     "kernels.moe": Entry("experts compute what plain torch computes", _DIFFERS),
-    "parity.llama": Entry("a tiny Llama says what Hugging Face says: the same greedy tokens and log-probabilities", _DIFFERS),
+    "parity.llama": Entry(
+        "a tiny Llama says what Hugging Face says: the same greedy tokens and log-probabilities",
+        _DIFFERS,
+    ),
     "parity.qwen3": Entry("a tiny Qwen3 says what Hugging Face says", _DIFFERS),
-    "parity.mixtral": Entry("a tiny Mixtral, with experts, says what Hugging Face says", _DIFFERS, "full"),
+    "parity.mixtral": Entry(
+        "a tiny Mixtral, with experts, says what Hugging Face says", _DIFFERS, "full"
+    ),
     "parity.model": Entry("the model of --model says what Hugging Face says", _DIFFERS),
-    "parity.bfloat16": Entry("SmolLM2 in bfloat16 finds Hugging Face's tokens as probable as Hugging Face does", _DIFFERS, "full"),
+    "parity.bfloat16": Entry(
+        "SmolLM2 in bfloat16 finds Hugging Face's tokens as probable as Hugging Face does",
+        _DIFFERS,
+        "full",
+    ),
     "parity.gpt-oss": Entry(
-        "a tiny gpt-oss, with MXFP4 experts, sinks and a sliding window, finds Hugging Face's tokens as probable as Hugging Face does", _DIFFERS, "full", "gpu"
+        "a tiny gpt-oss, with MXFP4 experts, sinks and a sliding window, finds Hugging Face's"
+        " tokens as probable as Hugging Face does",
+        _DIFFERS,
+        "full",
+        "gpu",
     ),
     "consistency.repeat": Entry("the same prompts give the same answers again", _DIFFERS),
     "consistency.batch": Entry("a prompt gives the same answer alone and in a batch", _DIFFERS),
-    "consistency.parts": Entry("what a long prompt begins with is judged as it is when it stands alone", _DIFFERS),
+    "consistency.parts": Entry(
+        "what a long prompt begins with is judged as it is when it stands alone", _DIFFERS
+    ),
     "consistency.chunked": Entry("a prompt that comes in chunks gives the same answer", _DIFFERS),
-    "consistency.prefix": Entry("prompts that share a beginning give the same answers from the prefix cache", _DIFFERS),
-    "consistency.compiled": Entry("torch.compile changes no token and no log-probability", _DIFFERS, "full"),
-    "server.ready": Entry("the server of the built tree comes up, is the version that was built, and completes a token", _SERVER, "full"),
-    "server.completions": Entry("/v1/completions answers what the offline engine answers, counts its tokens, stops at a word", _DIFFERS, "full"),
-    "server.chat": Entry("/v1/chat/completions answers as the completion of the prompt that the template makes", _DIFFERS, "full"),
-    "server.stream": Entry("a streamed answer comes in pieces that make the whole one, and ends with [DONE]", _DIFFERS, "full"),
-    "server.logprobs": Entry("tokens and log-probabilities over HTTP are the offline engine's", _DIFFERS, "full"),
+    "consistency.prefix": Entry(
+        "prompts that share a beginning give the same answers from the prefix cache", _DIFFERS
+    ),
+    "consistency.compiled": Entry(
+        "torch.compile changes no token and no log-probability", _DIFFERS, "full"
+    ),
+    "server.ready": Entry(
+        "the server of the built tree comes up, is the version that was built, and completes a"
+        " token",
+        _SERVER,
+        "full",
+    ),
+    "server.completions": Entry(
+        "/v1/completions answers what the offline engine answers, counts its tokens, stops at a"
+        " word",
+        _DIFFERS,
+        "full",
+    ),
+    "server.chat": Entry(
+        "/v1/chat/completions answers as the completion of the prompt that the template makes",
+        _DIFFERS,
+        "full",
+    ),
+    "server.stream": Entry(
+        "a streamed answer comes in pieces that make the whole one, and ends with [DONE]",
+        _DIFFERS,
+        "full",
+    ),
+    "server.logprobs": Entry(
+        "tokens and log-probabilities over HTTP are the offline engine's", _DIFFERS, "full"
+    ),
     "server.structured": Entry("an answer obeys a JSON schema", _DIFFERS, "full"),
-    "server.bad_request": Entry("what cannot be served is refused with 4xx and a word why, and the server lives on", _DIFFERS, "full"),
-    "server.concurrent": Entry("many requests at once are answered as each alone", _DIFFERS, "full"),
-    "server.stop": Entry("told to end, the server leaves no process, no port and no shared memory", _SERVER, "full"),
-    "provenance.import": Entry("the process that made the tokens had vLLM from vendor/vllm, with torch and CUDA as stamped", _WHO),
-    "provenance.tree": Entry("vendor/vllm is, after all checks, what it was before the first", "./scripts/nox -s smoke"),
-    "real.answer": Entry("SmolLM2 knows the capital of France, and says no token over and over", _DIFFERS, "full"),
-    "real.finish": Entry("an answer ends where it has to: by itself, at its length, at a stop word", _DIFFERS, "full"),
+    "server.bad_request": Entry(
+        "what cannot be served is refused with 4xx and a word why, and the server lives on",
+        _DIFFERS,
+        "full",
+    ),
+    "server.concurrent": Entry(
+        "many requests at once are answered as each alone", _DIFFERS, "full"
+    ),
+    "server.stop": Entry(
+        "told to end, the server leaves no process, no port and no shared memory", _SERVER, "full"
+    ),
+    "provenance.import": Entry(
+        "the process that made the tokens had vLLM from vendor/vllm, with torch and CUDA as"
+        " stamped",
+        _WHO,
+    ),
+    "provenance.tree": Entry(
+        "vendor/vllm is, after all checks, what it was before the first", "./scripts/nox -s smoke"
+    ),
+    "real.answer": Entry(
+        "SmolLM2 knows the capital of France, and says no token over and over", _DIFFERS, "full"
+    ),
+    "real.finish": Entry(
+        "an answer ends where it has to: by itself, at its length, at a stop word", _DIFFERS, "full"
+    ),
 }
 
 
 def chosen(level: Level, *, has_model: bool) -> tuple[str, ...]:
     """The identifiers of a level, in their order."""
-    return tuple(name for name, entry in REGISTRY.items() if level in ("full", entry.level) and (has_model or name != "parity.model"))
+    return tuple(
+        name
+        for name, entry in REGISTRY.items()
+        if level in ("full", entry.level) and (has_model or name != "parity.model")
+    )
 
 
 Verdict = Literal["pass", "fail", "skipped"]
@@ -87,7 +167,9 @@ Verdict = Literal["pass", "fail", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One judgement. `evidence` is what was observed, or why nothing was, in one sentence; `seconds` what it took to find out."""
+    """One judgement. `evidence` is what was observed, or why nothing was, in one sentence;
+    `seconds` what it took to find out.
+    """
 
     identifier: str
     verdict: Verdict
@@ -103,7 +185,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the stamps say was built. `libraries` maps a path below the tree to its size and SHA-256; `cuda` is None for torch without."""
+    """What the stamps say was built. `libraries` maps a path below the tree to its size and
+    SHA-256; `cuda` is None for torch without.
+    """
 
     tree: Path
     version: str
@@ -124,17 +208,28 @@ class Answer:
 
 
 def libraries(answer: Answer, expected: Expected) -> Check:
-    """Judge which files probes/verify.py has found. A library of another version, or one cut by a third, loads and computes the same."""
+    """Judge which files probes/verify.py has found. A library of another version, or one cut by a
+    third, loads and computes the same.
+    """
     found = {str(row.get("path")): row for row in rows(answer.record, "libraries")}
     problems = [answer.problem] if answer.problem else []
     if not answer.problem:
         problems += [f"{path} is missing" for path in expected.libraries if path not in found]
         for path, (size, digest) in expected.libraries.items():
-            if path in found and (found[path].get("size"), found[path].get("sha256")) != (size, digest):
+            if path in found and (found[path].get("size"), found[path].get("sha256")) != (
+                size,
+                digest,
+            ):
                 problems.append(f"{path} is not the file that was verified")
-        problems += [f"{path} was not there when the build was verified" for path in found if path not in expected.libraries]
+        problems += [
+            f"{path} was not there when the build was verified"
+            for path in found
+            if path not in expected.libraries
+        ]
         problems += [] if found else ["the tree holds no compiled library"]
-    return judged("provenance.libraries", problems, f"{len(found)} libraries, as stamped", answer.seconds)
+    return judged(
+        "provenance.libraries", problems, f"{len(found)} libraries, as stamped", answer.seconds
+    )
 
 
 def binary_load(answer: Answer) -> Check:
@@ -142,10 +237,16 @@ def binary_load(answer: Answer) -> Check:
     found = rows(answer.record, "libraries")
     problems = [answer.problem] if answer.problem else []
     problems += [str(answer.record["error"])] if answer.record.get("error") else []
-    problems += [f"{row.get('path')}: {row.get('error')}" for row in found if row.get("verdict") not in ("ok", "other cpu", "other python")]
+    problems += [
+        f"{row.get('path')}: {row.get('error')}"
+        for row in found
+        if row.get("verdict") not in ("ok", "other cpu", "other python")
+    ]
     problems += [] if found or problems else ["the tree holds no compiled library"]
     others = sum(row.get("verdict") in ("other cpu", "other python") for row in found)
-    fine = f"{len(found) - others} libraries" + (f", {others} for other processors or Pythons not tried" if others else "")
+    fine = f"{len(found) - others} libraries" + (
+        f", {others} for other processors or Pythons not tried" if others else ""
+    )
     return judged("binary.load", problems, fine, answer.seconds)
 
 
@@ -155,7 +256,9 @@ def provenance(answer: Answer, expected: Expected) -> Check:
     vllm, torch = section(record, "vllm"), section(record, "torch")
     if answer.problem or not vllm.get("file"):
         why = answer.problem or str(record.get("error") or "the probe does not say it")
-        return judged("provenance.import", [f"not known which vLLM is imported: {why}"], "", answer.seconds)
+        return judged(
+            "provenance.import", [f"not known which vLLM is imported: {why}"], "", answer.seconds
+        )
     problems = []
     if not Path(str(vllm["file"])).is_relative_to(expected.tree):
         problems.append(f"vllm was imported from {vllm['file']}, not from {expected.tree}")
@@ -170,7 +273,9 @@ def provenance(answer: Answer, expected: Expected) -> Check:
             problems.append(f"{name} is {found or 'none'}, stamped is {stamped or 'none'}")
     if not record.get("error") and not vllm.get("kernels"):
         problems.append("vLLM generated without a compiled library of the tree")
-    said = f"vllm {vllm.get('version')}, torch {torch.get('version')}" + (f", triton {expected.triton}" if expected.triton else "")
+    said = f"vllm {vllm.get('version')}, torch {torch.get('version')}" + (
+        f", triton {expected.triton}" if expected.triton else ""
+    )
     return judged("provenance.import", problems, said, 0.0)
 
 
@@ -185,7 +290,12 @@ def settled(check: Check, *, lacks: frozenset[Need]) -> Check:
     need = REGISTRY[check.identifier].need
     if check.verdict != "skipped" or need in lacks:
         return check
-    return Check(check.identifier, "fail", f"skipped on a machine that has what it needs: {check.evidence}", check.seconds)
+    return Check(
+        check.identifier,
+        "fail",
+        f"skipped on a machine that has what it needs: {check.evidence}",
+        check.seconds,
+    )
 
 
 def judged(identifier: str, problems: Sequence[str], fine: str, seconds: float) -> Check:
@@ -209,17 +319,22 @@ def rows(record: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
 def number(record: Mapping[str, object], name: str) -> float:
     """NaN for anything that is no number: it fails every comparison."""
     found = record.get(name)
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
+    return (
+        float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
+    )
 
 
 SCHEMA = 2
-# What of the parity probe's document is worth comparing between days; the tokens themselves are not in it.
+# What of the parity probe's document is worth comparing between days; the tokens themselves are not
+# in it.
 _MEASURES = ("models", "consistency", "device", "gpu", "seconds")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """What vendor/vllm held: the tree of its commit, and a digest of edits on top, None without. `built` is one of everything that was stamped."""
+    """What vendor/vllm held: the tree of its commit, and a digest of edits on top, None without.
+    `built` is one of everything that was stamped.
+    """
 
     pin: str
     commit: str | None
@@ -229,7 +344,9 @@ class Tree:
 
 
 def verdict(checks: Sequence[Check]) -> Verdict:
-    """Pass where there are checks, some pass and none fails; whether one may be skipped was judged before."""
+    """Pass where there are checks, some pass and none fails; whether one may be skipped was judged
+    before.
+    """
     said = {check.verdict for check in checks}
     return "pass" if "pass" in said and "fail" not in said else "fail"
 
@@ -237,7 +354,13 @@ def verdict(checks: Sequence[Check]) -> Verdict:
 def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
     """Name the sources that are judged; edited files count with their content as it is now."""
     stack = observed.stack
-    return Tree(observed.pin.tag, stack.head if stack else None, stack.tree if stack else None, plan.edits_digest(layout, stack), _built(observed))
+    return Tree(
+        observed.pin.tag,
+        stack.head if stack else None,
+        stack.tree if stack else None,
+        plan.edits_digest(layout, stack),
+        _built(observed),
+    )
 
 
 def is_of(said: Mapping[str, object], now: Tree) -> bool:
@@ -245,18 +368,35 @@ def is_of(said: Mapping[str, object], now: Tree) -> bool:
     return (
         said.get("verdict") == "pass"
         and now.oid is not None
-        and all(said.get(name) == text for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built)))
+        and all(
+            said.get(name) == text
+            for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built))
+        )
     )
 
 
 def _built(observed: plan.Observation) -> str:
-    stamps = [asdict(layer.recorded) if layer.recorded else None for layer in (observed.environment, observed.kernels)]
+    stamps = [
+        asdict(layer.recorded) if layer.recorded else None
+        for layer in (observed.environment, observed.kernels)
+    ]
     # How long it took, and with how many jobs, is no part of what was built.
-    parts = [{name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None for stamp in stamps]
+    parts = [
+        {name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None
+        for stamp in stamps
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def compose(checks: Sequence[Check], *, level: str, tree: Tree, machine: Machine, parity: Mapping[str, object], seconds: float) -> dict[str, object]:
+def compose(
+    checks: Sequence[Check],
+    *,
+    level: str,
+    tree: Tree,
+    machine: Machine,
+    parity: Mapping[str, object],
+    seconds: float,
+) -> dict[str, object]:
     """Put the record together. Times are UTC, durations seconds, differences nats."""
     torch = parity.get("torch")
     vllm = parity.get("vllm")

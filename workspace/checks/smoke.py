@@ -1,4 +1,6 @@
-"""The door of the smoke: `python -m workspace.smoke`, run by `nox -s smoke` with the tool environment's Python."""
+"""The door of the smoke: `python -m workspace.smoke`, run by `nox -s smoke` with the tool
+environment's Python.
+"""
 
 import io
 import os
@@ -16,7 +18,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo.git import Git, repository
 
-# Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a start alone has taken 123 s.
+# Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a
+# start alone has taken 123 s.
 TIMEOUT_S = 600.0
 
 
@@ -31,7 +34,9 @@ def smoke(
     model: str = "tiny",
     is_fail_fast: bool = False,
 ) -> None:
-    """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check failed or nothing is built."""
+    """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check
+    failed or nothing is built.
+    """
     from workspace.checks import registry, smoke_suite
     from workspace.install import plan
     from workspace.install.status import require_built
@@ -43,10 +48,18 @@ def smoke(
     expected = smoke_suite.expect(layout, observed)
     options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
     # What is judged must not change meanwhile.
-    with lock.hold(layout.lock, verb="nox -s smoke") as held, RunLog(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as run_log:
+    with (
+        lock.hold(layout.lock, verb="nox -s smoke") as held,
+        RunLog(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as run_log,
+    ):
         tree = registry.tree_of(layout, observed)
         checks, parity = smoke_suite.run(
-            layout, settings, expected, options, run_log=run_log, look=lambda: registry.tree_of(layout, plan.observe(layout, settings))
+            layout,
+            settings,
+            expected,
+            options,
+            run_log=run_log,
+            look=lambda: registry.tree_of(layout, plan.observe(layout, settings)),
         )
         document = registry.compose(
             checks,
@@ -66,11 +79,20 @@ def smoke(
 
 
 def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
-    """Raise SmokeError with one line for each failed check, and the way on from the most telling one."""
+    """Raise SmokeError with one line for each failed check, and the way on from the most telling
+    one.
+    """
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
-        hint = next(entry.hint for name, entry in REGISTRY.items() if any(check.identifier == name for check in failed))
-        message = f"{len(failed)} of {len(checks)} checks failed: {', '.join(check.identifier for check in failed)}"
+        hint = next(
+            entry.hint
+            for name, entry in REGISTRY.items()
+            if any(check.identifier == name for check in failed)
+        )
+        message = (
+            f"{len(failed)} of {len(checks)} checks failed:"
+            f" {', '.join(check.identifier for check in failed)}"
+        )
         lines = tuple(f"{check.identifier}: {check.evidence}" for check in failed)
         raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))
 
@@ -96,13 +118,19 @@ exec ./scripts/inv hook --run </dev/null
 
 
 def install_hook(layout: Layout, *, console: Console) -> None:
-    """Put the gate into both repositories; twice is as good as once. Raises SettingsError where git takes hooks from a folder that others use too."""
+    """Put the gate into both repositories; twice is as good as once. Raises SettingsError where git
+    takes hooks from a folder that others use too.
+    """
     for name, git in _repositories(layout, console):
         folder, is_own = repository.hooks_folder(git)
         if not is_own:
             raise SettingsError(
-                f"git takes the hooks of {name} from {folder} (core.hooksPath), which is not this repository's alone; nothing was put there",
-                hint=f"call this from {folder / HOOK}: cd {shlex.quote(str(layout.root))} && ./scripts/inv hook --run",
+                f"git takes the hooks of {name} from {folder} (core.hooksPath), which is not this"
+                " repository's alone; nothing was put there",
+                hint=(
+                    f"call this from {folder / HOOK}: cd {shlex.quote(str(layout.root))} &&"
+                    " ./scripts/inv hook --run"
+                ),
             )
         console.row(*_put(name, folder, _SCRIPT.format(root=shlex.quote(str(layout.root)))))
 
@@ -122,14 +150,23 @@ def remove_hook(layout: Layout, *, console: Console) -> None:
 
 
 def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Let a push through, or raise what says why not: PatchDrift, SmokeError and what lies before them. A smoke runs where none has passed on this."""
+    """Let a push through, or raise what says why not: PatchDrift, SmokeError and what lies before
+    them. A smoke runs where none has passed on this.
+    """
     from workspace.checks import registry
     from workspace.install.status import require_built
     from workspace.repo import patching
 
     for project, tree in (("vllm", layout.vllm), ("triton", layout.triton)):
         if project == "vllm" or (tree / ".git").exists():
-            patching.export(layout, settings, project, console=Console(out=io.StringIO(), err=io.StringIO()), wait=False, check=True)
+            patching.export(
+                layout,
+                settings,
+                project,
+                console=Console(out=io.StringIO(), err=io.StringIO()),
+                wait=False,
+                check=True,
+            )
     observed = require_built(layout, settings)
     if registry.is_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.say("the smoke has passed on this tree and build")
@@ -139,11 +176,22 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
 
 
 def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
-    found = [(name, Git(path)) for name, path in (("workspace", layout.root), ("vendor/vllm", layout.vllm)) if (path / ".git").exists()]
+    found = [
+        (name, Git(path))
+        for name, path in (("workspace", layout.root), ("vendor/vllm", layout.vllm))
+        if (path / ".git").exists()
+    ]
     if not found:
-        raise CheckoutError("neither this folder nor vendor/vllm is a git repository", hint="git clone gives one; then ./scripts/inv bootstrap")
+        raise CheckoutError(
+            "neither this folder nor vendor/vllm is a git repository",
+            hint="git clone gives one; then ./scripts/inv bootstrap",
+        )
     if len(found) == 1:
-        console.row("missing", "vendor/vllm", "there is no checkout yet: ./scripts/inv bootstrap, then this again")
+        console.row(
+            "missing",
+            "vendor/vllm",
+            "there is no checkout yet: ./scripts/inv bootstrap, then this again",
+        )
     return found
 
 
@@ -155,7 +203,10 @@ def _put(name: str, folder: Path, script: str) -> tuple[State, str, str]:
             return "ok", name, said
     elif os.path.lexists(hook):
         if os.path.lexists(kept):
-            raise SettingsError(f"{kept} is in the way: a hook of yours would take its place", hint=f"mv {shlex.quote(str(kept))} elsewhere, and this again")
+            raise SettingsError(
+                f"{kept} is in the way: a hook of yours would take its place",
+                hint=f"mv {shlex.quote(str(kept))} elsewhere, and this again",
+            )
         # A second name first: there is no moment without a hook.
         os.link(hook, kept, follow_symlinks=False)
         said = f"{said}; yours is {KEPT} and goes first"
@@ -166,6 +217,9 @@ def _put(name: str, folder: Path, script: str) -> tuple[State, str, str]:
 
 def _is_ours(hook: Path) -> bool:
     try:
-        return not hook.is_symlink() and _MARK in hook.read_text(encoding="utf-8", errors="replace").splitlines()[:2]
+        return (
+            not hook.is_symlink()
+            and _MARK in hook.read_text(encoding="utf-8", errors="replace").splitlines()[:2]
+        )
     except OSError:
         return False

@@ -1,6 +1,8 @@
-"""The stacks of processes that hang: each tells its own as it is ended, by Python's faulthandler; py-spy tells them before, where it is there and may look.
+"""The stacks of processes that hang: each tells its own as it is ended, by Python's faulthandler;
+py-spy tells them before, where it is there and may look.
 
-On many a machine a debugger may not look at what it has not started (Yama, ptrace_scope 1); of itself a process may always speak.
+On many a machine a debugger may not look at what it has not started (Yama, ptrace_scope 1); of
+itself a process may always speak.
 """
 
 import contextlib
@@ -16,24 +18,31 @@ from workspace.core import process
 from workspace.core.errors import ToolchainError
 from workspace.server import process_tree
 
-# Every Python that inherits it says on stderr where it stood when a fatal signal met it, however deep in C (docs.python.org, faulthandler).
+# Every Python that inherits it says on stderr where it stood when a fatal signal met it, however
+# deep in C (docs.python.org, faulthandler).
 FAULTS: Mapping[str, str] = {"PYTHONFAULTHANDLER": "1"}
 # How long one process may take to tell.
 TELL_S = 5.0
 # Of a record; the log has all of them.
 KEPT_LINES = 120
 _BEGINS = re.compile(r"(Fatal Python error: .*|Timeout \(\d+:\d\d:\d\d.*\)!)$")
-_GOES_ON = re.compile(r'  File ".*", line \d+ in |  <no Python frame>|  \.\.\.$|(?:Current t|T)hread 0x[0-9a-f]+|\s*$')
+_GOES_ON = re.compile(
+    r'  File ".*", line \d+ in |  <no Python frame>|  \.\.\.$|(?:Current t|T)hread 0x[0-9a-f]+|\s*$'
+)
 _ENDS = "Extension modules: "
 
 
 class Watch:
-    """Has processes tell their stacks, and ends them, where they take longer than `limit_s`. A context manager; `has_fired` says whether it did.
+    """Has processes tell their stacks, and ends them, where they take longer than `limit_s`. A
+    context manager; `has_fired` says whether it did.
 
-    `find` returns the numbers of the processes, `environment` has the PATH on which py-spy may be; `seen` is what that said.
+    `find` returns the numbers of the processes, `environment` has the PATH on which py-spy may be;
+    `seen` is what that said.
     """
 
-    def __init__(self, limit_s: float, find: Callable[[], set[int]], *, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, limit_s: float, find: Callable[[], set[int]], *, environment: Mapping[str, str]
+    ) -> None:
         self._find, self._environment = find, environment
         self._timer = threading.Timer(limit_s, self._fire)
         self._timer.daemon = True
@@ -59,11 +68,15 @@ class Watch:
 
 
 def look(numbers: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """What py-spy says of processes, an engine before its front; nothing where it is not there, or may not look at one of them."""
+    """What py-spy says of processes, an engine before its front; nothing where it is not there, or
+    may not look at one of them.
+    """
     lines: list[str] = []
     for number in sorted(numbers, reverse=True):
         try:
-            done = process.capture(["py-spy", "dump", "--pid", str(number)], env=environment, timeout_s=TELL_S)
+            done = process.capture(
+                ["py-spy", "dump", "--pid", str(number)], env=environment, timeout_s=TELL_S
+            )
         except ToolchainError:
             return ()
         if done.returncode != 0:
@@ -73,7 +86,9 @@ def look(numbers: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str
 
 
 def end_with_stacks(find: Callable[[], set[int]]) -> None:
-    """Freeze processes, so that none reacts to another's end; then let one after the other tell its stacks and die, those started last first."""
+    """Freeze processes, so that none reacts to another's end; then let one after the other tell its
+    stacks and die, those started last first.
+    """
     known = process_tree.living()
     numbers = sorted(find() & known.keys(), key=lambda number: known[number].started, reverse=True)
     for number in numbers:

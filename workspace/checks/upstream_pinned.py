@@ -1,7 +1,9 @@
-"""The pin's own tree beside the working one, for the tests that fail: those that fail there too say nothing of the change.
+"""The pin's own tree beside the working one, for the tests that fail: those that fail there too say
+nothing of the change.
 
-It has the pin's Python and tests and the working tree's compiled libraries; where compiled sources differ, that is no pin, and nothing is compared.
-Which of its tests ask the hub is kept: there are hundreds of them, and seconds pass in each until it gives up.
+It has the pin's Python and tests and the working tree's compiled libraries; where compiled sources
+differ, that is no pin, and nothing is compared. Which of its tests ask the hub is kept: there are
+hundreds of them, and seconds pass in each until it gives up.
 """
 
 import contextlib
@@ -32,15 +34,27 @@ def needs_folder(layout: Layout) -> Path:
     return layout.state / "upstream-tests"
 
 
-def install_needs(layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog) -> tuple[Path, str]:
-    """Return the folder for PYTHONPATH, and a word on it. Where it is there nothing is installed, and no index is asked.
+def install_needs(
+    layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog
+) -> tuple[Path, str]:
+    """Return the folder for PYTHONPATH, and a word on it. Where it is there nothing is installed,
+    and no index is asked.
 
     Raises SourceError where the index cannot be reached or lacks a version, and BuildError.
     """
     there = interpreter.installed(layout)
     wanted = [name for name in known.requirements if name not in there]
     pinned = _pinned(layout.vllm, device)
-    said = "\n".join([*wanted, "", *pinned, "", *(f"{name}=={version}" for name, version in there.items()), str(interpreter.site_packages(layout))])
+    said = "\n".join(
+        [
+            *wanted,
+            "",
+            *pinned,
+            "",
+            *(f"{name}=={version}" for name, version in there.items()),
+            str(interpreter.site_packages(layout)),
+        ]
+    )
     folder = needs_folder(layout) / f"site-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder, f"{len(wanted)} test requirements are there"
@@ -52,7 +66,14 @@ def install_needs(layout: Layout, settings: Settings, known: Rules, *, device: s
     new.mkdir(parents=True)
     barred = tuple(f"{name} ; {_NEVER}" for name in there)
     if wanted:
-        interpreter.install(layout, settings, ["--target", str(new), *wanted], run_log=run_log, constraints=pinned, overrides=barred)
+        interpreter.install(
+            layout,
+            settings,
+            ["--target", str(new), *wanted],
+            run_log=run_log,
+            constraints=pinned,
+            overrides=barred,
+        )
     # uv syncs nothing; after a power cut the name would stand over empty files.
     os.sync()
     new.rename(folder)
@@ -62,7 +83,9 @@ def install_needs(layout: Layout, settings: Settings, known: Rules, *, device: s
 
 
 def _pinned(tree: Path, device: str) -> tuple[str, ...]:
-    """The exact versions that the tree tests with on this device, or on a GPU where it has no list for it (0.24)."""
+    """The exact versions that the tree tests with on this device, or on a GPU where it has no list
+    for it (0.24).
+    """
     for name in (device, "cuda"):
         file = tree / "requirements" / "test" / f"{name}.txt"
         if file.is_file():
@@ -77,12 +100,18 @@ _HUB_TESTS = "hub.json"
 
 def is_comparable(changed: Sequence[str]) -> bool:
     """Whether the compiled libraries are what the pin would have."""
-    return not any(path == source or path.startswith(f"{source}/") for path in changed for source in COMPILED_SOURCES)
+    return not any(
+        path == source or path.startswith(f"{source}/")
+        for path in changed
+        for source in COMPILED_SOURCES
+    )
 
 
 @contextlib.contextmanager
 def tree(layout: Layout, base: str) -> Iterator[Path]:
-    """Write the tree of the commit `base` out, with what a build left in the working tree; it is gone with the block."""
+    """Write the tree of the commit `base` out, with what a build left in the working tree; it is
+    gone with the block.
+    """
     folder = needs_folder(layout) / "pin"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -99,7 +128,9 @@ def tree(layout: Layout, base: str) -> Iterator[Path]:
 
 
 def hub_tests(layout: Layout, base: str) -> frozenset[str]:
-    """The tests that were seen to ask the hub on the pin `base`; none where nothing, or something unreadable, was kept."""
+    """The tests that were seen to ask the hub on the pin `base`; none where nothing, or something
+    unreadable, was kept.
+    """
     try:
         kept = json.loads((needs_folder(layout) / _HUB_TESTS).read_bytes())
         return frozenset(kept["tests"]) if kept["pin"] == base else frozenset()
@@ -108,14 +139,21 @@ def hub_tests(layout: Layout, base: str) -> frozenset[str]:
 
 
 def keep_hub_tests(layout: Layout, base: str, on_the_pin: Sequence[Outcome]) -> None:
-    """Add to the tests that are known to ask the hub on the pin `base`; those of another are forgotten."""
+    """Add to the tests that are known to ask the hub on the pin `base`; those of another are
+    forgotten.
+    """
     former = hub_tests(layout, base)
     if more := {one.node for one in on_the_pin if one.asks_hub} - former:
-        write_atomic(needs_folder(layout) / _HUB_TESTS, f"{json.dumps({'pin': base, 'tests': sorted(former | more)}, indent=1)}\n".encode())
+        write_atomic(
+            needs_folder(layout) / _HUB_TESTS,
+            f"{json.dumps({'pin': base, 'tests': sorted(former | more)}, indent=1)}\n".encode(),
+        )
 
 
 def again(failed: Sequence[Outcome], folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which files to run again, and pytest's words that choose the tests in them. By name, as a node that is not there would end the run."""
+    """Which files to run again, and pytest's words that choose the tests in them. By name, as a
+    node that is not there would end the run.
+    """
     files = tuple(dict.fromkeys(one.file for one in failed if (folder / one.file).is_file()))
     names = tuple(dict.fromkeys(_function(one) for one in failed))
     is_by_name = len(names) <= _MOST_NAMES and all(name.isidentifier() for name in names)

@@ -1,6 +1,8 @@
-"""Which of upstream's test files a changed file reaches, and by which way: each of them with the reason.
+"""Which of upstream's test files a changed file reaches, and by which way: each of them with the
+reason.
 
-It reads the tree and reach.toml, which is documented there; it runs nothing. A test that reaches a change only through what else it imports is not found.
+It reads the tree and reach.toml, which is documented there; it runs nothing. A test that reaches a
+change only through what else it imports is not found.
 """
 
 import re
@@ -44,7 +46,9 @@ class Reached:
 
 @dataclass(frozen=True)
 class Reach:
-    """The test files, the nearest first, and each changed file that reaches none, with the reason."""
+    """The test files, the nearest first, and each changed file that reaches none, with the
+    reason.
+    """
 
     tests: tuple[Reached, ...]
     unreached: tuple[Reached, ...]
@@ -55,23 +59,39 @@ def rules(path: Path = RULES) -> Rules:
     read = tomllib.loads(path.read_text(encoding="utf-8"))
 
     def listed(name: str) -> tuple[Rule, ...]:
-        return tuple(Rule(one["path"], one["why"], tuple(one.get("tests", ()))) for one in read[name])
+        return tuple(
+            Rule(one["path"], one["why"], tuple(one.get("tests", ()))) for one in read[name]
+        )
 
-    return Rules(read["renamed"], listed("map"), listed("none"), listed("cpu"), tuple(one["name"] for one in read["requirements"]))
+    return Rules(
+        read["renamed"],
+        listed("map"),
+        listed("none"),
+        listed("cpu"),
+        tuple(one["name"] for one in read["requirements"]),
+    )
 
 
 def nearest(path: str, among: Iterable[Rule]) -> Rule | None:
     """The rule with the longest beginning of `path`."""
-    return max((rule for rule in among if path.startswith(rule.path)), key=lambda rule: len(rule.path), default=None)
+    return max(
+        (rule for rule in among if path.startswith(rule.path)),
+        key=lambda rule: len(rule.path),
+        default=None,
+    )
 
 
 def test_files(tree: Path) -> tuple[str, ...]:
     """All of upstream's test files, relative to the tree."""
-    return tuple(sorted(str(file.relative_to(tree)) for file in (tree / "tests").rglob("test_*.py")))
+    return tuple(
+        sorted(str(file.relative_to(tree)) for file in (tree / "tests").rglob("test_*.py"))
+    )
 
 
 def find(tree: Path, changed: Sequence[str], known: Rules) -> Reach:
-    """Find what each of the changed paths, relative to the tree, reaches. A test that several reach has the nearest way's reason."""
+    """Find what each of the changed paths, relative to the tree, reaches. A test that several reach
+    has the nearest way's reason.
+    """
     there = test_files(tree)
     mentioned = _mentions(tree, there, [path for path in changed if _module(path)])
     ways: tuple[Callable[[str], Iterator[Reached]], ...] = (
@@ -102,16 +122,22 @@ def find(tree: Path, changed: Sequence[str], known: Rules) -> Reach:
 
 
 def _itself(path: str, there: Sequence[str]) -> Iterator[Reached]:
-    """A test file that was changed, or what the tests of its folder share; what all tests share is left to who asks for all."""
+    """A test file that was changed, or what the tests of its folder share; what all tests share is
+    left to who asks for all.
+    """
     folder = str(PurePosixPath(path).parent)
     if path in there:
         yield Reached(path, "was changed itself")
     elif path.startswith("tests/") and path.endswith(".py") and folder != "tests":
-        yield from (Reached(test, f"shares {path}") for test in there if test.startswith(f"{folder}/"))
+        yield from (
+            Reached(test, f"shares {path}") for test in there if test.startswith(f"{folder}/")
+        )
 
 
 def _mirrored(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
-    """vllm/a/b.py is tested by tests/a/test_b.py, by what lies below tests/a/b, or by the test_b.py of the nearest folder above."""
+    """vllm/a/b.py is tested by tests/a/test_b.py, by what lies below tests/a/b, or by the test_b.py
+    of the nearest folder above.
+    """
     if not _module(path):
         return
     folders, stem = _mirror(path, known)
@@ -131,14 +157,19 @@ def _mapped(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
 
 
 def _beside(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
-    """The tests that lie in the nearest folder that mirrors that of the file; for what nothing else reaches."""
+    """The tests that lie in the nearest folder that mirrors that of the file; for what nothing else
+    reaches.
+    """
     if not _module(path):
         return
     folders, _ = _mirror(path, known)
     for end in range(len(folders), 1, -1):
         folder = "/".join(folders[:end])
         if beside := [test for test in there if str(PurePosixPath(test).parent) == folder]:
-            yield from (Reached(test, f"lies in {folder}, as {path} has no test of its own") for test in beside)
+            yield from (
+                Reached(test, f"lies in {folder}, as {path} has no test of its own")
+                for test in beside
+            )
             return
 
 
@@ -166,8 +197,14 @@ def _module(path: str) -> str | None:
 
 
 def _mentions(tree: Path, there: Sequence[str], changed: Sequence[str]) -> dict[str, list[str]]:
-    """The tests that name a module: in an import, or in the string with which they replace a part of it."""
-    sought = [(path, name.rpartition(".")[2], _mention(name, is_package=path.endswith(f"{_PACKAGE}.py"))) for path in changed if (name := _module(path))]
+    """The tests that name a module: in an import, or in the string with which they replace a part
+    of it.
+    """
+    sought = [
+        (path, name.rpartition(".")[2], _mention(name, is_package=path.endswith(f"{_PACKAGE}.py")))
+        for path in changed
+        if (name := _module(path))
+    ]
     found: dict[str, list[str]] = {}
     for test in there if sought else ():
         text = (tree / test).read_text(encoding="utf-8", errors="replace")
@@ -187,7 +224,8 @@ def _mention(name: str, *, is_package: bool) -> re.Pattern[str]:
 
 
 LISTS = ("test_areas/*.yaml", "hardware_tests/cpu.yaml")
-# Of a test that is run on a CPU although its file is run on a GPU (pyproject.toml, tool.pytest.ini_options.markers).
+# Of a test that is run on a CPU although its file is run on a GPU (pyproject.toml,
+# tool.pytest.ini_options.markers).
 MARKER = "cpu_test"
 How = Literal["whole", "marked", "not"]
 _STEP = re.compile(r"^- (?=label:)", re.MULTILINE)
@@ -198,7 +236,9 @@ _WORD = re.compile(r"""'[^']*'|"[^"]*"|[^\s'"]+""")
 
 @dataclass(frozen=True)
 class Listed:
-    """A line of upstream's lists: a file or folder, relative to the tree, and the expression of marks that it is run with, or none."""
+    """A line of upstream's lists: a file or folder, relative to the tree, and the expression of
+    marks that it is run with, or none.
+    """
 
     path: str
     marks: str
@@ -206,7 +246,9 @@ class Listed:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a test file is run here, `marked` meaning only the tests with MARKER, and why it is not, or by whose word it is."""
+    """How a test file is run here, `marked` meaning only the tests with MARKER, and why it is not,
+    or by whose word it is.
+    """
 
     how: How
     why: str
@@ -215,7 +257,13 @@ class Decision:
 def cpu_lists(tree: Path) -> tuple[Listed, ...]:
     """Read what upstream runs on CPUs; nothing where the tree has no .buildkite."""
     files = [file for pattern in LISTS for file in sorted((tree / ".buildkite").glob(pattern))]
-    return tuple(dict.fromkeys(one for file in files for one in listed(file.read_text(encoding="utf-8", errors="replace"))))
+    return tuple(
+        dict.fromkeys(
+            one
+            for file in files
+            for one in listed(file.read_text(encoding="utf-8", errors="replace"))
+        )
+    )
 
 
 def listed(text: str) -> tuple[Listed, ...]:
@@ -238,15 +286,24 @@ def _of_command(line: str) -> list[Listed]:
     for word in words:
         if before == "-m":
             marks = word.strip("'\"")
-        elif before != "--ignore" and not word.startswith("-") and "::" not in word and re.fullmatch(r"[\w./-]+", word):
+        elif (
+            before != "--ignore"
+            and not word.startswith("-")
+            and "::" not in word
+            and re.fullmatch(r"[\w./-]+", word)
+        ):
             # Steps are run in tests/, those of hardware_tests above it.
             paths.append(word if word.startswith("tests/") else f"tests/{word}")
         before = word
     return [Listed(path.rstrip("/"), marks) for path in paths]
 
 
-def decide_runnable(tree: Path, path: str, lists: tuple[Listed, ...], known: Rules, *, device: str, try_all: bool) -> Decision:
-    """Decide for one test file. On a GPU all are run: those that need more of them, or another, say so themselves."""
+def decide_runnable(
+    tree: Path, path: str, lists: tuple[Listed, ...], known: Rules, *, device: str, try_all: bool
+) -> Decision:
+    """Decide for one test file. On a GPU all are run: those that need more of them, or another, say
+    so themselves.
+    """
     if device == "cuda":
         return Decision("whole", "there is a GPU")
     whole = [one for one in lists if _covers(one.path, path)]
@@ -259,7 +316,9 @@ def decide_runnable(tree: Path, path: str, lists: tuple[Listed, ...], known: Rul
     if MARKER in (tree / path).read_text(encoding="utf-8", errors="replace"):
         return Decision("marked", f"the tests that upstream marks {MARKER}")
     if any("cpu_model" in one.marks for one in whole):
-        return Decision("not", "upstream runs it on CPUs with models from the hub; --try-all --online runs it")
+        return Decision(
+            "not", "upstream runs it on CPUs with models from the hub; --try-all --online runs it"
+        )
     return Decision("not", "it is in none of upstream's lists for CPUs; --try-all runs it")
 
 

@@ -1,1 +1,3 @@
-"""The verbs of `inv`: each parses, calls one function below, prints. They know no git, pip or cmake."""
+"""The verbs of `inv`: each parses, calls one function below, prints. They know no git, pip or
+cmake.
+"""

@@ -25,11 +25,22 @@ from workspace.core.settings import Settings
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Python's stand-ins for bytes that are no text, and what ends a line.
 _UNWRITABLE = re.compile("[\n\r\ud800-\udfff]")
-_LOOK_FURTHER = "./scripts/inv doctor    looks for what may be wrong; ./scripts/inv report collects what a bug report needs"
+_LOOK_FURTHER = (
+    "./scripts/inv doctor    looks for what may be wrong; ./scripts/inv report collects what a bug"
+    " report needs"
+)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Something else lies where the workspace keeps a file or a folder.
-_NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EIO)
+_NO_PLACE = (
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+    errno.EIO,
+)
 
 
 class _Ended(BaseException):
@@ -46,13 +57,20 @@ def console() -> Console:
     return Console()
 
 
-def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False) -> Settings:
-    """Read the settings for a verb and print their warnings, each once in a process; with `is_quiet` the verb shows them itself.
+def load_settings(
+    layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False
+) -> Settings:
+    """Read the settings for a verb and print their warnings, each once in a process; with
+    `is_quiet` the verb shows them itself.
 
-    Raises SettingsError, and WorkspaceError for a clone in a folder whose name no log and no pyvenv.cfg can hold.
+    Raises SettingsError, and WorkspaceError for a clone in a folder whose name no log and no
+    pyvenv.cfg can hold.
     """
     if _UNWRITABLE.search(str(layout.root)):
-        raise WorkspaceError(f"{str(layout.root)!r} has bytes in it that are not UTF-8, or a line end", hint="move the clone into a folder with a plain name")
+        raise WorkspaceError(
+            f"{str(layout.root)!r} has bytes in it that are not UTF-8, or a line end",
+            hint="move the clone into a folder with a plain name",
+        )
     settings.forget_outer_git()
     loaded = settings.load(layout, flags=flags, also_known=lambda: _registered(layout))
     for warning in () if is_quiet else loaded.warnings:
@@ -61,9 +79,15 @@ def load_settings(layout: Layout, *, flags: Mapping[str, str | None] | None = No
 
 
 def _registered(layout: Layout) -> list[str]:
-    """The names in the pinned tree's own registry of variables (vllm/envs.py, environment_variables)."""
+    """The names in the pinned tree's own registry of variables (vllm/envs.py,
+    environment_variables).
+    """
     try:
-        return re.findall(r'^    "([A-Z][A-Z0-9_]*)":', files.read_regular(layout.vllm / "vllm" / "envs.py").decode(), re.MULTILINE)
+        return re.findall(
+            r'^    "([A-Z][A-Z0-9_]*)":',
+            files.read_regular(layout.vllm / "vllm" / "envs.py").decode(),
+            re.MULTILINE,
+        )
     except (OSError, UnicodeDecodeError):
         return []
 
@@ -76,8 +100,9 @@ def _warn(text: str) -> None:
 def run(work: Callable[[], None]) -> int:
     """Do the work of a door and return the process's exit status.
 
-    An expected failure is printed with its hint; ^C, SIGTERM and SIGHUP unwind the work, which ends its children, and are named;
-    a reader of stdout that went away (`inv --list | head -1`) ends it without a word. A bug keeps its traceback.
+    An expected failure is printed with its hint; ^C, SIGTERM and SIGHUP unwind the work, which ends
+    its children, and are named; a reader of stdout that went away (`inv --list | head -1`) ends it
+    without a word. A bug keeps its traceback.
     """
     settings.forget_odd_terminal()
     _make_streams_usable()
@@ -104,7 +129,8 @@ def run(work: Callable[[], None]) -> int:
 
 
 def _make_streams_usable() -> None:
-    # Python has no object for a stream that the caller closed (`>&-`), and the next file opened would take its number.
+    # Python has no object for a stream that the caller closed (`>&-`), and the next file opened
+    # would take its number.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -115,7 +141,8 @@ def _make_streams_usable() -> None:
 
 
 def _failed(error: WorkspaceError) -> int:
-    # Such as what git says of a repository that a power cut damaged: nobody foresaw it, and there is a way on all the same.
+    # Such as what git says of a repository that a power cut damaged: nobody foresaw it, and there
+    # is a way on all the same.
     error.hint = error.hint or _LOOK_FURTHER
     # What was printed for a program to read comes before the reason why there is no more of it.
     with contextlib.suppress(OSError):
@@ -125,8 +152,14 @@ def _failed(error: WorkspaceError) -> int:
 
 
 def _names_a_link(exc: OSError) -> bool:
-    """Whether a link that leads nowhere is what is missing; any other missing file was there a moment ago, or is a bug."""
-    return exc.errno == errno.ENOENT and isinstance(exc.filename, str | bytes) and os.path.islink(exc.filename)
+    """Whether a link that leads nowhere is what is missing; any other missing file was there a
+    moment ago, or is a bug.
+    """
+    return (
+        exc.errno == errno.ENOENT
+        and isinstance(exc.filename, str | bytes)
+        and os.path.islink(exc.filename)
+    )
 
 
 def _refused(exc: OSError) -> ToolchainError:
@@ -134,12 +167,18 @@ def _refused(exc: OSError) -> ToolchainError:
     place = Path(os.fsdecode(exc.filename)) if isinstance(exc.filename, str | bytes) else None
     folder = place.parent if place else Path()
     looked_at = folder if place is None or exc.errno in _NO_RIGHTS else place
-    hint = shlex.join(["df", "-h", str(folder)] if exc.errno in _NO_SPACE else ["ls", "-ld", str(looked_at)])
-    return ToolchainError(f"{place or 'a file'} cannot be written or read: {exc.strerror}", hint=hint)
+    hint = shlex.join(
+        ["df", "-h", str(folder)] if exc.errno in _NO_SPACE else ["ls", "-ld", str(looked_at)]
+    )
+    return ToolchainError(
+        f"{place or 'a file'} cannot be written or read: {exc.strerror}", hint=hint
+    )
 
 
 def _readers_are_gone() -> bool:
-    """Whether stdout or stderr is the broken pipe; they are then pointed elsewhere, or Python's own flush at exit would fail again."""
+    """Whether stdout or stderr is the broken pipe; they are then pointed elsewhere, or Python's own
+    flush at exit would fail again.
+    """
     gone = False
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -152,9 +191,15 @@ def _readers_are_gone() -> bool:
 
 @contextlib.contextmanager
 def _ending_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or SIGHUP into an exception, so that `finally` blocks run; more of them do not disturb the clearing up."""
+    """Turn the first SIGTERM or SIGHUP into an exception, so that `finally` blocks run; more of
+    them do not disturb the clearing up.
+    """
     # A SIGHUP that is ignored (nohup) stays ignored.
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL
+    ]
 
     def end(number: int, _: FrameType | None) -> None:
         for other in numbers:
@@ -175,5 +220,7 @@ JSON = "print one JSON document instead of the table"
 
 
 def after_dashes() -> list[str]:
-    """The words after `--` as the shell gave them: Invoke's own remainder joins them with blanks."""
+    """The words after `--` as the shell gave them: Invoke's own remainder joins them with
+    blanks.
+    """
     return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []

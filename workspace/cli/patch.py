@@ -54,21 +54,41 @@ def unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
         "wait": WAIT,
     },
 )
-def export(_: Context, check: bool = False, branch: str = "", patch: str = "", project: str = "vllm", wait: bool = False) -> None:
+def export(
+    _: Context,
+    check: bool = False,
+    branch: str = "",
+    patch: str = "",
+    project: str = "vllm",
+    wait: bool = False,
+) -> None:
     """Write the commits on the pin as patches and series."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.repo import patching
 
     if bool(patch) != bool(branch) or (branch and check):
-        raise SettingsError("--branch and --patch belong together, and without --check", hint="inv patch.export --branch NAME --patch FILE")
+        raise SettingsError(
+            "--branch and --patch belong together, and without --check",
+            hint="inv patch.export --branch NAME --patch FILE",
+        )
     if branch:
-        patching.make_branch(here, settings, project, branch, patch, console=main.console(), wait=wait)
+        patching.make_branch(
+            here, settings, project, branch, patch, console=main.console(), wait=wait
+        )
     else:
         patching.export(here, settings, project, console=main.console(), wait=wait, check=check)
 
 
-@task(name="import", positional=["origin"], help={"origin": "a mail file, an address, or the number of a pull request", "project": PROJECT, "wait": WAIT})
+@task(
+    name="import",
+    positional=["origin"],
+    help={
+        "origin": "a mail file, an address, or the number of a pull request",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
 def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
     """Take a patch: a file, an address, a pull request."""
     here = paths.here()
@@ -78,8 +98,18 @@ def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) 
     patching.import_(here, settings, project, origin, console=main.console(), wait=wait)
 
 
-@task(name="continue", help={"skip": "leave out the patch that conflicts", "abort": "give up and go back", "project": PROJECT, "wait": WAIT})
-def continue_(_: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False) -> None:
+@task(
+    name="continue",
+    help={
+        "skip": "leave out the patch that conflicts",
+        "abort": "give up and go back",
+        "project": PROJECT,
+        "wait": WAIT,
+    },
+)
+def continue_(
+    _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
+) -> None:
     """Go on after a conflict, a bump's too."""
     here = paths.here()
     settings = main.load_settings(here)
@@ -87,7 +117,9 @@ def continue_(_: Context, skip: bool = False, abort: bool = False, project: str 
     from workspace.repo import patching
 
     if skip and abort:
-        raise SettingsError("--skip and --abort exclude each other", hint="inv --help patch.continue")
+        raise SettingsError(
+            "--skip and --abort exclude each other", hint="inv --help patch.continue"
+        )
     how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
     if project == "vllm" and bump.is_under_way(here):
         bump.go_on(here, settings, how, console=main.console(), wait=wait)

@@ -1,4 +1,6 @@
-"""Invoke's program as this workspace needs it: its parser and lists, without its configuration and its own exit codes."""
+"""Invoke's program as this workspace needs it: its parser and lists, without its configuration and
+its own exit codes.
+"""
 
 import difflib
 import re
@@ -16,7 +18,9 @@ from workspace.core.errors import SettingsError
 
 
 class NoConfig(Config):
-    """Invoke's configuration without files and variables: what is in them is for other projects, or for nobody."""
+    """Invoke's configuration without files and variables: what is in them is for other projects, or
+    for nobody.
+    """
 
     prefix = "vllm_workspace"
 
@@ -30,16 +34,33 @@ class NoConfig(Config):
 class Door(Program):
     """Invoke's parser and lists; failures leave it as exceptions, not as its own exit codes."""
 
-    # The other core flags change how Invoke runs shell commands. No verb does that, and `--dry bootstrap` must not seem to be dry.
-    core_flags = ("complete", "debug", "help", "list", "list-depth", "list-format", "print-completion-script", "version", "write-pyc")
+    # The other core flags change how Invoke runs shell commands. No verb does that, and `--dry
+    # bootstrap` must not seem to be dry.
+    core_flags = (
+        "complete",
+        "debug",
+        "help",
+        "list",
+        "list-depth",
+        "list-format",
+        "print-completion-script",
+        "version",
+        "write-pyc",
+    )
 
     def core_args(self) -> list[Argument]:
-        # A plain `inv --search-root CLONE` hands its flags over too; which clone is meant is settled by then.
-        root = Argument(names=("search-root", "r"), help="Taken for Invoke's sake; this clone is always meant.")
-        return [argument for argument in super().core_args() if argument.name in self.core_flags] + [root]
+        # A plain `inv --search-root CLONE` hands its flags over too; which clone is meant is
+        # settled by then.
+        root = Argument(
+            names=("search-root", "r"), help="Taken for Invoke's sake; this clone is always meant."
+        )
+        return [
+            argument for argument in super().core_args() if argument.name in self.core_flags
+        ] + [root]
 
     def parse_core(self, argv: list[str] | None) -> None:
-        # Invoke turns bytecode off for the sake of the tasks file; here it would have every verb compile the library anew.
+        # Invoke turns bytecode off for the sake of the tasks file; here it would have every verb
+        # compile the library anew.
         writes = sys.dont_write_bytecode
         super().parse_core(argv)
         sys.dont_write_bytecode = writes
@@ -78,12 +99,21 @@ class Door(Program):
             raise Exit from exc
 
     def _misuse(self, error: ParseError) -> SettingsError:
-        """Say what is wrong with the command line, and what it is like. Invoke puts the word at fault into its sentence only."""
+        """Say what is wrong with the command line, and what it is like. Invoke puts the word at
+        fault into its sentence only.
+        """
         unknown = re.search(r"No idea what '(.+)' is", str(error))
         verb = error.context.name if error.context is not None else None
         more = f"inv --help {verb}" if verb else "inv --help"
         if unknown is None:
-            return SettingsError(re.sub(r"^Flag <Argument: ([\w-]+).*> needed value.*", r"--\1 needs a value", str(error)), hint=more)
+            return SettingsError(
+                re.sub(
+                    r"^Flag <Argument: ([\w-]+).*> needed value.*",
+                    r"--\1 needs a value",
+                    str(error),
+                ),
+                hint=more,
+            )
         word = unknown.group(1)
         if word.startswith("-"):
             context = self.parser.contexts[verb] if verb else self.initial_context
@@ -92,7 +122,9 @@ class Door(Program):
         else:
             like = difflib.get_close_matches(word, list(self.parser.contexts), n=3)
             sentence, more = f"there is no verb {word}", "inv --list"
-        return SettingsError(sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more)
+        return SettingsError(
+            sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more
+        )
 
 
 def program() -> Program:
@@ -110,9 +142,40 @@ def program() -> Program:
         verbs.shell,
         verbs.drop_caches,
     )
-    namespace.add_collection(Collection("patch", patch.status, patch.apply, patch.unapply, patch.export, patch.import_, patch.continue_))
-    namespace.add_collection(Collection("pin", verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback))
+    namespace.add_collection(
+        Collection(
+            "patch",
+            patch.status,
+            patch.apply,
+            patch.unapply,
+            patch.export,
+            patch.import_,
+            patch.continue_,
+        )
+    )
+    namespace.add_collection(
+        Collection("pin", verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback)
+    )
     namespace.add_collection(Collection("env", verbs.env_check, verbs.env_init, verbs.env_export))
-    namespace.add_collection(Collection("serve", verbs.serve, verbs.serve_status, verbs.serve_logs, verbs.serve_stop, verbs.serve_list, verbs.serve_fetch))
-    namespace.add_collection(Collection("bench", verbs.bench_list, verbs.bench_compare, verbs.bench_report))
-    return Door(namespace=namespace, name="Invoke", version=invoke.__version__, binary="inv", binary_names=["inv"], config_class=NoConfig)
+    namespace.add_collection(
+        Collection(
+            "serve",
+            verbs.serve,
+            verbs.serve_status,
+            verbs.serve_logs,
+            verbs.serve_stop,
+            verbs.serve_list,
+            verbs.serve_fetch,
+        )
+    )
+    namespace.add_collection(
+        Collection("bench", verbs.bench_list, verbs.bench_compare, verbs.bench_report)
+    )
+    return Door(
+        namespace=namespace,
+        name="Invoke",
+        version=invoke.__version__,
+        binary="inv",
+        binary_names=["inv"],
+        config_class=NoConfig,
+    )

@@ -18,11 +18,18 @@ from workspace.core import paths
     }
 )
 def bootstrap(
-    _: Context, device: str | None = None, source: str | None = None, kernels: str | None = None, jobs: str | None = None, wait: bool = False
+    _: Context,
+    device: str | None = None,
+    source: str | None = None,
+    kernels: str | None = None,
+    jobs: str | None = None,
+    wait: bool = False,
 ) -> None:
     """Make a fresh clone generate text; safe to repeat."""
     here = paths.here()
-    settings = main.load_settings(here, flags={"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs})
+    settings = main.load_settings(
+        here, flags={"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
+    )
     from workspace.install import bootstrap as verb
 
     verb.run(here, settings, console=main.console(), wait=wait)
@@ -57,7 +64,14 @@ def rebuild(
     settings = main.load_settings(here, flags={"KERNELS": kernels})
     from workspace.install import rebuild as verb
 
-    options = verb.RebuildOptions(jobs=jobs, memory=memory, targets=tuple(target or ()), clean=clean, plan_only=plan, as_json=json)
+    options = verb.RebuildOptions(
+        jobs=jobs,
+        memory=memory,
+        targets=tuple(target or ()),
+        clean=clean,
+        plan_only=plan,
+        as_json=json,
+    )
     verb.run(here, settings, options, console=main.console(), wait=wait)
 
 
@@ -70,7 +84,14 @@ def rebuild(
         "wait": WAIT,
     },
 )
-def fix_triton(_: Context, from_source: bool = False, ref: str | None = None, jobs: str | None = None, check: bool = False, wait: bool = False) -> None:
+def fix_triton(
+    _: Context,
+    from_source: bool = False,
+    ref: str | None = None,
+    jobs: str | None = None,
+    check: bool = False,
+    wait: bool = False,
+) -> None:
     """Find the Triton fault, mend it, prove it."""
     here = paths.here()
     settings = main.load_settings(here, flags={"TRITON_REF": ref})
@@ -112,7 +133,9 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     verb.show(here, settings, console=main.console(), as_json=json, offline=offline)
 
 
-@task(help={"remove": "take it out; a hook of yours comes back", "run": "judge now, as the hook does"})
+@task(
+    help={"remove": "take it out; a hook of yours comes back", "run": "judge now, as the hook does"}
+)
 def hook(_: Context, remove: bool = False, run: bool = False) -> None:
     """Install the pre-push gate; --remove takes it out."""
     here = paths.here()
@@ -155,15 +178,36 @@ def bench_list(_: Context, json: bool = False) -> None:
         "json": JSON,
     },
 )
-def bench_compare(_: Context, first: str, second: str, factor: str = "5", across: list[str] | None = None, json: bool = False) -> None:
+def bench_compare(
+    _: Context,
+    first: str,
+    second: str,
+    factor: str = "5",
+    across: list[str] | None = None,
+    json: bool = False,
+) -> None:
     """Is the second record slower? A verdict on each metric."""
     here = paths.here()
     from workspace.bench import compare
 
-    compare.show(here, first, second, factor=factor, across=across or (), console=main.console(), as_json=json)
+    compare.show(
+        here,
+        first,
+        second,
+        factor=factor,
+        across=across or (),
+        console=main.console(),
+        as_json=json,
+    )
 
 
-@task(name="report", help={"first": "a record to compare with; without it the newest two", "second": "the record that may be slower"})
+@task(
+    name="report",
+    help={
+        "first": "a record to compare with; without it the newest two",
+        "second": "the record that may be slower",
+    },
+)
 def bench_report(_: Context, first: str = "", second: str = "") -> None:
     """Draw all records: one HTML page, and a PNG a plot."""
     here = paths.here()
@@ -243,7 +287,11 @@ def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
     rollback.show(here, settings, console=main.console(), as_json=json, offline=offline)
 
 
-@task(name="forecast", positional=["ref"], help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON})
+@task(
+    name="forecast",
+    positional=["ref"],
+    help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON},
+)
 def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
     """Say what a move of the pin would break; touch nothing."""
     here = paths.here()
@@ -256,7 +304,11 @@ def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
 @task(
     name="bump",
     positional=["ref"],
-    help={"ref": "a tag of vLLM, or the word triton", "allow-recent": "take a release that is younger than PIN_MIN_AGE_DAYS", "wait": WAIT},
+    help={
+        "ref": "a tag of vLLM, or the word triton",
+        "allow-recent": "take a release that is younger than PIN_MIN_AGE_DAYS",
+        "wait": WAIT,
+    },
 )
 def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = False) -> None:
     """Move the pin beside the working tree; promote if green."""
@@ -267,7 +319,10 @@ def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = Fals
     bump.run(here, settings, ref, console=main.console(), allow_recent=allow_recent, wait=wait)
 
 
-@task(name="rollback", help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT})
+@task(
+    name="rollback",
+    help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT},
+)
 def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
     """Return to the last good pin, environment included."""
     here = paths.here()
@@ -288,13 +343,17 @@ def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
         "force": "open to others without a key, or short of memory: go on",
     },
 )
-def serve(_: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False) -> None:
+def serve(
+    _: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False
+) -> None:
     """Serve a recipe or a model; vLLM's own flags after --."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import start
 
-    options = start.ServeOptions(recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, force=force)
+    options = start.ServeOptions(
+        recipe, tuple(after_dashes()), dry_run=dry_run, detach=detach, force=force
+    )
     start.run(here, settings, options, console=main.console())
 
 
@@ -308,7 +367,10 @@ def serve_status(_: Context, json: bool = False) -> None:
     status.status(here, settings, console=main.console(), as_json=json)
 
 
-@task(name="logs", help={"lines": "so many of the last lines", "follow": "go on until the server ends"})
+@task(
+    name="logs",
+    help={"lines": "so many of the last lines", "follow": "go on until the server ends"},
+)
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
     """Print the server's log; --follow goes on with it."""
     here = paths.here()
@@ -337,7 +399,11 @@ def serve_list(_: Context, json: bool = False) -> None:
     fit.show_recipes(here, settings, console=main.console(), as_json=json)
 
 
-@task(name="fetch", positional=["recipe"], help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"})
+@task(
+    name="fetch",
+    positional=["recipe"],
+    help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"},
+)
 def serve_fetch(_: Context, recipe: str) -> None:
     """Get weights and vocabularies before any load."""
     here = paths.here()

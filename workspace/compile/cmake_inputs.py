@@ -1,6 +1,8 @@
-"""What the tree's CMake files say, read without CMake: their commands, and which of them a configure for a device would come to.
+"""What the tree's CMake files say, read without CMake: their commands, and which of them a
+configure for a device would come to.
 
-Conditions that only a configure can decide count as met and as not met at once: too much is read rather than too little.
+Conditions that only a configure can decide count as met and as not met at once: too much is read
+rather than too little.
 """
 
 import hashlib
@@ -23,11 +25,39 @@ from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
 
 # cmake-language(7): comments, bracket arguments, quoted arguments, brackets, unquoted arguments.
-_TOKEN = re.compile(r'#\[(=*)\[.*?\]\1\]|#[^\n]*|\[(=*)\[(.*?)\]\2\]|"((?:[^"\\]|\\.)*)"|([()])|([^\s()#"]+)', re.DOTALL)
+_TOKEN = re.compile(
+    r'#\[(=*)\[.*?\]\1\]|#[^\n]*|\[(=*)\[(.*?)\]\2\]|"((?:[^"\\]|\\.)*)"|([()])|([^\s()#"]+)',
+    re.DOTALL,
+)
 _REFERENCE = re.compile(r"\$\{(\w[\w-]*)\}")
 _OVERRIDES = re.compile(r"\w+_(SRC|ROOT)_DIR|FETCHCONTENT_SOURCE_DIR_\w+")
-_UNARY = frozenset({"EXISTS", "IS_DIRECTORY", "IS_ABSOLUTE", "IS_SYMLINK", "COMMAND", "POLICY", "TARGET", "TEST", "DEFINED"})
-_BINARY = frozenset({"STREQUAL", "MATCHES", "EQUAL", "LESS", "GREATER", "IN_LIST", "IS_NEWER_THAN", "PATH_EQUAL", "STRLESS", "STRGREATER"})
+_UNARY = frozenset(
+    {
+        "EXISTS",
+        "IS_DIRECTORY",
+        "IS_ABSOLUTE",
+        "IS_SYMLINK",
+        "COMMAND",
+        "POLICY",
+        "TARGET",
+        "TEST",
+        "DEFINED",
+    }
+)
+_BINARY = frozenset(
+    {
+        "STREQUAL",
+        "MATCHES",
+        "EQUAL",
+        "LESS",
+        "GREATER",
+        "IN_LIST",
+        "IS_NEWER_THAN",
+        "PATH_EQUAL",
+        "STRLESS",
+        "STRGREATER",
+    }
+)
 _FALSE = frozenset({"", "0", "OFF", "NO", "FALSE", "N", "IGNORE", "NOTFOUND"})
 _INCLUDED_AT_MOST = 100
 
@@ -40,7 +70,9 @@ class Command:
 
 @dataclass(frozen=True)
 class Step:
-    """A command that a configure would come to, its words with the variables known by then, and the file it stands in."""
+    """A command that a configure would come to, its words with the variables known by then, and the
+    file it stands in.
+    """
 
     file: str
     command: Command
@@ -56,7 +88,9 @@ def resolve(word: str, values: Mapping[str, str]) -> str:
 
 
 def commands(text: str) -> Iterator[Command]:
-    """Every command in order, its name in lower case, nested brackets as words. What is no CMake ends it."""
+    """Every command in order, its name in lower case, nested brackets as words. What is no CMake
+    ends it.
+    """
     name, depth, words = "", 0, []
     for token in _TOKEN.finditer(text):
         bracket, quoted, paren, plain = token[3], token[4], token[5], token[6]
@@ -81,11 +115,30 @@ def commands(text: str) -> Iterator[Command]:
 
 
 def walk(tree: Path, device: str, *, machine: str | None = None) -> Iterator[Step]:
-    """The commands that a configure of `tree` for a device would come to, includes followed, functions left out."""
+    """The commands that a configure of `tree` for a device would come to, includes followed,
+    functions left out.
+    """
     here = machine or platform.machine()
-    values = {"VLLM_TARGET_DEVICE": device, "VLLM_GPU_LANG": "CUDA" if device == "cuda" else "", "CMAKE_SYSTEM_NAME": "Linux"}
-    values |= {"ASIMD_FOUND": "ON" if here in ("aarch64", "arm64") else "", "CMAKE_SYSTEM_PROCESSOR": here}
-    values |= dict.fromkeys(("APPLE_SILICON_FOUND", "MACOSX_FOUND", "S390_FOUND", "POWER9_FOUND", "POWER10_FOUND", "POWER11_FOUND"), "")
+    values = {
+        "VLLM_TARGET_DEVICE": device,
+        "VLLM_GPU_LANG": "CUDA" if device == "cuda" else "",
+        "CMAKE_SYSTEM_NAME": "Linux",
+    }
+    values |= {
+        "ASIMD_FOUND": "ON" if here in ("aarch64", "arm64") else "",
+        "CMAKE_SYSTEM_PROCESSOR": here,
+    }
+    values |= dict.fromkeys(
+        (
+            "APPLE_SILICON_FOUND",
+            "MACOSX_FOUND",
+            "S390_FOUND",
+            "POWER9_FOUND",
+            "POWER10_FOUND",
+            "POWER11_FOUND",
+        ),
+        "",
+    )
     yield from _Walk(tree, values).through("CMakeLists.txt")
 
 
@@ -93,7 +146,8 @@ class _Walk:
     def __init__(self, tree: Path, values: Mapping[str, str]) -> None:
         self._tree = tree
         self._values = dict(values)
-        # What the machine and the device decide no branch that a configure would not come to may say otherwise.
+        # What the machine and the device decide no branch that a configure would not come to may
+        # say otherwise.
         self._decided = frozenset(values)
         self._files = 0
 
@@ -121,13 +175,17 @@ class _Walk:
                 self._set(command)
                 yield Step(path, command, self._values)
                 if command.name == "include" and command.words and self._files < _INCLUDED_AT_MOST:
-                    named = re.sub(r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", command.words[0])
+                    named = re.sub(
+                        r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", command.words[0]
+                    )
                     if (self._tree / named).is_file():
                         yield from self.through(named)
 
     def _set(self, command: Command) -> None:
         words = command.words
-        is_kept = words[:1] and (words[0] in self._decided or ("CACHE" in words and words[0] in self._values))
+        is_kept = words[:1] and (
+            words[0] in self._decided or ("CACHE" in words and words[0] in self._values)
+        )
         if command.name == "set" and len(words) > 1 and not is_kept:
             # A new mapping each time: a step keeps what was known when it was come to.
             self._values = {**self._values, words[0]: resolve(words[1], self._values)}
@@ -135,7 +193,9 @@ class _Walk:
 
 @dataclass
 class _Branch:
-    """An `if` and where in it the walk stands: whether a branch before was surely taken, this one is walked, and surely so."""
+    """An `if` and where in it the walk stands: whether a branch before was surely taken, this one
+    is walked, and surely so.
+    """
 
     was_taken: bool = False
     is_open: bool = False
@@ -158,7 +218,9 @@ def _turn(branches: list[_Branch], command: Command, values: Mapping[str, str]) 
 
 
 class _Condition:
-    """cmake-language's condition syntax with a third value, None, for what only a configure knows."""
+    """cmake-language's condition syntax with a third value, None, for what only a configure
+    knows.
+    """
 
     def __init__(self, words: Sequence[str], values: Mapping[str, str]) -> None:
         self._words = list(words)
@@ -195,18 +257,33 @@ class _Condition:
         if word in _UNARY and self._words:
             named = self._words.pop(0)
             # Overrides are asked for before; here the question is what is fetched without one.
-            return False if word == "DEFINED" and _OVERRIDES.fullmatch(named.removeprefix("ENV{").rstrip("}")) else None
+            return (
+                False
+                if word == "DEFINED"
+                and _OVERRIDES.fullmatch(named.removeprefix("ENV{").rstrip("}"))
+                else None
+            )
         if self._words and (self._words[0] in _BINARY or self._words[0].startswith("VERSION_")):
             operator = self._words.pop(0)
             right = resolve(self._words.pop(0), self._values) if self._words else ""
             left = resolve(self._values.get(word, word), self._values)
             if "$" in left or (word not in self._values and not _REFERENCE.fullmatch(word)):
                 return None
-            return left == right if operator == "STREQUAL" else _matches(right, left) if operator == "MATCHES" else None
+            return (
+                left == right
+                if operator == "STREQUAL"
+                else _matches(right, left)
+                if operator == "MATCHES"
+                else None
+            )
         if _OVERRIDES.fullmatch(word) and word not in self._values:
             return False
         said_by_tree = self._values.get(word)
-        return None if said_by_tree is None or "$" in said_by_tree else said_by_tree.upper() not in _FALSE
+        return (
+            None
+            if said_by_tree is None or "$" in said_by_tree
+            else said_by_tree.upper() not in _FALSE
+        )
 
     def _take(self, word: str) -> bool:
         if self._words and self._words[0] == word:
@@ -226,7 +303,16 @@ def _matches(pattern: str, text: str) -> bool | None:
 BUILD_TYPE = "RelWithDebInfo"
 KEY_DIGITS = 12
 # Compilers read them, and nothing of it stands in a command that ninja could compare.
-_READ_BY_COMPILERS = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CUDAHOSTCXX", "NVCC_CCBIN")
+_READ_BY_COMPILERS = (
+    "CPATH",
+    "C_INCLUDE_PATH",
+    "CPLUS_INCLUDE_PATH",
+    "LIBRARY_PATH",
+    "NVCC_PREPEND_FLAGS",
+    "NVCC_APPEND_FLAGS",
+    "CUDAHOSTCXX",
+    "NVCC_CCBIN",
+)
 # cmake-env-variables(7): what becomes a variable of the first configure.
 _READ_BY_CMAKE = (
     "CC",
@@ -242,13 +328,16 @@ _READ_BY_CMAKE = (
     "DEEPGEMM_PYTHON_INTERPRETERS",
 )
 _READ_BY_TREE = re.compile(r"\$?ENV\{(\w+)\}")
-# The tree's files put something before these for a helper that they run; overrides of external projects stand among the sources.
+# The tree's files put something before these for a helper that they run; overrides of external
+# projects stand among the sources.
 _NOT_ASKED = re.compile(r"PATH|HOME|PYTHONPATH|LD_LIBRARY_PATH|\w+_(SRC|ROOT)_DIR|FETCHCONTENT_\w+")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`place` is the checkout, `archs` and `cuda` are empty for the CPU. `configure` is not part of the key."""
+    """`place` is the checkout, `archs` and `cuda` are empty for the CPU. `configure` is not part of
+    the key.
+    """
 
     device: Device
     place: str
@@ -262,13 +351,27 @@ class Inputs:
 
     @property
     def key(self) -> str:
-        text = json.dumps([self.device, self.place, self.pin, self.archs, self.torch, self.cuda, self.compiler, self.build_type])
+        text = json.dumps(
+            [
+                self.device,
+                self.place,
+                self.pin,
+                self.archs,
+                self.torch,
+                self.cuda,
+                self.compiler,
+                self.build_type,
+            ]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
     @property
     def named(self) -> Mapping[str, str]:
         """Everything by name, as a record keeps it."""
-        own = {name: str(getattr(self, name)) for name in ("device", "place", "pin", "archs", "torch", "cuda", "compiler")}
+        own = {
+            name: str(getattr(self, name))
+            for name in ("device", "place", "pin", "archs", "torch", "cuda", "compiler")
+        }
         return {**own, "build type": self.build_type, **self.configure}
 
     def differences(self, recorded: Mapping[str, str]) -> tuple[str, ...]:
@@ -276,8 +379,12 @@ class Inputs:
         return files.differences(recorded, {**dict.fromkeys(recorded, ""), **self.named})
 
 
-def observe(layout: Layout, settings: Settings, *, device: Device, pin: Pin, torch: TorchBuild) -> Inputs:
-    """Look at what a build of the tree for `device` would be made with. It starts the compilers, and no Python."""
+def observe(
+    layout: Layout, settings: Settings, *, device: Device, pin: Pin, torch: TorchBuild
+) -> Inputs:
+    """Look at what a build of the tree for `device` would be made with. It starts the compilers,
+    and no Python.
+    """
     environment = settings.child_environment("build")
     toolkit = toolchain.find_toolkit(settings) if device == "cuda" else None
     installed = interpreter.installed(layout)
@@ -289,12 +396,24 @@ def observe(layout: Layout, settings: Settings, *, device: Device, pin: Pin, tor
         "ninja": installed.get("ninja", "on PATH"),
         "Python": " ".join(str(folder) for folder in interpreter.site_packages(layout)),
         # The place of the ticket is that of the build directory, and so no input.
-        "launchers": " ".join(f"{name}={word}" for name, word in ninja.launchers(settings, Path("ticket")).items()),
+        "launchers": " ".join(
+            f"{name}={word}" for name, word in ninja.launchers(settings, Path("ticket")).items()
+        ),
     }
     if device == "cuda":
-        configure |= {"NVCC_THREADS": settings.text("NVCC_THREADS") or "1", "CUDA_HOME": str(toolkit.home) if toolkit else ""}
-    named = {*_READ_BY_CMAKE, *(name for name in _asked_by(layout.vllm) if not _NOT_ASKED.fullmatch(name))}
-    configure |= {name: environment[name] for name in sorted(named) if environment.get(name) and not is_secret(name)}
+        configure |= {
+            "NVCC_THREADS": settings.text("NVCC_THREADS") or "1",
+            "CUDA_HOME": str(toolkit.home) if toolkit else "",
+        }
+    named = {
+        *_READ_BY_CMAKE,
+        *(name for name in _asked_by(layout.vllm) if not _NOT_ASKED.fullmatch(name)),
+    }
+    configure |= {
+        name: environment[name]
+        for name in sorted(named)
+        if environment.get(name) and not is_secret(name)
+    }
     return Inputs(
         device=device,
         place=str(layout.vllm),
@@ -314,9 +433,17 @@ def folder(layout: Layout, inputs: Inputs) -> Path:
 
 
 def listfiles(tree: Path) -> tuple[Path, ...]:
-    """CMakeLists.txt and everything below cmake/ of a tree: patches and scripts that a configure runs lie there too."""
+    """CMakeLists.txt and everything below cmake/ of a tree: patches and scripts that a configure
+    runs lie there too.
+    """
     below = (Path(top) / name for top, _, names in os.walk(tree / "cmake") for name in names)
-    return tuple(sorted(path for path in (tree / "CMakeLists.txt", *below) if path.is_file() and "__pycache__" not in path.parts))
+    return tuple(
+        sorted(
+            path
+            for path in (tree / "CMakeLists.txt", *below)
+            if path.is_file() and "__pycache__" not in path.parts
+        )
+    )
 
 
 def _compiler(environment: Mapping[str, str]) -> str:
@@ -328,5 +455,9 @@ def _compiler(environment: Mapping[str, str]) -> str:
 
 def _asked_by(tree: Path) -> frozenset[str]:
     """The variables of the environment that the tree's CMake files ask for."""
-    texts = (path.read_text(encoding="utf-8", errors="replace") for path in listfiles(tree) if path.name == "CMakeLists.txt" or path.suffix == ".cmake")
+    texts = (
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in listfiles(tree)
+        if path.name == "CMakeLists.txt" or path.suffix == ".cmake"
+    )
     return frozenset(name for text in texts for name in _READ_BY_TREE.findall(text))

@@ -1,6 +1,8 @@
-"""What compiling a unit costs: its name, the seconds and the memory to expect, and where that is known from.
+"""What compiling a unit costs: its name, the seconds and the memory to expect, and where that is
+known from.
 
-This machine's own history comes first, then the shipped table (costs.tsv), then a guess that rather has too much memory in it than too little.
+This machine's own history comes first, then the shipped table (costs.tsv), then a guess that rather
+has too much memory in it than too little.
 """
 
 import json
@@ -14,7 +16,8 @@ from workspace.core.files import read_regular, write_atomic
 
 TABLE = Path(__file__).with_name("costs.tsv")
 SCHEMA = 1
-# Builds of other architecture lists, toolkits and build types whose figures are kept beside the current one's.
+# Builds of other architecture lists, toolkits and build types whose figures are kept beside the
+# current one's.
 KEPT_SETUPS = 8
 _MIB = 1024
 _COLUMNS = "target\tsource\tseconds\tpeak_mib"
@@ -24,7 +27,9 @@ _LONGEST_S, _LARGEST_GIB = 86_400.0, 1024.0
 
 @dataclass(frozen=True)
 class Unit:
-    """One call of a compiler. `is_light`: a compiler cache's preprocessor, which comes before the compiler and is over soon."""
+    """One call of a compiler. `is_light`: a compiler cache's preprocessor, which comes before the
+    compiler and is over soon.
+    """
 
     target: str
     source: str
@@ -52,11 +57,13 @@ class Entry:
 
 # The source of a unit that puts objects together.
 LINK = "link"
-# What a compiler needs is taken to be so many times what it held when it was killed; the next kill raises it again.
+# What a compiler needs is taken to be so many times what it held when it was killed; the next kill
+# raises it again.
 KILLED_HELD = 1.25
 # The preprocessor of a cache miss takes about 1 s and 160 MiB.
 LIGHT = Cost(1.0, 0.25, "guess")
-# For targets that the table does not know, by what the source ends in; the last one for links, Rust and whatever else.
+# For targets that the table does not know, by what the source ends in; the last one for links, Rust
+# and whatever else.
 _UNKNOWN: Mapping[str, Cost] = {
     ".cu": Cost(120.0, 8.0, "guess"),
     ".cpp": Cost(40.0, 2.5, "guess"),
@@ -69,7 +76,9 @@ _SOURCES = {suffix for suffix in _UNKNOWN if suffix}
 
 
 def unit_of(argv: Sequence[str]) -> Unit:
-    """Name what a compiler is called for, by its output: CMake writes CMakeFiles/TARGET.dir/SOURCE.o."""
+    """Name what a compiler is called for, by its output: CMake writes
+    CMakeFiles/TARGET.dir/SOURCE.o.
+    """
     if "--crate-name" in argv[:-1]:
         return Unit("cargo", argv[argv.index("--crate-name") + 1])
     is_light = "-E" in argv
@@ -78,13 +87,16 @@ def unit_of(argv: Sequence[str]) -> Unit:
         return replace(unit, is_light=is_light)
     if "-c" in argv or is_light:
         return Unit("", output.removesuffix(".o"), is_light)
-    # Compiled and linked in one go, as DeepGEMM's builder does: its output bears the name of another target's.
+    # Compiled and linked in one go, as DeepGEMM's builder does: its output bears the name of
+    # another target's.
     source = next((word for word in argv if PurePosixPath(word).suffix in _SOURCES), LINK)
     return Unit(PurePosixPath(output).name.split(".")[0], source)
 
 
 def unit_at(output: str) -> Unit | None:
-    """Name the unit that an output of CMake's belongs to, None where it is no object of a target."""
+    """Name the unit that an output of CMake's belongs to, None where it is no object of a
+    target.
+    """
     parts = PurePosixPath(output).parts
     if "CMakeFiles" not in parts[:-2]:
         return None
@@ -106,7 +118,9 @@ class Costs:
             return Cost(found.seconds, found.peak_gib, "history")
         if found := _same(self._table.get(unit.target, ()), unit.source):
             return Cost(found.seconds, found.peak_gib, "table")
-        return _guess((*self._history.get(unit.target, ()), *self._table.get(unit.target, ())), unit.source)
+        return _guess(
+            (*self._history.get(unit.target, ()), *self._table.get(unit.target, ())), unit.source
+        )
 
 
 def _by_target(entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
@@ -117,44 +131,89 @@ def _by_target(entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
 
 
 def _same(entries: Sequence[Entry], source: str) -> Entry | None:
-    """The entry of this source: folders move between releases and checkouts lie anywhere, so the longest common end of the path decides."""
+    """The entry of this source: folders move between releases and checkouts lie anywhere, so the
+    longest common end of the path decides.
+    """
     wanted = PurePosixPath(source).parts
-    named = [entry for entry in entries if PurePosixPath(entry.source).name == wanted[-1]] if wanted else []
-    return max(named, key=lambda entry: (_common_end(PurePosixPath(entry.source).parts, wanted), entry.peak_gib), default=None)
+    named = (
+        [entry for entry in entries if PurePosixPath(entry.source).name == wanted[-1]]
+        if wanted
+        else []
+    )
+    return max(
+        named,
+        key=lambda entry: (_common_end(PurePosixPath(entry.source).parts, wanted), entry.peak_gib),
+        default=None,
+    )
 
 
 def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
-    return next((number for number, (left, right) in enumerate(zip(reversed(one), reversed(other), strict=False)) if left != right), min(len(one), len(other)))
+    return next(
+        (
+            number
+            for number, (left, right) in enumerate(
+                zip(reversed(one), reversed(other), strict=False)
+            )
+            if left != right
+        ),
+        min(len(one), len(other)),
+    )
 
 
 def _guess(known: Sequence[Entry], source: str) -> Cost:
-    """The hungriest of the same folder of the target, else of the target, else what such a source takes at the most."""
+    """The hungriest of the same folder of the target, else of the target, else what such a source
+    takes at the most.
+    """
     path = PurePosixPath(source)
     alike = [entry for entry in known if PurePosixPath(entry.source).suffix == path.suffix]
-    beside = [entry for entry in alike if PurePosixPath(entry.source).parent.name == path.parent.name] or alike
+    beside = [
+        entry for entry in alike if PurePosixPath(entry.source).parent.name == path.parent.name
+    ] or alike
     if not beside:
         return _UNKNOWN.get(path.suffix, _UNKNOWN[""])
-    return Cost(sum(entry.seconds for entry in beside) / len(beside), max(entry.peak_gib for entry in beside), "guess")
+    return Cost(
+        sum(entry.seconds for entry in beside) / len(beside),
+        max(entry.peak_gib for entry in beside),
+        "guess",
+    )
 
 
 def derive(lines: Iterable[str]) -> tuple[Entry, ...]:
     """Turn a trace into entries, in the order in which the build began them.
 
-    A line of a trace is a JSON object with target, source, start_s, wall_s and peak_rss_mib (cpu_s is not used).
+    A line of a trace is a JSON object with target, source, start_s, wall_s and peak_rss_mib (cpu_s
+    is not used).
     """
-    records = sorted((json.loads(line) for line in lines), key=lambda record: float(record["start_s"]))
-    return tuple(Entry(record["target"], record["source"], float(record["wall_s"]), float(record["peak_rss_mib"]) / _MIB) for record in records)
+    records = sorted(
+        (json.loads(line) for line in lines), key=lambda record: float(record["start_s"])
+    )
+    return tuple(
+        Entry(
+            record["target"],
+            record["source"],
+            float(record["wall_s"]),
+            float(record["peak_rss_mib"]) / _MIB,
+        )
+        for record in records
+    )
 
 
 def encode(entries: Iterable[Entry], *, head: str) -> str:
-    """Spell a table: the head as remarks, one line a unit, seconds to a tenth, memory in whole MiB."""
+    """Spell a table: the head as remarks, one line a unit, seconds to a tenth, memory in whole
+    MiB.
+    """
     remarks = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
-    rows = "".join(f"{entry.target}\t{entry.source}\t{max(entry.seconds, 0.1):.1f}\t{math.ceil(entry.peak_gib * _MIB)}\n" for entry in entries)
+    rows = "".join(
+        f"{entry.target}\t{entry.source}\t{max(entry.seconds, 0.1):.1f}\t{math.ceil(entry.peak_gib * _MIB)}\n"
+        for entry in entries
+    )
     return f"{remarks}{_COLUMNS}\n{rows}"
 
 
 def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Return the entries of a table, and a sentence where lines of it are damaged: those are left out."""
+    """Return the entries of a table, and a sentence where lines of it are damaged: those are left
+    out.
+    """
     hint = f"guesses take their place; git checkout -- workspace/compile/{path.name} brings it back"
     try:
         text = read_regular(path).decode()
@@ -171,7 +230,9 @@ def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
         else:
             bad.append(number)
     if bad or not entries:
-        return tuple(entries), (f"the cost table {path.name} is damaged{f' in line {bad[0]}' if bad else ''}: {hint}",)
+        return tuple(entries), (
+            f"the cost table {path.name} is damaged{f' in line {bad[0]}' if bad else ''}: {hint}",
+        )
     return tuple(entries), ()
 
 
@@ -187,17 +248,27 @@ def _plausible(target: object, source: object, seconds: object, peak_gib: object
     if not isinstance(target, str) or not isinstance(source, str) or not source:
         return None
     # bool is an int; nan compares false with everything.
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= _LONGEST_S:
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not 0 <= seconds <= _LONGEST_S
+    ):
         return None
-    if isinstance(peak_gib, bool) or not isinstance(peak_gib, int | float) or not 0 < peak_gib <= _LARGEST_GIB:
+    if (
+        isinstance(peak_gib, bool)
+        or not isinstance(peak_gib, int | float)
+        or not 0 < peak_gib <= _LARGEST_GIB
+    ):
         return None
     return Entry(target, source, float(seconds), float(peak_gib))
 
 
 class History:
-    """What units took on this machine, in one file. `setup` names what the figures depend on: architectures, toolkit, build type.
+    """What units took on this machine, in one file. `setup` names what the figures depend on:
+    architectures, toolkit, build type.
 
-    `warnings` has a sentence where the file was damaged; it is then begun anew with the next `save`.
+    `warnings` has a sentence where the file was damaged; it is then begun anew with the next
+    `save`.
     """
 
     def __init__(self, path: Path, *, setup: str) -> None:
@@ -211,22 +282,37 @@ class History:
         return tuple({**self._known, **self._new}.values())
 
     def add(self, unit: Unit, *, seconds: float, peak_gib: float, is_killed: bool = False) -> None:
-        """Take in a measurement. Of a compiler that was killed it is known only that it takes more, and longer, than it had."""
+        """Take in a measurement. Of a compiler that was killed it is known only that it takes more,
+        and longer, than it had.
+        """
         key = (unit.target, unit.source)
         before = self._new.get(key) or self._known.get(key)
         if is_killed:
-            seconds, peak_gib = max(seconds, before.seconds if before else 0.0), max(peak_gib * KILLED_HELD, before.peak_gib if before else 0.0)
+            seconds, peak_gib = (
+                max(seconds, before.seconds if before else 0.0),
+                max(peak_gib * KILLED_HELD, before.peak_gib if before else 0.0),
+            )
         if entry := _plausible(unit.target, unit.source, round(seconds, 2), round(peak_gib, 4)):
             self._new[key] = entry
 
     def save(self) -> None:
-        """Write what is new to the file, beside what other builds have written meanwhile. Raises OSError where it cannot."""
+        """Write what is new to the file, beside what other builds have written meanwhile. Raises
+        OSError where it cannot.
+        """
         if not self._new:
             return
         known, _ = _read_history(self.path)
-        ours = {(entry.target, entry.source): entry for entry in known.pop(self.setup, ())} | self._new
+        ours = {
+            (entry.target, entry.source): entry for entry in known.pop(self.setup, ())
+        } | self._new
         kept = dict([*known.items()][-(KEPT_SETUPS - 1) :]) | {self.setup: tuple(ours.values())}
-        record = {"schema": SCHEMA, "setups": {name: [[e.target, e.source, e.seconds, e.peak_gib] for e in entries] for name, entries in kept.items()}}
+        record = {
+            "schema": SCHEMA,
+            "setups": {
+                name: [[e.target, e.source, e.seconds, e.peak_gib] for e in entries]
+                for name, entries in kept.items()
+            },
+        }
         write_atomic(self.path, json.dumps(record).encode() + b"\n")
         self._known, self._new = ours, {}
 
@@ -236,9 +322,18 @@ def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, 
         record = json.loads(read_regular(path))
         if record["schema"] != SCHEMA:
             raise ValueError("of another version")
-        setups = {name: tuple(_plausible(*row) for row in rows) for name, rows in record["setups"].items()}
+        setups = {
+            name: tuple(_plausible(*row) for row in rows) for name, rows in record["setups"].items()
+        }
     except FileNotFoundError:
         return {}, ()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}, (f"the history of compile times {path} is damaged: it is begun anew, and the shipped table is used until then",)
-    return {name: tuple(entry for entry in entries if entry) for name, entries in setups.items()}, ()
+        return {}, (
+            (
+                f"the history of compile times {path} is damaged: it is begun anew, and the shipped"
+                " table is used until then"
+            ),
+        )
+    return {
+        name: tuple(entry for entry in entries if entry) for name, entries in setups.items()
+    }, ()

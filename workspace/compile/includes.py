@@ -1,6 +1,8 @@
-"""Who may include whom, read from the sources themselves: for units that no compiler has yet written down the dependencies of.
+"""Who may include whom, read from the sources themselves: for units that no compiler has yet
+written down the dependencies of.
 
-It errs toward an include: conditions are not weighed, comments count, and what cannot be known is taken for any changed file that it could be.
+It errs toward an include: conditions are not weighed, comments count, and what cannot be known is
+taken for any changed file that it could be.
 """
 
 import contextlib
@@ -14,7 +16,8 @@ from glob import glob
 from os import path as paths
 from pathlib import Path
 
-# Headers of the toolchain, of Python's packages and of the system are released without knowing of this tree: they are not followed.
+# Headers of the toolchain, of Python's packages and of the system are released without knowing of
+# this tree: they are not followed.
 _FOREIGN = ("/usr/", "/lib/")
 _FOREIGN_PARTS = ("/site-packages/", "/dist-packages/")
 _SYSTEM = ("/usr/include", "/usr/local/include", "/usr/local/cuda/include", "/usr/include/c++/*")
@@ -22,13 +25,15 @@ _SYSTEM = ("/usr/include", "/usr/local/include", "/usr/local/cuda/include", "/us
 _SPLICE = re.compile(rb"\\[ \t\f\v\r]*\n")
 _BLANK = rb"(?:[ \t\f\v\r]|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/)*"
 _WORDS = (b"include", b"import", b"embed")
-# The word before a name says enough, `#` and `__has_include(` or not: a comment that looks like it costs a compilation, no more.
+# The word before a name says enough, `#` and `__has_include(` or not: a comment that looks like it
+# costs a compilation, no more.
 _NAME = rb"(_next)?" + _BLANK + rb"\(?" + _BLANK + rb'(?:"([^"\n]+)"|<([^>\n]+)>)'
 _NAMED = tuple((word, re.compile(word + _NAME)) for word in _WORDS)
 _MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])([^\n]*)'
 _COMPUTED = tuple((word, re.compile(word + _MACRO)) for word in _WORDS)
 _HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z")
-# A macro with parameters, as it is used and as it is defined: CUTLASS's CUDA_STD_HEADER(cstdint) is <cuda/std/cstdint>.
+# A macro with parameters, as it is used and as it is defined: CUTLASS's CUDA_STD_HEADER(cstdint) is
+# <cuda/std/cstdint>.
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _CALL = re.compile(r"([A-Za-z_]\w*)\(([^()]*)\)\s*(?://.*|/\*.*)?")
 _BODY = re.compile(r'(?:<([^<>"]+)>|"([^"]+)")\s*(?://.*|/\*.*)?')
@@ -36,7 +41,9 @@ _BODY = re.compile(r'(?:<([^<>"]+)>|"([^"]+)")\s*(?://.*|/\*.*)?')
 
 @dataclass(frozen=True)
 class Named:
-    """What a file includes by name; `next_to_it` by include_next; `computed` what stands where a macro stands for the name."""
+    """What a file includes by name; `next_to_it` by include_next; `computed` what stands where a
+    macro stands for the name.
+    """
 
     quoted: frozenset[str] = frozenset()
     angled: frozenset[str] = frozenset()
@@ -52,8 +59,12 @@ def names(text: bytes) -> Named:
     for word, pattern in _NAMED:
         if word in text:
             for following, in_quotes, in_angles in pattern.findall(text):
-                (next_to_it if following else quoted if in_quotes else angled).add(os.fsdecode(in_quotes or in_angles))
-    return Named(frozenset(quoted), frozenset(angled), frozenset(next_to_it), frozenset(_computed(text)))
+                (next_to_it if following else quoted if in_quotes else angled).add(
+                    os.fsdecode(in_quotes or in_angles)
+                )
+    return Named(
+        frozenset(quoted), frozenset(angled), frozenset(next_to_it), frozenset(_computed(text))
+    )
 
 
 def _computed(text: bytes) -> Iterator[str]:
@@ -67,9 +78,11 @@ def _computed(text: bytes) -> Iterator[str]:
 
 
 def expanded(use: str, definitions: Iterable[tuple[str, str]]) -> Named | None:
-    """What `#include` of a macro with arguments names by its definitions, each parameters and body; None where one of them, or the lack of any, leaves it open.
+    """What `#include` of a macro with arguments names by its definitions, each parameters and body;
+    None where one of them, or the lack of any, leaves it open.
 
-    A macro without parameters is always open: compilers are often given another body on the command line.
+    A macro without parameters is always open: compilers are often given another body on the command
+    line.
     """
     call = _CALL.fullmatch(use)
     quoted, angled = set[str](), set[str]()
@@ -90,10 +103,13 @@ def _words(listed: str) -> list[str]:
 
 
 class Scan:
-    """The includes of one tree, and which of its `changed` files, relative to it, a source may take in."""
+    """The includes of one tree, and which of its `changed` files, relative to it, a source may take
+    in.
+    """
 
     def __init__(self, tree: Path, changed: Collection[str]) -> None:
-        # Files go by the real path of their folder and their name: so a link and its neighbours are found, and what git knows of it.
+        # Files go by the real path of their folder and their name: so a link and its neighbours are
+        # found, and what git knows of it.
         self._real = cache(paths.realpath)
         self._tree = paths.realpath(tree)
         self._changed = {paths.normpath(paths.join(self._tree, name)): name for name in changed}
@@ -101,23 +117,34 @@ class Scan:
         self._by_name: dict[str, set[str]] = defaultdict(set)
         for path in self._changed:
             self._by_name[paths.basename(path)].add(path)
-        self._tops = {self._top(path) for path in self._changed if paths.dirname(path) != self._tree}
+        self._tops = {
+            self._top(path) for path in self._changed if paths.dirname(path) != self._tree
+        }
         self._walked: set[str] = set()
         self._named: dict[str, Named | None] = {}
         self._is_file = cache(self._look_for)
         self._is_folder = cache(paths.isdir)
 
-    def taken_in(self, sources: Collection[str], folders: Collection[str]) -> dict[str, frozenset[str]]:
-        """Map each of the sources to the changed files that it may include, itself among them; `folders` are searched for both kinds of names.
+    def taken_in(
+        self, sources: Collection[str], folders: Collection[str]
+    ) -> dict[str, frozenset[str]]:
+        """Map each of the sources to the changed files that it may include, itself among them;
+        `folders` are searched for both kinds of names.
 
         Both are relative to the tree, or absolute.
         """
         searched = tuple(self._real(paths.join(self._tree, folder)) for folder in folders)
         starts = {source: self._spelled(paths.join(self._tree, source)) for source in sources}
-        below = [path for path in (*searched, *map(paths.dirname, starts.values())) if f"{path}/".startswith(f"{self._tree}/")]
+        below = [
+            path
+            for path in (*searched, *map(paths.dirname, starts.values()))
+            if f"{path}/".startswith(f"{self._tree}/")
+        ]
         self._tops |= {self._top(path) for path in below}
         includers = self._includers(starts.values(), searched)
-        everywhere = frozenset(self._changed[path] for path in self._changed if self._shadows(path, searched))
+        everywhere = frozenset(
+            self._changed[path] for path in self._changed if self._shadows(path, searched)
+        )
         found: dict[str, set[str]] = {source: set(everywhere) for source in sources}
         for path, name in self._changed.items():
             reached = _closure(path, includers)
@@ -147,17 +174,34 @@ class Scan:
                         waiting.append(included)
         return includers
 
-    def _by_macro(self, seen: Collection[str], searched: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-        """Includes whose names are macros, of all files seen: which file, and what it may take in."""
-        used = {path: named.computed for path in sorted(seen) if (named := self._read(path)) and named.computed}
-        defined = _definitions(seen, {call[1] for uses in used.values() for use in uses if (call := _CALL.fullmatch(use))})
+    def _by_macro(
+        self, seen: Collection[str], searched: tuple[str, ...]
+    ) -> Iterator[tuple[str, str]]:
+        """Includes whose names are macros, of all files seen: which file, and what it may take
+        in.
+        """
+        used = {
+            path: named.computed
+            for path in sorted(seen)
+            if (named := self._read(path)) and named.computed
+        }
+        defined = _definitions(
+            seen,
+            {call[1] for uses in used.values() for use in uses if (call := _CALL.fullmatch(use))},
+        )
         for path, uses in used.items():
             for use in uses:
                 named = expanded(use, defined.get(use.split("(")[0], ()))
                 # A word of the name may be a macro as well.
-                if named and any(_defining(seen, {word for name in named.angled for word in _WORD.findall(name)}, b"")):
+                if named and any(
+                    _defining(
+                        seen, {word for name in named.angled for word in _WORD.findall(name)}, b""
+                    )
+                ):
                     named = None
-                for included in self._changed if named is None else self._places(path, named, searched):
+                for included in (
+                    self._changed if named is None else self._places(path, named, searched)
+                ):
                     yield path, included
 
     def _included(self, path: str, searched: tuple[str, ...]) -> Iterator[str]:
@@ -170,22 +214,36 @@ class Scan:
         beside = named.quoted | named.next_to_it
         for name in beside | named.angled:
             is_found = False
-            for place in (folder, *searched) if name in beside or name.startswith("/") else searched:
+            for place in (
+                (folder, *searched) if name in beside or name.startswith("/") else searched
+            ):
                 candidate = paths.join(place, name)
                 if self._is_file(candidate):
                     is_found = True
                     yield self._spelled(candidate)
                     yield self._real(candidate)
-                    # What lies beside the file comes first for every compiler. In which order the folders follow is not relied on.
-                    if place is folder and self._spelled(candidate) not in self._gone and name not in named.angled | named.next_to_it:
+                    # What lies beside the file comes first for every compiler. In which order the
+                    # folders follow is not relied on.
+                    if (
+                        place is folder
+                        and self._spelled(candidate) not in self._gone
+                        and name not in named.angled | named.next_to_it
+                    ):
                         break
             if not is_found:
                 # In a folder that nobody told of: all that could be it.
                 end = paths.normpath("/" + name)
-                yield from (path for other in self._called(end) if other.endswith(end) for path in (other, self._real(other)))
+                yield from (
+                    path
+                    for other in self._called(end)
+                    if other.endswith(end)
+                    for path in (other, self._real(other))
+                )
 
     def _called(self, end: str) -> Collection[str]:
-        """The files of the last name of `end` in those top folders of the tree in which sources, includes or changes lie, or that it names."""
+        """The files of the last name of `end` in those top folders of the tree in which sources,
+        includes or changes lie, or that it names.
+        """
         _, top, *below = end.split("/")
         if below and self._is_folder(paths.join(self._tree, top)):
             self._tops.add(top)
@@ -198,11 +256,19 @@ class Scan:
         return self._by_name.get(paths.basename(end), ())
 
     def _top(self, path: str) -> str:
-        """The top folder that a path below the tree lies in, or is; the tree itself where it lies in none."""
-        return path.removeprefix(f"{self._tree}/").split("/")[0] if path.startswith(f"{self._tree}/") else ""
+        """The top folder that a path below the tree lies in, or is; the tree itself where it lies
+        in none.
+        """
+        return (
+            path.removeprefix(f"{self._tree}/").split("/")[0]
+            if path.startswith(f"{self._tree}/")
+            else ""
+        )
 
     def _read(self, path: str) -> Named | None:
-        """What the file includes; nothing where it is gone on purpose, None where it cannot be read and may include anything."""
+        """What the file includes; nothing where it is gone on purpose, None where it cannot be read
+        and may include anything.
+        """
         if path not in self._named:
             try:
                 self._named[path] = names(Path(path).read_bytes())
@@ -223,32 +289,48 @@ class Scan:
         return not path.startswith(_FOREIGN) and not any(part in path for part in _FOREIGN_PARTS)
 
     def _shadows(self, path: str, searched: tuple[str, ...]) -> bool:
-        """Whether a changed file bears the name of a header that is not followed: whoever includes that one may get this one."""
+        """Whether a changed file bears the name of a header that is not followed: whoever includes
+        that one may get this one.
+        """
         for folder in searched:
             if path.startswith(f"{folder}/"):
                 name = path[len(folder) + 1 :]
                 others = [*searched, *(place for pattern in _SYSTEM for place in glob(pattern))]
-                if any(not self._is_followed(f"{other}/") and self._is_file(f"{other}/{name}") for other in others):
+                if any(
+                    not self._is_followed(f"{other}/") and self._is_file(f"{other}/{name}")
+                    for other in others
+                ):
                     return True
         return False
 
 
-def _definitions(files: Iterable[str], macros: Collection[str]) -> Mapping[str, list[tuple[str, str]]]:
-    """Map each of the macros with parameters to what the files define it as: parameters and body."""
+def _definitions(
+    files: Iterable[str], macros: Collection[str]
+) -> Mapping[str, list[tuple[str, str]]]:
+    """Map each of the macros with parameters to what the files define it as: parameters and
+    body.
+    """
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for macro, parameters, body in _defining(files, macros, rb"\(([^()\n]*)\)([^\n]*)"):
         found[macro].append((parameters, body))
     return found
 
 
-def _defining(files: Iterable[str], macros: Collection[str], rest: bytes) -> Iterator[tuple[str, ...]]:
+def _defining(
+    files: Iterable[str], macros: Collection[str], rest: bytes
+) -> Iterator[tuple[str, ...]]:
     """The `#define` of any of the macros: its name, and the groups of `rest`."""
-    pattern = re.compile(rb"define" + _BLANK + rb"\b(%s)\b" % b"|".join(sorted(map(os.fsencode, macros))) + rest)
+    pattern = re.compile(
+        rb"define" + _BLANK + rb"\b(%s)\b" % b"|".join(sorted(map(os.fsencode, macros))) + rest
+    )
     for file in files if macros else ():
         with contextlib.suppress(OSError):
             text = Path(file).read_bytes()
             if b"define" in text:
-                yield from (tuple(map(os.fsdecode, found.groups())) for found in pattern.finditer(_SPLICE.sub(b"", text)))
+                yield from (
+                    tuple(map(os.fsdecode, found.groups()))
+                    for found in pattern.finditer(_SPLICE.sub(b"", text))
+                )
 
 
 def _closure(path: str, includers: dict[str, set[str]]) -> set[str]:

@@ -1,8 +1,10 @@
-"""Tickets for compilers: a socket in the verb's own process, at which each launcher (launcher.py) asks before it starts its compiler.
+"""Tickets for compilers: a socket in the verb's own process, at which each launcher (launcher.py)
+asks before it starts its compiler.
 
-Who may start is decided in admission.py. An open connection is a ticket, so the kernel gives back what a killed compiler held, and a killed verb
-ends all that wait. A broker's end refuses who waits and ends who runs: ninja may have been killed alone. A compiler that the kernel killed for want
-of memory runs again on half the budget, twice.
+Who may start is decided in admission.py. An open connection is a ticket, so the kernel gives back
+what a killed compiler held, and a killed verb ends all that wait. A broker's end refuses who waits
+and ends who runs: ninja may have been killed alone. A compiler that the kernel killed for want of
+memory runs again on half the budget, twice.
 """
 
 import contextlib
@@ -23,9 +25,11 @@ from workspace.compile.scheduler import Admission, Caller, End, Finished, Live, 
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 
-# How often processes are looked at. Between two looks a peak may be missed; what the largest process of a unit held at the most is known exactly.
+# How often processes are looked at. Between two looks a peak may be missed; what the largest
+# process of a unit held at the most is known exactly.
 LOOK_S = 1.0
-# The first compilers wait until all have asked, or nobody has for so long, and no longer than the other: the order is worth most when all units are seen.
+# The first compilers wait until all have asked, or nobody has for so long, and no longer than the
+# other: the order is worth most when all units are seen.
 QUIET_S, LONGEST_QUIET_S = 0.3, 2.0
 SAVE_S = 30.0
 TERMINATE_GRACE_S, KILL_GRACE_S = 3.0, 2.0
@@ -42,17 +46,24 @@ STAND_INS = "compilers"
 
 
 def install(folder: Path, *, python: str = sys.executable) -> Path:
-    """Make `folder` hold the program to name as compiler launcher, and return it. One that is right is not touched: ninja compares the command.
+    """Make `folder` hold the program to name as compiler launcher, and return it. One that is right
+    is not touched: ninja compares the command.
 
-    One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
+    One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache
+    (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
     """
-    # What a compiler with a ticket starts needs none: the stand-ins are for those that have no launcher.
+    # What a compiler with a ticket starts needs none: the stand-ins are for those that have no
+    # launcher.
     without = f'_stand_ins={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$_stand_ins":}}"'
-    return _write_program(folder / "ticket", f"{without}; exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}")
+    return _write_program(
+        folder / "ticket",
+        f"{without}; exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}",
+    )
 
 
 def stand_in(folder: Path, compilers: Mapping[str, Sequence[str]]) -> Path:
-    """Make a folder to be put first on PATH, so that also a command which calls a compiler by its name takes a ticket, and return it.
+    """Make a folder to be put first on PATH, so that also a command which calls a compiler by its
+    name takes a ticket, and return it.
 
     `compilers` gives the words that each name stands for.
     """
@@ -74,9 +85,11 @@ def _write_program(program: Path, command: str) -> Path:
 class Broker:
     """Gives out tickets while the block is entered, from a thread.
 
-    `look` says what the machine has left; without it only the bounds count. `kills` counts how often the kernel has killed for want of memory. `units` is how
-    many will ask, where that is known: the first then need not wait to see whether another comes. Once a unit has failed those that wait are refused, unless
-    told to `keep_going`: for ninja they run already, and it would wait for them all. `trouble` is a sentence once memory has run out too often.
+    `look` says what the machine has left; without it only the bounds count. `kills` counts how
+    often the kernel has killed for want of memory. `units` is how many will ask, where that is
+    known: the first then need not wait to see whether another comes. Once a unit has failed those
+    that wait are refused, unless told to `keep_going`: for ninja they run already, and it would
+    wait for them all. `trouble` is a sentence once memory has run out too often.
     """
 
     def __init__(
@@ -94,7 +107,13 @@ class Broker:
         self.state = State()
         self.trouble: str | None = None
         self._units, self._keep_going, self._kills = units, keep_going, kills
-        self._folder, self._admission, self._costs, self._look, self._history = folder, admission, costs, look, history
+        self._folder, self._admission, self._costs, self._look, self._history = (
+            folder,
+            admission,
+            costs,
+            look,
+            history,
+        )
         self._callers: dict[int, Caller] = {}
         self._finished: list[Finished] = []
         self._failure: BaseException | None = None
@@ -123,13 +142,17 @@ class Broker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still waits or runs. Raises BuildError where the thread had failed: launchers were then refused."""
+        """End what still waits or runs. Raises BuildError where the thread had failed: launchers
+        were then refused.
+        """
         self._is_ending = True
         os.close(self._waker)
         self._thread.join()
         if self._failure is not None:
             hint = "a fault of the workspace: run the same command again"
-            raise BuildError(f"the tickets for compilers failed: {self._failure!r}", hint=hint) from self._failure
+            raise BuildError(
+                f"the tickets for compilers failed: {self._failure!r}", hint=hint
+            ) from self._failure
 
     def _serve(self) -> None:
         try:
@@ -172,9 +195,20 @@ class Broker:
             callers = {caller.number: caller for caller in self._callers.values()}
             for number in admission.admit(now, self._look() if self._look else None):
                 self._start(callers[number], now)
-        running = tuple(Running(caller.unit, caller.expected, caller.started or now) for caller in self._callers.values() if caller.is_counted)
+        running = tuple(
+            Running(caller.unit, caller.expected, caller.started or now)
+            for caller in self._callers.values()
+            if caller.is_counted
+        )
         held_gib = sum(ticket.held_gib for ticket in admission.running)
-        self.state = State(running, len(admission.waiting), admission.why, admission.charged_gib, held_gib, admission.bounds.budget_gib)
+        self.state = State(
+            running,
+            len(admission.waiting),
+            admission.why,
+            admission.charged_gib,
+            held_gib,
+            admission.bounds.budget_gib,
+        )
 
     def _start(self, caller: Caller, now: float) -> None:
         caller.start(now, self._kills() if self._kills else 0)
@@ -204,7 +238,8 @@ class Broker:
         caller.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
         caller.expected = self._costs.expected(caller.unit)
         if self._is_inside_another(caller.pid):
-            # It is part of what that one was admitted for. To wait for a second ticket with the first in hand may be to wait for ever.
+            # It is part of what that one was admitted for. To wait for a second ticket with the
+            # first in hand may be to wait for ever.
             caller.is_nested = True
             self._start(caller, time.monotonic())
         else:
@@ -228,7 +263,9 @@ class Broker:
 
     def _heard_end(self, caller: Caller, end: End) -> None:
         began, status = caller.started or 0.0, os.waitstatus_to_exitcode(end.status)
-        is_killed = not self._is_ending and (launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(caller)))
+        is_killed = not self._is_ending and (
+            launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(caller))
+        )
         caller.peak_gib = max(caller.peak_gib, end.largest_gib)
         done = self._finish(caller, status, end.seconds, is_killed=is_killed)
         if done is None or not is_killed:
@@ -236,7 +273,9 @@ class Broker:
             return
         self._admission.leave(caller.number)
         self._make_room(done, began)
-        caller.expected = replace(done.expected, peak_gib=max(done.expected.peak_gib, done.peak_gib * KILLED_HELD))
+        caller.expected = replace(
+            done.expected, peak_gib=max(done.expected.peak_gib, done.peak_gib * KILLED_HELD)
+        )
         caller.started = None
         if self.trouble:
             self._refuse(caller, self.trouble)
@@ -245,7 +284,9 @@ class Broker:
             self._queue(caller)
 
     def _has_been_killed(self, caller: Caller) -> bool:
-        """Whether the kernel has killed for want of memory since this compiler began: g++ exits with 1 when its own child is the one."""
+        """Whether the kernel has killed for want of memory since this compiler began: g++ exits
+        with 1 when its own child is the one.
+        """
         return self._kills is not None and self._kills() > caller.kills
 
     def _make_room(self, done: Finished, began: float) -> None:
@@ -259,29 +300,53 @@ class Broker:
         if len(self._budgets) >= KILLS:
             tried = ", ".join(f"{budget:.1f}" for budget in self._budgets)
             self.trouble = (
-                f"memory ran out {len(self._budgets)} times, with budgets of {tried} GiB; the last to be killed was {done.unit.source} of "
-                f"{done.unit.target or 'no target'}: {done.expected.peak_gib:.1f} GiB expected, at least {done.peak_gib:.1f} held"
+                f"memory ran out {len(self._budgets)} times, with budgets of {tried} GiB; the last"
+                f" to be killed was {done.unit.source} of {done.unit.target or 'no target'}:"
+                f" {done.expected.peak_gib:.1f} GiB expected, at least {done.peak_gib:.1f} held"
             )
 
-    def _finish(self, caller: Caller, status: int | None, seconds: float = 0.0, *, is_killed: bool = False) -> Finished | None:
+    def _finish(
+        self, caller: Caller, status: int | None, seconds: float = 0.0, *, is_killed: bool = False
+    ) -> Finished | None:
         """Keep what a unit took; None for one that had not begun, or is part of another."""
         if caller.started is None or caller.is_nested:
             return None
-        done = Finished(caller.unit, caller.expected, caller.started, seconds, caller.peak_gib, status, is_killed)
+        done = Finished(
+            caller.unit,
+            caller.expected,
+            caller.started,
+            seconds,
+            caller.peak_gib,
+            status,
+            is_killed,
+        )
         self._finished.append(done)
-        if self._history and not done.unit.is_light and not caller.is_elsewhere and (status == 0 or is_killed):
-            self._history.add(done.unit, seconds=seconds, peak_gib=done.peak_gib, is_killed=is_killed)
+        if (
+            self._history
+            and not done.unit.is_light
+            and not caller.is_elsewhere
+            and (status == 0 or is_killed)
+        ):
+            self._history.add(
+                done.unit, seconds=seconds, peak_gib=done.peak_gib, is_killed=is_killed
+            )
         if status != 0 and not is_killed and not self._keep_going:
             self._fail()
         return done
 
     def _fail(self) -> None:
         self._has_failed = True
-        for caller in [caller for caller in self._callers.values() if caller.has_asked and caller.started is None]:
+        for caller in [
+            caller
+            for caller in self._callers.values()
+            if caller.has_asked and caller.started is None
+        ]:
             self._refuse(caller, _OTHER_FAILED)
 
     def _drop(self, caller: Caller) -> None:
-        """Take the ticket back: the compiler has ended, or all that had the connection in their hands are gone."""
+        """Take the ticket back: the compiler has ended, or all that had the connection in their
+        hands are gone.
+        """
         self._selector.unregister(caller.connection)
         del self._callers[caller.connection.fileno()]
         caller.connection.close()
@@ -299,7 +364,9 @@ class Broker:
             self._admission.measured(caller.number, held_gib)
 
     def _save(self) -> None:
-        """A history that cannot be written costs the next build its best figures, and this one nothing."""
+        """A history that cannot be written costs the next build its best figures, and this one
+        nothing.
+        """
         with contextlib.suppress(OSError):
             if self._history:
                 self._history.save()
@@ -309,12 +376,22 @@ class Broker:
         was_busy = bool(self._callers)
         for caller in [caller for caller in self._callers.values() if caller.started is None]:
             self._refuse(caller, _HAS_ENDED)
-        for number, grace_s in ((signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
+        for number, grace_s in (
+            (signal.SIGTERM, TERMINATE_GRACE_S),
+            (signal.SIGKILL, KILL_GRACE_S),
+        ):
             deadline = time.monotonic() + grace_s
             while self._callers and time.monotonic() < deadline:
-                # Below its launcher, and in the launcher's group, which ninja makes for each command: a launcher may have been killed.
-                holders = [caller for caller in self._callers.values() if caller.started is not None]
-                jobs.signal_process(frozenset(caller.pid for caller in holders), frozenset(caller.group for caller in holders), number)
+                # Below its launcher, and in the launcher's group, which ninja makes for each
+                # command: a launcher may have been killed.
+                holders = [
+                    caller for caller in self._callers.values() if caller.started is not None
+                ]
+                jobs.signal_process(
+                    frozenset(caller.pid for caller in holders),
+                    frozenset(caller.group for caller in holders),
+                    number,
+                )
                 self._refuse_latecomers(0.1)
         if was_busy:
             self._refuse_latecomers(LATECOMERS_S)
@@ -327,7 +404,11 @@ class Broker:
                     self._accept()
                 elif key.fd in self._callers:
                     caller = self._callers[key.fd]
-                    self._hear(caller) if caller.started is not None else self._refuse(caller, _HAS_ENDED)
+                    (
+                        self._hear(caller)
+                        if caller.started is not None
+                        else self._refuse(caller, _HAS_ENDED)
+                    )
                 else:
                     self._selector.unregister(self._woken)
 

@@ -1,4 +1,5 @@
-"""How many compilers at once, and how much memory for all of them: the arithmetic, and the sentences that say it.
+"""How many compilers at once, and how much memory for all of them: the arithmetic, and the
+sentences that say it.
 
 Everything here is decided from what it is given; the numbers then bind in admission.py.
 """
@@ -20,19 +21,25 @@ from workspace.machine.hardware import Machine
 
 AUTO = "auto"
 HINT = "./scripts/inv rebuild --jobs auto   # as many as cores and memory allow"
-MEMORY_HINT = "./scripts/inv rebuild --memory auto   # what is available, less what is left for the system"
-# What is left for the system, a share of all memory and never less than the other: on a Spark GPU and processor share it, and without any the
-# machine freezes before the kernel kills (flashinfer-ai/flashinfer#3634).
+MEMORY_HINT = (
+    "./scripts/inv rebuild --memory auto   # what is available, less what is left for the system"
+)
+# What is left for the system, a share of all memory and never less than the other: on a Spark GPU
+# and processor share it, and without any the machine freezes before the kernel kills
+# (flashinfer-ai/flashinfer#3634).
 RESERVED_SHARE, LEAST_RESERVED_GIB = 0.1, 2.0
 # With less than this no compiler gets far.
 LEAST_BUDGET_GIB = 1.0
-# ninja, its children and the broker have some 1,000 files each (RLIMIT_NOFILE); a waiting unit is one of them.
+# ninja, its children and the broker have some 1,000 files each (RLIMIT_NOFILE); a waiting unit is
+# one of them.
 MOST_VISIBLE = 900
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """`count` compilers at once, of `nvcc_threads` threads each; `sentence` says how that came about."""
+    """`count` compilers at once, of `nvcc_threads` threads each; `sentence` says how that came
+    about.
+    """
 
     count: int
     nvcc_threads: int
@@ -49,13 +56,22 @@ class Memory:
 
 
 def count(settings: Settings, *, cores: int, flag: str | None = None) -> Jobs:
-    """Decide how many compilers run at once. `flag` is what followed --jobs; it outranks MAX_JOBS, be it `auto` or a number.
+    """Decide how many compilers run at once. `flag` is what followed --jobs; it outranks MAX_JOBS,
+    be it `auto` or a number.
 
     Raises SettingsError for what is neither `auto` nor a whole number of at least 1.
     """
-    if flag is not None and flag != AUTO and not (re.fullmatch(r"[0-9]{1,9}", flag) and 0 < int(flag) <= LARGEST_COUNT):
+    if (
+        flag is not None
+        and flag != AUTO
+        and not (re.fullmatch(r"[0-9]{1,9}", flag) and 0 < int(flag) <= LARGEST_COUNT)
+    ):
         shown = settings.presentable(flag)
-        raise SettingsError(f"--jobs: {shown!r} is neither auto nor a whole number of at least 1 and at most {LARGEST_COUNT}", hint=HINT)
+        raise SettingsError(
+            f"--jobs: {shown!r} is neither auto nor a whole number of at least 1 and at most"
+            f" {LARGEST_COUNT}",
+            hint=HINT,
+        )
     threads = settings.count("NVCC_THREADS") or 1
     wanted = settings.count("MAX_JOBS") if flag is None else None if flag == AUTO else int(flag)
     if wanted is None:
@@ -63,49 +79,82 @@ def count(settings: Settings, *, cores: int, flag: str | None = None) -> Jobs:
     elif flag is not None or settings.source("MAX_JOBS") == "flag":
         bound, said = wanted, f"--jobs {wanted}"
     else:
-        bound, said = wanted, f"MAX_JOBS={wanted} in {'the shell' if settings.source('MAX_JOBS') == 'shell' else '.env'}"
+        bound, said = (
+            wanted,
+            (
+                f"MAX_JOBS={wanted} in"
+                f" {'the shell' if settings.source('MAX_JOBS') == 'shell' else '.env'}"
+            ),
+        )
     return _divided(bound, min(threads, bound), threads, said)
 
 
 def _divided(bound: int, threads: int, asked: int, said: str) -> Jobs:
-    """An nvcc of several threads is several compilers at once: what is asked for is divided by them, as vLLM's setup.py does (vllm-project/vllm#20079)."""
+    """An nvcc of several threads is several compilers at once: what is asked for is divided by
+    them, as vLLM's setup.py does (vllm-project/vllm#20079).
+    """
     number = bound // threads
     nouns = "compiler" if number == 1 else "compilers"
     if threads > 1:
         nouns, said = f"{nouns} of {threads} threads", f"{said} / NVCC_THREADS {threads}"
     else:
         said = f"{said}; NVCC_THREADS 1"
-    return Jobs(number, threads, f"{number} {nouns} at once: {said}" + (f", not the {asked} asked for" if threads < asked else ""))
+    return Jobs(
+        number,
+        threads,
+        f"{number} {nouns} at once: {said}"
+        + (f", not the {asked} asked for" if threads < asked else ""),
+    )
 
 
 def memory(machine: Machine, *, flag: str | None = None) -> Memory:
-    """Decide how much memory all compilers together may take. `flag` is what followed --memory: GiB, or `auto` as without it.
+    """Decide how much memory all compilers together may take. `flag` is what followed --memory:
+    GiB, or `auto` as without it.
 
-    Raises SettingsError for what is no number of GiB, and for more than the machine, or its control group, has.
+    Raises SettingsError for what is no number of GiB, and for more than the machine, or its control
+    group, has.
     """
     total, available = machine.memory_gib, machine.available_gib
     reserve = min(max(LEAST_RESERVED_GIB, total * RESERVED_SHARE), total / 2)
     if flag is None or flag == AUTO:
         budget = max(LEAST_BUDGET_GIB, available - reserve)
-        said = f"{budget:.1f} GiB for compilers: {available:.1f} of {total:.1f} are available, {reserve:.1f} are left for the system"
+        said = (
+            f"{budget:.1f} GiB for compilers: {available:.1f} of {total:.1f} are available,"
+            f" {reserve:.1f} are left for the system"
+        )
         if budget > available - reserve:
-            said += f"; that leaves too little: {LEAST_BUDGET_GIB:.1f} is the least, and one compiler at a time"
+            said += (
+                f"; that leaves too little: {LEAST_BUDGET_GIB:.1f} is the least, and one compiler"
+                " at a time"
+            )
         return Memory(budget, reserve, said)
     wanted = float(flag) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", flag) else math.nan
     if not wanted >= LEAST_BUDGET_GIB:
-        raise SettingsError(f"--memory: {flag[:40]!r} is neither auto nor a number of GiB of at least {LEAST_BUDGET_GIB:g}", hint=MEMORY_HINT)
+        raise SettingsError(
+            f"--memory: {flag[:40]!r} is neither auto nor a number of GiB of at least"
+            f" {LEAST_BUDGET_GIB:g}",
+            hint=MEMORY_HINT,
+        )
     if wanted > total:
-        raise SettingsError(f"--memory {flag}: there are {total:.1f} GiB in this machine, or in its control group", hint=MEMORY_HINT)
+        raise SettingsError(
+            f"--memory {flag}: there are {total:.1f} GiB in this machine, or in its control group",
+            hint=MEMORY_HINT,
+        )
     said = f"{wanted:g} GiB for compilers: --memory {flag}"
     if wanted > (free := max(0.0, available - reserve)):
-        said += f"; only {free:.1f} are to be had now ({available:.1f} available, {reserve:.1f} left for the system): compilers wait for the rest"
+        said += (
+            f"; only {free:.1f} are to be had now ({available:.1f} available, {reserve:.1f} left"
+            " for the system): compilers wait for the rest"
+        )
     return Memory(wanted, reserve, said)
 
 
 def environment(jobs: Jobs, *, ticket: str) -> Mapping[str, str]:
-    """What a build's children are told, so that what starts compilers by itself keeps to the number too.
+    """What a build's children are told, so that what starts compilers by itself keeps to the number
+    too.
 
-    `ticket` is the launcher (tickets.install). Nested CMake, torch's own builder, cargo and make: each has its own name for the same thing.
+    `ticket` is the launcher (tickets.install). Nested CMake, torch's own builder, cargo and make:
+    each has its own name for the same thing.
     """
     number = str(jobs.count)
     return {
@@ -121,7 +170,9 @@ def environment(jobs: Jobs, *, ticket: str) -> Mapping[str, str]:
 
 
 def visible(units: int, jobs: Jobs) -> int:
-    """What ninja is given as -j: all units, for only those that have asked for a ticket can be put into the best order. The tickets keep to `jobs`."""
+    """What ninja is given as -j: all units, for only those that have asked for a ticket can be put
+    into the best order. The tickets keep to `jobs`.
+    """
     return max(jobs.count, min(units, MOST_VISIBLE))
 
 
@@ -130,7 +181,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def memory_status(reserve_gib: float) -> Live:
-    """Return what may still be taken without touching `reserve_gib`: of the machine's memory, or of the control group's limit where that is less."""
+    """Return what may still be taken without touching `reserve_gib`: of the machine's memory, or of
+    the control group's limit where that is less.
+    """
     import psutil
 
     available = float(psutil.virtual_memory().available)
@@ -140,18 +193,26 @@ def memory_status(reserve_gib: float) -> Live:
 
 
 def _pressed_percent() -> float:
-    """Share of the last 10 s in which at least one task stood still for want of memory; 0 where the kernel does not count it."""
+    """Share of the last 10 s in which at least one task stood still for want of memory; 0 where the
+    kernel does not count it.
+    """
     with contextlib.suppress(OSError):
-        if found := re.search(r"^some avg10=([0-9.]+)", _PSI.read_text(encoding="ascii"), re.MULTILINE):
+        if found := re.search(
+            r"^some avg10=([0-9.]+)", _PSI.read_text(encoding="ascii"), re.MULTILINE
+        ):
             return float(found[1])
     return 0.0
 
 
 def kills() -> int:
-    """Return how often the kernel has killed for want of memory: in this control group where that is counted, else on this machine."""
+    """Return how often the kernel has killed for want of memory: in this control group where that
+    is counted, else on this machine.
+    """
     for file in (*_group_counters(), Path("/proc/vmstat")):
         with contextlib.suppress(OSError):
-            if found := re.search(r"^oom_kill (\d+)$", file.read_text(encoding="ascii"), re.MULTILINE):
+            if found := re.search(
+                r"^oom_kill (\d+)$", file.read_text(encoding="ascii"), re.MULTILINE
+            ):
                 return int(found[1])
     return 0
 
@@ -159,9 +220,16 @@ def kills() -> int:
 def _group_counters() -> tuple[Path, ...]:
     """Where version 2, then 1, of control groups counts kills (cgroups(7))."""
     with contextlib.suppress(OSError):
-        places = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines())
+        places = dict(
+            line.split(":", 2)[1:]
+            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        )
         version_2 = [_CGROUPS / places[""].strip("/") / "memory.events"] if "" in places else []
-        version_1 = [_CGROUPS / "memory" / places["memory"].strip("/") / "memory.oom_control"] if "memory" in places else []
+        version_1 = (
+            [_CGROUPS / "memory" / places["memory"].strip("/") / "memory.oom_control"]
+            if "memory" in places
+            else []
+        )
         return (*version_2, *version_1)
     return ()
 
@@ -171,7 +239,9 @@ _PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / hardware.GIB
 
 @dataclass(frozen=True)
 class Process:
-    """A process: its parent, its group, and the GiB that it holds (resident, shared pages included)."""
+    """A process: its parent, its group, and the GiB that it holds (resident, shared pages
+    included).
+    """
 
     parent: int
     group: int

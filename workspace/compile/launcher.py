@@ -1,8 +1,10 @@
-"""A program that CMake puts before each compiler: it asks for a ticket, waits, runs the compiler, and says what that took.
+"""A program that CMake puts before each compiler: it asks for a ticket, waits, runs the compiler,
+and says what that took.
 
-It is started once a unit, hundreds of them at once: any Python 3.8 or later, built-in modules, nothing of ours. Its arguments are the folder of the
-tickets (see tickets.py) and the command. The open connection is the ticket: the compiler and what it starts inherit it, and the kernel closes it with
-the last of them, so that whatever is killed gives its ticket back.
+It is started once a unit, hundreds of them at once: any Python 3.8 or later, built-in modules,
+nothing of ours. Its arguments are the folder of the tickets (see tickets.py) and the command. The
+open connection is the ticket: the compiler and what it starts inherit it, and the kernel closes it
+with the last of them, so that whatever is killed gives its ticket back.
 """
 
 # What `signal` and `socket` are made of; those take longer to import than all the rest.
@@ -13,7 +15,8 @@ import sys
 from time import monotonic
 
 NICE = 10
-# The first to be ended when memory runs out, before a shell or a server (proc_pid_oom_score_adj(5)).
+# The first to be ended when memory runs out, before a shell or a server
+# (proc_pid_oom_score_adj(5)).
 OOM_SCORE_ADJ = b"1000"
 REFUSED, KILLED, NOT_STARTED = 1, 128 + 9, 127
 # The answer that lets a compiler start.
@@ -26,7 +29,8 @@ WORKING = ("-c", "-E", "-o", "--out-dir")
 def main(folder: str, argv: "list[str]") -> int:
     """Return the wait status of the compiler, or end this program where it may not start.
 
-    One that fails may have been killed for want of memory, which only the build can tell: it is run again where the build says so, once there is room.
+    One that fails may have been killed for want of memory, which only the build can tell: it is run
+    again where the build says so, once there is room.
     """
     # Hundreds of tracebacks are no help to anybody who types ^C.
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
@@ -58,7 +62,9 @@ def main(folder: str, argv: "list[str]") -> int:
 
 
 def connect(folder: str) -> "_socket.socket | None":
-    """Connect to the build's socket, or return None where no build listens. The path may be longer than an address can be (unix(7))."""
+    """Connect to the build's socket, or return None where no build listens. The path may be longer
+    than an address can be (unix(7)).
+    """
     ticket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -70,7 +76,9 @@ def connect(folder: str) -> "_socket.socket | None":
 
 
 def tell(ticket: "_socket.socket", message: bytes, is_last: bool = False) -> str:
-    """Send a command, its length first, or how it ended, and return the answer: `go`, or why not. It is empty where nobody listens any more."""
+    """Send a command, its length first, or how it ended, and return the answer: `go`, or why not.
+    It is empty where nobody listens any more.
+    """
     answer = b""
     try:
         ticket.sendall(message)
@@ -85,7 +93,9 @@ def tell(ticket: "_socket.socket", message: bytes, is_last: bool = False) -> str
 
 
 def turn(folder: str) -> int:
-    """Wait until no other compiler runs, where ninja was typed by hand: one at a time is slow, and cannot take the machine down."""
+    """Wait until no other compiler runs, where ninja was typed by hand: one at a time is slow, and
+    cannot take the machine down.
+    """
     import fcntl
 
     try:
@@ -97,7 +107,9 @@ def turn(folder: str) -> int:
 
 
 def run(argv: "list[str]", ticket: int) -> "tuple[int, int]":
-    """Run the compiler with the ticket in its hands. Return its wait status, and the KiB of the largest process that it was or waited for."""
+    """Run the compiler with the ticket in its hands. Return its wait status, and the KiB of the
+    largest process that it was or waited for.
+    """
     os.set_inheritable(ticket, True)
     child = os.fork()
     if child == 0:
@@ -112,12 +124,20 @@ def run(argv: "list[str]", ticket: int) -> "tuple[int, int]":
 
 
 def is_killed(status: int) -> bool:
-    """Whether it ended as the kernel ends a process when memory runs out; nvcc exits with 137 when that happens to what it started."""
-    return os.WTERMSIG(status) == _signal.SIGKILL if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) == KILLED
+    """Whether it ended as the kernel ends a process when memory runs out; nvcc exits with 137 when
+    that happens to what it started.
+    """
+    return (
+        os.WTERMSIG(status) == _signal.SIGKILL
+        if os.WIFSIGNALED(status)
+        else os.WEXITSTATUS(status) == KILLED
+    )
 
 
 def step_back() -> None:
-    """Let everything else go first. The priority of reading and writing follows that of the processor (ioprio_set(2))."""
+    """Let everything else go first. The priority of reading and writing follows that of the
+    processor (ioprio_set(2)).
+    """
     os.nice(max(0, NICE - os.nice(0)))
     try:
         score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
@@ -144,7 +164,9 @@ def refuse(why: str) -> None:
 
 
 def leave(status: int) -> None:
-    """End as the compiler did: with its code, by the signal of an interruption, or with 128 more than any other signal, as a shell does."""
+    """End as the compiler did: with its code, by the signal of an interruption, or with 128 more
+    than any other signal, as a shell does.
+    """
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number in INTERRUPTING:
         _signal.signal(number, _signal.SIG_DFL)

@@ -1,6 +1,8 @@
-"""ninja under tickets: what it is told, what its children are told, and what its failures mean in words.
+"""ninja under tickets: what it is told, what its children are told, and what its failures mean in
+words.
 
-The build directory stays from run to run. What an end in the middle leaves there is ninja's to judge: it compiles again what its own records do not vouch for.
+The build directory stays from run to run. What an end in the middle leaves there is ninja's to
+judge: it compiles again what its own records do not vouch for.
 """
 
 import errno
@@ -36,7 +38,8 @@ _KEPT_LINES = 2000
 # NINJA_STATUS is set to this form.
 _STATUS = re.compile(r"\[\d+/\d+\] ")
 _ERROR = re.compile(
-    r"\berror\b *[:\[(#]|CMake Error|\bfatal( error)?\b ?:|[a-z]+ fatal *:|undefined reference|cannot find -l"
+    r"\berror\b *[:\[(#]|CMake Error|\bfatal( error)?\b ?:|[a-z]+ fatal *:|undefined"
+    r" reference|cannot find -l"
     r"|[A-Za-z]*(Error|Exception)\b ?:|\b[Kk]illed\b|died due to signal"
 )
 _NO_SPACE = "No space left on device"
@@ -100,16 +103,21 @@ class Failures:
             self._is_command = False
 
     def _close(self) -> None:
-        """The end of a failure's lines: those that were refused said nothing else. One that said nothing counts where no other does."""
+        """The end of a failure's lines: those that were refused said nothing else. One that said
+        nothing counts where no other does.
+        """
         if self._output is not None and not self._lines:
             self._silent = self._silent or Failure(self._output, ())
-        elif self._output is not None and not all(line.startswith(REFUSAL) for line in self._lines if line):
+        elif self._output is not None and not all(
+            line.startswith(REFUSAL) for line in self._lines if line
+        ):
             self._first = self._first or Failure(self._output, tuple(self._lines))
         self._output, self._lines = None, []
 
 
 GO_ON = "./scripts/inv rebuild    goes on where it was"
-# Called by their names, by whatever does not ask CMake: DeepGEMM's builder, torch's, a nested configure.
+# Called by their names, by whatever does not ask CMake: DeepGEMM's builder, torch's, a nested
+# configure.
 _COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 # How the files begin in which ninja keeps what it has done.
 _RECORDS = {".ninja_log": b"# ninja log v", ".ninja_deps": b"# ninjadeps\n"}
@@ -119,7 +127,9 @@ _FULL_GIB = 0.0625
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a run of ninja came to. `trace` opens in a trace viewer; `summary` are lines for a person."""
+    """What a run of ninja came to. `trace` opens in a trace viewer; `summary` are lines for a
+    person.
+    """
 
     finished: tuple[Finished, ...]
     seconds: float
@@ -128,39 +138,64 @@ class Compiled:
 
 
 def find(layout: Layout, settings: Settings) -> Path:
-    """Return the ninja of `.vllm`, else that of the tools, else the one on PATH. Raises ToolchainError where there is none."""
+    """Return the ninja of `.vllm`, else that of the tools, else the one on PATH. Raises
+    ToolchainError where there is none.
+    """
     for folder in (layout.environment / "bin", layout.tools / "bin"):
         if os.access(folder / "ninja", os.X_OK):
             return folder / "ninja"
     found = shutil.which("ninja", path=settings.child_environment("build").get("PATH", ""))
     if found is None:
-        raise ToolchainError("there is no ninja, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap")
+        raise ToolchainError(
+            "there is no ninja, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap"
+        )
     return Path(found)
 
 
 def history_file(settings: Settings) -> Path:
-    """Where this machine's compile times are kept, for all clones; a home folder may be shared with another machine."""
+    """Where this machine's compile times are kept, for all clones; a home folder may be shared with
+    another machine.
+    """
     return settings.cache / f"compile-costs-{os.uname().nodename}.json"
 
 
 def launchers(settings: Settings, ticket: Path) -> Mapping[str, str]:
     """Return CMake's variables that put a ticket before each compiler and linker.
 
-    ccache comes first, and asks for a ticket itself once it has missed (`environment`); what sccache runs it runs in its server, so its caller holds one.
+    ccache comes first, and asks for a ticket itself once it has missed (`environment`); what
+    sccache runs it runs in its server, so its caller holds one.
     """
     cache = toolchain.find_cache(settings)
-    word = str(ticket) if cache is None else str(cache.program) if cache.kind == "ccache" else f"{ticket};{cache.program}"
+    word = (
+        str(ticket)
+        if cache is None
+        else str(cache.program)
+        if cache.kind == "ccache"
+        else f"{ticket};{cache.program}"
+    )
     compilers = {f"CMAKE_{language}_COMPILER_LAUNCHER": word for language in ("C", "CXX", "CUDA")}
-    return compilers | {f"CMAKE_{language}_LINKER_LAUNCHER": str(ticket) for language in ("C", "CXX")}
+    return compilers | {
+        f"CMAKE_{language}_LINKER_LAUNCHER": str(ticket) for language in ("C", "CXX")
+    }
 
 
 def environment(layout: Layout, settings: Settings, jobs: Jobs, ticket: Path) -> Mapping[str, str]:
-    """Return what configure and ninja are told beside the settings: the bound, for what starts compilers by itself, and the compiler cache's settings."""
+    """Return what configure and ninja are told beside the settings: the bound, for what starts
+    compilers by itself, and the compiler cache's settings.
+    """
     path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
-    told = {"PATH": os.pathsep.join(path), **bounds.environment(jobs, ticket=str(ticket)), **launchers(settings, ticket)}
+    told = {
+        "PATH": os.pathsep.join(path),
+        **bounds.environment(jobs, ticket=str(ticket)),
+        **launchers(settings, ticket),
+    }
     cache = toolchain.find_cache(settings)
     if cache is not None and cache.kind == "ccache":
-        told |= {**toolchain.cache_configuration(layout, settings), "CCACHE_PREFIX": str(ticket), "CCACHE_PREFIX_CPP": str(ticket)}
+        told |= {
+            **toolchain.cache_configuration(layout, settings),
+            "CCACHE_PREFIX": str(ticket),
+            "CCACHE_PREFIX_CPP": str(ticket),
+        }
     return told
 
 
@@ -178,24 +213,42 @@ def compile(
     step: Step,
     keep_going: bool = False,
 ) -> Compiled:
-    """Bring `targets` up to date in `build`, which is configured. `units` are those that are expected to be compiled; `setup` is what their costs depend on.
+    """Bring `targets` up to date in `build`, which is configured. `units` are those that are
+    expected to be compiled; `setup` is what their costs depend on.
 
-    Raises BuildError with the first error of the first unit that failed, with all budgets that were tried once memory has run out too often, and with what is
-    full where a disk is. The same call goes on where this one ended.
+    Raises BuildError with the first error of the first unit that failed, with all budgets that were
+    tried once memory has run out too often, and with what is full where a disk is. The same call
+    goes on where this one ended.
     """
     if not targets:
         return Compiled((), 0.0, None, ())
     for sentence in mend(build):
         run_log.console.warn(sentence)
     planned = tuple(unit for unit in (unit_at(one.object) for one in units) if unit)
-    argv: list[process.Argument] = [find(layout, settings), "-C", build, f"-j{bounds.visible(len(planned), jobs)}", *(["-k0"] if keep_going else []), *targets]
+    argv: list[process.Argument] = [
+        find(layout, settings),
+        "-C",
+        build,
+        f"-j{bounds.visible(len(planned), jobs)}",
+        *(["-k0"] if keep_going else []),
+        *targets,
+    ]
     work = Work(build, setup, jobs, memory, planned, keep_going=keep_going)
-    return under_tickets(settings, argv, _child_environment(layout, settings, build, jobs), work, run_log=run_log, step=step)
+    return under_tickets(
+        settings,
+        argv,
+        _child_environment(layout, settings, build, jobs),
+        work,
+        run_log=run_log,
+        step=step,
+    )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a program that runs ninja compiles: where, within what, and which units, where that is known. `setup` is what costs depend on."""
+    """What a program that runs ninja compiles: where, within what, and which units, where that is
+    known. `setup` is what costs depend on.
+    """
 
     build: Path
     setup: str
@@ -217,7 +270,8 @@ def under_tickets(
     on_line: Callable[[str, Meter], None] = lambda line, meter: None,
     cwd: Path | None = None,
 ) -> Compiled:
-    """Run a program whose compilers ask for tickets in `work.build`, showing how far it is. `on_line` hears it too, with the meter.
+    """Run a program whose compilers ask for tickets in `work.build`, showing how far it is.
+    `on_line` hears it too, with the meter.
 
     Raises BuildError as `compile` does.
     """
@@ -245,7 +299,9 @@ def under_tickets(
 
     try:
         with broker, meter:
-            process.run(argv, env=environment, run_log=run_log, on_line=hear, hint=work.go_on, cwd=cwd)
+            process.run(
+                argv, env=environment, run_log=run_log, on_line=hear, hint=work.go_on, cwd=cwd
+            )
     except (BuildError, OSError) as exc:
         _write_trace(run_log, broker.finished, meter, began)
         raise _explained(exc, broker, failures, settings, work, run_log) from exc
@@ -253,11 +309,15 @@ def under_tickets(
         run_log.step = shown
     seconds = time.monotonic() - began
     trace = _write_trace(run_log, broker.finished, meter, began)
-    return Compiled(broker.finished, seconds, trace, progress.build_summary(broker.finished, before))
+    return Compiled(
+        broker.finished, seconds, trace, progress.build_summary(broker.finished, before)
+    )
 
 
 def mend(build: Path) -> tuple[str, ...]:
-    """Remove what is no record of ninja's where one should be, and say so: it would stop, or crash, on some of it."""
+    """Remove what is no record of ninja's where one should be, and say so: it would stop, or crash,
+    on some of it.
+    """
     said = []
     for name, head in _RECORDS.items():
         record = build / name
@@ -268,30 +328,51 @@ def mend(build: Path) -> tuple[str, ...]:
         except OSError:
             is_right = False
         if not is_right:
-            shutil.rmtree(record) if record.is_dir() and not record.is_symlink() else record.unlink()
-            said.append(f"{build.name}/{name} was damaged and is begun anew: what it vouched for is compiled again")
+            (
+                shutil.rmtree(record)
+                if record.is_dir() and not record.is_symlink()
+                else record.unlink()
+            )
+            said.append(
+                f"{build.name}/{name} was damaged and is begun anew: what it vouched for is"
+                " compiled again"
+            )
     return tuple(said)
 
 
-def _child_environment(layout: Layout, settings: Settings, build: Path, jobs: Jobs) -> dict[str, str]:
-    """The environment of ninja itself: on its PATH each compiler takes a ticket, also one that a command calls by its name."""
+def _child_environment(
+    layout: Layout, settings: Settings, build: Path, jobs: Jobs
+) -> dict[str, str]:
+    """The environment of ninja itself: on its PATH each compiler takes a ticket, also one that a
+    command calls by its name.
+    """
     ticket = job_server.install(build / "tickets")
     told = settings.child_environment("build", environment(layout, settings, jobs, ticket))
-    found = {name: [program] for name in _COMPILERS if (program := shutil.which(name, path=told["PATH"]))}
+    found = {
+        name: [program] for name in _COMPILERS if (program := shutil.which(name, path=told["PATH"]))
+    }
     for variable in ("CC", "CXX"):
         if words := _words(told.get(variable, "")):
             name = f"{variable}-{Path(words[-1]).name}"
-            found[name], told[variable] = words, str(build / "tickets" / job_server.STAND_INS / name)
+            found[name], told[variable] = (
+                words,
+                str(build / "tickets" / job_server.STAND_INS / name),
+            )
     stand_ins = job_server.stand_in(build / "tickets", found)
-    # torch's builder calls the toolkit's nvcc by its path, or what this names (torch/utils/cpp_extension.py).
+    # torch's builder calls the toolkit's nvcc by its path, or what this names
+    # (torch/utils/cpp_extension.py).
     if "PYTORCH_NVCC" in told:
         told["PYTORCH_NVCC"] = f"{shlex.quote(str(ticket))} {told['PYTORCH_NVCC']}"
     elif "nvcc" in found:
         told["PYTORCH_NVCC"] = str(stand_ins / "nvcc")
     told.pop("CCACHE_NODEPEND", None)
-    # ccache counts the g++ that nvcc will find on PATH as a part of the object, by date and size; those of a stand-in are of this clone only.
+    # ccache counts the g++ that nvcc will find on PATH as a part of the object, by date and size;
+    # those of a stand-in are of this clone only.
     told.setdefault("CCACHE_PATH", told["PATH"])
-    return told | {"PATH": os.pathsep.join([str(stand_ins), told["PATH"]]), "NINJA_STATUS": "[%f/%t] "}
+    return told | {
+        "PATH": os.pathsep.join([str(stand_ins), told["PATH"]]),
+        "NINJA_STATUS": "[%f/%t] ",
+    }
 
 
 def _words(text: str) -> list[str]:
@@ -302,7 +383,9 @@ def _words(text: str) -> list[str]:
         return []
 
 
-def _write_trace(run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float) -> Path | None:
+def _write_trace(
+    run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float
+) -> Path | None:
     """A trace that cannot be written is no reason to fail."""
     if run_log.path is None or not finished:
         return None
@@ -312,21 +395,42 @@ def _write_trace(run_log: RunLog, finished: Sequence[Finished], meter: Meter, be
         return None
 
 
-def _explained(exc: BuildError | OSError, broker: job_server.Broker, failures: Failures, settings: Settings, work: Work, run_log: RunLog) -> Exception:
-    """What a failure of ninja's means: memory, a disk, a compiler's own error, or what it said itself."""
-    is_full = failures.has_no_space or (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT))
+def _explained(
+    exc: BuildError | OSError,
+    broker: job_server.Broker,
+    failures: Failures,
+    settings: Settings,
+    work: Work,
+    run_log: RunLog,
+) -> Exception:
+    """What a failure of ninja's means: memory, a disk, a compiler's own error, or what it said
+    itself.
+    """
+    is_full = failures.has_no_space or (
+        isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    )
     log = (f"log: {run_log.path}",)
     if broker.trouble:
-        one_by_one = f"{work.go_on.partition('    ')[0]} --jobs 1    goes on where it was, one compiler at a time"
+        one_by_one = (
+            f"{work.go_on.partition('    ')[0]} --jobs 1    goes on where it was, one compiler at a"
+            " time"
+        )
         return BuildError(broker.trouble, hint=one_by_one, details=log)
     places = [work.build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
     full = [place for place in places if hardware.free_gib(place) < _FULL_GIB]
     if full or is_full:
-        said = " and ".join(f"{place} has {hardware.free_gib(place) * 1024:.0f} MiB left" for place in full or places)
+        said = " and ".join(
+            f"{place} has {hardware.free_gib(place) * 1024:.0f} MiB left"
+            for place in full or places
+        )
         hint = f"{shlex.join(['df', '-h', *map(str, full or places)])}    then {work.go_on}"
         return BuildError(f"the disk is full: {said}", hint=hint, details=log)
     if isinstance(exc, OSError) or not (failure := failures.first):
         return exc
     unit = unit_at(failure.output)
     name = f"{unit.source} of {unit.target}" if unit else failure.output
-    return BuildError(run_log.redact(f"{name} failed: {failure.error}"), hint=work.go_on, details=(*(run_log.redact(line) for line in failure.shown), *log))
+    return BuildError(
+        run_log.redact(f"{name} failed: {failure.error}"),
+        hint=work.go_on,
+        details=(*(run_log.redact(line) for line in failure.shown), *log),
+    )

@@ -1,4 +1,6 @@
-"""How far a build is: a bar on a terminal, a line now and then elsewhere. Percent and time left come from known costs, not from counts."""
+"""How far a build is: a bar on a terminal, a line now and then elsewhere. Percent and time left
+come from known costs, not from counts.
+"""
 
 import contextlib
 import heapq
@@ -19,14 +21,17 @@ from workspace.core.files import write_atomic
 
 SUFFIX = ".trace.json"
 SHOWN = 3
-# What the same unit takes differs from build to build by what runs beside it; less than this is no news.
+# What the same unit takes differs from build to build by what runs beside it; less than this is no
+# news.
 NEWS_SHARE, NEWS_S = 0.1, 1.0
 _PROCESS = 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at a build, at a time of time.monotonic: GiB held and reckoned with, compilers that run and wait."""
+    """One look at a build, at a time of time.monotonic: GiB held and reckoned with, compilers that
+    run and wait.
+    """
 
     at: float
     held_gib: float
@@ -36,7 +41,9 @@ class Sample:
 
 
 def lanes(finished: Sequence[Finished]) -> tuple[int, ...]:
-    """Return a lane for each unit, from 0: those that ran at the same time lie in different ones, and no more lanes are used than ran at once."""
+    """Return a lane for each unit, from 0: those that ran at the same time lie in different ones,
+    and no more lanes are used than ran at once.
+    """
     found, free, busy = [0] * len(finished), list[int](), list[tuple[float, int]]()
     for number in sorted(range(len(finished)), key=lambda number: finished[number].started):
         done = finished[number]
@@ -48,19 +55,38 @@ def lanes(finished: Sequence[Finished]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def trace(finished: Sequence[Finished], samples: Iterable[Sample], *, began: float) -> Mapping[str, object]:
-    """Return the build as a trace: a lane for each compiler at a time, and counters. `began` is when time 0 was, on the clock of time.monotonic.
+def trace(
+    finished: Sequence[Finished], samples: Iterable[Sample], *, began: float
+) -> Mapping[str, object]:
+    """Return the build as a trace: a lane for each compiler at a time, and counters. `began` is
+    when time 0 was, on the clock of time.monotonic.
 
-    The form is Chrome's Trace Event Format, JSON Object Format: complete events (X), counters (C) and names (M); times are in microseconds.
+    The form is Chrome's Trace Event Format, JSON Object Format: complete events (X), counters (C)
+    and names (M); times are in microseconds.
     """
     events: list[Mapping[str, object]] = [_named("process_name", 0, "compilers")]
     found = lanes(finished)
-    events += [_named("thread_name", lane + 1, f"compiler {lane + 1}") for lane in range(max(found, default=-1) + 1)]
+    events += [
+        _named("thread_name", lane + 1, f"compiler {lane + 1}")
+        for lane in range(max(found, default=-1) + 1)
+    ]
     for done, lane in zip(finished, found, strict=True):
         events.append(
             {
-                "name": f"link of {done.unit.target}" if done.unit.source == LINK else Path(done.unit.source).name or "?",
-                "cat": "preprocess" if done.unit.is_light else "killed" if done.is_killed else "compile" if done.status == 0 else "failed",
+                "name": (
+                    f"link of {done.unit.target}"
+                    if done.unit.source == LINK
+                    else Path(done.unit.source).name or "?"
+                ),
+                "cat": (
+                    "preprocess"
+                    if done.unit.is_light
+                    else "killed"
+                    if done.is_killed
+                    else "compile"
+                    if done.status == 0
+                    else "failed"
+                ),
                 "ph": "X",
                 "ts": _us(done.started - began),
                 "dur": _us(done.seconds),
@@ -79,15 +105,26 @@ def trace(finished: Sequence[Finished], samples: Iterable[Sample], *, began: flo
         )
     for sample in samples:
         at = _us(sample.at - began)
-        # A viewer puts the values of a counter on top of each other: together they are what the budget is held against.
+        # A viewer puts the values of a counter on top of each other: together they are what the
+        # budget is held against.
         expected_gib = max(0.0, sample.charged_gib - sample.held_gib)
-        events.append(_counted("memory GiB", at, {"held": round(sample.held_gib, 3), "expected beyond": round(expected_gib, 3)}))
+        events.append(
+            _counted(
+                "memory GiB",
+                at,
+                {"held": round(sample.held_gib, 3), "expected beyond": round(expected_gib, 3)},
+            )
+        )
         events.append(_counted("units", at, {"running": sample.running, "waiting": sample.waiting}))
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def write_timeline(log: Path, finished: Sequence[Finished], samples: Iterable[Sample], *, began: float) -> Path:
-    """Write the trace beside the log, and remove those whose logs are gone. Raises OSError where it cannot."""
+def write_timeline(
+    log: Path, finished: Sequence[Finished], samples: Iterable[Sample], *, began: float
+) -> Path:
+    """Write the trace beside the log, and remove those whose logs are gone. Raises OSError where it
+    cannot.
+    """
     for old in log.parent.glob(f"*{SUFFIX}"):
         if not old.with_name(old.name.removesuffix(SUFFIX) + log.suffix).exists():
             old.unlink(missing_ok=True)
@@ -97,16 +134,25 @@ def write_timeline(log: Path, finished: Sequence[Finished], samples: Iterable[Sa
 
 
 def build_summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tuple[str, ...]:
-    """Return a line for each of the slowest and the hungriest units, beside what the last build of the same setup needed for it."""
+    """Return a line for each of the slowest and the hungriest units, beside what the last build of
+    the same setup needed for it.
+    """
     known = {(entry.target, entry.source): entry for entry in before}
     done = [one for one in finished if one.status == 0 and not one.unit.is_light]
     slowest = sorted(done, key=lambda one: -one.seconds)[:SHOWN]
     hungriest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
-    return tuple(_line(word, one, known) for word, ones in (("slowest", slowest), ("hungriest", hungriest)) for one in ones)
+    return tuple(
+        _line(word, one, known)
+        for word, ones in (("slowest", slowest), ("hungriest", hungriest))
+        for one in ones
+    )
 
 
 def _line(word: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
-    said = f"{word:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB  {done.unit.source if done.unit.source != LINK else f'link of {done.unit.target}'}"
+    said = (
+        f"{word:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB "
+        f" {done.unit.source if done.unit.source != LINK else f'link of {done.unit.target}'}"
+    )
     entry = known.get((done.unit.target, done.unit.source))
     if entry is None:
         return said
@@ -115,7 +161,10 @@ def _line(word: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> 
     difference = done.seconds - entry.seconds
     if abs(difference) < max(NEWS_S, entry.seconds * NEWS_SHARE):
         return f"{said}  (as in the last build)"
-    return f"{said}  (last build {entry.seconds:.1f} s: {abs(difference):.1f} s {'slower' if difference > 0 else 'faster'})"
+    return (
+        f"{said}  (last build {entry.seconds:.1f} s: {abs(difference):.1f} s"
+        f" {'slower' if difference > 0 else 'faster'})"
+    )
 
 
 def _named(kind: str, lane: int, name: str) -> Mapping[str, object]:
@@ -132,7 +181,8 @@ def _us(seconds: float) -> int:
 
 LOOK_S = 0.5
 LINE_S = 10.0
-# What stands beside a step's text in its row: spinner, bar, time and what lies between them (core/console.py).
+# What stands beside a step's text in its row: spinner, bar, time and what lies between them
+# (core/console.py).
 _BESIDE = 42
 _NARROWEST = 24
 # A unit that takes longer than expected is nearly done, and never quite.
@@ -150,25 +200,57 @@ class Estimate:
     left_s: float
 
 
-def estimate(planned: Mapping[Unit, Cost], finished: Sequence[Finished], state: State, *, jobs: int, now: float) -> Estimate:
-    """Work out how far it is. What is left takes at least its share of the cores, of the memory-time and its longest unit; the build keeps near that.
+def estimate(
+    planned: Mapping[Unit, Cost],
+    finished: Sequence[Finished],
+    state: State,
+    *,
+    jobs: int,
+    now: float,
+) -> Estimate:
+    """Work out how far it is. What is left takes at least its share of the cores, of the
+    memory-time and its longest unit; the build keeps near that.
 
-    Machines differ: what the units that are done took, against what was expected, is what the others are expected to take.
+    Machines differ: what the units that are done took, against what was expected, is what the
+    others are expected to take.
     """
     done = {one.unit: one for one in finished if one.status == 0 and _is_reckoned(one.unit)}
     running = {one.unit: one for one in state.running if _is_reckoned(one.unit)}
-    costs = {unit: one.expected for unit, one in done.items()} | {unit: one.expected for unit, one in running.items()} | dict(planned)
+    costs = (
+        {unit: one.expected for unit, one in done.items()}
+        | {unit: one.expected for unit, one in running.items()}
+        | dict(planned)
+    )
     elapsed = {unit: one.seconds for unit, one in done.items()}
-    elapsed |= {unit: now - one.started for unit, one in running.items() if now - one.started > costs[unit].seconds}
+    elapsed |= {
+        unit: now - one.started
+        for unit, one in running.items()
+        if now - one.started > costs[unit].seconds
+    }
     # Few units say little: as much as a tenth of the build speaks for the expected times.
     prior = _PRIOR_SHARE * sum(cost.seconds for cost in costs.values()) or 1.0
     pace = (sum(elapsed.values()) + prior) / (sum(costs[unit].seconds for unit in elapsed) + prior)
     over = {unit: costs[unit].seconds for unit in done}
-    over |= {unit: min((now - one.started) / pace, costs[unit].seconds * _NEARLY) for unit, one in running.items() if unit not in done}
-    left = {unit: cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items() if unit not in done}
-    memory = sum(seconds * costs[unit].peak_gib for unit, seconds in left.items()) / state.budget_gib if state.budget_gib else 0.0
+    over |= {
+        unit: min((now - one.started) / pace, costs[unit].seconds * _NEARLY)
+        for unit, one in running.items()
+        if unit not in done
+    }
+    left = {
+        unit: cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items() if unit not in done
+    }
+    memory = (
+        sum(seconds * costs[unit].peak_gib for unit, seconds in left.items()) / state.budget_gib
+        if state.budget_gib
+        else 0.0
+    )
     left_s = max(sum(left.values()) / jobs, memory, *left.values(), 0.0) * pace
-    return Estimate(len(done), len(costs), sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0), left_s)
+    return Estimate(
+        len(done),
+        len(costs),
+        sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0),
+        left_s,
+    )
 
 
 def _is_reckoned(unit: Unit) -> bool:
@@ -186,7 +268,9 @@ def figures(found: Estimate, state: State) -> tuple[str, ...]:
 
 
 def units(state: State) -> tuple[str, ...]:
-    """Return the names of the units that run, those that have run longest first; where none does, why the others wait."""
+    """Return the names of the units that run, those that have run longest first; where none does,
+    why the others wait.
+    """
     if state.waiting and not state.running:
         return (state.why,)
     return tuple(
@@ -197,7 +281,9 @@ def units(state: State) -> tuple[str, ...]:
 
 
 def filled(parts: Sequence[str], width: int, *, lines: int) -> tuple[str, ...]:
-    """Set parts into at most so many lines of a width, commas between them; what has no room is counted."""
+    """Set parts into at most so many lines of a width, commas between them; what has no room is
+    counted.
+    """
     rows: list[str] = []
     for number, part in enumerate(parts):
         rest = len(parts) - number
@@ -220,9 +306,20 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """Shows how a build goes while the block is entered, from a thread. `samples` are what it saw."""
+    """Shows how a build goes while the block is entered, from a thread. `samples` are what it
+    saw.
+    """
 
-    def __init__(self, broker: Broker, planned: Sequence[Unit], costs: Costs, *, bounds: Bounds, console: Console, step: Step) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        planned: Sequence[Unit],
+        costs: Costs,
+        *,
+        bounds: Bounds,
+        console: Console,
+        step: Step,
+    ) -> None:
         self.samples: list[Sample] = []
         self._broker, self._jobs, self._console, self._step = broker, bounds.jobs, console, step
         self._costs = costs
@@ -257,12 +354,17 @@ class Meter:
         state, finished = self._broker.state, self._broker.finished
         if not state.budget_gib:
             return
-        self._keep(Sample(now, state.held_gib, state.charged_gib, len(state.running), state.waiting))
+        self._keep(
+            Sample(now, state.held_gib, state.charged_gib, len(state.running), state.waiting)
+        )
         self._warn(state, finished)
         found = estimate(self._planned, finished, state, jobs=self._jobs, now=now)
         if self._console.is_terminal:
             width = max(_NARROWEST, _columns() - _BESIDE - len(self._step.title))
-            rows = (*filled(figures(found, state), width, lines=3), *filled(units(state), width, lines=2))
+            rows = (
+                *filled(figures(found, state), width, lines=3),
+                *filled(units(state), width, lines=2),
+            )
             self._step.progress(found.share, 1.0, "\n".join(rows))
         elif now - self._last_line >= LINE_S:
             self._last_line = now
@@ -285,7 +387,10 @@ class Meter:
         killed = next((one for one in reversed(finished) if one.is_killed), None)
         if killed and 0 < state.budget_gib < self._budget_gib and not self._broker.trouble:
             name = Path(killed.unit.source).name
-            self._console.warn(f"memory ran out while {name} was compiled: it goes on, with {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}")
+            self._console.warn(
+                f"memory ran out while {name} was compiled: it goes on, with {state.budget_gib:.1f}"
+                f" GiB instead of {self._budget_gib:.1f}"
+            )
         self._budget_gib = state.budget_gib or self._budget_gib
 
 

@@ -1,7 +1,8 @@
-"""Which waiting compilers may start now: within a number, a budget of memory, and what the machine has left.
+"""Which waiting compilers may start now: within a number, a budget of memory, and what the machine
+has left.
 
-It decides and does nothing else: the clock, and what the machine says, are given to it. tickets.py asks it for real compilers, perf/replay.py for those of
-a recorded build.
+It decides and does nothing else: the clock, and what the machine says, are given to it. tickets.py
+asks it for real compilers, perf/replay.py for those of a recorded build.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ from pathlib import Path
 from workspace.compile import launcher
 from workspace.compile.costs import LIGHT, Cost, Unit
 
-# A unit that waits, and beside a compiler that runs: ninja's shell and a launcher. 169 of them held 563 MiB (proportional set size).
+# A unit that waits, and beside a compiler that runs: ninja's shell and a launcher. 169 of them held
+# 563 MiB (proportional set size).
 LAUNCHER_GIB = 4 / 1024
-# Share of the last 10 s in which something stood still for want of memory (PSI, `some avg10`), from which on nothing more is started.
+# Share of the last 10 s in which something stood still for want of memory (PSI, `some avg10`), from
+# which on nothing more is started.
 PRESSED_PERCENT = 10.0
-# Where others keep the memory for so long, and none of ours runs, compilers are started all the same, one at a time: the build has to end.
+# Where others keep the memory for so long, and none of ours runs, compilers are started all the
+# same, one at a time: the build has to end.
 PATIENCE_S = 30.0
 # Sums of many peaks, added up in another order, differ in the last digit.
 _ROUNDING_GIB = 1e-9
@@ -36,7 +40,9 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Live:
-    """What the machine says now: GiB that may still be taken without touching what is left for the system, and memory pressure in percent."""
+    """What the machine says now: GiB that may still be taken without touching what is left for the
+    system, and memory pressure in percent.
+    """
 
     available_gib: float
     pressed_percent: float = 0.0
@@ -44,7 +50,9 @@ class Live:
 
 @dataclass(frozen=True)
 class Ticket:
-    """A compiler that waits (`since` it asked) or runs (`since` it was admitted). `held_gib` is what its processes hold, as seen last."""
+    """A compiler that waits (`since` it asked) or runs (`since` it was admitted). `held_gib` is
+    what its processes hold, as seen last.
+    """
 
     number: int
     cost: Cost
@@ -59,9 +67,11 @@ class Ticket:
 
     @property
     def rank(self) -> tuple[bool, float, int]:
-        """Largest time x peak first: what is long and large is packed best while there is much beside it to fill up with.
+        """Largest time x peak first: what is long and large is packed best while there is much
+        beside it to fill up with.
 
-        A preprocessor of a compiler cache comes before: only after it its compiler can be seen, and the best order needs all of them seen.
+        A preprocessor of a compiler cache comes before: only after it its compiler can be seen, and
+        the best order needs all of them seen.
         """
         return (not self.is_light, -self.cost.seconds * self.cost.peak_gib, self.number)
 
@@ -69,9 +79,10 @@ class Ticket:
 class Admission:
     """The compilers that wait and run. All times are seconds of one clock, the caller's.
 
-    Who stands first and does not fit gets a reservation for the moment at which, by the times expected, enough will be free; others go
-    ahead only where they do not push that moment back (EASY backfilling, Lifka 1995). So all cores are used and nobody waits for ever.
-    Who is larger than the budget is started once nothing else runs or fits, alone.
+    Who stands first and does not fit gets a reservation for the moment at which, by the times
+    expected, enough will be free; others go ahead only where they do not push that moment back
+    (EASY backfilling, Lifka 1995). So all cores are used and nobody waits for ever. Who is larger
+    than the budget is started once nothing else runs or fits, alone.
     """
 
     def __init__(self, bounds: Bounds) -> None:
@@ -91,8 +102,12 @@ class Admission:
 
     @property
     def charged_gib(self) -> float:
-        """Memory that those who run are reckoned with, and their launchers, and those of the waiting."""
-        return sum(ticket.charged_gib for ticket in self._running.values()) + LAUNCHER_GIB * (len(self._running) + len(self._waiting))
+        """Memory that those who run are reckoned with, and their launchers, and those of the
+        waiting.
+        """
+        return sum(ticket.charged_gib for ticket in self._running.values()) + LAUNCHER_GIB * (
+            len(self._running) + len(self._waiting)
+        )
 
     def ask(self, number: int, cost: Cost, now: float, *, is_light: bool = False) -> None:
         """Put a compiler among the waiting."""
@@ -109,7 +124,9 @@ class Admission:
             self._running[number] = replace(ticket, held_gib=held_gib)
 
     def admit(self, now: float, live: Live | None = None) -> tuple[int, ...]:
-        """Return who may start now, in this order; they count as running from here on. `why` says what keeps the others waiting."""
+        """Return who may start now, in this order; they count as running from here on. `why` says
+        what keeps the others waiting.
+        """
         started = []
         while (number := self._next(now, live)) is not None:
             self._running[number] = replace(self._waiting.pop(number), since=now)
@@ -124,7 +141,10 @@ class Admission:
             self.why = f"{len(self._running)} run, the most that may"
             return None
         if live and live.pressed_percent >= PRESSED_PERCENT:
-            self.why = f"memory is short: something stands still for it {live.pressed_percent:.0f} % of the time"
+            self.why = (
+                f"memory is short: something stands still for it {live.pressed_percent:.0f} % of"
+                " the time"
+            )
             return self._alone(now, is_hindered=True)
         waiting = sorted(self._waiting.values(), key=lambda ticket: ticket.rank)
         free_gib = self._free_gib(live)
@@ -132,50 +152,81 @@ class Admission:
             self._hindered_since = None
             return number
         least_gib = min(ticket.cost.peak_gib for ticket in waiting)
-        self.why = f"{max(free_gib, 0.0):.1f} GiB are free, {least_gib:.1f} is the least that a waiting compiler needs"
-        return self._alone(now, is_hindered=live is not None and live.available_gib < least_gib <= self.bounds.budget_gib)
+        self.why = (
+            f"{max(free_gib, 0.0):.1f} GiB are free, {least_gib:.1f} is the least that a waiting"
+            " compiler needs"
+        )
+        return self._alone(
+            now,
+            is_hindered=live is not None
+            and live.available_gib < least_gib <= self.bounds.budget_gib,
+        )
 
     def _free_gib(self, live: Live | None) -> float:
-        """What the budget and, where that is less, the machine has left once all who run are as large as expected."""
+        """What the budget and, where that is less, the machine has left once all who run are as
+        large as expected.
+        """
         free_gib = self.bounds.budget_gib - self.charged_gib
         if live:
-            growth_gib = sum(ticket.charged_gib - ticket.held_gib for ticket in self._running.values())
+            growth_gib = sum(
+                ticket.charged_gib - ticket.held_gib for ticket in self._running.values()
+            )
             free_gib = min(free_gib, live.available_gib - growth_gib)
         return free_gib + _ROUNDING_GIB
 
     def _fitting(self, waiting: Sequence[Ticket], free_gib: float, now: float) -> int | None:
-        """The first in the order that fits and keeps to the reservation of the one before it, if there is any."""
+        """The first in the order that fits and keeps to the reservation of the one before it, if
+        there is any.
+        """
         reserved: tuple[float, float] | None = None
         for ticket in waiting:
             peak_gib = ticket.cost.peak_gib
-            if peak_gib <= free_gib and (reserved is None or now + ticket.cost.seconds <= reserved[0] or peak_gib <= reserved[1]):
+            if peak_gib <= free_gib and (
+                reserved is None
+                or now + ticket.cost.seconds <= reserved[0]
+                or peak_gib <= reserved[1]
+            ):
                 return ticket.number
             if reserved is None:
                 reserved = self._reservation(peak_gib, free_gib, now)
         return None
 
-    def _reservation(self, peak_gib: float, free_gib: float, now: float) -> tuple[float, float] | None:
-        """When, by the times expected, `peak_gib` will be free and how much will be left over then; None where it never will."""
-        for ticket in sorted(self._running.values(), key=lambda ticket: ticket.since + ticket.cost.seconds):
+    def _reservation(
+        self, peak_gib: float, free_gib: float, now: float
+    ) -> tuple[float, float] | None:
+        """When, by the times expected, `peak_gib` will be free and how much will be left over then;
+        None where it never will.
+        """
+        for ticket in sorted(
+            self._running.values(), key=lambda ticket: ticket.since + ticket.cost.seconds
+        ):
             free_gib += ticket.charged_gib
             if free_gib >= peak_gib:
                 return max(now, ticket.since + ticket.cost.seconds), free_gib - peak_gib
         return None
 
     def _alone(self, now: float, *, is_hindered: bool) -> int | None:
-        """The smallest, with nothing beside it, so that every build comes to its end; at once unless it is others who take the memory."""
+        """The smallest, with nothing beside it, so that every build comes to its end; at once
+        unless it is others who take the memory.
+        """
         if not is_hindered:
             self._hindered_since = None
         elif self._hindered_since is None:
             self._hindered_since = now
-        if self._running or (self._hindered_since is not None and now - self._hindered_since < PATIENCE_S):
+        if self._running or (
+            self._hindered_since is not None and now - self._hindered_since < PATIENCE_S
+        ):
             return None
-        return min(self._waiting.values(), key=lambda ticket: (ticket.cost.peak_gib, ticket.number)).number
+        return min(
+            self._waiting.values(), key=lambda ticket: (ticket.cost.peak_gib, ticket.number)
+        ).number
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of it: seconds from the first start to the last end, and the most memory (sum of the peaks of those that ran) and compilers at any time."""
+    """What came of it: seconds from the first start to the last end, and the most memory (sum of
+    the peaks of those that ran) and compilers at any time.
+    """
 
     seconds: float
     most_gib: float
@@ -205,10 +256,12 @@ _KIB_PER_GIB = 1 << 20
 
 @dataclass(frozen=True)
 class Finished:
-    """A unit that has ended. `peak_gib` is the larger of two figures: the largest process of the unit at its largest, and all of them at one look a second.
+    """A unit that has ended. `peak_gib` is the larger of two figures: the largest process of the
+    unit at its largest, and all of them at one look a second.
 
-    `status` is its exit code, negative for a signal, or None where the launcher itself was killed; `is_killed`: as the kernel does when memory runs out.
-    `started` is on the clock of time.monotonic.
+    `status` is its exit code, negative for a signal, or None where the launcher itself was killed;
+    `is_killed`: as the kernel does when memory runs out. `started` is on the clock of
+    time.monotonic.
     """
 
     unit: Unit
@@ -231,7 +284,9 @@ class Running:
 
 @dataclass(frozen=True)
 class State:
-    """What a progress bar shows: units that run, how many wait and why, memory reckoned with and memory held, and the budget, halved where memory ran out."""
+    """What a progress bar shows: units that run, how many wait and why, memory reckoned with and
+    memory held, and the budget, halved where memory ran out.
+    """
 
     running: tuple[Running, ...] = ()
     waiting: int = 0
@@ -252,7 +307,9 @@ class End:
 
 @dataclass
 class Caller:
-    """A connection: the launcher at its other end, and what it has asked for. `kills` is the kernel's count when its compiler began."""
+    """A connection: the launcher at its other end, and what it has asked for. `kills` is the
+    kernel's count when its compiler began.
+    """
 
     connection: socket.socket
     number: int
@@ -273,7 +330,9 @@ class Caller:
         return self.started is not None and not self.is_nested
 
     def hear(self) -> bool:
-        """Take in what has come. Return whether it was the end of the connection, or more than any command is long."""
+        """Take in what has come. Return whether it was the end of the connection, or more than any
+        command is long.
+        """
         try:
             heard = self.connection.recv(1 << 16)
         except BlockingIOError:
@@ -284,7 +343,9 @@ class Caller:
         return not heard or len(self._received) > _LONGEST_REQUEST
 
     def understand(self) -> "list[str] | End | None":
-        """Return what was received as soon as it is whole: the command first, then each of its ends. Raises ValueError where it is neither."""
+        """Return what was received as soon as it is whole: the command first, then each of its
+        ends. Raises ValueError where it is neither.
+        """
         line, newline, words = bytes(self._received).partition(b"\n")
         if not newline or (not self.has_asked and len(words) < int(line)):
             return None
@@ -306,7 +367,9 @@ class Caller:
 
 
 def listen(folder: Path) -> socket.socket:
-    """Return the socket of a build, bound in `folder`; one that a killed build left there is replaced."""
+    """Return the socket of a build, bound in `folder`; one that a killed build left there is
+    replaced.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # An address holds 108 bytes, a path many more (unix(7)).
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -326,7 +389,9 @@ def accept_client(listener: socket.socket, number: int) -> Caller | None:
     except BlockingIOError:
         return None
     connection.setblocking(False)
-    pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    pid, _, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     group = 0
     with contextlib.suppress(OSError):
         group = os.getpgid(pid)

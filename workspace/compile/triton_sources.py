@@ -1,7 +1,9 @@
-"""What a build of Triton downloads while CMake configures: LLVM, NVIDIA's tools, a JSON library. Had beforehand, resumed, and held against a hash.
+"""What a build of Triton downloads while CMake configures: LLVM, NVIDIA's tools, a JSON library.
+Had beforehand, resumed, and held against a hash.
 
-Each lands where Triton's own script (python/build_helpers.py) would have put it, so that this then finds it there and fetches nothing. The hash of
-LLVM stands in the tree (cmake/llvm-info.json), those of the tools in NVIDIA's list of a release; for the JSON library nobody publishes one.
+Each lands where Triton's own script (python/build_helpers.py) would have put it, so that this then
+finds it there and fetches nothing. The hash of LLVM stands in the tree (cmake/llvm-info.json),
+those of the tools in NVIDIA's list of a release; for the JSON library nobody publishes one.
 """
 
 import contextlib
@@ -37,7 +39,9 @@ _ALWAYS = ("setuptools", "wheel", "ninja")
 
 @dataclass(frozen=True)
 class Source:
-    """A tree that may be built. `project` is the folder with its setup.py, the root or python/; `content` its tree OID, `patches` how many are on it."""
+    """A tree that may be built. `project` is the folder with its setup.py, the root or python/;
+    `content` its tree OID, `patches` how many are on it.
+    """
 
     tree: Path
     project: Path
@@ -50,7 +54,8 @@ class Source:
 def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step: Step) -> Source:
     """Have vendor/triton at the pin with its patches on it, cloned where it is missing.
 
-    Raises CheckoutError where it holds edits, commits that are no patches, or an operation under way; SourceError where it cannot be fetched.
+    Raises CheckoutError where it holds edits, commits that are no patches, or an operation under
+    way; SourceError where it cannot be fetched.
     """
     pin = pins.load(layout.pins).triton
     there = checkout.ensure(layout, pin, settings, choice="git", run_log=run_log, step=step)
@@ -58,19 +63,37 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
     shown = layout.relative(layout.triton)
     if stack.dirty:
         raise CheckoutError(
-            f"{shown} has edits of yours ({', '.join(stack.dirty[:3])}), which no patch holds; they are kept, and nothing was built",
-            hint=f"git -C {shown} commit -a && ./scripts/inv patch.export --project triton    or: git -C {shown} stash; then {FROM_SOURCE}",
+            f"{shown} has edits of yours ({', '.join(stack.dirty[:3])}), which no patch holds; they"
+            " are kept, and nothing was built",
+            hint=(
+                f"git -C {shown} commit -a && ./scripts/inv patch.export --project triton    or:"
+                f" git -C {shown} stash; then {FROM_SOURCE}"
+            ),
         )
-    project = next((folder for folder in (layout.triton, layout.triton / "python") if (folder / "setup.py").is_file()), None)
+    project = next(
+        (
+            folder
+            for folder in (layout.triton, layout.triton / "python")
+            if (folder / "setup.py").is_file()
+        ),
+        None,
+    )
     if project is None:
-        raise BuildError(f"{shown} has no setup.py, neither in its root nor in python/", hint=f"git -C {shown} status; TRITON_MIRROR names where it came from")
+        raise BuildError(
+            f"{shown} has no setup.py, neither in its root nor in python/",
+            hint=f"git -C {shown} status; TRITON_MIRROR names where it came from",
+        )
     content = Git(layout.triton).tree("HEAD")
-    step.reason = f"{pin.tag} {pin.commit[:12]}" + (f", {len(stack.names)} patches" if stack.names else "")
+    step.reason = f"{pin.tag} {pin.commit[:12]}" + (
+        f", {len(stack.names)} patches" if stack.names else ""
+    )
     return Source(layout.triton, project, pin.tag, pin.commit, content, len(stack.names))
 
 
 def requirements(source: Source) -> tuple[str, ...]:
-    """Return what the build needs in `.vllm`: the tree's own words (pyproject.toml, python/requirements.txt), but for CMake, which vLLM needs too."""
+    """Return what the build needs in `.vllm`: the tree's own words (pyproject.toml,
+    python/requirements.txt), but for CMake, which vLLM needs too.
+    """
     lines: list[str] = []
     try:
         said = tomllib.loads((source.project / "pyproject.toml").read_text(encoding="utf-8"))
@@ -78,10 +101,16 @@ def requirements(source: Source) -> tuple[str, ...]:
     except FileNotFoundError:
         pass
     except (ValueError, AttributeError) as exc:
-        raise BuildError(f"pyproject.toml of Triton cannot be read: {exc}", hint=f"git -C {source.tree} status") from exc
+        raise BuildError(
+            f"pyproject.toml of Triton cannot be read: {exc}", hint=f"git -C {source.tree} status"
+        ) from exc
     listed = source.tree / "python" / "requirements.txt"
     if listed.is_file():
-        lines += [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if re.match(r"\s*[A-Za-z]", line)]
+        lines += [
+            line.strip()
+            for line in listed.read_text(encoding="utf-8").splitlines()
+            if re.match(r"\s*[A-Za-z]", line)
+        ]
     named = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower(): line for line in (*_ALWAYS, *lines)}
     named["cmake"] = CMAKE
     return tuple(named[name] for name in sorted(named))
@@ -91,7 +120,8 @@ MIRROR = "TRITON_DOWNLOADS_MIRROR"
 _LLVM = "https://oaitriton.blob.core.windows.net/public/llvm-builds"
 _NVIDIA = "https://developer.download.nvidia.com/compute/cuda/redist"
 _JSON = "https://github.com/nlohmann/json/releases/download"
-# Triton's name of a tool's folder; NVIDIA's of the archive; the key in cmake/nvidia-toolchain-version.json; the variable that replaces it.
+# Triton's name of a tool's folder; NVIDIA's of the archive; the key in
+# cmake/nvidia-toolchain-version.json; the variable that replaces it.
 _TOOLS = (
     ("nvcc", "cuda_nvcc", "ptxas", "TRITON_PTXAS_PATH"),
     ("nvcc-blackwell", "cuda_nvcc", "ptxas-blackwell", "TRITON_PTXAS_BLACKWELL_PATH"),
@@ -109,7 +139,9 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Download:
-    """An archive. `root` is where it is unpacked, `place` the folder that is then there; `setting` names what can be had instead."""
+    """An archive. `root` is where it is unpacked, `place` the folder that is then there; `setting`
+    names what can be had instead.
+    """
 
     name: str
     url: str
@@ -120,13 +152,21 @@ class Download:
 
     @property
     def is_there(self) -> bool:
-        """As Triton's script judges it: by its note of the address, or, of a tool, by the folder."""
+        """As Triton's script judges it: by its note of the address, or, of a tool, by the
+        folder.
+        """
         note = self.place / "version.txt"
-        return self.place.is_dir() if self.setting.startswith("TRITON_") else note.is_file() and note.read_text(encoding="utf-8") == self.url
+        return (
+            self.place.is_dir()
+            if self.setting.startswith("TRITON_")
+            else note.is_file() and note.read_text(encoding="utf-8") == self.url
+        )
 
 
 def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[Download, ...]:
-    """Return everything that a build of this tree would download into `home`, its TRITON_HOME. Raises SettingsError where offline it cannot be done."""
+    """Return everything that a build of this tree would download into `home`, its TRITON_HOME.
+    Raises SettingsError where offline it cannot be done.
+    """
     root = home / ".triton"
     found = [*_llvm(source, root, environment), *_json(source, root), *_tools(source, root)]
     found = [one for one in found if not environment.get(one.setting)]
@@ -134,41 +174,73 @@ def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[
         lacking = [one.setting for one in found if not one.setting.startswith("TRITON_")]
         if lacking:
             raise SettingsError(
-                f"TRITON_OFFLINE_BUILD is on, and {' and '.join(lacking)} say nothing of where to take it from", hint=f"{lacking[0]}=/a/folder in .env"
+                f"TRITON_OFFLINE_BUILD is on, and {' and '.join(lacking)} say nothing of where to"
+                " take it from",
+                hint=f"{lacking[0]}=/a/folder in .env",
             )
         return ()
     return tuple({one.place: one for one in found}.values())
 
 
-def provide_downloads(source: Source, home: Path, settings: Settings, environment: Mapping[str, str], *, run_log: RunLog, step: Step) -> str:
-    """Have all of it there, and say what came from where. Raises SourceError naming the setting by which each can be had without a network."""
+def provide_downloads(
+    source: Source,
+    home: Path,
+    settings: Settings,
+    environment: Mapping[str, str],
+    *,
+    run_log: RunLog,
+    step: Step,
+) -> str:
+    """Have all of it there, and say what came from where. Raises SourceError naming the setting by
+    which each can be had without a network.
+    """
     found = wanted(source, home, environment)
     missing = [one for one in found if not one.is_there]
     for one in missing:
         known = one.sha256 is not None or one.setting == "JSON_SYSPATH"
-        run_log.console.say(f"  {one.name} from {_origin(one.url, settings)}; or {one.setting}=/a/folder in .env")
+        run_log.console.say(
+            f"  {one.name} from {_origin(one.url, settings)}; or {one.setting}=/a/folder in .env"
+        )
         full = one if known else replace(one, sha256=_published(one, settings))
         try:
             archive = _fetched(full, settings, step)
         except SourceError as exc:
             raise SourceError(
-                f"{one.name}: {exc.message}", hint=f"{MIRROR}=/a/folder/or/address in .env, or {one.setting}=/a/folder; then {FROM_SOURCE}"
+                f"{one.name}: {exc.message}",
+                hint=(
+                    f"{MIRROR}=/a/folder/or/address in .env, or {one.setting}=/a/folder; then"
+                    f" {FROM_SOURCE}"
+                ),
             ) from exc
-        run_log.write(f"{archive.name} has sha256 {full.sha256}" if full.sha256 else f"{archive.name}: sha256 {sha256(archive)}, which nobody has published")
+        run_log.write(
+            f"{archive.name} has sha256 {full.sha256}"
+            if full.sha256
+            else f"{archive.name}: sha256 {sha256(archive)}, which nobody has published"
+        )
         _unpack(full, archive)
         archive.unlink()
     _forget_other_tools(source, found)
-    return f"{len(found)} there" + (f", {len(missing)} of them fetched" if missing else "") if found else "none is wanted"
+    return (
+        f"{len(found)} there" + (f", {len(missing)} of them fetched" if missing else "")
+        if found
+        else "none is wanted"
+    )
 
 
 def home_of(settings: Settings) -> Path:
     """Where downloads of all clones lie: TRITON_HOME of a build."""
     named = settings.passed.get("TRITON_HOME")
-    return Path(settings.shell.get("TRITON_HOME") or (named.text if named else "") or settings.cache / "triton").expanduser()
+    return Path(
+        settings.shell.get("TRITON_HOME")
+        or (named.text if named else "")
+        or settings.cache / "triton"
+    ).expanduser()
 
 
 def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterator[Download]:
-    """LLVM of the commit that the tree names; older trees name no hash and no number of the build."""
+    """LLVM of the commit that the tree names; older trees name no hash and no number of the
+    build.
+    """
     suffix = environment.get("TRITON_LLVM_SYSTEM_SUFFIX") or _system()
     if suffix is None:
         return
@@ -177,26 +249,43 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
     try:
         if info.is_file():
             said = json.loads(info.read_bytes())
-            name, digest = f"llvm-{said['llvm_hash'][:8]}-{suffix}-{said['build_number']}", said["sha256sum"][suffix]
+            name, digest = (
+                f"llvm-{said['llvm_hash'][:8]}-{suffix}-{said['build_number']}",
+                said["sha256sum"][suffix],
+            )
         elif plain.is_file():
             name = f"llvm-{plain.read_text(encoding='ascii')[:8]}-{suffix}"
         else:
             return
     except (ValueError, KeyError, TypeError) as exc:
-        raise BuildError(f"cmake/{info.name} of Triton does not say which LLVM it needs for {suffix}: {exc}", hint="LLVM_SYSPATH=/a/folder in .env") from exc
-    yield Download(name, f"{_LLVM}/{name}.tar.gz", digest, root / "llvm", root / "llvm" / name, "LLVM_SYSPATH")
+        raise BuildError(
+            f"cmake/{info.name} of Triton does not say which LLVM it needs for {suffix}: {exc}",
+            hint="LLVM_SYSPATH=/a/folder in .env",
+        ) from exc
+    yield Download(
+        name, f"{_LLVM}/{name}.tar.gz", digest, root / "llvm", root / "llvm" / name, "LLVM_SYSPATH"
+    )
 
 
 def _json(source: Source, root: Path) -> Iterator[Download]:
     listed = source.tree / "cmake" / "json-version.txt"
     if listed.is_file():
         version = listed.read_text(encoding="ascii").strip()
-        yield Download(f"json {version}", f"{_JSON}/{version}/include.zip", None, root / "json", root / "json", "JSON_SYSPATH")
+        yield Download(
+            f"json {version}",
+            f"{_JSON}/{version}/include.zip",
+            None,
+            root / "json",
+            root / "json",
+            "JSON_SYSPATH",
+        )
 
 
 def _tools(source: Source, root: Path) -> Iterator[Download]:
     try:
-        versions = json.loads((source.tree / "cmake" / "nvidia-toolchain-version.json").read_bytes())
+        versions = json.loads(
+            (source.tree / "cmake" / "nvidia-toolchain-version.json").read_bytes()
+        )
     except FileNotFoundError:
         return
     platform_name = f"linux-{'sbsa' if platform.machine() == 'aarch64' else platform.machine()}"
@@ -204,26 +293,53 @@ def _tools(source: Source, root: Path) -> Iterator[Download]:
         if key in versions:
             version = str(versions[key])
             # The runtime's headers were a part of the compiler's archive until CUDA 13.
-            own = "cuda_nvcc" if component == "cuda_crt" and int(version.split(".")[0]) < 13 else component
+            own = (
+                "cuda_nvcc"
+                if component == "cuda_crt" and int(version.split(".")[0]) < 13
+                else component
+            )
             name = f"{own}-{platform_name}-{version}-archive"
             url = f"{_NVIDIA}/{own}/{platform_name}/{name}.tar.xz"
-            yield Download(f"{key} {version}", url, None, root / "nvidia" / folder, root / "nvidia" / folder / name, setting)
+            yield Download(
+                f"{key} {version}",
+                url,
+                None,
+                root / "nvidia" / folder,
+                root / "nvidia" / folder / name,
+                setting,
+            )
 
 
 def _system() -> str | None:
-    """The name of the LLVM for this machine, as Triton's script chooses it; None where there is none to be had."""
+    """The name of the LLVM for this machine, as Triton's script chooses it; None where there is
+    none to be had.
+    """
     arch = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine())
     with contextlib.suppress(OSError):
-        if arch == "arm64" and 'ID="almalinux"' in Path("/etc/os-release").read_text(encoding="utf-8"):
+        if arch == "arm64" and 'ID="almalinux"' in Path("/etc/os-release").read_text(
+            encoding="utf-8"
+        ):
             return "almalinux-arm64"
     libc = tuple(int(part) for part in re.findall(r"\d+", platform.libc_ver()[1])[:2])
-    return None if arch is None else "almalinux-x64" if arch == "x64" and libc <= (2, 28) else f"ubuntu-{arch}"
+    return (
+        None
+        if arch is None
+        else "almalinux-x64"
+        if arch == "x64" and libc <= (2, 28)
+        else f"ubuntu-{arch}"
+    )
 
 
 def _published(one: Download, settings: Settings) -> str | None:
-    """The hash that NVIDIA's list of a release gives for a tool; None where no list that can be had names it."""
+    """The hash that NVIDIA's list of a release gives for a tool; None where no list that can be had
+    names it.
+    """
     archive = one.url.rpartition("/")[2]
-    component, _, version = archive.removesuffix("-archive.tar.xz").partition("-linux-")[0], "", one.name.rpartition(" ")[2]
+    component, _, version = (
+        archive.removesuffix("-archive.tar.xz").partition("-linux-")[0],
+        "",
+        one.name.rpartition(" ")[2],
+    )
     release = ".".join(version.split(".")[:2])
     with tempfile.TemporaryDirectory(prefix="triton-lists-") as folder:
         for update in range(_MOST_UPDATES):
@@ -232,7 +348,9 @@ def _published(one: Download, settings: Settings) -> str | None:
                 _take(f"{_NVIDIA}/{listed.name}", listed, None, settings, None)
                 platforms = json.loads(listed.read_bytes()).get(component, {})
                 for entry in platforms.values():
-                    if isinstance(entry, dict) and str(entry.get("relative_path", "")).endswith(archive):
+                    if isinstance(entry, dict) and str(entry.get("relative_path", "")).endswith(
+                        archive
+                    ):
                         return str(entry["sha256"])
     return None
 
@@ -244,17 +362,27 @@ def _fetched(one: Download, settings: Settings, step: Step) -> Path:
     return archive
 
 
-def _take(url: str, target: Path, digest: str | None, settings: Settings, step: Step | None) -> None:
-    """Copy from a folder that stands for the network, or fetch from the mirror's address or the file's own."""
+def _take(
+    url: str, target: Path, digest: str | None, settings: Settings, step: Step | None
+) -> None:
+    """Copy from a folder that stands for the network, or fetch from the mirror's address or the
+    file's own.
+    """
     place = _origin(url, settings)
     if not place.startswith(("http://", "https://")):
         file = Path(unquote(urlsplit(place).path) if place.startswith("file://") else place)
         flat = file.parents[len(urlsplit(url).path.strip("/").split("/"))] / file.name
         found = next((path for path in (file, flat) if path.is_file()), None)
         if found is None:
-            raise SourceError(f"{file} is not there", hint=f"{MIRROR} names a folder with the files of https:// below their hosts")
+            raise SourceError(
+                f"{file} is not there",
+                hint=f"{MIRROR} names a folder with the files of https:// below their hosts",
+            )
         if digest is not None and sha256(found) != digest:
-            raise SourceError(f"{found} has sha256 {sha256(found)}, expected is {digest}: it was not used", hint="fetch it again")
+            raise SourceError(
+                f"{found} has sha256 {sha256(found)}, expected is {digest}: it was not used",
+                hint="fetch it again",
+            )
         shutil.copyfile(found, target)
         return
 
@@ -263,7 +391,13 @@ def _take(url: str, target: Path, digest: str | None, settings: Settings, step: 
             step.progress(done / 1e6, total / 1e6 if total else None, f"MB of {target.name}")
 
     timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or 5)
-    download(place, target, expected_sha256=digest, timeout_s=max(timeout_s, TIMEOUT_S) if step else timeout_s, on_progress=show)
+    download(
+        place,
+        target,
+        expected_sha256=digest,
+        timeout_s=max(timeout_s, TIMEOUT_S) if step else timeout_s,
+        on_progress=show,
+    )
 
 
 def _origin(url: str, settings: Settings) -> str:
@@ -275,7 +409,9 @@ def _origin(url: str, settings: Settings) -> str:
 
 
 def _unpack(one: Download, archive: Path) -> None:
-    """Unpack aside and rename, so that what is at its place is whole; the note that Triton's script looks for comes last."""
+    """Unpack aside and rename, so that what is at its place is whole; the note that Triton's script
+    looks for comes last.
+    """
     one.root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=one.root.parent, prefix=".unpacking-"))
     try:
@@ -287,18 +423,25 @@ def _unpack(one: Download, archive: Path) -> None:
                 packed.extractall(scratch, filter="data")
         is_own = one.place == one.root
         if not is_own and not (scratch / one.place.name).is_dir():
-            raise SourceError(f"{archive.name} holds no folder {one.place.name}", hint=f"another file was taken for it; {one.setting}=/a/folder in .env")
+            raise SourceError(
+                f"{archive.name} holds no folder {one.place.name}",
+                hint=f"another file was taken for it; {one.setting}=/a/folder in .env",
+            )
         shutil.rmtree(one.place, ignore_errors=True)
         os.replace(scratch if is_own else scratch / one.place.name, one.place)
         (one.place / "version.txt").write_text(one.url, encoding="utf-8")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as exc:
-        raise SourceError(f"{archive.name} cannot be unpacked: {exc}", hint=f"rm {archive} && {FROM_SOURCE}") from exc
+        raise SourceError(
+            f"{archive.name} cannot be unpacked: {exc}", hint=f"rm {archive} && {FROM_SOURCE}"
+        ) from exc
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _forget_other_tools(source: Source, found: tuple[Download, ...]) -> None:
-    """Remove programs that an earlier build copied into the tree, ignored by git: of another version, Triton's script would fetch the right one anew."""
+    """Remove programs that an earlier build copied into the tree, ignored by git: of another
+    version, Triton's script would fetch the right one anew.
+    """
     folder = source.tree / "third_party" / "nvidia" / "backend" / "bin"
     names = {one.name.split(" ")[0] for one in found if one.setting.startswith("TRITON_")}
     for name in names & {"ptxas", "ptxas-blackwell", "cuobjdump", "nvdisasm"}:

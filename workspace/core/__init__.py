@@ -1,1 +1,3 @@
-"""The ground floor: errors, paths, settings, terminal, processes, locks and files. Knows nothing of vLLM."""
+"""The ground floor: errors, paths, settings, terminal, processes, locks and files. Knows nothing of
+vLLM.
+"""

@@ -1,6 +1,7 @@
 """What a person sees: stdout is data, stderr is talk.
 
-Colour, bars and spinners appear on a terminal only; rich is imported only then, because it costs more than a verb with nothing to do.
+Colour, bars and spinners appear on a terminal only; rich is imported only then, because it costs
+more than a verb with nothing to do.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ class Step:
     def progress(self, done: float, total: float | None, text: str = "") -> None:
         """Move the bar; `done` and `total` in any unit, `text` says which."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done, total=total, detail=text)
+            self._progress.update(
+                self._progress.task_ids[0], completed=done, total=total, detail=text
+            )
 
     def line(self, text: str) -> None:
         """Show the newest line of a command's output beside the spinner."""
@@ -89,7 +92,9 @@ class Console:
         self.say(f"+ {text}", style="dim")
 
     def error(self, error: WorkspaceError) -> None:
-        """Print a failure: details first, so that the sentence and the way on stand last on the screen."""
+        """Print a failure: details first, so that the sentence and the way on stand last on the
+        screen.
+        """
         for line in error.details:
             self.say(f"  {line}")
         self.say(f"error: {error.message}", style="bold red")
@@ -97,17 +102,27 @@ class Console:
             self.say(f"hint: {error.hint}")
 
     def row(self, state: State, name: str, text: str) -> None:
-        """Print one thing of a status screen: state word first, then what, then why or what next."""
+        """Print one thing of a status screen: state word first, then what, then why or what
+        next.
+        """
         if self._rich is not None:
             from rich.text import Text
 
-            self._rich.print(Text.assemble((f"{state:<{STATE_WIDTH}}", _STYLES.get(state, "")), f"{name:<{NAME_WIDTH}}", text))
+            self._rich.print(
+                Text.assemble(
+                    (f"{state:<{STATE_WIDTH}}", _STYLES.get(state, "")),
+                    f"{name:<{NAME_WIDTH}}",
+                    text,
+                )
+            )
         else:
             self.say(f"{state:<{STATE_WIDTH}}{name:<{NAME_WIDTH}}{text}".rstrip())
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[Step]:
-        """Show a step while the block runs, and one line with its state, reason and seconds when it ends."""
+        """Show a step while the block runs, and one line with its state, reason and seconds when it
+        ends.
+        """
         step = Step(title)
         started = time.monotonic()
         try:

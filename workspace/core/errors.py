@@ -1,7 +1,7 @@
 """Expected failures, one class per exit code.
 
-Raised where the failure is known, caught at the doors, which print the message and the hint and exit with `exit_code`.
-Anything else is a bug and keeps its traceback.
+Raised where the failure is known, caught at the doors, which print the message and the hint and
+exit with `exit_code`. Anything else is a bug and keeps its traceback.
 """
 
 from typing import ClassVar
@@ -10,12 +10,16 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class WorkspaceError(Exception):
-    """An expected failure: names the object, what was observed against what was expected, and the way on."""
+    """An expected failure: names the object, what was observed against what was expected, and the
+    way on.
+    """
 
     exit_code: ClassVar[int] = 1
     meaning: ClassVar[str] = "any other expected failure"
 
-    def __init__(self, message: str, *, hint: str | None = None, details: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, details: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -18,7 +18,8 @@ CHUNK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `content` so that a reader, or a power cut, sees the old or the new file and never a half.
+    """Replace `path` by `content` so that a reader, or a power cut, sees the old or the new file
+    and never a half.
 
     Raises OSError where the folder cannot be written; the old file is then untouched.
     """
@@ -40,7 +41,9 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 def _locked_beside(path: Path) -> tuple[int, str]:
-    """Make an empty file beside `path`, locked as long as its writer lives: who finds it unlocked knows that it was left behind."""
+    """Make an empty file beside `path`, locked as long as its writer lives: who finds it unlocked
+    knows that it was left behind.
+    """
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -68,7 +71,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what a regular file holds. Raises OSError, also for a pipe or a device, which could keep the reader for ever."""
+    """Return what a regular file holds. Raises OSError, also for a pipe or a device, which could
+    keep the reader for ever.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:
         kind = os.fstat(descriptor).st_mode
@@ -95,10 +100,11 @@ def download(
 ) -> None:
     """Fetch `url` to `destination`, which appears only when whole and right.
 
-    A transfer that broke off leaves `NAME.part` and is resumed by the next call (RFC 9110 range request).
-    `on_progress` gets bytes so far and bytes in all, the latter None where the server does not say.
-    Raises SourceError on a network failure, a status other than 200 or 206, or a wrong hash (the part is then deleted). Without a hash
-    that anybody has published, None, only the length that the server says is held against what came.
+    A transfer that broke off leaves `NAME.part` and is resumed by the next call (RFC 9110 range
+    request). `on_progress` gets bytes so far and bytes in all, the latter None where the server
+    does not say. Raises SourceError on a network failure, a status other than 200 or 206, or a
+    wrong hash (the part is then deleted). Without a hash that anybody has published, None, only the
+    length that the server says is held against what came.
     """
     import requests
 
@@ -125,7 +131,9 @@ def download(
                     file.flush()
                     os.fsync(file.fileno())
                 if total is not None and have < total:
-                    raise requests.ConnectionError(f"the transfer ended after {have} of {total} bytes")
+                    raise requests.ConnectionError(
+                        f"the transfer ended after {have} of {total} bytes"
+                    )
     except requests.RequestException as exc:
         raise SourceError(
             f"{destination.name} could not be fetched: {_reason(exc)}",
@@ -136,7 +144,10 @@ def download(
         part.unlink()
         raise SourceError(
             f"{destination.name} has sha256 {found}, pinned is {expected_sha256}: it was not used",
-            hint="run the command again; if the hash stays wrong, the index or mirror serves another file than was pinned",
+            hint=(
+                "run the command again; if the hash stays wrong, the index or mirror serves another"
+                " file than was pinned"
+            ),
         )
     os.replace(part, destination)
     _sync_folder(destination.parent)
@@ -145,7 +156,8 @@ def download(
 def _reason(exc: BaseException) -> str:
     """The innermost cause in its own words: requests wraps a name that does not resolve four times.
 
-    A status goes without requests' sentence, which holds the address and with it any password there.
+    A status goes without requests' sentence, which holds the address and with it any password
+    there.
     """
     import requests
 
@@ -158,7 +170,11 @@ def _reason(exc: BaseException) -> str:
 
 def differences(recorded: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
     """Say each input that changed: `torch 2.13.0 → 2.14.0`. Digests are told apart by name only."""
-    return tuple(_difference(name, recorded.get(name, "nothing"), text) for name, text in current.items() if recorded.get(name) != text)
+    return tuple(
+        _difference(name, recorded.get(name, "nothing"), text)
+        for name, text in current.items()
+        if recorded.get(name) != text
+    )
 
 
 def _difference(name: str, old: str, new: str) -> str:
@@ -188,7 +204,11 @@ def copy_files(source: Path, target: Path, paths: Sequence[str]) -> None:
 
 def files_below(folder: Path) -> tuple[str, ...]:
     """The paths of all files and links below a folder."""
-    return tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
+    return tuple(
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -202,9 +222,11 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def folder_beside(destination: Path) -> Iterator[Path]:
-    """Make an empty folder on the file system of `destination`, whose parent is made where it is missing.
+    """Make an empty folder on the file system of `destination`, whose parent is made where it is
+    missing.
 
-    Raises ToolchainError where that, or anything that the block writes, fails for want of rights or space.
+    Raises ToolchainError where that, or anything that the block writes, fails for want of rights or
+    space.
     """
     prefix = _prefix(destination)
     lock: int | None = None
@@ -219,7 +241,10 @@ def folder_beside(destination: Path) -> Iterator[Path]:
         yield folder
     except OSError as exc:
         where = exc.filename or destination.parent
-        raise ToolchainError(f"{where} cannot be written: {exc.strerror}", hint=f"df -h {destination.parent}; ls -ld {destination.parent}") from exc
+        raise ToolchainError(
+            f"{where} cannot be written: {exc.strerror}",
+            hint=f"df -h {destination.parent}; ls -ld {destination.parent}",
+        ) from exc
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -238,15 +263,19 @@ def _prefix(destination: Path) -> str:
 
 
 def put_in_place(made: Path, destination: Path) -> None:
-    """Rename a finished folder to where it belongs: nothing, or an empty folder. Raises ToolchainError where something has come to lie there.
+    """Rename a finished folder to where it belongs: nothing, or an empty folder. Raises
+    ToolchainError where something has come to lie there.
 
-    What it holds is on the disk before: a power cut must not leave the name with empty files under it.
+    What it holds is on the disk before: a power cut must not leave the name with empty files under
+    it.
     """
     os.sync()
     try:
         os.rename(made, destination)
     except OSError as exc:
-        raise ToolchainError(f"{destination} cannot be put in place: {exc.strerror}", hint=f"ls -la {destination}") from exc
+        raise ToolchainError(
+            f"{destination} cannot be put in place: {exc.strerror}", hint=f"ls -la {destination}"
+        ) from exc
 
 
 def _remove_abandoned_folder(folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""Stands between a verb and a program that it starts, so that nothing of the program outlives the verb, however that one ends.
+"""Stands between a verb and a program that it starts, so that nothing of the program outlives the
+verb, however that one ends.
 
-Run as `python -I -S guard.py FD[,FD] PROGRAM ARG…`: the first FD is the read end of a pipe that the verb alone holds open. When the verb
-dies the pipe closes, and every descendant is ended, also those in process groups of their own, as ninja's compilers are. Another FD, the
-workspace's lock, is kept open until then, and from the program.
+Run as `python -I -S guard.py FD[,FD] PROGRAM ARG…`: the first FD is the read end of a pipe that the
+verb alone holds open. When the verb dies the pipe closes, and every descendant is ended, also those
+in process groups of their own, as ninja's compilers are. Another FD, the workspace's lock, is kept
+open until then, and from the program.
 """
 
 import contextlib
@@ -14,7 +16,8 @@ import signal
 import sys
 import time
 
-# prctl(2): orphaned descendants become children of this process, and so can be found and waited for.
+# prctl(2): orphaned descendants become children of this process, and so can be found and waited
+# for.
 PR_SET_CHILD_SUBREAPER = 36
 TERMINATE_GRACE_S = 5.0
 KILL_GRACE_S = 5.0
@@ -23,13 +26,16 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(lifeline: int, kept: list[int], argv: list[str]) -> int:
-    """Run the program and return its wait status; end it with everything below it when the lifeline breaks."""
+    """Run the program and return its wait status; end it with everything below it when the lifeline
+    breaks.
+    """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     told_to_end: list[int] = []
     # The verb signals the whole group; the guard notes it and stays to wait.
     for number in ENDING:
         signal.signal(number, lambda number, _: told_to_end.append(number))
-    # Held over the fork: a signal that met the guard's handlers in the child, before exec, would be lost.
+    # Held over the fork: a signal that met the guard's handlers in the child, before exec, would be
+    # lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     child = os.fork()
     if child == 0:
@@ -52,7 +58,8 @@ def main(lifeline: int, kept: list[int], argv: list[str]) -> int:
     while True:
         pid, status = os.wait()
         if pid == child:
-            # What a program leaves behind on purpose, such as a compiler cache's server, stays; what an interrupted one leaves does not.
+            # What a program leaves behind on purpose, such as a compiler cache's server, stays;
+            # what an interrupted one leaves does not.
             if told_to_end:
                 end_descendants()
             return status

@@ -16,7 +16,15 @@ KEPT_LOGS = 30
 class RunLog:
     """Console and log of one run. Use as a context manager; phases are the steps' titles."""
 
-    def __init__(self, console: Console, folder: Path, *, verb: str, secrets: tuple[str, ...] = (), held: Held | None = None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        folder: Path,
+        *,
+        verb: str,
+        secrets: tuple[str, ...] = (),
+        held: Held | None = None,
+    ) -> None:
         self.console = console
         self.held = held
         self.step: Step | None = None
@@ -74,7 +82,9 @@ class RunLog:
             for old in sorted(self._folder.glob("*.log"))[: -KEPT_LOGS + 1]:
                 old.unlink(missing_ok=True)
             stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            self._file = (self._folder / f"{stamp}-{self._verb}.log").open("w", encoding="utf-8", errors="backslashreplace")
+            self._file = (self._folder / f"{stamp}-{self._verb}.log").open(
+                "w", encoding="utf-8", errors="backslashreplace"
+            )
         return self._file
 
 

@@ -28,7 +28,9 @@ class Layout:
         return self.root / "patches" / project
 
     def upstream(self, project: str) -> Path:
-        """A bare repository of the workspace's own, in which other releases than the pinned one are looked at."""
+        """A bare repository of the workspace's own, in which other releases than the pinned one are
+        looked at.
+        """
         return self.state / "upstream" / f"{project}.git"
 
     def times(self, project: str) -> Path:
@@ -36,22 +38,30 @@ class Layout:
         return self.state / "times" / f"{project}.json"
 
     def moving(self, project: str) -> Path:
-        """Is there while a checkout moves from one commit to another, or a run that did so was ended."""
+        """Is there while a checkout moves from one commit to another, or a run that did so was
+        ended.
+        """
         return self.state / "moving" / f"{project}.json"
 
     @property
     def bump_sandbox(self) -> Path:
-        """A clone in small, with a tree and an environment of its own, in which a pin is moved before anything else is."""
+        """A clone in small, with a tree and an environment of its own, in which a pin is moved
+        before anything else is.
+        """
         return self.state / "bump"
 
     @property
     def sandboxes(self) -> Path:
-        """Clones in small that trees are compared or searched in, a folder each; see install/sandbox.py."""
+        """Clones in small that trees are compared or searched in, a folder each; see
+        install/sandbox.py.
+        """
         return self.state / "sandboxes"
 
     @property
     def promoting(self) -> Path:
-        """Is there while what the sandbox of a bump made takes the place of the working state, or a run that did so was ended."""
+        """Is there while what the sandbox of a bump made takes the place of the working state, or a
+        run that did so was ended.
+        """
         return self.bump_sandbox / "promoting.json"
 
     @property
@@ -105,12 +115,16 @@ class Layout:
 
     @property
     def jit(self) -> Path:
-        """Kernels that were compiled while vLLM ran, a folder for each stack; see environment/jit_caches.py."""
+        """Kernels that were compiled while vLLM ran, a folder for each stack; see
+        environment/jit_caches.py.
+        """
         return self.state / "jit"
 
     @property
     def quarantine(self) -> Path:
-        """Folders that stood in the way and may be somebody's, each below the time at which it was moved here."""
+        """Folders that stood in the way and may be somebody's, each below the time at which it was
+        moved here.
+        """
         return self.state / "quarantine"
 
     @property
@@ -128,7 +142,9 @@ class Layout:
 
     @property
     def server(self) -> Path:
-        """What is known of the server that `inv serve` started, with its logs; see engine/server.py."""
+        """What is known of the server that `inv serve` started, with its logs; see
+        engine/server.py.
+        """
         return self.state / "server"
 
     @property

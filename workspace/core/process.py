@@ -1,7 +1,7 @@
 """The process seam: the only door through which the workspace starts programs.
 
-argv lists, never a shell; stdin closed; each child behind a guard in its own process group, which ends with the verb;
-the environment is the caller's word, see Settings.child_environment.
+argv lists, never a shell; stdin closed; each child behind a guard in its own process group, which
+ends with the verb; the environment is the caller's word, see Settings.child_environment.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ TERMINATE_GRACE_S = 5.0
 SHOWN_TAIL_LINES = 15
 # Words with which uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line that matters.
 _ERROR_LINE = re.compile(
-    r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas fatal|[A-Za-z.]*Error|[A-Za-z.]*Exception|×)(?:\[E\d+\])?\b\s?[:: ]",
+    r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas"
+    r" fatal|[A-Za-z.]*Error|[A-Za-z.]*Exception|×)(?:\[E\d+\])?\b\s?[:: ]",
     re.IGNORECASE,
 )
 
@@ -39,14 +40,22 @@ Argument = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Completed:
-    """What a captured program left: its exit status as subprocess counts it, negative for a signal."""
+    """What a captured program left: its exit status as subprocess counts it, negative for a
+    signal.
+    """
 
     returncode: int
     stdout: str
     stderr: str
 
 
-def capture(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None = None, timeout_s: float | None = None) -> Completed:
+def capture(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    timeout_s: float | None = None,
+) -> Completed:
     """Run a program that only looks, and return what it said. The caller judges the status.
 
     Raises ToolchainError when the program is not there or does not end within `timeout_s` seconds.
@@ -55,7 +64,10 @@ def capture(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | Non
         try:
             out, err = child.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise ToolchainError(f"{shlex.join([os.fspath(word) for word in argv])} gave no answer in {timeout_s:g} s") from None
+            raise ToolchainError(
+                f"{shlex.join([os.fspath(word) for word in argv])} gave no answer in"
+                f" {timeout_s:g} s"
+            ) from None
     return Completed(child.returncode, out, err)
 
 
@@ -69,15 +81,25 @@ def run(
     failure: type[WorkspaceError] = BuildError,
     hint: str | None = None,
 ) -> None:
-    """Run a program that changes something: echoed, logged line by line, ended with its whole group on ^C.
+    """Run a program that changes something: echoed, logged line by line, ended with its whole group
+    on ^C.
 
-    Raises `failure` with the first error line, the last lines and the log's path on any status but 0.
+    Raises `failure` with the first error line, the last lines and the log's path on any status but
+    0.
     """
     words = [os.fspath(word) for word in argv]
-    run_log.command(shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}")
+    run_log.command(
+        shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}"
+    )
     tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
     first_error: str | None = None
-    with _started(words, env=env, cwd=cwd, stderr=subprocess.STDOUT, held=run_log.held.descriptor if run_log.held else None) as child:
+    with _started(
+        words,
+        env=env,
+        cwd=cwd,
+        stderr=subprocess.STDOUT,
+        held=run_log.held.descriptor if run_log.held else None,
+    ) as child:
         assert child.stdout is not None
         for raw in child.stdout:
             line = raw.rstrip()
@@ -90,20 +112,27 @@ def run(
         child.wait()
     if child.returncode != 0:
         raise failure(
-            run_log.redact(f"{_name(words)} {describe_status(child.returncode)}" + (f": {first_error}" if first_error else "")),
+            run_log.redact(
+                f"{_name(words)} {describe_status(child.returncode)}"
+                + (f": {first_error}" if first_error else "")
+            ),
             hint=hint,
             details=(*(run_log.redact(line) for line in tail), f"log: {run_log.path}"),
         )
 
 
 def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
-    """Replace this process by a program, in the folder and at the terminal where it stands: signals reach the program itself, its exit code is ours.
+    """Replace this process by a program, in the folder and at the terminal where it stands: signals
+    reach the program itself, its exit code is ours.
 
     Raises ToolchainError when the program is not there or cannot be started.
     """
     program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
     if program is None:
-        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="the command is looked for in .vllm/bin, then on PATH")
+        raise ToolchainError(
+            f"{os.fspath(argv[0])} is not there",
+            hint="the command is looked for in .vllm/bin, then on PATH",
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     # What Python ignores stays ignored over exec (signal(7)), and `… | head` would not end.
@@ -112,21 +141,38 @@ def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
     try:
         os.execve(program, [os.fspath(word) for word in argv], dict(env))
     except OSError as exc:
-        raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}", hint=f"ls -l {program}") from exc
+        raise ToolchainError(
+            f"{os.fspath(argv[0])} cannot be started: {exc.strerror}", hint=f"ls -l {program}"
+        ) from exc
 
 
-def apart(argv: Sequence[Argument], *, env: Mapping[str, str], output: int, inherited: Sequence[int]) -> int:
-    """Start a program in a session of its own, which neither a terminal nor the end of this process ends, and return its number.
+def apart(
+    argv: Sequence[Argument], *, env: Mapping[str, str], output: int, inherited: Sequence[int]
+) -> int:
+    """Start a program in a session of its own, which neither a terminal nor the end of this process
+    ends, and return its number.
 
-    It writes into the descriptor `output` and gets those of `inherited` under the same numbers. Raises ToolchainError when it cannot be started.
+    It writes into the descriptor `output` and gets those of `inherited` under the same numbers.
+    Raises ToolchainError when it cannot be started.
     """
     silence = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     for descriptor in inherited:
         os.set_inheritable(descriptor, True)
-    actions = [(os.POSIX_SPAWN_DUP2, silence, 0), (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
+    actions = [
+        (os.POSIX_SPAWN_DUP2, silence, 0),
+        (os.POSIX_SPAWN_DUP2, output, 1),
+        (os.POSIX_SPAWN_DUP2, output, 2),
+    ]
     usual = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
-        return os.posix_spawn(argv[0], [os.fspath(word) for word in argv], dict(env), file_actions=actions, setsid=True, setsigdef=usual)
+        return os.posix_spawn(
+            argv[0],
+            [os.fspath(word) for word in argv],
+            dict(env),
+            file_actions=actions,
+            setsid=True,
+            setsigdef=usual,
+        )
     except OSError as exc:
         raise ToolchainError(f"{os.fspath(argv[0])} cannot be started: {exc.strerror}") from exc
     finally:
@@ -136,7 +182,9 @@ def apart(argv: Sequence[Argument], *, env: Mapping[str, str], output: int, inhe
 
 
 def describe_status(returncode: int) -> str:
-    """Name an exit status in words: a signal by its name, 137 and -9 also as what the kernel does when memory runs out."""
+    """Name an exit status in words: a signal by its name, 137 and -9 also as what the kernel does
+    when memory runs out.
+    """
     if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return "was killed by SIGKILL (what the kernel does when memory runs out)"
     if returncode < 0:
@@ -153,7 +201,14 @@ class _Child:
 
 
 @contextlib.contextmanager
-def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int, held: int | None = None) -> Iterator["subprocess.Popen[str]"]:
+def _started(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str],
+    cwd: Path | None,
+    stderr: int,
+    held: int | None = None,
+) -> Iterator["subprocess.Popen[str]"]:
     child: _Child | None = None
     try:
         with _signals_held():
@@ -172,16 +227,35 @@ def _started(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | No
                     stream.close()
 
 
-def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None, stderr: int, held: int | None) -> _Child:
+def _spawn(
+    argv: Sequence[Argument],
+    *,
+    env: Mapping[str, str],
+    cwd: Path | None,
+    stderr: int,
+    held: int | None,
+) -> _Child:
     program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
     if program is None:
-        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint="./scripts/inv bootstrap says what is missing and how to get it")
+        raise ToolchainError(
+            f"{os.fspath(argv[0])} is not there",
+            hint="./scripts/inv bootstrap says what is missing and how to get it",
+        )
     inherited, lifeline = os.pipe()
-    # With the lock in its hands, a guard that has to clear up after a killed verb keeps the next one out until it has.
+    # With the lock in its hands, a guard that has to clear up after a killed verb keeps the next
+    # one out until it has.
     kept = (inherited,) if held is None else (inherited, held)
     try:
         popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, ",".join(map(str, kept)), program, *argv[1:]],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                guard.__file__,
+                ",".join(map(str, kept)),
+                program,
+                *argv[1:],
+            ],
             env=dict(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -203,12 +277,17 @@ def _spawn(argv: Sequence[Argument], *, env: Mapping[str, str], cwd: Path | None
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let ^C and SIGTERM wait until the block is left: between a fork and its return nobody knows the child's number yet.
+    """Let ^C and SIGTERM wait until the block is left: between a fork and its return nobody knows
+    the child's number yet.
 
-    Only Python's handlers are held. A blocked or ignored signal would be inherited by the child, which could then not be ended.
+    Only Python's handlers are held. A blocked or ignored signal would be inherited by the child,
+    which could then not be ended.
     """
     arrived: list[tuple[int, FrameType | None]] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     held = {number: handler for number, handler in handlers.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread():
         held = {}
@@ -224,11 +303,21 @@ def _signals_held() -> Iterator[None]:
 
 
 def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
-    """Ask, ask again, then kill: the whole group, so that no compiler outlives its build. One more ^C goes on to the next at once."""
-    drains = [threading.Thread(target=_drain, args=(stream,), daemon=True) for stream in (child.stdout, child.stderr) if stream]
+    """Ask, ask again, then kill: the whole group, so that no compiler outlives its build. One more
+    ^C goes on to the next at once.
+    """
+    drains = [
+        threading.Thread(target=_drain, args=(stream,), daemon=True)
+        for stream in (child.stdout, child.stderr)
+        if stream
+    ]
     for thread in drains:
         thread.start()
-    for number, grace_s in ((first, INTERRUPT_GRACE_S), (signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, TERMINATE_GRACE_S)):
+    for number, grace_s in (
+        (first, INTERRUPT_GRACE_S),
+        (signal.SIGTERM, TERMINATE_GRACE_S),
+        (signal.SIGKILL, TERMINATE_GRACE_S),
+    ):
         try:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, number)
@@ -249,7 +338,9 @@ def _drain(stream: object) -> None:
 
 
 def _group_lives(group: int) -> bool:
-    """Whether anything of the group still runs. The dead whom nobody has waited for do not count: in a container init may never do so."""
+    """Whether anything of the group still runs. The dead whom nobody has waited for do not count:
+    in a container init may never do so.
+    """
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
@@ -257,7 +348,9 @@ def _group_lives(group: int) -> bool:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # proc_pid_stat(5): after the name in brackets come state, parent and group.
-            state, _, its_group = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            state, _, its_group = (
+                stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            )
             if int(its_group) == group and state not in "ZX":
                 return True
     return False

@@ -1,7 +1,8 @@
 """Masking of what leaves the machine: secrets, people, places and addresses.
 
-Pure: text in, text out. What is known to be private is the caller's word (`Private`); the rest is known by its form.
-Masking is idempotent and never raises; where it cannot settle, the whole line goes.
+Pure: text in, text out. What is known to be private is the caller's word (`Private`); the rest is
+known by its form. Masking is idempotent and never raises; where it cannot settle, the whole line
+goes.
 """
 
 import base64
@@ -23,70 +24,126 @@ SHORTEST_NAME = 2
 # Of what is decoded to be looked at, and of what a known secret is known by.
 SHORTEST_BASE64 = 12
 SHORTEST_CORE = 8
-# Names that say nothing about anybody; as words they are what a report is about, and some are labels of ours.
+# Names that say nothing about anybody; as words they are what a report is about, and some are
+# labels of ours.
 PUBLIC_NAME = re.compile(
     r"root|users?|hosts?|vm|clone|email|home|tmp|cache|masked|ip|mac|uuid|person|private|key|admin|nobody|daemon|guest|runner|git|oauth2|x-access-token|__token__"
     r"|localhost|localdomain|local|ubuntu|debian|linux|container|docker|vscode|python3?|torch|vllm|triton|cuda|nvidia|gpu|cpu|build|test|dev|workspace|ip6-\w+",
     re.IGNORECASE,
 )
 # What stands for a secret where none is set.
-PUBLIC_VALUE = re.compile(r"(?:none|null|true|false|empty|set|unset|unknown|missing|present|absent|test|yes|no|not)(?: \([a-z. ]+\))?", re.IGNORECASE)
-PUBLIC_HOSTS = ("github.com", "githubusercontent.com", "huggingface.co", "pytorch.org", "vllm.ai", "python.org", "docs.nvidia.com", "developer.nvidia.com")
+PUBLIC_VALUE = re.compile(
+    r"(?:none|null|true|false|empty|set|unset|unknown|missing|present|absent|test|yes|no|not)(?:"
+    r" \([a-z. ]+\))?",
+    re.IGNORECASE,
+)
+PUBLIC_HOSTS = (
+    "github.com",
+    "githubusercontent.com",
+    "huggingface.co",
+    "pytorch.org",
+    "vllm.ai",
+    "python.org",
+    "docs.nvidia.com",
+    "developer.nvidia.com",
+)
 RESERVED_HOSTS = ("invalid", "example", "localhost")
 
-# Where a word may begin and end: not inside another one, but after the letter of an escape such as \n, which only looks like one.
+# Where a word may begin and end: not inside another one, but after the letter of an escape such as
+# \n, which only looks like one.
 _ESCAPE = r"(?<=\\[abefnrtv0])"
 _BEGIN = rf"(?:(?<![^\W_])|{_ESCAPE})"
 _END = r"(?![^\W_])"
 # Colours, also as JSON, C and a shell write them.
-_TERMINAL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~])?|\\+(?:x1b|u001b|033|e)\[[0-9;]*[A-Za-z]", re.IGNORECASE)
-_KEY_BLOCK = re.compile(r"-----BEGIN[A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----(?:.*?-----END[A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|[\sA-Za-z0-9+/=\\:,-]*)", re.DOTALL)
+_TERMINAL = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~])?|\\+(?:x1b|u001b|033|e)\[[0-9;]*[A-Za-z]", re.IGNORECASE
+)
+_KEY_BLOCK = re.compile(
+    r"-----BEGIN[A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----(?:.*?-----END[A-Z0-9 ]*PRIVATE KEY[A-Z"
+    r" ]*-----|[\sA-Za-z0-9+/=\\:,-]*)",
+    re.DOTALL,
+)
 # The rest of a key whose beginning was cut off.
-_KEY_END = re.compile(r"(?<![A-Za-z0-9+/=])(?:[A-Za-z0-9+/=]{16,}\s+){0,200}[A-Za-z0-9+/=]*\s*-----END[A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----")
+_KEY_END = re.compile(
+    r"(?<![A-Za-z0-9+/=])(?:[A-Za-z0-9+/=]{16,}\s+){0,200}[A-Za-z0-9+/=]*\s*-----END[A-Z0-9"
+    r" ]*PRIVATE KEY[A-Z ]*-----"
+)
 
 # The tokens of a language model are no secrets.
 _MODEL = r"[_-](?:ids?|ind|budget|count|len|num|log|type|limit|emb|pos|per|size|prob|mask|str)"
 _WORD = (
-    rf"(?:(?<!unexpected )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)token(?!{_MODEL})|secrets?|passwords?|passwd|passphrase"
+    r"(?:(?<!unexpected"
+    rf" )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)token(?!{_MODEL})|secrets?|passwords?|passwd|passphrase"
     r"|(?:api|access|private|auth|secret)[_-]?keys?|credentials?)(?![a-z])"
 )
-_HAS_WORD = re.compile(r"token|secret|passw|passphrase|key|credential|bearer|authorization|cookie", re.IGNORECASE)
+_HAS_WORD = re.compile(
+    r"token|secret|passw|passphrase|key|credential|bearer|authorization|cookie", re.IGNORECASE
+)
 _PAIR = re.compile(
     r"(?P<head>" + _WORD + r"[\w.-]{0,40}\\*[\"']?[ \t]*(?:=>|=(?!=)|:)[ \t]*\[?[ \t]*)"
     r"(?P<value>(?P<escaped>(?P<slashes>\\+)[\"']).*?(?:(?<!\\)(?P=slashes)[\"']|$)|\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s\"'{(\[][^\s\"']*)",
     re.IGNORECASE,
 )
 _FLAG = re.compile(r"(--[a-z-]{0,40}?" + _WORD + r"[a-z-]{0,40}[ \t]+)(?!-)\S+", re.IGNORECASE)
-_HEADER = re.compile(r"((?:authorization|(?:set-)?cookie)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?)[^\"'\\]*", re.IGNORECASE)
+_HEADER = re.compile(
+    r"((?:authorization|(?:set-)?cookie)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?)[^\"'\\]*", re.IGNORECASE
+)
 _BEARER = re.compile(r"(bearer[ \t]+)[\w.~+/=-]{6,}", re.IGNORECASE)
 _CURL_USER = re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)[ \t=]+)[^\s:]+:\S+")
 _NUMBER = re.compile(r"[\[(]?-?[\d.,]{0,9}[\])]?")
-# Tokens that bear their maker's mark: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack, NVIDIA, AWS, Google, npm, JSON web tokens.
+# Tokens that bear their maker's mark: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack,
+# NVIDIA, AWS, Google, npm, JSON web tokens.
 _TOKEN = re.compile(
-    _BEGIN + r"(?:hf_(?=[A-Za-z0-9]*[0-9A-Z])[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}|sk-[\w-]{16,}"
+    _BEGIN
+    + r"(?:hf_(?=[A-Za-z0-9]*[0-9A-Z])[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}|sk-[\w-]{16,}"
     r"|xox[abprs]-[\w-]{8,}|nvapi-[\w-]{12,}|(?:AKIA|ASIA)[0-9A-Z]{12,}|AIza[\w-]{20,}|npm_[A-Za-z0-9]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.?[\w-]*)"
 )
 _URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:\\*/\\*/)[^\s/\"']*@")
-_URL_HOST = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:\\*/\\*/(?:\*{4}@)?)([A-Za-z0-9][A-Za-z0-9_.-]*)")
-_REMOTE = re.compile(rf"(?:(?<![\w.+/-])|{_ESCAPE})" r"[\w.+-]{1,64}@([A-Za-z0-9][A-Za-z0-9.-]*)(?=:[^\s:])")
+_URL_HOST = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]{0,20}:\\*/\\*/(?:\*{4}@)?)([A-Za-z0-9][A-Za-z0-9_.-]*)"
+)
+_REMOTE = re.compile(
+    rf"(?:(?<![\w.+/-])|{_ESCAPE})" r"[\w.+-]{1,64}@([A-Za-z0-9][A-Za-z0-9.-]*)(?=:[^\s:])"
+)
 _EMAIL = re.compile(r"[\w.+-]{1,64}@((?:[^\W_](?:[\w-]*[^\W_])?\.)+[^\W\d_]{2,})")
 _OTHER_HOME = re.compile(r"(/(?:home|Users)\\*/)[^/\s\"':;,<>~\\$*{}()\[\]%]+")
-_MAC = re.compile(rf"(?:(?<![\w:.-])|{_ESCAPE})" r"[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
-_IPV6 = re.compile(rf"(?:(?<![\w:.])|{_ESCAPE})" r"(?=[0-9A-Fa-f]{0,4}:)[0-9A-Fa-f:]{2,39}(?![\w:])")
-_IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.]*\d|\.?(?:post|dev|rc|[ab])\d|\+|-(?:py|cp)\d)")
-# Before or after four numbers that are a version: nvidia-curand==10.4.0.35, cudnn-9.1.0.70-py3, libx.so.1.2.3.4.
-_BEFORE_VERSION = re.compile(r"(?:[=<>~!]=|[A-Za-z][\w.]*(?<!ip)[-_]|(?<!\\)[A-Za-z+]|\.so\.|versions?\W{0,3})\Z", re.IGNORECASE)
+_MAC = re.compile(
+    rf"(?:(?<![\w:.-])|{_ESCAPE})"
+    r"[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])"
+)
+_IPV6 = re.compile(
+    rf"(?:(?<![\w:.])|{_ESCAPE})" r"(?=[0-9A-Fa-f]{0,4}:)[0-9A-Fa-f:]{2,39}(?![\w:])"
+)
+_IPV4 = re.compile(
+    r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.]*\d|\.?(?:post|dev|rc|[ab])\d|\+|-(?:py|cp)\d)"
+)
+# Before or after four numbers that are a version: nvidia-curand==10.4.0.35, cudnn-9.1.0.70-py3,
+# libx.so.1.2.3.4.
+_BEFORE_VERSION = re.compile(
+    r"(?:[=<>~!]=|[A-Za-z][\w.]*(?<!ip)[-_]|(?<!\\)[A-Za-z+]|\.so\.|versions?\W{0,3})\Z",
+    re.IGNORECASE,
+)
 _UUID = re.compile(rf"(?:\b|{_ESCAPE})" r"(GPU|MIG)-[0-9a-f]{8}-[0-9a-f-]{27}\b", re.IGNORECASE)
-_BASE64 = re.compile(rf"(?:{_ESCAPE}|(?<![A-Za-z0-9+/_\\-]))" r"[A-Za-z0-9+/_-]{" + str(SHORTEST_BASE64) + r",}={0,2}")
-_BASE64_LEFT, _BASE64_RIGHT = re.compile(r"[A-Za-z0-9+/_-]*\Z"), re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
-_ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})|\\+x([0-9A-Fa-f]{2})|\\+([0-3][0-7]{2})|\\+u([0-9A-Fa-f]{4})")
+_BASE64 = re.compile(
+    rf"(?:{_ESCAPE}|(?<![A-Za-z0-9+/_\\-]))"
+    r"[A-Za-z0-9+/_-]{" + str(SHORTEST_BASE64) + r",}={0,2}"
+)
+_BASE64_LEFT, _BASE64_RIGHT = (
+    re.compile(r"[A-Za-z0-9+/_-]*\Z"),
+    re.compile(r"[A-Za-z0-9+/_-]*={0,2}"),
+)
+_ESCAPED = re.compile(
+    rb"%([0-9A-Fa-f]{2})|\\+x([0-9A-Fa-f]{2})|\\+([0-3][0-7]{2})|\\+u([0-9A-Fa-f]{4})"
+)
 _HOLE = re.compile(rb"\0{16,}")
 _WORDS = re.compile(r"[^\s\"'<>]+")
 
 
 @dataclass(frozen=True)
 class Private:
-    """What is known to be private. `places` are pairs of a path and what is put in its place; `versions` look like addresses and are none."""
+    """What is known to be private. `places` are pairs of a path and what is put in its place;
+    `versions` look like addresses and are none.
+    """
 
     secrets: tuple[str, ...] = ()
     users: tuple[str, ...] = ()
@@ -100,13 +157,38 @@ class Redactor:
     """The rules for one machine, worked out once."""
 
     def __init__(self, private: Private) -> None:
-        secrets = {line for secret in private.secrets for line in (secret, *secret.splitlines()) if _is_secret(line)}
-        self._secrets = sorted({form for secret in secrets for form in _spellings(secret) if _is_secret(form)}, key=lambda form: (-len(form), form))
-        names = [name for name in (*private.users, *private.hosts, *private.people) if not PUBLIC_NAME.fullmatch(name) and not _is_public(name)]
-        self._cores = sorted({core for known in (*secrets, *names) for core in _base64_cores(known)}, key=lambda core: (-len(core), core))
-        places = sorted({(path.rstrip("/"), label) for path, label in private.places if len(path.rstrip("/")) > 1}, key=lambda place: (-len(place[0]), place))
+        secrets = {
+            line
+            for secret in private.secrets
+            for line in (secret, *secret.splitlines())
+            if _is_secret(line)
+        }
+        self._secrets = sorted(
+            {form for secret in secrets for form in _spellings(secret) if _is_secret(form)},
+            key=lambda form: (-len(form), form),
+        )
+        names = [
+            name
+            for name in (*private.users, *private.hosts, *private.people)
+            if not PUBLIC_NAME.fullmatch(name) and not _is_public(name)
+        ]
+        self._cores = sorted(
+            {core for known in (*secrets, *names) for core in _base64_cores(known)},
+            key=lambda core: (-len(core), core),
+        )
+        places = sorted(
+            {
+                (path.rstrip("/"), label)
+                for path, label in private.places
+                if len(path.rstrip("/")) > 1
+            },
+            key=lambda place: (-len(place[0]), place),
+        )
         self._places = [(path, label, _place(path)) for path, label in places]
-        self._hosts = _names((host for host in private.hosts if not _is_public(host)), extended_by=r"(?:(?:\.[A-Za-z0-9-]+){2,6})?")
+        self._hosts = _names(
+            (host for host in private.hosts if not _is_public(host)),
+            extended_by=r"(?:(?:\.[A-Za-z0-9-]+){2,6})?",
+        )
         self._users = _names(private.users)
         self._people = _people(private.people)
         self._versions = private.versions
@@ -132,7 +214,9 @@ class Redactor:
         return self.text(content.decode("utf-8", "replace")).encode("utf-8", "replace")
 
     def name(self, name: str) -> str:
-        """Return a relative file name without anything private, in letters that every file system takes."""
+        """Return a relative file name without anything private, in letters that every file system
+        takes.
+        """
         masked = self.text(name).replace("<", "").replace(">", "")
         parts = (re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in masked.split("/"))
         return "/".join(part for part in parts if part not in ("", ".", "..")) or "file"
@@ -162,11 +246,18 @@ class Redactor:
     def _line(self, line: str) -> str:
         if "%" in line or "\\" in line:
             line = _WORDS.sub(lambda match: MASK if self._is_veiled(match[0]) else match[0], line)
-        line = _BASE64.sub(lambda match: MASK if any(self._plain(text) != text for text in _decoded(match[0])) else match[0], line)
+        line = _BASE64.sub(
+            lambda match: (
+                MASK if any(self._plain(text) != text for text in _decoded(match[0])) else match[0]
+            ),
+            line,
+        )
         return self._plain(line)
 
     def _is_veiled(self, word: str) -> bool:
-        """Whether escapes hide something private: to mask what they mean is more than to mask what is written."""
+        """Whether escapes hide something private: to mask what they mean is more than to mask what
+        is written.
+        """
         shown = self._plain(word)
         for _ in range(LAYERS):
             if (meant := _unescaped(word)) == word:
@@ -189,20 +280,36 @@ class Redactor:
         if ":" in line and "/" in line:
             line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
         if _HAS_WORD.search(line):
-            line = _PAIR.sub(_pair, _FLAG.sub(rf"\g<1>{MASK}", _BEARER.sub(rf"\g<1>{MASK}", _HEADER.sub(rf"\g<1>{MASK}", line))))
+            line = _PAIR.sub(
+                _pair,
+                _FLAG.sub(
+                    rf"\g<1>{MASK}",
+                    _BEARER.sub(rf"\g<1>{MASK}", _HEADER.sub(rf"\g<1>{MASK}", line)),
+                ),
+            )
         if "-u" in line or "user" in line:
             line = _CURL_USER.sub(rf"\g<1>{MASK}", line)
         line = _TOKEN.sub(MASK, line)
         if "@" in line:
-            line = _EMAIL.sub(lambda match: match[0] if _is_reserved(match[1]) else "<email>", _REMOTE.sub(_remote, line))
-        for names, label in ((self._hosts, "<host>"), (self._people, "<person>"), (self._users, "<user>")):
+            line = _EMAIL.sub(
+                lambda match: match[0] if _is_reserved(match[1]) else "<email>",
+                _REMOTE.sub(_remote, line),
+            )
+        for names, label in (
+            (self._hosts, "<host>"),
+            (self._people, "<person>"),
+            (self._users, "<user>"),
+        ):
             if names is not None:
                 line = names.sub(label, line)
         return self._addresses(_OTHER_HOME.sub(r"\1<user>", line))
 
     def _addresses(self, line: str) -> str:
         if ":" in line or "-" in line:
-            line = _UUID.sub(r"\1-<uuid>", _MAC.sub(lambda match: match[0] if not match[0].strip("0:-") else "<mac>", line))
+            line = _UUID.sub(
+                r"\1-<uuid>",
+                _MAC.sub(lambda match: match[0] if not match[0].strip("0:-") else "<mac>", line),
+            )
             line = _IPV6.sub(_ipv6, line)
         return _IPV4.sub(self._ipv4, line)
 
@@ -222,26 +329,44 @@ class Redactor:
 
 
 def _is_secret(text: str) -> bool:
-    return len(text) >= SHORTEST_SECRET and not PUBLIC_VALUE.fullmatch(text) and bool(text.strip("* \t\r\n"))
+    return (
+        len(text) >= SHORTEST_SECRET
+        and not PUBLIC_VALUE.fullmatch(text)
+        and bool(text.strip("* \t\r\n"))
+    )
 
 
 def _spellings(text: str) -> Iterator[str]:
     """A text as JSON (also twice), a URL, a shell, HTML, Python and other encodings write it."""
-    for form in dict.fromkeys((text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text))):
+    for form in dict.fromkeys(
+        (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text))
+    ):
         yield form
         for ascii_only in (True, False):
             escaped = json.dumps(form, ensure_ascii=ascii_only)[1:-1]
             twice = json.dumps(escaped, ensure_ascii=ascii_only)[1:-1]
             yield from (escaped, twice, escaped.replace("/", "\\/"))
-        for quoted in (quote(form, safe="", errors="surrogatepass"), quote(form, errors="surrogatepass"), quote_plus(form, errors="surrogatepass")):
+        for quoted in (
+            quote(form, safe="", errors="surrogatepass"),
+            quote(form, errors="surrogatepass"),
+            quote_plus(form, errors="surrogatepass"),
+        ):
             yield from (quoted, re.sub(r"%..", lambda match: match[0].lower(), quoted))
         raw = form.encode("utf-8", "surrogatepass")
-        yield from (form.replace("'", "'\"'\"'"), html.escape(form), repr(form)[1:-1], repr(raw)[2:-1], raw.decode("utf-8", "replace"))
+        yield from (
+            form.replace("'", "'\"'\"'"),
+            html.escape(form),
+            repr(form)[1:-1],
+            repr(raw)[2:-1],
+            raw.decode("utf-8", "replace"),
+        )
         yield form.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def _base64_cores(secret: str) -> Iterator[str]:
-    """The letters that base64 gives a secret wherever it stands in what was encoded, such as `user:secret`."""
+    """The letters that base64 gives a secret wherever it stands in what was encoded, such as
+    `user:secret`.
+    """
     raw = secret.encode("utf-8", "surrogatepass")
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
@@ -261,23 +386,52 @@ def _without_run(line: str, core: str) -> str:
 
 
 def _names(names: Iterable[str], *, extended_by: str = "") -> re.Pattern[str] | None:
-    private = {form for name in names if len(name) >= SHORTEST_NAME and not PUBLIC_NAME.fullmatch(name) for form in _spellings(name)}
-    words = sorted((form for form in private if len(form) >= SHORTEST_NAME), key=lambda form: (-len(form), form))
-    return re.compile(_BEGIN + "(?:" + "|".join(re.escape(word) for word in words) + ")" + extended_by + _END, re.IGNORECASE) if words else None
+    private = {
+        form
+        for name in names
+        if len(name) >= SHORTEST_NAME and not PUBLIC_NAME.fullmatch(name)
+        for form in _spellings(name)
+    }
+    words = sorted(
+        (form for form in private if len(form) >= SHORTEST_NAME),
+        key=lambda form: (-len(form), form),
+    )
+    return (
+        re.compile(
+            _BEGIN + "(?:" + "|".join(re.escape(word) for word in words) + ")" + extended_by + _END,
+            re.IGNORECASE,
+        )
+        if words
+        else None
+    )
 
 
 def _people(people: Iterable[str]) -> re.Pattern[str] | None:
     """Names of several words, however they are joined; single words count as user names do."""
-    phrases = {tuple(words) for person in people if (words := re.split(r"[\s._-]+", person.strip())) and len("".join(words)) >= SHORTEST_NAME}
-    patterns = sorted(r"[\s._-]+".join(re.escape(word) for word in words) for words in phrases if not (len(words) == 1 and PUBLIC_NAME.fullmatch(words[0])))
-    return re.compile(_BEGIN + "(?:" + "|".join(reversed(patterns)) + ")" + _END, re.IGNORECASE) if patterns else None
+    phrases = {
+        tuple(words)
+        for person in people
+        if (words := re.split(r"[\s._-]+", person.strip())) and len("".join(words)) >= SHORTEST_NAME
+    }
+    patterns = sorted(
+        r"[\s._-]+".join(re.escape(word) for word in words)
+        for words in phrases
+        if not (len(words) == 1 and PUBLIC_NAME.fullmatch(words[0]))
+    )
+    return (
+        re.compile(_BEGIN + "(?:" + "|".join(reversed(patterns)) + ")" + _END, re.IGNORECASE)
+        if patterns
+        else None
+    )
 
 
 def _place(path: str) -> re.Pattern[str]:
     if path.count("/") > 1:
         return re.compile(re.escape(path) + _END)
     # /root is no part of /srv/root or /root-ca; -I/root is meant.
-    return re.compile(r"(?:(?<![\w.-])|(?<=(?<!\w)-[A-Za-z]))" + re.escape(path) + r"(?![\w-]|\.\w)")
+    return re.compile(
+        r"(?:(?<![\w.-])|(?<=(?<!\w)-[A-Za-z]))" + re.escape(path) + r"(?![\w-]|\.\w)"
+    )
 
 
 def _is_reserved(host: str) -> bool:
@@ -286,12 +440,18 @@ def _is_reserved(host: str) -> bool:
 
 
 def _is_public(host: str) -> bool:
-    return _is_reserved(host) or any(host.lower() == known or host.lower().endswith(f".{known}") for known in PUBLIC_HOSTS)
+    return _is_reserved(host) or any(
+        host.lower() == known or host.lower().endswith(f".{known}") for known in PUBLIC_HOSTS
+    )
 
 
 def _url_host(match: re.Match[str]) -> str:
     is_address = bool(_IPV4.fullmatch(match[2]))
-    return match[0] if is_address or _is_public(match[2]) or match[1].startswith(("hf:", "ext:")) else f"{match[1]}<host>"
+    return (
+        match[0]
+        if is_address or _is_public(match[2]) or match[1].startswith(("hf:", "ext:"))
+        else f"{match[1]}<host>"
+    )
 
 
 def _remote(match: re.Match[str]) -> str:
@@ -318,7 +478,11 @@ def _ipv6(match: re.Match[str]) -> str:
     except ValueError:
         return match[0]
     # `a::b` is C++ as well.
-    return match[0] if address.is_loopback or address.is_unspecified or not re.search(r"\d", match[0]) else "<ip>"
+    return (
+        match[0]
+        if address.is_loopback or address.is_unspecified or not re.search(r"\d", match[0])
+        else "<ip>"
+    )
 
 
 def _unescaped(word: str) -> str:

@@ -1,6 +1,8 @@
-"""From a fresh clone to a vLLM that generates text: each stage looks first and acts only where something is due.
+"""From a fresh clone to a vLLM that generates text: each stage looks first and acts only where
+something is due.
 
-Done twice equals done once. Whatever ended a run, the next one goes on from what is proven to be there.
+Done twice equals done once. Whatever ended a run, the next one goes on from what is proven to be
+there.
 """
 
 from dataclasses import dataclass
@@ -15,23 +17,35 @@ from workspace.install import plan, stages, status
 from workspace.machine import check, doctor
 from workspace.repo import checkout, moves, patches, pins
 
-# GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1 and libraries 0.5,
-# CUDA environment 10 and libraries 0.8; in the cache the release archive and the precompiled wheel.
+# GiB that a bootstrap adds, measured on 0.31.0 and rounded up: checkout 0.2, CPU environment 3.1
+# and libraries 0.5, CUDA environment 10 and libraries 0.8; in the cache the release archive and the
+# precompiled wheel.
 NEEDED_GIB = {"cpu": 5.0, "cuda": 14.0}
 NEEDED_CACHE_GIB = 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that belong together: all of them are due, for `reason`, or none is, and `reason` says why not."""
+    """Steps that belong together: all of them are due, for `reason`, or none is, and `reason` says
+    why not.
+    """
 
     is_due: bool
     reason: str
     steps: tuple[tuple[str, stages.Act], ...]
 
 
-def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False, is_part: bool = False, is_sandbox: bool = False) -> None:
-    """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to type next to that.
+def run(
+    layout: Layout,
+    settings: Settings,
+    *,
+    console: Console,
+    wait: bool = False,
+    is_part: bool = False,
+    is_sandbox: bool = False,
+) -> None:
+    """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to
+    type next to that.
 
     An arm's source stays as it stands, whatever pins and series say of it.
 
@@ -50,11 +64,14 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
         _close(observed, console, "nothing to do: ")
         return
     console.say(
-        f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due: {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
+        f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due:"
+        f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
         _preflight(layout, settings, observed, console)
-        with RunLog(console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held) as run_log:
+        with RunLog(
+            console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
+        ) as run_log:
             observed = _act(stages.Run(layout, settings, run_log, observed, is_sandbox=is_sandbox))
             if run_log.path:
                 console.say(f"log: {layout.relative(run_log.path)}")
@@ -62,11 +79,17 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
         _close(observed, console, "")
 
 
-def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[Stage, ...]:
+def stages_of(
+    layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False
+) -> tuple[Stage, ...]:
     """Decide, stage by stage in their order, what is due and why."""
     is_written = layout.dotenv.exists()
     environment = observed.environment
-    build = tuple(reason for reason in dict.fromkeys((*observed.kernels.reasons, *observed.install.reasons)) if reason not in observed.for_compiler)
+    build = tuple(
+        reason
+        for reason in dict.fromkeys((*observed.kernels.reasons, *observed.install.reasons))
+        if reason not in observed.for_compiler
+    )
     steps: tuple[tuple[str, stages.Act], ...] = stages.VLLM
     if observed.kernels_wanted.kind == "native":
         from workspace.install import rebuild
@@ -77,7 +100,11 @@ def stages_of(layout: Layout, settings: Settings, observed: plan.Observation, *,
         Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),
     )
     return (
-        Stage(not is_written, "is there" if is_written else "there is none", ((".env", stages.write_dotenv),)),
+        Stage(
+            not is_written,
+            "is there" if is_written else "there is none",
+            ((".env", stages.write_dotenv),),
+        ),
         *(() if is_sandbox else source),
         Stage(environment.state != "ok", environment.why or "up to date", stages.ENVIRONMENT),
         Stage(bool(build), "; ".join(build) or "up to date", steps),
@@ -106,7 +133,9 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
 
 
 def _act(run: stages.Run) -> plan.Observation:
-    """Act on the first stage that is due and look again, until none is: a stage may make another one due, or done."""
+    """Act on the first stage that is due and look again, until none is: a stage may make another
+    one due, or done.
+    """
     checkout.sweep(run.layout, run.observed.pin)
     acted: list[tuple[str, stages.Act]] = []
     shown = 0
@@ -126,25 +155,47 @@ def _act(run: stages.Run) -> plan.Observation:
         if stage.steps[0] in acted:
             raise BuildError(
                 f"{stage.steps[0][0]} is still due after it was done: {stage.reason}",
-                hint="a fault of the workspace, or something else changes this clone: ./scripts/inv status",
+                hint=(
+                    "a fault of the workspace, or something else changes this clone: ./scripts/inv"
+                    " status"
+                ),
             )
         acted.append(stage.steps[0])
         stages.act(run, stage.steps, reason=stage.reason)
 
 
-def _preflight(layout: Layout, settings: Settings, observed: plan.Observation, console: Console) -> None:
+def _preflight(
+    layout: Layout, settings: Settings, observed: plan.Observation, console: Console
+) -> None:
     """Stop before anything is touched where the machine lacks what this bootstrap needs."""
     is_made = observed.environment.state == "ok"
-    need = {layout.root: 1.0 if is_made else NEEDED_GIB[observed.device], settings.cache: NEEDED_CACHE_GIB}
+    need = {
+        layout.root: 1.0 if is_made else NEEDED_GIB[observed.device],
+        settings.cache: NEEDED_CACHE_GIB,
+    }
     with console.step("preflight") as view:
-        rows = doctor.preflight(layout, settings, device=observed.device, kernels=observed.kernels_wanted.kind, need_gib=need)
+        rows = doctor.preflight(
+            layout,
+            settings,
+            device=observed.device,
+            kernels=observed.kernels_wanted.kind,
+            need_gib=need,
+        )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"
     bad = [row for row in rows if row.state == "FAIL"]
     for row in rows:
         if row.state != "ok":
-            console.row(row.state, row.name, f"{row.seen}: {row.why}" + (f"; {row.hint}" if row.hint else ""))
+            console.row(
+                row.state,
+                row.name,
+                f"{row.seen}: {row.why}" + (f"; {row.hint}" if row.hint else ""),
+            )
     if bad:
-        raise ToolchainError(f"this machine cannot bootstrap yet: {', '.join(f'{row.name}: {row.seen}' for row in bad)}", hint=bad[0].hint)
+        raise ToolchainError(
+            "this machine cannot bootstrap yet:"
+            f" {', '.join(f'{row.name}: {row.seen}' for row in bad)}",
+            hint=bad[0].hint,
+        )
 
 
 def _show_skipped(stage: Stage, console: Console) -> None:
@@ -157,4 +208,6 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
         console.warn(f"the kernels are stale: {'; '.join(observed.for_compiler)}")
     if observed.stack and observed.stack.dirty:
         console.say(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, and not touched")
-    console.say(f"{prefix}vllm {observed.version} stands in .vllm; next: {status.next_command(observed)}")
+    console.say(
+        f"{prefix}vllm {observed.version} stands in .vllm; next: {status.next_command(observed)}"
+    )

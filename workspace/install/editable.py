@@ -1,6 +1,7 @@
 """The editable install of the tree, with compiled libraries from a wheel or with none.
 
-Through the tree's own setup.py, without build isolation and without resolving dependencies anew: torch stays what it is.
+Through the tree's own setup.py, without build isolation and without resolving dependencies anew:
+torch stays what it is.
 """
 
 import filecmp
@@ -27,62 +28,126 @@ from workspace.machine import hardware, interpreter
 from workspace.machine.torch import TorchBuild
 from workspace.repo.git import Git, worktree
 
-# No program of this name exists: setuptools-rust then reports the optional frontend as not built, at once and without a network.
+# No program of this name exists: setuptools-rust then reports the optional frontend as not built,
+# at once and without a network.
 _NO_CARGO = "/nonexistent/cargo"
 _NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
-def install_with_wheel(layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, run_log: RunLog) -> None:
-    """Install editable, the libraries taken out of `wheel`. Raises BuildError with the first error line."""
-    extra = {"VLLM_USE_PRECOMPILED": "1", "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel), "CARGO": _NO_CARGO}
+def install_with_wheel(
+    layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, run_log: RunLog
+) -> None:
+    """Install editable, the libraries taken out of `wheel`. Raises BuildError with the first error
+    line.
+    """
+    extra = {
+        "VLLM_USE_PRECOMPILED": "1",
+        "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
+        "CARGO": _NO_CARGO,
+    }
     _install(layout, settings, observed, extra, run_log=run_log)
 
 
-def install_alone(layout: Layout, settings: Settings, observed: Observation, *, build: Mapping[str, str], run_log: RunLog) -> None:
-    """Install editable without any library: they are compiled, and put into the tree afterwards. `build` bounds cargo, which comes from here.
+def install_alone(
+    layout: Layout,
+    settings: Settings,
+    observed: Observation,
+    *,
+    build: Mapping[str, str],
+    run_log: RunLog,
+) -> None:
+    """Install editable without any library: they are compiled, and put into the tree afterwards.
+    `build` bounds cargo, which comes from here.
 
-    The tree's setup.py would compile in a new temporary folder each time, unless it is told of a wheel; so it is given one with nothing in it.
+    The tree's setup.py would compile in a new temporary folder each time, unless it is told of a
+    wheel; so it is given one with nothing in it.
     """
     # The frontend in Rust is optional: setuptools-rust leaves it out where there is no cargo.
-    cargo = {} if shutil.which("cargo", path=settings.child_environment("build").get("PATH", "")) else {"CARGO": _NO_CARGO}
+    cargo = (
+        {}
+        if shutil.which("cargo", path=settings.child_environment("build").get("PATH", ""))
+        else {"CARGO": _NO_CARGO}
+    )
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
         wheel = Path(folder) / f"vllm-{observed.pin.version}-py3-none-any.whl"
         zipfile.ZipFile(wheel, "w").close()
-        extra = {"VLLM_USE_PRECOMPILED": "1", "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel), **build, **cargo}
+        extra = {
+            "VLLM_USE_PRECOMPILED": "1",
+            "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
+            **build,
+            **cargo,
+        }
         _install(layout, settings, observed, extra, run_log=run_log)
 
 
-def _install(layout: Layout, settings: Settings, observed: Observation, extra: Mapping[str, str], *, run_log: RunLog) -> None:
+def _install(
+    layout: Layout,
+    settings: Settings,
+    observed: Observation,
+    extra: Mapping[str, str],
+    *,
+    run_log: RunLog,
+) -> None:
     environment = {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
         # Build tools of the environment, such as cmake and ninja, go before the machine's.
-        "PATH": os.pathsep.join([str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]),
+        "PATH": os.pathsep.join(
+            [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
+        ),
         **extra,
     }
     # uv's cache of editable builds knows nothing of these variables: always build anew.
-    arguments = ["--no-build-isolation", "--no-deps", "--reinstall-package", "vllm", "--refresh-package", "vllm", "--verbose", "--editable", str(layout.vllm)]
+    arguments = [
+        "--no-build-isolation",
+        "--no-deps",
+        "--reinstall-package",
+        "vllm",
+        "--refresh-package",
+        "vllm",
+        "--verbose",
+        "--editable",
+        str(layout.vllm),
+    ]
 
     def show(line: str) -> None:
         found = _NINJA_PROGRESS.match(line.strip().removeprefix("DEBUG ").strip())
         if found and run_log.step:
             run_log.step.progress(int(found[1]), int(found[2]), f"{found[1]} of {found[2]} steps")
 
-    interpreter.install(layout, settings, arguments, run_log=run_log, phase_env=environment, on_line=show, failure=BuildError)
+    interpreter.install(
+        layout,
+        settings,
+        arguments,
+        run_log=run_log,
+        phase_env=environment,
+        on_line=show,
+        failure=BuildError,
+    )
 
 
 def build_products(tree: Path) -> tuple[str, ...]:
-    """Return the paths of the products below a tree. What general rules ignore, as a log or an editor's file, is the user's and none of them."""
+    """Return the paths of the products below a tree. What general rules ignore, as a log or an
+    editor's file, is the user's and none of them.
+    """
     ignore = tree / ".gitignore"
     text = read_regular(ignore).decode(errors="replace") if ignore.exists() else ""
     lines = (line.strip().removeprefix("/") for line in text.splitlines())
     named = [line.removesuffix("*").removesuffix("/") for line in lines if line.startswith("vllm/")]
     patterns = ("*.so", "vllm.egg-info/*", *named, *(f"{name}/*" for name in named))
-    return tuple(path for path in worktree.products(Git(tree), "vllm", "vllm.egg-info") if any(fnmatchcase(path, pattern) for pattern in patterns))
+    return tuple(
+        path
+        for path in worktree.products(Git(tree), "vllm", "vllm.egg-info")
+        if any(fnmatchcase(path, pattern) for pattern in patterns)
+    )
 
 
-def take_products_away(layout: Layout, paths: Collection[str], *, ours: Collection[str], kept: Path | None, left: Path) -> None:
-    """Take products out of vendor/vllm: `ours`, and what is in the folder `kept` as well, for good; whatever else lies there is moved to `left`."""
+def take_products_away(
+    layout: Layout, paths: Collection[str], *, ours: Collection[str], kept: Path | None, left: Path
+) -> None:
+    """Take products out of vendor/vllm: `ours`, and what is in the folder `kept` as well, for good;
+    whatever else lies there is moved to `left`.
+    """
     for path in paths:
         file = layout.vllm / path
         if not os.path.lexists(file):
@@ -109,13 +174,16 @@ def _is_same(file: Path, other: Path) -> bool:
 
 
 def _clear(folder: Path, *, top: Path) -> None:
-    """Remove folders that hold nothing any more but bytecode: Python would import them as packages without modules."""
+    """Remove folders that hold nothing any more but bytecode: Python would import them as packages
+    without modules.
+    """
     while folder != top and {entry.name for entry in folder.iterdir()} <= {"__pycache__"}:
         shutil.rmtree(folder)
         folder = folder.parent
 
 
-# Importing vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it has taken a minute.
+# Importing vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it has
+# taken a minute.
 TIMEOUT_S = 600.0
 
 
@@ -133,15 +201,21 @@ class Verdict:
     def said(self) -> str:
         """What was proven, in a sentence."""
         count = len(self.libraries) - len(self.undriven)
-        loaded = f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
+        loaded = (
+            f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
+        )
         if not self.platform:
-            return f"{loaded}; on which platform it runs no GPU is here to tell" + (f", and {len(self.undriven)} wait for its driver" if self.undriven else "")
+            return f"{loaded}; on which platform it runs no GPU is here to tell" + (
+                f", and {len(self.undriven)} wait for its driver" if self.undriven else ""
+            )
         return f"on {self.platform}, {loaded}"
 
 
 @dataclass(frozen=True)
 class _Said:
-    """The document of probes/verify.py. `broken` are sentences on libraries that do not load, `undriven` those that lack the GPU's driver only."""
+    """The document of probes/verify.py. `broken` are sentences on libraries that do not load,
+    `undriven` those that lack the GPU's driver only.
+    """
 
     error: str | None
     file: Path | None
@@ -154,16 +228,28 @@ class _Said:
 
 
 def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
-    """Import vLLM from a neutral folder and from inside the tree, and load every library with all symbols bound.
+    """Import vLLM from a neutral folder and from inside the tree, and load every library with all
+    symbols bound.
 
     Raises BuildError naming each thing that is not as it should be.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         said, inside = _ask(layout, settings, Path(neutral))
-    # vLLM asks the driver which platform it is on: built for a GPU that is elsewhere, it finds none.
-    platforms = {observed.device, ""} if observed.device == "cuda" and not hardware.observe(settings).gpus else {observed.device}
-    wrong = [f"from a neutral folder: {sentence}" for sentence in _judge(said, layout, observed, platforms)]
-    wrong += [f"from inside vendor/vllm: {sentence}" for sentence in _judge(inside, layout, observed, platforms)]
+    # vLLM asks the driver which platform it is on: built for a GPU that is elsewhere, it finds
+    # none.
+    platforms = (
+        {observed.device, ""}
+        if observed.device == "cuda" and not hardware.observe(settings).gpus
+        else {observed.device}
+    )
+    wrong = [
+        f"from a neutral folder: {sentence}"
+        for sentence in _judge(said, layout, observed, platforms)
+    ]
+    wrong += [
+        f"from inside vendor/vllm: {sentence}"
+        for sentence in _judge(inside, layout, observed, platforms)
+    ]
     wrong += said.broken
     if not said.libraries:
         wrong.append("the tree holds no compiled library")
@@ -171,13 +257,18 @@ def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict
         more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
         raise BuildError(
             f"the installed vLLM is not what was asked for: {wrong[0]}{more}",
-            hint="./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch: ./scripts/inv rebuild --kernels native",
+            hint=(
+                "./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch:"
+                " ./scripts/inv rebuild --kernels native"
+            ),
             details=tuple(wrong),
         )
     return Verdict(said.version, said.platform, said.torch, said.libraries, said.undriven)
 
 
-def _judge(said: _Said, layout: Layout, observed: Observation, platforms: Collection[str]) -> list[str]:
+def _judge(
+    said: _Said, layout: Layout, observed: Observation, platforms: Collection[str]
+) -> list[str]:
     if said.error:
         return [said.error]
     wrong = []
@@ -186,16 +277,30 @@ def _judge(said: _Said, layout: Layout, observed: Observation, platforms: Collec
     if said.version != observed.version:
         wrong.append(f"vllm calls itself {said.version}, asked for was {observed.version}")
     if said.platform not in platforms:
-        wrong.append(f"vllm found the platform {said.platform or 'none'}, built for was {observed.device}")
+        wrong.append(
+            f"vllm found the platform {said.platform or 'none'}, built for was {observed.device}"
+        )
     if observed.torch and said.torch.version != observed.torch.version:
-        wrong.append(f"torch calls itself {said.torch.version}, installed was {observed.torch.version}")
+        wrong.append(
+            f"torch calls itself {said.torch.version}, installed was {observed.torch.version}"
+        )
     return wrong
 
 
 def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said]:
     """What the built interpreter says from `folder` and from inside the tree."""
-    argv: list[process.Argument] = [layout.environment_python, layout.probes / "verify.py", layout.vllm, "--inside"]
-    done = process.capture(argv, env=settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"}), cwd=folder, timeout_s=TIMEOUT_S)
+    argv: list[process.Argument] = [
+        layout.environment_python,
+        layout.probes / "verify.py",
+        layout.vllm,
+        "--inside",
+    ]
+    done = process.capture(
+        argv,
+        env=settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"}),
+        cwd=folder,
+        timeout_s=TIMEOUT_S,
+    )
     last = tuple(done.stderr.strip().splitlines()[-15:])
     try:
         record = json.loads(done.stdout) if done.returncode == 0 else None
@@ -203,7 +308,11 @@ def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said
         record = None
     if not isinstance(record, dict):
         said = last[-1] if last else "no word"
-        raise BuildError(f"the built interpreter {process.describe_status(done.returncode)} while it imported vllm: {said}", details=last)
+        raise BuildError(
+            f"the built interpreter {process.describe_status(done.returncode)} while it imported"
+            f" vllm: {said}",
+            details=last,
+        )
     rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
     outside, inside = (
         _Said(
@@ -213,7 +322,9 @@ def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said
             platform=str(reply["platform"] or ""),
             torch=TorchBuild(torch["version"], torch["cuda"]),
             libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
-            broken=tuple(f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"),
+            broken=tuple(
+                f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"
+            ),
             undriven=tuple(row["path"] for row in rows if row["verdict"] == "no driver"),
         )
         for reply in (record, record["inside"])

@@ -1,6 +1,7 @@
 """What is there, and what is stale and why.
 
-Looks at pins, checkout, environment and stamps without changing anything; bootstrap acts on it, status shows it, smoke refuses on it.
+Looks at pins, checkout, environment and stamps without changing anything; bootstrap acts on it,
+status shows it, smoke refuses on it.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Observation:
-    """Everything that bootstrap, status and smoke decide from. The layers are None while there is no checkout."""
+    """Everything that bootstrap, status and smoke decide from. The layers are None while there is
+    no checkout.
+    """
 
     pin: pins.Pin
     device: Device
@@ -58,13 +61,16 @@ class Observation:
     environment: Layer
     kernels: Layer
     install: Layer
-    # Compiled sources that differ from the pin while the kernels come from a wheel, and all else that only a compiler can mend.
+    # Compiled sources that differ from the pin while the kernels come from a wheel, and all else
+    # that only a compiler can mend.
     outrun: tuple[str, ...] = ()
     for_compiler: tuple[str, ...] = ()
 
     @property
     def version(self) -> str:
-        """The version that the installed vLLM bears: the letters `cpu` in it select the platform (vllm/platforms/__init__.py)."""
+        """The version that the installed vLLM bears: the letters `cpu` in it select the platform
+        (vllm/platforms/__init__.py).
+        """
         return version_of(self.pin, self.device, self.torch)
 
 
@@ -83,15 +89,37 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     environment = _environment(layout, settings, git, device, python, build, environment_stamp)
     outrun = _outrun(git, there)
     wanted = _kernels_wanted(settings, pin, device, build_stamp, is_outrun=bool(outrun))
-    if wanted.kind == "native" or (outrun and git and wanted.kind == "wheel" and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)):
+    if wanted.kind == "native" or (
+        outrun
+        and git
+        and wanted.kind == "wheel"
+        and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)
+    ):
         outrun = ()
-    kernels, for_compiler = _kernels(layout, settings, git, pin, device, wanted, build, build_stamp, outrun)
+    kernels, for_compiler = _kernels(
+        layout, settings, git, pin, device, wanted, build, build_stamp, outrun
+    )
     install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
-    return Observation(pin, device, wanted, there, stack, python, build, environment, kernels, install, outrun, for_compiler)
+    return Observation(
+        pin,
+        device,
+        wanted,
+        there,
+        stack,
+        python,
+        build,
+        environment,
+        kernels,
+        install,
+        outrun,
+        for_compiler,
+    )
 
 
 def edits_digest(layout: Layout, stack: patches.Stack | None) -> str | None:
-    """Return one SHA-256 over the edited tracked files of the tree and their content, None where nothing is edited."""
+    """Return one SHA-256 over the edited tracked files of the tree and their content, None where
+    nothing is edited.
+    """
     return Git(layout.vllm).digest(stack.dirty) if stack and stack.dirty else None
 
 
@@ -102,23 +130,45 @@ def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) ->
 
 
 def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
-    """A flag or setting, else what the environment was made for, else what the machine has: asking the driver costs up to a second."""
-    if settings.text("DEVICE") == "auto" and recorded and recorded.inputs.get("device") in ("cpu", "cuda"):
+    """A flag or setting, else what the environment was made for, else what the machine has: asking
+    the driver costs up to a second.
+    """
+    if (
+        settings.text("DEVICE") == "auto"
+        and recorded
+        and recorded.inputs.get("device") in ("cpu", "cuda")
+    ):
         return "cuda" if recorded.inputs["device"] == "cuda" else "cpu"
     if settings.text("DEVICE") == "auto":
         return doctor.device(settings, hardware.observe(settings))
     return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
 
 
-def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded: stamp.Stamp | None, *, is_outrun: bool) -> Kernels:
+def _kernels_wanted(
+    settings: Settings,
+    pin: pins.Pin,
+    device: Device,
+    recorded: stamp.Stamp | None,
+    *,
+    is_outrun: bool,
+) -> Kernels:
     choice = settings.text("KERNELS")
     # What the first edition called it.
     choice = "precompiled" if choice == "donor" else choice
-    if choice == "auto" and settings.source("KERNELS") != "flag" and recorded and recorded.inputs.get("origin", "").startswith(("native", "wheel")):
+    if (
+        choice == "auto"
+        and settings.source("KERNELS") != "flag"
+        and recorded
+        and recorded.inputs.get("origin", "").startswith(("native", "wheel"))
+    ):
         # What was asked for once stays until something else is asked for.
         origin = recorded.inputs["origin"]
         kept = recorded.outcome.get("wheel")
-        return Kernels("native", origin) if origin == "native" else Kernels("wheel", origin, Path(kept) if kept else None)
+        return (
+            Kernels("native", origin)
+            if origin == "native"
+            else Kernels("wheel", origin, Path(kept) if kept else None)
+        )
     import platform
 
     pinned = pin.precompiled.get(f"{device}-{platform.machine()}")
@@ -126,7 +176,11 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
         return Kernels("native", "native")
     if choice in ("auto", "precompiled"):
         origin = f"precompiled {pinned.filename} {pinned.sha256}" if pinned else "precompiled none"
-        return Kernels("hybrid", f"hybrid {origin}") if choice == "auto" and is_outrun else Kernels("precompiled", origin)
+        return (
+            Kernels("hybrid", f"hybrid {origin}")
+            if choice == "auto" and is_outrun
+            else Kernels("precompiled", origin)
+        )
     wheel = None
     # A name that is too long, or a link that leads round and round, names no wheel either.
     with contextlib.suppress(OSError, RuntimeError):
@@ -134,7 +188,8 @@ def _kernels_wanted(settings: Settings, pin: pins.Pin, device: Device, recorded:
         wheel = named if named.suffix == ".whl" and named.is_file() else None
     if wheel is None:
         raise SettingsError(
-            f"KERNELS={settings.presentable(choice)}: is neither auto nor precompiled nor native nor a wheel file that is there",
+            f"KERNELS={settings.presentable(choice)}: is neither auto nor precompiled nor native"
+            " nor a wheel file that is there",
             hint="./scripts/inv rebuild --kernels auto",
         )
     from workspace.core.files import sha256
@@ -152,7 +207,17 @@ def _environment(
     recorded: stamp.Stamp | None,
 ) -> Layer:
     if python is None:
-        return Layer("environment", "missing", ("there is no .vllm" if not layout.environment.exists() else ".vllm holds no working Python",))
+        return Layer(
+            "environment",
+            "missing",
+            (
+                (
+                    "there is no .vllm"
+                    if not layout.environment.exists()
+                    else ".vllm holds no working Python"
+                ),
+            ),
+        )
     if git is None:
         return Layer("environment", "missing", ("there is no checkout to take requirements from",))
     inputs = {
@@ -168,7 +233,11 @@ def _environment(
         return Layer("environment", "missing", ("it was not finished",), inputs)
     installed = interpreter.installed(layout)
     reasons = files.differences(recorded.inputs, inputs)
-    reasons += tuple(f"{name} {old} → {installed.get(name, 'none')}" for name, old in recorded.packages.items() if installed.get(name) != old)
+    reasons += tuple(
+        f"{name} {old} → {installed.get(name, 'none')}"
+        for name, old in recorded.packages.items()
+        if installed.get(name) != old
+    )
     return Layer("environment", "stale" if reasons else "ok", reasons, inputs, recorded)
 
 
@@ -185,9 +254,24 @@ def _kernels(
 ) -> tuple[Layer, tuple[str, ...]]:
     """The layer, and those of its reasons that only a compiler can mend."""
     if git is None or build is None:
-        return Layer("kernels", "missing", ("there is no checkout" if git is None else "there is no torch",)), ()
-    inputs = {"origin": wanted.origin, "device": device, "torch": f"{build.version} CUDA {build.cuda or 'none'}"}
-    compiled = compiled_inputs(layout, settings, git, pin, device, build) if wanted.kind in ("native", "hybrid") else {}
+        return (
+            Layer(
+                "kernels",
+                "missing",
+                ("there is no checkout" if git is None else "there is no torch",),
+            ),
+            (),
+        )
+    inputs = {
+        "origin": wanted.origin,
+        "device": device,
+        "torch": f"{build.version} CUDA {build.cuda or 'none'}",
+    }
+    compiled = (
+        compiled_inputs(layout, settings, git, pin, device, build)
+        if wanted.kind in ("native", "hybrid")
+        else {}
+    )
     if recorded is None:
         sentence = (outrun_sentence(outrun),) if outrun else ()
         return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
@@ -199,27 +283,56 @@ def _kernels(
     else:
         for_compiler = files.differences(recorded.inputs, compiled)
     reasons = files.differences(recorded.inputs, inputs)
-    reasons += tuple(f"{library.path} changed" for library in recorded.libraries if _size(layout.vllm / library.path) != library.size)
+    reasons += tuple(
+        f"{library.path} changed"
+        for library in recorded.libraries
+        if _size(layout.vllm / library.path) != library.size
+    )
     is_native = wanted.kind == "native"
-    layer = Layer("kernels", "stale" if reasons or for_compiler else "ok", reasons + for_compiler, inputs | compiled, recorded)
+    layer = Layer(
+        "kernels",
+        "stale" if reasons or for_compiler else "ok",
+        reasons + for_compiler,
+        inputs | compiled,
+        recorded,
+    )
     return layer, () if is_native else for_compiler
 
 
-def kernel_inputs(layout: Layout, settings: Settings, observed: Observation, *, kind: str) -> dict[str, str]:
+def kernel_inputs(
+    layout: Layout, settings: Settings, observed: Observation, *, kind: str
+) -> dict[str, str]:
     """What kernels of this kind, made now, are made from: what a stamp says of them."""
     build = observed.torch
     if build is None:
-        raise CheckoutError("there is no torch that the kernels could be for", hint="./scripts/inv bootstrap")
+        raise CheckoutError(
+            "there is no torch that the kernels could be for", hint="./scripts/inv bootstrap"
+        )
     of_wheel = observed.kernels_wanted.origin.removeprefix("hybrid ")
     origin = {"native": "native", "hybrid": f"hybrid {of_wheel}"}.get(kind, of_wheel)
-    inputs = {"origin": origin, "device": observed.device, "torch": f"{build.version} CUDA {build.cuda or 'none'}"}
+    inputs = {
+        "origin": origin,
+        "device": observed.device,
+        "torch": f"{build.version} CUDA {build.cuda or 'none'}",
+    }
     if kind in ("native", "hybrid"):
-        inputs |= compiled_inputs(layout, settings, Git(layout.vllm), observed.pin, observed.device, build)
+        inputs |= compiled_inputs(
+            layout, settings, Git(layout.vllm), observed.pin, observed.device, build
+        )
     return inputs
 
 
-def compiled_inputs(layout: Layout, settings: Settings, git: Git, pin: pins.Pin, device: Device, build: torch.TorchBuild) -> dict[str, str]:
-    """What a compiler makes libraries from, besides torch and device: toolchain, architectures, build type and the sources' digest."""
+def compiled_inputs(
+    layout: Layout,
+    settings: Settings,
+    git: Git,
+    pin: pins.Pin,
+    device: Device,
+    build: torch.TorchBuild,
+) -> dict[str, str]:
+    """What a compiler makes libraries from, besides torch and device: toolchain, architectures,
+    build type and the sources' digest.
+    """
     from workspace.compile import cmake_inputs
 
     made = cmake_inputs.observe(layout, settings, device=device, pin=pin, torch=build)
@@ -233,10 +346,25 @@ def compiled_inputs(layout: Layout, settings: Settings, git: Git, pin: pins.Pin,
     }
 
 
-def _install(layout: Layout, git: Git | None, version: str, python: interpreter.PythonFacts | None, recorded: stamp.Stamp | None) -> Layer:
+def _install(
+    layout: Layout,
+    git: Git | None,
+    version: str,
+    python: interpreter.PythonFacts | None,
+    recorded: stamp.Stamp | None,
+) -> Layer:
     if git is None or python is None:
-        return Layer("install", "missing", ("there is no checkout" if git is None else "there is no environment",))
-    inputs = {"place": str(layout.vllm), "metadata": git.digest(METADATA_FILES), "version": version, "interpreter": python.version}
+        return Layer(
+            "install",
+            "missing",
+            ("there is no checkout" if git is None else "there is no environment",),
+        )
+    inputs = {
+        "place": str(layout.vllm),
+        "metadata": git.digest(METADATA_FILES),
+        "version": version,
+        "interpreter": python.version,
+    }
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
     reasons = files.differences(recorded.inputs, inputs)
@@ -247,7 +375,9 @@ def _install(layout: Layout, git: Git | None, version: str, python: interpreter.
 
 
 def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
-    """The digest of the sources that a wheel of `inv wheel` was compiled from; None for any other wheel."""
+    """The digest of the sources that a wheel of `inv wheel` was compiled from; None for any other
+    wheel.
+    """
     if recorded and recorded.inputs.get("origin") == wanted.origin:
         return recorded.outcome.get(PACKED_SOURCES)
     try:
@@ -265,8 +395,13 @@ def _outrun(git: Git | None, there: checkout.Checkout) -> tuple[str, ...]:
 
 
 def outrun_sentence(changed: tuple[str, ...], limit: int = 3) -> str:
-    names = ", ".join(changed[:limit]) + (f" and {len(changed) - limit} more" if len(changed) > limit else "")
-    return f"compiled from the pin's sources, which {names} {'differs' if len(changed) == 1 else 'differ'} from"
+    names = ", ".join(changed[:limit]) + (
+        f" and {len(changed) - limit} more" if len(changed) > limit else ""
+    )
+    return (
+        f"compiled from the pin's sources, which {names}"
+        f" {'differs' if len(changed) == 1 else 'differ'} from"
+    )
 
 
 def _size(path: Path) -> int | None:

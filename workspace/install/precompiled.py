@@ -1,7 +1,8 @@
 """Compiled libraries from a wheel: the pinned precompiled wheel or a wheel of the user's.
 
-The wheel gives its libraries only; every Python file is the tree's own. The tree's setup.py takes them out
-(VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held against it.
+The wheel gives its libraries only; every Python file is the tree's own. The tree's setup.py takes
+them out (VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held
+against it.
 """
 
 import json
@@ -37,7 +38,9 @@ _LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where compiled libraries come from: a pinned precompiled wheel, a wheel file, a compiler, or a precompiled wheel but for what differs from the pin (hybrid)."""
+    """Where compiled libraries come from: a pinned precompiled wheel, a wheel file, a compiler, or
+    a precompiled wheel but for what differs from the pin (hybrid).
+    """
 
     kind: Literal["precompiled", "hybrid", "wheel", "native"]
     origin: str
@@ -46,7 +49,9 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a wheel says of itself. `python` is the only version that it is for, empty where it is for each; `dirty` a digest of what was edited."""
+    """What a wheel says of itself. `python` is the only version that it is for, empty where it is
+    for each; `dirty` a digest of what was edited.
+    """
 
     version: str
     tag: str
@@ -63,58 +68,124 @@ class Packed:
     cubins: Mapping[str, tuple[str, ...]]
 
 
-def fetch_wheel(kernels: Kernels, pin: Pin, device: str, settings: Settings, *, on_progress: Callable[[int, int | None], None]) -> Path:
-    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no precompiled wheel for this machine."""
+def fetch_wheel(
+    kernels: Kernels,
+    pin: Pin,
+    device: str,
+    settings: Settings,
+    *,
+    on_progress: Callable[[int, int | None], None],
+) -> Path:
+    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no
+    precompiled wheel for this machine.
+    """
     if kernels.kind == "wheel":
         if kernels.wheel is None or not kernels.wheel.is_file():
-            raise SourceError(f"the wheel that the kernels came from is gone: {kernels.wheel}", hint="./scripts/inv bootstrap --kernels precompiled")
+            raise SourceError(
+                f"the wheel that the kernels came from is gone: {kernels.wheel}",
+                hint="./scripts/inv bootstrap --kernels precompiled",
+            )
         return kernels.wheel
     key = f"{device}-{platform.machine()}"
     precompiled_wheel = pin.precompiled.get(key)
     if precompiled_wheel is None:
         raise SourceError(
-            f"vendor/pins.toml names no precompiled wheel for {key}: it has {', '.join(sorted(pin.precompiled)) or 'none'}",
+            f"vendor/pins.toml names no precompiled wheel for {key}: it has"
+            f" {', '.join(sorted(pin.precompiled)) or 'none'}",
             hint="./scripts/inv bootstrap --kernels native",
         )
-    return index.fetch(precompiled_wheel.project, precompiled_wheel.filename, precompiled_wheel.sha256, settings=settings, on_progress=on_progress)
+    return index.fetch(
+        precompiled_wheel.project,
+        precompiled_wheel.filename,
+        precompiled_wheel.sha256,
+        settings=settings,
+        on_progress=on_progress,
+    )
 
 
 def read_packed(path: Path) -> Packed | None:
-    """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises SourceError for what is no whole wheel."""
+    """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises
+    SourceError for what is no whole wheel.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            found = [item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")]
+            found = [
+                item
+                for item in archive.infolist()
+                if item.filename.endswith(f".dist-info/{RECORD}")
+            ]
             if not found:
                 return None
             if found[0].file_size > _LONGEST:
                 raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
             record = json.loads(archive.read(found[0]))
         if record.pop("schema") != SCHEMA:
-            raise SourceError(f"{path.name} was packed by another version of the workspace", hint="pack it again: ./scripts/inv wheel")
+            raise SourceError(
+                f"{path.name} was packed by another version of the workspace",
+                hint="pack it again: ./scripts/inv wheel",
+            )
         libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
         held = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
         inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
-        return Packed(**{name: str(text) for name, text in record.items()}, inputs=inputs, libraries=libraries, cubins=held)
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise SourceError(f"{path.name} is no whole wheel: {exc}", hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel") from exc
+        return Packed(
+            **{name: str(text) for name, text in record.items()},
+            inputs=inputs,
+            libraries=libraries,
+            cubins=held,
+        )
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zlib.error,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as exc:
+        raise SourceError(
+            f"{path.name} is no whole wheel: {exc}",
+            hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
+        ) from exc
 
 
 def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
-    """Map each compiled file of the wheel to its bytes and CRC-32. Raises SourceError for a file that is no wheel of vLLM."""
+    """Map each compiled file of the wheel to its bytes and CRC-32. Raises SourceError for a file
+    that is no wheel of vLLM.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = {item.filename: (item.file_size, item.CRC) for item in archive.infolist() if item.filename.startswith("vllm/")}
+            members = {
+                item.filename: (item.file_size, item.CRC)
+                for item in archive.infolist()
+                if item.filename.startswith("vllm/")
+            }
     except (zipfile.BadZipFile, OSError) as exc:
-        raise SourceError(f"{wheel.name} is not a wheel that can be read: {exc}", hint="./scripts/inv bootstrap --kernels precompiled") from exc
-    compiled = {name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES}
+        raise SourceError(
+            f"{wheel.name} is not a wheel that can be read: {exc}",
+            hint="./scripts/inv bootstrap --kernels precompiled",
+        ) from exc
+    compiled = {
+        name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
+    }
     if not compiled:
-        raise SourceError(f"{wheel.name} holds no compiled library of vLLM", hint="./scripts/inv bootstrap --kernels precompiled")
+        raise SourceError(
+            f"{wheel.name} holds no compiled library of vLLM",
+            hint="./scripts/inv bootstrap --kernels precompiled",
+        )
     return compiled
 
 
 def complete(wheel: Path, tree: Path) -> None:
-    """Take those compiled files out of the wheel that the tree's setup.py has left in it, as a release of before a mend does."""
-    left = [name for name, (size, crc) in compiled_members(wheel).items() if not _is(tree / name, size, crc)]
+    """Take those compiled files out of the wheel that the tree's setup.py has left in it, as a
+    release of before a mend does.
+    """
+    left = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _is(tree / name, size, crc)
+    ]
     with zipfile.ZipFile(wheel) as archive:
         for name in left:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +193,21 @@ def complete(wheel: Path, tree: Path) -> None:
 
 
 def check_taken(wheel: Path, tree: Path) -> None:
-    """Hold every library in the tree against the wheel, byte count and CRC-32. Raises BuildError naming what was left behind."""
-    wrong = [name for name, (size, crc) in compiled_members(wheel).items() if not _is(tree / name, size, crc)]
+    """Hold every library in the tree against the wheel, byte count and CRC-32. Raises BuildError
+    naming what was left behind.
+    """
+    wrong = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _is(tree / name, size, crc)
+    ]
     if wrong:
         raise BuildError(
             f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
-            hint="its list of precompiled members lacks them: see patches/vllm for the patch that mends 0.31.0, and `./scripts/inv status`",
+            hint=(
+                "its list of precompiled members lacks them: see patches/vllm for the patch that"
+                " mends 0.31.0, and `./scripts/inv status`"
+            ),
         )
 
 
@@ -146,8 +226,11 @@ def _is(path: Path, size: int, crc: int) -> bool:
 
 # A METADATA of vLLM has 12 kB; what says more is none.
 _LONGEST_HEADER = 1 << 20
-# define_extension_target's targets are linked against the C shim of torch since this version only, and so fit every later one (CMakeLists.txt).
-_STABLE = re.compile(r"target_compile_definitions\(\s*(\w+)\b[^)]*?\bTORCH_TARGET_VERSION=0x([0-9A-Fa-f]{16})")
+# define_extension_target's targets are linked against the C shim of torch since this version only,
+# and so fit every later one (CMakeLists.txt).
+_STABLE = re.compile(
+    r"target_compile_definitions\(\s*(\w+)\b[^)]*?\bTORCH_TARGET_VERSION=0x([0-9A-Fa-f]{16})"
+)
 # They include no header of torch, and import none of its symbols.
 _WITHOUT_TORCH = frozenset(("cumem_allocator", "fs_io_C", "spinloop", "_rust_tool_parser"))
 # What Python loads: _C.abi3.so, _C.cpython-312-aarch64-linux-gnu.so.
@@ -157,7 +240,9 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class _WheelFacts:
-    """What a wheel says: its version, the torch that it wants, the CUDA major version that it was made with, and its libraries, if it is all there."""
+    """What a wheel says: its version, the torch that it wants, the CUDA major version that it was
+    made with, and its libraries, if it is all there.
+    """
 
     version: "Version"
     torch: "Version"
@@ -169,10 +254,14 @@ class _Unreadable(Exception):
     """A wheel that says nothing that could be relied on, and why."""
 
 
-def why_not_hybrid(layout: Layout, settings: Settings, wheel: Path, *, device: str, torch: str, archs: str) -> str | None:
-    """Return why libraries of the precompiled wheel and own ones must not be mixed, None where they may.
+def why_not_hybrid(
+    layout: Layout, settings: Settings, wheel: Path, *, device: str, torch: str, archs: str
+) -> str | None:
+    """Return why libraries of the precompiled wheel and own ones must not be mixed, None where they
+    may.
 
-    `wheel` is the precompiled wheel's, or its METADATA alone; `torch` the version installed, `archs` as in TORCH_CUDA_ARCH_LIST.
+    `wheel` is the precompiled wheel's, or its METADATA alone; `torch` the version installed,
+    `archs` as in TORCH_CUDA_ARCH_LIST.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -183,11 +272,16 @@ def why_not_hybrid(layout: Layout, settings: Settings, wheel: Path, *, device: s
     except _Unreadable as exc:
         return f"the precompiled wheel {wheel.name} {settings.presentable(str(exc))}"
     except InvalidVersion:
-        return f"the installed torch calls itself {settings.presentable(torch)}, which is no version"
+        return (
+            f"the installed torch calls itself {settings.presentable(torch)}, which is no version"
+        )
     except SettingsError as exc:
         return exc.message
     if precompiled_wheel.version.public != Version(pinned.version).public:
-        return f"the precompiled wheel is vLLM {precompiled_wheel.version.public}, pinned is {pinned.version}"
+        return (
+            f"the precompiled wheel is vLLM {precompiled_wheel.version.public}, pinned is"
+            f" {pinned.version}"
+        )
     return (
         _other_torch(precompiled_wheel, installed, layout.vllm)
         or (_other_cuda(precompiled_wheel, installed) if device == "cuda" else None)
@@ -208,23 +302,37 @@ def _read(wheel: Path) -> _WheelFacts:
     except ValueError as exc:
         raise _Unreadable(f"has METADATA that is not of a wheel: {exc}") from exc
     local = re.match(r"cu(\d\d)\d", version.local or "")
-    majors = {extra[2:] for one in wanted if not one.marker for extra in one.extras if re.fullmatch(r"cu\d\d", extra)}
-    return _WheelFacts(version, torch, local[1] if local else majors.pop() if len(majors) == 1 else None, libraries)
+    majors = {
+        extra[2:]
+        for one in wanted
+        if not one.marker
+        for extra in one.extras
+        if re.fullmatch(r"cu\d\d", extra)
+    }
+    return _WheelFacts(
+        version, torch, local[1] if local else majors.pop() if len(majors) == 1 else None, libraries
+    )
 
 
 def _pinned_torch(wanted: "Sequence[Requirement]") -> "Version":
     from packaging.version import Version
 
     for one in wanted:
-        if one.name.lower() == "torch" and (one.marker is None or one.marker.evaluate({"extra": ""})):
+        if one.name.lower() == "torch" and (
+            one.marker is None or one.marker.evaluate({"extra": ""})
+        ):
             exact = [word for word in one.specifier if word.operator == "=="]
             if exact and not exact[0].version.endswith("*"):
                 return Version(exact[0].version)
-    raise _Unreadable("does not say which torch it was built for (no Requires-Dist: torch==… in its METADATA)")
+    raise _Unreadable(
+        "does not say which torch it was built for (no Requires-Dist: torch==… in its METADATA)"
+    )
 
 
 def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
-    """The METADATA, and the names of the libraries beside it; none where the file is METADATA itself."""
+    """The METADATA, and the names of the libraries beside it; none where the file is METADATA
+    itself.
+    """
     try:
         if not zipfile.is_zipfile(wheel):
             with wheel.open("rb") as file:
@@ -234,12 +342,23 @@ def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
             return _decoded(content), ()
         with zipfile.ZipFile(wheel) as archive:
             members = archive.infolist()
-            found = [item for item in members if re.fullmatch(r"[^/]+\.dist-info/METADATA", item.filename)]
+            found = [
+                item
+                for item in members
+                if re.fullmatch(r"[^/]+\.dist-info/METADATA", item.filename)
+            ]
             if len(found) != 1 or found[0].file_size > _LONGEST_HEADER:
-                raise _Unreadable("holds no METADATA" if not found else "holds METADATA that is not of a wheel")
-            libraries = tuple(match[1] for item in members if (match := _LIBRARY.fullmatch(PurePosixPath(item.filename).name)))
+                raise _Unreadable(
+                    "holds no METADATA" if not found else "holds METADATA that is not of a wheel"
+                )
+            libraries = tuple(
+                match[1]
+                for item in members
+                if (match := _LIBRARY.fullmatch(PurePosixPath(item.filename).name))
+            )
             return _decoded(archive.read(found[0])), libraries
-    # What a damaged archive raises is not one thing: zlib's error, RuntimeError where it says that it is encrypted, NotImplementedError for its methods.
+    # What a damaged archive raises is not one thing: zlib's error, RuntimeError where it says that
+    # it is encrypted, NotImplementedError for its methods.
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
         raise _Unreadable(f"cannot be read: {exc}") from exc
 
@@ -251,35 +370,60 @@ def _decoded(content: bytes) -> str:
 
 
 def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Path) -> str | None:
-    """The C++ ABI of torch holds within a minor version; before its release, and from one to the next, only what is linked to the C shim goes on to fit."""
-    if installed.release[:2] == precompiled_wheel.torch.release[:2] and installed.is_prerelease == precompiled_wheel.torch.is_prerelease:
+    """The C++ ABI of torch holds within a minor version; before its release, and from one to the
+    next, only what is linked to the C shim goes on to fit.
+    """
+    if (
+        installed.release[:2] == precompiled_wheel.torch.release[:2]
+        and installed.is_prerelease == precompiled_wheel.torch.is_prerelease
+    ):
         return None
-    built = f"the precompiled wheel was built for torch {precompiled_wheel.torch.public} and {installed} is installed"
+    built = (
+        f"the precompiled wheel was built for torch {precompiled_wheel.torch.public} and"
+        f" {installed} is installed"
+    )
     if not precompiled_wheel.libraries:
-        return f"{built}: which of its libraries keep to torch's stable ABI cannot be told from its METADATA"
+        return (
+            f"{built}: which of its libraries keep to torch's stable ABI cannot be told from its"
+            " METADATA"
+        )
     stable = _stable(tree)
     unfit = [
         name
         for name in dict.fromkeys(precompiled_wheel.libraries)
-        if name not in _WITHOUT_TORCH and (name not in stable or stable[name] > installed.release[:2])
+        if name not in _WITHOUT_TORCH
+        and (name not in stable or stable[name] > installed.release[:2])
     ]
     if not unfit:
         return None
-    names = ", ".join(unfit[:_SHOWN]) + (f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else "")
+    names = ", ".join(unfit[:_SHOWN]) + (
+        f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else ""
+    )
     fit = set(precompiled_wheel.libraries) & stable.keys() - set(unfit)
-    others = f", as {len(fit)} {'other is' if len(fit) == 1 else 'others are'} (TORCH_TARGET_VERSION)" if fit else ""
-    return f"{built}: {names} {'is' if len(unfit) == 1 else 'are'} not of torch's stable ABI{others}"
+    others = (
+        f", as {len(fit)} {'other is' if len(fit) == 1 else 'others are'} (TORCH_TARGET_VERSION)"
+        if fit
+        else ""
+    )
+    return (
+        f"{built}: {names} {'is' if len(unfit) == 1 else 'are'} not of torch's stable ABI{others}"
+    )
 
 
 def _stable(tree: Path) -> dict[str, tuple[int, ...]]:
-    """The targets that keep to torch's stable ABI, and the oldest torch that they fit: TORCH_TARGET_VERSION, of which a byte each is major and minor."""
+    """The targets that keep to torch's stable ABI, and the oldest torch that they fit:
+    TORCH_TARGET_VERSION, of which a byte each is major and minor.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for path in (tree / "CMakeLists.txt", *sorted((tree / "cmake").rglob("*.cmake"))):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        found |= {target: (int(digits[:2], 16), int(digits[2:4], 16)) for target, digits in _STABLE.findall(text)}
+        found |= {
+            target: (int(digits[:2], 16), int(digits[2:4], 16))
+            for target, digits in _STABLE.findall(text)
+        }
     return found
 
 
@@ -287,11 +431,16 @@ def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | N
     own = re.match(r"cu(\d\d)\d", installed.local or "")
     if own is None or precompiled_wheel.cuda is None or own[1] == precompiled_wheel.cuda:
         return None
-    return f"the precompiled wheel is linked against CUDA {precompiled_wheel.cuda}, the installed torch {installed} against CUDA {own[1]}"
+    return (
+        f"the precompiled wheel is linked against CUDA {precompiled_wheel.cuda}, the installed"
+        f" torch {installed} against CUDA {own[1]}"
+    )
 
 
 def _other_family(tree: Path, archs: str) -> str | None:
-    """Whether the release that the precompiled wheel is of was made for the family of each architecture; nothing is said where the tree does not tell."""
+    """Whether the release that the precompiled wheel is of was made for the family of each
+    architecture; nothing is said where the tree does not tell.
+    """
     try:
         record = json.loads((tree / "docker" / "versions.json").read_bytes())
         released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))
@@ -301,4 +450,7 @@ def _other_family(tree: Path, archs: str) -> str | None:
     other = [entry.text for entry in parse(archs) if entry.number.split(".")[0] not in families]
     if not other or not released:
         return None
-    return f"releases have kernels for {', '.join(entry.text for entry in released)}, of no family of {' and '.join(other)} (TORCH_CUDA_ARCH_LIST)"
+    return (
+        f"releases have kernels for {', '.join(entry.text for entry in released)}, of no family of"
+        f" {' and '.join(other)} (TORCH_CUDA_ARCH_LIST)"
+    )

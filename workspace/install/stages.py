@@ -1,4 +1,6 @@
-"""The steps of a bootstrap, each as one act. When one is due is bootstrap's business; how it is done is that of the modules called here."""
+"""The steps of a bootstrap, each as one act. When one is due is bootstrap's business; how it is
+done is that of the modules called here.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -21,8 +23,9 @@ from workspace.repo.git import Git
 class Run:
     """One bootstrap: what its steps share, and what an earlier step leaves for a later one.
 
-    `observed` is what was there when the stage began; a step that needs what another step of its stage made looks again. An arm may lack the
-    patch that mends what the tree's setup.py leaves out of a wheel.
+    `observed` is what was there when the stage began; a step that needs what another step of its
+    stage made looks again. An arm may lack the patch that mends what the tree's setup.py leaves out
+    of a wheel.
     """
 
     layout: Layout
@@ -42,23 +45,34 @@ Act = Callable[[Run, Step], None]
 
 
 def act(run: Run, steps: Iterable[tuple[str, Act]], *, reason: str = "") -> None:
-    """Do steps in their order, each shown with its state and written into the log as a phase; torch stays what it is in all but its own."""
+    """Do steps in their order, each shown with its state and written into the log as a phase; torch
+    stays what it is in all but its own.
+    """
     for name, do in steps:
         with run.run_log.console.step(name) as view:
             view.reason = reason
             run.run_log.phase(name, view)
-            with contextlib.nullcontext() if name in CHANGES_TORCH else torch.held(run.layout, run.settings, step=name):
+            with (
+                contextlib.nullcontext()
+                if name in CHANGES_TORCH
+                else torch.held(run.layout, run.settings, step=name)
+            ):
                 do(run, view)
         run.run_log.step = None
 
 
 def write_dotenv(run: Run, view: Step) -> None:
-    view.reason = f"written for this machine: {dotenv.write(run.layout, run.settings, device=run.observed.device)}"
+    view.reason = (
+        "written for this machine:"
+        f" {dotenv.write(run.layout, run.settings, device=run.observed.device)}"
+    )
 
 
 def make_source(run: Run, view: Step) -> None:
     choice = cast("checkout.Choice", run.settings.text("SOURCE"))
-    view.reason = checkout.ensure(run.layout, run.observed.pin, run.settings, choice=choice, run_log=run.run_log, step=view).detail
+    view.reason = checkout.ensure(
+        run.layout, run.observed.pin, run.settings, choice=choice, run_log=run.run_log, step=view
+    ).detail
     checkout.protect(run.layout)
     # Only now it is known which variables this vLLM reads.
     check.require(run.layout, run.settings, console=run.run_log.console, device=run.observed.device)
@@ -81,31 +95,49 @@ def make_python(run: Run, view: Step) -> None:
         if is_interrupted:
             venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("environment"))
-    view.reason = venv.make_python(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
+    view.reason = venv.make_python(
+        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+    )
 
 
 def put_torch(run: Run, view: Step) -> None:
-    view.reason = venv.put_torch(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
+    view.reason = venv.put_torch(
+        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+    )
 
 
 def put_requirements(run: Run, view: Step) -> None:
-    view.reason = venv.put_requirements(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
+    view.reason = venv.put_requirements(
+        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+    )
 
 
 def put_accelerators(run: Run, view: Step) -> None:
     """The last step of the environment: its stamp follows."""
-    provided = venv.put_accelerators(run.layout, run.settings, device=run.observed.device, run_log=run.run_log)
+    provided = venv.put_accelerators(
+        run.layout, run.settings, device=run.observed.device, run_log=run.run_log
+    )
     inputs = run.observe().environment.inputs
     if inputs is None:
-        raise BuildError("the environment is not there after it was made", hint="./scripts/inv status")
-    stamp.write(run.layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=provided.packages))
+        raise BuildError(
+            "the environment is not there after it was made", hint="./scripts/inv status"
+        )
+    stamp.write(
+        run.layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=provided.packages)
+    )
     view.reason = provided.said
 
 
 def get_kernels(run: Run, view: Step) -> None:
     """Have the wheel at hand; nothing in the tree is touched yet."""
     observed = run.observed
-    wheel = precompiled.fetch_wheel(observed.kernels_wanted, observed.pin, observed.device, run.settings, on_progress=megabytes(view))
+    wheel = precompiled.fetch_wheel(
+        observed.kernels_wanted,
+        observed.pin,
+        observed.device,
+        run.settings,
+        on_progress=megabytes(view),
+    )
     members = precompiled.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
     if observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
@@ -114,19 +146,28 @@ def get_kernels(run: Run, view: Step) -> None:
 
 
 def _fitting(run: Run, path: Path) -> str | None:
-    """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises SourceError where it is not for this tree."""
+    """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises
+    SourceError where it is not for this tree.
+    """
     from workspace.compile import cmake_inputs
     from workspace.install import wheel
 
     packed, observed = precompiled.read_packed(path), run.observed
     if packed is None or observed.torch is None or observed.python is None:
         return None
-    made = cmake_inputs.observe(run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch)
-    capabilities = tuple(gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability)
+    made = cmake_inputs.observe(
+        run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch
+    )
+    capabilities = tuple(
+        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
+    )
     digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
     version = ".".join(observed.python.version.split(".")[:2])
     if why := wheel.fits(packed, made, digest, python=version, capabilities=capabilities):
-        raise SourceError(f"{path.name} does not fit: {why}", hint="./scripts/inv rebuild --kernels auto    compiles what differs from the pin")
+        raise SourceError(
+            f"{path.name} does not fit: {why}",
+            hint="./scripts/inv rebuild --kernels auto    compiles what differs from the pin",
+        )
     return packed.digest
 
 
@@ -146,23 +187,44 @@ def put_vllm(run: Run, view: Step) -> None:
 
 
 def verify_vllm(run: Run, view: Step) -> None:
-    """The last step: the stamp is written once the built interpreter has said that all is as asked for."""
+    """The last step: the stamp is written once the built interpreter has said that all is as asked
+    for.
+    """
     observed = run.observe()
     verdict = editable.verify(run.layout, run.settings, observed)
-    # A precompiled wheel's kernels that the sources have outrun are still the precompiled wheel's: only inv rebuild makes them hybrid.
-    kind = "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
+    # A precompiled wheel's kernels that the sources have outrun are still the precompiled wheel's:
+    # only inv rebuild makes them hybrid.
+    kind = (
+        "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
+    )
     write_stamp(run, observed, verdict, kind=kind)
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
 
 
-def write_stamp(run: Run, observed: plan.Observation, verdict: editable.Verdict, *, kind: str) -> None:
+def write_stamp(
+    run: Run, observed: plan.Observation, verdict: editable.Verdict, *, kind: str
+) -> None:
     """Claim what was verified: libraries by hash, and what they and the install were made from."""
-    outcome = run.outcome | {"version": verdict.version, "platform": verdict.platform, "tree": Git(run.layout.vllm).tree("HEAD")}
-    inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (observed.install.inputs or {})
-    stamp.write(run.layout.stamp("vllm"), stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries))
+    outcome = run.outcome | {
+        "version": verdict.version,
+        "platform": verdict.platform,
+        "tree": Git(run.layout.vllm).tree("HEAD"),
+    }
+    inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (
+        observed.install.inputs or {}
+    )
+    stamp.write(
+        run.layout.stamp("vllm"),
+        stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries),
+    )
 
 
-ENVIRONMENT = (("python", make_python), ("torch", put_torch), ("requirements", put_requirements), ("accelerators", put_accelerators))
+ENVIRONMENT = (
+    ("python", make_python),
+    ("torch", put_torch),
+    ("requirements", put_requirements),
+    ("accelerators", put_accelerators),
+)
 VLLM = (("kernels", get_kernels), ("install", put_vllm), ("verify", verify_vllm))
 # Steps before which there may be no torch, or after which it may rightly be another one.
 CHANGES_TORCH = (".env", "source", "patches", "python", "torch")

@@ -1,7 +1,7 @@
 """Stamps: what a layer of the built environment was made from, and what came out.
 
-A stamp lies inside `.vllm`, is deleted before the layer is changed and written after it was verified.
-Staleness is the difference between its inputs and today's.
+A stamp lies inside `.vllm`, is deleted before the layer is changed and written after it was
+verified. Staleness is the difference between its inputs and today's.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ class Library:
 
 @dataclass(frozen=True)
 class Stamp:
-    """`inputs` name what a layer was made from, `outcome` what came out of it; all values are text."""
+    """`inputs` name what a layer was made from, `outcome` what came out of it; all values are
+    text.
+    """
 
     inputs: Mapping[str, str]
     outcome: Mapping[str, str] = field(default_factory=dict)
@@ -39,13 +41,24 @@ class Stamp:
 
 
 def read(path: Path) -> Stamp | None:
-    """Return the stamp, or None where there is none that this version can read: a damaged stamp proves nothing."""
+    """Return the stamp, or None where there is none that this version can read: a damaged stamp
+    proves nothing.
+    """
     try:
         record = json.loads(read_regular(path))
-        if type(record["schema"]) is not int or record["schema"] != SCHEMA or not isinstance(record["libraries"], list):
+        if (
+            type(record["schema"]) is not int
+            or record["schema"] != SCHEMA
+            or not isinstance(record["libraries"], list)
+        ):
             return None
         mappings = {name: record[name] for name in ("inputs", "outcome", "packages")}
-        if not all(_is_text(text) for mapping in mappings.values() for pair in mapping.items() for text in pair):
+        if not all(
+            _is_text(text)
+            for mapping in mappings.values()
+            for pair in mapping.items()
+            for text in pair
+        ):
             return None
         libraries = tuple(Library(**item) for item in record["libraries"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -53,24 +66,37 @@ def read(path: Path) -> Stamp | None:
     # The first edition had another word for where the libraries came from.
     if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
         mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
-    return Stamp(libraries=libraries, **mappings) if all(_is_library(library) for library in libraries) else None
+    return (
+        Stamp(libraries=libraries, **mappings)
+        if all(_is_library(library) for library in libraries)
+        else None
+    )
 
 
 def _is_text(value: object) -> bool:
-    """Half a surrogate pair, which JSON can spell, is no text: no file system and no terminal takes it."""
+    """Half a surrogate pair, which JSON can spell, is no text: no file system and no terminal takes
+    it.
+    """
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 def _is_library(library: Library) -> bool:
     place = PurePosixPath(library.path) if _is_text(library.path) else PurePosixPath("/")
     is_below = not place.is_absolute() and ".." not in place.parts and len(place.parts) > 0
-    return is_below and type(library.size) is int and library.size >= 0 and _is_text(library.sha256) and bool(_SHA256.fullmatch(library.sha256))
+    return (
+        is_below
+        and type(library.size) is int
+        and library.size >= 0
+        and _is_text(library.sha256)
+        and bool(_SHA256.fullmatch(library.sha256))
+    )
 
 
 def write(path: Path, stamp: Stamp) -> None:
     """Write the claim; the caller has verified it.
 
-    A claim must not survive a power cut that what it claims does not: uv, git and compilers sync nothing, so all is synced first.
+    A claim must not survive a power cut that what it claims does not: uv, git and compilers sync
+    nothing, so all is synced first.
     """
     os.sync()
     record = {"schema": SCHEMA, **asdict(stamp)}
@@ -78,6 +104,8 @@ def write(path: Path, stamp: Stamp) -> None:
 
 
 def withdraw(path: Path) -> None:
-    """Take a claim back, before what it claims is changed. Where there is no environment, or a file in its place, there is no claim."""
+    """Take a claim back, before what it claims is changed. Where there is no environment, or a file
+    in its place, there is no claim.
+    """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()

@@ -22,17 +22,30 @@ def origin(layout: Layout, there: Installed) -> str:
     recorded = stamp.read(layout.stamp("triton"))
     if recorded and recorded.outcome.get("version") == there.version and there.origin == "file":
         patched = f" and {recorded.inputs['patches']}" if recorded.inputs.get("patches") else ""
-        return f"built here from {recorded.inputs.get('commit', '')[:12]} ({recorded.inputs.get('ref', '')}){patched}"
-    return {"index": "from an index", "file": f"from {there.place}", "editable": f"editable, from {there.place}"}[there.origin]
+        return (
+            f"built here from {recorded.inputs.get('commit', '')[:12]}"
+            f" ({recorded.inputs.get('ref', '')}){patched}"
+        )
+    return {
+        "index": "from an index",
+        "file": f"from {there.place}",
+        "editable": f"editable, from {there.place}",
+    }[there.origin]
 
 
 def pairing(build: TorchBuild | None, paired: str | None) -> str:
     """Say which Triton the installed torch asks for."""
-    return f"torch {build.version} pairs with {paired.removeprefix('==') if paired else 'none'}" if build else "there is no torch"
+    return (
+        f"torch {build.version} pairs with {paired.removeprefix('==') if paired else 'none'}"
+        if build
+        else "there is no torch"
+    )
 
 
 def triton_row(layout: Layout, build: TorchBuild | None) -> tuple[TritonState, str] | None:
-    """Return state and text of a line on a screen; None where there is no Triton and nothing asks for one."""
+    """Return state and text of a line on a screen; None where there is no Triton and nothing asks
+    for one.
+    """
     there, paired = torch.observe_triton(layout), torch.paired_triton(layout)
     if there is None:
         return ("missing", f"none; {pairing(build, paired)}") if paired is not None else None
@@ -40,7 +53,10 @@ def triton_row(layout: Layout, build: TorchBuild | None) -> tuple[TritonState, s
     text = f"{there.version} {origin(layout, there)}; {pairing(build, paired)}"
     beside = recorded.inputs.get("torch") if recorded and there.origin == "file" else None
     if build and beside not in (None, build.version):
-        return "warn", f"{text}; it was proven beside torch {beside}: ./scripts/inv fix-triton --check"
+        return (
+            "warn",
+            f"{text}; it was proven beside torch {beside}: ./scripts/inv fix-triton --check",
+        )
     if paired and not there.is_meant and not is_met(paired, there.version):
         return "warn", f"{text}: ./scripts/inv fix-triton"
     return "ok", text
@@ -74,7 +90,11 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
     if all(row.state == "ok" for row in rows):
         following = f"nothing is due; after a change in vendor/vllm: {following}"
     if as_json:
-        record = {"schema": 1, "rows": [{"state": row.state, "name": row.name, "text": row.text} for row in rows], "next": following}
+        record = {
+            "schema": 1,
+            "rows": [{"state": row.state, "name": row.name, "text": row.text} for row in rows],
+            "next": following,
+        }
         console.data(json.dumps(record, indent=1))
         return
     for row in rows:
@@ -83,11 +103,15 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
 
 
 def require_built(layout: Layout, settings: Settings) -> plan.Observation:
-    """Return what is there when kernels and install are fresh. Raises SmokeError naming what is stale and the command that mends it."""
+    """Return what is there when kernels and install are fresh. Raises SmokeError naming what is
+    stale and the command that mends it.
+    """
     observed = plan.observe(layout, settings)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
-            raise SmokeError(f"{layer.name} {layer.state}: {layer.why}", hint=next_command(observed))
+            raise SmokeError(
+                f"{layer.name} {layer.state}: {layer.why}", hint=next_command(observed)
+            )
     return observed
 
 
@@ -96,13 +120,20 @@ def next_command(observed: plan.Observation) -> str:
     if observed.checkout.kind is checkout.Kind.FOREIGN:
         return f"git -C vendor/vllm status   # {observed.checkout.detail}"
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
-        return "./scripts/inv patch.continue   # or --skip, --abort: an am, rebase, merge or cherry-pick is under way in vendor/vllm"
+        return (
+            "./scripts/inv patch.continue   # or --skip, --abort: an am, rebase, merge or"
+            " cherry-pick is under way in vendor/vllm"
+        )
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
-        return "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
+        return (
+            "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
+        )
     is_native_stale = observed.kernels_wanted.kind == "native" and observed.kernels.state == "stale"
     if (observed.for_compiler or is_native_stale) and observed.environment.state == "ok":
         return "./scripts/inv rebuild"
-    if any(layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)):
+    if any(
+        layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
+    ):
         return BOOTSTRAP
     return "./scripts/nox -s smoke"
 
@@ -111,14 +142,23 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
     rows = [_pin(layout, observed), _source(layout, observed), _patches(observed)]
     built = observed.kernels.recorded
     said = {
-        "environment": f"Python {observed.python.version}, torch {observed.torch.version}" if observed.python and observed.torch else "",
-        "kernels": f"{' '.join(word for word in built.inputs.get('origin', '').split() if len(word) < 64)}, {len(built.libraries)} compiled files"
-        if built
-        else "",
+        "environment": (
+            f"Python {observed.python.version}, torch {observed.torch.version}"
+            if observed.python and observed.torch
+            else ""
+        ),
+        "kernels": (
+            f"{' '.join(word for word in built.inputs.get('origin', '').split() if len(word) < 64)},"
+            f" {len(built.libraries)} compiled files"
+            if built
+            else ""
+        ),
         "install": built.outcome.get("version", "") if built else "",
     }
     for layer in (observed.environment, observed.kernels, observed.install):
-        rows.append(Row(layer.state, layer.name, layer.why if layer.state != "ok" else said[layer.name]))
+        rows.append(
+            Row(layer.state, layer.name, layer.why if layer.state != "ok" else said[layer.name])
+        )
     if found := triton_row(layout, observed.torch):
         rows.append(Row(found[0], "triton", found[1]))
     rows.append(_smoke(layout, observed))
@@ -134,9 +174,13 @@ def _pin(layout: Layout, observed: plan.Observation) -> Row:
 
 def _source(layout: Layout, observed: plan.Observation) -> Row:
     there = observed.checkout
-    if observed.stack and (sentence := overview.moved(layout, observed.pin.name, observed.pin, there, observed.stack)):
+    if observed.stack and (
+        sentence := overview.moved(layout, observed.pin.name, observed.pin, there, observed.stack)
+    ):
         return Row("warn", "source", sentence)
-    state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(there.kind, "ok")  # type: ignore[assignment]
+    state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(
+        there.kind, "ok"
+    )  # type: ignore[assignment]
     return Row(state, "source", there.detail)
 
 
@@ -145,13 +189,26 @@ def _patches(observed: plan.Observation) -> Row:
     if stack is None:
         return Row("missing", "patches", "no checkout to apply them to")
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
-    edited = f"; {len(stack.dirty)} edited {'file' if len(stack.dirty) == 1 else 'files'}" if stack.dirty else ""
+    edited = (
+        f"; {len(stack.dirty)} edited {'file' if len(stack.dirty) == 1 else 'files'}"
+        if stack.dirty
+        else ""
+    )
     words: dict[patches.State, tuple[State, str]] = {
         patches.State.APPLIED: ("ok", f"{count} applied"),
-        patches.State.UNAPPLIED: ("missing" if stack.names else "ok", f"{count}, not applied" if stack.names else "none"),
-        patches.State.UNEXPORTED: ("warn", f"{count}; vendor/vllm has commits that patches/vllm does not"),
+        patches.State.UNAPPLIED: (
+            "missing" if stack.names else "ok",
+            f"{count}, not applied" if stack.names else "none",
+        ),
+        patches.State.UNEXPORTED: (
+            "warn",
+            f"{count}; vendor/vllm has commits that patches/vllm does not",
+        ),
         patches.State.DIRTY: ("warn", f"{count}, not applied: edited files stand in the way"),
-        patches.State.IN_PROGRESS: ("FAIL", "an am, rebase, merge or cherry-pick is under way in vendor/vllm"),
+        patches.State.IN_PROGRESS: (
+            "FAIL",
+            "an am, rebase, merge or cherry-pick is under way in vendor/vllm",
+        ),
         patches.State.FOREIGN: ("FAIL", "vendor/vllm does not descend from the pin"),
         patches.State.MISSING: ("missing", "no checkout"),
     }
@@ -162,14 +219,31 @@ def _patches(observed: plan.Observation) -> Row:
 def _smoke(layout: Layout, observed: plan.Observation) -> Row:
     try:
         record = json.loads(read_regular(layout.smoke_record))
-        tree, edits, verdict, when = record["tree"], record["dirty"], record["verdict"], record["time"]
-        if verdict not in ("pass", "fail") or not (isinstance(when, str) and len(when) < LONGEST_TIME and when.isprintable()):
+        tree, edits, verdict, when = (
+            record["tree"],
+            record["dirty"],
+            record["verdict"],
+            record["time"],
+        )
+        if verdict not in ("pass", "fail") or not (
+            isinstance(when, str) and len(when) < LONGEST_TIME and when.isprintable()
+        ):
             raise ValueError("not what a smoke writes")
     except FileNotFoundError:
         return Row("missing", "smoke", "not run yet")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Row("missing", "smoke", f"{layout.relative(layout.smoke_record)} is damaged and proves nothing")
+        return Row(
+            "missing",
+            "smoke",
+            f"{layout.relative(layout.smoke_record)} is damaged and proves nothing",
+        )
     if verdict != "pass":
         return Row("FAIL", "smoke", f"failed {when}")
-    same = observed.stack is not None and observed.stack.tree == tree and plan.edits_digest(layout, observed.stack) == edits
-    return Row("ok" if same else "stale", "smoke", f"passed {when}" + ("" if same else ", on another tree"))
+    same = (
+        observed.stack is not None
+        and observed.stack.tree == tree
+        and plan.edits_digest(layout, observed.stack) == edits
+    )
+    return Row(
+        "ok" if same else "stale", "smoke", f"passed {when}" + ("" if same else ", on another tree")
+    )

@@ -1,7 +1,9 @@
-"""A verified build as a wheel: the package as the tree has it, its libraries, the metadata of the editable install.
+"""A verified build as a wheel: the package as the tree has it, its libraries, the metadata of the
+editable install.
 
-It installs as any wheel does, and gives its libraries to another clone or a second Spark (`--kernels PATH`); `workspace.json` in it says
-what they were made from. The same build gives the same bytes everywhere: no times, no paths of this machine.
+It installs as any wheel does, and gives its libraries to another clone or a second Spark
+(`--kernels PATH`); `workspace.json` in it says what they were made from. The same build gives the
+same bytes everywhere: no times, no paths of this machine.
 """
 
 import base64
@@ -31,7 +33,9 @@ from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
 
 # Of what git ignores, what builds put into the package; the rest is what editors and runs leave.
-_BUILT = re.compile(r"vllm/(_version\.py|vllm-rs|vllm_flash_attn/.+|third_party/.+|.+\.so(\.\d+)*)$")
+_BUILT = re.compile(
+    r"vllm/(_version\.py|vllm-rs|vllm_flash_attn/.+|third_party/.+|.+\.so(\.\d+)*)$"
+)
 # What of the installed metadata is this machine's own.
 _METADATA = re.compile(r"(METADATA|entry_points\.txt|top_level\.txt|licenses/.+)$")
 _FOR_PYTHON = re.compile(r"(.+)\.cpython-3(\d+)[a-z]*-.+\.so$")
@@ -60,13 +64,25 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     console.data(f"{made.sha256}  {layout.relative(made.path)}")
     if ".dirty" in made.path.name:
         console.warn("vendor/vllm has edits that no commit holds: the wheel is named by them")
-    console.say(f"a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels {made.path}")
+    console.say(
+        "a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels"
+        f" {made.path}"
+    )
 
 
-def pack(layout: Layout, settings: Settings, observed: plan.Observation, folder: Path, *, step: Step | None = None) -> Written:
-    """Pack the verified build into `folder`; hold the workspace's lock. An existing wheel of the same name is replaced as a whole.
+def pack(
+    layout: Layout,
+    settings: Settings,
+    observed: plan.Observation,
+    folder: Path,
+    *,
+    step: Step | None = None,
+) -> Written:
+    """Pack the verified build into `folder`; hold the workspace's lock. An existing wheel of the
+    same name is replaced as a whole.
 
-    Raises BuildError where there is no verified build, or it changed since, ToolchainError where `folder` cannot be written.
+    Raises BuildError where there is no verified build, or it changed since, ToolchainError where
+    `folder` cannot be written.
     """
     recorded = _verified(observed)
     git = Git(layout.vllm)
@@ -74,22 +90,34 @@ def pack(layout: Layout, settings: Settings, observed: plan.Observation, folder:
     members = _members(layout, git, observed, packed)
     known = {library.path: library.sha256 for library in recorded.libraries}
     if strange := sorted(name for name in members if name.endswith(".so") and name not in known):
-        raise BuildError(f"{strange[0]} is not of the build that was verified", hint="./scripts/inv rebuild")
+        raise BuildError(
+            f"{strange[0]} is not of the build that was verified", hint="./scripts/inv rebuild"
+        )
     tag = f"cp{packed.python.replace('.', '')}" if packed.python else "cp38"
-    name = f"vllm-{packed.version}-{tag}-{tag if packed.python else 'abi3'}-linux_{packed.machine}.whl"
+    name = (
+        f"vllm-{packed.version}-{tag}-{tag if packed.python else 'abi3'}-linux_{packed.machine}.whl"
+    )
     members[f"vllm-{packed.version}.dist-info/WHEEL"] = _wheel_file(name)
     with files.folder_beside(folder / name) as scratch:
-        for path, found in _write(scratch / name, members, f"vllm-{packed.version}.dist-info/RECORD", step):
+        for path, found in _write(
+            scratch / name, members, f"vllm-{packed.version}.dist-info/RECORD", step
+        ):
             if known.get(path, found) != found:
-                raise BuildError(f"{path} changed since the build was verified", hint="./scripts/inv bootstrap")
+                raise BuildError(
+                    f"{path} changed since the build was verified", hint="./scripts/inv bootstrap"
+                )
         (scratch / name).replace(folder / name)
     return Written(folder / name, (folder / name).stat().st_size, sha256(folder / name))
 
 
-def fits(packed: Packed, inputs: Inputs, digest: str, *, python: str, capabilities: tuple[str, ...] = ()) -> str | None:
-    """Decide whether the libraries of a wheel are what a build with these inputs would give; a sentence says why not.
+def fits(
+    packed: Packed, inputs: Inputs, digest: str, *, python: str, capabilities: tuple[str, ...] = ()
+) -> str | None:
+    """Decide whether the libraries of a wheel are what a build with these inputs would give; a
+    sentence says why not.
 
-    `digest` is that of the tree's compiled sources, `python` the environment's version as 3.12, `capabilities` those of the GPUs here.
+    `digest` is that of the tree's compiled sources, `python` the environment's version as 3.12,
+    `capabilities` those of the GPUs here.
     """
     pin = f"{packed.tag} {packed.commit[:12]}"
     compared = (
@@ -103,8 +131,10 @@ def fits(packed: Packed, inputs: Inputs, digest: str, *, python: str, capabiliti
         if theirs != ours:
             return f"it was built for {name} {theirs}, here it is {ours}"
     if packed.digest != digest:
-        return f"it was compiled from other sources than this tree's ({', '.join(plan.COMPILED_SOURCES)}): those of tree {packed.tree[:12]}" + (
-            " with edits" if packed.dirty else ""
+        return (
+            "it was compiled from other sources than this tree's"
+            f" ({', '.join(plan.COMPILED_SOURCES)}): those of tree {packed.tree[:12]}"
+            + (" with edits" if packed.dirty else "")
         )
     if packed.device == "cuda":
         found = [device_code.Cubins(name, archs) for name, archs in packed.cubins.items()]
@@ -118,12 +148,17 @@ def _verified(observed: plan.Observation) -> stamp.Stamp:
     for layer in (observed.kernels, observed.install):
         if layer.state != "ok" or layer.recorded is None:
             verb = "rebuild" if observed.for_compiler else "bootstrap"
-            raise BuildError(f"there is no verified build to pack: {layer.name} {layer.state}: {layer.why}", hint=f"./scripts/inv {verb}")
+            raise BuildError(
+                f"there is no verified build to pack: {layer.name} {layer.state}: {layer.why}",
+                hint=f"./scripts/inv {verb}",
+            )
         recorded = layer.recorded
     return recorded
 
 
-def _describe(layout: Layout, settings: Settings, git: Git, observed: plan.Observation, recorded: stamp.Stamp) -> Packed:
+def _describe(
+    layout: Layout, settings: Settings, git: Git, observed: plan.Observation, recorded: stamp.Stamp
+) -> Packed:
     tree, paths = git.tree("HEAD"), ("vllm", *plan.COMPILED_SOURCES)
     now = git.entries(paths, None)
     dirty = command.digest(now)[:8] if now != git.entries(paths, "HEAD") else ""
@@ -147,7 +182,9 @@ def _describe(layout: Layout, settings: Settings, git: Git, observed: plan.Obser
 
 
 def _python(recorded: stamp.Stamp) -> str:
-    """The one version of Python that a library is for; releases bring DeepGEMM's for each of them, a build of one's own for one."""
+    """The one version of Python that a library is for; releases bring DeepGEMM's for each of them,
+    a build of one's own for one.
+    """
     versions: dict[str, set[str]] = {}
     for library in recorded.libraries:
         if found := _FOR_PYTHON.match(library.path):
@@ -159,8 +196,12 @@ def _python(recorded: stamp.Stamp) -> str:
 _Member = Path | bytes
 
 
-def _members(layout: Layout, git: Git, observed: plan.Observation, packed: Packed) -> dict[str, _Member]:
-    """Every file of the package as the tree has it, and of the metadata, by its name in the wheel."""
+def _members(
+    layout: Layout, git: Git, observed: plan.Observation, packed: Packed
+) -> dict[str, _Member]:
+    """Every file of the package as the tree has it, and of the metadata, by its name in the
+    wheel.
+    """
     built = [name for name in worktree.products(git, tree_files.PACKAGE) if _BUILT.match(name)]
     members: dict[str, _Member] = {}
     for name in (*git.entries((tree_files.PACKAGE,), None), *built):
@@ -169,9 +210,19 @@ def _members(layout: Layout, git: Git, observed: plan.Observation, packed: Packe
             members[name] = path
         elif name == tree_files.LINKED and path.is_dir():
             files = {file: file.relative_to(path) for file in path.rglob("*.py")}
-            members |= {f"{name}/{below}": tree_files.as_package(file.read_bytes()) for file, below in files.items()}
+            members |= {
+                f"{name}/{below}": tree_files.as_package(file.read_bytes())
+                for file, below in files.items()
+            }
     said = f"vllm-{observed.version}.dist-info"
-    installed = next((found for folder in interpreter.site_packages(layout) if (found := folder / said).is_dir()), None)
+    installed = next(
+        (
+            found
+            for folder in interpreter.site_packages(layout)
+            if (found := folder / said).is_dir()
+        ),
+        None,
+    )
     if installed is None:
         raise BuildError(f"{said} is not in .vllm", hint="./scripts/inv bootstrap")
     info = f"vllm-{packed.version}.dist-info"
@@ -179,16 +230,24 @@ def _members(layout: Layout, git: Git, observed: plan.Observation, packed: Packe
         if path.is_file() and _METADATA.match(below := str(path.relative_to(installed))):
             members[f"{info}/{below}"] = path
     metadata = (installed / "METADATA").read_bytes()
-    members[f"{info}/METADATA"] = metadata.replace(f"\nVersion: {observed.version}\n".encode(), f"\nVersion: {packed.version}\n".encode(), 1)
+    members[f"{info}/METADATA"] = metadata.replace(
+        f"\nVersion: {observed.version}\n".encode(), f"\nVersion: {packed.version}\n".encode(), 1
+    )
     own = layout.vllm / tree_files.PACKAGE / "_version.py"
-    members["vllm/_version.py"] = _renamed(own.read_text(encoding="utf-8"), observed.version, packed.version).encode()
-    members[f"{info}/{RECORD}"] = (json.dumps({"schema": SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n").encode()
+    members["vllm/_version.py"] = _renamed(
+        own.read_text(encoding="utf-8"), observed.version, packed.version
+    ).encode()
+    members[f"{info}/{RECORD}"] = (
+        json.dumps({"schema": SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n"
+    ).encode()
     return members
 
 
 def _renamed(text: str, old: str, new: str) -> str:
     """setuptools-scm's _version.py for another version, which differs in the local label alone."""
-    return text.replace(f"'{old}'", f"'{new}'").replace(f"'{old.partition('+')[2]}')", f"'{new.partition('+')[2]}')")
+    return text.replace(f"'{old}'", f"'{new}'").replace(
+        f"'{old.partition('+')[2]}')", f"'{new.partition('+')[2]}')"
+    )
 
 
 def _wheel_file(name: str) -> bytes:
@@ -196,15 +255,24 @@ def _wheel_file(name: str) -> bytes:
     return f"Wheel-Version: 1.0\nGenerator: vllm-workspace\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
 
 
-def _write(path: Path, members: Mapping[str, _Member], record: str, step: Step | None) -> Iterator[tuple[str, str]]:
-    """Write the members, sorted, the metadata last as PEP 427 recommends, and RECORD; yield each member's name and SHA-256 as it is written."""
+def _write(
+    path: Path, members: Mapping[str, _Member], record: str, step: Step | None
+) -> Iterator[tuple[str, str]]:
+    """Write the members, sorted, the metadata last as PEP 427 recommends, and RECORD; yield each
+    member's name and SHA-256 as it is written.
+    """
     lines, done = [], 0
-    total = sum(len(member) if isinstance(member, bytes) else member.stat().st_size for member in members.values())
+    total = sum(
+        len(member) if isinstance(member, bytes) else member.stat().st_size
+        for member in members.values()
+    )
     with path.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in sorted(members, key=lambda name: (".dist-info/" in name, name)):
                 size, digest = _add(archive, name, members[name])
-                lines.append(f"{_quoted(name)},sha256={base64.urlsafe_b64encode(digest).rstrip(b'=').decode()},{size}\n")
+                lines.append(
+                    f"{_quoted(name)},sha256={base64.urlsafe_b64encode(digest).rstrip(b'=').decode()},{size}\n"
+                )
                 done += size
                 if step:
                     step.progress(done / 1e6, total / 1e6, "MB")
@@ -218,7 +286,9 @@ def _add(archive: zipfile.ZipFile, name: str, member: _Member) -> tuple[int, byt
     """Add one member and return its bytes and SHA-256."""
     item = zipfile.ZipInfo(name, _WHEN)
     item.compress_type = zipfile.ZIP_DEFLATED
-    is_program = name.endswith(".so") or (isinstance(member, Path) and bool(member.stat().st_mode & 0o111))
+    is_program = name.endswith(".so") or (
+        isinstance(member, Path) and bool(member.stat().st_mode & 0o111)
+    )
     item.external_attr = (stat.S_IFREG | (0o755 if is_program else 0o644)) << 16
     digest = hashlib.sha256()
     if isinstance(member, bytes):

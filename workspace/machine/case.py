@@ -1,4 +1,5 @@
-"""What the doctor's checks share: the row they give, the case they look at, and a question to a program that may hang.
+"""What the doctor's checks share: the row they give, the case they look at, and a question to a
+program that may hang.
 
 A case looks at each thing once, whichever check asks first: checks run beside each other.
 """
@@ -30,7 +31,9 @@ Seen = TypeVar("Seen")
 
 @dataclass(frozen=True)
 class Row:
-    """One finding: what was looked at, what was seen, why it matters, and the command that mends it."""
+    """One finding: what was looked at, what was seen, why it matters, and the command that mends
+    it.
+    """
 
     state: State
     name: str
@@ -76,7 +79,8 @@ class Once(Generic[Seen]):
 class Case:
     """A clone on a machine, and what is to be done there.
 
-    `device` None lets it be told; `kernels` is precompiled, native or anything else for a wheel; `host` is the machine, where it was looked at already.
+    `device` None lets it be told; `kernels` is precompiled, native or anything else for a wheel;
+    `host` is the machine, where it was looked at already.
     """
 
     def __init__(
@@ -108,7 +112,9 @@ class Case:
 
     @property
     def lacking(self) -> State:
-        """What the lack of something that compiles is: an end where kernels are to be compiled, else a warning."""
+        """What the lack of something that compiles is: an end where kernels are to be compiled,
+        else a warning.
+        """
         return "FAIL" if self.is_native else "warn"
 
     @property
@@ -142,20 +148,37 @@ class Case:
         """Find a program where a build would: among the settings' folders, then on PATH."""
         return shutil.which(name, path=self.settings.child_environment("build").get("PATH", ""))
 
-    def ask(self, words: Sequence[process.Argument], *, extra: Mapping[str, str] | None = None, timeout_s: float = ANSWER_S) -> process.Completed | None:
-        """Run a program that only looks; None where it does not run or gives no answer in time. It is killed then, whatever it traps."""
+    def ask(
+        self,
+        words: Sequence[process.Argument],
+        *,
+        extra: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> process.Completed | None:
+        """Run a program that only looks; None where it does not run or gives no answer in time. It
+        is killed then, whatever it traps.
+        """
         environment = self.settings.child_environment("build", extra)
         timeout = shutil.which("timeout", path=environment.get("PATH", ""))
         bound = [timeout, "-k", f"{KILL_S:g}", f"{timeout_s:g}"] if timeout else []
         try:
-            return process.capture([*bound, *words], env=environment, cwd=self._folder(), timeout_s=timeout_s + 2 * KILL_S)
+            return process.capture(
+                [*bound, *words],
+                env=environment,
+                cwd=self._folder(),
+                timeout_s=timeout_s + 2 * KILL_S,
+            )
         except ToolchainError:
             return None
 
     def said(self, words: Sequence[process.Argument]) -> str | None:
         """The first line that a program prints when it succeeds."""
         done = self.ask(words, timeout_s=PATIENCE_S)
-        return done.stdout.strip().splitlines()[0] if done and done.returncode == 0 and done.stdout.strip() else None
+        return (
+            done.stdout.strip().splitlines()[0]
+            if done and done.returncode == 0 and done.stdout.strip()
+            else None
+        )
 
     def _folder(self) -> Path | None:
         """uv and git read what lies in the folder that they run in."""
@@ -164,7 +187,8 @@ class Case:
     def _device(self) -> str:
         """Decide DEVICE=auto: what the torch in `.vllm` is built for, else what the driver shows.
 
-        A CUDA build whose driver no longer answers is a fault to be found, not a machine without a GPU.
+        A CUDA build whose driver no longer answers is a fault to be found, not a machine without a
+        GPU.
         """
         build = self.torch() if self.settings.text("DEVICE") == "auto" else None
         if build is not None:
@@ -173,16 +197,25 @@ class Case:
         return asked if asked != "auto" else ("cuda" if self.host().gpus else "cpu")
 
     def _driver_cuda(self) -> str | None:
-        """The newest CUDA that the driver serves, such as 13.0. Only nvidia-smi's XML has it in a machine's form."""
+        """The newest CUDA that the driver serves, such as 13.0. Only nvidia-smi's XML has it in a
+        machine's form.
+        """
         if not self.host().gpus:
             return None
-        program = shutil.which("nvidia-smi", path=self.settings.child_environment("plain").get("PATH", ""))
+        program = shutil.which(
+            "nvidia-smi", path=self.settings.child_environment("plain").get("PATH", "")
+        )
         done = self.ask([program, "-q", "-x"]) if program else None
-        found = re.search(r"<cuda_version>\s*(\d+\.\d+)\s*</cuda_version>", done.stdout) if done else None
+        found = (
+            re.search(r"<cuda_version>\s*(\d+\.\d+)\s*</cuda_version>", done.stdout)
+            if done
+            else None
+        )
         return found[1] if found else None
 
 
-# GiB that a bootstrap adds to the clone, or to uv's cache where that lies on another file system (files are linked otherwise).
+# GiB that a bootstrap adds to the clone, or to uv's cache where that lies on another file system
+# (files are linked otherwise).
 GROWTH_GIB = {"cpu": 5.0, "cuda": 14.0}
 # Objects and intermediate files of a compilation: an estimate.
 NATIVE_GIB = {"cpu": 2.0, "cuda": 10.0}
@@ -195,9 +228,14 @@ TEMPORARY_GIB = 1.0
 def grown(case: Case) -> tuple[Place, ...]:
     """Return every folder that will grow, and by how much."""
     environment = case.settings.child_environment("run")
-    growth = (1.0 if case.is_built else GROWTH_GIB[case.device]) + (NATIVE_GIB[case.device] if case.is_native else 0.0)
+    growth = (1.0 if case.is_built else GROWTH_GIB[case.device]) + (
+        NATIVE_GIB[case.device] if case.is_native else 0.0
+    )
     uv_cache = Path(environment.get("UV_CACHE_DIR") or case.cache_home / "uv")
-    is_linked = hardware.existing(uv_cache).stat().st_dev == hardware.existing(case.layout.root).stat().st_dev
+    is_linked = (
+        hardware.existing(uv_cache).stat().st_dev
+        == hardware.existing(case.layout.root).stat().st_dev
+    )
     hub = Path(environment.get("HF_HUB_CACHE") or hub_home(case) / "hub")
     return (
         Place("workspace", case.layout.root, growth),
@@ -228,4 +266,7 @@ def _programs() -> tuple[Program, ...]:
     import psutil
 
     seen = psutil.process_iter(["pid", "name", "cmdline"])
-    return tuple(Program(one.info["pid"], one.info["name"] or "", tuple(one.info["cmdline"] or ())) for one in seen)
+    return tuple(
+        Program(one.info["pid"], one.info["name"] or "", tuple(one.info["cmdline"] or ()))
+        for one in seen
+    )

@@ -45,7 +45,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are those that this process may run on; `memory_gib` is the control group's limit where that is tighter."""
+    """`cores` are those that this process may run on; `memory_gib` is the control group's limit
+    where that is tighter.
+    """
 
     architecture: str
     cores: int
@@ -55,7 +57,9 @@ class Machine:
 
 
 def observe(settings: Settings) -> Machine:
-    """Look at the machine. A driver that is broken, hangs or is missing means no GPU; it costs at most 5 s."""
+    """Look at the machine. A driver that is broken, hangs or is missing means no GPU; it costs at
+    most 5 s.
+    """
     import psutil
 
     memory = psutil.virtual_memory()
@@ -63,11 +67,19 @@ def observe(settings: Settings) -> Machine:
     for limit, used in memory_limits():
         total = min(total, limit)
         available = min(available, max(0.0, limit - used))
-    return Machine(platform.machine(), len(os.sched_getaffinity(0)), total / GIB, available / GIB, _gpus(settings))
+    return Machine(
+        platform.machine(),
+        len(os.sched_getaffinity(0)),
+        total / GIB,
+        available / GIB,
+        _gpus(settings),
+    )
 
 
 def free_gib(path: Path) -> float:
-    """Return the GiB that this user may still write on the file system of `path`, or of its nearest parent that is there."""
+    """Return the GiB that this user may still write on the file system of `path`, or of its nearest
+    parent that is there.
+    """
     state = os.statvfs(existing(path))
     return state.f_bavail * state.f_frsize / GIB
 
@@ -82,32 +94,54 @@ def _gpus(settings: Settings) -> tuple[Gpu, ...]:
     program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
     if program is None:
         return ()
-    # Drivers before 510 know no compute_cap and refuse the whole query. Memory is not asked for: on unified memory it is N/A.
+    # Drivers before 510 know no compute_cap and refuse the whole query. Memory is not asked for: on
+    # unified memory it is N/A.
     for fields in (("name", "compute_cap", "driver_version"), ("name", "driver_version")):
-        query = ["timeout", "-k", f"{GPU_KILL_S:g}", f"{GPU_QUERY_S:g}", program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        query = [
+            "timeout",
+            "-k",
+            f"{GPU_KILL_S:g}",
+            f"{GPU_QUERY_S:g}",
+            program,
+            f"--query-gpu={','.join(fields)}",
+            "--format=csv,noheader",
+        ]
         try:
             done = process.capture(query, env=environment, timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5)
         except ToolchainError:
             return ()
         if done.returncode == 0:
-            return tuple(_gpu(dict(zip(fields, (word.strip() for word in line.split(",")), strict=False))) for line in done.stdout.splitlines() if line.strip())
+            return tuple(
+                _gpu(dict(zip(fields, (word.strip() for word in line.split(",")), strict=False)))
+                for line in done.stdout.splitlines()
+                if line.strip()
+            )
         if "not a valid field" not in done.stdout + done.stderr:
             return ()
     return ()
 
 
 def _gpu(said: dict[str, str]) -> Gpu:
-    known = {field: text for field, text in said.items() if text and text.strip("[]").lower() not in ("n/a", "not supported", "unknown error")}
+    known = {
+        field: text
+        for field, text in said.items()
+        if text and text.strip("[]").lower() not in ("n/a", "not supported", "unknown error")
+    }
     return Gpu(known.get("name", "GPU"), known.get("compute_cap"), known.get("driver_version"))
 
 
 def memory_limits() -> Iterator[tuple[float, float]]:
-    """Yield limit and use, in bytes, of each control group around this process (cgroups(7), versions 1 and 2)."""
+    """Yield limit and use, in bytes, of each control group around this process (cgroups(7),
+    versions 1 and 2).
+    """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
-    versions = {"": (_CGROUPS, "memory.max", "memory.current"), "memory": (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")}
+    versions = {
+        "": (_CGROUPS, "memory.max", "memory.current"),
+        "memory": (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    }
     for line in lines:
         _, controllers, place = line.split(":", 2)
         if controllers in versions:
@@ -120,12 +154,22 @@ def memory_limits() -> Iterator[tuple[float, float]]:
 
 def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[float, float]]:
     try:
-        limit, used, stat = ((folder / name).read_text(encoding="ascii").strip() for name in (limit_name, used_name, "memory.stat"))
+        limit, used, stat = (
+            (folder / name).read_text(encoding="ascii").strip()
+            for name in (limit_name, used_name, "memory.stat")
+        )
     except OSError:
         return
     if limit.isdigit():
         # What the page cache holds of files nobody uses is given back when memory is asked for.
-        cached = next((line.split()[1] for line in stat.splitlines() if line.startswith(("inactive_file ", "total_inactive_file "))), "0")
+        cached = next(
+            (
+                line.split()[1]
+                for line in stat.splitlines()
+                if line.startswith(("inactive_file ", "total_inactive_file "))
+            ),
+            "0",
+        )
         yield float(limit), max(0.0, float(used) - float(cached))
 
 
@@ -139,9 +183,16 @@ SUDOERS = "/etc/sudoers.d/vllm-workspace"
 
 
 def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = None) -> None:
-    """Write what is dirty to the disk, drop the page cache, say how much came back. Raises ToolchainError where this user may not; nothing is changed then."""
+    """Write what is dirty to the disk, drop the page cache, say how much came back. Raises
+    ToolchainError where this user may not; nothing is changed then.
+    """
     environment = settings.child_environment("plain")
-    sysctl = shutil.which("sysctl", path=os.pathsep.join([environment.get("PATH", ""), "/usr/sbin", "/sbin"])) or USUAL_SYSCTL
+    sysctl = (
+        shutil.which(
+            "sysctl", path=os.pathsep.join([environment.get("PATH", ""), "/usr/sbin", "/sbin"])
+        )
+        or USUAL_SYSCTL
+    )
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
     if argv[0] == "sudo" and not _may(argv, environment):
@@ -151,9 +202,14 @@ def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = 
     console.command(shlex.join(argv))
     done = process.capture(argv, env=environment, timeout_s=PATIENCE_S)
     if done.returncode != 0:
-        raise _refused(sysctl, (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1])
+        raise _refused(
+            sysctl,
+            (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1],
+        )
     after = free_memory_gib(read_meminfo())
-    console.say(f"{max(0.0, after - before):.1f} GiB came back: {after:.1f} GiB are free, {before:.1f} were")
+    console.say(
+        f"{max(0.0, after - before):.1f} GiB came back: {after:.1f} GiB are free, {before:.1f} were"
+    )
 
 
 def command(sysctl: str, *, is_root: bool) -> list[str]:
@@ -168,13 +224,17 @@ def sudoers_line(user: str, sysctl: str) -> str:
 
 
 def read_meminfo() -> Mapping[str, int]:
-    """The kernel's figures of memory in KiB by name (proc_meminfo(5)); none where they cannot be read."""
+    """The kernel's figures of memory in KiB by name (proc_meminfo(5)); none where they cannot be
+    read.
+    """
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
     words = [line.split() for line in lines]
-    return {word[0].rstrip(":"): int(word[1]) for word in words if len(word) >= 2 and word[1].isdigit()}
+    return {
+        word[0].rstrip(":"): int(word[1]) for word in words if len(word) >= 2 and word[1].isdigit()
+    }
 
 
 def free_memory_gib(meminfo: Mapping[str, int]) -> float:
@@ -183,14 +243,24 @@ def free_memory_gib(meminfo: Mapping[str, int]) -> float:
 
 def droppable_gib(meminfo: Mapping[str, int]) -> float:
     """Page cache that would come back: what is neither shared memory nor still to be written."""
-    held = meminfo.get("Cached", 0) + meminfo.get("Buffers", 0) - meminfo.get("Shmem", 0) - meminfo.get("Dirty", 0)
+    held = (
+        meminfo.get("Cached", 0)
+        + meminfo.get("Buffers", 0)
+        - meminfo.get("Shmem", 0)
+        - meminfo.get("Dirty", 0)
+    )
     return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB_
 
 
 def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
     """Whether sudo would run it without asking; `-l` asks and runs nothing."""
     try:
-        return process.capture(["sudo", "-n", "-l", *argv[2:]], env=environment, timeout_s=PATIENCE_S).returncode == 0
+        return (
+            process.capture(
+                ["sudo", "-n", "-l", *argv[2:]], env=environment, timeout_s=PATIENCE_S
+            ).returncode
+            == 0
+        )
     except ToolchainError:
         return False
 
@@ -201,15 +271,26 @@ def _refused(sysctl: str, why: str) -> ToolchainError:
     except KeyError:
         user = f"#{os.getuid()}"
     line = sudoers_line(user, sysctl)
-    hint = f"echo {shlex.quote(line)} | sudo tee {SUDOERS} && sudo chmod 440 {SUDOERS} && sudo visudo -cf {SUDOERS}"
-    return ToolchainError(f"the page cache was not dropped: {why}", hint=hint, details=(f"the one right that is needed, in {SUDOERS}:", line))
+    hint = (
+        f"echo {shlex.quote(line)} | sudo tee {SUDOERS} && sudo chmod 440 {SUDOERS} && sudo visudo"
+        f" -cf {SUDOERS}"
+    )
+    return ToolchainError(
+        f"the page cache was not dropped: {why}",
+        hint=hint,
+        details=(f"the one right that is needed, in {SUDOERS}:", line),
+    )
 
 
-_ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE)
+_ASSIGNMENT = re.compile(
+    r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
+)
 # A shell knows more keys than there are settings: an access key, a cookie, a personal access token.
 _KEY_NAME = re.compile(r"(^|_)(KEY|PAT|AUTH|COOKIE|PASS|PASSPHRASE|PWD)(_|$)")
 _LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
-_URL_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):")
+_URL_HOST = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
+)
 _MAIL_LINE = re.compile(rb"^(?:From|Author|Commit|Cc|[A-Za-z-]+-by): .*$", re.MULTILINE)
 _IDENTITY = re.compile(r"^\s*(?:name|email|user)\s*=\s*(.+?)\s*$", re.MULTILINE)
 TAIL_BYTES = 2 << 20
@@ -222,33 +303,82 @@ def private(layout: Layout, settings: Settings) -> Private:
     """Say what is private on this machine and in this clone, as far as anything here knows it."""
     shell = settings.shell
     home = Path(shell.get("HOME") or "/")
-    files = [home / ".gitconfig", layout.root / ".git" / "config", layout.root / ".gitmodules", layout.vllm / ".git" / "config", layout.dotenv, layout.pins]
-    configured = "\n".join([*shell.values(), *(read_small(path).decode("utf-8", "replace") for path in files)])
+    files = [
+        home / ".gitconfig",
+        layout.root / ".git" / "config",
+        layout.root / ".gitmodules",
+        layout.vllm / ".git" / "config",
+        layout.dotenv,
+        layout.pins,
+    ]
+    configured = "\n".join(
+        [*shell.values(), *(read_small(path).decode("utf-8", "replace") for path in files)]
+    )
     logins = _LOGIN.findall(configured)
     account = _account()
-    people = {*account[1], *_identities(layout, read_small(home / ".gitconfig") + b"\n" + read_small(layout.root / ".git" / "config"))}
-    keys = {text for name, text in shell.items() if _KEY_NAME.search(name) and len(text) >= 8 and not text.startswith("/")}
+    people = {
+        *account[1],
+        *_identities(
+            layout,
+            read_small(home / ".gitconfig") + b"\n" + read_small(layout.root / ".git" / "config"),
+        ),
+    }
+    keys = {
+        text
+        for name, text in shell.items()
+        if _KEY_NAME.search(name) and len(text) >= 8 and not text.startswith("/")
+    }
     secrets = {
         *settings.secrets,
         *keys,
         *(value for name, value in assignments(layout.dotenv) if is_secret(name)),
         *(password or user for user, password in logins),
     }
-    users = {*account[0], home.name, *(user for user, password in logins if password), *(shell.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER"))}
+    users = {
+        *account[0],
+        home.name,
+        *(user for user, password in logins if password),
+        *(shell.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER")),
+    }
     homes = {str(home), str(home.resolve()), *account[2]}
-    clones = {str(layout.root), str(layout.root.resolve()), *([shell["PWD"]] if "PWD" in shell and Path(shell["PWD"]).resolve() == layout.root else [])}
+    clones = {
+        str(layout.root),
+        str(layout.root.resolve()),
+        *([shell["PWD"]] if "PWD" in shell and Path(shell["PWD"]).resolve() == layout.root else []),
+    }
     scratch = {shell.get(name, "") for name in ("TMPDIR", "TMP", "TEMP", "XDG_RUNTIME_DIR")}
-    places = [(place, label) for found, label in ((clones, "<clone>"), (homes, "~"), (scratch, "<tmp>")) for place in found]
+    places = [
+        (place, label)
+        for found, label in ((clones, "<clone>"), (homes, "~"), (scratch, "<tmp>"))
+        for place in found
+    ]
     places.append((str(settings.cache), "<cache>"))
-    # A host of one word, such as `mirror`, is a word elsewhere; in addresses it is masked by its place.
-    hosts = {*_hosts(shell), *(name for pair in _URL_HOST.findall(configured) for name in pair if "." in name and not _ADDRESS_LIKE.fullmatch(name))}
-    versions = frozenset(text for text in interpreter.installed(layout).values() if _ADDRESS_LIKE.fullmatch(text))
+    # A host of one word, such as `mirror`, is a word elsewhere; in addresses it is masked by its
+    # place.
+    hosts = {
+        *_hosts(shell),
+        *(
+            name
+            for pair in _URL_HOST.findall(configured)
+            for name in pair
+            if "." in name and not _ADDRESS_LIKE.fullmatch(name)
+        ),
+    }
+    versions = frozenset(
+        text for text in interpreter.installed(layout).values() if _ADDRESS_LIKE.fullmatch(text)
+    )
     return Private(
         secrets=tuple(sorted(filter(None, secrets))),
         users=tuple(sorted(filter(None, users))),
         hosts=tuple(sorted(filter(None, hosts))),
         people=tuple(sorted(people)),
-        places=tuple(sorted((place, label) for place, label in places if place.rstrip("/") not in _PUBLIC_FOLDERS)),
+        places=tuple(
+            sorted(
+                (place, label)
+                for place, label in places
+                if place.rstrip("/") not in _PUBLIC_FOLDERS
+            )
+        ),
         versions=versions,
     )
 
@@ -267,14 +397,21 @@ def _account() -> tuple[set[str], set[str], set[str]]:
 
 
 def _identities(layout: Layout, config: bytes) -> set[str]:
-    """Names and addresses of git's user and of everybody in the patches' headers, but for reserved addresses."""
+    """Names and addresses of git's user and of everybody in the patches' headers, but for reserved
+    addresses.
+    """
     found = set(_IDENTITY.findall(config.decode("utf-8", "replace")))
     for project in PROJECTS:
         for patch in layout.patches(project).glob("*.patch"):
-            headers = [line.decode("utf-8", "replace").partition(": ")[2] for line in _MAIL_LINE.findall(read_small(patch))]
+            headers = [
+                line.decode("utf-8", "replace").partition(": ")[2]
+                for line in _MAIL_LINE.findall(read_small(patch))
+            ]
             # The parser stumbles over some headers that are not of their form.
             with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
-                headers.append(str(message_from_bytes(read_small(patch), policy=mail).get("From", "")))
+                headers.append(
+                    str(message_from_bytes(read_small(patch), policy=mail).get("From", ""))
+                )
             for name, address in getaddresses(headers):
                 if not address.endswith((".invalid", "@invalid")):
                     found |= {name, address}
@@ -282,14 +419,25 @@ def _identities(layout: Layout, config: bytes) -> set[str]:
 
 
 def _hosts(shell: Mapping[str, str]) -> set[str]:
-    """This machine's names: of the kernel, the shell and /etc/hosts, with the domains that the resolver appends."""
+    """This machine's names: of the kernel, the shell and /etc/hosts, with the domains that the
+    resolver appends.
+    """
     node = platform.node()
-    names = {node, node.split(".")[0], *(shell.get(name, "") for name in ("HOSTNAME", "HOST", "CONTAINER_NAME"))}
+    names = {
+        node,
+        node.split(".")[0],
+        *(shell.get(name, "") for name in ("HOSTNAME", "HOST", "CONTAINER_NAME")),
+    }
     for line in read_small(Path("/etc/hosts")).decode("utf-8", "replace").splitlines():
         aliases = line.partition("#")[0].split()[1:]
         if node in aliases or names & set(aliases):
             names |= set(aliases)
-    names |= {part for name in names for part in (name.split(".")[0], name.partition(".")[2]) if "." in name and part}
+    names |= {
+        part
+        for name in names
+        for part in (name.split(".")[0], name.partition(".")[2])
+        if "." in name and part
+    }
     for line in read_small(Path("/etc/resolv.conf")).decode("utf-8", "replace").splitlines():
         if line.startswith(("search", "domain")):
             names |= {domain for domain in line.split()[1:] if "." in domain}
@@ -297,7 +445,9 @@ def _hosts(shell: Mapping[str, str]) -> set[str]:
 
 
 def assignments(path: Path) -> list[tuple[str, str]]:
-    """Names and values of a dotenv file as far as they can be told, whatever else is wrong with it."""
+    """Names and values of a dotenv file as far as they can be told, whatever else is wrong with
+    it.
+    """
     text = read_small(path).decode("utf-8-sig", "replace")
     return [(name, value.strip("\"'")) for name, value in _ASSIGNMENT.findall(text)]
 
@@ -311,7 +461,9 @@ def read_small(path: Path) -> bytes:
 
 
 def tail_of(path: Path) -> str:
-    """Return the end of a file, from the beginning of a line: half a token would not be known for one. Or why it cannot be read."""
+    """Return the end of a file, from the beginning of a line: half a token would not be known for
+    one. Or why it cannot be read.
+    """
     if path.exists() and not path.is_file():
         return "error: it cannot be read: not a regular file\n"
     try:
@@ -323,4 +475,6 @@ def tail_of(path: Path) -> str:
         return f"error: it cannot be read: {exc.strerror}\n"
     if size <= TAIL_BYTES:
         return content.decode("utf-8", "replace")
-    return f"... {size - TAIL_BYTES} bytes before this are left out\n" + content.partition(b"\n")[2].decode("utf-8", "replace")
+    return f"... {size - TAIL_BYTES} bytes before this are left out\n" + content.partition(b"\n")[
+        2
+    ].decode("utf-8", "replace")

@@ -1,4 +1,5 @@
-"""The interpreter of `.vllm`: which one, the virtual environment around it, and what uv puts into it.
+"""The interpreter of `.vllm`: which one, the virtual environment around it, and what uv puts into
+it.
 
 All packages go in through `install`, which says in one sentence what stood in the way.
 """
@@ -18,7 +19,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from workspace.core import process
-from workspace.core.errors import BuildError, SettingsError, SourceError, ToolchainError, WorkspaceError
+from workspace.core.errors import (
+    BuildError,
+    SettingsError,
+    SourceError,
+    ToolchainError,
+    WorkspaceError,
+)
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
@@ -34,14 +41,17 @@ FETCH_S = 240.0
 FETCH_AGAIN_S = 24 * 3600.0
 KEPT_LINES = 400
 _FACTS = (
-    "import json, sys, sysconfig; v = sys.version_info; print(json.dumps({'version': '%d.%d.%d' % v[:3], 'level': v.releaselevel,"
-    " 'include': sysconfig.get_paths()['include'], 'prefix': sys.prefix, 'executable': sys.executable, 'base': sys.base_prefix}))"
+    "import json, sys, sysconfig; v = sys.version_info; print(json.dumps({'version': '%d.%d.%d' %"
+    " v[:3], 'level': v.releaselevel, 'include': sysconfig.get_paths()['include'], 'prefix':"
+    " sys.prefix, 'executable': sys.executable, 'base': sys.base_prefix}))"
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An interpreter to make `.vllm` with. `reason` is empty for the preferred one, else why it is another, to be said aloud."""
+    """An interpreter to make `.vllm` with. `reason` is empty for the preferred one, else why it is
+    another, to be said aloud.
+    """
 
     path: Path
     version: str
@@ -50,7 +60,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class PythonFacts:
-    """A Python that runs. `headers` is the folder that holds Python.h, None where it is missing; `base` the prefix of the Python below."""
+    """A Python that runs. `headers` is the folder that holds Python.h, None where it is missing;
+    `base` the prefix of the Python below.
+    """
 
     path: Path
     version: str
@@ -63,18 +75,25 @@ class NotOffered(SourceError):
 
 
 def uv(layout: Layout) -> Path:
-    """Return the uv of the tool environment, else the one on PATH. Raises ToolchainError where there is none."""
+    """Return the uv of the tool environment, else the one on PATH. Raises ToolchainError where
+    there is none.
+    """
     own = layout.tools / "bin" / "uv"
     if os.access(own, os.X_OK):
         return own
     found = shutil.which("uv")
     if found is None:
-        raise ToolchainError("uv is not there, neither in .workspace/tools nor on PATH", hint="./scripts/inv bootstrap")
+        raise ToolchainError(
+            "uv is not there, neither in .workspace/tools nor on PATH",
+            hint="./scripts/inv bootstrap",
+        )
     return Path(found)
 
 
 def describe(layout: Layout, settings: Settings) -> PythonFacts | None:
-    """Look at `.vllm`. None where it is missing, or its Python does not run or belongs to another environment."""
+    """Look at `.vllm`. None where it is missing, or its Python does not run or belongs to another
+    environment.
+    """
     if not os.access(layout.environment_python, os.X_OK):
         return None
     facts = _facts(layout.environment_python, settings)
@@ -83,51 +102,97 @@ def describe(layout: Layout, settings: Settings) -> PythonFacts | None:
 
 
 def headers_of(python: Path, settings: Settings) -> Path | None:
-    """Return the folder with Python.h that a build with this interpreter would use, None where it is missing."""
+    """Return the folder with Python.h that a build with this interpreter would use, None where it
+    is missing.
+    """
     facts = _facts(python, settings)
     return facts[0].headers if facts else None
 
 
 def choose(
-    layout: Layout, settings: Settings, *, supported: "SpecifierSet", wheel_pythons: frozenset[str] | None = None, run_log: RunLog | None = None
+    layout: Layout,
+    settings: Settings,
+    *,
+    supported: "SpecifierSet",
+    wheel_pythons: frozenset[str] | None = None,
+    run_log: RunLog | None = None,
 ) -> Choice:
-    """Choose the Python for `.vllm`: PYTHON_VERSION where it is installed or soon fetched, else the newest supported one.
+    """Choose the Python for `.vllm`: PYTHON_VERSION where it is installed or soon fetched, else the
+    newest supported one.
 
-    `wheel_pythons` are the minor versions, such as 3.11, that a local torch wheel fits; they bind where one of them is installed.
-    Raises ToolchainError where no supported Python is to be had.
+    `wheel_pythons` are the minor versions, such as 3.11, that a local torch wheel fits; they bind
+    where one of them is installed. Raises ToolchainError where no supported Python is to be had.
     """
     preferred = _preferred(settings)
     choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
-    is_bound = choice is not None and wheel_pythons is not None and _minor(choice.version) in wheel_pythons and _minor(preferred) not in wheel_pythons
-    if (choice is None or choice.reason) and not is_bound and preferred in supported and _fetch(layout, settings, preferred, run_log):
+    is_bound = (
+        choice is not None
+        and wheel_pythons is not None
+        and _minor(choice.version) in wheel_pythons
+        and _minor(preferred) not in wheel_pythons
+    )
+    if (
+        (choice is None or choice.reason)
+        and not is_bound
+        and preferred in supported
+        and _fetch(layout, settings, preferred, run_log)
+    ):
         choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     if choice is None:
         wanted = preferred if preferred in supported else "3.12"
         raise ToolchainError(
-            f"no Python {supported} is installed, which the pinned vLLM needs, and Python {wanted} could not be fetched",
-            hint=f"uv python install {wanted}  # or: sudo apt install python{wanted} python{wanted}-dev",
+            f"no Python {supported} is installed, which the pinned vLLM needs, and Python {wanted}"
+            " could not be fetched",
+            hint=(
+                f"uv python install {wanted}  # or: sudo apt install python{wanted}"
+                f" python{wanted}-dev"
+            ),
         )
     return choice
 
 
-def foresee(layout: Layout, settings: Settings, *, supported: "SpecifierSet", wheel_pythons: frozenset[str] | None = None) -> Choice | None:
-    """Return what `choose` would take of what is installed now; None where nothing is supported. Fetches nothing."""
+def foresee(
+    layout: Layout,
+    settings: Settings,
+    *,
+    supported: "SpecifierSet",
+    wheel_pythons: frozenset[str] | None = None,
+) -> Choice | None:
+    """Return what `choose` would take of what is installed now; None where nothing is supported.
+    Fetches nothing.
+    """
     preferred = _preferred(settings)
     there = [found for found in _installed_pythons(layout, settings) if found[0] in supported]
-    fitting = [found for found in there if wheel_pythons is None or _minor(found[0]) in wheel_pythons]
+    fitting = [
+        found for found in there if wheel_pythons is None or _minor(found[0]) in wheel_pythons
+    ]
     candidates = fitting or there
-    ranked = sorted(candidates, key=lambda found: (_is_version(found[0], preferred), _key(found[0])), reverse=True)
+    ranked = sorted(
+        candidates,
+        key=lambda found: (_is_version(found[0], preferred), _key(found[0])),
+        reverse=True,
+    )
     for version in dict.fromkeys(found[0] for found in ranked):
-        # Of a shim, what it stands for: the choice must not change with the folder that a version manager looks at.
-        running = [facts for candidate, path in ranked if candidate == version and (facts := _facts(path, settings, follow=True))]
+        # Of a shim, what it stands for: the choice must not change with the folder that a version
+        # manager looks at.
+        running = [
+            facts
+            for candidate, path in ranked
+            if candidate == version and (facts := _facts(path, settings, follow=True))
+        ]
         if running:
             best = next((facts for facts, _ in running if facts.headers), running[0][0])
-            return Choice(best.path, best.version, _reason(best.version, preferred, supported, wheel_pythons if fitting else None))
+            return Choice(
+                best.path,
+                best.version,
+                _reason(best.version, preferred, supported, wheel_pythons if fitting else None),
+            )
     return None
 
 
 def create(layout: Layout, settings: Settings, choice: Choice, *, run_log: RunLog) -> None:
-    """Make `.vllm` with the chosen Python. A half-made one of ours is made anew, a working one of anybody is adopted.
+    """Make `.vllm` with the chosen Python. A half-made one of ours is made anew, a working one of
+    anybody is adopted.
 
     Raises ToolchainError for anything else at its place, and where the folder cannot be written.
     """
@@ -136,11 +201,20 @@ def create(layout: Layout, settings: Settings, choice: Choice, *, run_log: RunLo
     there = describe(layout, settings) if is_finished(layout) else None
     if there and (_minor(there.version) == _minor(choice.version) or not is_ours):
         if _minor(there.version) != _minor(choice.version):
-            raise _foreign(f".vllm was not made by this workspace and has Python {there.version}, needed is {choice.version}")
+            raise _foreign(
+                f".vllm was not made by this workspace and has Python {there.version}, needed is"
+                f" {choice.version}"
+            )
         return
-    if not is_ours and (environment.is_symlink() or (environment.exists() and not environment.is_dir())):
+    if not is_ours and (
+        environment.is_symlink() or (environment.exists() and not environment.is_dir())
+    ):
         raise _foreign(".vllm is a file or a link that leads nowhere, not an environment")
-    if not is_ours and environment.is_dir() and any(not _is_begun(entry, marker) for entry in environment.rglob("*")):
+    if (
+        not is_ours
+        and environment.is_dir()
+        and any(not _is_begun(entry, marker) for entry in environment.rglob("*"))
+    ):
         raise _foreign(".vllm was not made by this workspace and holds no working Python")
     try:
         if is_ours:
@@ -149,12 +223,32 @@ def create(layout: Layout, settings: Settings, choice: Choice, *, run_log: RunLo
             write_atomic(marker, b"A half-made environment with this file in it is made anew.\n")
         write_atomic(_unfinished(layout), b"")
     except OSError as exc:
-        raise ToolchainError(f".vllm cannot be written: {exc.strerror}", hint=f"ls -ld {layout.root} {environment}") from exc
+        raise ToolchainError(
+            f".vllm cannot be written: {exc.strerror}", hint=f"ls -ld {layout.root} {environment}"
+        ) from exc
     # Relocatable: a bump makes it in a place of its own and renames it to where it will be used.
-    argv: list[process.Argument] = [uv(layout), "venv", "--no-project", "--relocatable", "--allow-existing", "--python", choice.path, environment]
-    process.run(argv, env=settings.child_environment("plain"), run_log=run_log, failure=ToolchainError, hint=f"{choice.path} -V  # does this Python work?")
+    argv: list[process.Argument] = [
+        uv(layout),
+        "venv",
+        "--no-project",
+        "--relocatable",
+        "--allow-existing",
+        "--python",
+        choice.path,
+        environment,
+    ]
+    process.run(
+        argv,
+        env=settings.child_environment("plain"),
+        run_log=run_log,
+        failure=ToolchainError,
+        hint=f"{choice.path} -V  # does this Python work?",
+    )
     if describe(layout, settings) is None:
-        raise BuildError(f".vllm was made with {choice.path}, and its Python does not run", hint=f"{layout.environment_python} -V")
+        raise BuildError(
+            f".vllm was made with {choice.path}, and its Python does not run",
+            hint=f"{layout.environment_python} -V",
+        )
     # uv syncs nothing: after a power cut its Python may run while the scripts beside it are empty.
     os.sync()
     _unfinished(layout).unlink()
@@ -170,8 +264,12 @@ def _unfinished(layout: Layout) -> Path:
 
 
 def _is_begun(entry: Path, marker: Path) -> bool:
-    """Whether an entry of `.vllm` is what a run leaves that was killed while it wrote its marker."""
-    return entry == marker.parent or (entry.parent == marker.parent and entry.name.startswith(f".{marker.name}."))
+    """Whether an entry of `.vllm` is what a run leaves that was killed while it wrote its
+    marker.
+    """
+    return entry == marker.parent or (
+        entry.parent == marker.parent and entry.name.startswith(f".{marker.name}.")
+    )
 
 
 def install(
@@ -187,12 +285,17 @@ def install(
     failure: type[WorkspaceError] = BuildError,
     hint: str | None = None,
 ) -> None:
-    """Install into `.vllm` through uv. `phase_env` makes it a build: the child then sees the build settings, and these on top.
+    """Install into `.vllm` through uv. `phase_env` makes it a build: the child then sees the build
+    settings, and these on top.
 
-    Raises SourceError where the index cannot be reached or lacks a version, ToolchainError where the disk is full or cannot be
-    written, and `failure` with `hint` for anything else.
+    Raises SourceError where the index cannot be reached or lacks a version, ToolchainError where
+    the disk is full or cannot be written, and `failure` with `hint` for anything else.
     """
-    environment = settings.child_environment("plain") if phase_env is None else settings.child_environment("build", phase_env)
+    environment = (
+        settings.child_environment("plain")
+        if phase_env is None
+        else settings.child_environment("build", phase_env)
+    )
     words, secret = _without_credentials(arguments)
     # The files stay, so that the command shown can be copied into a shell.
     for flag, lines in (("--constraints", constraints), ("--overrides", overrides)):
@@ -207,10 +310,25 @@ def install(
         if on_line:
             on_line(line)
 
-    argv: list[process.Argument] = [uv(layout), "pip", "install", "--python", layout.environment_python, *words]
+    argv: list[process.Argument] = [
+        uv(layout),
+        "pip",
+        "install",
+        "--python",
+        layout.environment_python,
+        *words,
+    ]
     try:
         # uv reads [tool.uv] of the folder that it runs in: not vLLM's, wherever the person stands.
-        process.run(argv, env=environment | secret, cwd=layout.root, run_log=run_log, on_line=show, failure=failure, hint=hint)
+        process.run(
+            argv,
+            env=environment | secret,
+            cwd=layout.root,
+            run_log=run_log,
+            on_line=show,
+            failure=failure,
+            hint=hint,
+        )
     except failure as exc:
         # A compiler's log may hold any words; of those only a full disk is certain.
         known = classify(said, layout=layout, is_build=phase_env is not None, otherwise=exc)
@@ -220,69 +338,119 @@ def install(
 
 
 def installed(layout: Layout) -> Mapping[str, str]:
-    """Return the canonical name and version of every package in `.vllm`, from the folders that describe them, without starting Python."""
+    """Return the canonical name and version of every package in `.vllm`, from the folders that
+    describe them, without starting Python.
+    """
     from packaging.utils import canonicalize_name
 
-    folders = (folder for folder in site_packages(layout) for folder in folder.glob("*.dist-info") if (folder / "METADATA").is_file())
+    folders = (
+        folder
+        for folder in site_packages(layout)
+        for folder in folder.glob("*.dist-info")
+        if (folder / "METADATA").is_file()
+    )
     pairs = (folder.name.removesuffix(".dist-info").split("-", 1) for folder in folders)
     return {canonicalize_name(pair[0]): pair[1] for pair in sorted(pairs) if len(pair) == 2}
 
 
 def site_packages(layout: Layout) -> tuple[Path, ...]:
-    """Return the package folder of `.vllm`: that of the Python that pyvenv.cfg names, should an older one have left its own."""
+    """Return the package folder of `.vllm`: that of the Python that pyvenv.cfg names, should an
+    older one have left its own.
+    """
     folders = sorted((layout.environment / "lib").glob("python3.*/site-packages"))
     try:
-        found = re.search(r"^version(?:_info)?\s*=\s*(3\.\d+)", read_regular(layout.environment / "pyvenv.cfg").decode(), re.MULTILINE)
+        found = re.search(
+            r"^version(?:_info)?\s*=\s*(3\.\d+)",
+            read_regular(layout.environment / "pyvenv.cfg").decode(),
+            re.MULTILINE,
+        )
     except (OSError, ValueError):
         found = None
-    return tuple(folder for folder in folders if found is None or folder.parent.name == f"python{found[1]}")
+    return tuple(
+        folder for folder in folders if found is None or folder.parent.name == f"python{found[1]}"
+    )
 
 
-# What uv and the kernel say, in the order in which a sentence is chosen; (words, is it certain within a compiler's log).
+# What uv and the kernel say, in the order in which a sentence is chosen; (words, is it certain
+# within a compiler's log).
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)")
 _READ_ONLY = re.compile(r"Read-only file system|Permission denied \(os error 13\)|\(os error 30\)")
 _NO_NETWORK = re.compile(
-    r"error sending request|dns error|client error \(Connect\)|operation timed out|network was disabled|Network connectivity is disabled"
-    r"|HTTP status (client|server) error|Failed to (fetch|download)[: ]|An index URL .* could not be queried"
+    r"error sending request|dns error|client error \(Connect\)|operation timed out|network was"
+    r" disabled|Network connectivity is disabled"
+    r"|HTTP status (client|server) error|Failed to (fetch|download)[: ]|An index URL .* could not"
+    r" be queried"
 )
 _NO_VERSION = re.compile(
-    r"there (?:is no version of|are no versions of) (\S+?),? |(\S+) was not found in|only the following versions? of (\S+) (?:is|are) available"
+    r"there (?:is no version of|are no versions of) (\S+?),? |(\S+) was not found in|only the"
+    r" following versions? of (\S+) (?:is|are) available"
     r"|Because only (\S+?)[<>=!]\S* is available"
 )
-_CAUSE = re.compile(r"^\s*(?:error|cause|×|╰─▶|├─▶|Caused by):?\s|^\s+(?:And|we can) ", re.IGNORECASE)
+_CAUSE = re.compile(
+    r"^\s*(?:error|cause|×|╰─▶|├─▶|Caused by):?\s|^\s+(?:And|we can) ", re.IGNORECASE
+)
 
 
-def classify(said: Sequence[str], *, layout: Layout, is_build: bool, otherwise: WorkspaceError) -> WorkspaceError:
-    """Turn the output of a failed uv into the error that says what to do; `otherwise` where it says nothing known."""
-    verdict = [line.strip() for line in said if is_build or _CAUSE.match(line) or line.startswith("hint: ")]
+def classify(
+    said: Sequence[str], *, layout: Layout, is_build: bool, otherwise: WorkspaceError
+) -> WorkspaceError:
+    """Turn the output of a failed uv into the error that says what to do; `otherwise` where it says
+    nothing known.
+    """
+    verdict = [
+        line.strip() for line in said if is_build or _CAUSE.match(line) or line.startswith("hint: ")
+    ]
     text = "\n".join(verdict)
-    cause = next((line for line in reversed(verdict) if _FULL.search(line) or _READ_ONLY.search(line)), "")
+    cause = next(
+        (line for line in reversed(verdict) if _FULL.search(line) or _READ_ONLY.search(line)), ""
+    )
     if _FULL.search(text):
-        return ToolchainError(f"the disk is full: {cause}", hint=f"df -h {layout.root}; uv cache prune", details=otherwise.details)
+        return ToolchainError(
+            f"the disk is full: {cause}",
+            hint=f"df -h {layout.root}; uv cache prune",
+            details=otherwise.details,
+        )
     if is_build:
         return otherwise
     if _READ_ONLY.search(text):
         hint = f"ls -ld {layout.environment}  # the clone and uv's cache must belong to you"
-        return ToolchainError(f"a folder cannot be written: {cause}", hint=hint, details=otherwise.details)
+        return ToolchainError(
+            f"a folder cannot be written: {cause}", hint=hint, details=otherwise.details
+        )
     if _NO_NETWORK.search(text):
         first = re.sub(r"^\w+: ", "", next(line for line in verdict if _NO_NETWORK.search(line)))
         return SourceError(
             f"the package index could not be reached: {first}",
-            hint="check the network and run the same command again; export UV_DEFAULT_INDEX=… names a mirror, HTTPS_PROXY=… a proxy",
+            hint=(
+                "check the network and run the same command again; export UV_DEFAULT_INDEX=… names"
+                " a mirror, HTTPS_PROXY=… a proxy"
+            ),
             details=otherwise.details,
         )
     if missing := _NO_VERSION.search(text):
         # uv writes the marker of a dependency behind its name, in braces.
         name = next(group for group in missing.groups() if group).split("{")[0]
-        hint = "export UV_DEFAULT_INDEX=…  # another index; TORCH_INDEX_URL in .env is one for torch"
-        return NotOffered(f"the package index has no {name} that fits", hint=hint, details=otherwise.details)
+        hint = (
+            "export UV_DEFAULT_INDEX=…  # another index; TORCH_INDEX_URL in .env is one for torch"
+        )
+        return NotOffered(
+            f"the package index has no {name} that fits", hint=hint, details=otherwise.details
+        )
     return otherwise
 
 
-def _facts(python: Path, settings: Settings, *, follow: bool = False) -> tuple[PythonFacts, Path] | None:
-    """Ask an interpreter about itself: facts and prefix. None where it does not run, or is no released Python."""
+def _facts(
+    python: Path, settings: Settings, *, follow: bool = False
+) -> tuple[PythonFacts, Path] | None:
+    """Ask an interpreter about itself: facts and prefix. None where it does not run, or is no
+    released Python.
+    """
     try:
-        done = process.capture([python, "-I", "-c", _FACTS], env=settings.child_environment("plain"), timeout_s=ANSWER_S)
+        done = process.capture(
+            [python, "-I", "-c", _FACTS],
+            env=settings.child_environment("plain"),
+            timeout_s=ANSWER_S,
+        )
         said = json.loads(done.stdout)
     except (ToolchainError, ValueError):
         return None
@@ -290,27 +458,48 @@ def _facts(python: Path, settings: Settings, *, follow: bool = False) -> tuple[P
         return None
     include = Path(said["include"])
     path = Path(said["executable"]) if follow and said["executable"] else python
-    return PythonFacts(path, said["version"], include if (include / "Python.h").is_file() else None, Path(said["base"])), Path(said["prefix"])
+    return PythonFacts(
+        path,
+        said["version"],
+        include if (include / "Python.h").is_file() else None,
+        Path(said["base"]),
+    ), Path(said["prefix"])
 
 
 def _installed_pythons(layout: Layout, settings: Settings) -> Iterator[tuple[str, Path]]:
-    """Yield version and path of what uv finds. Shims that lead nowhere only make it print warnings."""
+    """Yield version and path of what uv finds. Shims that lead nowhere only make it print
+    warnings.
+    """
     done = _listed(uv(layout), tuple(sorted(settings.child_environment("plain").items())))
     try:
         listed = json.loads(done.stdout)
     except ValueError as exc:
         _listed.cache_clear()
-        raise ToolchainError(f"uv python list gave no list: {done.stderr.strip()[-200:]}", hint=f"{uv(layout)} python list") from exc
+        raise ToolchainError(
+            f"uv python list gave no list: {done.stderr.strip()[-200:]}",
+            hint=f"{uv(layout)} python list",
+        ) from exc
     for python in listed:
-        usual = python.get("implementation") == "cpython" and python.get("variant", "default") == "default"
+        usual = (
+            python.get("implementation") == "cpython"
+            and python.get("variant", "default") == "default"
+        )
         if usual and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
             yield python["version"], Path(python["path"])
 
 
 @functools.cache
 def _listed(program: Path, environment: tuple[tuple[str, str], ...]) -> process.Completed:
-    # Preflight and the environment both ask, and uv starts every Python and every shim that it finds: seconds where there are many.
-    argv: list[process.Argument] = [program, "python", "list", "--only-installed", "--output-format", "json"]
+    # Preflight and the environment both ask, and uv starts every Python and every shim that it
+    # finds: seconds where there are many.
+    argv: list[process.Argument] = [
+        program,
+        "python",
+        "list",
+        "--only-installed",
+        "--output-format",
+        "json",
+    ]
     return process.capture(argv, env=dict(environment), timeout_s=ANSWER_S * 3)
 
 
@@ -320,7 +509,11 @@ def _fetch(layout: Layout, settings: Settings, version: str, run_log: RunLog | N
     with contextlib.suppress(OSError):
         if 0 <= time.time() - tried.stat().st_mtime < FETCH_AGAIN_S:
             return False
-    haste = {"UV_HTTP_TIMEOUT": str(FETCH_ANSWER_S), "UV_HTTP_CONNECT_TIMEOUT": str(FETCH_ANSWER_S), "UV_HTTP_RETRIES": "0"}
+    haste = {
+        "UV_HTTP_TIMEOUT": str(FETCH_ANSWER_S),
+        "UV_HTTP_CONNECT_TIMEOUT": str(FETCH_ANSWER_S),
+        "UV_HTTP_RETRIES": "0",
+    }
     environment = settings.child_environment("plain", haste)
     argv = [str(uv(layout)), "python", "install", "--no-bin", version]
     if run_log:
@@ -334,19 +527,29 @@ def _fetch(layout: Layout, settings: Settings, version: str, run_log: RunLog | N
     return False
 
 
-def _reason(version: str, preferred: str, supported: "SpecifierSet", wheel_pythons: frozenset[str] | None) -> str:
+def _reason(
+    version: str, preferred: str, supported: "SpecifierSet", wheel_pythons: frozenset[str] | None
+) -> str:
     if _is_version(version, preferred):
         return ""
     if preferred not in supported:
         return f"instead of {preferred}, which the pinned vLLM does not support ({supported})"
     if wheel_pythons is not None and _minor(preferred) not in wheel_pythons:
-        return f"instead of {preferred}, because the local torch wheel fits {' and '.join(sorted(wheel_pythons, key=_key))} only"
+        return (
+            f"instead of {preferred}, because the local torch wheel fits"
+            f" {' and '.join(sorted(wheel_pythons, key=_key))} only"
+        )
     return f"instead of {preferred}, which is not installed here and could not be fetched"
 
 
 def _clear(environment: Path, *, keep: Path) -> None:
-    """Empty the environment, stamps first, the marker never: interrupted here it is still known as ours."""
-    for child in (*(entry for entry in keep.parent.iterdir() if entry != keep), *(entry for entry in environment.iterdir() if entry != keep.parent)):
+    """Empty the environment, stamps first, the marker never: interrupted here it is still known as
+    ours.
+    """
+    for child in (
+        *(entry for entry in keep.parent.iterdir() if entry != keep),
+        *(entry for entry in environment.iterdir() if entry != keep.parent),
+    ):
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
@@ -361,21 +564,29 @@ _USER = re.compile(r"^(https?://)([^/@:]*)(?::([^/@]*))?@(.+)$")
 
 
 def _without_credentials(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Take user and password out of index addresses, which are shown and logged, into variables that uv reads for a named index."""
+    """Take user and password out of index addresses, which are shown and logged, into variables
+    that uv reads for a named index.
+    """
     words, secret = list(arguments), dict[str, str]()
     for number, word in enumerate(words):
         found = _USER.match(word)
         if found and number and words[number - 1] in ("--index", "--default-index"):
             name = f"workspace{number}"
             words[number] = f"{name}={found[1]}{found[4]}"
-            secret |= {f"UV_INDEX_{name.upper()}_USERNAME": unquote(found[2]), f"UV_INDEX_{name.upper()}_PASSWORD": unquote(found[3] or "")}
+            secret |= {
+                f"UV_INDEX_{name.upper()}_USERNAME": unquote(found[2]),
+                f"UV_INDEX_{name.upper()}_PASSWORD": unquote(found[3] or ""),
+            }
     return words, secret
 
 
 def _preferred(settings: Settings) -> str:
     text = settings.text("PYTHON_VERSION")
     if not re.fullmatch(r"3\.\d+(\.\d+)?", text):
-        raise SettingsError(f"PYTHON_VERSION={text}: is not a version such as 3.12", hint="write PYTHON_VERSION=3.12 into .env, or leave it out")
+        raise SettingsError(
+            f"PYTHON_VERSION={text}: is not a version such as 3.12",
+            hint="write PYTHON_VERSION=3.12 into .env, or leave it out",
+        )
     return text
 
 

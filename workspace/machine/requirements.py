@@ -39,9 +39,11 @@ _LEFT_OUT: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Requirements:
-    """Requirements whose markers hold here, without their markers. `torch` is empty where an existing one is kept.
+    """Requirements whose markers hold here, without their markers. `torch` is empty where an
+    existing one is kept.
 
-    `overrides` are uv's: names that must not come in as a dependency of something else. `left_out` pairs a line with the reason.
+    `overrides` are uv's: names that must not come in as a dependency of something else. `left_out`
+    pairs a line with the reason.
     """
 
     build: tuple[str, ...]
@@ -72,25 +74,53 @@ def read(
     settings: Settings,
     run_log: RunLog | None = None,
 ) -> Requirements:
-    """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a Python version.
+    """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a
+    Python version.
 
-    Raises BuildError where a file is missing or a line cannot be read, and, for an existing torch, where the tree's own
-    script that takes torch out is missing or leaves it in.
+    Raises BuildError where a file is missing or a line cannot be read, and, for an existing torch,
+    where the tree's own script that takes torch out is missing or leaves it in.
     """
-    with _editable_copy(tree, settings, run_log) if use_existing_torch else contextlib.nullcontext(tree) as root:
+    with (
+        _editable_copy(tree, settings, run_log)
+        if use_existing_torch
+        else contextlib.nullcontext(tree)
+    ) as root:
         project, text = _project(root)
         files: dict[str, str] = {"pyproject.toml": text}
-        build_lines = list(_lines(root, _first(root, f"requirements/build/{device}.txt", "requirements/build.txt", "requirements-build.txt"), files))
-        runtime_lines = list(_lines(root, _first(root, f"requirements/{device}.txt", f"requirements-{device}.txt"), files))
+        build_lines = list(
+            _lines(
+                root,
+                _first(
+                    root,
+                    f"requirements/build/{device}.txt",
+                    "requirements/build.txt",
+                    "requirements-build.txt",
+                ),
+                files,
+            )
+        )
+        runtime_lines = list(
+            _lines(
+                root,
+                _first(root, f"requirements/{device}.txt", f"requirements-{device}.txt"),
+                files,
+            )
+        )
     markers = _markers(machine, python_version)
     left_out: dict[str, str] = {}
     build = _evaluate(build_lines, markers, left_out)
     runtime = _evaluate(runtime_lines, markers, left_out)
     torch = next((str(one) for one in (*runtime, *build) if one.name == "torch"), "")
     if use_existing_torch and torch:
-        raise BuildError(f"the tree's use_existing_torch.py left {torch} in the requirements", hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch")
+        raise BuildError(
+            f"the tree's use_existing_torch.py left {torch} in the requirements",
+            hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch",
+        )
     if not use_existing_torch and not torch:
-        raise BuildError(f"the tree's requirements for {device} name no torch", hint="USE_EXISTING_TORCH=1 keeps the torch that you put into .vllm")
+        raise BuildError(
+            f"the tree's requirements for {device} name no torch",
+            hint="USE_EXISTING_TORCH=1 keeps the torch that you put into .vllm",
+        )
     special = {"torch", *COMPANIONS, *ACCELERATORS}
     accelerators = tuple(str(one) for one in runtime if one.name in ACCELERATORS)
     return Requirements(
@@ -99,7 +129,9 @@ def read(
         torch=torch,
         companions=tuple(str(one) for one in runtime if one.name in COMPANIONS),
         accelerators=accelerators,
-        overrides=_overrides(project, accelerators, device=device, use_existing_torch=use_existing_torch),
+        overrides=_overrides(
+            project, accelerators, device=device, use_existing_torch=use_existing_torch
+        ),
         left_out=tuple(left_out.items()),
         python=_python(project),
         digest=_digest(files),
@@ -107,16 +139,26 @@ def read(
 
 
 def python_of(tree: Path) -> "SpecifierSet":
-    """Return the Python versions that a tree supports. Raises BuildError where it has no readable pyproject.toml."""
+    """Return the Python versions that a tree supports. Raises BuildError where it has no readable
+    pyproject.toml.
+    """
     return _python(_project(tree)[0])
 
 
-def _overrides(project: Mapping[str, object], accelerators: tuple[str, ...], *, device: str, use_existing_torch: bool) -> tuple[str, ...]:
-    """Names that other packages ask for and that would do harm, never to be installed on their account.
+def _overrides(
+    project: Mapping[str, object],
+    accelerators: tuple[str, ...],
+    *,
+    device: str,
+    use_existing_torch: bool,
+) -> tuple[str, ...]:
+    """Names that other packages ask for and that would do harm, never to be installed on their
+    account.
 
-    Beside a CPU torch: torchvision and friends of the plain index are linked against CUDA, fail to import and break transformers;
-    triton has no backend there, vLLM switches it off, and xgrammar, which asks for it, takes its CPU path (checked: 0.2.7, vLLM 0.31.0).
-    Beside a torch of the user's own: the companions want another torch.
+    Beside a CPU torch: torchvision and friends of the plain index are linked against CUDA, fail to
+    import and break transformers; triton has no backend there, vLLM switches it off, and xgrammar,
+    which asks for it, takes its CPU path (checked: 0.2.7, vLLM 0.31.0). Beside a torch of the
+    user's own: the companions want another torch.
     """
     never = list(COMPANIONS) if device == "cpu" or use_existing_torch else []
     if device == "cpu" and not any(re.match(r"triton\b(?!-)", line) for line in accelerators):
@@ -133,7 +175,10 @@ def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> It
     """Yield a folder with the tree's requirements from which its own script has taken torch out."""
     script = next((tree / name for name in _SCRIPTS if (tree / name).is_file()), None)
     if script is None:
-        raise BuildError("the tree has no use_existing_torch.py, neither in tools/ nor in its root", hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch")
+        raise BuildError(
+            "the tree has no use_existing_torch.py, neither in tools/ nor in its root",
+            hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch",
+        )
     with tempfile.TemporaryDirectory(prefix="requirements-") as name:
         copy = Path(name)
         if (tree / "requirements").is_dir():
@@ -141,13 +186,27 @@ def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> It
         for file in (tree / "pyproject.toml", *tree.glob("requirements*.txt")):
             if file.is_file():
                 shutil.copy(file, copy)
-        # Its patterns are relative: elsewhere than in the copy it would find nothing, and say so by doing nothing.
+        # Its patterns are relative: elsewhere than in the copy it would find nothing, and say so by
+        # doing nothing.
         if run_log:
-            process.run([sys.executable, script], env=settings.child_environment("plain"), run_log=run_log, cwd=copy)
+            process.run(
+                [sys.executable, script],
+                env=settings.child_environment("plain"),
+                run_log=run_log,
+                cwd=copy,
+            )
         else:
-            done = process.capture([sys.executable, script], env=settings.child_environment("plain"), cwd=copy, timeout_s=SCRIPT_S)
+            done = process.capture(
+                [sys.executable, script],
+                env=settings.child_environment("plain"),
+                cwd=copy,
+                timeout_s=SCRIPT_S,
+            )
             if done.returncode != 0:
-                raise BuildError(f"{script} {process.describe_status(done.returncode)}", details=tuple(done.stderr.splitlines()[-10:]))
+                raise BuildError(
+                    f"{script} {process.describe_status(done.returncode)}",
+                    details=tuple(done.stderr.splitlines()[-10:]),
+                )
         yield copy
 
 
@@ -156,7 +215,10 @@ def _project(root: Path) -> tuple[Mapping[str, object], str]:
         text = (root / "pyproject.toml").read_text(encoding="utf-8")
         return tomllib.loads(text), text
     except (OSError, ValueError) as exc:
-        raise BuildError(f"{root / 'pyproject.toml'} cannot be read: {exc}", hint="./scripts/inv bootstrap  # is vendor/vllm there?") from exc
+        raise BuildError(
+            f"{root / 'pyproject.toml'} cannot be read: {exc}",
+            hint="./scripts/inv bootstrap  # is vendor/vllm there?",
+        ) from exc
 
 
 def _python(project: Mapping[str, object]) -> "SpecifierSet":
@@ -167,24 +229,32 @@ def _python(project: Mapping[str, object]) -> "SpecifierSet":
     try:
         return SpecifierSet(str(text))
     except InvalidSpecifier as exc:
-        raise BuildError(f"pyproject.toml of the tree: requires-python = {text!r} is no version range") from exc
+        raise BuildError(
+            f"pyproject.toml of the tree: requires-python = {text!r} is no version range"
+        ) from exc
 
 
 def _first(root: Path, *names: str) -> str:
     found = next((name for name in names if (root / name).is_file()), None)
     if found is None:
-        raise BuildError(f"the tree has none of {', '.join(names)}", hint="git -C vendor/vllm status")
+        raise BuildError(
+            f"the tree has none of {', '.join(names)}", hint="git -C vendor/vllm status"
+        )
     return found
 
 
 def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
-    """Yield the lines of a requirements file and of those that it includes, each file once; `files` keeps what was read."""
+    """Yield the lines of a requirements file and of those that it includes, each file once; `files`
+    keeps what was read.
+    """
     if name in files:
         return
     try:
         files[name] = (root / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise BuildError(f"{name} of the tree cannot be read: {exc}", hint="git -C vendor/vllm status") from exc
+        raise BuildError(
+            f"{name} of the tree cannot be read: {exc}", hint="git -C vendor/vllm status"
+        ) from exc
     number = 0
     for logical in re.split(r"(?<!\\)\n", files[name]):
         number, begins = number + logical.count("\n") + 1, number + 1
@@ -196,8 +266,12 @@ def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
             yield _Line(text, f"{name}, line {begins}")
 
 
-def _evaluate(lines: list[_Line], markers: Mapping[str, str], left_out: dict[str, str]) -> list["Requirement"]:
-    """Return the requirements whose marker holds, without it; what cannot come from the package index goes to `left_out`."""
+def _evaluate(
+    lines: list[_Line], markers: Mapping[str, str], left_out: dict[str, str]
+) -> list["Requirement"]:
+    """Return the requirements whose marker holds, without it; what cannot come from the package
+    index goes to `left_out`.
+    """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
@@ -210,12 +284,17 @@ def _evaluate(lines: list[_Line], markers: Mapping[str, str], left_out: dict[str
             one = Requirement(line.text)
         except InvalidRequirement as exc:
             why = str(exc).splitlines()[0]
-            raise BuildError(f"{line.place}: {line.text!r} is no requirement: {why}", hint="git -C vendor/vllm diff -- requirements") from exc
+            raise BuildError(
+                f"{line.place}: {line.text!r} is no requirement: {why}",
+                hint="git -C vendor/vllm diff -- requirements",
+            ) from exc
         if one.marker is not None and not one.marker.evaluate(dict(markers)):
             continue
         one.marker, one.name = None, canonicalize_name(one.name)
         if one.url:
-            left_out[f"{one.name} @ {one.url}"] = "a file at an address of its own, not on the package index"
+            left_out[f"{one.name} @ {one.url}"] = (
+                "a file at an address of its own, not on the package index"
+            )
         elif one.name in _LEFT_OUT:
             left_out[str(one)] = _LEFT_OUT[one.name]
         else:
@@ -224,7 +303,9 @@ def _evaluate(lines: list[_Line], markers: Mapping[str, str], left_out: dict[str
 
 
 def _markers(machine: str, python_version: str) -> dict[str, str]:
-    """The environment that markers are judged in (PEP 508): Linux, CPython, the built interpreter's version."""
+    """The environment that markers are judged in (PEP 508): Linux, CPython, the built interpreter's
+    version.
+    """
     parts = python_version.split(".")
     return {
         "implementation_name": "cpython",
@@ -243,7 +324,9 @@ def _markers(machine: str, python_version: str) -> dict[str, str]:
 
 
 def _bounded(lines: Iterator[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(CMAKE if re.match(r"cmake\b(?!-)", line) else line for line in lines))
+    return tuple(
+        dict.fromkeys(CMAKE if re.match(r"cmake\b(?!-)", line) else line for line in lines)
+    )
 
 
 def _digest(files: Mapping[str, str]) -> str:

@@ -1,6 +1,8 @@
-"""The environment of a running vLLM: the one that smoke, bench, serve, `inv run` and `inv shell` all give to what they start.
+"""The environment of a running vLLM: the one that smoke, bench, serve, `inv run` and `inv shell`
+all give to what they start.
 
-The user's word (shell, then .env) goes before a recipe's, and that before a default. Nothing is touched here.
+The user's word (shell, then .env) goes before a recipe's, and that before a default. Nothing is
+touched here.
 """
 
 import ast
@@ -30,9 +32,11 @@ _REMOVED = Path(__file__).with_name("removed.toml")
 
 @dataclass(frozen=True)
 class Removed:
-    """A name that was: `last` is the newest release that had it, `gone` the first without it; both are empty for one that no release has read.
+    """A name that was: `last` is the newest release that had it, `gone` the first without it; both
+    are empty for one that no release has read.
 
-    `instead` is what to write in its place, empty where nothing takes it; `values` how many words followed a flag.
+    `instead` is what to write in its place, empty where nothing takes it; `values` how many words
+    followed a flag.
     """
 
     name: str
@@ -45,12 +49,16 @@ class Removed:
     @property
     def sentence(self) -> str:
         when = f"is gone since vLLM {self.gone}" if self.last else "is read by no release of vLLM"
-        return f"{when} ({self.reference}); " + (f"instead: {self.instead}" if self.instead else "nothing takes its place, leave it out")
+        return f"{when} ({self.reference}); " + (
+            f"instead: {self.instead}" if self.instead else "nothing takes its place, leave it out"
+        )
 
 
 @dataclass(frozen=True)
 class Misread:
-    """A value that the registry's function refuses (`is_error`), or takes for something else than it looks like."""
+    """A value that the registry's function refuses (`is_error`), or takes for something else than
+    it looks like.
+    """
 
     name: str
     said: str
@@ -59,12 +67,28 @@ class Misread:
 
 @functools.lru_cache(maxsize=4)
 def variables_of(source: bytes) -> frozenset[str]:
-    """The names in the registry of vllm/envs.py, the dictionary `environment_variables`; none where there is no such thing."""
+    """The names in the registry of vllm/envs.py, the dictionary `environment_variables`; none where
+    there is no such thing.
+    """
     names: set[str] = set()
     for node in ast.walk(parsed(source)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(isinstance(target, ast.Name) and target.id == "environment_variables" for target in targets) and isinstance(node.value, ast.Dict):  # type: ignore[attr-defined]
-            names |= {key.value for key in node.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}  # type: ignore[attr-defined]
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
+        is_registry = any(
+            isinstance(target, ast.Name) and target.id == "environment_variables"
+            for target in targets
+        )
+        if is_registry and isinstance(value := getattr(node, "value", None), ast.Dict):
+            names |= {
+                key.value
+                for key in value.keys
+                if isinstance(key, ast.Constant) and isinstance(key.value, str)
+            }
     return frozenset(names)
 
 
@@ -84,21 +108,44 @@ def known_variables(layout: Layout) -> frozenset[str]:
 
 @functools.cache
 def removed_names(kind: Literal["variables", "flags"]) -> Mapping[str, Removed]:
-    """What releases of vLLM had and later ones have not, by name (removed.toml says how that was established)."""
+    """What releases of vLLM had and later ones have not, by name (removed.toml says how that was
+    established).
+    """
     table = tomllib.loads(_REMOVED.read_text(encoding="utf-8"))[kind]
     return {name: Removed(name, **facts) for name, facts in table.items()}
 
 
-def misread_values(layout: Layout, settings: Settings, values: Mapping[str, str]) -> tuple[Misread, ...]:
-    """Ask the tree's own functions what they make of these values of its registry; what cannot be asked is no finding."""
+def misread_values(
+    layout: Layout, settings: Settings, values: Mapping[str, str]
+) -> tuple[Misread, ...]:
+    """Ask the tree's own functions what they make of these values of its registry; what cannot be
+    asked is no finding.
+    """
     if not values:
         return ()
-    argv: list[process.Argument] = [sys.executable, "-I", "-S", layout.probes / "variables.py", _source(layout), *sorted(values)]
-    environment = {"PATH": settings.shell.get("PATH", ""), "HOME": settings.shell.get("HOME", "/"), **values}
+    argv: list[process.Argument] = [
+        sys.executable,
+        "-I",
+        "-S",
+        layout.probes / "variables.py",
+        _source(layout),
+        *sorted(values),
+    ]
+    environment = {
+        "PATH": settings.shell.get("PATH", ""),
+        "HOME": settings.shell.get("HOME", "/"),
+        **values,
+    }
     try:
         found = json.loads(process.capture(argv, env=environment, timeout_s=ANSWER_S).stdout)
-        rows = [*((row, True) for row in found["refused"]), *((row, False) for row in found["ignored"])]
-        return tuple(Misread(str(row["name"]), shortened(str(row["said"])), is_error) for row, is_error in rows)
+        rows = [
+            *((row, True) for row in found["refused"]),
+            *((row, False) for row in found["ignored"]),
+        ]
+        return tuple(
+            Misread(str(row["name"]), shortened(str(row["said"])), is_error)
+            for row, is_error in rows
+        )
     except (ToolchainError, ValueError, KeyError, TypeError):
         return ()
 
@@ -119,15 +166,23 @@ ENCODINGS = "TIKTOKEN_ENCODINGS_BASE"
 
 
 def run_variables(
-    layout: Layout, settings: Settings, *, stack: jit_caches.Stack | None, recipe: Mapping[str, str] | None = None, more: Mapping[str, str] | None = None
+    layout: Layout,
+    settings: Settings,
+    *,
+    stack: jit_caches.Stack | None,
+    recipe: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return every variable of a vLLM that is started from here.
 
-    `stack` says which folders compiled kernels are kept in (jit_caches.observe; None leaves them where they usually are), `recipe` is a recipe's
-    environment, `more` what the caller insists on, over everybody's word.
+    `stack` says which folders compiled kernels are kept in (jit_caches.observe; None leaves them
+    where they usually are), `recipe` is a recipe's environment, `more` what the caller insists on,
+    over everybody's word.
     """
     environment = settings.child_environment("run")
-    environment |= {name: text for name, text in (recipe or {}).items() if not is_users(settings, name)}
+    environment |= {
+        name: text for name, text in (recipe or {}).items() if not is_users(settings, name)
+    }
     known = known_variables(layout)
     for name in removed_names("variables"):
         if name not in known and known:
@@ -137,7 +192,16 @@ def run_variables(
     _put_encodings(layout, environment)
     # FlashInfer's compilations call ninja, which lies there.
     programs = str(layout.environment / "bin")
-    environment["PATH"] = os.pathsep.join([programs, *(entry for entry in environment.get("PATH", "").split(os.pathsep) if entry and entry != programs)])
+    environment["PATH"] = os.pathsep.join(
+        [
+            programs,
+            *(
+                entry
+                for entry in environment.get("PATH", "").split(os.pathsep)
+                if entry and entry != programs
+            ),
+        ]
+    )
     environment["VIRTUAL_ENV"] = str(layout.environment)
     return environment | dict(more or {})
 
@@ -155,7 +219,9 @@ def missing_vocabularies(folder: Path) -> tuple[str, ...]:
 
 
 def _put_encodings(layout: Layout, environment: dict[str, str]) -> None:
-    """Export the folder of vocabularies only where it holds them: with a file missing gpt-oss fails after its load (vllm-project/vllm#22525)."""
+    """Export the folder of vocabularies only where it holds them: with a file missing gpt-oss fails
+    after its load (vllm-project/vllm#22525).
+    """
     if ENCODINGS in environment and missing_vocabularies(Path(environment[ENCODINGS])):
         del environment[ENCODINGS]
     if ENCODINGS not in environment and not missing_vocabularies(layout.encodings):

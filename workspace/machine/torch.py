@@ -1,4 +1,6 @@
-"""torch in `.vllm`: where to take it from, what is there, and holding it while everything else is installed."""
+"""torch in `.vllm`: where to take it from, what is there, and holding it while everything else is
+installed.
+"""
 
 import ast
 import contextlib
@@ -19,7 +21,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter
 
-# The backend of uv that fits CUDA 13 of a DGX Spark. Since 2.11 the plain index has CUDA 13 builds for Linux as well.
+# The backend of uv that fits CUDA 13 of a DGX Spark. Since 2.11 the plain index has CUDA 13 builds
+# for Linux as well.
 CUDA_BACKEND = "cu130"
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 IMPORT_S = 300.0
@@ -30,7 +33,9 @@ _CUDA = re.compile(r"^cuda(?:\s*:[^=]+)?\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILIN
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """A torch as it calls itself: version with its local part, and major.minor of CUDA, None without."""
+    """A torch as it calls itself: version with its local part, and major.minor of CUDA, None
+    without.
+    """
 
     version: str
     cuda: str | None
@@ -38,7 +43,9 @@ class TorchBuild:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where torch comes from: a requirement, uv's arguments, further arguments to try in order, and a word on the source."""
+    """Where torch comes from: a requirement, uv's arguments, further arguments to try in order, and
+    a word on the source.
+    """
 
     requirement: str
     arguments: tuple[str, ...]
@@ -55,7 +62,9 @@ class _Wheel:
 
 
 def observe(layout: Layout, settings: Settings) -> TorchBuild | None:
-    """Read what torch is installed, without starting Python; None where there is none, or one without its files."""
+    """Read what torch is installed, without starting Python; None where there is none, or one
+    without its files.
+    """
     version = interpreter.installed(layout).get("torch")
     if version is None:
         return None
@@ -71,45 +80,80 @@ def observe(layout: Layout, settings: Settings) -> TorchBuild | None:
 def load(layout: Layout, settings: Settings) -> TorchBuild:
     """Import torch with the built interpreter. Raises BuildError naming what fails."""
     try:
-        done = process.capture([layout.environment_python, "-I", layout.probes / "torch_build.py"], env=settings.child_environment("run"), timeout_s=IMPORT_S)
+        done = process.capture(
+            [layout.environment_python, "-I", layout.probes / "torch_build.py"],
+            env=settings.child_environment("run"),
+            timeout_s=IMPORT_S,
+        )
     except ToolchainError as exc:
-        raise BuildError(f"torch in .vllm cannot be imported: {exc.message}", hint="./scripts/inv bootstrap") from exc
+        raise BuildError(
+            f"torch in .vllm cannot be imported: {exc.message}", hint="./scripts/inv bootstrap"
+        ) from exc
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [process.describe_status(done.returncode)]
-        raise BuildError(f"torch in .vllm cannot be imported: {lines[-1].strip()}", hint="rm -rf .vllm && ./scripts/inv bootstrap", details=tuple(lines[-10:]))
+        raise BuildError(
+            f"torch in .vllm cannot be imported: {lines[-1].strip()}",
+            hint="rm -rf .vllm && ./scripts/inv bootstrap",
+            details=tuple(lines[-10:]),
+        )
     said = json.loads(done.stdout.splitlines()[-1])
     return TorchBuild(said["version"], said["cuda"])
 
 
 def plan(required: str, *, device: str, settings: Settings) -> Plan:
-    """Decide where to take `required`, the tree's own pin, from: TORCH_INDEX_URL, a local wheel folder (CPU), PyTorch's index, the plain one (CUDA)."""
+    """Decide where to take `required`, the tree's own pin, from: TORCH_INDEX_URL, a local wheel
+    folder (CPU), PyTorch's index, the plain one (CUDA).
+    """
     if url := settings.text("TORCH_INDEX_URL"):
-        # Beside the plain index, which has what torch depends on; torch itself is then taken from here only (uv's first-index strategy).
+        # Beside the plain index, which has what torch depends on; torch itself is then taken from
+        # here only (uv's first-index strategy).
         return Plan(required, ("--index", url), (), "from TORCH_INDEX_URL")
     if device == "cuda":
-        return Plan(required, ("--torch-backend", CUDA_BACKEND), ((),), f"from PyTorch's {CUDA_BACKEND} index")
+        return Plan(
+            required,
+            ("--torch-backend", CUDA_BACKEND),
+            ((),),
+            f"from PyTorch's {CUDA_BACKEND} index",
+        )
     if wheels := _local_wheels(required, settings):
         folder, version = wheels[0].folder, wheels[0].version
-        return Plan(f"torch=={version}", ("--find-links", str(folder)), (("--torch-backend", "cpu"),), f"from {folder}, which pip is configured with")
+        return Plan(
+            f"torch=={version}",
+            ("--find-links", str(folder)),
+            (("--torch-backend", "cpu"),),
+            f"from {folder}, which pip is configured with",
+        )
     return Plan(required, ("--torch-backend", "cpu"), (), "from PyTorch's cpu index")
 
 
 def local_wheel_pythons(required: str, settings: Settings) -> frozenset[str] | None:
-    """Return the minor versions of Python that the local wheels of `required` fit; None where torch does not come from such, or any fits."""
-    wheels = [] if settings.text("TORCH_INDEX_URL") or not required else _local_wheels(required, settings)
+    """Return the minor versions of Python that the local wheels of `required` fit; None where torch
+    does not come from such, or any fits.
+    """
+    wheels = (
+        []
+        if settings.text("TORCH_INDEX_URL") or not required
+        else _local_wheels(required, settings)
+    )
     if not wheels or any(not wheel.pythons for wheel in wheels):
         return None
     return frozenset().union(*(wheel.pythons for wheel in wheels))
 
 
 def companion_arguments(layout: Layout, wanted: Plan, *, device: str) -> tuple[str, ...] | None:
-    """Return uv's arguments that take torchvision and friends from where torch came; None where no build can be had that fits it.
+    """Return uv's arguments that take torchvision and friends from where torch came; None where no
+    build can be had that fits it.
 
     The plain index's are linked against CUDA: beside a CPU torch they do not import.
     """
     if "--find-links" not in wanted.arguments:
-        # PyTorch's index marks its builds with a local version; a torch without one came from the plain index, and so do its companions.
-        is_plain = device == "cuda" and "--torch-backend" in wanted.arguments and "+" not in interpreter.installed(layout).get("torch", "+")
+        # PyTorch's index marks its builds with a local version; a torch without one came from the
+        # plain index, and so do its companions.
+        is_plain = (
+            device == "cuda"
+            and "--torch-backend" in wanted.arguments
+            and "+" not in interpreter.installed(layout).get("torch", "+")
+        )
         return () if is_plain else wanted.arguments
     folder = Path(wanted.arguments[wanted.arguments.index("--find-links") + 1])
     has_all = all(any(folder.glob(f"{name}-*.whl")) for name in COMPANIONS)
@@ -118,21 +162,28 @@ def companion_arguments(layout: Layout, wanted: Plan, *, device: str) -> tuple[s
 
 @contextlib.contextmanager
 def held(layout: Layout, settings: Settings, *, step: str) -> Iterator[None]:
-    """Look at torch before and after the block. Raises BuildError naming the step where it changed, came or went."""
+    """Look at torch before and after the block. Raises BuildError naming the step where it changed,
+    came or went.
+    """
     before = observe(layout, settings)
     yield
     after = observe(layout, settings)
     if before != after:
         raise BuildError(
             f"{step} changed torch: before {_named(before)}, now {_named(after)}",
-            hint="./scripts/inv bootstrap  # puts the pinned torch back; with USE_EXISTING_TORCH=1 install yours again first",
+            hint=(
+                "./scripts/inv bootstrap  # puts the pinned torch back; with USE_EXISTING_TORCH=1"
+                " install yours again first"
+            ),
         )
 
 
 def constraints(layout: Layout) -> tuple[str, ...]:
-    """Return the constraints that keep torch, and what is paired with it, at the versions installed.
+    """Return the constraints that keep torch, and what is paired with it, at the versions
+    installed.
 
-    uv keeps an installed package that no index offers as long as a constraint names exactly its version.
+    uv keeps an installed package that no index offers as long as a constraint names exactly its
+    version.
     """
     there = interpreter.installed(layout)
     if "torch" not in there:
@@ -140,9 +191,14 @@ def constraints(layout: Layout) -> tuple[str, ...]:
     lines = [f"torch=={there['torch']}"]
     of_torch = demands(layout, "torch", there)
     for name in COMPANIONS:
-        if name in there and _is_met(demands(layout, name, there).get("torch"), there["torch"]) and _is_met(of_torch.get(name), there[name]):
+        if (
+            name in there
+            and _is_met(demands(layout, name, there).get("torch"), there["torch"])
+            and _is_met(of_torch.get(name), there[name])
+        ):
             lines.append(f"{name}=={there[name]}")
-    # A Triton that torch does not ask for in this version was put there on purpose, or by xgrammar: a constraint would clash.
+    # A Triton that torch does not ask for in this version was put there on purpose, or by xgrammar:
+    # a constraint would clash.
     if "triton" in there and "triton" in of_torch and _is_met(of_torch["triton"], there["triton"]):
         lines.append(f"triton=={there['triton']}")
     return tuple(lines)
@@ -166,7 +222,11 @@ def demands(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, st
     found: dict[str, str] = {}
     for folder in interpreter.site_packages(layout):
         with contextlib.suppress(OSError):
-            head = (folder / f"{name}-{there[name]}.dist-info" / "METADATA").read_text(encoding="utf-8").split("\n\n", 1)[0]
+            head = (
+                (folder / f"{name}-{there[name]}.dist-info" / "METADATA")
+                .read_text(encoding="utf-8")
+                .split("\n\n", 1)[0]
+            )
             for line in re.findall(r"^Requires-Dist:\s*(.+)$", head, re.MULTILINE):
                 with contextlib.suppress(InvalidRequirement):
                     requirement = Requirement(line)
@@ -176,7 +236,9 @@ def demands(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, st
 
 
 def _editable(described: Path) -> Iterator[Path]:
-    """Yield where a torch that was installed editable, from somebody's own build, has its package (PEP 610)."""
+    """Yield where a torch that was installed editable, from somebody's own build, has its package
+    (PEP 610).
+    """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = json.loads((described / "direct_url.json").read_text(encoding="utf-8"))
         if origin.get("dir_info", {}).get("editable"):
@@ -184,12 +246,19 @@ def _editable(described: Path) -> Iterator[Path]:
 
 
 def _local_wheels(required: str, settings: Settings) -> list[_Wheel]:
-    """Return the wheels in local folders that meet `required` on this machine, newest version first."""
+    """Return the wheels in local folders that meet `required` on this machine, newest version
+    first.
+    """
     from packaging.requirements import Requirement
     from packaging.version import Version
 
     specifier = Requirement(required).specifier
-    wheels = [wheel for folder in _wheel_folders(settings) for path in sorted(folder.glob("torch-*.whl")) if (wheel := _wheel(path))]
+    wheels = [
+        wheel
+        for folder in _wheel_folders(settings)
+        for path in sorted(folder.glob("torch-*.whl"))
+        if (wheel := _wheel(path))
+    ]
     fitting = [wheel for wheel in wheels if specifier.contains(wheel.version, prereleases=True)]
     return sorted(fitting, key=lambda wheel: Version(wheel.version), reverse=True)
 
@@ -208,41 +277,61 @@ def _wheel(path: Path) -> _Wheel | None:
     if any(tag.interpreter.startswith("py") or tag.abi == "abi3" for tag in fitting):
         return _Wheel(path.parent, str(version), frozenset())
     pythons = [found[1] for tag in fitting if (found := re.fullmatch(r"cp3(\d+)", tag.interpreter))]
-    return _Wheel(path.parent, str(version), frozenset(f"3.{minor}" for minor in pythons)) if pythons else None
+    return (
+        _Wheel(path.parent, str(version), frozenset(f"3.{minor}" for minor in pythons))
+        if pythons
+        else None
+    )
 
 
 def _wheel_folders(settings: Settings) -> list[Path]:
-    """Return the local folders of wheels that uv or pip are configured with; uv itself knows nothing of pip's."""
+    """Return the local folders of wheels that uv or pip are configured with; uv itself knows
+    nothing of pip's.
+    """
     environment = settings.child_environment("plain")
     places = environment.get("UV_FIND_LINKS", "").split(",")
     if environment.get("PIP_FIND_LINKS"):
         places += environment["PIP_FIND_LINKS"].split()
     else:
         places += _pip_places(environment)
-    folders = [Path(unquote(urlsplit(place).path) if place.startswith("file://") else os.path.expanduser(place)) for place in places if place]
+    folders = [
+        Path(
+            unquote(urlsplit(place).path)
+            if place.startswith("file://")
+            else os.path.expanduser(place)
+        )
+        for place in places
+        if place
+    ]
     return list(dict.fromkeys(folder.absolute() for folder in folders if folder.is_dir()))
 
 
 def _pip_places(environment: Mapping[str, str]) -> list[str]:
     try:
-        done = process.capture(["python3", "-m", "pip", "config", "list"], env=environment, timeout_s=PIP_ANSWER_S)
+        done = process.capture(
+            ["python3", "-m", "pip", "config", "list"], env=environment, timeout_s=PIP_ANSWER_S
+        )
     except ToolchainError:
         return []
     places: list[str] = []
     for value in re.findall(r"^(?:global|install)\.find-links=(.+)$", done.stdout, re.MULTILINE):
         with contextlib.suppress(ValueError, SyntaxError):
-            # pip prints the value as Python would: several places are parted by line ends or blanks.
+            # pip prints the value as Python would: several places are parted by line ends or
+            # blanks.
             places += str(ast.literal_eval(value)).split()
     return places
 
 
-# As an index gave it; from a wheel file, as inv fix-triton --from-source does it; from a source tree that stays its place.
+# As an index gave it; from a wheel file, as inv fix-triton --from-source does it; from a source
+# tree that stays its place.
 Origin = Literal["index", "file", "editable"]
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A Triton. `place` is the file or tree that it came from, empty for an index; `package` its folder `triton`, None where that is gone."""
+    """A Triton. `place` is the file or tree that it came from, empty for an index; `package` its
+    folder `triton`, None where that is gone.
+    """
 
     version: str
     origin: Origin
@@ -251,7 +340,9 @@ class Installed:
 
     @property
     def is_meant(self) -> bool:
-        """Whether somebody put it there on purpose: an index's came because something asked for it."""
+        """Whether somebody put it there on purpose: an index's came because something asked for
+        it.
+        """
         return self.origin != "index"
 
     @property
@@ -272,19 +363,26 @@ def observe_triton(layout: Layout) -> Installed | None:
             origin, place = _origin(described)
             # Triton's own layouts: its package lay and lies below python/.
             roots = (Path(place) / "python", Path(place)) if origin == "editable" else (folder,)
-            package = next((root / "triton" for root in roots if (root / "triton" / "__init__.py").is_file()), None)
+            package = next(
+                (root / "triton" for root in roots if (root / "triton" / "__init__.py").is_file()),
+                None,
+            )
             return Installed(version, origin, place, package)
     return Installed(version, "index", "", None)
 
 
 def paired_triton(layout: Layout) -> str | None:
-    """Return the versions that the installed torch asks for, such as `==3.7.1`, empty for any; None where it asks for none, as a CPU build."""
+    """Return the versions that the installed torch asks for, such as `==3.7.1`, empty for any; None
+    where it asks for none, as a CPU build.
+    """
     there = interpreter.installed(layout)
     return demands(layout, "torch", there).get("triton") if "torch" in there else None
 
 
 def kept_triton(layout: Layout) -> tuple[str, ...]:
-    """Return the override that keeps a Triton which was put there on purpose, whatever torch asks for; nothing for an index's."""
+    """Return the override that keeps a Triton which was put there on purpose, whatever torch asks
+    for; nothing for an index's.
+    """
     there = observe_triton(layout)
     return (f"triton=={there.version}",) if there and there.is_meant else ()
 

@@ -1,6 +1,8 @@
-"""What goes into `.vllm`, in order: the interpreter, torch, what the tree requires, and the accelerators' compilers.
+"""What goes into `.vllm`, in order: the interpreter, torch, what the tree requires, and the
+accelerators' compilers.
 
-Each function acts and returns a sentence that says what is there now. Nothing here decides whether it is due.
+Each function acts and returns a sentence that says what is there now. Nothing here decides whether
+it is due.
 """
 
 import csv
@@ -27,17 +29,29 @@ _UNFINISHED = ".tmp??????"
 ANSWER_S = 60.0
 
 
-def repair(layout: Layout, settings: Settings, *, run_log: RunLog, names: Iterable[str] = (), with_cache: bool = False) -> tuple[str, ...]:
-    """Let uv see half packages as not installed, so that it installs them anew; return their dist-info names.
+def repair(
+    layout: Layout,
+    settings: Settings,
+    *,
+    run_log: RunLog,
+    names: Iterable[str] = (),
+    with_cache: bool = False,
+) -> tuple[str, ...]:
+    """Let uv see half packages as not installed, so that it installs them anew; return their
+    dist-info names.
 
-    Only those of `names`, as they begin, where there are any. `with_cache` also removes damaged wheels that uv has unpacked.
+    Only those of `names`, as they begin, where there are any. `with_cache` also removes damaged
+    wheels that uv has unpacked.
     """
     taken_out = []
-    # A torch of the user's own is nothing that this workspace could have left half, nor could put back.
+    # A torch of the user's own is nothing that this workspace could have left half, nor could put
+    # back.
     kept = ("torch-",) if settings.switch("USE_EXISTING_TORCH") else ()
     for folder in interpreter.site_packages(layout):
         for info in sorted(folder.glob("*.dist-info")):
-            is_meant = not info.name.startswith(kept) and (not names or info.name.startswith(tuple(f"{name}-" for name in names)))
+            is_meant = not info.name.startswith(kept) and (
+                not names or info.name.startswith(tuple(f"{name}-" for name in names))
+            )
             if is_meant and not _is_complete(info, _NEEDED):
                 shutil.rmtree(info)
                 taken_out.append(info.name.removesuffix(".dist-info"))
@@ -52,7 +66,9 @@ def repair(layout: Layout, settings: Settings, *, run_log: RunLog, names: Iterab
 
 
 def drop_bytecode(layout: Layout, *, since: Path) -> None:
-    """Remove bytecode that is newer than the file `since`, all of it where there is none: one that a power cut made short breaks its import."""
+    """Remove bytecode that is newer than the file `since`, all of it where there is none: one that
+    a power cut made short breaks its import.
+    """
     synced_ns = since.stat().st_mtime_ns if since.exists() else 0
     for top in (*interpreter.site_packages(layout), layout.vllm):
         for folder in top.rglob("__pycache__"):
@@ -62,8 +78,14 @@ def drop_bytecode(layout: Layout, *, since: Path) -> None:
 
 
 def _mend_cache(layout: Layout, settings: Settings) -> list[str]:
-    """Remove the unpacked wheels of uv's cache that are not whole; uv unpacks or fetches them again."""
-    said = process.capture([interpreter.uv(layout), "cache", "dir"], env=settings.child_environment("plain"), timeout_s=ANSWER_S)
+    """Remove the unpacked wheels of uv's cache that are not whole; uv unpacks or fetches them
+    again.
+    """
+    said = process.capture(
+        [interpreter.uv(layout), "cache", "dir"],
+        env=settings.child_environment("plain"),
+        timeout_s=ANSWER_S,
+    )
     damaged = []
     for archive in Path(said.stdout.strip() or "/nonexistent").glob("archive-v*/*"):
         infos = list(archive.glob("*.dist-info"))
@@ -79,11 +101,18 @@ def _is_complete(info: Path, needed: Iterable[str]) -> bool:
             return False
         with (info / "RECORD").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
-        # A RECORD that was cut off lacks its own row, or the end of another; one that uv has not yet completed lacks the installer's.
+        # A RECORD that was cut off lacks its own row, or the end of another; one that uv has not
+        # yet completed lacks the installer's.
         listed = {row[0] for row in rows}
-        if any(len(row) != 3 for row in rows) or any(f"{info.name}/{name}" not in listed for name in needed):
+        if any(len(row) != 3 for row in rows) or any(
+            f"{info.name}/{name}" not in listed for name in needed
+        ):
             return False
-        return all((info.parent / name).stat().st_size >= int(size) for name, _, size in rows if size and not _is_elsewhere(name, needed))
+        return all(
+            (info.parent / name).stat().st_size >= int(size)
+            for name, _, size in rows
+            if size and not _is_elsewhere(name, needed)
+        )
     except (OSError, ValueError, csv.Error):
         return False
 
@@ -94,7 +123,8 @@ def _is_elsewhere(name: str, needed: Iterable[str]) -> bool:
 
 
 CUDA_MAJOR = "13"
-# What uv says of a download of some size, off a terminal: `Downloading torch (502.3MiB)`, later ` Downloaded torch`.
+# What uv says of a download of some size, off a terminal: `Downloading torch (502.3MiB)`, later `
+# Downloaded torch`.
 _ANNOUNCED = re.compile(r"^\s*Downloading (\S+) \(([\d.]+)([KMG])iB\)")
 _FINISHED = re.compile(r"^\s*Downloaded (\S+)")
 _MEBIBYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
@@ -111,10 +141,20 @@ class Provided:
 def make_python(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
     """Make `.vllm`, or keep the one that is there and works."""
     there = interpreter.describe(layout, settings)
-    needs = _needs(layout, settings, device=device, python_version=there.version if there else settings.text("PYTHON_VERSION"), run_log=None)
+    needs = _needs(
+        layout,
+        settings,
+        device=device,
+        python_version=there.version if there else settings.text("PYTHON_VERSION"),
+        run_log=None,
+    )
     if there and there.version in needs.python and interpreter.is_finished(layout):
         return f"Python {there.version} is there"
-    wheels = torch.local_wheel_pythons(needs.torch, settings) if device == "cpu" and not settings.switch("USE_EXISTING_TORCH") else None
+    wheels = (
+        torch.local_wheel_pythons(needs.torch, settings)
+        if device == "cpu" and not settings.switch("USE_EXISTING_TORCH")
+        else None
+    )
     choice = interpreter.choose(layout, settings, supported=needs.python, wheel_pythons=wheels)
     interpreter.create(layout, settings, choice, run_log=run_log)
     return f"Python {choice.version}" + (f": {choice.reason}" if choice.reason else "")
@@ -130,20 +170,37 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLo
         if there is None:
             raise BuildError(
                 "USE_EXISTING_TORCH=1, and .vllm holds no torch",
-                hint="uv pip install --python .vllm/bin/python torch  # the one you want; then ./scripts/inv bootstrap",
+                hint=(
+                    "uv pip install --python .vllm/bin/python torch  # the one you want; then"
+                    " ./scripts/inv bootstrap"
+                ),
             )
         build = torch.load(layout, settings)
         return f"{build.version} is there and stays (USE_EXISTING_TORCH=1)"
-    wanted = torch.plan(_needs(layout, settings, device=device, run_log=None).torch, device=device, settings=settings)
-    # A CPU build satisfies `torch==2.13.0` in uv's eyes, and so would stay when the device becomes cuda.
-    again = ("--reinstall-package", "torch") if there and device == "cuda" and there.cuda is None else ()
+    wanted = torch.plan(
+        _needs(layout, settings, device=device, run_log=None).torch,
+        device=device,
+        settings=settings,
+    )
+    # A CPU build satisfies `torch==2.13.0` in uv's eyes, and so would stay when the device becomes
+    # cuda.
+    again = (
+        ("--reinstall-package", "torch")
+        if there and device == "cuda" and there.cuda is None
+        else ()
+    )
     said = wanted.said
     attempts = (wanted.arguments, *wanted.alternatives)
     for number, arguments in enumerate(attempts, 1):
         try:
             # Over torch's own word: it asks for the Triton that it was released with.
             interpreter.install(
-                layout, settings, [*again, *arguments, wanted.requirement], run_log=run_log, overrides=torch.kept_triton(layout), on_line=_bar(run_log)
+                layout,
+                settings,
+                [*again, *arguments, wanted.requirement],
+                run_log=run_log,
+                overrides=torch.kept_triton(layout),
+                on_line=_bar(run_log),
             )
             break
         except SourceError as exc:
@@ -154,17 +211,21 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLo
     build = torch.load(layout, settings)
     if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
         raise BuildError(
-            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is {CUDA_MAJOR}",
+            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is"
+            f" {CUDA_MAJOR}",
             hint="set TORCH_INDEX_URL in .env to an index that has the CUDA 13 build",
         )
     return f"{build.version}, CUDA {build.cuda or 'none'}; {said}"
 
 
 def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
-    """Install what builds and runs the tree, torch held; then torch's companions where they can work."""
+    """Install what builds and runs the tree, torch held; then torch's companions where they can
+    work.
+    """
     needs = _needs(layout, settings, device=device, run_log=run_log)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
-    # As a file, for the sake of who reads the command; it stays, so that the command can be copied into a shell.
+    # As a file, for the sake of who reads the command; it stays, so that the command can be copied
+    # into a shell.
     written = layout.state / "requirements.txt"
     write_atomic(written, "".join(f"{line}\n" for line in listed).encode())
     interpreter.install(
@@ -179,11 +240,18 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log
     for requirement, why in needs.left_out:
         run_log.write(f"left out: {requirement}: {why}")
     left_out = f", {len(needs.left_out)} left out (see the log)" if needs.left_out else ""
-    return f"{len(listed)} from requirements/{left_out}{_companions(layout, settings, needs, device=device, run_log=run_log)}"
+    return (
+        f"{len(listed)} from"
+        f" requirements/{left_out}{_companions(layout, settings, needs, device=device, run_log=run_log)}"
+    )
 
 
-def put_accelerators(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> Provided:
-    """Install xgrammar, triton and FlashInfer as the pin asks, and see that every package is whole."""
+def put_accelerators(
+    layout: Layout, settings: Settings, *, device: str, run_log: RunLog
+) -> Provided:
+    """Install xgrammar, triton and FlashInfer as the pin asks, and see that every package is
+    whole.
+    """
     _put_accelerators(layout, settings, device=device, run_log=run_log)
     if repair(layout, settings, run_log=run_log, with_cache=False):
         # What uv has just linked is short: its cache was damaged, by a power cut say.
@@ -191,9 +259,15 @@ def put_accelerators(layout: Layout, settings: Settings, *, device: str, run_log
         put_torch(layout, settings, device=device, run_log=run_log)
         put_requirements(layout, settings, device=device, run_log=run_log)
         _put_accelerators(layout, settings, device=device, run_log=run_log)
-    packages = {name: version for name, version in interpreter.installed(layout).items() if name != "vllm"}
+    packages = {
+        name: version for name, version in interpreter.installed(layout).items() if name != "vllm"
+    }
     meant = " (put there on purpose: it stays)" if torch.kept_triton(layout) else ""
-    named = [f"{name} {packages[name]}{meant if name == 'triton' else ''}" for name in ("xgrammar", "triton", "flashinfer-python") if name in packages]
+    named = [
+        f"{name} {packages[name]}{meant if name == 'triton' else ''}"
+        for name in ("xgrammar", "triton", "flashinfer-python")
+        if name in packages
+    ]
     return Provided(", ".join(named) or "none is needed here", packages)
 
 
@@ -202,14 +276,24 @@ def _put_accelerators(layout: Layout, settings: Settings, *, device: str, run_lo
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
         interpreter.install(
-            layout, settings, [*arguments, *needs.accelerators], run_log=run_log, constraints=torch.constraints(layout), overrides=_overrides(layout, needs)
+            layout,
+            settings,
+            [*arguments, *needs.accelerators],
+            run_log=run_log,
+            constraints=torch.constraints(layout),
+            overrides=_overrides(layout, needs),
         )
 
 
 def _overrides(layout: Layout, needs: requirements.Requirements) -> tuple[str, ...]:
-    """What the tree wants left out, and the Triton that somebody put there on purpose, whatever anything asks for."""
+    """What the tree wants left out, and the Triton that somebody put there on purpose, whatever
+    anything asks for.
+    """
     meant = torch.kept_triton(layout)
-    return (*(line for line in needs.overrides if not meant or line.split(" ")[0] != "triton"), *meant)
+    return (
+        *(line for line in needs.overrides if not meant or line.split(" ")[0] != "triton"),
+        *meant,
+    )
 
 
 def _bar(run_log: RunLog) -> Callable[[str], None]:
@@ -224,12 +308,21 @@ def _bar(run_log: RunLog) -> Callable[[str], None]:
             finished.add(found[1])
         if found and run_log.step:
             done = sum(size for name, size in announced.items() if name in finished)
-            run_log.step.progress(done, sum(announced.values()), f"{done:.0f} of {sum(announced.values()):.0f} MiB")
+            run_log.step.progress(
+                done, sum(announced.values()), f"{done:.0f} of {sum(announced.values()):.0f} MiB"
+            )
 
     return show
 
 
-def _needs(layout: Layout, settings: Settings, *, device: str, run_log: RunLog | None, python_version: str | None = None) -> requirements.Requirements:
+def _needs(
+    layout: Layout,
+    settings: Settings,
+    *,
+    device: str,
+    run_log: RunLog | None,
+    python_version: str | None = None,
+) -> requirements.Requirements:
     if python_version is None:
         there = interpreter.describe(layout, settings)
         if there is None:
@@ -246,28 +339,74 @@ def _needs(layout: Layout, settings: Settings, *, device: str, run_log: RunLog |
     )
 
 
-def _companions(layout: Layout, settings: Settings, needs: requirements.Requirements, *, device: str, run_log: RunLog) -> str:
-    """Install torchvision and friends from where torch came, and take out again what does not import: a broken one breaks transformers."""
+def _companions(
+    layout: Layout,
+    settings: Settings,
+    needs: requirements.Requirements,
+    *,
+    device: str,
+    run_log: RunLog,
+) -> str:
+    """Install torchvision and friends from where torch came, and take out again what does not
+    import: a broken one breaks transformers.
+    """
     wanted = torch.plan(needs.torch, device=device, settings=settings) if needs.torch else None
-    arguments = torch.companion_arguments(layout, wanted, device=device) if wanted and needs.companions else None
+    arguments = (
+        torch.companion_arguments(layout, wanted, device=device)
+        if wanted and needs.companions
+        else None
+    )
     if arguments is not None:
         try:
-            interpreter.install(layout, settings, [*arguments, *needs.companions], run_log=run_log, constraints=torch.constraints(layout))
+            interpreter.install(
+                layout,
+                settings,
+                [*arguments, *needs.companions],
+                run_log=run_log,
+                constraints=torch.constraints(layout),
+            )
         except (SourceError, BuildError) as exc:
-            # A network that failed, or an installer that was killed, is no word on what fits: what is left out now would stay so.
-            if not isinstance(exc, interpreter.NotOffered) and not any("No solution found" in line for line in exc.details):
+            # A network that failed, or an installer that was killed, is no word on what fits: what
+            # is left out now would stay so.
+            if not isinstance(exc, interpreter.NotOffered) and not any(
+                "No solution found" in line for line in exc.details
+            ):
                 raise
-            run_log.console.say(f"torchvision, torchaudio and torchcodec are left out: {exc.message}")
-    here = [name for name in ("torchvision", "torchaudio", "torchcodec") if name in interpreter.installed(layout)]
+            run_log.console.say(
+                f"torchvision, torchaudio and torchcodec are left out: {exc.message}"
+            )
+    here = [
+        name
+        for name in ("torchvision", "torchaudio", "torchcodec")
+        if name in interpreter.installed(layout)
+    ]
     if not here:
         return ", no torchvision, torchaudio, torchcodec beside this torch"
-    done = process.capture([layout.environment_python, layout.probes / "companions.py"], env=settings.child_environment("run"), timeout_s=600)
-    broken = [name for name, error in json.loads(done.stdout).items() if error and name in here] if done.returncode == 0 else here
+    done = process.capture(
+        [layout.environment_python, layout.probes / "companions.py"],
+        env=settings.child_environment("run"),
+        timeout_s=600,
+    )
+    broken = (
+        [name for name, error in json.loads(done.stdout).items() if error and name in here]
+        if done.returncode == 0
+        else here
+    )
     if broken:
         uv = interpreter.uv(layout)
-        process.run([uv, "pip", "uninstall", "--python", layout.environment_python, *broken], env=settings.child_environment("plain"), run_log=run_log)
-        run_log.console.say(f"{', '.join(broken)} cannot be imported beside this torch and was taken out again")
-    return f", with {', '.join(name for name in here if name not in broken)}" if len(broken) < len(here) else ""
+        process.run(
+            [uv, "pip", "uninstall", "--python", layout.environment_python, *broken],
+            env=settings.child_environment("plain"),
+            run_log=run_log,
+        )
+        run_log.console.say(
+            f"{', '.join(broken)} cannot be imported beside this torch and was taken out again"
+        )
+    return (
+        f", with {', '.join(name for name in here if name not in broken)}"
+        if len(broken) < len(here)
+        else ""
+    )
 
 
 _LIST = "files.json"
@@ -282,7 +421,9 @@ class Former:
 
 
 def keep_former(layout: Layout) -> Former:
-    """Keep the files of the installed Triton. What is kept already, of a run that was killed, is the one to go back to."""
+    """Keep the files of the installed Triton. What is kept already, of a run that was killed, is
+    the one to go back to.
+    """
     folder = layout.environment / ".workspace" / "former-triton"
     if (folder / _LIST).is_file():
         return _known(folder)
@@ -305,7 +446,14 @@ def is_former_kept(layout: Layout) -> bool:
 def put_former_back(layout: Layout, settings: Settings, one: Former, *, run_log: RunLog) -> None:
     """Take out what is there now, and put every file of the former one back to its place."""
     if "triton" in interpreter.installed(layout):
-        argv: list[process.Argument] = [interpreter.uv(layout), "pip", "uninstall", "--python", layout.environment_python, "triton"]
+        argv: list[process.Argument] = [
+            interpreter.uv(layout),
+            "pip",
+            "uninstall",
+            "--python",
+            layout.environment_python,
+            "triton",
+        ]
         process.run(argv, env=settings.child_environment("plain"), cwd=layout.root, run_log=run_log)
     names = json.loads((one.folder / _LIST).read_text(encoding="utf-8"))["files"]
     for number, path in enumerate(names):
@@ -334,5 +482,7 @@ def _listed(layout: Layout, version: str) -> Iterator[str]:
             with record.open(encoding="utf-8", newline="") as file:
                 for row in csv.reader(file):
                     place = Path(os.path.normpath(packages / row[0])) if row else packages
-                    if place.is_relative_to(layout.environment) and (place.is_file() or place.is_symlink()):
+                    if place.is_relative_to(layout.environment) and (
+                        place.is_file() or place.is_symlink()
+                    ):
                         yield str(place.relative_to(layout.environment))

@@ -1,6 +1,7 @@
 """Say which of torch's companions can be imported beside this torch.
 
-One JSON object: the name of each one installed, with null where it works and otherwise the error in a line.
+One JSON object: the name of each one installed, with null where it works and otherwise the error in
+a line.
 """
 
 import contextlib

@@ -1,7 +1,9 @@
-"""Bring a model from the hub into Hugging Face's cache: what it weighs, whether it may be had and has room, then its files.
+"""Bring a model from the hub into Hugging Face's cache: what it weighs, whether it may be had and
+has room, then its files.
 
-Large files are fetched here, held against their SHA-256 and put where huggingface_hub finds them: since its 1.x it begins a file that broke off anew
-(huggingface/huggingface_hub#4228). Progress goes to stderr as `@ DONE TOTAL` in bytes; one JSON document on stdout.
+Large files are fetched here, held against their SHA-256 and put where huggingface_hub finds them:
+since its 1.x it begins a file that broke off anew (huggingface/huggingface_hub#4228). Progress goes
+to stderr as `@ DONE TOTAL` in bytes; one JSON document on stdout.
 """
 
 import argparse
@@ -47,9 +49,15 @@ def fetch(model: str, ignored: list[str]) -> dict[str, object]:
         info = HfApi().model_info(model, files_metadata=True)
         if info.gated:
             HfApi().auth_check(model)
-        wanted = [file for file in info.siblings or [] if not any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in ignored)]
+        wanted = [
+            file
+            for file in info.siblings or []
+            if not any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in ignored)
+        ]
         blobs = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "blobs"
-        sizes = {str(file.lfs.sha256 if file.lfs else file.blob_id): file.size or 0 for file in wanted}
+        sizes = {
+            str(file.lfs.sha256 if file.lfs else file.blob_id): file.size or 0 for file in wanted
+        }
         total = sum(sizes.values())
         missing = total - present(blobs, sizes)
         require_room(Path(constants.HF_HUB_CACHE), missing)
@@ -57,7 +65,17 @@ def fetch(model: str, ignored: list[str]) -> dict[str, object]:
             blobs.mkdir(parents=True, exist_ok=True)
             large = [file for file in wanted if file.lfs]
             with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-                for done in [pool.submit(fetch_large, model, info.sha, file.rfilename, blobs / file.lfs.sha256, file.size or 0) for file in large]:
+                for done in [
+                    pool.submit(
+                        fetch_large,
+                        model,
+                        info.sha,
+                        file.rfilename,
+                        blobs / file.lfs.sha256,
+                        file.size or 0,
+                    )
+                    for file in large
+                ]:
                     done.result()
             folder = snapshot_download(model, ignore_patterns=ignored or None)
     except errors.GatedRepoError as exc:
@@ -66,7 +84,13 @@ def fetch(model: str, ignored: list[str]) -> dict[str, object]:
         raise Refused("absent", first(exc)) from exc
     except errors.HFValidationError as exc:
         raise Refused("absent", first(exc)) from exc
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, ConnectionError, TimeoutError) as exc:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        httpx.HTTPError,
+        ConnectionError,
+        TimeoutError,
+    ) as exc:
         raise Refused("network", first(exc)) from exc
     except OSError as exc:
         # Some of the hub's own errors are OSErrors as well, and have no number.
@@ -75,7 +99,9 @@ def fetch(model: str, ignored: list[str]) -> dict[str, object]:
 
 
 def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> None:
-    """Fetch one file to its place among the blobs, going on where an earlier transfer broke off; it appears there only when whole and right."""
+    """Fetch one file to its place among the blobs, going on where an earlier transfer broke off; it
+    appears there only when whole and right.
+    """
     import httpx
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers
@@ -102,7 +128,9 @@ def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> No
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         if digest != blob.name:
             part.unlink()
-            raise Refused("network", f"{name} has sha256 {digest}, the hub says {blob.name}: it was not used")
+            raise Refused(
+                "network", f"{name} has sha256 {digest}, the hub says {blob.name}: it was not used"
+            )
         part.rename(blob)
 
 
@@ -111,7 +139,9 @@ def receive(url: str, headers: dict[str, str], file, have: int) -> None:
     import httpx
     from huggingface_hub.utils import hf_raise_for_status
 
-    asked = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    asked = (
+        headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    )
     with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=TIMEOUT_S) as reply:
         if reply.is_error:
             reply.read()
@@ -138,7 +168,11 @@ def require_room(cache: Path, missing: int) -> None:
     there = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(there).free
     if missing and free < missing + MARGIN_BYTES:
-        raise Refused("disk", f"{missing / 2**30:.1f} GiB are still to be fetched into {cache}, and {free / 2**30:.1f} GiB are free there")
+        raise Refused(
+            "disk",
+            f"{missing / 2**30:.1f} GiB are still to be fetched into {cache}, and"
+            f" {free / 2**30:.1f} GiB are free there",
+        )
 
 
 class Watch:
@@ -166,8 +200,14 @@ class Watch:
 
 
 def first(exc: BaseException) -> str:
-    """What a failure is about, in one line: the hub's errors go on with the request's number and a page of advice."""
-    lines = [line.strip() for line in str(getattr(exc, "server_message", None) or exc).splitlines() if line.strip()]
+    """What a failure is about, in one line: the hub's errors go on with the request's number and a
+    page of advice.
+    """
+    lines = [
+        line.strip()
+        for line in str(getattr(exc, "server_message", None) or exc).splitlines()
+        if line.strip()
+    ]
     return lines[0] if lines else type(exc).__name__
 
 

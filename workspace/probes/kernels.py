@@ -1,7 +1,8 @@
-"""Do the compiled operators that models use compute what plain torch computes? Each group in a forked child: a crash is a verdict.
+"""Do the compiled operators that models use compute what plain torch computes? Each group in a
+forked child: a crash is a verdict.
 
-Differences are counted in roundings: units of the type's precision, relative to the largest value of a reference in float64. One JSON
-document on stdout.
+Differences are counted in roundings: units of the type's precision, relative to the largest value
+of a reference in float64. One JSON document on stdout.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from pathlib import Path
 
 SCHEMA = 1
 GROUP_TIMEOUT_S = 300.0
-# A result that is right to its type is half a unit off; what is added up in float32 on the way costs a few more there, where exp and tanh are
-# polynomials too. Measured with vLLM 0.31.0 on x86-64: at most 2.2 in float32 and 0.65 in bfloat16. One per cent is 84,000 and 1.3.
+# A result that is right to its type is half a unit off; what is added up in float32 on the way
+# costs a few more there, where exp and tanh are polynomials too. Measured with vLLM 0.31.0 on
+# x86-64: at most 2.2 in float32 and 0.65 in bfloat16. One per cent is 84,000 and 1.3.
 ROUNDINGS = {"float32": 16.0, "bfloat16": 1.5}
 WORDS_SHOWN = 200
 
@@ -36,7 +38,11 @@ def units(found, expected, dtype: str) -> float:
     import torch
 
     difference = (found.double() - expected).abs().max().item() / expected.abs().max().item()
-    return difference / torch.finfo(getattr(torch, dtype)).eps if math.isfinite(difference) else math.inf
+    return (
+        difference / torch.finfo(getattr(torch, dtype)).eps
+        if math.isfinite(difference)
+        else math.inf
+    )
 
 
 def drawn(*shape: int, dtype: str, device: str, scale: float = 1.0):
@@ -58,11 +64,23 @@ def norm(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
             weight = drawn(width, dtype=dtype, device=device) + 1
             out = torch.empty_like(x)
             ops.rms_norm(out, x, weight, 1e-6)
-            yield f"rms_norm {tokens}x{width} {dtype}", units(out, expected(x, weight), dtype), ROUNDINGS[dtype]
+            yield (
+                f"rms_norm {tokens}x{width} {dtype}",
+                units(out, expected(x, weight), dtype),
+                ROUNDINGS[dtype],
+            )
             added = x.double() + residual.double()
             ops.fused_add_rms_norm(x, residual, weight, 1e-6)
-            yield f"fused_add_rms_norm {tokens}x{width} {dtype}", units(x, expected(added, weight), dtype), ROUNDINGS[dtype]
-            yield f"fused_add_rms_norm's sum {tokens}x{width} {dtype}", units(residual, added, dtype), ROUNDINGS[dtype]
+            yield (
+                f"fused_add_rms_norm {tokens}x{width} {dtype}",
+                units(x, expected(added, weight), dtype),
+                ROUNDINGS[dtype],
+            )
+            yield (
+                f"fused_add_rms_norm's sum {tokens}x{width} {dtype}",
+                units(residual, added, dtype),
+                ROUNDINGS[dtype],
+            )
 
 
 def activation(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
@@ -81,7 +99,11 @@ def activation(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
                 out = torch.empty(tokens, width, dtype=x.dtype, device=device)
                 getattr(torch.ops._C, name)(out, x)
                 expected = form(x[:, :width].double()) * x[:, width:].double()
-                yield f"{name} {tokens}x{width} {dtype}", units(out, expected, dtype), ROUNDINGS[dtype]
+                yield (
+                    f"{name} {tokens}x{width} {dtype}",
+                    units(out, expected, dtype),
+                    ROUNDINGS[dtype],
+                )
 
 
 def rotary(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
@@ -94,22 +116,39 @@ def rotary(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
 
     for dtype in dtypes:
         for tokens, heads, size, turning in ((7, 4, 64, 64), (33, 8, 128, 64)):
-            angles = torch.arange(512, dtype=torch.float64)[:, None] / 10000 ** (torch.arange(0, turning, 2, dtype=torch.float64) / turning)
-            cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(getattr(torch, dtype)).to(device)
+            angles = torch.arange(512, dtype=torch.float64)[:, None] / 10000 ** (
+                torch.arange(0, turning, 2, dtype=torch.float64) / turning
+            )
+            cache = (
+                torch.cat([angles.cos(), angles.sin()], dim=-1).to(getattr(torch, dtype)).to(device)
+            )
             positions = torch.randint(0, 512, (tokens,), device=device)
             cosine, sine = (half.double()[:, None] for half in cache[positions].chunk(2, dim=-1))
             for is_neox in (True, False):
-                query, key = (drawn(tokens, number * size, dtype=dtype, device=device) for number in (heads, heads // 2))
+                query, key = (
+                    drawn(tokens, number * size, dtype=dtype, device=device)
+                    for number in (heads, heads // 2)
+                )
                 wanted = [x.double().view(tokens, -1, size).clone() for x in (query, key)]
                 for x in wanted:
                     x[..., :turning] = turned(x[..., :turning].clone(), cosine, sine, is_neox)
                 ops.rotary_embedding(positions, query, key, size, cache, is_neox)
-                for name, found, expected in zip(("query", "key"), (query, key), wanted, strict=True):
-                    said = f"rotary {name} {tokens}x{heads}x{size} {'neox' if is_neox else 'gptj'} {dtype}"
-                    yield said, units(found.view(tokens, -1, size), expected, dtype), ROUNDINGS[dtype]
+                for name, found, expected in zip(
+                    ("query", "key"), (query, key), wanted, strict=True
+                ):
+                    said = (
+                        f"rotary {name} {tokens}x{heads}x{size} {'neox' if is_neox else 'gptj'}"
+                        f" {dtype}"
+                    )
+                    yield (
+                        said,
+                        units(found.view(tokens, -1, size), expected, dtype),
+                        ROUNDINGS[dtype],
+                    )
 
 
-# Requests of one batch: how many tokens are new, how many there are in all. Decode, prefill, the rest of a prompt; across blocks and within one.
+# Requests of one batch: how many tokens are new, how many there are in all. Decode, prefill, the
+# rest of a prompt; across blocks and within one.
 REQUESTS = ((1, 5), (1, 300), (40, 40), (130, 257))
 
 
@@ -118,9 +157,18 @@ def laid_out(block: int, device: str):
     import torch
 
     most = max(-(-seen // block) for _, seen in REQUESTS)
-    table = torch.randperm(len(REQUESTS) * most + 3)[: len(REQUESTS) * most].view(len(REQUESTS), most)
-    slots = [torch.tensor([int(table[row, i // block]) * block + i % block for i in range(seen)]) for row, (_, seen) in enumerate(REQUESTS)]
-    return table.to(torch.int32).to(device), [one.to(device) for one in slots], len(REQUESTS) * most + 3
+    table = torch.randperm(len(REQUESTS) * most + 3)[: len(REQUESTS) * most].view(
+        len(REQUESTS), most
+    )
+    slots = [
+        torch.tensor([int(table[row, i // block]) * block + i % block for i in range(seen)])
+        for row, (_, seen) in enumerate(REQUESTS)
+    ]
+    return (
+        table.to(torch.int32).to(device),
+        [one.to(device) for one in slots],
+        len(REQUESTS) * most + 3,
+    )
 
 
 def attended(query, keys, values, scale: float, window: int):
@@ -132,11 +180,15 @@ def attended(query, keys, values, scale: float, window: int):
     scores = torch.einsum("qhd,khd->hqk", query.double(), keys) * scale
     back = torch.arange(seen - new, seen)[:, None] - torch.arange(seen)[None, :]
     hidden = (back < 0) | (back >= window) if window > 0 else back < 0
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden.to(scores.device), -math.inf).softmax(-1), values)
+    return torch.einsum(
+        "hqk,khd->qhd", scores.masked_fill(hidden.to(scores.device), -math.inf).softmax(-1), values
+    )
 
 
 def attention(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
-    """Paged attention over a cache that the cache's own operator has filled: a slot off by one shows in either."""
+    """Paged attention over a cache that the cache's own operator has filled: a slot off by one
+    shows in either.
+    """
     import torch
 
     ask = on_cuda if device == "cuda" else on_cpu
@@ -145,18 +197,48 @@ def attention(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
         for heads, kv_heads, size, window in ((4, 2, 64, 0), (8, 1, 128, 0), (4, 4, 64, 48)):
             table, slots, blocks = laid_out(128 if device == "cpu" else 16, device)
             queries = [drawn(new, heads, size, dtype=dtype, device=device) for new, _ in REQUESTS]
-            keys, values = ([drawn(seen, kv_heads, size, dtype=dtype, device=device) for _, seen in REQUESTS] for _ in range(2))
-            out = ask(ops, torch.cat(queries), torch.cat(keys), torch.cat(values), torch.cat(slots), table, blocks, size**-0.5, window)
-            expected = torch.cat([attended(*three, size**-0.5, window) for three in zip(queries, keys, values, strict=True)])
+            keys, values = (
+                [drawn(seen, kv_heads, size, dtype=dtype, device=device) for _, seen in REQUESTS]
+                for _ in range(2)
+            )
+            out = ask(
+                ops,
+                torch.cat(queries),
+                torch.cat(keys),
+                torch.cat(values),
+                torch.cat(slots),
+                table,
+                blocks,
+                size**-0.5,
+                window,
+            )
+            expected = torch.cat(
+                [
+                    attended(*three, size**-0.5, window)
+                    for three in zip(queries, keys, values, strict=True)
+                ]
+            )
             # Probabilities are rounded to the type as well before they meet the values.
-            yield f"attention {heads}/{kv_heads}x{size} window {window} {dtype}", units(out, expected, dtype), ROUNDINGS[dtype]
+            yield (
+                f"attention {heads}/{kv_heads}x{size} window {window} {dtype}",
+                units(out, expected, dtype),
+                ROUNDINGS[dtype],
+            )
 
 
 def _lengths(device: str):
     import torch
 
-    new, seen = (torch.tensor(column, dtype=torch.int32, device=device) for column in zip(*REQUESTS, strict=True))
-    return torch.cat([torch.zeros(1, dtype=torch.int32, device=device), new.cumsum(0).to(torch.int32)]), seen
+    new, seen = (
+        torch.tensor(column, dtype=torch.int32, device=device)
+        for column in zip(*REQUESTS, strict=True)
+    )
+    return (
+        torch.cat(
+            [torch.zeros(1, dtype=torch.int32, device=device), new.cumsum(0).to(torch.int32)]
+        ),
+        seen,
+    )
 
 
 def on_cpu(ops, query, keys, values, slots, table, blocks: int, scale: float, window: int):
@@ -169,11 +251,39 @@ def on_cpu(ops, query, keys, values, slots, table, blocks: int, scale: float, wi
     key_cache, value_cache = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
     starts, seen = _lengths("cpu")
-    asked = {"num_reqs": len(REQUESTS), "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": size, "seq_lens": seen, "dtype": query.dtype}
-    asked |= {"query_start_loc": starts, "causal": True, "sliding_window_size": window or -1, "isa": isa, "enable_kv_split": True}
+    asked = {
+        "num_reqs": len(REQUESTS),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": size,
+        "seq_lens": seen,
+        "dtype": query.dtype,
+    }
+    asked |= {
+        "query_start_loc": starts,
+        "causal": True,
+        "sliding_window_size": window or -1,
+        "isa": isa,
+        "enable_kv_split": True,
+    }
     plan = ops.cpu_attn_get_scheduler_metadata(**asked)
     out = torch.empty_like(query)
-    ops.cpu_attention_with_kv_cache(query, key_cache, value_cache, out, starts, seen, scale, True, None, window or -1, table, 0, plan, None)
+    ops.cpu_attention_with_kv_cache(
+        query,
+        key_cache,
+        value_cache,
+        out,
+        starts,
+        seen,
+        scale,
+        True,
+        None,
+        window or -1,
+        table,
+        0,
+        plan,
+        None,
+    )
     return out
 
 
@@ -181,39 +291,77 @@ def on_cuda(ops, query, keys, values, slots, table, blocks: int, scale: float, w
     import torch
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    cache = torch.zeros(2, blocks, 16, keys.shape[1], keys.shape[2], dtype=query.dtype, device="cuda")
+    cache = torch.zeros(
+        2, blocks, 16, keys.shape[1], keys.shape[2], dtype=query.dtype, device="cuda"
+    )
     one = torch.ones((), device="cuda")
     ops.reshape_and_cache_flash(keys, values, cache[0], cache[1], slots, "auto", one, one)
     starts, seen = _lengths("cuda")
-    asked = {"cu_seqlens_q": starts, "seqused_k": seen, "max_seqlen_q": max(new for new, _ in REQUESTS), "max_seqlen_k": max(all_ for _, all_ in REQUESTS)}
-    asked |= {"softmax_scale": scale, "causal": True, "block_table": table, "window_size": [window - 1, 0] if window else [-1, -1]}
+    asked = {
+        "cu_seqlens_q": starts,
+        "seqused_k": seen,
+        "max_seqlen_q": max(new for new, _ in REQUESTS),
+        "max_seqlen_k": max(all_ for _, all_ in REQUESTS),
+    }
+    asked |= {
+        "softmax_scale": scale,
+        "causal": True,
+        "block_table": table,
+        "window_size": [window - 1, 0] if window else [-1, -1],
+    }
     return flash_attn_varlen_func(q=query, k=cache[0], v=cache[1], **asked)
 
 
 def quantized(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
-    """Products of 8-bit numbers with scales: exact but for the last rounding, whatever the processor."""
+    """Products of 8-bit numbers with scales: exact but for the last rounding, whatever the
+    processor.
+    """
     import torch
 
     for rows, inner, columns in ((7, 256, 512), (33, 2880, 128)):
         if device == "cpu":
             if not hasattr(torch.ops._C, "onednn_scaled_mm"):
                 raise Absent("this build has no oneDNN")
-            a, b = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((rows, inner), (columns, inner)))
-            scale_a, scale_b = torch.rand(rows, 1) * 0.01 + 1e-3, torch.rand(1, columns) * 0.01 + 1e-3
+            a, b = (
+                torch.randint(-127, 128, shape, dtype=torch.int8)
+                for shape in ((rows, inner), (columns, inner))
+            )
+            scale_a, scale_b = (
+                torch.rand(rows, 1) * 0.01 + 1e-3,
+                torch.rand(1, columns) * 0.01 + 1e-3,
+            )
             out = torch.empty(rows, columns, dtype=torch.bfloat16)
             handler = ops.create_onednn_scaled_mm(b.t(), scale_b, torch.bfloat16, True, False)
             ops.onednn_scaled_mm(handler, a, out, scale_a, None, None, None)
         else:
-            if not ops.cutlass_scaled_mm_supports_fp8(int("".join(map(str, torch.cuda.get_device_capability())))):
+            if not ops.cutlass_scaled_mm_supports_fp8(
+                int("".join(map(str, torch.cuda.get_device_capability())))
+            ):
                 raise Absent("this GPU has no matrix product of FP8")
-            given, weight = (drawn(*shape, dtype="bfloat16", device=device) for shape in ((rows, inner), (columns, inner)))
-            (a, scale_a), (b, scale_b) = ops.scaled_fp8_quant(given, use_per_token_if_dynamic=True), ops.scaled_fp8_quant(weight)
+            given, weight = (
+                drawn(*shape, dtype="bfloat16", device=device)
+                for shape in ((rows, inner), (columns, inner))
+            )
+            (a, scale_a), (b, scale_b) = (
+                ops.scaled_fp8_quant(given, use_per_token_if_dynamic=True),
+                ops.scaled_fp8_quant(weight),
+            )
             expected = given.double() / scale_a.double()
             # FP8 (e4m3) has three bits behind the point: half of one is 1/16 of the number.
-            yield f"scaled_fp8_quant {rows}x{inner}", ((a.double() - expected).abs() / expected.abs().clamp(min=0.1)).max().item(), 1 / 16
+            yield (
+                f"scaled_fp8_quant {rows}x{inner}",
+                ((a.double() - expected).abs() / expected.abs().clamp(min=0.1)).max().item(),
+                1 / 16,
+            )
             out = ops.cutlass_scaled_mm(a, b.t(), scale_a, scale_b, torch.bfloat16)
-        expected = (a.double() * scale_a.double()) @ (b.double() * (scale_b.double().t() if device == "cpu" else scale_b.double())).t()
-        yield f"scaled_mm {rows}x{inner}x{columns}", units(out, expected, "bfloat16"), ROUNDINGS["bfloat16"]
+        expected = (a.double() * scale_a.double()) @ (
+            b.double() * (scale_b.double().t() if device == "cpu" else scale_b.double())
+        ).t()
+        yield (
+            f"scaled_mm {rows}x{inner}x{columns}",
+            units(out, expected, "bfloat16"),
+            ROUNDINGS["bfloat16"],
+        )
 
 
 def moe(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
@@ -236,17 +384,33 @@ def moe(ops, device: str, dtypes: list[str]) -> Iterator[Case]:
         if device == "cpu":
             out = torch.empty_like(x)
             packed = [ops.cpu_prepack_moe_weight(w, "vec") for w in (w13, w2)]
-            ops.cpu_fused_moe(out, x, *packed, None, None, weights.float(), ids.to(torch.int32), "silu", "vec")
+            ops.cpu_fused_moe(
+                out, x, *packed, None, None, weights.float(), ids.to(torch.int32), "silu", "vec"
+            )
         else:
             from vllm.model_executor.layers.fused_moe import fused_experts
 
             said = torch.empty(tokens, chosen, device=device)
-            said_ids, rows = (torch.empty(tokens, chosen, dtype=torch.int32, device=device) for _ in range(2))
+            said_ids, rows = (
+                torch.empty(tokens, chosen, dtype=torch.int32, device=device) for _ in range(2)
+            )
             ops.topk_softmax(said, said_ids, rows, scores)
-            yield f"topk_softmax {tokens}x{experts}", units(said, weights, "float32"), ROUNDINGS["float32"]
-            yield f"topk_softmax's choice {tokens}x{experts}", float((said_ids != ids).sum().item()), 0.5
+            yield (
+                f"topk_softmax {tokens}x{experts}",
+                units(said, weights, "float32"),
+                ROUNDINGS["float32"],
+            )
+            yield (
+                f"topk_softmax's choice {tokens}x{experts}",
+                float((said_ids != ids).sum().item()),
+                0.5,
+            )
             out = fused_experts(x, w13, w2, said, said_ids)
-        yield f"fused_moe {tokens}x{hidden}x{inner}, {chosen} of {experts}", units(out, expected, "bfloat16"), ROUNDINGS["bfloat16"]
+        yield (
+            f"fused_moe {tokens}x{hidden}x{inner}, {chosen} of {experts}",
+            units(out, expected, "bfloat16"),
+            ROUNDINGS["bfloat16"],
+        )
 
 
 GROUPS: dict[str, Callable[..., Iterator[Case]]] = {
@@ -260,18 +424,28 @@ GROUPS: dict[str, Callable[..., Iterator[Case]]] = {
 
 
 def judged(group: Callable[..., Iterator[Case]], ops, device: str) -> dict:
-    """All cases of a group. The processor's tiles have to be asked for before a kernel uses them (arch_prctl(2), XCOMP_PERM)."""
+    """All cases of a group. The processor's tiles have to be asked for before a kernel uses them
+    (arch_prctl(2), XCOMP_PERM).
+    """
     import torch
 
     torch.manual_seed(0)
     if device == "cpu" and hasattr(torch.cpu, "_init_amx"):
         torch.cpu._init_amx()
     try:
-        rows = [{"case": case, "difference": difference, "limit": limit} for case, difference, limit in group(ops, device, ["float32", "bfloat16"])]
+        rows = [
+            {"case": case, "difference": difference, "limit": limit}
+            for case, difference, limit in group(ops, device, ["float32", "bfloat16"])
+        ]
     except Absent as exc:
         return {"skipped": str(exc)}
     # JSON lacks infinity.
-    return {"rows": [row | {"difference": row["difference"] if math.isfinite(row["difference"]) else None} for row in rows]}
+    return {
+        "rows": [
+            row | {"difference": row["difference"] if math.isfinite(row["difference"]) else None}
+            for row in rows
+        ]
+    }
 
 
 def asked(group: Callable[..., Iterator[Case]], ops, device: str) -> dict:
@@ -291,12 +465,27 @@ def asked(group: Callable[..., Iterator[Case]], ops, device: str) -> dict:
     except EOFError:
         child.join()
         status = child.exitcode or 0
-        said = {"error": f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status} without a word"}
+        said = {
+            "error": (
+                f"killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"exited with {status} without a word"
+            )
+        }
     child.join()
-    return {"error": None, "skipped": None, "rows": []} | said | {"seconds": round(time.monotonic() - started, 3)}
+    return (
+        {"error": None, "skipped": None, "rows": []}
+        | said
+        | {"seconds": round(time.monotonic() - started, 3)}
+    )
 
 
-def _reply(writer: "multiprocessing.connection.Connection", group: Callable[..., Iterator[Case]], ops, device: str) -> None:
+def _reply(
+    writer: "multiprocessing.connection.Connection",
+    group: Callable[..., Iterator[Case]],
+    ops,
+    device: str,
+) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         writer.send(judged(group, ops, device))
@@ -324,7 +513,11 @@ def main() -> None:
     from vllm import _custom_ops as ops
 
     groups = {name: asked(group, ops, arguments.device) for name, group in GROUPS.items()}
-    print(json.dumps({"schema": SCHEMA, "error": None, "torch": torch.__version__, "groups": groups}), file=out, flush=True)
+    print(
+        json.dumps({"schema": SCHEMA, "error": None, "torch": torch.__version__, "groups": groups}),
+        file=out,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

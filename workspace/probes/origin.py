@@ -1,4 +1,6 @@
-"""Where would this interpreter import vLLM from? Found without importing it. One JSON document on stdout."""
+"""Where would this interpreter import vLLM from? Found without importing it. One JSON document on
+stdout.
+"""
 
 import importlib.util
 import json

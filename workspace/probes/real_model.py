@@ -1,4 +1,5 @@
-"""Does a model that was trained speak? One question with one right answer, a long answer, and ways in which an answer has to end.
+"""Does a model that was trained speak? One question with one right answer, a long answer, and ways
+in which an answer has to end.
 
 The caller sets the environment that vLLM reads. One JSON document on stdout.
 """
@@ -16,7 +17,8 @@ LONG = "Explain in a few sentences how a bicycle works."
 COUNTING = "Count from one to ten in words."
 LONG_TOKENS = 96
 SHORT_TOKENS = 5
-# A broken cache or attention repeats one token for ever; right text has no more than a few blanks or dots running.
+# A broken cache or attention repeats one token for ever; right text has no more than a few blanks
+# or dots running.
 MOST_REPEATED = 6
 
 
@@ -24,7 +26,16 @@ def hear(folder: str, device: str) -> dict:
     import vllm
 
     more = {"kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
-    llm = vllm.LLM(model=folder, dtype="float32", enforce_eager=True, seed=0, max_model_len=512, max_num_seqs=4, disable_log_stats=True, **more)
+    llm = vllm.LLM(
+        model=folder,
+        dtype="float32",
+        enforce_eager=True,
+        seed=0,
+        max_model_len=512,
+        max_num_seqs=4,
+        disable_log_stats=True,
+        **more,
+    )
 
     def params(**changes):
         return vllm.SamplingParams(temperature=0, **({"max_tokens": 48} | changes))
@@ -36,12 +47,22 @@ def hear(folder: str, device: str) -> dict:
         (QUESTION, params(stop=["Paris"])),
     ]
     talks = [[{"role": "user", "content": text}] for text, _ in asked]
-    answer, long, short, stopped = (output.outputs[0] for output in llm.chat(talks, [one for _, one in asked], use_tqdm=False))
+    answer, long, short, stopped = (
+        output.outputs[0] for output in llm.chat(talks, [one for _, one in asked], use_tqdm=False)
+    )
     tokens = list(long.token_ids)
     finishes = [
         ("by itself", answer.finish_reason, "stop"),
-        ("at its length", f"{short.finish_reason} after {len(short.token_ids)}", f"length after {SHORT_TOKENS}"),
-        ("past its end", f"{long.finish_reason} after {len(tokens)}", f"length after {LONG_TOKENS}"),
+        (
+            "at its length",
+            f"{short.finish_reason} after {len(short.token_ids)}",
+            f"length after {SHORT_TOKENS}",
+        ),
+        (
+            "past its end",
+            f"{long.finish_reason} after {len(tokens)}",
+            f"length after {LONG_TOKENS}",
+        ),
         ("at a stop word", f"{stopped.finish_reason} at {stopped.stop_reason}", "stop at Paris"),
         ("without the stop word", str("Paris" not in stopped.text), "True"),
     ]
@@ -49,9 +70,14 @@ def hear(folder: str, device: str) -> dict:
         "answer": answer.text.strip(),
         "long": long.text,
         # Past its end a model may say the end again and again; until there it may not.
-        "longest_run": max((len(list(run)) for token, run in groupby(tokens[: _end(llm, tokens)])), default=0),
+        "longest_run": max(
+            (len(list(run)) for token, run in groupby(tokens[: _end(llm, tokens)])), default=0
+        ),
         "most_repeated": MOST_REPEATED,
-        "finishes": [{"case": case, "found": found, "expected": expected} for case, found, expected in finishes],
+        "finishes": [
+            {"case": case, "found": found, "expected": expected}
+            for case, found, expected in finishes
+        ],
     }
 
 

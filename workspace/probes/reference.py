@@ -1,4 +1,5 @@
-"""What Hugging Face makes of the prompts of the smoke: greedy tokens and log-probabilities of models, for probes/parity.py to compare with.
+"""What Hugging Face makes of the prompts of the smoke: greedy tokens and log-probabilities of
+models, for probes/parity.py to compare with.
 
 One prompt at a time: no padding, no batching, plain attention. One JSON document on stdout.
 """
@@ -12,18 +13,27 @@ from contextlib import suppress
 from pathlib import Path
 
 SCHEMA = 1
-# Of uneven length: below, across and far beyond one block of the KV cache (16 tokens on a GPU, 128 on a CPU), so that a batch mixes them.
+# Of uneven length: below, across and far beyond one block of the KV cache (16 tokens on a GPU, 128
+# on a CPU), so that a batch mixes them.
 PROMPTS = (
     "Hello",
     "The quick brown fox jumps over the lazy dog.",
-    "In the beginning there was a kernel, and the kernel was compiled for one processor; on every other it was void.",
-    "def add(a, b):\n    return a + b\n\n\ndef test_add():\n    assert add(2, 2) == 4\n    assert add(-1, 1) == 0\n\n\n# übung macht den Meister, 練習\n",
+    (
+        "In the beginning there was a kernel, and the kernel was compiled for one processor; on"
+        " every other it was void."
+    ),
+    (
+        "def add(a, b):\n    return a + b\n\n\ndef test_add():\n    assert add(2, 2) == 4\n   "
+        " assert add(-1, 1) == 0\n\n\n# übung macht den Meister, 練習\n"
+    ),
     "A patch that nobody carries is lost. " * 8,
 )
 
 
 def forbid_tf32() -> None:
-    """Full float32 and the same order of additions each time, as far as PyTorch can promise it (pytorch.org, notes/numerical_accuracy)."""
+    """Full float32 and the same order of additions each time, as far as PyTorch can promise it
+    (pytorch.org, notes/numerical_accuracy).
+    """
     import torch
 
     torch.set_float32_matmul_precision("highest")
@@ -36,8 +46,16 @@ def dequantized(folder: str) -> dict:
     """MXFP4 experts are computed with as what they stand for."""
     import transformers
 
-    method = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
-    return {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
+    method = (
+        json.loads((Path(folder) / "config.json").read_text())
+        .get("quantization_config", {})
+        .get("quant_method")
+    )
+    return (
+        {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+        if method == "mxfp4"
+        else {}
+    )
 
 
 def decoded(model, prompt: list[int], device: str, tokens: int) -> dict:
@@ -50,7 +68,8 @@ def decoded(model, prompt: list[int], device: str, tokens: int) -> dict:
         do_sample=False,
         max_new_tokens=tokens,
         min_new_tokens=tokens,
-        # min_new_tokens forbids these while it lasts; forbidding a token would change what is compared.
+        # min_new_tokens forbids these while it lasts; forbidding a token would change what is
+        # compared.
         eos_token_id=None,
         output_logits=True,
         return_dict_in_generate=True,
@@ -60,7 +79,12 @@ def decoded(model, prompt: list[int], device: str, tokens: int) -> dict:
     best = chances.topk(2, dim=-1).values
     # How near each second best token came: within it no rounding can change the choice.
     margins = (best[:, 0] - best[:, 1]).tolist()
-    return {"prompt": prompt, "tokens": said, "logprobs": [chances[i, token].item() for i, token in enumerate(said)], "margins": margins}
+    return {
+        "prompt": prompt,
+        "tokens": said,
+        "logprobs": [chances[i, token].item() for i, token in enumerate(said)],
+        "margins": margins,
+    }
 
 
 def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict]:
@@ -68,14 +92,24 @@ def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    loaded = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "local_files_only": True}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **loaded, **dequantized(folder))
+    loaded = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": "eager",
+        "local_files_only": True,
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, **loaded, **dequantized(folder)
+    )
     model.to(device).eval()
     if dtype == "float32":
-        # What stood there as MXFP4 comes in bfloat16, which holds it, and would be computed with in bfloat16.
+        # What stood there as MXFP4 comes in bfloat16, which holds it, and would be computed with in
+        # bfloat16.
         model.float()
     with torch.inference_mode():
-        return [{"text": text} | decoded(model, tokenizer(text)["input_ids"], device, tokens) for text in PROMPTS]
+        return [
+            {"text": text} | decoded(model, tokenizer(text)["input_ids"], device, tokens)
+            for text in PROMPTS
+        ]
 
 
 def _model(word: str) -> tuple[str, str]:
@@ -87,16 +121,29 @@ def _model(word: str) -> tuple[str, str]:
 
             folder = huggingface_hub.snapshot_download(folder, local_files_only=True)
     if not (Path(folder) / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{word} is not NAME=FOLDER, or the folder holds no config.json")
+        raise argparse.ArgumentTypeError(
+            f"{word} is not NAME=FOLDER, or the folder holds no config.json"
+        )
     return name, str(Path(folder).resolve())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decode the smoke's prompts with Hugging Face's transformers.")
-    parser.add_argument("--model", type=_model, action="append", required=True, metavar="NAME=FOLDER", help="a folder in Hugging Face's layout; repeatable")
+    parser = argparse.ArgumentParser(
+        description="Decode the smoke's prompts with Hugging Face's transformers."
+    )
+    parser.add_argument(
+        "--model",
+        type=_model,
+        action="append",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="a folder in Hugging Face's layout; repeatable",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--tokens", type=int, default=64, help="how many to generate for each prompt")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="how many to generate for each prompt"
+    )
     arguments = parser.parse_args()
     if arguments.tokens < 1:
         parser.error("--tokens is at least 1")
@@ -120,8 +167,17 @@ def main() -> None:
 
         traceback.print_exc()
         error = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-    made = {"schema": SCHEMA, "error": error, "models": models, "seconds": round(time.monotonic() - started, 3)}
-    print(json.dumps(made | ({"transformers": transformers.__version__} if not error else {})), file=out, flush=True)
+    made = {
+        "schema": SCHEMA,
+        "error": error,
+        "models": models,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    print(
+        json.dumps(made | ({"transformers": transformers.__version__} if not error else {})),
+        file=out,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

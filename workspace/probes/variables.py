@@ -1,6 +1,8 @@
-"""Ask the registry of a vLLM tree, vllm/envs.py, what it makes of the variables that are named: `variables.py ENVS.PY NAME…`.
+"""Ask the registry of a vLLM tree, vllm/envs.py, what it makes of the variables that are named:
+`variables.py ENVS.PY NAME…`.
 
-Needs nothing but the standard library, so any Python will do; the variables stand in its environment.
+Needs nothing but the standard library, so any Python will do; the variables stand in its
+environment.
 """
 
 import importlib.util
@@ -25,7 +27,8 @@ def main(path: str, names: list[str]) -> None:
             value = getter()
         except Exception as exc:
             if isinstance(exc, ImportError):
-                # Some functions need torch, or another package that is not here; one of them to describe what is wrong.
+                # Some functions need torch, or another package that is not here; one of them to
+                # describe what is wrong.
                 if not isinstance(exc.__context__, ValueError):
                     continue
                 exc = exc.__context__
@@ -48,7 +51,11 @@ def unheard(name: str, getter, value, text: str) -> str | None:
     os.environ[name] = "1" if word in ON else "0"
     try:
         # Some are off whatever they are given, because of another one.
-        return f"vLLM takes this value for {'on' if value else 'off'}; write {os.environ[name]}" if getter() != value else None
+        return (
+            f"vLLM takes this value for {'on' if value else 'off'}; write {os.environ[name]}"
+            if getter() != value
+            else None
+        )
     finally:
         os.environ[name] = text
 

@@ -1,7 +1,9 @@
-"""Which vLLM does this interpreter import, and does every compiled library of the tree load with all symbols bound?
+"""Which vLLM does this interpreter import, and does every compiled library of the tree load with
+all symbols bound?
 
-Each question is asked in a forked child: vLLM's CPU libraries register the same operators and cannot share a process, and a
-truncated library ends its process with a signal, which is a verdict here and not a crash. One JSON document on stdout.
+Each question is asked in a forked child: vLLM's CPU libraries register the same operators and
+cannot share a process, and a truncated library ends its process with a signal, which is a verdict
+here and not a crash. One JSON document on stdout.
 """
 
 import argparse
@@ -21,11 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 SCHEMA = 1
-# A cold page cache and a CUDA library of 800 MB have taken a minute; importing vLLM takes 6 s warm on two cores.
+# A cold page cache and a CUDA library of 800 MB have taken a minute; importing vLLM takes 6 s warm
+# on two cores.
 LOAD_TIMEOUT_S = 120.0
 IMPORT_TIMEOUT_S = 400.0
 _LIBRARY = re.compile(r".+\.so(\.\d+)*$")
-# PEP 3149: an extension for one version of CPython. DeepGEMM's comes for each of them (vllm/third_party/deep_gemm).
+# PEP 3149: an extension for one version of CPython. DeepGEMM's comes for each of them
+# (vllm/third_party/deep_gemm).
 _FOR_PYTHON = re.compile(r".+\.cpython-(\d+)[a-z]*-.+\.so$")
 _DRIVER = "libcuda.so.1"
 # dlopen(3) names the file first, and often by its whole path.
@@ -45,7 +49,9 @@ class Question:
         writer.close()
 
     def ask(self) -> dict:
-        """Wait; {"value": …} where the child answered, else {"error": a sentence, "signal": a name or None}."""
+        """Wait; {"value": …} where the child answered, else {"error": a sentence, "signal": a name
+        or None}.
+        """
         try:
             if not self._reader.poll(max(0.0, self._deadline - time.monotonic())):
                 self._child.kill()
@@ -55,7 +61,10 @@ class Question:
             self._child.join()
             status = self._child.exitcode or 0
             name = signal.Signals(-status).name if status < 0 else None
-            return {"error": f"killed by {name}" if name else f"exited with {status} without a word", "signal": name}
+            return {
+                "error": f"killed by {name}" if name else f"exited with {status} without a word",
+                "signal": name,
+            }
         finally:
             self._child.join()
 
@@ -78,18 +87,28 @@ def _sentence(exc: BaseException) -> str:
 
 def compiled(tree: Path) -> list[Path]:
     """Every shared library below the tree's package, sorted."""
-    return sorted(path for path in (tree / "vllm").rglob("*.so*") if _LIBRARY.fullmatch(path.name) and path.is_file())
+    return sorted(
+        path
+        for path in (tree / "vllm").rglob("*.so*")
+        if _LIBRARY.fullmatch(path.name) and path.is_file()
+    )
 
 
 def mapped(tree: Path) -> list[str]:
     """The tree's libraries that this process has loaded, relative to the tree (proc(5), maps)."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     files = {Path(parts[5]) for line in lines if len(parts := line.split(maxsplit=5)) == 6}
-    return sorted(str(file.relative_to(tree)) for file in files if _LIBRARY.fullmatch(file.name) and file.is_relative_to(tree))
+    return sorted(
+        str(file.relative_to(tree))
+        for file in files
+        if _LIBRARY.fullmatch(file.name) and file.is_relative_to(tree)
+    )
 
 
 def imported(tree: Path, folder: Path | None = None) -> dict:
-    """Import vLLM as `python -c` would in `folder`, and say what it is and which libraries it takes on this machine."""
+    """Import vLLM as `python -c` would in `folder`, and say what it is and which libraries it takes
+    on this machine.
+    """
     if folder:
         os.chdir(folder)
     import vllm
@@ -106,12 +125,15 @@ def imported(tree: Path, folder: Path | None = None) -> dict:
 
 
 def load(path: Path) -> None:
-    """Bind every symbol now: Python's own import of an extension is lazy where a library asks for it (dlopen(3), RTLD_NOW)."""
+    """Bind every symbol now: Python's own import of an extension is lazy where a library asks for
+    it (dlopen(3), RTLD_NOW).
+    """
     ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
 
 
 def missing_bytes(path: Path) -> int:
-    """How much of the file its own ELF header says is missing (elf(5)); 0 where nothing is, or where it is no ELF file.
+    """How much of the file its own ELF header says is missing (elf(5)); 0 where nothing is, or
+    where it is no ELF file.
 
     Two thirds of a library may be symbols that are never loaded: it loads although it was cut.
     """
@@ -130,9 +152,13 @@ def sha256(path: Path) -> str:
 
 
 def judge(path: Path, tree: Path) -> dict:
-    """Load one library, and hash it meanwhile. One for another Python is hashed only: this interpreter never imports it."""
+    """Load one library, and hash it meanwhile. One for another Python is hashed only: this
+    interpreter never imports it.
+    """
     made_for = _FOR_PYTHON.match(path.name)
-    is_foreign = made_for is not None and made_for[1] != f"{sys.version_info.major}{sys.version_info.minor}"
+    is_foreign = (
+        made_for is not None and made_for[1] != f"{sys.version_info.major}{sys.version_info.minor}"
+    )
     question = Question(lambda: None if is_foreign else load(path), timeout_s=LOAD_TIMEOUT_S)
     row = {"path": str(path.relative_to(tree)), "size": path.stat().st_size, "sha256": sha256(path)}
     said = question.ask()
@@ -140,22 +166,35 @@ def judge(path: Path, tree: Path) -> dict:
     if missing := missing_bytes(path):
         error = f"{missing} bytes are missing at its end" + (f"; {error}" if error else "")
     verdict = "broken" if error else "other python" if is_foreign else "ok"
-    return row | {"loads": "value" in said and not is_foreign, "verdict": verdict, "error": error, "signal": said.get("signal")}
+    return row | {
+        "loads": "value" in said and not is_foreign,
+        "verdict": verdict,
+        "error": error,
+        "signal": said.get("signal"),
+    }
 
 
 def excuse_other_cpu(rows: list[dict], kernels: list[str] | None) -> None:
     """Tell a library for another processor from a broken one.
 
-    The x86 wheels bring one library for each of AVX2, AVX-512 and AVX-512 with bfloat16. Loading one that is beyond this processor ends
-    in SIGILL, and is no fault as long as vLLM takes another one here (vllm/platforms/cpu.py, import_kernels).
+    The x86 wheels bring one library for each of AVX2, AVX-512 and AVX-512 with bfloat16. Loading
+    one that is beyond this processor ends in SIGILL, and is no fault as long as vLLM takes another
+    one here (vllm/platforms/cpu.py, import_kernels).
     """
     for row in rows:
         if row["signal"] == "SIGILL" and kernels and row["path"] not in kernels:
-            row |= {"verdict": "other cpu", "error": "holds instructions that this processor lacks; vLLM takes another library here"}
+            row |= {
+                "verdict": "other cpu",
+                "error": (
+                    "holds instructions that this processor lacks; vLLM takes another library here"
+                ),
+            }
 
 
 def excuse_no_driver(rows: list[dict]) -> None:
-    """Tell a library that lacks nothing but the GPU's driver, which the machine that it was built on need not have."""
+    """Tell a library that lacks nothing but the GPU's driver, which the machine that it was built
+    on need not have.
+    """
     try:
         ctypes.CDLL(_DRIVER)
     except OSError:
@@ -171,7 +210,15 @@ def torch_record() -> dict:
 
 
 def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False) -> dict:
-    record: dict = {"schema": SCHEMA, "error": None, "file": None, "version": None, "platform": None, "kernels": None, "libraries": []}
+    record: dict = {
+        "schema": SCHEMA,
+        "error": None,
+        "file": None,
+        "version": None,
+        "platform": None,
+        "kernels": None,
+        "libraries": [],
+    }
     record |= {"python": sys.version.split()[0], "torch": None}
     try:
         # Once, for every child: it brings the libraries that vLLM's are linked against.
@@ -186,7 +233,9 @@ def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False)
     if asked is None and any(row["signal"] == "SIGILL" for row in record["libraries"]):
         asked = Question(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S)
     # torch is imported by now: a second child is spared the half of it.
-    from_tree = Question(lambda: imported(tree, tree), timeout_s=IMPORT_TIMEOUT_S) if inside else None
+    from_tree = (
+        Question(lambda: imported(tree, tree), timeout_s=IMPORT_TIMEOUT_S) if inside else None
+    )
     if asked:
         said = asked.ask()
         record |= said.get("value", {})
@@ -195,17 +244,36 @@ def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False)
         excuse_other_cpu(record["libraries"], record["kernels"])
     if from_tree:
         said = from_tree.ask()
-        error = None if "value" in said else record["error"] or f"vllm cannot be imported: {said['error']}"
-        record["inside"] = {"error": error, "file": None, "version": None, "platform": None} | said.get("value", {})
+        error = (
+            None
+            if "value" in said
+            else record["error"] or f"vllm cannot be imported: {said['error']}"
+        )
+        record["inside"] = {
+            "error": error,
+            "file": None,
+            "version": None,
+            "platform": None,
+        } | said.get("value", {})
     return record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print as JSON which vLLM is imported and whether its libraries load.")
+    parser = argparse.ArgumentParser(
+        description="Print as JSON which vLLM is imported and whether its libraries load."
+    )
     parser.add_argument("tree", type=Path, help="the checkout that vLLM should come from")
-    parser.add_argument("--no-import", action="store_true", help="load libraries only; vLLM is asked for its choice where one is for another processor")
+    parser.add_argument(
+        "--no-import",
+        action="store_true",
+        help="load libraries only; vLLM is asked for its choice where one is for another processor",
+    )
     parser.add_argument("--no-libraries", action="store_true", help="import only")
-    parser.add_argument("--inside", action="store_true", help="import also with the tree as working directory, where it may hide what is installed")
+    parser.add_argument(
+        "--inside",
+        action="store_true",
+        help="import also with the tree as working directory, where it may hide what is installed",
+    )
     arguments = parser.parse_args()
     tree = arguments.tree.resolve()
     if not (tree / "vllm").is_dir():
@@ -213,10 +281,16 @@ def main() -> None:
     # vLLM logs on stdout; the document must stand there alone.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # As `python -c` and `python -m` do: a tree, or an egg-info in it, that hides the installed vLLM must show here.
+    # As `python -c` and `python -m` do: a tree, or an egg-info in it, that hides the installed vLLM
+    # must show here.
     if sys.path and sys.path[0] == str(Path(__file__).resolve().parent):
         sys.path[0] = ""
-    record = examine(tree, imports=not arguments.no_import, libraries=not arguments.no_libraries, inside=arguments.inside)
+    record = examine(
+        tree,
+        imports=not arguments.no_import,
+        libraries=not arguments.no_libraries,
+        inside=arguments.inside,
+    )
     print(json.dumps(record), file=out, flush=True)
 
 

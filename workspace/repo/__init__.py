@@ -1,1 +1,3 @@
-"""Where the code comes from: pins, package index, git checkouts, release archives and the patches on top."""
+"""Where the code comes from: pins, package index, git checkouts, release archives and the patches
+on top.
+"""

@@ -1,6 +1,7 @@
 """The checkouts under vendor/: what is there, and how one comes to be.
 
-A checkout that is there is never overwritten. A new one is made aside and put in place with renames.
+A checkout that is there is never overwritten. A new one is made aside and put in place with
+renames.
 """
 
 import enum
@@ -35,7 +36,9 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Checkout:
-    """What lies at the place of a checkout. `base` is the commit that the patches go on, `detail` a phrase for a person."""
+    """What lies at the place of a checkout. `base` is the commit that the patches go on, `detail` a
+    phrase for a person.
+    """
 
     kind: Kind
     base: str | None
@@ -57,7 +60,10 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
         if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
             return Checkout(Kind.MISSING, None, None, "not there")
     except OSError as exc:
-        raise CheckoutError(f"{layout.relative(path)} cannot be read: {exc.strerror}", hint=f"ls -la {layout.relative(path)}") from exc
+        raise CheckoutError(
+            f"{layout.relative(path)} cannot be read: {exc.strerror}",
+            hint=f"ls -la {layout.relative(path)}",
+        ) from exc
     if not os.path.lexists(path / ".git"):
         return Checkout(Kind.FOREIGN, None, None, "not a git checkout")
     repository = Git(path)
@@ -73,16 +79,25 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
         # A release checkout into which somebody fetched upstream holds both.
         bases.sort(key=lambda commit: not repository.is_ancestor(commit, head))
     if not bases:
-        return Checkout(Kind.FOREIGN, None, head, f"a repository without {pin.tag} ({pin.commit[:12]})")
+        return Checkout(
+            Kind.FOREIGN, None, head, f"a repository without {pin.tag} ({pin.commit[:12]})"
+        )
     kind = known[bases[0]]
-    return Checkout(kind, bases[0], head, f"{pin.tag} from {'git' if kind is Kind.GIT else 'the release archive'}")
+    return Checkout(
+        kind,
+        bases[0],
+        head,
+        f"{pin.tag} from {'git' if kind is Kind.GIT else 'the release archive'}",
+    )
 
 
-def ensure(layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, run_log: RunLog, step: Step) -> Checkout:
+def ensure(
+    layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, run_log: RunLog, step: Step
+) -> Checkout:
     """Make the checkout where there is none, and return what is there.
 
-    Raises CheckoutError for something else in its place, or for a checkout of the other kind than `choice` asks for;
-    SourceError where it cannot be fetched or is not what was pinned.
+    Raises CheckoutError for something else in its place, or for a checkout of the other kind than
+    `choice` asks for; SourceError where it cannot be fetched or is not what was pinned.
     """
     found = observe(layout, pin)
     if found.kind is Kind.FOREIGN:
@@ -100,7 +115,9 @@ def ensure(layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, run_
 
 
 def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
-    """Keep the superproject's own verbs from moving, fetching or staging what lies in vendor/vllm; touches nothing where that is so already."""
+    """Keep the superproject's own verbs from moving, fetching or staging what lies in vendor/vllm;
+    touches nothing where that is so already.
+    """
     outer = superproject(layout)
     if outer is None:
         return
@@ -110,26 +127,35 @@ def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     link = outer.gitlink(path)
     if link is None or link.hidden or not os.path.lexists(layout.vllm / ".git"):
         return
-    # A release checkout or a patched one: `git add -A` would stage its commit as if it were a new pin.
+    # A release checkout or a patched one: `git add -A` would stage its commit as if it were a new
+    # pin.
     if Git(layout.vllm).head() != link.commit:
         outer.hide(path, run_log=run_log)
 
 
 def sweep(layout: Layout, pin: Pin) -> None:
-    """Remove what runs that were killed right after the checkout was put in place have left beside it, and beside its git directory."""
+    """Remove what runs that were killed right after the checkout was put in place have left beside
+    it, and beside its git directory.
+    """
     for place in filter(None, (folder_of(layout, pin), _modules(layout, pin))):
         files.sweep_beside(place)
 
 
 def superproject(layout: Layout) -> Git | None:
-    """The workspace's own repository, or None for a copy that is none, or lies inside another one."""
+    """The workspace's own repository, or None for a copy that is none, or lies inside another
+    one.
+    """
     outer = Git(layout.root)
     place = outer.place()
     return outer if place and place.top.resolve() == layout.root.resolve() else None
 
 
-def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice, run_log: RunLog, step: Step) -> bool:
-    """Make the checkout from git, or say why not and return False where `choice` leaves that open."""
+def _made_from_git(
+    layout: Layout, pin: Pin, settings: Settings, choice: Choice, run_log: RunLog, step: Step
+) -> bool:
+    """Make the checkout from git, or say why not and return False where `choice` leaves that
+    open.
+    """
     modules = _modules(layout, pin)
     if modules and modules.exists() and any(modules.iterdir()):
         _restore(layout, pin, settings, modules, run_log, step)
@@ -140,7 +166,10 @@ def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice,
     except SourceError as exc:
         if choice == "git" or pin.archive is None or isinstance(exc, _Moved):
             raise
-        run_log.console.warn(f"{exc.message}; taking the release archive instead, which has no history: no version from git, no upstream commits in forecasts")
+        run_log.console.warn(
+            f"{exc.message}; taking the release archive instead, which has no history: no version"
+            " from git, no upstream commits in forecasts"
+        )
         return False
     _clone(layout, pin, settings, modules, references, run_log, step)
     return True
@@ -148,18 +177,43 @@ def _made_from_git(layout: Layout, pin: Pin, settings: Settings, choice: Choice,
 
 def _make_from_archive(layout: Layout, pin: Pin, settings: Settings, step: Step) -> None:
     if pin.archive is None:
-        raise SourceError(f"{pin.name} has no release archive in vendor/pins.toml", hint="./scripts/inv bootstrap --source git")
+        raise SourceError(
+            f"{pin.name} has no release archive in vendor/pins.toml",
+            hint="./scripts/inv bootstrap --source git",
+        )
     name = pin.archive.filename
-    file = index.fetch(pin.name, name, pin.archive.sha256, settings=settings, on_progress=lambda done, total: step.progress(done, total, f"bytes of {name}"))
-    pins.make_from_archive(file, folder_of(layout, pin), pin, on_progress=lambda done, total: step.progress(done, total, f"unpacking {name}"))
+    file = index.fetch(
+        pin.name,
+        name,
+        pin.archive.sha256,
+        settings=settings,
+        on_progress=lambda done, total: step.progress(done, total, f"bytes of {name}"),
+    )
+    pins.make_from_archive(
+        file,
+        folder_of(layout, pin),
+        pin,
+        on_progress=lambda done, total: step.progress(done, total, f"unpacking {name}"),
+    )
 
 
-def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, references: Mapping[str, str], run_log: RunLog, step: Step) -> None:
-    """Fetch the pin into a new repository and put it in place: as a submodule where `modules` says where its git directory goes."""
+def _clone(
+    layout: Layout,
+    pin: Pin,
+    settings: Settings,
+    modules: Path | None,
+    references: Mapping[str, str],
+    run_log: RunLog,
+    step: Step,
+) -> None:
+    """Fetch the pin into a new repository and put it in place: as a submodule where `modules` says
+    where its git directory goes.
+    """
     path = folder_of(layout, pin)
     url = url_of(layout, pin, settings)
     refspecs = _refspecs(pin, references)
-    # A server may refuse filters, or refuse the contents that a filter left out; then all of it is fetched, and at last by branches.
+    # A server may refuse filters, or refuse the contents that a filter left out; then all of it is
+    # fetched, and at last by branches.
     attempts = [(refspecs, False), (refspecs, True)]
     if refspecs == (pin.commit,):
         attempts.append((("+refs/heads/*:refs/remotes/origin/*",), True))
@@ -171,10 +225,21 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
             made = Git(tree, git_dir=git_dir, failure=SourceError)
             made.init()
             try:
-                made.fetch(url, wanted, whole=whole, settings=settings, run_log=run_log, on_line=shown(step))
+                made.fetch(
+                    url,
+                    wanted,
+                    whole=whole,
+                    settings=settings,
+                    run_log=run_log,
+                    on_line=shown(step),
+                )
                 _check_pin(made, pin, url)
-                if f"refs/tags/{pin.tag}" not in references and f"refs/heads/{pin.tag}" not in references:
-                    # setuptools-scm derives the version from it; that it belongs to this commit, the pins say.
+                if (
+                    f"refs/tags/{pin.tag}" not in references
+                    and f"refs/heads/{pin.tag}" not in references
+                ):
+                    # setuptools-scm derives the version from it; that it belongs to this commit,
+                    # the pins say.
                     made.set_ref(f"refs/tags/{pin.tag}", pin.commit)
                 made.check_out(pin.commit, settings=settings, run_log=run_log, on_line=shown(step))
             except SourceError:
@@ -185,7 +250,8 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
                 continue
             if (made.head(), made.edits()) != (pin.commit, ()):
                 raise SourceError(
-                    f"the files of {pin.tag} from {git.without_user(url)} are not those of its commit",
+                    f"the files of {pin.tag} from {git.without_user(url)} are not those of its"
+                    " commit",
                     hint="git config --show-origin --list    shows what may change them",
                 )
             if modules:
@@ -195,8 +261,12 @@ def _clone(layout: Layout, pin: Pin, settings: Settings, modules: Path | None, r
             return
 
 
-def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, run_log: RunLog, step: Step) -> None:
-    """Write the files of a submodule whose git directory is there: what its index and HEAD hold, the user's commits included."""
+def _restore(
+    layout: Layout, pin: Pin, settings: Settings, modules: Path, run_log: RunLog, step: Step
+) -> None:
+    """Write the files of a submodule whose git directory is there: what its index and HEAD hold,
+    the user's commits included.
+    """
     path = folder_of(layout, pin)
     with files.folder_beside(path) as holder:
         tree = holder / "tree"
@@ -205,10 +275,19 @@ def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, run_lo
         if pin.commit not in kept.present((pin.commit,)):
             url = url_of(layout, pin, settings)
             whole = kept.setting("remote.origin.promisor") != "true"
-            kept.fetch(url, _refspecs(pin, _advertised(layout, pin, settings, url)), whole=whole, settings=settings, run_log=run_log, on_line=shown(step))
+            kept.fetch(
+                url,
+                _refspecs(pin, _advertised(layout, pin, settings, url)),
+                whole=whole,
+                settings=settings,
+                run_log=run_log,
+                on_line=shown(step),
+            )
             _check_pin(kept, pin, url)
         if kept.head() is None or not (modules / "index").exists():
-            kept.check_out(kept.head() or pin.commit, settings=settings, run_log=run_log, on_line=shown(step))
+            kept.check_out(
+                kept.head() or pin.commit, settings=settings, run_log=run_log, on_line=shown(step)
+            )
         else:
             kept.write_files()
         _settle(layout, pin, kept, modules)
@@ -216,11 +295,16 @@ def _restore(layout: Layout, pin: Pin, settings: Settings, modules: Path, run_lo
 
 
 def _settle(layout: Layout, pin: Pin, made: Git, modules: Path) -> None:
-    """Tie a submodule's files, its git directory and the superproject together, as `git submodule update` would find them."""
+    """Tie a submodule's files, its git directory and the superproject together, as `git submodule
+    update` would find them.
+    """
     path = folder_of(layout, pin)
     place = modules.parent.resolve() / modules.name
     made.set_setting("core.worktree", os.path.relpath(path.parent.resolve() / path.name, place))
-    write_atomic(made.path / ".git", f"gitdir: {os.path.relpath(place, path.parent.resolve() / path.name)}\n".encode())
+    write_atomic(
+        made.path / ".git",
+        f"gitdir: {os.path.relpath(place, path.parent.resolve() / path.name)}\n".encode(),
+    )
     outer = superproject(layout)
     name = layout.relative(path)
     if outer:
@@ -237,16 +321,23 @@ def _check_pin(made: Git, pin: Pin, url: str) -> None:
 
 
 def _modules(layout: Layout, pin: Pin) -> Path | None:
-    """Where the superproject keeps the git directory of this submodule, or None where it is no submodule here."""
+    """Where the superproject keeps the git directory of this submodule, or None where it is no
+    submodule here.
+    """
     outer = superproject(layout)
     name = layout.relative(folder_of(layout, pin))
-    if outer is None or outer.setting(f"submodule.{name}.path", file=layout.root / ".gitmodules") != name:
+    if (
+        outer is None
+        or outer.setting(f"submodule.{name}.path", file=layout.root / ".gitmodules") != name
+    ):
         return None
     return outer.path_of(f"modules/{name}")
 
 
 def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
-    """Where the project is fetched from: its mirror if one is set, a path made absolute, else the pinned address."""
+    """Where the project is fetched from: its mirror if one is set, a path made absolute, else the
+    pinned address.
+    """
     mirror = settings.text(f"{pin.name.upper()}_MIRROR")
     if not mirror or re.match(r"[a-z+]+://|[^/]+:", mirror):
         return mirror or pin.url
@@ -254,10 +345,18 @@ def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
 
 
 def _advertised(layout: Layout, pin: Pin, settings: Settings, url: str) -> Mapping[str, str]:
-    """Ask the remote for the pinned tag. Raises SourceError where it cannot be reached or its tag is another commit."""
+    """Ask the remote for the pinned tag. Raises SourceError where it cannot be reached or its tag
+    is another commit.
+    """
     tag = f"refs/tags/{pin.tag}"
     names = (tag, f"{tag}^{{}}", f"refs/heads/{pin.tag}")
-    references = git.advertised(url, names, cwd=layout.root, settings=settings, timeout_s=float(settings.count("CONNECT_TIMEOUT_S") or 5))
+    references = git.advertised(
+        url,
+        names,
+        cwd=layout.root,
+        settings=settings,
+        timeout_s=float(settings.count("CONNECT_TIMEOUT_S") or 5),
+    )
     found = references.get(f"{tag}^{{}}", references.get(tag, pin.commit))
     if found != pin.commit:
         raise _Moved(
@@ -272,7 +371,9 @@ class _Moved(SourceError):
 
 
 def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
-    """What to ask for: the tag, which every server gives, or the commit itself where there is no such tag."""
+    """What to ask for: the tag, which every server gives, or the commit itself where there is no
+    such tag.
+    """
     tag = f"refs/tags/{pin.tag}"
     return (f"+{tag}:{tag}",) if tag in references else (pin.commit,)
 
@@ -283,18 +384,26 @@ def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
     hint = f"to keep it aside: {scratch}"
     if found.head:
         hint = f"to give it the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
-    return CheckoutError(f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was left as it is", hint=hint)
+    return CheckoutError(
+        f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was left as"
+        " it is",
+        hint=hint,
+    )
 
 
 def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
     away = f"mv {name} {name.replace('/', '-')}.{found.kind.value}"
     if found.kind is Kind.GIT and (folder_of(layout, pin) / ".git").is_file():
-        # Its commits stay in the superproject's git directory; deinit refuses where there are edits.
+        # Its commits stay in the superproject's git directory; deinit refuses where there are
+        # edits.
         away = f"git submodule deinit {name}"
     return CheckoutError(
         f"{name} is {found.detail}, SOURCE asks for {choice}; it was left as it is",
-        hint=f"to go on with it: ./scripts/inv bootstrap --source auto    or, to have the other: {away} && ./scripts/inv bootstrap --source {choice}",
+        hint=(
+            "to go on with it: ./scripts/inv bootstrap --source auto    or, to have the other:"
+            f" {away} && ./scripts/inv bootstrap --source {choice}"
+        ),
     )
 
 

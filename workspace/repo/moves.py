@@ -1,8 +1,10 @@
-"""A move of a checkout from one commit to another, which a run that is killed leaves begun and the next one finishes; and an act of git's own,
-such as an `am` in the checkout, which the next run takes back.
+"""A move of a checkout from one commit to another, which a run that is killed leaves begun and the
+next one finishes; and an act of git's own, such as an `am` in the checkout, which the next run
+takes back.
 
-Either is written down before the first file is touched. Only then may a file that is missing or cut short be one of a killed move, and only one
-that differs between the two commits: every other is the user's.
+Either is written down before the first file is touched. Only then may a file that is missing or cut
+short be one of a killed move, and only one that differs between the two commits: every other is the
+user's.
 """
 
 import contextlib
@@ -22,7 +24,8 @@ from workspace.repo.git import Git, checkpoint, command
 from workspace.repo.git.command import Entries, split
 from workspace.repo.series import LEFT_REF, Attempt
 
-# Path to `blob oid, mtime in ns`, the newest last: going to and fro between two stacks needs two, and more are seldom met again.
+# Path to `blob oid, mtime in ns`, the newest last: going to and fro between two stacks needs two,
+# and more are seldom met again.
 Memory = Mapping[str, Sequence[tuple[str, int]]]
 _KEPT = 4
 # Paths on one command line; the kernel takes 2 MiB (execve(2)).
@@ -30,26 +33,38 @@ _AT_ONCE = 5000
 
 
 def move_with_times(git: Git, commit: str, *, memory: Path, run_log: RunLog) -> None:
-    """Move the checkout as Git.move_to does; each file whose content was there before gets the time back that it had with it."""
+    """Move the checkout as Git.move_to does; each file whose content was there before gets the time
+    back that it had with it.
+    """
     known = read_times(memory, git.path)
-    remember_times(git, split(git.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", commit).out), memory=memory)
+    remember_times(
+        git,
+        split(git.look("diff-tree", "-r", "-z", "--name-only", "--no-renames", "HEAD", commit).out),
+        memory=memory,
+    )
     git.move_to(commit, run_log=run_log)
     restore_times(git, known)
 
 
 def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
-    """Write down content and time of the files that are about to be rewritten. Where that cannot be written, no time comes back."""
+    """Write down content and time of the files that are about to be rewritten. Where that cannot be
+    written, no time comes back.
+    """
     known = {path: list(seen) for path, seen in read_times(memory, git.path).items()}
     for path, entry in _entries(git, paths).items():
         if (mtime := _mtime(git.path / path)) is not None:
             oid = entry.split()[1]
-            known[path] = [*(seen for seen in known.get(path, []) if seen[0] != oid), (oid, mtime)][-_KEPT:]
+            known[path] = [*(seen for seen in known.get(path, []) if seen[0] != oid), (oid, mtime)][
+                -_KEPT:
+            ]
     with contextlib.suppress(OSError):
         write_atomic(memory, json.dumps(known).encode())
 
 
 def restore_times(git: Git, known: Memory) -> None:
-    """Give each remembered file that has a remembered content the time it had with it; all others keep theirs."""
+    """Give each remembered file that has a remembered content the time it had with it; all others
+    keep theirs.
+    """
     is_changed = False
     for path, entry in (_entries(git, known) if known else {}).items():
         file, mtime = git.path / path, dict(known[path]).get(entry.split()[1])
@@ -64,22 +79,35 @@ def restore_times(git: Git, known: Memory) -> None:
 
 
 def forget_times(layout: Layout, project: str) -> None:
-    """Drop the memory: a compiler is about to run. Raises ToolchainError where it cannot be dropped, for then none must."""
+    """Drop the memory: a compiler is about to run. Raises ToolchainError where it cannot be
+    dropped, for then none must.
+    """
     memory = layout.times(project)
     try:
         memory.unlink(missing_ok=True)
     except OSError as exc:
-        raise ToolchainError(f"{memory} cannot be removed: {exc.strerror}", hint=f"ls -ld {memory} {memory.parent}") from exc
+        raise ToolchainError(
+            f"{memory} cannot be removed: {exc.strerror}", hint=f"ls -ld {memory} {memory.parent}"
+        ) from exc
 
 
 def read_times(memory: Path, checkout: Path) -> Memory:
-    """What is remembered of the files in `checkout`; nothing where the memory is damaged, or where ninja ran there since it was written."""
+    """What is remembered of the files in `checkout`; nothing where the memory is damaged, or where
+    ninja ran there since it was written.
+    """
     try:
         written = memory.stat().st_mtime_ns
-        if any(log.stat().st_mtime_ns > written for pattern in ("*/.ninja_log", "*/*/.ninja_log") for log in checkout.glob(pattern)):
+        if any(
+            log.stat().st_mtime_ns > written
+            for pattern in ("*/.ninja_log", "*/*/.ninja_log")
+            for log in checkout.glob(pattern)
+        ):
             return {}
         known = json.loads(read_regular(memory))
-        return {str(path): [(str(oid), int(mtime)) for oid, mtime in seen] for path, seen in known.items()}
+        return {
+            str(path): [(str(oid), int(mtime)) for oid, mtime in seen]
+            for path, seen in known.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return {}
 
@@ -90,7 +118,9 @@ def _entries(git: Git, paths: Iterable[str]) -> Entries:
     if not wanted:
         return {}
     entries = git.entries(sorted(wanted) if len(wanted) <= _AT_ONCE else (), None)
-    return {path: entry for path, entry in entries.items() if path in wanted and entry.startswith("100")}
+    return {
+        path: entry for path, entry in entries.items() if path in wanted and entry.startswith("100")
+    }
 
 
 def _mtime(file: Path) -> int | None:
@@ -114,8 +144,11 @@ def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog
 
 
 @contextlib.contextmanager
-def attempt(layout: Layout, project: str, git: Git, tried: Attempt, *, run_log: RunLog) -> Iterator[None]:
-    """Let git itself act on the checkout in the block, and sync. Where that is killed, interrupted or has no room, `finish` takes it back.
+def attempt(
+    layout: Layout, project: str, git: Git, tried: Attempt, *, run_log: RunLog
+) -> Iterator[None]:
+    """Let git itself act on the checkout in the block, and sync. Where that is killed, interrupted
+    or has no room, `finish` takes it back.
 
     Raises ToolchainError where it cannot be written down; git has not begun then.
     """
@@ -149,14 +182,20 @@ def is_begun(layout: Layout, project: str) -> bool:
     return layout.moving(project).exists()
 
 
-def finish(layout: Layout, project: str, git: Git, *, run_log: RunLog, shown: str | None = None) -> bool:
-    """Finish a move that a killed run began, or take back what git did. False, and no file touched, where there is none, or where it may be the user's.
+def finish(
+    layout: Layout, project: str, git: Git, *, run_log: RunLog, shown: str | None = None
+) -> bool:
+    """Finish a move that a killed run began, or take back what git did. False, and no file touched,
+    where there is none, or where it may be the user's.
 
-    A move leaves HEAD where it was and each file that differs as the one or the other commit has it, or begun; perhaps an index.lock.
+    A move leaves HEAD where it was and each file that differs as the one or the other commit has
+    it, or begun; perhaps an index.lock.
     """
     note = layout.moving(project)
     if tried := attempted(layout, project):
-        is_done = _take_back(layout, project, git, tried, shown or layout.relative(git.path), run_log)
+        is_done = _take_back(
+            layout, project, git, tried, shown or layout.relative(git.path), run_log
+        )
         _forget(note, _point(layout, project))
         return is_done
     try:
@@ -164,7 +203,11 @@ def finish(layout: Layout, project: str, git: Git, *, run_log: RunLog, shown: st
         source, target = str(record["from"]), str(record["to"])
     except (OSError, ValueError, KeyError, TypeError):
         source = target = ""
-    is_done = bool(source) and git.head() == source and len(git.present((source, target))) == len({source, target})
+    is_done = (
+        bool(source)
+        and git.head() == source
+        and len(git.present((source, target))) == len({source, target})
+    )
     is_done = is_done and _finish(layout, project, git, source, target, run_log)
     # What lies there is finished, or the user's from now on.
     _forget(note, _point(layout, project))
@@ -176,33 +219,56 @@ def _point(layout: Layout, project: str) -> Path:
 
 
 def _forget(note: Path, point: Path) -> None:
-    """Remove a note and what belongs to it, in such an order that no power cut brings back one that counts."""
+    """Remove a note and what belongs to it, in such an order that no power cut brings back one that
+    counts.
+    """
     if point.exists():
         write_atomic(note, b"{}")
         shutil.rmtree(point, ignore_errors=True)
     note.unlink(missing_ok=True)
 
 
-def _take_back(layout: Layout, project: str, git: Git, tried: Attempt, shown: str, run_log: RunLog) -> bool:
+def _take_back(
+    layout: Layout, project: str, git: Git, tried: Attempt, shown: str, run_log: RunLog
+) -> bool:
     known = read_times(layout.times(project), git.path)
     before = git.resolve(LEFT_REF)
-    done = checkpoint.restore(git, _point(layout, project), ref=LEFT_REF, message=f"What lay in {shown} when {tried.what} was ended")
-    kept = f"; what lay there is kept: git -C {shown} show {LEFT_REF}" if git.resolve(LEFT_REF) != before else ""
+    done = checkpoint.restore(
+        git,
+        _point(layout, project),
+        ref=LEFT_REF,
+        message=f"What lay in {shown} when {tried.what} was ended",
+    )
+    kept = (
+        f"; what lay there is kept: git -C {shown} show {LEFT_REF}"
+        if git.resolve(LEFT_REF) != before
+        else ""
+    )
     if not done:
-        run_log.console.warn(f"{tried.what} in {shown} was ended in the middle, and something else has gone on from there{kept}")
+        run_log.console.warn(
+            f"{tried.what} in {shown} was ended in the middle, and something else has gone on from"
+            f" there{kept}"
+        )
         return False
     restore_times(git, known)
     run_log.console.say(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
     return True
 
 
-def _finish(layout: Layout, project: str, git: Git, source: str, target: str, run_log: RunLog) -> bool:
+def _finish(
+    layout: Layout, project: str, git: Git, source: str, target: str, run_log: RunLog
+) -> bool:
     before, after = git.entries((), source), git.entries((), target)
-    touched = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    touched = sorted(
+        path for path in before.keys() | after.keys() if before.get(path) != after.get(path)
+    )
     now = git.entries((), None)
     changed = [path for path in touched if now.get(path) != after.get(path)]
     # What git ignores is in no listing: a file of the user's may lie where a new one is to come.
-    if not all((path in now and now[path] == before.get(path)) or _is_begun(git, path, after.get(path)) for path in changed):
+    if not all(
+        (path in now and now[path] == before.get(path)) or _is_begun(git, path, after.get(path))
+        for path in changed
+    ):
         return False
     run_log.write(f"finishing the interrupted move of {git.path} to {target}")
     known = read_times(layout.times(project), git.path)
@@ -210,7 +276,10 @@ def _finish(layout: Layout, project: str, git: Git, source: str, target: str, ru
     git.read_index(target)
     for gone in (path for path in changed if path not in after):
         (git.path / gone).unlink(missing_ok=True)
-    _remove_empty(git.path, {folder for path in touched if path not in after for folder in Path(path).parents[:-1]})
+    _remove_empty(
+        git.path,
+        {folder for path in touched if path not in after for folder in Path(path).parents[:-1]},
+    )
     if written := [path for path in changed if path in after]:
         git.write_files(*written)
     # The index was read anew: without it every look would read all files.
@@ -230,10 +299,16 @@ def _remove_empty(top: Path, folders: Collection[Path]) -> None:
 
 
 def _is_begun(git: Git, path: str, entry: str | None) -> bool:
-    """Whether the file is gone, as git removes it before it writes it, or holds the first bytes of what it is to become."""
+    """Whether the file is gone, as git removes it before it writes it, or holds the first bytes of
+    what it is to become.
+    """
     file = git.path / path
     if not os.path.lexists(file):
         return True
     with contextlib.suppress(OSError):
-        return entry is not None and file.is_file() and git.blob(entry.split()[1]).startswith(file.read_bytes())
+        return (
+            entry is not None
+            and file.is_file()
+            and git.blob(entry.split()[1]).startswith(file.read_bytes())
+        )
     return False

@@ -1,4 +1,6 @@
-"""The stack of local patches on a pin: its state, decided from git alone, its application, and its taking off."""
+"""The stack of local patches on a pin: its state, decided from git alone, its application, and its
+taking off.
+"""
 
 import contextlib
 import hashlib
@@ -45,8 +47,15 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
     if verb or ended:
         state = State.IN_PROGRESS
     elif is_at_base:
-        # Patches that undo each other leave the tree of the base: on it they are only once their commits are there.
-        state = State.APPLIED if tree == expected and not wanted.names else State.DIRTY if dirty else State.UNAPPLIED
+        # Patches that undo each other leave the tree of the base: on it they are only once their
+        # commits are there.
+        state = (
+            State.APPLIED
+            if tree == expected and not wanted.names
+            else State.DIRTY
+            if dirty
+            else State.UNAPPLIED
+        )
     elif git.is_ancestor(checkout.base, checkout.head):
         state = State.APPLIED if tree == expected else State.UNEXPORTED
     else:
@@ -54,24 +63,41 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
     return Stack(state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, ended)
 
 
-def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog, stop_at_conflict: bool = False) -> Stack:
+def apply(
+    layout: Layout,
+    project: str,
+    pin: Pin,
+    checkout: Checkout,
+    *,
+    run_log: RunLog,
+    stop_at_conflict: bool = False,
+) -> Stack:
     """Put the whole series on its base, or nothing of it. An applied stack is left untouched.
 
-    With `stop_at_conflict` an `am` is left in the checkout where a patch does not apply, for resume.go_on.
-    Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something; PatchDrift where it holds
-    commits that are no patches yet, or a patch changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
+    With `stop_at_conflict` an `am` is left in the checkout where a patch does not apply, for
+    resume.go_on. Raises CheckoutError where the checkout is missing, dirty, foreign or in the
+    middle of something; PatchDrift where it holds commits that are no patches yet, or a patch
+    changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
     """
     path = checkouts.folder_of(layout, pin)
     git, checkout = Git(path), _settled(layout, project, pin, checkout, run_log)
     place, files = (
         layout.state / f"{project}-stack",
-        [layout.patches(project) / name for name in series.read_series(layout.patches(project), pin=pin.commit).names],
+        [
+            layout.patches(project) / name
+            for name in series.read_series(layout.patches(project), pin=pin.commit).names
+        ],
     )
     stack, applied = _looked_and_tried(layout, project, pin, checkout, git, files, place)
     if stack.state is State.APPLIED:
         return stack
     if stack.state is not State.UNAPPLIED or stack.base is None:
-        raise series.refusal(layout.relative(path), git, stack, verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap")
+        raise series.refusal(
+            layout.relative(path),
+            git,
+            stack,
+            verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap",
+        )
     if stop_at_conflict and stack.expected_tree is None:
         _put_on_in_place(layout, project, git, stack, stack.base, files, run_log)
     else:
@@ -85,16 +111,33 @@ def apply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log
     return observe(layout, project, pin, replace(checkout, head=git.head()))
 
 
-def _looked_and_tried(layout: Layout, project: str, pin: Pin, checkout: Checkout, git: Git, files: Sequence[Path], place: Path) -> tuple[Stack, am.Applied]:
-    """Look at the stack, and meanwhile make the commits of one that may have to be put on: most of the time goes into that, on one core.
+def _looked_and_tried(
+    layout: Layout,
+    project: str,
+    pin: Pin,
+    checkout: Checkout,
+    git: Git,
+    files: Sequence[Path],
+    place: Path,
+) -> tuple[Stack, am.Applied]:
+    """Look at the stack, and meanwhile make the commits of one that may have to be put on: most of
+    the time goes into that, on one core.
 
     The repository gets them only where the stack is to be put on.
     """
     decided: Future[bool] = Future()
     is_wanted = False
     with ThreadPoolExecutor(1) as pool:
-        is_at_base = files and checkout.base and checkout.head == checkout.base and not git.under_way()
-        begun = pool.submit(am.tried, git, checkout.base or "", files, place=place, is_wanted=decided.result) if is_at_base else None
+        is_at_base = (
+            files and checkout.base and checkout.head == checkout.base and not git.under_way()
+        )
+        begun = (
+            pool.submit(
+                am.tried, git, checkout.base or "", files, place=place, is_wanted=decided.result
+            )
+            if is_at_base
+            else None
+        )
         try:
             stack = observe(layout, project, pin, checkout)
             is_wanted = stack.state is State.UNAPPLIED and stack.expected_tree is not None
@@ -105,11 +148,14 @@ def _looked_and_tried(layout: Layout, project: str, pin: Pin, checkout: Checkout
     return stack, begun.result() if begun and is_wanted else am.Applied(None)
 
 
-def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog) -> Stack:
-    """Go back to the base; the commits of the stack stay under refs/patches. Where HEAD is the base nothing is touched.
+def unapply(
+    layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog
+) -> Stack:
+    """Go back to the base; the commits of the stack stay under refs/patches. Where HEAD is the base
+    nothing is touched.
 
-    Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of something, and PatchDrift where it holds
-    commits that are no patches yet.
+    Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of
+    something, and PatchDrift where it holds commits that are no patches yet.
     """
     stack = observe(layout, project, pin, _settled(layout, project, pin, checkout, run_log))
     if stack.base and stack.head == stack.base and stack.state is not State.IN_PROGRESS:
@@ -123,23 +169,48 @@ def unapply(layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_l
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
-def _settled(layout: Layout, project: str, pin: Pin, checkout: Checkout, run_log: RunLog) -> Checkout:
+def _settled(
+    layout: Layout, project: str, pin: Pin, checkout: Checkout, run_log: RunLog
+) -> Checkout:
     """The checkout, after a move that a killed run began has been finished."""
-    if moves.is_begun(layout, project) and moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log):
+    if moves.is_begun(layout, project) and moves.finish(
+        layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log
+    ):
         return checkouts.observe(layout, pin)
     return checkout
 
 
-def _put_on_in_place(layout: Layout, project: str, git: Git, stack: Stack, base: str, files: Sequence[Path], run_log: RunLog) -> None:
-    """Put the series on in the checkout itself. Raises PatchConflict where the `am` stops, and leaves it there."""
+def _put_on_in_place(
+    layout: Layout,
+    project: str,
+    git: Git,
+    stack: Stack,
+    base: str,
+    files: Sequence[Path],
+    run_log: RunLog,
+) -> None:
+    """Put the series on in the checkout itself. Raises PatchConflict where the `am` stops, and
+    leaves it there.
+    """
     known = moves.read_times(layout.times(project), git.path)
-    moves.remember_times(git, (path for file in files for path in git.patch_paths(file)), memory=layout.times(project))
+    moves.remember_times(
+        git,
+        (path for file in files for path in git.patch_paths(file)),
+        memory=layout.times(project),
+    )
     again = APPLY if project == "vllm" else f"{APPLY} --project {project}"
     with moves.attempt(layout, project, git, Attempt("git am", again), run_log=run_log):
         applied = am.start(git, files, run_log=run_log)
         if applied.tip is None:
             patch = f"patches/{project}/{stack.names[applied.position - 1]}"
-            raise series.sentence(git, applied, count=len(files), patch=patch, shown=layout.relative(git.path), base=base)
+            raise series.sentence(
+                git,
+                applied,
+                count=len(files),
+                patch=patch,
+                shown=layout.relative(git.path),
+                base=base,
+            )
         _keep(git, base, applied.tip)
     moves.restore_times(git, known)
     _check(project, git, stack, base, applied.tip)
@@ -151,33 +222,54 @@ def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
     if len(made) != len(stack.names):
         lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
         raise PatchDrift(
-            f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: {len(made)} of {len(stack.names)} patches make a commit",
+            f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: {len(made)} of"
+            f" {len(stack.names)} patches make a commit",
             hint=f"if upstream has it, take its line out of patches/{project}/series",
         )
     if stack.expected_tree and git.tree(tip) != stack.expected_tree:
-        raise PatchDrift(f"the series gives tree {git.tree(tip)}, expected {stack.expected_tree}; nothing was changed", hint="./scripts/inv bootstrap")
+        raise PatchDrift(
+            f"the series gives tree {git.tree(tip)}, expected {stack.expected_tree}; nothing was"
+            " changed",
+            hint="./scripts/inv bootstrap",
+        )
 
 
 def _keep(git: Git, base: str, tip: str) -> None:
-    """Let references name the stack before anything moves, so that its commits are safe whenever this run is killed.
+    """Let references name the stack before anything moves, so that its commits are safe whenever
+    this run is killed.
 
-    A former stack that has commits of the user's own, and not those that `am` makes of patches, gets a reference of its own.
+    A former stack that has commits of the user's own, and not those that `am` makes of patches,
+    gets a reference of its own.
     """
     former = git.resolve(TIP_REF)
-    if former and former != tip and not git.is_ancestor(former, tip) and git.has_own_commits(base, former):
+    if (
+        former
+        and former != tip
+        and not git.is_ancestor(former, tip)
+        and git.has_own_commits(base, former)
+    ):
         git.set_ref(f"{KEPT_REFS}/{former[:12]}", former)
     git.set_ref(TIP_REF, tip)
     git.set_ref(BASE_REF, base)
 
 
 def _keep_lost(git: Git) -> None:
-    """Give a reference to the commits that something else than a verb moved the checkout away from, if they have none."""
+    """Give a reference to the commits that something else than a verb moved the checkout away from,
+    if they have none.
+    """
     move = repository.last_move(git)
-    if move and not move.is_ours and move.before in git.present((move.before,)) and not worktree.is_kept(git, move.before):
+    if (
+        move
+        and not move.is_ours
+        and move.before in git.present((move.before,))
+        and not worktree.is_kept(git, move.before)
+    ):
         git.set_ref(f"{KEPT_REFS}/{move.before[:12]}", move.before)
 
 
-def _expected_tree(layout: Layout, project: str, git: Git, base: str, names: Sequence[str]) -> str | None:
+def _expected_tree(
+    layout: Layout, project: str, git: Git, base: str, names: Sequence[str]
+) -> str | None:
     """The tree of the base with all patches on it, remembered by base and content of the series."""
     files = [layout.patches(project) / name for name in names]
     digest = hashlib.sha256()
@@ -188,7 +280,11 @@ def _expected_tree(layout: Layout, project: str, git: Git, base: str, names: Seq
     memory = layout.state / "expected-trees" / f"{project}.json"
     with contextlib.suppress(OSError, ValueError, RecursionError):
         known = json.loads(read_regular(memory))
-        if isinstance(known, dict) and {name: known.get(name) for name in key} == key and isinstance(known.get("tree"), str):
+        if (
+            isinstance(known, dict)
+            and {name: known.get(name) for name in key} == key
+            and isinstance(known.get("tree"), str)
+        ):
             return str(known["tree"])
     tree = git.tree_after(base, files)
     if tree is not None:

@@ -21,7 +21,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 # What git takes for the name of a tag (git-check-ref-format(1)), of the usual letters.
-_TAG = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?")
+_TAG = re.compile(
+    r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?"
+)
 _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
 # The layout that this module writes, and that it can rewrite.
 _HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
@@ -35,7 +37,9 @@ PRECOMPILED_KEYS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
 
 @dataclass(frozen=True)
 class Archive:
-    """A release archive on the package index, and the one commit that a checkout made from it has."""
+    """A release archive on the package index, and the one commit that a checkout made from it
+    has.
+    """
 
     filename: str
     sha256: str
@@ -55,7 +59,9 @@ class PrecompiledWheel:
 
 @dataclass(frozen=True)
 class Pin:
-    """One upstream project at one commit. `precompiled` are keyed by device and machine, such as cpu-aarch64."""
+    """One upstream project at one commit. `precompiled` are keyed by device and machine, such as
+    cpu-aarch64.
+    """
 
     name: str
     tag: str
@@ -84,7 +90,10 @@ class _Table:
         if value is None:
             raise SettingsError(f"vendor/pins.toml: {self.name}.{key} is missing", hint=_HINT)
         if not isinstance(value, str) or not form.fullmatch(value):
-            raise SettingsError(f"vendor/pins.toml: {self.name}.{key} is {_shown(value)}, expected {expected}", hint=_HINT)
+            raise SettingsError(
+                f"vendor/pins.toml: {self.name}.{key} is {_shown(value)}, expected {expected}",
+                hint=_HINT,
+            )
         return value
 
     def commit(self, key: str) -> str:
@@ -102,12 +111,16 @@ class _Table:
     def table(self, key: str) -> "_Table | None":
         value, name = self.content.get(key), f"{self.name}.{key}".lstrip(".")
         if value is not None and not isinstance(value, dict):
-            raise SettingsError(f"vendor/pins.toml: {name} is {_shown(value)}, expected a table", hint=_HINT)
+            raise SettingsError(
+                f"vendor/pins.toml: {name} is {_shown(value)}, expected a table", hint=_HINT
+            )
         return None if value is None else _Table(value, name)
 
 
 def load(path: Path) -> Pins:
-    """Read the pins. Raises SettingsError that names the key for anything that is missing or not of its form."""
+    """Read the pins. Raises SettingsError that names the key for anything that is missing or not of
+    its form.
+    """
     try:
         return parse(read_regular(path))
     except OSError as exc:
@@ -121,21 +134,30 @@ def parse(content: bytes) -> Pins:
     except ValueError as exc:
         raise SettingsError(f"vendor/pins.toml is not TOML: {exc}", hint=_HINT) from exc
     except RecursionError as exc:
-        raise SettingsError("vendor/pins.toml is not TOML that can be read: it is nested too deeply", hint=_HINT) from exc
+        raise SettingsError(
+            "vendor/pins.toml is not TOML that can be read: it is nested too deeply", hint=_HINT
+        ) from exc
     return Pins(_pin(root, "vllm"), _pin(root, "triton"))
 
 
 def dump(content: bytes, pin: Pin) -> bytes:
-    """Return the content of a pins file with another pin of `pin.name` in it; remarks, order and everything else stay as they are.
+    """Return the content of a pins file with another pin of `pin.name` in it; remarks, order and
+    everything else stay as they are.
 
-    Raises SettingsError where the file is laid out so that this cannot be done, as with inline tables.
+    Raises SettingsError where the file is laid out so that this cannot be done, as with inline
+    tables.
     """
     content = _renamed_tables(content)
     before = parse(content)
-    wanted = {pin.name: {"tag": pin.tag, "version": pin.version, "commit": pin.commit, "url": pin.url}}
+    wanted = {
+        pin.name: {"tag": pin.tag, "version": pin.version, "commit": pin.commit, "url": pin.url}
+    }
     if pin.archive:
         wanted[f"{pin.name}.archive"] = vars(pin.archive)
-    wanted |= {f"{pin.name}.precompiled.{key}": vars(precompiled_wheel) for key, precompiled_wheel in pin.precompiled.items()}
+    wanted |= {
+        f"{pin.name}.precompiled.{key}": vars(precompiled_wheel)
+        for key, precompiled_wheel in pin.precompiled.items()
+    }
     made = "".join(_with_tables(_sections(content.decode()), pin.name, wanted)).encode()
     expected = replace(before, triton=pin) if pin.name == "triton" else replace(before, vllm=pin)
     try:
@@ -143,12 +165,18 @@ def dump(content: bytes, pin: Pin) -> bytes:
     except SettingsError:
         is_right = False
     if not is_right:
-        raise SettingsError('vendor/pins.toml is not laid out as tables with one `key = "value"` a line, so it cannot be rewritten', hint=_HINT)
+        raise SettingsError(
+            'vendor/pins.toml is not laid out as tables with one `key = "value"` a line, so it'
+            " cannot be rewritten",
+            hint=_HINT,
+        )
     return made
 
 
 def _renamed_tables(content: bytes) -> bytes:
-    """Return a pins file of the first edition, whose `donors` are now `precompiled`, in today's words; any other one as it is."""
+    """Return a pins file of the first edition, whose `donors` are now `precompiled`, in today's
+    words; any other one as it is.
+    """
     return _FORMER_HEADER.sub(rb"\1precompiled\2", content)
 
 
@@ -160,7 +188,9 @@ def save(path: Path, pin: Pin) -> None:
 
 
 def _sections(text: str) -> list[tuple[str, list[str]]]:
-    """The file as tables in their order: name and lines, from the remarks right above the header on. What precedes the first has no name."""
+    """The file as tables in their order: name and lines, from the remarks right above the header
+    on. What precedes the first has no name.
+    """
     sections: list[tuple[str, list[str]]] = [("", [])]
     for line in text.splitlines(keepends=True):
         if found := _HEADER.match(line):
@@ -176,18 +206,34 @@ def _sections(text: str) -> list[tuple[str, list[str]]]:
     return sections
 
 
-def _with_tables(sections: list[tuple[str, list[str]]], project: str, wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The lines of the file with the project's tables as `wanted`: values replaced, tables left out, and new ones after its last."""
-    kept = [(name, lines) for name, lines in sections if name in wanted or name.split(".")[0] != project]
-    lines_of = {name: [_with_value(line, wanted.get(name, {})) for line in lines] for name, lines in kept}
+def _with_tables(
+    sections: list[tuple[str, list[str]]], project: str, wanted: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """The lines of the file with the project's tables as `wanted`: values replaced, tables left
+    out, and new ones after its last.
+    """
+    kept = [
+        (name, lines) for name, lines in sections if name in wanted or name.split(".")[0] != project
+    ]
+    lines_of = {
+        name: [_with_value(line, wanted.get(name, {})) for line in lines] for name, lines in kept
+    }
     there = [name for name, _ in kept]
-    last = max((number for number, name in enumerate(there) if name.split(".")[0] == project), default=len(there) - 1)
+    last = max(
+        (number for number, name in enumerate(there) if name.split(".")[0] == project),
+        default=len(there) - 1,
+    )
     made: list[str] = []
     for number, name in enumerate(there):
         made += lines_of[name]
         for new in (name for name in wanted if number == last and name not in there):
             blank = [] if made and made[-1] == "\n" else ["\n"]
-            made += [*blank, f"[{new}]\n", *(f'{key} = "{text}"\n' for key, text in wanted[new].items()), "\n"]
+            made += [
+                *blank,
+                f"[{new}]\n",
+                *(f'{key} = "{text}"\n' for key, text in wanted[new].items()),
+                "\n",
+            ]
     return made if made and made[-1] != "\n" else made[:-1]
 
 
@@ -205,20 +251,42 @@ def _pin(root: _Table, name: str) -> Pin:
     for key in precompiled.content if precompiled else ():
         if key not in PRECOMPILED_KEYS:
             shown = key if _WORD.fullmatch(key) else _shown(key)
-            raise SettingsError(f"vendor/pins.toml: {name}.precompiled.{shown} is unknown, expected one of {', '.join(PRECOMPILED_KEYS)}", hint=_HINT)
+            raise SettingsError(
+                f"vendor/pins.toml: {name}.precompiled.{shown} is unknown, expected one of"
+                f" {', '.join(PRECOMPILED_KEYS)}",
+                hint=_HINT,
+            )
     return Pin(
         name=name,
         tag=table.text("tag", _TAG, "the name of a tag"),
         version=table.word("version"),
         commit=table.commit("commit"),
         url=table.text("url", _ADDRESS, "an address"),
-        archive=Archive(archive.filename("filename"), archive.sha256("sha256"), archive.commit("commit"), archive.commit("tree")) if archive else None,
-        precompiled={key: _precompiled_wheel(precompiled_wheel) for key in PRECOMPILED_KEYS if precompiled and (precompiled_wheel := precompiled.table(key))},
+        archive=(
+            Archive(
+                archive.filename("filename"),
+                archive.sha256("sha256"),
+                archive.commit("commit"),
+                archive.commit("tree"),
+            )
+            if archive
+            else None
+        ),
+        precompiled={
+            key: _precompiled_wheel(precompiled_wheel)
+            for key in PRECOMPILED_KEYS
+            if precompiled and (precompiled_wheel := precompiled.table(key))
+        },
     )
 
 
 def _precompiled_wheel(table: _Table) -> PrecompiledWheel:
-    return PrecompiledWheel(table.word("project"), table.word("version"), table.filename("filename"), table.sha256("sha256"))
+    return PrecompiledWheel(
+        table.word("project"),
+        table.word("version"),
+        table.filename("filename"),
+        table.sha256("sha256"),
+    )
 
 
 def _shown(value: object) -> str:
@@ -233,13 +301,19 @@ def _shown(value: object) -> str:
 
 
 def require_settled(layout: Layout) -> None:
-    """Raise CheckoutError where a move of the whole house was begun and not finished: half of it is of one pin, half of another."""
+    """Raise CheckoutError where a move of the whole house was begun and not finished: half of it is
+    of one pin, half of another.
+    """
     if following := half_moved(layout):
-        raise CheckoutError("a move to another pin was begun and not finished; nothing was changed", hint=following)
+        raise CheckoutError(
+            "a move to another pin was begun and not finished; nothing was changed", hint=following
+        )
 
 
 def half_moved(layout: Layout) -> str | None:
-    """The command that finishes a promotion or a return which was ended in the middle, None where there is none."""
+    """The command that finishes a promotion or a return which was ended in the middle, None where
+    there is none.
+    """
     if layout.promoting.exists():
         return "./scripts/inv patch.continue"
     return "./scripts/inv pin.rollback" if layout.returning.exists() else None
@@ -251,42 +325,68 @@ ARCHIVE_DATE = "2000-01-01T00:00:00+0000"
 _GENERATED = {"PKG-INFO", "setup.cfg"}
 
 
-def make_from_archive(source: Path, destination: Path, pin: Pin, *, on_progress: Callable[[int, int | None], None] | None = None) -> None:
-    """Make the checkout of `pin` at `destination`, which is missing or an empty folder, from the archive file `source`.
+def make_from_archive(
+    source: Path,
+    destination: Path,
+    pin: Pin,
+    *,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> None:
+    """Make the checkout of `pin` at `destination`, which is missing or an empty folder, from the
+    archive file `source`.
 
-    `on_progress` gets bytes read and in all. It appears whole or not at all.
-    Raises SourceError for an archive that is damaged, would write elsewhere, or gives another commit than pinned.
+    `on_progress` gets bytes read and in all. It appears whole or not at all. Raises SourceError for
+    an archive that is damaged, would write elsewhere, or gives another commit than pinned.
     """
     archive = pin.archive
     if archive is None:
-        raise SourceError(f"{pin.name} has no release archive in vendor/pins.toml", hint="./scripts/inv bootstrap --source git")
+        raise SourceError(
+            f"{pin.name} has no release archive in vendor/pins.toml",
+            hint="./scripts/inv bootstrap --source git",
+        )
     with files.folder_beside(destination) as folder:
         tree = folder / "tree"
         commit, found = build_archive(source, tree, pin, on_progress=on_progress)
         if (commit, found) != (archive.commit, archive.tree):
             raise SourceError(
-                f"{archive.filename} gives commit {commit} with tree {found}, pinned are {archive.commit} and {archive.tree}",
+                f"{archive.filename} gives commit {commit} with tree {found}, pinned are"
+                f" {archive.commit} and {archive.tree}",
                 hint="git diff vendor/pins.toml    shows whether the pins were changed by hand",
             )
         files.put_in_place(tree, destination)
 
 
-def build_archive(source: Path, folder: Path, pin: Pin, *, on_progress: Callable[[int, int | None], None] | None = None) -> tuple[str, str]:
-    """Unpack an archive into the new folder `folder`, commit and tag it. Return commit and tree OID."""
+def build_archive(
+    source: Path,
+    folder: Path,
+    pin: Pin,
+    *,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> tuple[str, str]:
+    """Unpack an archive into the new folder `folder`, commit and tag it. Return commit and tree
+    OID.
+    """
     folder.mkdir()
     try:
         _unpack(source, folder, pin, on_progress or (lambda done, total: None))
     except (tarfile.TarError, EOFError, zlib.error) as exc:
-        raise SourceError(f"{source.name} is damaged: {exc}", hint=f"rm {source}    and run the command again") from exc
+        raise SourceError(
+            f"{source.name} is damaged: {exc}", hint=f"rm {source}    and run the command again"
+        ) from exc
     git = Git(folder, failure=SourceError)
     git.init()
-    commit = git.commit_everything(f"{pin.name} {pin.version}, as in its release archive {source.name}", date=ARCHIVE_DATE)
+    commit = git.commit_everything(
+        f"{pin.name} {pin.version}, as in its release archive {source.name}", date=ARCHIVE_DATE
+    )
     git.set_ref(f"refs/tags/{pin.tag}", commit)
     return commit, git.tree(commit)
 
 
-def _unpack(source: Path, folder: Path, pin: Pin, on_progress: Callable[[int, int | None], None]) -> None:
-    """Write the archive's files below its one top folder, without owners and times, and with git's two modes.
+def _unpack(
+    source: Path, folder: Path, pin: Pin, on_progress: Callable[[int, int | None], None]
+) -> None:
+    """Write the archive's files below its one top folder, without owners and times, and with git's
+    two modes.
 
     Every path is checked here: tarfile's filters are missing from Python 3.11 before 3.11.4.
     """
@@ -315,29 +415,46 @@ def _unpack(source: Path, folder: Path, pin: Pin, on_progress: Callable[[int, in
         except FileExistsError:
             raise _refused(source, path.relative_to(folder), "stands in it twice") from None
     for path, _ in links:
-        if not path.resolve().is_relative_to(folder.resolve()) or ".git" in path.resolve().relative_to(folder.resolve()).parts:
+        if (
+            not path.resolve().is_relative_to(folder.resolve())
+            or ".git" in path.resolve().relative_to(folder.resolve()).parts
+        ):
             raise _refused(source, path.relative_to(folder), "is a link that leads out of it")
 
 
 def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
     path = PurePosixPath(member.name)
     # A .git in the archive would configure the repository that is made around it.
-    if path.is_absolute() or not path.parts or ".." in path.parts or any(part.lower() == ".git" for part in path.parts):
+    if (
+        path.is_absolute()
+        or not path.parts
+        or ".." in path.parts
+        or any(part.lower() == ".git" for part in path.parts)
+    ):
         raise _refused(source, member.name, "leads out of it")
     return path.parts
 
 
 def _is_generated(parts: tuple[str, ...], pin: Pin) -> bool:
-    return (len(parts) == 1 and parts[0] in _GENERATED) or parts[0].endswith(".egg-info") or parts == (pin.name, "_version.py")
+    return (
+        (len(parts) == 1 and parts[0] in _GENERATED)
+        or parts[0].endswith(".egg-info")
+        or parts == (pin.name, "_version.py")
+    )
 
 
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source: Path) -> None:
-    # A hard link's content is that of the member it names: extractfile follows it inside the archive only.
+    # A hard link's content is that of the member it names: extractfile follows it inside the
+    # archive only.
     content = archive.extractfile(member) if member.isreg() or member.islnk() else None
     if content is None:
         raise _refused(source, member.name, "is neither file, folder nor link")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o755 if member.mode & 0o100 else 0o644)
+        descriptor = os.open(
+            path,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
+            0o755 if member.mode & 0o100 else 0o644,
+        )
     except FileExistsError:
         raise _refused(source, member.name, "stands in it twice") from None
     with os.fdopen(descriptor, "wb") as file:
@@ -347,5 +464,6 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source
 
 def _refused(source: Path, member: object, why: str) -> SourceError:
     return SourceError(
-        f"{source.name}: {str(member)!r} {why}, so the archive was not used", hint="a release archive has one folder of plain files; see vendor/pins.toml"
+        f"{source.name}: {str(member)!r} {why}, so the archive was not used",
+        hint="a release archive has one folder of plain files; see vendor/pins.toml",
     )

@@ -28,24 +28,35 @@ class Series:
 
 
 def read_series(folder: Path, *, pin: str) -> Series:
-    """Read a series and look at its patches. `pin` is the pinned commit, which the base line must name.
+    """Read a series and look at its patches. `pin` is the pinned commit, which the base line must
+    name.
 
-    Raises PatchDrift for a file that is not of its form, and where series, patches and pin do not fit together.
+    Raises PatchDrift for a file that is not of its form, and where series, patches and pin do not
+    fit together.
     """
     shown = f"patches/{folder.name}/{SERIES_FILE}"
     try:
-        # Not splitlines: what an editor shows as one line may hold form feeds and Unicode's separators.
+        # Not splitlines: what an editor shows as one line may hold form feeds and Unicode's
+        # separators.
         lines = read_regular(folder / SERIES_FILE).decode().split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise PatchDrift(f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}") from exc
+        raise PatchDrift(
+            f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
+        ) from exc
     bases = [found[1] for line in lines if (found := _BASE.fullmatch(line.strip()))]
     if len(bases) != 1:
-        raise PatchDrift(f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one", hint=f"git checkout -- {shown}")
+        raise PatchDrift(
+            f"{shown} has {len(bases)} lines `# base: <40 hex>`, expected one",
+            hint=f"git checkout -- {shown}",
+        )
     if bases[0] != pin:
         raise PatchDrift(
             f"{shown} is for base {bases[0]}, pinned is {pin}",
-            hint=f"git log --oneline -3 -- vendor/pins.toml patches/{folder.name}    shows which of the two moved",
+            hint=(
+                f"git log --oneline -3 -- vendor/pins.toml patches/{folder.name}    shows which of"
+                " the two moved"
+            ),
         )
     names: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -55,9 +66,15 @@ def read_series(folder: Path, *, pin: str) -> Series:
         place = f"{shown}, line {number}"
         if not _NAME.fullmatch(name) or not name.endswith(".patch"):
             shown_name = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
-            raise PatchDrift(f"{place}: {shown_name} is not the name of a .patch file in patches/{folder.name}", hint="one file name a line, without a folder")
+            raise PatchDrift(
+                f"{place}: {shown_name} is not the name of a .patch file in patches/{folder.name}",
+                hint="one file name a line, without a folder",
+            )
         if name in names:
-            raise PatchDrift(f"{place}: {name} stands there a second time", hint="take one of the two lines out; two patches of one name need better subjects")
+            raise PatchDrift(
+                f"{place}: {name} stands there a second time",
+                hint="take one of the two lines out; two patches of one name need better subjects",
+            )
         _look_at(folder / name, place)
         names.append(name)
     return Series(bases[0], tuple(names))
@@ -68,7 +85,10 @@ def _look_at(patch: Path, place: str) -> None:
     try:
         content = read_regular(patch)
     except FileNotFoundError:
-        raise PatchDrift(f"{place}: {shown} is not there", hint=f"git checkout -- {shown}    or take the line out of the series") from None
+        raise PatchDrift(
+            f"{place}: {shown} is not there",
+            hint=f"git checkout -- {shown}    or take the line out of the series",
+        ) from None
     except OSError as exc:
         raise PatchDrift(f"{shown} cannot be read: {exc.strerror}", hint=f"ls -l {shown}") from exc
     messages = len(_MESSAGE.findall(content))
@@ -83,7 +103,8 @@ def _look_at(patch: Path, place: str) -> None:
 BASE_REF, TIP_REF = "refs/patches/base", "refs/patches/tip"
 # Stacks of the user's own commits that a verb has replaced by the commits of the same patches.
 KEPT_REFS = "refs/patches/kept"
-# What lay in the checkout, edits included, when an operation under way was last given up, or a patch of it skipped.
+# What lay in the checkout, edits included, when an operation under way was last given up, or a
+# patch of it skipped.
 LEFT_REF = "refs/patches/left"
 
 
@@ -99,7 +120,9 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """An act of git's own that was ended in the middle: `what` it was, and the command line that takes it back and begins it `again`."""
+    """An act of git's own that was ended in the middle: `what` it was, and the command line that
+    takes it back and begins it `again`.
+    """
 
     what: str
     again: str
@@ -107,7 +130,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Stack:
-    """The stack as it stands. `dirty` are tracked paths with edits, whatever the state; DIRTY means that they stand in the way.
+    """The stack as it stands. `dirty` are tracked paths with edits, whatever the state; DIRTY means
+    that they stand in the way.
 
     IN_PROGRESS is also what an `ended` act of git's left.
     """
@@ -135,70 +159,125 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     if stack.state is State.MISSING:
         return CheckoutError(f"{shown} is not there", hint="./scripts/inv bootstrap")
     if stack.ended:
-        return CheckoutError(f"{stack.ended.what} in {shown} was ended in the middle", hint=f"{stack.ended.again}    takes it back and begins it again")
+        return CheckoutError(
+            f"{stack.ended.what} in {shown} was ended in the middle",
+            hint=f"{stack.ended.again}    takes it back and begins it again",
+        )
     if stack.state is State.IN_PROGRESS:
         return CheckoutError(
             f"{shown} is in the middle of a git {git.under_way()}",
-            hint=f"{CONTINUE}    goes on with it once its conflicts are resolved; to give it up: {CONTINUE} --abort && {verb}",
+            hint=(
+                f"{CONTINUE}    goes on with it once its conflicts are resolved; to give it up:"
+                f" {CONTINUE} --abort && {verb}"
+            ),
         )
     if stack.state is State.DIRTY or (stack.state is State.APPLIED and stack.dirty):
         done = "applied" if stack.state is State.DIRTY else "taken off"
-        return edited_files(shown, stack.dirty, f"{len(stack.names)} {'patch is' if len(stack.names) == 1 else 'patches are'} to be {done}", verb=verb)
-    keep = keeping_hint(shown, git, stack.head) + f"git -C {shown} checkout --detach {base}" + (f" && {verb}" if "unapply" not in verb else "")
+        return edited_files(
+            shown,
+            stack.dirty,
+            f"{len(stack.names)} {'patch is' if len(stack.names) == 1 else 'patches are'} to be"
+            f" {done}",
+            verb=verb,
+        )
+    keep = (
+        keeping_hint(shown, git, stack.head)
+        + f"git -C {shown} checkout --detach {base}"
+        + (f" && {verb}" if "unapply" not in verb else "")
+    )
     if stack.state is State.UNEXPORTED:
         return PatchDrift(
-            f"{shown} has commits on {base} that are not what the series makes; they were left as they are",
+            f"{shown} has commits on {base} that are not what the series makes; they were left as"
+            " they are",
             hint=f"{EXPORT}    makes patches of them; to keep them aside: {keep}",
         )
     return CheckoutError(
-        f"{shown} is at {(stack.head or 'no commit')[:12]}, which is not on {base or 'the pin'}; it was left as it is", hint=f"to keep it aside: {keep}"
+        f"{shown} is at {(stack.head or 'no commit')[:12]}, which is not on {base or 'the pin'}; it"
+        " was left as it is",
+        hint=f"to keep it aside: {keep}",
     )
 
 
 def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -> CheckoutError:
     """Why edits in the checkout `shown` are in the way of what is to be done there."""
     hint = f"git -C {shown} stash && {verb} && git -C {shown} stash pop"
-    return CheckoutError(f"{shown} has edits ({_few(paths)}) where {purpose}; they were left as they are", hint=hint)
+    return CheckoutError(
+        f"{shown} has edits ({_few(paths)}) where {purpose}; they were left as they are", hint=hint
+    )
 
 
 def keeping_hint(shown: str, git: Git, commit: str | None) -> str:
-    """The first part of a command line: a branch that keeps a commit, named by it. Nothing where that branch is there already."""
-    return "" if not commit or git.resolve(f"refs/heads/{kept_as(commit)}") == commit else f"git -C {shown} branch {kept_as(commit)} && "
+    """The first part of a command line: a branch that keeps a commit, named by it. Nothing where
+    that branch is there already.
+    """
+    return (
+        ""
+        if not commit or git.resolve(f"refs/heads/{kept_as(commit)}") == commit
+        else f"git -C {shown} branch {kept_as(commit)} && "
+    )
 
 
 def kept_as(commit: str) -> str:
-    """The name of the branch that is to keep a commit: no two commits share it, so that the same hint works a second time."""
+    """The name of the branch that is to keep a commit: no two commits share it, so that the same
+    hint works a second time.
+    """
     return f"mine-{commit[:12]}"
 
 
 def refused(project: str, name: str, stack: Stack, applied: Applied) -> PatchConflict:
     """A series that does not apply, where nothing was changed."""
     return PatchConflict(
-        f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply to {(stack.base or '')[:12]}; nothing was changed",
-        hint=f"./scripts/inv patch.apply    stops at the conflict; or take its line out of patches/{project}/series and run ./scripts/inv bootstrap",
+        f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply"
+        f" to {(stack.base or '')[:12]}; nothing was changed",
+        hint=(
+            "./scripts/inv patch.apply    stops at the conflict; or take its line out of"
+            f" patches/{project}/series and run ./scripts/inv bootstrap"
+        ),
         details=tuple(f"conflict in {path}" for path in applied.conflicted),
     )
 
 
-def sentence(git: Git, applied: Applied, *, count: int, patch: str, shown: str, base: str, old: str | None = None) -> PatchConflict:
-    """The conflict at which an `am` waits in the checkout `shown`. `patch` is its file as a person would type it, or its subject.
+def sentence(
+    git: Git,
+    applied: Applied,
+    *,
+    count: int,
+    patch: str,
+    shown: str,
+    base: str,
+    old: str | None = None,
+) -> PatchConflict:
+    """The conflict at which an `am` waits in the checkout `shown`. `patch` is its file as a person
+    would type it, or its subject.
 
-    `old` is the base that the patches were made for: where its history is there, each path has the upstream commits since then.
+    `old` is the base that the patches were made for: where its history is there, each path has the
+    upstream commits since then.
     """
     from workspace.repo.git import am
 
     touched = _touching(git, old, base, applied.conflicted)
-    details = [line for path in applied.conflicted for line in (f"conflict in {path}", *touched.get(path, ()))]
+    details = [
+        line
+        for path in applied.conflicted
+        for line in (f"conflict in {path}", *touched.get(path, ()))
+    ]
     paths = quoted(applied.conflicted)
     if am.unmerged(git):
         edit = f"edit {_few(applied.conflicted)}, then: git -C {shown} add {paths} && {CONTINUE}"
     else:
-        # Without the contents that the patch was made from there is nothing to merge, so git changed no file (git-am(1), --3way).
+        # Without the contents that the patch was made from there is nothing to merge, so git
+        # changed no file (git-am(1), --3way).
         diff = shlex.quote(str(git.path_of("rebase-apply/patch")))
-        edit = f"git -C {shown} apply --reject {diff}    writes what fits, and the rest beside it; when all is done: git -C {shown} add {paths} && {CONTINUE}"
+        edit = (
+            f"git -C {shown} apply --reject {diff}    writes what fits, and the rest beside it;"
+            f" when all is done: git -C {shown} add {paths} && {CONTINUE}"
+        )
     return PatchConflict(
-        f"patch {applied.position} of {count}, {patch}, does not apply to {base[:12]}; {shown} waits at the conflict",
-        hint=f"{edit}    to leave the patch out: {CONTINUE} --skip    to give up: {CONTINUE} --abort",
+        f"patch {applied.position} of {count}, {patch}, does not apply to {base[:12]}; {shown}"
+        " waits at the conflict",
+        hint=(
+            f"{edit}    to leave the patch out: {CONTINUE} --skip    to give up: {CONTINUE} --abort"
+        ),
         details=tuple(details),
     )
 
@@ -208,8 +287,11 @@ def quoted(paths: Sequence[str]) -> str:
     return shlex.join(paths) or "PATHS"
 
 
-def _touching(git: Git, old: str | None, base: str, paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    # A release lies on a branch of its own, so it is no ancestor of the next one; of an archive there is no history at all.
+def _touching(
+    git: Git, old: str | None, base: str, paths: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    # A release lies on a branch of its own, so it is no ancestor of the next one; of an archive
+    # there is no history at all.
     if old is None or old == base or not paths or not git.have_common_history(old, base):
         return {}
     from workspace.repo.git import history
@@ -219,9 +301,13 @@ def _touching(git: Git, old: str | None, base: str, paths: Sequence[str]) -> dic
 
 
 def _newest(lines: Sequence[str]) -> tuple[str, ...]:
-    more = (f"  and by {len(lines) - _SHOWN_COMMITS} before",) if len(lines) > _SHOWN_COMMITS else ()
+    more = (
+        (f"  and by {len(lines) - _SHOWN_COMMITS} before",) if len(lines) > _SHOWN_COMMITS else ()
+    )
     return (*(f"  since changed by {line}" for line in lines[:_SHOWN_COMMITS]), *more)
 
 
 def _few(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:_SHOWN_FILES]) + (f" and {len(paths) - _SHOWN_FILES} more" if len(paths) > _SHOWN_FILES else "")
+    return ", ".join(paths[:_SHOWN_FILES]) + (
+        f" and {len(paths) - _SHOWN_FILES} more" if len(paths) > _SHOWN_FILES else ""
+    )

@@ -1,7 +1,9 @@
-"""Flags of `vllm serve`: which ones the pinned tree knows, read from its sources without importing torch, and what to do about the others.
+"""Flags of `vllm serve`: which ones the pinned tree knows, read from its sources without importing
+torch, and what to do about the others.
 
-A flag that former releases had is dropped with a sentence; one that is unknown stops with the nearest name. Whether a value is right is the
-parser's business, but for the few that cost a long load before anybody says so.
+A flag that former releases had is dropped with a sentence; one that is unknown stops with the
+nearest name. Whether a value is right is the parser's business, but for the few that cost a long
+load before anybody says so.
 """
 
 import ast
@@ -20,14 +22,17 @@ from workspace.machine import run_environment
 _FLAG_CLASS = re.compile(r"\w*(FrontendArgs|EngineArgs)")
 _SHORT = re.compile(r"-[A-Za-z][A-Za-z]*")
 _NUMBER = re.compile(r"-?\.?\d")
-# Made by argparse, and by vLLM's own parser before argparse sees the words (vllm/utils/argparse_utils.py).
+# Made by argparse, and by vLLM's own parser before argparse sees the words
+# (vllm/utils/argparse_utils.py).
 _ALWAYS, _ALWAYS_SHORT = ("--help", "--config"), ("-h", "-O")
 SPOILED = "vendor/vllm holds no command line that can be read"
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What a tree knows. `names` are spelled with dashes; of these `switches` take no word and have a --no- form where they are `negatable`."""
+    """What a tree knows. `names` are spelled with dashes; of these `switches` take no word and have
+    a --no- form where they are `negatable`.
+    """
 
     names: frozenset[str]
     switches: frozenset[str] = frozenset()
@@ -35,14 +40,19 @@ class Flags:
     shorts: frozenset[str] = frozenset()
 
     def spelled(self, word: str) -> str | None:
-        """The flag that a word such as --max_model_len=8, --a.b or --no-x is, as the tree spells it; None where it knows none such.
+        """The flag that a word such as --max_model_len=8, --a.b or --no-x is, as the tree spells
+        it; None where it knows none such.
 
         The beginning of a single flag counts, as it does with argparse.
         """
         name = _name(word)
         if name in self.names or name in self.negated:
             return name
-        begun = [known for known in (*self.names, *self.negated) if known.startswith(name)] if "." not in word.split("=")[0] else []
+        begun = (
+            [known for known in (*self.names, *self.negated) if known.startswith(name)]
+            if "." not in word.split("=")[0]
+            else []
+        )
         return begun[0] if len(begun) == 1 and len(name) > len("--x") else None
 
     @property
@@ -68,9 +78,15 @@ class _Reading:
 
 
 def known(layout: Layout) -> Flags:
-    """Read the flags of the tree in vendor/vllm. Raises ToolchainError where there is no tree, or none with a command line."""
+    """Read the flags of the tree in vendor/vllm. Raises ToolchainError where there is no tree, or
+    none with a command line.
+    """
     package = layout.vllm / "vllm"
-    sources = [package / "engine" / "arg_utils.py", *sorted((package / "entrypoints").glob("*/cli_args.py")), package / "entrypoints" / "cli_args.py"]
+    sources = [
+        package / "engine" / "arg_utils.py",
+        *sorted((package / "entrypoints").glob("*/cli_args.py")),
+        package / "entrypoints" / "cli_args.py",
+    ]
     reading = _Reading()
     for source in sources:
         with contextlib.suppress(FileNotFoundError):
@@ -82,11 +98,23 @@ def known(layout: Layout) -> Flags:
         if "bool" in annotation and "str" not in annotation and name not in reading.switches:
             reading.switches.add(name)
             reading.negatable.add(name)
-    return Flags(*(frozenset(found) for found in (reading.names | set(_ALWAYS), reading.switches, reading.negatable, reading.shorts | set(_ALWAYS_SHORT))))
+    return Flags(
+        *(
+            frozenset(found)
+            for found in (
+                reading.names | set(_ALWAYS),
+                reading.switches,
+                reading.negatable,
+                reading.shorts | set(_ALWAYS_SHORT),
+            )
+        )
+    )
 
 
 def flags_of(source: bytes) -> frozenset[str]:
-    """The flags that a file of vLLM's command line defines: literals given to add_argument, and fields of its argument classes."""
+    """The flags that a file of vLLM's command line defines: literals given to add_argument, and
+    fields of its argument classes.
+    """
     reading = _Reading()
     _read(run_environment.parsed(source), reading)
     return frozenset(reading.names | reading.fields.keys())
@@ -95,7 +123,8 @@ def flags_of(source: bytes) -> frozenset[str]:
 def judge(words: Sequence[str], flags: Flags) -> Judged:
     """Return the words of a command line that the tree takes. What is no flag stays as it is.
 
-    Raises SettingsError for a flag that neither this tree nor a former release knows, naming those most like it.
+    Raises SettingsError for a flag that neither this tree nor a former release knows, naming those
+    most like it.
     """
     kept: list[str] = []
     dropped: list[str] = []
@@ -119,7 +148,9 @@ def judge(words: Sequence[str], flags: Flags) -> Judged:
 
 
 def last(words: Sequence[str], name: str) -> str | None:
-    """The value that counts of a flag in words that were judged: what follows it the last time, None where it is not there."""
+    """The value that counts of a flag in words that were judged: what follows it the last time,
+    None where it is not there.
+    """
     found = None
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == name:
@@ -130,7 +161,9 @@ def last(words: Sequence[str], name: str) -> str | None:
 
 
 def words_of(name: str, value: object) -> list[str]:
-    """Write one setting of a recipe as words: true is the bare flag, false its --no- form, a list several words, a table JSON."""
+    """Write one setting of a recipe as words: true is the bare flag, false its --no- form, a list
+    several words, a table JSON.
+    """
     import json
 
     flag = f"--{name.replace('_', '-')}" if "." not in name else f"--{name}"
@@ -144,7 +177,8 @@ def words_of(name: str, value: object) -> list[str]:
 
 
 def _short(word: str, flags: Flags) -> str:
-    # argparse takes -q8 for -q 8, but -tp2 for a name of its own; -O3 and -cc.mode=3 are vLLM's own forms.
+    # argparse takes -q8 for -q 8, but -tp2 for a name of its own; -O3 and -cc.mode=3 are vLLM's own
+    # forms.
     if _written(word) in flags.shorts or word[:2] in flags.shorts:
         return word
     raise _unknown(word, flags)
@@ -152,8 +186,15 @@ def _short(word: str, flags: Flags) -> str:
 
 def _unknown(word: str, flags: Flags) -> SettingsError:
     name = _written(word) if word.startswith("--") else word
-    alike = run_environment.spelled_alike(_name(word) if word.startswith("--") else word, [*flags.names, *flags.negated, *flags.shorts])
-    hint = f"did you mean {' or '.join(alike)}?" if alike else ".vllm/bin/vllm serve --help=all    lists them"
+    alike = run_environment.spelled_alike(
+        _name(word) if word.startswith("--") else word,
+        [*flags.names, *flags.negated, *flags.shorts],
+    )
+    hint = (
+        f"did you mean {' or '.join(alike)}?"
+        if alike
+        else ".vllm/bin/vllm serve --help=all    lists them"
+    )
     return SettingsError(f"the pinned vLLM has no flag {name}", hint=hint)
 
 
@@ -172,12 +213,18 @@ def _parsed(source: Path) -> ast.Module:
     except FileNotFoundError:
         raise
     except OSError as exc:
-        raise ToolchainError(f"{source} cannot be read: {exc.strerror}", hint="./scripts/inv status") from exc
+        raise ToolchainError(
+            f"{source} cannot be read: {exc.strerror}", hint="./scripts/inv status"
+        ) from exc
 
 
 def _read(tree: ast.Module, reading: _Reading) -> None:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "add_argument"
+        ):
             _read_argument(node, reading)
         elif isinstance(node, ast.ClassDef) and _FLAG_CLASS.fullmatch(node.name):
             for name, annotation in _fields(node):
@@ -189,16 +236,26 @@ def _read(tree: ast.Module, reading: _Reading) -> None:
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for part in node.body:
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and not part.target.id.startswith("_"):
+        if (
+            isinstance(part, ast.AnnAssign)
+            and isinstance(part.target, ast.Name)
+            and not part.target.id.startswith("_")
+        ):
             yield f"--{part.target.id.replace('_', '-')}", ast.unparse(part.annotation)
 
 
 def _read_argument(node: ast.Call, reading: _Reading) -> None:
-    words = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+    words = [
+        word.value
+        for word in node.args
+        if isinstance(word, ast.Constant) and isinstance(word.value, str)
+    ]
     names = {word.replace("_", "-") for word in words if word.startswith("--")}
     reading.names |= names
     reading.shorts |= {word for word in words if _SHORT.fullmatch(word)}
-    action = next((ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "action"), "")
+    action = next(
+        (ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "action"), ""
+    )
     if "store_true" in action or "store_false" in action:
         reading.switches |= names
     elif "BooleanOptionalAction" in action:

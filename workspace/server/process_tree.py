@@ -1,7 +1,9 @@
-"""The processes of one server, however they hang together, and the shared memory that they leave: read from /proc, standard library only.
+"""The processes of one server, however they hang together, and the shared memory that they leave:
+read from /proc, standard library only.
 
-vLLM's front starts an engine, that workers, those compilers. They are known by the keeper above them, by its session, and, where the keeper was
-killed, by what they have inherited: a mark among their variables, a working folder, a log.
+vLLM's front starts an engine, that workers, those compilers. They are known by the keeper above
+them, by its session, and, where the keeper was killed, by what they have inherited: a mark among
+their variables, a working folder, a log.
 """
 
 import contextlib
@@ -18,7 +20,9 @@ MARK = "WORKSPACE_SERVER"
 
 @dataclass(frozen=True)
 class Process:
-    """A process that lives. `started` counts clock ticks since the machine started (proc_pid_stat(5)): with it a number is never taken for another's."""
+    """A process that lives. `started` counts clock ticks since the machine started
+    (proc_pid_stat(5)): with it a number is never taken for another's.
+    """
 
     parent: int
     session: int
@@ -27,7 +31,9 @@ class Process:
 
 @dataclass(frozen=True)
 class Family:
-    """What the processes of one server have in common. `keeper` is the number above them all, and of their session."""
+    """What the processes of one server have in common. `keeper` is the number above them all, and
+    of their session.
+    """
 
     keeper: int
     started: int
@@ -39,27 +45,45 @@ class Family:
         """Return the numbers of all that live, the keeper included."""
         known = living()
         is_kept = self.keeper in known and known[self.keeper].started == self.started
-        # A number is not given away while a session still bears it (pid_namespaces(7)), but the one who bears it may be a later one.
-        found = {number for number, one in known.items() if one.session == self.keeper and one.started >= self.started and (is_kept or self._inherited(number))}
-        found |= {number for number, one in known.items() if one.started >= self.started and number not in found and _is_marked(number, self.mark)}
+        # A number is not given away while a session still bears it (pid_namespaces(7)), but the one
+        # who bears it may be a later one.
+        found = {
+            number
+            for number, one in known.items()
+            if one.session == self.keeper
+            and one.started >= self.started
+            and (is_kept or self._inherited(number))
+        }
+        found |= {
+            number
+            for number, one in known.items()
+            if one.started >= self.started and number not in found and _is_marked(number, self.mark)
+        }
         if is_kept:
             found.add(self.keeper)
         return found | below(found, known)
 
     def _inherited(self, number: int) -> bool:
-        """Whether a process works in the server's own folder or writes into its log. A title that is set overwrites the variables in /proc."""
+        """Whether a process works in the server's own folder or writes into its log. A title that
+        is set overwrites the variables in /proc.
+        """
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/{number}/cwd").removesuffix(" (deleted)") == self.folder:
                 return True
         for descriptor in (1, 2):
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{number}/fd/{descriptor}").removesuffix(" (deleted)") == self.log:
+                if (
+                    os.readlink(f"/proc/{number}/fd/{descriptor}").removesuffix(" (deleted)")
+                    == self.log
+                ):
                     return True
         return _is_marked(number, self.mark)
 
 
 def living() -> dict[int, Process]:
-    """Return every process of this machine that runs; the dead whom nobody has waited for do not count."""
+    """Return every process of this machine that runs; the dead whom nobody has waited for do not
+    count.
+    """
     found = ((int(entry), _process(int(entry))) for entry in os.listdir("/proc") if entry.isdigit())
     return {number: one for number, one in found if one}
 
@@ -74,13 +98,16 @@ def below(roots: set[int], known: dict[int, Process]) -> set[int]:
     """What was started by `roots`, by what these started, and so on."""
     found: set[int] = set()
     generation = set(roots)
-    while generation := {number for number, one in known.items() if one.parent in generation} - found:
+    while (
+        generation := {number for number, one in known.items() if one.parent in generation} - found
+    ):
         found |= generation
     return found
 
 
 def end(find: Callable[[], set[int]], *, grace_s: float, kill_grace_s: float) -> bool:
-    """Terminate what `find` finds, then kill it, those started meanwhile too. Return whether nothing had to be killed.
+    """Terminate what `find` finds, then kill it, those started meanwhile too. Return whether
+    nothing had to be killed.
 
     Raises TimeoutError where something outlives even SIGKILL, as one that hangs in a driver does.
     """
@@ -101,7 +128,9 @@ def end(find: Callable[[], set[int]], *, grace_s: float, kill_grace_s: float) ->
 
 
 def shared_files() -> frozenset[str]:
-    """The names in /dev/shm now: to see that there is a new one costs less than to ask whose it is."""
+    """The names in /dev/shm now: to see that there is a new one costs less than to ask whose it
+    is.
+    """
     try:
         return frozenset(os.listdir(SHARED))
     except OSError:
@@ -109,10 +138,15 @@ def shared_files() -> frozenset[str]:
 
 
 def shared_by(numbers: Iterable[int]) -> set[str]:
-    """The files in /dev/shm that processes have mapped: what is left of them when these are killed is nobody's."""
+    """The files in /dev/shm that processes have mapped: what is left of them when these are killed
+    is nobody's.
+    """
     found: set[str] = set()
     for number in numbers:
-        with contextlib.suppress(OSError), open(f"/proc/{number}/maps", encoding="utf-8", errors="replace") as file:
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/{number}/maps", encoding="utf-8", errors="replace") as file,
+        ):
             for line in file:
                 path = line.rstrip("\n").partition("/")
                 if f"/{path[2]}".startswith(f"{SHARED}/") and not line.endswith("(deleted)\n"):
@@ -121,8 +155,16 @@ def shared_by(numbers: Iterable[int]) -> set[str]:
 
 
 def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
-    """Remove files of /dev/shm, those aside that a living process has mapped. Return what was removed."""
-    wanted = {name for name in names if name.startswith(f"{SHARED}/") and "/" not in name.removeprefix(f"{SHARED}/") and os.path.exists(name)}
+    """Remove files of /dev/shm, those aside that a living process has mapped. Return what was
+    removed.
+    """
+    wanted = {
+        name
+        for name in names
+        if name.startswith(f"{SHARED}/")
+        and "/" not in name.removeprefix(f"{SHARED}/")
+        and os.path.exists(name)
+    }
     removed = []
     for name in sorted(wanted - shared_by(living()) if wanted else wanted):
         with contextlib.suppress(OSError):
@@ -135,13 +177,19 @@ def resident_bytes(numbers: Iterable[int]) -> int:
     """Memory that processes hold, shared pages counted with each (proc_pid_statm(5))."""
     pages = 0
     for number in numbers:
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{number}/statm", encoding="ascii") as file:
+        with (
+            contextlib.suppress(OSError, ValueError, IndexError),
+            open(f"/proc/{number}/statm", encoding="ascii") as file,
+        ):
             pages += int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _process(number: int) -> Process | None:
-    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{number}/stat", "rb") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, IndexError),
+        open(f"/proc/{number}/stat", "rb") as file,
+    ):
         fields = file.read().rpartition(b")")[2].split()
         if fields[0] not in (b"Z", b"X"):
             return Process(int(fields[1]), int(fields[3]), int(fields[19]))

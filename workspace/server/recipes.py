@@ -1,4 +1,5 @@
-"""Recipes: how a model is served here, one TOML file each in recipes/. Read whole or refused with a sentence.
+"""Recipes: how a model is served here, one TOML file each in recipes/. Read whole or refused with a
+sentence.
 
 [recipes/README.md](../../recipes/README.md) says what stands in one.
 """
@@ -18,13 +19,19 @@ from workspace.server import flags as engine_flags
 
 
 def read_table(path: Path, *, place: str) -> dict[str, object]:
-    """Return the table of a file, which is called `place` in what is said of it. Raises SettingsError where it cannot be read or is no TOML."""
+    """Return the table of a file, which is called `place` in what is said of it. Raises
+    SettingsError where it cannot be read or is no TOML.
+    """
     try:
         return tomllib.loads(read_regular(path).decode())
     except OSError as exc:
-        raise SettingsError(f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}") from exc
+        raise SettingsError(
+            f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
+        ) from exc
     except (ValueError, RecursionError) as exc:
-        raise SettingsError(f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}") from exc
+        raise SettingsError(
+            f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}"
+        ) from exc
 
 
 Origin = Literal["hub", "built-in"]
@@ -47,7 +54,9 @@ _NOT_AS_FLAG = {
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model needs. `weights_gib` in memory, `overhead_gib` for activations, graphs and the runtime, `kv_kib_per_token` of one sequence."""
+    """What a model needs. `weights_gib` in memory, `overhead_gib` for activations, graphs and the
+    runtime, `kv_kib_per_token` of one sequence.
+    """
 
     weights_gib: float
     overhead_gib: float
@@ -65,7 +74,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Alternative:
-    """What is otherwise with the vLLM releases that `vllm` names, such as `<0.31`; `without` are flags that they do not get."""
+    """What is otherwise with the vLLM releases that `vllm` names, such as `<0.31`; `without` are
+    flags that they do not get.
+    """
 
     vllm: str
     why: str
@@ -76,7 +87,9 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model and how it is served. `flags` by name without dashes in front; `fetch_gib` is what `serve.fetch` brings, `ignored` what it leaves."""
+    """One model and how it is served. `flags` by name without dashes in front; `fetch_gib` is what
+    `serve.fetch` brings, `ignored` what it leaves.
+    """
 
     name: str
     model: str
@@ -95,7 +108,13 @@ class Recipe:
     @property
     def words(self) -> tuple[str, ...]:
         """The flags as words of a command line."""
-        return tuple(word for name, value in self.flags.items() for word in engine_flags.words_of(name, list(value) if isinstance(value, tuple) else value))
+        return tuple(
+            word
+            for name, value in self.flags.items()
+            for word in engine_flags.words_of(
+                name, list(value) if isinstance(value, tuple) else value
+            )
+        )
 
     @property
     def asks_for_remote_code(self) -> bool:
@@ -108,14 +127,19 @@ def names(layout: Layout) -> tuple[str, ...]:
 
 
 def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
-    """Read a recipe, with the alternatives that hold for this version of vLLM, such as 0.31.0, where one is given.
+    """Read a recipe, with the alternatives that hold for this version of vLLM, such as 0.31.0,
+    where one is given.
 
     Raises SettingsError for a name without a recipe and for a recipe with something wrong in it.
     """
     path = _folder(layout) / f"{name}.toml"
     if not _NAME.fullmatch(name) or name not in names(layout):
         alike = settings.nearest(name, names(layout))
-        hint = f"did you mean {alike}? ./scripts/inv serve.list" if alike else "./scripts/inv serve.list"
+        hint = (
+            f"did you mean {alike}? ./scripts/inv serve.list"
+            if alike
+            else "./scripts/inv serve.list"
+        )
         raise SettingsError(f"there is no recipe {settings.shortened(name)!r}", hint=hint)
     place = layout.relative(path)
     table = read_table(path, place=place)
@@ -124,25 +148,45 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
 
 
 def resolved(recipe: Recipe, version: str) -> Recipe:
-    """The recipe as it is for one version of vLLM: its alternatives that hold, in their order, put over it."""
+    """The recipe as it is for one version of vLLM: its alternatives that hold, in their order, put
+    over it.
+    """
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
     for other in recipe.alternatives:
         if Version(version) in SpecifierSet(other.vllm, prereleases=True):
-            kept = {name: value for name, value in recipe.flags.items() if name not in other.without}
+            kept = {
+                name: value for name, value in recipe.flags.items() if name not in other.without
+            }
             notes = (*recipe.notes, *([other.why] if other.why else []))
-            recipe = replace(recipe, flags=kept | dict(other.flags), environment=dict(recipe.environment) | dict(other.environment), notes=notes)
+            recipe = replace(
+                recipe,
+                flags=kept | dict(other.flags),
+                environment=dict(recipe.environment) | dict(other.environment),
+                notes=notes,
+            )
     return replace(recipe, alternatives=())
 
 
 def unnamed(model: str, *, weights_gib: float = 0.0) -> Recipe:
-    """A recipe for a model that has none: a name on the hub, or a folder. What it needs is not known but for its weights."""
-    return Recipe(name="", model=model, origin="hub", summary="no recipe", memory=Memory(weights_gib, 0.0, 0.0), fetch_gib=weights_gib)
+    """A recipe for a model that has none: a name on the hub, or a folder. What it needs is not
+    known but for its weights.
+    """
+    return Recipe(
+        name="",
+        model=model,
+        origin="hub",
+        summary="no recipe",
+        memory=Memory(weights_gib, 0.0, 0.0),
+        fetch_gib=weights_gib,
+    )
 
 
 class _Table:
-    """One table of a recipe: hands out values of the type that is asked for, and complains of what nobody has asked for."""
+    """One table of a recipe: hands out values of the type that is asked for, and complains of what
+    nobody has asked for.
+    """
 
     def __init__(self, place: str, name: str, content: Mapping[str, object]) -> None:
         self._place, self._name, self._content = place, name, content
@@ -150,12 +194,30 @@ class _Table:
 
     def wrong(self, key: str, expected: str) -> SettingsError:
         where = f"{self._name}.{key}" if self._name else key
-        said = f"{where} is missing; it should be" if key not in self._content else f"{where} is not"
-        return SettingsError(f"{self._place}: {said} {expected}", hint=f"${{EDITOR:-nano}} {self._place}    recipes/README.md says what stands in a recipe")
+        said = (
+            f"{where} is missing; it should be" if key not in self._content else f"{where} is not"
+        )
+        return SettingsError(
+            f"{self._place}: {said} {expected}",
+            hint=(
+                f"${{EDITOR:-nano}} {self._place}    recipes/README.md says what stands in a recipe"
+            ),
+        )
 
-    def text(self, key: str, default: str | None = None, *, form: re.Pattern[str] | None = None, expected: str = "a text of one line") -> str:
+    def text(
+        self,
+        key: str,
+        default: str | None = None,
+        *,
+        form: re.Pattern[str] | None = None,
+        expected: str = "a text of one line",
+    ) -> str:
         found = self._get(key, default)
-        if not isinstance(found, str) or not found.isprintable() or (form and not form.fullmatch(found)):
+        if (
+            not isinstance(found, str)
+            or not found.isprintable()
+            or (form and not form.fullmatch(found))
+        ):
             raise self.wrong(key, expected)
         return found
 
@@ -173,7 +235,9 @@ class _Table:
 
     def texts(self, key: str) -> tuple[str, ...]:
         found = self._get(key, [])
-        if not isinstance(found, list) or not all(isinstance(text, str) and text.isprintable() for text in found):
+        if not isinstance(found, list) or not all(
+            isinstance(text, str) and text.isprintable() for text in found
+        ):
             raise self.wrong(key, "a list of texts")
         return tuple(found)
 
@@ -199,8 +263,12 @@ class _Table:
             if key not in self._asked:
                 alike = settings.nearest(key, self._asked)
                 where = f"[{self._name}]" if self._name else "a recipe"
-                hint = f"did you mean {alike}?" if alike else f"{where} has {', '.join(self._asked)}"
-                raise SettingsError(f"{self._place}: {where} has no key {settings.shortened(key)!r}", hint=hint)
+                hint = (
+                    f"did you mean {alike}?" if alike else f"{where} has {', '.join(self._asked)}"
+                )
+                raise SettingsError(
+                    f"{self._place}: {where} has no key {settings.shortened(key)!r}", hint=hint
+                )
 
     def _get(self, key: str, default: object) -> object:
         self._asked.append(key)
@@ -208,17 +276,29 @@ class _Table:
 
 
 def _recipe(name: str, table: _Table) -> Recipe:
-    origin = table.text("origin", "hub", form=re.compile("hub|built-in"), expected="hub or built-in")
+    origin = table.text(
+        "origin", "hub", form=re.compile("hub|built-in"), expected="hub or built-in"
+    )
     built_in = re.compile("|".join(BUILT_IN))
-    expected = f"one of {', '.join(BUILT_IN)}" if origin == "built-in" else "the name of a model on the hub, such as openai/gpt-oss-120b"
+    expected = (
+        f"one of {', '.join(BUILT_IN)}"
+        if origin == "built-in"
+        else "the name of a model on the hub, such as openai/gpt-oss-120b"
+    )
     memory, fetch = table.table("memory"), table.table("fetch")
     recipe = Recipe(
         name=name,
-        model=table.text("model", form=built_in if origin == "built-in" else _HUB, expected=expected),
+        model=table.text(
+            "model", form=built_in if origin == "built-in" else _HUB, expected=expected
+        ),
         origin=cast("Origin", origin),
         summary=table.text("summary"),
         harmony=table.switch("harmony"),
-        memory=Memory(memory.number("weights_gib"), memory.number("overhead_gib"), memory.number("kv_kib_per_token")),
+        memory=Memory(
+            memory.number("weights_gib"),
+            memory.number("overhead_gib"),
+            memory.number("kv_kib_per_token"),
+        ),
         fetch_gib=fetch.number("gib", 0.0),
         ignored=fetch.texts("ignore"),
         flags=_flags(table.table("flags")),
@@ -260,12 +340,22 @@ def _flags(table: _Table) -> Mapping[str, FlagValue]:
             raise table.wrong(key, "the name of a flag, without the dashes in front")
         if name in _NOT_AS_FLAG:
             raise table.wrong(key, f"for a recipe: {_NOT_AS_FLAG[name]}")
-        if isinstance(value, list) and value and all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(
+                isinstance(part, str | int | float) and not isinstance(part, bool) for part in value
+            )
+        ):
             found[name] = tuple(value)
-        elif isinstance(value, bool | int | float | dict) or (isinstance(value, str) and value.isprintable()):
+        elif isinstance(value, bool | int | float | dict) or (
+            isinstance(value, str) and value.isprintable()
+        ):
             found[name] = value
         else:
-            raise table.wrong(key, "a switch, a number, a text, a table or a list of texts or numbers")
+            raise table.wrong(
+                key, "a switch, a number, a text, a table or a list of texts or numbers"
+            )
     return found
 
 

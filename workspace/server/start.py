@@ -1,4 +1,6 @@
-"""`inv serve`: everything that can be found wrong before a load is, then one server is started, watched until it can generate, and followed or left alone."""
+"""`inv serve`: everything that can be found wrong before a load is, then one server is started,
+watched until it can generate, and followed or left alone.
+"""
 
 import hashlib
 import json
@@ -22,16 +24,27 @@ from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
 
-# What every server is told unless the user says otherwise; with the model on this machine also that no hub is asked.
+# What every server is told unless the user says otherwise; with the model on this machine also that
+# no hub is asked.
 USUAL = {"VLLM_NO_USAGE_STATS": "1"}
 # Of one that has at least one of these a tokenizer can be made.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "*.tiktoken",
+)
 FOLLOW_S = 0.3
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What was typed. `knows`: the user knows that a server is open to others, or that memory may not suffice."""
+    """What was typed. `knows`: the user knows that a server is open to others, or that memory may
+    not suffice.
+    """
 
     name: str
     extra: tuple[str, ...] = ()
@@ -41,14 +54,17 @@ class ServeOptions:
 
 
 def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: Console) -> None:
-    """Serve a recipe, a model on the hub or a folder; with `dry_run` print the command and start nothing.
+    """Serve a recipe, a model on the hub or a folder; with `dry_run` print the command and start
+    nothing.
 
-    Raises SettingsError for what cannot be meant, ServeError for what cannot be served, SmokeError where what is built is missing or stale; and whatever
-    fetching the model raises.
+    Raises SettingsError for what cannot be meant, ServeError for what cannot be served, SmokeError
+    where what is built is missing or stale; and whatever fetching the model raises.
     """
     recipe = _recipe(layout, options.name)
     key = settings.text("VLLM_API_KEY") or None
-    line = command.compose(recipe, options.extra, flags.known(layout), has_key=bool(key), force=options.force)
+    line = command.compose(
+        recipe, options.extra, flags.known(layout), has_key=bool(key), force=options.force
+    )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     device = _device(layout, settings, console, dry_run=options.dry_run)
     for sentence in (*line.dropped, *line.said):
@@ -58,32 +74,60 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     if not options.dry_run:
         _require_room(layout, line)
     free = fit.observe(settings, device=device)
-    environment = command.built_environment(layout, settings, recipe=USUAL | dict(recipe.environment), for_what="show")
-    _judge_memory(fit.judge(recipe, free, device=device, environment=environment, words=line.words), console, is_bound=not (options.dry_run or options.force))
+    environment = command.built_environment(
+        layout, settings, recipe=USUAL | dict(recipe.environment), for_what="show"
+    )
+    _judge_memory(
+        fit.judge(recipe, free, device=device, environment=environment, words=line.words),
+        console,
+        is_bound=not (options.dry_run or options.force),
+    )
     there = models.found_weights(layout, settings, recipe)
     if there is None and options.dry_run:
         console.say(
-            f"{recipe.model} is not on this machine; " + ("its folder is made at the first start" if recipe.origin == "built-in" else "inv serve fetches it")
+            f"{recipe.model} is not on this machine; "
+            + (
+                "its folder is made at the first start"
+                if recipe.origin == "built-in"
+                else "inv serve fetches it"
+            )
         )
     elif there is None:
         models.fetch_weights(layout, settings, recipe, console=console)
         there = models.found_weights(layout, settings, recipe)
-    model = str(there) if there and (recipe.origin == "built-in" or recipe.model.startswith("/")) else recipe.model
+    model = (
+        str(there)
+        if there and (recipe.origin == "built-in" or recipe.model.startswith("/"))
+        else recipe.model
+    )
     if there:
         _require_usable(there, line)
     more = USUAL | ({"HF_HUB_OFFLINE": "1"} if there else {}) | dict(recipe.environment)
-    environment = command.built_environment(layout, settings, recipe=more, for_what="show" if options.dry_run else "start")
+    environment = command.built_environment(
+        layout, settings, recipe=more, for_what="show" if options.dry_run else "start"
+    )
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
         (console.data if options.dry_run else console.say)(text)
     if not options.dry_run:
-        facts = {"typed": command.typed(options.name, line.extra), "built": built(layout), "tree": command.tree_oid(layout), "device": device}
-        launch = lifecycle.Launch(options.name, argv, environment, line.address, facts, grace_s=_drain(line))
-        _serve(layout, settings, options, recipe, line, launch, key=key, console=console, there=there)
+        facts = {
+            "typed": command.typed(options.name, line.extra),
+            "built": built(layout),
+            "tree": command.tree_oid(layout),
+            "device": device,
+        }
+        launch = lifecycle.Launch(
+            options.name, argv, environment, line.address, facts, grace_s=_drain(line)
+        )
+        _serve(
+            layout, settings, options, recipe, line, launch, key=key, console=console, there=there
+        )
 
 
 def built(layout: Layout) -> str:
-    """One digest of the stamps of what stands in `.vllm`: with another one a server that runs was started from something else."""
+    """One digest of the stamps of what stands in `.vllm`: with another one a server that runs was
+    started from something else.
+    """
     digest = hashlib.sha256()
     for name in ("environment", "vllm"):
         try:
@@ -148,7 +192,10 @@ def end(one: Server, *, console: Console) -> None:
     except KeyboardInterrupt:
         stopped = lifecycle.stop(one, at_once=True)
     how = "killed, since it did not end by itself" if stopped.was_killed else "ended"
-    console.say(f"{how} in {stopped.seconds:.1f} s; port {one.address.port} is free, {stopped.returned_gib:.1f} GiB of memory came back")
+    console.say(
+        f"{how} in {stopped.seconds:.1f} s; port {one.address.port} is free,"
+        f" {stopped.returned_gib:.1f} GiB of memory came back"
+    )
 
 
 def _follow(settings: Settings, one: Server, console: Console) -> None:
@@ -176,11 +223,16 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     if folder is None:
         return models.named(layout, name)
     if not folder.is_dir():
-        raise ServeError(f"{folder} is no folder with a model in it", hint="./scripts/inv serve.list    names the recipes")
+        raise ServeError(
+            f"{folder} is no folder with a model in it",
+            hint="./scripts/inv serve.list    names the recipes",
+        )
     try:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
     except OSError as exc:
-        raise ServeError(f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {folder}") from exc
+        raise ServeError(
+            f"{folder} cannot be read: {exc.strerror}", hint=f"ls -ld {folder}"
+        ) from exc
     _require_config(folder)
     if not models.is_complete(folder):
         raise ServeError(f"{folder} has not all of its weights", hint=f"ls -l {folder}")
@@ -192,7 +244,10 @@ def _require_config(folder: Path) -> None:
     try:
         known = json.loads(read_regular(path))
     except FileNotFoundError:
-        raise ServeError(f"{folder} has no config.json, so it is no model in Hugging Face's layout", hint=f"ls {folder}") from None
+        raise ServeError(
+            f"{folder} has no config.json, so it is no model in Hugging Face's layout",
+            hint=f"ls {folder}",
+        ) from None
     except (OSError, ValueError, RecursionError) as exc:
         raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
     if not isinstance(known, dict):
@@ -202,17 +257,26 @@ def _require_config(folder: Path) -> None:
 def _require_usable(folder: Path, line: Command) -> None:
     """Look at what vLLM reads only after minutes: the configuration and the tokenizer."""
     _require_config(folder)
-    if any(word.split("=")[0] in ("--tokenizer", "--skip-tokenizer-init", "--tokenizer-mode", "--load-format") for word in line.words):
+    if any(
+        word.split("=")[0]
+        in ("--tokenizer", "--skip-tokenizer-init", "--tokenizer-mode", "--load-format")
+        for word in line.words
+    ):
         return
     if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
-        raise ServeError(f"{folder} has no tokenizer", hint="-- --tokenizer NAME takes another model's")
+        raise ServeError(
+            f"{folder} has no tokenizer", hint="-- --tokenizer NAME takes another model's"
+        )
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
             json.loads(read_regular(path))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as exc:
-            raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}; or -- --tokenizer NAME takes another model's") from exc
+            raise ServeError(
+                f"{path} cannot be read: {exc}",
+                hint=f"less {path}; or -- --tokenizer NAME takes another model's",
+            ) from exc
 
 
 def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bool) -> str:
@@ -229,7 +293,10 @@ def _require_room(layout: Layout, line: Command) -> None:
     """One server a clone, and one program a port: said before anything is fetched."""
     there = find(layout.server)
     if there and there.members():
-        raise ServeError(f"{there.called} is there already", hint="./scripts/inv serve.status, or ./scripts/inv serve.stop")
+        raise ServeError(
+            f"{there.called} is there already",
+            hint="./scripts/inv serve.status, or ./scripts/inv serve.stop",
+        )
     lifecycle.require_free(line.address)
 
 
@@ -247,14 +314,35 @@ def _drain(line: Command) -> float:
     return float(said) if said.isdigit() else 0.0
 
 
-def _explained(settings: Settings, options: ServeOptions, recipe: Recipe, line: Command, one: Server, error: ServeError, there: Path | None) -> ServeError:
+def _explained(
+    settings: Settings,
+    options: ServeOptions,
+    recipe: Recipe,
+    line: Command,
+    one: Server,
+    error: ServeError,
+    there: Path | None,
+) -> ServeError:
     """The failure with the next rung in its hint, where it was for want of memory."""
     ended = how_ended(one)
-    reading = observation.read_failure(one.log, status=ended.status if ended and not ended.was_told else None)
+    reading = observation.read_failure(
+        one.log, status=ended.status if ended and not ended.was_told else None
+    )
     hint = error.hint
     if reading.lack:
         free = fit.observe(settings, device=one.facts["device"])
-        hint = fit.next_step(options.name, recipe, line, free, lack=reading.lack, length=_length(there), detach=options.detach) or hint
+        hint = (
+            fit.next_step(
+                options.name,
+                recipe,
+                line,
+                free,
+                lack=reading.lack,
+                length=_length(there),
+                detach=options.detach,
+            )
+            or hint
+        )
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 

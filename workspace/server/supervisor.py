@@ -1,7 +1,9 @@
-"""Stands above one vLLM server for as long as it lives, in a session of its own: whatever ends the front, nothing that it started outlives it.
+"""Stands above one vLLM server for as long as it lives, in a session of its own: whatever ends the
+front, nothing that it started outlives it.
 
-Run as `python -I -S keeper.py LIFELINE LOCK GRACE_S ENDED FOLDER PROGRAM ARG…`. LIFELINE is the read end of a pipe: when it closes, the one who
-started the server is dead, and so is the server; one byte lets it live on alone. LOCK is kept open, and with it locked.
+Run as `python -I -S keeper.py LIFELINE LOCK GRACE_S ENDED FOLDER PROGRAM ARG…`. LIFELINE is the
+read end of a pipe: when it closes, the one who started the server is dead, and so is the server;
+one byte lets it live on alone. LOCK is kept open, and with it locked.
 """
 
 import contextlib
@@ -15,7 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 
-# prctl(2): orphaned descendants become children of this process, and so can be found and waited for.
+# prctl(2): orphaned descendants become children of this process, and so can be found and waited
+# for.
 PR_SET_CHILD_SUBREAPER = 36
 KILL_GRACE_S = 10.0
 NOT_STARTED = 127
@@ -24,7 +27,9 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FIRST_LOOK_S, RAREST_LOOK_S = 1.0, 60.0
 
 
-def main(lifeline: int, lock: int, grace_s: float, ended: str, folder: str, argv: list[str]) -> None:
+def main(
+    lifeline: int, lock: int, grace_s: float, ended: str, folder: str, argv: list[str]
+) -> None:
     """Run the server to its end, end what is left of it, note how it ended."""
     from workspace.server import process_tree
 
@@ -41,7 +46,9 @@ def main(lifeline: int, lock: int, grace_s: float, ended: str, folder: str, argv
         return process_tree.below({os.getpid()}, process_tree.living())
 
     statuses: dict[int, int] = {}
-    is_told = watch(child, lifeline, woken, lambda: shared.update(process_tree.shared_by(mine())), statuses)
+    is_told = watch(
+        child, lifeline, woken, lambda: shared.update(process_tree.shared_by(mine())), statuses
+    )
     shared |= process_tree.shared_by(mine())
     with contextlib.suppress(TimeoutError):
         process_tree.end(mine, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
@@ -53,7 +60,9 @@ def main(lifeline: int, lock: int, grace_s: float, ended: str, folder: str, argv
 
 
 def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
-    """Start the program in `folder`, without what is kept from it. A signal that met the keeper's handlers in the child would be lost: they are held."""
+    """Start the program in `folder`, without what is kept from it. A signal that met the keeper's
+    handlers in the child would be lost: they are held.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     child = os.fork()
     if child == 0:
@@ -73,7 +82,9 @@ def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
     return child
 
 
-def watch(child: int, lifeline: int, woken: int, look: Callable[[], None], statuses: dict[int, int]) -> bool:
+def watch(
+    child: int, lifeline: int, woken: int, look: Callable[[], None], statuses: dict[int, int]
+) -> bool:
     """Wait until the program has ended by itself, or is to be ended, which is returned."""
     poll = select.poll()
     poll.register(lifeline, select.POLLIN | select.POLLHUP)
@@ -116,4 +127,11 @@ def note(path: str, record: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5], sys.argv[6:])
+    main(
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        float(sys.argv[3]),
+        sys.argv[4],
+        sys.argv[5],
+        sys.argv[6:],
+    )

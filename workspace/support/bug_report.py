@@ -1,7 +1,8 @@
-"""One archive for a bug report: what is here, what the machine is, what went wrong last, with everything private masked.
+"""One archive for a bug report: what is here, what the machine is, what went wrong last, with
+everything private masked.
 
-A part that cannot be had is replaced by the sentence that says why; nothing but a place to write to stops a report.
-It takes no lock: what hangs can be reported while it hangs.
+A part that cannot be had is replaced by the sentence that says why; nothing but a place to write to
+stops a report. It takes no lock: what hangs can be reported while it hangs.
 """
 
 import contextlib
@@ -49,8 +50,13 @@ COLLECT_ENV_S = 60.0
 # Folders of .workspace that hold programs and downloads.
 _NOT_SEARCHED = frozenset({"tools", "uv", "models", "reports", "site-packages"})
 _CONFIGURE_LOGS = frozenset({"CMakeConfigureLog.yaml", "CMakeError.log", "CMakeOutput.log"})
-_OOM = re.compile(r"out of memory|oom[-_ ]?(?:kill|reap)|killed process|NVRM: (?:Xid|.*NV_ERR_NO_MEMORY)", re.IGNORECASE)
-_NAMES_OF_INTEREST = re.compile(r"(VLLM|TORCH|PYTORCH|TRITON|CUDA|NCCL|NVIDIA|HF|UV|PIP|LD|OMP|MKL|CMAKE|CC|CXX|CFLAGS|CXXFLAGS|CCACHE|PYTHON|XDG|TMPDIR)(_|$)")
+_OOM = re.compile(
+    r"out of memory|oom[-_ ]?(?:kill|reap)|killed process|NVRM: (?:Xid|.*NV_ERR_NO_MEMORY)",
+    re.IGNORECASE,
+)
+_NAMES_OF_INTEREST = re.compile(
+    r"(VLLM|TORCH|PYTORCH|TRITON|CUDA|NCCL|NVIDIA|HF|UV|PIP|LD|OMP|MKL|CMAKE|CC|CXX|CFLAGS|CXXFLAGS|CCACHE|PYTHON|XDG|TMPDIR)(_|$)"
+)
 
 Files = Mapping[str, str]
 Collector = Callable[[Layout, Settings], Files]
@@ -58,7 +64,9 @@ Collector = Callable[[Layout, Settings], Files]
 
 @dataclass(frozen=True)
 class Part:
-    """One part as it goes into the archive: masked files by their masked names. `lack` says why there are none."""
+    """One part as it goes into the archive: masked files by their masked names. `lack` says why
+    there are none.
+    """
 
     name: str
     files: Mapping[str, bytes]
@@ -66,17 +74,23 @@ class Part:
 
 
 def settings_of(layout: Layout) -> Settings:
-    """Read the settings as far as they can be read: what is wrong with .env or the shell is a part of the report and does not stop it."""
+    """Read the settings as far as they can be read: what is wrong with .env or the shell is a part
+    of the report and does not stop it.
+    """
     core_settings.forget_outer_git()
     try:
         return core_settings.load(layout)
     except SettingsError:
         # The place of no .env, and defaults in the place of whatever value the shell has.
-        return core_settings.load(Layout(layout.probes), flags={name: setting.default for name, setting in KNOWN.items()})
+        return core_settings.load(
+            Layout(layout.probes), flags={name: setting.default for name, setting in KNOWN.items()}
+        )
 
 
 def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
-    """Write the report, print its path on stdout and its contents as rows. Raises ToolchainError where .workspace cannot be written."""
+    """Write the report, print its path on stdout and its contents as rows. Raises ToolchainError
+    where .workspace cannot be written.
+    """
     folder = layout.state / "reports"
     name = f"report-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')}"
     path = folder / f"{name}.tar.gz"
@@ -96,10 +110,18 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
     for part in parts:
         size = sum(len(content) for content in part.files.values())
         console.row(
-            "warn" if part.lack else "ok", part.name, part.lack or f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}, {size / 1024:.1f} KiB"
+            "warn" if part.lack else "ok",
+            part.name,
+            part.lack
+            or f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}, {size / 1024:.1f} KiB",
         )
-    console.say(f"{path.stat().st_size / 1024:.0f} KiB; secrets, names, addresses and places are masked")
-    console.say(f"look through it before you give it away: tar -xOzf {shlex.quote(layout.relative(path))} | less")
+    console.say(
+        f"{path.stat().st_size / 1024:.0f} KiB; secrets, names, addresses and places are masked"
+    )
+    console.say(
+        f"look through it before you give it away: tar -xOzf {shlex.quote(layout.relative(path))} |"
+        " less"
+    )
     console.data(str(path))
     return path
 
@@ -110,14 +132,19 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise ToolchainError(
-            f"{folder} cannot be written: {exc.strerror}, and a report needs a few MB there", hint=shlex.join(["df", "-h", str(hardware.existing(folder))])
+            f"{folder} cannot be written: {exc.strerror}, and a report needs a few MB there",
+            hint=shlex.join(["df", "-h", str(hardware.existing(folder))]),
         ) from exc
 
 
-def _collect(layout: Layout, settings: Settings, redactor: Redactor, console: Console) -> tuple[Part, ...]:
+def _collect(
+    layout: Layout, settings: Settings, redactor: Redactor, console: Console
+) -> tuple[Part, ...]:
     """Look at everything at once: most of the time is spent waiting for programs."""
     with console.step("collecting") as view, ThreadPoolExecutor(max_workers=len(PARTS)) as pool:
-        futures = {name: pool.submit(collector, layout, settings) for name, collector in PARTS.items()}
+        futures = {
+            name: pool.submit(collector, layout, settings) for name, collector in PARTS.items()
+        }
         try:
             parts = tuple(_part(name, future, redactor) for name, future in futures.items())
         except BaseException:
@@ -133,7 +160,18 @@ def _part(name: str, future: Future[Files], redactor: Redactor) -> Part:
         files, lack = future.result(), ""
     except WorkspaceError as exc:
         lack = exc.message
-        files = {f"{name}.txt": "\n".join((f"error: {exc.message}", *([f"hint: {exc.hint}"] if exc.hint else []), *exc.details)) + "\n"}
+        files = {
+            f"{name}.txt": (
+                "\n".join(
+                    (
+                        f"error: {exc.message}",
+                        *([f"hint: {exc.hint}"] if exc.hint else []),
+                        *exc.details,
+                    )
+                )
+                + "\n"
+            )
+        }
     except OSError as exc:
         lack = f"{exc.filename or name}: {exc.strerror or exc}"
         files = {f"{name}.txt": f"error: {lack}\n"}
@@ -152,7 +190,9 @@ def _part(name: str, future: Future[Files], redactor: Redactor) -> Part:
 
 
 def _end_children() -> None:
-    """^C: the programs that the other threads wait for run in groups of their own and would be waited for."""
+    """^C: the programs that the other threads wait for run in groups of their own and would be
+    waited for.
+    """
     import psutil
 
     for child in psutil.Process().children(recursive=True):
@@ -176,14 +216,32 @@ def _archive(parts: Sequence[Part], name: str) -> bytes:
     return packed.getvalue()
 
 
-def _said(words: Sequence[str], settings: Settings, *, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-    """What a program that may hang says, and how it ended where that is not well. A driver in trouble never lets nvidia-smi end."""
+def _said(
+    words: Sequence[str],
+    settings: Settings,
+    *,
+    timeout_s: float = ANSWER_S,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> str:
+    """What a program that may hang says, and how it ended where that is not well. A driver in
+    trouble never lets nvidia-smi end.
+    """
     limited = ["timeout", "-k", f"{KILL_S:g}", f"{timeout_s:g}", *words]
-    done = process.capture(limited, env=env or settings.child_environment("build"), cwd=cwd, timeout_s=timeout_s + KILL_S + 1.0)
+    done = process.capture(
+        limited,
+        env=env or settings.child_environment("build"),
+        cwd=cwd,
+        timeout_s=timeout_s + KILL_S + 1.0,
+    )
     # timeout(1) ends with 124, or by its own SIGKILL where that was needed.
     if done.returncode in (124, -signal.SIGKILL):
         raise ToolchainError(f"{words[0]} gave no answer in {timeout_s:g} s")
-    ended = "" if done.returncode == 0 else f"{Path(words[0]).name} {process.describe_status(done.returncode)}\n"
+    ended = (
+        ""
+        if done.returncode == 0
+        else f"{Path(words[0]).name} {process.describe_status(done.returncode)}\n"
+    )
     return done.stdout + (f"-- stderr\n{done.stderr}" if done.stderr.strip() else "") + ended
 
 
@@ -196,7 +254,13 @@ def _status(layout: Layout, settings: Settings) -> Files:
 def _doctor(layout: Layout, settings: Settings) -> Files:
     out = io.StringIO()
     try:
-        doctor.show(layout, settings, console=Console(out=out, err=io.StringIO()), as_json=True, offline=True)
+        doctor.show(
+            layout,
+            settings,
+            console=Console(out=out, err=io.StringIO()),
+            as_json=True,
+            offline=True,
+        )
     except ToolchainError:
         # It prints, then fails where something is in the way.
         if not out.getvalue():
@@ -208,10 +272,19 @@ def _settings(layout: Layout, settings: Settings) -> Files:
     """Names, and values only of settings that are known and no secrets."""
     written = {name: _shown(name, text) for name, text in hardware.assignments(layout.dotenv)}
     record: dict[str, object] = {
-        "settings": {name: f"{_shown(name, value.text)} ({value.source})" for name, value in settings.values.items()},
+        "settings": {
+            name: f"{_shown(name, value.text)} ({value.source})"
+            for name, value in settings.values.items()
+        },
         ".env": written if layout.dotenv.exists() else None,
-        "shell hides .env": sorted(name for name, text in hardware.assignments(layout.dotenv) if settings.shell.get(name, text) != text),
-        "set in the shell": sorted(name for name in settings.shell if _NAMES_OF_INTEREST.match(name)),
+        "shell hides .env": sorted(
+            name
+            for name, text in hardware.assignments(layout.dotenv)
+            if settings.shell.get(name, text) != text
+        ),
+        "set in the shell": sorted(
+            name for name in settings.shell if _NAMES_OF_INTEREST.match(name)
+        ),
     }
     try:
         core_settings.load(layout)
@@ -228,18 +301,30 @@ def _stamps(layout: Layout, _: Settings) -> Files:
     folder = layout.stamp("vllm").parent
     if not folder.is_dir():
         raise ToolchainError("there is no .vllm with stamps in it", hint=status.BOOTSTRAP)
-    beside = [path for path in (layout.lock, layout.state / "constraints.txt") if path.is_file() and path.stat().st_size]
-    return {f"stamps/{path.name}": hardware.tail_of(path) for path in (*sorted(folder.glob("*")), *beside) if path.is_file()}
+    beside = [
+        path
+        for path in (layout.lock, layout.state / "constraints.txt")
+        if path.is_file() and path.stat().st_size
+    ]
+    return {
+        f"stamps/{path.name}": hardware.tail_of(path)
+        for path in (*sorted(folder.glob("*")), *beside)
+        if path.is_file()
+    }
 
 
 def _pins(layout: Layout, _: Settings) -> Files:
-    """Pins and series as they stand; of a patch what it is called and how much it changes, not what."""
+    """Pins and series as they stand; of a patch what it is called and how much it changes, not
+    what.
+    """
     files = {"pins.toml": hardware.tail_of(layout.pins)}
     for project in PROJECTS:
         folder = layout.patches(project)
         if (folder / "series").exists():
             patches = [_described(path) for path in sorted(folder.glob("*.patch"))]
-            files[f"patches/{project}.txt"] = hardware.tail_of(folder / "series") + "\n" + "\n".join(patches)
+            files[f"patches/{project}.txt"] = (
+                hardware.tail_of(folder / "series") + "\n" + "\n".join(patches)
+            )
     return files
 
 
@@ -248,10 +333,17 @@ def _described(path: Path) -> str:
     raw = hardware.read_small(path)
     subject = str(message_from_bytes(raw, policy=mail).get("Subject", "no subject"))
     stand = re.search(rb"^Upstream-Status: .*$", raw, re.MULTILINE)
-    lines = [path.name, f"  Subject: {' '.join(subject.split())}", f"  {stand[0].decode('utf-8', 'replace') if stand else 'no Upstream-Status'}"]
+    lines = [
+        path.name,
+        f"  Subject: {' '.join(subject.split())}",
+        f"  {stand[0].decode('utf-8', 'replace') if stand else 'no Upstream-Status'}",
+    ]
     for change in re.split(rb"^diff --git ", raw, flags=re.MULTILINE)[1:]:
         head, _, body = change.partition(b"\n")
-        added, removed = (len(re.findall(rb"^" + sign + rb"(?!" + sign + sign + rb" )", body, re.MULTILINE)) for sign in (rb"\+", b"-"))
+        added, removed = (
+            len(re.findall(rb"^" + sign + rb"(?!" + sign + sign + rb" )", body, re.MULTILINE))
+            for sign in (rb"\+", b"-")
+        )
         lines.append(f"  +{added} -{removed} {head.decode('utf-8', 'replace').split(' b/')[-1]}")
     return "\n".join(lines) + "\n"
 
@@ -277,21 +369,45 @@ def _configures(layout: Layout, _: Settings) -> Files:
 def _versions(layout: Layout, settings: Settings) -> Files:
     """The machine and its programs, each with the place that PATH finds it in."""
     release = hardware.read_small(Path("/etc/os-release")).decode("utf-8", "replace")
-    memory = [line for line in hardware.read_small(Path("/proc/meminfo")).decode().splitlines() if line.startswith(("Mem", "Swap", "Cached"))]
-    kernel = f"kernel {platform.system()} {platform.release()} {platform.version()} {platform.machine()}, {' '.join(platform.libc_ver())}"
+    memory = [
+        line
+        for line in hardware.read_small(Path("/proc/meminfo")).decode().splitlines()
+        if line.startswith(("Mem", "Swap", "Cached"))
+    ]
+    kernel = (
+        f"kernel {platform.system()} {platform.release()} {platform.version()}"
+        f" {platform.machine()}, {' '.join(platform.libc_ver())}"
+    )
     cores = f"{os.cpu_count()} CPUs, {len(os.sched_getaffinity(0))} usable"
-    lines = [kernel, cores, *release.splitlines()[:6], *memory, f"python of the tools {sys.version}"]
+    lines = [
+        kernel,
+        cores,
+        *release.splitlines()[:6],
+        *memory,
+        f"python of the tools {sys.version}",
+    ]
     toolkit = toolchain.find_toolkit(settings)
     own = [str(layout.environment / "bin" / name) for name in ("cmake", "ninja")]
-    names: list[tuple[str, ...]] = [("git", "version"), *((name, "--version") for name in ("gcc", "g++", "ld", "cmake", "ninja", *own, "ccache"))]
+    names: list[tuple[str, ...]] = [
+        ("git", "version"),
+        *((name, "--version") for name in ("gcc", "g++", "ld", "cmake", "ninja", *own, "ccache")),
+    ]
     if toolkit:
         names.append((str(toolkit.nvcc), "--version"))
-    names += [(str(layout.environment_python), "-VV"), ("nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv")]
+    names += [
+        (str(layout.environment_python), "-VV"),
+        ("nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv"),
+    ]
     with contextlib.suppress(ToolchainError):
         names.insert(0, (str(interpreter.uv(layout)), "--version"))
     lines += [line for words in names for line in _version(words, settings)]
-    packages = "".join(f"{name}=={version}\n" for name, version in sorted(interpreter.installed(layout).items()))
-    return {"versions.txt": "\n".join(lines) + "\n", "packages.txt": packages or "there are no packages in .vllm\n"}
+    packages = "".join(
+        f"{name}=={version}\n" for name, version in sorted(interpreter.installed(layout).items())
+    )
+    return {
+        "versions.txt": "\n".join(lines) + "\n",
+        "packages.txt": packages or "there are no packages in .vllm\n",
+    }
 
 
 def _version(words: Sequence[str], settings: Settings) -> Iterator[str]:
@@ -302,11 +418,20 @@ def _version(words: Sequence[str], settings: Settings) -> Iterator[str]:
     except ToolchainError as exc:
         said = [exc.message]
     # Lines with figures; the rest is about licences, or all that a broken program says.
-    yield from ([line for line in said if re.search(r"\d", line) and "Copyright" not in line and "License" not in line] or said)[:4]
+    yield from (
+        [
+            line
+            for line in said
+            if re.search(r"\d", line) and "Copyright" not in line and "License" not in line
+        ]
+        or said
+    )[:4]
 
 
 def _kernel(_: Layout, settings: Settings) -> Files:
-    """Whom the kernel killed for memory, and what the control group allows (cgroups(7), versions 1 and 2)."""
+    """Whom the kernel killed for memory, and what the control group allows (cgroups(7), versions 1
+    and 2).
+    """
     try:
         said = _said(["dmesg"], settings)
         kills = [line for line in said.splitlines() if _OOM.search(line)][-SHOWN_NAMES:]
@@ -315,7 +440,10 @@ def _kernel(_: Layout, settings: Settings) -> Files:
         kills, refused = [], exc.message
     lines = ["# dmesg: out of memory, NVIDIA Xid", *(kills or [refused or "nothing of the kind"])]
     if refused:
-        lines.append("dmesg needs more rights; to see it yourself: sudo dmesg | grep -iE 'out of memory|killed process'")
+        lines.append(
+            "dmesg needs more rights; to see it yourself: sudo dmesg | grep -iE 'out of"
+            " memory|killed process'"
+        )
     for entry in hardware.read_small(Path("/proc/self/cgroup")).decode().splitlines():
         _number, controllers, group = entry.split(":", 2)
         if controllers in ("", "memory"):
@@ -324,22 +452,43 @@ def _kernel(_: Layout, settings: Settings) -> Files:
                 if folder.is_relative_to(root):
                     lines += [
                         f"# {folder}/{name}\n{hardware.read_small(folder / name).decode().strip()}"
-                        for name in ("memory.events", "memory.max", "memory.peak", "memory.swap.max", "memory.oom_control", "memory.limit_in_bytes")
+                        for name in (
+                            "memory.events",
+                            "memory.max",
+                            "memory.peak",
+                            "memory.swap.max",
+                            "memory.oom_control",
+                            "memory.limit_in_bytes",
+                        )
                         if (folder / name).exists()
                     ]
     return {"kernel.txt": "\n".join(lines) + "\n"}
 
 
 def _collect_env(layout: Layout, settings: Settings) -> Files:
-    """vLLM's own questionnaire, which its maintainers ask for, without any secret in its environment."""
+    """vLLM's own questionnaire, which its maintainers ask for, without any secret in its
+    environment.
+    """
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError("there is no .vllm to ask", hint=status.BOOTSTRAP)
-    environment = {name: text for name, text in settings.child_environment("run").items() if not is_secret(name)}
-    folders = [str(layout.tools / "bin"), str(layout.environment / "bin"), environment.get("PATH", "")]
+    environment = {
+        name: text
+        for name, text in settings.child_environment("run").items()
+        if not is_secret(name)
+    }
+    folders = [
+        str(layout.tools / "bin"),
+        str(layout.environment / "bin"),
+        environment.get("PATH", ""),
+    ]
     # It asks `uv pip list` for the packages and takes the answer unseen.
     environment |= {"VIRTUAL_ENV": str(layout.environment), "PATH": os.pathsep.join(folders)}
     words = (str(layout.environment_python), "-m", "vllm.collect_env")
-    return {"collect-env.txt": _said(words, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment)}
+    return {
+        "collect-env.txt": _said(
+            words, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment
+        )
+    }
 
 
 def _smoke(layout: Layout, _: Settings) -> Files:
@@ -350,9 +499,22 @@ def _smoke(layout: Layout, _: Settings) -> Files:
 
 def _git(layout: Layout, _: Settings) -> Files:
     pinned = {"https://github.com/vllm-project/vllm.git"} | set(
-        re.findall(r'^url = "(.*)"$', hardware.read_small(layout.pins).decode("utf-8", "replace"), re.MULTILINE)
+        re.findall(
+            r'^url = "(.*)"$',
+            hardware.read_small(layout.pins).decode("utf-8", "replace"),
+            re.MULTILINE,
+        )
     )
-    return {"git.txt": "\n".join(line for path in (layout.root, layout.vllm, layout.triton) for line in _repository(layout, path, pinned)) + "\n"}
+    return {
+        "git.txt": (
+            "\n".join(
+                line
+                for path in (layout.root, layout.vllm, layout.triton)
+                for line in _repository(layout, path, pinned)
+            )
+            + "\n"
+        )
+    }
 
 
 def _repository(layout: Layout, path: Path, pinned: set[str]) -> Iterator[str]:
@@ -364,17 +526,29 @@ def _repository(layout: Layout, path: Path, pinned: set[str]) -> Iterator[str]:
             yield "no repository of its own"
             return
         origin, head = git.setting("remote.origin.url"), git.head()
-        yield f"HEAD {head or 'has no commit'}; origin: {'none' if origin is None else 'the pinned one' if origin in pinned else 'another one'}"
+        yield (
+            f"HEAD {head or 'has no commit'}; origin:"
+            f" {'none' if origin is None else 'the pinned one' if origin in pinned else 'another one'}"
+        )
         yield f"under way: {git.under_way() or 'nothing'}"
         if link := git.gitlink("vendor/vllm"):
             yield f"gitlink vendor/vllm {link.commit}"
         for number in range(SHOWN_COMMITS if head else 0):
             commit, parent = git.resolve(f"HEAD~{number}"), git.resolve(f"HEAD~{number + 1}")
             if commit:
-                yield f"  {commit[:12]} {git.slugs(parent, commit)[-1] if parent else '(the first commit)'}"
+                yield (
+                    f"  {commit[:12]}"
+                    f" {git.slugs(parent, commit)[-1] if parent else '(the first commit)'}"
+                )
         edited = git.edits()
-        new = [name for name in git.changed_files("HEAD") if name not in set(edited)] if head else []
-        yield from (f"{mark} {name}" for mark, names in (("edited", edited), ("new", new)) for name in names[:SHOWN_NAMES])
+        new = (
+            [name for name in git.changed_files("HEAD") if name not in set(edited)] if head else []
+        )
+        yield from (
+            f"{mark} {name}"
+            for mark, names in (("edited", edited), ("new", new))
+            for name in names[:SHOWN_NAMES]
+        )
         yield f"{len(edited)} edited, {len(new)} new"
     except WorkspaceError as exc:
         yield f"error: {exc.message}"

@@ -1,4 +1,6 @@
-"""The door of perf: `python -m workspace.perf`, run by `nox -s perf` with the tool environment's Python."""
+"""The door of perf: `python -m workspace.perf`, run by `nox -s perf` with the tool environment's
+Python.
+"""
 
 import contextlib
 import datetime
@@ -15,14 +17,26 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine.hardware import Machine
 from workspace.support import perf_pairs, perf_replay
-from workspace.support.perf_measure import Aim, Command, Comparison, Context, Sample, Spread, Timed, Told, compare
+from workspace.support.perf_measure import (
+    Aim,
+    Command,
+    Comparison,
+    Context,
+    Sample,
+    Spread,
+    Timed,
+    Told,
+    compare,
+)
 
 Sides = tuple[Timed, Timed]
 
 
 @dataclass(frozen=True)
 class Row:
-    """`prepare` makes what the two sides need and yields them, the measured one first; it raises a WorkspaceError where it cannot."""
+    """`prepare` makes what the two sides need and yields them, the measured one first; it raises a
+    WorkspaceError where it cannot.
+    """
 
     name: str
     measured: str
@@ -41,13 +55,19 @@ def _list(context: Context) -> Iterator[Sides]:
 @contextlib.contextmanager
 def _inv_wrapper(context: Context) -> Iterator[Sides]:
     direct = context.inv("--list")
-    yield Command((context.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env), direct
+    yield (
+        Command((context.layout.root / "scripts" / "inv", "--list"), direct.cwd, direct.env),
+        direct,
+    )
 
 
 @contextlib.contextmanager
 def _nox_wrapper(context: Context) -> Iterator[Sides]:
     direct = context.tool("-I", "-m", "nox", "-f", context.layout.root / "noxfile.py", "--list")
-    yield Command((context.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env), direct
+    yield (
+        Command((context.layout.root / "scripts" / "nox", "--list"), direct.cwd, direct.env),
+        direct,
+    )
 
 
 @contextlib.contextmanager
@@ -69,7 +89,9 @@ def _doctor(context: Context) -> Iterator[Sides]:
     yield context.inv("doctor", "--offline", statuses=(0, 6)), context.bare()
 
 
-def _told(prepare: Callable[[Context], AbstractContextManager[perf_replay.Sides]]) -> Callable[[Context], AbstractContextManager[Sides]]:
+def _told(
+    prepare: Callable[[Context], AbstractContextManager[perf_replay.Sides]],
+) -> Callable[[Context], AbstractContextManager[Sides]]:
     @contextlib.contextmanager
     def sides(context: Context) -> Iterator[Sides]:
         with prepare(context) as (measured, against):
@@ -82,18 +104,57 @@ def _replays() -> Iterator[Row]:
     bound = "the least that any order takes"
     for gib in (24.0, 48.0, 96.0):
         here = f"the recorded build on {perf_replay.CORES} cores in {gib:g} GiB"
-        yield Row(f"replay-{gib:g}", f"{here}, admitted", bound, Aim("ratio", 1.1), _told(perf_replay.in_thought(gib)), pairs=1, warm_ups=0)
-        yield Row(f"static-{gib:g}", f"{here}, safe static jobs", bound, None, _told(perf_replay.in_thought(gib, way=perf_replay.static)), pairs=1, warm_ups=0)
+        yield Row(
+            f"replay-{gib:g}",
+            f"{here}, admitted",
+            bound,
+            Aim("ratio", 1.1),
+            _told(perf_replay.in_thought(gib)),
+            pairs=1,
+            warm_ups=0,
+        )
+        yield Row(
+            f"static-{gib:g}",
+            f"{here}, safe static jobs",
+            bound,
+            None,
+            _told(perf_replay.in_thought(gib, way=perf_replay.static)),
+            pairs=1,
+            warm_ups=0,
+        )
     for gib in (24.0, 48.0):
-        here = f"the same in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through ninja and launchers"
-        yield Row(f"ninja-{gib:g}", here, bound, Aim("ratio", 1.2), _told(perf_replay.in_small_time(gib)), pairs=1, warm_ups=0)
+        here = (
+            f"the same in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through ninja and"
+            " launchers"
+        )
+        yield Row(
+            f"ninja-{gib:g}",
+            here,
+            bound,
+            Aim("ratio", 1.2),
+            _told(perf_replay.in_small_time(gib)),
+            pairs=1,
+            warm_ups=0,
+        )
 
 
 _BARE = "a bare invoke with one empty task"
 ROWS: tuple[Row, ...] = (
     Row("list", "inv --list", _BARE, Aim("ratio", 1.2), _list),
-    Row("wrapper-inv", "scripts/inv --list", "the same, the tool called directly", Aim("extra", 0.03), _inv_wrapper),
-    Row("wrapper-nox", "scripts/nox --list", "the same, the tool called directly", Aim("extra", 0.03), _nox_wrapper),
+    Row(
+        "wrapper-inv",
+        "scripts/inv --list",
+        "the same, the tool called directly",
+        Aim("extra", 0.03),
+        _inv_wrapper,
+    ),
+    Row(
+        "wrapper-nox",
+        "scripts/nox --list",
+        "the same, the tool called directly",
+        Aim("extra", 0.03),
+        _nox_wrapper,
+    ),
     Row("status", "inv status", _BARE, None, _status),
     Row("rebuild", "inv rebuild with nothing to do", _BARE, Aim("wall", 0.5), _rebuild),
     Row("doctor", "inv doctor --offline", _BARE, Aim("wall", 3.0), _doctor),
@@ -114,7 +175,14 @@ ROWS: tuple[Row, ...] = (
         pairs=1,
         warm_ups=0,
     ),
-    Row("apply", "inv patch.apply of a hundred patches, in this process", "git am of them", Aim("ratio", 1.15), perf_pairs.applied, pairs=5),
+    Row(
+        "apply",
+        "inv patch.apply of a hundred patches, in this process",
+        "git am of them",
+        Aim("ratio", 1.15),
+        perf_pairs.applied,
+        pairs=5,
+    ),
     Row(
         "export",
         "inv patch.export with its proof, in this process",
@@ -123,9 +191,28 @@ ROWS: tuple[Row, ...] = (
         perf_pairs.exported,
         pairs=5,
     ),
-    Row("forecast", "inv pin.forecast of them, in this process", "git apply --cached one by one", Aim("ratio", 1.5), perf_pairs.forecast, pairs=5),
-    Row("re-apply", "inv patch.apply with nothing to do, in this process", "git status --porcelain", Aim("ratio", 2.0), perf_pairs.applied_again),
-    Row("patches", "inv patch, in this process", "git status --porcelain", Aim("ratio", 2.0), perf_pairs.looked_at),
+    Row(
+        "forecast",
+        "inv pin.forecast of them, in this process",
+        "git apply --cached one by one",
+        Aim("ratio", 1.5),
+        perf_pairs.forecast,
+        pairs=5,
+    ),
+    Row(
+        "re-apply",
+        "inv patch.apply with nothing to do, in this process",
+        "git status --porcelain",
+        Aim("ratio", 2.0),
+        perf_pairs.applied_again,
+    ),
+    Row(
+        "patches",
+        "inv patch, in this process",
+        "git status --porcelain",
+        Aim("ratio", 2.0),
+        perf_pairs.looked_at,
+    ),
     *_replays(),
 )
 
@@ -151,7 +238,9 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """The rows as lines for a person: state word first, then the figures (medians of the pairs), then what was held against what."""
+    """The rows as lines for a person: state word first, then the figures (medians of the pairs),
+    then what was held against what.
+    """
     cells = [_HEAD, *(_cells(result) for result in results)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_HEAD))]
     words = ["", *(f"{result.row.measured}, against {result.row.against}" for result in results)]
@@ -159,7 +248,9 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def encode(results: Sequence[Result], machine: Machine) -> str:
-    """One JSON document. Times are UTC, durations milliseconds, ratios and differences those within a pair."""
+    """One JSON document. Times are UTC, durations milliseconds, ratios and differences those within
+    a pair.
+    """
     record = {
         "schema": SCHEMA,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -179,20 +270,32 @@ def _cells(result: Result) -> tuple[str, ...]:
         f"{ratio.median:.2f}x",
         f"{ratio.low:.2f}..{ratio.high:.2f}",
         f"{runs.cpu_ratio.median:.2f}x",
-        *(f"{seconds * 1000:.0f} ms" for seconds in (runs.measured_s.median, runs.against_s.median, runs.extra_s.median)),
+        *(
+            f"{seconds * 1000:.0f} ms"
+            for seconds in (runs.measured_s.median, runs.against_s.median, runs.extra_s.median)
+        ),
         str(result.row.aim or ""),
     )
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], words: str) -> str:
-    aligned = [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+    aligned = [
+        cell.ljust(width) if column < 2 else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
     return f"{'  '.join(aligned)}  {words}".rstrip()
 
 
 def _row(result: Result) -> dict[str, object]:
     row, runs = result.row, result.comparison
     aim = {"kind": row.aim.kind, "limit": row.aim.limit} if row.aim else None
-    head: dict[str, object] = {"name": row.name, "measured": row.measured, "against": row.against, "aim": aim, "verdict": result.verdict}
+    head: dict[str, object] = {
+        "name": row.name,
+        "measured": row.measured,
+        "against": row.against,
+        "aim": aim,
+        "verdict": result.verdict,
+    }
     if runs is None:
         return head | {"error": result.error.message if result.error else None}
     return head | {
@@ -201,7 +304,10 @@ def _row(result: Result) -> dict[str, object]:
         "cpu_ratio": _spread(runs.cpu_ratio),
         "extra_ms": _spread(runs.extra_s, scale=1000),
         "seam": _sample(runs.seam),
-        "samples": {"measured": [_sample(sample) for sample in runs.measured], "against": [_sample(sample) for sample in runs.against]},
+        "samples": {
+            "measured": [_sample(sample) for sample in runs.measured],
+            "against": [_sample(sample) for sample in runs.against],
+        },
     }
 
 
@@ -216,8 +322,17 @@ def _sample(sample: Sample) -> dict[str, float]:
 RECORD = "perf.json"
 
 
-def run(layout: Layout, settings: Settings, rows: Sequence[Row], *, console: Console, pairs: int | None = None, json_file: Path | None = None) -> None:
-    """Measure rows, print table and record, keep the record. A missed aim is no failure: machines are noisy.
+def run(
+    layout: Layout,
+    settings: Settings,
+    rows: Sequence[Row],
+    *,
+    console: Console,
+    pairs: int | None = None,
+    json_file: Path | None = None,
+) -> None:
+    """Measure rows, print table and record, keep the record. A missed aim is no failure: machines
+    are noisy.
 
     Raises BuildError where a row could not be measured, after all others were.
     """
@@ -235,9 +350,18 @@ def run(layout: Layout, settings: Settings, rows: Sequence[Row], *, console: Con
     console.data(text)
     failed = [result for result in results if result.error]
     if failed and (first := failed[0].error):
-        details = tuple(line for result in failed if result.error for line in (*result.error.details, f"{result.row.name}: {result.error}"))
+        details = tuple(
+            line
+            for result in failed
+            if result.error
+            for line in (*result.error.details, f"{result.row.name}: {result.error}")
+        )
         names = ", ".join(result.row.name for result in failed)
-        raise BuildError(f"{len(failed)} of {len(results)} rows could not be measured: {names}: {first.message}", hint=first.hint, details=details)
+        raise BuildError(
+            f"{len(failed)} of {len(results)} rows could not be measured: {names}: {first.message}",
+            hint=first.hint,
+            details=details,
+        )
 
 
 def _measure(row: Row, context: Context, pairs: int, console: Console) -> Result:
@@ -245,7 +369,11 @@ def _measure(row: Row, context: Context, pairs: int, console: Console) -> Result
         with console.step(row.name) as view, row.prepare(context) as (measured, against):
             view.reason = f"{pairs} {'pair' if pairs == 1 else 'pairs'}"
             runs = compare(
-                measured, against, pairs=pairs, warm_ups=row.warm_ups, on_run=lambda done, total: view.progress(done, total, f"{done} of {total} runs")
+                measured,
+                against,
+                pairs=pairs,
+                warm_ups=row.warm_ups,
+                on_run=lambda done, total: view.progress(done, total, f"{done} of {total} runs"),
             )
     except WorkspaceError as exc:
         return Result(row, None, exc)

@@ -30,18 +30,31 @@ from workspace.support import perf_measure
 from workspace.support.perf_measure import Call, Command, Context
 
 SCRIPT = Path(__file__).with_name("by_hand.sh")
-# What a fresh clone holds and a bootstrap reads. Uncommitted work counts, so it is copied and not cloned.
+# What a fresh clone holds and a bootstrap reads. Uncommitted work counts, so it is copied and not
+# cloned.
 CLONED = (
-    *("workspace", "scripts", "requirements", "recipes", "patches", "tasks.py", "noxfile.py", "pyproject.toml"),
+    *(
+        "workspace",
+        "scripts",
+        "requirements",
+        "recipes",
+        "patches",
+        "tasks.py",
+        "noxfile.py",
+        "pyproject.toml",
+    ),
     *(".env", ".env.example", ".gitignore", "vendor/pins.toml"),
 )
-# One that does not exist, as in a bootstrap: without it a machine with Rust would build vLLM's optional frontend on one side only.
+# One that does not exist, as in a bootstrap: without it a machine with Rust would build vLLM's
+# optional frontend on one side only.
 _NO_CARGO = "/nonexistent/cargo"
 
 
 @contextlib.contextmanager
 def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
-    """`inv bootstrap` in this clone, which has nothing to do, and uv's editable install of a copy of the tree, which was done before."""
+    """`inv bootstrap` in this clone, which has nothing to do, and uv's editable install of a copy
+    of the tree, which was done before.
+    """
     observed, layout = context.built, context.layout
     tree, environment = context.folder / "vllm", context.folder / "environment"
     _copy(layout.vllm, tree, context)
@@ -49,34 +62,76 @@ def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
         # It leads to the git directory of the user's tree, which knows nothing of a second one.
         (tree / ".git").unlink()
     uv = interpreter.uv(layout)
-    _do((uv, "venv", "--quiet", "--no-project", "--python", layout.environment_python, environment), context)
+    _do(
+        (uv, "venv", "--quiet", "--no-project", "--python", layout.environment_python, environment),
+        context,
+    )
     for packages in environment.glob("lib/python3.*/site-packages"):
         # Build tools and torch are the built environment's; what is installed goes into this one.
-        (packages / "built.pth").write_text("".join(f"{place}\n" for place in interpreter.site_packages(layout)), encoding="utf-8")
-    argv = (uv, "pip", "install", "--python", environment / "bin" / "python", "--no-build-isolation", "--no-deps", "--editable", tree)
-    hand = Command(argv, context.folder, context.settings.child_environment("build", _build_variables(context, observed)))
-    # With the lock held here, a bootstrap that finds something to do after all stops instead of doing it.
+        (packages / "built.pth").write_text(
+            "".join(f"{place}\n" for place in interpreter.site_packages(layout)), encoding="utf-8"
+        )
+    argv = (
+        uv,
+        "pip",
+        "install",
+        "--python",
+        environment / "bin" / "python",
+        "--no-build-isolation",
+        "--no-deps",
+        "--editable",
+        tree,
+    )
+    hand = Command(
+        argv,
+        context.folder,
+        context.settings.child_environment("build", _build_variables(context, observed)),
+    )
+    # With the lock held here, a bootstrap that finds something to do after all stops instead of
+    # doing it.
     with lock.hold(layout.lock, verb="nox -s perf"):
         yield context.inv("bootstrap"), hand
 
 
 @contextlib.contextmanager
 def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
-    """`inv bootstrap` in a fresh clone, and by_hand.sh in an empty folder: the same archive, wheel, requirements and proof."""
+    """`inv bootstrap` in a fresh clone, and by_hand.sh in an empty folder: the same archive, wheel,
+    requirements and proof.
+    """
     observed = context.built
     archive = observed.pin.archive
     if archive is None:
-        raise SourceError(f"vendor/pins.toml has no release archive of {observed.pin.name}, from which both sides start", hint="git diff vendor/pins.toml")
-    packed = index.fetch(observed.pin.name, archive.filename, archive.sha256, settings=context.settings)
+        raise SourceError(
+            f"vendor/pins.toml has no release archive of {observed.pin.name}, from which both sides"
+            " start",
+            hint="git diff vendor/pins.toml",
+        )
+    packed = index.fetch(
+        observed.pin.name, archive.filename, archive.sha256, settings=context.settings
+    )
     clone, hand = context.folder / "clone", context.folder / "hand"
     same = {
-        # The Python that the built environment has: looking for another one, online, is no part of this.
-        "PYTHON_VERSION": ".".join(observed.python.version.split(".")[:2]) if observed.python else "",
+        # The Python that the built environment has: looking for another one, online, is no part of
+        # this.
+        "PYTHON_VERSION": (
+            ".".join(observed.python.version.split(".")[:2]) if observed.python else ""
+        ),
         "USE_EXISTING_TORCH": "0",
         "ALLOW_PRERELEASE": "0",
     }
-    argv = (clone / "scripts" / "inv", "bootstrap", "--device", observed.device, "--source", "release", "--kernels", "precompiled")
-    measured = Command(argv, clone, context.environment | same, before=lambda: _make_clone(context, clone))
+    argv = (
+        clone / "scripts" / "inv",
+        "bootstrap",
+        "--device",
+        observed.device,
+        "--source",
+        "release",
+        "--kernels",
+        "precompiled",
+    )
+    measured = Command(
+        argv, clone, context.environment | same, before=lambda: _make_clone(context, clone)
+    )
     variables = _build_variables(context, observed) | {
         "UV": str(interpreter.uv(context.layout)),
         "PYTHON": str(context.layout.environment_python),
@@ -86,7 +141,9 @@ def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     # The built environment's tools are not this one's.
-    variables["PATH"] = os.pathsep.join([str(hand / ".venv" / "bin"), context.environment.get("PATH", "")])
+    variables["PATH"] = os.pathsep.join(
+        [str(hand / ".venv" / "bin"), context.environment.get("PATH", "")]
+    )
     wanted = _requirements(context, observed)
     source = torch.plan(wanted.torch, device=observed.device, settings=context.settings)
     against = Command(
@@ -99,16 +156,30 @@ def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
 
 
 def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
-    """What vLLM's setup.py is told, on either side. Natively compiled kernels would take hours again: here they come from a wheel."""
-    kernels = observed.kernels_wanted if observed.kernels_wanted.kind != "native" else Kernels("precompiled", "precompiled")
-    wheel = precompiled.fetch_wheel(kernels, observed.pin, observed.device, context.settings, on_progress=lambda done, total: None)
+    """What vLLM's setup.py is told, on either side. Natively compiled kernels would take hours
+    again: here they come from a wheel.
+    """
+    kernels = (
+        observed.kernels_wanted
+        if observed.kernels_wanted.kind != "native"
+        else Kernels("precompiled", "precompiled")
+    )
+    wheel = precompiled.fetch_wheel(
+        kernels,
+        observed.pin,
+        observed.device,
+        context.settings,
+        on_progress=lambda done, total: None,
+    )
     return {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
         "VLLM_USE_PRECOMPILED": "1",
         "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
         "CARGO": _NO_CARGO,
-        "PATH": os.pathsep.join([str(context.layout.environment / "bin"), context.environment.get("PATH", "")]),
+        "PATH": os.pathsep.join(
+            [str(context.layout.environment / "bin"), context.environment.get("PATH", "")]
+        ),
     }
 
 
@@ -160,7 +231,9 @@ def _make_hand(context: Context, hand: Path, wanted: requirements.Requirements) 
 
 
 def _copy(origin: Path, target: Path, context: Context) -> None:
-    """cp keeps times, so that bytecode stays valid, and is quick where the file system can share blocks."""
+    """cp keeps times, so that bytecode stays valid, and is quick where the file system can share
+    blocks.
+    """
     _do(("cp", "-a", "--reflink=auto", origin, target), context)
 
 
@@ -168,7 +241,10 @@ def _do(argv: tuple[process.Argument, ...], context: Context) -> None:
     done = process.capture(argv, env=context.environment, cwd=context.layout.root)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1]
-        raise ToolchainError(f"what is to be measured could not be made ready: {last}", hint=f"df -h {context.layout.root}")
+        raise ToolchainError(
+            f"what is to be measured could not be made ready: {last}",
+            hint=f"df -h {context.layout.root}",
+        )
 
 
 Sides = tuple[Call, Command]
@@ -191,18 +267,27 @@ diff --git a/{path} b/{path}
 
 
 class _House:
-    """A workspace in small around a checkout of the pinned release, with patches and another commit that they apply to as well."""
+    """A workspace in small around a checkout of the pinned release, with patches and another commit
+    that they apply to as well.
+    """
 
     def __init__(self, context: Context) -> None:
         pin = pins.load(context.layout.pins).vllm
         if pin.archive is None:
-            raise SourceError("vendor/pins.toml has no release archive of vllm, from which both sides start", hint="git diff vendor/pins.toml")
+            raise SourceError(
+                "vendor/pins.toml has no release archive of vllm, from which both sides start",
+                hint="git diff vendor/pins.toml",
+            )
         self.context, self.pin, self.base = context, pin, pin.archive.commit
         self.layout = Layout(context.folder / "stack")
-        self.run_log = RunLog(Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="perf")
+        self.run_log = RunLog(
+            Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="perf"
+        )
         self.git = Git(self.layout.vllm)
         if not self.layout.vllm.exists():
-            packed = index.fetch(pin.name, pin.archive.filename, pin.archive.sha256, settings=context.settings)
+            packed = index.fetch(
+                pin.name, pin.archive.filename, pin.archive.sha256, settings=context.settings
+            )
             self.layout.state.mkdir(parents=True)
             self.layout.vllm.parent.mkdir(parents=True)
             shutil.copyfile(context.layout.pins, self.layout.pins)
@@ -213,35 +298,52 @@ class _House:
     def _write_series(self) -> None:
         folder = self.layout.patches(self.pin.name)
         folder.mkdir(parents=True)
-        chosen = [path for path in sorted(self.layout.vllm.glob("vllm/**/*.py")) if path.stat().st_size > 1000][:PATCHES]
+        chosen = [
+            path
+            for path in sorted(self.layout.vllm.glob("vllm/**/*.py"))
+            if path.stat().st_size > 1000
+        ][:PATCHES]
         names = [f"Change-number-{number:03}.patch" for number in range(len(chosen))]
         for number, path in enumerate(chosen):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             changed = [*lines[:10], f"# change number {number}\n", *lines[10:]]
             hunk = "".join(list(difflib.unified_diff(lines, changed))[2:])
-            text = _MAIL.format(zeros="0" * 40, number=number, path=path.relative_to(self.layout.vllm), hunk=hunk)
+            text = _MAIL.format(
+                zeros="0" * 40, number=number, path=path.relative_to(self.layout.vllm), hunk=hunk
+            )
             (folder / names[number]).write_text(text, encoding="utf-8")
         self.write_list(names)
 
     def _commit_next(self) -> None:
         (self.layout.vllm / "README.md").write_text("another release\n", encoding="utf-8")
-        self.git.set_ref(_NEXT, self.git.commit_everything("The next release", date=pins.ARCHIVE_DATE))
+        self.git.set_ref(
+            _NEXT, self.git.commit_everything("The next release", date=pins.ARCHIVE_DATE)
+        )
         self.by_hand("reset")
 
     def write_list(self, names: list[str]) -> None:
-        (self.layout.patches(self.pin.name) / series.SERIES_FILE).write_text("\n".join([f"# base: {self.pin.commit}", *names, ""]), encoding="utf-8")
+        (self.layout.patches(self.pin.name) / series.SERIES_FILE).write_text(
+            "\n".join([f"# base: {self.pin.commit}", *names, ""]), encoding="utf-8"
+        )
 
     def there(self) -> checkout.Checkout:
         return checkout.observe(self.layout, self.pin)
 
     def apply(self) -> patches.Stack:
-        return patches.apply(self.layout, self.pin.name, self.pin, self.there(), run_log=self.run_log)
+        return patches.apply(
+            self.layout, self.pin.name, self.pin, self.there(), run_log=self.run_log
+        )
 
     def typed(self, verb: str, before: Callable[[], None] | None = None) -> Command:
         """What stack.sh does for a verb."""
-        places = {"PATCHES": str(self.layout.patches(self.pin.name)), "OUT": str(self.layout.state / "out")}
+        places = {
+            "PATCHES": str(self.layout.patches(self.pin.name)),
+            "OUT": str(self.layout.state / "out"),
+        }
         said = places | {"BASE": self.base, "NEXT": self.git.resolve(_NEXT) or ""}
-        return Command(("/bin/sh", _SCRIPT, verb), self.layout.vllm, self.context.environment | said, before)
+        return Command(
+            ("/bin/sh", _SCRIPT, verb), self.layout.vllm, self.context.environment | said, before
+        )
 
     def by_hand(self, verb: str) -> None:
         perf_measure.run(self.typed(verb))
@@ -278,7 +380,12 @@ def exported(context: Context) -> Iterator[Sides]:
 
     try:
         yield (
-            Call(lambda: export.run(house.layout, name, house.pin, house.there(), run_log=house.run_log), empty),
+            Call(
+                lambda: export.run(
+                    house.layout, name, house.pin, house.there(), run_log=house.run_log
+                ),
+                empty,
+            ),
             house.typed("export"),
         )
     finally:
@@ -292,7 +399,13 @@ def forecast(context: Context) -> Iterator[Sides]:
 
     house = _House(context)
     house.put_on()
-    found = Candidate(dataclasses.replace(house.pin, tag="v0", version="0"), house.git.resolve(_NEXT) or "", Kind.RELEASE, None, house.layout.vllm)
+    found = Candidate(
+        dataclasses.replace(house.pin, tag="v0", version="0"),
+        house.git.resolve(_NEXT) or "",
+        Kind.RELEASE,
+        None,
+        house.layout.vllm,
+    )
 
     def work_out() -> object:
         there = house.there()
@@ -313,4 +426,7 @@ def applied_again(context: Context) -> Iterator[Sides]:
 def looked_at(context: Context) -> Iterator[Sides]:
     house = _House(context)
     house.put_on()
-    yield Call(lambda: overview.rows(house.layout, house.pin.name, house.pin, house.there())), house.typed("status")
+    yield (
+        Call(lambda: overview.rows(house.layout, house.pin.name, house.pin, house.there())),
+        house.typed("status"),
+    )

@@ -1,6 +1,8 @@
-"""A recorded build once more, through the real admission: how near it comes to what no order can beat.
+"""A recorded build once more, through the real admission: how near it comes to what no order can
+beat.
 
-Once in thought, the clock set forward from end to end of a unit; and once in a small time, by real ninja with real launchers and compilers that only sleep.
+Once in thought, the clock set forward from end to end of a unit; and once in a small time, by real
+ninja with real launchers and compilers that only sleep.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ from workspace.support.perf_measure import Context
 CORES = 20
 # A second of the small time stands for so many of the build.
 SCALE = 30.0
-# $1 is how long, $3 and $5 are source and output, as a compiler is called. Lines of one file stand in the order of what they tell.
+# $1 is how long, $3 and $5 are source and output, as a compiler is called. Lines of one file stand
+# in the order of what they tell.
 _COMPILER = """#!/bin/sh
 echo "+ $5" >> log
 sleep "$1" || exit
@@ -36,28 +39,46 @@ Sides = tuple[Callable[[], float], Callable[[], float]]
 
 
 def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
-    """Return the seconds that no order can beat: the work on all cores, the memory-time in the budget, the longest unit."""
+    """Return the seconds that no order can beat: the work on all cores, the memory-time in the
+    budget, the longest unit.
+    """
     work = sum(entry.seconds for entry in entries) / bounds.jobs
     memory = sum(entry.seconds * entry.peak_gib for entry in entries) / bounds.budget_gib
     return max(work, memory, *(entry.seconds for entry in entries))
 
 
 def simulate(entries: Sequence[Entry], bounds: Bounds) -> Replayed:
-    """Let all entries ask at once, and set the clock forward from the end of a unit to that of the next."""
-    return scheduler.simulate([Cost(entry.seconds, entry.peak_gib, "table") for entry in entries], bounds)
+    """Let all entries ask at once, and set the clock forward from the end of a unit to that of the
+    next.
+    """
+    return scheduler.simulate(
+        [Cost(entry.seconds, entry.peak_gib, "table") for entry in entries], bounds
+    )
 
 
 def static(entries: Sequence[Entry], bounds: Bounds) -> Replayed:
-    """The number of compilers that is safe whichever run: the budget by the largest peak; in the order of the recorded build, as ninja does."""
-    number = max(1, min(bounds.jobs, int(bounds.budget_gib / max(entry.peak_gib for entry in entries))))
+    """The number of compilers that is safe whichever run: the budget by the largest peak; in the
+    order of the recorded build, as ninja does.
+    """
+    number = max(
+        1, min(bounds.jobs, int(bounds.budget_gib / max(entry.peak_gib for entry in entries)))
+    )
     ends = [0.0] * number
     for entry in entries:
         heapq.heapreplace(ends, ends[0] + entry.seconds)
     return Replayed(max(ends), number * max(entry.peak_gib for entry in entries), number)
 
 
-def through_ninja(entries: Sequence[Entry], bounds: Bounds, folder: Path, *, environment: dict[str, str], ninja: Path) -> Replayed:
-    """Build one target a unit with ninja in `folder`, each behind its launcher; the compilers sleep and note when they begin and end.
+def through_ninja(
+    entries: Sequence[Entry],
+    bounds: Bounds,
+    folder: Path,
+    *,
+    environment: dict[str, str],
+    ninja: Path,
+) -> Replayed:
+    """Build one target a unit with ninja in `folder`, each behind its launcher; the compilers sleep
+    and note when they begin and end.
 
     Raises BuildError where a unit was not built.
     """
@@ -65,13 +86,19 @@ def through_ninja(entries: Sequence[Entry], bounds: Bounds, folder: Path, *, env
         (folder / "log").unlink()
     _write_build(entries, folder)
     jobs_in_all = jobs.visible(len(entries), jobs.Jobs(bounds.jobs, 1, ""))
-    with job_server.Broker(folder / "tickets", Admission(bounds), Costs(entries), units=len(entries)) as broker:
+    with job_server.Broker(
+        folder / "tickets", Admission(bounds), Costs(entries), units=len(entries)
+    ) as broker:
         began = time.monotonic()
         done = process.capture([ninja, f"-j{jobs_in_all}"], env=environment, cwd=folder)
         seconds = time.monotonic() - began
     if done.returncode != 0 or len(broker.finished) != len(entries):
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise BuildError(f"ninja {process.describe_status(done.returncode)} with {len(broker.finished)} of {len(entries)} units built", details=tuple(last))
+        raise BuildError(
+            f"ninja {process.describe_status(done.returncode)} with {len(broker.finished)} of"
+            f" {len(entries)} units built",
+            details=tuple(last),
+        )
     return _heard(entries, folder / "log", seconds)
 
 
@@ -85,7 +112,10 @@ def _write_build(entries: Sequence[Entry], folder: Path) -> None:
         source = folder / entry.source
         source.parent.mkdir(parents=True, exist_ok=True)
         source.touch()
-        lines += [f"build {_output(entry)}: compile {entry.source}", f"  seconds = {entry.seconds:.3f}"]
+        lines += [
+            f"build {_output(entry)}: compile {entry.source}",
+            f"  seconds = {entry.seconds:.3f}",
+        ]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -100,22 +130,32 @@ def _heard(entries: Sequence[Entry], log: Path, seconds: float) -> Replayed:
     for line in log.read_text(encoding="utf-8").splitlines():
         sign, _, output = line.partition(" ")
         (running.add if sign == "+" else running.discard)(output)
-        most_gib, most_jobs = max(most_gib, sum(peaks[one] for one in running)), max(most_jobs, len(running))
+        most_gib, most_jobs = (
+            max(most_gib, sum(peaks[one] for one in running)),
+            max(most_jobs, len(running)),
+        )
     return Replayed(seconds, most_gib, most_jobs)
 
 
 def checked(replayed: Replayed, bounds: Bounds) -> float:
-    """Return the seconds. Raises BuildError where the bounds were not kept, however quick that was."""
+    """Return the seconds. Raises BuildError where the bounds were not kept, however quick that
+    was.
+    """
     if replayed.most_jobs > bounds.jobs or replayed.most_gib > bounds.budget_gib:
         raise BuildError(
-            f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once, where {bounds.jobs} and {bounds.budget_gib:g} GiB may be",
+            f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once, where"
+            f" {bounds.jobs} and {bounds.budget_gib:g} GiB may be",
             hint="a fault of workspace/compile/scheduler.py",
         )
     return replayed.seconds
 
 
-def in_thought(budget_gib: float, *, way: Callable[[Sequence[Entry], Bounds], Replayed] = simulate) -> Callable[[Context], AbstractContextManager[Sides]]:
-    """A row: the shipped trace with `budget_gib`, against the lower bound. `way` is `simulate` or `static`."""
+def in_thought(
+    budget_gib: float, *, way: Callable[[Sequence[Entry], Bounds], Replayed] = simulate
+) -> Callable[[Context], AbstractContextManager[Sides]]:
+    """A row: the shipped trace with `budget_gib`, against the lower bound. `way` is `simulate` or
+    `static`.
+    """
 
     @contextlib.contextmanager
     def prepare(_: Context) -> Iterator[Sides]:
@@ -126,16 +166,26 @@ def in_thought(budget_gib: float, *, way: Callable[[Sequence[Entry], Bounds], Re
 
 
 def in_small_time(budget_gib: float) -> Callable[[Context], AbstractContextManager[Sides]]:
-    """A row: the shipped trace through ninja and launchers, SCALE times as fast, against its lower bound."""
+    """A row: the shipped trace through ninja and launchers, SCALE times as fast, against its lower
+    bound.
+    """
 
     @contextlib.contextmanager
     def prepare(context: Context) -> Iterator[Sides]:
-        entries, bounds = [replace(entry, seconds=entry.seconds / SCALE) for entry in _trace()], Bounds(CORES, budget_gib)
+        entries, bounds = (
+            [replace(entry, seconds=entry.seconds / SCALE) for entry in _trace()],
+            Bounds(CORES, budget_gib),
+        )
         folder = context.folder / f"replay-{budget_gib:g}"
         folder.mkdir()
         found = find_ninja(context)
         yield (
-            lambda: checked(through_ninja(entries, bounds, folder, environment=context.environment, ninja=found), bounds),
+            lambda: checked(
+                through_ninja(
+                    entries, bounds, folder, environment=context.environment, ninja=found
+                ),
+                bounds,
+            ),
             lambda: lower_bound(entries, bounds),
         )
 
@@ -143,11 +193,19 @@ def in_small_time(budget_gib: float) -> Callable[[Context], AbstractContextManag
 
 
 def find_ninja(context: Context) -> Path:
-    """The tool environment's ninja, else the system's. Raises ToolchainError where there is none."""
+    """The tool environment's ninja, else the system's. Raises ToolchainError where there is
+    none.
+    """
     own = context.layout.tools / "bin" / "ninja"
-    found = str(own) if own.exists() else shutil.which("ninja", path=context.environment.get("PATH", ""))
+    found = (
+        str(own)
+        if own.exists()
+        else shutil.which("ninja", path=context.environment.get("PATH", ""))
+    )
     if not found:
-        raise ToolchainError("there is no ninja to replay a build with", hint="sudo apt-get install ninja-build")
+        raise ToolchainError(
+            "there is no ninja to replay a build with", hint="sudo apt-get install ninja-build"
+        )
     return Path(found)
 
 

@@ -1,4 +1,6 @@
-"""A run of pytest over a small tree, as trial.py starts it, with the pytest of this interpreter's environment."""
+"""A run of pytest over a small tree, as trial.py starts it, with the pytest of this interpreter's
+environment.
+"""
 
 import io
 import sys
@@ -18,14 +20,31 @@ def place(folder: Path, tests: dict[str, str], config: str = "") -> upstream_tri
         path.write_text(text)
         (path.parent / "__init__.py").touch()
     (folder / "pyproject.toml").write_text(config)
-    variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": sysconfig.get_path("purelib")}
+    variables = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(folder),
+        "PYTHONPATH": sysconfig.get_path("purelib"),
+    }
     return upstream_trial.Place(folder, Path(sys.executable), variables, folder / "chosen.txt")
 
 
-def run(folder: Path, tests: dict[str, str], *words: str, timeout_s: float = 60.0, config: str = "[tool.pytest.ini_options]\n") -> dict[str, Outcome]:
-    with RunLog(Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream") as run_log:
+def run(
+    folder: Path,
+    tests: dict[str, str],
+    *words: str,
+    timeout_s: float = 60.0,
+    config: str = "[tool.pytest.ini_options]\n",
+) -> dict[str, Outcome]:
+    with RunLog(
+        Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream"
+    ) as run_log:
         files = [f"tests/{name}" for name in tests if name.rpartition("/")[2].startswith("test_")]
         # The tool environment has no pytest-timeout: the option is made known, and does nothing.
         plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
         tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
-        return {one.node: one for one in upstream_trial.run(place(folder, tests, config), files, words, timeout_s=timeout_s, run_log=run_log)}
+        return {
+            one.node: one
+            for one in upstream_trial.run(
+                place(folder, tests, config), files, words, timeout_s=timeout_s, run_log=run_log
+            )
+        }

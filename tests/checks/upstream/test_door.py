@@ -1,4 +1,6 @@
-"""`python -m workspace.upstream` where no test is run: what it says, lists and refuses. Runs are in tests/proof/upstream."""
+"""`python -m workspace.upstream` where no test is run: what it says, lists and refuses. Runs are in
+tests/proof/upstream.
+"""
 
 import subprocess
 import sys
@@ -10,7 +12,15 @@ from tests.small.world import Ended, World
 
 def upstream(world: World, *words: str) -> Ended:
     argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *words]
-    done = subprocess.run(argv, cwd=world.root, env=world.env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        argv,
+        cwd=world.root,
+        env=world.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -41,10 +51,20 @@ def test_list_says_for_each_file_whether_and_why_and_writes_nothing(built: World
     ended = upstream(built, "--list")
     assert ended.code == 0, ended.said
     lines = [line.split(maxsplit=2) for line in ended.out.splitlines()]
-    assert ["run", "tests/test_version.py", "was changed itself; the tests that upstream marks cpu_test"] in lines
-    assert ["skip", "tests/test_envs.py", "was changed itself; it is in none of upstream's lists for CPUs; --try-all runs it"] in lines
+    assert [
+        "run",
+        "tests/test_version.py",
+        "was changed itself; the tests that upstream marks cpu_test",
+    ] in lines
+    assert [
+        "skip",
+        "tests/test_envs.py",
+        "was changed itself; it is in none of upstream's lists for CPUs; --try-all runs it",
+    ] in lines
     assert ["none", "setup.py"] in [line[:2] for line in lines]
-    named = upstream(built, "--list", "--all-of", "vllm/envs.py", "vendor/vllm/tests/test_version.py").out.splitlines()
+    named = upstream(
+        built, "--list", "--all-of", "vllm/envs.py", "vendor/vllm/tests/test_version.py"
+    ).out.splitlines()
     assert {line.split()[1] for line in named} == {"tests/test_envs.py", "tests/test_version.py"}
     assert built.listing() == before
 
@@ -58,7 +78,9 @@ def test_change_that_reaches_no_test_is_no_failure_and_is_named(built: World) ->
 
 @pytest.mark.parametrize("path", ["vllm/no_such.py", "../../README.md"])
 def test_path_that_is_not_in_the_tree_is_refused(built: World, path: str) -> None:
-    assert f"--all-of {path}: there is no such path in vendor/vllm" in upstream(built, "--list", "--all-of", path).error(2)
+    assert f"--all-of {path}: there is no such path in vendor/vllm" in upstream(
+        built, "--list", "--all-of", path
+    ).error(2)
 
 
 def test_bad_flag_is_a_usage_error(built: World) -> None:

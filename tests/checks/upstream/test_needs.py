@@ -16,16 +16,25 @@ KNOWN = Rules({}, (), (), (), ("runner", "plugin"))
 
 def put(house, settings) -> tuple[Path, str]:
     with house.run_log(settings) as run_log:
-        return upstream_pinned.install_needs(house.layout, settings, KNOWN, device="cpu", run_log=run_log)
+        return upstream_pinned.install_needs(
+            house.layout, settings, KNOWN, device="cpu", run_log=run_log
+        )
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.dist-info")}
 
 
-def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_has(house, built) -> None:
+def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_has(
+    house, built
+) -> None:
     settings = built()
-    for name, version, requires in (("runner", "1.0", ("shared",)), ("runner", "2.0", ()), ("plugin", "1.0", ("runner",)), ("shared", "1.0", ())):
+    for name, version, requires in (
+        ("runner", "1.0", ("shared",)),
+        ("runner", "2.0", ()),
+        ("plugin", "1.0", ("runner",)),
+        ("shared", "1.0", ()),
+    ):
         house.wheel(name, version, requires=requires)
     listed = house.layout.vllm / "requirements" / "test" / "cuda.txt"
     listed.parent.mkdir(parents=True)
@@ -35,7 +44,10 @@ def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_ha
     (site / "shared-9.0.dist-info" / "METADATA").write_text("Name: shared\nVersion: 9.0\n")
     before = sorted(site.iterdir())
     # What a kill in the middle leaves, and what another environment was given.
-    half_made, former = (upstream_pinned.needs_folder(house.layout) / name for name in ("site-0123456789ab.new", "site-ba9876543210"))
+    half_made, former = (
+        upstream_pinned.needs_folder(house.layout) / name
+        for name in ("site-0123456789ab.new", "site-ba9876543210")
+    )
     for folder in (half_made, former):
         (folder / "runner").mkdir(parents=True)
     made, said = put(house, settings)
@@ -57,9 +69,15 @@ def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_ha
     assert put(house, settings)[0] == made
 
 
-def test_index_that_cannot_be_reached_is_a_source_error_and_leaves_nothing_that_is_taken_for_whole(house, built) -> None:
+def test_index_that_cannot_be_reached_is_a_source_error_and_leaves_nothing_that_is_taken_for_whole(
+    house, built
+) -> None:
     built()
-    settings = house.settings(UV_OFFLINE="0", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_HTTP_RETRIES="0")
+    settings = house.settings(
+        UV_OFFLINE="0", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_HTTP_RETRIES="0"
+    )
     with pytest.raises(SourceError, match="could not be reached"):
         put(house, settings)
-    assert {path.suffix for path in upstream_pinned.needs_folder(house.layout).iterdir()} == {".new"}
+    assert {path.suffix for path in upstream_pinned.needs_folder(house.layout).iterdir()} == {
+        ".new"
+    }

@@ -61,10 +61,14 @@ def tree(tmp_path: Path) -> Path:
             "tests/test_alpha.py": "from vllm.alpha import A",
             "tests/utils_/test_beta.py": "",
             "tests/v1/core/test_scheduler.py": "import pytest\npytestmark = pytest.mark.cpu_test",
-            "tests/v1/core/test_other.py": "from vllm.v1.core import (\n    block_pool,\n    other,\n)",
+            "tests/v1/core/test_other.py": (
+                "from vllm.v1.core import (\n    block_pool,\n    other,\n)"
+            ),
             "tests/v1/core/helper.py": "",
             "tests/config/test_patch.py": 'patch("vllm.v1.core.block_pool.Pool.take")',
-            "tests/config/test_near.py": "from vllm.v1.core.block_pool_two import X\nimport vllm.v1.core.block",
+            "tests/config/test_near.py": (
+                "from vllm.v1.core.block_pool_two import X\nimport vllm.v1.core.block"
+            ),
             "tests/v1/test_package.py": "from vllm.v1.core import Thing",
             "tests/models/test_registry.py": "",
         },
@@ -81,15 +85,33 @@ def reached(tree: Path, *changed: str) -> dict[str, str]:
         ("vllm/alpha.py", {"tests/test_alpha.py"}),
         ("vllm/utils/beta.py", {"tests/utils_/test_beta.py"}),
         ("vllm/v1/core/deeper/scheduler.py", {"tests/v1/core/test_scheduler.py"}),
-        ("vllm/v1/core/block_pool.py", {"tests/v1/core/test_other.py", "tests/config/test_patch.py"}),
-        ("vllm/v1/core/__init__.py", {"tests/v1/core/test_scheduler.py", "tests/v1/core/test_other.py", "tests/v1/test_package.py"}),
-        ("vllm/v1/core/nobody.py", {"tests/v1/core/test_scheduler.py", "tests/v1/core/test_other.py"}),
+        (
+            "vllm/v1/core/block_pool.py",
+            {"tests/v1/core/test_other.py", "tests/config/test_patch.py"},
+        ),
+        (
+            "vllm/v1/core/__init__.py",
+            {
+                "tests/v1/core/test_scheduler.py",
+                "tests/v1/core/test_other.py",
+                "tests/v1/test_package.py",
+            },
+        ),
+        (
+            "vllm/v1/core/nobody.py",
+            {"tests/v1/core/test_scheduler.py", "tests/v1/core/test_other.py"},
+        ),
         ("tests/config/test_near.py", {"tests/config/test_near.py"}),
-        ("tests/v1/core/helper.py", {"tests/v1/core/test_scheduler.py", "tests/v1/core/test_other.py"}),
+        (
+            "tests/v1/core/helper.py",
+            {"tests/v1/core/test_scheduler.py", "tests/v1/core/test_other.py"},
+        ),
         ("vllm/model_executor/models/llama.py", {"tests/models/test_registry.py"}),
     ],
 )
-def test_change_reaches_what_mirrors_names_or_shares_it(tree: Path, changed: str, tests: set[str]) -> None:
+def test_change_reaches_what_mirrors_names_or_shares_it(
+    tree: Path, changed: str, tests: set[str]
+) -> None:
     assert reached(tree, changed).keys() == tests
 
 
@@ -99,7 +121,17 @@ def test_nearest_way_gives_the_reason_and_stands_first(tree: Path) -> None:
     assert found["tests/test_alpha.py"] == "mirrors vllm/alpha.py"
 
 
-@pytest.mark.parametrize("changed", ["docs/index.md", "setup.py", "tests/utils.py", "vllm/quite/new.py", "what.ever", "tests/data.json"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "docs/index.md",
+        "setup.py",
+        "tests/utils.py",
+        "vllm/quite/new.py",
+        "what.ever",
+        "tests/data.json",
+    ],
+)
 def test_what_reaches_no_test_is_named_with_the_reason(tree: Path, changed: str) -> None:
     found = upstream_selection.find(tree, [changed], KNOWN)
     assert found.tests == ()
@@ -128,12 +160,21 @@ def test_lists_of_cpu_steps_are_read_without_what_is_for_other_machines() -> Non
         ("tests/utils_/test_beta.py", "cpu", False, "whole"),
     ],
 )
-def test_only_what_upstream_runs_on_cpus_is_run_without_a_gpu(tree: Path, path: str, device: str, try_all: bool, how: str) -> None:
-    decision = upstream_selection.decide_runnable(tree, path, upstream_selection.listed(STEPS), KNOWN, device=device, try_all=try_all)
+def test_only_what_upstream_runs_on_cpus_is_run_without_a_gpu(
+    tree: Path, path: str, device: str, try_all: bool, how: str
+) -> None:
+    decision = upstream_selection.decide_runnable(
+        tree, path, upstream_selection.listed(STEPS), KNOWN, device=device, try_all=try_all
+    )
     assert decision.how == how
     assert decision.why
 
 
 def test_tree_without_lists_still_has_the_marks(tree: Path) -> None:
     assert upstream_selection.cpu_lists(tree) == ()
-    assert upstream_selection.decide_runnable(tree, "tests/v1/core/test_scheduler.py", (), KNOWN, device="cpu", try_all=False).how == "marked"
+    assert (
+        upstream_selection.decide_runnable(
+            tree, "tests/v1/core/test_scheduler.py", (), KNOWN, device="cpu", try_all=False
+        ).how
+        == "marked"
+    )

@@ -1,4 +1,6 @@
-"""A real pytest over a small tree: failures, crashes and hangs are named, and the pin has its word."""
+"""A real pytest over a small tree: failures, crashes and hangs are named, and the pin has its
+word.
+"""
 
 from pathlib import Path
 
@@ -9,18 +11,22 @@ from workspace.checks.upstream_trial import Outcome
 from workspace.core.paths import Layout
 
 TESTS = {
-    "test_a.py": "import os, pytest\n"
-    "def test_fine(): pass\n"
-    "def test_wrong(): assert 1 == 2\n"
-    "@pytest.mark.parametrize('x', ['a/b::c'])\n"
-    "def test_odd(x): assert x == 'y'\n"
-    "class TestIn:\n    def test_skip(self): pytest.skip('no GPU here')\n",
+    "test_a.py": (
+        "import os, pytest\n"
+        "def test_fine(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "@pytest.mark.parametrize('x', ['a/b::c'])\n"
+        "def test_odd(x): assert x == 'y'\n"
+        "class TestIn:\n    def test_skip(self): pytest.skip('no GPU here')\n"
+    ),
     "sub/test_broken.py": "import there_is_no_such_module\n",
     "sub/test_dies.py": "import os\ndef test_dies(): os._exit(3)\ndef test_after(): pass\n",
 }
 
 
-def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other(tmp_path: Path) -> None:
+def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other(
+    tmp_path: Path,
+) -> None:
     found = run(tmp_path, TESTS)
     assert {node: one.state for node, one in found.items()} == {
         "tests/test_a.py::test_fine": "passed",
@@ -35,51 +41,93 @@ def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other
     assert "crashed" in found["tests/sub/test_dies.py::test_dies"].message
 
 
-# The library in small, under its name; what vLLM raises when it has swallowed the library's exception; and who imitates the words.
+# The library in small, under its name; what vLLM raises when it has swallowed the library's
+# exception; and who imitates the words.
 HUB = {
-    "../huggingface_hub/errors.py": "class OfflineModeIsEnabled(ConnectionError): pass\n"
-    "class LocalEntryNotFoundError(FileNotFoundError):\n    def __init__(self, message): super().__init__(message)\n",
-    "test_hub.py": "import pytest\n"
-    "from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled\n"
-    "def refused(): raise LocalEntryNotFoundError('outgoing traffic has been disabled')\n"
-    "def swallowed():\n    try: refused()\n    except OSError: pass\n"
-    "def test_itself(): raise OfflineModeIsEnabled('Cannot reach it')\n"
-    "def test_cause():\n    try: refused()\n    except OSError as exc: raise OSError('no tokenizer') from exc\n"
-    "def test_in_a_group():\n    try: refused()\n    except OSError as exc: raise ExceptionGroup('two', [ValueError(), exc])\n"
-    "def test_swallowed():\n    swallowed()\n    raise ValueError('Invalid repository ID or local directory specified: x/y')\n"
-    "def test_own_failure_after_a_refusal():\n    swallowed()\n    assert 1 == 2\n"
-    "def test_skipped():\n    try: refused()\n    except OSError: pytest.skip('no model')\n"
-    "@pytest.fixture\ndef model(): refused()\n"
-    "def test_setup(model): pass\n"
-    "@pytest.fixture\ndef late():\n    yield\n    refused()\n"
-    "def test_own_failure_and_a_refusal_later(late): assert 1 == 2\n",
-    "test_words.py": "class OfflineModeIsEnabled(Exception): pass\n"
-    "def test_name(): raise OfflineModeIsEnabled('Cannot reach https://huggingface.co')\n"
-    "def test_words(): raise ValueError('Invalid repository ID or local directory specified: x/y')\n"
-    "def test_assertion(): assert \"We couldn't connect to 'https://huggingface.co'\" == 'LocalEntryNotFoundError'\n",
-    "test_collected.py": "from huggingface_hub.errors import OfflineModeIsEnabled\nraise OfflineModeIsEnabled('x')\n",
-    "test_not_collected.py": "raise ValueError('OfflineModeIsEnabled: outgoing traffic has been disabled')\n",
+    "../huggingface_hub/errors.py": (
+        "class OfflineModeIsEnabled(ConnectionError): pass\nclass"
+        " LocalEntryNotFoundError(FileNotFoundError):\n    def __init__(self, message):"
+        " super().__init__(message)\n"
+    ),
+    "test_hub.py": (
+        "import pytest\nfrom huggingface_hub.errors import LocalEntryNotFoundError,"
+        " OfflineModeIsEnabled\ndef refused(): raise LocalEntryNotFoundError('outgoing traffic has"
+        " been disabled')\ndef swallowed():\n    try: refused()\n    except OSError: pass\ndef"
+        " test_itself(): raise OfflineModeIsEnabled('Cannot reach it')\ndef test_cause():\n    try:"
+        " refused()\n    except OSError as exc: raise OSError('no tokenizer') from exc\ndef"
+        " test_in_a_group():\n    try: refused()\n    except OSError as exc: raise"
+        " ExceptionGroup('two', [ValueError(), exc])\ndef test_swallowed():\n    swallowed()\n   "
+        " raise ValueError('Invalid repository ID or local directory specified: x/y')\ndef"
+        " test_own_failure_after_a_refusal():\n    swallowed()\n    assert 1 == 2\ndef"
+        " test_skipped():\n    try: refused()\n    except OSError: pytest.skip('no"
+        " model')\n@pytest.fixture\ndef model(): refused()\ndef test_setup(model):"
+        " pass\n@pytest.fixture\ndef late():\n    yield\n    refused()\ndef"
+        " test_own_failure_and_a_refusal_later(late): assert 1 == 2\n"
+    ),
+    "test_words.py": (
+        "class OfflineModeIsEnabled(Exception): pass\ndef test_name(): raise"
+        " OfflineModeIsEnabled('Cannot reach https://huggingface.co')\ndef test_words(): raise"
+        " ValueError('Invalid repository ID or local directory specified: x/y')\ndef"
+        " test_assertion(): assert \"We couldn't connect to 'https://huggingface.co'\" =="
+        " 'LocalEntryNotFoundError'\n"
+    ),
+    "test_collected.py": (
+        "from huggingface_hub.errors import OfflineModeIsEnabled\nraise OfflineModeIsEnabled('x')\n"
+    ),
+    "test_not_collected.py": (
+        "raise ValueError('OfflineModeIsEnabled: outgoing traffic has been disabled')\n"
+    ),
 }
 
 
-def test_hub_is_what_a_test_lacks_where_it_was_asked_and_refused_not_where_the_words_are_said(tmp_path: Path) -> None:
+def test_hub_is_what_a_test_lacks_where_it_was_asked_and_refused_not_where_the_words_are_said(
+    tmp_path: Path,
+) -> None:
     found = run(tmp_path, HUB)
     lacking = {"test_itself", "test_cause", "test_in_a_group", "test_swallowed", "test_setup"}
-    assert {node.rpartition("::")[2] for node, one in found.items() if one.asks_hub} == {*lacking, "tests/test_collected.py"}
+    assert {node.rpartition("::")[2] for node, one in found.items() if one.asks_hub} == {
+        *lacking,
+        "tests/test_collected.py",
+    }
     assert {one.state for one in found.values() if one.asks_hub} == {"failed"}
-    own = {"test_own_failure_after_a_refusal", "test_own_failure_and_a_refusal_later", "test_name", "test_words", "test_assertion"}
-    assert {node.rpartition("::")[2] for node, one in found.items() if one.state == "failed" and not one.asks_hub} == {*own, "tests/test_not_collected.py"}
+    own = {
+        "test_own_failure_after_a_refusal",
+        "test_own_failure_and_a_refusal_later",
+        "test_name",
+        "test_words",
+        "test_assertion",
+    }
+    assert {
+        node.rpartition("::")[2]
+        for node, one in found.items()
+        if one.state == "failed" and not one.asks_hub
+    } == {*own, "tests/test_not_collected.py"}
 
 
-def outcome(name: str, state: str = "failed", message: str = "assert 1 == 2", *, asks_hub: bool = False) -> Outcome:
+def outcome(
+    name: str, state: str = "failed", message: str = "assert 1 == 2", *, asks_hub: bool = False
+) -> Outcome:
     return Outcome(f"tests/test_a.py::{name}", "tests/test_a.py", state, message, 1.0, asks_hub)  # type: ignore[arg-type]
 
 
 def test_failure_counts_only_where_the_pin_does_not_fail_as_well() -> None:
-    outcomes = [outcome("test_own"), outcome("test_pin"), outcome("test_hub", asks_hub=True), outcome("test_fine", "passed", "")]
-    there = [outcome("test_pin"), outcome("test_own", "passed", ""), outcome("test_hub", asks_hub=True)]
+    outcomes = [
+        outcome("test_own"),
+        outcome("test_pin"),
+        outcome("test_hub", asks_hub=True),
+        outcome("test_fine", "passed", ""),
+    ]
+    there = [
+        outcome("test_pin"),
+        outcome("test_own", "passed", ""),
+        outcome("test_hub", asks_hub=True),
+    ]
     found = upstream_trial.sort(outcomes, there, is_online=False)
-    (check,) = upstream_trial.checks([Reached("tests/test_a.py", "mirrors vllm/a.py")], {"tests/test_a.py": Decision("whole", "")}, found)
+    (check,) = upstream_trial.checks(
+        [Reached("tests/test_a.py", "mirrors vllm/a.py")],
+        {"tests/test_a.py": Decision("whole", "")},
+        found,
+    )
     assert (check.verdict, check.meaning) == ("fail", "mirrors vllm/a.py")
     assert check.problems == ("test_a.py::test_own: assert 1 == 2",)
     assert "1 fail on the pin too" in check.evidence
@@ -90,7 +138,9 @@ def test_failure_counts_only_where_the_pin_does_not_fail_as_well() -> None:
 
 def test_change_that_makes_a_test_ask_the_hub_is_not_excused() -> None:
     asks = outcome("test_a", asks_hub=True)
-    assert upstream_trial.sort([asks], [outcome("test_a", "passed", "")], is_online=False).own == (asks,)
+    assert upstream_trial.sort([asks], [outcome("test_a", "passed", "")], is_online=False).own == (
+        asks,
+    )
     assert upstream_trial.sort([asks], [], is_online=False).own == (asks,)
     # Where nothing can be compared there are hundreds of them.
     assert upstream_trial.sort([asks], None, is_online=False).hub == (asks,)
@@ -99,9 +149,14 @@ def test_change_that_makes_a_test_ask_the_hub_is_not_excused() -> None:
 
 def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    upstream_pinned.keep_hub_tests(layout, "a" * 40, [outcome("test_x", asks_hub=True), outcome("test_y")])
+    upstream_pinned.keep_hub_tests(
+        layout, "a" * 40, [outcome("test_x", asks_hub=True), outcome("test_y")]
+    )
     upstream_pinned.keep_hub_tests(layout, "a" * 40, [outcome("test_z", asks_hub=True)])
-    assert upstream_pinned.hub_tests(layout, "a" * 40) == {"tests/test_a.py::test_x", "tests/test_a.py::test_z"}
+    assert upstream_pinned.hub_tests(layout, "a" * 40) == {
+        "tests/test_a.py::test_x",
+        "tests/test_a.py::test_z",
+    }
     assert upstream_pinned.hub_tests(layout, "b" * 40) == frozenset()
     for damaged in (b"", b"[]", b"{}", b'{"pin": "' + b"a" * 40 + b'", "tests": 3}'):
         (upstream_pinned.needs_folder(layout) / "hub.json").write_bytes(damaged)
@@ -109,21 +164,36 @@ def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path:
 
 
 def test_failure_of_a_file_that_nobody_chose_is_not_lost() -> None:
-    found = upstream_trial.sort([outcome("test_own"), outcome("test_fine", "passed", "")], [], is_online=False)
+    found = upstream_trial.sort(
+        [outcome("test_own"), outcome("test_fine", "passed", "")], [], is_online=False
+    )
     (check,) = upstream_trial.checks([], {}, found)
-    assert (check.identifier, check.verdict, check.problems) == ("tests/test_a.py", "fail", ("test_a.py::test_own: assert 1 == 2",))
+    assert (check.identifier, check.verdict, check.problems) == (
+        "tests/test_a.py",
+        "fail",
+        ("test_a.py::test_own: assert 1 == 2",),
+    )
 
 
 def test_file_that_is_not_run_is_skipped_and_says_why() -> None:
-    (check,) = upstream_trial.checks([Reached("tests/b.py", "x")], {"tests/b.py": Decision("not", "no GPU")}, upstream_trial.sort([], [], is_online=False))
+    (check,) = upstream_trial.checks(
+        [Reached("tests/b.py", "x")],
+        {"tests/b.py": Decision("not", "no GPU")},
+        upstream_trial.sort([], [], is_online=False),
+    )
     assert (check.verdict, check.evidence) == ("skipped", "not run: no GPU")
 
 
-def test_what_failed_is_asked_of_the_pin_by_name_as_a_node_that_is_not_there_would_end_the_run(tmp_path: Path) -> None:
+def test_what_failed_is_asked_of_the_pin_by_name_as_a_node_that_is_not_there_would_end_the_run(
+    tmp_path: Path,
+) -> None:
     place(tmp_path, {"test_a.py": ""})
     new = Outcome("tests/test_new.py::test_x", "tests/test_new.py", "failed", "", 0.0)
     odd = outcome("TestIn::test_odd[a/b::c]")
-    assert upstream_pinned.again([odd, outcome("test_b"), new], tmp_path) == (("tests/test_a.py",), ("-k", "test_odd or test_b or test_x"))
+    assert upstream_pinned.again([odd, outcome("test_b"), new], tmp_path) == (
+        ("tests/test_a.py",),
+        ("-k", "test_odd or test_b or test_x"),
+    )
     uncollected = Outcome("tests/test_a.py", "tests/test_a.py", "failed", "", 0.0)
     assert upstream_pinned.again([uncollected, odd], tmp_path) == (("tests/test_a.py",), ())
 

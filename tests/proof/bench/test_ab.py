@@ -1,4 +1,6 @@
-"""`nox -s ab` on a clone in small, with a program in the place of vLLM that is as slow as the tree of its arm says."""
+"""`nox -s ab` on a clone in small, with a program in the place of vLLM that is as slow as the tree
+of its arm says.
+"""
 
 import json
 import re
@@ -39,7 +41,15 @@ SLOW = "SLOW = 1\n"
 def ab(world: World, *words: str, **env: str) -> Ended:
     model = ["--model", str(world.folder / "model"), "--allow-busy"]
     call = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *words, *model]
-    done = subprocess.run(call, cwd=world.root, env=world.env | env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        call,
+        cwd=world.root,
+        env=world.env | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -78,7 +88,9 @@ def slow_edit(world: World) -> None:
     version.write_text(version.read_text() + SLOW)
 
 
-def test_uncommitted_slow_edit_is_a_regression_also_where_the_run_was_ended_in_between(duelling: World) -> None:
+def test_uncommitted_slow_edit_is_a_regression_also_where_the_run_was_ended_in_between(
+    duelling: World,
+) -> None:
     slow_edit(duelling)
     status = duelling.git("status", "--porcelain")
     ended = ab(duelling, FAKE_END="4")
@@ -89,7 +101,15 @@ def test_uncommitted_slow_edit_is_a_regression_also_where_the_run_was_ended_in_b
     ended = ab(duelling)
     assert "is slower than v0.31.0 without patches: latency +" in ended.error(9)
     titles = re.findall(r"^\w+ +([AB] (?:\d/6|warm-up))", ended.err, re.MULTILINE)
-    assert titles == ["A warm-up", "B warm-up", *(f"{arm} {number}/6" for number, sandboxes in enumerate(("AB", "BA", "AB", "BA"), 3) for arm in sandboxes)]
+    assert titles == [
+        "A warm-up",
+        "B warm-up",
+        *(
+            f"{arm} {number}/6"
+            for number, sandboxes in enumerate(("AB", "BA", "AB", "BA"), 3)
+            for arm in sandboxes
+        ),
+    ]
     found = records(duelling)
     assert [len(found[name]["starts"]) for name in "ab"] == [6, 6]
     assert found["a"]["source"]["patches"] == []
@@ -112,12 +132,19 @@ def test_uncommitted_slow_edit_is_a_regression_also_where_the_run_was_ended_in_b
         ({"FAKE_TREE": "@CLONE@/vendor/vllm"}, "which is another tree's"),
     ],
 )
-def test_arm_that_does_not_run_its_own_libraries_is_refused(duelling: World, env: dict[str, str], says: str) -> None:
-    assert says in ab(duelling, **{name: text.replace("@CLONE@", str(duelling.root)) for name, text in env.items()}).error(7)
+def test_arm_that_does_not_run_its_own_libraries_is_refused(
+    duelling: World, env: dict[str, str], says: str
+) -> None:
+    assert says in ab(
+        duelling,
+        **{name: text.replace("@CLONE@", str(duelling.root)) for name, text in env.items()},
+    ).error(7)
     assert records(duelling) == {}
 
 
-def test_each_patch_is_left_out_in_its_turn_and_the_one_that_costs_is_named(duelling: World) -> None:
+def test_each_patch_is_left_out_in_its_turn_and_the_one_that_costs_is_named(
+    duelling: World,
+) -> None:
     slow_edit(duelling)
     duelling.git("commit", "--quiet", "--all", "-m", "A slow one\n\nUpstream-Status: Pending")
     assert "holds something else than the series makes" in ab(duelling, "--each-patch").error(5)

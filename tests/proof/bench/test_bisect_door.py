@@ -1,4 +1,6 @@
-"""`nox -s bisect` at its door, on a bootstrapped clone in small: arms that are really built, trees that break, hang or cannot be built, kills, and abort."""
+"""`nox -s bisect` at its door, on a bootstrapped clone in small: arms that are really built, trees
+that break, hang or cannot be built, kills, and abort.
+"""
 
 import contextlib
 import json
@@ -38,7 +40,15 @@ def argv(*words: str) -> list[str]:
 
 
 def bisect(world: World, *words: str) -> Ended:
-    done = subprocess.run(argv(*words), cwd=world.root, env=world.env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        argv(*words),
+        cwd=world.root,
+        env=world.env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -58,7 +68,10 @@ def base_of(world: World) -> str:
 
 
 def edits(count: int) -> list[Made]:
-    return [Made(f"c{number}", {f"vllm/edit{number}.txt": f"{number}\n"}) for number in range(1, count + 1)]
+    return [
+        Made(f"c{number}", {f"vllm/edit{number}.txt": f"{number}\n"})
+        for number in range(1, count + 1)
+    ]
 
 
 def history(world: World, commits: Sequence[Made]) -> dict[str, str]:
@@ -83,17 +96,32 @@ def living(world: World) -> list[str]:
 
 def is_gone(world: World) -> bool:
     layout = world.layout
-    return not (layout.state / "bisect.json").exists() and not (layout.sandboxes / "bisect").exists() and "bisect" not in git(layout.vllm, "worktree", "list")
+    return (
+        not (layout.state / "bisect.json").exists()
+        and not (layout.sandboxes / "bisect").exists()
+        and "bisect" not in git(layout.vllm, "worktree", "list")
+    )
 
 
-def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_the_users_tree_is_as_it_was(judged: World) -> None:
+def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_the_users_tree_is_as_it_was(
+    judged: World,
+) -> None:
     commits, setup = edits(12), git(judged.layout.vllm, "show", f"{base_of(judged)}:setup.py")
     commits[5] = Made("c6", {"setup.py": f"raise SystemExit('no build')\n{setup}\n"})
     commits[6] = Made("c7", {"setup.py": f"{setup}\n", "vllm/hangs.txt": "x"})
     commits[7] = Made("c8", {"vllm/hangs.txt": None})
     commits[9] = Made("c10", {"vllm/code.txt": "3"})
     made, before, found = history(judged, commits), user_files(judged), judged.folder / "found.json"
-    ended = bisect(judged, *ends(made, "c12"), "--run", command(judged), "--timeout-s", "10", "--json", str(found))
+    ended = bisect(
+        judged,
+        *ends(made, "c12"),
+        "--run",
+        command(judged),
+        "--timeout-s",
+        "10",
+        "--json",
+        str(found),
+    )
     assert (ended.code, ended.out.strip()) == (0, made["c10"]), ended.said
     assert "vllm/code.txt  +1 -0" in ended.err
     assert "exited with 3: asked" in ended.err
@@ -132,7 +160,9 @@ def test_command_that_ends_by_a_signal_stops_the_bisect_and_nothing_is_lost(judg
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_bisect_that_is_ended_leaves_no_process_and_goes_on_and_another_is_refused(judged: World, number: signal.Signals) -> None:
+def test_bisect_that_is_ended_leaves_no_process_and_goes_on_and_another_is_refused(
+    judged: World, number: signal.Signals
+) -> None:
     commits = edits(6)
     commits[3] = Made("c4", {"vllm/code.txt": "1"})
     made = history(judged, commits)
@@ -141,8 +171,20 @@ def test_bisect_that_is_ended_leaves_no_process_and_goes_on_and_another_is_refus
     asked.unlink(missing_ok=True)
     hang = judged.folder / "judge.py"
     # The third tree that is asked hangs, once.
-    hang.write_text(JUDGE.replace('if (tree / "hangs.txt").exists():', f"if os.path.getsize({str(asked)!r}) == 3:"))
-    child = subprocess.Popen(argv(*words), cwd=judged.root, env=judged.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    hang.write_text(
+        JUDGE.replace(
+            'if (tree / "hangs.txt").exists():', f"if os.path.getsize({str(asked)!r}) == 3:"
+        )
+    )
+    child = subprocess.Popen(
+        argv(*words),
+        cwd=judged.root,
+        env=judged.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     until(lambda: asked.exists() and asked.stat().st_size == 3)
     assert child.poll() is None
     os.kill(child.pid, number)
@@ -181,7 +223,9 @@ def test_patch_is_found_by_its_name_and_abort_of_nothing_says_so(judged: World) 
         (("--run", "smoke"), "no good state is known"),
     ],
 )
-def test_misuse_is_refused_before_anything_is_made(judged: World, words: tuple[str, ...], says: str) -> None:
+def test_misuse_is_refused_before_anything_is_made(
+    judged: World, words: tuple[str, ...], says: str
+) -> None:
     ended = bisect(judged, *words)
     assert ended.code == 2
     assert says in ended.err

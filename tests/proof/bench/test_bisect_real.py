@@ -1,7 +1,8 @@
-"""A bisect of a real tree: 64 commits, of which one gives other answers and another one is slow, and eight patches, of which one does.
+"""A bisect of a real tree: 64 commits, of which one gives other answers and another one is slow,
+and eight patches, of which one does.
 
-BISECT_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is made. What each bisect said is appended to
-bisect.tsv there.
+BISECT_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is
+made. What each bisect said is appended to bisect.tsv there.
 """
 
 import json
@@ -31,7 +32,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     folder = tmp_path_factory.mktemp("proof") / "clone"
     subprocess.run(["git", "clone", "--quiet", here().root, folder], check=True)
     # Python that runs the tests writes no bytecode, and a build has to.
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {
+        name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
     subprocess.run(["./scripts/inv", "bootstrap"], cwd=folder, env=environment, check=True)
     return Layout(folder)
 
@@ -41,10 +44,22 @@ def history(built: Layout) -> Mapping[str, str]:
     """Commits c1 to c64 on the base of the pin: remarks in Python files, but for two of them."""
     base = git(built.vllm, "merge-base", "HEAD", "refs/patches/base")
     # What the shipped patch touches, and what an installation is made from, stays as it is.
-    files = [path for path in git(built.vllm, "ls-files", "vllm/*.py").splitlines() if path not in (LLAMA, SCHEDULER)][5::30][:COMMITS]
-    commits = [Made(f"c{number}", {path: git(built.vllm, "show", f"{base}:{path}") + f"\n# edit {number}\n"}) for number, path in enumerate(files, 1)]
+    files = [
+        path
+        for path in git(built.vllm, "ls-files", "vllm/*.py").splitlines()
+        if path not in (LLAMA, SCHEDULER)
+    ][5::30][:COMMITS]
+    commits = [
+        Made(
+            f"c{number}", {path: git(built.vllm, "show", f"{base}:{path}") + f"\n# edit {number}\n"}
+        )
+        for number, path in enumerate(files, 1)
+    ]
     assert len(commits) == COMMITS
-    for number, path, old, new in ((BROKEN, LLAMA, SCALE, f"{SCALE} * 1.05"), (SLOW, SCHEDULER, SCHEDULE, f"{SCHEDULE}        time.sleep(0.02)\n")):
+    for number, path, old, new in (
+        (BROKEN, LLAMA, SCALE, f"{SCALE} * 1.05"),
+        (SLOW, SCHEDULER, SCHEDULE, f"{SCHEDULE}        time.sleep(0.02)\n"),
+    ):
         text = git(built.vllm, "show", f"{base}:{path}") + "\n"
         assert old in text, f"{old} is no longer there"
         commits[number - 1] = Made(f"c{number}", {path: text.replace(old, new, 1)})
@@ -55,11 +70,16 @@ def bisect(layout: Layout, *words: str) -> dict[str, Any]:
     """Run a bisect to its end and return its document."""
     found = layout.state / "found.json"
     argv = [layout.root / "scripts" / "nox", "-s", "bisect", "--", *words, "--json", found]
-    done = subprocess.run(argv, cwd=layout.root, capture_output=True, text=True, timeout=7200, check=False)
+    done = subprocess.run(
+        argv, cwd=layout.root, capture_output=True, text=True, timeout=7200, check=False
+    )
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(found.read_text())
     with (layout.state / "bisect.tsv").open("a") as file:
-        file.write(f"{' '.join(words)}\t{done.stdout.strip()}\t{document['steps']} steps\t{document['minutes']} min\n{done.stderr}\n")
+        file.write(
+            f"{' '.join(words)}\t{done.stdout.strip()}\t{document['steps']}"
+            f" steps\t{document['minutes']} min\n{done.stderr}\n"
+        )
     assert not (layout.state / "bisect.json").exists()
     assert not (layout.sandboxes / "bisect").exists()
     return document
@@ -67,20 +87,36 @@ def bisect(layout: Layout, *words: str) -> dict[str, Any]:
 
 def state_of(layout: Layout) -> tuple[str, ...]:
     """What of vendor/vllm is the user's."""
-    return tuple(git(layout.vllm, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain"), ("for-each-ref",), ("ls-files", "-s")))
+    return tuple(
+        git(layout.vllm, *words)
+        for words in (
+            ("rev-parse", "HEAD"),
+            ("status", "--porcelain"),
+            ("for-each-ref",),
+            ("ls-files", "-s"),
+        )
+    )
 
 
-def test_broken_commit_among_64_is_found_by_a_check_of_the_smoke(built: Layout, history: Mapping[str, str]) -> None:
+def test_broken_commit_among_64_is_found_by_a_check_of_the_smoke(
+    built: Layout, history: Mapping[str, str]
+) -> None:
     before = state_of(built)
-    found = bisect(built, "--good", history["base"], "--bad", history[f"c{COMMITS}"], "--run", "parity.llama")
+    found = bisect(
+        built, "--good", history["base"], "--bad", history[f"c{COMMITS}"], "--run", "parity.llama"
+    )
     assert found["culprit"]["oid"] == history[f"c{BROKEN}"]
     assert found["culprit"]["changes"] == {LLAMA: [1, 1]}
     assert found["steps"] <= 8
     assert state_of(built) == before
 
 
-def test_slow_commit_among_64_is_found_by_a_benchmark(built: Layout, history: Mapping[str, str]) -> None:
-    found = bisect(built, "--good", history["base"], "--bad", history[f"c{COMMITS}"], "--run", "bench:latency")
+def test_slow_commit_among_64_is_found_by_a_benchmark(
+    built: Layout, history: Mapping[str, str]
+) -> None:
+    found = bisect(
+        built, "--good", history["base"], "--bad", history[f"c{COMMITS}"], "--run", "bench:latency"
+    )
     assert found["culprit"]["oid"] == history[f"c{SLOW}"]
     assert found["steps"] <= 8
 
@@ -90,7 +126,11 @@ def test_broken_patch_among_eight_is_found(built: Layout) -> None:
     there = len((built.patches("vllm") / "series").read_text().split(".patch")) - 1
     for number in range(there + 1, 9):
         path = folder / (LLAMA if number == BROKEN_PATCH else f"vllm/remark_{number}.py")
-        path.write_text(path.read_text().replace(SCALE, f"{SCALE} * 1.05") if number == BROKEN_PATCH else f"# {number}\n")
+        path.write_text(
+            path.read_text().replace(SCALE, f"{SCALE} * 1.05")
+            if number == BROKEN_PATCH
+            else f"# {number}\n"
+        )
         git(folder, "add", "--all", str(path))
         git(folder, "commit", "--quiet", "-m", f"Patch number {number}\n\nUpstream-Status: Pending")
     subprocess.run([built.root / "scripts" / "inv", "patch.export"], check=True)

@@ -1,4 +1,6 @@
-"""The report in a real headless Chromium: it renders, on a phone's width too, without a word on the console and without a request."""
+"""The report in a real headless Chromium: it renders, on a phone's width too, without a word on the
+console and without a request.
+"""
 
 import re
 import shutil
@@ -13,23 +15,41 @@ from tests.bench.test_page import at, composed
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CONSOLE = re.compile(r":CONSOLE[:(]")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars", "--enable-logging=stderr")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+)
 TIMEOUT_S = 120
-BROKEN = '<!doctype html><meta http-equiv="Content-Security-Policy" content="default-src \'none\'"><img src="x.png"><script>fail()</script>'
+BROKEN = (
+    '<!doctype html><meta http-equiv="Content-Security-Policy" content="default-src \'none\'"><img'
+    ' src="x.png"><script>fail()</script>'
+)
 
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
     found = next((place for name in NAMES if (place := shutil.which(name))), None)
     if found is None:
-        pytest.skip("there is no Chromium on PATH: sudo apt-get install chromium    the report was not looked at in a browser")
+        pytest.skip(
+            "there is no Chromium on PATH: sudo apt-get install chromium    the report was not"
+            " looked at in a browser"
+        )
     return found
 
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    sweeps = [at(11 + number, served((1, 4, 16, 32), seed=number, slow=slow, tree=f"{number}" * 40)) for number, slow in enumerate((0.0, 0.2))]
-    latencies = [at(15 + number, record(arm(number, 12), tree=f"{number}" * 40)) for number in range(4)]
+    sweeps = [
+        at(11 + number, served((1, 4, 16, 32), seed=number, slow=slow, tree=f"{number}" * 40))
+        for number, slow in enumerate((0.0, 0.2))
+    ]
+    latencies = [
+        at(15 + number, record(arm(number, 12), tree=f"{number}" * 40)) for number in range(4)
+    ]
     return composed(*sweeps, *latencies).html
 
 
@@ -40,7 +60,9 @@ def browse(program: str, text: str, folder: Path, *flags: str) -> subprocess.Com
     return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
 
 
-def test_console_is_silent_and_every_figure_is_in_the_document(chromium: str, html: str, tmp_path: Path) -> None:
+def test_console_is_silent_and_every_figure_is_in_the_document(
+    chromium: str, html: str, tmp_path: Path
+) -> None:
     seen = browse(chromium, html, tmp_path, "--dump-dom")
     assert CONSOLE.search(seen.stderr) is None, seen.stderr
     assert seen.stdout.count("<figcaption>") == html.count("<figcaption>") > 8
@@ -52,11 +74,19 @@ def test_a_page_with_a_fault_is_not_silent(chromium: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("width", [500, 1200])
 def test_page_fits_a_phone_and_a_desk(chromium: str, html: str, tmp_path: Path, width: int) -> None:
-    """A page that is wider than its window would be scrolled sideways: a script in a copy of the page measures it."""
-    probe = "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script>"
-    copy = html.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'").replace("</body>", f"{probe}</body>")
+    """A page that is wider than its window would be scrolled sideways: a script in a copy of the
+    page measures it.
+    """
+    probe = (
+        "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script>"
+    )
+    copy = html.replace(
+        "default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'"
+    ).replace("</body>", f"{probe}</body>")
     shot = tmp_path / "shot.png"
-    seen = browse(chromium, copy, tmp_path, "--dump-dom", f"--window-size={width},900", f"--screenshot={shot}")
+    seen = browse(
+        chromium, copy, tmp_path, "--dump-dom", f"--window-size={width},900", f"--screenshot={shot}"
+    )
     found = re.search(r"<title>(\d+)/(\d+)</title>", seen.stdout)
     assert found, seen.stdout[:500]
     assert int(found[1]) <= int(found[2])

@@ -1,4 +1,6 @@
-"""The page with all that it draws, which takes seconds: every kind of plot, the same bytes again, files that come and go."""
+"""The page with all that it draws, which takes seconds: every kind of plot, the same bytes again,
+files that come and go.
+"""
 
 import io
 import re
@@ -20,7 +22,12 @@ def test_page_is_whole_fetches_nothing_and_shows_every_kind_of_plot() -> None:
     assert (parser.open, parser.addresses) == ([], [])
     assert made.html.count("<svg") == len(made.plots) == made.html.count("<figure>")
     assert not re.search(r"<script|url\(http|@import", made.html)
-    kinds = {kind for plot in made.plots for kind in ("history", "ab", "percentiles", "concurrency", "published") if f"-{kind}" in f"-{plot.name}"}
+    kinds = {
+        kind
+        for plot in made.plots
+        for kind in ("history", "ab", "percentiles", "concurrency", "published")
+        if f"-{kind}" in f"-{plot.name}"
+    }
     assert kinds == {"history", "ab", "percentiles", "concurrency", "published"}
     assert "fail: " in made.html
     for plot in made.plots:
@@ -36,7 +43,10 @@ def test_same_records_make_the_same_bytes() -> None:
 def test_only_records_that_may_be_compared_are_compared_unasked() -> None:
     other = at(12, record(tree="f" * 40), flags=())
     assert "<h3>B " not in composed(at(11, record()), other).html
-    assert "<h3>B ffffffffffff-latency against A aaaaaaaaaaaa-latency</h3>" in composed(at(11, record()), at(12, record(tree="f" * 40))).html
+    assert (
+        "<h3>B ffffffffffff-latency against A aaaaaaaaaaaa-latency</h3>"
+        in composed(at(11, record()), at(12, record(tree="f" * 40))).html
+    )
 
 
 def test_report_writes_page_and_pngs_and_takes_old_ones_away(tmp_path: Path) -> None:

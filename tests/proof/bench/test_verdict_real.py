@@ -1,8 +1,10 @@
-"""The verdict on a real engine: a seeded slow-down of 8 % is a regression, none and 2 % never are; by resampled starts, and by live runs of A/B.
+"""The verdict on a real engine: a seeded slow-down of 8 % is a regression, none and 2 % never are;
+by resampled starts, and by live runs of A/B.
 
-AB_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is made. Starts stay in results/ there, so that a proof
-that was ended goes on; what the live runs said is in verdict.tsv. AB_PROOF_COLLECT, AB_PROOF_STARTS and AB_PROOF_RUNS ask for fewer or more, and
-with AB_PROOF_BUSY it is measured beside other programs.
+AB_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is made.
+Starts stay in results/ there, so that a proof that was ended goes on; what the live runs said is in
+verdict.tsv. AB_PROOF_COLLECT, AB_PROOF_STARTS and AB_PROOF_RUNS ask for fewer or more, and with
+AB_PROOF_BUSY it is measured beside other programs.
 """
 
 import os
@@ -30,19 +32,24 @@ KINDS = (0, 2, 8)
 METRIC = "latency"
 # What the proof asks for, whatever was collected.
 DRAWN, VERDICTS, LEAST = 30, 20, 19
-COLLECT, STARTS, RUNS = (int(os.environ.get(f"AB_PROOF_{name}", count)) for name, count in (("COLLECT", DRAWN), ("STARTS", 2 * MIN_STARTS), ("RUNS", 3)))
+COLLECT, STARTS, RUNS = (
+    int(os.environ.get(f"AB_PROOF_{name}", count))
+    for name, count in (("COLLECT", DRAWN), ("STARTS", 2 * MIN_STARTS), ("RUNS", 3))
+)
 IS_BUSY = bool(os.environ.get("AB_PROOF_BUSY"))
 QUIET_S, AGAIN_S = 1800.0, 30.0
 # Python that runs the tests writes no bytecode, and a build has to.
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 CORE = "vllm/v1/engine/core.py"
-# Every step of an engine is called by this name, whether its batches are queued or not, and in whichever process it is.
+# Every step of an engine is called by this name, whether its batches are queued or not, and in
+# whichever process it is.
 STEP = """        self.step_fn = (
             self.step if self.batch_queue is None else self.step_with_batch_queue
         )
 """
-# A share of the time from step to step is owed, and slept off by the millisecond: a sleep that is too long is paid back by the next one.
+# A share of the time from step to step is owed, and slept off by the millisecond: a sleep that is
+# too long is paid back by the next one.
 SEED = """        unseeded, owed, ended = self.step_fn, 0.0, None
 
         def seeded():
@@ -83,7 +90,9 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 @contextmanager
 def seeded(layout: Layout, kind: int, remark: str) -> Iterator[None]:
-    """Each step of the engine takes `kind` % longer. What an ended proof left in the file is not built upon."""
+    """Each step of the engine takes `kind` % longer. What an ended proof left in the file is not
+    built upon.
+    """
     clean = git(layout.vllm, "show", f"HEAD:{CORE}") + "\n"
     assert clean.count(STEP) == 1, f"{CORE} no longer chooses its step so"
     path = layout.vllm / CORE
@@ -96,7 +105,15 @@ def seeded(layout: Layout, kind: int, remark: str) -> Iterator[None]:
 
 def run(layout: Layout, module: str, *words: str) -> subprocess.CompletedProcess[str]:
     argv = [layout.tools / "bin" / "python", "-m", module, *words]
-    return subprocess.run(argv, cwd=layout.root, env=ENVIRONMENT, capture_output=True, text=True, timeout=7200, check=False)
+    return subprocess.run(
+        argv,
+        cwd=layout.root,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=7200,
+        check=False,
+    )
 
 
 def label(kind: int) -> str:
@@ -105,25 +122,39 @@ def label(kind: int) -> str:
 
 def measured(layout: Layout, kind: int) -> Record | None:
     tree = git(layout.vllm, "rev-parse", "HEAD^{tree}")
-    found = [one.record for one in results.entries(layout) if one.record and (one.record.label, one.record.source.tree) == (label(kind), tree)]
+    found = [
+        one.record
+        for one in results.entries(layout)
+        if one.record and (one.record.label, one.record.source.tree) == (label(kind), tree)
+    ]
     assert len(found) < 2, f"results/ holds {label(kind)} of several machines"
     return found[0] if found else None
 
 
 @pytest.fixture(scope="module")
 def collected(built: Layout) -> Mapping[int, Record]:
-    """COLLECT starts of each kind, one of each in turn, so that whatever drifts meets all of them."""
+    """COLLECT starts of each kind, one of each in turn, so that whatever drifts meets all of
+    them.
+    """
     settings = main.load_settings(built)
     for number in range(1, COLLECT + 1):
         for kind in KINDS:
             if (there := measured(built, kind)) and len(there.starts) >= number:
                 continue
             with seeded(built, kind, "collected"):
-                conditions.require_idle(settings, has_gpu=False, is_busy=IS_BUSY, console=main.console(), wait_s=QUIET_S)
-                done = run(built, "bench", "latency", "--label", label(kind), "--repeat", str(number))
+                conditions.require_idle(
+                    settings, has_gpu=False, is_busy=IS_BUSY, console=main.console(), wait_s=QUIET_S
+                )
+                done = run(
+                    built, "bench", "latency", "--label", label(kind), "--repeat", str(number)
+                )
             assert done.returncode == 0, done.stderr
     found = {kind: measured(built, kind) for kind in KINDS}
-    return {kind: replace(one, repeat=COLLECT, starts=one.starts[:COLLECT]) for kind, one in found.items() if one}
+    return {
+        kind: replace(one, repeat=COLLECT, starts=one.starts[:COLLECT])
+        for kind, one in found.items()
+        if one
+    }
 
 
 def draw(one: Record, chance: random.Random, starts: int) -> Record:
@@ -131,7 +162,9 @@ def draw(one: Record, chance: random.Random, starts: int) -> Record:
 
 
 def verdicts(records: Mapping[int, Record], kind: int, starts: int) -> Counter[Verdict]:
-    """What the comparison says of draws with replacement of the same starts, nothing seeded against `kind`."""
+    """What the comparison says of draws with replacement of the same starts, nothing seeded against
+    `kind`.
+    """
     chance, said = random.Random(f"{kind} {starts}"), Counter[Verdict]()
     for _ in range(VERDICTS):
         first, second = draw(records[0], chance, starts), draw(records[kind], chance, starts)
@@ -147,13 +180,25 @@ def counted(said: Mapping[Verdict, int]) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resampled_starts_are_judged_as_they_were_seeded(collected: Mapping[int, Record], table: list[str], kind: int) -> None:
+def test_resampled_starts_are_judged_as_they_were_seeded(
+    collected: Mapping[int, Record], table: list[str], kind: int
+) -> None:
     values = collected[kind].values(METRIC)
     ratio = metrics.median(values) / metrics.median(collected[0].values(METRIC))
-    varied = f"CV {statistics.stdev(values) / statistics.fmean(values):.1%}" if len(values) > 1 else ""
-    table.append(f"{kind} %: {len(values)} starts, median {metrics.median(values):.4f} s ({compare.percent(ratio)}), {varied}")
-    said = {starts: verdicts(collected, kind, starts) for starts in (MIN_STARTS, 2 * MIN_STARTS, DRAWN)}
-    table.extend(f"    {VERDICTS} verdicts of {starts:2} starts an arm: {counted(of)}" for starts, of in said.items())
+    varied = (
+        f"CV {statistics.stdev(values) / statistics.fmean(values):.1%}" if len(values) > 1 else ""
+    )
+    table.append(
+        f"{kind} %: {len(values)} starts, median {metrics.median(values):.4f} s"
+        f" ({compare.percent(ratio)}), {varied}"
+    )
+    said = {
+        starts: verdicts(collected, kind, starts) for starts in (MIN_STARTS, 2 * MIN_STARTS, DRAWN)
+    }
+    table.extend(
+        f"    {VERDICTS} verdicts of {starts:2} starts an arm: {counted(of)}"
+        for starts, of in said.items()
+    )
     if len(values) < DRAWN:
         pytest.skip(f"{len(values)} starts prove nothing, {DRAWN} do")
     if kind == KINDS[-1]:
@@ -163,27 +208,55 @@ def test_resampled_starts_are_judged_as_they_were_seeded(collected: Mapping[int,
 
 
 def ab(layout: Layout) -> subprocess.CompletedProcess[str]:
-    """Run an A/B against the series to its end, however often something else uses the machine meanwhile."""
+    """Run an A/B against the series to its end, however often something else uses the machine
+    meanwhile.
+    """
     deadline = time.monotonic() + QUIET_S
     while True:
-        done = run(layout, "ab", "--base", "HEAD", "--repeat", str(STARTS), *(["--allow-busy"] if IS_BUSY else []))
-        if "something else uses this machine" not in done.stderr.splitlines()[-2:][0] or time.monotonic() > deadline:
+        done = run(
+            layout,
+            "ab",
+            "--base",
+            "HEAD",
+            "--repeat",
+            str(STARTS),
+            *(["--allow-busy"] if IS_BUSY else []),
+        )
+        if (
+            "something else uses this machine" not in done.stderr.splitlines()[-2:][0]
+            or time.monotonic() > deadline
+        ):
             return done
         time.sleep(AGAIN_S)
 
 
 @pytest.mark.parametrize("turn", range(1, RUNS + 1))
 @pytest.mark.parametrize("kind", KINDS)
-def test_live_runs_never_blame_what_is_within_the_factor_nor_pass_what_is_not(built: Layout, table: list[str], kind: int, turn: int) -> None:
+def test_live_runs_never_blame_what_is_within_the_factor_nor_pass_what_is_not(
+    built: Layout, table: list[str], kind: int, turn: int
+) -> None:
     began = time.monotonic()
     # The remark makes it a tree, and a comparison, of its own.
     with seeded(built, kind, f"live {turn}"):
         done = ab(built)
-    row = re.search(rf"^\w+ +{METRIC} +((?:pass|fail|inconclusive): .*)$", done.stderr, re.MULTILINE)
+    row = re.search(
+        rf"^\w+ +{METRIC} +((?:pass|fail|inconclusive): .*)$", done.stderr, re.MULTILINE
+    )
     itself = re.search(r"^\w+ +A/A +\S+: (.*)$", done.stderr, re.MULTILINE)
-    told = (f"{kind} %", f"run {turn}", f"exit {done.returncode}", row[1] if row else done.stderr[-400:], itself[1] if itself else "")
+    told = (
+        f"{kind} %",
+        f"run {turn}",
+        f"exit {done.returncode}",
+        row[1] if row else done.stderr[-400:],
+        itself[1] if itself else "",
+    )
     with (built.state / "verdict.tsv").open("a") as file:
-        file.write("\t".join((*told, f"{STARTS} starts", f"{(time.monotonic() - began) / 60:.1f} min")).replace("\n", " ") + "\n")
+        file.write(
+            "\t".join(
+                (*told, f"{STARTS} starts", f"{(time.monotonic() - began) / 60:.1f} min")
+            ).replace("\n", " ")
+            + "\n"
+        )
     table.append("    ".join(told))
     assert row, done.stderr
     if kind == KINDS[-1]:

@@ -6,7 +6,9 @@ from tests.small.world import World
 from workspace.repo import pins
 
 
-def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_references(clone: World) -> None:
+def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_references(
+    clone: World,
+) -> None:
     layout = clone.layout
     wanted = pretend_good(clone, "v0.31.0")
     (layout.patches("vllm") / "mine.patch").write_text("not in the series yet\n")
@@ -22,5 +24,7 @@ def test_uncommitted_pins_and_patches_and_unexported_commits_are_kept_under_refe
     assert clone.git("rev-parse", left) == mine
     assert git(clone.root, "show", f"{left}:patches/vllm/mine.patch") == "not in the series yet"
     assert "# my remark" in git(clone.root, "show", f"{left}:vendor/pins.toml")
-    assert (layout.patches("vllm") / "mine.patch").exists(), "a file that no series names is the user's"
+    assert (layout.patches("vllm") / "mine.patch").exists(), (
+        "a file that no series names is the user's"
+    )
     assert pins.load(layout.pins).vllm.tag == tag

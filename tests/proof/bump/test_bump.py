@@ -1,4 +1,6 @@
-"""The bump's long ways: from git, upstreamed patches, environments that are gone, and a kill at every tenth of a second."""
+"""The bump's long ways: from git, upstreamed patches, environments that are gone, and a kill at
+every tenth of a second.
+"""
 
 import datetime
 import json
@@ -17,17 +19,23 @@ from tests.small.world import World, make_world
 from workspace.bump import known_good
 from workspace.repo import pins
 
-CONFLICTS = re.compile(r"<<<<<<< .*?\n(.*?)(?:\|\|\|\|\|\|\|.*?)?=======\n(.*?)>>>>>>> [^\n]*\n", re.DOTALL)
+CONFLICTS = re.compile(
+    r"<<<<<<< .*?\n(.*?)(?:\|\|\|\|\|\|\|.*?)?=======\n(.*?)>>>>>>> [^\n]*\n", re.DOTALL
+)
 
 
 def assert_stands_on(world: World, version: str) -> None:
     assert pins.load(world.layout.pins).vllm.tag == f"v{version}"
-    assert {name: state for name, state in world.status().items() if name in ROWS} == dict.fromkeys(ROWS, "ok")
+    assert {name: state for name, state in world.status().items() if name in ROWS} == dict.fromkeys(
+        ROWS, "ok"
+    )
     assert world.python("import vllm; print(vllm.__version__)") == f"{version}+cpu"
     assert world.git("status", "--porcelain") == ""
 
 
-def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_finished(clone: World) -> None:
+def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_finished(
+    clone: World,
+) -> None:
     before = user_files(clone)
     gate = clone.index.gate("xgrammar")
     clone.env["UV_NO_CACHE"] = "1"
@@ -44,24 +52,39 @@ def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_f
     assert_stands_on(clone, CLEAN)
 
 
-def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_reached(clone: World, releases: Releases) -> None:
+def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_reached(
+    clone: World, releases: Releases
+) -> None:
     layout = clone.layout
     for words in (("pin.bump", f"v{CLEAN}"), ("pin.rollback",)):
         ended = clone.run(*words)
         assert ended.code == 0, ended.said
-    name = next(row["facts"]["name"] for row in shown(clone) if row["name"] == "good" and not row["facts"]["current"])
+    name = next(
+        row["facts"]["name"]
+        for row in shown(clone)
+        if row["name"] == "good" and not row["facts"]["current"]
+    )
     ended = clone.run("pin.rollback", "--good", name)
     assert ended.code == 0, ended.said
     assert clone.python("import vllm; print(vllm.RELEASE)") == CLEAN
     assert clone.status()["smoke"] == "ok"
 
-    # Once upstream's git can be reached, the same release is pinned by its own commit, and nothing is built for it.
+    # Once upstream's git can be reached, the same release is pinned by its own commit, and nothing
+    # is built for it.
     clone.env["VLLM_MIRROR"] = releases.upstream.as_uri()
     head = clone.git("rev-parse", "HEAD")
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert "pinned by upstream's own commit now" in ended.err, ended.said
-    assert git(clone.root, "ls-files", "-s", "vendor/vllm").split()[1] == releases.commit(CLEAN) == pins.load(layout.pins).vllm.commit
-    assert (clone.git("rev-parse", "HEAD"), clone.status()["patches"], clone.status()["install"]) == (head, "ok", "ok")
+    assert (
+        git(clone.root, "ls-files", "-s", "vendor/vllm").split()[1]
+        == releases.commit(CLEAN)
+        == pins.load(layout.pins).vllm.commit
+    )
+    assert (
+        clone.git("rev-parse", "HEAD"),
+        clone.status()["patches"],
+        clone.status()["install"],
+    ) == (head, "ok", "ok")
 
 
 def shown(world: World) -> list[dict]:
@@ -86,7 +109,9 @@ def test_abort_leaves_everything_and_keeps_what_was_done_in_the_workshop(clone: 
     assert len(clone.git("worktree", "list").splitlines()) == 1
 
 
-def test_bump_that_waits_is_shown_and_a_commit_that_came_meanwhile_is_not_lost(clone: World) -> None:
+def test_bump_that_waits_is_shown_and_a_commit_that_came_meanwhile_is_not_lost(
+    clone: World,
+) -> None:
     clone.run("pin.bump", f"v{CONFLICT}").error(4)
     bump = next(row for row in shown(clone) if row["name"] == "bump")
     assert "patch 1 of 1 conflicts in setup.py" in bump["text"]
@@ -98,10 +123,14 @@ def test_bump_that_waits_is_shown_and_a_commit_that_came_meanwhile_is_not_lost(c
     assert "bump" not in {row["name"] for row in shown(clone)}
 
 
-def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(clone: World, releases: Releases) -> None:
+def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(
+    clone: World, releases: Releases
+) -> None:
     day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
     releases.publish(clone, CLEAN, when=day.strftime("%Y-%m-%dT%H:%M:%S.000000Z"))
-    assert "was published 2.0 days ago, PIN_MIN_AGE_DAYS asks for 7" in clone.run("pin.bump", f"v{CLEAN}").error(2)
+    assert "was published 2.0 days ago, PIN_MIN_AGE_DAYS asks for 7" in clone.run(
+        "pin.bump", f"v{CLEAN}"
+    ).error(2)
     edited = clone.layout.vllm / "vllm" / "envs.py"
     edited.write_text(edited.read_text() + "# mine\n")
     clone.git("commit", "--quiet", "--all", "-m", "Mine")
@@ -122,7 +151,10 @@ def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
     assert ended.code == 0, ended.said
     assert "0 of 1 on v0.34.0; upstream has" in ended.err
     assert not (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
-    assert f"Dropped {clone.materials.patch.name}: upstream has it" in (clone.layout.state / "bump-message.txt").read_text()
+    assert (
+        f"Dropped {clone.materials.patch.name}: upstream has it"
+        in (clone.layout.state / "bump-message.txt").read_text()
+    )
     assert_stands_on(clone, UPSTREAMED)
     ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.said
@@ -136,7 +168,12 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
     (clone.layout.environment / ".workspace" / "environment.json").unlink()
     clone.bootstrap()
     assert smoke(clone).code == 0
-    assert "numba==0.65.0" in (known_good.folder(clone.layout, known_good.every(clone.layout)[0].name) / "freeze.txt").read_text()
+    assert (
+        "numba==0.65.0"
+        in (
+            known_good.folder(clone.layout, known_good.every(clone.layout)[0].name) / "freeze.txt"
+        ).read_text()
+    )
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
     kept = list(clone.layout.goods.glob("*/environment"))
@@ -148,12 +185,19 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
     assert "numba" in clone.uv("list")
 
 
-def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_on(clone: World) -> None:
+def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_on(
+    clone: World,
+) -> None:
     before = user_files(clone)
     ended = clone.run("pin.bump", f"v{CONFLICT}")
     assert "patch 1 of 1, patches/vllm/" in ended.error(4)
     assert "conflict in setup.py" in ended.err
-    for words in ("git -C .workspace/bump/vendor/vllm add setup.py", "patch.continue", "--skip", "--abort"):
+    for words in (
+        "git -C .workspace/bump/vendor/vllm add setup.py",
+        "patch.continue",
+        "--skip",
+        "--abort",
+    ):
         assert words in ended.err
     assert user_files(clone) == before
     # Leave, come back, ask again for something else, and for the same.
@@ -164,7 +208,13 @@ def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_o
     text = setup.read_text()
     start, end = text.index("<<<<<<<"), text.index("\n", text.index(">>>>>>>")) + 1
     line = '                        "vllm/_C.abi3.so",\n'
-    setup.write_text(text[:start] + line + line.replace("_C", "_C_AVX2") + line.replace("_C", "_C_AVX512") + text[end:])
+    setup.write_text(
+        text[:start]
+        + line
+        + line.replace("_C", "_C_AVX2")
+        + line.replace("_C", "_C_AVX512")
+        + text[end:]
+    )
     git((clone.layout.bump_sandbox / "vendor" / "vllm"), "add", "setup.py")
     assert user_files(clone) == before
     ended = clone.run("patch.continue")
@@ -174,7 +224,9 @@ def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_o
     assert clone.python("import vllm; print(vllm.RELEASE)") == CONFLICT
 
 
-def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_the_bump(clone: World) -> None:
+def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_the_bump(
+    clone: World,
+) -> None:
     before = user_files(clone)
     ended = clone.run("pin.bump", RED)
     assert "checks failed: parity.llama" in ended.error(8)
@@ -184,7 +236,14 @@ def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_t
     package = (clone.layout.bump_sandbox / "vendor" / "vllm") / "vllm" / "__init__.py"
     package.write_text(package.read_text().replace("BROKEN = True\n", ""))
     assert "has edits (vllm/__init__.py) that no commit has" in clone.run("patch.continue").error(3)
-    git((clone.layout.bump_sandbox / "vendor" / "vllm"), "commit", "--quiet", "--all", "-m", "Mend what is broken\n\nUpstream-Status: Pending")
+    git(
+        (clone.layout.bump_sandbox / "vendor" / "vllm"),
+        "commit",
+        "--quiet",
+        "--all",
+        "-m",
+        "Mend what is broken\n\nUpstream-Status: Pending",
+    )
     ended = clone.run("pin.bump", RED)
     assert ended.code == 0, ended.said
     series = (clone.layout.patches("vllm") / "series").read_text().split()
@@ -205,7 +264,9 @@ def from_git(materials: Materials, releases: Releases, tmp_path) -> Iterator[Wor
     made.end()
 
 
-def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_staged(from_git: World, releases: Releases) -> None:
+def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_staged(
+    from_git: World, releases: Releases
+) -> None:
     before = user_files(from_git)
     ended = from_git.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.said
@@ -219,23 +280,34 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
     ended = from_git.run("pin.rollback")
     assert ended.code == 0, ended.said
     assert_stands_on(from_git, "0.31.0")
-    assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
+    assert (
+        git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
+    )
 
 
 @pytest.mark.parametrize("tenths", range(2, 42, 4))
-def test_bump_that_was_killed_before_its_promotion_has_touched_nothing_and_goes_on(clone: World, tenths: int) -> None:
+def test_bump_that_was_killed_before_its_promotion_has_touched_nothing_and_goes_on(
+    clone: World, tenths: int
+) -> None:
     before = user_files(clone)
     child = clone.start("pin.bump", f"v{CLEAN}")
     time.sleep(tenths / 10)
     clone.kill(child)
-    if pins.load(clone.layout.pins).vllm.tag == "v0.31.0" and not (clone.layout.bump_sandbox / "promoting.json").exists():
+    if (
+        pins.load(clone.layout.pins).vllm.tag == "v0.31.0"
+        and not (clone.layout.bump_sandbox / "promoting.json").exists()
+    ):
         assert user_files(clone) == before
     finish_bump(clone)
 
 
 @pytest.mark.parametrize("delay_ms", range(0, 480, 40))
-def test_promotion_that_was_killed_is_finished_by_the_next_bump(clone: World, delay_ms: int) -> None:
-    kill_after(clone, clone.layout.bump_sandbox / "promoting.json", delay_ms, "pin.bump", f"v{CLEAN}")
+def test_promotion_that_was_killed_is_finished_by_the_next_bump(
+    clone: World, delay_ms: int
+) -> None:
+    kill_after(
+        clone, clone.layout.bump_sandbox / "promoting.json", delay_ms, "pin.bump", f"v{CLEAN}"
+    )
     if clone.layout.bump_sandbox.exists():
         assert "goes forward only" in clone.run("patch.continue", "--abort").error(3)
     finish_bump(clone)

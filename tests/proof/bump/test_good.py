@@ -9,7 +9,9 @@ from tests.small.world import World
 from workspace.bump import known_good
 
 
-def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(clone: World) -> None:
+def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
+    clone: World,
+) -> None:
     layout, first = clone.layout, names(clone)[0]
     package = layout.vllm / "vllm" / "envs.py"
     package.write_text(package.read_text() + "# mine\n")
@@ -25,7 +27,9 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
     head = git(clone.root, "rev-parse", "HEAD")
     # What a bump leaves that was ended while it deleted its workshop.
     (known_good.gone(layout) / "vendor").mkdir(parents=True)
-    clone.git("worktree", "add", "--quiet", "--detach", str(layout.bump_sandbox / "vendor" / "vllm"))
+    clone.git(
+        "worktree", "add", "--quiet", "--detach", str(layout.bump_sandbox / "vendor" / "vllm")
+    )
     shutil.rmtree(layout.bump_sandbox)
     (layout.vllm / ".git" / "worktrees" / "vllm" / "HEAD").write_text(f"{'0' * 40}\n")
     assert smoke(clone).code == 0
@@ -35,7 +39,10 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
     assert second != first
     kept = git(clone.root, "rev-parse", f"refs/good/{second}")
     assert git(clone.root, "rev-parse", f"{kept}^", "HEAD").split() == [head, head]
-    assert set(git(clone.root, "diff", "--name-only", head, kept).split()) == {"patches/vllm/Mine.patch", "patches/vllm/series"}
+    assert set(git(clone.root, "diff", "--name-only", head, kept).split()) == {
+        "patches/vllm/Mine.patch",
+        "patches/vllm/series",
+    }
     assert git(clone.root, "ls-tree", kept, "vendor/vllm").split()[2] == clone.materials.commit
     assert git(clone.root, "diff", "--cached", "--name-only") == "README.md"
 
@@ -47,7 +54,9 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(c
         (layout.goods / other / "good.json").write_text(record.replace(second, other))
         clone.git("update-ref", f"refs/good/{other}", "HEAD")
     assert run(clone, *RECORD).code == 0
-    assert git(clone.root, "rev-parse", f"refs/good/{second}") == kept, "recorded again, it is the same commit"
+    assert git(clone.root, "rev-parse", f"refs/good/{second}") == kept, (
+        "recorded again, it is the same commit"
+    )
     assert len(names(clone)) == known_good.KEPT
     assert names(clone)[0] == second
     assert first not in names(clone)

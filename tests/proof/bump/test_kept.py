@@ -1,4 +1,6 @@
-"""What a move takes along and what it leaves: kernels that were compiled here, files beside them, and a torch of the user's own."""
+"""What a move takes along and what it leaves: kernels that were compiled here, files beside them,
+and a torch of the user's own.
+"""
 
 import os
 from pathlib import Path
@@ -34,7 +36,9 @@ def patched(world: World) -> None:
 
 
 def compiled(world: World, tmp_path: Path) -> Path:
-    """A clone with kernels of its own making, a library that no later pin has, and a log of the user's."""
+    """A clone with kernels of its own making, a library that no later pin has, and a log of the
+    user's.
+    """
     tree = world.layout.vllm
     patched(world)
     world.bootstrap("--kernels", "native", "--jobs", "2")
@@ -50,7 +54,9 @@ def compiled(world: World, tmp_path: Path) -> Path:
     return stray
 
 
-def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_own(clone: World, tmp_path: Path) -> None:
+def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_own(
+    clone: World, tmp_path: Path
+) -> None:
     tree, stray = clone.layout.vllm, compiled(clone, tmp_path)
     own = {path.name: path.read_bytes() for path in (tree / "vllm").glob("*.so")}
     assert answer(clone) == "43"
@@ -71,7 +77,9 @@ def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_
     assert not list(clone.layout.state.glob("left-*")), "what a good state keeps is kept there"
 
 
-def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_and_the_rest_is_the_precompiled(clone: World) -> None:
+def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_and_the_rest_is_the_precompiled(
+    clone: World,
+) -> None:
     patched(clone)
     assert clone.run("rebuild", "--jobs", "2").code == 0
     assert smoke(clone).code == 0
@@ -83,11 +91,16 @@ def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_an
     assert answer(clone) == "43"
     assert clone.run("pin.rollback").code == 0
     assert_stands_on(clone, "0.31.0")
-    assert (origin(clone).startswith("hybrid precompiled "), CLEAN in origin(clone)) == (True, False)
+    assert (origin(clone).startswith("hybrid precompiled "), CLEAN in origin(clone)) == (
+        True,
+        False,
+    )
     assert answer(clone) == "43"
 
 
-def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(clone: World, tmp_path: Path) -> None:
+def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(
+    clone: World, tmp_path: Path
+) -> None:
     tree, stray = clone.layout.vllm, compiled(clone, tmp_path)
     clone.git("revert", "--no-edit", "HEAD")
     clone.git("reset", "--quiet", "--soft", "HEAD~2")
@@ -104,7 +117,11 @@ def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(clone
     assert left.name in ended.err
     assert not stray.exists()
     assert not before & {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
-    wanted = next(found for found in known_good.every(clone.layout) if found.tag == "v0.31.0" and found.inputs["origin"] == "native")
+    wanted = next(
+        found
+        for found in known_good.every(clone.layout)
+        if found.tag == "v0.31.0" and found.inputs["origin"] == "native"
+    )
     del clone.env["KERNELS"]
     assert clone.run("pin.rollback", "--good", wanted.name).code == 0
     assert origin(clone) == "native"
@@ -120,7 +137,9 @@ def torch_file(world: World) -> os.stat_result:
 
 
 def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
-    """Install a torch that no index has, move the pin, and see it gone along, no name of the workshop left; return its file as it was before."""
+    """Install a torch that no index has, move the pin, and see it gone along, no name of the
+    workshop left; return its file as it was before.
+    """
     world.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
     world.env["USE_EXISTING_TORCH"] = "1"
     world.bootstrap()
@@ -130,7 +149,11 @@ def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
     assert ended.code == 0, ended.said
     assert_stands_on(world, CLEAN)
     assert torch_version(world) == "9.9.9+local"
-    named = [path for path in world.layout.environment.rglob("*") if path.is_file() and b".workspace/bump" in path.read_bytes()]
+    named = [
+        path
+        for path in world.layout.environment.rglob("*")
+        if path.is_file() and b".workspace/bump" in path.read_bytes()
+    ]
     assert [path for path in named if path.suffix != ".pyc"] == []
     return mine
 
@@ -145,7 +168,9 @@ def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path
     assert torch_version(clone) == "9.9.9+local"
 
 
-def test_torch_in_an_environment_of_the_users_making_goes_along(clone: World, tmp_path: Path) -> None:
+def test_torch_in_an_environment_of_the_users_making_goes_along(
+    clone: World, tmp_path: Path
+) -> None:
     clone.layout.environment.rename(tmp_path / "former")
     clone.venv()
     bump_with_own_torch(clone, tmp_path)

@@ -1,4 +1,6 @@
-"""Single kills and power cuts of verbs that write patches and pins, each at a call at which one was once not made good."""
+"""Single kills and power cuts of verbs that write patches and pins, each at a call at which one was
+once not made good.
+"""
 
 import shutil
 from pathlib import Path
@@ -12,7 +14,8 @@ from tests.small.materials import git
 from tests.small.releases import CONFLICT
 from tests.small.world import World
 
-# Stands before git on PATH. A command line that has both words is run, then the power goes: the verb dies, and a part of what git wrote is lost.
+# Stands before git on PATH. A command line that has both words is run, then the power goes: the
+# verb dies, and a part of what git wrote is lost.
 CUT = """#!/bin/sh
 case " $* " in
 *" @FIRST@ "*"@SECOND@ "*)
@@ -27,8 +30,17 @@ exec @GIT@ "$@"
 """
 
 
-def cut_power(world: World, words: tuple[str, str], damage: str, *verb: str, victim: str = "$PPID", code: int = -9) -> None:
-    """Run a verb whose machine stops as the git of these words ends; `damage` is what shell commands make of that git's directory."""
+def cut_power(
+    world: World,
+    words: tuple[str, str],
+    damage: str,
+    *verb: str,
+    victim: str = "$PPID",
+    code: int = -9,
+) -> None:
+    """Run a verb whose machine stops as the git of these words ends; `damage` is what shell
+    commands make of that git's directory.
+    """
     folder = world.folder / "programs"
     folder.mkdir(exist_ok=True)
     text = (
@@ -47,8 +59,14 @@ def cut_power(world: World, words: tuple[str, str], damage: str, *verb: str, vic
 
 @pytest.fixture
 def three_patches(clone: World) -> Path:
-    """A patch with a new file before the one that conflicts in 0.33.0, and one after it; the workshop's tree."""
-    tip, setup, status = clone.git("rev-parse", "HEAD"), clone.layout.vllm / "setup.py", "\n\nUpstream-Status: Pending"
+    """A patch with a new file before the one that conflicts in 0.33.0, and one after it; the
+    workshop's tree.
+    """
+    tip, setup, status = (
+        clone.git("rev-parse", "HEAD"),
+        clone.layout.vllm / "setup.py",
+        "\n\nUpstream-Status: Pending",
+    )
     clone.git("checkout", "--quiet", "--detach", clone.materials.archive_commit)
     (clone.layout.vllm / "vllm" / "amx.py").write_text("AMX = 1\n")
     clone.git("add", "vllm/amx.py")
@@ -77,10 +95,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(clone: World, three_patches: Path, damage: str) -> None:
+def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(
+    clone: World, three_patches: Path, damage: str
+) -> None:
     assert "patch 2 of 3" in clone.run("pin.bump", CONFLICT).error(4)
     resolve(three_patches)
-    (three_patches / "setup.py").write_text((three_patches / "setup.py").read_text() + "# by hand\n")
+    (three_patches / "setup.py").write_text(
+        (three_patches / "setup.py").read_text() + "# by hand\n"
+    )
     git(three_patches, "add", "setup.py")
     cut_power(clone, ("am", "--continue"), DAMAGE[damage], "patch.continue")
     ended = clone.run("patch.continue")
@@ -95,7 +117,9 @@ def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(c
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_power_cut_while_a_bumps_patches_are_put_on_costs_no_more_than_their_conflict(clone: World, three_patches: Path, damage: str) -> None:
+def test_power_cut_while_a_bumps_patches_are_put_on_costs_no_more_than_their_conflict(
+    clone: World, three_patches: Path, damage: str
+) -> None:
     cut_power(clone, (str(three_patches), "am"), DAMAGE[damage], "pin.bump", CONFLICT)
     ended = clone.run("pin.bump", CONFLICT)
     assert "patch 2 of 3" in ended.error(4)
@@ -103,8 +127,18 @@ def test_power_cut_while_a_bumps_patches_are_put_on_costs_no_more_than_their_con
     assert git(three_patches, "status", "--porcelain") == "UU setup.py"
 
 
-def test_git_alone_that_is_killed_while_a_bumps_patches_are_put_on_is_no_conflict(clone: World, three_patches: Path) -> None:
-    cut_power(clone, (str(three_patches), "am"), "rm rebase-apply/patch; echo 1 > rebase-apply/next", "pin.bump", CONFLICT, victim="$$", code=6)
+def test_git_alone_that_is_killed_while_a_bumps_patches_are_put_on_is_no_conflict(
+    clone: World, three_patches: Path
+) -> None:
+    cut_power(
+        clone,
+        (str(three_patches), "am"),
+        "rm rebase-apply/patch; echo 1 > rebase-apply/next",
+        "pin.bump",
+        CONFLICT,
+        victim="$$",
+        code=6,
+    )
     assert "conflict in setup.py" in clone.run("pin.bump", CONFLICT).err
     assert git(three_patches, "status", "--porcelain") == "UU setup.py"
 

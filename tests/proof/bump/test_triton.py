@@ -9,8 +9,14 @@ from tests.small.world import World
 __all__ = ["triton"]
 
 
-def test_clean_checkout_moves_along_and_one_with_edits_or_commits_is_left(world: World, triton: Path) -> None:
-    tree, first, new = world.layout.triton, git(triton, "rev-parse", "main~1"), git(triton, "rev-parse", "main")
+def test_clean_checkout_moves_along_and_one_with_edits_or_commits_is_left(
+    world: World, triton: Path
+) -> None:
+    tree, first, new = (
+        world.layout.triton,
+        git(triton, "rev-parse", "main~1"),
+        git(triton, "rev-parse", "main"),
+    )
     git(triton, "clone", "--quiet", triton.as_uri(), str(tree))
     git(tree, "checkout", "--quiet", "--detach", first)
     (tree / "file").write_text("mine\n")

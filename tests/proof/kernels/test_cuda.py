@@ -1,6 +1,8 @@
-"""The pin's own CUDA target, built through `inv rebuild` for a GB10 where no GPU is: planned, interrupted, gone on with, and again for one unit.
+"""The pin's own CUDA target, built through `inv rebuild` for a GB10 where no GPU is: planned,
+interrupted, gone on with, and again for one unit.
 
-Needs nvcc, the package index, upstream's external sources or EXTERNALS_MIRROR, and 8 GB of disk; on two cores about half an hour.
+Needs nvcc, the package index, upstream's external sources or EXTERNALS_MIRROR, and 8 GB of disk; on
+two cores about half an hour.
 """
 
 import json
@@ -38,7 +40,8 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     units = planned(clone)
     assert units > 20
 
-    # ^C in the middle: nothing goes on, nothing in the tree has changed, and the next run takes up what is done.
+    # ^C in the middle: nothing goes on, nothing in the tree has changed, and the next run takes up
+    # what is done.
     child = replace(clone, words=("rebuild",)).start()
     wait_for_objects(clone, least=2)
     assert clone.end(child, signal.SIGINT)[0] == 130, clone.said[-2000:]
@@ -49,7 +52,9 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     began = time.monotonic()
     assert re.search(r"\d (has|have) code for 12\.1a", inv(clone, "rebuild")), clone.said[-2000:]
     whole_s = time.monotonic() - began
-    changed = {path for path, digest in libraries(clone).items() if precompiled_wheel.get(path) != digest}
+    changed = {
+        path for path, digest in libraries(clone).items() if precompiled_wheel.get(path) != digest
+    }
     assert changed == {f"vllm/{TARGET}.abi3.so"}, "the rest is the precompiled wheel's"
 
     edit(clone, "two")
@@ -58,7 +63,10 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     inv(clone, "rebuild")
     one_s = time.monotonic() - began
     assert "nothing to do" in inv(clone, "rebuild")
-    print(f"\nkernels: {TARGET} for 12.1a: {left} of {units} units after ^C in {whole_s:.0f} s; then one unit and the link in {one_s:.0f} s")
+    print(
+        f"\nkernels: {TARGET} for 12.1a: {left} of {units} units after ^C in {whole_s:.0f} s; then"
+        f" one unit and the link in {one_s:.0f} s"
+    )
 
 
 def inv(clone: Clone, *words: str) -> str:
@@ -68,9 +76,19 @@ def inv(clone: Clone, *words: str) -> str:
 
 
 def planned(clone: Clone) -> int:
-    """How many units the next rebuild would compile; all of the one target that the change reaches."""
+    """How many units the next rebuild would compile; all of the one target that the change
+    reaches.
+    """
     argv = [clone.layout.root / "scripts" / "inv", "rebuild", "--plan", "--json"]
-    said = subprocess.run(argv, env=clone.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout
+    said = subprocess.run(
+        argv,
+        env=clone.env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    ).stdout
     plan = json.loads(said)
     assert [row["target"] for row in plan["rows"]] == [TARGET]
     return plan["units"]
@@ -84,11 +102,15 @@ def libraries(clone: Clone) -> dict[str, str]:
 
 def edit(clone: Clone, text: str) -> None:
     source = clone.layout.vllm / SOURCE
-    source.write_text(re.sub(r"\n// proof: .*\n", "\n", source.read_text()) + f"\n// proof: {text}\n")
+    source.write_text(
+        re.sub(r"\n// proof: .*\n", "\n", source.read_text()) + f"\n// proof: {text}\n"
+    )
 
 
 def wait_for_objects(clone: Clone, *, least: int) -> None:
-    """Wait until so many units are compiled. The heaviest start first, so on few cores it takes minutes."""
+    """Wait until so many units are compiled. The heaviest start first, so on few cores it takes
+    minutes.
+    """
     until = time.monotonic() + LIMIT_S
     while len(list(clone.layout.builds.glob(f"cuda-*/CMakeFiles/{TARGET}.dir/**/*.o"))) < least:
         assert time.monotonic() < until, clone.said[-2000:]

@@ -1,4 +1,6 @@
-"""inv rebuild and inv wheel, killed: the tree's libraries are those of the stamp or there is none, and no wheel is a half one."""
+"""inv rebuild and inv wheel, killed: the tree's libraries are those of the stamp or there is none,
+and no wheel is a half one.
+"""
 
 import zipfile
 from collections.abc import Callable
@@ -23,7 +25,9 @@ def edit(world: World, old: str, new: str) -> None:
 
 
 def built(world: World) -> None:
-    """A bootstrapped clone in which a user works, and has a library of their own beside those of the build."""
+    """A bootstrapped clone in which a user works, and has a library of their own beside those of
+    the build.
+    """
     plant(world)
     write_dotenv(world)
     world.bootstrap()
@@ -60,25 +64,41 @@ def typed(world: World, *words: str) -> str:
 def check(world: World, answer: str) -> None:
     check_planted(world)
     assert f"return {answer};" in source(world).read_text()
-    assert (world.layout.vllm / "new.txt").read_text() == (world.layout.vllm / "vllm" / "run.log").read_text() == "mine\n"
+    assert (
+        (world.layout.vllm / "new.txt").read_text()
+        == (world.layout.vllm / "vllm" / "run.log").read_text()
+        == "mine\n"
+    )
     assert world.git("rev-parse", "topic") == world.git("rev-parse", "HEAD")
-    assert world.git("status", "--porcelain") == ("?? new.txt" if answer == "42" else "M csrc/cpu/answer.c\n?? new.txt")
+    assert world.git("status", "--porcelain") == (
+        "?? new.txt" if answer == "42" else "M csrc/cpu/answer.c\n?? new.txt"
+    )
 
 
 def is_true(world: World, answer: str) -> None:
-    """What is claimed is so: a stamp is of the libraries that lie there, and fresh are those that give the answer of the sources."""
+    """What is claimed is so: a stamp is of the libraries that lie there, and fresh are those that
+    give the answer of the sources.
+    """
     recorded = stamp.read(world.layout.stamp("vllm"))
     if recorded is None:
         return
-    lying = {library.path: sha256(world.layout.vllm / library.path) for library in recorded.libraries}
-    assert lying == {library.path: library.sha256 for library in recorded.libraries}, "the stamp is of other libraries"
+    lying = {
+        library.path: sha256(world.layout.vllm / library.path) for library in recorded.libraries
+    }
+    assert lying == {library.path: library.sha256 for library in recorded.libraries}, (
+        "the stamp is of other libraries"
+    )
     rows = world.status()
     if rows["kernels"] == rows["install"] == "ok" and "_C" in recorded.outcome.get(OWN, "").split():
         library = world.layout.vllm / "vllm" / "_C.abi3.so"
-        found = world.python(f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())")
+        found = world.python(
+            f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())"
+        )
         assert found == answer, f"status says that it is fresh, and it answers {found}"
     elif rows["kernels"] == "ok":
-        assert world.git("status", "--porcelain", "csrc") == "", "status says that a precompiled wheel's kernels are those of an edit"
+        assert world.git("status", "--porcelain", "csrc") == "", (
+            "status says that a precompiled wheel's kernels are those of an edit"
+        )
 
 
 def again(world: World, words: tuple[str, ...], answer: str) -> None:
@@ -98,13 +118,29 @@ def again_wheel(world: World) -> None:
     assert [path.suffix for path in (world.root / "dist").iterdir()] == [".whl"]
 
 
-def of(name: str, prepare: Callable[[World], None], words: tuple[str, ...], answer: str) -> KillCase:
-    return KillCase(name, prepare, words, lambda world: check(world, answer), lambda world: again(world, words, answer), full_from="done *configure")
+def of(
+    name: str, prepare: Callable[[World], None], words: tuple[str, ...], answer: str
+) -> KillCase:
+    return KillCase(
+        name,
+        prepare,
+        words,
+        lambda world: check(world, answer),
+        lambda world: again(world, words, answer),
+        full_from="done *configure",
+    )
 
 
 BUILDS = (
     of("rebuild of an edit", edited, REBUILD, "43"),
     of("rebuild of another edit", edited_again, REBUILD, "44"),
     of("rebuild of everything", built, NATIVE, "42"),
-    KillCase("wheel of a rebuild", rebuilt, ("wheel",), lambda world: check(world, "43"), again_wheel, full_from=""),
+    KillCase(
+        "wheel of a rebuild",
+        rebuilt,
+        ("wheel",),
+        lambda world: check(world, "43"),
+        again_wheel,
+        full_from="",
+    ),
 )

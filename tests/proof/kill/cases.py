@@ -1,4 +1,6 @@
-"""What is killed: a verb, from a state in which it has something to do. Here bootstrap's; those of patches and pins are in moves.py."""
+"""What is killed: a verb, from a state in which it has something to do. Here bootstrap's; those of
+patches and pins are in moves.py.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -10,11 +12,13 @@ from tests.small.world import World
 
 @dataclass(frozen=True)
 class KillCase:
-    """A verb to kill. `prepare` brings a fresh world into the state to start from, `check` raises where something of the user's is gone.
+    """A verb to kill. `prepare` brings a fresh world into the state to start from, `check` raises
+    where something of the user's is gone.
 
-    `again` does what a user does after the kill, by what the workspace says is next, until nothing is due; None where the same
-    command line is all of it. It ends with `code` where nothing disturbs it. The disk is filled once stderr has `full_from`, or before the
-    verb starts where that is empty.
+    `again` does what a user does after the kill, by what the workspace says is next, until nothing
+    is due; None where the same command line is all of it. It ends with `code` where nothing
+    disturbs it. The disk is filled once stderr has `full_from`, or before the verb starts where
+    that is empty.
     """
 
     name: str
@@ -26,7 +30,9 @@ class KillCase:
     code: int = 0
 
     def go_on(self, world: World) -> None:
-        """Bring what a kill, or nothing, has left to the end. Raises AssertionError with what a command said that does not end as it should."""
+        """Bring what a kill, or nothing, has left to the end. Raises AssertionError with what a
+        command said that does not end as it should.
+        """
         if self.again is None:
             ended = world.run(*self.argv)
             assert ended.code == 0, f"the next run: {ended.said}"
@@ -104,7 +110,9 @@ def check_environment_gone(world: World) -> None:
 
 
 def requirements_grew(world: World) -> None:
-    """Everything is installed, and an edit of the requirements makes environment and install stale."""
+    """Everything is installed, and an edit of the requirements makes environment and install
+    stale.
+    """
     environment_gone(world)
     world.bootstrap()
     common = world.layout.vllm / "requirements" / "common.txt"
@@ -121,7 +129,9 @@ def check_requirements_grew(world: World) -> None:
 
 
 def submodule_emptied(world: World) -> None:
-    """`git submodule deinit` took the files away; the commits are in the superproject's git directory."""
+    """`git submodule deinit` took the files away; the commits are in the superproject's git
+    directory.
+    """
     plant(world)
     write_dotenv(world)
     world.env["SOURCE"] = "git"
@@ -140,7 +150,9 @@ def check_submodule_emptied(world: World) -> None:
 
 
 def patches_off(world: World) -> None:
-    """The user went back to the base: the series is to be applied, and everything that was built of it is stale."""
+    """The user went back to the base: the series is to be applied, and everything that was built of
+    it is stale.
+    """
     plant(world)
     write_dotenv(world)
     world.bootstrap()
@@ -159,8 +171,25 @@ def check_patches_off(world: World) -> None:
 BOOTSTRAP: tuple[KillCase, ...] = (
     KillCase("bootstrap from the release archive", fresh_release, ("bootstrap",), check_planted),
     KillCase("bootstrap from git", fresh_git, ("bootstrap",), check_planted),
-    KillCase("bootstrap without .vllm, work in the tree", environment_gone, ("bootstrap",), check_environment_gone),
-    KillCase("bootstrap after an edit of the requirements", requirements_grew, ("bootstrap",), check_requirements_grew),
-    KillCase("bootstrap of an emptied submodule", submodule_emptied, ("bootstrap",), check_submodule_emptied),
-    KillCase("bootstrap with the patches taken off", patches_off, ("bootstrap",), check_patches_off),
+    KillCase(
+        "bootstrap without .vllm, work in the tree",
+        environment_gone,
+        ("bootstrap",),
+        check_environment_gone,
+    ),
+    KillCase(
+        "bootstrap after an edit of the requirements",
+        requirements_grew,
+        ("bootstrap",),
+        check_requirements_grew,
+    ),
+    KillCase(
+        "bootstrap of an emptied submodule",
+        submodule_emptied,
+        ("bootstrap",),
+        check_submodule_emptied,
+    ),
+    KillCase(
+        "bootstrap with the patches taken off", patches_off, ("bootstrap",), check_patches_off
+    ),
 )

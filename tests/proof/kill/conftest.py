@@ -27,13 +27,47 @@ Grounds = Callable[[KillCase], list[Place]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kill")
-    group.addoption("--seed", type=int, default=None, help="the seed of everything drawn at random; drawn itself and printed where not given")
-    group.addoption("--times", type=int, default=20, help="kills on the real tree, and signals on the small one")
-    group.addoption("--every", type=int, default=1, help="kill at every so many-th call only; 1 takes hours even on many cores")
-    group.addoption("--workers", type=int, default=None, help="worlds worked on side by side; as many as there are cores, where not given")
-    group.addoption("--for", dest="seconds", type=float, default=float("inf"), help="begin nothing new after so many seconds")
-    group.addoption("--part", type=share, default=(1, 1), metavar="I/N", help="the I-th of N shares of the kills; all N together are each of them once")
-    group.addoption("--record", type=Path, default=None, help="append a line of JSON for each kill; what the file has already is not done again")
+    group.addoption(
+        "--seed",
+        type=int,
+        default=None,
+        help="the seed of everything drawn at random; drawn itself and printed where not given",
+    )
+    group.addoption(
+        "--times", type=int, default=20, help="kills on the real tree, and signals on the small one"
+    )
+    group.addoption(
+        "--every",
+        type=int,
+        default=1,
+        help="kill at every so many-th call only; 1 takes hours even on many cores",
+    )
+    group.addoption(
+        "--workers",
+        type=int,
+        default=None,
+        help="worlds worked on side by side; as many as there are cores, where not given",
+    )
+    group.addoption(
+        "--for",
+        dest="seconds",
+        type=float,
+        default=float("inf"),
+        help="begin nothing new after so many seconds",
+    )
+    group.addoption(
+        "--part",
+        type=share,
+        default=(1, 1),
+        metavar="I/N",
+        help="the I-th of N shares of the kills; all N together are each of them once",
+    )
+    group.addoption(
+        "--record",
+        type=Path,
+        default=None,
+        help="append a line of JSON for each kill; what the file has already is not done again",
+    )
 
 
 def share(text: str) -> tuple[int, int]:
@@ -52,7 +86,9 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.getplugin("terminalreporter").write_line(f"kill: {line}")
 
     until = time.monotonic() + given("seconds", float("inf"))
-    config.stash[LEDGER] = Ledger(given("--every", 1), given("--part", (1, 1)), until, given("--record", None), say)
+    config.stash[LEDGER] = Ledger(
+        given("--every", 1), given("--part", (1, 1)), until, given("--record", None), say
+    )
     config.stash[LEDGER].load()
     # A shell's background job ignores SIGINT, and so would the verbs that are to be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -89,17 +125,24 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slots(materials: Materials, request: pytest.FixtureRequest) -> Iterator[list[Materials]]:
-    """The materials once for each worker: all the same but for the index, whose server is the worker's own."""
+    """The materials once for each worker: all the same but for the index, whose server is the
+    worker's own.
+    """
     compile_below(Path(sysconfig.get_path("purelib")))
     # Made by the first who asks, which must not be several at once.
     releases.make(materials)
     with contextlib.ExitStack() as stack:
         count = request.config.getoption("--workers", default=None) or workers()
-        yield [dataclasses.replace(materials, index=stack.enter_context(serve(materials.wheels))) for _ in range(count)]
+        yield [
+            dataclasses.replace(materials, index=stack.enter_context(serve(materials.wheels)))
+            for _ in range(count)
+        ]
 
 
 @pytest.fixture(scope="session")
-def grounds(slots: list[Materials], tmp_path_factory: pytest.TempPathFactory, ledger: Ledger) -> Grounds:
+def grounds(
+    slots: list[Materials], tmp_path_factory: pytest.TempPathFactory, ledger: Ledger
+) -> Grounds:
     """The places of a case, made once a session: one for each worker."""
     made: dict[str, list[Place]] = {}
 
@@ -107,7 +150,9 @@ def grounds(slots: list[Materials], tmp_path_factory: pytest.TempPathFactory, le
         if ledger.is_over:
             pytest.skip("the time given by --for was over before it began")
         if case.name not in made:
-            made[case.name] = make_places(case, slots, [tmp_path_factory.mktemp("place") for _ in slots], ledger)
+            made[case.name] = make_places(
+                case, slots, [tmp_path_factory.mktemp("place") for _ in slots], ledger
+            )
         return made[case.name]
 
     return of
@@ -120,7 +165,8 @@ def judge_all(ledger: Ledger) -> Callable[[list[Result]], None]:
     def take(results: list[Result]) -> None:
         ledger.take_rest(results)
         wrong = [
-            f"{result.kind} of {result.case}, {result.place}{alone(ledger, result)}:\n  " + "\n  ".join(result.complaints)
+            f"{result.kind} of {result.case}, {result.place}{alone(ledger, result)}:\n  "
+            + "\n  ".join(result.complaints)
             for result in results
             if result.complaints
         ]
@@ -131,10 +177,16 @@ def judge_all(ledger: Ledger) -> Callable[[list[Result]], None]:
 
 def alone(ledger: Ledger, result: Result) -> str:
     """How to do this kill and no other of its test: a share so small that it has one call."""
-    return f" (alone: --part {result.number + 1}/1000000)" if (result.kind, result.case) in ledger.calls else ""
+    return (
+        f" (alone: --part {result.number + 1}/1000000)"
+        if (result.kind, result.case) in ledger.calls
+        else ""
+    )
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     ledger = config.stash[LEDGER]
     if ledger.results or ledger.calls:
         terminalreporter.section(f"kills, seed {config.stash[SEED]}")

@@ -1,6 +1,8 @@
-"""One kill after the other: put the world back, end the verb at a chosen place, look, let it run again, and judge.
+"""One kill after the other: put the world back, end the verb at a chosen place, look, let it run
+again, and judge.
 
-A place is prepared once for a case; its states are told apart by content, and one that was completed rightly before is not run again.
+A place is prepared once for a case; its states are told apart by content, and one that was
+completed rightly before is not run again.
 """
 
 import hashlib
@@ -37,7 +39,9 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Kill:
-    """How a verb ended: where that was, in words, the code that the harness saw, and seconds until nothing of it lived."""
+    """How a verb ended: where that was, in words, the code that the harness saw, and seconds until
+    nothing of it lived.
+    """
 
     place: str
     code: int | None
@@ -46,7 +50,9 @@ class Kill:
 
 @dataclass
 class Place:
-    """A world that a case starts from again and again, always at the same path, with downloads and uv's cache of its own."""
+    """A world that a case starts from again and again, always at the same path, with downloads and
+    uv's cache of its own.
+    """
 
     case: KillCase
     world: World
@@ -71,37 +77,59 @@ class Place:
 
     def restore(self) -> None:
         """Bring everything back; hard links between uv's cache and .vllm stay what they are."""
-        subprocess.run(["rm", "-rf", "--", *[self.world.folder / part for part in PARTS]], check=True)
+        subprocess.run(
+            ["rm", "-rf", "--", *[self.world.folder / part for part in PARTS]], check=True
+        )
         self._copy(self.kept, self.world.folder)
         self.world.index.faults.clear()
         self.world.index.requests.clear()
 
     def _copy(self, origin: Path, target: Path) -> None:
-        subprocess.run(["cp", "-a", "--reflink=auto", *[origin / part for part in PARTS], target], check=True)
+        subprocess.run(
+            ["cp", "-a", "--reflink=auto", *[origin / part for part in PARTS], target], check=True
+        )
 
 
 def workers() -> int:
-    """How many worlds are worked on side by side: one for each core that we may use, as far as memory goes."""
+    """How many worlds are worked on side by side: one for each core that we may use, as far as
+    memory goes.
+    """
     import psutil
 
-    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // WORKER_BYTES))
+    return max(
+        1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // WORKER_BYTES)
+    )
 
 
 def compile_below(folder: Path) -> None:
-    """Write bytecode, as is there wherever a verb ran before: verbs run with -B here, and would compile all that they import, each time."""
-    subprocess.run([sys.executable, "-Es", "-m", "compileall", "-q", "-j", "0", folder], stdout=subprocess.DEVNULL)
+    """Write bytecode, as is there wherever a verb ran before: verbs run with -B here, and would
+    compile all that they import, each time.
+    """
+    subprocess.run(
+        [sys.executable, "-Es", "-m", "compileall", "-q", "-j", "0", folder],
+        stdout=subprocess.DEVNULL,
+    )
 
 
-def make_places(case: KillCase, materials: Sequence[Materials], folders: Sequence[Path], ledger: Ledger) -> list[Place]:
+def make_places(
+    case: KillCase, materials: Sequence[Materials], folders: Sequence[Path], ledger: Ledger
+) -> list[Place]:
     """Prepare a world for each worker, all at once; each has an index of its own."""
     with ThreadPoolExecutor(len(folders)) as pool:
         pairs = enumerate(zip(materials, folders, strict=True))
-        made = [pool.submit(make_place, case, given, folder, ledger, runs=1 if number else 2) for number, (given, folder) in pairs]
+        made = [
+            pool.submit(make_place, case, given, folder, ledger, runs=1 if number else 2)
+            for number, (given, folder) in pairs
+        ]
         return [future.result() for future in made]
 
 
-def make_place(case: KillCase, materials: Materials, folder: Path, ledger: Ledger, *, runs: int) -> Place:
-    """Prepare a world for a case, and learn from undisturbed runs what is to be expected; of two, that they come to the same."""
+def make_place(
+    case: KillCase, materials: Materials, folder: Path, ledger: Ledger, *, runs: int
+) -> Place:
+    """Prepare a world for a case, and learn from undisturbed runs what is to be expected; of two,
+    that they come to the same.
+    """
     world = make_world(materials, folder)
     for part in ("uv-cache", "tmp"):
         (folder / part).mkdir()
@@ -120,7 +148,9 @@ def make_place(case: KillCase, materials: Materials, folder: Path, ledger: Ledge
             case.go_on(world)
         found = judge.fingerprint(world.layout, world.folder / "cache")
         if number:
-            assert not judge.differences(place.expected, found), judge.differences(place.expected, found)
+            assert not judge.differences(place.expected, found), judge.differences(
+                place.expected, found
+            )
         place.expected = found
         case.check(world)
     return place
@@ -130,7 +160,18 @@ def by_launcher(place: Place, limit: int, delay: str) -> Kill:
     """Kill the verb's own process at its `limit`-th changing call; 0 lets it run."""
     world = place.world
     log = world.folder / "calls"
-    child = world.start(*place.case.argv, through=[sys.executable, "-Es", "-B", str(Path(launcher.__file__)), str(log), str(limit), delay])
+    child = world.start(
+        *place.case.argv,
+        through=[
+            sys.executable,
+            "-Es",
+            "-B",
+            str(Path(launcher.__file__)),
+            str(log),
+            str(limit),
+            delay,
+        ],
+    )
     child.communicate(timeout=120)
     lines = log.read_text().splitlines() or ["0 none"]
     after = "" if delay == "before" else f", {delay} s after it started"
@@ -140,20 +181,27 @@ def by_launcher(place: Place, limit: int, delay: str) -> Kill:
 
 
 def by_preload(place: Place, shim: preload.Preload, limit: int, mode: int) -> Kill:
-    """End everything, one child, or the verb at the `limit`-th changing call of all processes together."""
+    """End everything, one child, or the verb at the `limit`-th changing call of all processes
+    together.
+    """
     child = place.world.start(*place.case.argv, env=shim.environment(limit=limit, mode=mode))
     out, err = child.communicate(timeout=120)
     quiet_s, living = judge.await_no_stray(place.mark)
     _refuse_strays(living)
     if mode == preload.ONE_CHILD and child.returncode != -signal.SIGKILL:
-        # A verb that lost a child may well go on without it (uv tries once more what failed); where not, it says so in its own words.
+        # A verb that lost a child may well go on without it (uv tries once more what failed); where
+        # not, it says so in its own words.
         wrong = failed_rightly(Ended(child.returncode, out, err), (0, *CODES))
         assert not wrong, f"{shim.call(limit)}: {wrong}"
     return Kill(f"call {limit} of all: {shim.call(limit)}", child.returncode, quiet_s)
 
 
-def judged(place: Place, kind: str, kill: Callable[[], Kill], *, damage: Callable[[], None] | None = None) -> Result:
-    """Put the world back, kill, perhaps damage, run the verb again, and hold what came of it against what should have."""
+def judged(
+    place: Place, kind: str, kill: Callable[[], Kill], *, damage: Callable[[], None] | None = None
+) -> Result:
+    """Put the world back, kill, perhaps damage, run the verb again, and hold what came of it
+    against what should have.
+    """
     started = time.monotonic()
     place.restore()
     where = "before the kill"
@@ -175,10 +223,20 @@ def judged(place: Place, kind: str, kill: Callable[[], Kill], *, damage: Callabl
         complaints = [f"{type(exc).__name__}: {exc}"]
     finally:
         place.world.end()
-    return Result(place.case.name, kind, where, tuple(complaints), time.monotonic() - started, was_seen, leftovers)
+    return Result(
+        place.case.name,
+        kind,
+        where,
+        tuple(complaints),
+        time.monotonic() - started,
+        was_seen,
+        leftovers,
+    )
 
 
-def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, with_uv_cache: bool) -> Result:
+def power_cut(
+    place: Place, shim: preload.Preload, limit: int, *, seed: int, with_uv_cache: bool
+) -> Result:
     """The machine stops at a call; what was not synced by then is damaged; the verb runs again."""
     began: list[int] = []
     stood: dict[int, int] = {}
@@ -192,7 +250,9 @@ def power_cut(place: Place, shim: preload.Preload, limit: int, *, seed: int, wit
     def damage() -> None:
         parts = ("clone", "cache", "uv-cache") if with_uv_cache else ("clone", "cache")
         draw = random.Random(f"{seed} {limit}")
-        damaged = power.cut(parts, place.world.folder, place.kept, shim, stood=stood, began_ns=began[0], draw=draw)
+        damaged = power.cut(
+            parts, place.world.folder, place.kept, shim, stood=stood, began_ns=began[0], draw=draw
+        )
         (place.world.folder / "damaged").write_text("\n".join(damaged))
 
     return judged(place, CUT_WITH_CACHE if with_uv_cache else CUT, kill, damage=damage)
@@ -204,7 +264,9 @@ def complete(place: Place) -> list[str]:
         place.case.go_on(place.world)
     except AssertionError as exc:
         return [str(exc)]
-    complaints = judge.differences(place.expected, judge.fingerprint(place.world.layout, place.world.folder / "cache"))
+    complaints = judge.differences(
+        place.expected, judge.fingerprint(place.world.layout, place.world.folder / "cache")
+    )
     try:
         place.case.check(place.world)
     except (AssertionError, RuntimeError, OSError) as exc:
@@ -213,7 +275,9 @@ def complete(place: Place) -> list[str]:
 
 
 def failed_rightly(ended: Ended, codes: Iterable[int]) -> list[str]:
-    """What is wrong with the way in which a verb reported a failure: it has a sentence, a hint, a code of the table and no traceback."""
+    """What is wrong with the way in which a verb reported a failure: it has a sentence, a hint, a
+    code of the table and no traceback.
+    """
     wrong = []
     if ended.code not in codes:
         wrong.append(f"exit {ended.code}, expected one of {sorted(codes)}: {ended.said}")
@@ -224,10 +288,14 @@ def failed_rightly(ended: Ended, codes: Iterable[int]) -> list[str]:
     return wrong
 
 
-def each(places: list[Place], work: Callable[[Place, int], Result | None], numbers: Iterable[int]) -> list[Result]:
-    """Do the work for every number, side by side on the places given, until enough of them fail or the time given is over.
+def each(
+    places: list[Place], work: Callable[[Place, int], Result | None], numbers: Iterable[int]
+) -> list[Result]:
+    """Do the work for every number, side by side on the places given, until enough of them fail or
+    the time given is over.
 
-    Each place takes the next few numbers: what comes of neighbours is often the same state, and that is run once by a place.
+    Each place takes the next few numbers: what comes of neighbours is often the same state, and
+    that is run once by a place.
     """
     left = list(numbers)
     size = max(1, min(CHUNK, len(left) // (4 * len(places))))
@@ -255,14 +323,19 @@ def each(places: list[Place], work: Callable[[Place, int], Result | None], numbe
         futures = [pool.submit(worker, place) for place in places]
         while wait(futures, timeout=SAY_EVERY_S).not_done:
             last = f", {results[-1].kind}" if results else ""
-            ledger.say(f"{places[0].case.name}{last}: {len(results)} of {len(left)}, {failed(tuple(results))} failed, {time.monotonic() - started:.0f} s")
+            ledger.say(
+                f"{places[0].case.name}{last}: {len(results)} of {len(left)},"
+                f" {failed(tuple(results))} failed, {time.monotonic() - started:.0f} s"
+            )
         for future in futures:
             future.result()
     return results
 
 
 def _state(world: World) -> str:
-    """The content of everything that the next run may look at, so that equal states are run once. Names drawn at random count as equal."""
+    """The content of everything that the next run may look at, so that equal states are run once.
+    Names drawn at random count as equal.
+    """
     digest = hashlib.sha256()
     for part in ("clone", "cache"):
         for place, folders, names in os.walk(world.folder / part):

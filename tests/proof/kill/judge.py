@@ -1,4 +1,6 @@
-"""What a clone is, down to each file, so that two runs can be compared; and what may not be left of the first of them."""
+"""What a clone is, down to each file, so that two runs can be compared; and what may not be left of
+the first of them.
+"""
 
 import contextlib
 import hashlib
@@ -14,15 +16,20 @@ from workspace.core.paths import Layout
 from workspace.repo.series import LEFT_REF
 
 STRAY_S = 15.0
-# Of a fetch that was ended the whole history is asked for, should it have been the server that refuses a partial clone.
-_HOW_MUCH = re.compile(r"core\.repositoryformatversion|extensions\.|remote\.origin\.(promisor|partialclonefilter)")
+# Of a fetch that was ended the whole history is asked for, should it have been the server that
+# refuses a partial clone.
+_HOW_MUCH = re.compile(
+    r"core\.repositoryformatversion|extensions\.|remote\.origin\.(promisor|partialclonefilter)"
+)
 Fingerprint = Mapping[str, str]
 
-# What units cost is written down when some were compiled: after a kill that may be with the next edit.
-# Of git's objects, a loose one that was begun is git's to prune; a half pack would not be small. Nobody takes a dated name again;
-# the lock of a good state's name goes when that is recorded next.
-# Whose presence counts, not what is in it: times, process numbers, caches and logs of git's own.
-# Of a good state, its record has the time and its list of packages is proven by the stamp; the other environment is as the one in use.
+# What units cost is written down when some were compiled: after a kill that may be with the next
+# edit. Of git's objects, a loose one that was begun is git's to prune; a half pack would not be
+# small. Nobody takes a dated name again; the lock of a good state's name goes when that is recorded
+# next.
+# Whose presence counts, not what is in it: times, process numbers, caches and logs of git's own. Of
+# a good state, its record has the time and its list of packages is proven by the stamp; the other
+# environment is as the one in use.
 _NAMES_ONLY = re.compile(
     r"(.*/)?\.git/.*|\.workspace/(lock|smoke\.json|good/[^/]+/good\.json)|(\.vllm|\.workspace/good/[^/]+/environment)/(\.lock|pyvenv\.cfg)"
     r"|.*/(RECORD|uv_cache\.json|REQUESTED)"
@@ -34,7 +41,8 @@ _IGNORED = re.compile(
     r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)|cache/\.?compile-costs-.*"
     r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/\w+\.json"
 )
-# What is kept aside bears the time of day, and what was left by a run that was killed is kept beside what the next one left.
+# What is kept aside bears the time of day, and what was left by a run that was killed is kept
+# beside what the next one left.
 _TIME = re.compile(r"\d{8}T\d{6}Z")
 _DATED_REF = re.compile(r"refs/(left|good)/")
 
@@ -54,7 +62,10 @@ def fingerprint(layout: Layout, cache: Path | None = None) -> Fingerprint:
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(layout.stamp(name).read_text())
             record["outcome"].pop("seconds", None)
-            found |= {f"stamp {name} {key}": json.dumps(record[key], sort_keys=True) for key in ("inputs", "packages", "libraries", "outcome")}
+            found |= {
+                f"stamp {name} {key}": json.dumps(record[key], sort_keys=True)
+                for key in ("inputs", "packages", "libraries", "outcome")
+            }
     for name, folder in (("clone", layout.root), ("vllm", layout.vllm)):
         if (folder / ".git").exists():
             found |= _repository(name, folder)
@@ -76,17 +87,40 @@ def _repository(name: str, folder: Path) -> dict[str, str]:
         f"{name} HEAD": git(folder, "rev-parse", "HEAD", "HEAD^{tree}"),
         f"{name} branch": git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
         f"{name} refs": _references(folder),
-        f"{name} status": git(folder, "-c", "core.fsmonitor=false", "status", "--porcelain", "--untracked-files=all"),
-        f"{name} settings": "\n".join(sorted(line for line in git(folder, "config", "--local", "--list").splitlines() if not _HOW_MUCH.match(line))),
-        f"{name} fsck": git(folder, "fsck", "--no-dangling", "--no-progress", "--connectivity-only"),
+        f"{name} status": git(
+            folder, "-c", "core.fsmonitor=false", "status", "--porcelain", "--untracked-files=all"
+        ),
+        f"{name} settings": "\n".join(
+            sorted(
+                line
+                for line in git(folder, "config", "--local", "--list").splitlines()
+                if not _HOW_MUCH.match(line)
+            )
+        ),
+        f"{name} fsck": git(
+            folder, "fsck", "--no-dangling", "--no-progress", "--connectivity-only"
+        ),
     }
 
 
 def _references(folder: Path) -> str:
-    """Every reference with what it names; of a commit that is made anew each time, its tree. What was kept on giving up is extra."""
-    lines = (line.split() for line in git(folder, "for-each-ref", "--format=%(refname) %(objectname) %(tree)").splitlines())
+    """Every reference with what it names; of a commit that is made anew each time, its tree. What
+    was kept on giving up is extra.
+    """
+    lines = (
+        line.split()
+        for line in git(
+            folder, "for-each-ref", "--format=%(refname) %(objectname) %(tree)"
+        ).splitlines()
+    )
     return "\n".join(
-        sorted({f"{_TIME.sub('TIME', name)} {tree[0] if tree and _DATED_REF.match(name) else oid}" for name, oid, *tree in lines if name != LEFT_REF})
+        sorted(
+            {
+                f"{_TIME.sub('TIME', name)} {tree[0] if tree and _DATED_REF.match(name) else oid}"
+                for name, oid, *tree in lines
+                if name != LEFT_REF
+            }
+        )
     )
 
 
@@ -95,12 +129,17 @@ def differences(expected: Fingerprint, found: Fingerprint) -> list[str]:
     lines = []
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            lines.append(f"{name}: expected {expected.get(name, 'nothing')!r:.160}, found {found.get(name, 'nothing')!r:.160}")
+            lines.append(
+                f"{name}: expected {expected.get(name, 'nothing')!r:.160}, found"
+                f" {found.get(name, 'nothing')!r:.160}"
+            )
     return lines
 
 
 def await_no_stray(mark: str) -> tuple[float, list[str]]:
-    """Wait until nothing lives that has `NAME=text` in its environment; return the seconds that it took and what still does."""
+    """Wait until nothing lives that has `NAME=text` in its environment; return the seconds that it
+    took and what still does.
+    """
     started = time.monotonic()
     while living := strays(mark):
         if time.monotonic() - started > STRAY_S:
@@ -110,12 +149,17 @@ def await_no_stray(mark: str) -> tuple[float, list[str]]:
 
 
 def strays(mark: str) -> list[str]:
-    """Processes that have the mark in their environment (proc_pid_environ(5)); the dead have none."""
+    """Processes that have the mark in their environment (proc_pid_environ(5)); the dead have
+    none.
+    """
     wanted = f"{mark}\0".encode()
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 if wanted in Path(f"/proc/{entry}/environ").read_bytes():
-                    found.append(f"{entry} {Path(f'/proc/{entry}/cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:200]}")
+                    found.append(
+                        f"{entry}"
+                        f" {Path(f'/proc/{entry}/cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:200]}"
+                    )
     return found

@@ -1,7 +1,9 @@
-"""Runs a door and ends its process with SIGKILL at the k-th changing call that the process itself makes.
+"""Runs a door and ends its process with SIGKILL at the k-th changing call that the process itself
+makes.
 
-`python launcher.py LOG K DELAY_S … tasks.py WORD…`: calls are counted by an audit hook and written to LOG. K of 0 only counts.
-DELAY_S of `before` kills before the call; a number lets a program start, and kills so many seconds after it did.
+`python launcher.py LOG K DELAY_S … tasks.py WORD…`: calls are counted by an audit hook and written
+to LOG. K of 0 only counts. DELAY_S of `before` kills before the call; a number lets a program
+start, and kills so many seconds after it did.
 """
 
 import contextlib
@@ -13,7 +15,18 @@ import threading
 import time
 
 CHANGING = {
-    *("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime"),
+    *(
+        "os.rename",
+        "os.remove",
+        "os.mkdir",
+        "os.rmdir",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.chmod",
+        "os.chown",
+        "os.utime",
+    ),
     *("shutil.rmtree", "shutil.move", "shutil.copyfile", "subprocess.Popen"),
 }
 STARTED_WITHIN_S = 5.0
@@ -35,14 +48,20 @@ class Counter:
         if self.count == self.limit and self.delay == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.count == self.limit:
-            threading.Thread(target=kill_after_start, args=(float(self.delay), children()), daemon=True).start()
+            threading.Thread(
+                target=kill_after_start, args=(float(self.delay), children()), daemon=True
+            ).start()
 
     def is_changing(self, event: str, arguments: tuple[object, ...]) -> bool:
         if event == "open":
             name, flags = str(arguments[0]), arguments[2]
             # A world may well lie in /dev/shm; what else is below these is no file.
             is_file = name.startswith("/dev/shm/") or not name.startswith(("/dev/", "/proc/"))
-            return is_file and isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+            return (
+                is_file
+                and isinstance(flags, int)
+                and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+            )
         return event in CHANGING
 
 

@@ -1,4 +1,6 @@
-"""The verbs on patches and pins, each from a state in which it has something to do, and what a user types after it was killed."""
+"""The verbs on patches and pins, each from a state in which it has something to do, and what a user
+types after it was killed.
+"""
 
 import hashlib
 import json
@@ -22,11 +24,25 @@ STATUS = "\n\nUpstream-Status: Pending"
 def mine(world: World) -> Mapping[str, str]:
     """Digests of what no verb may touch."""
     top = world.folder
-    kept = (".env", "notes.txt", "requirements/tools.in", "later.mbox", "patches/vllm/later.patch", "vendor/vllm/new.txt", "vendor/vllm/vllm/envs.py")
-    files = {f"clone/{name}": top / "clone" / name for name in kept} | {"cache/mine.txt": top / "cache" / "mine.txt"}
+    kept = (
+        ".env",
+        "notes.txt",
+        "requirements/tools.in",
+        "later.mbox",
+        "patches/vllm/later.patch",
+        "vendor/vllm/new.txt",
+        "vendor/vllm/vllm/envs.py",
+    )
+    files = {f"clone/{name}": top / "clone" / name for name in kept} | {
+        "cache/mine.txt": top / "cache" / "mine.txt"
+    }
     if not git(world.layout.vllm, "status", "--porcelain", "vllm/envs.py"):
         del files["clone/vendor/vllm/vllm/envs.py"]
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.exists()}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
+        if path.exists()
+    }
 
 
 def both(world: World) -> dict[str, Path]:
@@ -37,8 +53,14 @@ def remember(world: World) -> None:
     """Write down what the user has: files, branches, every commit that anything leads to."""
     record = {
         "files": mine(world),
-        "branches": {name: git(folder, "for-each-ref", "refs/heads", "refs/tags") for name, folder in both(world).items()},
-        "commits": {name: git(folder, "rev-list", "--all", "HEAD").split() for name, folder in both(world).items()},
+        "branches": {
+            name: git(folder, "for-each-ref", "refs/heads", "refs/tags")
+            for name, folder in both(world).items()
+        },
+        "commits": {
+            name: git(folder, "rev-list", "--all", "HEAD").split()
+            for name, folder in both(world).items()
+        },
         "here": {name: commits(folder) for name, folder in both(world).items()},
     }
     (world.folder / "before.json").write_text(json.dumps(record))
@@ -46,15 +68,18 @@ def remember(world: World) -> None:
 
 def commits(folder: Path) -> list[str]:
     """Every commit among the objects, be it reachable or not."""
-    lines = git(folder, "cat-file", "--batch-all-objects", "--batch-check=%(objectname) %(objecttype)").splitlines()
+    lines = git(
+        folder, "cat-file", "--batch-all-objects", "--batch-check=%(objectname) %(objecttype)"
+    ).splitlines()
     return [line.split()[0] for line in lines if line.endswith(" commit")]
 
 
 def check_remembered(world: World) -> None:
     """No file, branch, or commit of the user's is gone, and none that the verb made is lost.
 
-    What refs/patches named before is found by its reflog. Lost is no commit whose very tree another one keeps: patches are put on
-    aside first, without the trailer that `patch.import` adds, and what was to be kept under a name with the time in it is kept anew.
+    What refs/patches named before is found by its reflog. Lost is no commit whose very tree another
+    one keeps: patches are put on aside first, without the trailer that `patch.import` adds, and
+    what was to be kept under a name with the time in it is kept anew.
     """
     before = json.loads((world.folder / "before.json").read_text())
     assert mine(world) == before["files"]
@@ -129,7 +154,9 @@ def mail(world: World) -> None:
 
 
 def resolved_conflict(world: World) -> None:
-    """Three patches, of which the second does not apply to what the first makes; the user has resolved that."""
+    """Three patches, of which the second does not apply to what the first makes; the user has
+    resolved that.
+    """
     with_work(world)
     base, setup = world.materials.archive_commit, world.layout.vllm / "setup.py"
     line = LINE.replace("_AVX512", "")
@@ -139,7 +166,9 @@ def resolved_conflict(world: World) -> None:
     commit(world, "The third one", "vllm/three.py", "THREE = 3\n")
     series = world.layout.patches("vllm") / "series"
     for number, name in ((1, "Take-AMX"), (0, "The-third-one")):
-        (series.parent / f"{name}.patch").write_text(world.git("format-patch", "--stdout", "--keep-subject", "-1", f"HEAD~{number}") + "\n")
+        (series.parent / f"{name}.patch").write_text(
+            world.git("format-patch", "--stdout", "--keep-subject", "-1", f"HEAD~{number}") + "\n"
+        )
         series.write_text(series.read_text() + f"{name}.patch\n")
     world.git("branch", "made-here")
     world.git("checkout", "--quiet", "--detach", base)
@@ -157,7 +186,13 @@ def resolve(world: World) -> None:
 def take_both_sides(file: Path) -> None:
     """Take git's marks of a conflict out of a file."""
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(line for line in lines if not line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||"))))
+    file.write_text(
+        "".join(
+            line
+            for line in lines
+            if not line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||"))
+        )
+    )
 
 
 def small_good(world: World) -> None:
@@ -184,7 +219,9 @@ def bumped(world: World) -> None:
 
 
 def to_be_bumped_into_a_conflict(world: World) -> None:
-    """Three patches, of which the second does not apply to the release after the next; with a new file before it, and one that builds on it."""
+    """Three patches, of which the second does not apply to the release after the next; with a new
+    file before it, and one that builds on it.
+    """
     small_good(world)
     releases.make(world.materials).publish(world, CONFLICT)
     tip, setup, line = world.git("rev-parse", "HEAD"), world.layout.vllm / "setup.py", LINE
@@ -239,9 +276,11 @@ def again_import(world: World) -> None:
 
 
 def again_continue(world: World) -> None:
-    """Go on while something is under way, by what is hinted at, then make patches of what came of it.
+    """Go on while something is under way, by what is hinted at, then make patches of what came of
+    it.
 
-    An `am` that was killed between two patches is begun anew, and its conflict resolved a second time; what lay there is kept.
+    An `am` that was killed between two patches is begun anew, and its conflict resolved a second
+    time; what lay there is kept.
     """
     for _ in range(MOST_COMMANDS):
         if stack(world)[0] == "unapplied":
@@ -252,15 +291,22 @@ def again_continue(world: World) -> None:
             break
         assert ended.code in (3, 4), ended.said
         # One whose commit was made already has nothing more to change.
-        typed(world, "patch.continue", "--skip" if "--skip    where that is right" in ended.err else "--abort")
+        typed(
+            world,
+            "patch.continue",
+            "--skip" if "--skip    where that is right" in ended.err else "--abort",
+        )
     typed(world, "patch.export")
     state, subjects = stack(world)
     assert state == "applied"
     assert {"Take AMX", "The third one"} < subjects, subjects
 
 
-def lead_on(world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[World], None] | None = None) -> None:
-    """What `inv pin`, then `inv status` say is next, until the pin is at `tag`, all is built, and the state is recorded as good.
+def lead_on(
+    world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[World], None] | None = None
+) -> None:
+    """What `inv pin`, then `inv status` say is next, until the pin is at `tag`, all is built, and
+    the state is recorded as good.
 
     A conflict on the way is mended, and is a failure where nobody is to.
     """
@@ -271,7 +317,10 @@ def lead_on(world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[Wo
         names = {row["name"] for row in rows}
         if "back" in names:
             typed(world, "pin.rollback")
-        elif "bump" in names or next(row["facts"]["tag"] for row in rows if row["name"] == "pin") != tag:
+        elif (
+            "bump" in names
+            or next(row["facts"]["tag"] for row in rows if row["name"] == "pin") != tag
+        ):
             ended = world.run(*(("patch.continue",) if "bump" in names else verb))
             assert "Traceback" not in ended.err, ended.said
             if ended.code == 4 and mend:
@@ -280,7 +329,12 @@ def lead_on(world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[Wo
                 assert ended.code == 0, ended.said
         elif any(state != "ok" for name, state in world.status().items() if name in ROWS):
             typed(world, "bootstrap")
-        elif not any(row["name"] == "good" and row["facts"]["current"] for row in rows if row["facts"]) or world.status()["smoke"] != "ok":
+        elif (
+            not any(
+                row["name"] == "good" and row["facts"]["current"] for row in rows if row["facts"]
+            )
+            or world.status()["smoke"] != "ok"
+        ):
             ended = smoke(world)
             assert ended.code == 0, ended.said
         else:
@@ -307,13 +361,63 @@ def again_back(world: World) -> None:
 
 
 MOVES = (
-    KillCase("patch.apply of a series taken off", off, ("patch.apply",), check_remembered, full_from=""),
-    KillCase("patch.unapply beside work", applied, ("patch.unapply",), check_remembered, full_from=""),
-    KillCase("patch.export of two, one dropped", two_new_one_dropped, ("patch.export",), check_remembered, full_from=""),
-    KillCase("patch.import of a mail", mail, ("patch.import", "clone/later.mbox"), check_remembered, again_import, full_from=""),
-    KillCase("patch.continue of a resolved am", resolved_conflict, ("patch.continue",), check_remembered, again_continue, full_from=""),
-    KillCase("pin.bump to the next release", to_be_bumped, ("pin.bump", f"v{CLEAN}"), check_remembered, again_bump),
-    KillCase("pin.rollback after a bump", bumped, ("pin.rollback",), check_remembered, again_back, full_from=""),
-    KillCase("pin.bump into a conflict", to_be_bumped_into_a_conflict, ("pin.bump", f"v{CONFLICT}"), check_remembered, again_conflict, code=4),
-    KillCase("patch.continue of a bump", resolved_in_the_workshop, ("patch.continue",), check_remembered, again_resolved),
+    KillCase(
+        "patch.apply of a series taken off", off, ("patch.apply",), check_remembered, full_from=""
+    ),
+    KillCase(
+        "patch.unapply beside work", applied, ("patch.unapply",), check_remembered, full_from=""
+    ),
+    KillCase(
+        "patch.export of two, one dropped",
+        two_new_one_dropped,
+        ("patch.export",),
+        check_remembered,
+        full_from="",
+    ),
+    KillCase(
+        "patch.import of a mail",
+        mail,
+        ("patch.import", "clone/later.mbox"),
+        check_remembered,
+        again_import,
+        full_from="",
+    ),
+    KillCase(
+        "patch.continue of a resolved am",
+        resolved_conflict,
+        ("patch.continue",),
+        check_remembered,
+        again_continue,
+        full_from="",
+    ),
+    KillCase(
+        "pin.bump to the next release",
+        to_be_bumped,
+        ("pin.bump", f"v{CLEAN}"),
+        check_remembered,
+        again_bump,
+    ),
+    KillCase(
+        "pin.rollback after a bump",
+        bumped,
+        ("pin.rollback",),
+        check_remembered,
+        again_back,
+        full_from="",
+    ),
+    KillCase(
+        "pin.bump into a conflict",
+        to_be_bumped_into_a_conflict,
+        ("pin.bump", f"v{CONFLICT}"),
+        check_remembered,
+        again_conflict,
+        code=4,
+    ),
+    KillCase(
+        "patch.continue of a bump",
+        resolved_in_the_workshop,
+        ("patch.continue",),
+        check_remembered,
+        again_resolved,
+    ),
 )

@@ -1,7 +1,9 @@
-"""What a power cut leaves of a world whose processes have all just died: only what was synced is sure to be there.
+"""What a power cut leaves of a world whose processes have all just died: only what was synced is
+sure to be there.
 
-A file whose content is newer than the last sync comes back empty, cut short, whole or not at all; one that is older and was only
-linked or renamed since comes back or does not. One that was only given another time or mode stays, and so does what is older than the run.
+A file whose content is newer than the last sync comes back empty, cut short, whole or not at all;
+one that is older and was only linked or renamed since comes back or does not. One that was only
+given another time or mode stays, and so does what is older than the run.
 """
 
 import filecmp
@@ -19,15 +21,30 @@ TICK_NS = 10_000_000
 
 def standing(parts: Sequence[str], folder: Path) -> dict[int, int]:
     """Every file that there is, by its inode, with the time of its content in ns."""
-    return {found.st_ino: found.st_mtime_ns for path in _files(parts, folder) if stat.S_ISREG((found := path.lstat()).st_mode)}
+    return {
+        found.st_ino: found.st_mtime_ns
+        for path in _files(parts, folder)
+        if stat.S_ISREG((found := path.lstat()).st_mode)
+    }
 
 
-def cut(parts: Sequence[str], folder: Path, before: Path, shim: Preload, *, stood: Mapping[int, int], began_ns: int, draw: random.Random) -> list[str]:
-    """Damage what was written since `began_ns` below the parts of `folder` and not synced; return a line for each such file.
+def cut(
+    parts: Sequence[str],
+    folder: Path,
+    before: Path,
+    shim: Preload,
+    *,
+    stood: Mapping[int, int],
+    began_ns: int,
+    draw: random.Random,
+) -> list[str]:
+    """Damage what was written since `began_ns` below the parts of `folder` and not synced; return a
+    line for each such file.
 
-    `before` holds the parts as they were: a file whose content is still that of then was at most touched, and so was one that nobody has
-    opened or named since the sync: git touches an object that it need not write. What `stood` then may lie under another name now, moved
-    or linked: that name may be lost, not the content.
+    `before` holds the parts as they were: a file whose content is still that of then was at most
+    touched, and so was one that nobody has opened or named since the sync: git touches an object
+    that it need not write. What `stood` then may lie under another name now, moved or linked: that
+    name may be lost, not the content.
     """
     syncs, named, opened = shim.syncs(), shim.last("rename", "link"), shim.last("open")
     whole_ns = max((sync.at_ns for sync in syncs if sync.inode is None), default=began_ns)

@@ -1,4 +1,6 @@
-"""The C side of the harness: built once, then laid under a verb and everything that it starts. See shim.c."""
+"""The C side of the harness: built once, then laid under a verb and everything that it starts. See
+shim.c.
+"""
 
 import shutil
 import struct
@@ -13,7 +15,9 @@ EVERYTHING, ONE_CHILD, THE_VERB = 0, 1, 2
 
 @dataclass(frozen=True)
 class Sync:
-    """A point in time, in ns of the file system's clock, up to which `inode`, or None for everything, is on the disk."""
+    """A point in time, in ns of the file system's clock, up to which `inode`, or None for
+    everything, is on the disk.
+    """
 
     at_ns: int
     inode: int | None
@@ -30,10 +34,16 @@ class Preload:
         return self.folder / "calls"
 
     def environment(self, *, limit: int = 0, mode: int = EVERYTHING) -> dict[str, str]:
-        """Reset the count, and return the variables under which a verb is counted, and ended at call `limit` where that is not 0."""
+        """Reset the count, and return the variables under which a verb is counted, and ended at
+        call `limit` where that is not 0.
+        """
         (self.folder / "state").write_bytes(_STATE.pack(0, limit, mode, 0, 0))
         self.log.write_bytes(b"")
-        return {"LD_PRELOAD": str(self.folder / "shim.so"), "KILL_STATE": str(self.folder / "state"), "KILL_LOG": str(self.log)}
+        return {
+            "LD_PRELOAD": str(self.folder / "shim.so"),
+            "KILL_STATE": str(self.folder / "state"),
+            "KILL_LOG": str(self.log),
+        }
 
     @property
     def count(self) -> int:
@@ -42,7 +52,10 @@ class Preload:
 
     def call(self, number: int) -> str:
         """What the numbered call was."""
-        return next((line.split(" ", 3)[3] for line in self._lines() if line.startswith(f"{number} ")), "none")
+        return next(
+            (line.split(" ", 3)[3] for line in self._lines() if line.startswith(f"{number} ")),
+            "none",
+        )
 
     def syncs(self) -> list[Sync]:
         found = []
@@ -53,7 +66,9 @@ class Preload:
         return found
 
     def last(self, *kinds: str) -> dict[str, int]:
-        """When a file of each name was last subject to a call of these kinds, in ns; folders are left out, for git names paths from where it stands."""
+        """When a file of each name was last subject to a call of these kinds, in ns; folders are
+        left out, for git names paths from where it stands.
+        """
         found: dict[str, int] = {}
         for line in self._lines():
             _, at_ns, _, what, path = line.split(" ", 4)
@@ -72,7 +87,9 @@ def build(folder: Path) -> Path | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "shim.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", str(SOURCE), "-o", str(made), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", str(SOURCE), "-o", str(made), "-ldl"], check=True
+    )
     return made
 
 

@@ -1,6 +1,8 @@
-"""The same on the real tree: a clone of this workspace, bootstrapped, whose bootstrap is ended at random moments by random signals.
+"""The same on the real tree: a clone of this workspace, bootstrapped, whose bootstrap is ended at
+random moments by random signals.
 
-`python -m tests.proof.kill.real --seed N --times N [--folder DIR]`. Needs the network or warm caches, and some 3 GB of disk.
+`python -m tests.proof.kill.real --seed N --times N [--folder DIR]`. Needs the network or warm
+caches, and some 3 GB of disk.
 """
 
 import argparse
@@ -37,10 +39,25 @@ class Clone:
     def start(self) -> "subprocess.Popen[bytes]":
         with (self.layout.root.parent / "said").open("wb") as said:
             argv = [self.layout.root / "scripts" / "inv", *self.words]
-            return subprocess.Popen(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+            return subprocess.Popen(
+                argv,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
 
-    def end(self, child: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGKILL, *, is_all: bool = False) -> tuple[int, float]:
-        """Send the verb a signal, or SIGKILL to everything; return its code and the seconds until nothing of it lived. No stray, no traceback."""
+    def end(
+        self,
+        child: "subprocess.Popen[bytes]",
+        number: signal.Signals = signal.SIGKILL,
+        *,
+        is_all: bool = False,
+    ) -> tuple[int, float]:
+        """Send the verb a signal, or SIGKILL to everything; return its code and the seconds until
+        nothing of it lived. No stray, no traceback.
+        """
         for entry in judge.strays(self.mark) if is_all else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(entry.split()[0]), signal.SIGKILL)
@@ -60,19 +77,37 @@ class Clone:
         return (self.layout.root.parent / "said").read_text(errors="replace")
 
     def step(self) -> str:
-        """The step that was running: the last one that the log names, or what came before there was a log of this run."""
+        """The step that was running: the last one that the log names, or what came before there was
+        a log of this run.
+        """
         if "due:" not in self.said:
             return "tools" if "preparing" in self.said else "looking"
-        done = [line.split()[1] for line in self.said.splitlines() if line.startswith(("done ", "skipped "))]
+        done = [
+            line.split()[1]
+            for line in self.said.splitlines()
+            if line.startswith(("done ", "skipped "))
+        ]
         due = self.said.split("due:", 1)[1].splitlines()[0].replace(",", " ").split()
-        return next((name for name in due if name not in done), "closing") if "preflight" in done else "preflight"
+        return (
+            next((name for name in due if name not in done), "closing")
+            if "preflight" in done
+            else "preflight"
+        )
 
 
 def make_clone(folder: Path) -> Clone:
-    """Copy the working tree, tracked or not, but nothing that was built; commit it with its submodule entry."""
+    """Copy the working tree, tracked or not, but nothing that was built; commit it with its
+    submodule entry.
+    """
     root = folder / "clone"
     root.mkdir(parents=True)
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +171,11 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
         begin(clone.layout)
         whole_s[name] = _complete(clone)
         wrong = judge.differences(expected, judge.fingerprint(clone.layout))
-        print(f"undisturbed from {name}: {whole_s[name]:.1f} s{''.join(f'  DIFFERS {line}' for line in wrong)}", flush=True)
+        print(
+            f"undisturbed from {name}: {whole_s[name]:.1f}"
+            f" s{''.join(f'  DIFFERS {line}' for line in wrong)}",
+            flush=True,
+        )
     failures, number, struck = 0, -1, 0
     while struck < times:
         number += 1
@@ -149,7 +188,10 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
             step, code, quiet_s = _disturb(clone, kind, after_s)
             if code == 0:
                 # The verb was faster than the run that the moments are drawn from.
-                print(f"late {number:3}  from {name:18}{kind:20} at {after_s:5.1f} s: it had ended", flush=True)
+                print(
+                    f"late {number:3}  from {name:18}{kind:20} at {after_s:5.1f} s: it had ended",
+                    flush=True,
+                )
                 continue
             seconds = _complete(clone)
             wrong = judge.differences(expected, judge.fingerprint(clone.layout))
@@ -159,7 +201,10 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
         verdict = "ok" if not wrong else "FAIL"
         failures += bool(wrong)
         ended = f"{kind:20} at {after_s:5.1f} s in {step:13} exit {code:4}"
-        print(f"{verdict:5}{number:3}  from {name:18}{ended}, quiet after {quiet_s:4.1f} s, completed in {seconds:5.1f} s")
+        print(
+            f"{verdict:5}{number:3}  from {name:18}{ended}, quiet after {quiet_s:4.1f} s, completed"
+            f" in {seconds:5.1f} s"
+        )
         print("".join(f"      {line}\n" for line in wrong[:8]), end="", flush=True)
     print(f"{times} kills, {failures} not completed rightly, seed {seed}", flush=True)
     return failures

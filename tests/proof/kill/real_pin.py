@@ -1,7 +1,9 @@
-"""pin.bump and pin.rollback, killed again and again on their way through the real tree, beside a file and a branch of the user's.
+"""pin.bump and pin.rollback, killed again and again on their way through the real tree, beside a
+file and a branch of the user's.
 
-One bump to the next release and two returns are killed at moments drawn in each of their steps, and every time taken up again by what
-`inv` says is next. What comes of it is held against a bump that nothing disturbed. Needs the network or warm caches, and 8 GB of disk.
+One bump to the next release and two returns are killed at moments drawn in each of their steps, and
+every time taken up again by what `inv` says is next. What comes of it is held against a bump that
+nothing disturbed. Needs the network or warm caches, and 8 GB of disk.
 """
 
 import contextlib
@@ -24,28 +26,70 @@ LIMIT_S = 1200.0
 MOST_COMMANDS = 12
 POLL_S = 0.002
 PATH = "vllm/utils/cpu_triton_utils.py"
-# On a CPU the next release dies at its first token: its smoke is red until this is mended in the workshop.
+# On a CPU the next release dies at its first token: its smoke is red until this is mended in the
+# workshop.
 MEND = (
     ("    block_size: int,\n", ""),
-    ("    KV_CACHE_BLOCK_SIZE: int | None = None,\n    BLOCKS_PER_KV_BLOCK: int = 1,\n", "    KV_CACHE_BLOCK_SIZE: int,\n"),
-    ("    if BLOCKS_PER_KV_BLOCK != 1:\n        assert block_size * BLOCKS_PER_KV_BLOCK == KV_CACHE_BLOCK_SIZE\n", ""),
+    (
+        "    KV_CACHE_BLOCK_SIZE: int | None = None,\n    BLOCKS_PER_KV_BLOCK: int = 1,\n",
+        "    KV_CACHE_BLOCK_SIZE: int,\n",
+    ),
+    (
+        (
+            "    if BLOCKS_PER_KV_BLOCK != 1:\n        assert block_size * BLOCKS_PER_KV_BLOCK =="
+            " KV_CACHE_BLOCK_SIZE\n"
+        ),
+        "",
+    ),
     ("        block_size,\n    )", "        KV_CACHE_BLOCK_SIZE,\n    )"),
 )
 EDITS = {
-    "Say in the log who speaks": ("vllm/logger.py", '"""Logging configuration for vLLM."""', '"""Logging configuration for vLLM, with local patches."""'),
+    "Say in the log who speaks": (
+        "vllm/logger.py",
+        '"""Logging configuration for vLLM."""',
+        '"""Logging configuration for vLLM, with local patches."""',
+    ),
     "Widen mcp": ("requirements/common.txt", "mcp >= 2.0.0, < 3.0.0", "mcp >= 1.0.0, < 4.0.0"),
 }
-# Step, as the lock says it, and the seconds after its begin within which a kill is drawn. In the order in which they come.
+# Step, as the lock says it, and the seconds after its begin within which a kill is drawn. In the
+# order in which they come.
 BUMP: tuple[tuple[str, float], ...] = (
-    *(("", 1.5), ("upstream", 1.0), ("fetch", 0.3), ("patches", 0.3), ("python", 0.5), ("torch", 6.0), ("requirements", 8.0), ("accelerators", 2.0)),
-    *(("install", 4.0), ("verify", 4.0), ("tiny model", 10.0), ("tiny model", 10.0), ("promote", 0.2), ("promote", 0.6), ("promote", 1.2), ("promote", 6.0)),
+    *(
+        ("", 1.5),
+        ("upstream", 1.0),
+        ("fetch", 0.3),
+        ("patches", 0.3),
+        ("python", 0.5),
+        ("torch", 6.0),
+        ("requirements", 8.0),
+        ("accelerators", 2.0),
+    ),
+    *(
+        ("install", 4.0),
+        ("verify", 4.0),
+        ("tiny model", 10.0),
+        ("tiny model", 10.0),
+        ("promote", 0.2),
+        ("promote", 0.6),
+        ("promote", 1.2),
+        ("promote", 6.0),
+    ),
 )
-BACK: tuple[tuple[str, float], ...] = (("", 1.0), ("back", 0.05), ("back", 0.3), ("back", 0.6), ("back", 1.5), ("tiny model", 10.0))
+BACK: tuple[tuple[str, float], ...] = (
+    ("", 1.0),
+    ("back", 0.05),
+    ("back", 0.3),
+    ("back", 0.6),
+    ("back", 1.5),
+    ("tiny model", 10.0),
+)
 
 
 @dataclass(frozen=True)
 class Stand:
-    """A clone whose state is good; `side` is a commit of a branch of the user's, `commits` all that a reference led to."""
+    """A clone whose state is good; `side` is a commit of a branch of the user's, `commits` all that
+    a reference led to.
+    """
 
     clone: Clone
     side: str
@@ -56,23 +100,44 @@ class Stand:
         return self.clone.layout
 
     def inv(self, *words: str, codes: tuple[int, ...] = (0,)) -> str:
-        return _ended(replace(self.clone, words=words), replace(self.clone, words=words).start(), codes)
+        return _ended(
+            replace(self.clone, words=words), replace(self.clone, words=words).start(), codes
+        )
 
     def smoke(self) -> None:
         """`nox -s smoke`: the judgement, and the record of what is good."""
         for session in ("smoke", "record-good"):
-            argv = [str(self.layout.tools / "bin" / "python"), "-m", "workspace.cli.sessions", session]
-            done = subprocess.run(argv, cwd=self.layout.root, env=self.clone.env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+            argv = [
+                str(self.layout.tools / "bin" / "python"),
+                "-m",
+                "workspace.cli.sessions",
+                session,
+            ]
+            done = subprocess.run(
+                argv,
+                cwd=self.layout.root,
+                env=self.clone.env,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+                check=False,
+            )
             assert done.returncode == 0, f"{session}: exit {done.returncode}: {done.stderr}"
 
     def rows(self) -> list[dict]:
         child = subprocess.run(
-            [self.layout.root / "scripts" / "inv", "pin.show", "--json", "--offline"], env=self.clone.env, capture_output=True, timeout=60, check=True
+            [self.layout.root / "scripts" / "inv", "pin.show", "--json", "--offline"],
+            env=self.clone.env,
+            capture_output=True,
+            timeout=60,
+            check=True,
         )
         return json.loads(child.stdout)["rows"]
 
     def check(self) -> None:
-        """Everything that is the user's is there, every commit is whole, and none that a reference led to is lost."""
+        """Everything that is the user's is there, every commit is whole, and none that a reference
+        led to is lost.
+        """
         vllm = self.layout.vllm
         assert (vllm / "mine.txt").read_text() == "mine\n"
         assert (vllm / "vllm" / "mine.log").read_text() == "mine\n"
@@ -103,7 +168,14 @@ def make_stand(folder: Path) -> Stand:
     git(layout.vllm, "config", "user.email", "me@localhost")
     for subject, (path, old, new) in EDITS.items():
         edit(layout.vllm / path, (old, new))
-        git(layout.vllm, "commit", "--quiet", "--all", "-m", f"{subject}\n\nUpstream-Status: Pending")
+        git(
+            layout.vllm,
+            "commit",
+            "--quiet",
+            "--all",
+            "-m",
+            f"{subject}\n\nUpstream-Status: Pending",
+        )
     stand.inv("patch.export")
     stand.inv("bootstrap")
     git(layout.root, "add", "patches")
@@ -124,7 +196,9 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
 
 
 def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
-    """What `inv pin` says is next, until the pin is at `tag`, is built, and its state is recorded as good."""
+    """What `inv pin` says is next, until the pin is at `tag`, is built, and its state is recorded
+    as good.
+    """
     for _ in range(MOST_COMMANDS):
         rows = stand.rows()
         names = {row["name"] for row in rows}
@@ -134,7 +208,9 @@ def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
             stand.inv(*(("patch.continue",) if "bump" in names else verb), codes=(0, 8))
             if "checks failed" in stand.clone.said:
                 mend(stand)
-        elif any(row["name"] == "good" and row["facts"].get("current") for row in rows) and _passed(stand):
+        elif any(row["name"] == "good" and row["facts"].get("current") for row in rows) and _passed(
+            stand
+        ):
             assert "nothing to do" in stand.inv("bootstrap")
             return
         else:
@@ -145,7 +221,10 @@ def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
 
 def _passed(stand: Stand) -> bool:
     said = json.loads((stand.layout.state / "smoke.json").read_text())
-    return bool(said["verdict"] == "pass" and said["tree"] == git(stand.layout.vllm, "rev-parse", "HEAD^{tree}"))
+    return bool(
+        said["verdict"] == "pass"
+        and said["tree"] == git(stand.layout.vllm, "rev-parse", "HEAD^{tree}")
+    )
 
 
 def pinned_of(rows: list[dict]) -> str:
@@ -153,18 +232,32 @@ def pinned_of(rows: list[dict]) -> str:
 
 
 def mend(stand: Stand) -> None:
-    """Commit a fix in the workshop, with the same identity and date each time, unless it is there."""
+    """Commit a fix in the workshop, with the same identity and date each time, unless it is
+    there.
+    """
     tree = Layout(stand.layout.bump_sandbox).vllm
     if MEND[0][0] not in (tree / PATH).read_text():
         return
     edit(tree / PATH, *MEND)
     who = {"NAME": "Me", "EMAIL": "me@localhost", "DATE": "2026-01-01T00:00:00Z"}
-    dated = {f"GIT_{role}_{what}": text for role in ("AUTHOR", "COMMITTER") for what, text in who.items()}
-    git(tree, "commit", "--quiet", "--all", "-m", "Take the block size that the caller passes\n\nUpstream-Status: Pending", env=dated)
+    dated = {
+        f"GIT_{role}_{what}": text for role in ("AUTHOR", "COMMITTER") for what, text in who.items()
+    }
+    git(
+        tree,
+        "commit",
+        "--quiet",
+        "--all",
+        "-m",
+        "Take the block size that the caller passes\n\nUpstream-Status: Pending",
+        env=dated,
+    )
 
 
 def doing(layout: Layout, process: int) -> str | None:
-    """The step that a verb is at by its own word in the lock, that of the workshop first; None where none is. What a killed one said stays there."""
+    """The step that a verb is at by its own word in the lock, that of the workshop first; None
+    where none is. What a killed one said stays there.
+    """
     for lock in (Layout(layout.bump_sandbox).lock, layout.lock):
         with contextlib.suppress(OSError, ValueError, KeyError):
             record = json.loads(lock.read_text())
@@ -173,8 +266,12 @@ def doing(layout: Layout, process: int) -> str | None:
     return None
 
 
-def strike(stand: Stand, verb: Sequence[str], step: str, window_s: float, draw: random.Random) -> str | None:
-    """Kill a verb at a moment drawn within a step; return how, None where it ended before. A red smoke is mended."""
+def strike(
+    stand: Stand, verb: Sequence[str], step: str, window_s: float, draw: random.Random
+) -> str | None:
+    """Kill a verb at a moment drawn within a step; return how, None where it ended before. A red
+    smoke is mended.
+    """
     after_s, is_all, layout = draw.random() * window_s, draw.random() < 0.5, stand.layout
     child = replace(stand.clone, words=tuple(verb)).start()
     while step and doing(layout, child.pid) != step and child.poll() is None:
@@ -187,7 +284,10 @@ def strike(stand: Stand, verb: Sequence[str], step: str, window_s: float, draw: 
             mend(stand)
         return None
     stand.clone.end(child, is_all=is_all)
-    return f"SIGKILL to {'all' if is_all else 'the verb'} {after_s:.2f} s into {step or 'its start'}, at {at}"
+    return (
+        f"SIGKILL to {'all' if is_all else 'the verb'} {after_s:.2f} s into {step or 'its start'},"
+        f" at {at}"
+    )
 
 
 def way_on(stand: Stand, verb: Sequence[str], tag: str, draw: random.Random) -> tuple[str, ...]:
@@ -202,8 +302,16 @@ def way_on(stand: Stand, verb: Sequence[str], tag: str, draw: random.Random) -> 
     return tuple(verb) if pinned_of(rows) != tag else ("bootstrap",)
 
 
-def round_of(stand: Stand, verb: Sequence[str], tag: str, steps: Sequence[tuple[str, float]], draw: random.Random) -> tuple[int, int]:
-    """Kill one move in each of the steps, take it up again each time, and bring it to its end; return kills and failures."""
+def round_of(
+    stand: Stand,
+    verb: Sequence[str],
+    tag: str,
+    steps: Sequence[tuple[str, float]],
+    draw: random.Random,
+) -> tuple[int, int]:
+    """Kill one move in each of the steps, take it up again each time, and bring it to its end;
+    return kills and failures.
+    """
     kills = failures = 0
     for number, (step, window_s) in enumerate(steps):
         words = way_on(stand, verb, tag, draw)
@@ -214,7 +322,11 @@ def round_of(stand: Stand, verb: Sequence[str], tag: str, steps: Sequence[tuple[
         except AssertionError as exc:
             how, failures = f"FAIL {exc}", failures + 1
         kills += how is not None
-        print(f"{number:3}  {' '.join(words):20} {how or f'had ended before {step}'}  ({time.monotonic() - started:.0f} s)", flush=True)
+        print(
+            f"{number:3}  {' '.join(words):20} {how or f'had ended before {step}'} "
+            f" ({time.monotonic() - started:.0f} s)",
+            flush=True,
+        )
     started = time.monotonic()
     try:
         lead_on(stand, tag, verb)
@@ -227,21 +339,38 @@ def round_of(stand: Stand, verb: Sequence[str], tag: str, steps: Sequence[tuple[
 
 
 def fingerprint(stand: Stand) -> dict[str, str]:
-    """What is compared: not what a return leaves under its date, nor which good states there are."""
+    """What is compared: not what a return leaves under its date, nor which good states there
+    are.
+    """
     found = dict(judge.fingerprint(stand.layout))
-    passing = (".workspace/good/", ".workspace/bump-message", ".workspace/models", ".workspace/left-")
+    passing = (
+        ".workspace/good/",
+        ".workspace/bump-message",
+        ".workspace/models",
+        ".workspace/left-",
+    )
     for name in [name for name in found if name.startswith(passing) or "/refs/" in name]:
         del found[name]
     for name in ("clone refs", "vllm refs"):
-        found[name] = "\n".join(line for line in found[name].splitlines() if not line.startswith(("refs/left/", "refs/good/", "refs/pins/", "refs/tags/")))
+        found[name] = "\n".join(
+            line
+            for line in found[name].splitlines()
+            if not line.startswith(("refs/left/", "refs/good/", "refs/pins/", "refs/tags/"))
+        )
     return found
 
 
 def prove(folder: Path, *, seed: int) -> int:
-    """Kill a bump and two returns; return how often what followed was not what an undisturbed move leads to."""
+    """Kill a bump and two returns; return how often what followed was not what an undisturbed move
+    leads to.
+    """
     started = time.monotonic()
     stand = make_stand(folder)
-    print(f"seed {seed}, the real tree with {len(EDITS) + 1} patches, bootstrapped and smoked in {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"seed {seed}, the real tree with {len(EDITS) + 1} patches, bootstrapped and smoked in"
+        f" {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     tag, bump = pinned_of(stand.rows()), ("pin.bump", NEXT)
     first = fingerprint(stand)
     draw = random.Random(f"{seed} pin")
@@ -263,9 +392,19 @@ def prove(folder: Path, *, seed: int) -> int:
     wrong = judge.differences(fingerprint(stand), second)
     print("".join(f"      {line}\n" for line in wrong[:8]), end="", flush=True)
     failures += bool(wrong)
-    print(f"{kills} kills of pin.bump, {returns} of pin.rollback, {failures} not completed rightly, seed {seed}", flush=True)
+    print(
+        f"{kills} kills of pin.bump, {returns} of pin.rollback, {failures} not completed rightly,"
+        f" seed {seed}",
+        flush=True,
+    )
     return failures
 
 
 def good_of(stand: Stand, tag: str) -> str:
-    return str(next(row["facts"]["name"] for row in stand.rows() if row["name"] == "good" and row["facts"]["tag"] == tag))
+    return str(
+        next(
+            row["facts"]["name"]
+            for row in stand.rows()
+            if row["name"] == "good" and row["facts"]["tag"] == tag
+        )
+    )

@@ -1,6 +1,8 @@
-"""The verbs of the patch stack, killed at random moments on the real tree with thirty patches, beside a file and a branch of the user's.
+"""The verbs of the patch stack, killed at random moments on the real tree with thirty patches,
+beside a file and a branch of the user's.
 
-Needs the release archive, from the cache or the network, and 0.3 GB of disk; no environment is built.
+Needs the release archive, from the cache or the network, and 0.3 GB of disk; no environment is
+built.
 """
 
 import random
@@ -24,7 +26,9 @@ MOST_COMMANDS = 6
 
 @dataclass(frozen=True)
 class Stand:
-    """A clone with the real tree and an applied, exported stack; `tip` is its last commit, `side` a commit of a branch of the user's."""
+    """A clone with the real tree and an applied, exported stack; `tip` is its last commit, `side` a
+    commit of a branch of the user's.
+    """
 
     clone: Clone
     base: str
@@ -48,7 +52,9 @@ class Stand:
         assert (self.vllm / "mine.txt").read_text() == "mine\n"
         assert (self.clone.layout.root / "notes.txt").read_text() == "mine\n"
         assert git(self.vllm, "rev-parse", "side") == self.side
-        assert git(self.vllm, "for-each-ref", "--contains", self.tip), "the stack's commits are in no reference"
+        assert git(self.vllm, "for-each-ref", "--contains", self.tip), (
+            "the stack's commits are in no reference"
+        )
         assert git(self.vllm, "status", "--porcelain") == "?? mine.txt"
         git(self.vllm, "fsck", "--connectivity-only", "--no-dangling", "--no-progress")
 
@@ -58,7 +64,9 @@ def make_stand(folder: Path) -> Stand:
     layout = clone.layout
     pin = pins.load(layout.pins).vllm
     assert pin.archive is not None
-    packed = index.fetch(pin.name, pin.archive.filename, pin.archive.sha256, settings=settings.load(layout))
+    packed = index.fetch(
+        pin.name, pin.archive.filename, pin.archive.sha256, settings=settings.load(layout)
+    )
     pins.make_from_archive(packed, layout.vllm, pin)
     git(layout.vllm, "config", "user.name", "Me")
     git(layout.vllm, "config", "user.email", "me@localhost")
@@ -73,16 +81,30 @@ def make_stand(folder: Path) -> Stand:
     git(layout.vllm, "branch", "side", "HEAD~3")
     (layout.vllm / "mine.txt").write_text("mine\n")
     disputed = str(files[DISPUTED].relative_to(layout.vllm))
-    return replace(stand, tip=git(layout.vllm, "rev-parse", "HEAD"), side=git(layout.vllm, "rev-parse", "side"), disputed=disputed)
+    return replace(
+        stand,
+        tip=git(layout.vllm, "rev-parse", "HEAD"),
+        side=git(layout.vllm, "rev-parse", "side"),
+        disputed=disputed,
+    )
 
 
 def commit(stand: Stand, path: Path, number: int) -> None:
     path.write_text(f"# change {number}\n{path.read_text()}")
-    git(stand.vllm, "commit", "--quiet", "--all", "-m", f"Change number {number}\n\nUpstream-Status: Pending")
+    git(
+        stand.vllm,
+        "commit",
+        "--quiet",
+        "--all",
+        "-m",
+        f"Change number {number}\n\nUpstream-Status: Pending",
+    )
 
 
 def prove(folder: Path, *, seed: int, times: int) -> int:
-    """Kill `times` times; return how often the next run did not lead to what an undisturbed one does."""
+    """Kill `times` times; return how often the next run did not lead to what an undisturbed one
+    does.
+    """
     stand = make_stand(folder)
     whole_s: dict[str, float] = {}
     failures, number, struck = 0, -1, 0
@@ -129,10 +151,20 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
         stand.inv("patch.unapply")
         commit(stand, stand.vllm / stand.disputed, 2000)
         folder = stand.clone.layout.patches("vllm")
-        words = ("format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1")
+        words = (
+            "format-patch",
+            "--stdout",
+            "--zero-commit",
+            "--full-index",
+            "--no-signature",
+            "--keep-subject",
+            "-1",
+        )
         (folder / "Change-number-2000.patch").write_text(git(stand.vllm, *words) + "\n")
         lines = (folder / "series").read_text().splitlines()
-        (folder / "series").write_text("\n".join([*lines[:2], "Change-number-2000.patch", *lines[2:]]) + "\n")
+        (folder / "series").write_text(
+            "\n".join([*lines[:2], "Change-number-2000.patch", *lines[2:]]) + "\n"
+        )
         git(stand.vllm, "checkout", "--quiet", "--detach", stand.base)
         stand.inv("patch.apply", codes=(4,))
         _resolve(stand)
@@ -140,20 +172,30 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
 
 def _resolve(stand: Stand) -> None:
     """Take both sides of the conflict, as a user would."""
-    assert git(stand.vllm, "diff", "--name-only", "--diff-filter=U") == stand.disputed, stand.clone.said
+    assert git(stand.vllm, "diff", "--name-only", "--diff-filter=U") == stand.disputed, (
+        stand.clone.said
+    )
     take_both_sides(stand.vllm / stand.disputed)
     git(stand.vllm, "add", stand.disputed)
 
 
 def _go_on(stand: Stand) -> None:
-    """Go on by what is hinted at, until nothing is under way; an `am` that was begun anew has its conflict resolved again."""
+    """Go on by what is hinted at, until nothing is under way; an `am` that was begun anew has its
+    conflict resolved again.
+    """
     for _ in range(MOST_COMMANDS):
         if git(stand.vllm, "rev-parse", "HEAD") == stand.base:
             stand.inv("patch.apply", codes=(4,))
             _resolve(stand)
-        if stand.inv("patch.continue", codes=(0, 3, 4)) == 0 or "nothing is under way" in stand.clone.said:
+        if (
+            stand.inv("patch.continue", codes=(0, 3, 4)) == 0
+            or "nothing is under way" in stand.clone.said
+        ):
             return
-        stand.inv("patch.continue", "--skip" if "--skip    where that is right" in stand.clone.said else "--abort")
+        stand.inv(
+            "patch.continue",
+            "--skip" if "--skip    where that is right" in stand.clone.said else "--abort",
+        )
     raise AssertionError(f"{MOST_COMMANDS} commands did not lead to the end: {stand.clone.said}")
 
 
@@ -164,14 +206,20 @@ def _end(stand: Stand, verb: str) -> None:
         stand.inv("patch.apply")
     if verb == "patch.continue":
         assert git(stand.vllm, "diff", "--name-only", stand.tip, "HEAD") == stand.disputed
-        assert (stand.vllm / stand.disputed).read_text().startswith(f"# change 2000\n# change {DISPUTED}\n")
+        assert (
+            (stand.vllm / stand.disputed)
+            .read_text()
+            .startswith(f"# change 2000\n# change {DISPUTED}\n")
+        )
         git(stand.vllm, "branch", "--force", "continued")
         _restore(stand)
     if verb == "patch.export":
         stand.inv("patch.export", "--check")
         git(stand.vllm, "branch", "--force", "exported")
         _restore(stand)
-    assert git(stand.vllm, "rev-parse", "HEAD^{tree}") == git(stand.vllm, "rev-parse", f"{stand.tip}^{{tree}}")
+    assert git(stand.vllm, "rev-parse", "HEAD^{tree}") == git(
+        stand.vllm, "rev-parse", f"{stand.tip}^{{tree}}"
+    )
     stand.check()
 
 

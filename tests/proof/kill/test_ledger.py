@@ -1,4 +1,6 @@
-"""The harness itself: shares cover each call once, a record is gone on with, and no place is so special that its calls are not counted."""
+"""The harness itself: shares cover each call once, a record is gone on with, and no place is so
+special that its calls are not counted.
+"""
 
 import subprocess
 import sys
@@ -11,7 +13,10 @@ from tests.proof.kill import launcher, preload
 from tests.proof.kill.ledger import Ledger, Result
 
 KINDS = ["before"] * 50 + ["after"] * 33
-CHANGES = "import os, sys; os.mkdir(sys.argv[1] + '/a'); open(sys.argv[1] + '/a/b', 'w').close(); os.remove(sys.argv[1] + '/a/b')"
+CHANGES = (
+    "import os, sys; os.mkdir(sys.argv[1] + '/a'); open(sys.argv[1] + '/a/b', 'w').close();"
+    " os.remove(sys.argv[1] + '/a/b')"
+)
 
 
 def done(number: int, *, complaints: tuple[str, ...] = ()) -> Result:
@@ -21,7 +26,9 @@ def done(number: int, *, complaints: tuple[str, ...] = ()) -> Result:
 @pytest.mark.parametrize("every", [1, 7])
 def test_shares_are_each_call_once(every: int) -> None:
     ledgers = [Ledger(every=every, part=(number, 4)) for number in range(1, 5)]
-    assert sorted(number for ledger in ledgers for number in ledger.plan("a case", KINDS, offset=5)) == list(range(5 % every, len(KINDS), every))
+    assert sorted(
+        number for ledger in ledgers for number in ledger.plan("a case", KINDS, offset=5)
+    ) == list(range(5 % every, len(KINDS), every))
 
 
 def test_record_is_gone_on_with_and_what_failed_is_done_again(tmp_path: Path) -> None:
@@ -39,7 +46,10 @@ def test_record_is_gone_on_with_and_what_failed_is_done_again(tmp_path: Path) ->
     third = Ledger(record=record)
     third.load()
     assert third.has_all("a case", *set(KINDS))
-    assert list(third.table())[-1] == "83 kills, 0 not completed rightly by the next run; 83 of 83 calls that were counted"
+    assert (
+        list(third.table())[-1]
+        == "83 kills, 0 not completed rightly by the next run; 83 of 83 calls that were counted"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
@@ -49,7 +59,27 @@ def test_calls_in_shared_memory_are_counted(shim: Path, tmp_path: Path) -> None:
     laid = preload.lay(shim, tmp_path / "shim")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         subprocess.run([sys.executable, "-B", script, folder], env=laid.environment(), check=True)
-        assert [line.split()[3] for line in laid.log.read_text().splitlines()] == ["mkdir", "open", "unlink"]
+        assert [line.split()[3] for line in laid.log.read_text().splitlines()] == [
+            "mkdir",
+            "open",
+            "unlink",
+        ]
         Path(folder, "a").rmdir()
-        subprocess.run([sys.executable, "-B", launcher.__file__, tmp_path / "calls", "0", "before", script, folder], check=True)
-    assert [line.split()[1] for line in (tmp_path / "calls").read_text().splitlines()] == ["os.mkdir", "open", "os.remove"]
+        subprocess.run(
+            [
+                sys.executable,
+                "-B",
+                launcher.__file__,
+                tmp_path / "calls",
+                "0",
+                "before",
+                script,
+                folder,
+            ],
+            check=True,
+        )
+    assert [line.split()[1] for line in (tmp_path / "calls").read_text().splitlines()] == [
+        "os.mkdir",
+        "open",
+        "os.remove",
+    ]

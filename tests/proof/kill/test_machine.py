@@ -1,4 +1,6 @@
-"""The disk is full, a folder is read-only, the clock jumps: a sentence, a hint, no traceback; then the next run completes."""
+"""The disk is full, a folder is read-only, the clock jumps: a sentence, a hint, no traceback; then
+the next run completes.
+"""
 
 import os
 import subprocess
@@ -10,7 +12,16 @@ import pytest
 
 from tests.proof.kill.cases import KillCase
 from tests.proof.kill.conftest import Grounds
-from tests.proof.kill.harness import CODES, Kill, Place, Result, complete, each, failed_rightly, judged
+from tests.proof.kill.harness import (
+    CODES,
+    Kill,
+    Place,
+    Result,
+    complete,
+    each,
+    failed_rightly,
+    judged,
+)
 from tests.proof.kill.verbs import VERBS
 from tests.small.world import Ended
 
@@ -20,8 +31,9 @@ FULL_KIB = (0, 16, 64, 200, 400, 700, 1000, 1400, 1800, 2200, 2600, 3000)
 Judge = Callable[[list[Result]], None]
 BY_CASE = pytest.mark.parametrize("case", VERBS, ids=lambda case: case.name.replace(" ", "-"))
 
-# The clone lies on a tmpfs that is large while the verb looks at the disk, and full a little later: preflight would stop at a small one.
-# Afterwards there is room again, and what came of it is copied out.
+# The clone lies on a tmpfs that is large while the verb looks at the disk, and full a little later:
+# preflight would stop at a small one. Afterwards there is room again, and what came of it is copied
+# out.
 FULL = """
 set -e
 outer=$1 size=$2 work=$3 from=$4; shift 4
@@ -53,12 +65,19 @@ READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift &&
 def _namespaces() -> None:
     done = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.skip(f"no user namespaces here, so no full disk and no read-only mount was tried: {done.stderr.strip()}")
+        pytest.skip(
+            "no user namespaces here, so no full disk and no read-only mount was tried:"
+            f" {done.stderr.strip()}"
+        )
 
 
 @BY_CASE
 def test_disk_full_at_each_size(case: KillCase, grounds: Grounds, judge_all: Judge) -> None:
-    judge_all(each(grounds(case), lambda place, number: full(place, FULL_KIB[number]), range(len(FULL_KIB))))
+    judge_all(
+        each(
+            grounds(case), lambda place, number: full(place, FULL_KIB[number]), range(len(FULL_KIB))
+        )
+    )
 
 
 def full(place: Place, room_kib: int) -> Result:
@@ -67,19 +86,53 @@ def full(place: Place, room_kib: int) -> Result:
     world = place.world
     outer, work = world.folder, world.folder / "work"
     work.mkdir(exist_ok=True)
-    argv = [*NAMESPACE, "sh", "-c", FULL, "sh", str(outer), str(room_kib), str(work), place.case.full_from, *world.argv(*place.case.argv)]
-    done = subprocess.run(argv, env=world.env | {"PATH": f"{world.env['PATH']}:/usr/sbin:/sbin"}, capture_output=True, text=True, timeout=300)
+    argv = [
+        *NAMESPACE,
+        "sh",
+        "-c",
+        FULL,
+        "sh",
+        str(outer),
+        str(room_kib),
+        str(work),
+        place.case.full_from,
+        *world.argv(*place.case.argv),
+    ]
+    done = subprocess.run(
+        argv,
+        env=world.env | {"PATH": f"{world.env['PATH']}:/usr/sbin:/sbin"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     if done.returncode != 0:
-        return Result(place.case.name, "disk full", f"{room_kib} KiB", (f"the namespace: {done.stderr}",), time.monotonic() - started)
+        return Result(
+            place.case.name,
+            "disk full",
+            f"{room_kib} KiB",
+            (f"the namespace: {done.stderr}",),
+            time.monotonic() - started,
+        )
     said = outer / "tmp"
-    # Which code it is depends on who met the full disk first: git and build backends do not always say what they met.
-    complaints = failed_rightly(Ended(int((said / "code").read_text()), "", (said / "err").read_text()), (0, *CODES))
+    # Which code it is depends on who met the full disk first: git and build backends do not always
+    # say what they met.
+    complaints = failed_rightly(
+        Ended(int((said / "code").read_text()), "", (said / "err").read_text()), (0, *CODES)
+    )
     complaints += complete(place)
-    return Result(place.case.name, "disk full", f"{room_kib} KiB", tuple(complaints), time.monotonic() - started)
+    return Result(
+        place.case.name,
+        "disk full",
+        f"{room_kib} KiB",
+        tuple(complaints),
+        time.monotonic() - started,
+    )
 
 
 @BY_CASE
-@pytest.mark.parametrize("part", ["clone", "clone/vendor", "clone/.vllm", "clone/.workspace", "cache"])
+@pytest.mark.parametrize(
+    "part", ["clone", "clone/vendor", "clone/.vllm", "clone/.workspace", "cache"]
+)
 def test_read_only_mount(case: KillCase, part: str, grounds: Grounds, judge_all: Judge) -> None:
     place = grounds(case)[0]
     place.restore()
@@ -87,16 +140,24 @@ def test_read_only_mount(case: KillCase, part: str, grounds: Grounds, judge_all:
         return
     started = time.monotonic()
     through = [*NAMESPACE, "sh", "-c", READ_ONLY, "sh", str(place.world.folder / part)]
-    ended = place.world.run(*case.argv, through=through, env={"PATH": f"{place.world.env['PATH']}:/usr/sbin:/sbin"})
+    ended = place.world.run(
+        *case.argv, through=through, env={"PATH": f"{place.world.env['PATH']}:/usr/sbin:/sbin"}
+    )
     # A build that meets such a folder fails as a build; its first error line then says why.
     complaints = failed_rightly(ended, (0, 3, 6, 7))
     complaints += complete(place)
-    judge_all([Result(case.name, "read-only mount", part, tuple(complaints), time.monotonic() - started)])
+    judge_all(
+        [Result(case.name, "read-only mount", part, tuple(complaints), time.monotonic() - started)]
+    )
 
 
 @BY_CASE
-@pytest.mark.parametrize("shift_s", [DECADE_S * 3, -DECADE_S * 3], ids=["files-from-the-future", "files-from-the-past"])
-def test_clock_that_jumped(case: KillCase, shift_s: int, grounds: Grounds, judge_all: Judge) -> None:
+@pytest.mark.parametrize(
+    "shift_s", [DECADE_S * 3, -DECADE_S * 3], ids=["files-from-the-future", "files-from-the-past"]
+)
+def test_clock_that_jumped(
+    case: KillCase, shift_s: int, grounds: Grounds, judge_all: Judge
+) -> None:
     place = grounds(case)[0]
 
     def jump() -> Kill:

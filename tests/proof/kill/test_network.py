@@ -1,4 +1,6 @@
-"""The network fails in the middle of each page and each file: a sentence, a hint, exit 11; then the next run goes on from there."""
+"""The network fails in the middle of each page and each file: a sentence, a hint, exit 11; then the
+next run goes on from there.
+"""
 
 import shutil
 import time
@@ -37,7 +39,9 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_network_fails_in_each_page_and_file(how: str, grounds: Grounds, judge_all: Callable[[list[Result]], None]) -> None:
+def test_network_fails_in_each_page_and_file(
+    how: str, grounds: Grounds, judge_all: Callable[[list[Result]], None]
+) -> None:
     places = grounds(VERBS[0])
     asked = requested(places[0])
 
@@ -51,7 +55,9 @@ def requested(place: Place) -> list[str]:
     """The pages and files that a first bootstrap asks for, uv's cache being empty."""
     begin(place)
     assert place.world.run(*place.case.argv).code == 0
-    names = [path.rsplit("/", 1)[-1] or path.rsplit("/", 2)[-2] for path in place.world.index.requests]
+    names = [
+        path.rsplit("/", 1)[-1] or path.rsplit("/", 2)[-2] for path in place.world.index.requests
+    ]
     return list(dict.fromkeys(names))
 
 
@@ -69,10 +75,21 @@ def broken(place: Place, name: str, how: str) -> Result:
     world = place.world
     world.index.faults[name] = planned.fault
     ended = world.run(*place.case.argv, env=PATIENCE)
-    # Metadata that breaks off uv may take from the wheel itself; whatever else is missing ends the run.
-    goes_on = not planned.is_fatal or (planned.fault.cut_after is not None and name.endswith(".metadata"))
-    complaints = failed_rightly(ended, (*((0,) if goes_on else ()), *((SOURCE_ERROR,) if planned.is_fatal else ())))
+    # Metadata that breaks off uv may take from the wheel itself; whatever else is missing ends the
+    # run.
+    goes_on = not planned.is_fatal or (
+        planned.fault.cut_after is not None and name.endswith(".metadata")
+    )
+    complaints = failed_rightly(
+        ended, (*((0,) if goes_on else ()), *((SOURCE_ERROR,) if planned.is_fatal else ()))
+    )
     world.index.faults.clear()
     complaints += complete(place)
     _, living = judge.await_no_stray(place.mark)
-    return Result(place.case.name, f"network: {how}", name, tuple(complaints + living), time.monotonic() - started)
+    return Result(
+        place.case.name,
+        f"network: {how}",
+        name,
+        tuple(complaints + living),
+        time.monotonic() - started,
+    )

@@ -1,4 +1,6 @@
-"""^C and SIGTERM at random moments: the verb says so and ends its children; the next run completes."""
+"""^C and SIGTERM at random moments: the verb says so and ends its children; the next run
+completes.
+"""
 
 import contextlib
 import random
@@ -29,14 +31,19 @@ def by_signal(place: Place, number: signal.Signals, after_s: float) -> Kill:
     _, living = await_no_stray(place.mark)
     assert not living, living
     # Before the door stands, Python itself ends by the signal.
-    assert child.returncode in (0, CODES[number]) or (child.returncode == -number and not stood), (child.returncode, err)
+    assert child.returncode in (0, CODES[number]) or (child.returncode == -number and not stood), (
+        child.returncode,
+        err,
+    )
     assert ended_s < ENDED_WITHIN_S, f"{ended_s:.1f} s"
     assert "Traceback" not in err or not stood, err
     return Kill(f"{number.name} after {after_s:.2f} s", child.returncode, ended_s)
 
 
 def stands(process: int) -> bool:
-    """Whether the door catches signals by now (proc(5), SigCgt); SIGINT has a handler of Python's own before."""
+    """Whether the door catches signals by now (proc(5), SigCgt); SIGINT has a handler of Python's
+    own before.
+    """
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{process}/status").read_text()
         caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
@@ -47,12 +54,19 @@ def stands(process: int) -> bool:
 @pytest.mark.parametrize("case", VERBS, ids=lambda case: case.name.replace(" ", "-"))
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_signal_at_a_random_moment(
-    case: KillCase, number: signal.Signals, grounds: Grounds, seed: int, times: int, judge_all: Callable[[list[Result]], None]
+    case: KillCase,
+    number: signal.Signals,
+    grounds: Grounds,
+    seed: int,
+    times: int,
+    judge_all: Callable[[list[Result]], None],
 ) -> None:
     places = grounds(case)
 
     def send(place: Place, turn: int) -> Result:
-        after_s = random.Random(f"{seed} {case.name} {number} {turn}").random() * place.undisturbed_s
+        after_s = (
+            random.Random(f"{seed} {case.name} {number} {turn}").random() * place.undisturbed_s
+        )
         return judged(place, number.name, lambda: by_signal(place, number, after_s))
 
     judge_all(each(places, send, range(times // 2)))

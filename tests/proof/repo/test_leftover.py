@@ -1,4 +1,6 @@
-"""What a killed fetch has begun goes with the next one, a second later, unless somebody still writes it."""
+"""What a killed fetch has begun goes with the next one, a second later, unless somebody still
+writes it.
+"""
 
 import subprocess
 
@@ -9,17 +11,35 @@ from workspace.repo.git import Git, worktree
 
 
 @pytest.mark.parametrize("is_local", [True, False], ids=["from a folder", "from a remote"])
-def test_pack_that_a_killed_fetch_has_begun_goes_with_the_next(release: Workspace, upstream: Upstream, *, is_local: bool) -> None:
-    git, packs, ref = Git(release.vllm), release.vllm / ".git" / "objects" / "pack", "refs/pins/v1.0.0"
+def test_pack_that_a_killed_fetch_has_begun_goes_with_the_next(
+    release: Workspace, upstream: Upstream, *, is_local: bool
+) -> None:
+    git, packs, ref = (
+        Git(release.vllm),
+        release.vllm / ".git" / "objects" / "pack",
+        "refs/pins/v1.0.0",
+    )
     (packs / "tmp_pack_abandoned").write_bytes(b"PACK")
     (packs / "pack-mine.keep").touch()
-    with (packs / "tmp_pack_held").open("wb") as file, subprocess.Popen(["sleep", "60"], stdout=file) as holder:
+    with (
+        (packs / "tmp_pack_held").open("wb") as file,
+        subprocess.Popen(["sleep", "60"], stdout=file) as holder,
+    ):
         try:
             if is_local:
-                worktree.bring(git, upstream.bare, upstream.pin.commit, ref, run_log=release.run_log)
+                worktree.bring(
+                    git, upstream.bare, upstream.pin.commit, ref, run_log=release.run_log
+                )
             else:
                 words = (f"+{upstream.pin.commit}:{ref}",)
-                git.fetch(upstream.bare.as_uri(), words, whole=True, settings=release.settings(), run_log=release.run_log, on_line=lambda line: None)
+                git.fetch(
+                    upstream.bare.as_uri(),
+                    words,
+                    whole=True,
+                    settings=release.settings(),
+                    run_log=release.run_log,
+                    on_line=lambda line: None,
+                )
         finally:
             holder.kill()
     assert git.resolve(ref) == upstream.pin.commit

@@ -1,4 +1,6 @@
-"""`inv serve` and its sisters through their door, on a small clone in which a stand-in plays vLLM: what goes wrong is a sentence, what runs is found again."""
+"""`inv serve` and its sisters through their door, on a small clone in which a stand-in plays vLLM:
+what goes wrong is a sentence, what runs is found again.
+"""
 
 import json
 import os
@@ -14,8 +16,12 @@ from tests.small.materials import ROOT
 from tests.small.world import World
 from workspace.server import lifecycle, observation
 
-ARGUMENTS = "".join(f'group.add_argument("--{name}")\n' for name in ("host", "port", "max-num-seqs", "gpu-memory-utilization", "served-model-name"))
-# Takes the place of .vllm/bin/vllm: `vllm serve MODEL --port N …`, in the manner that the model's folder is called after.
+ARGUMENTS = "".join(
+    f'group.add_argument("--{name}")\n'
+    for name in ("host", "port", "max-num-seqs", "gpu-memory-utilization", "served-model-name")
+)
+# Takes the place of .vllm/bin/vllm: `vllm serve MODEL --port N …`, in the manner that the model's
+# folder is called after.
 STANDIN = ROOT / "tests" / "engine" / "standin.py"
 FRONT = f"""#!{sys.executable} -S
 import os, sys
@@ -49,7 +55,16 @@ def clone(built: World):
 
 
 def words(clone: World, manner: str, *extra: str, port: int | None = None) -> list[str]:
-    return ["serve", str(clone.folder / manner), "--", "--port", str(port or lifecycle.free_port()), "--gpu-memory-utilization", "0.1", *extra]
+    return [
+        "serve",
+        str(clone.folder / manner),
+        "--",
+        "--port",
+        str(port or lifecycle.free_port()),
+        "--gpu-memory-utilization",
+        "0.1",
+        *extra,
+    ]
 
 
 def until(clone: World, true) -> observation.Server:
@@ -71,7 +86,10 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
     assert "is there already" in clone.run(*words(clone, "plain")).error(10)
     # Nothing is locked while it runs, and what is made anew under it is said.
     clone.layout.stamp("vllm").write_bytes(clone.layout.stamp("vllm").read_bytes() + b"\n")
-    assert "kernels or environment were made anew since it was started" in clone.run("serve.status").err
+    assert (
+        "kernels or environment were made anew since it was started"
+        in clone.run("serve.status").err
+    )
     stopped = clone.run("serve.stop")
     assert (stopped.code, "is free" in stopped.err) == (0, True), stopped.said
     assert clone.run("serve.stop").err == "no server runs\n"
@@ -79,7 +97,9 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_server_in_the_foreground_ends_with_its_verb(clone: World, number: signal.Signals, code: int) -> None:
+def test_server_in_the_foreground_ends_with_its_verb(
+    clone: World, number: signal.Signals, code: int
+) -> None:
     verb = clone.start(*words(clone, "plain"))
     there = until(clone, lambda there: there.is_ready)
     verb.send_signal(number)
@@ -104,23 +124,35 @@ def test_crash_for_memory_says_the_next_rung_as_a_command(clone: World) -> None:
     ended = clone.run("serve", "--force", *line[1:])
     error, hint = ended.err.splitlines()[-2:]
     assert ended.code == 10
-    assert error.endswith("exited with 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert error.endswith(
+        "exited with 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    )
     assert hint.startswith(f"hint: ./scripts/inv serve {clone.folder / 'crash'} -- --port ")
 
 
 def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) -> None:
     line = words(clone, "plain", port=8123)
-    shown = clone.run("serve", "--dry-run", *line[1:], env={"VLLM_API_KEY": "swordfish-key", "PYTHONPATH": "/nowhere"})
+    shown = clone.run(
+        "serve",
+        "--dry-run",
+        *line[1:],
+        env={"VLLM_API_KEY": "swordfish-key", "PYTHONPATH": "/nowhere"},
+    )
     assert shown.code == 0, shown.said
     assert "swordfish" not in shown.said
     assert "# VLLM_API_KEY is set, and stays unsaid" in shown.out
-    assert shown.out.splitlines()[-1].endswith(f"/bin/vllm serve {clone.folder}/plain --port 8123 --gpu-memory-utilization 0.1 --host 127.0.0.1")
+    assert shown.out.splitlines()[-1].endswith(
+        f"/bin/vllm serve {clone.folder}/plain --port 8123 --gpu-memory-utilization 0.1 --host"
+        " 127.0.0.1"
+    )
     assert "unset PYTHONPATH" in shown.out
     assert observation.find(clone.layout.server) is None
 
 
 def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> None:
-    no_config, odd_config, no_weights, no_tokenizer, odd_tokenizer = (tmp_path / name for name in ("a", "b", "c", "d", "e"))
+    no_config, odd_config, no_weights, no_tokenizer, odd_tokenizer = (
+        tmp_path / name for name in ("a", "b", "c", "d", "e")
+    )
     files = {"config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "{}"}
     for folder, changed in (
         (no_config, {"config.json": None}),
@@ -142,14 +174,24 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
         (odd_tokenizer, "tokenizer.json cannot be read"),
         (tmp_path / "nowhere", "is no folder with a model"),
     ):
-        assert said in clone.run("serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share).error(10)
+        assert said in clone.run(
+            "serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share
+        ).error(10)
     assert "there is no recipe 'tinny'" in clone.run("serve", "tinny").error(2)
-    assert "no port from 1 to 65535" in clone.run(*words(clone, "plain", "--port", "99999")).error(2)
-    assert "no share above 0" in clone.run(*words(clone, "plain", "--gpu-memory-utilization", "-1")).error(2)
+    assert "no port from 1 to 65535" in clone.run(*words(clone, "plain", "--port", "99999")).error(
+        2
+    )
+    assert "no share above 0" in clone.run(
+        *words(clone, "plain", "--gpu-memory-utilization", "-1")
+    ).error(2)
     assert "no key is asked for" in clone.run(*words(clone, "plain", "--host", "0.0.0.0")).error(2)
-    assert "no flag --max-num-sequ" in clone.run(*words(clone, "plain", "--max-num-sequ", "3")).error(2)
+    assert "no flag --max-num-sequ" in clone.run(
+        *words(clone, "plain", "--max-num-sequ", "3")
+    ).error(2)
     assert "--lines: 'many'" in clone.run("serve.logs", "--lines", "many").error(2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
-        assert "cannot be used: Address already in use" in clone.run(*words(clone, "plain", port=taken.getsockname()[1])).error(10)
+        assert "cannot be used: Address already in use" in clone.run(
+            *words(clone, "plain", port=taken.getsockname()[1])
+        ).error(10)

@@ -1,4 +1,6 @@
-"""The real probe and the real huggingface_hub against a hub of real bytes: interruptions, a gate, a lie, and no network afterwards."""
+"""The real probe and the real huggingface_hub against a hub of real bytes: interruptions, a gate, a
+lie, and no network afterwards.
+"""
 
 import json
 import os
@@ -41,10 +43,22 @@ class Fetcher:
     def __init__(self, layout: Layout, hub: Hub, home: Path) -> None:
         self.layout, self.home = layout, home
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "HF_ENDPOINT": hub.url}
-        self.argv = [str(layout.environment_python), str(layout.probes / "fetch_model.py"), "some/model", "--ignore", "original/*"]
+        self.argv = [
+            str(layout.environment_python),
+            str(layout.probes / "fetch_model.py"),
+            "some/model",
+            "--ignore",
+            "original/*",
+        ]
 
     def start(self, **more: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(self.argv, env=self.environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            self.argv,
+            env=self.environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, **more: str) -> dict:
         child = self.start(**more)
@@ -53,7 +67,9 @@ class Fetcher:
         return json.loads(out)
 
     def found(self) -> Path | None:
-        return models.snapshot(models.hub_cache(load(self.layout, environ=self.environment)), "some/model")
+        return models.snapshot(
+            models.hub_cache(load(self.layout, environ=self.environment)), "some/model"
+        )
 
 
 @pytest.fixture
@@ -61,18 +77,31 @@ def fetcher(layout: Layout, hub: Hub, tmp_path: Path) -> Fetcher:
     return Fetcher(layout, hub, tmp_path)
 
 
-def test_whole_model_comes_without_what_is_ignored_and_is_there_afterwards_without_a_network(hub: Hub, fetcher: Fetcher) -> None:
+def test_whole_model_comes_without_what_is_ignored_and_is_there_afterwards_without_a_network(
+    hub: Hub, fetcher: Fetcher
+) -> None:
     record = fetcher.run()
     assert record["error"] is None
     folder = fetcher.found()
     assert folder == Path(record["folder"])
-    assert {name: (folder / name).read_bytes() == FILES[name] for name in FILES if "/" not in name} == {name: True for name in FILES if "/" not in name}
+    assert {
+        name: (folder / name).read_bytes() == FILES[name] for name in FILES if "/" not in name
+    } == {name: True for name in FILES if "/" not in name}
     assert not (folder / "original").exists()
     hub.status = 503
-    code = "import sys; from huggingface_hub import snapshot_download; print(snapshot_download('some/model', ignore_patterns=['original/*']))"
+    code = (
+        "import sys; from huggingface_hub import snapshot_download;"
+        " print(snapshot_download('some/model', ignore_patterns=['original/*']))"
+    )
     environment = fetcher.environment | {"HF_HUB_OFFLINE": "1"}
     before = len(hub.requests)
-    done = subprocess.run([fetcher.layout.environment_python, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [fetcher.layout.environment_python, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.strip() == str(folder), done.stderr
     assert len(hub.requests) == before
 
@@ -87,13 +116,18 @@ def test_transfer_that_breaks_off_goes_on_at_the_byte(hub: Hub, fetcher: Fetcher
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_fetch_leaves_no_model_and_the_next_one_fetches_only_the_rest(hub: Hub, fetcher: Fetcher, number: signal.Signals) -> None:
+def test_killed_fetch_leaves_no_model_and_the_next_one_fetches_only_the_rest(
+    hub: Hub, fetcher: Fetcher, number: signal.Signals
+) -> None:
     hub.breaks[PARTS[0]] = [5 << 20]
     hub.held[PARTS[0]] = threading.Event()
     child = fetcher.start()
     blobs = fetcher.home / ".cache" / "huggingface" / "hub" / "models--some--model" / "blobs"
     deadline = time.monotonic() + 60
-    while sum(path.stat().st_size for path in blobs.glob("*")) < (5 << 20) + len(FILES[PARTS[1]]) and time.monotonic() < deadline:
+    while (
+        sum(path.stat().st_size for path in blobs.glob("*")) < (5 << 20) + len(FILES[PARTS[1]])
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     child.send_signal(number)
     hub.held[PARTS[0]].set()
@@ -108,7 +142,9 @@ def test_killed_fetch_leaves_no_model_and_the_next_one_fetches_only_the_rest(hub
     assert [path.name for path in blobs.glob("*.fetched-in-part")] == []
 
 
-def test_file_that_is_not_what_the_hub_says_is_not_used_and_a_good_one_comes_next(hub: Hub, fetcher: Fetcher) -> None:
+def test_file_that_is_not_what_the_hub_says_is_not_used_and_a_good_one_comes_next(
+    hub: Hub, fetcher: Fetcher
+) -> None:
     fetcher.run()
     blobs = fetcher.home / ".cache" / "huggingface" / "hub" / "models--some--model" / "blobs"
     blob = max(blobs.iterdir(), key=lambda path: path.stat().st_size)
@@ -132,9 +168,17 @@ def test_two_fetches_at_once_bring_one_model(hub: Hub, fetcher: Fetcher) -> None
 
 @pytest.mark.parametrize(
     ("gated", "token", "status", "kind"),
-    [(True, "", 0, "gated"), (True, "hf_wrong", 0, "gated"), (True, "hf_right", 0, None), (False, "", 503, "network"), (False, "", 500, "network")],
+    [
+        (True, "", 0, "gated"),
+        (True, "hf_wrong", 0, "gated"),
+        (True, "hf_right", 0, None),
+        (False, "", 503, "network"),
+        (False, "", 500, "network"),
+    ],
 )
-def test_gate_and_a_hub_in_trouble(hub: Hub, fetcher: Fetcher, gated: bool, token: str, status: int, kind: str | None) -> None:
+def test_gate_and_a_hub_in_trouble(
+    hub: Hub, fetcher: Fetcher, gated: bool, token: str, status: int, kind: str | None
+) -> None:
     hub.repositories["some/model"] = Repository(FILES, gated=gated, token="hf_right")
     hub.status = status
     error = fetcher.run(**({"HF_TOKEN": token} if token else {}))["error"]
@@ -150,7 +194,9 @@ def test_model_that_is_not_there_and_no_hub_at_all(hub: Hub, fetcher: Fetcher) -
     assert fetcher.run(HF_ENDPOINT="http://127.0.0.1:1")["error"]["kind"] == "network"
 
 
-def test_disk_that_is_too_small_is_said_before_a_byte_is_fetched(hub: Hub, fetcher: Fetcher) -> None:
+def test_disk_that_is_too_small_is_said_before_a_byte_is_fetched(
+    hub: Hub, fetcher: Fetcher
+) -> None:
     code = (
         "import shutil, sys, types, runpy\n"
         "shutil.disk_usage = lambda place: types.SimpleNamespace(total=1, used=1, free=1 << 20)\n"
@@ -163,13 +209,23 @@ def test_disk_that_is_too_small_is_said_before_a_byte_is_fetched(hub: Hub, fetch
     assert hub.sent == 0
 
 
-def test_verb_fetches_from_the_hub_and_the_list_says_so(hub: Hub, layout: Layout, tmp_path: Path) -> None:
+def test_verb_fetches_from_the_hub_and_the_list_says_so(
+    hub: Hub, layout: Layout, tmp_path: Path
+) -> None:
     hub.repositories["openai/gpt-oss-20b"] = Repository(FILES)
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
     inv = [sys.executable, "-Es", str(layout.root / "tasks.py")]
-    done = subprocess.run([*inv, "serve.fetch", "gpt-oss-20b"], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*inv, "serve.fetch", "gpt-oss-20b"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    listed = subprocess.run([*inv, "serve.list", "--json"], env=environment, capture_output=True, text=True, timeout=60)
+    listed = subprocess.run(
+        [*inv, "serve.list", "--json"], env=environment, capture_output=True, text=True, timeout=60
+    )
     rows = {row["name"]: row for row in json.loads(listed.stdout)["rows"]}
     assert rows["gpt-oss-20b"]["on_disk"]
     assert rows["gpt-oss-120b"]["on_disk"] is None

@@ -1,4 +1,6 @@
-"""What is said of flags and values without torch, held against the pinned tree's own parser and its own registry."""
+"""What is said of flags and values without torch, held against the pinned tree's own parser and its
+own registry.
+"""
 
 import json
 import subprocess
@@ -11,7 +13,8 @@ from workspace.machine import run_environment
 from workspace.repo import pins
 from workspace.server import flags, recipes
 
-# Prints every option string and how many words it takes; then what the parser makes of each command line that it is given.
+# Prints every option string and how many words it takes; then what the parser makes of each command
+# line that it is given.
 PROGRAM = """
 import contextlib, importlib, io, json, sys
 for name in ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
@@ -35,25 +38,58 @@ print("\\n" + json.dumps({"options": options, "lines": lines}))
 """
 # Each is one word that decides; what is judged here must be judged the same there.
 SPELLINGS = (
-    *(["m", "--max_model_len", "7"], ["m", "--max_model_len=7"], ["m", "--max-model", "7"], ["m", "--no-async-scheduling"], ["m", "--no_enforce_eager"]),
-    *(["m", "-tp", "2"], ["m", "-tp2"], ["m", "-O3"], ["m", "--swap-space", "16"], ["m", "--max-modle-len", "7"], ["m", "--no-port"], ["m", "--m", "1"]),
-    *(["m", "--quantization-config.moe.activation", "mxfp8"], ["m", "--quantization_config.moe.activation=mxfp8"], ["m", "--gpu-memory-utilisation=0.7"]),
-    *(["m", "--no-quantization-config"], ["m", "--enable-reasoning"], ["m", "--no-headless"], ["m", "-zz"]),
+    *(
+        ["m", "--max_model_len", "7"],
+        ["m", "--max_model_len=7"],
+        ["m", "--max-model", "7"],
+        ["m", "--no-async-scheduling"],
+        ["m", "--no_enforce_eager"],
+    ),
+    *(
+        ["m", "-tp", "2"],
+        ["m", "-tp2"],
+        ["m", "-O3"],
+        ["m", "--swap-space", "16"],
+        ["m", "--max-modle-len", "7"],
+        ["m", "--no-port"],
+        ["m", "--m", "1"],
+    ),
+    *(
+        ["m", "--quantization-config.moe.activation", "mxfp8"],
+        ["m", "--quantization_config.moe.activation=mxfp8"],
+        ["m", "--gpu-memory-utilisation=0.7"],
+    ),
+    *(
+        ["m", "--no-quantization-config"],
+        ["m", "--enable-reasoning"],
+        ["m", "--no-headless"],
+        ["m", "-zz"],
+    ),
 )
 
 
 @pytest.fixture(scope="module")
 def recipe_lines(layout: Layout) -> dict[str, list[str]]:
     version = pins.load(layout.pins).vllm.version
-    return {name: ["m", *recipes.load(layout, name, version=version).words] for name in recipes.names(layout)}
+    return {
+        name: ["m", *recipes.load(layout, name, version=version).words]
+        for name in recipes.names(layout)
+    }
 
 
 @pytest.fixture(scope="module")
-def parser(layout: Layout, recipe_lines: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict:
+def parser(
+    layout: Layout, recipe_lines: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict:
     lines = json.dumps([*SPELLINGS, *recipe_lines.values()])
     environment = load(layout).child_environment("run", {"HF_HUB_OFFLINE": "1"})
     done = subprocess.run(
-        [layout.environment_python, "-c", PROGRAM, lines], env=environment, cwd=tmp_path_factory.mktemp("neutral"), capture_output=True, text=True, timeout=300
+        [layout.environment_python, "-c", PROGRAM, lines],
+        env=environment,
+        cwd=tmp_path_factory.mktemp("neutral"),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,10 +100,14 @@ def test_the_same_flags_as_the_parser_has(layout: Layout, parser: dict) -> None:
     options = parser["options"]
     assert known.names | known.negated == {option for option in options if option.startswith("--")}
     assert known.shorts - {"-O"} == {option for option in options if not option.startswith("--")}
-    assert known.switches | known.negated == {option for option, count in options.items() if count == 0 and option.startswith("--")} - {"--help"}
+    assert known.switches | known.negated == {
+        option for option, count in options.items() if count == 0 and option.startswith("--")
+    } - {"--help"}
 
 
-@pytest.mark.parametrize("number", range(len(SPELLINGS)), ids=lambda number: " ".join(SPELLINGS[number]))
+@pytest.mark.parametrize(
+    "number", range(len(SPELLINGS)), ids=lambda number: " ".join(SPELLINGS[number])
+)
 def test_the_same_verdict_on_every_spelling(layout: Layout, parser: dict, number: int) -> None:
     words, verdict = SPELLINGS[number], parser["lines"][number]
     try:
@@ -78,15 +118,28 @@ def test_the_same_verdict_on_every_spelling(layout: Layout, parser: dict, number
     assert is_taken == (verdict["error"] is None), verdict
 
 
-def test_command_line_of_every_recipe_is_taken_whole(layout: Layout, parser: dict, recipe_lines: dict[str, list[str]]) -> None:
-    for (name, words), verdict in zip(recipe_lines.items(), parser["lines"][len(SPELLINGS) :], strict=True):
+def test_command_line_of_every_recipe_is_taken_whole(
+    layout: Layout, parser: dict, recipe_lines: dict[str, list[str]]
+) -> None:
+    for (name, words), verdict in zip(
+        recipe_lines.items(), parser["lines"][len(SPELLINGS) :], strict=True
+    ):
         assert verdict["error"] is None, (name, verdict)
         assert flags.judge(words, flags.known(layout)) == flags.Judged(tuple(words))
 
 
-def test_gpt_oss_120b_means_to_the_parser_what_the_recipe_says(parser: dict, recipe_lines: dict[str, list[str]]) -> None:
+def test_gpt_oss_120b_means_to_the_parser_what_the_recipe_says(
+    parser: dict, recipe_lines: dict[str, list[str]]
+) -> None:
     values = parser["lines"][len(SPELLINGS) + list(recipe_lines).index("gpt-oss-120b")]["values"]
-    wanted = {"async_scheduling": True, "port": 8000, "max_model_len": 32000, "tensor_parallel_size": 1, "max_num_seqs": 1024, "moe_backend": "marlin"}
+    wanted = {
+        "async_scheduling": True,
+        "port": 8000,
+        "max_model_len": 32000,
+        "tensor_parallel_size": 1,
+        "max_num_seqs": 1024,
+        "moe_backend": "marlin",
+    }
     assert {name: values[name] for name in wanted} == wanted
     assert values["gpu_memory_utilization"] == 0.7
     assert values["trust_remote_code"] is False
@@ -95,17 +148,30 @@ def test_gpt_oss_120b_means_to_the_parser_what_the_recipe_says(parser: dict, rec
 def test_the_same_variables_as_the_registry_has(layout: Layout) -> None:
     program = "import vllm.envs, json; print(json.dumps(sorted(vllm.envs.environment_variables)))"
     environment = load(layout).child_environment("run")
-    done = subprocess.run([layout.environment_python, "-c", program], env=environment, cwd="/", capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [layout.environment_python, "-c", program],
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert set(json.loads(done.stdout.splitlines()[-1])) == run_environment.known_variables(layout)
 
 
 def test_nothing_that_is_called_removed_is_there(layout: Layout) -> None:
     version = [int(part) for part in pins.load(layout.pins).vllm.version.split(".")]
     known = flags.known(layout)
-    for kind, names in (("variables", run_environment.known_variables(layout)), ("flags", known.names | known.negated)):
+    for kind, names in (
+        ("variables", run_environment.known_variables(layout)),
+        ("flags", known.names | known.negated),
+    ):
         for former in run_environment.removed_names(kind).values():
             is_gone = not former.gone or [int(part) for part in former.gone.split(".")] <= version
             assert (former.name in names) == (not is_gone), former
             for word in former.instead.replace(",", " ").replace(";", " ").split():
                 assert not word.startswith("--") or known.spelled(word), former
-                assert not run_environment.VARIABLE.match(word) or word.split("=")[0] in run_environment.known_variables(layout), former
+                assert not run_environment.VARIABLE.match(word) or word.split("=")[
+                    0
+                ] in run_environment.known_variables(layout), former

@@ -1,4 +1,6 @@
-"""The table of removed names against the sources of real releases, from the package index: 21 to 48 MB each."""
+"""The table of removed names against the sources of real releases, from the package index: 21 to 48
+MB each.
+"""
 
 import functools
 import tarfile
@@ -20,7 +22,11 @@ def names_of(version: str) -> tuple[frozenset[str], frozenset[str]]:
     """The variables and flags in the archive of a release."""
     settings = load(here())
     filename = f"vllm-{version}.tar.gz"
-    package = next(package for package in index.project_page("vllm", settings).packages if package.filename == filename)
+    package = next(
+        package
+        for package in index.project_page("vllm", settings).packages
+        if package.filename == filename
+    )
     archive: Path = index.fetch("vllm", filename, package.digests["sha256"], settings=settings)
     variables: frozenset[str] = frozenset()
     known: frozenset[str] = frozenset()
@@ -29,7 +35,9 @@ def names_of(version: str) -> tuple[frozenset[str], frozenset[str]]:
             path = member.name.partition("/")[2]
             if path == "vllm/envs.py":
                 variables = run_environment.variables_of(tar.extractfile(member).read())
-            elif path == "vllm/engine/arg_utils.py" or (path.startswith("vllm/entrypoints/") and path.endswith("/cli_args.py")):
+            elif path == "vllm/engine/arg_utils.py" or (
+                path.startswith("vllm/entrypoints/") and path.endswith("/cli_args.py")
+            ):
                 known |= flags.flags_of(tar.extractfile(member).read())
     assert variables
     assert known

@@ -1,6 +1,8 @@
-"""Real servers of the built vLLM: they answer and stream, and whenever and however one is ended, nothing of it is left.
+"""Real servers of the built vLLM: they answer and stream, and whenever and however one is ended,
+nothing of it is left.
 
-CYCLES (50) says how often a start is ended at a random moment, SEED which moments, MODEL (tiny) what is served.
+CYCLES (50) says how often a start is ended at a random moment, SEED which moments, MODEL (tiny)
+what is served.
 """
 
 import json
@@ -20,7 +22,11 @@ from workspace.core.paths import Layout
 from workspace.core.settings import load
 from workspace.server import lifecycle, observation, process_tree
 
-CYCLES, SEED, MODEL = int(os.environ.get("CYCLES", "50")), int(os.environ.get("SEED", "0")), os.environ.get("MODEL", "tiny")
+CYCLES, SEED, MODEL = (
+    int(os.environ.get("CYCLES", "50")),
+    int(os.environ.get("SEED", "0")),
+    os.environ.get("MODEL", "tiny"),
+)
 START_TIMEOUT_S = 600
 # Run by the built interpreter, which has vLLM's own openai client.
 CLIENT = """
@@ -64,7 +70,14 @@ class Serving:
         self._over = threading.Event()
         self._eye = threading.Thread(target=self._watch)
         argv = [*self.inv, "serve", MODEL, *words, "--", "--port", str(self.port), *extra]
-        self.verb = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.verb = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         self._eye.start()
 
     def _watch(self) -> None:
@@ -73,7 +86,9 @@ class Serving:
             if there:
                 members = there.members()
                 known = process_tree.living()
-                self.seen |= {number: known[number].started for number in members if number in known}
+                self.seen |= {
+                    number: known[number].started for number in members if number in known
+                }
                 self.shared |= process_tree.shared_by(members)
                 self.folders.add(there.family.folder)
 
@@ -93,16 +108,27 @@ class Serving:
     def ask(self, url: str, what: str) -> "subprocess.Popen[str]":
         argv = [str(self.layout.environment_python), "-c", CLIENT, url, MODEL, what]
         environment = load(self.layout).child_environment("run")
-        return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def stop(self) -> None:
-        done = subprocess.run([*self.inv, "serve.stop"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*self.inv, "serve.stop"], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
 
     def front(self) -> int | None:
         there = self.there()
         known = process_tree.living()
-        return next((number for number, one in known.items() if there and one.parent == there.family.keeper), None)
+        return next(
+            (
+                number
+                for number, one in known.items()
+                if there and one.parent == there.family.keeper
+            ),
+            None,
+        )
 
     def judge(self) -> None:
         """Everything that was ever seen of it is gone."""
@@ -110,14 +136,24 @@ class Serving:
         self._over.set()
         self._eye.join()
         known = process_tree.living()
-        assert [number for number, started in self.seen.items() if number in known and known[number].started == started] == []
+        assert [
+            number
+            for number, started in self.seen.items()
+            if number in known and known[number].started == started
+        ] == []
         assert [name for name in self.shared if Path(name).exists()] == []
         assert [folder for folder in self.folders if Path(folder).exists()] == []
         assert self.there() is None
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", self.port))
-        done = subprocess.run([*self.inv, "serve.status", "--json"], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [*self.inv, "serve.status", "--json"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
         assert json.loads(done.stdout)["state"] == "none"
 
 
@@ -138,7 +174,9 @@ def serving(layout: Layout):
         one.verb.communicate()
 
 
-def test_chat_is_answered_and_streamed_to_the_end_and_200_requests_at_once_are_answered_in_full(serving) -> None:
+def test_chat_is_answered_and_streamed_to_the_end_and_200_requests_at_once_are_answered_in_full(
+    serving,
+) -> None:
     one = serving("--detach")
     url = one.wait()
     out, err = one.ask(url, "chat").communicate(timeout=300)
@@ -174,24 +212,51 @@ def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
     moments = random.Random(SEED)
     one, began = serving("--detach"), time.monotonic()
     one.wait()
-    # Some become ready before their moment comes: one of five on a machine whose pace does not change.
+    # Some become ready before their moment comes: one of five on a machine whose pace does not
+    # change.
     longest_s = 1.25 * (time.monotonic() - began)
     one.stop()
     one.judge()
     for cycle in range(CYCLES):
         moment_s = moments.uniform(0, longest_s)
-        how = moments.choice(["stop", "stop", "stop", "SIGINT", "SIGTERM", "kill verb", "kill front", "kill keeper", "kill all"])
-        one = serving(*(["--detach"] if how in ("stop", "kill front", "kill keeper", "kill all") else []))
+        how = moments.choice(
+            [
+                "stop",
+                "stop",
+                "stop",
+                "SIGINT",
+                "SIGTERM",
+                "kill verb",
+                "kill front",
+                "kill keeper",
+                "kill all",
+            ]
+        )
+        one = serving(
+            *(["--detach"] if how in ("stop", "kill front", "kill keeper", "kill all") else [])
+        )
         started = time.monotonic()
-        while time.monotonic() - started < moment_s and one.verb.poll() is None and not ((there := one.there()) and there.is_ready):
+        while (
+            time.monotonic() - started < moment_s
+            and one.verb.poll() is None
+            and not ((there := one.there()) and there.is_ready)
+        ):
             time.sleep(0.05)
         there, reached = one.there(), time.monotonic() - started
         phase = "ready" if there and there.is_ready else "starting" if there else "before"
         if how in ("SIGINT", "SIGTERM", "kill verb"):
-            one.verb.send_signal({"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "kill verb": signal.SIGKILL}[how])
+            one.verb.send_signal(
+                {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "kill verb": signal.SIGKILL}[
+                    how
+                ]
+            )
             one.verb.communicate(timeout=120)
         elif there and how != "stop":
-            numbers = {"kill front": [one.front()], "kill keeper": [there.family.keeper], "kill all": sorted(there.members())}[how]
+            numbers = {
+                "kill front": [one.front()],
+                "kill keeper": [there.family.keeper],
+                "kill all": sorted(there.members()),
+            }[how]
             for number in filter(None, numbers):
                 os.kill(number, signal.SIGKILL)
         if how == "stop" and there is None:
@@ -202,7 +267,8 @@ def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
         one.stop()
         one.judge()
         print(
-            f"\n{cycle + 1:2} of {CYCLES}: {how} after {reached:.1f} s ({phase}), {len(one.seen)} processes, gone in {time.monotonic() - ended:.1f} s",
+            f"\n{cycle + 1:2} of {CYCLES}: {how} after {reached:.1f} s ({phase}), {len(one.seen)}"
+            f" processes, gone in {time.monotonic() - ended:.1f} s",
             end="",
             flush=True,
         )

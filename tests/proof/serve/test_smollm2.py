@@ -25,5 +25,11 @@ def test_made_once_it_says_that_the_capital_of_france_is_paris(layout: Layout) -
         folder = models.smollm2(layout, settings, run_log=run_log)
     assert models.found_built_in(layout, "smollm2") == folder
     environment = settings.child_environment("run", {"HF_HUB_OFFLINE": "1"})
-    done = subprocess.run([layout.environment_python, "-c", ASK, folder], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [layout.environment_python, "-c", ASK, folder],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.strip() == "The capital of France is Paris.", done.stderr

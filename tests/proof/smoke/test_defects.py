@@ -1,6 +1,8 @@
-"""The smoke cannot be fooled: each defect, seeded into a built tree of its own, fails the check that names its cause; the clean tree passes.
+"""The smoke cannot be fooled: each defect, seeded into a built tree of its own, fails the check
+that names its cause; the clean tree passes.
 
-SMOKE_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is made. Verdicts are appended to defects.tsv there.
+SMOKE_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is
+made. Verdicts are appended to defects.tsv there.
 """
 
 import json
@@ -24,7 +26,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     folder = tmp_path_factory.mktemp("proof") / "clone"
     subprocess.run(["git", "clone", "--quiet", here().root, folder], check=True)
     # Python that runs the tests writes no bytecode, and a build has to.
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {
+        name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
     subprocess.run(["./scripts/inv", "bootstrap"], cwd=folder, env=environment, check=True)
     return Layout(folder)
 
@@ -32,7 +36,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 def smoke(layout: Layout, *words: str) -> tuple[int, str, float]:
     argv = [layout.tools / "bin" / "python", "-m", "workspace.cli.sessions", "smoke", *words]
     started = time.monotonic()
-    done = subprocess.run(argv, cwd=layout.root, capture_output=True, text=True, timeout=3600, check=False)
+    done = subprocess.run(
+        argv, cwd=layout.root, capture_output=True, text=True, timeout=3600, check=False
+    )
     return done.returncode, done.stderr, time.monotonic() - started
 
 
@@ -55,7 +61,9 @@ def seeded(layout: Layout, defect: Defect) -> Iterator[None]:
 
 
 def living(layout: Layout) -> set[str]:
-    """Processes of the built environment, whatever they call themselves: an engine has a title and no words, but libraries from there."""
+    """Processes of the built environment, whatever they call themselves: an engine has a title and
+    no words, but libraries from there.
+    """
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
@@ -65,12 +73,18 @@ def living(layout: Layout) -> set[str]:
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
-def test_defect_is_caught_by_what_names_it_and_leaves_no_process(built: Layout, defect: Defect) -> None:
+def test_defect_is_caught_by_what_names_it_and_leaves_no_process(
+    built: Layout, defect: Defect
+) -> None:
     with seeded(built, defect):
-        code, said, seconds = smoke(built, "--fail-fast", "--level", defect.level, "--timeout-s", str(defect.timeout_s))
+        code, said, seconds = smoke(
+            built, "--fail-fast", "--level", defect.level, "--timeout-s", str(defect.timeout_s)
+        )
     failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAIL ")]
     with (built.state / "defects.tsv").open("a") as file:
-        file.write(f"{defect.what}\t{defect.caught_by}\t{', '.join(failed) or said.splitlines()[-2]}\t{seconds:.0f}\n")
+        file.write(
+            f"{defect.what}\t{defect.caught_by}\t{', '.join(failed) or said.splitlines()[-2]}\t{seconds:.0f}\n"
+        )
     assert code == 8, said
     assert defect.caught_by in failed or defect.caught_by in said.splitlines()[-2], said
     assert not defect.told or defect.told in built.smoke_record.read_text()

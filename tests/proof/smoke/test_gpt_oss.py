@@ -1,4 +1,5 @@
-"""The tiny gpt-oss: its MXFP4 means what was meant, its bytes come again, and vLLM's own kernels with a defect in them fail parity.
+"""The tiny gpt-oss: its MXFP4 means what was meant, its bytes come again, and vLLM's own kernels
+with a defect in them fail parity.
 
 SMOKE_PROOF_CLONE as in test_defects.py. The kernels that are asked are the CPU's, which want AMX.
 """
@@ -20,7 +21,8 @@ from workspace.core.paths import Layout
 
 built = test_defects.built
 GPT_OSS = "vllm/model_executor/models/gpt_oss.py"
-# Of a code its sign, its two bits of exponent with the bias 1 and its bit of mantissa; of a scale its eight bits of exponent with the bias 127.
+# Of a code its sign, its two bits of exponent with the bias 1 and its bit of mantissa; of a scale
+# its eight bits of exponent with the bias 127.
 MEANT = """
 import json, sys
 import torch, transformers
@@ -67,22 +69,38 @@ print(json.dumps({
 """
 DEFECTS = {
     "attention without sinks": instead("sinks=self.sinks,", "sinks=None,"),
-    "a window that is longer by one": instead("config.sliding_window if", "config.sliding_window + 1 if"),
-    "three experts of four": instead("top_k=config.num_experts_per_tok,", "top_k=config.num_experts_per_tok - 1,"),
-    "a rotary embedding without yarn": instead('"factor": config.rope_parameters["factor"],', '"factor": 1.0,'),
+    "a window that is longer by one": instead(
+        "config.sliding_window if", "config.sliding_window + 1 if"
+    ),
+    "three experts of four": instead(
+        "top_k=config.num_experts_per_tok,", "top_k=config.num_experts_per_tok - 1,"
+    ),
+    "a rotary embedding without yarn": instead(
+        '"factor": config.rope_parameters["factor"],', '"factor": 1.0,'
+    ),
     "the scales of one block in eight doubled": instead(
         "narrow_weight = weight[:, 2 * tp_rank_start : 2 * tp_rank_end, ...]",
-        "narrow_weight = weight[:, 2 * tp_rank_start : 2 * tp_rank_end, ...] + (torch.arange(weight.shape[-1]) == 0)",
+        "narrow_weight = weight[:, 2 * tp_rank_start : 2 * tp_rank_end, ...] +"
+        " (torch.arange(weight.shape[-1]) == 0)",
     ),
     "attention off by 5 % where single tokens are decoded": instead(
-        "attn_output = self.attn(q, k, v)", "attn_output = self.attn(q, k, v) * (1.05 if q.shape[0] < 6 else 1.0)"
+        "attn_output = self.attn(q, k, v)",
+        "attn_output = self.attn(q, k, v) * (1.05 if q.shape[0] < 6 else 1.0)",
     ),
 }
 
 
 def ask(layout: Layout, probe: str | Path, *words: str | Path) -> dict:
     argv = [layout.environment_python, layout.probes / probe, *words]
-    done = subprocess.run(argv, env={**os.environ, **ENVIRONMENT}, cwd=layout.state, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        argv,
+        env={**os.environ, **ENVIRONMENT},
+        cwd=layout.state,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -102,11 +120,21 @@ def reference(built: Layout, model: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def parity(built: Layout, model: Path, reference: Path) -> Check:
-    record = ask(built, "parity.py", f"--model=gpt-oss={model}", "--dtype", "bfloat16", "--against", reference)
+    record = ask(
+        built,
+        "parity.py",
+        f"--model=gpt-oss={model}",
+        "--dtype",
+        "bfloat16",
+        "--against",
+        reference,
+    )
     return numeric.mxfp4(Answer(record, None, 0.0))
 
 
-def test_hugging_face_reads_the_values_that_were_meant(built: Layout, model: Path, tmp_path: Path) -> None:
+def test_hugging_face_reads_the_values_that_were_meant(
+    built: Layout, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "meant.py").write_text(MEANT)
     found = ask(built, tmp_path / "meant.py", model, built.probes)
     assert found["exact"]
@@ -120,18 +148,26 @@ def test_hugging_face_reads_the_values_that_were_meant(built: Layout, model: Pat
 
 def test_recipe_gives_the_same_bytes_again(built: Layout, model: Path, tmp_path: Path) -> None:
     ask(built, "tiny_model.py", tmp_path / "second", "--architecture", "gpt-oss")
-    first, second = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (model, tmp_path / "second"))
+    first, second = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (model, tmp_path / "second")
+    )
     assert first == second
 
 
-@pytest.mark.skipif("amx_tile" not in Path("/proc/cpuinfo").read_text(), reason="vLLM's MXFP4 kernel for CPUs wants AMX, which this one lacks")
+@pytest.mark.skipif(
+    "amx_tile" not in Path("/proc/cpuinfo").read_text(),
+    reason="vLLM's MXFP4 kernel for CPUs wants AMX, which this one lacks",
+)
 class TestKernels:
     def test_vllm_agrees(self, built: Layout, model: Path, reference: Path) -> None:
         check = parity(built, model, reference)
         assert check.verdict == "pass", check.evidence
 
     @pytest.mark.parametrize("what", DEFECTS)
-    def test_defect_fails_parity(self, built: Layout, model: Path, reference: Path, what: str) -> None:
+    def test_defect_fails_parity(
+        self, built: Layout, model: Path, reference: Path, what: str
+    ) -> None:
         with seeded(built, Defect(what, GPT_OSS, DEFECTS[what], "parity.gpt-oss", "full")):
             check = parity(built, model, reference)
         with (built.state / "defects.tsv").open("a") as file:

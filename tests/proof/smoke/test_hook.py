@@ -1,4 +1,6 @@
-"""A push with the gate of `inv hook` before it: the developer's own git, in both repositories of a small clone."""
+"""A push with the gate of `inv hook` before it: the developer's own git, in both repositories of a
+small clone.
+"""
 
 import os
 import shlex
@@ -19,9 +21,16 @@ MINE = '#!/bin/sh\nread words; echo "mine: $1 $words" >&2\n'
 def own_hooks(clone: World) -> None:
     """The user's configuration names a folder for all repositories; these have their own."""
     for folder in (clone.root, clone.layout.vllm):
-        git(folder, "config", "core.hooksPath", git(folder, "rev-parse", "--absolute-git-dir").strip() + "/hooks")
+        git(
+            folder,
+            "config",
+            "core.hooksPath",
+            git(folder, "rev-parse", "--absolute-git-dir").strip() + "/hooks",
+        )
     # This interpreter in the place of the clone's own tool environment.
-    (clone.root / "scripts" / "inv").write_text(f'#!/bin/sh\nexec {shlex.join(clone.argv())} "$@"\n')
+    (clone.root / "scripts" / "inv").write_text(
+        f'#!/bin/sh\nexec {shlex.join(clone.argv())} "$@"\n'
+    )
 
 
 @pytest.fixture
@@ -32,7 +41,9 @@ def hooks(clone: World) -> Path:
 def push(clone: World, folder: Path, remote: Path) -> subprocess.CompletedProcess[str]:
     """The developer's own git, with their PATH."""
     argv = ["git", "push", "--quiet", str(remote), "HEAD:refs/heads/pushed"]
-    return subprocess.run(argv, cwd=folder, env=clone.env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        argv, cwd=folder, env=clone.env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.fixture
@@ -41,7 +52,9 @@ def remote(tmp_path: Path) -> Path:
     return tmp_path / "remote.git"
 
 
-def test_hook_of_the_users_goes_first_sees_what_git_tells_it_and_comes_back(clone: World, hooks: Path, remote: Path) -> None:
+def test_hook_of_the_users_goes_first_sees_what_git_tells_it_and_comes_back(
+    clone: World, hooks: Path, remote: Path
+) -> None:
     hooks.mkdir(exist_ok=True)
     (hooks / HOOK).write_text(MINE)
     (hooks / HOOK).chmod(0o755)
@@ -56,7 +69,9 @@ def test_hook_of_the_users_goes_first_sees_what_git_tells_it_and_comes_back(clon
     assert not (hooks / KEPT).exists()
 
 
-def test_hook_of_the_users_that_fails_stops_the_push_before_the_gate(clone: World, hooks: Path, remote: Path) -> None:
+def test_hook_of_the_users_that_fails_stops_the_push_before_the_gate(
+    clone: World, hooks: Path, remote: Path
+) -> None:
     hooks.mkdir(exist_ok=True)
     (hooks / HOOK).write_text("#!/bin/sh\nexit 3\n")
     (hooks / HOOK).chmod(0o755)
@@ -66,7 +81,9 @@ def test_hook_of_the_users_that_fails_stops_the_push_before_the_gate(clone: Worl
     assert "smoke" not in pushed.stderr
 
 
-def test_commit_that_no_patch_has_stops_a_push_of_the_submodule_and_the_workspace(clone: World, remote: Path) -> None:
+def test_commit_that_no_patch_has_stops_a_push_of_the_submodule_and_the_workspace(
+    clone: World, remote: Path
+) -> None:
     clone.run("hook")
     package = clone.layout.vllm / "vllm" / "__init__.py"
     package.write_text(package.read_text() + "# mine\n")

@@ -1,4 +1,6 @@
-"""The build of Triton from source, on the small one: real git, CMake, ninja and compilers, its downloads from a folder that stands for the network."""
+"""The build of Triton from source, on the small one: real git, CMake, ninja and compilers, its
+downloads from a folder that stands for the network.
+"""
 
 import functools
 import http.server
@@ -39,14 +41,22 @@ def build(world: World, *words: str) -> str:
 
 
 @pytest.mark.parametrize("layout", ["root", "python"])
-def test_built_installed_proven_and_kept_by_all_that_comes_after(built: World, tmp_path: Path, layout: str) -> None:
+def test_built_installed_proven_and_kept_by_all_that_comes_after(
+    built: World, tmp_path: Path, layout: str
+) -> None:
     upstream = tritons.make(built, tmp_path, layout=layout)
     build(built, "--jobs", "2")
     version = f"3.9.0+git{upstream.pinned[:8]}"
     record = json.loads(built.layout.stamp("triton").read_text())
-    assert (record["inputs"]["commit"], record["inputs"]["ref"], record["outcome"]["version"]) == (upstream.pinned, "main", version)
+    assert (record["inputs"]["commit"], record["inputs"]["ref"], record["outcome"]["version"]) == (
+        upstream.pinned,
+        "main",
+        version,
+    )
     assert "compiled for sm_121a" in record["outcome"]["kernel"]
-    assert git(built.layout.triton, "status", "--porcelain", "--ignored") == "", "the tree is as git made it"
+    assert git(built.layout.triton, "status", "--porcelain", "--ignored") == "", (
+        "the tree is as git made it"
+    )
     assert answer(built) == "42"
     assert f"{version} built here from {upstream.pinned[:12]} (main)" in built.run("status").err
     built.layout.stamp("environment").unlink()
@@ -55,10 +65,14 @@ def test_built_installed_proven_and_kept_by_all_that_comes_after(built: World, t
     assert answer(built) == "42"
 
 
-def test_second_build_compiles_what_changed_and_a_ref_moves_the_pin(built: World, upstream: Upstream) -> None:
+def test_second_build_compiles_what_changed_and_a_ref_moves_the_pin(
+    built: World, upstream: Upstream
+) -> None:
     assert " 3 units" not in build(built)
     git(upstream.tree, "checkout", "--quiet", "-b", "next", upstream.pinned)
-    (upstream.tree / "src" / "second.cpp").write_text('extern "C" int triton_small_second() { return 3; }\n')
+    (upstream.tree / "src" / "second.cpp").write_text(
+        'extern "C" int triton_small_second() { return 3; }\n'
+    )
     git(upstream.tree, "commit", "--quiet", "--all", "-m", "Three")
     new = git(upstream.tree, "rev-parse", "HEAD")
     said = build(built, "--ref", "next")
@@ -77,7 +91,9 @@ def test_second_build_compiles_what_changed_and_a_ref_moves_the_pin(built: World
     assert len(tritons.builds(built)) == 1
 
 
-def test_module_that_the_tree_no_longer_has_does_not_come_along_in_the_second_wheel(built: World, upstream: Upstream) -> None:
+def test_module_that_the_tree_no_longer_has_does_not_come_along_in_the_second_wheel(
+    built: World, upstream: Upstream
+) -> None:
     git(upstream.tree, "checkout", "--quiet", "-b", "more", upstream.pinned)
     (upstream.tree / "python" / "triton" / "extra.py").touch()
     git(upstream.tree, "add", "--all")
@@ -85,23 +101,40 @@ def test_module_that_the_tree_no_longer_has_does_not_come_along_in_the_second_wh
     build(built, "--ref", "more")
     assert built.python("import triton.extra; print(1)") == "1"
     build(built, "--ref", "main")
-    assert built.python("import importlib.util; print(importlib.util.find_spec('triton.extra'))") == "None"
+    assert (
+        built.python("import importlib.util; print(importlib.util.find_spec('triton.extra'))")
+        == "None"
+    )
 
 
 def test_patches_on_triton_are_in_what_is_built(built: World, upstream: Upstream) -> None:
     git(upstream.tree, "checkout", "--quiet", "--detach", upstream.pinned)
-    (upstream.tree / "src" / "second.cpp").write_text('extern "C" int triton_small_second() { return 9; }\n')
+    (upstream.tree / "src" / "second.cpp").write_text(
+        'extern "C" int triton_small_second() { return 9; }\n'
+    )
     git(upstream.tree, "commit", "--quiet", "--all", "-m", "Nine\n\nUpstream-Status: Pending")
-    words = ("format-patch", "--stdout", "--zero-commit", "--full-index", "--no-signature", "--keep-subject", "-1")
+    words = (
+        "format-patch",
+        "--stdout",
+        "--zero-commit",
+        "--full-index",
+        "--no-signature",
+        "--keep-subject",
+        "-1",
+    )
     folder = built.layout.patches("triton")
     (folder / "Nine.patch").write_text(git(upstream.tree, *words) + "\n")
-    (folder / "series").write_text(f"# patches on Triton, in order\n# base: {upstream.pinned}\nNine.patch\n")
+    (folder / "series").write_text(
+        f"# patches on Triton, in order\n# base: {upstream.pinned}\nNine.patch\n"
+    )
     build(built)
     assert built.python("import triton; print(triton._library.triton_small_second())") == "9"
     assert "and 1 patch;" in built.run("status").err
 
 
-def test_one_that_compiles_wrongly_is_taken_out_and_the_former_is_back_file_by_file(built: World, upstream: Upstream) -> None:
+def test_one_that_compiles_wrongly_is_taken_out_and_the_former_is_back_file_by_file(
+    built: World, upstream: Upstream
+) -> None:
     build(built)
     before, stamped = answer(built), built.layout.stamp("triton").read_bytes()
     ended = built.run("fix-triton", "--from-source", "--ref", "broken")
@@ -113,7 +146,9 @@ def test_one_that_compiles_wrongly_is_taken_out_and_the_former_is_back_file_by_f
     assert not (built.layout.environment / ".workspace" / "former-triton").exists()
 
 
-def test_error_of_a_compiler_is_named_and_the_former_was_never_touched(built: World, upstream: Upstream) -> None:
+def test_error_of_a_compiler_is_named_and_the_former_was_never_touched(
+    built: World, upstream: Upstream
+) -> None:
     tritons.install_former(built)
     ended = built.run("fix-triton", "--from-source", "--ref", "dead")
     assert "first.cpp" in ended.error(7)
@@ -121,7 +156,9 @@ def test_error_of_a_compiler_is_named_and_the_former_was_never_touched(built: Wo
     assert built.python("import triton; print(triton.__version__)") == "3.7.1"
 
 
-def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(built: World, upstream: Upstream, tmp_path: Path) -> None:
+def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(
+    built: World, upstream: Upstream, tmp_path: Path
+) -> None:
     gate, slow = tmp_path / "gate", tmp_path / "slow-c++"
     slow.write_text(SLOW.format(gate=gate))
     slow.chmod(0o755)
@@ -131,14 +168,22 @@ def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(built: World, ups
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
-    assert (child.returncode, "interrupted" in err, "Traceback" in err) == (130, True, False), err + out
-    assert not any(b"second.cpp" in path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    assert (child.returncode, "interrupted" in err, "Traceback" in err) == (130, True, False), (
+        err + out
+    )
+    assert not any(
+        b"second.cpp" in path.read_bytes()
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.exists()
+    )
     built.env["CXX"] = str(slow)
     assert " 8 units" not in build(built)
     assert answer(built) == "42"
 
 
-def test_killed_between_two_tritons_the_next_run_takes_it_back_first(built: World, upstream: Upstream) -> None:
+def test_killed_between_two_tritons_the_next_run_takes_it_back_first(
+    built: World, upstream: Upstream
+) -> None:
     from workspace.machine import venv
 
     build(built)
@@ -146,17 +191,24 @@ def test_killed_between_two_tritons_the_next_run_takes_it_back_first(built: Worl
     built.uv("uninstall", "triton")
     ended = built.run("fix-triton", "--from-source")
     assert ended.code == 0, ended.said
-    assert f"a run that was ended in the middle is taken back: triton 3.9.0+git{upstream.pinned[:8]} is in .vllm again" in ended.err
+    assert (
+        f"a run that was ended in the middle is taken back: triton 3.9.0+git{upstream.pinned[:8]}"
+        " is in .vllm again" in ended.err
+    )
 
 
 def test_no_such_ref_changes_nothing(built: World, upstream: Upstream) -> None:
     before = built.layout.pins.read_bytes()
-    assert "has no branch nowhere" in built.run("fix-triton", "--from-source", "--ref", "nowhere").error(11)
+    assert "has no branch nowhere" in built.run(
+        "fix-triton", "--from-source", "--ref", "nowhere"
+    ).error(11)
     assert built.layout.pins.read_bytes() == before
     assert tritons.builds(built) == []
 
 
-def test_without_a_network_each_download_is_named_with_the_setting_that_replaces_it(built: World, upstream: Upstream) -> None:
+def test_without_a_network_each_download_is_named_with_the_setting_that_replaces_it(
+    built: World, upstream: Upstream
+) -> None:
     del built.env["TRITON_DOWNLOADS_MIRROR"]
     ended = built.run("fix-triton", "--from-source", through=("unshare", "-n"))
     assert "llvm-62b7cf96" in ended.error(11)
@@ -167,7 +219,9 @@ def test_without_a_network_each_download_is_named_with_the_setting_that_replaces
     assert ended.code == 0, ended.said
 
 
-def test_download_with_another_hash_than_the_tree_or_nvidia_names_is_not_used(built: World, upstream: Upstream) -> None:
+def test_download_with_another_hash_than_the_tree_or_nvidia_names_is_not_used(
+    built: World, upstream: Upstream
+) -> None:
     for pattern in ("**/llvm-*.tar.gz", "**/cuda_nvcc-*-13.3.33-archive.tar.xz"):
         files = [(path, path.read_bytes()) for path in upstream.network.glob(pattern)]
         for path, content in files:
@@ -190,25 +244,52 @@ def test_mirror_may_be_an_address(built: World, upstream: Upstream) -> None:
     assert "include.zip: sha256 " in log
 
 
-def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_for(built: World, upstream: Upstream, tmp_path: Path) -> None:
+def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_for(
+    built: World, upstream: Upstream, tmp_path: Path
+) -> None:
     """The index's stand-in of 3.7.1 is a module of its name, and can compile nothing."""
-    files = {"torch/__init__.py": b"from torch import version\n", "torch/version.py": b"__version__ = '2.13.0'\ncuda = '13.0'\n"}
-    built.uv("install", "--no-deps", "--reinstall-package", "torch", str(write(tmp_path, "torch", "2.13.0", files, requires=("triton==3.7.1",))))
+    files = {
+        "torch/__init__.py": b"from torch import version\n",
+        "torch/version.py": b"__version__ = '2.13.0'\ncuda = '13.0'\n",
+    }
+    built.uv(
+        "install",
+        "--no-deps",
+        "--reinstall-package",
+        "torch",
+        str(write(tmp_path, "torch", "2.13.0", files, requires=("triton==3.7.1",))),
+    )
     ended = built.run("fix-triton")
     assert ended.code == 0, ended.said
-    steps = [ended.err.index(words) for words in ("torch compiles its kernels with it", "done     wheel", "nothing cheaper has helped", "done     verify")]
+    steps = [
+        ended.err.index(words)
+        for words in (
+            "torch compiles its kernels with it",
+            "done     wheel",
+            "nothing cheaper has helped",
+            "done     verify",
+        )
+    ]
     assert steps == sorted(steps)
     assert answer(built) == "42"
 
 
-def test_download_that_nobody_foresaw_is_the_networks_fault_and_not_the_builds(built: World, upstream: Upstream) -> None:
+def test_download_that_nobody_foresaw_is_the_networks_fault_and_not_the_builds(
+    built: World, upstream: Upstream
+) -> None:
     git(upstream.tree, "checkout", "--quiet", "-b", "fetches", upstream.pinned)
-    (upstream.tree / "setup.py").write_text("import urllib.request\n\nurllib.request.urlopen('http://127.0.0.1:9')\n")
+    (upstream.tree / "setup.py").write_text(
+        "import urllib.request\n\nurllib.request.urlopen('http://127.0.0.1:9')\n"
+    )
     git(upstream.tree, "commit", "--quiet", "--all", "-m", "Fetches")
-    assert "fetches something by itself, and could not: urllib.error.URLError" in built.run("fix-triton", "--from-source", "--ref", "fetches").error(11)
+    assert "fetches something by itself, and could not: urllib.error.URLError" in built.run(
+        "fix-triton", "--from-source", "--ref", "fetches"
+    ).error(11)
 
 
-def test_offline_switch_needs_local_folders_and_builds_with_them(built: World, upstream: Upstream, tmp_path: Path) -> None:
+def test_offline_switch_needs_local_folders_and_builds_with_them(
+    built: World, upstream: Upstream, tmp_path: Path
+) -> None:
     (tmp_path / "llvm" / "include" / "llvm").mkdir(parents=True)
     (tmp_path / "llvm" / "include" / "llvm" / "small.h").write_text("#define SMALL_LLVM 40\n")
     built.env |= {"TRITON_OFFLINE_BUILD": "1", "TRITON_DOWNLOADS_MIRROR": str(tmp_path / "nowhere")}
@@ -217,8 +298,14 @@ def test_offline_switch_needs_local_folders_and_builds_with_them(built: World, u
     assert "none is wanted" in build(built)
 
 
-def test_environment_that_cannot_be_written_is_told_before_anything_is_fetched(built: World, upstream: Upstream) -> None:
-    ended = built.run("fix-triton", "--from-source", through=("unshare", "-m", "sh", "-c", READ_ONLY, str(built.layout.environment)))
+def test_environment_that_cannot_be_written_is_told_before_anything_is_fetched(
+    built: World, upstream: Upstream
+) -> None:
+    ended = built.run(
+        "fix-triton",
+        "--from-source",
+        through=("unshare", "-m", "sh", "-c", READ_ONLY, str(built.layout.environment)),
+    )
     assert ".vllm cannot be written" in ended.error(6)
     assert not built.layout.triton.exists()
     assert tritons.builds(built) == []

@@ -1,6 +1,8 @@
-"""inv fix-triton on the real wheels of Triton 3.5.1, 3.6.0 and 3.7.1, from the package index that this machine has; no GPU is needed.
+"""inv fix-triton on the real wheels of Triton 3.5.1, 3.6.0 and 3.7.1, from the package index that
+this machine has; no GPU is needed.
 
-What each can assemble is for its own assemblers to say. Seeded faults are found and mended: a stale cache, a shadow, broken paths, another wheel.
+What each can assemble is for its own assemblers to say. Seeded faults are found and mended: a stale
+cache, a shadow, broken paths, another wheel.
 """
 
 import json
@@ -29,9 +31,21 @@ def context(materials: Materials, tmp_path: Path) -> Iterator[World]:
     """A clone with an empty environment, whose packages come from where this machine takes them."""
     made = make_world(materials, tmp_path)
     made.venv()
-    for name in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "TORCH_INDEX_URL", "PIP_CONFIG_FILE", "UV_NO_CONFIG", "UV_CACHE_DIR", "DEVICE"):
+    for name in (
+        "UV_DEFAULT_INDEX",
+        "PIP_INDEX_URL",
+        "TORCH_INDEX_URL",
+        "PIP_CONFIG_FILE",
+        "UV_NO_CONFIG",
+        "UV_CACHE_DIR",
+        "DEVICE",
+    ):
         made.env.pop(name, None)
-    made.env |= {name: text for name, text in os.environ.items() if name.startswith(("UV_", "PIP_", "SSL_")) or name.lower().endswith("_proxy")}
+    made.env |= {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith(("UV_", "PIP_", "SSL_")) or name.lower().endswith("_proxy")
+    }
     made.env["UV_CACHE_DIR"] = os.environ.get("UV_CACHE_DIR") or str(Path.home() / ".cache" / "uv")
     made.env["TMPDIR"] = str(tmp_path)
     yield made
@@ -39,10 +53,21 @@ def context(materials: Materials, tmp_path: Path) -> Iterator[World]:
 
 
 def install(world: World, version: str) -> None:
-    argv = [world.materials.bin / "uv", "pip", "install", "--quiet", "--python", world.layout.environment_python, "--no-deps", f"triton=={version}"]
+    argv = [
+        world.materials.bin / "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        world.layout.environment_python,
+        "--no-deps",
+        f"triton=={version}",
+    ]
     done = subprocess.run(argv, env=world.env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        pytest.skip(f"the wheel of triton {version} cannot be had here: {done.stderr.strip()[-200:]}")
+        pytest.skip(
+            f"the wheel of triton {version} cannot be had here: {done.stderr.strip()[-200:]}"
+        )
 
 
 def torch(world: World, folder: Path, *, cuda: str | None = None) -> None:
@@ -67,8 +92,12 @@ def rows(ended: Ended) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("version", "used", "code"), [(OLD, "ptxas", 6), (MIDDLE, "ptxas-bw", 0), (NEW, "ptxas-bw", 0)])
-def test_what_a_wheel_can_assemble_is_told_by_assembling(context: World, tmp_path: Path, version: str, used: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "used", "code"), [(OLD, "ptxas", 6), (MIDDLE, "ptxas-bw", 0), (NEW, "ptxas-bw", 0)]
+)
+def test_what_a_wheel_can_assemble_is_told_by_assembling(
+    context: World, tmp_path: Path, version: str, used: str, code: int
+) -> None:
     install(context, version)
     torch(context, tmp_path)
     ended = context.run("fix-triton", "--check")
@@ -86,7 +115,9 @@ def test_what_a_wheel_can_assemble_is_told_by_assembling(context: World, tmp_pat
 
 
 @pytest.mark.skipif(not TOOLKIT.exists(), reason="there is no CUDA toolkit at /usr/local/cuda")
-def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(context: World) -> None:
+def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(
+    context: World,
+) -> None:
     install(context, OLD)
     context.layout.dotenv.write_text("MAX_JOBS=2\n")
     ended = context.run("fix-triton")
@@ -97,17 +128,26 @@ def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(c
     assert context.run("fix-triton", "--check").code == 0
 
 
-def test_newer_wheel_is_not_given_the_toolkits_older_assembler(context: World, tmp_path: Path) -> None:
+def test_newer_wheel_is_not_given_the_toolkits_older_assembler(
+    context: World, tmp_path: Path
+) -> None:
     install(context, NEW)
     context.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
     assert "passes over it in silence" in context.run("fix-triton", "--check").err
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.said
-    assert f"# TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n" in context.layout.dotenv.read_text()
-    assert [line for line in context.layout.dotenv.read_text().splitlines() if not line.startswith("#")] == []
+    assert (
+        f"# TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n"
+        in context.layout.dotenv.read_text()
+    )
+    assert [
+        line for line in context.layout.dotenv.read_text().splitlines() if not line.startswith("#")
+    ] == []
 
 
-def test_path_that_is_no_program_stops_a_kernel_and_is_taken_out_of_dotenv(context: World, tmp_path: Path) -> None:
+def test_path_that_is_no_program_stops_a_kernel_and_is_taken_out_of_dotenv(
+    context: World, tmp_path: Path
+) -> None:
     install(context, NEW)
     (tmp_path / "ptxas").touch()
     context.layout.dotenv.write_text(f"export TRITON_PTXAS_BLACKWELL_PATH='{tmp_path / 'ptxas'}'\n")
@@ -130,7 +170,13 @@ def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> Non
     home = Path(context.env["HOME"])
     cache = home / ".triton" / "cache"
     argv = [context.layout.environment_python, Layout(context.root).probes / "triton_kernel.py"]
-    said = subprocess.run(argv, env=context.env | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        argv,
+        env=context.env | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert json.loads(said.stdout)["cubin_bytes"] > 0
     install(context, NEW)
     packages = next((context.layout.environment / "lib").glob("python3*/site-packages"))
@@ -144,11 +190,22 @@ def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> Non
     assert not cache.exists()
     assert len(list(cache.parent.glob("cache.of-*/*/kernel.cubin"))) == 1
     assert not (packages / "triton_kernels").exists()
-    assert len(list(context.layout.quarantine.glob("*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"))) == 1
+    assert (
+        len(
+            list(
+                context.layout.quarantine.glob(
+                    "*/.vllm/lib/python3*/site-packages/triton_kernels/__init__.py"
+                )
+            )
+        )
+        == 1
+    )
     assert context.run("fix-triton", "--check").code == 0
 
 
-def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does(context: World, tmp_path: Path) -> None:
+def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does(
+    context: World, tmp_path: Path
+) -> None:
     install(context, NEW)
     install(context, OLD)
     torch(context, tmp_path, cuda="13.0")
@@ -156,12 +213,20 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     assert "torch asks for another one" in ended.err
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.said
-    assert f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}" in ended.err
-    assert f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}" in context.run("status").err
+    assert (
+        f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}"
+        in ended.err
+    )
+    assert (
+        f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}"
+        in context.run("status").err
+    )
     assert not context.layout.dotenv.exists(), "no word for an assembler that has gone"
 
 
-def test_half_a_wheel_beside_a_torch_for_the_cpu_cannot_be_mended_and_is_said_to_be(context: World) -> None:
+def test_half_a_wheel_beside_a_torch_for_the_cpu_cannot_be_mended_and_is_said_to_be(
+    context: World,
+) -> None:
     install(context, NEW)
     packages = next((context.layout.environment / "lib").glob("python3*/site-packages"))
     shutil.rmtree(packages / "triton" / "_C")

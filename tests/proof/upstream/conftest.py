@@ -1,4 +1,6 @@
-"""A small upstream that has tests, and an index that has pytest: that of this interpreter's environment, as wheels."""
+"""A small upstream that has tests, and an index that has pytest: that of this interpreter's
+environment, as wheels.
+"""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -11,24 +13,32 @@ from tests.small.index import serve
 from tests.small.materials import VERSION, Materials, gather, prepare
 from tests.small.world import World, make_world
 
-# What is here and what it needs. The others have no wheel here, and the small tests do not need them.
+# What is here and what it needs. The others have no wheel here, and the small tests do not need
+# them.
 REAL = ("pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments")
 EMPTY = ("pytest-asyncio", "pytest-forked", "pytest-rerunfailures", "tblib")
 TIMEOUT = b"def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
-LISTS = "- label: CPU\n  device: intel_cpu\n  commands:\n  - pytest -x tests/test_alpha.py tests/test_hub.py\n"
+LISTS = (
+    "- label: CPU\n  device: intel_cpu\n  commands:\n  - pytest -x tests/test_alpha.py"
+    " tests/test_hub.py\n"
+)
 TREE = {
     "vllm/alpha.py": "def answer():\n    return 42\n",
     "vllm/beta.py": "",
     "vllm/hub.py": "def ask():\n    return 'tokenizer'\n",
     "tests/__init__.py": "",
-    "tests/test_alpha.py": "from vllm.alpha import answer\n\n"
-    "def test_answer():\n    assert answer() == 42\n\n"
-    "def test_is_whole():\n    assert answer() % 1 == 0\n\n"
-    "def test_old_wound():\n    assert answer() == 43\n",
+    "tests/test_alpha.py": (
+        "from vllm.alpha import answer\n\n"
+        "def test_answer():\n    assert answer() == 42\n\n"
+        "def test_is_whole():\n    assert answer() % 1 == 0\n\n"
+        "def test_old_wound():\n    assert answer() == 43\n"
+    ),
     "tests/test_beta.py": "def test_on_a_gpu():\n    assert False\n",
-    "tests/test_hub.py": "from huggingface_hub.errors import OfflineModeIsEnabled\n\nfrom vllm import hub\n\n"
-    "def test_model():\n    raise OfflineModeIsEnabled('no model')\n\n"
-    "def test_tokenizer():\n    assert hub.ask() == 'tokenizer'\n",
+    "tests/test_hub.py": (
+        "from huggingface_hub.errors import OfflineModeIsEnabled\n\nfrom vllm import hub\n\n"
+        "def test_model():\n    raise OfflineModeIsEnabled('no model')\n\n"
+        "def test_tokenizer():\n    assert hub.ask() == 'tokenizer'\n"
+    ),
     ".buildkite/hardware_tests/cpu.yaml": LISTS,
     # The library in small: what of it the tests would see.
     "huggingface_hub/__init__.py": "",
@@ -64,7 +74,9 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
     repack(served, "packaging", {name: version for name, version, _ in wheels.PLAIN}["packaging"])
     for name in EMPTY:
         wheels.write(served, name, "1.0", {})
-    entries = {"pytest_timeout-2.4.0.dist-info/entry_points.txt": b"[pytest11]\ntimeout = pytest_timeout\n"}
+    entries = {
+        "pytest_timeout-2.4.0.dist-info/entry_points.txt": b"[pytest11]\ntimeout = pytest_timeout\n"
+    }
     wheels.write(served, "pytest-timeout", "2.4.0", {"pytest_timeout.py": TIMEOUT, **entries})
     with serve(served) as index:
         yield gather(folder, index)

@@ -1,4 +1,6 @@
-"""`nox -s upstream` on a clone in small: a real pytest, in the built environment, over the tests of a small upstream."""
+"""`nox -s upstream` on a clone in small: a real pytest, in the built environment, over the tests of
+a small upstream.
+"""
 
 import json
 import os
@@ -19,13 +21,32 @@ from workspace.checks import upstream_pinned
 
 RECORD = "upstream.json"
 # Long enough for a test to be found running, and for no test to wait for.
-HANGS = "import time\n\ndef answer():\n    open({flag!r}, 'w').close()\n    time.sleep(300)\n    return 42\n"
+HANGS = (
+    "import time\n\ndef answer():\n    open({flag!r}, 'w').close()\n    time.sleep(300)\n    return"
+    " 42\n"
+)
 WAIT_S = 60.0
 
 
 def start(world: World, *words: str | Path, **env: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *map(str, words)]
-    child = subprocess.Popen(argv, cwd=world.root, env=world.env | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    argv = [
+        sys.executable,
+        "-Es",
+        "-B",
+        "-m",
+        "workspace.cli.sessions",
+        "upstream",
+        *map(str, words),
+    ]
+    child = subprocess.Popen(
+        argv,
+        cwd=world.root,
+        env=world.env | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     world.started.append(child)
     return child
 
@@ -59,7 +80,10 @@ def processes(world: World) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            line, cwd = (path / "cmdline").read_bytes().decode(errors="replace"), os.readlink(path / "cwd")
+            line, cwd = (
+                (path / "cmdline").read_bytes().decode(errors="replace"),
+                os.readlink(path / "cwd"),
+            )
         except OSError:
             continue
         if str(world.root) in line or cwd.startswith(str(world.root)):
@@ -77,14 +101,23 @@ def hanging(built: World, tmp_path: Path) -> "subprocess.Popen[str]":
     return child
 
 
-def test_edit_that_breaks_a_test_fails_and_what_fails_on_the_pin_too_does_not_count(built: World, tmp_path: Path) -> None:
+def test_edit_that_breaks_a_test_fails_and_what_fails_on_the_pin_too_does_not_count(
+    built: World, tmp_path: Path
+) -> None:
     edit(built, "def answer():\n    return 41\n")
     ended = upstream(built, "--json", tmp_path / "deep" / "er" / "record.json")
-    assert ended.error(8) == "error: 1 of 3 of upstream's tests failed; on the pin they pass, or are not there"
+    assert (
+        ended.error(8)
+        == "error: 1 of 3 of upstream's tests failed; on the pin they pass, or are not there"
+    )
     assert "test_alpha.py::test_answer: assert 41 == 42" in ended.err
     assert "test_old_wound" not in ended.err.partition("error: ")[2]
     record = json.loads(ended.out)
-    assert record == json.loads((built.layout.state / RECORD).read_bytes()) == json.loads((tmp_path / "deep" / "er" / "record.json").read_bytes())
+    assert (
+        record
+        == json.loads((built.layout.state / RECORD).read_bytes())
+        == json.loads((tmp_path / "deep" / "er" / "record.json").read_bytes())
+    )
     assert (record["verdict"], record["level"]) == ("fail", "upstream")
     assert record["tests"] == {"passed": 1, "failed": 1, "skipped": 0, "hub": 0, "pin": 1}
     assert "vllm/alpha.py" in record["changed"]
@@ -105,26 +138,44 @@ def test_edit_that_breaks_nothing_passes_and_the_second_run_asks_no_index(built:
 
 
 def test_environment_gets_none_of_what_the_tests_need(built: World) -> None:
-    before = sorted(path.name for path in built.layout.environment.glob("lib/python*/site-packages/*"))
+    before = sorted(
+        path.name for path in built.layout.environment.glob("lib/python*/site-packages/*")
+    )
     edit(built, "def answer():\n    return 6 * 7\n")
     assert upstream(built).code == 0
-    assert sorted(path.name for path in built.layout.environment.glob("lib/python*/site-packages/*")) == before
+    assert (
+        sorted(path.name for path in built.layout.environment.glob("lib/python*/site-packages/*"))
+        == before
+    )
     (site,) = upstream_pinned.needs_folder(built.layout).glob("site-*")
     assert (site / "pytest_timeout.py").is_file()
     # What .vllm has is barred.
     assert not (site / "packaging").exists()
 
 
-def test_change_that_makes_a_test_ask_the_hub_fails_and_one_that_always_did_does_not(built: World) -> None:
+def test_change_that_makes_a_test_ask_the_hub_fails_and_one_that_always_did_does_not(
+    built: World,
+) -> None:
     assert upstream(built, "--all-of", "tests/test_hub.py").code == 0
-    asks = "def ask():\n    from huggingface_hub.errors import OfflineModeIsEnabled\n    raise OfflineModeIsEnabled('x')\n"
+    asks = (
+        "def ask():\n    from huggingface_hub.errors import OfflineModeIsEnabled\n    raise"
+        " OfflineModeIsEnabled('x')\n"
+    )
     edit(built, asks, "vllm/hub.py")
     ended = upstream(built)
     assert ended.error(8).startswith("error: 1 of 1 of upstream's tests failed")
     assert "test_hub.py::test_tokenizer" in ended.err
-    assert json.loads(ended.out)["tests"] == {"passed": 0, "failed": 1, "skipped": 0, "hub": 1, "pin": 0}
+    assert json.loads(ended.out)["tests"] == {
+        "passed": 0,
+        "failed": 1,
+        "skipped": 0,
+        "hub": 1,
+        "pin": 0,
+    }
     # It is known from the pin, and not asked again.
-    assert json.loads((upstream_pinned.needs_folder(built.layout) / "hub.json").read_bytes())["tests"] == ["tests/test_hub.py::test_model"]
+    assert json.loads((upstream_pinned.needs_folder(built.layout) / "hub.json").read_bytes())[
+        "tests"
+    ] == ["tests/test_hub.py::test_model"]
 
 
 def test_change_whose_import_kills_the_process_is_no_run_without_tests(built: World) -> None:
@@ -141,11 +192,22 @@ def test_test_of_a_gpu_is_skipped_with_the_reason_until_it_is_tried(built: World
     assert json.loads(ended.out)["verdict"] == "skipped"
     tried = upstream(built, "--try-all")
     assert tried.code == 0, tried.said
-    assert json.loads(tried.out)["tests"] == {"passed": 0, "failed": 0, "skipped": 0, "hub": 0, "pin": 1}
+    assert json.loads(tried.out)["tests"] == {
+        "passed": 0,
+        "failed": 0,
+        "skipped": 0,
+        "hub": 0,
+        "pin": 1,
+    }
 
 
-@pytest.mark.parametrize(("words", "passed"), [(("-k", "whole"), 1), (("-k", "no_such_test"), 0), (("-x", "-k", "answer or whole"), 2)])
-def test_words_after_the_second_dashes_go_to_pytest(built: World, words: Sequence[str], passed: int) -> None:
+@pytest.mark.parametrize(
+    ("words", "passed"),
+    [(("-k", "whole"), 1), (("-k", "no_such_test"), 0), (("-x", "-k", "answer or whole"), 2)],
+)
+def test_words_after_the_second_dashes_go_to_pytest(
+    built: World, words: Sequence[str], passed: int
+) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
     ended = upstream(built, "--", *words)
     assert ended.code == 0, ended.said
@@ -157,7 +219,9 @@ def test_words_that_pytest_does_not_know_are_a_sentence(built: World) -> None:
     assert "exited with 4" in upstream(built, "--", "--nonsense").error(8)
 
 
-def test_run_that_takes_too_long_is_ended_with_all_its_processes(built: World, tmp_path: Path) -> None:
+def test_run_that_takes_too_long_is_ended_with_all_its_processes(
+    built: World, tmp_path: Path
+) -> None:
     edit(built, HANGS.format(flag=str(tmp_path / "flag")))
     ended = upstream(built, "--timeout-s", "4")
     assert "had not ended after 4 s and were ended" in ended.error(8)
@@ -166,7 +230,9 @@ def test_run_that_takes_too_long_is_ended_with_all_its_processes(built: World, t
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_run_leaves_no_process_and_no_record(built: World, hanging: "subprocess.Popen[str]", number: int, code: int) -> None:
+def test_interrupted_run_leaves_no_process_and_no_record(
+    built: World, hanging: "subprocess.Popen[str]", number: int, code: int
+) -> None:
     status = built.git("status", "--porcelain")
     os.kill(hanging.pid, number)
     ended = finish(hanging)
@@ -179,7 +245,9 @@ def test_interrupted_run_leaves_no_process_and_no_record(built: World, hanging: 
     assert upstream(built).code == 0
 
 
-def test_second_run_beside_the_first_is_refused_by_the_lock(built: World, hanging: "subprocess.Popen[str]") -> None:
+def test_second_run_beside_the_first_is_refused_by_the_lock(
+    built: World, hanging: "subprocess.Popen[str]"
+) -> None:
     ended = upstream(built)
     assert "nox -s upstream" in ended.error(12)
     assert hanging.poll() is None
@@ -189,7 +257,13 @@ def test_second_run_beside_the_first_is_refused_by_the_lock(built: World, hangin
 
 def test_tree_that_is_changed_meanwhile_gets_no_verdict(built: World, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    edit(built, HANGS.format(flag=str(flag)).replace("time.sleep(300)", f"\n    while __import__('os').path.exists({str(flag)!r}): time.sleep(0.05)"))
+    edit(
+        built,
+        HANGS.format(flag=str(flag)).replace(
+            "time.sleep(300)",
+            f"\n    while __import__('os').path.exists({str(flag)!r}): time.sleep(0.05)",
+        ),
+    )
     child = start(built, "--", "-k", "test_answer")
     until(flag.exists)
     edit(built, "X = 2\n", "vllm/beta.py")
@@ -198,7 +272,9 @@ def test_tree_that_is_changed_meanwhile_gets_no_verdict(built: World, tmp_path: 
     assert not (built.layout.state / RECORD).exists()
 
 
-def test_index_that_is_out_of_reach_is_a_sentence_and_what_a_killed_install_left_is_cleared(built: World) -> None:
+def test_index_that_is_out_of_reach_is_a_sentence_and_what_a_killed_install_left_is_cleared(
+    built: World,
+) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
     former = upstream_pinned.needs_folder(built.layout) / "site-0123456789ab"
     for folder in (former, former.with_name("site-ba9876543210.new")):

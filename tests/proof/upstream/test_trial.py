@@ -8,7 +8,10 @@ import pytest
 from tests.checks.upstream.runs import run
 from workspace.core.errors import SmokeError
 
-STUMBLING = "def pytest_sessionfinish(session):\n    if not hasattr(session.config, 'workerinput'): raise ValueError('a plugin stumbles')\n"
+STUMBLING = (
+    "def pytest_sessionfinish(session):\n    if not hasattr(session.config, 'workerinput'): raise"
+    " ValueError('a plugin stumbles')\n"
+)
 
 
 def test_what_hangs_is_ended_with_all_of_its_processes(tmp_path: Path) -> None:
@@ -17,11 +20,18 @@ def test_what_hangs_is_ended_with_all_of_its_processes(tmp_path: Path) -> None:
         run(tmp_path, {"test_hangs.py": "import time\ntime.sleep(600)\n"}, timeout_s=1.5)
     assert time.monotonic() - started < 30
     named = str(tmp_path / "chosen.txt").encode()
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists() and named in path.read_bytes()]
+    assert not [
+        path
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.exists() and named in path.read_bytes()
+    ]
 
 
 def test_tests_that_were_lost_with_their_process_are_counted(tmp_path: Path) -> None:
-    dies = "import os, pytest\n@pytest.mark.parametrize('x', range(9))\ndef test_dies(x): os._exit(3)\n"
+    dies = (
+        "import os, pytest\n@pytest.mark.parametrize('x', range(9))\ndef test_dies(x):"
+        " os._exit(3)\n"
+    )
     with pytest.raises(SmokeError, match="4 of 9 tests were not run"):
         run(tmp_path, {"test_dies.py": dies})
 

@@ -1,4 +1,6 @@
-"""The switches of the real setup.py: CMake in a folder that stays, jobs, what is passed on to CMake, and where a former layout had it."""
+"""The switches of the real setup.py: CMake in a folder that stays, jobs, what is passed on to
+CMake, and where a former layout had it.
+"""
 
 import os
 import shlex
@@ -11,7 +13,14 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent if HERE.name == "python" else HERE
-PASSED_ON = ("LLVM_SYSPATH", "JSON_SYSPATH", "TRITON_OFFLINE_BUILD", "TRITON_PARALLEL_LINK_JOBS", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+PASSED_ON = (
+    "LLVM_SYSPATH",
+    "JSON_SYSPATH",
+    "TRITON_OFFLINE_BUILD",
+    "TRITON_PARALLEL_LINK_JOBS",
+    "TRITON_PTXAS_PATH",
+    "TRITON_PTXAS_BLACKWELL_PATH",
+)
 
 
 class CMakeBuild(build_ext):
@@ -27,11 +36,20 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("TRITON_APPEND_CMAKE_ARGS", "")),
         ]
         subprocess.check_call(["cmake", str(ROOT), *words], cwd=folder)
-        subprocess.check_call(["cmake", "--build", ".", f"-j{os.environ.get('MAX_JOBS', 2 * os.cpu_count())}"], cwd=folder)
+        subprocess.check_call(
+            ["cmake", "--build", ".", f"-j{os.environ.get('MAX_JOBS', 2 * os.cpu_count())}"],
+            cwd=folder,
+        )
 
 
 def version():
-    said = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["git", "rev-parse", "--short=8", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return f"3.9.0+git{said.stdout.strip()}"
 
 

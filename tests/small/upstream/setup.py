@@ -1,4 +1,6 @@
-"""The switches of the real setup.py: target, version, precompiled libraries, the extensions that CMake makes."""
+"""The switches of the real setup.py: target, version, precompiled libraries, the extensions that
+CMake makes.
+"""
 
 import importlib.util
 import os
@@ -37,7 +39,9 @@ class cmake_build_ext(build_ext):
     """The real one configures, compiles and installs in a new folder each time."""
 
     def run(self):
-        raise SystemExit("compiling in pip's temporary folder is what the workspace is there to avoid")
+        raise SystemExit(
+            "compiling in pip's temporary folder is what the workspace is there to avoid"
+        )
 
 
 class precompiled_build_ext(build_ext):
@@ -74,7 +78,11 @@ def get_vllm_version():
         return get_version(write_to="vllm/_version.py")
     version = get_version(write_to="vllm/_version.py")
     sep = "." if "+" in version else "+"
-    return version + sep + ("cpu" if TARGET == "cpu" else "precompiled" if envs.VLLM_USE_PRECOMPILED else "cu130")
+    return (
+        version
+        + sep
+        + ("cpu" if TARGET == "cpu" else "precompiled" if envs.VLLM_USE_PRECOMPILED else "cu130")
+    )
 
 
 def get_requirements():
@@ -89,7 +97,9 @@ def get_requirements():
 
 
 if envs.VLLM_USE_PRECOMPILED:
-    precompiled_wheel_utils.extract(os.environ["VLLM_PRECOMPILED_WHEEL_LOCATION"], extract_extensions=True)
+    precompiled_wheel_utils.extract(
+        os.environ["VLLM_PRECOMPILED_WHEEL_LOCATION"], extract_extensions=True
+    )
 
 ext_modules = [CMakeExtension(name="vllm.spinloop")]
 if platform.machine() in ("x86_64", "AMD64"):

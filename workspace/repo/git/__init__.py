@@ -1,8 +1,21 @@
-"""The one door to git: every flag, every environment variable and GitPython itself stay in this package."""
+"""The one door to git: every flag, every environment variable and GitPython itself stay in this
+package.
+"""
 
 from workspace.repo.git.am import AM_BY_HAND, Applied
 from workspace.repo.git.command import Command, OnLine, executable
 from workspace.repo.git.remotes import advertised, without_user
 from workspace.repo.git.repository import Git, Gitlink, Place
 
-__all__ = ["AM_BY_HAND", "Applied", "Command", "Git", "Gitlink", "OnLine", "Place", "advertised", "executable", "without_user"]
+__all__ = [
+    "AM_BY_HAND",
+    "Applied",
+    "Command",
+    "Git",
+    "Gitlink",
+    "OnLine",
+    "Place",
+    "advertised",
+    "executable",
+    "without_user",
+]

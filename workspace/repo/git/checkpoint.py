@@ -1,7 +1,9 @@
-"""Where a repository stands before git itself goes on with an operation, kept so that one that was killed, or lost its power, is taken back.
+"""Where a repository stands before git itself goes on with an operation, kept so that one that was
+killed, or lost its power, is taken back.
 
-git syncs neither the files that it writes nor its notes on what is under way. Kept are these notes, the index, what HEAD and its branch
-name, the content of tracked files, and of the others the names: git writes over none of them, so what is new later is its own.
+git syncs neither the files that it writes nor its notes on what is under way. Kept are these notes,
+the index, what HEAD and its branch name, the content of tracked files, and of the others the names:
+git writes over none of them, so what is new later is its own.
 """
 
 import contextlib
@@ -19,9 +21,20 @@ from workspace.repo.git import command
 from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git, last_move, take_in
 
-# At the top of its directory (git-am(1), git-rebase(1), git-merge(1), git-cherry-pick(1)); the index is replaced, never taken away.
+# At the top of its directory (git-am(1), git-rebase(1), git-merge(1), git-cherry-pick(1)); the
+# index is replaced, never taken away.
 _NOTES = (
-    *("rebase-apply", "rebase-merge", "sequencer", "MERGE_HEAD", "MERGE_MODE", "MERGE_MSG", "MERGE_RR", "AUTO_MERGE", "SQUASH_MSG"),
+    *(
+        "rebase-apply",
+        "rebase-merge",
+        "sequencer",
+        "MERGE_HEAD",
+        "MERGE_MODE",
+        "MERGE_MSG",
+        "MERGE_RR",
+        "AUTO_MERGE",
+        "SQUASH_MSG",
+    ),
     *("CHERRY_PICK_HEAD", "REVERT_HEAD", "REBASE_HEAD", "ORIG_HEAD"),
 )
 _FACTS, _OBJECTS = "facts.json", "objects"
@@ -30,7 +43,9 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Facts:
-    """`symbolic`: the branch that HEAD names; `branch`: that one, or the one that a rebase will move, at `tip`; `others`: files not tracked."""
+    """`symbolic`: the branch that HEAD names; `branch`: that one, or the one that a rebase will
+    move, at `tip`; `others`: files not tracked.
+    """
 
     head: str
     symbolic: str | None
@@ -45,7 +60,8 @@ def keep(git: Git, folder: Path) -> None:
     index = git.path_of("index")
     for name in _NOTES:
         _copy(index.parent / name, folder / name)
-    # With its time: an entry is as new as the index where a file was written in the same tick, and git then reads the file.
+    # With its time: an entry is as new as the index where a file was written in the same tick, and
+    # git then reads the file.
     _copy(index, folder / index.name)
     head, others = git.look("rev-parse", "--verify", "HEAD").out.strip(), _others(git)
     symbolic = git.look("symbolic-ref", "--quiet", "HEAD", check=False).out.strip() or None
@@ -58,10 +74,12 @@ def keep(git: Git, folder: Path) -> None:
 
 
 def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
-    """Bring the repository back to where `keep` found it. What lay there meanwhile, where that is anything else, is kept as a commit under `ref`.
+    """Bring the repository back to where `keep` found it. What lay there meanwhile, where that is
+    anything else, is kept as a commit under `ref`.
 
-    True where it did, and kept something; None where there is nothing that can be restored. False where HEAD was moved by somebody else: nothing
-    is touched then, and it is the former content that is kept under `ref`.
+    True where it did, and kept something; None where there is nothing that can be restored. False
+    where HEAD was moved by somebody else: nothing is touched then, and it is the former content
+    that is kept under `ref`.
     """
     facts = _read(git, folder)
     if facts is None:
@@ -90,7 +108,10 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
         git.set_ref(facts.branch, facts.tip)
     if facts.symbolic:
         git.write("symbolic-ref", "HEAD", facts.symbolic)
-    elif git.head() != facts.head or git.look("symbolic-ref", "--quiet", "HEAD", check=False).status == 0:
+    elif (
+        git.head() != facts.head
+        or git.look("symbolic-ref", "--quiet", "HEAD", check=False).status == 0
+    ):
         git.set_ref("HEAD", facts.head)
     git.write("update-index", "-q", "--refresh", check=False)
     os.sync()
@@ -98,7 +119,9 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
 
 
 def _is_complete(index: Path) -> bool:
-    """Whether an index ends in the checksum of what it holds, or in zeros for none (gitformat-index(5)): git itself does not look."""
+    """Whether an index ends in the checksum of what it holds, or in zeros for none
+    (gitformat-index(5)): git itself does not look.
+    """
     content = index.read_bytes() if index.exists() else b""
     return content[-20:] in (hashlib.sha1(content[:-20]).digest(), bytes(20))
 
@@ -131,16 +154,22 @@ def _is_left_so(git: Git, head: str) -> bool:
 
 
 @contextlib.contextmanager
-def _content(git: Git, *, but: Collection[str], objects: Path | None = None) -> Iterator[tuple[Mapping[str, str], str]]:
-    """Work out the tree of the tracked files as they lie there, and of new ones that are not ignored, without those named.
+def _content(
+    git: Git, *, but: Collection[str], objects: Path | None = None
+) -> Iterator[tuple[Mapping[str, str], str]]:
+    """Work out the tree of the tracked files as they lie there, and of new ones that are not
+    ignored, without those named.
 
-    Yields with it the variables under which git has an index of that tree, in which each file counts as read. New objects go to the folder
-    `objects`, else into the repository.
+    Yields with it the variables under which git has an index of that tree, in which each file
+    counts as read. New objects go to the folder `objects`, else into the repository.
     """
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
         scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
         if objects:
-            scratch |= {"GIT_OBJECT_DIRECTORY": str(objects), "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects"))}
+            scratch |= {
+                "GIT_OBJECT_DIRECTORY": str(objects),
+                "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects")),
+            }
         _copy(git.path_of("index"), Path(folder, "index"))
         # Edits of files that git was told to take for unchanged are edits.
         git.write("update-index", "-q", "--really-refresh", env=scratch, check=False)
@@ -153,15 +182,26 @@ def _content(git: Git, *, but: Collection[str], objects: Path | None = None) -> 
 
 
 def _others(git: Git) -> tuple[str, ...]:
-    """Files that git does not track and does not ignore; repositories in folders of their own are left out."""
-    words = ("-c", "core.excludesFile=/dev/null", "ls-files", "--others", "--exclude-standard", "-z")
+    """Files that git does not track and does not ignore; repositories in folders of their own are
+    left out.
+    """
+    words = (
+        "-c",
+        "core.excludesFile=/dev/null",
+        "ls-files",
+        "--others",
+        "--exclude-standard",
+        "-z",
+    )
     return tuple(path for path in split(git.look(*words).out) if not path.endswith("/"))
 
 
 def _commit(git: Git, message: str, tree: str, head: str, ref: str) -> str:
     """A commit of the tree that leads to HEAD and to what `ref` has kept so far."""
     parents = dict.fromkeys(commit for commit in (head, git.resolve(ref)) if commit)
-    return git.write("commit-tree", "-m", message, *(word for parent in parents for word in ("-p", parent)), tree).out.strip()
+    return git.write(
+        "commit-tree", "-m", message, *(word for parent in parents for word in ("-p", parent)), tree
+    ).out.strip()
 
 
 def _rebased(top: Path) -> str | None:

@@ -1,6 +1,8 @@
-"""What lies between two commits: changed files, moved ones, the commits that touched a path, and whether one of them is a patch of ours.
+"""What lies between two commits: changed files, moved ones, the commits that touched a path, and
+whether one of them is a patch of ours.
 
-Everything here only looks, and needs no more than what is in the repository. What a partial clone lacks is named by `missing`.
+Everything here only looks, and needs no more than what is in the repository. What a partial clone
+lacks is named by `missing`.
 """
 
 import datetime
@@ -18,7 +20,16 @@ from workspace.repo.git.repository import Git
 
 # What format-patch writes, so that a commit and its export have one patch-id (git-patch-id(1)).
 _AS_EXPORTED = (
-    *("--patch", "--full-index", "--binary", "--no-renames", "--unified=3", "--diff-algorithm=myers", "--src-prefix=a/", "--dst-prefix=b/"),
+    *(
+        "--patch",
+        "--full-index",
+        "--binary",
+        "--no-renames",
+        "--unified=3",
+        "--diff-algorithm=myers",
+        "--src-prefix=a/",
+        "--dst-prefix=b/",
+    ),
     *("--no-ext-diff", "--no-textconv", "--no-color", "--no-show-signature"),
 )
 _ABSENT = "0" * 40
@@ -30,7 +41,9 @@ _ALIKE = "-M50%"
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit, and the blob OIDs of every path it changed, before and after; None where the path was not there."""
+    """A commit, and the blob OIDs of every path it changed, before and after; None where the path
+    was not there.
+    """
 
     oid: str
     subject: str
@@ -41,15 +54,36 @@ class Commit:
 
 
 def changed(git: Git, old: str, new: str) -> dict[str, tuple[str | None, str | None]]:
-    """Blob OIDs before and after, by path, of all files that differ between two commits or trees."""
-    return dict(_raw(split(git.look("diff-tree", "-r", "--raw", "--no-renames", "--no-abbrev", "-z", old, new).out)))
+    """Blob OIDs before and after, by path, of all files that differ between two commits or
+    trees.
+    """
+    return dict(
+        _raw(
+            split(
+                git.look(
+                    "diff-tree", "-r", "--raw", "--no-renames", "--no-abbrev", "-z", old, new
+                ).out
+            )
+        )
+    )
 
 
 def log(git: Git, old: str, new: str, paths: Sequence[str]) -> tuple[Commit, ...]:
     """The commits in old..new that touched one of the paths, newest first; merges are left out."""
     if not paths:
         return ()
-    words = ("log", "--no-merges", "--raw", "--full-diff", "--no-renames", "--no-abbrev", "--no-show-signature", "--no-color", "-z", "--format=%x01%H %s")
+    words = (
+        "log",
+        "--no-merges",
+        "--raw",
+        "--full-diff",
+        "--no-renames",
+        "--no-abbrev",
+        "--no-show-signature",
+        "--no-color",
+        "-z",
+        "--format=%x01%H %s",
+    )
     commits = []
     for record in git.look(*words, f"{old}..{new}", "--", *paths).out.split("\x01")[1:]:
         head, *entries = [entry.strip("\n") for entry in split(record)]
@@ -70,7 +104,9 @@ def ahead(git: Git, old: str, new: str) -> int:
 
 
 def described(git: Git, commit: str) -> tuple[str, int] | None:
-    """The nearest tag `v…` before a commit and how many commits lie between, as setuptools-scm asks for; None where there is no such tag."""
+    """The nearest tag `v…` before a commit and how many commits lie between, as setuptools-scm asks
+    for; None where there is no such tag.
+    """
     answer = git.look("describe", "--tags", "--long", "--match=v[0-9]*", commit, check=False)
     if answer.status != 0:
         return None
@@ -80,34 +116,64 @@ def described(git: Git, commit: str) -> tuple[str, int] | None:
 
 def date_of(git: Git, commit: str) -> datetime.datetime:
     """When a commit was made, with its time zone."""
-    return datetime.datetime.fromisoformat(git.look("log", "-1", "--no-show-signature", "--format=%cI", commit, "--").out.strip())
+    return datetime.datetime.fromisoformat(
+        git.look("log", "-1", "--no-show-signature", "--format=%cI", commit, "--").out.strip()
+    )
 
 
 def ancestors(git: Git, names: Iterable[str], commit: str) -> dict[str, str]:
-    """Those of the given OIDs, which may be abbreviated, that are ancestors of `commit` or the commit itself: name to full OID."""
+    """Those of the given OIDs, which may be abbreviated, that are ancestors of `commit` or the
+    commit itself: name to full OID.
+    """
     asked = sorted(set(names))
     if not asked:
         return {}
-    answers = _fed(git, "".join(f"{name}^{{commit}}\n" for name in asked), "cat-file", "--batch-check").decode(errors="replace").splitlines()
-    found = {name: answer.split(" ")[0] for name, answer in zip(asked, answers, strict=True) if answer.split(" ")[1:2] == ["commit"]}
+    answers = (
+        _fed(git, "".join(f"{name}^{{commit}}\n" for name in asked), "cat-file", "--batch-check")
+        .decode(errors="replace")
+        .splitlines()
+    )
+    found = {
+        name: answer.split(" ")[0]
+        for name, answer in zip(asked, answers, strict=True)
+        if answer.split(" ")[1:2] == ["commit"]
+    }
     if not found:
         return {}
     beyond = set(git.look("rev-list", *sorted(set(found.values())), f"^{commit}", "--").out.split())
     return {name: oid for name, oid in found.items() if oid not in beyond}
 
 
-def taken(git: Git, commits: Iterable[Commit], diffs: Mapping[str, tuple[bytes, frozenset[str]]]) -> dict[str, Commit]:
-    """Which patches are among the commits, by patch-id as `git cherry` has it. `diffs`: by name, the patch from its first `diff --git` on, and its paths."""
+def taken(
+    git: Git, commits: Iterable[Commit], diffs: Mapping[str, tuple[bytes, frozenset[str]]]
+) -> dict[str, Commit]:
+    """Which patches are among the commits, by patch-id as `git cherry` has it. `diffs`: by name,
+    the patch from its first `diff --git` on, and its paths.
+    """
     # Equal patches change equal paths, so hardly any commit's content has to be read.
     candidates = candidates_of(commits, [paths for _, paths in diffs.values()])
     if not candidates:
         return {}
-    shown = git.look("log", "--no-walk=unsorted", "--format=commit %H", *_AS_EXPORTED, *(commit.oid for commit in candidates), "--").out
+    shown = git.look(
+        "log",
+        "--no-walk=unsorted",
+        "--format=commit %H",
+        *_AS_EXPORTED,
+        *(commit.oid for commit in candidates),
+        "--",
+    ).out
     theirs = _patch_ids(git, shown.encode(errors="surrogateescape"))
     names = dict(enumerate(diffs, 1))
-    ours = _patch_ids(git, b"".join(b"commit %040x\n\n%s\n" % (number, diffs[name][0]) for number, name in names.items()))
+    ours = _patch_ids(
+        git,
+        b"".join(
+            b"commit %040x\n\n%s\n" % (number, diffs[name][0]) for number, name in names.items()
+        ),
+    )
     by_id = {theirs[commit.oid]: commit for commit in candidates if commit.oid in theirs}
-    return {names[int(number, 16)]: by_id[found] for number, found in ours.items() if found in by_id}
+    return {
+        names[int(number, 16)]: by_id[found] for number, found in ours.items() if found in by_id
+    }
 
 
 def candidates_of(commits: Iterable[Commit], paths: Iterable[frozenset[str]]) -> tuple[Commit, ...]:
@@ -116,8 +182,16 @@ def candidates_of(commits: Iterable[Commit], paths: Iterable[frozenset[str]]) ->
     return tuple(commit for commit in commits if frozenset(commit.paths) in wanted)
 
 
-def renames(git: Git, old: str, new: str, gone: Iterable[str], differing: Mapping[str, tuple[str | None, str | None]]) -> dict[str, str]:
-    """Where the `gone` paths of `old` went in `new`: by equal content, else by git's likeness. `differing` is what changed() said of the two."""
+def renames(
+    git: Git,
+    old: str,
+    new: str,
+    gone: Iterable[str],
+    differing: Mapping[str, tuple[str | None, str | None]],
+) -> dict[str, str]:
+    """Where the `gone` paths of `old` went in `new`: by equal content, else by git's likeness.
+    `differing` is what changed() said of the two.
+    """
     sought = {path: differing[path][0] for path in gone if path in differing}
     if not sought:
         return {}
@@ -125,9 +199,25 @@ def renames(git: Git, old: str, new: str, gone: Iterable[str], differing: Mappin
     same = {after: path for path in reversed(added) if (after := differing[path][1])}
     found = {path: same[oid] for path, oid in sought.items() if oid in same}
     if rest := [path for path in sought if path not in found]:
-        words = ("diff-tree", "-r", _ALIKE, "--diff-filter=R", "--name-status", "-z", old, new, "--", *rest, *likely(rest, added))
+        words = (
+            "diff-tree",
+            "-r",
+            _ALIKE,
+            "--diff-filter=R",
+            "--name-status",
+            "-z",
+            old,
+            new,
+            "--",
+            *rest,
+            *likely(rest, added),
+        )
         listed = iter(split(git.look(*words, check=False).out))
-        found |= {before: after for _, before, after in zip(listed, listed, listed, strict=False) if before in sought}
+        found |= {
+            before: after
+            for _, before, after in zip(listed, listed, listed, strict=False)
+            if before in sought
+        }
     return found
 
 
@@ -140,7 +230,9 @@ def likely(gone: Iterable[str], added: Iterable[str]) -> list[str]:
 def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
     """The content of blobs, by OID, in one call. A missing one is left out."""
     asked = list(dict.fromkeys(oids))
-    answer = _fed(git, "".join(f"{oid}\n" for oid in asked), "cat-file", "--batch") if asked else b""
+    answer = (
+        _fed(git, "".join(f"{oid}\n" for oid in asked), "cat-file", "--batch") if asked else b""
+    )
     contents, place = {}, 0
     while place < len(answer):
         end = answer.index(b"\n", place)
@@ -154,7 +246,9 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
 
 def missing(git: Git, tree: str, paths: Sequence[str]) -> tuple[str, ...]:
     """The blobs of a commit's tree, below the paths, that a partial clone has not fetched yet."""
-    listed = git.look("rev-list", "--objects", "--missing=print", "--no-walk", f"{tree}^{{tree}}", "--", *paths).out
+    listed = git.look(
+        "rev-list", "--objects", "--missing=print", "--no-walk", f"{tree}^{{tree}}", "--", *paths
+    ).out
     return tuple(line[1:] for line in listed.splitlines() if line.startswith("?"))
 
 
@@ -164,7 +258,10 @@ def absent(git: Git, oids: Iterable[str]) -> tuple[str, ...]:
     held: set[str] = set()
     for start in range(0, len(asked), _AT_ONCE):
         words = ("rev-list", "--objects", "--missing=print", "--no-walk", "--ignore-missing")
-        held |= {line.split(" ")[0] for line in git.look(*words, *asked[start : start + _AT_ONCE], "--").out.splitlines()}
+        held |= {
+            line.split(" ")[0]
+            for line in git.look(*words, *asked[start : start + _AT_ONCE], "--").out.splitlines()
+        }
     return tuple(oid for oid in asked if oid not in held)
 
 
@@ -177,13 +274,23 @@ def _raw(entries: Sequence[str]) -> Iterator[tuple[str, tuple[str | None, str | 
 
 def _patch_ids(git: Git, text: bytes) -> dict[str, str]:
     """Patch-ids by the OID in the `commit` line above each diff."""
-    return {line.split(" ")[1]: line.split(" ")[0] for line in _fed(git, text, "patch-id", "--stable").decode().splitlines() if re.fullmatch(r"\w+ \w+", line)}
+    return {
+        line.split(" ")[1]: line.split(" ")[0]
+        for line in _fed(git, text, "patch-id", "--stable").decode().splitlines()
+        if re.fullmatch(r"\w+ \w+", line)
+    }
 
 
 def _fed(git: Git, text: str | bytes, *words: str) -> bytes:
     """What git answers to what it reads on its standard input."""
     program = executable()
-    argv = [program.GIT_PYTHON_GIT_EXECUTABLE or "git", "-C", str(git.path), *command.LOOKING_FLAGS, *words]
+    argv = [
+        program.GIT_PYTHON_GIT_EXECUTABLE or "git",
+        "-C",
+        str(git.path),
+        *command.LOOKING_FLAGS,
+        *words,
+    ]
     with tempfile.TemporaryFile() as file:
         file.write(text.encode() if isinstance(text, str) else text)
         file.seek(0)
@@ -197,7 +304,9 @@ def _fed(git: Git, text: str | bytes, *words: str) -> bytes:
             strip_newline_in_stdout=False,
         )
     if status != 0:
-        raise git._failure(f"git {words[0]} in {git.path}: {first_line(err) or f'exited with {status}'}")
+        raise git._failure(
+            f"git {words[0]} in {git.path}: {first_line(err) or f'exited with {status}'}"
+        )
     answer: bytes = out
     return answer
 
@@ -211,7 +320,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Carried:
-    """A commit with patches on it: `tip`, None where `failing` does not apply. `left_out` are those that it has already."""
+    """A commit with patches on it: `tip`, None where `failing` does not apply. `left_out` are those
+    that it has already.
+    """
 
     tip: str | None
     left_out: tuple[str, ...] = ()
@@ -220,7 +331,9 @@ class Carried:
 
 @dataclass(frozen=True)
 class Deed:
-    """What a commit did: lines added and removed by path, None where they are not lines, or not there to be counted."""
+    """What a commit did: lines added and removed by path, None where they are not lines, or not
+    there to be counted.
+    """
 
     oid: str
     subject: str
@@ -231,38 +344,71 @@ class Deed:
 
 def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
     """The commits that `bad` leads to and `good` does not, merges included, parents first."""
-    words = ("log", "--topo-order", "--reverse", "--no-show-signature", "--no-color", "--no-notes", "-z", "--format=%H%x01%P%x01%s")
-    records = (record.split("\x01", 2) for record in split(git.look(*words, bad, f"^{good}", "--").out))
-    return tuple(Candidate(oid, tuple(parents.split()), subject) for oid, parents, subject in records)
+    words = (
+        "log",
+        "--topo-order",
+        "--reverse",
+        "--no-show-signature",
+        "--no-color",
+        "--no-notes",
+        "-z",
+        "--format=%H%x01%P%x01%s",
+    )
+    records = (
+        record.split("\x01", 2) for record in split(git.look(*words, bad, f"^{good}", "--").out)
+    )
+    return tuple(
+        Candidate(oid, tuple(parents.split()), subject) for oid, parents, subject in records
+    )
 
 
 def forks(git: Git, one: str, other: str) -> tuple[str, ...]:
-    """Where two histories parted (git-merge-base(1), --all); none where they have nothing in common."""
+    """Where two histories parted (git-merge-base(1), --all); none where they have nothing in
+    common.
+    """
     return tuple(git.look("merge-base", "--all", one, other, check=False).out.split())
 
 
 def subject(git: Git, commit: str) -> str:
-    return git.look("log", "-1", "--no-show-signature", "--no-color", "--format=%s", commit, "--").out.rstrip("\n")
+    return git.look(
+        "log", "-1", "--no-show-signature", "--no-color", "--format=%s", commit, "--"
+    ).out.rstrip("\n")
 
 
 def tags(git: Git) -> tuple[str, ...]:
     return tuple(git.look("for-each-ref", "--format=%(refname:strip=2)", "refs/tags").out.split())
 
 
-def complete_range(git: Git, present: str, commit: str, settings: Settings, *, run_log: RunLog) -> None:
-    """Fetch, all at once, what a partial clone lacks of the files of `commit` that differ from those of `present`. Raises SourceError."""
+def complete_range(
+    git: Git, present: str, commit: str, settings: Settings, *, run_log: RunLog
+) -> None:
+    """Fetch, all at once, what a partial clone lacks of the files of `commit` that differ from
+    those of `present`. Raises SourceError.
+    """
     if git.setting("remote.origin.promisor") == "true":
-        git.talk(("diff", "--shortstat", "--no-renames", present, commit), settings, run_log, lambda line: None)
+        git.talk(
+            ("diff", "--shortstat", "--no-renames", present, commit),
+            settings,
+            run_log,
+            lambda line: None,
+        )
 
 
 def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
-    """Put patches on a commit, as `am --3way` would, without those that it has already. The same input gives the same tip."""
+    """Put patches on a commit, as `am --3way` would, without those that it has already. The same
+    input gives the same tip.
+    """
     left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
         scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
 
         def applies(*words: str) -> bool:
-            return git.write("apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False).status == 0
+            return (
+                git.write(
+                    "apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False
+                ).status
+                == 0
+            )
 
         def tree() -> str:
             return git.write("write-tree", "--missing-ok", env=scratch).out.strip()
@@ -273,23 +419,50 @@ def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
                 before = tree()
                 if applies(str(patch)):
                     continue
-                if not applies("--check", "--reverse", str(patch)) and not applies("--3way", str(patch)):
+                if not applies("--check", "--reverse", str(patch)) and not applies(
+                    "--3way", str(patch)
+                ):
                     return Carried(None, tuple(left_out), patch.name)
                 left_out += [patch.name] if tree() == before else []
         made = tree()
     if made == git.tree(commit):
         return Carried(commit, tuple(left_out))
-    date = git.look("log", "-1", "--no-show-signature", "--format=%cd", "--date=raw", commit, "--").out.strip()
+    date = git.look(
+        "log", "-1", "--no-show-signature", "--format=%cd", "--date=raw", commit, "--"
+    ).out.strip()
     dates = {"GIT_AUTHOR_DATE": f"@{date}", "GIT_COMMITTER_DATE": f"@{date}"}
-    tip = git.write("commit-tree", "-p", commit, "-m", f"{commit[:12]} with the patches of the workspace", made, env=dates).out.strip()
+    tip = git.write(
+        "commit-tree",
+        "-p",
+        commit,
+        "-m",
+        f"{commit[:12]} with the patches of the workspace",
+        made,
+        env=dates,
+    ).out.strip()
     return Carried(tip, tuple(left_out))
 
 
 def deed(git: Git, commit: str) -> Deed:
-    """Tell what a commit did, a merge against its first parent. A partial clone may lack what the lines are counted from."""
+    """Tell what a commit did, a merge against its first parent. A partial clone may lack what the
+    lines are counted from.
+    """
     form = ("--no-show-signature", "--no-color", "--no-notes", "-z", "--format=%s%x01%an%x01%as")
-    subject, author, date = git.look("log", "-1", *form, commit, "--").out.rstrip("\0\n").split("\x01")
-    words = ("show", "--format=", "-m", "--first-parent", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-color", "--no-show-signature", "-z")
+    subject, author, date = (
+        git.look("log", "-1", *form, commit, "--").out.rstrip("\0\n").split("\x01")
+    )
+    words = (
+        "show",
+        "--format=",
+        "-m",
+        "--first-parent",
+        "--no-renames",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--no-color",
+        "--no-show-signature",
+        "-z",
+    )
     counted = git.look(*words, "--numstat", commit, "--", check=False)
     changes: dict[str, tuple[int | None, int | None]] = {}
     if counted.status == 0:
@@ -297,11 +470,15 @@ def deed(git: Git, commit: str) -> Deed:
             added, removed, path = entry.lstrip("\n").split("\t", 2)
             changes[path] = (int(added), int(removed)) if added.isdigit() else (None, None)
     else:
-        changes = dict.fromkeys(split(git.look(*words, "--name-only", commit, "--").out), (None, None))
+        changes = dict.fromkeys(
+            split(git.look(*words, "--name-only", commit, "--").out), (None, None)
+        )
     return Deed(commit, subject, author, date, changes)
 
 
 def last_in_common(git: Git, commits: Iterable[str], bad: str) -> str | None:
-    """Where the nearest of the given commits left the history of `bad`, or stands in it; None where none did before `bad` itself."""
+    """Where the nearest of the given commits left the history of `bad`, or stands in it; None where
+    none did before `bad` itself.
+    """
     parted = {fork for commit in commits for fork in forks(git, commit, bad)[:1]} - {bad}
     return min(parted, key=lambda fork: ahead(git, fork, bad), default=None)

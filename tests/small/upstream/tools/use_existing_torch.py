@@ -9,7 +9,11 @@ PREFIXES = ("torch=", "torchvision=", "torchaudio=", "torchcodec=", '"torch =')
 def main(arguments):
     only_prefixed = "--prefix" in arguments
     here = pathlib.Path()
-    for path in (*here.glob("requirements/**/*.txt"), *here.glob("requirements/**/*.in"), *here.glob("pyproject.toml")):
+    for path in (
+        *here.glob("requirements/**/*.txt"),
+        *here.glob("requirements/**/*.in"),
+        *here.glob("pyproject.toml"),
+    ):
         kept = []
         for line in path.read_text().splitlines(keepends=True):
             lower = line.lower()

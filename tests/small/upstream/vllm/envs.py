@@ -6,7 +6,9 @@ from typing import Any
 
 environment_variables: dict[str, Callable[[], Any]] = {
     "VLLM_TARGET_DEVICE": lambda: os.getenv("VLLM_TARGET_DEVICE", "cuda").lower(),
-    "VLLM_USE_PRECOMPILED": lambda: os.environ.get("VLLM_USE_PRECOMPILED", "").strip().lower() in ("1", "true"),
+    "VLLM_USE_PRECOMPILED": (
+        lambda: os.environ.get("VLLM_USE_PRECOMPILED", "").strip().lower() in ("1", "true")
+    ),
     "MAX_JOBS": lambda: os.getenv("MAX_JOBS"),
     "NVCC_THREADS": lambda: os.getenv("NVCC_THREADS"),
     "CMAKE_BUILD_TYPE": lambda: os.getenv("CMAKE_BUILD_TYPE"),

@@ -1,4 +1,6 @@
-"""Stands in for setuptools: as much of it as the small tree's setup.py and an editable install ask for."""
+"""Stands in for setuptools: as much of it as the small tree's setup.py and an editable install ask
+for.
+"""
 
 import configparser
 import os

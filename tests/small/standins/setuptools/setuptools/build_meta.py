@@ -1,4 +1,6 @@
-"""PEP 660 hooks that run setup.py of the working directory, and leave an egg-info there as the real ones do."""
+"""PEP 660 hooks that run setup.py of the working directory, and leave an egg-info there as the real
+ones do.
+"""
 
 import base64
 import hashlib
@@ -34,9 +36,17 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     members = {
         f"__editable__.{arguments['name']}.pth": os.getcwd() + "\n",
         f"{info}/METADATA": _metadata(),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: small\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": (
+            "Wheel-Version: 1.0\nGenerator: small\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
     }
-    record = "".join(f"{name},sha256={_digest(text)},{len(text.encode())}\n" for name, text in members.items()) + f"{info}/RECORD,,\n"
+    record = (
+        "".join(
+            f"{name},sha256={_digest(text)},{len(text.encode())}\n"
+            for name, text in members.items()
+        )
+        + f"{info}/RECORD,,\n"
+    )
     wheel = f"{arguments['name']}-{arguments['version']}-0.editable-py3-none-any.whl"
     with zipfile.ZipFile(os.path.join(wheel_directory, wheel), "w") as archive:
         for name, text in {**members, f"{info}/RECORD": record}.items():
@@ -62,14 +72,22 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     info = _dist_info(arguments)
     members = {
         f"{info}/METADATA": _metadata().encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: small\nRoot-Is-Purelib: false\nTag: py3-none-any\n",
+        f"{info}/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: small\nRoot-Is-Purelib: false\nTag: py3-none-any\n"
+        ),
     }
     for place, _, names in os.walk(command.build_lib):
         for name in names:
             path = os.path.join(place, name)
             with open(path, "rb") as file:
                 members[os.path.relpath(path, command.build_lib)] = file.read()
-    record = "".join(f"{name},sha256={_digest(content)},{len(content)}\n" for name, content in members.items()) + f"{info}/RECORD,,\n"
+    record = (
+        "".join(
+            f"{name},sha256={_digest(content)},{len(content)}\n"
+            for name, content in members.items()
+        )
+        + f"{info}/RECORD,,\n"
+    )
     wheel = f"{arguments['name']}-{arguments['version']}-py3-none-any.whl"
     with zipfile.ZipFile(os.path.join(wheel_directory, wheel), "w") as archive:
         for name, content in {**members, f"{info}/RECORD": record.encode()}.items():
@@ -86,8 +104,13 @@ def _run_setup(command="editable_wheel"):
 
 def _metadata():
     arguments = setuptools.recorded
-    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in arguments["install_requires"])
-    return f"Metadata-Version: 2.1\nName: {arguments['name']}\nVersion: {arguments['version']}\n{requires}"
+    requires = "".join(
+        f"Requires-Dist: {requirement}\n" for requirement in arguments["install_requires"]
+    )
+    return (
+        f"Metadata-Version: 2.1\nName: {arguments['name']}\nVersion:"
+        f" {arguments['version']}\n{requires}"
+    )
 
 
 def _dist_info(arguments):

@@ -1,4 +1,6 @@
-"""Stands in for setuptools-scm: a version from the environment, else from git, written where it is asked to."""
+"""Stands in for setuptools-scm: a version from the environment, else from git, written where it is
+asked to.
+"""
 
 import os
 import re
@@ -13,9 +15,18 @@ def get_version(write_to, **_):
 
 
 def _described():
-    asked = subprocess.run(["git", "describe", "--tags", "--long", "--abbrev=40", "--match", "v[0-9]*"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["git", "describe", "--tags", "--long", "--abbrev=40", "--match", "v[0-9]*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     found = re.fullmatch(r"v(\d+)\.(\d+)\.(\d+)-(\d+)-(g[0-9a-f]+)", asked.stdout.strip())
     if asked.returncode != 0 or not found:
         return "0.1.dev1"
     major, minor, patch, distance, commit = found.groups()
-    return f"{major}.{minor}.{patch}" if distance == "0" else f"{major}.{minor}.{int(patch) + 1}.dev{distance}+{commit}"
+    return (
+        f"{major}.{minor}.{patch}"
+        if distance == "0"
+        else f"{major}.{minor}.{int(patch) + 1}.dev{distance}+{commit}"
+    )

@@ -1,3 +1,5 @@
 from types import SimpleNamespace
 
-nvidia = SimpleNamespace(ptxas=SimpleNamespace(path="ptxas"), ptxas_blackwell=SimpleNamespace(path="ptxas-blackwell"))
+nvidia = SimpleNamespace(
+    ptxas=SimpleNamespace(path="ptxas"), ptxas_blackwell=SimpleNamespace(path="ptxas-blackwell")
+)
