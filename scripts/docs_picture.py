@@ -337,7 +337,7 @@ def _arrow(
 
 def _box(room: Room, place: Place) -> str:
     kind = "entrance" if room.name in ENTRANCES else "probes" if room.name == "probes" else "room"
-    texts = [(room.name, 23, 15 if len(room.name) < LONG_NAME else 14)]
+    texts = [(room.name, 23, 15 if len(room.name) < LONG_NAME else 13.5)]
     if kind == "entrance":
         texts = [(room.name, 38, 15)]
     else:
@@ -346,8 +346,9 @@ def _box(room: Room, place: Place) -> str:
     middle = place.x + place.width / 2
     written = []
     for text, down, size in texts:
-        at = f'x="{middle:g}" y="{place.y + down:g}"'
-        written.append(f'<text {at} font-size="{size}">{escape(text)}</text>')
+        weight = 600 if text == room.name else 400
+        style = f'x="{middle:g}" y="{place.y + down:g}" font-size="{size}" font-weight="{weight}"'
+        written.append(f"<text {style}>{escape(text)}</text>")
     sides = f'x="{place.x:g}" y="{place.y:g}" width="{place.width:g}" height="{BOX_HEIGHT}"'
     box = f'<rect {sides} rx="7" fill="{FILLS[kind]}"/>'
     return "\n".join(['<g fill="#ffffff">', box, *written, "</g>"])
