@@ -133,6 +133,13 @@ def typecheck(session):
 
 
 @nox.session
+def docs(session):
+    """Compare the generated pages with the code, build the site, check .github/."""
+    run(session, "scripts.docs", "--check")
+    run(session, "scripts.docs_site")
+
+
+@nox.session
 def smoke(session):
     """Does the built tree compute rightly."""
     run(session, "workspace.cli.sessions", "smoke", *session.posargs)
