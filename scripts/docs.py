@@ -157,7 +157,7 @@ def settings_page(settings: Sequence[Setting]) -> str:
     for phase, (title, reach) in PHASES.items():
         rows = [_of_setting(setting) for setting in settings if setting.phase == phase]
         lines += ["", f"## {title}", "", reach, ""]
-        lines += table(("setting", "values", "default", "meaning"), rows)
+        lines += table(("setting", "meaning", "default", "values"), rows)
     return "\n".join([*lines, ""])
 
 
@@ -165,7 +165,7 @@ def _of_setting(setting: Setting) -> tuple[str, ...]:
     choices = ", ".join(_code(choice) for choice in setting.choices if choice)
     values = choices or KINDS.get(setting.kind, setting.kind)
     secret = "; secret: never printed or logged" if setting.secret else ""
-    return _code(setting.name), values, _code(setting.default), cell(setting.meaning) + secret
+    return _code(setting.name), cell(setting.meaning) + secret, _code(setting.default), values
 
 
 def exit_codes_page(errors: Sequence[type[WorkspaceError]]) -> str:
