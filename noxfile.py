@@ -116,7 +116,9 @@ def run(session, *words):
 @nox.session
 def tests(session):
     """The workspace's own tests; words after -- go to pytest."""
-    run(session, "pytest", *session.posargs)
+    # The floor of the coverage is for the whole suite.
+    coverage = [] if session.posargs else ["--cov", "--cov-report="]
+    run(session, "pytest", *coverage, *session.posargs)
 
 
 @nox.session
