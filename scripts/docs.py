@@ -8,8 +8,6 @@ exits with 1 where a page is out of date. scripts/docs_site.py builds the site.
 import argparse
 import ast
 import contextlib
-import importlib
-import importlib.util
 import inspect
 import signal
 import sys
@@ -27,9 +25,10 @@ sys.path.insert(0, str(ROOT))
 # Everything that comes from the library: a new name of a room changes these lines only.
 from scripts import docs_picture  # noqa: E402
 from scripts.docs_picture import cell, table  # noqa: E402
+from workspace.cli.program import program  # noqa: E402
+from workspace.cli.sessions import SESSIONS  # noqa: E402
 from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE, WorkspaceError  # noqa: E402
 from workspace.core.settings import SETTINGS, Phase, Setting  # noqa: E402
-from workspace.verbs.program import program  # noqa: E402
 
 DOCS = ROOT / "docs"
 COMMAND = ".workspace/tools/bin/python scripts/docs.py"
@@ -55,11 +54,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Session:
-    """A nox session: its name, its docstring, and the modules of the library that it starts."""
+    """A nox session: its name and its docstring."""
 
     name: str
     help: str
-    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -312,23 +310,13 @@ def _is_session(node: ast.FunctionDef) -> bool:
 
 
 def _of_function(node: ast.FunctionDef) -> Session:
-    modules = tuple(docs_picture.started_modules(node))
-    return Session(node.name, ast.get_docstring(node) or "", modules)
+    return Session(node.name, ast.get_docstring(node) or "")
 
 
 def _parsers(session: Session) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parser of each program that a session starts, of those that have one."""
-    for module in session.modules:
-        name = module if _is_file(module) else f"{module}.__main__"
-        spec = importlib.util.find_spec(name)
-        # A program without a parser would begin its work at once.
-        if spec and spec.origin and "ArgumentParser(" in _read(Path(spec.origin)):
-            yield parser_of(importlib.import_module(name).main)
-
-
-def _is_file(module: str) -> bool:
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.submodule_search_locations is None
+    """Yield the parser of a session that has arguments of its own."""
+    if session.name in SESSIONS:
+        yield parser_of(lambda: SESSIONS[session.name]([]))
 
 
 def parser_of(work: Callable[[], object]) -> argparse.ArgumentParser:

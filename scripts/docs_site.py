@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Untyped, because it must parse in an old Python.
-from scripts.tools import CHECK_INDEX, FETCH, MACHINE, TOOLS, Failure, call, say  # noqa: E402
+from scripts.tools import CHECK_INDEX, FETCH, MACHINE, TOOLS, Failure, call, info  # noqa: E402
 from scripts.tools import surroundings as package_sources  # noqa: E402
 
 STATE = ROOT / ".workspace"
@@ -51,12 +51,12 @@ def main() -> int:
         build(environment)
     except Failure as exc:
         for line in exc.details:
-            say(f"  {line}")
-        say(f"error: {exc.message}")
-        say(f"hint: {exc.hint}")
+            info(f"  {line}")
+        info(f"error: {exc.message}")
+        info(f"hint: {exc.hint}")
         return int(exc.code)
     except KeyboardInterrupt:
-        say("interrupted")
+        info("interrupted")
         return 130
     return 0
 
@@ -67,7 +67,7 @@ def prepare(environment: Mapping[str, str], index: list[str]) -> None:
     with held_lock():
         if is_complete():
             return
-        say("preparing the docs environment …")
+        info("preparing the docs environment …")
         remove_leftovers()
         new = STATE / f"docs.new-{os.getpid()}"
         try:
@@ -135,7 +135,7 @@ def build(environment: Mapping[str, str]) -> None:
     ended = subprocess.run(argv, env={**environment, **NOTICES}, cwd=ROOT, check=False)
     if ended.returncode != 0:
         raise Failure(1, "the site could not be built", AFTER_CORRECTION)
-    say(f"site: {SITE.relative_to(ROOT)}/index.html")
+    info(f"site: {SITE.relative_to(ROOT)}/index.html")
 
 
 def python_of(folder: Path) -> list[str]:

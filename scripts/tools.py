@@ -67,12 +67,12 @@ def main():
             ) from exc
     except Failure as exc:
         for line in exc.details:
-            say("  " + line)
-        say("error: " + exc.message)
-        say("hint: " + exc.hint)
+            info("  " + line)
+        info("error: " + exc.message)
+        info("hint: " + exc.hint)
         return exc.code
     except KeyboardInterrupt:
-        say("interrupted")
+        info("interrupted")
         return 130
     return 0
 
@@ -90,12 +90,12 @@ def prepare():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is preparing the tool environment; waiting for it")
+            info("another process is preparing the tool environment; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         if is_complete():
             return
         started = time.time()
-        say("preparing the tool environment …", end="")
+        info("preparing the tool environment …", end="")
         try:
             remove_leftovers()
             environment, index = surroundings()
@@ -104,23 +104,21 @@ def prepare():
                 find_uv(environment) or install_uv(python, environment), python, environment, index
             )
         except BaseException:
-            say("")
+            info("")
             raise
         finally:
             remove_leftovers()
-        say(" {:.1f} s".format(time.time() - started))
+        info(" {:.1f} s".format(time.time() - started))
 
 
 def is_complete():
     """Say whether TOOLS was made from today's requirements; scripts/inv asks the same with cmp."""
     try:
-        with (
-            open(REQUIREMENTS, "rb") as wanted,
-            open(os.path.join(TOOLS, "requirements.txt"), "rb") as made,
-        ):
-            return wanted.read() == made.read() and os.access(
-                os.path.join(TOOLS, "bin", "python"), os.X_OK
-            )
+        with open(REQUIREMENTS, "rb") as file:
+            wanted = file.read()
+        with open(os.path.join(TOOLS, "requirements.txt"), "rb") as file:
+            is_same = file.read() == wanted
+        return is_same and os.access(os.path.join(TOOLS, "bin", "python"), os.X_OK)
     except OSError:
         return False
 
@@ -406,7 +404,7 @@ def remove_leftovers():
                 os.unlink(path)
 
 
-def say(text, end="\n"):
+def info(text, end="\n"):
     """Talk on stderr, in whatever encoding it has."""
     encoding = sys.stderr.encoding or "ascii"
     sys.stderr.write((text + end).encode(encoding, "replace").decode(encoding))

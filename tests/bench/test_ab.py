@@ -132,11 +132,11 @@ def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_
     (built.layout.vllm / "vllm" / "new.py").write_text("NEW = 1\n")
     before = built.git("status", "--porcelain")
     tree = ab_trees.working(built.layout, observed(built), arm="ab-b")
-    assert tree.said == "the working tree, uncommitted edits included"
+    assert tree.description == "the working tree, uncommitted edits included"
     assert built.git("show", f"{tree.tip}:vllm/new.py") == "NEW = 1"
     folder = built.layout.sandboxes / "ab-b"
     folder.mkdir(parents=True)
-    (folder / "arm.json").write_text(json.dumps({"tip": tree.tip}))
+    (folder / "sandbox.json").write_text(json.dumps({"tip": tree.tip}))
     assert ab_trees.working(built.layout, observed(built), arm="ab-b").tip == tree.tip
     assert built.git("status", "--porcelain") == before
 

@@ -13,8 +13,8 @@ from tests.bench.histories import Made, make
 from tests.small.materials import git
 from workspace.bench import bisect, bisect_log, bisect_predicate
 from workspace.bench.bisect import Attempt
-from workspace.bench.bisect_log import BisectOptions, Course, Ground, Role, Standing
-from workspace.bench.bisect_predicate import Question, Said
+from workspace.bench.bisect_log import BisectLog, BisectOptions, Ground, Role, Standing
+from workspace.bench.bisect_predicate import Predicate, Said
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
@@ -42,7 +42,7 @@ class Place:
         self.ground = Ground(made[commits[-1].name], ())
         return made
 
-    def attempt(self, commit: str, role: Role, there: Course) -> Said:
+    def attempt(self, commit: str, role: Role, there: BisectLog) -> Said:
         repository = Git(self.layout.vllm)
         tip = history.carried(repository, commit, self.ground.patches).tip
         self.tried.append(commit)
@@ -59,13 +59,13 @@ class Place:
 
     def search(
         self, options: BisectOptions, attempt: Attempt | None = None
-    ) -> tuple[bisect_log.Field, Course, Standing]:
+    ) -> tuple[bisect_log.Field, BisectLog, Standing]:
         console = Console(out=io.StringIO(), err=self.err)
         there = bisect.begin(self.layout, self.ground, options, console=console)
         searched = bisect_log.open_range(
             self.layout, self.ground, there.good, there.bad, is_patches=options.is_patches
         )
-        keep: Callable[[Course], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
+        keep: Callable[[BisectLog], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
         return searched, *bisect.search_on(
             searched, there, attempt=attempt or self.attempt, keep=keep, console=console
         )
@@ -105,12 +105,12 @@ def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> 
 def test_broken_commit_among_64_is_named_with_its_deed_in_eight_tries(place: Place) -> None:
     made = place.history(*line(65, broken=41))
     assert place.outcome(ends(made, "c64")) == made["c41"]
-    said = place.err.getvalue()
-    assert f"the first bad one is {made['c41'][:12]} c41" in said
-    assert "broken  +1 -0" in said
-    assert "it is broken" in said
-    assert f"git -C vendor/vllm show {made['c41'][:12]}" in said
-    assert "64 suspects left, about 6 steps" in said
+    output = place.err.getvalue()
+    assert f"the first bad one is {made['c41'][:12]} c41" in output
+    assert "broken  +1 -0" in output
+    assert "it is broken" in output
+    assert f"git -C vendor/vllm show {made['c41'][:12]}" in output
+    assert "64 suspects left, about 6 steps" in output
     assert len(place.tried) == 8
 
 
@@ -183,7 +183,7 @@ def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_n
         )
     made = place.history(*commits)
 
-    def attempt(commit: str, role: Role, there: Course) -> Said:
+    def attempt(commit: str, role: Role, there: BisectLog) -> Said:
         return (
             Said("skip", "it cannot be built")
             if commit in (made["c4"], made["c5"])
@@ -208,7 +208,7 @@ def test_a_dozen_skips_running_ask_for_somebody_to_look_and_the_same_command_goe
 ) -> None:
     made = place.history(*line(60, broken=30))
 
-    def attempt(commit: str, role: Role, there: Course) -> Said:
+    def attempt(commit: str, role: Role, there: BisectLog) -> Said:
         return (
             Said("skip", "no compiler") if role == "suspect" else place.attempt(commit, role, there)
         )
@@ -241,7 +241,7 @@ def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by
     while True:
         tries = 0
 
-        def attempt(commit: str, role: Role, there: Course) -> Said:
+        def attempt(commit: str, role: Role, there: BisectLog) -> Said:
             nonlocal tries
             tries += 1
             if tries > 1:
@@ -370,7 +370,7 @@ def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(pl
         tip = git(place.layout.root / "work", "rev-parse", "HEAD")
     place.ground = Ground(made["c0"], tuple(patches))
 
-    def attempt(commit: str, role: Role, there: Course) -> Said:
+    def attempt(commit: str, role: Role, there: BisectLog) -> Said:
         names = git(place.layout.vllm, "ls-tree", "--name-only", commit).split()
         return Said("bad" if "broken" in names else "good", "looked")
 
@@ -504,12 +504,12 @@ def test_check_that_was_waited_for_in_vain_is_no_bad_one(
 ) -> None:
     record = {"checks": rows}
     assert (
-        bisect_predicate.judged(Question("smoke", "smoke"), record, timeout_s=100).verdict == smoke
+        bisect_predicate.judged(Predicate("smoke", "smoke"), record, timeout_s=100).verdict == smoke
     )
     assert (
-        bisect_predicate.judged(Question("check", "parity.llama"), record, timeout_s=100).verdict
+        bisect_predicate.judged(Predicate("check", "parity.llama"), record, timeout_s=100).verdict
         == check
     )
-    assert bisect_predicate.judged(Question("smoke", "smoke"), "not built", timeout_s=100) == Said(
+    assert bisect_predicate.judged(Predicate("smoke", "smoke"), "not built", timeout_s=100) == Said(
         "skip", "not built"
     )

@@ -16,7 +16,7 @@ from workspace.core.console import Console
 from workspace.core.errors import Regression, SettingsError
 
 
-def said(
+def output(
     folder: Path,
     first: Record,
     second: Record,
@@ -48,30 +48,30 @@ def test_regression_names_metric_and_size_and_exits_9(tmp_path: Path) -> None:
         Regression,
         match=r"ffffffffffff-latency is slower than aaaaaaaaaaaa-latency: latency \+19\.8%",
     ) as caught:
-        said(tmp_path, first, second)
+        output(tmp_path, first, second)
     assert caught.value.exit_code == 9
 
 
 def test_lower_throughput_is_a_regression_and_lower_latency_is_none(tmp_path: Path) -> None:
     with pytest.raises(Regression, match=r"tokens_per_second -2\d"):
-        said(
+        output(
             tmp_path,
             record(arm(1, 12), metric="tokens_per_second"),
             record(arm(2, 12, slow=-0.25), metric="tokens_per_second", tree="f" * 40),
         )
-    _, err = said(tmp_path, record(arm(1, 12)), record(arm(2, 12, slow=-0.25), tree="f" * 40))
+    _, err = output(tmp_path, record(arm(1, 12)), record(arm(2, 12, slow=-0.25), tree="f" * 40))
     assert err.startswith("ok")
     assert "faster" in err
 
 
 def test_too_few_starts_say_how_many_would_do(tmp_path: Path) -> None:
-    _, err = said(tmp_path, record(), other(starts=record().starts[:3]))
+    _, err = output(tmp_path, record(), other(starts=record().starts[:3]))
     assert "inconclusive" in err
     assert "next: ./scripts/nox -s bench -- latency --label latency --repeat 6" in err
 
 
 def test_json_is_one_document_without_nan(tmp_path: Path) -> None:
-    out, _ = said(tmp_path, record(), other(starts=record().starts[:1]), as_json=True)
+    out, _ = output(tmp_path, record(), other(starts=record().starts[:1]), as_json=True)
     document = json.loads(out, parse_constant=pytest.fail)
     assert document["rows"][0]["judgement"] | {"reason": ""} == {
         "verdict": "inconclusive", "ratio": 1.0, "low": None, "high": None, "p": 1.0, "needed": 6, "reason": "",
@@ -107,20 +107,20 @@ def test_records_that_are_not_comparable_say_which_field_differs(
     tmp_path: Path, parts: Mapping[str, object], field: str
 ) -> None:
     with pytest.raises(SettingsError, match="are not comparable") as caught:
-        said(tmp_path, record(), other(**parts))
+        output(tmp_path, record(), other(**parts))
     assert field in caught.value.details
 
 
 def test_field_that_is_what_one_compares_may_differ(tmp_path: Path) -> None:
     graphs = other(flags=())
-    assert said(tmp_path, record(), graphs, "flags")[1].startswith("ok")
+    assert output(tmp_path, record(), graphs, "flags")[1].startswith("ok")
     with pytest.raises(SettingsError, match="not comparable; what differs: model$"):
-        said(tmp_path, record(), replace(graphs, model="smollm2"), "flags")
+        output(tmp_path, record(), replace(graphs, model="smollm2"), "flags")
 
 
 def test_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--across: 'speed' is no field"):
-        said(tmp_path, record(), other(), "speed")
+        output(tmp_path, record(), other(), "speed")
 
 
 def test_another_tree_pin_and_patches_are_no_obstacle(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_another_tree_pin_and_patches_are_no_obstacle(tmp_path: Path) -> None:
 
 def test_records_without_a_common_metric_say_so(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="have no metric in common"):
-        said(
+        output(
             tmp_path,
             served((1,)),
             replace(served((4,)), source=replace(record().source, tree="f" * 40)),
@@ -140,9 +140,9 @@ def test_records_without_a_common_metric_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", ["", "five", "nan", "inf", "-5", "0", "1e9", "0.1", "5 %%"])
 def test_factor_that_is_no_percentage_is_refused(tmp_path: Path, factor: str) -> None:
     with pytest.raises(SettingsError, match="--factor"):
-        said(tmp_path, record(), other(), factor=factor)
+        output(tmp_path, record(), other(), factor=factor)
 
 
 def test_larger_factor_lets_pass_what_is_slower(tmp_path: Path) -> None:
     first, second = record(arm(1, 12)), record(arm(2, 12, slow=0.2), tree="f" * 40)
-    assert said(tmp_path, first, second, factor="40%")[1].startswith("ok")
+    assert output(tmp_path, first, second, factor="40%")[1].startswith("ok")

@@ -88,7 +88,7 @@ def test_record_says_what_was_measured_on_what_and_nothing_private(measured: Wor
         "--enforce-eager",
         env={"HF_TOKEN": SECRET, "OMP_NUM_THREADS": "1"},
     )
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     path = Path(ended.out.strip())
     document = only(measured)
     assert (
@@ -116,7 +116,7 @@ def test_bench_that_dies_keeps_what_it_measured_and_goes_on_from_there(measured:
     times = [start["time"] for start in only(measured)["starts"]]
     assert len(times) == 2
     ended = bench(measured, "--repeat", "3")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "has 2 starts; going on from there" in ended.err
     assert [start["time"] for start in only(measured)["starts"]][:2] == times
     assert len(only(measured)["starts"]) == 3

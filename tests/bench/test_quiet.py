@@ -84,7 +84,7 @@ def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("said", "names"),
+    ("output", "names"),
     [
         ("4711, /usr/bin/python3\n", ("python3 (4711) holds a GPU",)),
         ("", ()),
@@ -92,10 +92,10 @@ def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) 
     ],
 )
 def test_processes_on_a_gpu_are_named_by_the_drivers_word(
-    tmp_path: Path, said: str, names: tuple[str, ...]
+    tmp_path: Path, output: str, names: tuple[str, ...]
 ) -> None:
     driver = tmp_path / "nvidia-smi"
-    driver.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    driver.write_text(f"#!/bin/sh\nprintf '{output}'\n")
     driver.chmod(0o755)
     loaded = settings.load(Layout(tmp_path), environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert (

@@ -126,11 +126,11 @@ def test_ends_and_forks_are_tried_first_and_contradict() -> None:
     suspects = Suspects("good", {"a": ("fork",), "b": ("a",)}, ("fork",))
     order: list[tuple[str, str]] = []
     tries: dict[str, Verdict] = {}
-    for said in ("good", "good", "bad"):
+    for output in ("good", "good", "bad"):
         standing = search_state(suspects, tries)
         assert standing.following
         order.append((standing.following, standing.role))
-        tries[standing.following] = said  # type: ignore[assignment]
+        tries[standing.following] = output  # type: ignore[assignment]
     assert order == [("good", "good"), ("fork", "fork"), ("b", "bad")]
     assert search_state(suspects, {"good": "bad"}).contradiction == "good"
     assert search_state(suspects, {"good": "good", "fork": "bad"}).contradiction == "fork"

@@ -25,7 +25,7 @@ home = os.path.dirname(__file__)
 if words[0] == "serve":
     with open(home + "/starts", "a") as file:
         file.write(str(os.getpid()) + " ")
-    os.execv({sys.executable!r}, [{sys.executable!r}, "-S", {str(ROOT / "tests" / "engine" / "standin.py")!r}, flags["port"], "plain"])
+    os.execv({sys.executable!r}, [{sys.executable!r}, "-S", {str(ROOT / "tests" / "server" / "standin.py")!r}, flags["port"], "plain"])
 at = int(flags["max-concurrency"])
 if flags["model"] == "dies":
     os.kill(int(open(home + "/starts").read().split()[-1]), signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_a_single_load_is_not_named_after_its_requests_at_once(layout: Layout) -
 
 
 @pytest.mark.parametrize(
-    ("model", "kind", "said"),
+    ("model", "kind", "output"),
     [
         ("empty", WorkspaceError, "no request was completed, 2 failed"),
         ("dies", ServeError, "the server .*SIGKILL"),
@@ -94,8 +94,8 @@ def test_a_single_load_is_not_named_after_its_requests_at_once(layout: Layout) -
     ],
 )
 def test_load_that_measures_nothing_is_a_sentence_and_leaves_no_server(
-    layout: Layout, model: str, kind: type[WorkspaceError], said: str
+    layout: Layout, model: str, kind: type[WorkspaceError], output: str
 ) -> None:
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=output):
         measured(layout, model, 2)
     require_nothing_left(layout)

@@ -75,7 +75,7 @@ def smoke(world: World) -> Ended:
     ended = run(world, "-m", "workspace.cli.sessions", "smoke")
     if ended.code == 0:
         recorded = run(world, *RECORD)
-        assert recorded.code == 0, recorded.said
+        assert recorded.code == 0, recorded.output
     return ended
 
 
@@ -92,7 +92,7 @@ def _good(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Wor
     git(made.root, "commit", "--quiet", "--all", "-m", "A smoke for the small world")
     made.bootstrap()
     ended = smoke(made)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     made.save()
     return made
 

@@ -28,7 +28,7 @@ def test_there_and_back(clone: World) -> None:
     )
     link = git(clone.root, "ls-files", "-s", "vendor/vllm")
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
 
     # The new state is whole, in its own place, and nothing of the workshop is left or named.
     assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(
@@ -79,7 +79,7 @@ def test_there_and_back(clone: World) -> None:
     # Back: without a network, and the very environment.
     clone.index.hide(*clone.index.files)
     ended = clone.run("pin.rollback")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert clone.git("rev-parse", "HEAD") == old_head
     assert layout.pins.read_text() == old_pins
     after = user_files(clone)

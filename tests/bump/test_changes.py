@@ -202,7 +202,7 @@ def test_external_projects_are_named_by_tag_through_variables(ground: Ground) ->
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "output"),
     [
         ("csrc/a.cu", "1 files differ"),
         ("CMakeLists.txt", "1 files differ"),
@@ -210,9 +210,9 @@ def test_external_projects_are_named_by_tag_through_variables(ground: Ground) ->
     ],
 )
 def test_compiled_sources_that_differ_outdate_the_kernels(
-    ground: Ground, path: str, said: str
+    ground: Ground, path: str, output: str
 ) -> None:
-    assert said in ground.texts("sources", *both(path, "a\n", "b\n"))[0]
+    assert output in ground.texts("sources", *both(path, "a\n", "b\n"))[0]
 
 
 ENVS = "environment_variables: dict[str, int] = {{\n    '{}': 1,\n    **more,\n}}\n"

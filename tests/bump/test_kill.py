@@ -20,7 +20,7 @@ def kill(world: World, call: int, *words: str) -> None:
         "before",
     ]
     ended = world.run(*words, through=launch)
-    assert ended.code == -9, (world.folder / "calls").read_text() + ended.said
+    assert ended.code == -9, (world.folder / "calls").read_text() + ended.output
     _, living = judge.await_no_stray(f"HOME={world.folder / 'home'}")
     assert not living
 
@@ -31,6 +31,6 @@ def test_killed_apply_is_finished_by_the_next(clone: World) -> None:
     (clone.layout.vllm / "new.txt").write_text("mine\n")
     kill(clone, 45, "patch.apply")
     ended = clone.run("patch.apply")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert clone.git("rev-parse", "HEAD", "refs/patches/tip").split() == [tip, tip]
     assert clone.git("status", "--porcelain") == "?? new.txt"

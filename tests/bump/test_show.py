@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group("good")
 
 def rows(world: World, *words: str) -> dict[str, dict]:
     ended = world.run("pin.show", "--json", *words)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     return {row["name"]: row for row in json.loads(ended.out)["rows"]}
 
 
@@ -31,7 +31,7 @@ def test_pin_stack_goods_and_newer_releases_with_their_age(clone: World) -> None
 def test_without_a_network_everything_else_is_still_shown(clone: World) -> None:
     clone.index.faults["vllm"] = Fault(status=503)
     ended = clone.run("pin", "--offline")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert clone.index.requests == []
     assert ended.err.splitlines()[0].startswith("ok       pin           v0.31.0")
     assert "skipped  newer" in ended.err

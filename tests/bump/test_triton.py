@@ -37,7 +37,7 @@ def triton(world: World, tmp_path: Path) -> Path:
 def test_pin_and_series_follow_main(world: World, triton: Path) -> None:
     new = git(triton, "rev-parse", "main")
     ended = world.run("pin.bump", "triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert pins.load(world.layout.pins).triton.commit == new
     assert f"# base: {new}" in (world.layout.patches("triton") / "series").read_text()
     assert (

@@ -22,7 +22,7 @@ def libraries(**changes: dict) -> dict:
     return {"error": None, "libraries": list(rows.values())}
 
 
-def said(**changes: object) -> dict:
+def output(**changes: object) -> dict:
     return {
         "error": None,
         "vllm": {
@@ -49,7 +49,7 @@ def origin(record: dict) -> Check:
 
 
 def test_right_build_passes() -> None:
-    found = [files(libraries()), binary(libraries()), origin(said())]
+    found = [files(libraries()), binary(libraries()), origin(output())]
     assert [check.verdict for check in found] == ["pass"] * 3
     assert all(check.meaning and check.evidence for check in found)
 
@@ -119,7 +119,7 @@ def test_library_for_another_processor_passes_and_is_said() -> None:
 
 
 def vllm(**changes: object) -> dict:
-    return said(vllm=said()["vllm"] | changes)
+    return output(vllm=output()["vllm"] | changes)
 
 
 @pytest.mark.parametrize(
@@ -133,18 +133,18 @@ def vllm(**changes: object) -> dict:
         (vllm(version="0.31.1.dev1+g12345"), "vllm is 0.31.1.dev1+g12345, stamped is 0.31.0+cpu"),
         (vllm(platform=""), "its platform is none, stamped is cpu"),
         (
-            said(torch={"version": "2.14.0+cpu", "cuda": None}),
+            output(torch={"version": "2.14.0+cpu", "cuda": None}),
             "torch is 2.14.0+cpu, stamped is 2.13.0+cpu",
         ),
         (
-            said(torch={"version": "2.13.0+cpu", "cuda": "13.0"}),
+            output(torch={"version": "2.13.0+cpu", "cuda": "13.0"}),
             "torch's CUDA is 13.0, stamped is none",
         ),
-        (said(triton="3.7.1"), "triton is 3.7.1, stamped is none"),
+        (output(triton="3.7.1"), "triton is 3.7.1, stamped is none"),
         (vllm(kernels=[]), "without a compiled library"),
         (vllm(file=None), "not known which vLLM is imported"),
         (
-            said(vllm=None, error="vLLM: ImportError: no"),
+            output(vllm=None, error="vLLM: ImportError: no"),
             "not known which vLLM is imported: vLLM: ImportError: no",
         ),
         ({}, "not known which vLLM is imported"),

@@ -71,12 +71,12 @@ def test_vllm_that_computes_nothing_fails_with_8_and_the_record_says_the_same_at
     assert record["verdict"] == "fail"
     assert record["tree"] == built.git("rev-parse", "HEAD^{tree}").strip()
     assert record["dirty"] is None
-    said = {row["id"]: row["verdict"] for row in record["checks"]}
-    assert {said[name] for name in ("provenance.libraries", "binary.load", "provenance.tree")} == {
-        "pass"
-    }
+    output = {row["id"]: row["verdict"] for row in record["checks"]}
     assert {
-        said[name]
+        output[name] for name in ("provenance.libraries", "binary.load", "provenance.tree")
+    } == {"pass"}
+    assert {
+        output[name]
         for name in ("kernels.norm", "parity.llama", "consistency.prefix", "provenance.import")
     } == {"fail"}
     assert len(record["built"]) == 64

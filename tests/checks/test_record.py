@@ -69,15 +69,15 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
 
 def test_record_is_of_this_tree_only_where_edits_and_build_are_the_same_and_it_passed() -> None:
     now = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None, "b" * 64)
-    said = {"verdict": "pass", "tree": "d" * 40, "dirty": None, "built": "b" * 64}
-    assert registry.is_of(said, now)
+    output = {"verdict": "pass", "tree": "d" * 40, "dirty": None, "built": "b" * 64}
+    assert registry.is_of(output, now)
     for change in (
         {"verdict": "fail"},
         {"tree": "e" * 40},
         {"dirty": "f" * 64},
         {"built": "a" * 64},
     ):
-        assert not registry.is_of(said | change, now)
+        assert not registry.is_of(output | change, now)
     assert not registry.is_of({}, now)
     assert not registry.is_of(
         {"verdict": "pass", "tree": None, "dirty": None, "built": None},

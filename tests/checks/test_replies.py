@@ -99,7 +99,7 @@ def test_stream_needs_pieces_an_end_and_one_finish() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "chances", "said"),
+    ("tokens", "chances", "output"),
     [
         ((300, 7, 301, 302), (-0.5, -0.25, -1.0, -2.0005), None),
         (
@@ -126,11 +126,11 @@ def test_stream_needs_pieces_an_end_and_one_finish() -> None:
     ],
 )
 def test_logprobs_are_compared_token_by_token(
-    tokens: tuple, chances: tuple, said: str | None
+    tokens: tuple, chances: tuple, output: str | None
 ) -> None:
     found = {"tokens": [f"token_id:{token}" for token in tokens], "token_logprobs": list(chances)}
     problems, _ = http_checks.logprobs(reply({"choices": [{"logprobs": found}]}), [ROW], 1e-3)
-    assert (said is None and problems == []) or (said is not None and said in problems[0])
+    assert (output is None and problems == []) or (output is not None and output in problems[0])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ ROWS = [
 ]
 
 
-def words_of(number: int) -> str:
+def args_of(number: int) -> str:
     try:
         return Path(f"/proc/{number}/cmdline").read_text()
     except OSError:
@@ -75,7 +75,7 @@ class Place:
         assert not [
             number
             for number in process_tree.living().keys() - before
-            if str(port) in words_of(number)
+            if str(port) in args_of(number)
         ]
         assert observation.find(self.place) is None
         with socket.socket() as probe:
@@ -117,7 +117,7 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
 
 
 @pytest.mark.parametrize(
-    ("manner", "check", "said"),
+    ("manner", "check", "output"),
     [
         (
             "off",
@@ -129,11 +129,11 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
     ],
 )
 def test_one_fault_fails_the_one_check_that_names_it(
-    place: Place, manner: str, check: str, said: str
+    place: Place, manner: str, check: str, output: str
 ) -> None:
     failed = place.failed(manner)
     assert set(failed) == {check}
-    assert failed[check].startswith(said)
+    assert failed[check].startswith(output)
 
 
 def test_crash_at_start_is_told_by_the_servers_own_error(place: Place) -> None:
@@ -158,15 +158,16 @@ def test_crash_in_the_middle_is_the_cause_of_everything_behind_it_and_nobody_wai
 
 
 @pytest.mark.parametrize(
-    ("manner", "first", "said"),
+    ("manner", "first", "output"),
     [("hangs at start", "ready", "not ready"), ("hangs", "completions", "not done")],
 )
 def test_hang_is_ended_at_the_limit_and_tells_where_it_stood(
-    place: Place, manner: str, first: str, said: str
+    place: Place, manner: str, first: str, output: str
 ) -> None:
     failed = place.failed(manner, limit_s=1.0)
     assert (
-        failed[first] == f"the server was {said} after 1 s and was ended; its stacks are in the log"
+        failed[first]
+        == f"the server was {output} after 1 s and was ended; its stacks are in the log"
     )
     assert any("front.py" in line and "sleep_for_ever" in line for line in place.stacks)
     assert "sleep_for_ever" in place.log()

@@ -53,10 +53,10 @@ def test_every_thread_of_every_process_tells_and_nothing_is_left(tmp_path: Path)
     environment = {"PATH": str(tmp_path), **stack_dumps.FAULTS}
     with hanging(tmp_path, environment) as child:
         with stack_dumps.Watch(0.05, lambda: family(child), environment=environment) as watch:
-            said = child.communicate(timeout=20)[1]
-        told = watch.told(said)
+            output = child.communicate(timeout=20)[1]
+        told = watch.told(output)
     assert watch.has_fired
-    assert said.count("Fatal Python error: Aborted") == 2
+    assert output.count("Fatal Python error: Aborted") == 2
     assert sum("in deep" in line for line in told) == 2
     assert sum("thread 0x" in line.lower() for line in told) == 3
     assert not family(child) & process_tree.living().keys()
@@ -73,8 +73,8 @@ def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_pat
             with stack_dumps.Watch(
                 0.05, lambda child=child: family(child), environment=environment
             ) as watch:  # type: ignore[misc]
-                said = child.communicate(timeout=20)[1]
-            assert watch.told(said)[0] == expected
+                output = child.communicate(timeout=20)[1]
+            assert watch.told(output)[0] == expected
 
 
 def test_process_that_ignores_it_is_killed_and_one_that_is_gone_is_no_error(tmp_path: Path) -> None:

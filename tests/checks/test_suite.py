@@ -198,8 +198,8 @@ def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops
 ) -> None:
     clone.serves("other")
     found = clone.run(level="full", is_fail_fast=True, VLLM_API_KEY="geheim")
-    said = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
-    assert said == {"server.ready": "it calls itself vLLM 2, stamped is 1+cpu"}
+    output = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
+    assert output == {"server.ready": "it calls itself vLLM 2, stamped is 1+cpu"}
     assert [
         name.removeprefix("server.") for name in list(found)[-len(server_checks.CHECKS) :]
     ] == list(server_checks.CHECKS)
@@ -285,7 +285,7 @@ def is_running(pid: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "output"),
     [
         ("import os; os.kill(os.getpid(), 11)", "the probe was killed by SIGSEGV: no word"),
         (
@@ -301,11 +301,11 @@ def is_running(pid: str) -> bool:
     ],
 )
 def test_probe_without_a_document_fails_its_checks_and_no_others(
-    clone: Clone, code: str, said: str
+    clone: Clone, code: str, output: str
 ) -> None:
     clone.probe("parity", code)
     found = clone.run()
-    assert found["parity.llama"].evidence == said
+    assert found["parity.llama"].evidence == output
     assert {name for name, check in found.items() if check.verdict == "fail"} == SPOKEN
 
 
@@ -369,8 +369,8 @@ def test_only_the_last_line_of_talk_is_taken_for_the_reason() -> None:
 
 
 def test_failed_checks_are_named_with_the_way_on_from_the_most_telling_one() -> None:
-    said = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
-    fine, load_, words = (Check(name, verdict, "no", 0.0) for name, verdict in said.items())  # type: ignore[arg-type]
+    output = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
+    fine, load_, words = (Check(name, verdict, "no", 0.0) for name, verdict in output.items())  # type: ignore[arg-type]
     judge((fine,), log=None)
     with pytest.raises(
         SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load"

@@ -17,7 +17,7 @@ ROW = {"tokens": [7, 8], "logprobs": [-0.5, -0.25]}
 OTHER = {"tokens": [7, 8], "logprobs": [-0.5, -0.26]}
 
 
-def said(folder: Path, reference: object, vllm: object) -> Said:
+def output(folder: Path, reference: object, vllm: object) -> Said:
     folder.mkdir()
     files = Said(folder / "reference.json", folder / "rows.json")
     for file, rows in ((files.reference, reference), (files.vllm, vllm)):
@@ -36,8 +36,8 @@ def settled(
         WRONG,
         second,
         name="llama",
-        before=said(folder / "before", *before),
-        after=said(folder / "after", *after),
+        before=output(folder / "before", *before),
+        after=output(folder / "after", *after),
     )
 
 

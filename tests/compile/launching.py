@@ -143,10 +143,10 @@ class Site:
             child.communicate()
 
 
-def broker(
+def job_server_(
     site: Site, *, jobs: int = 4, budget_gib: float = 1000.0, units: int = 1, **more
-) -> job_server.Broker:
-    return job_server.Broker(
+) -> job_server.JobServer:
+    return job_server.JobServer(
         site.tickets, Admission(Bounds(jobs, budget_gib)), Costs([]), units=units, **more
     )
 

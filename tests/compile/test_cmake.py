@@ -102,8 +102,8 @@ def test_inputs_and_sources_are_reasons(site: Site) -> None:
     assert due(site, configure={"CMAKE_ARGS": "", "CC": "clang"}) == "CC nothing → clang"
     assert due(site, torch="2.14.0") == "torch 2.13.0 → 2.14.0"
     inputs = site.inputs()
-    said = cmake.due(build_of(site), inputs, {"FETCHCONTENT_SOURCE_DIR_FLASHY": "/mine"})
-    assert said == "FETCHCONTENT_SOURCE_DIR_FLASHY a placeholder → /mine"
+    output = cmake.due(build_of(site), inputs, {"FETCHCONTENT_SOURCE_DIR_FLASHY": "/mine"})
+    assert output == "FETCHCONTENT_SOURCE_DIR_FLASHY a placeholder → /mine"
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"schema": 1}', "[" * 9000, '{"schema": 99}'])

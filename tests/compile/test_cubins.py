@@ -272,8 +272,11 @@ def test_library_is_judged_by_what_upstream_has_for_it(
 
 
 def test_every_gpu_must_be_served() -> None:
-    (said,) = judge([Cubins(KERNELS, ("sm_120f",))], capabilities=["12.1", "9.0"], archs="")
-    assert (said.state, said.sentence) == ("wrong", "holds sm_120f, of which nothing runs on 9.0")
+    (output,) = judge([Cubins(KERNELS, ("sm_120f",))], capabilities=["12.1", "9.0"], archs="")
+    assert (output.state, output.sentence) == (
+        "wrong",
+        "holds sm_120f, of which nothing runs on 9.0",
+    )
 
 
 def test_without_gpu_and_list_only_nothing_at_all_is_wrong() -> None:
@@ -286,8 +289,8 @@ def test_without_gpu_and_list_only_nothing_at_all_is_wrong() -> None:
 
 
 def test_sentences_of_a_spark_are_all_expected() -> None:
-    said = judge_not_built([f"-- {sentence}" for sentence in SPARK], "12.1a")
-    assert (said.failures, said.unknown, len(said.expected)) == ((), (), len(set(SPARK)))
+    output = judge_not_built([f"-- {sentence}" for sentence in SPARK], "12.1a")
+    assert (output.failures, output.unknown, len(output.expected)) == ((), (), len(set(SPARK)))
 
 
 @pytest.mark.parametrize(
@@ -385,10 +388,10 @@ def test_sentences_of_a_spark_are_all_expected() -> None:
 def test_sentence_is_judged_by_the_list_of_architectures(
     sentence: str, archs: str, part: str
 ) -> None:
-    said = judge_not_built([sentence], archs)
-    (quoted,) = getattr(said, part)
+    output = judge_not_built([sentence], archs)
+    (quoted,) = getattr(output, part)
     assert quoted.startswith(sentence)
-    assert sum(map(len, (said.expected, said.failures, said.unknown))) == 1
+    assert sum(map(len, (output.expected, output.failures, output.unknown))) == 1
 
 
 def test_words_that_two_blocks_print_fail_when_both_print_them_and_one_should_not() -> None:

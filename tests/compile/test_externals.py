@@ -433,9 +433,9 @@ def test_two_clones_at_once_fetch_once_and_both_go_on(
     (tmp_path / "other" / "cache").symlink_to(site.root / "cache")
     (site.root / "cache").mkdir(exist_ok=True)
     verbs = [running(each, str(mirror), external) for each in (site, other)]
-    said = [verb.communicate(timeout=60) for verb in verbs]
-    assert [verb.returncode for verb in verbs] == [0, 0], said
-    assert sum(err.count(" fetch ") for _, err in said) == 1
+    output = [verb.communicate(timeout=60) for verb in verbs]
+    assert [verb.returncode for verb in verbs] == [0, 0], output
+    assert sum(err.count(" fetch ") for _, err in output) == 1
     assert [
         path.name
         for path in (site.root / "cache" / "externals" / "flashy").iterdir()
@@ -492,8 +492,8 @@ def test_deps_of_another_pin_are_told_and_left_alone(site: Site, mirror: Path) -
     assert externals.leftover(site.tree) == ()
     deps = site.tree / ".deps"
     put(deps, {"flashy-src/.git/HEAD": "2" * 40 + "\n", "other-src/x": "", "flashy-build/x": ""})
-    said = externals.leftover(site.tree)
-    assert said == (
+    output = externals.leftover(site.tree)
+    assert output == (
         f".deps/flashy-src is {'2' * 12}, this pin asks for {TAG[:12]}; it is not used",
         ".deps/other-src: this pin fetches no other; it is not used",
     )

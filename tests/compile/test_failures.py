@@ -23,7 +23,7 @@ def heard(*lines: str) -> Failures:
 
 
 def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None:
-    said = [
+    output = [
         "a.cu(3): warning #177-D: unused",
         "",
         "a.cu(7): error: expected a ;",
@@ -34,14 +34,14 @@ def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None
         "[1/9] Building",
         *REFUSED,
         *REAL,
-        *said,
+        *output,
         *REFUSED,
         "ninja: build stopped: subcommand failed.",
     )
     assert failures.first is not None
     assert failures.first.output == "CMakeFiles/t.dir/a.cu.o"
     assert failures.first.error == "a.cu(7): error: expected a ;"
-    assert failures.first.shown == tuple(said)
+    assert failures.first.shown == tuple(output)
 
 
 def test_older_ninjas_name_no_code() -> None:

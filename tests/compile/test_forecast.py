@@ -81,8 +81,8 @@ def test_units_that_nobody_measured_are_counted_as_guessed() -> None:
         Reached("_new_C", "--target", units("_new_C", "csrc/n.cu", "csrc/n.cpp"), True), MOE
     )
     assert (plan.units, plan.guessed) == (4, 2)
-    assert "4 units, 6.1 minutes of compiler time" in (said := shown(plan)[0])[3]
-    assert said[3].endswith("; 2 of them never measured, so guessed")
+    assert "4 units, 6.1 minutes of compiler time" in (output := shown(plan)[0])[3]
+    assert output[3].endswith("; 2 of them never measured, so guessed")
 
 
 def test_a_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
@@ -96,29 +96,29 @@ def test_nothing_to_compile_says_so() -> None:
         "nothing is to be compiled",
         "from the precompiled wheel: _C, _moe_C, _fa2_C",
     ]
-    said, _ = shown(work_out(Reached("_C", "csrc/c.cu changed", (), False)))
-    assert said[2] == "nothing is to be compiled: what is reached was compiled before"
+    output, _ = shown(work_out(Reached("_C", "csrc/c.cu changed", (), False)))
+    assert output[2] == "nothing is to be compiled: what is reached was compiled before"
 
 
 def test_a_plan_without_a_precompiled_wheel_says_why() -> None:
-    said, _ = shown(
+    output, _ = shown(
         work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0")
     )
     assert (
         "not hybrid: the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0; every target is"
-        " compiled here" in said
+        " compiled here" in output
     )
     assert not [
         line
-        for line in said
+        for line in output
         if line.startswith("from the precompiled wheel") or "precompiled brings" in line
     ]
 
 
 def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
-    said, out = shown(work_out(MOE, ONE))
+    output, out = shown(work_out(MOE, ONE))
     assert out == ""
-    assert said == [
+    assert output == [
         "target  reason                                   units  minutes  peak GiB",
         "_moe_C  csrc/a.cu changed                            2      3.1       4.0",
         "_C      csrc/c.h changed, included by csrc/c.cu      1      0.6       8.0",
@@ -152,13 +152,13 @@ def test_reasons_that_do_not_fit_beside_stand_below_their_target(width: int) -> 
 
 
 def test_json_is_the_whole_plan() -> None:
-    said, out = shown(work_out(MOE, ONE), as_json=True)
+    output, out = shown(work_out(MOE, ONE), as_json=True)
     record = json.loads(out)
-    assert said == []
+    assert output == []
     assert record["schema"] == 1
     assert [row["target"] for row in record["rows"]] == ["_moe_C", "_C"]
     assert record["bounds"] == {"jobs": 4, "budget_gib": 10.0}
-    assert (record["units"], record["why_not_hybrid"], record["from_precompiled_wheel"]) == (
+    assert (record["units"], record["why_not_hybrid"], record["from_precompiled"]) == (
         3,
         None,
         ["_fa2_C"],

@@ -115,10 +115,10 @@ def test_a_machine_without_compilers_is_observed_all_the_same(site: Site) -> Non
 
 def arguments(site: Site) -> dict[str, str]:
     with site.run_log() as run_log:
-        said = cmake.toolkit_arguments(
+        output = cmake.toolkit_arguments(
             site.layout, site.settings(), site.root / "build", run_log=run_log
         )
-    return dict(word.removeprefix("-D").split("=", 1) for word in said)
+    return dict(word.removeprefix("-D").split("=", 1) for word in output)
 
 
 def test_a_full_toolkit_lacks_nothing(site: Site) -> None:

@@ -33,7 +33,7 @@ def test_jobs_4_means_4_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "shell", "dotenv", "number", "said"),
+    ("flag", "shell", "dotenv", "number", "output"),
     [
         ("3", "5", "7", 3, "--jobs 3"),
         (None, "5", "7", 5, "MAX_JOBS=5 in the shell"),
@@ -44,7 +44,12 @@ def test_jobs_4_means_4_and_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_the_flag_outranks_the_shell_that_outranks_dotenv(
-    tmp_path: Path, flag: str | None, shell: str | None, dotenv: str | None, number: int, said: str
+    tmp_path: Path,
+    flag: str | None,
+    shell: str | None,
+    dotenv: str | None,
+    number: int,
+    output: str,
 ) -> None:
     given = load(
         tmp_path,
@@ -53,7 +58,7 @@ def test_the_flag_outranks_the_shell_that_outranks_dotenv(
     )
     found = jobs.count(given, cores=20, flag=flag)
     assert found.count == number
-    assert f": {said};" in found.sentence
+    assert f": {output};" in found.sentence
 
 
 def test_a_flag_that_the_settings_took_is_called_a_flag(tmp_path: Path) -> None:
@@ -167,10 +172,10 @@ def test_ninja_sees_all_units_and_never_fewer_than_may_run() -> None:
 
 
 def test_everything_that_starts_compilers_by_itself_is_told_the_same_number() -> None:
-    said = jobs.environment(jobs.Jobs(4, 1, ""), ticket="/build/ticket")
+    output = jobs.environment(jobs.Jobs(4, 1, ""), ticket="/build/ticket")
     assert {
-        said[name] for name in ("MAX_JOBS", "CARGO_BUILD_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")
+        output[name] for name in ("MAX_JOBS", "CARGO_BUILD_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")
     } == {"4"}
-    assert {said[name] for name in said if name.endswith(("LAUNCHER", "WRAPPER"))} == {
+    assert {output[name] for name in output if name.endswith(("LAUNCHER", "WRAPPER"))} == {
         "/build/ticket"
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.launching import PLAIN, Site, broker, until
+from tests.compile.launching import PLAIN, Site, job_server_, until
 from workspace.compile import job_server, launcher
 
 
@@ -21,20 +21,20 @@ def test_a_compiler_behind_the_launcher_is_called_as_without_it(site: Site) -> N
         "-o",
         "x",
     ]
-    with broker(site):
+    with job_server_(site):
         child = site.launch("", argv=show)
-        said, _ = child.communicate(timeout=10)
+        output, _ = child.communicate(timeout=10)
     assert child.returncode == 3
-    assert sorted(said.splitlines()) == sorted([repr([*odd, "-o", "x"]), "talk"])
+    assert sorted(output.splitlines()) == sorted([repr([*odd, "-o", "x"]), "talk"])
 
 
 def test_compilers_are_nicer_and_the_first_to_be_ended_and_their_launchers_are_not(
     site: Site,
 ) -> None:
     site.compiler("cat /proc/self/oom_score_adj; nice; ulimit -c; cat /proc/$PPID/oom_score_adj")
-    with broker(site):
-        said, _ = site.launch("a").communicate(timeout=10)
-    words = said.split()
+    with job_server_(site):
+        output, _ = site.launch("a").communicate(timeout=10)
+    words = output.split()
     assert (words[0], int(words[1]) >= launcher.NICE, words[3]) == (
         "1000",
         True,
@@ -44,18 +44,18 @@ def test_compilers_are_nicer_and_the_first_to_be_ended_and_their_launchers_are_n
 
 def test_a_pipe_that_nobody_reads_ends_a_compiler_as_ever(site: Site) -> None:
     site.compiler("yes | head -1")
-    with broker(site):
-        said, _ = site.launch("a").communicate(timeout=10)
-    assert said == "y\n"
+    with job_server_(site):
+        output, _ = site.launch("a").communicate(timeout=10)
+    assert output == "y\n"
 
 
 def test_a_question_for_the_version_needs_no_ticket(site: Site) -> None:
     site.compiler("gate")
-    with broker(site, jobs=1):
+    with job_server_(site, jobs=1):
         first = site.launch("a")
         until(site.running)
-        said, _ = site.launch("", argv=["expr", "7"]).communicate(timeout=10)
-        assert said == "7\n"
+        output, _ = site.launch("", argv=["expr", "7"]).communicate(timeout=10)
+        assert output == "7\n"
         site.open_gate()
         first.communicate(timeout=10)
 
@@ -92,15 +92,15 @@ def test_without_the_folder_of_the_tickets_a_launcher_says_so(site: Site) -> Non
 
 
 def test_a_compiler_that_is_not_there_is_said_and_fails(site: Site) -> None:
-    with broker(site):
+    with job_server_(site):
         child = site.launch("", argv=["/no/such/nvcc", "-c", "a.cu"])
-        said, _ = child.communicate(timeout=10)
-    assert (child.returncode, said) == (127, "error: /no/such/nvcc: No such file or directory\n")
+        output, _ = child.communicate(timeout=10)
+    assert (child.returncode, output) == (127, "error: /no/such/nvcc: No such file or directory\n")
 
 
 def test_a_folder_too_deep_for_the_address_of_a_socket_works_too(tmp_path: Path) -> None:
     site = Site(tmp_path / ("deep" * 30) / "with 'quotes' and blanks")
-    with broker(site):
+    with job_server_(site):
         child = site.launch("a")
         assert child.communicate(timeout=10)[0] == "compiled\n"
 
@@ -150,7 +150,7 @@ def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_
     site.compiler("command -v compiler")
     stand_ins = job_server.stand_in(site.tickets, {"compiler": [str(site.folder / "compiler")]})
     environment = {"PATH": f"{stand_ins}:{site.folder}:{PLAIN['PATH']}"}
-    with broker(site) as tickets_:
+    with job_server_(site) as tickets_:
         done = subprocess.run(
             ["compiler", "-c", "a", "b", "-o", "x.o"],
             cwd=site.folder,

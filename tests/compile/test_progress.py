@@ -155,7 +155,7 @@ def test_parts_are_set_into_lines_and_what_has_no_room_is_counted(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "output"),
     [
         (0.0, "1 s"),
         (89.0, "89 s"),
@@ -164,5 +164,5 @@ def test_parts_are_set_into_lines_and_what_has_no_room_is_counted(
         (3600 * 2 + 300, "2 h 05 min"),
     ],
 )
-def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
-    assert progress.duration(seconds) == said
+def test_times_are_said_as_people_say_them(seconds: float, output: str) -> None:
+    assert progress.duration(seconds) == output

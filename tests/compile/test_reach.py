@@ -102,10 +102,12 @@ def named_by_compiler(tree: Path, graph: Graph) -> set[str]:
     environment = {"PATH": os.environ["PATH"]} | (
         {"CPATH": str(tree / graph.hidden)} if graph.hidden else {}
     )
-    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        words, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     names = [
         word.replace("\\ ", " ")
-        for word in re.findall(r"(?:\\.|\S)+", said.replace("\\\n", " ").split(":", 1)[1])
+        for word in re.findall(r"(?:\\.|\S)+", output.replace("\\\n", " ").split(":", 1)[1])
     ]
     return {
         os.path.relpath(real, tree)
@@ -151,8 +153,8 @@ def test_every_spelling_that_a_compiler_takes_is_found_beside_and_by_folder(tmp_
         f"-I{tmp_path / 'csrc/moe'}",
         *(str(tmp_path / unit) for unit in units),
     ]
-    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert said.count("/csrc/moe/sub/e.h") == len(units)
+    output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert output.count("/csrc/moe/sub/e.h") == len(units)
     found = Scan(tmp_path, ["csrc/moe/sub/e.h"]).taken_in(units, ("inc", "csrc/moe"))
     assert [text for unit, text in units.items() if not found[unit]] == []
 
@@ -496,7 +498,7 @@ def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(
 ) -> None:
     build, project = compiled
 
-    def said(*changed: str) -> dict[str, tuple[int, bool]]:
+    def output(*changed: str) -> dict[str, tuple[int, bool]]:
         return {
             one.target: (len(one.units), one.is_complete)
             for one in targets.reached(site.tree, changed, project, build=build, pinned=project)
@@ -504,27 +506,27 @@ def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(
 
     # The first change in a target compiles it whole, and what CMake builds before it; one that was
     # compiled, nothing, until its file changes.
-    assert said("csrc/c.c") == {"_C": (5, True)}
-    assert said("csrc/include/wide.h") == {"_C": (5, True)}
-    assert said("csrc/spinloop.c") == {"spinloop": (0, False)}
+    assert output("csrc/c.c") == {"_C": (5, True)}
+    assert output("csrc/include/wide.h") == {"_C": (5, True)}
+    assert output("csrc/spinloop.c") == {"spinloop": (0, False)}
     with written(
         site.tree / "csrc/spinloop.c",
         '#include "include/wide.h"\nint spin(void) { return WIDTH; }\n',
     ):
-        assert said("csrc/spinloop.c", "csrc/include/wide.h") == {
+        assert output("csrc/spinloop.c", "csrc/include/wide.h") == {
             "_C": (5, True),
             "spinloop": (1, True),
         }
         assert site.ninja(build, "spinloop").returncode == 0
-        assert said("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (0, False)}
+        assert output("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (0, False)}
     # A condition that the compiler did not take is no include once it has compiled.
     with written(
         site.tree / "csrc/spinloop.c",
         '#if 0\n#include "include/wide.h"\n#endif\nint spin(void) { return 1; }\n',
     ):
-        assert said("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (1, True)}
+        assert output("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (1, True)}
         assert site.ninja(build, "spinloop").returncode == 0
-        assert said("csrc/include/wide.h") == {"_C": (5, True)}
+        assert output("csrc/include/wide.h") == {"_C": (5, True)}
 
 
 def test_asking_ninja_writes_nothing(site: Site, compiled: tuple[Path, Project]) -> None:

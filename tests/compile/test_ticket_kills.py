@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.launching import ROOT, Site, broker, command_of, until
+from tests.compile.launching import ROOT, Site, command_of, job_server_, until
 from workspace.compile import job_server, jobs
 from workspace.compile.costs import Costs, History
 from workspace.compile.scheduler import Admission, Bounds
@@ -20,7 +20,7 @@ from workspace.compile.scheduler import Admission, Bounds
 
 @dataclass(frozen=True)
 class Pair:
-    tickets: job_server.Broker
+    tickets: job_server.JobServer
     holder: "subprocess.Popen[str]"
     waiter: "subprocess.Popen[str]"
 
@@ -31,7 +31,7 @@ def pair(site: Site) -> Iterator[Pair]:
     it.
     """
     site.compiler("gate")
-    with broker(site, jobs=1, keep_going=True) as tickets_:
+    with job_server_(site, jobs=1, keep_going=True) as tickets_:
         holder = site.launch("a")
         until(site.running)
         waiter = site.launch("b")
@@ -66,7 +66,7 @@ def test_a_killed_launcher_keeps_its_ticket_as_long_as_its_compiler_lives(
 
 def test_a_compiler_whose_launcher_was_killed_ends_with_the_build_too(site: Site) -> None:
     site.compiler("exec sleep 100")
-    with broker(site):
+    with job_server_(site):
         holder = site.launch("a")
         until(site.running)
         holder.kill()
@@ -79,13 +79,13 @@ def test_a_compiler_killed_for_memory_runs_again_with_more_room(site: Site, tmp_
     site.compiler("test -e again || { touch again; kill -9 $$; }")
     history = History(tmp_path / "h", setup="s")
     admission = Admission(Bounds(4, 64.0))
-    with job_server.Broker(
+    with job_server.JobServer(
         site.tickets, admission, Costs([]), units=1, history=history
     ) as tickets_:
         child = site.launch("a")
-        said, _ = child.communicate(timeout=10)
+        output, _ = child.communicate(timeout=10)
     assert child.returncode == 0
-    assert "killed by SIGKILL" in said
+    assert "killed by SIGKILL" in output
     assert [(done.status, done.is_killed) for done in tickets_.finished] == [(-9, True), (0, False)]
     assert admission.bounds.budget_gib == 32.0
     assert tickets_.trouble is None
@@ -95,9 +95,9 @@ def test_an_nvcc_that_exits_137_was_killed_for_memory_and_the_third_time_is_told
     site: Site,
 ) -> None:
     site.compiler("exit 137")
-    with broker(site, budget_gib=64.0) as tickets_:
+    with job_server_(site, budget_gib=64.0) as tickets_:
         child = site.launch("a")
-        said, _ = child.communicate(timeout=10)
+        output, _ = child.communicate(timeout=10)
     assert child.returncode == 137
     assert len(tickets_.finished) == 3
     assert tickets_.trouble is not None
@@ -105,7 +105,7 @@ def test_an_nvcc_that_exits_137_was_killed_for_memory_and_the_third_time_is_told
         "3 times, with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0"
         " GiB expected" in tickets_.trouble
     )
-    assert tickets_.trouble in said
+    assert tickets_.trouble in output
 
 
 def test_a_compiler_that_hides_the_kill_of_its_own_child_is_found_out_by_the_kernels_count(
@@ -115,7 +115,7 @@ def test_a_compiler_that_hides_the_kill_of_its_own_child_is_found_out_by_the_ker
     site.compiler("test -e again || { touch again; exit 1; }")
     admission = Admission(Bounds(4, 64.0))
     count = site.folder / "again"
-    with job_server.Broker(
+    with job_server.JobServer(
         site.tickets, admission, Costs([]), units=1, kills=lambda: int(count.exists())
     ) as tickets_:
         child = site.launch("a")
@@ -127,7 +127,7 @@ def test_a_compiler_that_hides_the_kill_of_its_own_child_is_found_out_by_the_ker
 
 def test_a_mistake_in_a_source_is_no_kill_whatever_was_killed_before(site: Site) -> None:
     site.compiler("exit 1")
-    with broker(site, kills=lambda: 7) as tickets_:
+    with job_server_(site, kills=lambda: 7) as tickets_:
         child = site.launch("a")
         child.communicate(timeout=10)
     assert child.returncode == 1
@@ -137,7 +137,7 @@ def test_a_mistake_in_a_source_is_no_kill_whatever_was_killed_before(site: Site)
 def test_compilers_that_fall_to_one_shortage_halve_the_budget_once(site: Site) -> None:
     site.compiler("test -e again && exit 0; gate; kill -9 $$")
     admission = Admission(Bounds(4, 64.0))
-    with job_server.Broker(site.tickets, admission, Costs([]), units=3) as tickets_:
+    with job_server.JobServer(site.tickets, admission, Costs([]), units=3) as tickets_:
         children = [site.launch(name) for name in "abc"]
         until(lambda: len(site.running()) == 3)
         (site.folder / "again").touch()
@@ -152,7 +152,7 @@ def test_compilers_that_fall_to_one_shortage_halve_the_budget_once(site: Site) -
 
 def test_when_ninja_alone_is_killed_nothing_of_it_goes_on(site: Site) -> None:
     site.compiler("sh -c 'gate() { read -r word < gate; }; gate; sleep 100'")
-    with broker(site, jobs=2, units=8) as tickets_:
+    with job_server_(site, jobs=2, units=8) as tickets_:
         child = site.ninja([f"u{number}" for number in range(8)])
         until(lambda: len(site.running()) == 2)
         until(lambda: tickets_.state.waiting == 6)
@@ -167,7 +167,7 @@ def test_after_an_interruption_nothing_is_left_and_the_next_build_goes_on(site: 
     # A shell that starts a child while the signal comes loses it: let there be none.
     site.compiler("test -e calm || exec sleep 100")
     names = [f"u{number}" for number in range(6)]
-    with broker(site, jobs=2, units=6):
+    with job_server_(site, jobs=2, units=6):
         child = site.ninja(names)
         until(
             lambda: (
@@ -175,12 +175,12 @@ def test_after_an_interruption_nothing_is_left_and_the_next_build_goes_on(site: 
             )
         )
         child.send_signal(signal.SIGINT)
-        said, _ = child.communicate(timeout=10)
+        output, _ = child.communicate(timeout=10)
     assert child.returncode != 0
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert site.running() == []
     (site.folder / "calm").touch()
-    with broker(site, jobs=2, units=6) as tickets_:
+    with job_server_(site, jobs=2, units=6) as tickets_:
         again = site.ninja(names)
         again.communicate(timeout=20)
     assert (again.returncode, len(tickets_.finished)) == (0, 6)
@@ -220,8 +220,8 @@ def test_a_killed_verb_ends_who_waits_and_the_next_one_works(site: Site) -> None
     verb.kill()
     verb.communicate()
     for waiter in waiters:
-        said, _ = waiter.communicate(timeout=10)
-        assert (waiter.returncode, said) == (
+        output, _ = waiter.communicate(timeout=10)
+        assert (waiter.returncode, output) == (
             1,
             "not compiled: the build that this unit belongs to has ended\n",
         )
@@ -229,5 +229,5 @@ def test_a_killed_verb_ends_who_waits_and_the_next_one_works(site: Site) -> None
     holder.communicate(timeout=10)
     assert holder.returncode == 0
     site.compiler("echo compiled")
-    with broker(site):
+    with job_server_(site):
         assert site.launch("b").communicate(timeout=10)[0] == "compiled\n"

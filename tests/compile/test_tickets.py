@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.launching import Site, broker, until
+from tests.compile.launching import Site, job_server_, until
 from workspace.compile import job_server, jobs
 from workspace.compile.costs import Costs, Entry, History, Unit
 from workspace.compile.scheduler import Admission, Bounds, Live
@@ -20,7 +20,7 @@ def test_what_a_unit_took_is_measured_with_all_that_it_started_and_kept(
     hungry = f"{shlex.quote(sys.executable)} -c 'held = bytearray(300 << 20); print(len(held))'"
     site.compiler(f"sh -c {shlex.quote(hungry)}")
     history = History(tmp_path / "history.json", setup="s")
-    with broker(site, history=history) as tickets_:
+    with job_server_(site, history=history) as tickets_:
         site.launch("a").communicate(timeout=10)
     (done,) = tickets_.finished
     assert (done.unit, done.status, done.is_killed) == (Unit("t", "a.cu"), 0, False)
@@ -42,7 +42,7 @@ def test_processes_side_by_side_are_added_up_which_the_largest_alone_would_not_s
         " time.sleep(100)' &"
     )
     site.compiler(f"{hungry}\nfirst=$!\n{hungry}\nsecond=$!\ngate\nkill $first $second\ntrue")
-    with broker(site) as tickets_:
+    with job_server_(site) as tickets_:
         child = site.launch("a")
         until(lambda: tickets_.state.held_gib > 0.29)
         site.open_gate()
@@ -53,7 +53,7 @@ def test_processes_side_by_side_are_added_up_which_the_largest_alone_would_not_s
 def test_a_failed_unit_teaches_nothing(site: Site, tmp_path: Path) -> None:
     site.compiler("false")
     history = History(tmp_path / "history.json", setup="s")
-    with broker(site, history=history) as tickets_:
+    with job_server_(site, history=history) as tickets_:
         site.launch("a").communicate(timeout=10)
     assert [done.status for done in tickets_.finished] == [1]
     assert history.entries == ()
@@ -62,10 +62,10 @@ def test_a_failed_unit_teaches_nothing(site: Site, tmp_path: Path) -> None:
 def test_the_bound_holds_with_ninja_letting_all_units_go_at_once(site: Site) -> None:
     names = [f"u{number}" for number in range(30)]
     site.compiler("sleep 0.05")
-    with broker(site, jobs=3, units=30) as tickets_:
+    with job_server_(site, jobs=3, units=30) as tickets_:
         child = site.ninja(names)
-        said, _ = child.communicate(timeout=30)
-    assert child.returncode == 0, said
+        output, _ = child.communicate(timeout=30)
+    assert child.returncode == 0, output
     assert len(tickets_.finished) == 30
     assert site.most() == 3
 
@@ -78,7 +78,7 @@ def test_one_that_is_larger_than_the_budget_is_built_alone(site: Site) -> None:
             *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(8)],
         ]
     )
-    with job_server.Broker(site.tickets, Admission(Bounds(8, 4.5)), costs, units=9) as tickets_:
+    with job_server.JobServer(site.tickets, Admission(Bounds(8, 4.5)), costs, units=9) as tickets_:
         child = site.ninja(["big", *[f"u{number}" for number in range(8)]])
         child.communicate(timeout=20)
     assert (child.returncode, len(tickets_.finished)) == (0, 9)
@@ -96,20 +96,22 @@ def test_after_a_failure_ninja_is_not_kept_until_all_that_waits_was_compiled(sit
             *[Entry("t", f"u{number}.cu", 0.1, 1.0) for number in range(19)],
         ]
     )
-    with job_server.Broker(site.tickets, Admission(Bounds(1, 100.0)), costs, units=20) as tickets_:
+    with job_server.JobServer(
+        site.tickets, Admission(Bounds(1, 100.0)), costs, units=20
+    ) as tickets_:
         child = site.ninja(["bad", *[f"u{number}" for number in range(19)]])
-        said, _ = child.communicate(timeout=20)
+        output, _ = child.communicate(timeout=20)
     assert child.returncode != 0
     # On a busy machine one or two may have asked, and run, before the bad one did.
     assert len(tickets_.finished) < 10
     assert tickets_.finished[-1].status == 5
-    assert "error: bad" in said
-    assert "not compiled: another unit failed" in said
+    assert "error: bad" in output
+    assert "not compiled: another unit failed" in output
 
 
 def test_told_to_keep_going_all_that_can_be_compiled_is(site: Site) -> None:
     site.compiler('case "$5" in *bad*) exit 5;; esac')
-    with broker(site, jobs=1, units=6, keep_going=True) as tickets_:
+    with job_server_(site, jobs=1, units=6, keep_going=True) as tickets_:
         child = site.ninja(["bad", *[f"u{number}" for number in range(5)]], "-k0")
         child.communicate(timeout=20)
     assert sorted(done.status or 0 for done in tickets_.finished) == [0, 0, 0, 0, 0, 5]
@@ -118,14 +120,14 @@ def test_told_to_keep_going_all_that_can_be_compiled_is(site: Site) -> None:
 def test_a_compiler_inside_another_ones_ticket_waits_for_none(site: Site) -> None:
     inner = shlex.join([str(site.tickets / "ticket"), "echo", "inner", "-o", "inner.o"])
     site.compiler(f"env -i sh -c {shlex.quote(inner)}")
-    with broker(site, jobs=1) as tickets_:
-        said, _ = site.launch("a").communicate(timeout=10)
-    assert said == "inner -o inner.o\n"
+    with job_server_(site, jobs=1) as tickets_:
+        output, _ = site.launch("a").communicate(timeout=10)
+    assert output == "inner -o inner.o\n"
     assert [done.unit.source for done in tickets_.finished] == ["a.cu"]
 
 
 def test_strangers_at_the_socket_do_no_harm(site: Site) -> None:
-    with broker(site, jobs=1, keep_going=True) as tickets_:
+    with job_server_(site, jobs=1, keep_going=True) as tickets_:
         for words in (
             b"",
             b"hello\n",
@@ -148,7 +150,7 @@ def test_a_fault_of_the_broker_is_told_and_keeps_no_launcher_waiting(site: Site)
     def broken() -> Live:
         raise RuntimeError("no such machine")
 
-    with pytest.raises(BuildError, match="no such machine"), broker(site, look=broken):
+    with pytest.raises(BuildError, match="no such machine"), job_server_(site, look=broken):
         child = site.launch("a")
         child.communicate(timeout=10)
         assert child.returncode == 1

@@ -131,8 +131,8 @@ def test_the_slowest_and_hungriest_stand_beside_the_last_build() -> None:
         Entry("t", "same.cu", 104.0, 9.4),
         Entry("u", "small.cu", 9.0, 9.0),
     ]
-    said = progress.build_summary(finished, before)
-    assert said == (
+    output = progress.build_summary(finished, before)
+    assert output == (
         "slowest      300.0 s   1.00 GiB  slow.cu  (last build 200.0 s: 100.0 s slower)",
         "slowest      200.0 s   2.00 GiB  fast.cu  (last build 250.0 s: 50.0 s faster)",
         "slowest      100.0 s   9.50 GiB  same.cu  (as in the last build)",

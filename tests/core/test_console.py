@@ -16,7 +16,7 @@ def consoles() -> tuple[Console, io.StringIO, io.StringIO]:
 def test_data_and_talk_do_not_mix() -> None:
     console, out, err = consoles()
     console.data("{}")
-    console.say("[bold]as it is[/bold]")
+    console.info("[bold]as it is[/bold]")
     assert (out.getvalue(), err.getvalue()) == ("{}\n", "[bold]as it is[/bold]\n")
 
 

@@ -91,16 +91,16 @@ def test_lock_of_a_killed_holder_is_no_lock(tmp_path: Path) -> None:
 
 def test_waiting_says_so_once_and_then_gets_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    said: list[str] = []
+    output: list[str] = []
     with holder(path) as child:
 
         def release(sentence: str) -> None:
-            said.append(sentence)
+            output.append(sentence)
             threading.Thread(target=child.communicate).start()
 
         with lock.hold(path, verb="status", wait=True, on_wait=release):
-            assert len(said) == 1
-            assert said[0].startswith("waiting: inv bootstrap")
+            assert len(output) == 1
+            assert output[0].startswith("waiting: inv bootstrap")
 
 
 def test_damaged_record_of_the_holder_is_still_a_sentence(tmp_path: Path) -> None:

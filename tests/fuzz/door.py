@@ -80,15 +80,15 @@ def is_decent(ended: Ended, *, secrets: Sequence[str] = ()) -> None:
     """No traceback, a code of the table, for an error one sentence and a way on; and no secret
     anywhere.
     """
-    assert "Traceback (most recent call last)" not in ended.err, ended.said
-    assert ended.code in CODES, ended.said
+    assert "Traceback (most recent call last)" not in ended.err, ended.output
+    assert ended.code in CODES, ended.output
     lines = ended.err.splitlines()
     if ended.code not in (0, INTERRUPTED_EXIT_CODE, 143):
         sentences = [line for line in lines if line.startswith("error: ")]
-        assert len(sentences) == 1, ended.said
-        assert len(sentences[0]) > len("error: "), ended.said
+        assert len(sentences) == 1, ended.output
+        assert len(sentences[0]) > len("error: "), ended.output
         assert any(line.startswith("hint: ") and len(line) > len("hint: ") for line in lines), (
-            ended.said
+            ended.output
         )
     for secret in secrets:
-        assert secret not in ended.out + ended.err, ended.said
+        assert secret not in ended.out + ended.err, ended.output

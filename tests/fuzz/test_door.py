@@ -257,9 +257,9 @@ def test_any_terminal(fresh: Door, env: dict[str, str], line: tuple[str, ...]) -
     with blocked(fresh):
         ended = fresh(*line, env=env, tty=True)
     assert ended.code in CODES
-    assert "Traceback" not in ended.err, ended.said
+    assert "Traceback" not in ended.err, ended.output
     if env.get("NO_COLOR"):
-        assert "\x1b[3" not in ended.err, ended.said
+        assert "\x1b[3" not in ended.err, ended.output
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -306,7 +306,7 @@ def test_any_record_of_a_smoke(fresh: Door, content: bytes) -> None:
         ended = fresh("status")
     is_decent(ended)
     rows = [line for line in ended.err.splitlines() if line.split()[1:2] == ["smoke"]]
-    assert len(rows) == 1, ended.said
+    assert len(rows) == 1, ended.output
     assert not rows[0].startswith("ok"), "nothing is built"
     assert rows[0].isprintable()
 

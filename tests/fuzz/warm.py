@@ -120,8 +120,8 @@ def _copy(terminal: int, err: int) -> None:
     if terminal < 0:
         return
     try:
-        while said := os.read(terminal, 1 << 16):
-            os.write(err, said)
+        while output := os.read(terminal, 1 << 16):
+            os.write(err, output)
     except OSError:
         return
 

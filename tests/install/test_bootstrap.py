@@ -106,10 +106,10 @@ def test_superproject_does_not_see_the_release_checkout_as_a_moved_submodule(
 
 def test_auto_says_that_it_falls_back_where_git_cannot_be_reached(built: World) -> None:
     assert built.first is not None
-    said = [line for line in built.first.err.splitlines() if line.startswith("warning: ")]
-    assert len(said) == 1, built.first.err
-    assert "taking the release archive instead" in said[0]
-    assert "nowhere" in said[0]
+    output = [line for line in built.first.err.splitlines() if line.startswith("warning: ")]
+    assert len(output) == 1, built.first.err
+    assert "taking the release archive instead" in output[0]
+    assert "nowhere" in output[0]
 
 
 def test_log_is_named_at_the_end_and_holds_every_command(built: World) -> None:

@@ -103,9 +103,9 @@ def test_the_pins_own_wheel_goes_with_the_torch_that_it_names(tmp_path: Path, as
 def test_metadata_alone_is_enough(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "METADATA").write_text(METADATA)
     assert ask(tmp_path / "METADATA") is None
-    said = ask(tmp_path / "METADATA", torch="2.14.0")
-    assert said is not None
-    assert said.endswith(
+    output = ask(tmp_path / "METADATA", torch="2.14.0")
+    assert output is not None
+    assert output.endswith(
         "which of its libraries keep to torch's stable ABI cannot be told from its METADATA"
     )
 
@@ -122,17 +122,17 @@ def test_another_torch_fits_only_where_all_libraries_are_of_the_stable_abi(
     tmp_path: Path, ask: Ask, torch: str
 ) -> None:
     assert ask(make(tmp_path), torch=torch) is None
-    said = ask(make(tmp_path, libraries=(*LIBRARIES, *UNSTABLE)), torch=torch)
+    output = ask(make(tmp_path, libraries=(*LIBRARIES, *UNSTABLE)), torch=torch)
     assert (
-        said == f"the precompiled wheel was built for torch 2.13.0 and {torch} is installed:"
+        output == f"the precompiled wheel was built for torch 2.13.0 and {torch} is installed:"
         " _vllm_fa2_C, _C are not of torch's stable ABI, as 1 other is (TORCH_TARGET_VERSION)"
     )
 
 
 def test_a_torch_older_than_the_stable_abi_is_of_is_refused(tmp_path: Path, ask: Ask) -> None:
-    said = ask(make(tmp_path), torch="2.10.0+cu130")
+    output = ask(make(tmp_path), torch="2.10.0+cu130")
     assert (
-        said == "the precompiled wheel was built for torch 2.13.0 and 2.10.0+cu130 is installed:"
+        output == "the precompiled wheel was built for torch 2.13.0 and 2.10.0+cu130 is installed:"
         " _C_stable_libtorch is not of torch's stable ABI"
     )
 
@@ -140,11 +140,11 @@ def test_a_torch_older_than_the_stable_abi_is_of_is_refused(tmp_path: Path, ask:
 def test_another_major_version_of_cuda_is_refused_and_the_cpu_has_none(
     tmp_path: Path, ask: Ask
 ) -> None:
-    said = (
+    output = (
         "the precompiled wheel is linked against CUDA 13, the installed torch 2.13.0+cu129 against"
         " CUDA 12"
     )
-    assert ask(make(tmp_path), torch="2.13.0+cu129") == said
+    assert ask(make(tmp_path), torch="2.13.0+cu129") == output
     assert ask(make(tmp_path), torch="2.13.0+cu129", device="cpu", archs="") is None
     local = make(
         tmp_path,
@@ -179,7 +179,7 @@ def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask
 
 
 @pytest.mark.parametrize(
-    ("metadata", "said"),
+    ("metadata", "output"),
     [
         (
             METADATA.replace("torch==2.13.0\n", "torch>=2\n", 1),
@@ -207,11 +207,11 @@ def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask
     ],
 )
 def test_metadata_that_says_nothing_is_a_sentence(
-    tmp_path: Path, ask: Ask, metadata: str, said: str
+    tmp_path: Path, ask: Ask, metadata: str, output: str
 ) -> None:
     found = ask(make(tmp_path, metadata=metadata))
     assert found is not None
-    assert found.startswith(f"the precompiled wheel vllm-0.31.0-py3-none-any.whl {said}")
+    assert found.startswith(f"the precompiled wheel vllm-0.31.0-py3-none-any.whl {output}")
 
 
 def spoiled(folder: Path, how: str) -> Path:
@@ -269,10 +269,10 @@ def spoiled(folder: Path, how: str) -> Path:
 def test_a_wheel_that_is_spoiled_is_a_sentence_and_no_traceback(
     tmp_path: Path, ask: Ask, how: str
 ) -> None:
-    said = ask(spoiled(tmp_path, how))
-    assert said is not None
-    assert said.startswith("the precompiled wheel vllm-0.31.0-py3-none-any.whl ")
-    assert "\n" not in said
+    output = ask(spoiled(tmp_path, how))
+    assert output is not None
+    assert output.startswith("the precompiled wheel vllm-0.31.0-py3-none-any.whl ")
+    assert "\n" not in output
 
 
 def test_a_torch_that_is_no_version_and_pins_that_are_none_are_sentences(
@@ -283,6 +283,6 @@ def test_a_torch_that_is_no_version_and_pins_that_are_none_are_sentences(
         == "the installed torch calls itself mine, which is no version"
     )
     layout.pins.write_text("[")
-    said = ask(make(tmp_path))
-    assert said is not None
-    assert said.startswith("vendor/pins.toml is not TOML")
+    output = ask(make(tmp_path))
+    assert output is not None
+    assert output.startswith("vendor/pins.toml is not TOML")

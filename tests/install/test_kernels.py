@@ -29,7 +29,7 @@ def test_wheel_with_a_library_that_cannot_be_loaded_is_an_error_and_no_stamp(
         dict.fromkeys(wheels.LIBRARIES[machine], good) | {"_C": broken},
     )
     ended = built.run("bootstrap", "--kernels", str(wheel))
-    assert ended.code == 7, ended.said
+    assert ended.code == 7, ended.output
     assert "nowhere" in ended.err
     assert not built.layout.stamp("vllm").exists()
 
@@ -43,7 +43,7 @@ def test_wheel_that_is_none_is_refused_before_anything_is_touched(
             path.write_bytes(content)
         before = built.layout.stamp("vllm").read_bytes()
         ended = built.run("bootstrap", "--kernels", str(path))
-        assert ended.code in (2, 11), ended.said
+        assert ended.code in (2, 11), ended.output
         assert "hint: " in ended.err
         assert built.layout.stamp("vllm").read_bytes() == before
 
@@ -54,7 +54,7 @@ def test_native_kernels_that_do_not_compile_show_the_compilers_error(built: Worl
     )
     precompiled = (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes()
     ended = built.run("bootstrap", "--kernels", "native", "--jobs", "2")
-    assert ended.code == 7, ended.said
+    assert ended.code == 7, ended.output
     assert "fortytwo" in ended.err
     # Nothing in the tree was touched, so what is claimed of it still holds.
     assert (built.layout.vllm / "vllm" / "_C.abi3.so").read_bytes() == precompiled

@@ -50,7 +50,7 @@ def test_version_names_the_platform_in_its_letters(built: World) -> None:
 def test_sentence_on_outrun_kernels_names_at_most_three(
     changed: tuple[str, ...], sentence: str
 ) -> None:
-    assert plan.outrun_sentence(changed).endswith(sentence)
+    assert plan.changed_sources_sentence(changed).endswith(sentence)
 
 
 def test_nothing_is_due_in_a_built_clone_and_everything_in_an_empty_one(
@@ -122,7 +122,7 @@ def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_men
     seen = observed(built)
     assert seen.kernels.state == "stale"
     assert due(seen, built) == []
-    assert seen.outrun == ("csrc/new.h",)
+    assert seen.changed_sources == ("csrc/new.h",)
 
 
 def test_outrun_does_not_hide_another_reason(built: World) -> None:

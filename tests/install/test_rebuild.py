@@ -29,7 +29,7 @@ def edit(world: World, path: Path, old: str, new: str) -> None:
 
 def rebuild(world: World, *words: str) -> str:
     ended = world.run("rebuild", *words)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     return ended.err
 
 
@@ -62,8 +62,8 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
     patched: World,
 ) -> None:
     precompiled = library(patched, "spinloop")
-    said = rebuild(patched, "--jobs", "2")
-    assert re.search(r"2 compilers at once: --jobs 2", said)
+    output = rebuild(patched, "--jobs", "2")
+    assert re.search(r"2 compilers at once: --jobs 2", output)
     assert answer(patched) == "43"
     assert library(patched, "spinloop") == precompiled
     recorded = stamp.read(patched.layout.stamp("vllm"))
@@ -87,7 +87,7 @@ def test_plan_says_target_reason_and_cost_and_touches_nothing_in_the_tree(patche
         if not name.startswith(".workspace")
     }
     ended = patched.run("rebuild", "--plan")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "_C" in ended.err + ended.out
     assert f"{ANSWER} changed" in ended.err + ended.out
     record = json.loads(patched.run("rebuild", "--plan", "--json").out)
@@ -106,8 +106,8 @@ def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_st
     built: World,
 ) -> None:
     precompiled = library(built, "spinloop")
-    said = rebuild(built, "--target", "spinloop")
-    assert "spinloop stand" in said
+    output = rebuild(built, "--target", "spinloop")
+    assert "spinloop stand" in output
     assert library(built, "spinloop") == precompiled
     assert observed(built).kernels.state == "ok"
 

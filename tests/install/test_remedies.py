@@ -12,9 +12,9 @@ import pytest
 from tests.machine.conftest import House, built, house
 from tests.small.materials import git
 from workspace.core.errors import ToolchainError
-from workspace.install import stamp, triton_diagnosis, triton_remedies
+from workspace.install import stamp, triton_diagnosis, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, Finding, Stale
-from workspace.install.triton_remedies import REMEDIES, Context
+from workspace.install.triton_fixes import FIXES, Context
 from workspace.machine import dotenv, interpreter, torch, venv
 from workspace.machine.dotenv import Assembler, Trial, Verdict
 
@@ -40,7 +40,7 @@ def verdict(
 
 def changes(house: House, *verdicts: Verdict, findings: tuple[Finding, ...] = (), **shell: str):
     with house.run_log(house.settings()) as run_log:
-        return triton_remedies.assembler_changes(
+        return triton_fixes.assembler_changes(
             Context(house.layout, house.settings(**shell), run_log),
             replace(NOTHING, verdicts=verdicts, findings=findings),
         )
@@ -127,8 +127,8 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
     with house.run_log(house.settings()) as run_log:
         context = Context(house.layout, house.settings(), run_log)
         found = replace(NOTHING, stale=stale)
-        assert len(REMEDIES[1].plan(context, found)) == 2
-        assert REMEDIES[1].act(context, found).startswith("2 moved to .workspace/quarantine/")
+        assert len(FIXES[1].plan(context, found)) == 2
+        assert FIXES[1].act(context, found).startswith("2 moved to .workspace/quarantine/")
     assert (tree / name / "matmul.py").read_text() == "own"
     assert not (tree / "vllm" / "triton_kernels").exists()
     assert triton_diagnosis.stale_folders(house.layout) == ()
@@ -152,9 +152,9 @@ def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path)
     built()
     with house.run_log(house.settings()) as run_log:
         context = Context(house.layout, house.settings(), run_log)
-        assert REMEDIES[1].plan(context, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
+        assert FIXES[1].plan(context, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
     row = triton_diagnosis._shadow(house.layout, tmp_path / "triton_kernels")
-    assert "only you can" in row.remedy
+    assert "only you can" in row.fix
 
 
 def test_folder_that_cannot_be_moved_is_a_sentence(house):
@@ -163,7 +163,7 @@ def test_folder_that_cannot_be_moved_is_a_sentence(house):
         house.run_log(house.settings()) as run_log,
         pytest.raises(ToolchainError, match="cannot be moved"),
     ):
-        REMEDIES[1].act(
+        FIXES[1].act(
             Context(house.layout, house.settings(), run_log),
             replace(NOTHING, stale=(Stale(house.layout.root / "gone", ""),)),
         )
@@ -233,7 +233,7 @@ def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_anot
                 house.layout.stamp("environment"),
                 stamp.Stamp(inputs={}, packages={"triton": vouched}),
             )
-        triton_remedies.put_back_former(Context(house.layout, settings, run_log))
+        triton_fixes.put_back_former(Context(house.layout, settings, run_log))
     assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (
         after,
         False,
@@ -249,7 +249,7 @@ def test_stamp_of_the_environment_says_which_triton_is_there_now(house, built):
     house.wheel("triton", "3.7.1")
     with house.run_log(settings) as run_log:
         interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
-    triton_remedies.vouch(house.layout)
+    triton_fixes.vouch(house.layout)
     assert stamp.read(house.layout.stamp("environment")).packages == {
         "triton": "3.7.1",
         "numpy": "2",

@@ -142,13 +142,13 @@ def answer(sandbox: Sandbox, world: World) -> str:
         "import ctypes, pathlib, vllm; print(ctypes.CDLL(str(pathlib.Path(vllm.__file__).parent /"
         " '_C.abi3.so')).vllm_small_answer(), vllm.__file__)"
     )
-    said, place = (
+    output, place = (
         World(world.materials, world.folder, sandbox.layout, world.index, world.env)
         .python(code)
         .split()
     )
     assert Path(place).is_relative_to(sandbox.layout.vllm)
-    return said
+    return output
 
 
 def test_arm_of_the_bare_pin_has_all_kernels_of_the_precompiled_wheel_although_its_setup_leaves_some_out(

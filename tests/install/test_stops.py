@@ -43,7 +43,7 @@ def test_environment_of_a_run_is_what_env_export_prints_and_run_gets(built: Worl
         "-c",
         "import os, sys; print(sys.prefix, os.environ['VLLM_CACHE_ROOT']); sys.exit(9)",
     )
-    assert ended.code == 9, ended.said
+    assert ended.code == 9, ended.output
     prefix, cache = ended.out.split()
     assert prefix == str(built.layout.environment)
     assert f"VLLM_CACHE_ROOT={cache}\n" in lines

@@ -58,7 +58,7 @@ def test_edit_of_a_compiled_source_makes_the_kernels_stale_and_smoke_refuses(bui
 def test_foreign_folder_in_the_place_of_the_checkout_is_left_as_it_is(world: World) -> None:
     (world.layout.vllm / "notes.txt").write_text("mine\n")
     ended = world.run("bootstrap")
-    assert ended.code == 3, ended.said
+    assert ended.code == 3, ended.output
     assert "vendor/vllm" in ended.err
     assert "hint: " in ended.err
     assert [path.name for path in world.layout.vllm.iterdir()] == ["notes.txt"]
@@ -72,7 +72,7 @@ def test_repository_with_another_history_is_left_as_it_is(world: World) -> None:
     git(world.layout.vllm, "commit", "--quiet", "-m", "Another project")
     head = git(world.layout.vllm, "rev-parse", "HEAD")
     ended = world.run("bootstrap")
-    assert ended.code == 3, ended.said
+    assert ended.code == 3, ended.output
     assert git(world.layout.vllm, "rev-parse", "HEAD") == head
     assert (world.layout.vllm / "setup.py").read_text() == "print('another project')\n"
 
@@ -81,7 +81,7 @@ def test_checkout_of_the_other_kind_is_not_replaced_without_a_word(built: World)
     head = built.git("rev-parse", "HEAD")
     (built.layout.vllm / "vllm" / "version.py").write_text("__version__ = 'edited'\n")
     ended = built.run("bootstrap", "--source", "git")
-    assert ended.code == 3, ended.said
+    assert ended.code == 3, ended.output
     assert built.git("rev-parse", "HEAD") == head
     assert (built.layout.vllm / "vllm" / "version.py").read_text() == "__version__ = 'edited'\n"
 
@@ -100,7 +100,7 @@ def test_torch_that_a_requirement_swaps_is_an_error_that_names_the_step(
         )
     )
     ended = world.run("bootstrap")
-    assert ended.code == 7, ended.said
+    assert ended.code == 7, ended.output
     assert "2.13.0+cpu" in ended.err
     assert "2.99.0+swapped" in ended.err
     assert "requirements" in next(

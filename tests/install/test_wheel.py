@@ -209,8 +209,8 @@ def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("this machine lets nobody mount a small file system")
     argv = [*mount, sys.executable, "-B", "-c", FULL, str(ROOT), str(built.root), str(dist)]
-    said = subprocess.run(argv, env=built.env, capture_output=True, text=True, check=True).stdout
-    assert said.strip().endswith("cannot be written: No space left on device []")
+    output = subprocess.run(argv, env=built.env, capture_output=True, text=True, check=True).stdout
+    assert output.strip().endswith("cannot be written: No space left on device []")
 
 
 def test_wheel_of_somebody_else_says_nothing(built: World) -> None:
@@ -274,7 +274,7 @@ HERE = Inputs(
 
 
 @pytest.mark.parametrize(
-    ("packed", "here", "python", "capabilities", "said"),
+    ("packed", "here", "python", "capabilities", "output"),
     [
         ({}, {}, "3.12", ("12.1",), None),
         ({}, {}, "3.12", (), None),
@@ -340,7 +340,7 @@ def test_wheel_fits_or_the_reason_is_said(
     here: dict[str, str],
     python: str,
     capabilities: tuple[str, ...],
-    said: str | None,
+    output: str | None,
 ) -> None:
     assert (
         wheel.fits(
@@ -350,7 +350,7 @@ def test_wheel_fits_or_the_reason_is_said(
             python=python,
             capabilities=capabilities,
         )
-        == said
+        == output
     )
 
 
@@ -392,7 +392,7 @@ def test_wheel_installs_into_another_environment_and_imports(
     ):
         subprocess.run([uv, "--quiet", *words], env=built.env, check=True, cwd=tmp_path)
     code = "import vllm; print(vllm.__file__, vllm.__version__)"
-    said = subprocess.run(
+    output = subprocess.run(
         [venv / "bin" / "python", "-c", code],
         env=built.env,
         check=True,
@@ -400,8 +400,8 @@ def test_wheel_installs_into_another_environment_and_imports(
         capture_output=True,
         text=True,
     ).stdout
-    assert said.startswith(str(venv))
-    assert said.strip().endswith(made.path.name.split("-")[1])
+    assert output.startswith(str(venv))
+    assert output.strip().endswith(made.path.name.split("-")[1])
 
 
 def test_wheel_gives_its_libraries(built: World, dist: Path) -> None:

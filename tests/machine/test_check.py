@@ -236,7 +236,7 @@ def test_recipe_that_speaks_to_a_build_stops_and_the_user_goes_before_it(house: 
 
 def test_shell_that_hides_a_line_is_said_with_both_values(house: House) -> None:
     row = judged(house, "MAX_JOBS=3\n", MAX_JOBS="2")["MAX_JOBS"]
-    assert (row.state, row.hint, row.is_said) == ("warn", "unset MAX_JOBS", True)
+    assert (row.state, row.hint, row.is_reported) == ("warn", "unset MAX_JOBS", True)
     assert "MAX_JOBS=2 in the shell hides MAX_JOBS=3" in row.text
 
 

@@ -46,7 +46,7 @@ def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> No
     (home / "include").mkdir(parents=True)
     if headers:
         (home / "include" / "Python.h").touch()
-    said = {
+    output = {
         "version": version,
         "level": "final",
         "include": str(home / "include"),
@@ -54,7 +54,7 @@ def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> No
         "base": base,
         "executable": "",
     }
-    path = house.program("python", f"echo '{json.dumps(said)}'", folder=home / "bin")
+    path = house.program("python", f"echo '{json.dumps(output)}'", folder=home / "bin")
     listed = json.dumps(
         [{"version": version, "path": str(path), "implementation": "cpython", "variant": "default"}]
     )
@@ -228,15 +228,15 @@ def test_json_has_every_row_with_its_five_words_and_a_verdict(house, built, tree
     built()
     house.program("nvidia-smi", "exit 9")
     out, _, error = shown(house, house.settings(DEVICE="cuda"), as_json=True)
-    said = json.loads(out)
-    assert (said["schema"], said["verdict"]) == (1, "FAIL")
-    assert {tuple(sorted(row)) for row in said["rows"]} == {
+    output = json.loads(out)
+    assert (output["schema"], output["verdict"]) == (1, "FAIL")
+    assert {tuple(sorted(row)) for row in output["rows"]} == {
         ("hint", "name", "seen", "state", "why")
     }
-    assert {row["state"] for row in said["rows"]} <= {"ok", "warn", "FAIL"}
+    assert {row["state"] for row in output["rows"]} <= {"ok", "warn", "FAIL"}
     assert error is not None
     assert (error.exit_code, "driver" in error.message) == (6, True)
-    assert error.hint in {row["hint"] for row in said["rows"] if row["state"] == "FAIL"}
+    assert error.hint in {row["hint"] for row in output["rows"] if row["state"] == "FAIL"}
 
 
 def test_screen_has_a_line_for_what_is_well_and_the_command_for_what_is_not(house, built, tree):

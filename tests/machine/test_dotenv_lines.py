@@ -31,8 +31,8 @@ def test_difference_is_told_and_the_file_keeps_its_rights_and_its_link(house, tm
     (tmp_path / "real.env").write_text("TRITON_PTXAS_PATH=/old\n")
     (tmp_path / "real.env").chmod(0o640)
     house.layout.dotenv.symlink_to(tmp_path / "real.env")
-    said = dotenv.change(house.layout, {"TRITON_PTXAS_PATH": "/a b/ptxas"}, why="why")
-    assert [line for line in said if line[0] in "+-" and ".env" not in line] == [
+    output = dotenv.change(house.layout, {"TRITON_PTXAS_PATH": "/a b/ptxas"}, why="why")
+    assert [line for line in output if line[0] in "+-" and ".env" not in line] == [
         "-TRITON_PTXAS_PATH=/old",
         "+# why",
         "+# TRITON_PTXAS_PATH=/old",

@@ -95,7 +95,7 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
 
 
 @pytest.mark.parametrize(
-    ("said", "error", "sentence"),
+    ("output", "error", "sentence"),
     [
         (
             (
@@ -130,9 +130,9 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
         ("gcc: dns error in a comment", BuildError, "exited with 2"),
     ],
 )
-def test_failures_of_uv_are_told_apart_by_what_uv_says(house, said, error, sentence):
+def test_failures_of_uv_are_told_apart_by_what_uv_says(house, output, error, sentence):
     house.layout.tools.joinpath("bin", "uv").unlink()
-    house.program("uv", f"cat <<'END'\n{said}\nEND\nexit 2", folder=house.layout.tools / "bin")
+    house.program("uv", f"cat <<'END'\n{output}\nEND\nexit 2", folder=house.layout.tools / "bin")
     with pytest.raises(error, match=sentence):
         install(house, house.settings(), "x")
 

@@ -46,7 +46,7 @@ class Pythons:
         (home / "include").mkdir(parents=True, exist_ok=True)
         if headers:
             (home / "include" / "Python.h").touch()
-        said = {
+        output = {
             "version": version,
             "level": level,
             "include": str(home / "include"),
@@ -57,7 +57,7 @@ class Pythons:
         path = self.house.program(
             "python",
             (
-                f"echo '{json.dumps(said)}'"
+                f"echo '{json.dumps(output)}'"
                 if runs
                 else "echo 'pyenv: command not found' >&2; exit 127"
             ),

@@ -67,11 +67,11 @@ def test_without_the_right_nothing_is_run_and_the_one_line_is_said(house: House)
 
 def test_with_the_right_the_allowed_words_are_run_and_what_came_back_is_said(house: House) -> None:
     log = sudo(house, "exit 0")
-    said = dropped(house, is_root=False)
+    output = dropped(house, is_root=False)
     words = f"{house.bin}/sysctl -w vm.drop_caches=3"
     assert log.read_text().splitlines() == [f"-n -l {words}", f"-n {words}"]
-    assert f"+ sudo -n {words}" in said
-    assert "GiB came back" in said
+    assert f"+ sudo -n {words}" in output
+    assert "GiB came back" in output
 
 
 def test_root_needs_no_sudo_and_a_refusal_is_a_sentence(house: House) -> None:

@@ -84,7 +84,7 @@ def test_answer_that_is_too_short_is_short_of_what_is_wanted_and_not_of_what_cam
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["--model", "a=."], "holds no config.json"),
         (["--model", "MODEL"], "is not NAME=FOLDER"),
@@ -95,10 +95,10 @@ def test_answer_that_is_too_short_is_short_of_what_is_wanted_and_not_of_what_cam
 )
 @pytest.mark.parametrize("name", ["parity", "reference"])
 def test_bad_arguments_are_refused_before_anything_is_imported(
-    tmp_path: Path, name: str, words: list[str], said: str
+    tmp_path: Path, name: str, words: list[str], output: str
 ) -> None:
     if name == "reference" and "--consistency" in words:
-        said = "unrecognized arguments"
+        output = "unrecognized arguments"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     words = [word.replace("MODEL", str(tmp_path / "model")) for word in words]
@@ -112,5 +112,5 @@ def test_bad_arguments_are_refused_before_anything_is_imported(
         check=False,
     )
     assert done.returncode == 2
-    assert said in done.stderr
+    assert output in done.stderr
     assert "Traceback" not in done.stderr

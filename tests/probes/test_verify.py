@@ -170,7 +170,7 @@ def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(
 
 
 @pytest.mark.parametrize(
-    ("top", "said"),
+    ("top", "output"),
     [
         ("raise ImportError('no module of mine')", "ImportError: no module of mine"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGBUS)", "killed by SIGBUS"),
@@ -179,11 +179,11 @@ def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(
     ],
 )
 def test_vllm_that_cannot_be_imported_is_said_in_a_sentence(
-    tree: Tree, top: str, said: str
+    tree: Tree, top: str, output: str
 ) -> None:
     tree.package(top=top)
     record = tree.ask()
-    assert record["error"] == f"vllm cannot be imported: {said}"
+    assert record["error"] == f"vllm cannot be imported: {output}"
     assert record["file"] is None
 
 

@@ -33,8 +33,8 @@ def test_auto_says_that_it_falls_back_where_git_cannot_be_reached(
         "--source", "auto", env={"VLLM_MIRROR": (tmp_path / "nowhere").as_uri()}
     )
     assert world.git("rev-parse", "HEAD~1^{tree}") == materials.archive_tree
-    said = [line for line in ended.err.splitlines() if "release" in line.lower()]
-    assert said, ended.err
+    output = [line for line in ended.err.splitlines() if "release" in line.lower()]
+    assert output, ended.err
     assert "nothing to do" in world.bootstrap("--source", "auto").err
 
 
@@ -121,7 +121,7 @@ def test_use_existing_torch_in_an_environment_of_the_users_making(
 
 def test_use_existing_torch_without_a_torch_says_so(world: World) -> None:
     ended = world.run("bootstrap", env={"USE_EXISTING_TORCH": "1"})
-    assert ended.code == 7, ended.said
+    assert ended.code == 7, ended.output
     assert "holds no torch" in ended.err
 
 
@@ -136,7 +136,7 @@ def test_requirement_that_needs_another_torch_does_not_get_it(world: World, tmp_
         )
     )
     ended = world.run("bootstrap")
-    assert ended.code in (7, 11), ended.said
+    assert ended.code in (7, 11), ended.output
     assert world.python("import torch; print(torch.__version__)") == "2.13.0+cpu"
 
 
@@ -187,10 +187,10 @@ def test_precompiled_wheel_that_the_tree_does_not_take_whole_is_an_error_naming_
     )
     ended = world.run("bootstrap")
     if wheels.this_machine() == "x86_64":
-        assert ended.code == 7, ended.said
+        assert ended.code == 7, ended.output
         assert "_C_AVX512.abi3.so" in ended.err
     else:
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
 
 
 def test_precompiled_wheel_is_fetched_again_where_the_cache_lost_it(
@@ -277,7 +277,7 @@ def test_half_made_environment_is_made_anew(built: World, state: str) -> None:
     if state == "a file" and ended.code != 0:
         ended.error(6)
         return
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert built.python("import vllm; print(vllm.__version__)") == f"{VERSION}+cpu"
 
 
@@ -302,8 +302,8 @@ def test_second_bootstrap_at_the_same_time_is_refused_or_waits(
     assert f"process {first.pid}" in refused
     waiting = world.start("bootstrap", "--wait")
     assert waiting.stderr is not None
-    said = next(line for line in waiting.stderr if "waiting" in line)
-    assert f"process {first.pid}" in said
+    output = next(line for line in waiting.stderr if "waiting" in line)
+    assert f"process {first.pid}" in output
     gate.opened.set()
     first.communicate(timeout=60)
     assert first.returncode == 0

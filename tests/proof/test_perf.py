@@ -25,7 +25,7 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
         for word in ("--row", name)
     ]
     ended = perf(built, *words, "--repeat", "1", "--json", str(record))
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     rows = rows_of(ended)
     assert list(rows) == ["wrapper-inv", "wrapper-nox", "status", "no-op", "warm"]
     for row in rows.values():
@@ -49,7 +49,7 @@ def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_
     link.write_text(f"gitdir: {aside}\n")
     before = {path: path.stat().st_mtime_ns for path in aside.rglob("*")}
     ended = perf(built, "--row", "no-op", "--repeat", "1")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert {path: path.stat().st_mtime_ns for path in aside.rglob("*")} == before
 
 

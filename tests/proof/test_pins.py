@@ -309,7 +309,7 @@ def test_release_archives_alone_give_the_same_and_say_what_they_cannot(
         assert all(
             conflict.commits is None for patch in made.patches for conflict in patch.conflicts
         )
-        said = [change.remark for change in made.changes if change.topic == "unknown"]
-        assert any("no history" in sentence for sentence in said)
-        assert any("4ba787ec9" in sentence for sentence in said)
+        output = [change.remark for change in made.changes if change.topic == "unknown"]
+        assert any("no history" in sentence for sentence in output)
+        assert any("4ba787ec9" in sentence for sentence in output)
         assert os.path.isdir(made.candidate.store)

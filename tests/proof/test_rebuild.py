@@ -85,9 +85,9 @@ def test_wheel_of_a_patched_build_gives_its_kernels_to_the_same_sources_and_to_n
 ) -> None:
     rebuild(patched)
     compiled = library(patched, "_C")
-    said = patched.run("wheel")
-    assert said.code == 0, said.said
-    wheel = patched.root / said.out.split()[1]
+    output = patched.run("wheel")
+    assert output.code == 0, output.output
+    wheel = patched.root / output.out.split()[1]
     patched.git("stash")
     rebuild(patched)
     assert library(patched, "_C") != compiled

@@ -155,9 +155,9 @@ def test_mirror_without_the_commit_is_named(workspace: Workspace, tmp_path: Path
 def test_auto_falls_back_to_the_release_in_one_line(workspace: Workspace) -> None:
     workspace.offline()
     assert workspace.ensure("auto").kind is Kind.RELEASE
-    said = [line for line in workspace.err.getvalue().splitlines() if "release archive" in line]
-    assert len(said) == 1
-    assert "no history" in said[0]
+    output = [line for line in workspace.err.getvalue().splitlines() if "release archive" in line]
+    assert len(output) == 1
+    assert "no history" in output[0]
 
 
 def test_git_asked_for_and_unreachable_is_an_error(workspace: Workspace) -> None:

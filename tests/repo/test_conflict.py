@@ -51,7 +51,7 @@ def test_each_path_has_the_upstream_commits_since_the_old_base(
     git, old, new, patch = moved
     applied = stop(git, patch, tmp_path)
     assert (applied.tip, applied.position, applied.conflicted) == (None, 1, ("b.py", "odd name.py"))
-    said = series.sentence(
+    output = series.sentence(
         git,
         applied,
         count=1,
@@ -61,7 +61,7 @@ def test_each_path_has_the_upstream_commits_since_the_old_base(
         old=old,
     )
     assert (
-        said.message
+        output.message
         == f"patch 1 of 1, patches/vllm/ours.patch, does not apply to {new[:12]}; vendor/vllm waits"
         " at the conflict"
     )
@@ -72,10 +72,10 @@ def test_each_path_has_the_upstream_commits_since_the_old_base(
         ).splitlines()
     ]
     newest = [line[:31] + line[59:] for line in newest]
-    assert said.details[:2] == ("conflict in b.py", f"  since changed by {new[:12]} Change b")
-    assert said.details[2:] == ("conflict in odd name.py", *newest[:5], "  and by 1 before")
+    assert output.details[:2] == ("conflict in b.py", f"  since changed by {new[:12]} Change b")
+    assert output.details[2:] == ("conflict in odd name.py", *newest[:5], "  and by 1 before")
     assert "git -C vendor/vllm add b.py 'odd name.py' && ./scripts/inv patch.continue    " in (
-        said.hint or ""
+        output.hint or ""
     )
 
 
@@ -84,7 +84,7 @@ def test_base_without_history_has_paths_only(
 ) -> None:
     git, _, new, patch = moved
     alone = sh_git(git.path, "commit-tree", "-m", "archive", f"{new}^{{tree}}")
-    said = series.sentence(
+    output = series.sentence(
         git,
         stop(git, patch, tmp_path),
         count=1,
@@ -93,7 +93,7 @@ def test_base_without_history_has_paths_only(
         base=new,
         old=alone,
     )
-    assert said.details == ("conflict in b.py", "conflict in odd name.py")
+    assert output.details == ("conflict in b.py", "conflict in odd name.py")
 
 
 def test_am_stands_where_git_says_also_in_a_submodule(

@@ -117,7 +117,7 @@ def test_commit_that_is_dropped_takes_its_patch_along(
     done = run(applied)
     assert done.removed == (first,)
     assert order(applied) == [second]
-    assert done.aside == (), "the commit is still in refs/patches/tip's log"
+    assert done.scratch == (), "the commit is still in refs/patches/tip's log"
     assert first not in files(applied)
 
 

@@ -179,9 +179,9 @@ def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(
     sh_git(release.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     done = run(release)
     assert done.removed == (second,)
-    assert [path.read_bytes() for path in done.aside] == [edited]
+    assert [path.read_bytes() for path in done.scratch] == [edited]
     export.show(done, console=release.run_log.console)
-    assert str(done.aside[0]) in release.err.getvalue()
+    assert str(done.scratch[0]) in release.err.getvalue()
 
 
 def test_file_that_was_never_in_the_series_is_left_and_said(applied: Workspace) -> None:

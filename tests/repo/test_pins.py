@@ -26,9 +26,9 @@ def test_shipped_pins_have_a_precompiled_wheel_for_every_device_and_machine() ->
 
 
 def test_submodule_comes_from_where_the_pin_says() -> None:
-    said = re.search(r"url = (\S+)", (ROOT / ".gitmodules").read_text(encoding="utf-8"))
-    assert said
-    assert said[1] == pins.load(SHIPPED).vllm.url
+    output = re.search(r"url = (\S+)", (ROOT / ".gitmodules").read_text(encoding="utf-8"))
+    assert output
+    assert output[1] == pins.load(SHIPPED).vllm.url
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,10 @@ def test_users_word_takes_the_place_of_the_recipes_and_nothing_is_said_twice() -
 
 def test_it_listens_to_this_machine_only_and_trusts_nobody_unless_told() -> None:
     line = compose()
-    assert (line.address.host, line.address.port, line.said) == ("127.0.0.1", 8000, ())
+    assert (line.address.host, line.address.port, line.notes) == ("127.0.0.1", 8000, ())
     assert "--trust-remote-code" not in line.words
     asking = compose(recipe=replace(RECIPE, flags={**RECIPE.flags, "trust-remote-code": True}))
-    assert "the recipe asks for it" in asking.said[0]
+    assert "the recipe asks for it" in asking.notes[0]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "spark.local"])
@@ -74,13 +74,13 @@ def test_server_open_to_others_needs_a_key_or_the_users_word(host: str) -> None:
         compose("--host", host)
     assert "VLLM_API_KEY" in (caught.value.hint or "")
     assert "--force" in (caught.value.hint or "")
-    assert "no key is asked for" in compose("--host", host, force=True).said[0]
-    assert "asks for VLLM_API_KEY" in compose("--host", host, has_key=True).said[0]
+    assert "no key is asked for" in compose("--host", host, force=True).notes[0]
+    assert "asks for VLLM_API_KEY" in compose("--host", host, has_key=True).notes[0]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_server_for_this_machine_needs_no_key(host: str) -> None:
-    assert compose("--host", host).said == ()
+    assert compose("--host", host).notes == ()
 
 
 def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_the_nearest_name() -> (
@@ -162,11 +162,11 @@ def rung(*extra: str, free: Free = DROPPED, lack: str = "memory") -> str | None:
 
 def test_rungs_follow_each_other_and_each_is_a_command() -> None:
     assert rung(free=UNIFIED) == "./scripts/inv drop-caches && ./scripts/inv serve big"
-    said, extra = [], ()
+    output, extra = [], ()
     for _ in range(4):
-        said.append(rung(*extra))
-        extra = tuple(said[-1].partition(" -- ")[2].split())
-    assert said == [
+        output.append(rung(*extra))
+        extra = tuple(output[-1].partition(" -- ")[2].split())
+    assert output == [
         "./scripts/inv serve big -- --gpu-memory-utilization 0.6",
         "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512",
         (

@@ -65,7 +65,7 @@ class Clone:
             "HF_HOME": str(root / "hf"),
             "DEVICE": "cpu",
         }
-        self.said = ""
+        self.output = ""
 
     def package(self, name: str, version: str) -> None:
         folder = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -77,8 +77,8 @@ class Clone:
     def probe(self, code: str) -> None:
         (self.layout.probes / "fetch_model.py").write_text(code)
 
-    def refuses(self, kind: str, said: str) -> None:
-        self.probe(f"print({json.dumps(json.dumps({'error': {'kind': kind, 'said': said}}))})")
+    def refuses(self, kind: str, output: str) -> None:
+        self.probe(f"print({json.dumps(json.dumps({'error': {'kind': kind, 'said': output}}))})")
 
     def fetch(self, name: str = "gpt-oss-20b", **shell: str) -> None:
         err = io.StringIO()
@@ -90,7 +90,7 @@ class Clone:
                 console=Console(out=io.StringIO(), err=err),
             )
         finally:
-            self.said = err.getvalue()
+            self.output = err.getvalue()
 
 
 @pytest.fixture
@@ -101,11 +101,11 @@ def clone(tmp_path: Path) -> Clone:
 def test_model_is_fetched_once_and_then_asks_nobody(clone: Clone) -> None:
     clone.probe(WHOLE)
     clone.fetch()
-    assert "5.0 GiB fetched of 10.0" in clone.said
-    assert "oss-harmony 0.0.11 in .vllm has them built in" in clone.said
+    assert "5.0 GiB fetched of 10.0" in clone.output
+    assert "oss-harmony 0.0.11 in .vllm has them built in" in clone.output
     clone.probe("raise SystemExit('asked again')")
     clone.fetch()
-    assert [line.split()[0] for line in clone.said.splitlines()[:2]] == ["skipped", "skipped"]
+    assert [line.split()[0] for line in clone.output.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
     fit.show_recipes(
         clone.layout,
@@ -144,7 +144,7 @@ def test_token_that_is_not_let_in_is_never_shown(clone: Clone) -> None:
     clone.refuses("gated", "no access for hf_swordfish")
     with pytest.raises(ServeError, match="this token has no access") as caught:
         clone.fetch(HF_TOKEN="hf_swordfish")
-    assert "swordfish" not in caught.value.message + clone.said
+    assert "swordfish" not in caught.value.message + clone.output
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_the
         folder / run_environment.VOCABULARIES[0]
     ).read_bytes()
     clone.fetch()
-    assert "on disk" in clone.said.splitlines()[1]
+    assert "on disk" in clone.output.splitlines()[1]
 
 
 def test_vocabulary_with_another_hash_is_refused_and_runs_are_not_told(
@@ -269,4 +269,4 @@ def test_model_without_harmony_needs_no_vocabularies(clone: Clone) -> None:
         .replace("openai--gpt-oss-20b", "Qwen--Qwen3-8B")
     )
     clone.fetch("Qwen/Qwen3-8B")
-    assert "does not speak harmony" in clone.said
+    assert "does not speak harmony" in clone.output

@@ -210,7 +210,7 @@ def test_last_value_counts(known: flags.Flags) -> None:
     ],
 )
 def test_values_of_a_recipe_become_words(name: str, value: object, words: list[str]) -> None:
-    assert flags.words_of(name, value) == words
+    assert flags.args_of(name, value) == words
 
 
 def test_replacements_that_are_flags_are_no_removed_ones_themselves() -> None:

@@ -211,7 +211,7 @@ def test_number_that_now_belongs_to_somebody_else_is_not_ended(place: Path) -> N
             (process_tree.started_at(other.pid) - 1, there.boot),
             (process_tree.started_at(other.pid), "another boot"),
         ):
-            family = process_tree.Family(
+            family = process_tree.ProcessTree(
                 other.pid, started, there.family.mark, there.family.folder, there.family.log
             )
             observation.write(

@@ -262,13 +262,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def _row(view: View, name: str) -> dict[str, object]:
     """A file's entry in a project's page."""
-    said = view.faults.get(name, Fault()).says_sha256 or sha256(view.files[name])
+    output = view.faults.get(name, Fault()).says_sha256 or sha256(view.files[name])
     is_wheel = name.endswith(".whl")
     url = f"/{view.name}/files/{urllib.parse.quote(name)}"
     row = {
         "filename": name,
         "url": url,
-        "hashes": {"sha256": said},
+        "hashes": {"sha256": output},
         "size": view.files[name].stat().st_size,
         "core-metadata": is_wheel,
     }

@@ -44,9 +44,9 @@ def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
         for name in ("setup.py", "pyproject.toml"):
             (tree / name).rename(tree / "python" / name)
     info = tree / "cmake" / "llvm-info.json"
-    said = json.loads(info.read_text())
-    said["sha256sum"] = {system: _pack_llvm(network, said, system) for system in SYSTEMS}
-    info.write_text(json.dumps(said))
+    output = json.loads(info.read_text())
+    output["sha256sum"] = {system: _pack_llvm(network, output, system) for system in SYSTEMS}
+    info.write_text(json.dumps(output))
     _pack_others(network)
     git(tree, "init", "--quiet")
     for key in ("uploadpack.allowFilter", "uploadpack.allowAnySHA1InWant"):
@@ -77,8 +77,8 @@ def make(world: World, folder: Path, *, layout: str = "root") -> Upstream:
     return Upstream(tree, pinned, network)
 
 
-def _pack_llvm(network: Path, said: dict[str, object], system: str) -> str:
-    name = f"llvm-{str(said['llvm_hash'])[:8]}-{system}-{said['build_number']}"
+def _pack_llvm(network: Path, output: dict[str, object], system: str) -> str:
+    name = f"llvm-{str(output['llvm_hash'])[:8]}-{system}-{output['build_number']}"
     path = network / "oaitriton.blob.core.windows.net" / "public" / "llvm-builds" / f"{name}.tar.gz"
     return _pack(path, {f"{name}/include/llvm/small.h": b"#define SMALL_LLVM 40\n"})
 

@@ -65,14 +65,14 @@ class Ended:
     err: str
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return f"exit {self.code}\n{self.err}{self.out}"
 
     def error(self, code: int) -> str:
         """The error sentence of an expected failure, after proof that it was one: this exit code, a
         hint, no traceback.
         """
-        assert self.code == code, self.said
+        assert self.code == code, self.output
         assert "Traceback" not in self.err, self.err
         lines = self.err.splitlines()
         assert any(line.startswith("hint: ") for line in lines), self.err
@@ -145,23 +145,23 @@ class World:
     def bootstrap(self, *words: str, env: Mapping[str, str] | None = None) -> Ended:
         """Bootstrap, and fail with everything it said where it does not end well."""
         ended = self.run("bootstrap", *words, env=env)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         return ended
 
     def status(self) -> dict[str, str]:
         """The state word of each row, and the next command under `next`."""
         ended = self.run("status", "--json")
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         record = json.loads(ended.out)
         return {row["name"]: row["state"] for row in record["rows"]} | {"next": record["next"]}
 
     def python(self, code: str, *, cwd: Path | None = None) -> str:
         """What the built interpreter prints."""
-        return self._said([self.layout.environment_python, "-c", code], cwd=cwd)[0].strip()
+        return self._output([self.layout.environment_python, "-c", code], cwd=cwd)[0].strip()
 
     def venv(self) -> None:
         """An environment of the user's own making in the place of `.vllm`."""
-        self._said(
+        self._output(
             [
                 self.materials.bin / "uv",
                 "venv",
@@ -174,7 +174,7 @@ class World:
     def uv(self, *words: str) -> str:
         """`uv pip WORDS` on `.vllm`, as a user would type it."""
         return "".join(
-            self._said(
+            self._output(
                 [
                     self.materials.bin / "uv",
                     "pip",
@@ -186,7 +186,7 @@ class World:
             )
         )
 
-    def _said(self, argv: list[str | Path], *, cwd: Path | None = None) -> tuple[str, str]:
+    def _output(self, argv: list[str | Path], *, cwd: Path | None = None) -> tuple[str, str]:
         done = subprocess.run(
             argv,
             env=self.env,

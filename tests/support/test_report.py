@@ -67,7 +67,7 @@ def report(
 
 def unpacked(ended: Ended) -> dict[str, str]:
     """The files of the report by their names without the folder that holds them all."""
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     with tarfile.open(ended.out.strip()) as archive:
         files = {
             entry.name.split("/", 1)[1]: archive.extractfile(entry)

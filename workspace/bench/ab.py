@@ -95,7 +95,7 @@ def fight(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
         _so_far(session.layout, path, side.fresh) for path, side in zip(paths, sides, strict=True)
     ]
     if all(one.is_complete for one in records):
-        session.console.say(
+        session.console.info(
             f"both arms have their {session.options.repeat} starts; --repeat with more adds to them"
         )
     else:
@@ -110,7 +110,7 @@ def fight(session: Session, trees: tuple[Tree, Tree]) -> tuple[Record, Record]:
 
 def _side(session: Session, name: str, tree: Tree) -> Side:
     layout, options, run_log = session.layout, session.options, session.run_log
-    run_log.console.say(f"arm {name.upper()}: {tree.said}, {tree.tip[:12]}")
+    run_log.console.info(f"arm {name.upper()}: {tree.description}, {tree.tip[:12]}")
     with run_log.console.step(f"arm {name.upper()}") as view:
         run_log.phase(f"arm {name}", view)
         arm = sandboxes.make(
@@ -190,7 +190,7 @@ def _require_comparable(session: Session, a: Side, b: Side) -> None:
             f" {', '.join(others[:SHOWN_PACKAGES])}{more}"
         )
     if a.fresh.source.tree == b.fresh.source.tree:
-        session.console.say("both arms are of one tree: what differs is noise")
+        session.console.info("both arms are of one tree: what differs is noise")
 
 
 def _name(a: Record, b: Record) -> str:
@@ -224,7 +224,7 @@ def _kept(session: Session, records: list[Record]) -> Iterator[None]:
         yield
     except BaseException:
         counts = " and ".join(str(len(one.starts)) for one in records)
-        session.console.say(
+        session.console.info(
             f"kept are {counts} of {session.options.repeat} starts; the same command goes on from"
             " there"
         )
@@ -307,7 +307,7 @@ def _require_different(session: Session, sides: list[Side], proofs: list[dict[st
     """
     for side, proof in zip(sides, proofs, strict=True):
         digest = hashlib.sha256(json.dumps(proof, sort_keys=True).encode()).hexdigest()[:12]
-        session.console.say(
+        session.console.info(
             f"arm {side.name.upper()} has loaded {len(proof)} of its own libraries, sha256 of all"
             f" {digest}: {', '.join(proof)}"
         )
@@ -376,13 +376,13 @@ def _one(session: Session, base: Tree, ours: Tree) -> None:
         return
     if names := compare.worse(verdicts.rows):
         raise Regression(
-            f"{ours.said} is slower than {base.said}: {names}",
+            f"{ours.description} is slower than {base.description}: {names}",
             hint=(
                 "./scripts/nox -s ab -- --each-patch    says what each patch costs; factor"
                 f" {session.options.factor:.3g}"
             ),
         )
-    _say_next(session, verdicts)
+    _report_next(session, verdicts)
 
 
 def _judged(session: Session, records: tuple[Record, Record]) -> Verdicts:
@@ -419,16 +419,16 @@ def _judged(session: Session, records: tuple[Record, Record]) -> Verdicts:
         seen = "; it falls on both arms alike" if order.is_seen else ""
         console.row("warn" if order.is_seen else "ok", "order", f" {name}: {order.sentence}{seen}")
     if noisy:
-        console.say(
+        console.info(
             f"inconclusive: {', '.join(noisy)} of the same tree is not the same; measure when the"
             " machine is quiet"
         )
     return Verdicts(rows, bool(noisy))
 
 
-def _say_next(session: Session, verdicts: Verdicts) -> None:
+def _report_next(session: Session, verdicts: Verdicts) -> None:
     if needed := compare.most_needed(verdicts.rows):
-        session.console.say(
+        session.console.info(
             f"next: {command(session.options, repeat=needed)}    what is measured stays"
         )
 
@@ -469,11 +469,11 @@ def _each(session: Session, observed: plan.Observation) -> None:
         )
     names = stack.names
     if not names:
-        console.say("the series is empty: there is no patch to leave out")
+        console.info("the series is empty: there is no patch to leave out")
         return
     found: dict[str, Verdicts] = {}
     for name in names:
-        console.say(f"without {name}")
+        console.info(f"without {name}")
         try:
             with ab_trees.without(layout, observed, name) as tree:
                 found[name] = _judged(session, fight(session, (tree, ours)))
@@ -485,7 +485,7 @@ def _each(session: Session, observed: plan.Observation) -> None:
 def _conclude(session: Session, names: Sequence[str], found: dict[str, Verdicts]) -> None:
     """One row a patch and metric: what it costs, as full series over the series without it."""
     console = session.console
-    console.say("what each patch costs: the whole series against the series without it")
+    console.info("what each patch costs: the whole series against the series without it")
     for name in names:
         if name in found:
             for row in found[name].rows:
@@ -497,7 +497,7 @@ def _conclude(session: Session, names: Sequence[str], found: dict[str, Verdicts]
         else:
             console.row("skipped", name, " could not be left out, see above")
     for verdicts in found.values():
-        _say_next(session, verdicts)
+        _report_next(session, verdicts)
     if slow := {
         name: names
         for name, verdicts in found.items()

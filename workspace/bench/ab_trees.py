@@ -39,7 +39,7 @@ class Tree:
     says so, where one does.
     """
 
-    said: str
+    description: str
     pin: Pin
     patches: Path | None
     tip: str

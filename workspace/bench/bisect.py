@@ -12,8 +12,8 @@ from pathlib import Path
 from workspace.bench import bisect_log, bisect_predicate, compare
 from workspace.bench.bisect_log import (
     ABORT,
+    BisectLog,
     BisectOptions,
-    Course,
     Field,
     Ground,
     Role,
@@ -21,7 +21,7 @@ from workspace.bench.bisect_log import (
     Try,
     Verdict,
 )
-from workspace.bench.bisect_predicate import Bounds, Question, Said
+from workspace.bench.bisect_predicate import Bounds, Predicate, Said
 from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import BuildError, SettingsError, WorkspaceError
@@ -41,7 +41,7 @@ MOST_SKIPS = 12
 SHOWN = 8
 _STATES: Mapping[Verdict, State] = {"good": "ok", "bad": "FAIL", "skip": "warn"}
 
-Attempt = Callable[[str, Role, Course], Said]
+Attempt = Callable[[str, Role, BisectLog], Said]
 
 
 def run(
@@ -111,10 +111,10 @@ def abort(layout: Layout, *, console: Console) -> None:
     with lock.hold(layout.lock, verb=VERB):
         is_there = bisect_log.log_path(layout).exists() or (layout.sandboxes / ARM).exists()
         _clear(layout, console)
-        console.say("the bisect is given up" if is_there else "no bisect is under way")
+        console.info("the bisect is given up" if is_there else "no bisect is under way")
 
 
-def begin(layout: Layout, ground: Ground, options: BisectOptions, *, console: Console) -> Course:
+def begin(layout: Layout, ground: Ground, options: BisectOptions, *, console: Console) -> BisectLog:
     """Return the course to go on with: the one that is there where it is of the same command, else
     a fresh one. Raises SettingsError as `run` does.
     """
@@ -128,7 +128,7 @@ def begin(layout: Layout, ground: Ground, options: BisectOptions, *, console: Co
                 "the pin or its patches are no longer those that this bisect began with",
                 hint=f"bring them back, or {ABORT}",
             )
-        console.say(f"going on: {_tries(former)}")
+        console.info(f"going on: {_tries(former)}")
         return former
     if former and not is_over(layout, ground, former):
         raise SettingsError(
@@ -137,13 +137,13 @@ def begin(layout: Layout, ground: Ground, options: BisectOptions, *, console: Co
             hint=f"the former command goes on with it; {ABORT}    gives it up",
         )
     good, bad = bisect_log.range_ends(layout, ground, options)
-    fresh = Course(options, good, bad, digest)
+    fresh = BisectLog(options, good, bad, digest)
     fresh = fresh.inheriting(former) if former else fresh
     bisect_log.write_log(layout, fresh)
     return fresh
 
 
-def is_over(layout: Layout, ground: Ground, former: Course) -> bool:
+def is_over(layout: Layout, ground: Ground, former: BisectLog) -> bool:
     """Whether a course came to an end that is not what it has to be: what it found out is of use to
     the next one.
     """
@@ -157,19 +157,19 @@ def is_over(layout: Layout, ground: Ground, former: Course) -> bool:
 
 def search_on(
     searched: Field,
-    there: Course,
+    there: BisectLog,
     *,
     attempt: Attempt,
-    keep: Callable[[Course], None],
+    keep: Callable[[BisectLog], None],
     console: Console,
-) -> tuple[Course, Standing]:
+) -> tuple[BisectLog, Standing]:
     """Try until nothing is left to try; each try is kept before the next one. Raises WorkspaceError
     where an end, or a dozen running, cannot be tried.
     """
     skips = 0
     while (standing := bisect_log.search_state(searched.suspects, there.verdicts)).following:
         commit, role = standing.following, standing.role
-        console.say(_progress(searched, there, standing))
+        console.info(_progress(searched, there, standing))
         started = time.monotonic()
         said = attempt(commit, role, there)
         if said.verdict == "skip" and role in ("good", "bad"):
@@ -220,7 +220,7 @@ class _Trial:
         pin: Pin,
         base: str,
         searched: Field,
-        asking: Question,
+        asking: Predicate,
         bounds: Bounds,
         run_log: RunLog,
     ) -> None:
@@ -233,7 +233,7 @@ class _Trial:
         )
         self._asking, self._bounds, self._run_log = asking, bounds, run_log
 
-    def attempt(self, commit: str, role: Role, there: Course) -> Said:
+    def attempt(self, commit: str, role: Role, there: BisectLog) -> Said:
         console, git = self._run_log.console, Git(self._layout.vllm)
         self._run_log.phase(self._field.called(commit))
         history.complete_range(git, self._base, commit, self._settings, run_log=self._run_log)
@@ -241,7 +241,7 @@ class _Trial:
         if carried.tip is None:
             return self._shown(Said("skip", f"patches/vllm/{carried.failing} does not apply there"))
         if carried.left_out:
-            console.say(f"  left out, because it is there: {', '.join(carried.left_out)}")
+            console.info(f"  left out, because it is there: {', '.join(carried.left_out)}")
         arm = sandboxes.make(
             self._layout,
             ARM,
@@ -279,7 +279,7 @@ class _Trial:
 
 def conclude(
     searched: Field,
-    there: Course,
+    there: BisectLog,
     standing: Standing,
     document: Mapping[str, object],
     *,
@@ -308,16 +308,16 @@ def conclude(
         )
     found = there.of(standing.culprit)
     assert found is not None
-    console.say(f"the first bad one is {searched.called(standing.culprit)}", style="bold")
+    console.info(f"the first bad one is {searched.called(standing.culprit)}", style="bold")
     for line in _deed_lines(document):
-        console.say(f"  {line}")
-    console.say(f"  {found.evidence}")
-    console.say(f"{took}; to look at it: git -C vendor/vllm show {standing.culprit[:12]}")
+        console.info(f"  {line}")
+    console.info(f"  {found.evidence}")
+    console.info(f"{took}; to look at it: git -C vendor/vllm show {standing.culprit[:12]}")
     console.data(searched.names.get(standing.culprit, standing.culprit))
 
 
 def described(
-    layout: Layout, searched: Field, there: Course, standing: Standing
+    layout: Layout, searched: Field, there: BisectLog, standing: Standing
 ) -> dict[str, object]:
     """The whole of a bisect for a program to read."""
     culprit: dict[str, object] | None = None
@@ -356,7 +356,7 @@ def _deed_lines(document: Mapping[str, object]) -> Iterator[str]:
         yield f"and {len(changes) - SHOWN} files more"
 
 
-def _contradiction(searched: Field, there: Course, standing: Standing) -> SettingsError:
+def _contradiction(searched: Field, there: BisectLog, standing: Standing) -> SettingsError:
     commit = standing.contradiction
     found = there.of(commit) if commit else None
     assert found is not None
@@ -389,7 +389,7 @@ def _contradiction(searched: Field, there: Course, standing: Standing) -> Settin
     )
 
 
-def _progress(searched: Field, there: Course, standing: Standing) -> str:
+def _progress(searched: Field, there: BisectLog, standing: Standing) -> str:
     called, minutes = (
         searched.called(standing.following or ""),
         f"{there.seconds / 60:.1f} min so far",
@@ -402,7 +402,7 @@ def _progress(searched: Field, there: Course, standing: Standing) -> str:
     return f"{len(standing.left)} suspects left, about {standing.steps} steps, {minutes}: {called}"
 
 
-def _tries(there: Course) -> str:
+def _tries(there: BisectLog) -> str:
     return (
         f"{len(there.tries)} {'step' if len(there.tries) == 1 else 'steps'},"
         f" {there.seconds / 60:.1f} min"
@@ -421,7 +421,7 @@ def _kept(layout: Layout, console: Console) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
             if there := bisect_log.read_log(layout):
-                console.say(f"{_tries(there)} are kept; the same command goes on from there")
+                console.info(f"{_tries(there)} are kept; the same command goes on from there")
         raise
 
 
@@ -434,5 +434,5 @@ def _clear(layout: Layout, console: Console) -> None:
         sandboxes.Sandbox(ARM, layout, Layout(root), "0" * 40) if root.exists() else None
     )
     if there and (kept := sandboxes.remove(there)):
-        console.say(f"what was done in {there.shown} is kept in vendor/vllm as {kept}")
+        console.info(f"what was done in {there.shown} is kept in vendor/vllm as {kept}")
     bisect_log.log_path(layout).unlink(missing_ok=True)

@@ -200,7 +200,7 @@ class Try:
 
 
 @dataclass(frozen=True)
-class Course:
+class BisectLog:
     """`ground` is a digest of what the patches are on, and of the patches: tries on another ground
     say nothing of this one.
     """
@@ -223,10 +223,10 @@ class Course:
         """What is known of a commit."""
         return next((one for one in self.tries if one.commit == commit), None)
 
-    def after(self, one: Try) -> "Course":
+    def after(self, one: Try) -> "BisectLog":
         return replace(self, tries=(*self.tries, one))
 
-    def inheriting(self, former: "Course") -> "Course":
+    def inheriting(self, former: "BisectLog") -> "BisectLog":
         """Take over what another course has found out, where it asked the same of the same; a
         benchmark is judged against its own good end.
         """
@@ -254,14 +254,14 @@ def log_path(layout: Layout) -> Path:
     return layout.state / "bisect.json"
 
 
-def write_log(layout: Layout, course: Course) -> None:
+def write_log(layout: Layout, course: BisectLog) -> None:
     write_atomic(
         log_path(layout),
         json.dumps({"schema": SCHEMA, **asdict(course)}, indent=1, allow_nan=False).encode(),
     )
 
 
-def read_log(layout: Layout) -> Course | None:
+def read_log(layout: Layout) -> BisectLog | None:
     """Return the bisect that is under way, None where there is none. Raises WorkspaceError for one
     that cannot be read.
     """
@@ -276,7 +276,7 @@ def read_log(layout: Layout) -> Course | None:
         ) from exc
 
 
-def _course(document: Mapping[str, object]) -> Course:
+def _course(document: Mapping[str, object]) -> BisectLog:
     if document["schema"] != SCHEMA:
         raise ValueError(f"it has schema {document['schema']}, this workspace reads {SCHEMA}")
     # The first edition named the options otherwise.
@@ -286,7 +286,7 @@ def _course(document: Mapping[str, object]) -> Course:
     found = tuple(Try(**{**one, "values": tuple(one["values"])}) for one in tries)
     if any(one.verdict not in get_args(Verdict) for one in found):
         raise ValueError("it has a verdict that is none")
-    return Course(
+    return BisectLog(
         BisectOptions(**options),
         str(document["good"]),
         str(document["bad"]),

@@ -50,7 +50,7 @@ _LAST_LINES = 3
 
 
 @dataclass(frozen=True)
-class Question:
+class Predicate:
     """`name` is a check of the smoke, a metric, or the command as it was typed; `words` are the
     command's, paths made absolute.
     """
@@ -79,7 +79,7 @@ class Bounds:
     factor: float
 
 
-def parse(text: str, *, folder: Path) -> Question:
+def parse(text: str, *, folder: Path) -> Predicate:
     """Read the word of --run; the words of a command that name a file are counted from `folder`.
     Raises SettingsError, with the nearest for a typo.
     """
@@ -95,10 +95,10 @@ def parse(text: str, *, folder: Path) -> Question:
             raise SettingsError(
                 f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint
             )
-        return Question("bench", name)
+        return Predicate("bench", name)
     checks = [name for name in REGISTRY if name != "parity.model"]
     if text == SMOKE or text in checks:
-        return Question("smoke" if text == SMOKE else "check", text)
+        return Predicate("smoke" if text == SMOKE else "check", text)
     try:
         words = shlex.split(text)
     except ValueError as exc:
@@ -124,7 +124,7 @@ def parse(text: str, *, folder: Path) -> Question:
         )
         raise SettingsError(f"--run: {shortened(text)!r} is no check of the smoke", hint=hint)
     # Each tree is asked in an empty folder of its own.
-    return Question(
+    return Predicate(
         "command",
         text,
         tuple(
@@ -134,7 +134,7 @@ def parse(text: str, *, folder: Path) -> Question:
 
 
 def ask(
-    question: Question,
+    question: Predicate,
     arm: Sandbox,
     settings: Settings,
     bounds: Bounds,
@@ -157,7 +157,7 @@ def ask(
 
 
 def _smoke(
-    question: Question, arm: Sandbox, settings: Settings, bounds: Bounds
+    question: Predicate, arm: Sandbox, settings: Settings, bounds: Bounds
 ) -> Mapping[str, object] | str:
     """The record of a smoke on the arm, or why there is none."""
     from workspace.checks import smoke
@@ -185,7 +185,7 @@ def _smoke(
     return "the smoke left no record"
 
 
-def judged(question: Question, record: Mapping[str, object] | str, *, timeout_s: float) -> Said:
+def judged(question: Predicate, record: Mapping[str, object] | str, *, timeout_s: float) -> Said:
     """Read the verdict out of a smoke's record. A check that fails because a probe was waited for
     in vain is no bad one.
     """
@@ -321,7 +321,7 @@ def _start(
 
 
 def _run(
-    question: Question, arm: Sandbox, settings: Settings, bounds: Bounds, run_log: RunLog
+    question: Predicate, arm: Sandbox, settings: Settings, bounds: Bounds, run_log: RunLog
 ) -> Said:
     environment = built_environment(arm.layout, settings)
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:

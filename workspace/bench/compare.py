@@ -204,7 +204,7 @@ def show(
             hint=f"./scripts/inv bench.report    draws both; factor {allowed:.3g}",
         )
     if needed := most_needed(rows):
-        console.say(
+        console.info(
             f"next: ./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on"
             " both trees; what is measured stays"
         )

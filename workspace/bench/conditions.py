@@ -140,7 +140,7 @@ def require_idle(
                 f"something else uses this machine: {'; '.join(others)}", hint=_OVERRIDE
             )
         if not is_told:
-            console.say(
+            console.info(
                 f"waiting up to {wait_s:.0f} s for the machine to be quiet: {'; '.join(others)}"
             )
             is_told = True

@@ -157,7 +157,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
         path = results.record_path(layout, fresh)
         so_far = _begun(layout, path, fresh)
         if so_far.starts:
-            console.say(
+            console.info(
                 f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there"
             )
         with _kept(layout, path, console):
@@ -211,7 +211,7 @@ def _kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
             there = results.read(path, place=layout.relative(path))
-            console.say(
+            console.info(
                 f"{layout.relative(path)} keeps {len(there.starts)} of {there.repeat} starts; the"
                 " same command goes on from there"
             )

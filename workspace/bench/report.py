@@ -333,7 +333,7 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     write_atomic(path, composed.html.encode())
     for problem in problems:
         console.warn(problem)
-    console.say(
+    console.info(
         f"{len(records)} records, {len(composed.plots)} plots, {path.stat().st_size / 1024:.0f}"
         f" KiB; the plots as PNG: {layout.relative(folder)}"
     )

@@ -375,8 +375,8 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
             one = entry.record
             console.row("ok" if one.is_complete else "warn", one.stem, f" {described(one)}")
     if not there:
-        console.say("no benchmark was recorded yet")
-    console.say(
+        console.info("no benchmark was recorded yet")
+    console.info(
         "next: "
         + (
             "./scripts/inv bench.compare A B"

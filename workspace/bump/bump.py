@@ -107,7 +107,7 @@ def _opened(
     layout: Layout, settings: Settings, verb: str, console: Console, *, wait: bool
 ) -> Iterator[RunLog]:
     with (
-        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held
         ) as run_log,
@@ -138,7 +138,7 @@ def _begin(
     assert there.base
     assert stack.head
     if ref in (pin.tag, pin.version, pin.commit) and not promote.is_archives(pin):
-        run_log.console.say(f"nothing to do: {pin.tag} is pinned already")
+        run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return None
     with run_log.console.step("upstream") as view:
         run_log.phase("upstream", view)
@@ -154,7 +154,7 @@ def _begin(
         _require_age(candidate.pin.tag, candidate.published, settings)
     staging.require_one_disk(layout)
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
-    run_log.console.say(
+    run_log.console.info(
         f"{pin.tag} → {candidate.pin.tag}, {count}: tree, patches, environment and smoke in"
         f" {layout.relative(layout.bump_sandbox)}; until all is green nothing else is changed"
     )
@@ -262,12 +262,12 @@ def _rename(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> No
     else nothing.
     """
     if pin.commit == new.commit or not promote.is_archives(pin):
-        run_log.console.say(f"nothing to do: {pin.tag} is pinned already")
+        run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return
     pins.save(layout.pins, new)
     _finish_new_name(layout)
     staging.set_gitlink(layout, new.commit, run_log=run_log)
-    run_log.console.say(
+    run_log.console.info(
         f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}; to commit: git add"
         " vendor/pins.toml patches/vllm && git commit"
     )
@@ -329,7 +329,7 @@ def _abort(layout: Layout, console: Console) -> None:
             hint=f"{CONTINUE}    then ./scripts/inv pin.rollback",
         )
     kept = staging.remove(layout)
-    console.say(
+    console.info(
         "the bump is given up; nothing else was changed"
         + (f"; what was done there is kept in vendor/vllm as {kept}" if kept else "")
     )

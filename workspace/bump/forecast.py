@@ -343,19 +343,19 @@ def _show(made: Forecast, console: Console) -> None:
     for patch in made.patches:
         console.row(_WORDS[patch.state], patch.state, f"{patch.name}{_why(patch)}")
         for conflict in patch.conflicts:
-            console.say(
+            console.info(
                 f"  {conflict.path}"
                 + (f", which moved to {conflict.moved_to}" if conflict.moved_to else "")
             )
             lines = conflict.commits or ()
             for line in lines[:_SHOWN]:
-                console.say(f"    {line}")
+                console.info(f"    {line}")
             if len(lines) > _SHOWN:
-                console.say(f"    and {len(lines) - _SHOWN} commits before that")
+                console.info(f"    and {len(lines) - _SHOWN} commits before that")
     for change in made.changes:
         console.row(_word(change), change.topic, text_of(change))
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
-    console.say(
+    console.info(
         f"next: ./scripts/inv pin.bump {tag}"
         + (f"   # stops at each of {count} conflicts" if count else "")
     )

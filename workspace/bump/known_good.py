@@ -49,7 +49,7 @@ class Good:
 
 
 def folder(layout: Layout, name: str) -> Path:
-    return layout.goods / name
+    return layout.known_good_states / name
 
 
 def environment(layout: Layout, name: str) -> Path:
@@ -72,7 +72,9 @@ def name_of(tag: str, tree: str) -> str:
 
 def every(layout: Layout) -> tuple[Good, ...]:
     """The good states, newest first; a folder whose record cannot be read is none."""
-    found = (read(layout, path.parent.name) for path in layout.goods.glob("*/good.json"))
+    found = (
+        read(layout, path.parent.name) for path in layout.known_good_states.glob("*/good.json")
+    )
     return tuple(
         sorted((good for good in found if good), key=lambda good: good.recorded, reverse=True)
     )
@@ -93,16 +95,16 @@ def record(
     Takes the workspace's lock.
     """
     with (
-        lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.info) as held,
         RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
     ):
         clear(layout)
         why = refusal(layout, observed)
         if why:
-            console.say(f"not recorded as good: {why}")
+            console.info(f"not recorded as good: {why}")
             return None
         made = keep(layout, observed, run_log=run_log)
-        console.say(f"recorded as good: {made.name}; ./scripts/inv pin.rollback returns to it")
+        console.info(f"recorded as good: {made.name}; ./scripts/inv pin.rollback returns to it")
         return made
 
 

@@ -156,7 +156,7 @@ def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: R
     why = known_good.refusal(layout, observed)
     name = "" if why else known_good.keep(layout, observed, run_log=run_log).name
     if why:
-        run_log.console.say(f"{observed.pin.tag} is not kept to return to: {why}")
+        run_log.console.info(f"{observed.pin.tag} is not kept to return to: {why}")
     facts = {
         "good": name,
         "tag": observed.pin.tag,
@@ -227,7 +227,7 @@ def finish(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) ->
     run_log.step = None
     _stamp(bump_sandbox, settings, run_log)
     staging.remove(layout)
-    _say(bump_sandbox, marker.facts, run_log)
+    _report(bump_sandbox, marker.facts, run_log)
 
 
 def _keep(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
@@ -286,7 +286,7 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
             run = stages.Run(layout, settings, run_log, observed, dict(old.outcome))
             # What the workshop made is of the same kind here.
             stages.write_stamp(run, observed, verdict, kind=old.inputs["origin"].split()[0])
-            view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
+            view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
         except BuildError as exc:
             stamp.withdraw(layout.stamp("vllm"))
             view.state, view.reason = "warn", f"{exc.message}: to be installed anew"
@@ -345,21 +345,21 @@ def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
     )
 
 
-def _say(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog) -> None:
+def _report(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog) -> None:
     layout, console = bump_sandbox.outer, run_log.console
     if is_archives(bump_sandbox.pin):
-        console.say(
+        console.info(
             "the gitlink of vendor/vllm stays as it is: this pin is the release archive's commit,"
             " which upstream does not have"
         )
     if facts["good"]:
-        console.say(
+        console.info(
             f"{facts['tag']} is kept as {facts['good']}; ./scripts/inv pin.rollback returns to it"
         )
-    staging.say_left(layout, facts, console=console)
+    staging.report_left(layout, facts, console=console)
     # Without a path of the submodule's: the gitlink is staged already, and by its path git may take
     # the patched commit that is checked out.
-    console.say(
+    console.info(
         "to commit: git add vendor/pins.toml patches/vllm && git commit -F"
         f" {layout.relative(message_file(layout))}"
     )

@@ -42,7 +42,7 @@ def run(
     the way, SmokeError where it fails.
     """
     with (
-        lock.hold(layout.lock, verb="inv pin.rollback", wait=wait, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb="inv pin.rollback", wait=wait, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
         ) as run_log,
@@ -59,9 +59,9 @@ def run(
                 hint=hint,
             )
         _finish(layout, marker, wanted, run_log)
-    staging.say_left(layout, marker.facts, console=console)
+    staging.report_left(layout, marker.facts, console=console)
     if not layout.environment.exists():
-        console.say(
+        console.info(
             "its environment was not kept: it is made anew and brought to the versions that it had"
         )
         settings = _as_it_was(settings, wanted)
@@ -119,9 +119,9 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
     worktree.require_way(git, wanted.head)
     staging.require_one_disk(layout)
     kept = present if present and known_good.read(layout, present) else ""
-    console.say(f"{present or 'the present state'} → {wanted.name}")
+    console.info(f"{present or 'the present state'} → {wanted.name}")
     if not kept:
-        console.say("what is there now never passed the smoke, so its environment is not kept")
+        console.info("what is there now never passed the smoke, so its environment is not kept")
     left = known_good.now()
     known_good.keep_aside(layout, f"Before the return to {wanted.name}", name=left)
     facts = {
@@ -247,7 +247,7 @@ def _hold_to_freeze(layout: Layout, settings: Settings, wanted: Good, console: C
     if not differing:
         return
     with (
-        lock.hold(layout.lock, verb="inv pin.rollback", wait=True, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb="inv pin.rollback", wait=True, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
         ) as run_log,
@@ -298,7 +298,7 @@ def show(
         _pin(layout, pinned.vllm),
         _stack(layout, pinned.vllm),
         *_under_way(layout),
-        *_goods(layout),
+        *_known_good_states(layout),
     ]
     rows += [
         _releases(settings, pinned.vllm, offline=offline),
@@ -388,7 +388,7 @@ def _stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
     return waits, f"edit and git add in {bump_sandbox.shown}, then {bump.CONTINUE}"
 
 
-def _goods(layout: Layout) -> list[Row]:
+def _known_good_states(layout: Layout) -> list[Row]:
     found = known_good.every(layout)
     if not found:
         return [

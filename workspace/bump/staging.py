@@ -257,10 +257,10 @@ def take_products_away(layout: Layout, facts: Mapping[str, str], *, good_state: 
     )
 
 
-def say_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
+def report_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
     left = known_good.left(layout, facts["left"])
     if left.exists():
-        console.say(
+        console.info(
             "what a build had left in vendor/vllm and no good state holds is in"
             f" {layout.relative(left)}"
         )

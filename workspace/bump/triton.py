@@ -92,7 +92,7 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
     reached; nothing is changed then.
     """
     with (
-        lock.hold(layout.lock, verb="inv pin.bump triton", wait=wait, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb="inv pin.bump triton", wait=wait, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb="pin.bump", secrets=settings.secrets, held=held
         ) as run_log,
@@ -119,18 +119,18 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
             run_log.step = None
         staging.write_series_base(layout.patches("triton"), new.commit)
         if pin == new:
-            console.say(
+            console.info(
                 f"nothing to do: {new.tag} is at {new.commit[:12]}, which is pinned already"
             )
             return
         pins.save(layout.pins, new)
         message = layout.state / "bump-message.txt"
         write_atomic(message, _message(pin, new, found).encode())
-        console.say(
+        console.info(
             f"triton {pin.commit[:12]} → {new.commit[:12]}"
             + (f", {found.commits} commits" if found.commits else "")
         )
-        console.say(
+        console.info(
             "to commit: git add vendor/pins.toml patches/triton && git commit -F"
             f" {layout.relative(message)}"
         )

@@ -75,7 +75,7 @@ def smoke(
         if json_file:
             write_atomic(json_file, f"{text}\n".encode())
         judge(checks, log=layout.relative(run_log.path) if run_log.path else None)
-    console.say(f"smoke passed in {time.monotonic() - started:.1f} s")
+    console.info(f"smoke passed in {time.monotonic() - started:.1f} s")
 
 
 def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
@@ -169,9 +169,9 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
             )
     observed = require_built(layout, settings)
     if registry.is_of(registry.last_record(layout), registry.tree_of(layout, observed)):
-        console.say("the smoke has passed on this tree and build")
+        console.info("the smoke has passed on this tree and build")
         return
-    console.say("nothing has passed on this tree and build yet: nox -s smoke")
+    console.info("nothing has passed on this tree and build yet: nox -s smoke")
     smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=TIMEOUT_S)
 
 

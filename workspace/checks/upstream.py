@@ -91,7 +91,7 @@ class Result:
         return sum(map(len, (self.found.passed, self.found.pin, self.found.own)))
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         kinds = {
             "passed": self.found.passed,
             "skipped": self.found.skipped,
@@ -390,7 +390,7 @@ def run(
         check.require(layout, settings, console=console, device=observed.device)
     selection = select(layout, observed, options, known)
     if not selection.chosen and not selection.reach.tests:
-        console.say(
+        console.info(
             f"vendor/vllm is as {observed.pin.tag} is: there is no change that a test could"
             f" reach\n{_CHOOSE}"
         )
@@ -401,7 +401,7 @@ def run(
     for one in selection.reach.unreached:
         console.row("skipped", one.path.ljust(NAME_WIDTH), f"reaches no test: {one.why}")
     if not selection.reach.tests:
-        console.say(
+        console.info(
             "what was changed reaches none of upstream's tests; ./scripts/nox -s smoke judges what"
             f" they do not\n{_CHOOSE}"
         )
@@ -435,4 +435,4 @@ def run(
         if json_file:
             write_atomic(json_file, f"{text}\n".encode())
         judge(result, log=layout.relative(run_log.path) if run_log.path else None)
-    console.say(f"{result.said} in {time.monotonic() - started:.1f} s")
+    console.info(f"{result.summary} in {time.monotonic() - started:.1f} s")

@@ -116,7 +116,7 @@ def run(work: Callable[[], None]) -> int:
     except (KeyboardInterrupt, _Ended) as exc:
         by = f" by {exc.number.name}" if isinstance(exc, _Ended) else ""
         with contextlib.suppress(OSError):
-            console().say(f"interrupted{by}")
+            console().info(f"interrupted{by}")
         return 128 + exc.number if isinstance(exc, _Ended) else INTERRUPTED_EXIT_CODE
     except BrokenPipeError:
         if not _readers_are_gone():

@@ -125,7 +125,7 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
             if width
             else [line]
         ):
-            console.say(part)
+            console.info(part)
 
 
 def table(rows: Sequence[Row], *, width: int) -> list[str]:

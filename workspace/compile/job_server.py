@@ -21,7 +21,7 @@ from pathlib import Path
 
 from workspace.compile import jobs, launcher, scheduler
 from workspace.compile.costs import KILLED_HELD, Costs, History, unit_of
-from workspace.compile.scheduler import Admission, Caller, End, Finished, Live, Running, State
+from workspace.compile.scheduler import Admission, Client, End, Finished, Live, Running, State
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 
@@ -82,7 +82,7 @@ def _write_program(program: Path, command: str) -> Path:
     return program
 
 
-class Broker:
+class JobServer:
     """Gives out tickets while the block is entered, from a thread.
 
     `look` says what the machine has left; without it only the bounds count. `kills` counts how
@@ -114,7 +114,7 @@ class Broker:
             look,
             history,
         )
-        self._callers: dict[int, Caller] = {}
+        self._callers: dict[int, Client] = {}
         self._finished: list[Finished] = []
         self._failure: BaseException | None = None
         self._selector = selectors.DefaultSelector()
@@ -131,7 +131,7 @@ class Broker:
         """The units that have ended so far."""
         return tuple(self._finished)
 
-    def __enter__(self) -> "Broker":
+    def __enter__(self) -> "JobServer":
         install(self._folder)
         self._listener = scheduler.listen(self._folder)
         self._woken, self._waker = os.pipe()
@@ -166,8 +166,8 @@ class Broker:
             (self._folder / "socket").unlink(missing_ok=True)
             self._listener.close()
             os.close(self._woken)
-            for caller in self._callers.values():
-                caller.connection.close()
+            for client in self._callers.values():
+                client.connection.close()
             self._selector.close()
 
     def _turn(self) -> None:
@@ -192,13 +192,13 @@ class Broker:
     def _admit(self, now: float) -> None:
         admission = self._admission
         if admission.waiting and now >= min(self._quiet_until, self._longest_quiet_until):
-            callers = {caller.number: caller for caller in self._callers.values()}
+            callers = {client.number: client for client in self._callers.values()}
             for number in admission.admit(now, self._look() if self._look else None):
                 self._start(callers[number], now)
         running = tuple(
-            Running(caller.unit, caller.expected, caller.started or now)
-            for caller in self._callers.values()
-            if caller.is_counted
+            Running(client.unit, client.expected, client.started or now)
+            for client in self._callers.values()
+            if client.is_counted
         )
         held_gib = sum(ticket.held_gib for ticket in admission.running)
         self.state = State(
@@ -210,84 +210,84 @@ class Broker:
             admission.bounds.budget_gib,
         )
 
-    def _start(self, caller: Caller, now: float) -> None:
-        caller.start(now, self._kills() if self._kills else 0)
+    def _start(self, client: Client, now: float) -> None:
+        client.start(now, self._kills() if self._kills else 0)
 
     def _accept(self) -> None:
-        while caller := scheduler.accept_client(self._listener, self._last_number + 1):
+        while client := scheduler.accept_client(self._listener, self._last_number + 1):
             self._last_number += 1
-            self._callers[caller.connection.fileno()] = caller
-            self._selector.register(caller.connection, selectors.EVENT_READ)
+            self._callers[client.connection.fileno()] = client
+            self._selector.register(client.connection, selectors.EVENT_READ)
 
-    def _hear(self, caller: Caller) -> None:
-        is_over = caller.hear()
+    def _hear(self, client: Client) -> None:
+        is_over = client.hear()
         try:
-            said = caller.understand()
+            said = client.understand()
         except ValueError:
             said, is_over = None, True
         if isinstance(said, End):
-            self._heard_end(caller, said)
+            self._heard_end(client, said)
         elif said is not None:
-            self._ask(caller, said)
-        if is_over and caller.connection.fileno() in self._callers:
-            self._drop(caller)
-            self._finish(caller, None)
+            self._ask(client, said)
+        if is_over and client.connection.fileno() in self._callers:
+            self._drop(client)
+            self._finish(client, None)
 
-    def _ask(self, caller: Caller, argv: list[str]) -> None:
-        caller.unit = unit_of(argv)
-        caller.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
-        caller.expected = self._costs.expected(caller.unit)
-        if self._is_inside_another(caller.pid):
+    def _ask(self, client: Client, argv: list[str]) -> None:
+        client.unit = unit_of(argv)
+        client.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
+        client.expected = self._costs.expected(client.unit)
+        if self._is_inside_another(client.pid):
             # It is part of what that one was admitted for. To wait for a second ticket with the
             # first in hand may be to wait for ever.
-            caller.is_nested = True
-            self._start(caller, time.monotonic())
+            client.is_nested = True
+            self._start(client, time.monotonic())
         else:
-            self._queue(caller)
+            self._queue(client)
 
-    def _queue(self, caller: Caller) -> None:
+    def _queue(self, client: Client) -> None:
         if self._has_failed:
-            self._refuse(caller, _OTHER_FAILED)
+            self._refuse(client, _OTHER_FAILED)
             return
         now = time.monotonic()
         if not self._admission.waiting and not self._admission.running:
             self._longest_quiet_until = now + LONGEST_QUIET_S
         self._asked += 1
         self._quiet_until = now if 0 < self._units <= self._asked else now + QUIET_S
-        self._admission.ask(caller.number, caller.expected, now, is_light=caller.unit.is_light)
+        self._admission.ask(client.number, client.expected, now, is_light=client.unit.is_light)
 
     def _is_inside_another(self, pid: int) -> bool:
         """Whether a launcher that has a ticket is among the parents of this one."""
-        holders = {caller.pid for caller in self._callers.values() if caller.started is not None}
+        holders = {client.pid for client in self._callers.values() if client.started is not None}
         return bool(holders) and any(parent in holders for parent in jobs.parents(pid))
 
-    def _heard_end(self, caller: Caller, end: End) -> None:
-        began, status = caller.started or 0.0, os.waitstatus_to_exitcode(end.status)
+    def _heard_end(self, client: Client, end: End) -> None:
+        began, status = client.started or 0.0, os.waitstatus_to_exitcode(end.status)
         is_killed = not self._is_ending and (
-            launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(caller))
+            launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(client))
         )
-        caller.peak_gib = max(caller.peak_gib, end.largest_gib)
-        done = self._finish(caller, status, end.seconds, is_killed=is_killed)
+        client.peak_gib = max(client.peak_gib, end.largest_gib)
+        done = self._finish(client, status, end.seconds, is_killed=is_killed)
         if done is None or not is_killed:
-            self._refuse(caller, "")
+            self._refuse(client, "")
             return
-        self._admission.leave(caller.number)
+        self._admission.leave(client.number)
         self._make_room(done, began)
-        caller.expected = replace(
+        client.expected = replace(
             done.expected, peak_gib=max(done.expected.peak_gib, done.peak_gib * KILLED_HELD)
         )
-        caller.started = None
+        client.started = None
         if self.trouble:
-            self._refuse(caller, self.trouble)
+            self._refuse(client, self.trouble)
             self._fail()
         else:
-            self._queue(caller)
+            self._queue(client)
 
-    def _has_been_killed(self, caller: Caller) -> bool:
+    def _has_been_killed(self, client: Client) -> bool:
         """Whether the kernel has killed for want of memory since this compiler began: g++ exits
         with 1 when its own child is the one.
         """
-        return self._kills is not None and self._kills() > caller.kills
+        return self._kills is not None and self._kills() > client.kills
 
     def _make_room(self, done: Finished, began: float) -> None:
         """Halve the budget. What had begun before it was halved last fell to the same shortage."""
@@ -306,17 +306,17 @@ class Broker:
             )
 
     def _finish(
-        self, caller: Caller, status: int | None, seconds: float = 0.0, *, is_killed: bool = False
+        self, client: Client, status: int | None, seconds: float = 0.0, *, is_killed: bool = False
     ) -> Finished | None:
         """Keep what a unit took; None for one that had not begun, or is part of another."""
-        if caller.started is None or caller.is_nested:
+        if client.started is None or client.is_nested:
             return None
         done = Finished(
-            caller.unit,
-            caller.expected,
-            caller.started,
+            client.unit,
+            client.expected,
+            client.started,
             seconds,
-            caller.peak_gib,
+            client.peak_gib,
             status,
             is_killed,
         )
@@ -324,7 +324,7 @@ class Broker:
         if (
             self._history
             and not done.unit.is_light
-            and not caller.is_elsewhere
+            and not client.is_elsewhere
             and (status == 0 or is_killed)
         ):
             self._history.add(
@@ -336,32 +336,32 @@ class Broker:
 
     def _fail(self) -> None:
         self._has_failed = True
-        for caller in [
-            caller
-            for caller in self._callers.values()
-            if caller.has_asked and caller.started is None
+        for client in [
+            client
+            for client in self._callers.values()
+            if client.has_asked and client.started is None
         ]:
-            self._refuse(caller, _OTHER_FAILED)
+            self._refuse(client, _OTHER_FAILED)
 
-    def _drop(self, caller: Caller) -> None:
+    def _drop(self, client: Client) -> None:
         """Take the ticket back: the compiler has ended, or all that had the connection in their
         hands are gone.
         """
-        self._selector.unregister(caller.connection)
-        del self._callers[caller.connection.fileno()]
-        caller.connection.close()
-        self._admission.leave(caller.number)
+        self._selector.unregister(client.connection)
+        del self._callers[client.connection.fileno()]
+        client.connection.close()
+        self._admission.leave(client.number)
 
     def _measure(self) -> None:
-        running = [caller for caller in self._callers.values() if caller.is_counted]
+        running = [client for client in self._callers.values() if client.is_counted]
         if not running:
             return
         living = jobs.living()
-        trees = jobs.below(frozenset(caller.pid for caller in running), living)
-        for caller in running:
-            held_gib = sum(living[number].held_gib for number in trees[caller.pid])
-            caller.peak_gib = max(caller.peak_gib, held_gib)
-            self._admission.measured(caller.number, held_gib)
+        trees = jobs.below(frozenset(client.pid for client in running), living)
+        for client in running:
+            held_gib = sum(living[number].held_gib for number in trees[client.pid])
+            client.peak_gib = max(client.peak_gib, held_gib)
+            self._admission.measured(client.number, held_gib)
 
     def _save(self) -> None:
         """A history that cannot be written costs the next build its best figures, and this one
@@ -374,8 +374,8 @@ class Broker:
     def _end(self) -> None:
         """Refuse who waits, end who runs, and do not go before they have."""
         was_busy = bool(self._callers)
-        for caller in [caller for caller in self._callers.values() if caller.started is None]:
-            self._refuse(caller, _HAS_ENDED)
+        for client in [client for client in self._callers.values() if client.started is None]:
+            self._refuse(client, _HAS_ENDED)
         for number, grace_s in (
             (signal.SIGTERM, TERMINATE_GRACE_S),
             (signal.SIGKILL, KILL_GRACE_S),
@@ -385,11 +385,11 @@ class Broker:
                 # Below its launcher, and in the launcher's group, which ninja makes for each
                 # command: a launcher may have been killed.
                 holders = [
-                    caller for caller in self._callers.values() if caller.started is not None
+                    client for client in self._callers.values() if client.started is not None
                 ]
                 jobs.signal_process(
-                    frozenset(caller.pid for caller in holders),
-                    frozenset(caller.group for caller in holders),
+                    frozenset(client.pid for client in holders),
+                    frozenset(client.group for client in holders),
                     number,
                 )
                 self._refuse_latecomers(0.1)
@@ -403,15 +403,15 @@ class Broker:
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fd in self._callers:
-                    caller = self._callers[key.fd]
+                    client = self._callers[key.fd]
                     (
-                        self._hear(caller)
-                        if caller.started is not None
-                        else self._refuse(caller, _HAS_ENDED)
+                        self._hear(client)
+                        if client.started is not None
+                        else self._refuse(client, _HAS_ENDED)
                     )
                 else:
                     self._selector.unregister(self._woken)
 
-    def _refuse(self, caller: Caller, why: str) -> None:
-        caller.say(why)
-        self._drop(caller)
+    def _refuse(self, client: Client, why: str) -> None:
+        client.info(why)
+        self._drop(client)

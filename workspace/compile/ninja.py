@@ -234,7 +234,7 @@ def compile(
         *targets,
     ]
     work = Work(build, setup, jobs, memory, planned, keep_going=keep_going)
-    return under_tickets(
+    return under_job_server(
         settings,
         argv,
         _child_environment(layout, settings, build, jobs),
@@ -259,7 +259,7 @@ class Work:
     go_on: str = GO_ON
 
 
-def under_tickets(
+def under_job_server(
     settings: Settings,
     argv: Sequence[process.Argument],
     environment: Mapping[str, str],
@@ -278,7 +278,7 @@ def under_tickets(
     history = History(history_file(settings), setup=work.setup)
     before, costs = history.entries, Costs(read_table()[0], history.entries)
     limits = Bounds(work.jobs.count, work.memory.budget_gib)
-    broker = job_server.Broker(
+    job_server_ = job_server.JobServer(
         work.build / "tickets",
         Admission(limits),
         costs,
@@ -288,7 +288,9 @@ def under_tickets(
         units=len(work.planned),
         keep_going=work.keep_going,
     )
-    meter = Meter(broker, work.planned, costs, bounds=limits, console=run_log.console, step=step)
+    meter = Meter(
+        job_server_, work.planned, costs, bounds=limits, console=run_log.console, step=step
+    )
     began, failures, shown = time.monotonic(), Failures(), run_log.step
     # The bar shows what the meter says, not ninja's newest line.
     run_log.step = None
@@ -298,19 +300,19 @@ def under_tickets(
         on_line(line, meter)
 
     try:
-        with broker, meter:
+        with job_server_, meter:
             process.run(
                 argv, env=environment, run_log=run_log, on_line=hear, hint=work.go_on, cwd=cwd
             )
     except (BuildError, OSError) as exc:
-        _write_trace(run_log, broker.finished, meter, began)
-        raise _explained(exc, broker, failures, settings, work, run_log) from exc
+        _write_trace(run_log, job_server_.finished, meter, began)
+        raise _explained(exc, job_server_, failures, settings, work, run_log) from exc
     finally:
         run_log.step = shown
     seconds = time.monotonic() - began
-    trace = _write_trace(run_log, broker.finished, meter, began)
+    trace = _write_trace(run_log, job_server_.finished, meter, began)
     return Compiled(
-        broker.finished, seconds, trace, progress.build_summary(broker.finished, before)
+        job_server_.finished, seconds, trace, progress.build_summary(job_server_.finished, before)
     )
 
 
@@ -397,7 +399,7 @@ def _write_trace(
 
 def _explained(
     exc: BuildError | OSError,
-    broker: job_server.Broker,
+    job_server_: job_server.JobServer,
     failures: Failures,
     settings: Settings,
     work: Work,
@@ -410,12 +412,12 @@ def _explained(
         isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
     )
     log = (f"log: {run_log.path}",)
-    if broker.trouble:
+    if job_server_.trouble:
         one_by_one = (
             f"{work.go_on.partition('    ')[0]} --jobs 1    goes on where it was, one compiler at a"
             " time"
         )
-        return BuildError(broker.trouble, hint=one_by_one, details=log)
+        return BuildError(job_server_.trouble, hint=one_by_one, details=log)
     places = [work.build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
     full = [place for place in places if hardware.free_gib(place) < _FULL_GIB]
     if full or is_full:

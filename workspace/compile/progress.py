@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.compile.costs import LINK, Cost, Costs, Entry, Unit
-from workspace.compile.job_server import Broker
+from workspace.compile.job_server import JobServer
 from workspace.compile.scheduler import Bounds, Finished, State
 from workspace.core.console import Console, Step
 from workspace.core.files import write_atomic
@@ -312,7 +312,7 @@ class Meter:
 
     def __init__(
         self,
-        broker: Broker,
+        job_server_: JobServer,
         planned: Sequence[Unit],
         costs: Costs,
         *,
@@ -321,7 +321,12 @@ class Meter:
         step: Step,
     ) -> None:
         self.samples: list[Sample] = []
-        self._broker, self._jobs, self._console, self._step = broker, bounds.jobs, console, step
+        self._broker, self._jobs, self._console, self._step = (
+            job_server_,
+            bounds.jobs,
+            console,
+            step,
+        )
         self._costs = costs
         self.expect(planned)
         self._is_over = threading.Event()
@@ -370,7 +375,7 @@ class Meter:
             self._last_line = now
             line = ", ".join(figures(found, state)) + ": " + ", ".join(units(state)[:3])
             if line != self._said:
-                self._console.say(line)
+                self._console.info(line)
             self._said = line
 
     def _keep(self, sample: Sample) -> None:

@@ -306,7 +306,7 @@ class End:
 
 
 @dataclass
-class Caller:
+class Client:
     """A connection: the launcher at its other end, and what it has asked for. `kills` is the
     kernel's count when its compiler began.
     """
@@ -356,14 +356,14 @@ class Caller:
         status, seconds, largest_kib = (float(word) for word in line.split())
         return End(int(status), seconds, largest_kib / _KIB_PER_GIB)
 
-    def say(self, answer: str) -> None:
+    def info(self, answer: str) -> None:
         """Answer the launcher. Who is gone by now is heard of by the end of its connection."""
         with contextlib.suppress(OSError):
             self.connection.send(f"{answer}\n".encode())
 
     def start(self, now: float, kills: int) -> None:
         self.started, self.kills, self.peak_gib = now, kills, 0.0
-        self.say(launcher.GO)
+        self.info(launcher.GO)
 
 
 def listen(folder: Path) -> socket.socket:
@@ -382,7 +382,7 @@ def listen(folder: Path) -> socket.socket:
     return listener
 
 
-def accept_client(listener: socket.socket, number: int) -> Caller | None:
+def accept_client(listener: socket.socket, number: int) -> Client | None:
     """Return the next one that has called, None where there is none."""
     try:
         connection, _ = listener.accept()
@@ -395,4 +395,4 @@ def accept_client(listener: socket.socket, number: int) -> Caller | None:
     group = 0
     with contextlib.suppress(OSError):
         group = os.getpgid(pid)
-    return Caller(connection, number, pid, group)
+    return Client(connection, number, pid, group)

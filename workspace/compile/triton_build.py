@@ -158,7 +158,7 @@ def build_wheel(
             _expect(build, int(found[2]), meter)
 
     try:
-        made = ninja.under_tickets(
+        made = ninja.under_job_server(
             settings, argv, told, work, run_log=run_log, step=step, on_line=hear, cwd=layout.root
         )
     except BuildError as exc:

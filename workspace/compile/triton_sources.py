@@ -198,7 +198,7 @@ def provide_downloads(
     missing = [one for one in found if not one.is_there]
     for one in missing:
         known = one.sha256 is not None or one.setting == "JSON_SYSPATH"
-        run_log.console.say(
+        run_log.console.info(
             f"  {one.name} from {_origin(one.url, settings)}; or {one.setting}=/a/folder in .env"
         )
         full = one if known else replace(one, sha256=_published(one, settings))

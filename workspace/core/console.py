@@ -77,7 +77,7 @@ class Console:
         """Print what a program may read."""
         print(text, file=self._out, flush=True)
 
-    def say(self, text: str, *, style: str | None = None) -> None:
+    def info(self, text: str, *, style: str | None = None) -> None:
         """Print a line of talk as it is, without markup."""
         if self._rich is not None:
             self._rich.print(text, style=style, markup=False)
@@ -85,21 +85,21 @@ class Console:
             print(text, file=self._err, flush=True)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}", style="yellow")
+        self.info(f"warning: {text}", style="yellow")
 
     def command(self, text: str) -> None:
         """Echo a changing command so that it can be copied into a shell."""
-        self.say(f"+ {text}", style="dim")
+        self.info(f"+ {text}", style="dim")
 
     def error(self, error: WorkspaceError) -> None:
         """Print a failure: details first, so that the sentence and the way on stand last on the
         screen.
         """
         for line in error.details:
-            self.say(f"  {line}")
-        self.say(f"error: {error.message}", style="bold red")
+            self.info(f"  {line}")
+        self.info(f"error: {error.message}", style="bold red")
         if error.hint:
-            self.say(f"hint: {error.hint}")
+            self.info(f"hint: {error.hint}")
 
     def row(self, state: State, name: str, text: str) -> None:
         """Print one thing of a status screen: state word first, then what, then why or what
@@ -116,7 +116,7 @@ class Console:
                 )
             )
         else:
-            self.say(f"{state:<{STATE_WIDTH}}{name:<{NAME_WIDTH}}{text}".rstrip())
+            self.info(f"{state:<{STATE_WIDTH}}{name:<{NAME_WIDTH}}{text}".rstrip())
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[Step]:

@@ -70,7 +70,7 @@ class Layout:
         return self.state / "back.json"
 
     @property
-    def goods(self) -> Path:
+    def known_good_states(self) -> Path:
         """What `inv pin.rollback` returns to, a folder each."""
         return self.state / "good"
 

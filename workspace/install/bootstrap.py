@@ -63,18 +63,18 @@ def run(
             _show_skipped(stage, console)
         _close(observed, console, "nothing to do: ")
         return
-    console.say(
+    console.info(
         f"{observed.pin.name} {observed.pin.tag} for {observed.device}; due:"
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
-    with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.say) as held:
+    with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.info) as held:
         _preflight(layout, settings, observed, console)
         with RunLog(
             console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
         ) as run_log:
             observed = _act(stages.Run(layout, settings, run_log, observed, is_sandbox=is_sandbox))
             if run_log.path:
-                console.say(f"log: {layout.relative(run_log.path)}")
+                console.info(f"log: {layout.relative(run_log.path)}")
     if not is_part:
         _close(observed, console, "")
 
@@ -207,7 +207,7 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
     if observed.for_compiler:
         console.warn(f"the kernels are stale: {'; '.join(observed.for_compiler)}")
     if observed.stack and observed.stack.dirty:
-        console.say(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, and not touched")
-    console.say(
+        console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, and not touched")
+    console.info(
         f"{prefix}vllm {observed.version} stands in .vllm; next: {status.next_command(observed)}"
     )

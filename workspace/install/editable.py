@@ -198,7 +198,7 @@ class Verdict:
     undriven: tuple[str, ...] = ()
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """What was proven, in a sentence."""
         count = len(self.libraries) - len(self.undriven)
         loaded = (

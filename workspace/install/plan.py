@@ -63,7 +63,7 @@ class Observation:
     install: Layer
     # Compiled sources that differ from the pin while the kernels come from a wheel, and all else
     # that only a compiler can mend.
-    outrun: tuple[str, ...] = ()
+    changed_sources: tuple[str, ...] = ()
     for_compiler: tuple[str, ...] = ()
 
     @property
@@ -87,17 +87,17 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     build = torch.observe(layout, settings) if python else None
     git = Git(layout.vllm) if is_usable else None
     environment = _environment(layout, settings, git, device, python, build, environment_stamp)
-    outrun = _outrun(git, there)
-    wanted = _kernels_wanted(settings, pin, device, build_stamp, is_outrun=bool(outrun))
+    changed_sources = _changed_sources(git, there)
+    wanted = _kernels_wanted(settings, pin, device, build_stamp, is_changed=bool(changed_sources))
     if wanted.kind == "native" or (
-        outrun
+        changed_sources
         and git
         and wanted.kind == "wheel"
         and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)
     ):
-        outrun = ()
+        changed_sources = ()
     kernels, for_compiler = _kernels(
-        layout, settings, git, pin, device, wanted, build, build_stamp, outrun
+        layout, settings, git, pin, device, wanted, build, build_stamp, changed_sources
     )
     install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
     return Observation(
@@ -111,7 +111,7 @@ def observe(layout: Layout, settings: Settings) -> Observation:
         environment,
         kernels,
         install,
-        outrun,
+        changed_sources,
         for_compiler,
     )
 
@@ -150,7 +150,7 @@ def _kernels_wanted(
     device: Device,
     recorded: stamp.Stamp | None,
     *,
-    is_outrun: bool,
+    is_changed: bool,
 ) -> Kernels:
     choice = settings.text("KERNELS")
     # What the first edition called it.
@@ -178,7 +178,7 @@ def _kernels_wanted(
         origin = f"precompiled {pinned.filename} {pinned.sha256}" if pinned else "precompiled none"
         return (
             Kernels("hybrid", f"hybrid {origin}")
-            if choice == "auto" and is_outrun
+            if choice == "auto" and is_changed
             else Kernels("precompiled", origin)
         )
     wheel = None
@@ -250,7 +250,7 @@ def _kernels(
     wanted: Kernels,
     build: torch.TorchBuild | None,
     recorded: stamp.Stamp | None,
-    outrun: tuple[str, ...],
+    changed_sources: tuple[str, ...],
 ) -> tuple[Layer, tuple[str, ...]]:
     """The layer, and those of its reasons that only a compiler can mend."""
     if git is None or build is None:
@@ -273,12 +273,12 @@ def _kernels(
         else {}
     )
     if recorded is None:
-        sentence = (outrun_sentence(outrun),) if outrun else ()
+        sentence = (changed_sources_sentence(changed_sources),) if changed_sources else ()
         return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
     was_hybrid = recorded.inputs.get("origin", "").startswith("hybrid ")
     for_compiler: tuple[str, ...] = ()
-    if outrun and not (wanted.kind == "hybrid" and was_hybrid):
-        for_compiler = (outrun_sentence(outrun),)
+    if changed_sources and not (wanted.kind == "hybrid" and was_hybrid):
+        for_compiler = (changed_sources_sentence(changed_sources),)
         inputs["origin"] = wanted.origin.removeprefix("hybrid ")
     else:
         for_compiler = files.differences(recorded.inputs, compiled)
@@ -388,13 +388,13 @@ def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None
     return packed.digest if packed else None
 
 
-def _outrun(git: Git | None, there: checkout.Checkout) -> tuple[str, ...]:
+def _changed_sources(git: Git | None, there: checkout.Checkout) -> tuple[str, ...]:
     if git is None or there.base is None:
         return ()
     return git.changed_files(there.base, COMPILED_SOURCES)
 
 
-def outrun_sentence(changed: tuple[str, ...], limit: int = 3) -> str:
+def changed_sources_sentence(changed: tuple[str, ...], limit: int = 3) -> str:
     names = ", ".join(changed[:limit]) + (
         f" and {len(changed) - limit} more" if len(changed) > limit else ""
     )

@@ -247,7 +247,7 @@ class Job:
             return
         moves.forget_times(run.layout, "vllm")
         for said in (self.jobs.sentence, self.memory.sentence):
-            run.run_log.console.say(said)
+            run.run_log.console.info(said)
         units = [unit for one in self.reached for unit in one.units]
         made = ninja.compile(
             run.layout,
@@ -262,7 +262,7 @@ class Job:
             step=view,
         )
         for sentence in made.summary:
-            run.run_log.console.say(sentence)
+            run.run_log.console.info(sentence)
         run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{made.seconds:.0f}"
         view.reason = f"{len(made.finished)} units, {', '.join(one.target for one in self.reached)}"
 
@@ -346,7 +346,7 @@ class Job:
             verdict,
             kind="native" if self.is_native else observed.kernels_wanted.kind,
         )
-        view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}{held}"
+        view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{held}"
 
     def _judge(self, libraries: Sequence[str]) -> str:
         """Hold what the libraries have for a GPU against the one that is meant. Raises BuildError
@@ -460,14 +460,14 @@ def run(
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
-        console.say(
+        console.info(
             f"nothing to do: the kernels of vllm {observed.version} are up to date"
             f" ({_origin(observed)}); Python files are live"
         )
         return
     bounds = bounds or _bounds(settings, options)
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
-    with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held:
+    with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
         is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
         _preflight(layout, settings, observed, console, is_compiled=is_compiled)
         with RunLog(
@@ -478,9 +478,9 @@ def run(
             )
             _act(run, options, bounds, is_compiled=is_compiled)
             if run_log.path:
-                console.say(f"log: {layout.relative(run_log.path)}")
+                console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
-        console.say(
+        console.info(
             f"vllm {observed.version} is rebuilt; next:"
             f" {status.next_command(plan.observe(layout, settings))}"
         )
@@ -491,7 +491,7 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
     stays.
     """
     with (
-        lock.hold(layout.lock, verb="inv rebuild --clean", wait=wait, on_wait=console.say),
+        lock.hold(layout.lock, verb="inv rebuild --clean", wait=wait, on_wait=console.info),
         console.step("clean") as view,
     ):
         if not layout.builds.exists():
@@ -582,7 +582,7 @@ def _act(
     if job.is_put_due:
         stages.act(run, PUT)
     else:
-        run.run_log.console.say(
+        run.run_log.console.info(
             f"{', '.join(options.targets)} stand ready in {run.layout.relative(job.folder)};"
             " nothing in the tree was due"
         )

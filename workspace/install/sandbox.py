@@ -418,7 +418,7 @@ def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) ->
         moves.finish(sandbox.layout, "vllm", tree, run_log=run_log)
     work = worktree.snapshot(tree, _why(sandbox))
     if kept := _keep_work(sandbox, work=work):
-        run_log.console.say(f"what was done in {sandbox.shown} is kept in vendor/vllm as {kept}")
+        run_log.console.info(f"what was done in {sandbox.shown} is kept in vendor/vllm as {kept}")
     if tree.under_way():
         worktree.forget(Git(sandbox.outer.vllm), sandbox.layout.vllm)
         return opened()

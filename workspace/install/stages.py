@@ -125,7 +125,7 @@ def put_accelerators(run: Run, view: Step) -> None:
     stamp.write(
         run.layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=provided.packages)
     )
-    view.reason = provided.said
+    view.reason = provided.summary
 
 
 def get_kernels(run: Run, view: Step) -> None:
@@ -198,7 +198,7 @@ def verify_vllm(run: Run, view: Step) -> None:
         "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
     )
     write_stamp(run, observed, verdict, kind=kind)
-    view.reason = f"{verdict.version} from vendor/vllm, {verdict.said}"
+    view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
 def write_stamp(

@@ -99,7 +99,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         return
     for row in rows:
         console.row(row.state, row.name, row.text)
-    console.say(f"next: {following}")
+    console.info(f"next: {following}")
 
 
 def require_built(layout: Layout, settings: Settings) -> plan.Observation:

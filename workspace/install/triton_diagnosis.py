@@ -45,7 +45,7 @@ class Finding:
     name: str
     seen: str
     cause: str = ""
-    remedy: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Kernel:
     """
 
     error: str
-    said: str
+    summary: str
     run: str
     shadow: Path | None
 
@@ -363,14 +363,14 @@ def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Finding:
     run = kernel.run or (
         "not run: there is no GPU here" if is_gpu_torch else "not run: torch is for the CPU"
     )
-    return Finding("ok", "kernel", f"{kernel.said}; {run}")
+    return Finding("ok", "kernel", f"{kernel.summary}; {run}")
 
 
 def _shadow(layout: Layout, shadow: Path | None) -> Finding:
     if shadow is None:
         return Finding("ok", "shadows", "no triton_kernels beside vLLM's own")
     is_own = shadow.is_relative_to(layout.environment)
-    remedy = (
+    fix = (
         "moved out of .vllm"
         if is_own
         else "only you can: uv pip uninstall --python .vllm/bin/python triton_kernels"
@@ -380,7 +380,7 @@ def _shadow(layout: Layout, shadow: Path | None) -> Finding:
         "shadows",
         f"{layout.relative(shadow)}",
         "vLLM imports it instead of its own triton_kernels",
-        remedy,
+        fix,
     )
 
 

@@ -19,9 +19,9 @@ from workspace.core.files import sha256
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import stamp, triton_remedies
+from workspace.install import stamp, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, Finding, diagnose, try_kernel
-from workspace.install.triton_remedies import Context
+from workspace.install.triton_fixes import Context
 from workspace.machine import hardware, interpreter, torch, venv
 from workspace.repo import pins
 
@@ -64,21 +64,21 @@ def run(
         _close(found, console, f"{VERB}    mends what it can{_in_shell(found, settings)}")
         return
     with (
-        lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb="inv fix-triton", wait=wait, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held
         ) as run_log,
     ):
         context = Context(layout, settings, run_log)
-        triton_remedies.put_back_former(context)
+        triton_fixes.put_back_former(context)
         found = _mended(
             context, diagnose(layout, context.settings), is_source_asked=options.from_source
         )
         if run_log.path:
-            console.say(f"log: {layout.relative(run_log.path)}")
+            console.info(f"log: {layout.relative(run_log.path)}")
     if options.from_source or not (found.can_compile or found.paired is None):
         if not options.from_source:
-            console.say(
+            console.info(
                 "nothing cheaper has helped: Triton is built from its source now; ^C stops it, and"
                 " what is there stays"
             )
@@ -119,8 +119,8 @@ def _show(findings: tuple[Finding, ...], console: Console) -> None:
     for finding in findings:
         console.row(finding.state, finding.name, finding.seen)
         if finding.state != "ok":
-            console.say(f"{indent}cause: {finding.cause}")
-            console.say(f"{indent}remedy: {finding.remedy}")
+            console.info(f"{indent}cause: {finding.cause}")
+            console.info(f"{indent}remedy: {finding.fix}")
 
 
 def _close(found: Diagnosis, console: Console, way_on: str) -> None:
@@ -131,7 +131,7 @@ def _close(found: Diagnosis, console: Console, way_on: str) -> None:
             f"something is wrong with Triton here: {names}; first: {first.seen}: {first.cause}",
             hint=way_on,
         )
-    console.say(
+    console.info(
         "nothing is wrong with Triton here; next:"
         f" {'./scripts/nox -s smoke' if found.installed else './scripts/inv status'}"
     )
@@ -153,25 +153,25 @@ def _mended(context: Context, found: Diagnosis, *, is_source_asked: bool) -> Dia
     left alone where another Triton is to come.
     """
     console = context.run_log.console
-    for remedy in triton_remedies.REMEDIES:
+    for fix in triton_fixes.FIXES:
         planned = (
-            remedy.plan(context, found)
-            if found.bad and not (is_source_asked and remedy.name == "wheel")
+            fix.plan(context, found)
+            if found.bad and not (is_source_asked and fix.name == "wheel")
             else ()
         )
         if not planned:
             continue
         for line in planned:
-            console.say(f"{remedy.name}: {line}")
+            console.info(f"{fix.name}: {line}")
         before = {finding.name for finding in found.bad}
-        with console.step(remedy.name) as view:
-            context.run_log.phase(remedy.name, view)
-            with torch.held(context.layout, context.settings, step=remedy.name):
-                view.reason = remedy.act(context, found)
+        with console.step(fix.name) as view:
+            context.run_log.phase(fix.name, view)
+            with torch.held(context.layout, context.settings, step=fix.name):
+                view.reason = fix.act(context, found)
         context.run_log.step = None
         found = diagnose(context.layout, context.settings)
         cured = before - {finding.name for finding in found.bad}
-        console.say(
+        console.info(
             "looked again:"
             f" {', '.join(sorted(cured)) + ' mended' if cured else 'nothing is better for it'}"
         )
@@ -198,7 +198,7 @@ def _from_source(
         provide()
     with (
         lock.hold(
-            layout.lock, verb="inv fix-triton --from-source", wait=wait, on_wait=console.say
+            layout.lock, verb="inv fix-triton --from-source", wait=wait, on_wait=console.info
         ) as held,
         RunLog(
             console, layout.logs, verb="fix-triton", secrets=settings.secrets, held=held
@@ -225,7 +225,7 @@ def _from_source(
             run_log.phase("requirements", view)
             view.reason = triton_build.put_requirements(layout, settings, tree, run_log=run_log)
         for line in (limit.sentence for limit in limits):
-            console.say(line)
+            console.info(line)
         with console.step("compile") as view, torch.held(layout, settings, step="compile"):
             run_log.phase("compile", view)
             wheel = triton_build.build_wheel(
@@ -233,10 +233,10 @@ def _from_source(
             )
             view.reason = f"{wheel.units} units, {wheel.path.name}"
         for line in wheel.summary:
-            console.say(line)
+            console.info(line)
         found = _put(Context(layout, settings, run_log), tree, wheel, jobs=limits[0].count)
         if run_log.path:
-            console.say(f"log: {layout.relative(run_log.path)}")
+            console.info(f"log: {layout.relative(run_log.path)}")
     return found
 
 
@@ -283,10 +283,10 @@ def _put(
         with run_log.console.step("verify") as view:
             run_log.phase("verify", view)
             found = _verified(context)
-            view.reason = found.kernel.said if found.kernel else ""
+            view.reason = found.kernel.summary if found.kernel else ""
     except BaseException as exc:
         venv.put_former_back(layout, settings, before, run_log=run_log)
-        triton_remedies.vouch(layout)
+        triton_fixes.vouch(layout)
         if recorded:
             stamp.write(layout.stamp("triton"), recorded)
         if isinstance(exc, BuildError):
@@ -309,7 +309,7 @@ def _put(
         "sha256": sha256(wheel.path),
         "seconds": f"{wheel.seconds:.0f}",
         "jobs": str(jobs),
-        "kernel": found.kernel.said if found.kernel else "",
+        "kernel": found.kernel.summary if found.kernel else "",
         "run": found.kernel.run if found.kernel else "",
     }
     patched = (
@@ -324,7 +324,7 @@ def _put(
         "torch": build.version if build else "none",
     }
     stamp.write(layout.stamp("triton"), stamp.Stamp(inputs=inputs, outcome=outcome))
-    triton_remedies.vouch(layout)
+    triton_fixes.vouch(layout)
     return diagnose(layout, settings)
 
 

@@ -56,7 +56,7 @@ class Written:
 def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = False) -> None:
     """Pack the verified build into dist/, and print its SHA-256 and path as sha256sum does."""
     pins.require_settled(layout)
-    with lock.hold(layout.lock, verb="inv wheel", wait=wait, on_wait=console.say):
+    with lock.hold(layout.lock, verb="inv wheel", wait=wait, on_wait=console.info):
         observed = plan.observe(layout, settings)
         with console.step("wheel") as view:
             made = pack(layout, settings, observed, layout.root / "dist", step=view)
@@ -64,7 +64,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     console.data(f"{made.sha256}  {layout.relative(made.path)}")
     if ".dirty" in made.path.name:
         console.warn("vendor/vllm has edits that no commit holds: the wheel is named by them")
-    console.say(
+    console.info(
         "a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels"
         f" {made.path}"
     )

@@ -171,7 +171,7 @@ class Case:
         except ToolchainError:
             return None
 
-    def said(self, words: Sequence[process.Argument]) -> str | None:
+    def first_line(self, words: Sequence[process.Argument]) -> str | None:
         """The first line that a program prints when it succeeds."""
         done = self.ask(words, timeout_s=PATIENCE_S)
         return (

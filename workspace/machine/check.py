@@ -44,7 +44,7 @@ class Finding:
     """Something to say of one variable. Without a `cure` of its own the cure is to take it away."""
 
     name: str
-    said: str
+    message: str
     is_error: bool = False
     hint: str | None = None
 
@@ -212,7 +212,7 @@ class Row:
     source: str
     text: str
     hint: str | None = None
-    is_said: bool = False
+    is_reported: bool = False
 
 
 def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
@@ -258,7 +258,7 @@ def require(
         Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe
     )
     for row in rows:
-        if row.state == "warn" and not row.is_said:
+        if row.state == "warn" and not row.is_reported:
             _warn(console, f"{_called(row)}: {row.text}" + (f"; {row.hint}" if row.hint else ""))
     _stop([row for row in rows if row.state == "FAIL"])
 
@@ -283,13 +283,13 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
     for finding in findings:
         row = rows[finding.name]
         if row.state == "ok" or (row.state == "warn" and finding.is_error):
-            text = settings.masked(finding.said)
+            text = settings.masked(finding.message)
             rows[finding.name] = replace(
                 row,
                 state="FAIL" if finding.is_error else "warn",
                 text=text,
                 hint=_away(row) if finding.hint is None else finding.hint,
-                is_said=False,
+                is_reported=False,
             )
     is_judged = bool(run_environment.known_variables(case.layout))
     return tuple(
@@ -369,7 +369,7 @@ def _misread(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
         # What to write instead stands in the sentence.
         yield Finding(
             wrong.name,
-            f"vLLM stops at this value: {wrong.said}" if wrong.is_error else wrong.said,
+            f"vLLM stops at this value: {wrong.message}" if wrong.is_error else wrong.message,
             wrong.is_error,
             None if wrong.is_error else "",
         )
@@ -404,7 +404,7 @@ def _with_door(settings: Settings, row: Row, *, is_judged: bool) -> Row:
                 state="warn",
                 text=re.sub(r"; `unset .*$", "", warning),
                 hint=hint,
-                is_said=True,
+                is_reported=True,
             )
     if row.state == "ok" and not row.text:
         phase = (

@@ -168,7 +168,7 @@ def _sccache(case: Case, program: str) -> Row:
     it too.
     """
     environment = case.settings.child_environment("build")
-    said = case.said([program, "--version"])
+    said = case.first_line([program, "--version"])
     why = (
         "objects that were compiled before are taken from it; with ccache instead, compilers step"
         " back and are measured"
@@ -367,12 +367,12 @@ def _print(rows: tuple[Row, ...], console: Console) -> None:
         if row.state != "ok":
             more += _wrapped(row.why, room)
         for line in more:
-            console.say(indent + line)
+            console.info(indent + line)
         if row.hint and row.state != "ok":
             # Never wrapped, so that it can be copied.
-            console.say(f"{indent}$ {row.hint}", style="bold")
+            console.info(f"{indent}$ {row.hint}", style="bold")
     counts = {state: sum(row.state == state for row in rows) for state in ORDER}
-    console.say(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} in the way")
+    console.info(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} in the way")
 
 
 def _wrapped(text: str, room: int) -> list[str]:

@@ -490,9 +490,11 @@ def torch_index(case: Case) -> Iterator[Row]:
     wanted, there = torch.plan("torch", device=case.device, settings=case.settings), case.torch()
     fault = _torch_fault(case, wanted.requirement, wanted.arguments)
     if fault is None:
-        yield Row("ok", "torch index", f"{wanted.said}: answers", "torch is taken from there")
+        yield Row(
+            "ok", "torch index", f"{wanted.description}: answers", "torch is taken from there"
+        )
         return
-    seen = f"{wanted.said}: {fault}"
+    seen = f"{wanted.description}: {fault}"
     if any(_torch_fault(case, wanted.requirement, other) is None for other in wanted.alternatives):
         yield Row("ok", "torch index", seen, "another index that has it stands in")
         return

@@ -40,7 +40,7 @@ def python(case: Case) -> Iterator[Row]:
 def git(case: Case) -> Iterator[Row]:
     """Check that git runs."""
     program = case.which("git")
-    said = case.said([program, "version"]) if program else None
+    said = case.first_line([program, "version"]) if program else None
     yield Row(
         "ok" if said else "FAIL",
         "git",
@@ -53,7 +53,7 @@ def git(case: Case) -> Iterator[Row]:
 def uv(case: Case) -> Iterator[Row]:
     """Check that uv runs."""
     try:
-        said = case.said([str(interpreter.uv(case.layout)), "--version"])
+        said = case.first_line([str(interpreter.uv(case.layout)), "--version"])
     except WorkspaceError:
         said = None
     hint = None if said else "rm -rf .workspace/tools && ./scripts/inv bootstrap"
@@ -137,7 +137,7 @@ def compiler(case: Case) -> Iterator[Row]:
 def cmake(case: Case) -> Iterator[Row]:
     """Check the CMake that a build takes: that of `.vllm`, else the one on PATH."""
     found = _built_or_on_path(case, "cmake")
-    said = case.said([found, "--version"]) if found else None
+    said = case.first_line([found, "--version"]) if found else None
     version = re.search(r"version (\d+(?:\.\d+)+)", said or "")
     why = (
         f"vLLM needs {CMAKE_FROM} or newer, Triton in the same environment one below {CMAKE_BELOW}"
@@ -164,7 +164,7 @@ def cmake(case: Case) -> Iterator[Row]:
 def ninja(case: Case) -> Iterator[Row]:
     """Check the ninja that a build takes: that of `.vllm`, else the one on PATH."""
     found = _built_or_on_path(case, "ninja")
-    said = case.said([found, "--version"]) if found else None
+    said = case.first_line([found, "--version"]) if found else None
     if not case.layout.environment_python.exists():
         yield Row("ok", "ninja", "not in .vllm yet", "bootstrap puts one there")
     elif found and said:

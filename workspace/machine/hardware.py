@@ -207,7 +207,7 @@ def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = 
             (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1],
         )
     after = free_memory_gib(read_meminfo())
-    console.say(
+    console.info(
         f"{max(0.0, after - before):.1f} GiB came back: {after:.1f} GiB are free, {before:.1f} were"
     )
 

@@ -61,7 +61,7 @@ class Misread:
     """
 
     name: str
-    said: str
+    message: str
     is_error: bool
 
 

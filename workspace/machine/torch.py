@@ -50,7 +50,7 @@ class Plan:
     requirement: str
     arguments: tuple[str, ...]
     alternatives: tuple[tuple[str, ...], ...]
-    said: str
+    description: str
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ _MEBIBYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
 class Provided:
     """The finished environment: what to say of it, and every package in it with its version."""
 
-    said: str
+    summary: str
     packages: Mapping[str, str]
 
 
@@ -189,7 +189,7 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLo
         if there and device == "cuda" and there.cuda is None
         else ()
     )
-    said = wanted.said
+    said = wanted.description
     attempts = (wanted.arguments, *wanted.alternatives)
     for number, arguments in enumerate(attempts, 1):
         try:
@@ -207,7 +207,7 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLo
             if number == len(attempts):
                 raise
             said = f"from {' '.join(attempts[number]) or 'the plain index'}"
-            run_log.console.say(f"{exc.message}; now {said}")
+            run_log.console.info(f"{exc.message}; now {said}")
     build = torch.load(layout, settings)
     if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
         raise BuildError(
@@ -372,7 +372,7 @@ def _companions(
                 "No solution found" in line for line in exc.details
             ):
                 raise
-            run_log.console.say(
+            run_log.console.info(
                 f"torchvision, torchaudio and torchcodec are left out: {exc.message}"
             )
     here = [
@@ -399,7 +399,7 @@ def _companions(
             env=settings.child_environment("plain"),
             run_log=run_log,
         )
-        run_log.console.say(
+        run_log.console.info(
             f"{', '.join(broken)} cannot be imported beside this torch and was taken out again"
         )
     return (

@@ -168,7 +168,7 @@ class Engine:
         asked |= {"kv_cache_memory_bytes": KV_CACHE_BYTES} if arguments.device == "cuda" else {}
         self._llm = vllm.LLM(**(asked | changes))
 
-    def say(self, prompts: list, tokens: int) -> list[dict]:
+    def info(self, prompts: list, tokens: int) -> list[dict]:
         """Rows of a greedy answer; a prompt is a text or a list of token numbers."""
         asked = [
             prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
@@ -271,7 +271,7 @@ def plain(
         engine = Engine(folder, arguments, texts)
     send({"kernels": libraries_in_use(Path(vllm.__file__).resolve().parents[1])})
     with stage(send, "generate"):
-        made = engine.say(texts, arguments.tokens)
+        made = engine.info(texts, arguments.tokens)
     send({"rows": made})
     with stage(send, "prefill"):
         heard = engine.judge([row["prompt"] + row["tokens"] for row in expected])
@@ -299,10 +299,10 @@ def plain(
                 row | {name: row[name][:CONSISTENT_TOKENS] for name in ("tokens", "logprobs")}
                 for row in made
             ]
-            again = engine.say(texts, CONSISTENT_TOKENS)
+            again = engine.info(texts, CONSISTENT_TOKENS)
         send({"repeat": summed(first, again, CONSISTENT_TOKENS)})
         with stage(send, "batch"):
-            alone = [engine.say([prompt], CONSISTENT_TOKENS)[0] for prompt in texts]
+            alone = [engine.info([prompt], CONSISTENT_TOKENS)[0] for prompt in texts]
         send({"batch": summed(first, alone, CONSISTENT_TOKENS)})
         with stage(send, "parts"):
             prompt = max((row["prompt"] for row in made), key=len)
@@ -316,7 +316,7 @@ def plain(
         ]
         send({"parts": summed(rows, found, None)})
         with stage(send, "shared"):
-            send({"shared": engine.say(list(SHARED), CONSISTENT_TOKENS)})
+            send({"shared": engine.info(list(SHARED), CONSISTENT_TOKENS)})
     send({"stage": "done"})
 
 
@@ -340,7 +340,7 @@ def cached(
         )
     with stage(send, "chunked"):
         # The first prompt of an empty cache: nothing of it can be read there.
-        found = engine.say([expected[0]["prompt"]], CONSISTENT_TOKENS)
+        found = engine.info([expected[0]["prompt"]], CONSISTENT_TOKENS)
     send(
         {
             "chunked": (
@@ -351,8 +351,8 @@ def cached(
     )
     with stage(send, "prefix"):
         # One after the other, each of which fills what the next may read; then all at once.
-        found = [engine.say([row["prompt"]], CONSISTENT_TOKENS)[0] for row in expected]
-        found += engine.say([row["prompt"] for row in expected], CONSISTENT_TOKENS)
+        found = [engine.info([row["prompt"]], CONSISTENT_TOKENS)[0] for row in expected]
+        found += engine.info([row["prompt"] for row in expected], CONSISTENT_TOKENS)
     send(
         {
             "prefix": (

@@ -36,7 +36,7 @@ _DRIVER = "libcuda.so.1"
 _DLERROR_PREFIX = re.compile(r"^/\S+?: ")
 
 
-class Question:
+class Predicate:
     """A function that runs in a forked child; its answer, or its death, is read here."""
 
     def __init__(self, function: Callable[[], object], *, timeout_s: float) -> None:
@@ -159,7 +159,7 @@ def judge(path: Path, tree: Path) -> dict:
     is_foreign = (
         made_for is not None and made_for[1] != f"{sys.version_info.major}{sys.version_info.minor}"
     )
-    question = Question(lambda: None if is_foreign else load(path), timeout_s=LOAD_TIMEOUT_S)
+    question = Predicate(lambda: None if is_foreign else load(path), timeout_s=LOAD_TIMEOUT_S)
     row = {"path": str(path.relative_to(tree)), "size": path.stat().st_size, "sha256": sha256(path)}
     said = question.ask()
     error = said.get("error")
@@ -226,15 +226,15 @@ def examine(tree: Path, *, imports: bool, libraries: bool, inside: bool = False)
     except Exception as exc:
         record["error"] = f"torch cannot be imported: {_sentence(exc)}"
     # While it imports, libraries are loaded and hashed.
-    asked = Question(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S) if imports else None
+    asked = Predicate(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S) if imports else None
     if libraries:
         record["libraries"] = [judge(path, tree) for path in compiled(tree)]
         excuse_no_driver(record["libraries"])
     if asked is None and any(row["signal"] == "SIGILL" for row in record["libraries"]):
-        asked = Question(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S)
+        asked = Predicate(lambda: imported(tree), timeout_s=IMPORT_TIMEOUT_S)
     # torch is imported by now: a second child is spared the half of it.
     from_tree = (
-        Question(lambda: imported(tree, tree), timeout_s=IMPORT_TIMEOUT_S) if inside else None
+        Predicate(lambda: imported(tree, tree), timeout_s=IMPORT_TIMEOUT_S) if inside else None
     )
     if asked:
         said = asked.ask()

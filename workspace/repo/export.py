@@ -198,17 +198,17 @@ def show(done: Export, *, console: Console) -> None:
     )
     for verb, names in (("wrote", done.written), ("removed", done.removed)):
         for name in names:
-            console.say(f"{verb} {done.folder}/{name}")
+            console.info(f"{verb} {done.folder}/{name}")
     for path in done.scratch:
-        console.say(f"kept what was there and nowhere else: {path}")
+        console.info(f"kept what was there and nowhere else: {path}")
     for name in done.unlisted:
-        console.say(f"{done.folder}/{name} is not in the series; it was left as it is")
+        console.info(f"{done.folder}/{name} is not in the series; it was left as it is")
     if done.edits:
         more = f" and {len(done.edits) - 3} more" if len(done.edits) > 3 else ""
         console.warn(
             f"edits that are not committed are in no patch: {', '.join(done.edits[:3])}{more}"
         )
-    console.say(count if done.written or done.removed else f"nothing to do: {count}")
+    console.info(count if done.written or done.removed else f"nothing to do: {count}")
 
 
 def series_of(git: Git, base: str, tip: str) -> Patches:

@@ -251,7 +251,7 @@ def _take_back(
         )
         return False
     restore_times(git, known)
-    run_log.console.say(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
+    run_log.console.info(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
     return True
 
 

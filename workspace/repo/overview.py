@@ -92,8 +92,8 @@ def show(
             told = [row.subject, *([f"edits: {files}"] if files else [])]
         else:
             told = [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
-        console.say(f"{row.state:<{_WIDTH}}{'  '.join(told)}")
-    console.say(f"next: {following}")
+        console.info(f"{row.state:<{_WIDTH}}{'  '.join(told)}")
+    console.info(f"next: {following}")
 
 
 def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
@@ -371,7 +371,7 @@ def resume_in(
                 git, f"What lay in {shown} before git {verb} --{how}", after=git.resolve(LEFT_REF)
             ),
         )
-        run_log.console.say(f"what lay in {shown} is kept: git -C {shown} show {LEFT_REF}")
+        run_log.console.info(f"what lay in {shown} is kept: git -C {shown} show {LEFT_REF}")
         if verb == "am":
             am.drop_begun(git)
     # Neither the dates nor the committer of an am are remembered over a conflict. In a revert or

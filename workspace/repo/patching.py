@@ -79,7 +79,7 @@ def put_on_upstream(
     except BaseException:
         worktree.forget(git, path)
         raise
-    _say(layout, pin, name, path, shown, run_log)
+    _report_branch(layout, pin, name, path, shown, run_log)
     return path
 
 
@@ -172,16 +172,18 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
     return made[0]
 
 
-def _say(layout: Layout, pin: Pin, name: str, path: Path, shown: str, run_log: RunLog) -> None:
+def _report_branch(
+    layout: Layout, pin: Pin, name: str, path: Path, shown: str, run_log: RunLog
+) -> None:
     place = layout.relative(path)
     repository = pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
-    say = run_log.console.say
-    say(f"branch {name} stands in {place}, signed off, one commit on upstream's main")
-    say(
+    info = run_log.console.info
+    info(f"branch {name} stands in {place}, signed off, one commit on upstream's main")
+    info(
         f"next: git -C {place} push git@github.com:YOUR-NAME/{repository}.git {name}    and open a"
         " pull request from there"
     )
-    say(
+    info(
         f"when it is done with: git -C {shown} worktree remove {path} && git -C {shown} branch -D"
         f" {name}"
     )
@@ -318,7 +320,7 @@ def _opened(
     pinned = pins.load(layout.pins)
     pin = pinned.triton if project == "triton" else pinned.vllm
     with (
-        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.say) as held,
+        lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held,
         RunLog(
             console, layout.logs, verb=verb.split()[1], secrets=settings.secrets, held=held
         ) as run_log,
@@ -335,4 +337,4 @@ def _report(console: Console, stack: Stack, prefix: str) -> None:
         State.UNAPPLIED: f"at the pin, {count} not applied; next: ./scripts/inv patch.apply",
         State.UNEXPORTED: "the commits differ from the series; next: ./scripts/inv patch.export",
     }
-    console.say(prefix + words.get(stack.state, f"{stack.state.value}; next: ./scripts/inv patch"))
+    console.info(prefix + words.get(stack.state, f"{stack.state.value}; next: ./scripts/inv patch"))

@@ -99,7 +99,7 @@ def find(
         )
     name = f"v{ref}" if pin.tag.startswith("v") and re.fullmatch(r"\d+(\.\d+)+\w*", ref) else ref
     search = _Search(layout, pin, name, settings, there.base, run_log, step)
-    with lock.hold(search.lock, verb="inv pin", wait=True, on_wait=run_log.console.say):
+    with lock.hold(search.lock, verb="inv pin", wait=True, on_wait=run_log.console.info):
         return search.by_git() if there.kind is Kind.GIT else search.by_archive()
 
 

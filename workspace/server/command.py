@@ -52,7 +52,7 @@ def open_shell(layout: Layout, settings: Settings, *, console: Console) -> None:
     """Become the user's shell."""
     program = settings.shell.get("SHELL") or USUAL_SHELL
     environment = _ready(layout, settings, console)
-    console.say(
+    console.info(
         f"{program} in the built environment; `exit` leaves it. What its own start-up files say"
         " goes before what it is given."
     )
@@ -73,7 +73,7 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
         if is_secret(name) and settings.shell.get(name) != text
     ]
     if secrets:
-        console.say(
+        console.info(
             f"left out, because they are secret: {', '.join(sorted(secrets))}; inv run and inv"
             " shell give them to what they start"
         )
@@ -150,7 +150,7 @@ class Command:
     extra: tuple[str, ...]
     address: Address
     dropped: tuple[str, ...] = ()
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def argv(self, layout: Layout, model: str) -> tuple[str, ...]:
         return (str(layout.environment / "bin" / "vllm"), "serve", model, *self.words)
@@ -272,7 +272,7 @@ def _by_flag(recipe: Recipe, users: Sequence[str]) -> Iterator[list[str]]:
     for name, value in recipe.flags.items():
         flag = f"--{name}"
         if not _has(users, flag) and not _has(users, f"--no-{name}"):
-            yield flags.words_of(name, list(value) if isinstance(value, tuple) else value)
+            yield flags.args_of(name, list(value) if isinstance(value, tuple) else value)
 
 
 def _has(words: Sequence[str], flag: str) -> bool:

@@ -160,7 +160,7 @@ def last(words: Sequence[str], name: str) -> str | None:
     return found
 
 
-def words_of(name: str, value: object) -> list[str]:
+def args_of(name: str, value: object) -> list[str]:
     """Write one setting of a recipe as words: true is the bare flag, false its --no- form, a list
     several words, a table JSON.
     """

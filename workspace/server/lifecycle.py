@@ -313,7 +313,7 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
     finally:
         os.close(inherited)
         os.close(output)
-    family = process_tree.Family(
+    family = process_tree.ProcessTree(
         number, process_tree.started_at(number) or 0, mark, folder, str(log)
     )
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -54,7 +54,7 @@ class Answer:
 
     status: int | None
     document: object
-    said: str
+    detail: str
 
 
 def ask(
@@ -137,7 +137,7 @@ def _connection(address: Address, timeout_s: float) -> http.client.HTTPConnectio
 def _message(answer: Answer) -> str:
     error = answer.document.get("error") if isinstance(answer.document, dict) else None
     said = error.get("message") if isinstance(error, dict) else None
-    return " ".join(str(said or answer.said).split())[:300]
+    return " ".join(str(said or answer.detail).split())[:300]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Server:
     place: Path
     name: str
     address: Address
-    family: process_tree.Family
+    family: process_tree.ProcessTree
     boot: str
     since: str
     grace_s: float
@@ -195,7 +195,7 @@ def find(place: Path) -> Server | None:
             place=place,
             name=str(record["name"]),
             address=Address(str(record["host"]), int(record["port"]), bool(record["is_encrypted"])),
-            family=process_tree.Family(
+            family=process_tree.ProcessTree(
                 int(family["keeper"]),
                 int(family["started"]),
                 str(family["mark"]),

@@ -30,7 +30,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Family:
+class ProcessTree:
     """What the processes of one server have in common. `keeper` is the number above them all, and
     of their session.
     """

@@ -111,7 +111,7 @@ class Recipe:
         return tuple(
             word
             for name, value in self.flags.items()
-            for word in engine_flags.words_of(
+            for word in engine_flags.args_of(
                 name, list(value) if isinstance(value, tuple) else value
             )
         )

@@ -67,10 +67,10 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     device = _device(layout, settings, console, dry_run=options.dry_run)
-    for sentence in (*line.dropped, *line.said):
+    for sentence in (*line.dropped, *line.notes):
         console.warn(sentence)
     for note in recipe.notes:
-        console.say(f"note: {note}")
+        console.info(f"note: {note}")
     if not options.dry_run:
         _require_room(layout, line)
     free = fit.observe(settings, device=device)
@@ -84,7 +84,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     )
     there = models.found_weights(layout, settings, recipe)
     if there is None and options.dry_run:
-        console.say(
+        console.info(
             f"{recipe.model} is not on this machine; "
             + (
                 "its folder is made at the first start"
@@ -108,7 +108,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     )
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
-        (console.data if options.dry_run else console.say)(text)
+        (console.data if options.dry_run else console.info)(text)
     if not options.dry_run:
         facts = {
             "typed": command.typed(options.name, line.extra),
@@ -158,7 +158,7 @@ def _serve(
         # What is loaded must not change meanwhile; afterwards nothing is held.
         with lock.hold(layout.lock, verb="inv serve"):
             one = lifecycle.start(layout.server, launch, is_detached=options.detach)
-            console.say(f"log: {layout.relative(one.log)}")
+            console.info(f"log: {layout.relative(one.log)}")
             with console.step("start") as view:
                 hear = lambda text: view.line(settings.masked(observation.plainly(text)))  # noqa: E731
                 try:
@@ -166,12 +166,12 @@ def _serve(
                 except ServeError as exc:
                     raise _explained(settings, options, recipe, line, one, exc, there) from exc
                 view.reason = f"{', '.join(ready.models)} completes"
-        console.say(f"ready: {one.address.url}/v1 serves {', '.join(ready.models)}")
+        console.info(f"ready: {one.address.url}/v1 serves {', '.join(ready.models)}")
         if options.detach:
             is_left = True
-            console.say("it runs on by itself: ./scripts/inv serve.status, serve.logs, serve.stop")
+            console.info("it runs on by itself: ./scripts/inv serve.status, serve.logs, serve.stop")
         else:
-            console.say("^C stops it")
+            console.info("^C stops it")
             _follow(settings, one, console)
     except OSError:
         # A terminal that went away is no reason to end what was to outlive it.
@@ -186,13 +186,13 @@ def end(one: Server, *, console: Console) -> None:
     """Stop a server and say what came back; one more ^C kills it."""
     if find(one.place) is None and not one.members():
         return
-    console.say(f"stopping {one.called}")
+    console.info(f"stopping {one.called}")
     try:
         stopped = lifecycle.stop(one)
     except KeyboardInterrupt:
         stopped = lifecycle.stop(one, at_once=True)
     how = "killed, since it did not end by itself" if stopped.was_killed else "ended"
-    console.say(
+    console.info(
         f"{how} in {stopped.seconds:.1f} s; port {one.address.port} is free,"
         f" {stopped.returned_gib:.1f} GiB of memory came back"
     )
@@ -207,7 +207,7 @@ def _follow(settings: Settings, one: Server, console: Console) -> None:
             break
     for line in lines:
         if line is not None:
-            console.say(settings.masked(line))
+            console.info(settings.masked(line))
         elif is_alive(one):
             time.sleep(FOLLOW_S)
         else:
@@ -215,7 +215,7 @@ def _follow(settings: Settings, one: Server, console: Console) -> None:
     ended = how_ended(one)
     if ended is None or not ended.was_told:
         raise lifecycle.failure(one)
-    console.say(f"{one.called} was stopped")
+    console.info(f"{one.called} was stopped")
 
 
 def _recipe(layout: Layout, name: str) -> Recipe:
@@ -304,7 +304,7 @@ def _judge_memory(judged: fit.Fit, console: Console, *, is_bound: bool) -> None:
     if judged.verdict == "no" and is_bound:
         raise ServeError(judged.sentence, hint=f"{judged.hint}; or --force")
     if judged.verdict == "yes":
-        console.say(judged.sentence)
+        console.info(judged.sentence)
     else:
         console.warn(f"{judged.sentence}; {judged.hint}")
 

@@ -97,7 +97,7 @@ def stop(layout: Layout, *, console: Console) -> None:
     """
     there = find(layout.server)
     if there is None:
-        console.say("no server runs")
+        console.info("no server runs")
     else:
         start.end(there, console=console)
 

@@ -115,10 +115,10 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
             part.lack
             or f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}, {size / 1024:.1f} KiB",
         )
-    console.say(
+    console.info(
         f"{path.stat().st_size / 1024:.0f} KiB; secrets, names, addresses and places are masked"
     )
-    console.say(
+    console.info(
         f"look through it before you give it away: tar -xOzf {shlex.quote(layout.relative(path))} |"
         " less"
     )

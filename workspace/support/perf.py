@@ -343,7 +343,7 @@ def run(
         context = Context(layout, settings, folder)
         results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
     for line in table(results):
-        console.say(line)
+        console.info(line)
     text = encode(results, hardware.observe(settings))
     for file in (layout.state / RECORD, *([json_file] if json_file else [])):
         write_atomic(file, f"{text}\n".encode())

@@ -86,16 +86,16 @@ def through_ninja(
         (folder / "log").unlink()
     _write_build(entries, folder)
     jobs_in_all = jobs.visible(len(entries), jobs.Jobs(bounds.jobs, 1, ""))
-    with job_server.Broker(
+    with job_server.JobServer(
         folder / "tickets", Admission(bounds), Costs(entries), units=len(entries)
-    ) as broker:
+    ) as job_server_:
         began = time.monotonic()
         done = process.capture([ninja, f"-j{jobs_in_all}"], env=environment, cwd=folder)
         seconds = time.monotonic() - began
-    if done.returncode != 0 or len(broker.finished) != len(entries):
+    if done.returncode != 0 or len(job_server_.finished) != len(entries):
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise BuildError(
-            f"ninja {process.describe_status(done.returncode)} with {len(broker.finished)} of"
+            f"ninja {process.describe_status(done.returncode)} with {len(job_server_.finished)} of"
             f" {len(entries)} units built",
             details=tuple(last),
         )

@@ -36,7 +36,7 @@ def test_nothing_built_is_an_error_that_names_the_command_and_leaves_nothing(wor
 def test_tree_that_is_the_pins_says_so_and_what_can_be_asked_instead(built: World) -> None:
     built.git("reset", "--hard", "--quiet", "HEAD~1")
     ended = upstream(built, "--list")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "vendor/vllm is as v0.31.0 is" in ended.err
     assert "--all-of" in ended.err
     assert ended.out == ""
@@ -49,7 +49,7 @@ def test_list_says_for_each_file_whether_and_why_and_writes_nothing(built: World
     (tests / "test_envs.py").write_text("")
     before = built.listing()
     ended = upstream(built, "--list")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     lines = [line.split(maxsplit=2) for line in ended.out.splitlines()]
     assert [
         "run",
@@ -71,7 +71,7 @@ def test_list_says_for_each_file_whether_and_why_and_writes_nothing(built: World
 
 def test_change_that_reaches_no_test_is_no_failure_and_is_named(built: World) -> None:
     ended = upstream(built)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "reaches no test: the install's stamp holds against it" in ended.err
     assert "reaches none of upstream's tests" in ended.err
 

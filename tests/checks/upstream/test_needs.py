@@ -50,16 +50,16 @@ def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_ha
     )
     for folder in (half_made, former):
         (folder / "runner").mkdir(parents=True)
-    made, said = put(house, settings)
+    made, output = put(house, settings)
     assert names(made) == {"runner-1.0.dist-info", "plugin-1.0.dist-info"}
-    assert "runner, plugin" in said
+    assert "runner, plugin" in output
     assert sorted(site.iterdir()) == before
     assert list(upstream_pinned.needs_folder(house.layout).iterdir()) == [made]
     # With all wheels gone it is still there.
     for wheel in house.links.iterdir():
         wheel.unlink()
-    again, said = put(house, settings)
-    assert (again, said) == (made, "2 test requirements are there")
+    again, output = put(house, settings)
+    assert (again, output) == (made, "2 test requirements are there")
     # Another environment has another folder, and what was made stays until that is there.
     listed.write_text("runner==2.0\n")
     with pytest.raises(SourceError, match="could not be reached"):

@@ -60,7 +60,7 @@ def _duelling(materials: Materials, tmp_path_factory: pytest.TempPathFactory) ->
     (world.folder / "model").mkdir()
     # Both arms are built, and then there is no vllm to measure.
     ended = ab(world)
-    assert "bin/vllm is not there" in ended.error(6), ended.said
+    assert "bin/vllm is not there" in ended.error(6), ended.output
     for name in ("ab-a", "ab-b"):
         program = world.layout.sandboxes / name / ".vllm" / "bin" / "vllm"
         program.write_text(PROGRAM.replace("@PYTHON@", sys.executable))
@@ -158,6 +158,6 @@ def test_each_patch_is_left_out_in_its_turn_and_the_one_that_costs_is_named(
 
 def test_two_arms_of_one_tree_pass_and_say_so(duelling: World) -> None:
     ended = ab(duelling, "--base", "HEAD")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "both arms are of one tree" in ended.err
     assert re.search(r"latency +pass: [-+]\d", ended.err)

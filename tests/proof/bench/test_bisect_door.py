@@ -122,12 +122,14 @@ def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_th
         "--json",
         str(found),
     )
-    assert (ended.code, ended.out.strip()) == (0, made["c10"]), ended.said
+    assert (ended.code, ended.out.strip()) == (0, made["c10"]), ended.output
     assert "vllm/code.txt  +1 -0" in ended.err
     assert "exited with 3: asked" in ended.err
     document: dict[str, Any] = json.loads(found.read_text())
-    said = {one["commit"]: one["evidence"] for one in document["tries"] if one["verdict"] == "skip"}
-    assert "it cannot be built" in said[made["c6"]]
+    output = {
+        one["commit"]: one["evidence"] for one in document["tries"] if one["verdict"] == "skip"
+    }
+    assert "it cannot be built" in output[made["c6"]]
     assert is_gone(judged)
     assert user_files(judged) == before
     assert git(judged.layout.vllm, "for-each-ref", "refs/sandboxes") == ""
@@ -146,7 +148,7 @@ def test_check_of_the_smoke_finds_the_commit_after_which_the_tokens_differ(judge
     commits[4] = Made("c5", {"vllm/__init__.py": f"{text}\nBROKEN = True\n"})
     made = history(judged, commits)
     ended = bisect(judged, *ends(made, "c8"), "--run", "parity.llama")
-    assert (ended.code, ended.out.strip()) == (0, made["c5"]), ended.said
+    assert (ended.code, ended.out.strip()) == (0, made["c5"]), ended.output
     assert "parity.llama: 0/2 tokens equal" in ended.err
     assert is_gone(judged)
 
@@ -194,7 +196,7 @@ def test_bisect_that_is_ended_leaves_no_process_and_goes_on_and_another_is_refus
     other = bisect(judged, *ends(made, "c5"), "--run", command(judged))
     assert "another bisect is under way, 2 steps" in other.error(2)
     ended = bisect(judged, *words)
-    assert (ended.code, ended.out.strip()) == (0, made["c4"]), ended.said
+    assert (ended.code, ended.out.strip()) == (0, made["c4"]), ended.output
     assert "going on: 2 steps" in ended.err
     assert is_gone(judged)
 
@@ -207,7 +209,7 @@ def test_patch_is_found_by_its_name_and_abort_of_nothing_says_so(judged: World) 
         judged.git("commit", "--quiet", "-m", f"Number {number}\n\nUpstream-Status: Pending")
     assert judged.run("patch.export").code == 0
     ended = bisect(judged, "--patches", "--run", command(judged))
-    assert (ended.code, ended.out.strip()) == (0, "Number-2.patch"), ended.said
+    assert (ended.code, ended.out.strip()) == (0, "Number-2.patch"), ended.output
     assert "no bisect is under way" in bisect(judged, "--abort").err
 
 

@@ -165,18 +165,18 @@ def verdicts(records: Mapping[int, Record], kind: int, starts: int) -> Counter[V
     """What the comparison says of draws with replacement of the same starts, nothing seeded against
     `kind`.
     """
-    chance, said = random.Random(f"{kind} {starts}"), Counter[Verdict]()
+    chance, output = random.Random(f"{kind} {starts}"), Counter[Verdict]()
     for _ in range(VERDICTS):
         first, second = draw(records[0], chance, starts), draw(records[kind], chance, starts)
         compare.require_comparable(first, second)
         (row,) = compare.judged(first, second, factor=FACTOR)
         assert row.metric == METRIC
-        said[row.judgement.verdict] += 1
-    return said
+        output[row.judgement.verdict] += 1
+    return output
 
 
-def counted(said: Mapping[Verdict, int]) -> str:
-    return "  ".join(f"{name} {said.get(name, 0):2}" for name in ("pass", "fail", "inconclusive"))
+def counted(output: Mapping[Verdict, int]) -> str:
+    return "  ".join(f"{name} {output.get(name, 0):2}" for name in ("pass", "fail", "inconclusive"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,19 +192,19 @@ def test_resampled_starts_are_judged_as_they_were_seeded(
         f"{kind} %: {len(values)} starts, median {metrics.median(values):.4f} s"
         f" ({compare.percent(ratio)}), {varied}"
     )
-    said = {
+    output = {
         starts: verdicts(collected, kind, starts) for starts in (MIN_STARTS, 2 * MIN_STARTS, DRAWN)
     }
     table.extend(
         f"    {VERDICTS} verdicts of {starts:2} starts an arm: {counted(of)}"
-        for starts, of in said.items()
+        for starts, of in output.items()
     )
     if len(values) < DRAWN:
         pytest.skip(f"{len(values)} starts prove nothing, {DRAWN} do")
     if kind == KINDS[-1]:
-        assert said[DRAWN]["fail"] >= LEAST
+        assert output[DRAWN]["fail"] >= LEAST
     else:
-        assert not any(of["fail"] for of in said.values())
+        assert not any(of["fail"] for of in output.values())
 
 
 def ab(layout: Layout) -> subprocess.CompletedProcess[str]:

@@ -48,7 +48,7 @@ def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_f
     clone.index.faults.clear()
     assert user_files(clone) == before
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, CLEAN)
 
 
@@ -58,14 +58,14 @@ def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_re
     layout = clone.layout
     for words in (("pin.bump", f"v{CLEAN}"), ("pin.rollback",)):
         ended = clone.run(*words)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
     name = next(
         row["facts"]["name"]
         for row in shown(clone)
         if row["name"] == "good" and not row["facts"]["current"]
     )
     ended = clone.run("pin.rollback", "--good", name)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert clone.python("import vllm; print(vllm.RELEASE)") == CLEAN
     assert clone.status()["smoke"] == "ok"
 
@@ -74,7 +74,7 @@ def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_re
     clone.env["VLLM_MIRROR"] = releases.upstream.as_uri()
     head = clone.git("rev-parse", "HEAD")
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert "pinned by upstream's own commit now" in ended.err, ended.said
+    assert "pinned by upstream's own commit now" in ended.err, ended.output
     assert (
         git(clone.root, "ls-files", "-s", "vendor/vllm").split()[1]
         == releases.commit(CLEAN)
@@ -89,7 +89,7 @@ def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_re
 
 def shown(world: World) -> list[dict]:
     ended = world.run("pin.show", "--json", "--offline")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     return json.loads(ended.out)["rows"]
 
 
@@ -100,7 +100,7 @@ def test_abort_leaves_everything_and_keeps_what_was_done_in_the_workshop(clone: 
     assert "conflict in setup.py" in ended.err
     ((clone.layout.bump_sandbox / "vendor" / "vllm") / "mine.py").write_text("MINE = 1\n")
     ended = clone.run("patch.continue", "--abort")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert user_files(clone) == before
     assert not clone.layout.bump_sandbox.exists()
     left = clone.git("for-each-ref", "--format=%(refname)", "refs/pins/left-*").strip()
@@ -119,7 +119,7 @@ def test_bump_that_waits_is_shown_and_a_commit_that_came_meanwhile_is_not_lost(
     assert "is no longer at" in clone.run("patch.continue").error(3)
     clone.git("reset", "--quiet", "--soft", "HEAD~1")
     ended = clone.run("patch.continue", "--abort")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "bump" not in {row["name"] for row in shown(clone)}
 
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(
     clone.git("reset", "--quiet", "--hard", "HEAD~1")
     assert "0.99.0" in clone.run("pin.bump", "v0.99.0").error(11)
     ended = clone.run("pin.bump", "v0.31.0")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "nothing to do: v0.31.0 is pinned already" in ended.err
     clone.index.faults["vllm"] = Fault(status=503)
     clone.run("pin.bump", f"v{CONFLICT}").error(11)
@@ -148,7 +148,7 @@ def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(
 
 def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
     ended = clone.run("pin.bump", UPSTREAMED)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "0 of 1 on v0.34.0; upstream has" in ended.err
     assert not (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
     assert (
@@ -157,7 +157,7 @@ def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
     )
     assert_stands_on(clone, UPSTREAMED)
     ended = clone.run("pin.rollback")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, "0.31.0")
     assert (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
 
@@ -175,12 +175,12 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
         ).read_text()
     )
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
-    kept = list(clone.layout.goods.glob("*/environment"))
+    assert ended.code == 0, ended.output
+    kept = list(clone.layout.known_good_states.glob("*/environment"))
     assert len(kept) == 1
     kept[0].rename(clone.folder / "lost")
     ended = clone.run("pin.rollback")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, "0.31.0")
     assert "numba" in clone.uv("list")
 
@@ -218,7 +218,7 @@ def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_o
     git((clone.layout.bump_sandbox / "vendor" / "vllm"), "add", "setup.py")
     assert user_files(clone) == before
     ended = clone.run("patch.continue")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, CONFLICT)
     assert "_C_AVX2" in (clone.layout.patches("vllm") / clone.materials.patch.name).read_text()
     assert clone.python("import vllm; print(vllm.RELEASE)") == CONFLICT
@@ -245,7 +245,7 @@ def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_t
         "Mend what is broken\n\nUpstream-Status: Pending",
     )
     ended = clone.run("pin.bump", RED)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     series = (clone.layout.patches("vllm") / "series").read_text().split()
     assert series[-2:] == [clone.materials.patch.name, "Mend-what-is-broken.patch"]
     assert clone.status()["patches"] == "ok"
@@ -269,7 +269,7 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
 ) -> None:
     before = user_files(from_git)
     ended = from_git.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert before != user_files(from_git)
     assert_stands_on(from_git, CLEAN)
     assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == releases.commit(CLEAN)
@@ -278,7 +278,7 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
     assert git(from_git.root, "ls-tree", "HEAD", "vendor/vllm").split()[2] == releases.commit(CLEAN)
     assert git(from_git.root, "status", "--porcelain") == ""
     ended = from_git.run("pin.rollback")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(from_git, "0.31.0")
     assert (
         git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
@@ -318,12 +318,12 @@ def test_promotion_that_was_killed_is_finished_by_the_next_bump(
 @pytest.mark.parametrize("delay_ms", range(0, 480, 40))
 def test_return_that_was_killed_is_finished_by_the_next(clone: World, delay_ms: int) -> None:
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     marker = clone.layout.state / "back.json"
     kill_after(clone, marker, delay_ms, "pin.rollback")
     if marker.exists():
         ended = clone.run("pin.rollback")
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
     assert_stands_on(clone, "0.31.0")
     assert not marker.exists()
 
@@ -341,6 +341,6 @@ def kill_after(world: World, path: Path, delay_ms: int, *words: str) -> None:
 
 def finish_bump(world: World) -> None:
     ended = world.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert not world.layout.bump_sandbox.exists()
     assert_stands_on(world, CLEAN)

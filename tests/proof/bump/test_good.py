@@ -17,7 +17,7 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     package.write_text(package.read_text() + "# mine\n")
     clone.git("commit", "--quiet", "--all", "-m", "Mine\n\nUpstream-Status: Pending")
     ended = clone.run("patch.export")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "not recorded as good: the smoke has not passed on this tree" in run(clone, *RECORD).err
     assert names(clone) == [first]
 
@@ -50,8 +50,8 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     for number in (3, 4):
         record = (known_good.folder(layout, second) / "good.json").read_text()
         other = f"v0.0.{number}-{'0' * 12}"
-        (layout.goods / other).mkdir()
-        (layout.goods / other / "good.json").write_text(record.replace(second, other))
+        (layout.known_good_states / other).mkdir()
+        (layout.known_good_states / other / "good.json").write_text(record.replace(second, other))
         clone.git("update-ref", f"refs/good/{other}", "HEAD")
     assert run(clone, *RECORD).code == 0
     assert git(clone.root, "rev-parse", f"refs/good/{second}") == kept, (

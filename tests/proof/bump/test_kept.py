@@ -61,7 +61,7 @@ def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_
     own = {path.name: path.read_bytes() for path in (tree / "vllm").glob("*.so")}
     assert answer(clone) == "43"
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, CLEAN)
     # Compiled in the workshop, from the new pin's sources, for that is how the old ones were made.
     assert origin(clone) == "native"
@@ -84,7 +84,7 @@ def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_an
     assert clone.run("rebuild", "--jobs", "2").code == 0
     assert smoke(clone).code == 0
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, CLEAN)
     assert origin(clone).startswith("hybrid precompiled ")
     assert CLEAN in origin(clone)
@@ -109,7 +109,7 @@ def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(
     # Never smoked in this state: nothing of it is kept but what nobody else has.
     clone.env["KERNELS"] = "precompiled"
     ended = clone.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, CLEAN)
     assert origin(clone).startswith("precompiled wheel ")
     left = next(clone.layout.state.glob("left-*"))
@@ -146,7 +146,7 @@ def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
     assert smoke(world).code == 0
     mine = torch_file(world)
     ended = world.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(world, CLEAN)
     assert torch_version(world) == "9.9.9+local"
     named = [
@@ -161,7 +161,7 @@ def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
 def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path: Path) -> None:
     mine = bump_with_own_torch(clone, tmp_path)
     ended = clone.run("pin.rollback")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_stands_on(clone, "0.31.0")
     back = torch_file(clone)
     assert (back.st_ino, back.st_mtime_ns) == (mine.st_ino, mine.st_mtime_ns)

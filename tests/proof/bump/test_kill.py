@@ -53,7 +53,7 @@ def cut_power(
     (folder / "git").write_text(text)
     (folder / "git").chmod(0o755)
     ended = world.run(*verb, env={"PATH": f"{folder}:{world.env['PATH']}"})
-    assert ended.code == code, ended.said
+    assert ended.code == code, ended.output
     assert not (folder / "git").exists()
 
 
@@ -76,7 +76,7 @@ def three_patches(clone: World) -> Path:
     setup.write_text(setup.read_text().replace(line, line + line.replace("AVX512", "AMX")))
     clone.git("commit", "--quiet", "--all", "-m", "Take one more" + status)
     ended = clone.run("patch.export")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     return clone.layout.bump_sandbox / "vendor" / "vllm"
 
 
@@ -110,7 +110,7 @@ def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(
         assert "Take-one-more.patch" in ended.error(4)
         resolve(three_patches)
         ended = clone.run("patch.continue")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert clone.git("show", "HEAD~1:setup.py").endswith("# by hand")
     assert clone.git("log", "--format=%s", "-1") == "Take one more"
     assert_stands_on(clone, CONFLICT)
@@ -150,7 +150,7 @@ def test_killed_export_is_finished_by_the_next(clone: World) -> None:
     clone.git("commit", "--quiet", "-m", "Mine\n\nUpstream-Status: Pending")
     kill(clone, 14, "patch.export")
     ended = clone.run("patch.export")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     patches = clone.layout.patches("vllm")
     assert sorted(path.name for path in patches.iterdir()) == ["Mine.patch", "series"]
     assert not list(patches.parent.glob(".*"))
@@ -163,7 +163,7 @@ def test_killed_return_is_finished_by_the_next(clone: World) -> None:
     assert (clone.layout.state / "back.json").exists()
     assert "./scripts/inv pin.rollback" in clone.status()["next"]
     ended = clone.run("pin.rollback")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert not (clone.layout.state / "back.json").exists()
     # The series of that state is this one's, and bootstrap, a part of the return, has put it on.
     assert tip in clone.git("rev-list", "--all", "HEAD").split()

@@ -29,7 +29,7 @@ def test_clean_checkout_moves_along_and_one_with_edits_or_commits_is_left(
     git(tree, "checkout", "--quiet", "--detach", first)
     assert "1 commits ahead" in world.run("pin.show").err
     ended = world.run("pin.bump", "triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert (git(tree, "rev-parse", "HEAD"), (tree / "file").read_text()) == (new, "two\n")
     assert git(tree, "rev-parse", "mine~1") == first
     assert "nothing to do" in world.run("pin.bump", "triton").err

@@ -44,13 +44,13 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     # what is done.
     child = replace(clone, words=("rebuild",)).start()
     wait_for_objects(clone, least=2)
-    assert clone.end(child, signal.SIGINT)[0] == 130, clone.said[-2000:]
+    assert clone.end(child, signal.SIGINT)[0] == 130, clone.output[-2000:]
     assert libraries(clone) == precompiled_wheel
     left = planned(clone)
     assert 0 < left < units
 
     began = time.monotonic()
-    assert re.search(r"\d (has|have) code for 12\.1a", inv(clone, "rebuild")), clone.said[-2000:]
+    assert re.search(r"\d (has|have) code for 12\.1a", inv(clone, "rebuild")), clone.output[-2000:]
     whole_s = time.monotonic() - began
     changed = {
         path for path, digest in libraries(clone).items() if precompiled_wheel.get(path) != digest
@@ -71,8 +71,8 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
 
 def inv(clone: Clone, *words: str) -> str:
     child = replace(clone, words=words).start()
-    assert child.wait(timeout=LIMIT_S) == 0, clone.said[-4000:]
-    return clone.said
+    assert child.wait(timeout=LIMIT_S) == 0, clone.output[-4000:]
+    return clone.output
 
 
 def planned(clone: Clone) -> int:
@@ -80,7 +80,7 @@ def planned(clone: Clone) -> int:
     reaches.
     """
     argv = [clone.layout.root / "scripts" / "inv", "rebuild", "--plan", "--json"]
-    said = subprocess.run(
+    output = subprocess.run(
         argv,
         env=clone.env,
         stdin=subprocess.DEVNULL,
@@ -89,7 +89,7 @@ def planned(clone: Clone) -> int:
         timeout=LIMIT_S,
         check=True,
     ).stdout
-    plan = json.loads(said)
+    plan = json.loads(output)
     assert [row["target"] for row in plan["rows"]] == [TARGET]
     return plan["units"]
 
@@ -113,5 +113,5 @@ def wait_for_objects(clone: Clone, *, least: int) -> None:
     """
     until = time.monotonic() + LIMIT_S
     while len(list(clone.layout.builds.glob(f"cuda-*/CMakeFiles/{TARGET}.dir/**/*.o"))) < least:
-        assert time.monotonic() < until, clone.said[-2000:]
+        assert time.monotonic() < until, clone.output[-2000:]
         time.sleep(0.2)

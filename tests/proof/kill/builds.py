@@ -57,7 +57,7 @@ def rebuilt(world: World) -> None:
 
 def typed(world: World, *words: str) -> str:
     ended = world.run(*words)
-    assert ended.code == 0, f"inv {' '.join(words)}: {ended.said}"
+    assert ended.code == 0, f"inv {' '.join(words)}: {ended.output}"
     return ended.err
 
 

@@ -35,7 +35,7 @@ class KillCase:
         """
         if self.again is None:
             ended = world.run(*self.argv)
-            assert ended.code == 0, f"the next run: {ended.said}"
+            assert ended.code == 0, f"the next run: {ended.output}"
         else:
             self.again(world)
 

@@ -81,13 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
     def given(name: str, default: object) -> Any:
         return config.getoption(name, default=default)
 
-    def say(line: str) -> None:
+    def info(line: str) -> None:
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             config.pluginmanager.getplugin("terminalreporter").write_line(f"kill: {line}")
 
     until = time.monotonic() + given("seconds", float("inf"))
     config.stash[LEDGER] = Ledger(
-        given("--every", 1), given("--part", (1, 1)), until, given("--record", None), say
+        given("--every", 1), given("--part", (1, 1)), until, given("--record", None), info
     )
     config.stash[LEDGER].load()
     # A shell's background job ignores SIGINT, and so would the verbs that are to be interrupted.

@@ -33,7 +33,7 @@ PARTS = ("clone", "cache", "uv-cache", "tmp")
 ENOUGH_FAILURES = 12
 # What a verb, the programs that it runs, and its world on a tmpfs take at most.
 WORKER_BYTES = 512 << 20
-SAY_EVERY_S = 20.0
+REPORT_EVERY_S = 20.0
 CHUNK = 16
 
 
@@ -143,7 +143,7 @@ def make_place(
         started = time.monotonic()
         ended = world.run(*case.argv)
         place.undisturbed_s = time.monotonic() - started
-        assert ended.code == case.code, ended.said
+        assert ended.code == case.code, ended.output
         if case.again:
             case.go_on(world)
         found = judge.fingerprint(world.layout, world.folder / "cache")
@@ -280,7 +280,7 @@ def failed_rightly(ended: Ended, codes: Iterable[int]) -> list[str]:
     """
     wrong = []
     if ended.code not in codes:
-        wrong.append(f"exit {ended.code}, expected one of {sorted(codes)}: {ended.said}")
+        wrong.append(f"exit {ended.code}, expected one of {sorted(codes)}: {ended.output}")
     if "Traceback" in ended.err:
         wrong.append(f"a traceback: {ended.err}")
     if ended.code > 0 and "\nerror: " not in f"\n{ended.err}":
@@ -321,9 +321,9 @@ def each(
     started = time.monotonic()
     with ThreadPoolExecutor(len(places)) as pool:
         futures = [pool.submit(worker, place) for place in places]
-        while wait(futures, timeout=SAY_EVERY_S).not_done:
+        while wait(futures, timeout=REPORT_EVERY_S).not_done:
             last = f", {results[-1].kind}" if results else ""
-            ledger.say(
+            ledger.info(
                 f"{places[0].case.name}{last}: {len(results)} of {len(left)},"
                 f" {failed(tuple(results))} failed, {time.monotonic() - started:.0f} s"
             )

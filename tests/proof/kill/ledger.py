@@ -41,7 +41,7 @@ class Ledger:
     part: tuple[int, int] = (1, 1)
     until: float = float("inf")
     record: Path | None = None
-    say: Callable[[str], None] = print
+    info: Callable[[str], None] = print
     results: list[Result] = field(default_factory=list)
     calls: dict[tuple[str, str], int] = field(default_factory=dict)
     _done: set[tuple[str, str, int]] = field(default_factory=set)

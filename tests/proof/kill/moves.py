@@ -202,7 +202,7 @@ def small_good(world: World) -> None:
     with_work(world)
     side_branch(world)
     ended = smoke(world)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     releases.make(world.materials).publish(world, CLEAN)
 
 
@@ -214,7 +214,7 @@ def to_be_bumped(world: World) -> None:
 def bumped(world: World) -> None:
     small_good(world)
     ended = world.run("pin.bump", f"v{CLEAN}")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     remember(world)
 
 
@@ -234,7 +234,7 @@ def to_be_bumped_into_a_conflict(world: World) -> None:
     world.git("branch", "made-here")
     world.bootstrap()
     ended = smoke(world)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     remember(world)
 
 
@@ -254,15 +254,15 @@ def resolve_in_the_workshop(world: World) -> None:
 def stack(world: World) -> tuple[str, set[str]]:
     """The state of the stack, and the patches and commits that `inv patch` names."""
     ended = world.run("patch.status", "--json")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     rows = json.loads(ended.out)["rows"]
     return rows[0]["state"], {row["subject"] for row in rows[1:]}
 
 
 def typed(world: World, *words: str, codes: tuple[int, ...] = (0,)) -> None:
     ended = world.run(*words)
-    assert ended.code in codes, f"inv {' '.join(words)}: {ended.said}"
-    assert "Traceback" not in ended.err, ended.said
+    assert ended.code in codes, f"inv {' '.join(words)}: {ended.output}"
+    assert "Traceback" not in ended.err, ended.output
 
 
 def again_import(world: World) -> None:
@@ -289,7 +289,7 @@ def again_continue(world: World) -> None:
         ended = world.run("patch.continue")
         if ended.code == 0 or "nothing is under way" in ended.err:
             break
-        assert ended.code in (3, 4), ended.said
+        assert ended.code in (3, 4), ended.output
         # One whose commit was made already has nothing more to change.
         typed(
             world,
@@ -312,7 +312,7 @@ def lead_on(
     """
     for _ in range(MOST_COMMANDS):
         ended = world.run("pin.show", "--json", "--offline")
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         rows = json.loads(ended.out)["rows"]
         names = {row["name"] for row in rows}
         if "back" in names:
@@ -322,11 +322,11 @@ def lead_on(
             or next(row["facts"]["tag"] for row in rows if row["name"] == "pin") != tag
         ):
             ended = world.run(*(("patch.continue",) if "bump" in names else verb))
-            assert "Traceback" not in ended.err, ended.said
+            assert "Traceback" not in ended.err, ended.output
             if ended.code == 4 and mend:
                 mend(world)
             else:
-                assert ended.code == 0, ended.said
+                assert ended.code == 0, ended.output
         elif any(state != "ok" for name, state in world.status().items() if name in ROWS):
             typed(world, "bootstrap")
         elif (
@@ -336,7 +336,7 @@ def lead_on(
             or world.status()["smoke"] != "ok"
         ):
             ended = smoke(world)
-            assert ended.code == 0, ended.said
+            assert ended.code == 0, ended.output
         else:
             assert world.python("import vllm; print(vllm.__version__)") == f"{tag[1:]}+cpu"
             return

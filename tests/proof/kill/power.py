@@ -52,7 +52,7 @@ def cut(
     for sync in syncs:
         if sync.inode is not None:
             synced[sync.inode] = max(sync.at_ns, synced.get(sync.inode, 0))
-    said = []
+    output = []
     for path in _files(parts, folder):
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_ctime_ns <= whole_ns + TICK_NS:
@@ -68,8 +68,8 @@ def cut(
         if not is_new and not was_named:
             continue
         if verdict := _damage(path, is_new=is_new, draw=draw):
-            said.append(f"{verdict} {path}")
-    return said
+            output.append(f"{verdict} {path}")
+    return output
 
 
 def _files(parts: Sequence[str], folder: Path) -> Iterator[Path]:

@@ -37,14 +37,14 @@ class Clone:
     words: tuple[str, ...] = ("bootstrap",)
 
     def start(self) -> "subprocess.Popen[bytes]":
-        with (self.layout.root.parent / "said").open("wb") as said:
+        with (self.layout.root.parent / "said").open("wb") as output:
             argv = [self.layout.root / "scripts" / "inv", *self.words]
             return subprocess.Popen(
                 argv,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
 
@@ -66,28 +66,28 @@ class Clone:
             code = child.wait(timeout=60)
         except subprocess.TimeoutExpired:
             child.kill()
-            raise AssertionError(f"still running 60 s after {number.name}: {self.said}") from None
+            raise AssertionError(f"still running 60 s after {number.name}: {self.output}") from None
         quiet_s, living = judge.await_no_stray(self.mark)
         assert not living, f"still alive: {living}"
-        assert "Traceback" not in self.said, self.said
+        assert "Traceback" not in self.output, self.output
         return code, quiet_s
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.layout.root.parent / "said").read_text(errors="replace")
 
     def step(self) -> str:
         """The step that was running: the last one that the log names, or what came before there was
         a log of this run.
         """
-        if "due:" not in self.said:
-            return "tools" if "preparing" in self.said else "looking"
+        if "due:" not in self.output:
+            return "tools" if "preparing" in self.output else "looking"
         done = [
             line.split()[1]
-            for line in self.said.splitlines()
+            for line in self.output.splitlines()
             if line.startswith(("done ", "skipped "))
         ]
-        due = self.said.split("due:", 1)[1].splitlines()[0].replace(",", " ").split()
+        due = self.output.split("due:", 1)[1].splitlines()[0].replace(",", " ").split()
         return (
             next((name for name in due if name not in done), "closing")
             if "preflight" in done
@@ -216,14 +216,14 @@ def _disturb(clone: Clone, kind: str, after_s: float) -> tuple[str, int, float]:
     number = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(kind, signal.SIGKILL)
     code, quiet_s = clone.end(child, number, is_all=kind == "SIGKILL to all")
     allowed = {"SIGTERM": (143, -15), "SIGINT": (130, -2)}.get(kind, (-9,))
-    assert code in (0, *allowed), f"exit {code} after {kind}: {clone.said}"
+    assert code in (0, *allowed), f"exit {code} after {kind}: {clone.output}"
     return clone.step(), code, quiet_s
 
 
 def _complete(clone: Clone) -> float:
     started = time.monotonic()
     code = clone.start().wait(timeout=LIMIT_S)
-    assert code == 0, f"the next bootstrap: exit {code}: {clone.said}"
+    assert code == 0, f"the next bootstrap: exit {code}: {clone.output}"
     assert (clone.layout.root / "notes.txt").read_text() == "mine\n"
     return time.monotonic() - started
 

@@ -153,9 +153,9 @@ def _commits(vllm: Path) -> frozenset[str]:
 
 def _ended(clone: Clone, child: "subprocess.Popen[bytes]", codes: tuple[int, ...]) -> str:
     code = child.wait(timeout=LIMIT_S)
-    assert code in codes, f"inv {' '.join(clone.words)}: exit {code}: {clone.said}"
-    assert "Traceback" not in clone.said, clone.said
-    return clone.said
+    assert code in codes, f"inv {' '.join(clone.words)}: exit {code}: {clone.output}"
+    assert "Traceback" not in clone.output, clone.output
+    return clone.output
 
 
 def make_stand(folder: Path) -> Stand:
@@ -206,7 +206,7 @@ def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
             stand.inv("pin.rollback")
         elif "bump" in names or pinned_of(rows) != tag:
             stand.inv(*(("patch.continue",) if "bump" in names else verb), codes=(0, 8))
-            if "checks failed" in stand.clone.said:
+            if "checks failed" in stand.clone.output:
                 mend(stand)
         elif any(row["name"] == "good" and row["facts"].get("current") for row in rows) and _passed(
             stand
@@ -220,10 +220,10 @@ def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
 
 
 def _passed(stand: Stand) -> bool:
-    said = json.loads((stand.layout.state / "smoke.json").read_text())
+    output = json.loads((stand.layout.state / "smoke.json").read_text())
     return bool(
-        said["verdict"] == "pass"
-        and said["tree"] == git(stand.layout.vllm, "rev-parse", "HEAD^{tree}")
+        output["verdict"] == "pass"
+        and output["tree"] == git(stand.layout.vllm, "rev-parse", "HEAD^{tree}")
     )
 
 
@@ -385,7 +385,7 @@ def prove(folder: Path, *, seed: int) -> int:
         if returns >= 2 * len(BACK):
             break
     lead_on(stand, tag, ("pin.rollback",))
-    shutil.rmtree(stand.layout.goods / good_of(stand, NEXT))
+    shutil.rmtree(stand.layout.known_good_states / good_of(stand, NEXT))
     started = time.monotonic()
     lead_on(stand, NEXT, bump)
     print(f"an undisturbed bump: {time.monotonic() - started:.0f} s", flush=True)

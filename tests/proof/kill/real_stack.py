@@ -43,8 +43,8 @@ class Stand:
     def inv(self, *words: str, codes: tuple[int, ...] = (0,)) -> int:
         child = replace(self.clone, words=words).start()
         code = child.wait(timeout=AGAIN_S)
-        assert code in codes, f"inv {' '.join(words)}: exit {code}: {self.clone.said}"
-        assert "Traceback" not in self.clone.said, self.clone.said
+        assert code in codes, f"inv {' '.join(words)}: exit {code}: {self.clone.output}"
+        assert "Traceback" not in self.clone.output, self.clone.output
         return code
 
     def check(self) -> None:
@@ -173,7 +173,7 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
 def _resolve(stand: Stand) -> None:
     """Take both sides of the conflict, as a user would."""
     assert git(stand.vllm, "diff", "--name-only", "--diff-filter=U") == stand.disputed, (
-        stand.clone.said
+        stand.clone.output
     )
     take_both_sides(stand.vllm / stand.disputed)
     git(stand.vllm, "add", stand.disputed)
@@ -189,14 +189,14 @@ def _go_on(stand: Stand) -> None:
             _resolve(stand)
         if (
             stand.inv("patch.continue", codes=(0, 3, 4)) == 0
-            or "nothing is under way" in stand.clone.said
+            or "nothing is under way" in stand.clone.output
         ):
             return
         stand.inv(
             "patch.continue",
-            "--skip" if "--skip    where that is right" in stand.clone.said else "--abort",
+            "--skip" if "--skip    where that is right" in stand.clone.output else "--abort",
         )
-    raise AssertionError(f"{MOST_COMMANDS} commands did not lead to the end: {stand.clone.said}")
+    raise AssertionError(f"{MOST_COMMANDS} commands did not lead to the end: {stand.clone.output}")
 
 
 def _end(stand: Stand, verb: str) -> None:

@@ -113,11 +113,11 @@ def full(place: Place, room_kib: int) -> Result:
             (f"the namespace: {done.stderr}",),
             time.monotonic() - started,
         )
-    said = outer / "tmp"
+    output = outer / "tmp"
     # Which code it is depends on who met the full disk first: git and build backends do not always
     # say what they met.
     complaints = failed_rightly(
-        Ended(int((said / "code").read_text()), "", (said / "err").read_text()), (0, *CODES)
+        Ended(int((output / "code").read_text()), "", (output / "err").read_text()), (0, *CODES)
     )
     complaints += complete(place)
     return Result(

@@ -78,7 +78,7 @@ def until(clone: World, true) -> observation.Server:
 def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) -> None:
     line = words(clone, "plain")
     started = clone.run("serve", "--detach", *line[1:])
-    assert started.code == 0, started.said
+    assert started.code == 0, started.output
     assert "/bin/vllm serve " in started.err
     status = json.loads(clone.run("serve.status", "--json").out)
     assert (status["state"], status["changed"]) == ("ready", None)
@@ -91,7 +91,7 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
         in clone.run("serve.status").err
     )
     stopped = clone.run("serve.stop")
-    assert (stopped.code, "is free" in stopped.err) == (0, True), stopped.said
+    assert (stopped.code, "is free" in stopped.err) == (0, True), stopped.output
     assert clone.run("serve.stop").err == "no server runs\n"
     assert json.loads(clone.run("serve.status", "--json").out)["state"] == "none"
 
@@ -138,8 +138,8 @@ def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) ->
         *line[1:],
         env={"VLLM_API_KEY": "swordfish-key", "PYTHONPATH": "/nowhere"},
     )
-    assert shown.code == 0, shown.said
-    assert "swordfish" not in shown.said
+    assert shown.code == 0, shown.output
+    assert "swordfish" not in shown.output
     assert "# VLLM_API_KEY is set, and stays unsaid" in shown.out
     assert shown.out.splitlines()[-1].endswith(
         f"/bin/vllm serve {clone.folder}/plain --port 8123 --gpu-memory-utilization 0.1 --host"
@@ -166,7 +166,7 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
             if text is not None:
                 (folder / name).write_text(text)
     share = ("--gpu-memory-utilization", "0.1")
-    for folder, said in (
+    for folder, output in (
         (no_config, "has no config.json"),
         (odd_config, "config.json cannot be read"),
         (no_weights, "has not all of its weights"),
@@ -174,7 +174,7 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
         (odd_tokenizer, "tokenizer.json cannot be read"),
         (tmp_path / "nowhere", "is no folder with a model"),
     ):
-        assert said in clone.run(
+        assert output in clone.run(
             "serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share
         ).error(10)
     assert "there is no recipe 'tinny'" in clone.run("serve", "tinny").error(2)

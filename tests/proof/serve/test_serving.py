@@ -180,17 +180,17 @@ def test_chat_is_answered_and_streamed_to_the_end_and_200_requests_at_once_are_a
     one = serving("--detach")
     url = one.wait()
     out, err = one.ask(url, "chat").communicate(timeout=300)
-    said = json.loads(out or pytest.fail(err))
-    assert said["whole"]
-    assert said["streamed"] == said["whole"]
-    assert said["chunks"] > 1
-    assert said["last"] == "data: [DONE]"
+    output = json.loads(out or pytest.fail(err))
+    assert output["whole"]
+    assert output["streamed"] == output["whole"]
+    assert output["chunks"] > 1
+    assert output["last"] == "data: [DONE]"
     if MODEL == "smollm2":
-        assert "Paris" in said["whole"]
+        assert "Paris" in output["whole"]
     out, err = one.ask(url, "200x16").communicate(timeout=900)
-    said = json.loads(out or pytest.fail(err))
-    assert said["tokens"] == [16] * 200
-    print(f"\n200 requests of 16 tokens in {said['seconds']:.1f} s")
+    output = json.loads(out or pytest.fail(err))
+    assert output["tokens"] == [16] * 200
+    print(f"\n200 requests of 16 tokens in {output['seconds']:.1f} s")
     one.stop()
     one.judge()
 

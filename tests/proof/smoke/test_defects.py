@@ -77,22 +77,22 @@ def test_defect_is_caught_by_what_names_it_and_leaves_no_process(
     built: Layout, defect: Defect
 ) -> None:
     with seeded(built, defect):
-        code, said, seconds = smoke(
+        code, output, seconds = smoke(
             built, "--fail-fast", "--level", defect.level, "--timeout-s", str(defect.timeout_s)
         )
-    failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAIL ")]
+    failed = [line.split()[1] for line in output.splitlines() if line.startswith("FAIL ")]
     with (built.state / "defects.tsv").open("a") as file:
         file.write(
-            f"{defect.what}\t{defect.caught_by}\t{', '.join(failed) or said.splitlines()[-2]}\t{seconds:.0f}\n"
+            f"{defect.what}\t{defect.caught_by}\t{', '.join(failed) or output.splitlines()[-2]}\t{seconds:.0f}\n"
         )
-    assert code == 8, said
-    assert defect.caught_by in failed or defect.caught_by in said.splitlines()[-2], said
+    assert code == 8, output
+    assert defect.caught_by in failed or defect.caught_by in output.splitlines()[-2], output
     assert not defect.told or defect.told in built.smoke_record.read_text()
     assert living(built) == set()
 
 
 def test_clean_tree_passes_however_often(built: Layout) -> None:
     for _ in range(int(os.environ.get("SMOKE_PROOF_RUNS", "20"))):
-        code, said, _ = smoke(built)
-        assert code == 0, said
+        code, output, _ = smoke(built)
+        assert code == 0, output
     assert json.loads(built.smoke_record.read_bytes())["verdict"] == "pass"

@@ -36,7 +36,7 @@ def answer(world: World) -> str:
 
 def build(world: World, *words: str) -> str:
     ended = world.run("fix-triton", "--from-source", *words)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     return ended.err
 
 
@@ -75,10 +75,10 @@ def test_second_build_compiles_what_changed_and_a_ref_moves_the_pin(
     )
     git(upstream.tree, "commit", "--quiet", "--all", "-m", "Three")
     new = git(upstream.tree, "rev-parse", "HEAD")
-    said = build(built, "--ref", "next")
+    output = build(built, "--ref", "next")
     # second.cpp and the link.
-    assert " 2 units, " in said
-    assert "0 of them fetched" in said or ", 5 there" in said or "5 there  " in said
+    assert " 2 units, " in output
+    assert "0 of them fetched" in output or ", 5 there" in output or "5 there  " in output
     assert built.python("import triton; print(triton._library.triton_small_second())") == "3"
     assert f'commit = "{new}"' in built.layout.pins.read_text()
     assert json.loads(built.layout.stamp("triton").read_text())["inputs"] | {"tree": ""} == {
@@ -190,7 +190,7 @@ def test_killed_between_two_tritons_the_next_run_takes_it_back_first(
     venv.keep_former(built.layout)
     built.uv("uninstall", "triton")
     ended = built.run("fix-triton", "--from-source")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert (
         f"a run that was ended in the middle is taken back: triton 3.9.0+git{upstream.pinned[:8]}"
         " is in .vllm again" in ended.err
@@ -216,7 +216,7 @@ def test_without_a_network_each_download_is_named_with_the_setting_that_replaces
     assert "TRITON_DOWNLOADS_MIRROR=/a/folder/or/address" in ended.err
     built.env["TRITON_DOWNLOADS_MIRROR"] = str(upstream.network)
     ended = built.run("fix-triton", "--from-source", through=("unshare", "-n"))
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
 
 
 def test_download_with_another_hash_than_the_tree_or_nvidia_names_is_not_used(
@@ -260,7 +260,7 @@ def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_fo
         str(write(tmp_path, "torch", "2.13.0", files, requires=("triton==3.7.1",))),
     )
     ended = built.run("fix-triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     steps = [
         ended.err.index(words)
         for words in (

@@ -101,16 +101,16 @@ def test_what_a_wheel_can_assemble_is_told_by_assembling(
     install(context, version)
     torch(context, tmp_path)
     ended = context.run("fix-triton", "--check")
-    assert ended.code == code, ended.said
-    said = rows(ended)
-    assert said["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with none"
+    assert ended.code == code, ended.output
+    output = rows(ended)
+    assert output["triton"] == f"ok {version} from an index; torch 2.13.0+cpu pairs with none"
     if version == OLD:
         assert NO_SM in ended.err
-        assert said["kernel"].startswith("FAIL")
+        assert output["kernel"].startswith("FAIL")
     else:
-        assert said[used].endswith("assembles sm_121a")
-        assert said["kernel"].startswith("ok compiled for sm_121a, PTX ")
-        assert "not run: torch is for the CPU" in said["kernel"]
+        assert output[used].endswith("assembles sm_121a")
+        assert output["kernel"].startswith("ok compiled for sm_121a, PTX ")
+        assert "not run: torch is for the CPU" in output["kernel"]
     assert not context.layout.dotenv.exists(), "only looked at"
 
 
@@ -121,7 +121,7 @@ def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(
     install(context, OLD)
     context.layout.dotenv.write_text("MAX_JOBS=2\n")
     ended = context.run("fix-triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     lines = context.layout.dotenv.read_text().splitlines()
     assert (lines[0], lines[2]) == ("MAX_JOBS=2", f"TRITON_PTXAS_PATH={TOOLKIT.resolve()}")
     assert f"  +{lines[2]}" in ended.err, "the difference was shown"
@@ -135,7 +135,7 @@ def test_newer_wheel_is_not_given_the_toolkits_older_assembler(
     context.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
     assert "passes over it in silence" in context.run("fix-triton", "--check").err
     ended = context.run("fix-triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert (
         f"# TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n"
         in context.layout.dotenv.read_text()
@@ -170,14 +170,14 @@ def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> Non
     home = Path(context.env["HOME"])
     cache = home / ".triton" / "cache"
     argv = [context.layout.environment_python, Layout(context.root).probes / "triton_kernel.py"]
-    said = subprocess.run(
+    output = subprocess.run(
         argv,
         env=context.env | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert json.loads(said.stdout)["cubin_bytes"] > 0
+    assert json.loads(output.stdout)["cubin_bytes"] > 0
     install(context, NEW)
     packages = next((context.layout.environment / "lib").glob("python3*/site-packages"))
     (packages / "triton_kernels").mkdir()
@@ -186,7 +186,7 @@ def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> Non
     assert "shadows, caches" in ended.error(6)
     assert f"written by triton {MIDDLE}, installed is {NEW}" in ended.err
     ended = context.run("fix-triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert not cache.exists()
     assert len(list(cache.parent.glob("cache.of-*/*/kernel.cubin"))) == 1
     assert not (packages / "triton_kernels").exists()
@@ -212,7 +212,7 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     ended = context.run("fix-triton", "--check")
     assert "torch asks for another one" in ended.err
     ended = context.run("fix-triton")
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert (
         f"triton{f'=={NEW}'} from the package index, which torch pairs with, instead of {OLD}"
         in ended.err

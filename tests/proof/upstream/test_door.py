@@ -97,7 +97,7 @@ def hanging(built: World, tmp_path: Path) -> "subprocess.Popen[str]":
     edit(built, HANGS.format(flag=str(tmp_path / "flag")))
     child = start(built)
     until(lambda: (tmp_path / "flag").exists() or child.poll() is not None)
-    assert child.poll() is None, finish(child).said
+    assert child.poll() is None, finish(child).output
     return child
 
 
@@ -131,7 +131,7 @@ def test_edit_that_breaks_nothing_passes_and_the_second_run_asks_no_index(built:
     for asked in (True, False):
         built.index.requests.clear()
         ended = upstream(built)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         assert "upstream's tests: 2 passed, 1 fail on the pin too" in ended.err
         assert bool(built.index.requests) is asked
     assert checks(ended)["tests/test_alpha.py"]["verdict"] == "pass"
@@ -187,11 +187,11 @@ def test_change_whose_import_kills_the_process_is_no_run_without_tests(built: Wo
 def test_test_of_a_gpu_is_skipped_with_the_reason_until_it_is_tried(built: World) -> None:
     edit(built, "X = 1\n", "vllm/beta.py")
     ended = upstream(built)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert "1 of 1 files not run here" in ended.err
     assert json.loads(ended.out)["verdict"] == "skipped"
     tried = upstream(built, "--try-all")
-    assert tried.code == 0, tried.said
+    assert tried.code == 0, tried.output
     assert json.loads(tried.out)["tests"] == {
         "passed": 0,
         "failed": 0,
@@ -210,7 +210,7 @@ def test_words_after_the_second_dashes_go_to_pytest(
 ) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
     ended = upstream(built, "--", *words)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert json.loads(ended.out)["tests"]["passed"] == passed
 
 
@@ -236,7 +236,7 @@ def test_interrupted_run_leaves_no_process_and_no_record(
     status = built.git("status", "--porcelain")
     os.kill(hanging.pid, number)
     ended = finish(hanging)
-    assert ended.code == code, ended.said
+    assert ended.code == code, ended.output
     assert "interrupted" in ended.err
     assert processes(built) == []
     assert built.git("status", "--porcelain") == status

@@ -43,14 +43,14 @@ class CMakeBuild(build_ext):
 
 
 def version():
-    said = subprocess.run(
+    output = subprocess.run(
         ["git", "rev-parse", "--short=8", "HEAD"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    return f"3.9.0+git{said.stdout.strip()}"
+    return f"3.9.0+git{output.stdout.strip()}"
 
 
 setup(

@@ -330,7 +330,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Deed:
+class CommitStats:
     """What a commit did: lines added and removed by path, None where they are not lines, or not
     there to be counted.
     """
@@ -443,7 +443,7 @@ def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
     return Carried(tip, tuple(left_out))
 
 
-def deed(git: Git, commit: str) -> Deed:
+def deed(git: Git, commit: str) -> CommitStats:
     """Tell what a commit did, a merge against its first parent. A partial clone may lack what the
     lines are counted from.
     """
@@ -473,7 +473,7 @@ def deed(git: Git, commit: str) -> Deed:
         changes = dict.fromkeys(
             split(git.look(*words, "--name-only", commit, "--").out), (None, None)
         )
-    return Deed(commit, subject, author, date, changes)
+    return CommitStats(commit, subject, author, date, changes)
 
 
 def last_in_common(git: Git, commits: Iterable[str], bad: str) -> str | None:

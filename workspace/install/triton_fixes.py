@@ -44,7 +44,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Fix:
     """`plan` says what it would do, nothing where it is not for what was found; `act` does it and
     says what was done.
     """
@@ -131,7 +131,7 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
         changes,
         why=WHY.format(day=datetime.datetime.now(tz=datetime.UTC).date().isoformat()),
     ):
-        context.run_log.console.say(f"  {line}")
+        context.run_log.console.info(f"  {line}")
         context.run_log.write(line)
     context.reload()
     wrong = [
@@ -288,15 +288,15 @@ def put_back_former(context: Context) -> None:
         return
     venv.put_former_back(layout, context.settings, one, run_log=context.run_log)
     vouch(layout)
-    context.run_log.console.say(
+    context.run_log.console.info(
         f"a run that was ended in the middle is taken back: triton {one.version or 'none'} is in"
         " .vllm again"
     )
 
 
-REMEDIES = (
-    Remedy("assembler", _plan_assembler, _change_assembler),
-    Remedy("folders", _plan_folders, _move_folders),
-    Remedy("caches", _plan_caches, _move_caches),
-    Remedy("wheel", _plan_wheel, _install_wheel),
+FIXES = (
+    Fix("assembler", _plan_assembler, _change_assembler),
+    Fix("folders", _plan_folders, _move_folders),
+    Fix("caches", _plan_caches, _move_caches),
+    Fix("wheel", _plan_wheel, _install_wheel),
 )
