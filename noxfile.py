@@ -1,8 +1,8 @@
-"""The door of `nox`: it passes judgement on the workspace. Imports nothing of ours.
+"""Entrance of `nox`: its sessions judge the workspace. Imports nothing of the library.
 
-A single session ends the process with its child's exit code (8: smoke failed); of several all are
-run, and nox exits 1 if any failed. scripts/nox starts it in the tool environment; a nox from
-elsewhere hands over to that.
+A single session ends the process with the exit code of its child (8: the smoke failed). With
+several sessions all run, and nox exits with 1 if any failed. scripts/nox starts this file in the
+tool environment; another nox hands over to that script.
 """
 
 import os
@@ -15,11 +15,10 @@ ROOT = os.path.dirname(os.path.realpath(__file__))
 TOOLS = os.path.join(ROOT, ".workspace", "tools")
 HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
 
-# Seconds that a child gets to end its own children after ^C; nox's own 0.3 s would kill it in the
-# middle of that.
+# Seconds for a child to end its own children after ^C; nox would kill it after 0.3 s.
 INTERRUPT_TIMEOUT_S = 30.0
 TERMINATE_TIMEOUT_S = 10.0
-# What would make a child import from elsewhere, or believe that it runs in another environment.
+# Variables that point a child to other modules or to another environment.
 FOREIGN = (
     "PYTHONPATH",
     "PYTHONHOME",
@@ -31,13 +30,14 @@ FOREIGN = (
 
 
 def hand_over():
-    """Become scripts/nox with all arguments, once: exec keeps the process number, which thus tells
-    a loop.
+    """Become scripts/nox with all arguments, once.
+
+    exec keeps the process ID, which reveals a loop.
     """
     if os.environ.get(HANDED_OVER) == str(os.getpid()):
         sys.exit("error: scripts/nox did not lead to {}".format(TOOLS))
     os.environ[HANDED_OVER] = str(os.getpid())
-    # nox has left the folder that relative arguments count from.
+    # nox has left the folder to which relative arguments refer.
     os.chdir(os.environ.get("PWD") if os.path.isdir(os.environ.get("PWD", "")) else ROOT)
     sys.stdout.flush()
     os.execv("/bin/sh", ["sh", os.path.join(ROOT, "scripts", "nox")] + sys.argv[1:])
@@ -46,7 +46,7 @@ def hand_over():
 if os.path.realpath(sys.prefix) != os.path.realpath(TOOLS):
     hand_over()
 
-# Name of a proof: what pytest is given.
+# Arguments of pytest for each proof.
 PROOFS = {
     "bench": ["tests/proof/bench", "-n", "0"],
     "bootstrap": [
@@ -71,12 +71,12 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["tests", "lint", "typecheck"]
 
 
-def run(session, *words):
-    """Run a module of the tool environment in the root of the clone; end as it ends."""
+def run(session, *argv):
+    """Run a module of the tool environment in the root of the clone; exit as it exits."""
     ended_by = []
 
     def end(number, _):
-        """Pass a SIGTERM on, which unlike ^C reaches this process alone, and unwind as for ^C."""
+        """Pass SIGTERM on, which reaches only this process, and unwind as for ^C."""
         import psutil
 
         signal.signal(number, signal.SIG_IGN)
@@ -90,7 +90,7 @@ def run(session, *words):
         session.run(
             sys.executable,
             "-m",
-            *words,
+            *argv,
             external=True,
             env=dict.fromkeys(FOREIGN),
             # As it is: nox would put talk among the data, and hide the terminal from it.
@@ -115,7 +115,7 @@ def run(session, *words):
 
 @nox.session
 def tests(session):
-    """The workspace's own tests; words after -- go to pytest."""
+    """Run the workspace's own tests; arguments after -- go to pytest."""
     # The floor of the coverage is for the whole suite.
     coverage = [] if session.posargs else ["--cov", "--cov-report="]
     run(session, "pytest", *coverage, *session.posargs)
@@ -123,14 +123,14 @@ def tests(session):
 
 @nox.session
 def lint(session):
-    """ruff: rules, then format; words after -- go to both."""
+    """Run ruff: rules, then format; arguments after -- go to both."""
     run(session, "ruff", "check", *session.posargs)
     run(session, "ruff", "format", "--check", *session.posargs)
 
 
 @nox.session
 def typecheck(session):
-    """mypy, strict, on workspace/."""
+    """Run mypy, strict, on the library and its scripts."""
     run(session, "mypy", *session.posargs)
 
 
@@ -143,54 +143,54 @@ def docs(session):
 
 @nox.session
 def smoke(session):
-    """Does the built tree compute rightly."""
+    """Judge whether the built tree computes correctly."""
     run(session, "workspace.cli.sessions", "smoke", *session.posargs)
-    # What passed is what inv pin.rollback returns to.
+    # inv pin.rollback returns to a state that passed.
     run(session, "workspace.cli.sessions", "record-good")
 
 
 @nox.session
 def upstream(session):
-    """vLLM's own tests that the changed files reach; words after a second -- go to pytest."""
+    """Run vLLM's own tests that the changed files reach."""
     run(session, "workspace.cli.sessions", "upstream", *session.posargs)
 
 
 @nox.session
 def bench(session):
-    """Measure the built tree with vLLM's own benchmarks: latency (default), throughput, serve,
-    startup.
-    """
+    """Measure the built tree: latency (default), throughput, serve, startup."""
     run(session, "workspace.cli.sessions", "bench", *session.posargs)
 
 
 @nox.session
 def bisect(session):
-    """Find the upstream commit, or the patch, that broke or slowed it; the same command goes on."""
+    """Find the upstream commit or the patch that broke or slowed the tree."""
     run(session, "workspace.cli.sessions", "bisect", *session.posargs)
 
 
 @nox.session
 def ab(session):
-    """Is the working tree slower than a base: two arms, alternately measured, one verdict."""
+    """Compare the working tree with a base, measured in turn: one verdict."""
     run(session, "workspace.cli.sessions", "ab", *session.posargs)
 
 
 @nox.session
 def perf(session):
-    """What the workspace itself costs, as ratios."""
+    """Measure what the workspace itself costs, as ratios."""
     run(session, "workspace.cli.sessions", "perf", *session.posargs)
 
 
 @nox.session
 def proof(session):
-    """The long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve, smoke,
-    triton, upstream; words after its name go to pytest.
+    """Run the long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve,
+    smoke, triton, upstream.
+
+    Arguments after the name of the proof go to pytest.
     """
     chosen = session.posargs[:1] or sorted(PROOFS)
     unknown = [name for name in chosen if name not in PROOFS]
     if unknown:
         session.error(
-            "no proof is called {}; there are {}".format(unknown[0], ", ".join(sorted(PROOFS)))
+            "unknown proof {}; the proofs are {}".format(unknown[0], ", ".join(sorted(PROOFS)))
         )
     for name in chosen:
         run(session, "pytest", *PROOFS[name], *session.posargs[1:])

@@ -1,8 +1,8 @@
-"""The door of `inv`: parse, call, print.
+"""Entrance of `inv`: parse, call, print.
 
-scripts/inv runs this file as a program of the tool environment. Whoever else loads it, a plain
+scripts/inv runs this file as a program of the tool environment. Any other loader, such as a plain
 `inv` from pipx or an old Python, hands over to scripts/inv, so that every way in has the same
-verbs, messages and exit codes. It therefore parses in old Pythons.
+verbs, messages and exit codes. The file therefore parses in old Pythons.
 """
 
 import os
@@ -14,14 +14,15 @@ _HANDED_OVER = "VLLM_WORKSPACE_HANDED_OVER"
 
 
 def _hand_over():
-    """Become scripts/inv with all arguments, once: exec keeps the process number, which thus tells
-    a loop.
+    """Become scripts/inv with all arguments, once.
+
+    exec keeps the process ID, which reveals a loop.
     """
     if os.environ.get(_HANDED_OVER) == str(os.getpid()):
         return
     if os.path.realpath(sys.prefix) == os.path.realpath(_TOOLS):
-        # The tool environment itself lacks something: without the copy of its requirements it is
-        # made anew.
+        # The tool environment is incomplete: without the copy of its requirements, scripts/inv
+        # makes it again.
         try:
             os.unlink(os.path.join(_TOOLS, "requirements.txt"))
         except OSError:
@@ -34,7 +35,7 @@ def _hand_over():
 if __name__ != "__main__" or sys.version_info < (3, 11):
     _hand_over()
 try:
-    import invoke  # noqa: F401
+    import invoke
 except ImportError:
     _hand_over()
     raise

@@ -20,8 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Untyped, because it must parse in an old Python.
-from scripts.tools import CHECK_INDEX, FETCH, MACHINE, TOOLS, Failure, call, info  # noqa: E402
-from scripts.tools import surroundings as package_sources  # noqa: E402
+from scripts.tools import (
+    CHECK_INDEX,
+    FETCH,
+    MACHINE,
+    TOOLS,
+    Failure,
+    call,
+    info,
+    package_sources,
+)
 
 STATE = ROOT / ".workspace"
 VENV = STATE / "docs"

@@ -98,7 +98,7 @@ def prepare():
         info("preparing the tool environment …", end="")
         try:
             remove_leftovers()
-            environment, index = surroundings()
+            environment, index = package_sources()
             python = find_python()
             build(
                 find_uv(environment) or install_uv(python, environment), python, environment, index
@@ -112,7 +112,9 @@ def prepare():
 
 
 def is_complete():
-    """Say whether TOOLS was made from today's requirements; scripts/inv asks the same with cmp."""
+    """Return whether TOOLS was made from the current requirements; scripts/inv compares with
+    cmp.
+    """
     try:
         with open(REQUIREMENTS, "rb") as file:
             wanted = file.read()
@@ -248,10 +250,8 @@ def install_uv(python, environment):
     return os.path.join(PRIVATE_UV, "bin", "uv")
 
 
-def surroundings():
-    """Return the environment for pip and uv, and the options that give uv the index that only pip
-    was told of.
-    """
+def package_sources():
+    """Return the environment for pip and uv, and the options that give uv pip's index settings."""
     environment = {}
     for name, text in os.environ.items():
         if _UV_KEPT.match(name) or _PIP_KEPT.match(name) or not _DROPPED.match(name):
@@ -322,7 +322,7 @@ def pip_settings(environment):
 
 
 def has_uv_index(environment):
-    """Say whether the user told uv itself where packages come from; pip's word then does not
+    """Return whether the user configured an index for uv itself; pip's settings then do not
     count.
     """
     if any(
@@ -368,7 +368,7 @@ def call(argv, environment, code, sentence, hint):
 
 
 def run(argv, environment):
-    """Run a program to its end and return its status and what it said; it ends with us."""
+    """Run a program to its end and return its status and output; it ends with this process."""
     try:
         child = subprocess.Popen(
             argv,

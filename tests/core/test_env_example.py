@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from workspace.core.settings import SETTINGS
+from workspace.core.known_settings import SETTINGS
 
 EXAMPLE = (
     (Path(__file__).resolve().parents[2] / ".env.example").read_text(encoding="utf-8").splitlines()

@@ -65,8 +65,8 @@ def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) ->
     )
     assert found.warnings == (
         (
-            ".env, line 1: MAX_JOB is no setting known here; did you mean MAX_JOBS? It is passed on"
-            " as it is."
+            ".env, line 1: MAX_JOB is not a known setting; did you mean MAX_JOBS? It is passed on"
+            " unchanged."
         ),
     )
     assert found.child_environment("run")["VLLM_LOGGING_LEVEL"] == "DEBUG"

@@ -81,7 +81,7 @@ def _be_inv(request: dict[str, object]) -> None:
             setattr(
                 sys,
                 name,
-                open(  # noqa: SIM115
+                open(
                     descriptor,
                     "w",
                     encoding=str(request["encoding"]),

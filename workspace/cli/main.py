@@ -1,6 +1,6 @@
-"""What stands at every door: settings read, failures printed, signals and exit codes.
+"""What every command line shares: settings, printed failures, signals and exit codes.
 
-Shared by tasks.py and workspace.cli.sessions; knows no verb and imports nothing but core.
+Used by tasks.py and by the sessions of nox. Knows no verb and imports nothing but core.
 """
 
 import contextlib
@@ -23,15 +23,14 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
-# Python's stand-ins for bytes that are no text, and what ends a line.
+# Line ends, and the surrogates by which Python represents bytes that are not text.
 _UNWRITABLE = re.compile("[\n\r\ud800-\udfff]")
 _LOOK_FURTHER = (
-    "./scripts/inv doctor    looks for what may be wrong; ./scripts/inv report collects what a bug"
-    " report needs"
+    "./scripts/inv doctor    checks the machine; ./scripts/inv report collects a bug report"
 )
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-# Something else lies where the workspace keeps a file or a folder.
+# Another file or folder is in the place of a file of the workspace.
 _NO_PLACE = (
     errno.EEXIST,
     errno.ENOTDIR,
@@ -44,7 +43,7 @@ _NO_PLACE = (
 
 
 class _Ended(BaseException):
-    """A signal that asks the process to end; no `except Exception` on the way up may swallow it."""
+    """A signal that asks the process to end; no `except Exception` may swallow it."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -60,11 +59,10 @@ def console() -> Console:
 def load_settings(
     layout: Layout, *, flags: Mapping[str, str | None] | None = None, is_quiet: bool = False
 ) -> Settings:
-    """Read the settings for a verb and print their warnings, each once in a process; with
-    `is_quiet` the verb shows them itself.
+    """Read the settings of a verb and print each of their warnings once in a process.
 
-    Raises SettingsError, and WorkspaceError for a clone in a folder whose name no log and no
-    pyvenv.cfg can hold.
+    With `is_quiet` the verb shows the warnings itself. Raises SettingsError, and WorkspaceError for
+    a clone in a folder whose name fits neither into a log nor into pyvenv.cfg.
     """
     if _UNWRITABLE.search(str(layout.root)):
         raise WorkspaceError(
@@ -79,9 +77,7 @@ def load_settings(
 
 
 def _registered(layout: Layout) -> list[str]:
-    """The names in the pinned tree's own registry of variables (vllm/envs.py,
-    environment_variables).
-    """
+    """Return the variables that the pinned tree itself registers (vllm/envs.py)."""
     try:
         return re.findall(
             r'^    "([A-Z][A-Z0-9_]*)":',
@@ -98,11 +94,11 @@ def _warn(text: str) -> None:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Do the work of a door and return the process's exit status.
+    """Run the work of a verb and return the exit status of the process.
 
-    An expected failure is printed with its hint; ^C, SIGTERM and SIGHUP unwind the work, which ends
-    its children, and are named; a reader of stdout that went away (`inv --list | head -1`) ends it
-    without a word. A bug keeps its traceback.
+    An expected failure is printed with its hint. ^C, SIGTERM and SIGHUP unwind the work, which ends
+    its children, and are named. A closed stdout (`inv --list | head -1`) ends the work silently. A
+    bug keeps its traceback.
     """
     settings.forget_odd_terminal()
     _make_streams_usable()
@@ -129,22 +125,21 @@ def run(work: Callable[[], None]) -> int:
 
 
 def _make_streams_usable() -> None:
-    # Python has no object for a stream that the caller closed (`>&-`), and the next file opened
-    # would take its number.
+    # For a stream that the caller closed (`>&-`) Python has no object, and the next file that is
+    # opened would get its descriptor.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    # A name or a path that the terminal's encoding lacks is no reason to fail.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    # A name that the terminal's encoding lacks must not stop a verb.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(error: WorkspaceError) -> int:
-    # Such as what git says of a repository that a power cut damaged: nobody foresaw it, and there
-    # is a way on all the same.
+    # An error without a hint, as git's message on a repository that a power cut damaged.
     error.hint = error.hint or _LOOK_FURTHER
-    # What was printed for a program to read comes before the reason why there is no more of it.
+    # Data that was printed before the failure comes first.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         console().error(error)
@@ -152,9 +147,7 @@ def _failed(error: WorkspaceError) -> int:
 
 
 def _names_a_link(exc: OSError) -> bool:
-    """Whether a link that leads nowhere is what is missing; any other missing file was there a
-    moment ago, or is a bug.
-    """
+    """Return whether a dangling link is missing; any other missing file is a bug."""
     return (
         exc.errno == errno.ENOENT
         and isinstance(exc.filename, str | bytes)
@@ -163,7 +156,7 @@ def _names_a_link(exc: OSError) -> bool:
 
 
 def _refused(exc: OSError) -> ToolchainError:
-    """The machine's refusal, wherever in a verb it came up, as a sentence."""
+    """Return an error for a refusal of the operating system, wherever it came up."""
     place = Path(os.fsdecode(exc.filename)) if isinstance(exc.filename, str | bytes) else None
     folder = place.parent if place else Path()
     looked_at = folder if place is None or exc.errno in _NO_RIGHTS else place
@@ -176,8 +169,9 @@ def _refused(exc: OSError) -> ToolchainError:
 
 
 def _readers_are_gone() -> bool:
-    """Whether stdout or stderr is the broken pipe; they are then pointed elsewhere, or Python's own
-    flush at exit would fail again.
+    """Return whether stdout or stderr is the broken pipe.
+
+    A broken stream is redirected: Python flushes it again at exit.
     """
     gone = False
     for stream in (sys.stdout, sys.stderr):
@@ -191,10 +185,11 @@ def _readers_are_gone() -> bool:
 
 @contextlib.contextmanager
 def _ending_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or SIGHUP into an exception, so that `finally` blocks run; more of
-    them do not disturb the clearing up.
+    """Turn the first SIGTERM or SIGHUP into an exception, so that `finally` blocks run.
+
+    Later signals are ignored during the cleanup.
     """
-    # A SIGHUP that is ignored (nohup) stays ignored.
+    # An ignored SIGHUP (nohup) stays ignored.
     numbers = [
         number
         for number in (signal.SIGTERM, signal.SIGHUP)
@@ -220,7 +215,8 @@ JSON = "print one JSON document instead of the table"
 
 
 def after_dashes() -> list[str]:
-    """The words after `--` as the shell gave them: Invoke's own remainder joins them with
-    blanks.
+    """Return the arguments after `--` as the shell passed them.
+
+    Invoke joins its own remainder with blanks and loses the quoting.
     """
     return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []

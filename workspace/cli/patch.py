@@ -15,7 +15,7 @@ PROJECT = "vllm or triton"
 
 @task(default=True, help={"project": PROJECT, "json": JSON})
 def status(_: Context, project: str = "vllm", json: bool = False) -> None:
-    """One row a patch: state, subject, Upstream-Status."""
+    """List the patches: state, subject, Upstream-Status."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.repo import overview
@@ -25,7 +25,7 @@ def status(_: Context, project: str = "vllm", json: bool = False) -> None:
 
 @task(help={"project": PROJECT, "wait": WAIT})
 def apply(_: Context, project: str = "vllm", wait: bool = False) -> None:
-    """Put the series on the pin, all or nothing."""
+    """Apply the series to the pin, all or nothing."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.repo import patching
@@ -35,7 +35,7 @@ def apply(_: Context, project: str = "vllm", wait: bool = False) -> None:
 
 @task(help={"project": PROJECT, "wait": WAIT})
 def unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
-    """Take the series off; the commits are kept under refs."""
+    """Return to the pin; the commits stay under refs."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.repo import patching
@@ -44,12 +44,12 @@ def unapply(_: Context, project: str = "vllm", wait: bool = False) -> None:
 
 
 @task(
-    # -p is --project with every verb.
+    # With every verb, -p is --project.
     auto_shortflags=False,
     help={
         "check": "write nothing; print the difference and exit with 5",
         "branch": "put one patch, signed off, on upstream's main",
-        "patch": "which patch --branch is for, by its file name",
+        "patch": "file name of the patch for --branch",
         "project": PROJECT,
         "wait": WAIT,
     },
@@ -84,13 +84,13 @@ def export(
     name="import",
     positional=["origin"],
     help={
-        "origin": "a mail file, an address, or the number of a pull request",
+        "origin": "a mail file, a URL, or the number of a pull request",
         "project": PROJECT,
         "wait": WAIT,
     },
 )
 def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) -> None:
-    """Take a patch: a file, an address, a pull request."""
+    """Import a patch: a file, a URL, a pull request."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.repo import patching
@@ -101,8 +101,8 @@ def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) 
 @task(
     name="continue",
     help={
-        "skip": "leave out the patch that conflicts",
-        "abort": "give up and go back",
+        "skip": "leave out the conflicting patch",
+        "abort": "give up and return to the start",
         "project": PROJECT,
         "wait": WAIT,
     },
@@ -110,7 +110,7 @@ def import_(_: Context, origin: str, project: str = "vllm", wait: bool = False) 
 def continue_(
     _: Context, skip: bool = False, abort: bool = False, project: str = "vllm", wait: bool = False
 ) -> None:
-    """Go on after a conflict, a bump's too."""
+    """Resume after a conflict, also in a bump."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import bump

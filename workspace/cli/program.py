@@ -16,26 +16,60 @@ from invoke.program import Program
 from workspace.cli import patch, verbs
 from workspace.core.errors import SettingsError
 
+# The first task with `default=True` is what a bare `inv` or a bare collection name runs.
+TOP_LEVEL = (
+    verbs.bootstrap,
+    verbs.rebuild,
+    verbs.fix_triton,
+    verbs.wheel,
+    verbs.status,
+    verbs.doctor,
+    verbs.hook,
+    verbs.report,
+    verbs.run,
+    verbs.shell,
+    verbs.drop_caches,
+)
+COLLECTIONS = {
+    "patch": (
+        patch.status,
+        patch.apply,
+        patch.unapply,
+        patch.export,
+        patch.import_,
+        patch.continue_,
+    ),
+    "pin": (verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback),
+    "env": (verbs.env_check, verbs.env_init, verbs.env_export),
+    "serve": (
+        verbs.serve,
+        verbs.serve_status,
+        verbs.serve_logs,
+        verbs.serve_stop,
+        verbs.serve_list,
+        verbs.serve_fetch,
+    ),
+    "bench": (verbs.bench_list, verbs.bench_compare, verbs.bench_report),
+}
+
 
 class NoConfig(Config):
-    """Invoke's configuration without files and variables: what is in them is for other projects, or
-    for nobody.
-    """
+    """Invoke's configuration without files and variables: those are for other projects."""
 
     prefix = "vllm_workspace"
 
     def load_base_conf_files(self) -> None:
-        """Leave /etc and the home folder alone."""
+        """Read nothing in /etc and the home folder."""
 
     def load_shell_env(self) -> None:
-        """Leave VLLM_WORKSPACE_* alone: Invoke would fail on a value that is not of its type."""
+        """Ignore VLLM_WORKSPACE_*: Invoke would fail on a value of another type."""
 
 
-class Door(Program):
-    """Invoke's parser and lists; failures leave it as exceptions, not as its own exit codes."""
+class WorkspaceProgram(Program):
+    """Invoke's parser and lists; failures leave it as exceptions, not as exit codes."""
 
-    # The other core flags change how Invoke runs shell commands. No verb does that, and `--dry
-    # bootstrap` must not seem to be dry.
+    # The other core flags change how Invoke runs shell commands. No verb runs one, and `--dry
+    # bootstrap` must not look like a dry run.
     core_flags = (
         "complete",
         "debug",
@@ -49,24 +83,23 @@ class Door(Program):
     )
 
     def core_args(self) -> list[Argument]:
-        # A plain `inv --search-root CLONE` hands its flags over too; which clone is meant is
-        # settled by then.
+        # A plain `inv --search-root CLONE` passes its flags on; the clone is already known then.
         root = Argument(
-            names=("search-root", "r"), help="Taken for Invoke's sake; this clone is always meant."
+            names=("search-root", "r"), help="Ignored; the verbs always work on this clone."
         )
         return [
             argument for argument in super().core_args() if argument.name in self.core_flags
         ] + [root]
 
     def parse_core(self, argv: list[str] | None) -> None:
-        # Invoke turns bytecode off for the sake of the tasks file; here it would have every verb
-        # compile the library anew.
+        # Invoke turns bytecode off for the tasks file; every verb would then compile the library
+        # again.
         writes = sys.dont_write_bytecode
         super().parse_core(argv)
         sys.dont_write_bytecode = writes
 
     def update_config(self, merge: bool = True) -> None:
-        """Leave out the core flags that are not there."""
+        """Skip the core flags that this program does not have."""
 
     def run(self, argv: list[str] | None = None, exit: bool = True) -> None:
         try:
@@ -86,21 +119,22 @@ class Door(Program):
         try:
             self.parse_core(argv)
         except ValueError as exc:
-            # The one flag that Invoke takes for a number.
+            # The only core flag that Invoke converts to a number.
             raise SettingsError("--list-depth needs a whole number", hint="inv --help") from exc
 
     def parse_cleanup(self) -> None:
         try:
             super().parse_cleanup()
         except ValueError as exc:
-            # What is to be completed has a quote that is still open.
+            # The text to complete has an open quote.
             if not self.args.complete.value:
                 raise
             raise Exit from exc
 
     def _misuse(self, error: ParseError) -> SettingsError:
-        """Say what is wrong with the command line, and what it is like. Invoke puts the word at
-        fault into its sentence only.
+        """Return an error that names the fault and the nearest valid names.
+
+        Invoke names the faulty argument only inside its sentence.
         """
         unknown = re.search(r"No idea what '(.+)' is", str(error))
         verb = error.context.name if error.context is not None else None
@@ -114,64 +148,25 @@ class Door(Program):
                 ),
                 hint=more,
             )
-        word = unknown.group(1)
-        if word.startswith("-"):
+        typed = unknown.group(1)
+        if typed.startswith("-"):
             context = self.parser.contexts[verb] if verb else self.initial_context
-            like = difflib.get_close_matches(word, list(context.flags), n=3)
-            sentence = "{} has no flag {}".format("inv " + verb if verb else "inv", word)
+            like = difflib.get_close_matches(typed, list(context.flags), n=3)
+            sentence = "{} has no flag {}".format("inv " + verb if verb else "inv", typed)
         else:
-            like = difflib.get_close_matches(word, list(self.parser.contexts), n=3)
-            sentence, more = f"there is no verb {word}", "inv --list"
+            like = difflib.get_close_matches(typed, list(self.parser.contexts), n=3)
+            sentence, more = f"there is no verb {typed}", "inv --list"
         return SettingsError(
             sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more
         )
 
 
 def program() -> Program:
-    """The program of all verbs."""
-    namespace = Collection(
-        verbs.bootstrap,
-        verbs.rebuild,
-        verbs.fix_triton,
-        verbs.wheel,
-        verbs.status,
-        verbs.doctor,
-        verbs.hook,
-        verbs.report,
-        verbs.run,
-        verbs.shell,
-        verbs.drop_caches,
-    )
-    namespace.add_collection(
-        Collection(
-            "patch",
-            patch.status,
-            patch.apply,
-            patch.unapply,
-            patch.export,
-            patch.import_,
-            patch.continue_,
-        )
-    )
-    namespace.add_collection(
-        Collection("pin", verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback)
-    )
-    namespace.add_collection(Collection("env", verbs.env_check, verbs.env_init, verbs.env_export))
-    namespace.add_collection(
-        Collection(
-            "serve",
-            verbs.serve,
-            verbs.serve_status,
-            verbs.serve_logs,
-            verbs.serve_stop,
-            verbs.serve_list,
-            verbs.serve_fetch,
-        )
-    )
-    namespace.add_collection(
-        Collection("bench", verbs.bench_list, verbs.bench_compare, verbs.bench_report)
-    )
-    return Door(
+    """Return the program with all verbs."""
+    namespace = Collection(*TOP_LEVEL)
+    for name, tasks in COLLECTIONS.items():
+        namespace.add_collection(Collection(name, *tasks))
+    return WorkspaceProgram(
         namespace=namespace,
         name="Invoke",
         version=invoke.__version__,

@@ -1,7 +1,7 @@
-"""The command lines of the nox sessions: `python -m workspace.cli.sessions NAME [ARGUMENTS]`.
+"""Command lines of the nox sessions: `python -m workspace.cli.sessions NAME [ARGUMENTS]`.
 
-Each function parses, calls one function of the library and returns the exit code, as a verb of
-`inv` does.
+Each session parses its arguments and calls one function of the library, as a verb of `inv` does.
+The function returns the exit code of the session.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from workspace.cli import main
-from workspace.core import paths as layouts
+from workspace.core import paths
 
 MOST_REPEATS = 1000
 # One day, in seconds; poll(2) counts milliseconds in 32 bits.
@@ -18,69 +18,45 @@ LONGEST_TIMEOUT_S = 86400.0
 
 
 def smoke_session(argv: Sequence[str]) -> int:
-    """Judge whether the built vLLM computes rightly."""
+    """Judge whether the built vLLM computes correctly."""
     from workspace.checks import smoke
 
-    description = (
-        "Judge whether the built vLLM computes rightly. The record goes to stdout and"
-        " .workspace/smoke.json."
+    parser = _parser(
+        "smoke",
+        "Judge whether the built vLLM computes correctly. The record goes to stdout and to"
+        " .workspace/smoke.json.",
     )
-    parser = argparse.ArgumentParser(prog="nox -s smoke --", description=description)
-    parser.add_argument(
-        "--level",
-        choices=("quick", "full"),
-        default="quick",
-        help="full adds experts, torch.compile, a real model",
-    )
-    parser.add_argument(
-        "--model",
-        default="tiny",
-        metavar="NAME",
-        help="compare this one too: smollm2, a folder, or a name whose files are on disk",
-    )
-    parser.add_argument(
-        "--fail-fast",
-        action="store_true",
-        help="stop after the first probe of which a check failed",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the record to this file as well"
-    )
-    parser.add_argument(
-        "--timeout-s",
-        type=float,
-        default=smoke.TIMEOUT_S,
-        metavar="SECONDS",
-        help=f"how long each probe may take (default {smoke.TIMEOUT_S:g})",
-    )
+    add = parser.add_argument
+    level_help = "full adds mixture-of-experts models, torch.compile and a real model"
+    add("--level", choices=("quick", "full"), default="quick", help=level_help)
+    model_help = "also compare this model: smollm2, a folder, or a name whose files are on disk"
+    add("--model", default="tiny", metavar="NAME", help=model_help)
+    add("--fail-fast", action="store_true", help="stop after the first probe with a failed check")
+    _add_json(parser, "write the record to this file as well")
+    _add_timeout(parser, "each probe", smoke.TIMEOUT_S)
     arguments = parser.parse_args(argv)
     _require_timeout(parser, arguments.timeout_s)
-    layout = layouts.here()
+    layout = paths.here()
 
     def work() -> None:
-        wanted = {
-            "level": arguments.level,
-            "model": arguments.model,
-            "timeout_s": arguments.timeout_s,
-            "is_fail_fast": arguments.fail_fast,
-        }
         smoke.smoke(
             layout,
             main.load_settings(layout),
             console=main.console(),
             json_file=arguments.json,
-            **wanted,
+            timeout_s=arguments.timeout_s,
+            level=arguments.level,
+            model=arguments.model,
+            is_fail_fast=arguments.fail_fast,
         )
 
     return main.run(work)
 
 
 def record_good(argv: Sequence[str]) -> int:
-    """Record the present state as known to be good, where the smoke has just passed on it; `nox -s
-    smoke` runs it after the judgement.
-    """
-    argparse.ArgumentParser(prog="nox -s smoke").parse_args(argv)
-    layout = layouts.here()
+    """Record the current state as known-good; `nox -s smoke` runs it after a smoke that passed."""
+    _parser("smoke", "Record the current state as known-good.").parse_args(argv)
+    layout = paths.here()
 
     def work() -> None:
         settings = main.load_settings(layout)
@@ -93,48 +69,12 @@ def record_good(argv: Sequence[str]) -> int:
 
 
 def upstream_session(argv: Sequence[str]) -> int:
-    """Run vLLM's own tests that the change reaches."""
+    """Run the tests of vLLM itself that the changed files reach."""
     from workspace.checks import upstream
 
-    ours, for_pytest = _split(argv)
-    description = (
-        "Run vLLM's own tests that the change reaches. The record goes to stdout and"
-        " .workspace/upstream.json."
-    )
-    parser = argparse.ArgumentParser(
-        prog="nox -s upstream --",
-        description=description,
-        epilog="Words after a second -- go to pytest.",
-    )
-    parser.add_argument(
-        "--list",
-        action="store_true",
-        help="say which test files would be run, which not, and why; nothing need be built",
-    )
-    parser.add_argument(
-        "--all-of",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="instead of what changed: a file or folder of vllm/, or tests themselves",
-    )
-    parser.add_argument(
-        "--try-all",
-        action="store_true",
-        help="without a GPU, also those that upstream runs on GPUs only",
-    )
-    parser.add_argument("--online", action="store_true", help="let tests ask the hub for models")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the record to this file as well"
-    )
-    parser.add_argument(
-        "--timeout-s",
-        type=float,
-        default=upstream.TIMEOUT_S,
-        metavar="SECONDS",
-        help=f"how long a run may take (default {upstream.TIMEOUT_S:g})",
-    )
-    arguments = parser.parse_args(ours)
+    own, for_pytest = _split(argv)
+    parser = _upstream_parser(upstream.TIMEOUT_S)
+    arguments = parser.parse_args(own)
     _require_timeout(parser, arguments.timeout_s)
     options = upstream.UpstreamOptions(
         tuple(arguments.all_of),
@@ -143,7 +83,7 @@ def upstream_session(argv: Sequence[str]) -> int:
         arguments.try_all,
         arguments.online,
     )
-    layout = layouts.here()
+    layout = paths.here()
 
     def work() -> None:
         upstream.run(
@@ -158,53 +98,52 @@ def upstream_session(argv: Sequence[str]) -> int:
     return main.run(work)
 
 
+def _upstream_parser(timeout_s: float) -> argparse.ArgumentParser:
+    parser = _parser(
+        "upstream",
+        "Run the tests of vLLM itself that the changed files reach. The record goes to stdout and"
+        " to .workspace/upstream.json.",
+        epilog="Arguments after a second -- go to pytest.",
+    )
+    add = parser.add_argument
+    list_help = "print which test files would run, which would not, and why; needs no build"
+    add("--list", action="store_true", help=list_help)
+    all_help = "instead of the changed files: a file or folder of vllm/, or tests"
+    add("--all-of", nargs="+", default=[], metavar="PATH", help=all_help)
+    gpu_help = "without a GPU, also run tests that upstream runs on GPUs only"
+    add("--try-all", action="store_true", help=gpu_help)
+    add("--online", action="store_true", help="let tests ask the Hugging Face hub for models")
+    _add_json(parser, "write the record to this file as well")
+    _add_timeout(parser, "a run", timeout_s)
+    return parser
+
+
 def bench_session(argv: Sequence[str]) -> int:
     """Measure the built vLLM with its own benchmarks."""
     from workspace.bench import measure, metrics, subject
     from workspace.bench.compare import MIN_STARTS
 
-    ours, for_vllm = _split(argv)
-    description = (
+    own, for_vllm = _split(argv)
+    parser = _parser(
+        "bench",
         "Measure the built vLLM with its own benchmarks. The record goes to results/; its path is"
-        " printed on stdout."
+        " printed on stdout.",
+        epilog="Arguments after a second -- go to vllm bench, or to vllm serve.",
     )
-    parser = argparse.ArgumentParser(
-        prog="nox -s bench --",
-        description=description,
-        epilog="Words after a second -- go to vllm bench, or to vllm serve.",
-    )
-    parser.add_argument(
-        "kind",
-        nargs="?",
-        choices=subject.KINDS,
-        default="latency",
-        help="what is measured (default latency)",
-    )
-    parser.add_argument(
-        "--model",
-        default=subject.TINY,
-        help="tiny, smollm2, a folder, or a model on the hub (default tiny)",
-    )
-    parser.add_argument("--label", help="name of the record (default the kind)")
-    parser.add_argument(
-        "--repeat",
-        type=int,
-        default=MIN_STARTS,
-        metavar="N",
-        help=f"starts of the process (default {MIN_STARTS}, the fewest for a verdict)",
-    )
-    parser.add_argument(
-        "--sweep",
-        action="store_true",
-        help=f"with serve, {', '.join(map(str, subject.SWEEP))} requests at once",
-    )
-    arguments = parser.parse_args(ours)
+    _add_workload(parser)
+    add = parser.add_argument
+    add("--label", help="name of the record (default: the kind)")
+    repeat_help = f"starts of the process (default {MIN_STARTS}, the fewest for a verdict)"
+    add("--repeat", type=int, default=MIN_STARTS, metavar="N", help=repeat_help)
+    levels = ", ".join(map(str, subject.SWEEP))
+    add("--sweep", action="store_true", help=f"with serve: {levels} requests at once")
+    arguments = parser.parse_args(own)
     if not 1 <= arguments.repeat <= MOST_REPEATS:
-        parser.error(f"--repeat is a number from 1 to {MOST_REPEATS}")
+        parser.error(f"--repeat must be a number from 1 to {MOST_REPEATS}")
     if arguments.label is not None and not metrics.LABEL.fullmatch(arguments.label):
-        parser.error("--label is of letters, digits, dot, dash, plus and underscore, at most 64")
+        parser.error("--label takes at most 64 letters, digits and . - + _")
     if arguments.sweep and arguments.kind != "serve":
-        parser.error("--sweep is for serve")
+        parser.error("--sweep needs the kind serve")
     options = measure.BenchOptions(
         arguments.kind,
         arguments.model,
@@ -213,7 +152,7 @@ def bench_session(argv: Sequence[str]) -> int:
         arguments.sweep,
         tuple(for_vllm),
     )
-    layout = layouts.here()
+    layout = paths.here()
 
     def work() -> None:
         measure.run(layout, main.load_settings(layout), options, console=main.console())
@@ -222,77 +161,28 @@ def bench_session(argv: Sequence[str]) -> int:
 
 
 def ab_session(argv: Sequence[str]) -> int:
-    """Measure the working tree and a base alternately, and judge."""
-    from workspace.bench import ab, ab_trees, compare, subject
-    from workspace.bench.ab import AbOptions
-    from workspace.bench.compare import FACTOR, MIN_STARTS
+    """Measure the working tree and a base in turn, and judge whether the tree is slower."""
+    from workspace.bench import ab, ab_trees, compare
 
-    ours, for_vllm = _split(argv)
-    description = (
-        "Measure the working tree and a base alternately, each in an arm with a build of its own,"
-        " and judge. The same command goes on after an end."
-    )
-    parser = argparse.ArgumentParser(
-        prog="nox -s ab --",
-        description=description,
-        epilog="Words after a second -- go to vllm bench, or to vllm serve.",
-    )
-    parser.add_argument(
-        "kind",
-        nargs="?",
-        choices=subject.KINDS,
-        default="latency",
-        help="what is measured (default latency)",
-    )
-    parser.add_argument(
-        "--base",
-        default=ab_trees.PIN,
-        metavar="BASE",
-        help="pin: the pinned tag without patches (default); a commit of the workspace; a record",
-    )
-    parser.add_argument(
-        "--model",
-        default=subject.TINY,
-        help="tiny, smollm2, a folder, or a model on the hub (default tiny)",
-    )
-    parser.add_argument(
-        "--repeat",
-        type=int,
-        default=MIN_STARTS,
-        metavar="N",
-        help=f"starts of each arm (default and at least {MIN_STARTS})",
-    )
-    parser.add_argument(
-        "--factor",
-        default=f"{FACTOR * 100:g}",
-        metavar="PERCENT",
-        help=f"a change up to this does not count (default {FACTOR * 100:g})",
-    )
-    parser.add_argument(
-        "--each-patch",
-        action="store_true",
-        help="leave one patch out at a time, and say what each costs",
-    )
-    parser.add_argument(
-        "--allow-busy", action="store_true", help="measure although something else uses the machine"
-    )
-    arguments = parser.parse_args(ours)
-    if not MIN_STARTS <= arguments.repeat <= MOST_REPEATS:
+    own, for_vllm = _split(argv)
+    parser = _ab_parser()
+    arguments = parser.parse_args(own)
+    if not compare.MIN_STARTS <= arguments.repeat <= MOST_REPEATS:
         parser.error(
-            f"--repeat is a number from {MIN_STARTS} to {MOST_REPEATS}: fewer starts decide nothing"
+            f"--repeat must be a number from {compare.MIN_STARTS} to {MOST_REPEATS}: fewer starts"
+            " decide nothing"
         )
     if arguments.each_patch and arguments.base != ab_trees.PIN:
-        parser.error("--each-patch compares the series with itself: --base is for one comparison")
-    layout = layouts.here()
+        parser.error("--each-patch compares the series with itself: leave --base out")
+    layout = paths.here()
 
     def work() -> None:
-        factor = compare.parsed_factor(arguments.factor)
-        options = AbOptions(
+        options = ab.AbOptions(
             arguments.kind,
             arguments.base,
             arguments.model,
             arguments.repeat,
-            factor,
+            compare.parsed_factor(arguments.factor),
             arguments.each_patch,
             arguments.allow_busy,
             tuple(for_vllm),
@@ -302,72 +192,46 @@ def ab_session(argv: Sequence[str]) -> int:
     return main.run(work)
 
 
+def _ab_parser() -> argparse.ArgumentParser:
+    from workspace.bench import ab_trees
+    from workspace.bench.compare import FACTOR, MIN_STARTS
+
+    parser = _parser(
+        "ab",
+        "Measure the working tree and a base in turn, each in a sandbox with its own build, and"
+        " judge. The same command resumes an interrupted run.",
+        epilog="Arguments after a second -- go to vllm bench, or to vllm serve.",
+    )
+    _add_workload(parser)
+    add = parser.add_argument
+    base_help = "pin: the pinned tag without patches (default); a workspace commit; a record"
+    add("--base", default=ab_trees.PIN, metavar="BASE", help=base_help)
+    repeat_help = f"starts of each of the two (default and at least {MIN_STARTS})"
+    add("--repeat", type=int, default=MIN_STARTS, metavar="N", help=repeat_help)
+    _add_factor(parser, "a change up to this size does not count", FACTOR)
+    patch_help = "leave one patch out at a time, and report what each patch costs"
+    add("--each-patch", action="store_true", help=patch_help)
+    loaded_help = "measure although another program uses the machine"
+    add("--allow-busy", action="store_true", help=loaded_help)
+    return parser
+
+
 def bisect_session(argv: Sequence[str]) -> int:
     """Find the upstream commit, or the patch, that turned good into bad."""
     from workspace.bench import bisect
     from workspace.bench.bisect_log import BisectOptions
-    from workspace.bench.compare import FACTOR
 
-    timeout_s = BisectOptions("").timeout_s
-    description = (
-        "Find the upstream commit, or the patch, that turned good into bad. The same command goes"
-        " on with a bisect that was ended."
-    )
-    epilog = (
-        "A command's exit code: 0 good, 125 neither, 1 to 127 bad; anything above stops the bisect."
-    )
-    parser = argparse.ArgumentParser(
-        prog="nox -s bisect --", description=description, epilog=epilog
-    )
-    parser.add_argument(
-        "--good",
-        metavar="REF",
-        help="a tag or commit of vendor/vllm (default the last good state before the pin)",
-    )
-    parser.add_argument("--bad", metavar="REF", help="a later one (default the pin)")
-    parser.add_argument(
-        "--patches",
-        action="store_true",
-        help="search the series on the pin, patch by patch, and not upstream",
-    )
-    parser.add_argument(
-        "--run",
-        metavar="WHAT",
-        help=(
-            "smoke, a check of it such as parity.llama, bench:METRIC such as bench:latency, or a"
-            " command line"
-        ),
-    )
-    parser.add_argument(
-        "--timeout-s",
-        type=float,
-        default=timeout_s,
-        metavar="SECONDS",
-        help=f"how long one answer may take (default {timeout_s:g})",
-    )
-    parser.add_argument(
-        "--factor",
-        default=f"{FACTOR * 100:g}",
-        metavar="PERCENT",
-        help="with bench:METRIC, a change up to this does not count (default 5)",
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write what was found, and every step, to this file",
-    )
-    parser.add_argument("--abort", action="store_true", help="give up the bisect that is under way")
+    parser = _bisect_parser()
     arguments = parser.parse_args(argv)
     if not arguments.abort and not arguments.run:
-        parser.error("--run says what tells good from bad")
+        parser.error("--run is needed: the check that separates good from bad")
     if arguments.patches and (arguments.good or arguments.bad):
         parser.error(
-            "--patches goes from the pin without patches to all of them: --good and --bad are for"
-            " upstream's commits"
+            "--patches searches from the bare pin to the whole series: --good and --bad are for"
+            " upstream commits"
         )
     _require_timeout(parser, arguments.timeout_s)
-    layout = layouts.here()
+    layout = paths.here()
 
     def work() -> None:
         if arguments.abort:
@@ -393,38 +257,58 @@ def bisect_session(argv: Sequence[str]) -> int:
     return main.run(work)
 
 
+def _bisect_parser() -> argparse.ArgumentParser:
+    from workspace.bench.bisect_log import BisectOptions
+    from workspace.bench.compare import FACTOR
+
+    parser = _parser(
+        "bisect",
+        "Find the upstream commit, or the patch, that turned good into bad. The same command"
+        " resumes an interrupted bisect.",
+        epilog=(
+            "Exit code of a command given to --run: 0 good, 125 neither, 1 to 127 bad; a higher"
+            " code stops the bisect."
+        ),
+    )
+    add = parser.add_argument
+    good_help = "a tag or commit of vendor/vllm (default: the last known-good state before the pin)"
+    add("--good", metavar="REF", help=good_help)
+    add("--bad", metavar="REF", help="a later tag or commit (default: the pin)")
+    patches_help = "search the series on the pin, patch by patch, instead of upstream"
+    add("--patches", action="store_true", help=patches_help)
+    run_help = (
+        "smoke, one of its checks such as parity.llama, bench:METRIC such as bench:latency, or a"
+        " command line"
+    )
+    add("--run", metavar="CHECK", help=run_help)
+    _add_timeout(parser, "one answer", BisectOptions("").timeout_s)
+    _add_factor(parser, "with bench:METRIC, a change up to this size does not count", FACTOR)
+    _add_json(parser, "write the result and every step to this file")
+    add("--abort", action="store_true", help="give up the bisect that is under way")
+    return parser
+
+
 def perf_session(argv: Sequence[str]) -> int:
     """Measure what the workspace itself costs."""
     from workspace.support import perf
-    from workspace.support.perf import ROWS
 
-    description = (
-        "Measure what the workspace itself costs. The record goes to stdout and"
-        " .workspace/perf.json."
+    parser = _parser(
+        "perf",
+        "Measure what the workspace itself costs. The record goes to stdout and to"
+        " .workspace/perf.json.",
     )
-    names = [row.name for row in ROWS]
-    parser = argparse.ArgumentParser(prog="nox -s perf --", description=description)
-    parser.add_argument(
-        "--row",
-        action="append",
-        choices=names,
-        metavar="NAME",
-        help=f"this row only, of {', '.join(names)}",
-    )
-    parser.add_argument(
-        "--repeat",
-        type=int,
-        metavar="N",
-        help="pairs of runs a row (default 10, of slow rows fewer)",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the record to this file as well"
-    )
+    add = parser.add_argument
+    names = [row.name for row in perf.ROWS]
+    row_help = f"measure this row only, of {', '.join(names)}"
+    add("--row", action="append", choices=names, metavar="NAME", help=row_help)
+    repeat_help = "pairs of runs for a row (default 10, fewer for slow rows)"
+    add("--repeat", type=int, metavar="N", help=repeat_help)
+    _add_json(parser, "write the record to this file as well")
     arguments = parser.parse_args(argv)
     if arguments.repeat is not None and arguments.repeat < 1:
-        parser.error("--repeat is a whole number of at least 1")
-    layout = layouts.here()
-    rows = [row for row in ROWS if not arguments.row or row.name in arguments.row]
+        parser.error("--repeat must be a whole number of at least 1")
+    layout = paths.here()
+    rows = [row for row in perf.ROWS if not arguments.row or row.name in arguments.row]
 
     def work() -> None:
         perf.run(
@@ -439,19 +323,52 @@ def perf_session(argv: Sequence[str]) -> int:
     return main.run(work)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments before and after the first `--`."""
-    words = list(argv)
-    return (
-        (words[: words.index("--")], words[words.index("--") + 1 :])
-        if "--" in words
-        else (words, [])
+def _parser(session: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"nox -s {session} --", description=description, epilog=epilog or None
+    )
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose a benchmark and a model."""
+    from workspace.bench import subject
+
+    kind_help = "what to measure (default latency)"
+    parser.add_argument("kind", nargs="?", choices=subject.KINDS, default="latency", help=kind_help)
+    model_help = "tiny, smollm2, a folder, or a model on the hub (default tiny)"
+    parser.add_argument("--model", default=subject.TINY, help=model_help)
+
+
+def _add_json(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help=meaning)
+
+
+def _add_timeout(parser: argparse.ArgumentParser, bounded: str, default_s: float) -> None:
+    meaning = f"longest time for {bounded} (default {default_s:g})"
+    parser.add_argument(
+        "--timeout-s", type=float, default=default_s, metavar="SECONDS", help=meaning
+    )
+
+
+def _add_factor(parser: argparse.ArgumentParser, meaning: str, default: float) -> None:
+    shown = f"{default * 100:g}"
+    parser.add_argument(
+        "--factor", default=shown, metavar="PERCENT", help=f"{meaning} (default {shown})"
     )
 
 
 def _require_timeout(parser: argparse.ArgumentParser, timeout_s: float) -> None:
     if not 0 < timeout_s <= LONGEST_TIMEOUT_S:
-        parser.error(f"--timeout-s is a number above 0 and at most {LONGEST_TIMEOUT_S:g}")
+        parser.error(f"--timeout-s must be a number above 0 and at most {LONGEST_TIMEOUT_S:g}")
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments before and after the first `--`."""
+    own = list(argv)
+    if "--" not in own:
+        return own, []
+    place = own.index("--")
+    return own[:place], own[place + 1 :]
 
 
 SESSIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
@@ -466,7 +383,7 @@ SESSIONS: Mapping[str, Callable[[Sequence[str]], int]] = {
 
 
 def run_session(argv: Sequence[str]) -> int:
-    """Run one session; exit code 2 for a name that is none."""
+    """Run the session that the first argument names; exit with 2 for an unknown name."""
     parser = argparse.ArgumentParser(prog="python -m workspace.cli.sessions")
     parser.add_argument("session", choices=SESSIONS)
     return SESSIONS[parser.parse_args(argv[:1]).session](argv[1:])

@@ -1,4 +1,8 @@
-"""Verbs of a clone and its build: make it run, compile, mend Triton, look, report."""
+"""Every verb of `inv` but those of the patch series (patch.py).
+
+A verb parses its arguments, calls one function of the library and prints nothing itself. Imports of
+the library stand inside the verbs, so that `inv --list` starts at once.
+"""
 
 from invoke.context import Context
 from invoke.tasks import task
@@ -41,8 +45,8 @@ def bootstrap(
         "jobs": "compilers at once, or auto: as many as cores and memory allow",
         "memory": "GiB for all compilers together, or auto: what is available",
         "kernels": "auto, precompiled, native, or a wheel file",
-        "target": "compile this CMake target too; may be given again",
-        "clean": "throw the build directories of this clone away first",
+        "target": "also compile this CMake target; may be repeated",
+        "clean": "delete the build directories of this clone first",
         "plan": "print what would be compiled and why; compile nothing",
         "json": "with --plan, one JSON document instead of the table",
         "wait": WAIT,
@@ -77,10 +81,10 @@ def rebuild(
 
 @task(
     help={
-        "from-source": "build vendor/triton, whatever the diagnosis says",
+        "from-source": "build vendor/triton, whatever the diagnosis is",
         "ref": "with --from-source, pin this branch, tag or commit first",
         "jobs": "with --from-source, compilers at once, or auto",
-        "check": "only look; exit with 6 where something is wrong",
+        "check": "only diagnose; exit with 6 if there is a fault",
         "wait": WAIT,
     },
 )
@@ -92,14 +96,14 @@ def fix_triton(
     check: bool = False,
     wait: bool = False,
 ) -> None:
-    """Find the Triton fault, mend it, prove it."""
+    """Find the Triton fault, fix it, prove it."""
     here = paths.here()
     settings = main.load_settings(here, flags={"TRITON_REF": ref})
     from workspace.bump import triton as pin
     from workspace.install import triton_fix as verb
 
     options = verb.FixOptions(check=check, from_source=from_source, ref=ref, jobs=jobs)
-    provide = lambda: pin.move(here, settings, console=main.console(), wait=wait)  # noqa: E731
+    provide = lambda: pin.move(here, settings, console=main.console(), wait=wait)
     verb.run(here, settings, options, console=main.console(), provide=provide, wait=wait)
 
 
@@ -123,9 +127,9 @@ def status(_: Context, json: bool = False) -> None:
     verb.show(here, settings, console=main.console(), as_json=json)
 
 
-@task(help={"json": JSON, "offline": "leave out what asks the network"})
+@task(help={"json": JSON, "offline": "leave out the checks that need the network"})
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
-    """Check machine, toolchain, GPU, network; print cures."""
+    """Check machine, toolchain, GPU, network; print hints."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import doctor as verb
@@ -134,7 +138,10 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
 
 
 @task(
-    help={"remove": "take it out; a hook of yours comes back", "run": "judge now, as the hook does"}
+    help={
+        "remove": "remove it; your own hook comes back",
+        "run": "run the gate now, as the hook does",
+    }
 )
 def hook(_: Context, remove: bool = False, run: bool = False) -> None:
     """Install the pre-push gate; --remove takes it out."""
@@ -153,13 +160,13 @@ def report(_: Context) -> None:
     here = paths.here()
     from workspace.support import bug_report as verb
 
-    # A broken .env or pins.toml is what a report may be about: it does not stop here.
+    # The report may be about a broken .env or pins.toml, so neither stops it.
     verb.write(here, verb.settings_of(here), console=main.console())
 
 
 @task(default=True, name="list", help={"json": JSON})
 def bench_list(_: Context, json: bool = False) -> None:
-    """Show the records of benchmarks, newest first."""
+    """List the benchmark records, newest first."""
     here = paths.here()
     from workspace.bench import results
 
@@ -171,10 +178,10 @@ def bench_list(_: Context, json: bool = False) -> None:
     positional=["first", "second"],
     iterable=["across"],
     help={
-        "first": "a record: its label, the name of its file, or a path",
+        "first": "a record: its label, its file name, or a path",
         "second": "the record that may be slower",
-        "factor": "a change up to so many per cent does not count",
-        "across": "compare although this field differs; may be given again",
+        "factor": "ignore a change up to this many per cent",
+        "across": "compare although this field differs; may be repeated",
         "json": JSON,
     },
 )
@@ -186,7 +193,7 @@ def bench_compare(
     across: list[str] | None = None,
     json: bool = False,
 ) -> None:
-    """Is the second record slower? A verdict on each metric."""
+    """Judge each metric: is the second record slower?"""
     here = paths.here()
     from workspace.bench import compare
 
@@ -204,12 +211,12 @@ def bench_compare(
 @task(
     name="report",
     help={
-        "first": "a record to compare with; without it the newest two",
+        "first": "a record to compare with (default: the newest two)",
         "second": "the record that may be slower",
     },
 )
 def bench_report(_: Context, first: str = "", second: str = "") -> None:
-    """Draw all records: one HTML page, and a PNG a plot."""
+    """Draw all records: one HTML page, PNG plots."""
     here = paths.here()
     from workspace.bench import report as verb
 
@@ -220,16 +227,16 @@ def bench_report(_: Context, first: str = "", second: str = "") -> None:
 def env_check(_: Context, json: bool = False) -> None:
     """Show each setting: value, source, verdict."""
     here = paths.here()
-    # What a door warns of stands in the rows.
+    # The rows hold the warnings.
     settings = main.load_settings(here, is_quiet=True)
     from workspace.machine import check
 
     check.show(here, settings, console=main.console(), as_json=json)
 
 
-@task(name="init", help={"replace": "change lines that differ too; the old ones stay as remarks"})
+@task(name="init", help={"replace": "also change lines that differ; old ones become comments"})
 def env_init(_: Context, replace: bool = False) -> None:
-    """Write or complete .env from what this machine has."""
+    """Write or complete .env for this machine."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import dotenv
@@ -239,7 +246,7 @@ def env_init(_: Context, replace: bool = False) -> None:
 
 @task(name="export")
 def env_export(_: Context) -> None:
-    """Print lines for eval in sh; inv and nox on PATH."""
+    """Print shell lines for eval; inv and nox on PATH."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import command as verb
@@ -269,7 +276,7 @@ def shell(_: Context) -> None:
 
 @task
 def drop_caches(_: Context) -> None:
-    """Give the page cache back before a large load."""
+    """Free the page cache before loading a large model."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import hardware
@@ -277,9 +284,13 @@ def drop_caches(_: Context) -> None:
     hardware.drop_caches(settings, console=main.console())
 
 
-@task(name="show", default=True, help={"json": JSON, "offline": "leave out what asks the network"})
+@task(
+    name="show",
+    default=True,
+    help={"json": JSON, "offline": "leave out the checks that need the network"},
+)
 def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
-    """Show the pin, what is newer, what to return to."""
+    """Show the pin, newer releases and known-good states."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import rollback
@@ -293,7 +304,7 @@ def pin_show(_: Context, json: bool = False, offline: bool = False) -> None:
     help={"ref": "a tag of vLLM, such as v0.33.0", "json": JSON},
 )
 def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
-    """Say what a move of the pin would break; touch nothing."""
+    """Show what a pin move would break; change nothing."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import forecast
@@ -305,13 +316,13 @@ def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
     name="bump",
     positional=["ref"],
     help={
-        "ref": "a tag of vLLM, or the word triton",
-        "allow-recent": "take a release that is younger than PIN_MIN_AGE_DAYS",
+        "ref": "a tag of vLLM, or triton",
+        "allow-recent": "accept a release younger than PIN_MIN_AGE_DAYS",
         "wait": WAIT,
     },
 )
 def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = False) -> None:
-    """Move the pin beside the working tree; promote if green."""
+    """Move the pin in a sandbox; promote if green."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import bump
@@ -321,10 +332,10 @@ def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = Fals
 
 @task(
     name="rollback",
-    help={"good": "a name that inv pin shows; without it the last one", "wait": WAIT},
+    help={"good": "a name that inv pin shows (default: the last one)", "wait": WAIT},
 )
 def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
-    """Return to the last good pin, environment included."""
+    """Return to the last known-good state."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import rollback
@@ -337,16 +348,16 @@ def pin_rollback(_: Context, good: str = "", wait: bool = False) -> None:
     default=True,
     positional=["recipe"],
     help={
-        "recipe": "a recipe, a model on the hub, or a folder; flags of vllm serve stand after --",
+        "recipe": "a recipe, a model on the hub, or a folder; vLLM's flags go after --",
         "dry-run": "print environment and command line; start nothing",
-        "detach": "return when it is ready; it outlives the terminal",
-        "force": "open to others without a key, or short of memory: go on",
+        "detach": "return when ready; the server outlives the terminal",
+        "force": "start without a key for others, or short of memory",
     },
 )
 def serve(
     _: Context, recipe: str, dry_run: bool = False, detach: bool = False, force: bool = False
 ) -> None:
-    """Serve a recipe or a model; vLLM's own flags after --."""
+    """Serve a recipe or a model; vLLM's flags go after --."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import start
@@ -359,7 +370,7 @@ def serve(
 
 @task(name="status", help={"json": JSON})
 def serve_status(_: Context, json: bool = False) -> None:
-    """Show the server: ready? since when, how much memory."""
+    """Show the server: ready, since when, memory."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import status
@@ -369,10 +380,10 @@ def serve_status(_: Context, json: bool = False) -> None:
 
 @task(
     name="logs",
-    help={"lines": "so many of the last lines", "follow": "go on until the server ends"},
+    help={"lines": "how many of the last lines", "follow": "print new lines until the server ends"},
 )
 def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
-    """Print the server's log; --follow goes on with it."""
+    """Print the server's log; --follow prints new lines."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import status
@@ -382,7 +393,7 @@ def serve_logs(_: Context, lines: str = "", follow: bool = False) -> None:
 
 @task(name="stop")
 def serve_stop(_: Context) -> None:
-    """Stop the server, wait for port and memory."""
+    """Stop the server; wait for port and memory."""
     here = paths.here()
     from workspace.server import status
 
@@ -391,7 +402,7 @@ def serve_stop(_: Context) -> None:
 
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
-    """Show recipes: fits here? on disk, or to be fetched?"""
+    """List recipes: does it fit, is it on disk."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import fit
@@ -405,7 +416,7 @@ def serve_list(_: Context, json: bool = False) -> None:
     help={"recipe": "a recipe, or a model on the hub such as Qwen/Qwen3-8B"},
 )
 def serve_fetch(_: Context, recipe: str) -> None:
-    """Get weights and vocabularies before any load."""
+    """Fetch weights and vocabularies before a load."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.server import models

@@ -1,3 +1,1 @@
-"""The ground floor: errors, paths, settings, terminal, processes, locks and files. Knows nothing of
-vLLM.
-"""
+"""Errors, paths, settings, terminal, processes, locks and files; knows nothing of vLLM."""

@@ -1,7 +1,7 @@
-"""What a person sees: stdout is data, stderr is talk.
+"""What a person sees: data on stdout, messages on stderr.
 
-Colour, bars and spinners appear on a terminal only; rich is imported only then, because it costs
-more than a verb with nothing to do.
+Colour, bars and spinners appear on a terminal only. rich is imported only then, because the import
+costs more than a verb with nothing to do.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ NAME_WIDTH = 14
 
 @dataclass
 class Step:
-    """One step of a verb while it runs: what it reports of itself."""
+    """A running step of a verb: its title, state and reason."""
 
     title: str
     state: State = "done"
@@ -45,14 +45,14 @@ class Step:
         self.state, self.reason = "skipped", reason
 
     def progress(self, done: float, total: float | None, text: str = "") -> None:
-        """Move the bar; `done` and `total` in any unit, `text` says which."""
+        """Move the bar; `done` and `total` share a unit, which `text` names."""
         if self._progress is not None:
             self._progress.update(
                 self._progress.task_ids[0], completed=done, total=total, detail=text
             )
 
     def line(self, text: str) -> None:
-        """Show the newest line of a command's output beside the spinner."""
+        """Show the newest output line of a command beside the spinner."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], detail=text.strip()[:60])
 
@@ -74,11 +74,11 @@ class Console:
         return self._rich is not None
 
     def data(self, text: str) -> None:
-        """Print what a program may read."""
+        """Print data that a program may read."""
         print(text, file=self._out, flush=True)
 
     def info(self, text: str, *, style: str | None = None) -> None:
-        """Print a line of talk as it is, without markup."""
+        """Print a message line as it is, without markup."""
         if self._rich is not None:
             self._rich.print(text, style=style, markup=False)
         else:
@@ -88,13 +88,11 @@ class Console:
         self.info(f"warning: {text}", style="yellow")
 
     def command(self, text: str) -> None:
-        """Echo a changing command so that it can be copied into a shell."""
+        """Echo a changing command in a form that can be copied into a shell."""
         self.info(f"+ {text}", style="dim")
 
     def error(self, error: WorkspaceError) -> None:
-        """Print a failure: details first, so that the sentence and the way on stand last on the
-        screen.
-        """
+        """Print a failure: details first, then the sentence and its hint as the last lines."""
         for line in error.details:
             self.info(f"  {line}")
         self.info(f"error: {error.message}", style="bold red")
@@ -102,9 +100,7 @@ class Console:
             self.info(f"hint: {error.hint}")
 
     def row(self, state: State, name: str, text: str) -> None:
-        """Print one thing of a status screen: state word first, then what, then why or what
-        next.
-        """
+        """Print one row of a status screen: state, name, then reason or next command."""
         if self._rich is not None:
             from rich.text import Text
 
@@ -120,16 +116,14 @@ class Console:
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[Step]:
-        """Show a step while the block runs, and one line with its state, reason and seconds when it
-        ends.
-        """
+        """Show a step while the block runs, then one line with state, reason and seconds."""
         step = Step(title)
         started = time.monotonic()
         try:
             with self._spinner(step):
                 yield step
         except BaseException:
-            # Why it was due is no reason why it failed; the error says that.
+            # The reason why the step was due does not explain the failure; the error does.
             step.state, step.reason = "FAIL", ""
             raise
         finally:

@@ -1,7 +1,7 @@
 """Expected failures, one class per exit code.
 
-Raised where the failure is known, caught at the doors, which print the message and the hint and
-exit with `exit_code`. Anything else is a bug and keeps its traceback.
+Raised where the failure is known, caught in cli/main.py, which prints message and hint and exits
+with `exit_code`. Any other exception is a bug and keeps its traceback.
 """
 
 from typing import ClassVar
@@ -10,9 +10,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class WorkspaceError(Exception):
-    """An expected failure: names the object, what was observed against what was expected, and the
-    way on.
-    """
+    """An expected failure: the object, what was found, what was expected, and a hint."""
 
     exit_code: ClassVar[int] = 1
     meaning: ClassVar[str] = "any other expected failure"
@@ -43,7 +41,7 @@ class PatchConflict(WorkspaceError):
 
 class PatchDrift(WorkspaceError):
     exit_code = 5
-    meaning = "patches and commits say different things"
+    meaning = "patches and commits differ"
 
 
 class ToolchainError(WorkspaceError):
@@ -53,12 +51,12 @@ class ToolchainError(WorkspaceError):
 
 class BuildError(WorkspaceError):
     exit_code = 7
-    meaning = "an installation or a build failed, or its result is not what was asked for"
+    meaning = "an installation or a build failed, or its result is not the requested one"
 
 
 class SmokeError(WorkspaceError):
     exit_code = 8
-    meaning = "the built tree does not compute rightly, or is missing or stale"
+    meaning = "the built tree computes incorrectly, or is missing or stale"
 
 
 class Regression(WorkspaceError):
@@ -73,7 +71,7 @@ class ServeError(WorkspaceError):
 
 class SourceError(WorkspaceError):
     exit_code = 11
-    meaning = "something could not be fetched, or is not what its hash says"
+    meaning = "a file could not be fetched, or does not match its hash"
 
 
 class LockError(WorkspaceError):

@@ -1,4 +1,7 @@
-"""Files on disk and from the network: written whole or not at all, proven by hash."""
+"""Files on disk and from the network: complete or absent, verified by hash.
+
+Also folders that appear with one rename, and copies that share blocks.
+"""
 
 import contextlib
 import errno
@@ -18,8 +21,8 @@ CHUNK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `content` so that a reader, or a power cut, sees the old or the new file
-    and never a half.
+    """Replace `path` by `content`; a reader or a power cut sees the old or the new file, never
+    half.
 
     Raises OSError where the folder cannot be written; the old file is then untouched.
     """
@@ -41,20 +44,21 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 def _locked_beside(path: Path) -> tuple[int, str]:
-    """Make an empty file beside `path`, locked as long as its writer lives: who finds it unlocked
-    knows that it was left behind.
+    """Make an empty file beside `path` that is locked as long as its writer lives.
+
+    An unlocked file of this kind was left by a killed writer.
     """
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return descriptor, name
-        # Another writer took it for abandoned before it was locked.
+        # Another writer removed the file before it was locked.
         os.close(descriptor)
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what a writer of `path` that was killed has left. mkstemp draws eight letters."""
+    """Remove the files that killed writers of `path` left; mkstemp draws eight letters."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with contextlib.suppress(OSError), old.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +66,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is durable only once its folder is synced (fsync(2))."""
+    """Sync a folder, which makes a rename in it durable (fsync(2))."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -71,8 +75,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what a regular file holds. Raises OSError, also for a pipe or a device, which could
-    keep the reader for ever.
+    """Return the content of a regular file.
+
+    Raises OSError, also for a pipe or a device, which could block the reader for ever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:
@@ -98,46 +103,24 @@ def download(
     timeout_s: float,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> None:
-    """Fetch `url` to `destination`, which appears only when whole and right.
+    """Fetch `url` to `destination`, which appears only when it is complete and matches its hash.
 
-    A transfer that broke off leaves `NAME.part` and is resumed by the next call (RFC 9110 range
-    request). `on_progress` gets bytes so far and bytes in all, the latter None where the server
-    does not say. Raises SourceError on a network failure, a status other than 200 or 206, or a
-    wrong hash (the part is then deleted). Without a hash that anybody has published, None, only the
-    length that the server says is held against what came.
+    An interrupted transfer leaves `NAME.part`; the next call resumes it (RFC 9110 range request).
+    `on_progress` gets the bytes so far and the total bytes, None where the server does not send the
+    length. With `expected_sha256` None, for a file without a published hash, only the length is
+    checked. Raises SourceError on a network failure, a status other than 200 or 206, or a wrong
+    hash, which also deletes the part.
     """
     import requests
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     part = destination.with_name(destination.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    # A transfer coding would make the byte counts, and so the resume, wrong.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as reply:
-            complete = have and reply.status_code == requests.codes.requested_range_not_satisfiable
-            if not complete:
-                reply.raise_for_status()
-                if reply.status_code != requests.codes.partial_content:
-                    have = 0
-                length = reply.headers.get("Content-Length")
-                total = have + int(length) if length else None
-                with part.open("ab" if have else "wb") as file:
-                    for chunk in reply.iter_content(CHUNK_BYTES):
-                        file.write(chunk)
-                        have += len(chunk)
-                        if on_progress:
-                            on_progress(have, total)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if total is not None and have < total:
-                    raise requests.ConnectionError(
-                        f"the transfer ended after {have} of {total} bytes"
-                    )
+        _transfer(url, part, timeout_s, on_progress)
     except requests.RequestException as exc:
         raise SourceError(
             f"{destination.name} could not be fetched: {_reason(exc)}",
-            hint="check the network and run the same command again; it goes on where it stopped",
+            hint="check the network and run the same command again; it resumes the transfer",
         ) from exc
     found = sha256(part)
     if expected_sha256 is not None and found != expected_sha256:
@@ -153,11 +136,42 @@ def download(
     _sync_folder(destination.parent)
 
 
-def _reason(exc: BaseException) -> str:
-    """The innermost cause in its own words: requests wraps a name that does not resolve four times.
+def _transfer(
+    url: str,
+    part: Path,
+    timeout_s: float,
+    on_progress: Callable[[int, int | None], None] | None,
+) -> None:
+    """Fetch what `part` lacks of `url`. Raises requests.RequestException."""
+    import requests
 
-    A status goes without requests' sentence, which holds the address and with it any password
-    there.
+    have = part.stat().st_size if part.exists() else 0
+    # With a transfer coding the byte counts, and so the resume, would be wrong.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as reply:
+        if have and reply.status_code == requests.codes.requested_range_not_satisfiable:
+            return
+        reply.raise_for_status()
+        if reply.status_code != requests.codes.partial_content:
+            have = 0
+        length = reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with part.open("ab" if have else "wb") as file:
+            for chunk in reply.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                have += len(chunk)
+                if on_progress:
+                    on_progress(have, total)
+            file.flush()
+            os.fsync(file.fileno())
+        if total is not None and have < total:
+            raise requests.ConnectionError(f"the transfer ended after {have} of {total} bytes")
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the innermost cause: requests wraps an unresolved name four times.
+
+    A status comes without the sentence of requests, which holds the address and any password in it.
     """
     import requests
 
@@ -169,7 +183,7 @@ def _reason(exc: BaseException) -> str:
 
 
 def differences(recorded: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
-    """Say each input that changed: `torch 2.13.0 → 2.14.0`. Digests are told apart by name only."""
+    """Return each changed input as text: `torch 2.13.0 → 2.14.0`; a digest only as changed."""
     return tuple(
         _difference(name, recorded.get(name, "nothing"), text)
         for name, text in current.items()
@@ -188,7 +202,7 @@ _FICLONE = 0x40049409
 
 
 def copy_files(source: Path, target: Path, paths: Sequence[str]) -> None:
-    """Copy files with their times. One that is there appears whole or not at all."""
+    """Copy files with their times; each appears complete or not at all."""
     target.mkdir(parents=True, exist_ok=True)
     for path in paths:
         made = target / path
@@ -203,7 +217,7 @@ def copy_files(source: Path, target: Path, paths: Sequence[str]) -> None:
 
 
 def files_below(folder: Path) -> tuple[str, ...]:
-    """The paths of all files and links below a folder."""
+    """Return the relative paths of all files and links below a folder, sorted."""
     return tuple(
         str(path.relative_to(folder))
         for path in sorted(folder.rglob("*"))
@@ -222,11 +236,10 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def folder_beside(destination: Path) -> Iterator[Path]:
-    """Make an empty folder on the file system of `destination`, whose parent is made where it is
-    missing.
+    """Make an empty folder on the file system of `destination`; missing parents are made.
 
-    Raises ToolchainError where that, or anything that the block writes, fails for want of rights or
-    space.
+    The folder is removed after the block. Raises ToolchainError where the folder, or a write of the
+    block, fails for missing rights or space.
     """
     prefix = _prefix(destination)
     lock: int | None = None
@@ -236,7 +249,7 @@ def folder_beside(destination: Path) -> Iterator[Path]:
         sweep_beside(destination)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        # The kernel drops the lock when its holder dies, whatever it dies of.
+        # The kernel releases the lock when its holder dies, for any reason.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     except OSError as exc:
@@ -253,7 +266,7 @@ def folder_beside(destination: Path) -> Iterator[Path]:
 
 
 def sweep_beside(destination: Path) -> None:
-    """Remove the folders beside `destination` that killed runs have left."""
+    """Remove the folders that killed runs left beside `destination`."""
     for old in destination.parent.glob(f"{_prefix(destination)}*"):
         _remove_abandoned_folder(old)
 
@@ -263,11 +276,10 @@ def _prefix(destination: Path) -> str:
 
 
 def put_in_place(made: Path, destination: Path) -> None:
-    """Rename a finished folder to where it belongs: nothing, or an empty folder. Raises
-    ToolchainError where something has come to lie there.
+    """Rename a finished folder to `destination`, which must be absent or an empty folder.
 
-    What it holds is on the disk before: a power cut must not leave the name with empty files under
-    it.
+    The content is synced first: after a power cut the name must not hold empty files. Raises
+    ToolchainError where something else lies at `destination`.
     """
     os.sync()
     try:

@@ -1,10 +1,9 @@
-"""Stands between a verb and a program that it starts, so that nothing of the program outlives the
-verb, however that one ends.
+"""Guard between a verb and a program: nothing of the program outlives the verb, however it ends.
 
-Run as `python -I -S guard.py FD[,FD] PROGRAM ARG…`: the first FD is the read end of a pipe that the
-verb alone holds open. When the verb dies the pipe closes, and every descendant is ended, also those
-in process groups of their own, as ninja's compilers are. Another FD, the workspace's lock, is kept
-open until then, and from the program.
+Run as `python -I -S guard.py FD[,FD] PROGRAM ARG…`. The first FD is the read end of a pipe that
+only the verb holds open. When the verb dies, the pipe closes, and the guard ends every descendant,
+also those in process groups of their own, such as ninja's compilers. Another FD, the workspace's
+lock, stays open until then; the program does not get it.
 """
 
 import contextlib
@@ -16,8 +15,7 @@ import signal
 import sys
 import time
 
-# prctl(2): orphaned descendants become children of this process, and so can be found and waited
-# for.
+# prctl(2): orphaned descendants become children of this process, which finds and waits for them.
 PR_SET_CHILD_SUBREAPER = 36
 TERMINATE_GRACE_S = 5.0
 KILL_GRACE_S = 5.0
@@ -26,16 +24,13 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(lifeline: int, kept: list[int], argv: list[str]) -> int:
-    """Run the program and return its wait status; end it with everything below it when the lifeline
-    breaks.
-    """
+    """Run the program and return its wait status; end it and all below it when the pipe closes."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    told_to_end: list[int] = []
-    # The verb signals the whole group; the guard notes it and stays to wait.
+    end_requests: list[int] = []
+    # The verb signals the whole group; the guard records the signal and keeps waiting.
     for number in ENDING:
-        signal.signal(number, lambda number, _: told_to_end.append(number))
-    # Held over the fork: a signal that met the guard's handlers in the child, before exec, would be
-    # lost.
+        signal.signal(number, lambda number, _: end_requests.append(number))
+    # Blocked over the fork: in the child, before exec, the guard's handlers would lose a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     child = os.fork()
     if child == 0:
@@ -58,29 +53,29 @@ def main(lifeline: int, kept: list[int], argv: list[str]) -> int:
     while True:
         pid, status = os.wait()
         if pid == child:
-            # What a program leaves behind on purpose, such as a compiler cache's server, stays;
-            # what an interrupted one leaves does not.
-            if told_to_end:
+            # Processes that a program leaves on purpose, such as the server of a compiler cache,
+            # stay; those of an interrupted program do not.
+            if end_requests:
                 end_descendants()
             return status
 
 
 def end_descendants() -> None:
-    """Terminate, then kill, all that lives below this process."""
+    """Terminate, then kill, all processes below this one."""
     for number, grace_s in ((signal.SIGTERM, TERMINATE_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
         deadline = time.monotonic() + grace_s
-        told: set[int] = set()
+        signalled: set[int] = set()
         while (living := descendants()) and time.monotonic() < deadline:
-            # One that is told once may start another before it ends: look again.
-            for pid in living - told:
+            # A signalled process may still start another one: look again.
+            for pid in living - signalled:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            told |= living
+            signalled |= living
             time.sleep(0.02)
 
 
 def descendants() -> set[int]:
-    """The processes below this one that still run (proc_pid_stat(5))."""
+    """Return the running processes below this one (proc_pid_stat(5))."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -96,7 +91,7 @@ def descendants() -> set[int]:
 
 
 def leave(status: int) -> None:
-    """End as the program did: with its code, or by its signal, without a second core."""
+    """Exit as the program did: with its code, or by its signal, without a second core."""
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         number = os.WTERMSIG(status)

@@ -1,6 +1,6 @@
 """One lock for everything that writes.
 
-The kernel releases a flock when its holder dies, so a dead holder's lock is no lock.
+The kernel releases a flock when its holder dies, so a dead holder never blocks a verb.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from workspace.core.errors import LockError, ToolchainError
 
@@ -20,8 +21,8 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Held:
-    """The lock while it is held. Whoever inherits `descriptor` keeps it held; `note` says what the
-    holder is doing.
+    """The held lock. A process that inherits `descriptor` keeps it held; `note` records the
+    step.
     """
 
     descriptor: int
@@ -32,11 +33,11 @@ class Held:
 def hold(
     path: Path, *, verb: str, wait: bool = False, on_wait: Callable[[str], None] | None = None
 ) -> Iterator[Held]:
-    """Hold the workspace's lock for the duration of the block. `verb` is what was typed, such as
-    `inv bootstrap`.
+    """Hold the workspace's lock while the block runs. `verb` is the typed command: `inv bootstrap`.
 
-    Raises LockError, saying who holds it, since when and doing what, unless `wait` is set;
-    `on_wait` then gets that sentence once.
+    Raises LockError, which names the holder, its start and its step, unless `wait` is set;
+    `on_wait` then gets that sentence once. Raises ToolchainError where `path` is not a regular
+    file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
@@ -44,10 +45,10 @@ def hold(
             f"{path} is not a regular file, so it cannot be the lock",
             hint=f"ls -ld {path}    shows what it is",
         )
-    # Python opens files close-on-exec: only a guard keeps the lock alive, until it has ended what a
-    # killed verb began.
+    # Python opens files close-on-exec: only a guard inherits the lock and keeps it until it has
+    # ended the programs of a killed verb.
     with path.open("a+", encoding="utf-8") as file:
-        told = False
+        is_reported = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,33 +56,36 @@ def hold(
             except BlockingIOError:
                 sentence = _holder(file.name)
                 if not wait:
-                    # A verb that can wait has somebody to tell that it does.
+                    # Only a verb with `on_wait` has a flag --wait.
                     raise LockError(
                         sentence,
                         hint=f"wait for it{', or run the command with --wait' if on_wait else ''}",
                     ) from None
-                if on_wait and not told:
+                if on_wait and not is_reported:
                     on_wait(f"waiting: {sentence}")
-                    told = True
+                    is_reported = True
                 time.sleep(POLL_S)
-        record = {
-            "pid": str(os.getpid()),
-            "verb": verb,
-            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-
-        def note(doing: str) -> None:
-            # One write: a reader sees the old or the new record, or none, and never a mixture.
-            text = json.dumps({**record, "doing": doing})
-            file.truncate(0)
-            file.write(text)
-            file.flush()
-
-        note("")
+        held = Held(file.fileno(), _recorder(file, verb))
+        held.note("")
         try:
-            yield Held(file.fileno(), note)
+            yield held
         finally:
             file.truncate(0)
+
+
+def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
+    """Return a function that writes holder and step into the lock file."""
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"pid": str(os.getpid()), "verb": verb, "since": since}
+
+    def note(doing: str) -> None:
+        # One write: a reader sees the old record, the new one or none, never a mixture.
+        text = json.dumps({**record, "doing": doing})
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+
+    return note
 
 
 def _holder(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The record of one run of a verb: what the console shows and what the log file keeps.
+"""Run log: what the console shows and the log file keeps of one run of a verb.
 
 The file appears with the first line written to it, so a verb with nothing to do leaves none.
 """
@@ -14,7 +14,7 @@ KEPT_LOGS = 30
 
 
 class RunLog:
-    """Console and log of one run. Use as a context manager; phases are the steps' titles."""
+    """Console and log file of one run, a context manager; phases are the titles of steps."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class RunLog:
             self._file.close()
 
     def phase(self, name: str, step: Step | None = None) -> None:
-        """Mark the beginning of a phase; it is written once something follows it."""
+        """Begin a phase; the log names it before the first line that follows."""
         self._phase, self.step = name, step
         if self.held:
             self.held.note(name)
@@ -58,7 +58,7 @@ class RunLog:
         self.write(f"+ {text}")
 
     def line(self, text: str) -> None:
-        """Keep a line of a command's output and show it beside the spinner."""
+        """Log an output line of a command and show it beside the spinner."""
         self.write(text)
         if self.step:
             self.step.line(self.redact(text))

@@ -1,4 +1,4 @@
-"""Where things live. Every path of the workspace is spelled here and nowhere else."""
+"""Every path of the workspace, defined here and nowhere else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,50 +28,42 @@ class Layout:
         return self.root / "patches" / project
 
     def upstream(self, project: str) -> Path:
-        """A bare repository of the workspace's own, in which other releases than the pinned one are
-        looked at.
-        """
+        """Bare repository of the workspace in which other releases than the pin are examined."""
         return self.state / "upstream" / f"{project}.git"
 
     def times(self, project: str) -> Path:
-        """When the files of a checkout were written last with which content; see repo/moves.py."""
+        """Modification times of the files of a checkout, by content; see repo/moves.py."""
         return self.state / "times" / f"{project}.json"
 
     def moving(self, project: str) -> Path:
-        """Is there while a checkout moves from one commit to another, or a run that did so was
-        ended.
+        """Marker that exists while a checkout moves between commits, or after an interrupted
+        move.
         """
         return self.state / "moving" / f"{project}.json"
 
     @property
     def bump_sandbox(self) -> Path:
-        """A clone in small, with a tree and an environment of its own, in which a pin is moved
-        before anything else is.
-        """
+        """Sandbox with its own tree and environment, in which a pin is moved first."""
         return self.state / "bump"
 
     @property
     def sandboxes(self) -> Path:
-        """Clones in small that trees are compared or searched in, a folder each; see
-        install/sandbox.py.
-        """
+        """Sandboxes of an A/B or a bisect, one folder each; see install/sandbox.py."""
         return self.state / "sandboxes"
 
     @property
     def promoting(self) -> Path:
-        """Is there while what the sandbox of a bump made takes the place of the working state, or a
-        run that did so was ended.
-        """
+        """Redo log of the promotion of a bump; exists while one runs or was interrupted."""
         return self.bump_sandbox / "promoting.json"
 
     @property
     def returning(self) -> Path:
-        """The same of a return to a good state."""
+        """Redo log of a rollback; exists while one runs or was interrupted."""
         return self.state / "back.json"
 
     @property
     def known_good_states(self) -> Path:
-        """What `inv pin.rollback` returns to, a folder each."""
+        """Known-good states for `inv pin.rollback`, one folder each."""
         return self.state / "good"
 
     @property
@@ -88,7 +80,7 @@ class Layout:
         return self.environment / "bin" / "python"
 
     def stamp(self, name: str) -> Path:
-        """A stamp lives inside the environment that it describes, so that both vanish together."""
+        """Stamp of a layer, inside the environment it describes, so that both vanish together."""
         return self.environment / ".workspace" / f"{name}.json"
 
     @property
@@ -110,21 +102,17 @@ class Layout:
 
     @property
     def builds(self) -> Path:
-        """Build directories, one for each set of inputs; see build/native/inputs.py."""
+        """Build directories, one for each set of inputs; see compile/cmake_inputs.py."""
         return self.state / "build"
 
     @property
     def jit(self) -> Path:
-        """Kernels that were compiled while vLLM ran, a folder for each stack; see
-        environment/jit_caches.py.
-        """
+        """Kernels compiled at run time, one folder for each stack; see machine/jit_caches.py."""
         return self.state / "jit"
 
     @property
     def quarantine(self) -> Path:
-        """Folders that stood in the way and may be somebody's, each below the time at which it was
-        moved here.
-        """
+        """Folders that were in the way and may hold work, below the time of their move."""
         return self.state / "quarantine"
 
     @property
@@ -137,14 +125,12 @@ class Layout:
 
     @property
     def encodings(self) -> Path:
-        """Vocabularies of tiktoken, where the pinned tree needs files of them."""
+        """tiktoken vocabularies, where the pinned tree needs them as files."""
         return self.state / "encodings"
 
     @property
     def server(self) -> Path:
-        """What is known of the server that `inv serve` started, with its logs; see
-        engine/server.py.
-        """
+        """State and logs of the server that `inv serve` started; see server/lifecycle.py."""
         return self.state / "server"
 
     @property
@@ -153,14 +139,14 @@ class Layout:
 
     @property
     def results(self) -> Path:
-        """Records of benchmarks, a folder for each machine."""
+        """Benchmark records, one folder for each machine."""
         return self.root / "results"
 
     def relative(self, path: Path) -> str:
-        """The path as a person would type it in the root of the clone."""
+        """Return the path as typed in the root of the clone."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
 
 def here() -> Layout:
-    """The layout of the clone that this package lies in."""
+    """Return the layout of the clone that holds this package."""
     return Layout(Path(__file__).resolve().parents[2])

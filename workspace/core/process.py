@@ -1,7 +1,8 @@
-"""The process seam: the only door through which the workspace starts programs.
+"""The process seam: the single entrance through which the workspace starts programs.
 
-argv lists, never a shell; stdin closed; each child behind a guard in its own process group, which
-ends with the verb; the environment is the caller's word, see Settings.child_environment.
+Commands are argv lists, never a shell line. stdin is closed. Each child runs behind a guard in its
+own process group, which ends with the verb. The caller composes the environment, see
+Settings.child_environment.
 """
 
 import contextlib
@@ -28,21 +29,22 @@ from workspace.core.log import RunLog
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0
 SHOWN_TAIL_LINES = 15
-# Words with which uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line that matters.
+# How uv, pip, CMake, ninja, gcc, nvcc, cargo and Python begin the line with the cause.
 _ERROR_LINE = re.compile(
     r"(?:^|\s)(?:error|fatal error|fatal|CMake Error|FAILED|ptxas"
     r" fatal|[A-Za-z.]*Error|[A-Za-z.]*Exception|×)(?:\[E\d+\])?\b\s?[:: ]",
     re.IGNORECASE,
 )
 
+# -I -S: neither the user's settings nor site-packages cost the guard time.
+_GUARD = (sys.executable, "-I", "-S", guard.__file__)
+
 Argument = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Completed:
-    """What a captured program left: its exit status as subprocess counts it, negative for a
-    signal.
-    """
+    """Result of a captured program; a negative exit status is a signal, as in subprocess."""
 
     returncode: int
     stdout: str
@@ -56,16 +58,16 @@ def capture(
     cwd: Path | None = None,
     timeout_s: float | None = None,
 ) -> Completed:
-    """Run a program that only looks, and return what it said. The caller judges the status.
+    """Run a program that changes nothing, and return its output. The caller judges the status.
 
-    Raises ToolchainError when the program is not there or does not end within `timeout_s` seconds.
+    Raises ToolchainError where the program is missing or runs longer than `timeout_s` seconds.
     """
     with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
         try:
             out, err = child.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise ToolchainError(
-                f"{shlex.join([os.fspath(word) for word in argv])} gave no answer in"
+                f"{shlex.join([os.fspath(argument) for argument in argv])} gave no answer in"
                 f" {timeout_s:g} s"
             ) from None
     return Completed(child.returncode, out, err)
@@ -81,20 +83,22 @@ def run(
     failure: type[WorkspaceError] = BuildError,
     hint: str | None = None,
 ) -> None:
-    """Run a program that changes something: echoed, logged line by line, ended with its whole group
-    on ^C.
+    """Run a program that changes something: echoed, logged line by line, ended on ^C with its
+    group.
 
-    Raises `failure` with the first error line, the last lines and the log's path on any status but
-    0.
+    Raises `failure` with the first error line, the last lines and the path of the log on any status
+    but 0.
     """
-    words = [os.fspath(word) for word in argv]
+    command = [os.fspath(argument) for argument in argv]
     run_log.command(
-        shlex.join(words) if cwd is None else f"cd {shlex.quote(str(cwd))} && {shlex.join(words)}"
+        shlex.join(command)
+        if cwd is None
+        else f"cd {shlex.quote(str(cwd))} && {shlex.join(command)}"
     )
     tail: deque[str] = deque(maxlen=SHOWN_TAIL_LINES)
     first_error: str | None = None
     with _started(
-        words,
+        command,
         env=env,
         cwd=cwd,
         stderr=subprocess.STDOUT,
@@ -111,35 +115,26 @@ def run(
                 on_line(line)
         child.wait()
     if child.returncode != 0:
-        raise failure(
-            run_log.redact(
-                f"{_name(words)} {describe_status(child.returncode)}"
-                + (f": {first_error}" if first_error else "")
-            ),
-            hint=hint,
-            details=(*(run_log.redact(line) for line in tail), f"log: {run_log.path}"),
-        )
+        message = f"{_name(command)} {describe_status(child.returncode)}"
+        message += f": {first_error}" if first_error else ""
+        details = (*(run_log.redact(line) for line in tail), f"log: {run_log.path}")
+        raise failure(run_log.redact(message), hint=hint, details=details)
 
 
 def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
-    """Replace this process by a program, in the folder and at the terminal where it stands: signals
-    reach the program itself, its exit code is ours.
+    """Replace this process by a program, in the same folder and terminal.
 
-    Raises ToolchainError when the program is not there or cannot be started.
+    Signals then reach the program itself, and its exit code is the exit code of the verb. Raises
+    ToolchainError where the program is missing or cannot be started.
     """
-    program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
-    if program is None:
-        raise ToolchainError(
-            f"{os.fspath(argv[0])} is not there",
-            hint="the command is looked for in .vllm/bin, then on PATH",
-        )
+    program = _program(argv, env, "commands are searched in .vllm/bin, then on PATH")
     sys.stdout.flush()
     sys.stderr.flush()
-    # What Python ignores stays ignored over exec (signal(7)), and `… | head` would not end.
+    # Signals that Python ignores stay ignored over exec (signal(7)); `… | head` would not end.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execve(program, [os.fspath(word) for word in argv], dict(env))
+        os.execve(program, [os.fspath(argument) for argument in argv], dict(env))
     except OSError as exc:
         raise ToolchainError(
             f"{os.fspath(argv[0])} cannot be started: {exc.strerror}", hint=f"ls -l {program}"
@@ -149,11 +144,10 @@ def become(argv: Sequence[Argument], *, env: Mapping[str, str]) -> NoReturn:
 def apart(
     argv: Sequence[Argument], *, env: Mapping[str, str], output: int, inherited: Sequence[int]
 ) -> int:
-    """Start a program in a session of its own, which neither a terminal nor the end of this process
-    ends, and return its number.
+    """Start a program in a session of its own, which outlives the terminal; return its process ID.
 
-    It writes into the descriptor `output` and gets those of `inherited` under the same numbers.
-    Raises ToolchainError when it cannot be started.
+    The program writes to the descriptor `output` and inherits the descriptors `inherited` under the
+    same numbers. Raises ToolchainError where it cannot be started.
     """
     silence = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     for descriptor in inherited:
@@ -167,7 +161,7 @@ def apart(
     try:
         return os.posix_spawn(
             argv[0],
-            [os.fspath(word) for word in argv],
+            [os.fspath(argument) for argument in argv],
             dict(env),
             file_actions=actions,
             setsid=True,
@@ -182,9 +176,7 @@ def apart(
 
 
 def describe_status(returncode: int) -> str:
-    """Name an exit status in words: a signal by its name, 137 and -9 also as what the kernel does
-    when memory runs out.
-    """
+    """Return an exit status as text; 137 and -9 also as the kernel's end for missing memory."""
     if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return "was killed by SIGKILL (what the kernel does when memory runs out)"
     if returncode < 0:
@@ -194,7 +186,7 @@ def describe_status(returncode: int) -> str:
 
 @dataclass(frozen=True)
 class _Child:
-    """A guarded program, and the end of its guard's pipe that keeps it alive."""
+    """A guarded program, and the pipe end of its guard that keeps it alive."""
 
     popen: "subprocess.Popen[str]"
     lifeline: int
@@ -235,27 +227,14 @@ def _spawn(
     stderr: int,
     held: int | None,
 ) -> _Child:
-    program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
-    if program is None:
-        raise ToolchainError(
-            f"{os.fspath(argv[0])} is not there",
-            hint="./scripts/inv bootstrap says what is missing and how to get it",
-        )
+    hint = "./scripts/inv bootstrap    names what is missing and how to get it"
+    program = _program(argv, env, hint)
     inherited, lifeline = os.pipe()
-    # With the lock in its hands, a guard that has to clear up after a killed verb keeps the next
-    # one out until it has.
+    # A guard that cleans up after a killed verb holds the lock, which keeps the next verb out.
     kept = (inherited,) if held is None else (inherited, held)
     try:
         popen = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                guard.__file__,
-                ",".join(map(str, kept)),
-                program,
-                *argv[1:],
-            ],
+            [*_GUARD, ",".join(map(str, kept)), program, *argv[1:]],
             env=dict(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -275,13 +254,20 @@ def _spawn(
     return _Child(popen, lifeline)
 
 
+def _program(argv: Sequence[Argument], env: Mapping[str, str], hint: str) -> str:
+    """Return the path of a program on the child's PATH. Raises ToolchainError with `hint`."""
+    program = shutil.which(os.fspath(argv[0]), path=env.get("PATH", os.defpath))
+    if program is None:
+        raise ToolchainError(f"{os.fspath(argv[0])} is not there", hint=hint)
+    return program
+
+
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let ^C and SIGTERM wait until the block is left: between a fork and its return nobody knows
-    the child's number yet.
+    """Delay ^C, SIGTERM and SIGHUP until the block ends: during a fork the process ID is unknown.
 
-    Only Python's handlers are held. A blocked or ignored signal would be inherited by the child,
-    which could then not be ended.
+    Only Python's handlers are delayed. A child would inherit a blocked or ignored signal and could
+    then not be ended.
     """
     arrived: list[tuple[int, FrameType | None]] = []
     handlers = {
@@ -303,8 +289,9 @@ def _signals_held() -> Iterator[None]:
 
 
 def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
-    """Ask, ask again, then kill: the whole group, so that no compiler outlives its build. One more
-    ^C goes on to the next at once.
+    """End the whole process group: interrupt, terminate, kill; no compiler outlives its build.
+
+    One more ^C skips to the next signal.
     """
     drains = [
         threading.Thread(target=_drain, args=(stream,), daemon=True)
@@ -331,15 +318,16 @@ def _end_group(child: "subprocess.Popen[str]", first: signal.Signals) -> None:
 
 
 def _drain(stream: object) -> None:
-    """A child that is told to stop may write more than a pipe holds before it does."""
+    """Read a stream to its end: a child that ends may write more than a pipe holds."""
     with contextlib.suppress(ValueError, OSError):
         while stream.read(1 << 16):  # type: ignore[attr-defined]
             pass
 
 
 def _group_lives(group: int) -> bool:
-    """Whether anything of the group still runs. The dead whom nobody has waited for do not count:
-    in a container init may never do so.
+    """Return whether a process of the group still runs.
+
+    Zombies do not count: in a container, init may never wait for them.
     """
     try:
         os.killpg(group, 0)
@@ -356,7 +344,7 @@ def _group_lives(group: int) -> bool:
     return False
 
 
-def _name(words: list[str]) -> str:
-    """The program and its verb, enough to recognise the command: `uv pip install`."""
-    verbs = [word for word in words[1:3] if re.fullmatch(r"[a-z][a-z-]*", word)]
-    return " ".join([Path(words[0]).name, *verbs])
+def _name(argv: list[str]) -> str:
+    """Return program and verb, enough to recognise the command: `uv pip install`."""
+    verbs = [verb for verb in argv[1:3] if re.fullmatch(r"[a-z][a-z-]*", verb)]
+    return " ".join([Path(argv[0]).name, *verbs])

@@ -1,8 +1,8 @@
-"""Masking of what leaves the machine: secrets, people, places and addresses.
+"""Masking of private data: secrets, people, paths and addresses.
 
-Pure: text in, text out. What is known to be private is the caller's word (`Private`); the rest is
-known by its form. Masking is idempotent and never raises; where it cannot settle, the whole line
-goes.
+Pure: text in, text out. The caller names what is known to be private (`Private`); other private
+data is known by its form. Masking is idempotent and never raises; a line that does not settle is
+masked whole.
 """
 
 import base64
@@ -71,20 +71,22 @@ _KEY_END = re.compile(
 
 # The tokens of a language model are no secrets.
 _MODEL = r"[_-](?:ids?|ind|budget|count|len|num|log|type|limit|emb|pos|per|size|prob|mask|str)"
-_WORD = (
-    r"(?:(?<!unexpected"
-    rf" )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)token(?!{_MODEL})|secrets?|passwords?|passwd|passphrase"
+_SECRET_TERM = (
+    r"(?:(?<!unexpected )(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!tik)"
+    rf"token(?!{_MODEL})|secrets?|passwords?|passwd|passphrase"
     r"|(?:api|access|private|auth|secret)[_-]?keys?|credentials?)(?![a-z])"
 )
-_HAS_WORD = re.compile(
+_HAS_SECRET_TERM = re.compile(
     r"token|secret|passw|passphrase|key|credential|bearer|authorization|cookie", re.IGNORECASE
 )
 _PAIR = re.compile(
-    r"(?P<head>" + _WORD + r"[\w.-]{0,40}\\*[\"']?[ \t]*(?:=>|=(?!=)|:)[ \t]*\[?[ \t]*)"
+    r"(?P<head>" + _SECRET_TERM + r"[\w.-]{0,40}\\*[\"']?[ \t]*(?:=>|=(?!=)|:)[ \t]*\[?[ \t]*)"
     r"(?P<value>(?P<escaped>(?P<slashes>\\+)[\"']).*?(?:(?<!\\)(?P=slashes)[\"']|$)|\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s\"'{(\[][^\s\"']*)",
     re.IGNORECASE,
 )
-_FLAG = re.compile(r"(--[a-z-]{0,40}?" + _WORD + r"[a-z-]{0,40}[ \t]+)(?!-)\S+", re.IGNORECASE)
+_FLAG = re.compile(
+    r"(--[a-z-]{0,40}?" + _SECRET_TERM + r"[a-z-]{0,40}[ \t]+)(?!-)\S+", re.IGNORECASE
+)
 _HEADER = re.compile(
     r"((?:authorization|(?:set-)?cookie)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?)[^\"'\\]*", re.IGNORECASE
 )
@@ -136,13 +138,14 @@ _ESCAPED = re.compile(
     rb"%([0-9A-Fa-f]{2})|\\+x([0-9A-Fa-f]{2})|\\+([0-3][0-7]{2})|\\+u([0-9A-Fa-f]{4})"
 )
 _HOLE = re.compile(rb"\0{16,}")
-_WORDS = re.compile(r"[^\s\"'<>]+")
+_TOKENS = re.compile(r"[^\s\"'<>]+")
 
 
 @dataclass(frozen=True)
 class Private:
-    """What is known to be private. `places` are pairs of a path and what is put in its place;
-    `versions` look like addresses and are none.
+    """Data known to be private. `places` are pairs of a path and its replacement.
+
+    `versions` look like addresses and are not.
     """
 
     secrets: tuple[str, ...] = ()
@@ -154,7 +157,7 @@ class Private:
 
 
 class Redactor:
-    """The rules for one machine, worked out once."""
+    """The masking rules of one machine, computed once."""
 
     def __init__(self, private: Private) -> None:
         secrets = {
@@ -194,7 +197,7 @@ class Redactor:
         self._versions = private.versions
 
     def text(self, text: str) -> str:
-        """Return the text without anything private. Line ends stay, colours go."""
+        """Return the text without private data. Line ends stay, colours are removed."""
         text = _TERMINAL.sub("", text)
         settled: dict[str, str] = {}
         for _ in range(ROUNDS):
@@ -206,7 +209,7 @@ class Redactor:
         return MASK
 
     def content(self, content: bytes) -> bytes | None:
-        """Return a file's content without anything private, None where it is no text."""
+        """Return a file's content without private data, None where it is not text."""
         # A power cut leaves zeros in the place of what was not written.
         content = _HOLE.sub(b"", content)
         if b"\0" in content:
@@ -214,15 +217,13 @@ class Redactor:
         return self.text(content.decode("utf-8", "replace")).encode("utf-8", "replace")
 
     def name(self, name: str) -> str:
-        """Return a relative file name without anything private, in letters that every file system
-        takes.
-        """
+        """Return a relative file name without private data, in portable letters."""
         masked = self.text(name).replace("<", "").replace(">", "")
         parts = (re.sub(r"[^\w.+-]+", "-", part).strip("-") for part in masked.split("/"))
         return "/".join(part for part in parts if part not in ("", ".", "..")) or "file"
 
     def _blocks(self, text: str) -> str:
-        """What may go over several lines."""
+        """Mask secrets and keys that span several lines."""
         for secret in self._secrets:
             if "\n" in secret:
                 text = text.replace(secret, MASK)
@@ -245,7 +246,7 @@ class Redactor:
 
     def _line(self, line: str) -> str:
         if "%" in line or "\\" in line:
-            line = _WORDS.sub(lambda match: MASK if self._is_veiled(match[0]) else match[0], line)
+            line = _TOKENS.sub(lambda match: MASK if self._is_veiled(match[0]) else match[0], line)
         line = _BASE64.sub(
             lambda match: (
                 MASK if any(self._plain(text) != text for text in _decoded(match[0])) else match[0]
@@ -254,16 +255,14 @@ class Redactor:
         )
         return self._plain(line)
 
-    def _is_veiled(self, word: str) -> bool:
-        """Whether escapes hide something private: to mask what they mean is more than to mask what
-        is written.
-        """
-        shown = self._plain(word)
+    def _is_veiled(self, token: str) -> bool:
+        """Return whether escapes hide private data in this token."""
+        shown = self._plain(token)
         for _ in range(LAYERS):
-            if (meant := _unescaped(word)) == word:
+            if (meant := _unescaped(token)) == token:
                 return False
-            word, shown = meant, _unescaped(shown)
-            if self._plain(word) != shown:
+            token, shown = meant, _unescaped(shown)
+            if self._plain(token) != shown:
                 return True
         return False
 
@@ -279,7 +278,7 @@ class Redactor:
                 line = pattern.sub(label, line)
         if ":" in line and "/" in line:
             line = _URL_HOST.sub(_url_host, _URL_USER.sub(rf"\g<1>{MASK}@", line))
-        if _HAS_WORD.search(line):
+        if _HAS_SECRET_TERM.search(line):
             line = _PAIR.sub(
                 _pair,
                 _FLAG.sub(
@@ -337,7 +336,7 @@ def _is_secret(text: str) -> bool:
 
 
 def _spellings(text: str) -> Iterator[str]:
-    """A text as JSON (also twice), a URL, a shell, HTML, Python and other encodings write it."""
+    """Yield a text as JSON (also twice), URL, shell, HTML, Python and other encodings write it."""
     for form in dict.fromkeys(
         (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text))
     ):
@@ -364,9 +363,7 @@ def _spellings(text: str) -> Iterator[str]:
 
 
 def _base64_cores(secret: str) -> Iterator[str]:
-    """The letters that base64 gives a secret wherever it stands in what was encoded, such as
-    `user:secret`.
-    """
+    """Yield the letters that base64 gives a secret at any offset, such as in `user:secret`."""
     raw = secret.encode("utf-8", "surrogatepass")
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
@@ -377,7 +374,7 @@ def _base64_cores(secret: str) -> Iterator[str]:
 
 
 def _without_run(line: str, core: str) -> str:
-    """Mask the whole base64 word that has `core` in it: the rest of it may be the user's name."""
+    """Mask the whole base64 token that contains `core`: its rest may be the user's name."""
     start = line.index(core)
     left, right = _BASE64_LEFT.search(line, 0, start), _BASE64_RIGHT.match(line, start + len(core))
     begin, end = left.start() if left else start, right.end() if right else start + len(core)
@@ -392,31 +389,31 @@ def _names(names: Iterable[str], *, extended_by: str = "") -> re.Pattern[str] | 
         if len(name) >= SHORTEST_NAME and not PUBLIC_NAME.fullmatch(name)
         for form in _spellings(name)
     }
-    words = sorted(
+    parts = sorted(
         (form for form in private if len(form) >= SHORTEST_NAME),
         key=lambda form: (-len(form), form),
     )
     return (
         re.compile(
-            _BEGIN + "(?:" + "|".join(re.escape(word) for word in words) + ")" + extended_by + _END,
+            _BEGIN + "(?:" + "|".join(re.escape(part) for part in parts) + ")" + extended_by + _END,
             re.IGNORECASE,
         )
-        if words
+        if parts
         else None
     )
 
 
 def _people(people: Iterable[str]) -> re.Pattern[str] | None:
-    """Names of several words, however they are joined; single words count as user names do."""
+    """Match names of several parts, however joined; single parts count as user names do."""
     phrases = {
-        tuple(words)
+        tuple(parts)
         for person in people
-        if (words := re.split(r"[\s._-]+", person.strip())) and len("".join(words)) >= SHORTEST_NAME
+        if (parts := re.split(r"[\s._-]+", person.strip())) and len("".join(parts)) >= SHORTEST_NAME
     }
     patterns = sorted(
-        r"[\s._-]+".join(re.escape(word) for word in words)
-        for words in phrases
-        if not (len(words) == 1 and PUBLIC_NAME.fullmatch(words[0]))
+        r"[\s._-]+".join(re.escape(part) for part in parts)
+        for parts in phrases
+        if not (len(parts) == 1 and PUBLIC_NAME.fullmatch(parts[0]))
     )
     return (
         re.compile(_BEGIN + "(?:" + "|".join(reversed(patterns)) + ")" + _END, re.IGNORECASE)
@@ -435,7 +432,7 @@ def _place(path: str) -> re.Pattern[str]:
 
 
 def _is_reserved(host: str) -> bool:
-    """Names that belong to nobody (RFC 6761)."""
+    """Return whether the host name belongs to nobody (RFC 6761)."""
     return host.lower().rsplit(".", 1)[-1] in RESERVED_HOSTS
 
 
@@ -455,7 +452,7 @@ def _url_host(match: re.Match[str]) -> str:
 
 
 def _remote(match: re.Match[str]) -> str:
-    """`user@host:path`, as ssh and git take it."""
+    """Mask `user@host:path`, the form of ssh and git."""
     if match[1].lower().rsplit(".", 1)[-1] == "invalid":
         return match[0]
     return f"<user>@{match[1] if _is_public(match[1]) else '<host>'}"
@@ -485,9 +482,9 @@ def _ipv6(match: re.Match[str]) -> str:
     )
 
 
-def _unescaped(word: str) -> str:
-    """What a word with %2F, \\x2f, \\057 or \\u002f means, one layer deep."""
-    return _ESCAPED.sub(_byte, word.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+def _unescaped(token: str) -> str:
+    """Return the meaning of %2F, \\x2f, \\057 or \\u002f in a token, one layer deep."""
+    return _ESCAPED.sub(_byte, token.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
 
 
 def _byte(match: re.Match[bytes]) -> bytes:
@@ -497,11 +494,11 @@ def _byte(match: re.Match[bytes]) -> bytes:
 
 
 def _decoded(run: str) -> Iterator[str]:
-    """The text that a base64 word may stand for; of a path, each of its parts too."""
-    for word in dict.fromkeys((run, *run.split("/"))):
-        letters = word.rstrip("=").translate(str.maketrans("-_", "+/"))
+    """Yield each text that a base64 token may encode; for a path, also of its parts."""
+    for token in dict.fromkeys((run, *run.split("/"))):
+        letters = token.rstrip("=").translate(str.maketrans("-_", "+/"))
         if len(letters) >= SHORTEST_BASE64 and len(letters) % 4 != 1:
-            # What does not decode to text is a hash, a path or a word.
+            # What does not decode to text is a hash, a path or a token.
             text = base64.b64decode(letters + "=" * (-len(letters) % 4)).decode("utf-8", "replace")
             if "\ufffd" not in text and text.isprintable():
                 yield text

@@ -1,0 +1,216 @@
+"""The table of all settings: name, kind, default, phase and meaning of each.
+
+A new setting is one row here and one line in .env.example; core/settings.py reads its value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["text", "path", "url", "count", "switch", "choice", "archs"]
+# workspace: read here and kept from children; build, run: given to children of that phase; both: to
+# all.
+Phase = Literal["workspace", "build", "run", "both"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    kind: Kind
+    default: str
+    phase: Phase
+    meaning: str
+    choices: tuple[str, ...] = ()
+    secret: bool = False
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "DEVICE",
+        "choice",
+        "auto",
+        "workspace",
+        "what vLLM is built for; auto: cuda where a GPU driver answers, else cpu",
+        ("auto", "cuda", "cpu"),
+    ),
+    Setting(
+        "SOURCE",
+        "choice",
+        "auto",
+        "workspace",
+        "where vendor/vllm comes from; auto: git, else the release archive",
+        ("auto", "git", "release"),
+    ),
+    Setting(
+        "KERNELS",
+        "text",
+        "auto",
+        "workspace",
+        "compiled libraries: auto (precompiled, and compiled where sources differ), precompiled"
+        " (the pin's release wheel), native, a wheel",
+    ),
+    Setting(
+        "PYTHON_VERSION",
+        "text",
+        "3.12",
+        "workspace",
+        "Python of the built environment; where it is missing, another one that the pin"
+        " supports is taken, with a message",
+    ),
+    Setting(
+        "USE_EXISTING_TORCH",
+        "switch",
+        "0",
+        "workspace",
+        "1: keep the torch that is in .vllm, whatever its version",
+    ),
+    Setting(
+        "ALLOW_PRERELEASE",
+        "switch",
+        "0",
+        "workspace",
+        "1: let xgrammar, triton and flashinfer be pre-releases",
+    ),
+    Setting(
+        "TORCH_INDEX_URL",
+        "url",
+        "",
+        "workspace",
+        "package index to take torch from instead of PyTorch's own",
+    ),
+    Setting(
+        "VLLM_MIRROR",
+        "text",
+        "",
+        "workspace",
+        "git URL or path to fetch vLLM from instead of GitHub",
+    ),
+    Setting(
+        "TRITON_REF",
+        "text",
+        "main",
+        "workspace",
+        "branch, tag or commit of Triton that inv pin.bump triton and fix-triton --ref take",
+    ),
+    Setting(
+        "PIN_MIN_AGE_DAYS",
+        "count",
+        "7",
+        "workspace",
+        "age in days that a release needs before inv pin.bump takes it",
+    ),
+    Setting(
+        "TRITON_MIRROR",
+        "text",
+        "",
+        "workspace",
+        "git URL or path to fetch Triton from instead of GitHub",
+    ),
+    Setting(
+        "TRITON_DOWNLOADS_MIRROR",
+        "text",
+        "",
+        "workspace",
+        "address or folder that stands for https:// where a build of Triton downloads LLVM and"
+        " tools",
+    ),
+    Setting(
+        "EXTERNALS_MIRROR",
+        "text",
+        "",
+        "workspace",
+        "git URL or folder that stands for https://github.com/ where a build fetches sources",
+    ),
+    Setting(
+        "CONNECT_TIMEOUT_S",
+        "count",
+        "5",
+        "workspace",
+        "seconds to wait for a remote before falling back",
+    ),
+    Setting(
+        "WORKSPACE_CACHE_DIR",
+        "path",
+        "",
+        "workspace",
+        "downloads shared by all clones; empty: vllm-workspace in the user's cache folder",
+    ),
+    Setting(
+        "CUDA_HOME",
+        "path",
+        "",
+        "both",
+        "CUDA toolkit; its bin and lib64 are put first on PATH and LD_LIBRARY_PATH of children",
+    ),
+    Setting(
+        "TORCH_CUDA_ARCH_LIST",
+        "archs",
+        "",
+        "build",
+        "GPU architectures to compile for; 12.1a on a GB10",
+    ),
+    Setting(
+        "MAX_JOBS",
+        "count",
+        "",
+        "both",
+        "compilers at once; also bounds FlashInfer's compilations at run time",
+    ),
+    Setting("NVCC_THREADS", "count", "", "build", "threads of one nvcc; MAX_JOBS is divided by it"),
+    Setting(
+        "CMAKE_BUILD_TYPE",
+        "choice",
+        "",
+        "build",
+        "Debug, Release or RelWithDebInfo; empty: the tree's default",
+        ("", "Debug", "Release", "RelWithDebInfo"),
+    ),
+    Setting("CMAKE_ARGS", "text", "", "build", "more arguments for CMake"),
+    Setting(
+        "TRITON_PTXAS_PATH",
+        "path",
+        "",
+        "both",
+        "ptxas for Triton up to 3.5; later ones bring a better one for a GB10",
+    ),
+    Setting(
+        "TRITON_PTXAS_BLACKWELL_PATH",
+        "path",
+        "",
+        "both",
+        "ptxas for Triton from 3.6 on, Blackwell GPUs",
+    ),
+    Setting(
+        "LLVM_SYSPATH",
+        "path",
+        "",
+        "build",
+        "LLVM for a build of Triton, of the commit that its tree names, instead of a download",
+    ),
+    Setting(
+        "JSON_SYSPATH",
+        "path",
+        "",
+        "build",
+        "nlohmann/json for a build of Triton, the folder above its include, instead of a download",
+    ),
+    Setting(
+        "TRITON_OFFLINE_BUILD",
+        "switch",
+        "",
+        "build",
+        "1: a build of Triton downloads nothing; it then needs LLVM_SYSPATH and JSON_SYSPATH",
+    ),
+    Setting(
+        "VLLM_CPU_KVCACHE_SPACE",
+        "count",
+        "",
+        "run",
+        "GiB for the KV cache without a GPU; empty: vLLM takes about half of the memory",
+    ),
+    Setting("HF_HOME", "path", "", "run", "where Hugging Face keeps models"),
+    Setting("HF_HUB_OFFLINE", "switch", "", "run", "1: never ask the Hugging Face hub"),
+    Setting("HF_TOKEN", "text", "", "run", "token for gated models", secret=True),
+    Setting("VLLM_API_KEY", "text", "", "run", "key that a served model asks for", secret=True),
+)
+KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
