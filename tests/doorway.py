@@ -35,7 +35,9 @@ with open("@LOG@", "a") as log:
 if words[0] == "venv":
     builder = venv.EnvBuilder(symlinks=True, with_pip=False)
     builder.create(words[-1])
-    with open(os.path.join(words[-1], "lib", os.path.basename(os.path.dirname("@PACKAGES@")), "site-packages", "borrowed.pth"), "w") as borrowed:
+    python = os.path.basename(os.path.dirname("@PACKAGES@"))
+    path = os.path.join(words[-1], "lib", python, "site-packages", "borrowed.pth")
+    with open(path, "w") as borrowed:
         borrowed.write("@PACKAGES@")
 elif manner == "fail":
     sys.exit("error: could not reach https://me:hunter2@index.example/simple")
@@ -54,7 +56,10 @@ import os, runpy, shutil, sys
 words, lacks = [word for word in sys.argv[1:] if word != "-Es"], "@LACKS@".split()
 if words[:2] == ["-m", "venv"]:
     if "venv" in lacks:
-        sys.exit("The virtual environment was not created successfully because ensurepip is not available.")
+        sys.exit(
+            "The virtual environment was not created successfully because ensurepip is not"
+            " available."
+        )
     os.makedirs(words[2] + "/bin")
     shutil.copy(__file__, words[2] + "/bin/python")
 elif words[:2] == ["-m", "pip"]:
@@ -64,7 +69,9 @@ elif words[:2] == ["-m", "pip"]:
         with open(words[words.index("-r") + 1]) as file:
             assert file.read().startswith("uv==0.13.9 ")
         assert "--require-hashes" in words
-        target = words[words.index("--target") + 1] if "--target" in words else os.path.dirname(os.path.dirname(__file__))
+        target = os.path.dirname(os.path.dirname(__file__))
+        if "--target" in words:
+            target = words[words.index("--target") + 1]
         os.makedirs(target + "/bin", exist_ok=True)
         shutil.copy("@UV@", target + "/bin/uv")
 elif words[0].endswith("tools.py"):

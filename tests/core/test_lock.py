@@ -32,8 +32,11 @@ from workspace.core import lock, process
 from workspace.core.console import Console
 from workspace.core.log import RunLog
 script = "trap : TERM HUP INT; echo $$; while :; do sleep 0.1; done"
-with lock.hold(Path(sys.argv[1]), verb="test") as held, RunLog(Console(), Path(sys.argv[2]), verb="test", held=held) as run_log:
-    process.run(["/bin/sh", "-c", script], env={"PATH": "/usr/bin:/bin"}, run_log=run_log, on_line=lambda line: print(line, flush=True))
+show = lambda line: print(line, flush=True)
+path = {"PATH": "/usr/bin:/bin"}
+with lock.hold(Path(sys.argv[1]), verb="test") as held:
+    with RunLog(Console(), Path(sys.argv[2]), verb="test", held=held) as run_log:
+        process.run(["/bin/sh", "-c", script], env=path, run_log=run_log, on_line=show)
 """
 
 

@@ -27,7 +27,9 @@ from workspace.core.log import RunLog
 
 def work():
     with RunLog(main.console(), Path(sys.argv[1]), verb="test") as run_log:
-        process.run(["/bin/sh", "-c", sys.argv[2]], env={"PATH": "/usr/bin:/bin"}, run_log=run_log, on_line=lambda line: print(line, flush=True))
+        show = lambda line: print(line, flush=True)
+        path = {"PATH": "/usr/bin:/bin"}
+        process.run(["/bin/sh", "-c", sys.argv[2]], env=path, run_log=run_log, on_line=show)
 
 sys.exit(main.run(work))
 """

@@ -273,7 +273,10 @@ def test_what_the_encoding_of_the_terminal_lacks_is_no_failure(fresh: Door, enco
         is_decent(fresh(*line, encoding=encoding))
 
 
-DOTENV = f"DEVICE=cpu\nHF_TOKEN={SECRET}\nMAX_JOBS=2\nTORCH_INDEX_URL=https://me:hunter2@index.example/x\n"
+DOTENV = (
+    f"DEVICE=cpu\nHF_TOKEN={SECRET}\nMAX_JOBS=2\n"
+    "TORCH_INDEX_URL=https://me:hunter2@index.example/x\n"
+)
 
 
 @fuzz(fast=20, deep=1000)

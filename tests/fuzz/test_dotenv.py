@@ -27,7 +27,8 @@ ORIGINAL = (
         for line in (ROOT / ".env.example").read_text().splitlines()
         if "=" in line
     )
-    + f"HF_TOKEN={SECRET}\nMAX_JOBS=4\nCUDA_HOME=~/cuda\nTORCH_INDEX_URL=https://me:hunter2@index.example/simple\nVLLM_LOGGING_LEVEL=DEBUG\n"
+    + f"HF_TOKEN={SECRET}\nMAX_JOBS=4\nCUDA_HOME=~/cuda\n"
+    + "TORCH_INDEX_URL=https://me:hunter2@index.example/simple\nVLLM_LOGGING_LEVEL=DEBUG\n"
 )
 
 

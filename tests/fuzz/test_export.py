@@ -30,10 +30,35 @@ PLAIN = {
     "GIT_COMMITTER_EMAIL": "c@d",
 }
 HOSTILE = """
-[diff]\n noprefix = true\n mnemonicPrefix = true\n external = /bin/false\n renames = copies\n context = 0\n suppressBlankEmpty = true
-[format]\n signOff = true\n useAutoBase = true\n attach = true\n headers = "X-Mine: 1"\n numbered = true
-[core]\n autocrlf = true\n safecrlf = true\n quotePath = false\n attributesFile = ATTRIBUTES\n hooksPath = /nowhere
-[commit]\n gpgSign = true\n[color]\n ui = always\n[apply]\n whitespace = error\n[i18n]\n commitEncoding = ISO-8859-1\n[mailinfo]\n scissors = true
+[diff]
+ noprefix = true
+ mnemonicPrefix = true
+ external = /bin/false
+ renames = copies
+ context = 0
+ suppressBlankEmpty = true
+[format]
+ signOff = true
+ useAutoBase = true
+ attach = true
+ headers = "X-Mine: 1"
+ numbered = true
+[core]
+ autocrlf = true
+ safecrlf = true
+ quotePath = false
+ attributesFile = ATTRIBUTES
+ hooksPath = /nowhere
+[commit]
+ gpgSign = true
+[color]
+ ui = always
+[apply]
+ whitespace = error
+[i18n]
+ commitEncoding = ISO-8859-1
+[mailinfo]
+ scissors = true
 """
 TRAILER = "\n\nUpstream-Status: Pending\n"
 # Git takes a path as bytes; these are what has broken one program or another.

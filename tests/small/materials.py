@@ -58,10 +58,9 @@ class Materials:
         return self.folder / "wheels"
 
     def precompiled_wheel(self, project: str, machine: str | None = None) -> Path:
-        return (
-            self.wheels
-            / f"{project.replace('-', '_')}-{VERSION}-cp38-abi3-manylinux_2_28_{machine or wheels.this_machine()}.whl"
-        )
+        platform = f"manylinux_2_28_{machine or wheels.this_machine()}"
+        name = f"{project.replace('-', '_')}-{VERSION}-cp38-abi3-{platform}.whl"
+        return self.wheels / name
 
 
 def prepare(folder: Path) -> Path:

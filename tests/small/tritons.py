@@ -107,10 +107,9 @@ def _pack_others(network: Path) -> None:
                 system: {"relative_path": f"{component}/{system}/{name}.tar.xz", "sha256": digest},
             }
         }
-        (
-            base
-            / f"redistrib_{'.'.join(version.split('.')[:2])}.{1 if version.startswith('12') else 0}.json"
-        ).write_text(json.dumps(entry))
+        short = ".".join(version.split(".")[:2])
+        patch = 1 if version.startswith("12") else 0
+        (base / f"redistrib_{short}.{patch}.json").write_text(json.dumps(entry))
     archive = (
         network
         / "github.com"

@@ -27,8 +27,10 @@ SHORTEST_CORE = 8
 # Names that say nothing about anybody; as words they are what a report is about, and some are
 # labels of ours.
 PUBLIC_NAME = re.compile(
-    r"root|users?|hosts?|vm|clone|email|home|tmp|cache|masked|ip|mac|uuid|person|private|key|admin|nobody|daemon|guest|runner|git|oauth2|x-access-token|__token__"
-    r"|localhost|localdomain|local|ubuntu|debian|linux|container|docker|vscode|python3?|torch|vllm|triton|cuda|nvidia|gpu|cpu|build|test|dev|workspace|ip6-\w+",
+    r"root|users?|hosts?|vm|clone|email|home|tmp|cache|masked|ip|mac|uuid|person|private|key|admin"
+    r"|nobody|daemon|guest|runner|git|oauth2|x-access-token|__token__"
+    r"|localhost|localdomain|local|ubuntu|debian|linux|container|docker|vscode|python3?|torch|vllm"
+    r"|triton|cuda|nvidia|gpu|cpu|build|test|dev|workspace|ip6-\w+",
     re.IGNORECASE,
 )
 # What stands for a secret where none is set.
@@ -81,7 +83,8 @@ _HAS_SECRET_TERM = re.compile(
 )
 _PAIR = re.compile(
     r"(?P<head>" + _SECRET_TERM + r"[\w.-]{0,40}\\*[\"']?[ \t]*(?:=>|=(?!=)|:)[ \t]*\[?[ \t]*)"
-    r"(?P<value>(?P<escaped>(?P<slashes>\\+)[\"']).*?(?:(?<!\\)(?P=slashes)[\"']|$)|\"(?:[^\"\\]|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s\"'{(\[][^\s\"']*)",
+    r"(?P<value>(?P<escaped>(?P<slashes>\\+)[\"']).*?(?:(?<!\\)(?P=slashes)[\"']|$)|\"(?:[^\"\\]"
+    r"|\\.)*\"?|'(?:[^'\\]|\\.)*'?|[^\s\"'{(\[][^\s\"']*)",
     re.IGNORECASE,
 )
 _FLAG = re.compile(
@@ -96,9 +99,10 @@ _NUMBER = re.compile(r"[\[(]?-?[\d.,]{0,9}[\])]?")
 # Tokens that bear their maker's mark: Hugging Face, GitHub, GitLab, OpenAI and its like, Slack,
 # NVIDIA, AWS, Google, npm, JSON web tokens.
 _TOKEN = re.compile(
-    _BEGIN
-    + r"(?:hf_(?=[A-Za-z0-9]*[0-9A-Z])[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}|sk-[\w-]{16,}"
-    r"|xox[abprs]-[\w-]{8,}|nvapi-[\w-]{12,}|(?:AKIA|ASIA)[0-9A-Z]{12,}|AIza[\w-]{20,}|npm_[A-Za-z0-9]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.?[\w-]*)"
+    _BEGIN + r"(?:hf_(?=[A-Za-z0-9]*[0-9A-Z])[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{16,}|glpat-[\w-]{12,}|sk-[\w-]{16,}"
+    r"|xox[abprs]-[\w-]{8,}|nvapi-[\w-]{12,}|(?:AKIA|ASIA)[0-9A-Z]{12,}|AIza[\w-]{20,}"
+    r"|npm_[A-Za-z0-9]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.?[\w-]*)"
 )
 _URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,20}:\\*/\\*/)[^\s/\"']*@")
 _URL_HOST = re.compile(
