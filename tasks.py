@@ -35,7 +35,7 @@ def _hand_over():
 if __name__ != "__main__" or sys.version_info < (3, 11):
     _hand_over()
 try:
-    import invoke
+    import invoke  # noqa: F401
 except ImportError:
     _hand_over()
     raise

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Untyped, because it must parse in an old Python.
-from scripts.tools import (
+from scripts.tools import (  # noqa: E402
     CHECK_INDEX,
     FETCH,
     MACHINE,

@@ -65,7 +65,7 @@ class Place:
         searched = bisect_log.open_range(
             self.layout, self.ground, there.good, there.bad, is_patches=options.is_patches
         )
-        keep: Callable[[BisectLog], None] = lambda one: bisect_log.write_log(self.layout, one)
+        keep: Callable[[BisectLog], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
         return searched, *bisect.search_on(
             searched, there, attempt=attempt or self.attempt, keep=keep, console=console
         )

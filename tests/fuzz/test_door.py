@@ -409,7 +409,7 @@ def test_user_whom_the_machine_does_not_know_and_who_has_no_home_is_told_what_to
         os.setuid(54321)
         os.environ.pop("HOME", None)
         try:
-            settings.load(Layout(Path("/nowhere")), environ={}).cache
+            settings.load(Layout(Path("/nowhere")), environ={}).cache  # noqa: B018
         except SettingsError as exc:
             os._exit(0 if exc.hint else 1)
         finally:

@@ -81,7 +81,7 @@ def _be_inv(request: dict[str, object]) -> None:
             setattr(
                 sys,
                 name,
-                open(
+                open(  # noqa: SIM115
                     descriptor,
                     "w",
                     encoding=str(request["encoding"]),

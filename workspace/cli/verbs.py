@@ -103,7 +103,7 @@ def fix_triton(
     from workspace.install import triton_fix as verb
 
     options = verb.FixOptions(check=check, from_source=from_source, ref=ref, jobs=jobs)
-    provide = lambda: pin.move(here, settings, console=main.console(), wait=wait)
+    provide = lambda: pin.move(here, settings, console=main.console(), wait=wait)  # noqa: E731
     verb.run(here, settings, options, console=main.console(), provide=provide, wait=wait)
 
 

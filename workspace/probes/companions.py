@@ -14,7 +14,7 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> int:
-    import torch
+    import torch  # noqa: F401  what they are companions of: its own failure is another probe's word
 
     said = {name: failure(name) for name in COMPANIONS if find_spec(name)}
     print(json.dumps(said))

@@ -563,7 +563,7 @@ def main() -> None:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     started = time.monotonic()
-    import torch
+    import torch  # noqa: F401 - once, for all children
 
     torch_seconds = round(time.monotonic() - started, 3)
     said = json.loads(arguments.against.read_text())

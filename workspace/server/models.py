@@ -303,7 +303,7 @@ def _weights(
         view.skip(f"on disk: {there}")
         return
     if recipe.origin == "built-in":
-        bar = lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")
+        bar = lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")  # noqa: E731
         made = (
             smollm2(layout, settings, run_log=run_log, on_progress=bar)
             if recipe.model == "smollm2"

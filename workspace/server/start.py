@@ -160,7 +160,7 @@ def _serve(
             one = lifecycle.start(layout.server, launch, is_detached=options.detach)
             console.info(f"log: {layout.relative(one.log)}")
             with console.step("start") as view:
-                hear = lambda text: view.line(settings.masked(observation.plainly(text)))
+                hear = lambda text: view.line(settings.masked(observation.plainly(text)))  # noqa: E731
                 try:
                     one, ready = lifecycle.wait_until_ready(one, key=key, on_line=hear)
                 except ServeError as exc:

@@ -1,5 +1,5 @@
 """A stand-in for vLLM: it imports what the real one imports and computes nothing."""
 
-import torch
+import torch  # noqa: F401
 
-from vllm.version import __version__
+from vllm.version import __version__  # noqa: F401

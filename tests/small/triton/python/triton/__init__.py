@@ -22,4 +22,4 @@ def compile(source, target):
     )
 
 
-from triton import knobs as knobs
+from triton import knobs as knobs  # noqa: E402
