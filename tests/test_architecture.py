@@ -291,7 +291,7 @@ def test_noxfile_imports_nothing_of_ours() -> None:
 
 
 @pytest.mark.parametrize("name", ["tasks.py", "noxfile.py", "scripts/tools.py"])
-def test_doors_parse_in_an_old_python_so_that_they_can_hand_over(name: str) -> None:
+def test_entrances_parse_in_an_old_python_so_that_they_can_hand_over(name: str) -> None:
     ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 7))
 
 

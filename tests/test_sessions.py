@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doorway import HOSTILE, Clone, booby_trap, make_clone
+from tests.clone import HOSTILE, Clone, booby_trap, make_clone
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,14 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 
 def session(
-    clone: Clone, *words: str, body: str = "", **more: str
+    clone: Clone, *args: str, body: str = "", **more: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run nox in the clone with `body` in place of the smoke, and nothing in place of the other
     sessions.
     """
     text = f"import sys\nif sys.argv.pop(1) != 'smoke':\n    sys.exit()\n{body}\n"
     (clone.root / "workspace" / "cli" / "sessions.py").write_text(text)
-    return clone.run(clone.root / "scripts" / "nox", *words, **more)
+    return clone.run(clone.root / "scripts" / "nox", *args, **more)
 
 
 def test_single_session_exits_with_the_code_of_its_child(judged: Clone) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doorway import FAKE_PYTHON, HOSTILE, Clone, booby_trap, is_list, make_clone, program
+from tests.clone import FAKE_PYTHON, HOSTILE, Clone, booby_trap, is_list, make_clone, program
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def bare(tmp_path: Path) -> Clone:
 
 @pytest.fixture(scope="module")
 def worn(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A clone with a tool environment that tests may damage: every call of inv mends it."""
+    """A clone with a tool environment that tests may damage: every call of inv repairs it."""
     clone = make_clone(tmp_path_factory.mktemp("worn"))
     assert clone.inv("--list").returncode == 0
     return clone
 
 
-def heard(fifo: Path) -> bytes:
+def output(fifo: Path) -> bytes:
     """What a process wrote into the fifo, or nothing if it does not within 9 s."""
     descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -47,7 +47,7 @@ def test_bare_clone_prepares_its_tools_once_and_talks_on_stderr_only(bare: Clone
     assert first.stderr.endswith(" s\n")
     assert first.stderr.count("\n") == 1
     assert second.stderr == ""
-    assert [words[0] for words, _ in bare.calls()] == ["venv", "pip"]
+    assert [args[0] for args, _ in bare.calls()] == ["venv", "pip"]
     assert "--require-hashes" in bare.calls()[1][0]
 
 
@@ -63,9 +63,9 @@ def test_changed_requirements_renew_the_tools(worn: Clone) -> None:
 
 def test_environment_that_lost_a_package_is_made_anew(worn: Clone) -> None:
     next(worn.tools.glob("lib/*/site-packages/borrowed.pth")).unlink()
-    mended = worn.inv("--list")
-    assert is_list(mended.stdout)
-    assert mended.stderr.startswith("preparing")
+    fixed = worn.inv("--list")
+    assert is_list(fixed.stdout)
+    assert fixed.stderr.startswith("preparing")
 
 
 def test_environment_whose_python_went_away_is_made_anew(worn: Clone) -> None:
@@ -84,12 +84,12 @@ def test_nothing_hostile_around_gets_into_the_tools(bare: Clone, tmp_path: Path)
     }
     result = bare.inv("--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE, **kept)
     assert (is_list(result.stdout), result.returncode) == (True, 0), result.stderr
-    for words, environment in bare.calls():
+    for args, environment in bare.calls():
         assert not environment.keys() & (
             HOSTILE.keys() - {"CDPATH", "INVOKE_RUN_ECHO", "LC_ALL"} | {"PYTHONPATH"}
         )
         assert kept.items() <= environment.items()
-        assert words[0] == "venv" or "--default-index=https://pip.example/simple" in words
+        assert args[0] == "venv" or "--default-index=https://pip.example/simple" in args
     assert is_list(bare.inv("--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE).stdout)
     listed = bare.run(
         bare.root / "scripts" / "nox", "--list", cwd=trap, PYTHONPATH=str(trap), **HOSTILE
@@ -97,7 +97,7 @@ def test_nothing_hostile_around_gets_into_the_tools(bare: Clone, tmp_path: Path)
     assert ("* tests" in listed.stdout, listed.returncode) == (True, 0), listed.stderr
 
 
-def test_index_that_only_pip_was_told_of_reaches_uv(bare: Clone) -> None:
+def test_index_configured_for_pip_only_reaches_uv(bare: Clone) -> None:
     (bare.programs / ".config" / "pip").mkdir(parents=True)
     index = (
         "index-url = https://a.example/simple\nextra-index-url = https://b.example/s\n "
@@ -107,19 +107,19 @@ def test_index_that_only_pip_was_told_of_reaches_uv(bare: Clone) -> None:
         f"[install]\nfind-links = /wheels\n[global]\n{index}cert = /corp.pem\nuser = true\n"
     )
     assert bare.inv("--list", PIP_NO_INDEX="0").returncode == 0
-    words, environment = bare.calls()[1]
+    args, environment = bare.calls()[1]
     options = [
         "--default-index=https://a.example/simple",
         "--index=https://b.example/s",
         "--index=https://c.example/s",
         "--index-strategy=unsafe-best-match",
     ]
-    assert [word for word in words if "index" in word and word in options] == options
-    assert "--find-links=/wheels" in words
+    assert [arg for arg in args if "index" in arg and arg in options] == options
+    assert "--find-links=/wheels" in args
     assert environment["SSL_CERT_FILE"] == "/corp.pem"
 
 
-def test_index_that_uv_itself_was_told_of_beats_pips(bare: Clone) -> None:
+def test_index_configured_for_uv_beats_the_one_for_pip(bare: Clone) -> None:
     assert (
         bare.inv(
             "--list",
@@ -128,8 +128,8 @@ def test_index_that_uv_itself_was_told_of_beats_pips(bare: Clone) -> None:
         ).returncode
         == 0
     )
-    words, environment = bare.calls()[1]
-    assert not any("a.example" in word for word in words)
+    args, environment = bare.calls()[1]
+    assert not any("a.example" in arg for arg in args)
     assert environment["UV_DEFAULT_INDEX"] == "https://b.example/simple"
 
 
@@ -164,7 +164,7 @@ def test_preparation_ended_in_the_middle_is_completed_by_the_next_run(
         text=True,
         start_new_session=True,
     ) as preparing:
-        assert heard(fifo) == b"here"
+        assert output(fifo) == b"here"
         if number == signal.SIGINT:
             os.killpg(preparing.pid, number)
         else:
@@ -190,7 +190,7 @@ def test_two_at_once_prepare_one_environment(bare: Clone) -> None:
     ]
     outputs = [one.communicate(timeout=30) for one in both]
     assert [is_list(out) for out, _ in outputs] == [True, True]
-    assert len([words for words, _ in bare.calls() if words[0] == "venv"]) == 1
+    assert len([args for args, _ in bare.calls() if args[0] == "venv"]) == 1
 
 
 def test_folder_that_cannot_be_written_is_a_sentence(bare: Clone) -> None:
@@ -229,7 +229,7 @@ def test_uv_that_is_too_old_is_left_alone(bare: Clone) -> None:
     assert is_list(bare.inv("--list").stdout)
 
 
-def test_python_with_neither_venv_nor_pip_is_told_what_to_install(bare: Clone) -> None:
+def test_python_with_neither_venv_nor_pip_gets_the_package_to_install(bare: Clone) -> None:
     (bare.programs / "uv").unlink()
     program(bare.programs / "python3", FAKE_PYTHON, LACKS="venv pip")
     failed = bare.inv("--list")
@@ -238,7 +238,7 @@ def test_python_with_neither_venv_nor_pip_is_told_what_to_install(bare: Clone) -
     assert f"hint: sudo apt-get install python3.{sys.version_info[1]}-venv\n" in failed.stderr
 
 
-def test_machine_without_python_is_told_so(bare: Clone, tmp_path: Path) -> None:
+def test_machine_without_python_gets_a_sentence(bare: Clone, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("cmp", "sh"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name) or "")

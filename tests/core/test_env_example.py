@@ -1,4 +1,4 @@
-"""The table of settings that users copy from says what core/settings.py means."""
+""".env.example: every setting once, with the default and meaning of core/known_settings.py."""
 
 from pathlib import Path
 

@@ -17,7 +17,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; `manner` says how badly."""
+    """Serves CONTENT with the fault named by `manner`."""
 
     manner = "ranges"
     block_on_close = True
@@ -35,14 +35,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.server.ranges.append(asked)
+        requested = self.headers.get("Range")
+        self.server.ranges.append(requested)
         if self.server.manner == "forbidden":
             self.send_error(403)
             return
         start = (
-            int(asked.removeprefix("bytes=").removesuffix("-"))
-            if asked and self.server.manner != "no ranges"
+            int(requested.removeprefix("bytes=").removesuffix("-"))
+            if requested and self.server.manner != "no ranges"
             else 0
         )
         if start >= len(CONTENT):

@@ -77,7 +77,7 @@ def test_no_grandchild_outlives_an_ended_verb(
 ) -> None:
     with verb(tmp_path, FAMILY) as started:
         assert started.stdout is not None
-        family = [int(word) for word in started.stdout.readline().split()]
+        family = [int(arg) for arg in started.stdout.readline().split()]
         assert all(map(is_alive, family))
         started.send_signal(number)
         _, talk = started.communicate(timeout=9)
@@ -88,16 +88,16 @@ def test_no_grandchild_outlives_an_ended_verb(
 
 
 def test_second_interrupt_does_not_orphan_a_child_that_is_deaf_to_the_first(tmp_path: Path) -> None:
-    heard = tmp_path / "heard"
-    os.mkfifo(heard)
+    output = tmp_path / "heard"
+    os.mkfifo(output)
     # The grandchild dies of the first ^C, the shell only says that it heard it.
     with verb(
-        tmp_path, f"trap 'echo x > {heard}' INT; echo $$; while :; do sleep 0.1; done"
+        tmp_path, f"trap 'echo x > {output}' INT; echo $$; while :; do sleep 0.1; done"
     ) as started:
         assert started.stdout is not None
         deaf = int(started.stdout.readline())
         started.send_signal(signal.SIGINT)
-        descriptor = os.open(heard, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
         assert select.select([descriptor], [], [], 9)[0]
         os.close(descriptor)
         started.send_signal(signal.SIGINT)
@@ -184,7 +184,7 @@ def test_missing_program_is_a_sentence(run_log: RunLog) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returncode", "words"),
+    ("returncode", "args"),
     [
         (1, "exited with 1"),
         (-11, "was killed by SIGSEGV"),
@@ -192,14 +192,14 @@ def test_missing_program_is_a_sentence(run_log: RunLog) -> None:
         (137, "was killed by SIGKILL"),
     ],
 )
-def test_status_is_named(returncode: int, words: str) -> None:
-    assert process.describe_status(returncode).startswith(words)
+def test_status_is_named(returncode: int, args: str) -> None:
+    assert process.describe_status(returncode).startswith(args)
 
 
 def test_killed_verb_leaves_nothing_running_not_even_in_sessions_of_its_own(tmp_path: Path) -> None:
     with verb(tmp_path, "setsid sh -c 'echo $PPID $$; exec sleep 1000'; :") as started:
         assert started.stdout is not None
-        family = [int(word) for word in started.stdout.readline().split()]
+        family = [int(arg) for arg in started.stdout.readline().split()]
         started.kill()
         started.wait()
         watched = [os.pidfd_open(number) for number in family if is_alive(number)]

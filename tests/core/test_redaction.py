@@ -97,7 +97,7 @@ REDACTOR = Redactor(PRIVATE)
         (json.dumps("jürgen war da\njürgen"), '"**** war da\\n<user>"'),
     ],
 )
-def test_private_things_are_masked_and_their_surroundings_stay(text: str, masked: str) -> None:
+def test_private_things_are_masked_and_their_context_stays(text: str, masked: str) -> None:
     found = REDACTOR.text(text)
     assert "jürgen" in text or "\\u00fc" in text or found == masked
     assert "rgen" not in found
@@ -163,14 +163,14 @@ def spellings(text: str) -> list[str]:
     ]
 
 
-words = st.text(st.characters(blacklist_categories=("Cs",)), min_size=0, max_size=60)
+args = st.text(st.characters(blacklist_categories=("Cs",)), min_size=0, max_size=60)
 secrets = st.text(
     st.sampled_from(string.ascii_letters + string.digits + "-_/+=%&?#:.,;!$\"'\\@~üß"),
     min_size=9,
     max_size=40,
 ).filter(lambda text: text.strip("*-= "))
 anything = st.one_of(
-    words,
+    args,
     st.text(),
     st.lists(
         st.sampled_from(
@@ -210,7 +210,7 @@ def test_any_bytes_are_masked_or_refused(content: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(secrets, words, words, st.integers(0, 20))
+@given(secrets, args, args, st.integers(0, 20))
 def test_secret_at_any_place_and_in_any_spelling_is_gone(
     secret: str, before: str, after: str, number: int
 ) -> None:
@@ -223,8 +223,8 @@ def test_secret_at_any_place_and_in_any_spelling_is_gone(
 
 
 @settings(max_examples=200, deadline=None)
-@given(words, words)
-def test_user_is_masked_as_a_whole_word_only(before: str, after: str) -> None:
+@given(args, args)
+def test_user_is_masked_as_a_whole_name_only(before: str, after: str) -> None:
     text = f"{before} quentinx/{after} squentinxes"
     masked = Redactor(Private(users=("quentinx",))).text(text)
     assert "squentinxes" in masked

@@ -1,4 +1,4 @@
-"""Settings: what counts where a thing is said twice, what stops, and what no child may see."""
+"""Settings: precedence of their sources, refused values, variables kept from children."""
 
 import os
 import tempfile
@@ -42,7 +42,7 @@ def test_flag_beats_shell_beats_dotenv_beats_default(tmp_path: Path) -> None:
     ]
 
 
-def test_shell_variable_that_hides_a_line_of_dotenv_is_said(tmp_path: Path) -> None:
+def test_shell_variable_that_hides_a_line_of_dotenv_is_reported(tmp_path: Path) -> None:
     found = load(tmp_path, 'TORCH_CUDA_ARCH_LIST="12.1a"\n', shell={"TORCH_CUDA_ARCH_LIST": "9.0"})
     assert found.text("TORCH_CUDA_ARCH_LIST") == "9.0"
     assert found.warnings == (
@@ -53,7 +53,7 @@ def test_shell_variable_that_hides_a_line_of_dotenv_is_said(tmp_path: Path) -> N
     )
 
 
-def test_hidden_secret_is_said_without_either_value(tmp_path: Path) -> None:
+def test_hidden_secret_is_reported_without_either_value(tmp_path: Path) -> None:
     found = load(tmp_path, "HF_TOKEN=hf_written\n", shell={"HF_TOKEN": "hf_exported"})
     assert "HF_TOKEN" in found.warnings[0]
     assert not any(value in found.warnings[0] for value in ("hf_written", "hf_exported"))
@@ -116,7 +116,7 @@ def test_bad_flag_is_called_as_it_was_typed(tmp_path: Path, name: str, flag: str
         load(tmp_path, flags={name: "x"})
 
 
-def test_bad_shell_value_is_said_to_be_in_the_shell(tmp_path: Path) -> None:
+def test_bad_shell_value_is_located_in_the_shell(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="^NVCC_THREADS in the shell: '-1' is not"):
         load(tmp_path, shell={"NVCC_THREADS": "-1"})
 

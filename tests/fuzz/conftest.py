@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tests.fuzz.door import Door
 from tests.fuzz.places import restored
+from tests.fuzz.warm_inv import WarmInv
 from tests.small.materials import Materials
 from tests.small.world import World, make_world
 
@@ -36,25 +36,25 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 @pytest.fixture(scope="package")
-def _fresh(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+def _fresh(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmInv]:
     folder = tmp_path_factory.mktemp("fresh")
     world = make_world(materials, folder)
-    door = Door(world, folder)
-    yield door
-    door.close()
+    inv = WarmInv(world, folder)
+    yield inv
+    inv.close()
     world.end()
 
 
 @pytest.fixture
-def fresh(_fresh: Door) -> Iterator[Door]:
-    """The door of a clone in which nothing was built; what a test changes there is put back."""
+def fresh(_fresh: WarmInv) -> Iterator[WarmInv]:
+    """A warm `inv` of a clone without a build; changes of a test are undone."""
     with restored(_fresh.world.root):
         yield _fresh
 
 
 @pytest.fixture
-def whole(built: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    """The door of a bootstrapped clone."""
-    door = Door(built, tmp_path_factory.mktemp("whole"))
-    yield door
-    door.close()
+def whole(built: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmInv]:
+    """A warm `inv` of a bootstrapped clone."""
+    inv = WarmInv(built, tmp_path_factory.mktemp("whole"))
+    yield inv
+    inv.close()

@@ -72,17 +72,17 @@ def _socket(path: Path) -> None:
 @contextlib.contextmanager
 def replaced(path: Path, thing: str | bytes) -> Iterator[None]:
     """Have something else at the path during the block."""
-    aside = path.with_name(f"{path.name}.aside")
+    parked = path.with_name(f"{path.name}.aside")
     was_there = os.path.lexists(path)
     if was_there:
-        os.rename(path, aside)
+        os.rename(path, parked)
     put(path, thing)
     try:
         yield
     finally:
         clear(path)
         if was_there:
-            os.rename(aside, path)
+            os.rename(parked, path)
 
 
 @contextlib.contextmanager

@@ -103,11 +103,11 @@ _FORMS = (
 _ADDRESSES = ("https://me:hunter2@host/x", "file:///", "ftp://x")
 TOKENS = (*_MARKS, *_LETTERS, *_EXPANDED, *_NUMBERS, *_PATHS, *_FORMS, *_ADDRESSES)
 tokens = st.sampled_from(TOKENS)
-texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
-words = tokens | texts
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+args = tokens | texts
 # As the shell hands them over: any bytes but zero.
 arguments = (
-    words
+    args
     | st.binary(max_size=12).map(lambda raw: raw.decode(errors="surrogateescape"))
     | st.just("\udcff\udcfe")
 ).map(lambda text: text.replace("\0", ""))
@@ -158,7 +158,7 @@ def _slip(draw: st.DrawFn, lines: list[str]) -> list[str]:
     place of a part of it.
     """
     if not lines:
-        return [draw(words)]
+        return [draw(args)]
     at = draw(st.integers(0, len(lines) - 1))
     line, lines = lines[at], list(lines)
     manner = draw(
@@ -177,15 +177,15 @@ def _slip(draw: st.DrawFn, lines: list[str]) -> list[str]:
         lines[at] = line[: draw(st.integers(0, len(line)))]
     elif manner == "inserted":
         place = draw(st.integers(0, len(line)))
-        lines[at] = line[:place] + draw(words) + line[place:]
+        lines[at] = line[:place] + draw(args) + line[place:]
     elif manner == "before":
-        lines.insert(at, draw(words) + "\n")
+        lines.insert(at, draw(args) + "\n")
     elif manner == "value":
         head, equals, _ = line.partition("=")
-        lines[at] = f"{head}{equals}{draw(words | tokens.map(json.dumps))}\n"
+        lines[at] = f"{head}{equals}{draw(args | tokens.map(json.dumps))}\n"
     else:
         parts = line.split(" ")
-        parts[draw(st.integers(0, len(parts) - 1))] = draw(words)
+        parts[draw(st.integers(0, len(parts) - 1))] = draw(args)
         lines[at] = " ".join(parts)
     return lines
 
@@ -194,9 +194,9 @@ NUMBERS = (0, 1, -1, 2**63, 10**400, 1.5, float("nan"), float("inf"), True, Fals
 values = st.recursive(
     st.none()
     | st.sampled_from(NUMBERS)
-    | words
+    | args
     | st.sampled_from(("\ud800", "a\0b", "../../etc/passwd", "/etc/passwd")),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(args, inner, max_size=2),
     max_leaves=4,
 )
 # Beyond what Python's recursion takes.

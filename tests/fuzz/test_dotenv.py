@@ -1,6 +1,4 @@
-"""Settings from any .env, any shell and any flag: usable ones, or one sentence that says where and
-what.
-"""
+"""Settings from any .env, shell and flag: usable, or one sentence that names place and fault."""
 
 import os
 import tempfile
@@ -12,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz import places
-from tests.fuzz.strategies import HUGE, arguments, damaged, fuzz, words
+from tests.fuzz.strategies import HUGE, args, arguments, damaged, fuzz
 from workspace.core import settings
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
@@ -138,7 +136,7 @@ def test_any_flag_gives_usable_settings_or_a_sentence_that_names_it(flags: dict[
 
 
 @fuzz(fast=40, deep=3000)
-@given(st.dictionaries(st.sampled_from(sorted(settings.KNOWN)), words, max_size=6))
+@given(st.dictionaries(st.sampled_from(sorted(settings.KNOWN)), args, max_size=6))
 def test_accepted_values_written_back_are_the_same(given_values: dict[str, str]) -> None:
     bare = {name: text for name, text in SHELL.items() if name not in settings.KNOWN}
     found = load(

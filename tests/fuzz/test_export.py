@@ -205,9 +205,9 @@ def commits(draw: st.DrawFn) -> Wanted:
     )
 
 
-def git(path: Path, *words: str, env: dict[str, str] | None = None) -> str:
+def git(path: Path, *args: str, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        ["git", "-C", str(path), *words],
+        ["git", "-C", str(path), *args],
         env={**os.environ, **PLAIN, **(env or {})},
         capture_output=True,
         check=False,
@@ -233,12 +233,12 @@ def put(root: Path, change: Change) -> None:
         path.chmod(change.mode)
 
 
-def make(root: Path, wanted: Wanted, aside: Path) -> None:
+def make(root: Path, wanted: Wanted, parked: Path) -> None:
     for change in wanted.changes:
         put(root, change)
     git(root, "add", "--all", "--force", ".")
     encoding = "ISO-8859-1" if wanted.latin and wanted.message.isascii() is False else "UTF-8"
-    aside.write_bytes(wanted.message.encode(encoding))
+    parked.write_bytes(wanted.message.encode(encoding))
     env = {
         "GIT_AUTHOR_NAME": wanted.author[0],
         "GIT_AUTHOR_EMAIL": wanted.author[1],
@@ -254,7 +254,7 @@ def make(root: Path, wanted: Wanted, aside: Path) -> None:
         "-p",
         "HEAD",
         "-F",
-        str(aside),
+        str(parked),
         tree,
         env=env,
     )

@@ -1,4 +1,4 @@
-"""Stamps in any state: a damaged one is none, and one that is read says what was written."""
+"""Stamps in any state: a damaged stamp counts as none, an intact one holds what was written."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz import places
-from tests.fuzz.strategies import DEEP, damaged_document, fuzz, words
+from tests.fuzz.strategies import DEEP, args, damaged_document, fuzz
 from workspace.core import files
 from workspace.install import stamp
 
@@ -98,8 +98,8 @@ def test_a_stamp_cut_anywhere_or_full_of_zeros_from_there_is_none(
 
 
 @fuzz(fast=40, deep=2000)
-@given(st.sampled_from(sorted(WHOLE.inputs)), words)
-def test_an_input_that_is_not_what_it_was_is_said(name: str, text: str) -> None:
+@given(st.sampled_from(sorted(WHOLE.inputs)), args)
+def test_changed_input_is_reported(name: str, text: str) -> None:
     changed = replace(WHOLE, inputs={**WHOLE.inputs, name: text})
     gone = {key: value for key, value in WHOLE.inputs.items() if key != name}
     assert bool(files.differences(changed.inputs, WHOLE.inputs)) == (text != WHOLE.inputs[name])

@@ -1,4 +1,4 @@
-"""A warm `inv`: one process that has the clone's door loaded and forks a child for each command
+"""A warm `inv`: one process that has the clone's tasks loaded and forks a child for each command
 line.
 
 What a child does is what a fresh `inv` does, on real descriptors, with its own environment, and
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import cast
 
 # The modules that the verbs import late.
 LATE = (
@@ -74,9 +75,9 @@ def _be_inv(request: dict[str, object]) -> None:
     code = 1
     try:
         os.environ.clear()
-        os.environ.update(request["env"])
+        os.environ.update(cast("dict[str, str]", request["env"]))
         os.chdir(str(request["cwd"]))
-        sys.argv = [str(Path(sys.path[0]) / "tasks.py"), *request["words"]]
+        sys.argv = [str(Path(sys.path[0]) / "tasks.py"), *cast("list[str]", request["args"])]
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             setattr(
                 sys,

@@ -29,7 +29,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """`breaks` says after how many bytes a transfer of a file breaks off, once for each number;
+    """`breaks` lists the byte counts after which transfers of a file break off, one transfer each;
     `ranges` what was asked for again.
     """
 
@@ -139,10 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_allowed(repository):
             self._refuse(403, "GatedRepo")
             return
-        start, asked = 0, self.headers.get("Range")
-        if asked and not is_head:
-            self.hub.ranges.append((path, asked))
-            start = int(re.fullmatch(r"bytes=(\d+)-.*", asked)[1])
+        start, requested = 0, self.headers.get("Range")
+        if requested and not is_head:
+            self.hub.ranges.append((path, requested))
+            found = re.fullmatch(r"bytes=(\d+)-.*", requested)
+            assert found is not None
+            start = int(found[1])
         lfs = _lfs(repository, content).get("lfs")
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{lfs["oid"] if lfs else _blob(content)}"')

@@ -40,7 +40,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a file or with a project's page: a status, a wrong hash said, a line cut
+    """What goes wrong with a file or with a project's page: a status, a wrong hash, a line cut
     after some bytes, seconds of silence, a gate.
     """
 
@@ -89,7 +89,7 @@ class View:
         for name in names:
             del self.files[name]
 
-    def asked(self, part: str) -> int:
+    def requested(self, part: str) -> int:
         """Count the requests whose path has `part` in it."""
         return sum(part in path for path in self.requests)
 
@@ -165,18 +165,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        words = [word for word in path.split("/") if word]
-        view = self.views.get(words[0]) if words else None
-        if view is None or len(words) != 3 or words[1] not in ("simple", "files"):
+        args = [arg for arg in path.split("/") if arg]
+        view = self.views.get(args[0]) if args else None
+        if view is None or len(args) != 3 or args[1] not in ("simple", "files"):
             self._send(404, b"no such page")
             return
         view.requests.append(path)
-        name = words[2]
+        name = args[2]
         fault = view.faults.get(name, Fault())
         fault.hold()
         if fault.status:
             self._send(fault.status, b"a fault")
-        elif words[1] == "simple":
+        elif args[1] == "simple":
             self._page(view, name, fault)
         else:
             self._file(view, name, fault)
@@ -190,9 +190,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, json.dumps(page).encode(), kind=JSON_TYPE, cut_after=fault.cut_after)
         else:
             links = "".join(
-                f'<a href="{row["url"]}#sha256={row["hashes"]["sha256"]}">{row["filename"]}</a>\n'
+                f'<a href="{row["url"]}#sha256={row["hashes"]["sha256"]}">{row["filename"]}</a>\n'  # type: ignore[index]
                 for row in rows
-            )  # type: ignore[index]
+            )
             self._send(
                 200,
                 f"<!DOCTYPE html><html><body>{links}</body></html>".encode(),

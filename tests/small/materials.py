@@ -92,15 +92,15 @@ def gather(folder: Path, served: index.Index) -> Materials:
     )
 
 
-def git(folder: Path, *words: str, env: dict[str, str] | None = None) -> str:
-    """Git for the test's own hand: no configuration but what is said here."""
+def git(folder: Path, *args: str, env: dict[str, str] | None = None) -> str:
+    """Run git for the test itself, with no other configuration than the one here."""
     base = {
         "PATH": os.environ["PATH"],
         "GIT_CONFIG_GLOBAL": "/dev/null",
         "GIT_CONFIG_NOSYSTEM": "1",
         "HOME": "/nonexistent",
     }
-    argv = ["git", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always", *words]
+    argv = ["git", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always", *args]
     done = subprocess.run(
         argv,
         cwd=folder,
@@ -110,7 +110,7 @@ def git(folder: Path, *words: str, env: dict[str, str] | None = None) -> str:
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"git {' '.join(words)}: {done.stderr}")
+        raise RuntimeError(f"git {' '.join(args)}: {done.stderr}")
     return done.stdout.strip()
 
 

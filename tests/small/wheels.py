@@ -125,7 +125,7 @@ def write_torch(
     folder: Path, version: str, *, cuda: str | None, requires: Iterable[str] = ()
 ) -> Path:
     """Write a torch that calls itself as the real one does: the file 2.13.0 of the package index
-    says 2.13.0+cu130.
+    reports 2.13.0+cu130.
     """
     named = version if "+" in version or cuda is None else f"{version}+cu{cuda.replace('.', '')}"
     says = (

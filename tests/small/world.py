@@ -98,10 +98,10 @@ class World:
         return self.layout.root
 
     def run(
-        self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
+        self, *args: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
     ) -> Ended:
         """Run `inv WORDS` to its end, `through` a program that runs programs."""
-        child = self.start(*words, env=env, through=through)
+        child = self.start(*args, env=env, through=through)
         try:
             out, err = child.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -110,30 +110,27 @@ class World:
         return Ended(child.returncode, out, err)
 
     def start(
-        self, *words: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
+        self, *args: str, env: Mapping[str, str] | None = None, through: Sequence[str] = ()
     ) -> "subprocess.Popen[str]":
-        """Start `inv WORDS` in a session of its own."""
-        surroundings = {
-            "env": self.env | dict(env or {}),
-            "cwd": self.folder,
-            "stdin": subprocess.DEVNULL,
-            "start_new_session": True,
-        }
+        """Start `inv ARGS` in a session of its own."""
         child = subprocess.Popen(
-            [*through, *self.argv(*words)],
+            [*through, *self.argv(*args)],
+            env=self.env | dict(env or {}),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=True,
             text=True,
-            **surroundings,
         )
         self.started.append(child)
         return child
 
-    def argv(self, *words: str) -> list[str]:
+    def argv(self, *args: str) -> list[str]:
         """What scripts/inv ends in, with this interpreter in the place of the clone's own tool
         environment.
         """
-        return [sys.executable, "-Es", "-B", str(self.root / "tasks.py"), *words]
+        return [sys.executable, "-Es", "-B", str(self.root / "tasks.py"), *args]
 
     def kill(self, child: "subprocess.Popen[str]") -> None:
         """SIGKILL to the verb and to whatever it started, as a power cut would."""
@@ -142,9 +139,9 @@ class World:
                 os.kill(pid, signal.SIGKILL)
         child.communicate()
 
-    def bootstrap(self, *words: str, env: Mapping[str, str] | None = None) -> Ended:
-        """Bootstrap, and fail with everything it said where it does not end well."""
-        ended = self.run("bootstrap", *words, env=env)
+    def bootstrap(self, *args: str, env: Mapping[str, str] | None = None) -> Ended:
+        """Bootstrap; fail with the whole output where it does not succeed."""
+        ended = self.run("bootstrap", *args, env=env)
         assert ended.code == 0, ended.output
         return ended
 
@@ -171,17 +168,17 @@ class World:
             ]
         )
 
-    def uv(self, *words: str) -> str:
+    def uv(self, *args: str) -> str:
         """`uv pip WORDS` on `.vllm`, as a user would type it."""
         return "".join(
             self._output(
                 [
                     self.materials.bin / "uv",
                     "pip",
-                    words[0],
+                    args[0],
                     "--python",
                     self.layout.environment_python,
-                    *words[1:],
+                    *args[1:],
                 ]
             )
         )
@@ -205,10 +202,10 @@ class World:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps({"from": self.git("rev-parse", "HEAD"), "to": target}))
 
-    def git(self, *words: str) -> str:
+    def git(self, *args: str) -> str:
         """Git in vendor/vllm by the user's own hand."""
         return git(
-            self.layout.vllm, *words, env={"GIT_AUTHOR_NAME": "Ada", "GIT_COMMITTER_NAME": "Ada"}
+            self.layout.vllm, *args, env={"GIT_AUTHOR_NAME": "Ada", "GIT_COMMITTER_NAME": "Ada"}
         )
 
     def listing(self) -> Listing:

@@ -28,14 +28,14 @@ class CMakeBuild(build_ext):
         base = Path(os.environ.get("TRITON_BUILD_DIR", ROOT / "build"))
         folder = base if HERE != ROOT else base / f"cmake.{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
-        words = [
+        args = [
             *("-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={Path(self.build_lib).resolve() / 'triton' / '_C'}",
             f"-DTRITON_CACHE_PATH={Path(os.environ.get('TRITON_HOME') or Path.home()) / '.triton'}",
             *(f"-D{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ),
             *shlex.split(os.environ.get("TRITON_APPEND_CMAKE_ARGS", "")),
         ]
-        subprocess.check_call(["cmake", str(ROOT), *words], cwd=folder)
+        subprocess.check_call(["cmake", str(ROOT), *args], cwd=folder)
         subprocess.check_call(
             ["cmake", "--build", ".", f"-j{os.environ.get('MAX_JOBS', 2 * os.cpu_count())}"],
             cwd=folder,

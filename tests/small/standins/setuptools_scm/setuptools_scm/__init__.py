@@ -15,14 +15,14 @@ def get_version(write_to, **_):
 
 
 def _described():
-    asked = subprocess.run(
+    requested = subprocess.run(
         ["git", "describe", "--tags", "--long", "--abbrev=40", "--match", "v[0-9]*"],
         capture_output=True,
         text=True,
         check=False,
     )
-    found = re.fullmatch(r"v(\d+)\.(\d+)\.(\d+)-(\d+)-(g[0-9a-f]+)", asked.stdout.strip())
-    if asked.returncode != 0 or not found:
+    found = re.fullmatch(r"v(\d+)\.(\d+)\.(\d+)-(\d+)-(g[0-9a-f]+)", requested.stdout.strip())
+    if requested.returncode != 0 or not found:
         return "0.1.dev1"
     major, minor, patch, distance, commit = found.groups()
     return (

@@ -1,5 +1,6 @@
-"""The door of `inv` with any words, any surroundings and anything in the place of its files: a code
-of the table, a sentence, a way on.
+"""`inv` with any arguments, any environment and anything in the place of its files.
+
+It always ends with a code of the table, a sentence and a hint.
 """
 
 import json
@@ -14,8 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz import places
-from tests.fuzz.door import CODES, Door, is_decent
 from tests.fuzz.strategies import DEEP, HUGE, arguments, damaged, damaged_document, fuzz, is_deep
+from tests.fuzz.warm_inv import CODES, WarmInv, is_decent
 from tests.small.world import Ended
 from workspace.cli.main import load_settings
 from workspace.core import lock, settings
@@ -162,13 +163,13 @@ ODD = (
     "INVOKE_RUN_ECHO",
     "IN\udcffVALID",
 )
-surroundings = st.dictionaries(st.sampled_from((*NAMES, *ODD)), arguments | st.none(), max_size=3)
+context = st.dictionaries(st.sampled_from((*NAMES, *ODD)), arguments | st.none(), max_size=3)
 
 
 @contextmanager
-def blocked(door: Door) -> Iterator[None]:
+def blocked(inv: WarmInv) -> Iterator[None]:
     """Bootstrap cannot begin here, not even with --wait: its state has no place."""
-    with places.replaced(door.world.layout.state, b""):
+    with places.replaced(inv.world.layout.state, b""):
         yield
 
 
@@ -193,7 +194,7 @@ def blocked(door: Door) -> Iterator[None]:
 @example(("status", "status"))
 @example(("--search-root",))
 @example(("x" * 10_000,))
-def test_any_command_line(fresh: Door, line: tuple[str, ...]) -> None:
+def test_any_command_line(fresh: WarmInv, line: tuple[str, ...]) -> None:
     with blocked(fresh):
         is_decent(fresh(*line))
 
@@ -212,7 +213,9 @@ def test_any_command_line(fresh: Door, line: tuple[str, ...]) -> None:
 @example(("bootstrap", "--source=git", "--wait"))
 @example(("fix-triton", "--from-source", "--ref=", "--jobs=auto"))
 @example(("fix-triton", "--from-source", "--ref=-x\nmain"))
-def test_any_flag_of_bootstrap_rebuild_and_fix_triton(fresh: Door, line: tuple[str, ...]) -> None:
+def test_any_flag_of_bootstrap_rebuild_and_fix_triton(
+    fresh: WarmInv, line: tuple[str, ...]
+) -> None:
     with blocked(fresh):
         ended = fresh(*line)
     is_decent(ended)
@@ -220,7 +223,7 @@ def test_any_flag_of_bootstrap_rebuild_and_fix_triton(fresh: Door, line: tuple[s
 
 
 @fuzz(fast=30, deep=2000)
-@given(surroundings, st.sampled_from((("status",), ("status", "--json"), ("bootstrap",))))
+@given(context, st.sampled_from((("status",), ("status", "--json"), ("bootstrap",))))
 @example({"CONNECT_TIMEOUT_S": HUGE}, ("status",))
 @example({"CUDA_HOME": "~nobody-of-this-name"}, ("status",))
 @example({"KERNELS": SECRET}, ("status",))
@@ -228,14 +231,14 @@ def test_any_flag_of_bootstrap_rebuild_and_fix_triton(fresh: Door, line: tuple[s
 @example({"VLLM_WORKSPACE_RUN_WATCHERS": "x"}, ("status",))
 @example({"DEVICE": "auto"}, ("status",))
 @example({"PYTHON_VERSION": "\udcff"}, ("bootstrap",))
-def test_any_surroundings(fresh: Door, env: dict[str, str | None], line: tuple[str, ...]) -> None:
+def test_any_context(fresh: WarmInv, env: dict[str, str | None], line: tuple[str, ...]) -> None:
     with blocked(fresh):
         is_decent(fresh(*line, env={"HF_TOKEN": SECRET, **env}), secrets=[SECRET])
 
 
 @fuzz(fast=1, deep=100)
-@given(surroundings)
-def test_doctor_in_any_surroundings(fresh: Door, env: dict[str, str | None]) -> None:
+@given(context)
+def test_doctor_in_any_context(fresh: WarmInv, env: dict[str, str | None]) -> None:
     is_decent(fresh("doctor", "--offline", env={"HF_TOKEN": SECRET, **env}), secrets=[SECRET])
 
 
@@ -253,7 +256,7 @@ def test_doctor_in_any_surroundings(fresh: Door, env: dict[str, str | None]) -> 
 @example({"COLUMNS": "0", "TERM": "dumb"}, ("status",))
 @example({"COLUMNS": HUGE}, ("status",))
 @example({"TERM": "xterm", "NO_COLOR": "1"}, ("bootstrap", "--jobs=[/red]"))
-def test_any_terminal(fresh: Door, env: dict[str, str], line: tuple[str, ...]) -> None:
+def test_any_terminal(fresh: WarmInv, env: dict[str, str], line: tuple[str, ...]) -> None:
     with blocked(fresh):
         ended = fresh(*line, env=env, tty=True)
     assert ended.code in CODES
@@ -263,7 +266,9 @@ def test_any_terminal(fresh: Door, env: dict[str, str], line: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_what_the_encoding_of_the_terminal_lacks_is_no_failure(fresh: Door, encoding: str) -> None:
+def test_what_the_encoding_of_the_terminal_lacks_is_no_failure(
+    fresh: WarmInv, encoding: str
+) -> None:
     for line in (
         ("gr\udcffn",),
         ("bootstrap", "--kernels=größe\udcff×.whl"),
@@ -281,7 +286,7 @@ DOTENV = (
 
 @fuzz(fast=20, deep=1000)
 @given(damaged(DOTENV), st.sampled_from((("status",), ("bootstrap", "--kernels=x.whl"))))
-def test_any_dotenv(fresh: Door, content: bytes, line: tuple[str, ...]) -> None:
+def test_any_dotenv(fresh: WarmInv, content: bytes, line: tuple[str, ...]) -> None:
     with places.replaced(fresh.world.layout.dotenv, content), blocked(fresh):
         is_decent(fresh(*line, env={"HF_TOKEN": SECRET}), secrets=[SECRET])
 
@@ -304,7 +309,7 @@ RECORD = {
 @example(json.dumps({**RECORD, "time": "now\nok       smoke         passed"}).encode())
 @example(json.dumps({**RECORD, "time": "\ud800\x1b[2J"}).encode())
 @example(json.dumps({**RECORD, "tree": None}).encode())
-def test_any_record_of_a_smoke(fresh: Door, content: bytes) -> None:
+def test_any_record_of_a_smoke(fresh: WarmInv, content: bytes) -> None:
     with places.replaced(fresh.world.layout.smoke_record, content):
         ended = fresh("status")
     is_decent(ended)
@@ -317,7 +322,7 @@ def test_any_record_of_a_smoke(fresh: Door, content: bytes) -> None:
 @fuzz(fast=10, deep=500)
 @given(damaged_document({"pid": 1, "verb": "rebuild", "since": "2026-10-20T10:00:00+00:00"}))
 @example(b"")
-def test_any_content_of_a_lock_that_is_held(fresh: Door, content: bytes) -> None:
+def test_any_content_of_a_lock_that_is_held(fresh: WarmInv, content: bytes) -> None:
     place = fresh.world.layout.lock
     with lock.hold(place, verb="test"):
         place.write_bytes(content)
@@ -358,7 +363,7 @@ THINGS = (
 
 
 @pytest.mark.parametrize("name", [*LEFT, *STATE])
-def test_anything_in_the_place_of_a_file_or_folder(fresh: Door, name: str) -> None:
+def test_anything_in_the_place_of_a_file_or_folder(fresh: WarmInv, name: str) -> None:
     path = fresh.world.root / name
     for thing in THINGS:
         with ExitStack() as stack:
@@ -371,7 +376,7 @@ def test_anything_in_the_place_of_a_file_or_folder(fresh: Door, name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["", "lock", "logs"])
-def test_bootstrap_whose_state_has_no_place_says_so(fresh: Door, name: str) -> None:
+def test_bootstrap_whose_state_has_no_place_says_so(fresh: WarmInv, name: str) -> None:
     path = fresh.world.layout.state / name
     for thing in (
         *(
@@ -399,7 +404,7 @@ def test_clone_in_a_folder_whose_name_is_no_text_is_refused_before_anything_is_d
         assert "\n" not in caught.value.message
 
 
-def test_user_whom_the_machine_does_not_know_and_who_has_no_home_is_told_what_to_set(
+def test_user_whom_the_machine_does_not_know_and_who_has_no_home_gets_the_variable_to_set(
     tmp_path: Path,
 ) -> None:
     if os.geteuid() != 0:
@@ -421,7 +426,7 @@ def test_user_whom_the_machine_does_not_know_and_who_has_no_home_is_told_what_to
     "thing", [b"", "dangling link", "loop"] if is_deep() else ["dangling link"]
 )
 def test_logs_that_cannot_be_written_end_the_verb_before_its_first_command(
-    whole: Door, thing: str | bytes
+    whole: WarmInv, thing: str | bytes
 ) -> None:
     whole.world.layout.stamp("vllm").unlink()
     places.clear(whole.world.layout.logs)
@@ -438,7 +443,7 @@ DAMAGED = ("vllm", "environment")
 @fuzz(fast=5, deep=400)
 @given(st.data())
 def test_any_stamp_of_a_built_clone_is_fresh_only_if_it_says_the_same(
-    whole: Door, data: st.DataObject
+    whole: WarmInv, data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(DAMAGED))
     path = whole.world.layout.stamp(name)
@@ -461,7 +466,7 @@ READ = (".workspace/expected-trees/vllm.json", ".vllm/lib/python3.*/site-package
 
 
 def test_whatever_lies_in_the_place_of_what_status_reads_of_a_built_clone_never_hangs(
-    whole: Door,
+    whole: WarmInv,
 ) -> None:
     for pattern in READ:
         path = next(whole.world.root.glob(pattern))
@@ -485,7 +490,7 @@ INSIDE = (
 
 
 def test_files_inside_a_built_clone_that_a_power_cut_emptied_or_filled_with_noise(
-    whole: Door,
+    whole: WarmInv,
 ) -> None:
     for name in INSIDE:
         for content in (b"", b"\xff\0", "directory") if is_deep() else (b"",):
@@ -495,7 +500,7 @@ def test_files_inside_a_built_clone_that_a_power_cut_emptied_or_filled_with_nois
 
 @fuzz(fast=4, deep=400)
 @given(st.data())
-def test_any_patch_and_series_on_a_built_clone(whole: Door, data: st.DataObject) -> None:
+def test_any_patch_and_series_on_a_built_clone(whole: WarmInv, data: st.DataObject) -> None:
     folder = whole.world.layout.patches("vllm")
     path = data.draw(st.sampled_from(sorted(folder.iterdir())))
     with places.replaced(path, data.draw(damaged(path.read_text()))):
@@ -503,7 +508,7 @@ def test_any_patch_and_series_on_a_built_clone(whole: Door, data: st.DataObject)
 
 
 @pytest.mark.parametrize(
-    ("words", "env"),
+    ("args", "env"),
     [
         ([b"stat\xff\xfeus"], {}),
         ([b"bootstrap", b"--device=\xc3\x28"], {"LC_ALL": "C"}),
@@ -513,13 +518,13 @@ def test_any_patch_and_series_on_a_built_clone(whole: Door, data: st.DataObject)
     ],
 )
 def test_a_real_process_with_bytes_that_are_no_text(
-    fresh: Door, words: list[bytes], env: dict[str, str | None]
+    fresh: WarmInv, args: list[bytes], env: dict[str, str | None]
 ) -> None:
     surrounding = {
         name: text for name, text in {**fresh.world.env, **env}.items() if text is not None
     }
     done = subprocess.run(
-        [*map(os.fsencode, fresh.world.argv()), *words],
+        [*map(os.fsencode, fresh.world.argv()), *args],
         env=surrounding,
         capture_output=True,
         check=False,

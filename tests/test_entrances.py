@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doorway import Clone, is_list, make_clone
+from tests.clone import Clone, is_list, make_clone
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("args", "says"),
     [
         (["nonsense"], "error: there is no verb nonsense\nhint: inv --list\n"),
         (
@@ -70,8 +70,8 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
         ),
     ],
 )
-def test_misuse_is_a_sentence_and_exits_2(ready: Clone, words: list[str], says: str) -> None:
-    failed = ready.inv(*words)
+def test_misuse_is_a_sentence_and_exits_2(ready: Clone, args: list[str], says: str) -> None:
+    failed = ready.inv(*args)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith(says)
     assert "Traceback" not in failed.stderr

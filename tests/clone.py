@@ -84,14 +84,14 @@ else:
 """
 
 
-def program(path: Path, text: str, **words: str) -> Path:
+def program(path: Path, text: str, **args: str) -> Path:
     """Write an executable, @WORDS@ filled in."""
-    for name, word in {
+    for name, arg in {
         "PYTHON": sys.executable,
         "PACKAGES": sysconfig.get_path("purelib"),
-        **words,
+        **args,
     }.items():
-        text = text.replace(f"@{name}@", word)
+        text = text.replace(f"@{name}@", arg)
     path.unlink(missing_ok=True)
     path.write_text(text)
     path.chmod(0o755)
@@ -116,8 +116,8 @@ class Clone:
     def calls(self) -> list[tuple[list[str], dict[str, str]]]:
         return (
             [
-                (words, environment)
-                for words, environment in map(json.loads, self.log.read_text().splitlines())
+                (args, environment)
+                for args, environment in map(json.loads, self.log.read_text().splitlines())
             ]
             if self.log.exists()
             else []
@@ -140,9 +140,9 @@ class Clone:
         )
 
     def inv(
-        self, *words: str, cwd: Path | None = None, **more: str
+        self, *args: str, cwd: Path | None = None, **more: str
     ) -> "subprocess.CompletedProcess[str]":
-        return self.run(self.root / "scripts" / "inv", *words, cwd=cwd, **more)
+        return self.run(self.root / "scripts" / "inv", *args, cwd=cwd, **more)
 
 
 def make_clone(folder: Path) -> Clone:

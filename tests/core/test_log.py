@@ -1,4 +1,4 @@
-"""The journal: no file for nothing, no secret anywhere."""
+"""Run log: no file without a line, no secret anywhere."""
 
 import io
 from pathlib import Path

@@ -14,8 +14,8 @@ CODES = {0, 2, INTERRUPTED_EXIT_CODE, 143, *(error.exit_code for error in ERRORS
 TIMEOUT_S = 20.0
 
 
-class Door:
-    """Runs `inv WORDS` in the clone of a world, some milliseconds each."""
+class WarmInv:
+    """Runs `inv ARGS` in the clone of a world, some milliseconds each."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
@@ -36,23 +36,23 @@ class Door:
 
     def __call__(
         self,
-        *words: str,
+        *args: str,
         env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
         tty: bool = False,
         encoding: str = "utf-8",
     ) -> Ended:
-        """Run to the end. `env` goes on top of the world's; None takes a name out."""
+        """Run to the end. `env` is added to the world's; None takes a name out."""
         for file in (self._out, self._err):
             file.write_bytes(b"")
-        surroundings = {
+        context = {
             name: text
             for name, text in {**self.world.env, **(env or {})}.items()
             if text is not None
         }
         request = {
-            "words": words,
-            "env": surroundings,
+            "args": args,
+            "env": context,
             "cwd": str(cwd or self.world.folder),
             "tty": tty,
             "encoding": encoding,
@@ -65,12 +65,13 @@ class Door:
             file.read_bytes().decode(encoding, errors="backslashreplace")
             for file in (self._out, self._err)
         )
-        assert code != HANGS, f"inv {words} hangs\n{err}"
+        assert code != HANGS, f"inv {args} hangs\n{err}"
         return Ended(int(code), out, err)
 
     def _answer(self) -> str | int:
         assert self._warm.stdout is not None
-        return json.loads(self._warm.stdout.readline())
+        answer: str | int = json.loads(self._warm.stdout.readline())
+        return answer
 
     def close(self) -> None:
         self._warm.communicate()
