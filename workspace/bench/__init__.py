@@ -1,3 +1,1 @@
-"""How fast the built tree is: records of vLLM's own benchmarks, a verdict on two of them, and a
-page that shows them all.
-"""
+"""How fast the built tree is: records, comparisons, A/B, bisect, report."""

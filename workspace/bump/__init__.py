@@ -1,3 +1,1 @@
-"""A pin moves the whole house, and back: forecast, bump, promote, what was good; and the verbs on
-the patch stack.
-"""
+"""Moves of the pin: forecast, bump, promotion, rollback, known-good states."""

@@ -1,3 +1,1 @@
-"""Does the built tree compute rightly: checks with a verdict, their record, and the door `python -m
-workspace.smoke`.
-"""
+"""Judges the built tree: smoke, vLLM's own tests, pre-push hook."""

@@ -1,3 +1,1 @@
-"""The verbs of `inv`: each parses, calls one function below, prints. They know no git, pip or
-cmake.
-"""
+"""The command lines: verbs of `inv`, sessions of nox, exit codes."""

@@ -1,1 +1,1 @@
-"""Compiling here: what CMake would build, what of it is reached, and where it goes."""
+"""Compiles kernels: targets, CMake, scheduling by memory, device code."""

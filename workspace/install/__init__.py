@@ -1,1 +1,1 @@
-"""From a checkout and an environment to an installed, verified, stamped vLLM."""
+"""From a checkout to an installed, verified, stamped vLLM."""

@@ -1,3 +1,1 @@
-"""Adapters to the machine and to the interpreter: what is there, what is missing, and what goes
-into `.vllm`.
-"""
+"""What this machine has and lacks: hardware, toolchain, environment, doctor."""

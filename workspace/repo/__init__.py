@@ -1,3 +1,1 @@
-"""Where the code comes from: pins, package index, git checkouts, release archives and the patches
-on top.
-"""
+"""Where the code comes from: pins, index, git checkouts, archives, patches."""

@@ -1,1 +1,1 @@
-"""One vLLM process and the models that are always there to try it with."""
+"""Serves a model: recipes, memory fit, weights, one server process."""

@@ -1,1 +1,1 @@
-"""What the workspace itself costs, as ratios measured in one run."""
+"""What the workspace itself costs, as ratios of one run, and the bug report."""

@@ -1,6 +1,4 @@
-"""The one door to git: every flag, every environment variable and GitPython itself stay in this
-package.
-"""
+"""The single entrance to git: its flags, its environment and GitPython stay in this package."""
 
 from workspace.repo.git.am import AM_BY_HAND, Applied
 from workspace.repo.git.command import Command, OnLine, executable
