@@ -1,5 +1,5 @@
-"""`nox -s bench` on a bootstrapped clone in small, with a program in the place of vLLM: what is
-recorded, what an interruption leaves, what is refused.
+"""`nox -s bench` on a small bootstrapped clone with a stand-in for vLLM: records, interruptions
+and refusals.
 """
 
 import json
@@ -16,10 +16,11 @@ import pytest
 from tests.small.world import Ended, World
 
 SECRET = "hf_swordfish42"
-# A vllm that measures what it is told to, or fails as it is told to.
+# A vllm that measures or fails as FAKE_MANNER requests.
 PROGRAM = """#!@PYTHON@ -Es
 import json, os, sys, time
-words, manner = dict(word.partition("=")[::2] for word in sys.argv[1:]), os.environ.get("FAKE_MANNER", "")
+flags = dict(flag.partition("=")[::2] for flag in sys.argv[1:])
+manner = os.environ.get("FAKE_MANNER", "")
 folder = os.path.dirname(os.path.abspath(__file__))
 with open(folder + "/calls", "a") as calls:
     calls.write("x")
@@ -31,7 +32,7 @@ if manner == "hangs" and count > 2:
     open(folder + "/hangs", "w").close()
     time.sleep(60)
 result = {"latencies": [] if manner == "nothing" else [0.5 + count / 1000, 0.6, 0.4]}
-with open(words["--output-json"], "w") as file:
+with open(flags["--output-json"], "w") as file:
     json.dump(result, file)
 """
 
@@ -49,14 +50,14 @@ def measured(built: World) -> World:
     return built
 
 
-def argv(world: World, *words: str) -> list[str]:
-    return [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "bench", *words]
+def argv(world: World, *args: str) -> list[str]:
+    return [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "bench", *args]
 
 
-def bench(world: World, *words: str, env: Mapping[str, str] | None = None) -> Ended:
+def bench(world: World, *args: str, env: Mapping[str, str] | None = None) -> Ended:
     model = ["--model", str(world.folder / "model")]
     before, after = (
-        (words[: words.index("--")], words[words.index("--") :]) if "--" in words else (words, ())
+        (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, ())
     )
     call = argv(world, *before, *model, *after)
     done = subprocess.run(
@@ -77,7 +78,7 @@ def only(world: World) -> dict[str, Any]:
     return document
 
 
-def test_record_says_what_was_measured_on_what_and_nothing_private(measured: World) -> None:
+def test_record_holds_samples_software_and_sources_and_nothing_private(measured: World) -> None:
     ended = bench(
         measured,
         "--repeat",
@@ -109,7 +110,7 @@ def test_record_says_what_was_measured_on_what_and_nothing_private(measured: Wor
     assert str(measured.folder) not in text
 
 
-def test_bench_that_dies_keeps_what_it_measured_and_goes_on_from_there(measured: World) -> None:
+def test_bench_that_dies_keeps_its_starts_and_resumes(measured: World) -> None:
     ended = bench(measured, "--repeat", "3", env={"FAKE_MANNER": "dies"})
     assert "Unrecognized model" in ended.error(1)
     assert "keeps 2 of 3 starts" in ended.err
@@ -117,12 +118,12 @@ def test_bench_that_dies_keeps_what_it_measured_and_goes_on_from_there(measured:
     assert len(times) == 2
     ended = bench(measured, "--repeat", "3")
     assert ended.code == 0, ended.output
-    assert "has 2 starts; going on from there" in ended.err
+    assert "has 2 starts; resuming" in ended.err
     assert [start["time"] for start in only(measured)["starts"]][:2] == times
     assert len(only(measured)["starts"]) == 3
 
 
-def test_interrupted_bench_leaves_no_process_and_a_record_to_go_on_from(measured: World) -> None:
+def test_interrupted_bench_leaves_no_process_and_a_record_to_resume(measured: World) -> None:
     hangs = measured.layout.environment / "bin" / "hangs"
     child = subprocess.Popen(
         argv(measured, "--repeat", "4", "--model", str(measured.folder / "model")),
@@ -137,40 +138,40 @@ def test_interrupted_bench_leaves_no_process_and_a_record_to_go_on_from(measured
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=30)
     assert child.returncode == 130, err
-    assert "keeps 2 of 4 starts; the same command goes on from there" in err
+    assert "keeps 2 of 4 starts; run the same command again to resume" in err
     assert len(only(measured)["starts"]) == 2
 
 
-def test_model_that_cannot_be_loaded_is_a_sentence_and_leaves_no_record(measured: World) -> None:
+def test_model_that_cannot_be_loaded_fails_clearly_and_leaves_no_record(measured: World) -> None:
     ended = bench(measured, env={"FAKE_MANNER": "no model"})
     assert "ValueError: Unrecognized model in /nowhere" in ended.error(1)
     assert list(measured.layout.results.glob("*/*.json")) == []
 
 
-def test_bench_that_measured_nothing_is_no_record(measured: World) -> None:
+def test_bench_that_measured_nothing_writes_no_record(measured: World) -> None:
     assert "measured nothing: its result holds no measured number" in bench(
         measured, env={"FAKE_MANNER": "nothing"}
     ).error(1)
     assert list(measured.layout.results.glob("*/*.json")) == []
 
 
-def test_label_that_is_taken_is_refused_whether_it_is_whole_of_something_else_or_damaged(
+def test_used_label_is_refused_for_a_complete_a_different_and_a_damaged_record(
     measured: World,
 ) -> None:
     assert bench(measured, "--repeat", "1").code == 0
-    assert "has its 1 starts already" in bench(measured, "--repeat", "1").error(2)
-    assert "was measured otherwise: flags" in bench(
+    assert "already has its 1 starts" in bench(measured, "--repeat", "1").error(2)
+    assert "was measured with other flags" in bench(
         measured, "--repeat", "2", "--", "--dtype=float32"
     ).error(2)
     (path,) = measured.layout.results.glob("*/*.json")
     half = path.read_bytes()[:400]
     path.write_bytes(half)
-    assert "is damaged, and nothing is written over it" in bench(measured, "--repeat", "2").error(2)
+    assert "is damaged, and is not overwritten" in bench(measured, "--repeat", "2").error(2)
     assert path.read_bytes() == half
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ("--repeat", "0"),
         ("--repeat", "x"),
@@ -180,11 +181,11 @@ def test_label_that_is_taken_is_refused_whether_it_is_whole_of_something_else_or
         ("latency", "--", "--output-json=/tmp/x"),
     ],
 )
-def test_misuse_is_refused_before_anything_runs(measured: World, words: tuple[str, ...]) -> None:
-    assert bench(measured, *words).code == 2
+def test_misuse_is_refused_before_anything_runs(measured: World, args: tuple[str, ...]) -> None:
+    assert bench(measured, *args).code == 2
     assert not (measured.layout.environment / "bin" / "calls").exists()
 
 
-def test_tree_that_is_not_built_is_not_measured(world: World) -> None:
+def test_unbuilt_tree_is_not_measured(world: World) -> None:
     (world.folder / "model").mkdir()
     assert bench(world).error(8)

@@ -1,4 +1,4 @@
-"""One start of a server with the load of vLLM's own client on it: a stand-in plays both."""
+"""One start of a server under the load of vLLM's own client; a stand-in plays both."""
 
 import os
 import sys
@@ -15,25 +15,29 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.server import observation
 
-# Plays `vllm serve MODEL --port=N` and `vllm bench serve --max-concurrency=N …`; MODEL is what
-# becomes of it.
+# It plays `vllm serve MODEL --port=N` and `vllm bench serve --max-concurrency=N …`; MODEL names the
+# outcome.
 VLLM = f"""#!{sys.executable} -S
 import json, os, signal, sys
-words = sys.argv[1:]
-flags = dict(word.lstrip("-").partition("=")[::2] for word in words if word.startswith("--"))
+argv = sys.argv[1:]
+flags = dict(flag.lstrip("-").partition("=")[::2] for flag in argv if flag.startswith("--"))
 home = os.path.dirname(__file__)
-if words[0] == "serve":
+if argv[0] == "serve":
     with open(home + "/starts", "a") as file:
         file.write(str(os.getpid()) + " ")
-    os.execv({sys.executable!r}, [{sys.executable!r}, "-S", {str(ROOT / "tests" / "server" / "standin.py")!r}, flags["port"], "plain"])
+    python, standin = {sys.executable!r}, {str(ROOT / "tests" / "server" / "standin.py")!r}
+    os.execv(python, [python, "-S", standin, flags["port"], "plain"])
 at = int(flags["max-concurrency"])
 if flags["model"] == "dies":
     os.kill(int(open(home + "/starts").read().split()[-1]), signal.SIGKILL)
     sys.exit("Initial test run failed - please make sure the server is up")
 if flags["model"] == "breaks":
-    sys.exit("a client that breaks off by itself")
+    sys.exit("a client that fails by itself")
 done = 0 if flags["model"] == "empty" else 2
-result = {{"completed": done, "failed": 2 - done, "request_throughput": 1.0 * at, "output_throughput": 9.0, "ttfts": [0.1, 0.2], "itls": [[0.01], [0.03]]}}
+result = {{
+    "completed": done, "failed": 2 - done, "request_throughput": 1.0 * at,
+    "output_throughput": 9.0, "ttfts": [0.1, 0.2], "itls": [[0.01], [0.03]],
+}}
 with open(os.path.join(flags["result-dir"], flags["result-filename"]), "w") as file:
     json.dump(result, file)
 """
@@ -54,7 +58,7 @@ def measured(layout: Layout, model: str, *concurrencies: int) -> dict[str, tuple
     folder = layout.root / "neutral"
     folder.mkdir()
     with RunLog(Console(), layout.logs, verb="bench", secrets=()) as run_log:
-        return measure.measure_start(
+        return measure.measure_server(
             layout,
             work,
             {"PATH": os.environ["PATH"]},
@@ -65,15 +69,15 @@ def measured(layout: Layout, model: str, *concurrencies: int) -> dict[str, tuple
 
 
 def starts(layout: Layout) -> list[int]:
-    return [int(number) for number in (layout.environment / "bin" / "starts").read_text().split()]
+    return [int(pid) for pid in (layout.environment / "bin" / "starts").read_text().split()]
 
 
 def require_nothing_left(layout: Layout) -> None:
     assert observation.find(layout.state / "bench") is None
-    assert [number for number in starts(layout) if Path(f"/proc/{number}").exists()] == []
+    assert [pid for pid in starts(layout) if Path(f"/proc/{pid}").exists()] == []
 
 
-def test_every_load_is_put_on_one_start_and_told_apart(layout: Layout) -> None:
+def test_all_loads_run_on_one_start_and_have_metrics_of_their_own(layout: Layout) -> None:
     found = measured(layout, "plain", 1, 4)
     assert (found["request_throughput@1"], found["request_throughput@4"]) == ((1.0,), (4.0,))
     assert found["ttft@4"] == (100.0, 200.0)
@@ -81,7 +85,7 @@ def test_every_load_is_put_on_one_start_and_told_apart(layout: Layout) -> None:
     require_nothing_left(layout)
 
 
-def test_a_single_load_is_not_named_after_its_requests_at_once(layout: Layout) -> None:
+def test_metric_of_a_single_load_has_no_concurrency_in_its_name(layout: Layout) -> None:
     assert measured(layout, "plain", 8)["ttft"] == (100.0, 200.0)
 
 
@@ -93,7 +97,7 @@ def test_a_single_load_is_not_named_after_its_requests_at_once(layout: Layout) -
         ("breaks", ServeError, "exit"),
     ],
 )
-def test_load_that_measures_nothing_is_a_sentence_and_leaves_no_server(
+def test_load_that_measures_nothing_fails_clearly_and_leaves_no_server(
     layout: Layout, model: str, kind: type[WorkspaceError], output: str
 ) -> None:
     with pytest.raises(kind, match=output):

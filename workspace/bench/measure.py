@@ -1,5 +1,6 @@
-"""The run of a benchmark: one start of the process after the other, each written down as soon as it
-is measured, so that an interrupted run goes on.
+"""The run of `nox -s bench`: start the measured process again and again, and record each start.
+
+The record is written after each start, so that the same command resumes an interrupted run.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 from workspace.bench import compare, conditions, metrics, results, subject
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind, Record, Start
-from workspace.bench.subject import Workload
+from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
 from workspace.core import lock, process
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
@@ -23,13 +24,189 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.server import lifecycle, observation, process_tree, supervisor
-from workspace.server.command import built_environment
 from workspace.server.observation import Address
 
 START_TIMEOUT_S = 1800.0
+# The line of vLLM's log that names the code that computes, whatever was requested:
+# `… [cpu.py:123] Using Torch SDPA backend.`
+_BACKEND = re.compile(
+    r"\] (Using [^\n]{0,160}?\b(?:backends?|kernels?|attention)\b[^\n]{0,80}?)\.?$", re.IGNORECASE
+)
+# Paths, addresses of objects and digests change with each start.
+_PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
 
 
-def measure_start(
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of `nox -s bench`; `vllm_args` go to vLLM unchanged."""
+
+    kind: Kind = "latency"
+    model: str = subject.TINY
+    label: str | None = None
+    repeat: int = MIN_STARTS
+    has_sweep: bool = False
+    vllm_args: tuple[str, ...] = ()
+
+
+def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: Console) -> Path:
+    """Measure until the record has `options.repeat` starts, and return its path.
+
+    Raises SmokeError where there is no fresh build, SettingsError for a record that is complete or
+    was measured otherwise, WorkspaceError where vLLM fails.
+    """
+    from workspace.install.status import require_built
+    from workspace.machine import check
+
+    observed = require_built(layout, settings)
+    check.require(layout, settings, console=console, device=observed.device)
+    # The lock keeps the tree unchanged while it is measured.
+    with (
+        lock.hold(layout.lock, verb="nox -s bench") as held,
+        RunLog(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as run_log,
+    ):
+        run_log.phase("model")
+        wanted = WorkloadOptions(
+            options.kind, options.model, options.vllm_args, has_sweep=options.has_sweep
+        )
+        benchmark = subject.prepare(layout, settings, wanted, run_log=run_log)
+        label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
+        fresh = subject.describe(benchmark, observed, label=label, repeat=options.repeat)
+        path = results.record_path(layout, fresh)
+        so_far = _record_to_resume(layout, path, fresh)
+        if so_far.starts:
+            console.info(f"{layout.relative(path)} has {len(so_far.starts)} starts; resuming")
+        with _report_kept(layout, path, console):
+            _measure(benchmark, so_far, path=path, run_log=run_log)
+    console.data(str(path))
+    return path
+
+
+def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
+    """Return the existing record of the same benchmark, or the fresh one.
+
+    Raises SettingsError for a record that is damaged, complete, or was measured otherwise.
+    """
+    shown = layout.relative(path)
+    try:
+        existing = results.read(path, place=shown) if path.exists() else None
+    except SettingsError:
+        if not path.is_file():
+            raise
+        raise SettingsError(
+            f"{shown} is damaged, and is not overwritten",
+            hint=f"mv {path} {path}.damaged, or --label another",
+        ) from None
+    if existing is None:
+        return fresh
+    differing = [name for name in compare.differences(existing, fresh) if name != "backends"]
+    differing += [
+        name
+        for name, a, b in (
+            ("edits", existing.source.dirty, fresh.source.dirty),
+            ("kernels", existing.source.libraries, fresh.source.libraries),
+        )
+        if a != b
+    ]
+    if differing:
+        raise SettingsError(
+            f"{shown} was measured with other {', '.join(differing)}", hint="--label another"
+        )
+    count = len(existing.starts)
+    if count >= fresh.repeat:
+        hint = f"--repeat {count + MIN_STARTS} adds starts, --label another begins a new record"
+        raise SettingsError(f"{shown} already has its {count} starts", hint=hint)
+    return replace(existing, repeat=fresh.repeat)
+
+
+@contextlib.contextmanager
+def _report_kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
+    """Report how many starts are kept if the run ends early."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(WorkspaceError, OSError):
+            kept = results.read(path, place=layout.relative(path))
+            console.info(
+                f"{layout.relative(path)} keeps {len(kept.starts)} of {kept.repeat} starts; run the"
+                " same command again to resume"
+            )
+        raise
+
+
+def _measure(benchmark: Benchmark, so_far: Record, *, path: Path, run_log: RunLog) -> None:
+    took: list[float] = []
+    for count in range(len(so_far.starts) + 1, so_far.repeat + 1):
+        title = f"start {count}/{so_far.repeat}"
+        with run_log.console.step(title) as view:
+            run_log.phase(title, view)
+            start, backends = measure_once(
+                benchmark, has_gpu=bool(so_far.machine.gpus), run_log=run_log
+            )
+            so_far = replace(
+                so_far,
+                starts=(*so_far.starts, start),
+                backends=tuple(sorted({*so_far.backends, *backends})),
+            )
+            results.write(path, so_far)
+            took.append(start.seconds)
+            left_s = (so_far.repeat - count) * sum(took) / len(took)
+            view.reason = start_summary(replace(so_far, starts=(start,)), left_s)
+
+
+def start_summary(record: Record, left_s: float | None) -> str:
+    """Return the first metric of a record with one start, and the time that is left."""
+    measured = "  ".join(results.measured_text(record, metric) for metric in record.metrics[:1])
+    return measured + (f"  about {left_s / 60:.1f} min left" if left_s else "")
+
+
+def measure_once(
+    benchmark: Benchmark,
+    *,
+    has_gpu: bool,
+    run_log: RunLog,
+    watch: Callable[[], None] = lambda: None,
+) -> tuple[Start, tuple[str, ...]]:
+    """Start the process once; return its measurements and the backends that its log names.
+
+    Calls `watch` at each line of the log. Raises ServeError, or WorkspaceError for a benchmark
+    without a server, where the process fails or measures nothing.
+    """
+    settings, seen = benchmark.settings, set[str]()
+
+    def look(line: str) -> None:
+        watch()
+        if found := _BACKEND.search(line):
+            seen.add(_PASSING.sub("…", found[1]))
+
+    before = conditions.observe(settings, has_gpu=has_gpu)
+    time_of_start, began = subject.utc_now(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
+        samples = _samples(benchmark, Path(neutral), run_log=run_log, look=look)
+    seconds = round(time.monotonic() - began, 2)
+    after = conditions.observe(settings, has_gpu=has_gpu)
+    return Start(time_of_start, seconds, before, after, samples), tuple(seen)
+
+
+def _samples(
+    benchmark: Benchmark, folder: Path, *, run_log: RunLog, look: Callable[[str], None]
+) -> dict[str, tuple[float, ...]]:
+    layout, work, environment = benchmark.layout, benchmark.work, benchmark.environment
+    if work.kind == "serve":
+        return measure_server(layout, work, environment, folder, run_log=run_log, look=look)
+    result = folder / "result.json"
+    process.run(
+        subject.command(layout, work, result),
+        env=environment,
+        run_log=run_log,
+        cwd=folder,
+        on_line=look,
+        failure=WorkspaceError,
+        hint="read the log; arguments after -- go to vllm bench",
+    )
+    return read_samples(work, result)
+
+
+def measure_server(
     layout: Layout,
     work: Workload,
     environment: Mapping[str, str],
@@ -38,10 +215,10 @@ def measure_start(
     run_log: RunLog,
     look: Callable[[str], None],
 ) -> dict[str, tuple[float, ...]]:
-    """Start the server at a free port, put each load on it, stop it, and return all samples.
+    """Start the server at a free port, run each load on it, stop it, and return all samples.
 
-    Raises ServeError where it does not come up or dies in the middle, WorkspaceError where a load
-    measured nothing.
+    Raises ServeError where the server does not start or dies, WorkspaceError where a load measures
+    nothing.
     """
     address = Address("127.0.0.1", lifecycle.free_port())
     argv = (
@@ -62,259 +239,47 @@ def measure_start(
     key = environment.get("VLLM_API_KEY")
     with lifecycle.running(
         layout.state / "bench", launch, key=key, timeout_s=START_TIMEOUT_S, on_line=on_line
-    ) as (there, _):
+    ) as (server, _):
         for at in work.concurrencies:
             result = folder / f"{at}.json"
-            command = subject.client(layout, work, result, port=address.port, at=at)
             try:
                 process.run(
-                    command,
+                    subject.client(layout, work, result, port=address.port, at=at),
                     env={**environment, "OPENAI_API_KEY": key or "none"},
                     run_log=run_log,
                     cwd=folder,
                     failure=ServeError,
-                    hint="the log says more",
+                    hint="read the log",
                 )
             except ServeError as exc:
-                if not observation.is_healthy(address) and _has_ended(there):
-                    raise lifecycle.failure(there) from exc
+                if not observation.is_healthy(address) and _has_ended(server):
+                    raise lifecycle.failure(server) from exc
                 raise
-            found |= taken(work, result, at=at if len(work.concurrencies) > 1 else None)
+            found |= read_samples(work, result, at=at if len(work.concurrencies) > 1 else None)
     return found
 
 
-def _has_ended(there: observation.Server) -> bool:
-    """Wait for what is left of a server that answers no more: only when all of it is gone is it
-    known how it ended.
-    """
+def _has_ended(server: observation.Server) -> bool:
+    """Wait until all processes of an unhealthy server are gone; only then its exit is known."""
     deadline = time.monotonic() + lifecycle.GRACE_S + supervisor.KILL_GRACE_S
-    while there.members():
+    while server.members():
         if time.monotonic() > deadline:
             return False
-        observation.reap(there)
+        observation.reap(server)
         time.sleep(process_tree.POLL_S)
     return True
 
 
-# What vLLM's log says of the code that computes, whatever was asked for: `… [cpu.py:123] Using
-# Torch SDPA backend.`
-_BACKEND = re.compile(
-    r"\] (Using [^\n]{0,160}?\b(?:backends?|kernels?|attention)\b[^\n]{0,80}?)\.?$", re.IGNORECASE
-)
-# Paths, addresses of objects and digests are of one start only.
-_PASSING = re.compile(r"[0-9a-f]{12,}|/\S+")
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What the command line said. `words` are for vLLM."""
-
-    kind: Kind = "latency"
-    model: str = subject.TINY
-    label: str | None = None
-    repeat: int = MIN_STARTS
-    has_sweep: bool = False
-    words: tuple[str, ...] = ()
-
-
-def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: Console) -> Path:
-    """Measure until `asked.repeat` starts are in the record, and return its path.
-
-    Raises SmokeError where nothing fresh is built, SettingsError for a record that is complete or
-    of something else, WorkspaceError where vLLM fails.
-    """
-    from workspace.install.status import require_built
-    from workspace.machine import check
-
-    observed = require_built(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
-    # What is measured must not change meanwhile.
-    with (
-        lock.hold(layout.lock, verb="nox -s bench") as held,
-        RunLog(console, layout.logs, verb="bench", secrets=settings.secrets, held=held) as run_log,
-    ):
-        run_log.phase("model")
-        work = subject.prepare(
-            layout,
-            settings,
-            options.kind,
-            options.model,
-            options.words,
-            has_sweep=options.has_sweep,
-            run_log=run_log,
-        )
-        environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
-        label = options.label or f"{options.kind}{'-sweep' if options.has_sweep else ''}"
-        fresh = subject.describe(
-            layout,
-            settings,
-            observed,
-            work,
-            label=label,
-            repeat=options.repeat,
-            environment=environment,
-        )
-        path = results.record_path(layout, fresh)
-        so_far = _begun(layout, path, fresh)
-        if so_far.starts:
-            console.info(
-                f"{layout.relative(path)} has {len(so_far.starts)} starts; going on from there"
-            )
-        with _kept(layout, path, console):
-            _measure(layout, settings, work, environment, so_far, path=path, run_log=run_log)
-    console.data(str(path))
-    return path
-
-
-def _begun(layout: Layout, path: Path, fresh: Record) -> Record:
-    """Return the record to go on from: the one that is there where it is of the same, else the
-    fresh one.
-    """
-    try:
-        there = results.read(path, place=layout.relative(path)) if path.exists() else None
-    except SettingsError:
-        if not path.is_file():
-            raise
-        raise SettingsError(
-            f"{layout.relative(path)} is damaged, and nothing is written over it",
-            hint=f"mv {path} {path}.damaged, or --label another",
-        ) from None
-    if there is None:
-        return fresh
-    differing = [name for name in compare.differences(there, fresh) if name != "backends"]
-    differing += [
-        name
-        for name, a, b in (
-            ("edits", there.source.dirty, fresh.source.dirty),
-            ("kernels", there.source.libraries, fresh.source.libraries),
-        )
-        if a != b
-    ]
-    if differing:
-        raise SettingsError(
-            f"{layout.relative(path)} was measured otherwise: {', '.join(differing)}",
-            hint="--label another",
-        )
-    if len(there.starts) >= fresh.repeat:
-        hint = f"--repeat {len(there.starts) + MIN_STARTS} adds to it, --label another begins anew"
-        raise SettingsError(
-            f"{layout.relative(path)} has its {len(there.starts)} starts already", hint=hint
-        )
-    return replace(there, repeat=fresh.repeat)
-
-
-@contextlib.contextmanager
-def _kept(layout: Layout, path: Path, console: Console) -> Iterator[None]:
-    """Say, however the run ends, what is there to go on from."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(WorkspaceError, OSError):
-            there = results.read(path, place=layout.relative(path))
-            console.info(
-                f"{layout.relative(path)} keeps {len(there.starts)} of {there.repeat} starts; the"
-                " same command goes on from there"
-            )
-        raise
-
-
-def _measure(
-    layout: Layout,
-    settings: Settings,
-    work: Workload,
-    environment: Mapping[str, str],
-    so_far: Record,
-    *,
-    path: Path,
-    run_log: RunLog,
-) -> None:
-    took: list[float] = []
-    for number in range(len(so_far.starts) + 1, so_far.repeat + 1):
-        name = f"start {number}/{so_far.repeat}"
-        with run_log.console.step(name) as view:
-            run_log.phase(name, view)
-            start, backends = once(
-                layout,
-                settings,
-                work,
-                environment,
-                has_gpu=bool(so_far.machine.gpus),
-                run_log=run_log,
-            )
-            so_far = replace(
-                so_far,
-                starts=(*so_far.starts, start),
-                backends=tuple(sorted({*so_far.backends, *backends})),
-            )
-            results.write(path, so_far)
-            took.append(start.seconds)
-            left = (so_far.repeat - number) * sum(took) / len(took)
-            only = replace(so_far, starts=(start,))
-            view.reason = "  ".join(
-                results.measured_text(only, metric) for metric in only.metrics[:1]
-            ) + (f"  about {left / 60:.1f} min left" if left else "")
-
-
-def once(
-    layout: Layout,
-    settings: Settings,
-    work: Workload,
-    environment: Mapping[str, str],
-    *,
-    has_gpu: bool,
-    run_log: RunLog,
-    watch: Callable[[], None] = lambda: None,
-) -> tuple[Start, tuple[str, ...]]:
-    """Start the process once, and return what it measured and which backends its log names. `watch`
-    is called at each line of its log.
-
-    Raises ServeError, or WorkspaceError for a benchmark without a server, where it fails or
-    measures nothing.
-    """
-    seen: set[str] = set()
-
-    def look(line: str) -> None:
-        watch()
-        if found := _BACKEND.search(line):
-            seen.add(_PASSING.sub("…", found[1]))
-
-    before, at, began = (
-        conditions.observe(settings, has_gpu=has_gpu),
-        subject.subject_now(),
-        time.monotonic(),
-    )
-    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        if work.kind == "serve":
-            samples = measure_start(
-                layout, work, environment, Path(neutral), run_log=run_log, look=look
-            )
-        else:
-            result = Path(neutral) / "result.json"
-            hint = "the log says more; words after -- go to vllm bench"
-            process.run(
-                subject.command(layout, work, result),
-                env=environment,
-                run_log=run_log,
-                cwd=Path(neutral),
-                on_line=look,
-                failure=WorkspaceError,
-                hint=hint,
-            )
-            samples = taken(work, result)
-    seconds = round(time.monotonic() - began, 2)
-    return Start(
-        at, seconds, before, conditions.observe(settings, has_gpu=has_gpu), samples
-    ), tuple(seen)
-
-
-def taken(work: Workload, result: Path, *, at: int | None = None) -> dict[str, tuple[float, ...]]:
-    """Read the samples of a result file. Raises WorkspaceError where there are none."""
+def read_samples(
+    work: Workload, result: Path, *, at: int | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
         document = json.loads(read_regular(result))
         return metrics.samples(work.kind, document if isinstance(document, dict) else {}, at=at)
     except (OSError, ValueError, RecursionError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
         raise WorkspaceError(
-            f"vllm bench {work.kind} measured nothing: {why}",
-            hint="the newest log in .workspace/logs says what it did",
+            f"vllm bench {work.kind} measured nothing: {reason}",
+            hint="read the newest log in .workspace/logs",
         ) from exc

@@ -1,12 +1,14 @@
-"""What is measured, and on what: the tree, its kernels, the machine and the software, as a record
-holds them. It only looks.
+"""The subject of a benchmark: the workload that vLLM runs, and the description of tree, kernels,
+machine and software that a record holds.
+
+It measures nothing. Of files it writes only a missing built-in model.
 """
 
 import datetime
 import hashlib
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +21,25 @@ from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
-from workspace.machine import hardware as machines
 from workspace.repo.git import Git
 from workspace.server import models
+from workspace.server.command import built_environment
 
 KINDS: tuple[Kind, ...] = ("latency", "throughput", "serve", "startup")
 TINY = "tiny"
 CONCURRENCY = 8
 SWEEP = (1, 4, 16, 32)
 
-# The tiny model says nonsense and is there to see a difference with: some seconds a start, most of
-# it imports. In float32, as bfloat16 can die of SIGILL with it on some processors.
+# The tiny model writes nonsense; it is only there to show a difference. A start takes some seconds,
+# most of them imports. It runs in float32 because in bfloat16 it dies of SIGILL on some processors.
 _TINY_ENGINE = ("--enforce-eager", "--dtype=float32", "--max-model-len=512")
 _TINY_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
+# Each iteration is a process of its own, so one iteration of each kind makes one start.
+_STARTUP = ("--num-iters-cold=1", "--num-iters-warmup=0", "--num-iters-warm=1")
 _TINY_WORK: Mapping[Kind, tuple[str, ...]] = {
     "latency": (
         "--input-len=32",
@@ -51,11 +55,11 @@ _TINY_WORK: Mapping[Kind, tuple[str, ...]] = {
         "--num-prompts=32",
         "--num-warmups=4",
     ),
-    "startup": (),
+    "startup": _STARTUP,
     "serve": (),
 }
-# A model of real size: the shape of a chat, few enough for a process to be started six times and
-# more.
+# For a model of real size: requests shaped as in a chat, and few of them, because a verdict needs
+# six starts or more.
 _WORK: Mapping[Kind, tuple[str, ...]] = {
     "latency": (
         "--input-len=128",
@@ -71,11 +75,9 @@ _WORK: Mapping[Kind, tuple[str, ...]] = {
         "--num-prompts=64",
         "--num-warmups=8",
     ),
-    "startup": (),
+    "startup": _STARTUP,
     "serve": (),
 }
-# Each iteration is a process of its own, so that one of each makes one start.
-_STARTUP = ("--num-iters-cold=1", "--num-iters-warmup=0", "--num-iters-warm=1")
 _CLIENT = (
     "--dataset-name=random",
     "--ignore-eos",
@@ -83,8 +85,8 @@ _CLIENT = (
     "--percentile-metrics=ttft,tpot,itl,e2el",
     "--num-warmups=2",
 )
-# What the workspace itself tells the benchmark.
-_OURS = (
+# The flags that the workspace itself sets.
+_OWN_FLAGS = (
     "--model",
     "--output-json",
     "--port",
@@ -93,12 +95,33 @@ _OURS = (
     "--result-dir",
     "--result-filename",
 )
+NAME_DIGITS = 6
+# The variables that may change how fast vLLM is. The cache folders of compiled kernels are named
+# after the tree, so they are no difference.
+_RELEVANT = re.compile(
+    r"(VLLM|TORCH|TORCHDYNAMO|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NCCL|FLASHINFER|OMP|KMP|MKL|GOMP"
+    r"|MALLOC|HF|TOKENIZERS|LD_PRELOAD|PYTHONHASHSEED)(_|$)"
+)
+_PLACES = re.compile(
+    r".*(_DIR|_ROOT|_HOME|_BASE|_PATH|_FILE|_CACHE)$|HF_.*(TOKEN|ENDPOINT)|VLLM_WORKSPACE_.*"
+)
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """The workload that the command line asks for; `vllm_args` go to vLLM unchanged."""
+
+    kind: Kind
+    model: str
+    vllm_args: tuple[str, ...] = ()
+    has_sweep: bool = False
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`engine` are the words that choose how vLLM runs, `work` those that say what it does;
-    `concurrencies` are of serve only.
+    """The arguments of a benchmark: `engine` chooses how vLLM runs, `work` what it does.
+
+    `concurrencies` are for serve only.
     """
 
     kind: Kind
@@ -112,43 +135,52 @@ class Workload:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Everything that two records must have in common; at how many requests at once is in the
-        metrics' names, or here.
-        """
+        """All flags that two comparable records share, the concurrencies included."""
         return (*self.engine, *self.work, *(f"--max-concurrency={at}" for at in self.concurrencies))
 
 
-def prepare(
-    layout: Layout,
-    settings: Settings,
-    kind: Kind,
-    model: str,
-    words: Sequence[str],
-    *,
-    has_sweep: bool,
-    run_log: RunLog,
-) -> Workload:
-    """Return what is to be run; a built-in model is made where there is none. `words` are the
-    user's own, for vLLM.
+@dataclass(frozen=True)
+class Benchmark:
+    """A workload for the build of one clone or sandbox, with the environment of its process."""
 
-    Raises SettingsError for words that are the workspace's to say, BuildError where the model
-    cannot be made.
+    layout: Layout
+    settings: Settings
+    work: Workload
+    environment: Mapping[str, str]
+
+
+def prepare(
+    layout: Layout, settings: Settings, options: WorkloadOptions, *, run_log: RunLog
+) -> Benchmark:
+    """Return the benchmark to run; create a built-in model that is missing.
+
+    Raises SettingsError for a flag that the workspace itself sets, BuildError where the model
+    cannot be created.
     """
-    if taken := next(
-        (word for word in words if word.split("=")[0].replace("_", "-") in _OURS), None
-    ):
+    flags = (argument.split("=")[0] for argument in options.vllm_args)
+    taken = next((flag for flag in flags if flag.replace("_", "-") in _OWN_FLAGS), None)
+    if taken:
         raise SettingsError(
-            f"{taken.split('=')[0]} after -- is what the workspace itself says",
+            f"the workspace itself sets {taken}: leave it out after --",
             hint="nox -s bench -- latency --model NAME -- --enforce-eager",
         )
+    work = _workload(layout, settings, options, run_log=run_log)
+    environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
+    return Benchmark(layout, settings, work, environment)
+
+
+def _workload(
+    layout: Layout, settings: Settings, options: WorkloadOptions, *, run_log: RunLog
+) -> Workload:
+    kind, model, engine = options.kind, options.model, options.vllm_args
     more = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1", "VLLM_NO_USAGE_STATS": "1"}
-    engine: tuple[str, ...] = tuple(words)
     recipe: Mapping[str, str] = {}
     place = model
     if model == TINY:
-        place, engine = str(models.tiny(layout, settings, run_log=run_log)), (*_TINY_ENGINE, *words)
+        place = str(models.tiny(layout, settings, run_log=run_log))
+        engine = (*_TINY_ENGINE, *engine)
         more |= _TINY_ENVIRONMENT
-        # A server's engine is a process of its own, whatever this says.
+        # The engine of a server is a process of its own, whatever this variable is.
         more |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if kind in ("latency", "throughput") else {}
     elif model == "smollm2":
         place = str(models.smollm2(layout, settings, run_log=run_log))
@@ -156,30 +188,23 @@ def prepare(
     elif Path(model).is_dir():
         place, model = str(Path(model).resolve()), _called(Path(model).resolve())
     work = (_TINY_WORK if model == TINY else _WORK)[kind]
-    if kind == "startup":
-        work = _STARTUP
+    loads = SWEEP if options.has_sweep else (CONCURRENCY,)
     return Workload(
-        kind,
-        place,
-        model,
-        engine,
-        work,
-        recipe,
-        more,
-        (SWEEP if has_sweep else (CONCURRENCY,)) if kind == "serve" else (),
+        kind, place, model, engine, work, recipe, more, loads if kind == "serve" else ()
     )
 
 
 def _called(folder: Path) -> str:
-    """Name a model in a folder by what it is, not by where: two places of the same model are
-    comparable, and a path is private.
+    """Name a model by its folder's name and config, not by its path.
+
+    The same model in two places is comparable, and a path is private.
     """
     config = folder / "config.json"
     return f"{folder.name} {sha256(config)[:12] if config.is_file() else 'without config.json'}"
 
 
 def command(layout: Layout, work: Workload, result: Path) -> list[str]:
-    """The command line of a benchmark that starts its own engine and writes its result file."""
+    """Return the argv of a benchmark that starts its own engine and writes its result file."""
     return [
         str(layout.environment / "bin" / "vllm"),
         "bench",
@@ -192,7 +217,7 @@ def command(layout: Layout, work: Workload, result: Path) -> list[str]:
 
 
 def client(layout: Layout, work: Workload, result: Path, *, port: int, at: int) -> list[str]:
-    """The command line of the load on a server, `at` requests at once."""
+    """Return the argv of the client that puts load on a server, `at` requests at once."""
     shape = (
         ("--random-input-len=64", "--random-output-len=32")
         if work.called == TINY
@@ -222,69 +247,55 @@ def client(layout: Layout, work: Workload, result: Path, *, port: int, at: int) 
     ]
 
 
-NAME_DIGITS = 6
-# What may change how fast a vLLM is. Where compiled kernels are kept is named after the tree, and
-# is no difference.
-_OF_INTEREST = re.compile(
-    r"(VLLM|TORCH|TORCHDYNAMO|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NCCL|FLASHINFER|OMP|KMP|MKL|GOMP|MALLOC|HF|TOKENIZERS|LD_PRELOAD|PYTHONHASHSEED)(_|$)"
-)
-_PLACES = re.compile(
-    r".*(_DIR|_ROOT|_HOME|_BASE|_PATH|_FILE|_CACHE)$|HF_.*(TOKEN|ENDPOINT)|VLLM_WORKSPACE_.*"
-)
-
-
 def describe(
-    layout: Layout,
-    settings: Settings,
+    benchmark: Benchmark,
     observed: plan.Observation,
-    work: Workload,
     *,
     label: str,
     repeat: int,
-    environment: Mapping[str, str],
     outer: Layout | None = None,
 ) -> Record:
-    """Return a record without starts. `environment` is what the measured process is given; nothing
-    private goes into the record.
+    """Return a record without starts and without private values.
 
-    `outer` is the clone where `layout` is an arm in it.
+    `outer` is the layout of the clone, where the benchmark runs in a sandbox.
     """
+    layout, settings, work = benchmark.layout, benchmark.settings, benchmark.work
     clone = outer or layout
     redactor = Redactor(hardware.private(clone, settings))
-    there, machine = interpreter.installed(layout), machines.observe(settings)
+    installed, machine = interpreter.installed(layout), hardware.observe(settings)
     build = observed.torch
     return Record(
         kind=work.kind,
         label=label,
-        time=subject_now(),
+        time=utc_now(),
         workspace=Git(clone.root).head() if (clone.root / ".git").exists() else None,
         source=_source(layout, observed),
         machine=_machine(machine),
         software=Software(
-            vllm=there.get("vllm", "none"),
+            vllm=installed.get("vllm", "none"),
             torch=build.version if build else "none",
-            triton=there.get("triton", "none"),
+            triton=installed.get("triton", "none"),
             cuda=(build.cuda if build else None) or "none",
             python=observed.python.version if observed.python else "none",
         ),
         device=observed.device,
         model=redactor.text(work.called),
-        flags=tuple(redactor.text(word) for word in work.flags),
-        environment=shown(environment, redactor),
+        flags=tuple(redactor.text(flag) for flag in work.flags),
+        environment=_recorded_variables(benchmark.environment, redactor),
         backends=(),
         repeat=repeat,
         starts=(),
     )
 
 
-def subject_now() -> str:
+def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def shown(environment: Mapping[str, str], redactor: Redactor) -> dict[str, str]:
-    """The variables that matter, without places; a secret only as set."""
+def _recorded_variables(environment: Mapping[str, str], redactor: Redactor) -> dict[str, str]:
+    """Return the relevant variables, without paths; of a secret only that it is set."""
     names = sorted(
-        name for name in environment if _OF_INTEREST.match(name) and not _PLACES.fullmatch(name)
+        name for name in environment if _RELEVANT.match(name) and not _PLACES.fullmatch(name)
     )
     return {name: "set" if is_secret(name) else redactor.text(environment[name]) for name in names}
 
@@ -299,7 +310,7 @@ def _source(layout: Layout, observed: plan.Observation) -> Source:
         dirty=plan.edits_digest(layout, stack),
         patches=tuple(stack.names) if stack else (),
         kernels=(
-            " ".join(word for word in stamped.inputs.get("origin", "").split() if len(word) < 64)
+            " ".join(part for part in stamped.inputs.get("origin", "").split() if len(part) < 64)
             if stamped
             else "none"
         ),
@@ -309,7 +320,7 @@ def _source(layout: Layout, observed: plan.Observation) -> Source:
     )
 
 
-def _machine(machine: machines.Machine) -> Machine:
+def _machine(machine: hardware.Machine) -> Machine:
     processor = _processor()
     gpus = tuple(Gpu(gpu.name, gpu.capability, gpu.driver) for gpu in machine.gpus)
     kind = re.sub(
@@ -318,7 +329,7 @@ def _machine(machine: machines.Machine) -> Machine:
         (gpus[0].name if gpus else f"{machine.architecture}-{machine.cores}-cores").lower(),
     ).strip("-")
     return Machine(
-        f"{kind}-{_digest()}",
+        f"{kind}-{_machine_digest()}",
         machine.architecture,
         processor,
         machine.cores,
@@ -327,9 +338,10 @@ def _machine(machine: machines.Machine) -> Machine:
     )
 
 
-def _digest() -> str:
-    """Tells this machine from another one of its kind without naming it: of machine-id(5), which
-    must not be shown itself.
+def _machine_digest() -> str:
+    """Return a digest of machine-id(5), which itself must stay private.
+
+    It keeps the records of two machines of one kind apart.
     """
     try:
         own = Path("/etc/machine-id").read_text(encoding="ascii").strip()
