@@ -1,5 +1,5 @@
-"""Which trees `nox -s ab` compares: a commit of the workspace, a record, the tree as it is, the
-series less a patch. And what the door refuses.
+"""The trees of `nox -s ab`: a commit of the workspace, a record, the working tree, and the series
+without a patch; and the misuse that it refuses.
 """
 
 import json
@@ -15,7 +15,6 @@ from tests.bench.materials import record
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.bench import ab_trees, results
-from workspace.bench import results as records
 from workspace.core import settings
 from workspace.core.errors import CheckoutError, PatchConflict, SettingsError
 from workspace.install import plan
@@ -25,28 +24,28 @@ def observed(world: World) -> plan.Observation:
     return plan.observe(world.layout, settings.load(world.layout, environ=world.env))
 
 
-def test_base_may_be_a_commit_of_the_workspace_whose_patches_are_put_on_again(built: World) -> None:
+def test_base_may_be_a_commit_of_the_workspace_with_its_patches(built: World) -> None:
     series = built.layout.patches("vllm") / "series"
     text = series.read_text()
     series.write_text(text.replace(built.materials.patch.name, ""))
     git(built.root, "commit", "--quiet", "--all", "-m", "No patch")
-    with ab_trees.base(built.layout, observed(built), "HEAD~1") as base:
+    with ab_trees.base_tree(built.layout, observed(built), "HEAD~1") as base:
         assert base.tip == built.git("rev-parse", "HEAD"), "am makes the same commits each time"
         assert base.patches
         assert (base.patches / built.materials.patch.name).exists()
         assert base.workspace == git(built.root, "rev-parse", "HEAD~1")
-    with ab_trees.base(built.layout, observed(built), "HEAD") as bare:
+    with ab_trees.base_tree(built.layout, observed(built), "HEAD") as bare:
         assert bare.tip != base.tip
     git(built.root, "rm", "--quiet", "-r", "--cached", "patches")
     git(built.root, "commit", "--quiet", "-m", "No series at all")
     with (
         pytest.raises(SettingsError, match="has no patches/vllm"),
-        ab_trees.base(built.layout, observed(built), "HEAD"),
+        ab_trees.base_tree(built.layout, observed(built), "HEAD"),
     ):
         pass
 
 
-def test_base_whose_pin_is_not_at_hand_or_whose_patches_do_not_apply_is_a_sentence(
+def test_base_with_an_unknown_pin_or_with_patches_that_do_not_apply_is_refused(
     built: World,
 ) -> None:
     pins = built.layout.pins
@@ -63,11 +62,11 @@ def test_base_whose_pin_is_not_at_hand_or_whose_patches_do_not_apply_is_a_senten
     series.write_text(lines)
     with (
         pytest.raises(SettingsError, match="does not have v0.31.0"),
-        ab_trees.base(built.layout, observed(built), "HEAD"),
+        ab_trees.base_tree(built.layout, observed(built), "HEAD"),
     ):
         pass
     patch = built.layout.patches("vllm") / built.materials.patch.name
-    # Nothing to merge from either.
+    # Without the blob of the index line there is nothing to merge from.
     patch.write_text(
         re.sub(
             r"index [0-9a-f]{40}",
@@ -78,24 +77,24 @@ def test_base_whose_pin_is_not_at_hand_or_whose_patches_do_not_apply_is_a_senten
     git(built.root, "commit", "--quiet", "--all", "-m", "A patch on nothing")
     with (
         pytest.raises(PatchConflict, match="does not apply"),
-        ab_trees.base(built.layout, observed(built), "HEAD"),
+        ab_trees.base_tree(built.layout, observed(built), "HEAD"),
     ):
         pass
 
 
-def test_record_is_a_base_only_where_it_can_be_had_again(built: World) -> None:
+def test_record_is_a_base_only_where_its_tree_can_be_made_again(built: World) -> None:
     here, tree = git(built.root, "rev-parse", "HEAD"), built.git("rev-parse", "HEAD^{tree}")
     good = replace(record(label="mine", tree=tree), workspace=here)
     path = results.record_path(built.layout, good)
 
     def base_of(source: dict[str, str] | None = None, **other: str | None) -> str:
-        records.write(
+        results.write(
             path,
             replace(
                 good, source=replace(good.source, **{"dirty": None, **(source or {})}), **other
             ),
         )  # type: ignore[arg-type]
-        with ab_trees.base(
+        with ab_trees.base_tree(
             built.layout, observed(built), "mine" if source is None else str(path)
         ) as base:
             return base.tip
@@ -108,41 +107,41 @@ def test_record_is_a_base_only_where_it_can_be_had_again(built: World) -> None:
         with pytest.raises(SettingsError, match=says):
             base_of(source)
     for workspace, says in (
-        (None, "does not say which commit"),
+        (None, "does not hold the commit"),
         ("3" * 40, "which this clone does not have"),
     ):
         with pytest.raises(SettingsError, match=says):
             base_of(workspace=workspace)
     path.write_text(path.read_text()[:300])
     with (
-        pytest.raises(SettingsError, match="is no whole record"),
-        ab_trees.base(built.layout, observed(built), str(path)),
+        pytest.raises(SettingsError, match="is no complete record"),
+        ab_trees.base_tree(built.layout, observed(built), str(path)),
     ):
         pass
     with (
         pytest.raises(SettingsError, match="is no commit of the workspace and no record"),
-        ab_trees.base(built.layout, observed(built), "nowhere"),
+        ab_trees.base_tree(built.layout, observed(built), "nowhere"),
     ):
         pass
 
 
-def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_are_the_same_tree(
+def test_working_tree_has_edits_and_new_files_and_equal_content_is_the_same_commit(
     built: World,
 ) -> None:
     (built.layout.vllm / "vllm" / "new.py").write_text("NEW = 1\n")
     before = built.git("status", "--porcelain")
-    tree = ab_trees.working(built.layout, observed(built), arm="ab-b")
+    tree = ab_trees.working_tree(built.layout, observed(built), sandbox_name="ab-b")
     assert tree.description == "the working tree, uncommitted edits included"
     assert built.git("show", f"{tree.tip}:vllm/new.py") == "NEW = 1"
     folder = built.layout.sandboxes / "ab-b"
     folder.mkdir(parents=True)
     (folder / "sandbox.json").write_text(json.dumps({"tip": tree.tip}))
-    assert ab_trees.working(built.layout, observed(built), arm="ab-b").tip == tree.tip
+    assert ab_trees.working_tree(built.layout, observed(built), sandbox_name="ab-b").tip == tree.tip
     assert built.git("status", "--porcelain") == before
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ("--repeat", "5"),
         ("--factor", "0"),
@@ -152,8 +151,8 @@ def test_edits_and_new_files_are_in_the_tree_that_is_measured_and_the_same_ones_
         ("--repeat=x",),
     ],
 )
-def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str, ...]) -> None:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *words]
+def test_misuse_is_refused_before_any_sandbox_is_made(built: World, args: tuple[str, ...]) -> None:
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "ab", *args]
     done = subprocess.run(
         argv, cwd=built.root, env=built.env, capture_output=True, text=True, timeout=60, check=False
     )
@@ -162,21 +161,21 @@ def test_misuse_is_refused_before_any_arm_is_made(built: World, words: tuple[str
     assert not built.layout.sandboxes.exists()
 
 
-def test_tree_in_the_middle_of_something_is_not_measured(built: World) -> None:
+def test_tree_with_a_git_operation_in_progress_is_refused(built: World) -> None:
     (Path(built.git("rev-parse", "--absolute-git-dir")) / "MERGE_HEAD").write_text("")
-    with pytest.raises(CheckoutError, match="in the middle of something"):
-        ab_trees.working(built.layout, observed(built), arm="ab-b")
+    with pytest.raises(CheckoutError, match="operation in progress"):
+        ab_trees.working_tree(built.layout, observed(built), sandbox_name="ab-b")
 
 
-def test_patch_that_another_one_needs_cannot_be_left_out(built: World) -> None:
+def test_patch_that_another_patch_needs_cannot_be_left_out(built: World) -> None:
     setup = built.layout.vllm / "setup.py"
     setup.write_text(setup.read_text().replace("_C_AVX2", "_C_AVX3"))
     git(built.layout.vllm, "commit", "--quiet", "--all", "-m", "On top\n\nUpstream-Status: Pending")
     assert built.run("patch.export").code == 0
     with (
         pytest.raises(PatchConflict, match=r"On-top\.patch does not apply: setup\.py"),
-        ab_trees.without(built.layout, observed(built), built.materials.patch.name),
+        ab_trees.tree_without(built.layout, observed(built), built.materials.patch.name),
     ):
         pass
-    with ab_trees.without(built.layout, observed(built), "On-top.patch") as without:
+    with ab_trees.tree_without(built.layout, observed(built), "On-top.patch") as without:
         assert without.tip == built.git("rev-parse", "HEAD~1")

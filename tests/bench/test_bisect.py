@@ -1,4 +1,4 @@
-"""The bisect on real histories: ends that lie, merges, patches carried along, trees that cannot be
+"""The bisect on real git histories: wrong ends, merges, carried patches, trees that cannot be
 tried, and a run that is killed at any try.
 """
 
@@ -13,8 +13,8 @@ from tests.bench.histories import Made, make
 from tests.small.materials import git
 from workspace.bench import bisect, bisect_log, bisect_predicate
 from workspace.bench.bisect import Attempt
-from workspace.bench.bisect_log import BisectLog, BisectOptions, Ground, Role, Standing
-from workspace.bench.bisect_predicate import Predicate, Said
+from workspace.bench.bisect_log import BisectLog, BisectOptions, Context, Range, Role, SearchState
+from workspace.bench.bisect_predicate import Outcome, Predicate
 from workspace.core.console import Console
 from workspace.core.errors import CheckoutError, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
@@ -24,59 +24,60 @@ LINES = "".join(f"line {number}\n" for number in range(1, 31))
 
 
 class Place:
-    """A workspace that is no more than vendor/vllm with a history; a tree is bad where `broken` is
-    in it, and cannot be tried where `stuck` is.
+    """A workspace that has only vendor/vllm with a history.
+
+    A tree with a file `broken` is bad; a tree with a file `stuck` cannot be tried.
     """
 
     def __init__(self, root: Path) -> None:
         self.layout = Layout(root)
         self.layout.vllm.mkdir(parents=True)
         git(self.layout.vllm, "init", "--quiet")
-        self.ground = Ground("", ())
+        self.context = Context("", ())
         self.tried: list[str] = []
         self.err = io.StringIO()
 
     def history(self, *commits: Made) -> dict[str, str]:
         made = make(self.layout.vllm, commits)
         git(self.layout.vllm, "checkout", "--quiet", "--detach", made[commits[0].name])
-        self.ground = Ground(made[commits[-1].name], ())
+        self.context = Context(made[commits[-1].name], ())
         return made
 
-    def attempt(self, commit: str, role: Role, there: BisectLog) -> Said:
+    def attempt(self, commit: str, role: Role, log: BisectLog) -> Outcome:
         repository = Git(self.layout.vllm)
-        tip = history.carried(repository, commit, self.ground.patches).tip
+        tip = history.carried(repository, commit, self.context.patches).tip
         self.tried.append(commit)
         if tip is None:
-            return Said("skip", "a patch does not apply there")
+            return Outcome("skip", "a patch does not apply there")
         names = git(self.layout.vllm, "ls-tree", "--name-only", tip).split()
         return (
-            Said("skip", "it is stuck")
+            Outcome("skip", "it is stuck")
             if "stuck" in names
-            else Said("bad", "it is broken")
+            else Outcome("bad", "it is broken")
             if "broken" in names
-            else Said("good", "fine")
+            else Outcome("good", "fine")
         )
 
     def search(
         self, options: BisectOptions, attempt: Attempt | None = None
-    ) -> tuple[bisect_log.Field, BisectLog, Standing]:
+    ) -> tuple[Range, BisectLog, SearchState]:
         console = Console(out=io.StringIO(), err=self.err)
-        there = bisect.begin(self.layout, self.ground, options, console=console)
+        log = bisect.begin(self.layout, self.context, options, console=console)
         searched = bisect_log.open_range(
-            self.layout, self.ground, there.good, there.bad, is_patches=options.is_patches
+            self.layout, self.context, log.good, log.bad, is_patches=options.is_patches
         )
-        keep: Callable[[BisectLog], None] = lambda one: bisect_log.write_log(self.layout, one)  # noqa: E731
-        return searched, *bisect.search_on(
-            searched, there, attempt=attempt or self.attempt, keep=keep, console=console
+        keep: Callable[[BisectLog], None] = lambda log: bisect_log.write_log(self.layout, log)  # noqa: E731
+        return searched, *bisect.search(
+            searched, log, attempt=attempt or self.attempt, keep=keep, console=console
         )
 
     def outcome(self, options: BisectOptions) -> str:
-        """What the bisect says on stdout. Raises what it raises."""
-        searched, there, standing = self.search(options)
+        """Return the bisect's stdout; its errors pass through."""
+        searched, log, state = self.search(options)
         out = io.StringIO()
-        document = bisect.described(self.layout, searched, there, standing)
+        document = bisect.describe(self.layout, searched, log, state)
         json.dumps(document, allow_nan=False)
-        bisect.conclude(searched, there, standing, document, console=Console(out=out, err=self.err))
+        bisect.conclude(searched, log, state, document, console=Console(out=out, err=self.err))
         return out.getvalue().strip()
 
 
@@ -86,7 +87,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def line(count: int, *, broken: int) -> list[Made]:
-    """Commits c0, c1 …, each an edit; what `broken` adds stays."""
+    """Return commits c0, c1 …, each an edit; the file that `broken` adds stays."""
     made = [Made("c0", {"text": LINES})]
     for number in range(1, count):
         made.append(
@@ -102,11 +103,11 @@ def ends(made: dict[str, str], last: str, first: str = "c0", **more: object) -> 
     return BisectOptions("smoke", made[first], made[last], **more)  # type: ignore[arg-type]
 
 
-def test_broken_commit_among_64_is_named_with_its_deed_in_eight_tries(place: Place) -> None:
+def test_broken_commit_among_64_is_named_with_its_stats_in_eight_tries(place: Place) -> None:
     made = place.history(*line(65, broken=41))
     assert place.outcome(ends(made, "c64")) == made["c41"]
     output = place.err.getvalue()
-    assert f"the first bad one is {made['c41'][:12]} c41" in output
+    assert f"the first bad commit is {made['c41'][:12]} c41" in output
     assert "broken  +1 -0" in output
     assert "it is broken" in output
     assert f"git -C vendor/vllm show {made['c41'][:12]}" in output
@@ -114,7 +115,7 @@ def test_broken_commit_among_64_is_named_with_its_deed_in_eight_tries(place: Pla
     assert len(place.tried) == 8
 
 
-def test_merged_branch_is_searched_too_and_not_its_merge_blamed(place: Place) -> None:
+def test_merged_branch_is_searched_too_and_its_merge_is_not_blamed(place: Place) -> None:
     made = place.history(
         *line(5, broken=99),
         Made("side1", {"side": "1"}, ("c1",)),
@@ -126,7 +127,7 @@ def test_merged_branch_is_searched_too_and_not_its_merge_blamed(place: Place) ->
     assert place.outcome(ends(made, "after")) == made["side2"]
 
 
-def test_good_release_on_a_branch_of_its_own_has_the_fork_tried_first(place: Place) -> None:
+def test_merge_base_of_a_good_release_on_its_own_branch_is_tried_first(place: Place) -> None:
     made = place.history(
         *line(6, broken=4),
         Made("release", {"version": "1"}, ("c1",)),
@@ -136,15 +137,16 @@ def test_good_release_on_a_branch_of_its_own_has_the_fork_tried_first(place: Pla
     assert place.tried[:3] == [made["release"], made["c1"], made["last"]]
 
 
-def test_fork_that_is_bad_says_that_the_good_end_has_the_cure(place: Place) -> None:
+def test_bad_merge_base_is_reported_as_fixed_before_the_good_end(place: Place) -> None:
     made = place.history(
         Made("c0", {"broken": "x"}), Made("c1", {"number": "1"}), Made("last", {"number": "2"})
     )
-    # Only on the release's branch the file is gone.
+    # The file is gone on the branch of the release only.
     tree = git(place.layout.vllm, "mktree", "--missing")
     release = git(place.layout.vllm, "commit-tree", "-m", "release", "-p", made["c1"], tree)
     with pytest.raises(
-        SettingsError, match=r"c1, where .* release and the bad end parted, is bad: it is broken"
+        SettingsError,
+        match=r"c1, the merge base of .* release and the bad end, is bad: it is broken",
     ):
         place.outcome(BisectOptions("smoke", release, made["last"]))
 
@@ -156,7 +158,7 @@ def test_fork_that_is_bad_says_that_the_good_end_has_the_cure(place: Place) -> N
         ("c0", "c1", "the bad end, .* c1, is good: fine"),
     ],
 )
-def test_end_that_is_not_what_it_has_to_be_is_a_sentence_with_the_evidence(
+def test_end_with_the_wrong_verdict_is_reported_with_the_evidence(
     place: Place, good: str, bad: str, says: str
 ) -> None:
     made = place.history(*line(6, broken=3))
@@ -164,7 +166,7 @@ def test_end_that_is_not_what_it_has_to_be_is_a_sentence_with_the_evidence(
         place.outcome(ends(made, bad, good))
 
 
-def test_next_command_after_an_end_that_lied_takes_over_what_was_tried(place: Place) -> None:
+def test_next_command_after_a_wrong_end_takes_over_the_tries(place: Place) -> None:
     made = place.history(*line(12, broken=5))
     with pytest.raises(SettingsError, match="the good end"):
         place.outcome(ends(made, "c11", "c6"))
@@ -173,7 +175,7 @@ def test_next_command_after_an_end_that_lied_takes_over_what_was_tried(place: Pl
     assert made["c6"] not in place.tried
 
 
-def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_nothing_tells_them_apart(
+def test_commits_that_cannot_be_tried_are_skipped_and_the_remaining_suspects_named(
     place: Place,
 ) -> None:
     commits = [Made("c0", {"text": "x"})]
@@ -183,57 +185,61 @@ def test_commits_that_cannot_be_tried_are_skipped_and_the_suspects_named_where_n
         )
     made = place.history(*commits)
 
-    def attempt(commit: str, role: Role, there: BisectLog) -> Said:
+    def attempt(commit: str, role: Role, log: BisectLog) -> Outcome:
         return (
-            Said("skip", "it cannot be built")
+            Outcome("skip", "it cannot be built")
             if commit in (made["c4"], made["c5"])
-            else place.attempt(commit, role, there)
+            else place.attempt(commit, role, log)
         )
 
-    searched, there, standing = place.search(ends(made, "c9"), attempt)
-    assert standing.left == (made["c4"], made["c5"], made["c6"])
-    document = bisect.described(place.layout, searched, there, standing)
+    searched, log, state = place.search(ends(made, "c9"), attempt)
+    assert state.left == (made["c4"], made["c5"], made["c6"])
+    document = bisect.describe(place.layout, searched, log, state)
     assert document["verdict"] == "inconclusive"
     with pytest.raises(
-        WorkspaceError, match="one of 3, the last of which is bad and the others cannot be tried"
+        WorkspaceError,
+        match="one of 3 commits, of which the last is bad and the others cannot be tried",
     ) as caught:
         bisect.conclude(
-            searched, there, standing, document, console=Console(out=io.StringIO(), err=place.err)
+            searched, log, state, document, console=Console(out=io.StringIO(), err=place.err)
         )
     assert [text.split()[1] for text in caught.value.details] == ["c4:", "c5:", "c6"]
 
 
-def test_a_dozen_skips_running_ask_for_somebody_to_look_and_the_same_command_goes_on(
+def test_twelve_skips_in_a_row_stop_the_run_and_the_same_command_resumes(
     place: Place,
 ) -> None:
     made = place.history(*line(60, broken=30))
 
-    def attempt(commit: str, role: Role, there: BisectLog) -> Said:
+    def attempt(commit: str, role: Role, log: BisectLog) -> Outcome:
         return (
-            Said("skip", "no compiler") if role == "suspect" else place.attempt(commit, role, there)
+            Outcome("skip", "no compiler")
+            if role == "suspect"
+            else place.attempt(commit, role, log)
         )
 
     for count in (14, 26):
         with pytest.raises(
             WorkspaceError,
             match=(
-                "inconclusive so far: 12 running could not be tried, the last because no compiler"
+                "inconclusive so far: 12 commits in a row cannot be tried, the last because no"
+                " compiler"
             ),
         ):
             place.search(ends(made, "c59"), attempt)
-        there = bisect_log.read_log(place.layout)
-        assert there
-        assert len(there.tries) == count
+        log = bisect_log.read_log(place.layout)
+        assert log
+        assert len(log.tries) == count
 
 
-def test_end_that_cannot_be_tried_is_not_remembered_as_such(place: Place) -> None:
+def test_end_that_cannot_be_tried_is_not_kept_in_the_log(place: Place) -> None:
     made = place.history(*line(4, broken=2))
     with pytest.raises(WorkspaceError, match=r"the good end, .* cannot be tried: the disk is full"):
-        place.search(ends(made, "c3"), lambda *_: Said("skip", "the disk is full"))
+        place.search(ends(made, "c3"), lambda *_: Outcome("skip", "the disk is full"))
     assert place.outcome(ends(made, "c3")) == made["c2"]
 
 
-def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by_no_other(
+def test_run_that_is_ended_at_any_try_is_resumed_by_the_same_command_and_by_no_other(
     place: Place,
 ) -> None:
     made = place.history(*line(33, broken=20))
@@ -241,44 +247,57 @@ def test_run_that_is_ended_at_any_try_is_gone_on_with_by_the_same_command_and_by
     while True:
         tries = 0
 
-        def attempt(commit: str, role: Role, there: BisectLog) -> Said:
+        def attempt(commit: str, role: Role, log: BisectLog) -> Outcome:
             nonlocal tries
             tries += 1
             if tries > 1:
                 raise KeyboardInterrupt
-            return place.attempt(commit, role, there)
+            return place.attempt(commit, role, log)
 
         try:
-            _, there, standing = place.search(options, attempt)
+            _, log, state = place.search(options, attempt)
             break
         except KeyboardInterrupt:
             ended += 1
             with pytest.raises(
                 SettingsError,
                 match=(
-                    r"another bisect is under way, \d steps?, .*--run smoke; asked for is .*--run"
-                    r" parity.llama"
+                    r"another bisect is in progress, \d steps?, .*--run smoke; this command is"
+                    r" .*--run parity.llama"
                 ),
             ):
                 place.search(BisectOptions("parity.llama", made["c0"], made["c32"]))
-    assert standing.culprit == made["c20"]
-    assert len(place.tried) == len(set(place.tried)) == len(there.tries) == ended + 1
+    assert state.culprit == made["c20"]
+    assert len(place.tried) == len(set(place.tried)) == len(log.tries) == ended + 1
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"schema": 2}', b'{"schema": 1, "asked": {}}', b"\xff"]
 )
-def test_damaged_course_is_a_sentence_that_names_the_way_out(place: Place, content: bytes) -> None:
+def test_damaged_log_is_refused_with_the_abort_command(place: Place, content: bytes) -> None:
     made = place.history(*line(3, broken=1))
     bisect_log.log_path(place.layout).parent.mkdir(parents=True)
     bisect_log.log_path(place.layout).write_bytes(content)
-    with pytest.raises(WorkspaceError, match="no bisect that can be gone on with") as caught:
+    with pytest.raises(WorkspaceError, match="cannot resume the bisect in") as caught:
         place.search(ends(made, "c2"))
     assert caught.value.hint == bisect_log.ABORT
 
 
+def test_log_of_the_first_edition_is_resumed(place: Place) -> None:
+    made = place.history(*line(3, broken=1))
+    options = ends(made, "c2")
+    bisect.begin(place.layout, place.context, options, console=Console(err=place.err))
+    path = bisect_log.log_path(place.layout)
+    document = json.loads(path.read_text())
+    document["asked"] = document.pop("options")
+    assert set(document) == {"schema", "asked", "good", "bad", "ground", "tries"}
+    path.write_text(json.dumps(document))
+    assert place.outcome(options) == made["c1"]
+    assert "resuming after 0 steps" in place.err.getvalue()
+
+
 def patch_of(place: Place, base: str, name: str, old: str, new: str, *, file: str = "text") -> Path:
-    """A patch on `base`, as format-patch writes it, which changes one line of a file."""
+    """Write a patch on `base`, as format-patch does, that changes one line of a file."""
     work = place.layout.root / "work"
     if not work.exists():
         git(place.layout.vllm, "worktree", "add", "--quiet", "--detach", str(work), base)
@@ -306,7 +325,7 @@ def patch_of(place: Place, base: str, name: str, old: str, new: str, *, file: st
     return made
 
 
-def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_then(
+def test_patches_are_carried_to_every_commit_without_those_that_upstream_has_there(
     place: Place,
 ) -> None:
     twenty = LINES.replace("line 20\n", "line twenty\n")
@@ -337,7 +356,7 @@ def test_patches_go_along_on_every_commit_without_those_that_upstream_has_by_the
 def test_bisect_leaves_the_users_own_bisect_head_index_and_references_alone(place: Place) -> None:
     made = place.history(*line(9, broken=5))
     patch = patch_of(place, made["c0"], "more", "", "more\n", file="more")
-    place.ground = Ground(made["c8"], (patch,))
+    place.context = Context(made["c8"], (patch,))
     git(place.layout.vllm, "bisect", "start", made["c8"], made["c0"])
     state = {
         path: path.read_bytes()
@@ -353,7 +372,7 @@ def test_bisect_leaves_the_users_own_bisect_head_index_and_references_alone(plac
     } == set(state)
 
 
-def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(place: Place) -> None:
+def test_breaking_patch_among_eight_is_named_and_not_the_last_patch(place: Place) -> None:
     made = place.history(Made("c0", {"text": LINES}))
     patches, tip = [], made["c0"]
     for number in range(1, 9):
@@ -368,19 +387,19 @@ def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(pl
             )
         )
         tip = git(place.layout.root / "work", "rev-parse", "HEAD")
-    place.ground = Ground(made["c0"], tuple(patches))
+    place.context = Context(made["c0"], tuple(patches))
 
-    def attempt(commit: str, role: Role, there: BisectLog) -> Said:
+    def attempt(commit: str, role: Role, log: BisectLog) -> Outcome:
         names = git(place.layout.vllm, "ls-tree", "--name-only", commit).split()
-        return Said("bad" if "broken" in names else "good", "looked")
+        return Outcome("bad" if "broken" in names else "good", "looked")
 
     options = BisectOptions("smoke", is_patches=True)
-    searched, there, standing = place.search(options, attempt)
-    assert standing.culprit
-    assert searched.called(standing.culprit) == "p3.patch"
-    assert len(there.tries) == 5
+    searched, log, state = place.search(options, attempt)
+    assert state.culprit
+    assert searched.title(state.culprit) == "p3.patch"
+    assert len(log.tries) == 5
     (place.layout.patches("vllm") / "p8.patch").write_text("other")
-    with pytest.raises(SettingsError, match="no longer those that this bisect began with"):
+    with pytest.raises(SettingsError, match="have changed since this bisect began"):
         place.search(options, attempt)
 
 
@@ -389,12 +408,12 @@ def test_patch_that_breaks_among_eight_is_named_and_not_the_one_that_was_last(pl
     [
         ("v9.9", None, "has no 'v9.9'"),
         ("c", None, "has no 'c'"),
-        (None, None, "no good state is known"),
+        (None, None, "there is no known-good state"),
         ("c2", "c1", "no later than"),
         ("c1", "c1", "no later than"),
     ],
 )
-def test_ends_that_are_none_are_refused_before_anything_is_written(
+def test_invalid_ends_are_refused_before_anything_is_written(
     place: Place, good: str | None, bad: str | None, says: str
 ) -> None:
     made = place.history(*line(3, broken=1))
@@ -403,10 +422,10 @@ def test_ends_that_are_none_are_refused_before_anything_is_written(
     assert bisect_log.read_log(place.layout) is None
 
 
-def test_ends_without_a_history_in_common_are_refused(place: Place) -> None:
+def test_ends_without_common_history_are_refused(place: Place) -> None:
     made = place.history(*line(3, broken=1))
     tree = git(place.layout.vllm, "mktree", "--missing")
-    with pytest.raises(CheckoutError, match="no history in common"):
+    with pytest.raises(CheckoutError, match="have no common history"):
         place.search(
             BisectOptions(
                 "smoke", git(place.layout.vllm, "commit-tree", "-m", "alone", tree), made["c2"]
@@ -414,7 +433,7 @@ def test_ends_without_a_history_in_common_are_refused(place: Place) -> None:
         )
 
 
-def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(place: Place) -> None:
+def test_good_end_is_by_default_where_the_last_known_good_state_left_upstream(place: Place) -> None:
     made = place.history(*line(9, broken=7))
     for name in ("c2", "c4"):
         patched = git(
@@ -442,12 +461,12 @@ def test_good_end_is_by_default_where_the_last_good_state_stood_on_upstream(plac
         ("python -c 'import vllm'", "command", None),
     ],
 )
-def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(
+def test_argument_of_run_is_the_smoke_a_check_a_metric_or_a_command(
     tmp_path: Path, text: str, kind: str, name: str | None
 ) -> None:
     found = bisect_predicate.parse(text, folder=tmp_path)
     assert (found.kind, found.name) == (kind, name or text)
-    assert found.words == (("python", "-c", "import vllm") if kind == "command" else ())
+    assert found.argv == (("python", "-c", "import vllm") if kind == "command" else ())
 
 
 @pytest.mark.parametrize(
@@ -458,20 +477,20 @@ def test_word_of_run_is_a_smoke_a_check_a_metric_or_a_command(
         ("kernels.nothing", "one of provenance"),
         ("parity.model", "smoke, bench:METRIC"),
         ("bench:latencies", "did you mean bench:latency?"),
-        ("bench:", "there are latency"),
+        ("bench:", "the metrics are latency"),
         ("", "smoke, bench:METRIC"),
-        ("sh -c 'open", "quote it"),
+        ("sh -c 'open", "quote the whole command"),
     ],
 )
-def test_typo_in_run_names_the_nearest(tmp_path: Path, text: str, says: str) -> None:
+def test_typo_in_run_gets_the_nearest_name(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(SettingsError) as caught:
         bisect_predicate.parse(text, folder=tmp_path)
     assert says in str(caught.value.hint)
 
 
-def test_command_names_its_files_from_where_it_was_typed(tmp_path: Path) -> None:
+def test_relative_files_of_a_command_start_where_it_was_typed(tmp_path: Path) -> None:
     (tmp_path / "try.py").touch()
-    assert bisect_predicate.parse("python try.py --more", folder=tmp_path).words == (
+    assert bisect_predicate.parse("python try.py --more", folder=tmp_path).argv == (
         "python",
         str(tmp_path / "try.py"),
         "--more",
@@ -499,17 +518,20 @@ def row(name: str, verdict: str, evidence: str = "seen", seconds: float = 1.0) -
         ([row("binary.load", "pass")], "good", "skip"),
     ],
 )
-def test_check_that_was_waited_for_in_vain_is_no_bad_one(
+def test_check_that_fails_by_a_timeout_is_skipped_and_not_bad(
     rows: list[dict[str, object]], smoke: str, check: str
 ) -> None:
     record = {"checks": rows}
     assert (
-        bisect_predicate.judged(Predicate("smoke", "smoke"), record, timeout_s=100).verdict == smoke
+        bisect_predicate.judge_smoke(Predicate("smoke", "smoke"), record, timeout_s=100).verdict
+        == smoke
     )
     assert (
-        bisect_predicate.judged(Predicate("check", "parity.llama"), record, timeout_s=100).verdict
+        bisect_predicate.judge_smoke(
+            Predicate("check", "parity.llama"), record, timeout_s=100
+        ).verdict
         == check
     )
-    assert bisect_predicate.judged(Predicate("smoke", "smoke"), "not built", timeout_s=100) == Said(
-        "skip", "not built"
-    )
+    assert bisect_predicate.judge_smoke(
+        Predicate("smoke", "smoke"), "not built", timeout_s=100
+    ) == Outcome("skip", "not built")

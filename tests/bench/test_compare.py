@@ -1,4 +1,4 @@
-"""Two records, one verdict: which may be compared, what is printed, which exit code."""
+"""`inv bench.compare`: comparable records, printed verdicts and exit codes."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def test_regression_names_metric_and_size_and_exits_9(tmp_path: Path) -> None:
     assert caught.value.exit_code == 9
 
 
-def test_lower_throughput_is_a_regression_and_lower_latency_is_none(tmp_path: Path) -> None:
+def test_lower_throughput_is_a_regression_and_lower_latency_is_not(tmp_path: Path) -> None:
     with pytest.raises(Regression, match=r"tokens_per_second -2\d"):
         output(
             tmp_path,
@@ -64,7 +64,7 @@ def test_lower_throughput_is_a_regression_and_lower_latency_is_none(tmp_path: Pa
     assert "faster" in err
 
 
-def test_too_few_starts_say_how_many_would_do(tmp_path: Path) -> None:
+def test_too_few_starts_report_the_number_that_is_needed(tmp_path: Path) -> None:
     _, err = output(tmp_path, record(), other(starts=record().starts[:3]))
     assert "inconclusive" in err
     assert "next: ./scripts/nox -s bench -- latency --label latency --repeat 6" in err
@@ -74,8 +74,14 @@ def test_json_is_one_document_without_nan(tmp_path: Path) -> None:
     out, _ = output(tmp_path, record(), other(starts=record().starts[:1]), as_json=True)
     document = json.loads(out, parse_constant=pytest.fail)
     assert document["rows"][0]["judgement"] | {"reason": ""} == {
-        "verdict": "inconclusive", "ratio": 1.0, "low": None, "high": None, "p": 1.0, "needed": 6, "reason": "",
-    }  # fmt: skip
+        "verdict": "inconclusive",
+        "ratio": 1.0,
+        "low": None,
+        "high": None,
+        "p": 1.0,
+        "needed": 6,
+        "reason": "",
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_json_is_one_document_without_nan(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_records_that_are_not_comparable_say_which_field_differs(
+def test_records_that_are_not_comparable_are_refused_with_the_field_that_differs(
     tmp_path: Path, parts: Mapping[str, object], field: str
 ) -> None:
     with pytest.raises(SettingsError, match="are not comparable") as caught:
@@ -111,10 +117,10 @@ def test_records_that_are_not_comparable_say_which_field_differs(
     assert field in caught.value.details
 
 
-def test_field_that_is_what_one_compares_may_differ(tmp_path: Path) -> None:
+def test_field_of_across_may_differ(tmp_path: Path) -> None:
     graphs = other(flags=())
     assert output(tmp_path, record(), graphs, "flags")[1].startswith("ok")
-    with pytest.raises(SettingsError, match="not comparable; what differs: model$"):
+    with pytest.raises(SettingsError, match="not comparable; they differ in model$"):
         output(tmp_path, record(), replace(graphs, model="smollm2"), "flags")
 
 
@@ -123,12 +129,12 @@ def test_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
         output(tmp_path, record(), other(), "speed")
 
 
-def test_another_tree_pin_and_patches_are_no_obstacle(tmp_path: Path) -> None:
+def test_records_of_another_tree_pin_and_patches_are_comparable(tmp_path: Path) -> None:
     source = replace(record().source, tree="f" * 40, pin="v0.33.0", patches=(), libraries={})
     assert compare.differences(record(), other(source=source)) == {}
 
 
-def test_records_without_a_common_metric_say_so(tmp_path: Path) -> None:
+def test_records_without_a_common_metric_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="have no metric in common"):
         output(
             tmp_path,
@@ -138,11 +144,11 @@ def test_records_without_a_common_metric_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", ["", "five", "nan", "inf", "-5", "0", "1e9", "0.1", "5 %%"])
-def test_factor_that_is_no_percentage_is_refused(tmp_path: Path, factor: str) -> None:
+def test_invalid_factor_is_refused(tmp_path: Path, factor: str) -> None:
     with pytest.raises(SettingsError, match="--factor"):
         output(tmp_path, record(), other(), factor=factor)
 
 
-def test_larger_factor_lets_pass_what_is_slower(tmp_path: Path) -> None:
+def test_slower_record_passes_with_a_larger_factor(tmp_path: Path) -> None:
     first, second = record(arm(1, 12)), record(arm(2, 12, slow=0.2), tree="f" * 40)
     assert output(tmp_path, first, second, factor="40%")[1].startswith("ok")

@@ -1,6 +1,4 @@
-"""Whether the machine is quiet, with real processes that are not ours: children of a process that
-has left them behind.
-"""
+"""The idle check, with real processes that are not ours: children of a process that has ended."""
 
 import io
 import os
@@ -28,7 +26,7 @@ def settings_(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def orphan(tmp_path: Path) -> Iterator[None]:
-    """A process that keeps a core busy, and whose command line is that of a server."""
+    """Start a process that keeps a core busy, with the command line of a server."""
     program = tmp_path / "vllm"
     program.write_text("import signal\nprint(flush=True)\nsignal.alarm(60)\nwhile True: pass\n")
     begin = (
@@ -42,37 +40,37 @@ def orphan(tmp_path: Path) -> Iterator[None]:
         check=True,
         timeout=30,
     )
-    number = int(done.stdout)
+    pid = int(done.stdout)
     yield
-    os.kill(number, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("orphan")
-def test_work_and_servers_of_others_are_named_and_refused_and_may_be_allowed(
+def test_load_and_servers_of_others_are_named_and_refused_and_may_be_allowed(
     settings_: Settings,
 ) -> None:
     with pytest.raises(WorkspaceError) as refused:
         conditions.require_idle(
             settings_,
             has_gpu=False,
-            is_busy=False,
+            allow_busy=False,
             console=Console(out=io.StringIO(), err=io.StringIO()),
             wait_s=0,
         )
     assert "cores are busy" in refused.value.message
-    # Somebody else's may be the first to be named.
+    # A vLLM of another user may be named first.
     assert re.search(r"a vLLM runs, process \d+", refused.value.message)
     assert "--allow-busy" in (refused.value.hint or "")
     conditions.require_idle(
         settings_,
         has_gpu=False,
-        is_busy=True,
+        allow_busy=True,
         console=Console(out=io.StringIO(), err=io.StringIO()),
         wait_s=0,
     )
 
 
-def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) -> None:
+def test_own_children_are_not_reported(settings_: Settings, tmp_path: Path) -> None:
     program = tmp_path / "vllm"
     program.write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, str(program), "serve"], stdout=subprocess.PIPE) as ours:
@@ -80,7 +78,7 @@ def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) 
         ours.stdout.readline()
         found = conditions.observe_others(settings_, has_gpu=False, look_s=0.05)
         ours.kill()
-    assert not any(str(ours.pid) in sentence for sentence in found)
+    assert not any(str(ours.pid) in phrase for phrase in found)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +89,7 @@ def test_what_was_started_here_is_no_other(settings_: Settings, tmp_path: Path) 
         ("Failed to initialize NVML\n", ()),
     ],
 )
-def test_processes_on_a_gpu_are_named_by_the_drivers_word(
+def test_processes_that_the_driver_lists_on_a_gpu_are_named(
     tmp_path: Path, output: str, names: tuple[str, ...]
 ) -> None:
     driver = tmp_path / "nvidia-smi"
@@ -100,9 +98,9 @@ def test_processes_on_a_gpu_are_named_by_the_drivers_word(
     loaded = settings.load(Layout(tmp_path), environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert (
         tuple(
-            one
-            for one in conditions.observe_others(loaded, has_gpu=True, look_s=0.05)
-            if "GPU" in one
+            phrase
+            for phrase in conditions.observe_others(loaded, has_gpu=True, look_s=0.05)
+            if "GPU" in phrase
         )
         == names
     )

@@ -1,5 +1,5 @@
-"""The search alone: on histories of any shape, with commits that cannot be tried, it finds the
-culprit or names who may be; and git's weights are its own.
+"""The search alone, on histories of any shape: it finds the culprit, or names the suspects that
+are left where commits cannot be tried; its weights are those of git.
 """
 
 import math
@@ -20,7 +20,7 @@ Parents = dict[str, tuple[str, ...]]
 
 @st.composite
 def histories(draw: st.DrawFn) -> Parents:
-    """Commits with up to three parents each, parents first, all of which lead to the last one."""
+    """Draw commits with up to three parents each, parents first, all ancestors of the last."""
     count = draw(st.integers(1, 40))
     names = [f"c{number}" for number in range(count)]
     parents: Parents = {}
@@ -32,7 +32,7 @@ def histories(draw: st.DrawFn) -> Parents:
         )
         parents[name] = tuple(names[other] for other in sorted(before))
     loose = [name for name in names[:-1] if not any(name in above for above in parents.values())]
-    # A parent that is outside is one of the good ones.
+    # A parent outside the range is good.
     return {
         **parents,
         names[-1]: tuple(dict.fromkeys((*parents[names[-1]], *loose))) or ("outside",),
@@ -42,30 +42,30 @@ def histories(draw: st.DrawFn) -> Parents:
 def leads_to(parents: Parents, commit: str) -> set[str]:
     found, todo = set(), [commit]
     while todo:
-        one = todo.pop()
-        if one not in found:
-            found.add(one)
-            todo += [parent for parent in parents[one] if parent in parents]
+        commit = todo.pop()
+        if commit not in found:
+            found.add(commit)
+            todo += [parent for parent in parents[commit] if parent in parents]
     return found
 
 
 def search(
     suspects: Suspects, judge: Callable[[str], Verdict]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Who is left in the end, and what was tried for it, ends aside."""
+    """Return the suspects that are left, and the commits that were tried, without the ends."""
     tries: dict[str, Verdict] = {}
-    while (standing := search_state(suspects, tries)).following:
-        assert standing.following not in tries
-        tries[standing.following] = judge(standing.following)
-    assert standing.contradiction is None
-    assert (standing.culprit is None) == (len(standing.left) > 1)
-    return standing.left, [
+    while (state := search_state(suspects, tries)).following:
+        assert state.following not in tries
+        tries[state.following] = judge(state.following)
+    assert state.contradiction is None
+    assert (state.culprit is None) == (len(state.left) > 1)
+    return state.left, [
         commit for commit in tries if commit not in (suspects.good, suspects.bad, *suspects.forks)
     ]
 
 
 @hypothesis.given(parents=histories(), data=st.data())
-def test_culprit_is_found_or_is_among_those_that_cannot_be_told_apart(
+def test_culprit_is_found_or_is_among_the_suspects_that_cannot_be_separated(
     parents: Parents, data: st.DataObject
 ) -> None:
     culprit = data.draw(st.sampled_from(sorted(parents)))
@@ -88,7 +88,7 @@ def test_culprit_is_found_or_is_among_those_that_cannot_be_told_apart(
     left, _ = search(suspects, judge)
     assert culprit in left
     assert all(commit in untried for commit in left[:-1])
-    # Whoever is left beside the last one could be it: nobody that was tried tells them apart.
+    # Each suspect beside the last could be the culprit: no try separates them.
     assert left == (culprit,) or set(left) & untried
 
 
@@ -107,7 +107,7 @@ def test_line_of_commits_takes_no_more_steps_than_halving(count: int, data: st.D
     assert len(tried) <= math.ceil(math.log2(count))
 
 
-def test_broken_stretch_is_leapt_over_and_not_walked_through() -> None:
+def test_range_that_cannot_be_tried_is_skipped_in_large_steps() -> None:
     parents = {f"c{number}": (f"c{number - 1}",) for number in range(100)}
     broken = range(40, 70)
 
@@ -122,15 +122,15 @@ def test_broken_stretch_is_leapt_over_and_not_walked_through() -> None:
     assert sum(int(commit[1:]) in broken for commit in tried) <= 3
 
 
-def test_ends_and_forks_are_tried_first_and_contradict() -> None:
+def test_ends_and_merge_bases_are_tried_first_and_may_contradict() -> None:
     suspects = Suspects("good", {"a": ("fork",), "b": ("a",)}, ("fork",))
     order: list[tuple[str, str]] = []
     tries: dict[str, Verdict] = {}
-    for output in ("good", "good", "bad"):
-        standing = search_state(suspects, tries)
-        assert standing.following
-        order.append((standing.following, standing.role))
-        tries[standing.following] = output  # type: ignore[assignment]
+    for verdict in ("good", "good", "bad"):
+        state = search_state(suspects, tries)
+        assert state.following
+        order.append((state.following, state.role))
+        tries[state.following] = verdict  # type: ignore[assignment]
     assert order == [("good", "good"), ("fork", "fork"), ("b", "bad")]
     assert search_state(suspects, {"good": "bad"}).contradiction == "good"
     assert search_state(suspects, {"good": "good", "fork": "bad"}).contradiction == "fork"
@@ -143,7 +143,7 @@ def test_ends_and_forks_are_tried_first_and_contradict() -> None:
 def test_weights_are_those_of_git_on_a_history_with_merges(tmp_path: Path) -> None:
     git(tmp_path, "init", "--quiet")
     stream = ["reset refs/heads/main"]
-    # Two lines that meet every fifth commit.
+    # Two lines that are merged at every fifth commit.
     for number in range(1, 61):
         others = (f"merge :{number - 4}",) if number % 5 == 0 else ()
         first = number - 1 if number % 3 or number < 4 else number - 2
@@ -170,7 +170,7 @@ def test_weights_are_those_of_git_on_a_history_with_merges(tmp_path: Path) -> No
         re.MULTILINE,
     )
     distances = {commit: int(distance) for commit, distance in found}
-    standing = search_state(suspects, {good: "good", bad: "bad"})
-    assert set(standing.left) == set(distances)
-    assert standing.following
-    assert distances[standing.following] == max(distances.values())
+    state = search_state(suspects, {good: "good", bad: "bad"})
+    assert set(state.left) == set(distances)
+    assert state.following
+    assert distances[state.following] == max(distances.values())

@@ -1,5 +1,5 @@
-"""The verdict: what is never called slower, what nearly always is, and what changes nothing about
-it.
+"""The verdict: changes that are never a regression, changes that nearly always are, and changes
+that do not matter to it.
 """
 
 import math
@@ -15,7 +15,7 @@ from workspace.bench.compare import MIN_STARTS, judge_samples
 
 STARTS = 30
 values = st.floats(1e-6, 1e6)
-sandboxes = st.lists(values, min_size=1, max_size=9)
+arms = st.lists(values, min_size=1, max_size=9)
 similar = st.tuples(st.integers(0, 10**6), st.integers(MIN_STARTS, 12), st.floats(-0.3, 0.3)).map(
     lambda drawn: arm(drawn[0], drawn[1], slow=drawn[2])
 )
@@ -24,7 +24,7 @@ similar = st.tuples(st.integers(0, 10**6), st.integers(MIN_STARTS, 12), st.float
 @pytest.mark.parametrize("better", ["lower", "higher"])
 @pytest.mark.parametrize("slow", [0.0, 0.02])
 @pytest.mark.parametrize("starts", [MIN_STARTS, STARTS])
-def test_nothing_and_two_per_cent_are_never_a_regression(
+def test_slow_down_of_at_most_two_per_cent_is_never_a_regression(
     slow: float, starts: int, better: compare.Better
 ) -> None:
     for seed in range(100):
@@ -36,7 +36,9 @@ def test_nothing_and_two_per_cent_are_never_a_regression(
 
 
 @pytest.mark.parametrize("better", ["lower", "higher"])
-def test_eight_per_cent_are_a_regression_in_at_least_19_of_20(better: compare.Better) -> None:
+def test_slow_down_of_eight_per_cent_is_a_regression_in_at_least_19_of_20(
+    better: compare.Better,
+) -> None:
     for round_ in range(5):
         seeds = range(round_ * 20, round_ * 20 + 20)
         slow = 0.08 if better == "lower" else 1 / 1.08 - 1
@@ -49,7 +51,7 @@ def test_eight_per_cent_are_a_regression_in_at_least_19_of_20(better: compare.Be
         assert found.count("fail") >= 19, found
 
 
-def test_nothing_passes_with_thirty_starts() -> None:
+def test_equal_arms_pass_with_thirty_starts() -> None:
     assert [
         judge_samples(arm(seed, STARTS), arm(seed + 5000, STARTS), better="lower").verdict
         for seed in range(20)
@@ -58,7 +60,7 @@ def test_nothing_passes_with_thirty_starts() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(similar, similar)
-def test_arms_that_are_swapped_say_the_opposite(a: list[float], b: list[float]) -> None:
+def test_swapped_arms_get_the_opposite_judgement(a: list[float], b: list[float]) -> None:
     one, other = judge_samples(a, b, better="lower"), judge_samples(b, a, better="higher")
     assert one.verdict == other.verdict
     assert math.isclose(one.ratio * other.ratio, 1, rel_tol=1e-9)
@@ -80,7 +82,7 @@ def test_another_unit_changes_nothing(a: list[float], b: list[float], scale: flo
 
 @settings(deadline=None, max_examples=60)
 @given(similar, similar)
-def test_what_is_slower_is_still_slower_when_all_of_it_gets_slower_yet(
+def test_verdict_never_improves_when_the_second_arm_gets_slower(
     a: list[float], b: list[float]
 ) -> None:
     ranks = ("pass", "inconclusive", "fail")
@@ -91,50 +93,56 @@ def test_what_is_slower_is_still_slower_when_all_of_it_gets_slower_yet(
 
 
 @settings(deadline=None, max_examples=100)
-@given(sandboxes, sandboxes, st.sampled_from(("lower", "higher")), st.floats(0.0025, 10))
-def test_no_arms_whatever_give_a_nan(
+@given(arms, arms, st.sampled_from(("lower", "higher")), st.floats(0.0025, 10))
+def test_arms_of_any_values_give_no_nan(
     a: list[float], b: list[float], better: compare.Better, factor: float
 ) -> None:
-    of = judge_samples(a, b, better=better, factor=factor)
+    judgement = judge_samples(a, b, better=better, factor=factor)
     assert all(
-        math.isfinite(number) for number in (of.ratio, of.p, of.low, of.high) if number is not None
+        math.isfinite(number)
+        for number in (judgement.ratio, judgement.p, judgement.low, judgement.high)
+        if number is not None
     )
-    assert of.low is None or of.high is None or of.low <= of.ratio <= of.high
-    assert 0 <= of.p <= 1
-    assert of.verdict == "inconclusive" or min(len(a), len(b)) >= MIN_STARTS
+    assert (
+        judgement.low is None
+        or judgement.high is None
+        or judgement.low <= judgement.ratio <= judgement.high
+    )
+    assert 0 <= judgement.p <= 1
+    assert judgement.verdict == "inconclusive" or min(len(a), len(b)) >= MIN_STARTS
 
 
 @settings(deadline=None, max_examples=40)
 @given(similar, similar)
-def test_the_interval_leaves_out_what_scipys_exact_test_rejects(
+def test_interval_excludes_the_ratios_that_scipys_exact_test_rejects(
     a: list[float], b: list[float]
 ) -> None:
-    of = judge_samples(a, b, better="lower")
-    assert of.low is not None
-    for ratio, is_out in ((of.low * 0.9999, True), (of.low * 1.0001, False)):
+    judgement = judge_samples(a, b, better="lower")
+    assert judgement.low is not None
+    for ratio, is_out in ((judgement.low * 0.9999, True), (judgement.low * 1.0001, False)):
         p = mannwhitneyu(
             b, [value * ratio for value in a], alternative="two-sided", method="exact"
         ).pvalue
         assert (p < compare.ALPHA) == is_out
 
 
-def test_fewer_than_six_starts_say_nothing_however_far_apart() -> None:
-    of = judge_samples([1.0] * 5, [9.0] * 30, better="lower")
-    assert (of.verdict, of.needed) == ("inconclusive", 6)
-    assert "there are 5 and 30" in of.reason
+def test_fewer_than_six_starts_are_inconclusive_however_far_apart() -> None:
+    judgement = judge_samples([1.0] * 5, [9.0] * 30, better="lower")
+    assert (judgement.verdict, judgement.needed) == ("inconclusive", 6)
+    assert "there are 5 and 30" in judgement.reason
 
 
-def test_arms_of_one_number_each_are_judged_too() -> None:
+def test_arms_of_equal_values_are_judged_too() -> None:
     assert judge_samples([1.0] * 6, [1.0] * 6, better="lower").verdict == "pass"
     assert judge_samples([1.0] * 6, [1.2] * 6, better="lower").verdict == "fail"
     assert judge_samples([1.0] * 6, [1.2] * 6, better="higher").reason == "faster"
 
 
-def test_one_odd_start_makes_no_regression() -> None:
+def test_single_outlier_is_no_regression() -> None:
     assert judge_samples(arm(1, 8), [*arm(2, 7), 5.0], better="lower").verdict != "fail"
 
 
-def test_starts_that_are_said_to_be_needed_settle_it() -> None:
+def test_recommended_starts_settle_the_verdict() -> None:
     few = [
         judge_samples(
             arm(seed, 8, variation=0.06), arm(seed + 900, 8, variation=0.06), better="lower"
@@ -155,8 +163,8 @@ def test_starts_that_are_said_to_be_needed_settle_it() -> None:
     assert settled.count("inconclusive") <= 3, (starts, settled)
 
 
-def test_a_change_that_is_the_factor_itself_is_not_worth_more_starts() -> None:
+def test_change_equal_to_the_factor_is_not_worth_more_starts() -> None:
     a = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0]
-    of = judge_samples(a, [value * 1.05 for value in a], better="lower")
-    assert (of.verdict, of.needed) == ("inconclusive", None)
-    assert "will hardly settle it" in of.reason
+    judgement = judge_samples(a, [value * 1.05 for value in a], better="lower")
+    assert (judgement.verdict, judgement.needed) == ("inconclusive", None)
+    assert "will hardly settle it" in judgement.reason

@@ -1,12 +1,14 @@
-"""The flow of a bisect: it begins or goes on, tries commit after commit in an arm, and ends with
-the one that is to blame, or with who may be.
+"""The run of `nox -s bisect`: try commit after commit in a sandbox until the culprit is found.
+
+The bisect log keeps each try, so that the same command resumes. What the search knows, and which
+commit comes next, is in bisect_log.py.
 """
 
 import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workspace.bench import bisect_log, bisect_predicate, compare
@@ -14,14 +16,14 @@ from workspace.bench.bisect_log import (
     ABORT,
     BisectLog,
     BisectOptions,
-    Field,
-    Ground,
+    Context,
+    Range,
     Role,
-    Standing,
+    SearchState,
     Try,
     Verdict,
 )
-from workspace.bench.bisect_predicate import Bounds, Predicate, Said
+from workspace.bench.bisect_predicate import Bounds, Outcome, Predicate, Trial
 from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import BuildError, SettingsError, WorkspaceError
@@ -29,19 +31,19 @@ from workspace.core.files import write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import plan, sandbox
+from workspace.install import plan
 from workspace.install import sandbox as sandboxes
 from workspace.repo.git import Git, history
 from workspace.repo.pins import Pin
 
-ARM = "bisect"
+SANDBOX = "bisect"
 VERB = "nox -s bisect"
-# So many running that cannot be tried, and somebody should look.
+# After this many skips in a row a person should look at the cause.
 MOST_SKIPS = 12
 SHOWN = 8
 _STATES: Mapping[Verdict, State] = {"good": "ok", "bad": "FAIL", "skip": "warn"}
 
-Attempt = Callable[[str, Role, BisectLog], Said]
+Attempt = Callable[[str, Role, BisectLog], Outcome]
 
 
 def run(
@@ -53,299 +55,274 @@ def run(
     json_file: Path | None,
     console: Console,
 ) -> None:
-    """Search to the end, or as far as it gets; the same call goes on. `folder` is where relative
-    paths of a command are counted from.
+    """Search until the culprit is found; the same call resumes an interrupted search.
 
-    Raises SettingsError for misuse, for an end that is not what it has to be, and while another
-    bisect is under way; WorkspaceError where it stays inconclusive.
+    `folder` is the start of a command's relative paths. Raises SettingsError for misuse, for an end
+    with the wrong verdict, and while another bisect is in progress; WorkspaceError for an
+    inconclusive search.
     """
-    asking, factor = (
-        bisect_predicate.parse(options.run, folder=folder),
-        compare.parsed_factor(options.factor),
-    )
+    predicate = bisect_predicate.parse(options.run, folder=folder)
+    bounds = Bounds(options.timeout_s, compare.parsed_factor(options.factor))
     with (
         lock.hold(layout.lock, verb=VERB) as held,
         RunLog(
-            console, layout.logs / ARM, verb=ARM, secrets=settings.secrets, held=held
+            console, layout.logs / SANDBOX, verb=SANDBOX, secrets=settings.secrets, held=held
         ) as run_log,
     ):
         observed = plan.observe(layout, settings)
-        ground = bisect_log.bisect_context(layout, observed)
-        there = begin(layout, ground, options, console=console)
+        context = bisect_log.bisect_context(layout, observed)
+        log = begin(layout, context, options, console=console)
         searched = bisect_log.open_range(
-            layout, ground, there.good, there.bad, is_patches=options.is_patches
+            layout, context, log.good, log.bad, is_patches=options.is_patches
         )
-        wanted = sandbox.as_built(settings, observed)
-        trial = _Trial(
-            layout,
-            wanted,
-            observed.pin,
-            ground.base,
-            searched,
-            asking,
-            Bounds(options.timeout_s, factor),
-            run_log,
+        wanted = sandboxes.as_built(settings, observed)
+        runner = _Runner(
+            layout, wanted, observed.pin, context.base, searched, predicate, bounds, run_log
         )
-        with _kept(layout, console):
-            there, standing = search_on(
+        with _report_kept(layout, console):
+            log, state = search(
                 searched,
-                there,
-                attempt=trial.attempt,
-                keep=lambda one: bisect_log.write_log(layout, one),
+                log,
+                attempt=runner.attempt,
+                keep=lambda kept: bisect_log.write_log(layout, kept),
                 console=console,
             )
-        document = described(layout, searched, there, standing)
+        document = describe(layout, searched, log, state)
         if json_file:
-            write_atomic(
-                json_file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
-            )
+            text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+            write_atomic(json_file, text.encode())
         try:
-            conclude(searched, there, standing, document, console=console)
+            conclude(searched, log, state, document, console=console)
         finally:
-            if standing.contradiction is None:
-                _clear(layout, console)
+            if state.contradiction is None:
+                _remove(layout, console)
 
 
 def abort(layout: Layout, *, console: Console) -> None:
-    """Give up the bisect that is under way, whatever state it is in."""
+    """Remove log and sandbox of the bisect in progress, in whatever state they are."""
     with lock.hold(layout.lock, verb=VERB):
-        is_there = bisect_log.log_path(layout).exists() or (layout.sandboxes / ARM).exists()
-        _clear(layout, console)
-        console.info("the bisect is given up" if is_there else "no bisect is under way")
+        exists = bisect_log.log_path(layout).exists() or (layout.sandboxes / SANDBOX).exists()
+        _remove(layout, console)
+        console.info("the bisect is aborted" if exists else "no bisect is in progress")
 
 
-def begin(layout: Layout, ground: Ground, options: BisectOptions, *, console: Console) -> BisectLog:
-    """Return the course to go on with: the one that is there where it is of the same command, else
-    a fresh one. Raises SettingsError as `run` does.
+def begin(
+    layout: Layout, context: Context, options: BisectOptions, *, console: Console
+) -> BisectLog:
+    """Return the log of the same command to resume, or a fresh log. Raises SettingsError as `run`.
+
+    A fresh log takes over the tries of a bisect that ended with a contradiction.
     """
-    former, digest = (
-        bisect_log.read_log(layout),
-        bisect_log.context_digest(ground.base, ground.patches),
-    )
+    former = bisect_log.read_log(layout)
+    digest = bisect_log.context_digest(context.base, context.patches)
     if former and former.options == options:
-        if former.ground != digest:
+        if former.context != digest:
             raise SettingsError(
-                "the pin or its patches are no longer those that this bisect began with",
+                "the pin or its patches have changed since this bisect began",
                 hint=f"bring them back, or {ABORT}",
             )
-        console.info(f"going on: {_tries(former)}")
+        console.info(f"resuming after {_tries(former)}")
         return former
-    if former and not is_over(layout, ground, former):
+    if former and not is_contradicted(layout, context, former):
         raise SettingsError(
-            f"another bisect is under way, {_tries(former)}: {former.options.command}; asked for is"
-            f" {options.command}",
-            hint=f"the former command goes on with it; {ABORT}    gives it up",
+            f"another bisect is in progress, {_tries(former)}: {former.options.command}; this"
+            f" command is {options.command}",
+            hint=f"the other command resumes it; {ABORT}    aborts it",
         )
-    good, bad = bisect_log.range_ends(layout, ground, options)
+    good, bad = bisect_log.range_ends(layout, context, options)
     fresh = BisectLog(options, good, bad, digest)
     fresh = fresh.inheriting(former) if former else fresh
     bisect_log.write_log(layout, fresh)
     return fresh
 
 
-def is_over(layout: Layout, ground: Ground, former: BisectLog) -> bool:
-    """Whether a course came to an end that is not what it has to be: what it found out is of use to
-    the next one.
-    """
+def is_contradicted(layout: Layout, context: Context, former: BisectLog) -> bool:
+    """Return whether a bisect ended because an end has the wrong verdict."""
     with contextlib.suppress(WorkspaceError, ValueError):
         searched = bisect_log.open_range(
-            layout, ground, former.good, former.bad, is_patches=former.options.is_patches
+            layout, context, former.good, former.bad, is_patches=former.options.is_patches
         )
-        return bisect_log.search_state(searched.suspects, former.verdicts).contradiction is not None
+        state = bisect_log.search_state(searched.suspects, former.verdicts)
+        return state.contradiction is not None
     return False
 
 
-def search_on(
-    searched: Field,
-    there: BisectLog,
+def search(
+    searched: Range,
+    log: BisectLog,
     *,
     attempt: Attempt,
     keep: Callable[[BisectLog], None],
     console: Console,
-) -> tuple[BisectLog, Standing]:
-    """Try until nothing is left to try; each try is kept before the next one. Raises WorkspaceError
-    where an end, or a dozen running, cannot be tried.
+) -> tuple[BisectLog, SearchState]:
+    """Try commits until no commit is left to try; keep the log after each try.
+
+    Raises WorkspaceError where an end cannot be tried, and after 12 skips in a row.
     """
     skips = 0
-    while (standing := bisect_log.search_state(searched.suspects, there.verdicts)).following:
-        commit, role = standing.following, standing.role
-        console.info(_progress(searched, there, standing))
+    while (state := bisect_log.search_state(searched.suspects, log.verdicts)).following:
+        commit, role = state.following, state.role
+        console.info(_progress(searched, log, state))
         started = time.monotonic()
-        said = attempt(commit, role, there)
-        if said.verdict == "skip" and role in ("good", "bad"):
-            hint = (
-                "--patches is of the pin itself: mend that first"
-                if there.options.is_patches
-                else f"--{role} another one; {ABORT}    first"
-            )
-            raise WorkspaceError(
-                f"the {role} end, {searched.called(commit)}, cannot be tried: {said.evidence}",
-                hint=hint,
-            )
-        there = there.after(
-            Try(
-                commit,
-                said.verdict,
-                said.evidence,
-                round(time.monotonic() - started, 1),
-                said.values,
-            )
-        )
-        keep(there)
-        skips = skips + 1 if said.verdict == "skip" else 0
+        outcome = attempt(commit, role, log)
+        seconds = round(time.monotonic() - started, 1)
+        if outcome.verdict == "skip" and role in ("good", "bad"):
+            raise _untried_end(searched, log, state, outcome)
+        log = log.after(Try(commit, outcome.verdict, outcome.evidence, seconds, outcome.values))
+        keep(log)
+        skips = skips + 1 if outcome.verdict == "skip" else 0
         if skips == MOST_SKIPS:
-            raise WorkspaceError(
-                f"inconclusive so far: {skips} running could not be tried, the last because"
-                f" {said.evidence}",
-                hint=f"the same command tries {skips} more; {ABORT}    gives it up",
-                details=tuple(
-                    searched.called(one)
-                    for one in _shown(
-                        bisect_log.search_state(searched.suspects, there.verdicts).left
-                    )
-                ),
-            )
-    return there, standing
+            raise _too_many_skips(searched, log, outcome)
+    return log, state
 
 
-class _Trial:
-    """Tries a commit: its tree in an arm, built as far as compiled inputs ask for, and the question
-    put to it.
-    """
+def _untried_end(
+    searched: Range, log: BisectLog, state: SearchState, outcome: Outcome
+) -> WorkspaceError:
+    hint = (
+        "--patches starts from the bare pin: fix that first"
+        if log.options.is_patches
+        else f"--{state.role} another commit; {ABORT}    first"
+    )
+    title = searched.title(state.following or "")
+    return WorkspaceError(
+        f"the {state.role} end, {title}, cannot be tried: {outcome.evidence}", hint=hint
+    )
 
-    def __init__(
-        self,
-        layout: Layout,
-        settings: Settings,
-        pin: Pin,
-        base: str,
-        searched: Field,
-        asking: Predicate,
-        bounds: Bounds,
-        run_log: RunLog,
-    ) -> None:
-        self._layout, self._settings, self._pin, self._base, self._field = (
-            layout,
-            settings,
-            pin,
-            base,
-            searched,
-        )
-        self._asking, self._bounds, self._run_log = asking, bounds, run_log
 
-    def attempt(self, commit: str, role: Role, there: BisectLog) -> Said:
-        console, git = self._run_log.console, Git(self._layout.vllm)
-        self._run_log.phase(self._field.called(commit))
-        history.complete_range(git, self._base, commit, self._settings, run_log=self._run_log)
-        carried = history.carried(git, commit, self._field.carried)
+def _too_many_skips(searched: Range, log: BisectLog, outcome: Outcome) -> WorkspaceError:
+    left = bisect_log.search_state(searched.suspects, log.verdicts).left
+    shown = left if len(left) <= SHOWN else (*left[: SHOWN - 1], left[-1])
+    return WorkspaceError(
+        f"inconclusive so far: {MOST_SKIPS} commits in a row cannot be tried, the last because"
+        f" {outcome.evidence}",
+        hint=f"the same command tries {MOST_SKIPS} more; {ABORT}    aborts the bisect",
+        details=tuple(searched.title(commit) for commit in shown),
+    )
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Tries a commit: checks it out in a sandbox, builds it as far as needed, and tests it."""
+
+    layout: Layout
+    settings: Settings
+    pin: Pin
+    base: str
+    searched: Range
+    predicate: Predicate
+    bounds: Bounds
+    run_log: RunLog
+
+    def attempt(self, commit: str, role: Role, log: BisectLog) -> Outcome:
+        console, git = self.run_log.console, Git(self.layout.vllm)
+        self.run_log.phase(self.searched.title(commit))
+        history.complete_range(git, self.base, commit, self.settings, run_log=self.run_log)
+        carried = history.carried(git, commit, self.searched.carried)
         if carried.tip is None:
-            return self._shown(Said("skip", f"patches/vllm/{carried.failing} does not apply there"))
+            return self._skip(f"patches/vllm/{carried.failing} does not apply there")
         if carried.left_out:
-            console.info(f"  left out, because it is there: {', '.join(carried.left_out)}")
-        arm = sandboxes.make(
-            self._layout,
-            ARM,
-            pin=self._pin,
+            console.info(f"  left out, because it is there already: {', '.join(carried.left_out)}")
+        sandbox = sandboxes.make(
+            self.layout,
+            SANDBOX,
+            pin=self.pin,
             patches=None,
             tip=carried.tip,
-            settings=self._settings,
-            run_log=self._run_log,
+            settings=self.settings,
+            run_log=self.run_log,
         )
         try:
-            sandboxes.build_sandbox(arm, self._settings, console=console)
+            sandboxes.build_sandbox(sandbox, self.settings, console=console)
         except BuildError as exc:
-            return self._shown(Said("skip", f"it cannot be built: {exc.message}"))
-        first = there.of(there.good)
-        reference = first.values if first and role != "good" else ()
-        with console.step(self._asking.name) as view:
-            self._run_log.phase(self._asking.name, view)
-            said = bisect_predicate.ask(
-                self._asking,
-                arm,
-                self._settings,
-                self._bounds,
-                reference=reference,
-                run_log=self._run_log,
-                view=view,
-            )
-            view.state, view.reason = _STATES[said.verdict], f"{said.verdict}: {said.evidence}"
-        self._run_log.step = None
-        return said
+            return self._skip(f"it cannot be built: {exc.message}")
+        return self._evaluate(sandbox, role, log)
 
-    def _shown(self, said: Said) -> Said:
-        self._run_log.console.row(_STATES[said.verdict], said.verdict, said.evidence)
-        return said
+    def _evaluate(self, sandbox: sandboxes.Sandbox, role: Role, log: BisectLog) -> Outcome:
+        first = log.of(log.good)
+        reference = first.values if first and role != "good" else ()
+        trial = Trial(sandbox, self.settings, self.bounds, self.run_log)
+        with self.run_log.console.step(self.predicate.name) as view:
+            self.run_log.phase(self.predicate.name, view)
+            outcome = bisect_predicate.evaluate(
+                self.predicate, trial, reference=reference, view=view
+            )
+            view.state = _STATES[outcome.verdict]
+            view.reason = f"{outcome.verdict}: {outcome.evidence}"
+        self.run_log.step = None
+        return outcome
+
+    def _skip(self, evidence: str) -> Outcome:
+        self.run_log.console.row(_STATES["skip"], "skip", evidence)
+        return Outcome("skip", evidence)
 
 
 def conclude(
-    searched: Field,
-    there: BisectLog,
-    standing: Standing,
+    searched: Range,
+    log: BisectLog,
+    state: SearchState,
     document: Mapping[str, object],
     *,
     console: Console,
 ) -> None:
-    """Say what came out. Raises SettingsError where an end is not what it has to be, WorkspaceError
-    where it is inconclusive.
+    """Print the culprit.
+
+    Raises SettingsError where an end has the wrong verdict, WorkspaceError where the search is
+    inconclusive.
     """
-    if standing.contradiction:
-        raise _contradiction(searched, there, standing)
-    took = f"{_tries(there)}"
-    if standing.culprit is None:
+    if state.contradiction:
+        raise _contradiction(searched, log, state)
+    if state.culprit is None:
         untried = [
-            f"{searched.called(one)}: {found.evidence}"
-            for one in standing.left[:-1]
-            if (found := there.of(one))
+            f"{searched.title(commit)}: {found.evidence}"
+            for commit in state.left[:-1]
+            if (found := log.of(commit))
         ]
+        first, last = state.left[0], state.left[-1]
         raise WorkspaceError(
-            f"inconclusive after {took}: it is one of {len(standing.left)}, the last of which is"
-            " bad and the others cannot be tried",
-            hint=(
-                "git -C vendor/vllm log --oneline"
-                f" {standing.left[0][:12]}^..{standing.left[-1][:12]}"
-            ),
-            details=(*untried, searched.called(standing.left[-1])),
+            f"inconclusive after {_tries(log)}: the culprit is one of {len(state.left)} commits,"
+            " of which the last is bad and the others cannot be tried",
+            hint=f"git -C vendor/vllm log --oneline {first[:12]}^..{last[:12]}",
+            details=(*untried, searched.title(last)),
         )
-    found = there.of(standing.culprit)
+    found = log.of(state.culprit)
     assert found is not None
-    console.info(f"the first bad one is {searched.called(standing.culprit)}", style="bold")
-    for line in _deed_lines(document):
+    console.info(f"the first bad commit is {searched.title(state.culprit)}", style="bold")
+    for line in _stats_lines(document):
         console.info(f"  {line}")
     console.info(f"  {found.evidence}")
-    console.info(f"{took}; to look at it: git -C vendor/vllm show {standing.culprit[:12]}")
-    console.data(searched.names.get(standing.culprit, standing.culprit))
+    console.info(f"{_tries(log)}; to inspect it: git -C vendor/vllm show {state.culprit[:12]}")
+    console.data(searched.names.get(state.culprit, state.culprit))
 
 
-def described(
-    layout: Layout, searched: Field, there: BisectLog, standing: Standing
+def describe(
+    layout: Layout, searched: Range, log: BisectLog, state: SearchState
 ) -> dict[str, object]:
-    """The whole of a bisect for a program to read."""
+    """Return the document of --json: the verdict, the culprit and every try."""
     culprit: dict[str, object] | None = None
-    if standing.culprit:
-        deed = history.deed(Git(layout.vllm), standing.culprit)
-        changes = {path: list(counts) for path, counts in deed.changes.items()}
-        culprit = {
-            **asdict(deed),
-            "changes": changes,
-            "patch": searched.names.get(standing.culprit),
-        }
+    if state.culprit:
+        stats = history.deed(Git(layout.vllm), state.culprit)
+        changes = {path: list(counts) for path, counts in stats.changes.items()}
+        patch = searched.names.get(state.culprit)
+        culprit = {**asdict(stats), "changes": changes, "patch": patch}
     return {
         "schema": bisect_log.SCHEMA,
         "verdict": (
-            "found" if culprit else "contradiction" if standing.contradiction else "inconclusive"
+            "found" if culprit else "contradiction" if state.contradiction else "inconclusive"
         ),
-        "asked": asdict(there.options),
-        "good": there.good,
-        "bad": there.bad,
+        # Programs read this key, so it keeps the name of the first edition.
+        "asked": asdict(log.options),
+        "good": log.good,
+        "bad": log.bad,
         "culprit": culprit,
-        "suspects": list(standing.left),
-        "tries": [asdict(one) for one in there.tries],
-        "steps": len(there.tries),
-        "minutes": round(there.seconds / 60, 2),
+        "suspects": list(state.left),
+        "tries": [asdict(attempt) for attempt in log.tries],
+        "steps": len(log.tries),
+        "minutes": round(log.seconds / 60, 2),
     }
 
 
-def _deed_lines(document: Mapping[str, object]) -> Iterator[str]:
+def _stats_lines(document: Mapping[str, object]) -> Iterator[str]:
     culprit = document["culprit"]
     assert isinstance(culprit, dict)
     yield f"{culprit['author']}, {culprit['date']}: {culprit['subject']}"
@@ -353,86 +330,78 @@ def _deed_lines(document: Mapping[str, object]) -> Iterator[str]:
     for path, (added, removed) in list(changes.items())[:SHOWN]:
         yield f"{path}  +{added} -{removed}" if added is not None else path
     if len(changes) > SHOWN:
-        yield f"and {len(changes) - SHOWN} files more"
+        yield f"and {len(changes) - SHOWN} more files"
 
 
-def _contradiction(searched: Field, there: BisectLog, standing: Standing) -> SettingsError:
-    commit = standing.contradiction
-    found = there.of(commit) if commit else None
+def _contradiction(searched: Range, log: BisectLog, state: SearchState) -> SettingsError:
+    """Return the error for an end, or a merge base, that has the wrong verdict."""
+    found = log.of(state.contradiction or "")
     assert found is not None
-    called = searched.called(found.commit)
-    if standing.role == "good":
+    title = searched.title(found.commit)
+    if state.role == "good":
         hint = (
-            "an older --good"
-            if not there.options.is_patches
-            else "./scripts/nox -s bisect -- --run …    searches upstream's commits"
+            "./scripts/nox -s bisect -- --run …    searches upstream's commits"
+            if log.options.is_patches
+            else "an older --good"
         )
         return SettingsError(
-            f"the good end, {called}, is bad: {found.evidence}",
-            hint=f"{hint}; {ABORT}    takes the arm away",
+            f"the good end, {title}, is bad: {found.evidence}",
+            hint=f"{hint}; {ABORT}    removes the sandbox",
         )
-    if standing.role == "fork":
-        sentence = (
-            f"{called}, where {searched.called(there.good)} and the bad end parted, is bad:"
-            f" {found.evidence}; the good end has what mends it"
-        )
+    if state.role == "fork":
         return SettingsError(
-            sentence,
+            f"{title}, the merge base of {searched.title(log.good)} and the bad end, is bad:"
+            f" {found.evidence}; a commit between it and the good end fixes the fault",
             hint=(
-                f"git -C vendor/vllm log --oneline {found.commit[:12]}..{there.good[:12]}    is"
-                f" where to look; {ABORT}"
+                f"git -C vendor/vllm log --oneline {found.commit[:12]}..{log.good[:12]}    lists"
+                f" the commits with the fix; {ABORT}"
             ),
         )
     return SettingsError(
-        f"the bad end, {called}, is good: {found.evidence}",
-        hint=f"a --bad, or a --run, that shows the fault; {ABORT}    takes the arm away",
+        f"the bad end, {title}, is good: {found.evidence}",
+        hint=f"a --bad, or a --run, that shows the fault; {ABORT}    removes the sandbox",
     )
 
 
-def _progress(searched: Field, there: BisectLog, standing: Standing) -> str:
-    called, minutes = (
-        searched.called(standing.following or ""),
-        f"{there.seconds / 60:.1f} min so far",
-    )
-    if standing.role != "suspect":
-        what = {"good": "the good end", "bad": "the bad end", "fork": "where good and bad parted"}[
-            standing.role
-        ]
-        return f"{what}: {called}; {len(standing.left)} suspects, {minutes}"
-    return f"{len(standing.left)} suspects left, about {standing.steps} steps, {minutes}: {called}"
+def _progress(searched: Range, log: BisectLog, state: SearchState) -> str:
+    title = searched.title(state.following or "")
+    minutes = f"{log.seconds / 60:.1f} min so far"
+    if state.role != "suspect":
+        place = {
+            "good": "the good end",
+            "bad": "the bad end",
+            "fork": "the merge base of good and bad",
+        }[state.role]
+        return f"{place}: {title}; {len(state.left)} suspects, {minutes}"
+    return f"{len(state.left)} suspects left, about {state.steps} steps, {minutes}: {title}"
 
 
-def _tries(there: BisectLog) -> str:
-    return (
-        f"{len(there.tries)} {'step' if len(there.tries) == 1 else 'steps'},"
-        f" {there.seconds / 60:.1f} min"
-    )
-
-
-def _shown(commits: tuple[str, ...]) -> tuple[str, ...]:
-    return commits if len(commits) <= SHOWN else (*commits[: SHOWN - 1], commits[-1])
+def _tries(log: BisectLog) -> str:
+    count = len(log.tries)
+    return f"{count} {'step' if count == 1 else 'steps'}, {log.seconds / 60:.1f} min"
 
 
 @contextlib.contextmanager
-def _kept(layout: Layout, console: Console) -> Iterator[None]:
-    """Say, however the search is ended, what there is to go on from."""
+def _report_kept(layout: Layout, console: Console) -> Iterator[None]:
+    """Report how many tries are kept if the search ends early."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(WorkspaceError, OSError):
-            if there := bisect_log.read_log(layout):
-                console.info(f"{_tries(there)} are kept; the same command goes on from there")
+            if log := bisect_log.read_log(layout):
+                console.info(f"{_tries(log)} are kept; run the same command again to resume")
         raise
 
 
-def _clear(layout: Layout, console: Console) -> None:
-    """Take the arm away, then the course, so that a run that is killed here is finished by the next
-    one.
+def _remove(layout: Layout, console: Console) -> None:
+    """Remove the sandbox, then the log.
+
+    In this order the next run completes a removal that was killed.
     """
-    root = layout.sandboxes / ARM
-    there = sandboxes.find(layout, ARM) or (
-        sandboxes.Sandbox(ARM, layout, Layout(root), "0" * 40) if root.exists() else None
+    root = layout.sandboxes / SANDBOX
+    sandbox = sandboxes.find(layout, SANDBOX) or (
+        sandboxes.Sandbox(SANDBOX, layout, Layout(root), "0" * 40) if root.exists() else None
     )
-    if there and (kept := sandboxes.remove(there)):
-        console.info(f"what was done in {there.shown} is kept in vendor/vllm as {kept}")
+    if sandbox and (kept := sandboxes.remove(sandbox)):
+        console.info(f"your work in {sandbox.shown} is kept in vendor/vllm as {kept}")
     bisect_log.log_path(layout).unlink(missing_ok=True)

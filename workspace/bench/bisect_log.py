@@ -1,8 +1,7 @@
-"""The course of a bisect: what was asked for, between which commits, and every try so far. One
-file, written anew after each try.
+"""Bisect log: the options, the range and every try of a bisect, in one file.
 
-What follows from the tries is worked out from them each time, so that a bisect which was killed
-anywhere is gone on with by the same command.
+The file is written after each try, and the state of the search is always computed from the tries,
+so that the same command resumes a bisect that was killed at any point.
 """
 
 import hashlib
@@ -27,14 +26,19 @@ from workspace.core.settings import nearest, shortened
 from workspace.install import plan
 from workspace.repo.git import Git, am, history, worktree
 
+SCHEMA = 1
+ABORT = "./scripts/nox -s bisect -- --abort"
+GOOD_REFS = "refs/good"
+
 Verdict = Literal["good", "bad", "skip"]
 Role = Literal["good", "fork", "bad", "suspect"]
 
 
 @dataclass(frozen=True)
 class Suspects:
-    """Every commit of `good..bad` with its parents, parents first: the last is `bad`. `forks` are
-    where the two parted, none where good is an ancestor.
+    """The commits of `good..bad` with their parents, parents first; the last commit is `bad`.
+
+    `forks` are the merge bases of the two, none where good is an ancestor of bad.
     """
 
     good: str
@@ -48,11 +52,11 @@ class Suspects:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How the search stands: who is left, oldest first, the last of them known to be bad, and whom
-    to try next, as what; None where nothing is left to try.
+class SearchState:
+    """The suspects that are left, oldest first, and the commit to try next with its role.
 
-    `contradiction` is an end, or a fork, that is not what it has to be.
+    The last suspect is known to be bad. `following` is None where nothing is left to try.
+    `contradiction` is an end or a merge base with a verdict that it must not have.
     """
 
     left: tuple[str, ...]
@@ -70,13 +74,14 @@ class Standing:
 
     @property
     def steps(self) -> int:
-        """About how many more tries it takes."""
+        """The approximate number of tries that are left."""
         return math.ceil(math.log2(len(self.left)))
 
 
-def search_state(suspects: Suspects, tries: Mapping[str, Verdict]) -> Standing:
-    """Work out from the tries, in their order, what is known. First the ends are to be tried, and
-    the forks, which have to be good too.
+def search_state(suspects: Suspects, tries: Mapping[str, Verdict]) -> SearchState:
+    """Compute the state of the search from the tries, in their order.
+
+    The ends are tried first, and with them the merge bases, which must be good too.
     """
     every = tuple(suspects.parents)
     ends: list[tuple[str, Role]] = [
@@ -85,25 +90,25 @@ def search_state(suspects: Suspects, tries: Mapping[str, Verdict]) -> Standing:
         (suspects.bad, "bad"),
     ]
     for commit, role in ends:
-        said = tries.get(commit)
-        if said is None:
-            return Standing(every, commit, role)
+        verdict = tries.get(commit)
+        if verdict is None:
+            return SearchState(every, commit, role)
         wrong = "good" if role == "bad" else "bad"
-        # A fork that cannot be tried is taken for good, as git does: what is between it and good
-        # would else be searched for a commit that mends.
-        if said == wrong or (said == "skip" and role != "fork"):
-            return Standing(every, None, role, contradiction=commit)
+        # As in git, a merge base that cannot be tried counts as good. Otherwise the search would
+        # continue between it and the good end, for a commit that fixes the fault.
+        if verdict == wrong or (verdict == "skip" and role != "fork"):
+            return SearchState(every, None, role, contradiction=commit)
     reach = _reach(suspects.parents)
-    mask = _left(reach, {commit: said for commit, said in tries.items() if commit in reach})
-    left = tuple(commit for number, commit in enumerate(every) if mask >> number & 1)
-    return Standing(left, _following(left, reach, mask, tries), "suspect")
+    mask = _left(reach, {commit: found for commit, found in tries.items() if commit in reach})
+    left = tuple(commit for index, commit in enumerate(every) if mask >> index & 1)
+    return SearchState(left, _following(left, reach, mask, tries), "suspect")
 
 
 def _reach(parents: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """The commits that each leads to, itself included, as bits."""
+    """Return the ancestors of each commit, itself included, as bits."""
     reach: dict[str, int] = {}
-    for number, (commit, above) in enumerate(parents.items()):
-        bits = 1 << number
+    for index, (commit, above) in enumerate(parents.items()):
+        bits = 1 << index
         for parent in above:
             bits |= reach.get(parent, 0)
         reach[commit] = bits
@@ -111,14 +116,15 @@ def _reach(parents: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
 
 
 def _left(reach: Mapping[str, int], tries: Mapping[str, Verdict]) -> int:
-    """Whoever every bad one leads to and no good one does. Not empty: only what lies before the
-    last bad one is ever tried.
+    """Return the ancestors of all bad commits and of no good commit, as bits.
+
+    They are never empty: only ancestors of the last bad commit are ever tried.
     """
     mask = (1 << len(reach)) - 1
-    for commit, said in tries.items():
-        if said == "bad":
+    for commit, verdict in tries.items():
+        if verdict == "bad":
             mask &= reach[commit]
-        elif said == "good":
+        elif verdict == "good":
             mask &= ~reach[commit]
     return mask
 
@@ -126,32 +132,28 @@ def _left(reach: Mapping[str, int], tries: Mapping[str, Verdict]) -> int:
 def _following(
     left: Sequence[str], reach: Mapping[str, int], mask: int, tries: Mapping[str, Verdict]
 ) -> str | None:
-    """Whoever has half of all; but those next to one that cannot be tried rarely can, so that half
-    as far from each such counts too.
-    """
-    untried = [number for number, commit in enumerate(left) if tries.get(commit) == "skip"]
+    """Return the commit that divides the suspects best, and is far from skipped commits.
 
-    def worth(number: int) -> int:
-        weight = (reach[left[number]] & mask).bit_count()
-        return min(weight, len(left) - weight, *(2 * abs(number - other) for other in untried))
+    The neighbours of a commit that cannot be tried can rarely be tried either, so a commit is
+    worth at most twice its distance from each such commit.
+    """
+    untried = [index for index, commit in enumerate(left) if tries.get(commit) == "skip"]
+
+    def worth(index: int) -> int:
+        weight = (reach[left[index]] & mask).bit_count()
+        return min(weight, len(left) - weight, *(2 * abs(index - other) for other in untried))
 
     best = max(
-        (number for number in range(len(left) - 1) if number not in untried),
+        (index for index in range(len(left) - 1) if index not in untried),
         key=worth,
         default=None,
     )
     return None if best is None else left[best]
 
 
-SCHEMA = 1
-ABORT = "./scripts/nox -s bisect -- --abort"
-
-
 @dataclass(frozen=True)
 class BisectOptions:
-    """What the command line says. `factor` is as it was typed, `good` and `bad` are None where
-    nothing was.
-    """
+    """The options of `nox -s bisect`; `factor` is as it was typed, a missing end is None."""
 
     run: str
     good: str | None = None
@@ -162,35 +164,25 @@ class BisectOptions:
 
     @property
     def command(self) -> str:
-        """The command line that asks for this."""
-        ends = [
-            word
-            for name, ref in (("--good", self.good), ("--bad", self.bad))
-            if ref
-            for word in (name, ref)
-        ]
-        usual = BisectOptions(self.run)
-        more = [
-            *(["--timeout-s", f"{self.timeout_s:g}"] if self.timeout_s != usual.timeout_s else [])
-        ]
-        more += ["--factor", self.factor] if self.factor != usual.factor else []
-        return shlex.join(
-            [
-                "./scripts/nox",
-                "-s",
-                "bisect",
-                "--",
-                *(["--patches"] if self.is_patches else ends),
-                "--run",
-                self.run,
-                *more,
-            ]
-        )
+        """The command line with these options."""
+        default = BisectOptions(self.run)
+        argv = ["./scripts/nox", "-s", "bisect", "--"]
+        if self.is_patches:
+            argv += ["--patches"]
+        else:
+            argv += ["--good", self.good] if self.good else []
+            argv += ["--bad", self.bad] if self.bad else []
+        argv += ["--run", self.run]
+        if self.timeout_s != default.timeout_s:
+            argv += ["--timeout-s", f"{self.timeout_s:g}"]
+        if self.factor != default.factor:
+            argv += ["--factor", self.factor]
+        return shlex.join(argv)
 
 
 @dataclass(frozen=True)
 class Try:
-    """One commit, and what was found; `values` are what a benchmark measured, one a start."""
+    """The outcome of one commit; `values` are a benchmark's, one for each start."""
 
     commit: str
     verdict: Verdict
@@ -201,48 +193,50 @@ class Try:
 
 @dataclass(frozen=True)
 class BisectLog:
-    """`ground` is a digest of what the patches are on, and of the patches: tries on another ground
-    say nothing of this one.
+    """A bisect so far; `context` is a digest of the patches and their base commit.
+
+    Tries in another context do not count.
     """
 
     options: BisectOptions
     good: str
     bad: str
-    ground: str
+    context: str
     tries: tuple[Try, ...] = ()
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
-        return {one.commit: one.verdict for one in self.tries}
+        return {attempt.commit: attempt.verdict for attempt in self.tries}
 
     @property
     def seconds(self) -> float:
-        return sum(one.seconds for one in self.tries)
+        return sum(attempt.seconds for attempt in self.tries)
 
     def of(self, commit: str) -> Try | None:
-        """What is known of a commit."""
-        return next((one for one in self.tries if one.commit == commit), None)
+        """Return the try of a commit, None if it was not tried."""
+        return next((attempt for attempt in self.tries if attempt.commit == commit), None)
 
-    def after(self, one: Try) -> "BisectLog":
-        return replace(self, tries=(*self.tries, one))
+    def after(self, attempt: Try) -> "BisectLog":
+        return replace(self, tries=(*self.tries, attempt))
 
     def inheriting(self, former: "BisectLog") -> "BisectLog":
-        """Take over what another course has found out, where it asked the same of the same; a
-        benchmark is judged against its own good end.
+        """Take over the tries of another bisect with the same predicate and context.
+
+        Tries of a benchmark are not taken over: it compares with its own good end.
         """
         same = [
-            (one.options.run, one.options.timeout_s, one.options.is_patches, one.ground)
-            for one in (self, former)
+            (log.options.run, log.options.timeout_s, log.options.is_patches, log.context)
+            for log in (self, former)
         ]
         return (
             replace(self, tries=former.tries)
-            if same[0] == same[1] and not any(one.values for one in former.tries)
+            if same[0] == same[1] and not any(attempt.values for attempt in former.tries)
             else self
         )
 
 
 def context_digest(base: str, patches: Sequence[Path]) -> str:
-    """One SHA-256 over the commit that patches are on, their names and their content."""
+    """Return a SHA-256 of the base commit and of the patches' names and contents."""
     digest = hashlib.sha256(base.encode())
     for patch in patches:
         content = patch.read_bytes()
@@ -254,38 +248,45 @@ def log_path(layout: Layout) -> Path:
     return layout.state / "bisect.json"
 
 
-def write_log(layout: Layout, course: BisectLog) -> None:
-    write_atomic(
-        log_path(layout),
-        json.dumps({"schema": SCHEMA, **asdict(course)}, indent=1, allow_nan=False).encode(),
-    )
+def write_log(layout: Layout, log: BisectLog) -> None:
+    """Write the log; its keys on disk are those of the first edition, but for `options`."""
+    document = {
+        "schema": SCHEMA,
+        "options": asdict(log.options),
+        "good": log.good,
+        "bad": log.bad,
+        "ground": log.context,
+        "tries": [asdict(attempt) for attempt in log.tries],
+    }
+    write_atomic(log_path(layout), json.dumps(document, indent=1, allow_nan=False).encode())
 
 
 def read_log(layout: Layout) -> BisectLog | None:
-    """Return the bisect that is under way, None where there is none. Raises WorkspaceError for one
-    that cannot be read.
+    """Return the bisect in progress, None if there is none.
+
+    Raises WorkspaceError for a log that cannot be read.
     """
     path = log_path(layout)
     try:
-        return _course(json.loads(read_regular(path)))
+        return _parse_log(json.loads(read_regular(path)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise WorkspaceError(
-            f"{layout.relative(path)} is no bisect that can be gone on with: {exc}", hint=ABORT
+            f"cannot resume the bisect in {layout.relative(path)}: {exc}", hint=ABORT
         ) from exc
 
 
-def _course(document: Mapping[str, object]) -> BisectLog:
+def _parse_log(document: Mapping[str, object]) -> BisectLog:
     if document["schema"] != SCHEMA:
         raise ValueError(f"it has schema {document['schema']}, this workspace reads {SCHEMA}")
-    # The first edition named the options otherwise.
+    # The first edition wrote the options as `asked`.
     options, tries = document.get("options", document.get("asked")), document["tries"]
     assert isinstance(options, dict)
     assert isinstance(tries, list)
-    found = tuple(Try(**{**one, "values": tuple(one["values"])}) for one in tries)
-    if any(one.verdict not in get_args(Verdict) for one in found):
-        raise ValueError("it has a verdict that is none")
+    found = tuple(Try(**{**entry, "values": tuple(entry["values"])}) for entry in tries)
+    if any(attempt.verdict not in get_args(Verdict) for attempt in found):
+        raise ValueError("it has an unknown verdict")
     return BisectLog(
         BisectOptions(**options),
         str(document["good"]),
@@ -295,21 +296,19 @@ def _course(document: Mapping[str, object]) -> BisectLog:
     )
 
 
-GOOD_REFS = "refs/good"
-
-
 @dataclass(frozen=True)
-class Ground:
-    """What every tree is made from: the pin's commit, and the series that is on it."""
+class Context:
+    """The pin's commit and the series on it, from which every tree is made."""
 
     base: str
     patches: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
-class Field:
-    """`carried` are the patches that go on each commit; `names` are those that the commits of a
-    series are made of.
+class Range:
+    """The commits to search; `carried` are the patches to apply to each of them.
+
+    `names` are the patches of which the commits of a series are made.
     """
 
     suspects: Suspects
@@ -317,8 +316,8 @@ class Field:
     carried: tuple[Path, ...]
     names: Mapping[str, str]
 
-    def called(self, commit: str) -> str:
-        """A commit as a person knows it."""
+    def title(self, commit: str) -> str:
+        """Return the patch of a commit, or its short OID and subject."""
         if commit in self.names:
             return self.names[commit]
         return (
@@ -328,83 +327,82 @@ class Field:
         )
 
 
-def bisect_context(layout: Layout, observed: plan.Observation) -> Ground:
-    """Raises CheckoutError where there is no checkout to search in."""
+def bisect_context(layout: Layout, observed: plan.Observation) -> Context:
+    """Return the context of the checkout. Raises CheckoutError where there is no checkout."""
     stack = observed.stack
     if stack is None or observed.checkout.base is None:
         raise CheckoutError(
-            f"{layout.relative(layout.vllm)} is {observed.checkout.detail}, so there is nothing to"
-            " search in",
+            f"there is nothing to search: {layout.relative(layout.vllm)} is"
+            f" {observed.checkout.detail}",
             hint="./scripts/inv bootstrap",
         )
-    return Ground(
+    return Context(
         observed.checkout.base, tuple(layout.patches("vllm") / name for name in stack.names)
     )
 
 
-def range_ends(layout: Layout, ground: Ground, options: BisectOptions) -> tuple[str, str]:
-    """The commits that the search goes between: what is asked for, else the last good state's or
-    the pin, and the pin.
+def range_ends(layout: Layout, context: Context, options: BisectOptions) -> tuple[str, str]:
+    """Return the good and the bad commit: by default the last known-good state, and the pin.
 
-    Raises SettingsError for an end that is none, CheckoutError where they have nothing to do with
-    each other, and for a series what it does not apply.
+    With --patches they are the pin and the last commit of the series. Raises SettingsError for an
+    end that does not exist, CheckoutError for ends without common history, and PatchConflict or
+    PatchDrift for a series that does not apply.
     """
     git = Git(layout.vllm)
     if options.is_patches:
-        return ground.base, _tip(layout, git, ground)
-    bad = _resolved(git, "--bad", options.bad) if options.bad else ground.base
-    if options.good:
-        good = _resolved(git, "--good", options.good)
-    else:
-        states = worktree.references(git, GOOD_REFS).values()
-        found = history.last_in_common(git, states, bad)
-        if found is None:
-            raise SettingsError(
-                f"no good state is known from before {bad[:12]}, so there is nothing to search"
-                " from",
-                hint="--good v0.30.0    for example",
-            )
-        good = found
+        return context.base, _tip(layout, git, context)
+    bad = _resolved(git, "--bad", options.bad) if options.bad else context.base
+    good = _resolved(git, "--good", options.good) if options.good else _last_good(git, bad)
     forks = history.forks(git, good, bad)
+    good_name, bad_name = options.good or good[:12], options.bad or bad[:12]
     if not forks:
-        hint = (
-            "./scripts/inv status    says what the checkout was made from: a release archive has no"
-            " history"
-        )
         raise CheckoutError(
-            f"{options.good or good[:12]} and {options.bad or bad[:12]} have no history in common",
-            hint=hint,
+            f"{good_name} and {bad_name} have no common history",
+            hint=(
+                "./scripts/inv status    shows what the checkout was made from: a release archive"
+                " has no history"
+            ),
         )
     if bad in forks:
         raise SettingsError(
-            f"{options.bad or bad[:12]} is no later than {options.good or good[:12]}: there is no"
-            " commit between them",
+            f"{bad_name} is no later than {good_name}: there is no commit between them",
             hint="--good OLDER --bad NEWER",
         )
     return good, bad
 
 
-def open_range(layout: Layout, ground: Ground, good: str, bad: str, *, is_patches: bool) -> Field:
-    """Read the history between the ends. Raises CheckoutError where it is no longer there."""
+def _last_good(git: Git, bad: str) -> str:
+    """Return the commit at which the last known-good state left the history of `bad`."""
+    states = worktree.references(git, GOOD_REFS).values()
+    found = history.last_in_common(git, states, bad)
+    if found is None:
+        raise SettingsError(
+            f"there is no known-good state before {bad[:12]} from which to search",
+            hint="--good v0.30.0    for example",
+        )
+    return found
+
+
+def open_range(layout: Layout, context: Context, good: str, bad: str, *, is_patches: bool) -> Range:
+    """Read the history between the ends. Raises CheckoutError where vendor/vllm lacks an end."""
     git = Git(layout.vllm)
     if missing := {good, bad} - git.present((good, bad)):
         raise CheckoutError(
-            f"vendor/vllm no longer has {missing.pop()[:12]}, where the bisect goes",
-            hint="./scripts/nox -s bisect -- --abort",
+            f"vendor/vllm no longer has {missing.pop()[:12]}, an end of the bisect", hint=ABORT
         )
     commits = history.commits_between(git, good, bad)
     forks = tuple(fork for fork in history.forks(git, good, bad) if fork != good)
-    ends_too = {commit: history.subject(git, commit) for commit in (good, *forks)}
+    subjects_of_ends = {commit: history.subject(git, commit) for commit in (good, *forks)}
     names = (
-        {commit.oid: patch.name for commit, patch in zip(commits, ground.patches, strict=True)}
+        {commit.oid: patch.name for commit, patch in zip(commits, context.patches, strict=True)}
         if is_patches
         else {}
     )
     suspects = Suspects(good, {commit.oid: commit.parents for commit in commits}, forks)
-    return Field(
+    return Range(
         suspects,
-        {**ends_too, **{commit.oid: commit.subject for commit in commits}},
-        () if is_patches else ground.patches,
+        {**subjects_of_ends, **{commit.oid: commit.subject for commit in commits}},
+        () if is_patches else context.patches,
         names,
     )
 
@@ -422,25 +420,25 @@ def _resolved(git: Git, flag: str, ref: str) -> str:
     raise SettingsError(f"{flag}: vendor/vllm has no {shortened(ref)!r}", hint=hint)
 
 
-def _tip(layout: Layout, git: Git, ground: Ground) -> str:
-    """The last commit of the series, which are made anew, the same as ever."""
-    if not ground.patches:
+def _tip(layout: Layout, git: Git, context: Context) -> str:
+    """Apply the series to the pin, and return its last commit, which is the same each time."""
+    if not context.patches:
         raise SettingsError(
-            "patches/vllm/series names no patch, so none can be to blame",
+            "patches/vllm/series lists no patch, so there is nothing to search",
             hint="./scripts/nox -s bisect -- --good v0.30.0 --run smoke",
         )
-    made = am.applied(git, ground.base, ground.patches, place=layout.state / "am")
+    made = am.applied(git, context.base, context.patches, place=layout.state / "am")
     if made.tip is None:
-        name = ground.patches[made.position - 1].name
+        name = context.patches[made.position - 1].name
         raise PatchConflict(
             f"patches/vllm/{name} does not apply: {', '.join(made.conflicted)}",
             hint="./scripts/inv patch.apply",
         )
-    slugs = git.slugs(ground.base, made.tip)
-    if len(slugs) != len(ground.patches):
-        lost = [patch.name for patch in ground.patches if patch.stem not in slugs]
+    slugs = git.slugs(context.base, made.tip)
+    if len(slugs) != len(context.patches):
+        lost = [patch.name for patch in context.patches if patch.stem not in slugs]
         raise PatchDrift(
             f"{', '.join(lost) or 'a patch'} changes nothing on the pin",
-            hint="take its line out of patches/vllm/series",
+            hint="remove its line from patches/vllm/series",
         )
     return made.tip

@@ -1,8 +1,7 @@
-"""The question that every tree is asked: the smoke, one check of it, a benchmark's metric or a
-command. The answer is good, bad, or neither.
+"""The predicate of a bisect: the smoke, one of its checks, a benchmark's metric, or a command.
 
-What hangs, or says nothing of what was asked, is neither: a commit is not to blame for what nobody
-saw.
+Its outcome is good, bad or skip. A tree that hangs or does not answer is skipped: a commit must not
+be blamed for a fault that nobody observed.
 """
 
 import contextlib
@@ -17,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.bench import compare, metrics, subject
+from workspace.bench import compare, measure, metrics, subject
 from workspace.bench.bisect_log import Verdict
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
+from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.checks.registry import REGISTRY
 from workspace.core import process
 from workspace.core.console import Console, Step
@@ -32,37 +32,41 @@ from workspace.install.sandbox import Sandbox
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"
-# The good end is what all others are held against: twice as many starts as one of those has at
-# first; and the most that one gets.
+# The good end is the reference for all other commits, so it gets twice as many starts as another
+# commit at first; and the limit for one commit.
 REFERENCE_STARTS, MOST_STARTS = 2 * MIN_STARTS, 4 * MIN_STARTS
-# A probe watches itself too, with less patience (smoke/suite.py); what it or its caller then says
-# of it, whatever checks it was to answer.
+# A probe has a shorter timeout of its own (OWN_SHARE in checks/smoke_suite.py). When it or its
+# caller gives up, this text is in the evidence of every check that the probe was to answer.
 OWN_WATCH, NO_ANSWER = 0.8, "gave no answer in"
+# Exit codes of a command, as in git-bisect(1).
 SKIP_CODE, LAST_BAD_CODE = 125, 127
-_OF_KIND: Mapping[str, Kind] = {
-    **dict.fromkeys(("latency",), "latency"),
-    **dict.fromkeys(("requests_per_second", "tokens_per_second"), "throughput"),
-    **dict.fromkeys(
-        ("cold_startup", "cold_compilation", "warm_startup", "warm_compilation"), "startup"
-    ),
+_KIND_OF_METRIC: Mapping[str, Kind] = {
+    "latency": "latency",
+    "requests_per_second": "throughput",
+    "tokens_per_second": "throughput",
+    "cold_startup": "startup",
+    "cold_compilation": "startup",
+    "warm_startup": "startup",
+    "warm_compilation": "startup",
 }
 _LAST_LINES = 3
 
 
 @dataclass(frozen=True)
 class Predicate:
-    """`name` is a check of the smoke, a metric, or the command as it was typed; `words` are the
-    command's, paths made absolute.
+    """The test of each tree; `name` is a check, a metric, or the command as it was typed.
+
+    `argv` is the command's, with absolute paths.
     """
 
     kind: Literal["smoke", "check", "bench", "command"]
     name: str
-    words: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Said:
-    """The answer of one tree. `values` are a benchmark's, one a start."""
+class Outcome:
+    """The result of the predicate for one tree; `values` are a benchmark's, one for each start."""
 
     verdict: Verdict
     evidence: str
@@ -71,284 +75,250 @@ class Said:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How long one question may take, in seconds (of the smoke: each probe of it), and the share by
-    which a metric may get worse.
+    """The timeout of one predicate (of the smoke: of each probe), and the allowed slow-down.
+
+    `factor` is the share by which a metric may get worse.
     """
 
     timeout_s: float
     factor: float
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A built sandbox with the settings, bounds and log under which its tree is tested."""
+
+    sandbox: Sandbox
+    settings: Settings
+    bounds: Bounds
+    run_log: RunLog
+
+
 def parse(text: str, *, folder: Path) -> Predicate:
-    """Read the word of --run; the words of a command that name a file are counted from `folder`.
-    Raises SettingsError, with the nearest for a typo.
+    """Parse the argument of --run; relative files of a command are in `folder`.
+
+    Raises SettingsError, with the nearest name for a typo.
     """
     if text.startswith("bench:"):
-        name = text.removeprefix("bench:")
-        if name not in metrics.METRICS:
-            alike = nearest(name, metrics.METRICS)
-            hint = (
-                f"did you mean bench:{alike}?"
-                if alike
-                else f"there are {', '.join(metrics.METRICS)}"
-            )
-            raise SettingsError(
-                f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint
-            )
-        return Predicate("bench", name)
+        return _parse_metric(text.removeprefix("bench:"))
     checks = [name for name in REGISTRY if name != "parity.model"]
     if text == SMOKE or text in checks:
         return Predicate("smoke" if text == SMOKE else "check", text)
     try:
-        words = shlex.split(text)
+        argv = shlex.split(text)
     except ValueError as exc:
         raise SettingsError(
             f"--run: {shortened(text)!r} is no command line: {exc}",
-            hint="quote it as a whole, and what has blanks in it once more",
+            hint="quote the whole command, and inside it each argument with blanks",
         ) from exc
-    stems = {name.partition(".")[0] for name in REGISTRY}
-    if (
-        not words
-        or (
-            len(words) == 1
-            and re.fullmatch(r"[a-z]+\.\w+", text)
-            and text.partition(".")[0] in stems
-        )
-        or nearest(text, [SMOKE, *checks])
-    ):
-        alike = nearest(text, [SMOKE, *checks])
+    alike = nearest(text, [SMOKE, *checks])
+    if not argv or alike or (len(argv) == 1 and _is_check_like(text)):
         hint = (
             f"did you mean {alike}?"
             if alike
             else f"smoke, bench:METRIC, a command line, or one of {', '.join(checks)}"
         )
         raise SettingsError(f"--run: {shortened(text)!r} is no check of the smoke", hint=hint)
-    # Each tree is asked in an empty folder of its own.
+    # The command runs in an empty folder for each tree, so its files need absolute paths.
     return Predicate(
         "command",
         text,
         tuple(
-            str((folder / word).resolve()) if (folder / word).is_file() else word for word in words
+            str((folder / argument).resolve()) if (folder / argument).is_file() else argument
+            for argument in argv
         ),
     )
 
 
-def ask(
-    question: Predicate,
-    arm: Sandbox,
-    settings: Settings,
-    bounds: Bounds,
-    *,
-    reference: Sequence[float],
-    run_log: RunLog,
-    view: Step,
-) -> Said:
-    """Ask the tree of a built arm. `reference` is what the good end measured, nothing where this is
-    the good end.
+def _parse_metric(name: str) -> Predicate:
+    if name not in metrics.METRICS:
+        alike = nearest(name, metrics.METRICS)
+        hint = (
+            f"did you mean bench:{alike}?"
+            if alike
+            else f"the metrics are {', '.join(metrics.METRICS)}"
+        )
+        raise SettingsError(f"--run: {shortened(name)!r} is no metric of a benchmark", hint=hint)
+    return Predicate("bench", name)
 
-    Raises WorkspaceError where a command ends in a way that has no meaning, and what makes any
-    further question pointless, such as a full disk.
+
+def _is_check_like(text: str) -> bool:
+    """Return whether a text looks like a check, such as `kernels.nothing`."""
+    stems = {name.partition(".")[0] for name in REGISTRY}
+    return bool(re.fullmatch(r"[a-z]+\.\w+", text)) and text.partition(".")[0] in stems
+
+
+def evaluate(
+    predicate: Predicate, trial: Trial, *, reference: Sequence[float], view: Step
+) -> Outcome:
+    """Test the tree of a built sandbox.
+
+    `reference` are the values of the good end, empty where this is the good end. Raises
+    WorkspaceError for an exit code without a meaning, and for a fault that makes further trials
+    useless, such as a full disk.
     """
-    if question.kind == "bench":
-        return _measured(question.name, arm, settings, bounds, reference, run_log, view)
-    if question.kind == "command":
-        return _run(question, arm, settings, bounds, run_log)
-    return judged(question, _smoke(question, arm, settings, bounds), timeout_s=bounds.timeout_s)
+    if predicate.kind == "bench":
+        return _measure(predicate.name, trial, reference, view)
+    if predicate.kind == "command":
+        return _run(predicate, trial)
+    return judge_smoke(predicate, _smoke(predicate, trial), timeout_s=trial.bounds.timeout_s)
 
 
-def _smoke(
-    question: Predicate, arm: Sandbox, settings: Settings, bounds: Bounds
-) -> Mapping[str, object] | str:
-    """The record of a smoke on the arm, or why there is none."""
+def _smoke(predicate: Predicate, trial: Trial) -> Mapping[str, object] | str:
+    """Run the smoke in the sandbox; return its record, or the reason why there is none."""
     from workspace.checks import smoke
 
-    arm.layout.smoke_record.unlink(missing_ok=True)
-    level = REGISTRY[question.name].level if question.kind == "check" else "quick"
+    layout = trial.sandbox.layout
+    layout.smoke_record.unlink(missing_ok=True)
+    level = REGISTRY[predicate.name].level if predicate.kind == "check" else "quick"
     with contextlib.suppress(FileNotFoundError):
         try:
             smoke.smoke(
-                arm.layout,
-                settings,
+                layout,
+                trial.settings,
                 console=Console(out=io.StringIO(), err=io.StringIO()),
                 json_file=None,
-                timeout_s=bounds.timeout_s,
+                timeout_s=trial.bounds.timeout_s,
                 level=level,
-                # Of the smoke as a whole one failure is enough; a check has to be come to.
-                is_fail_fast=question.kind == "smoke",
+                # One failure decides the whole smoke; a single check must be reached first.
+                is_fail_fast=predicate.kind == "smoke",
             )
         except SmokeError as exc:
-            if not arm.layout.smoke_record.exists():
+            if not layout.smoke_record.exists():
                 return exc.message
-        found = json.loads(read_regular(arm.layout.smoke_record))
+        found = json.loads(read_regular(layout.smoke_record))
         assert isinstance(found, dict)
         return found
     return "the smoke left no record"
 
 
-def judged(question: Predicate, record: Mapping[str, object] | str, *, timeout_s: float) -> Said:
-    """Read the verdict out of a smoke's record. A check that fails because a probe was waited for
-    in vain is no bad one.
-    """
+def judge_smoke(
+    predicate: Predicate, record: Mapping[str, object] | str, *, timeout_s: float
+) -> Outcome:
+    """Return the outcome of a smoke's record. A check that fails by a timeout is not bad."""
     if isinstance(record, str):
-        return Said("skip", record)
+        return Outcome("skip", record)
     rows = record["checks"]
     assert isinstance(rows, list)
-    options = [row for row in rows if question.kind == "smoke" or row["id"] == question.name]
-    failed = [row for row in options if row["verdict"] == "fail"]
-    seen = [
+    relevant = [row for row in rows if predicate.kind == "smoke" or row["id"] == predicate.name]
+    failed = [row for row in relevant if row["verdict"] == "fail"]
+    observed = [
         row
         for row in failed
         if row["seconds"] < OWN_WATCH * timeout_s and NO_ANSWER not in row["evidence"]
     ]
-    if seen:
-        return Said("bad", "; ".join(f"{row['id']}: {row['evidence']}" for row in seen[:2]))
+    if observed:
+        evidence = "; ".join(f"{row['id']}: {row['evidence']}" for row in observed[:2])
+        return Outcome("bad", evidence)
     if failed:
-        return Said(
+        return Outcome(
             "skip",
             f"{failed[0]['id']} has no answer within {timeout_s:g} s: {failed[0]['evidence']}",
         )
-    passed = [row for row in options if row["verdict"] == "pass"]
+    passed = [row for row in relevant if row["verdict"] == "pass"]
     if not passed:
-        return Said(
-            "skip",
-            f"{question.name} is not judged here:"
-            f" {options[0]['evidence'] if options else 'the smoke does not have it'}",
-        )
-    return Said(
-        "good",
-        (
-            f"{question.name}: {passed[0]['evidence']}"
-            if question.kind == "check"
-            else f"{len(passed)} checks pass"
-        ),
-    )
+        reason = relevant[0]["evidence"] if relevant else "the smoke does not have it"
+        return Outcome("skip", f"{predicate.name} is not judged here: {reason}")
+    if predicate.kind == "check":
+        return Outcome("good", f"{predicate.name}: {passed[0]['evidence']}")
+    return Outcome("good", f"{len(passed)} checks pass")
 
 
-def _measured(
-    name: str,
-    arm: Sandbox,
-    settings: Settings,
-    bounds: Bounds,
-    reference: Sequence[float],
-    run_log: RunLog,
-    view: Step,
-) -> Said:
-    """Start the benchmark until the verdict is clear, or further starts would not make it so."""
-    work = subject.prepare(
-        arm.layout,
-        settings,
-        _OF_KIND.get(name, "serve"),
-        subject.TINY,
-        (),
-        has_sweep=False,
-        run_log=run_log,
-    )
-    environment = built_environment(arm.layout, settings, recipe=work.recipe, more=work.more)
-    metric, values, wanted = (
-        metrics.known(name),
-        list[float](),
-        MIN_STARTS if reference else REFERENCE_STARTS,
-    )
+def _measure(name: str, trial: Trial, reference: Sequence[float], view: Step) -> Outcome:
+    """Start the benchmark until the verdict is clear, or more starts cannot make it clear."""
+    wanted = WorkloadOptions(_KIND_OF_METRIC.get(name, "serve"), subject.TINY)
+    benchmark = subject.prepare(trial.sandbox.layout, trial.settings, wanted, run_log=trial.run_log)
+    values: list[float] = []
+    count = MIN_STARTS if reference else REFERENCE_STARTS
     while True:
-        while len(values) < wanted:
-            view.progress(len(values), wanted, "starts")
+        while len(values) < count:
+            view.progress(len(values), count, "starts")
             try:
-                samples = _start(arm, work, environment, bounds, run_log)
+                samples = _start(benchmark, trial)
             except WorkspaceError as exc:
                 if isinstance(exc, ToolchainError):
                     raise
-                return Said("skip", exc.message)
+                return Outcome("skip", exc.message)
             if not samples.get(name):
-                return Said("skip", f"vllm bench {work.kind} does not measure {name} here")
+                kind = benchmark.work.kind
+                return Outcome("skip", f"vllm bench {kind} does not measure {name} here")
             values.append(metrics.median(samples[name]))
-        if not reference:
-            return Said(
-                "good",
-                f"{name} {metrics.median(values):.4g} {metric.unit} ±"
-                f" {metrics.variation(values):.1%}, {len(values)} starts",
-                tuple(values),
-            )
-        found = compare.judge_samples(reference, values, better=metric.better, factor=bounds.factor)
-        evidence = compare.sentence(
-            compare.Row(name, metrics.median(reference), metrics.median(values), found)
+        outcome = _judge_values(name, values, reference, trial.bounds.factor)
+        if outcome is not None:
+            return outcome
+        count = min(MOST_STARTS, len(values) + MIN_STARTS)
+
+
+def _judge_values(
+    name: str, values: Sequence[float], reference: Sequence[float], factor: float
+) -> Outcome | None:
+    """Return the outcome of the values so far, None where more starts may decide it."""
+    metric = metrics.known(name)
+    if not reference:
+        evidence = (
+            f"{name} {metrics.median(values):.4g} {metric.unit} ±"
+            f" {metrics.variation(values):.1%}, {len(values)} starts"
         )
-        if found.verdict != "inconclusive":
-            return Said("bad" if found.verdict == "fail" else "good", evidence, tuple(values))
-        if found.needed is None or len(values) >= MOST_STARTS:
-            return Said("skip", evidence, tuple(values))
-        wanted = min(MOST_STARTS, len(values) + MIN_STARTS)
+        return Outcome("good", evidence, tuple(values))
+    judgement = compare.judge_samples(reference, values, better=metric.better, factor=factor)
+    evidence = compare.sentence(
+        compare.Row(name, metrics.median(reference), metrics.median(values), judgement)
+    )
+    if judgement.verdict != "inconclusive":
+        return Outcome("bad" if judgement.verdict == "fail" else "good", evidence, tuple(values))
+    if judgement.needed is None or len(values) >= MOST_STARTS:
+        return Outcome("skip", evidence, tuple(values))
+    return None
 
 
-def _start(
-    arm: Sandbox,
-    work: subject.Workload,
-    environment: Mapping[str, str],
-    bounds: Bounds,
-    run_log: RunLog,
-) -> Mapping[str, tuple[float, ...]]:
-    """Measure one start. Raises WorkspaceError where it measured nothing, or not within the
-    time.
-    """
+def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]]:
+    """Measure one start. Raises WorkspaceError where it fails, hangs, or measures nothing."""
+    layout, work, environment = benchmark.layout, benchmark.work, benchmark.environment
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
+        folder = Path(neutral)
         if work.kind == "serve":
-            from workspace.bench import measure
-
-            return measure.measure_start(
-                arm.layout,
-                work,
-                environment,
-                Path(neutral),
-                run_log=run_log,
-                look=lambda line: None,
+            return measure.measure_server(
+                layout, work, environment, folder, run_log=trial.run_log, look=lambda line: None
             )
-        result = Path(neutral) / "result.json"
-        done = _waited_for(
-            subject.command(arm.layout, work, result),
-            environment,
-            Path(neutral),
-            bounds.timeout_s,
-            run_log,
-        )
+        result = folder / "result.json"
+        done = _run_in_time(subject.command(layout, work, result), environment, folder, trial)
         if done is None:
             raise WorkspaceError(
-                f"vllm bench {work.kind} has no result within {bounds.timeout_s:g} s"
+                f"vllm bench {work.kind} has no result within {trial.bounds.timeout_s:g} s"
             )
         if done.returncode != 0:
             raise WorkspaceError(
-                f"vllm bench {work.kind} {process.describe_status(done.returncode)}: {_last(done)}"
+                f"vllm bench {work.kind} {process.describe_status(done.returncode)}:"
+                f" {_last_lines(done)}"
             )
-        return measure.taken(work, result)
+        return measure.read_samples(work, result)
 
 
-def _run(
-    question: Predicate, arm: Sandbox, settings: Settings, bounds: Bounds, run_log: RunLog
-) -> Said:
-    environment = built_environment(arm.layout, settings)
+def _run(predicate: Predicate, trial: Trial) -> Outcome:
+    environment = built_environment(trial.sandbox.layout, trial.settings)
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        done = _waited_for(question.words, environment, Path(neutral), bounds.timeout_s, run_log)
+        done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:
-        return Said("skip", f"no end within {bounds.timeout_s:g} s")
-    said = f"{process.describe_status(done.returncode)}: {_last(done)}"
+        return Outcome("skip", f"no end within {trial.bounds.timeout_s:g} s")
+    evidence = f"{process.describe_status(done.returncode)}: {_last_lines(done)}"
     if done.returncode in (0, SKIP_CODE):
-        return Said("skip" if done.returncode else "good", said)
+        return Outcome("skip" if done.returncode else "good", evidence)
     if 0 < done.returncode <= LAST_BAD_CODE:
-        return Said("bad", said)
+        return Outcome("bad", evidence)
     raise WorkspaceError(
-        f"{shortened(question.name)} {said}; the bisect is stopped: that is neither good nor bad",
-        hint="the same command goes on; to have it count as bad: --run \"sh -c '… || exit 1'\"",
+        f"{shortened(predicate.name)} {evidence}; the bisect stops: this is neither good nor bad",
+        hint="the same command resumes; to count it as bad: --run \"sh -c '… || exit 1'\"",
     )
 
 
-def _waited_for(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    folder: Path,
-    timeout_s: float,
-    run_log: RunLog,
+def _run_in_time(
+    argv: Sequence[str], environment: Mapping[str, str], folder: Path, trial: Trial
 ) -> process.Completed | None:
-    """Run a program to its end, what it says in the log; None where it has not ended in time.
+    """Run a program and log its output; return None where it does not end in time.
+
     Raises ToolchainError where it cannot be started.
     """
+    run_log, timeout_s = trial.run_log, trial.bounds.timeout_s
     run_log.write(f"+ {shlex.join(argv)}")
     started = time.monotonic()
     try:
@@ -362,11 +332,11 @@ def _waited_for(
     return done
 
 
-def _last(done: process.Completed) -> str:
-    """What a program said last, which mostly is what it has to say."""
+def _last_lines(done: process.Completed) -> str:
+    """Return the last lines of a program's output, which mostly hold the error."""
     lines = [
         line.strip()
         for line in (*done.stdout.splitlines(), *done.stderr.splitlines())
         if line.strip()
     ]
-    return shortened(" / ".join(lines[-_LAST_LINES:])) or "no word"
+    return shortened(" / ".join(lines[-_LAST_LINES:])) or "no output"

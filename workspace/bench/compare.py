@@ -1,5 +1,6 @@
-"""`inv bench.compare`: whether two records may be compared, and a verdict on each metric that both
-have.
+"""`inv bench.compare`: whether two records are comparable, and a verdict on each shared metric.
+
+An arm is the A or the B of a comparison; its values are one median for each start.
 """
 
 import functools
@@ -19,26 +20,31 @@ from workspace.core.paths import Layout
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 FACTOR = 0.05
-# Below five an arm no interval of 95 % exists at all; six is what the statistics of this workspace
-# ask for.
+# With fewer than four values in each arm no 95 % interval exists; this workspace requires six.
 MIN_STARTS = 6
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
-# Starts that are said to be needed are enough nine times of ten.
+# The recommended number of starts is enough in nine of ten cases.
 POWER = 0.9
-# More than so many starts is no advice.
+# A recommendation of more starts than this is useless, so none is given.
 MOST_STARTS = 500
-# Up to so many pairs the distribution of U is counted, beyond it is normal.
+# Up to this many pairs the distribution of U is counted; above it is taken as normal.
 COUNTED_PAIRS = 2500
+STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "inconclusive": "warn"}
+# The smallest factor is 5 % of 5 %.
+LEAST_FACTOR, MOST_FACTOR = 0.0025, 10.0
+SHOWN_VALUE = 120
+# Each metric gets two tests, so an effect must be less likely than this to be no luck.
+EFFECT_ALPHA = 0.01
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """`ratio` is the second arm over the first, between `low` and `high` with 95 % confidence
-    (None: too few starts to say).
+    """The verdict on two arms, with `ratio`, the second arm over the first.
 
-    `p` is the chance that arms which do not differ look so different. `needed` starts an arm would
-    settle what is inconclusive, None where none would.
+    The ratio lies between `low` and `high` with 95 % confidence (None: too few starts). `p` is the
+    chance that equal arms look so different. `needed` is the number of starts of each arm that
+    settles an inconclusive verdict, None if no number does.
     """
 
     verdict: Verdict
@@ -53,11 +59,10 @@ class Judgement:
 def judge_samples(
     first: Sequence[float], second: Sequence[float], *, better: Better, factor: float = FACTOR
 ) -> Judgement:
-    """Compare two arms, one positive value a start. `factor` 0.05: a change up to 5 % does not
-    count.
+    """Compare two arms of positive values. With `factor` 0.05 a change up to 5 % does not count.
 
-    fail: the interval lies beyond the factor on the worse side, and the arms differ. pass: it lies
-    before it. Else inconclusive.
+    fail: the interval is beyond the factor on the worse side, and the arms differ. pass: it is
+    below the factor. Otherwise inconclusive.
     """
     differences = sorted(math.log(b) - math.log(a) for a in first for b in second)
     middle = statistics.median(differences)
@@ -66,11 +71,11 @@ def judge_samples(
     ratio = math.exp(middle)
     if bounds is None or min(len(first), len(second)) < MIN_STARTS:
         reason = (
-            f"an arm has at least {MIN_STARTS} starts, there are {len(first)} and {len(second)}"
+            f"each arm needs at least {MIN_STARTS} starts, there are {len(first)} and {len(second)}"
         )
         low, high = (math.exp(bound) for bound in bounds) if bounds else (None, None)
         return Judgement("inconclusive", ratio, low, high, p, MIN_STARTS, reason)
-    # Upwards is worse from here on.
+    # From here on a larger value is worse.
     worst, least, centre = (
         (bounds[1], bounds[0], middle) if better == "lower" else (-bounds[0], -bounds[1], -middle)
     )
@@ -86,26 +91,22 @@ def judge_samples(
         len(first), len(second), half=(worst - least) / 2, distance=abs(limit - centre)
     )
     reason = (
-        f"{needed} starts an arm would settle it"
+        f"{needed} starts of each arm would settle it"
         if needed
-        else f"it lies at the factor of {factor:.3g} itself, more starts will hardly settle it"
+        else f"the change equals the factor of {factor:.3g}, more starts will hardly settle it"
     )
     return Judgement("inconclusive", ratio, low, high, p, needed, reason)
 
 
 def _interval(differences: Sequence[float], first: int, second: int) -> tuple[float, float] | None:
-    """The bounds that U leaves: as many of the ordered differences are cut off at each end as
-    chance alone would put there.
-    """
+    """Return the confidence bounds: cut off at each end as many differences as U allows."""
     cut = _cut(first, second)
     return (differences[cut - 1], differences[-cut]) if cut > 0 else None
 
 
 @functools.cache
 def _cut(first: int, second: int) -> int:
-    """The largest k with P(U < k) of at most half of ALPHA for arms that do not differ; 0 where
-    there is none.
-    """
+    """Return the largest k with P(U < k) <= ALPHA / 2 for equal arms, 0 where there is none."""
     if first * second > COUNTED_PAIRS:
         spread = math.sqrt(first * second * (first + second + 1) / 12)
         return math.floor(first * second / 2 + statistics.NormalDist(0, spread).inv_cdf(ALPHA / 2))
@@ -120,7 +121,7 @@ def _cut(first: int, second: int) -> int:
 
 
 def _arrangements(first: int, second: int) -> list[int]:
-    """How many orders of the arms give U = 0, 1, 2 …: the coefficients of Gauss's binomial."""
+    """Count the orders of the values that give U = 0, 1, 2 …: Gauss's binomial coefficients."""
     counts = [1] + [0] * (first * second)
     for step in range(1, first + 1):
         for place in range(len(counts) - 1, second + step - 1, -1):
@@ -131,18 +132,16 @@ def _arrangements(first: int, second: int) -> list[int]:
 
 
 def _mann_whitney(first: Sequence[float], second: Sequence[float]) -> float:
-    """The two-sided p of scipy.stats.mannwhitneyu; 1 where it says nothing, as of arms that are all
-    one number.
-    """
+    """Return the two-sided p of scipy.stats.mannwhitneyu; 1 for arms that are all one number."""
     from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
 
-    p = float(mannwhitneyu(second, first, alternative="two-sided").pvalue)
-    return p if math.isfinite(p) else 1.0
+    return _finite_p(float(mannwhitneyu(second, first, alternative="two-sided").pvalue))
 
 
 def _needed(first: int, second: int, *, half: float, distance: float) -> int | None:
-    """Starts an arm after which the interval, which shrinks with their root, no longer reaches over
-    the limit.
+    """Return the starts of each arm after which the interval no longer contains the limit.
+
+    The interval shrinks with the square root of the starts.
     """
     if distance <= 0:
         return None
@@ -152,15 +151,9 @@ def _needed(first: int, second: int, *, half: float, distance: float) -> int | N
     return max(math.ceil(starts), first + 1, second + 1) if starts <= MOST_STARTS else None
 
 
-STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "inconclusive": "warn"}
-# 5 % of 5 %, and a number above which nothing was ever called a little slower.
-LEAST_FACTOR, MOST_FACTOR = 0.0025, 10.0
-SHOWN_VALUE = 120
-
-
 @dataclass(frozen=True)
 class Row:
-    """One metric of both records."""
+    """One metric of two records: both medians and the judgement."""
 
     metric: str
     first: float
@@ -178,15 +171,16 @@ def show(
     console: Console,
     as_json: bool,
 ) -> None:
-    """Print a row a metric. Raises Regression where one got worse, SettingsError where the records
-    are not comparable.
+    """Print a row for each metric.
+
+    Raises Regression where a metric got worse, SettingsError where the records are not comparable.
     """
     allowed = parsed_factor(factor)
     a, b = (found.record for found in (results.find(layout, first), results.find(layout, second)))
     assert a is not None
     assert b is not None
     require_comparable(a, b, across=across)
-    rows = judged(a, b, factor=allowed)
+    rows = judge_records(a, b, factor=allowed)
     if as_json:
         document = {
             "schema": 1,
@@ -201,22 +195,24 @@ def show(
     if names := worse(rows):
         raise Regression(
             f"{b.stem} is slower than {a.stem}: {names}",
-            hint=f"./scripts/inv bench.report    draws both; factor {allowed:.3g}",
+            hint=f"./scripts/inv bench.report    plots both; factor {allowed:.3g}",
         )
     if needed := most_needed(rows):
         console.info(
             f"next: ./scripts/nox -s bench -- {b.kind} --label {b.label} --repeat {needed}    on"
-            " both trees; what is measured stays"
+            " both trees; keeps the measured starts"
         )
 
 
-def print_rows(rows: Sequence[Row], *, console: Console) -> None:
+def print_rows(rows: Sequence[Row], *, console: Console, title: str | None = None) -> None:
+    """Print the verdict of each metric, with `title` in the place of the metric's name."""
     for row in rows:
-        console.row(STATES[row.judgement.verdict], row.metric, f" {sentence(row)}")
+        text = f"{row.metric} {sentence(row)}" if title else sentence(row)
+        console.row(STATES[row.judgement.verdict], title or row.metric, f" {text}")
 
 
 def worse(rows: Sequence[Row]) -> str:
-    """Name the metrics that got worse, and by how much; nothing where none did."""
+    """Return the metrics that got worse, with their changes; empty if none did."""
     return ", ".join(
         f"{row.metric} {percent(row.judgement.ratio)}"
         for row in rows
@@ -225,9 +221,7 @@ def worse(rows: Sequence[Row]) -> str:
 
 
 def most_needed(rows: Sequence[Row]) -> int:
-    """How many starts an arm would settle what is inconclusive, 0 where nothing is, or none
-    would.
-    """
+    """Return the starts of each arm that settle the inconclusive metrics, 0 if there are none."""
     return max(
         (row.judgement.needed or 0 for row in rows if row.judgement.verdict == "inconclusive"),
         default=0,
@@ -235,7 +229,7 @@ def most_needed(rows: Sequence[Row]) -> int:
 
 
 def parsed_factor(text: str) -> float:
-    """The share above which a change counts, from `5` or `5%`. Raises SettingsError."""
+    """Parse `5` or `5%` to the share above which a change counts. Raises SettingsError."""
     try:
         factor = float(text.strip().removesuffix("%")) / 100
     except ValueError:
@@ -249,14 +243,14 @@ def parsed_factor(text: str) -> float:
     return factor
 
 
-def judged(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
-    """Judge each metric that both records have. Raises SettingsError where there is none."""
+def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
+    """Judge each metric that both records have. Raises SettingsError if they share none."""
     shared = [name for name in first.metrics if name in second.metrics]
     if not shared:
         raise SettingsError(
             f"{first.stem} and {second.stem} have no metric in common",
             hint=(
-                f"measured are {', '.join(first.metrics) or 'none'} and"
+                f"they have {', '.join(first.metrics) or 'none'} and"
                 f" {', '.join(second.metrics) or 'none'}"
             ),
         )
@@ -269,33 +263,36 @@ def judged(first: Record, second: Record, *, factor: float) -> tuple[Row, ...]:
 
 
 def sentence(row: Row) -> str:
-    """The evidence of a verdict, in a line."""
-    of = row.judgement
-    between = (
-        f" ({percent(of.low)} to {percent(of.high)})"
-        if of.low is not None and of.high is not None
-        else ""
-    )
-    chance = f"p = {of.p:.2g}, " if of.low is not None else ""
+    """Return verdict, change, chance and medians of a metric in one line."""
+    judgement = row.judgement
+    chance = f"p = {judgement.p:.2g}, " if judgement.low is not None else ""
     return (
-        f"{of.verdict}: {percent(of.ratio)}{between}, {chance}{row.first:.4g} → {row.second:.4g}"
-        f" {metrics.known(row.metric).unit}; {of.reason}"
+        f"{judgement.verdict}: {percent(judgement.ratio)}{interval_text(judgement)},"
+        f" {chance}{row.first:.4g} → {row.second:.4g}"
+        f" {metrics.known(row.metric).unit}; {judgement.reason}"
     )
+
+
+def interval_text(judgement: Judgement) -> str:
+    """Return the interval in brackets, empty where there are too few starts."""
+    if judgement.low is None or judgement.high is None:
+        return ""
+    return f" ({percent(judgement.low)} to {percent(judgement.high)})"
 
 
 def percent(ratio: float) -> str:
-    """A ratio as the change that it is."""
+    """Return a ratio as a change, such as +5.0%."""
     return f"{ratio - 1:+.1%}" if ratio < MOST_FACTOR else f"×{ratio:.3g}"
 
 
 def require_comparable(first: Record, second: Record, *, across: Sequence[str] = ()) -> None:
-    """Raise SettingsError naming each field that differs and is not in `across`."""
+    """Raise SettingsError naming each field that differs, except those in `across`."""
     names = fields(first).keys()
     unknown = [name for name in across if name not in names]
     if unknown:
         raise SettingsError(
             f"--across: {unknown[0][:40]!r} is no field of a record",
-            hint=f"there are {', '.join(names)}",
+            hint=f"the fields are {', '.join(names)}",
         )
     differing = {
         name: text for name, text in differences(first, second).items() if name not in across
@@ -303,44 +300,45 @@ def require_comparable(first: Record, second: Record, *, across: Sequence[str] =
     if differing:
         flags = " ".join(f"--across {name}" for name in differing)
         raise SettingsError(
-            f"{first.stem} and {second.stem} are not comparable; what differs:"
+            f"{first.stem} and {second.stem} are not comparable; they differ in"
             f" {', '.join(differing)}",
             hint=(
-                f"./scripts/inv bench.compare {first.stem} {second.stem} {flags}    where that is"
-                " what you compare"
+                f"./scripts/inv bench.compare {first.stem} {second.stem} {flags}    compares them"
+                " anyway"
             ),
             details=tuple(f"{name}: {text}" for name, text in differing.items()),
         )
 
 
-def fields(one: Record) -> dict[str, str]:
-    """What has to be equal for a difference to be the tree's."""
+def fields(record: Record) -> dict[str, str]:
+    """Return the fields that must be equal, so that only the trees can cause a difference."""
+    machine, software = record.machine, record.software
+    gpus = [f"{gpu.name} {gpu.capability or ''}".strip() for gpu in machine.gpus]
+    drivers = sorted({gpu.driver or "unknown" for gpu in machine.gpus})
     return {
-        "kind": one.kind,
-        "machine": one.machine.name,
-        "cores": str(one.machine.cores),
-        "gpus": (
-            "; ".join(f"{gpu.name} {gpu.capability or ''}".strip() for gpu in one.machine.gpus)
-            or "none"
+        "kind": record.kind,
+        "machine": machine.name,
+        "cores": str(machine.cores),
+        "gpus": "; ".join(gpus) or "none",
+        "driver": ", ".join(drivers) or "none",
+        "device": record.device,
+        "model": record.model,
+        "flags": " ".join(record.flags),
+        "environment": " ".join(
+            f"{name}={text}" for name, text in sorted(record.environment.items())
         ),
-        "driver": (
-            ", ".join(sorted({gpu.driver or "unknown" for gpu in one.machine.gpus})) or "none"
-        ),
-        "device": one.device,
-        "model": one.model,
-        "flags": " ".join(one.flags),
-        "environment": " ".join(f"{name}={text}" for name, text in sorted(one.environment.items())),
-        "backends": "; ".join(one.backends) or "none",
-        "torch": one.software.torch,
-        "triton": one.software.triton,
-        "cuda": one.software.cuda,
-        "python": one.software.python,
+        "backends": "; ".join(record.backends) or "none",
+        "torch": software.torch,
+        "triton": software.triton,
+        "cuda": software.cuda,
+        "python": software.python,
     }
 
 
 def differences(first: Record, second: Record) -> dict[str, str]:
-    """The fields that differ, each with both values; of flags and environment only the words that
-    do.
+    """Return the fields that differ, with both values.
+
+    Of flags and environment only the flags and variables that differ are shown.
     """
     a, b = fields(first), fields(second)
     found = {
@@ -350,17 +348,16 @@ def differences(first: Record, second: Record) -> dict[str, str]:
     }
     if "flags" in found:
         found["flags"] = " against ".join(
-            " ".join(word for word in one.flags if word not in others.flags) or "nothing"
-            for one, others in ((first, second), (second, first))
+            " ".join(flag for flag in record.flags if flag not in other.flags) or "nothing"
+            for record, other in ((first, second), (second, first))
         )
     if "environment" in found:
-        names = sorted({*first.environment, *second.environment})
-        told = [
+        pairs = [
             (name, first.environment.get(name, "unset"), second.environment.get(name, "unset"))
-            for name in names
+            for name in sorted({*first.environment, *second.environment})
         ]
         found["environment"] = _shortened(
-            "; ".join(f"{name} {old} against {new}" for name, old, new in told if old != new)
+            "; ".join(f"{name} {old} against {new}" for name, old, new in pairs if old != new)
         )
     return found
 
@@ -369,14 +366,12 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
 
 
-# Two tests a metric: below this one of them is an effect, not luck.
-EFFECT_ALPHA = 0.01
-
-
 @dataclass(frozen=True)
-class Order:
-    """`p_pair` is of Wilcoxon's signed ranks on first against second of a pair, `p_trend` of
-    Kendall's tau over time; the ratio is second over first.
+class OrderEffect:
+    """The effect of the order of starts: of the place in a pair, and of time.
+
+    `p_pair` is of Wilcoxon's signed ranks on the first against the second start of a pair, `ratio`
+    the second over the first; `p_trend` is of Kendall's tau over time.
     """
 
     p_pair: float
@@ -396,50 +391,52 @@ class Order:
         )
 
 
-def is_first(pair: int) -> int:
-    """Which arm, 0 or 1, goes first in a pair, counted from 0."""
+def first_arm(pair: int) -> int:
+    """Return the arm, 0 or 1, that starts first in a pair; pairs are counted from 0."""
     return pair % 2
 
 
-def itself(first: Sequence[float], second: Sequence[float], *, factor: float) -> Judgement:
-    """Judge odd against even starts of both arms, each divided by its arm's median, by the judge of
-    the arms: what differs here is noise.
+def judge_noise(first: Sequence[float], second: Sequence[float], *, factor: float) -> Judgement:
+    """Judge odd against even starts of both arms, each value divided by its arm's median.
 
-    A verdict of fail: the same tree looks slower than itself, whichever half is the slower one.
+    Any difference is noise. A verdict of fail: the same tree looks slower than itself, whichever
+    half is the slower.
     """
     halves: tuple[list[float], list[float]] = ([], [])
     for values in (first, second):
         middle = statistics.median(values)
-        for number, one in enumerate(values):
-            halves[number % 2].append(one / middle)
+        for index, value in enumerate(values):
+            halves[index % 2].append(value / middle)
     forth = judge_samples(halves[0], halves[1], better="lower", factor=factor)
     back = judge_samples(halves[1], halves[0], better="lower", factor=factor)
     return back if back.verdict == "fail" else forth
 
 
-def order(first: Sequence[float], second: Sequence[float]) -> Order:
-    """Test for effects of the order on what is left when each arm's median is taken off. Both arms
-    have as many starts.
+def order_effect(first: Sequence[float], second: Sequence[float]) -> OrderEffect:
+    """Test for effects of the order on the values without their arm's median.
+
+    Both arms have the same number of starts.
     """
     from scipy.stats import kendalltau, wilcoxon
 
     rests = [
-        [math.log(one / statistics.median(values)) for one in values] for values in (first, second)
+        [math.log(value / statistics.median(values)) for value in values]
+        for values in (first, second)
     ]
-    earlier = [rests[is_first(pair)][pair] for pair in range(len(first))]
-    later = [rests[1 - is_first(pair)][pair] for pair in range(len(first))]
+    earlier = [rests[first_arm(pair)][pair] for pair in range(len(first))]
+    later = [rests[1 - first_arm(pair)][pair] for pair in range(len(first))]
     gaps = [b - a for a, b in zip(earlier, later, strict=True)]
-    in_time = [one for pair in zip(earlier, later, strict=True) for one in pair]
+    in_time = [rest for pair in zip(earlier, later, strict=True) for rest in pair]
     p_pair = float(wilcoxon(gaps).pvalue) if any(gaps) else 1.0
     trend = kendalltau(range(len(in_time)), in_time)
-    return Order(
-        _chance(p_pair),
+    return OrderEffect(
+        _finite_p(p_pair),
         math.exp(statistics.median(gaps)),
-        _chance(float(trend.pvalue)),
+        _finite_p(float(trend.pvalue)),
         float(trend.statistic) if math.isfinite(trend.statistic) else 0.0,
     )
 
 
-def _chance(p: float) -> float:
-    """1 where a test says nothing, as of values that are all one number."""
+def _finite_p(p: float) -> float:
+    """Return 1 where a test has no result, as for values that are all one number."""
     return p if math.isfinite(p) else 1.0

@@ -1,12 +1,13 @@
-"""How busy and how warm the machine is at one moment: load, clocks, and why a GPU's driver holds
-them back. It only looks; what is not said is None.
+"""Conditions of a measurement: load, clocks, why a GPU's driver limits them, and the idle check.
+
+It only observes; a value that the system does not report is None.
 """
 
 import contextlib
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from workspace.server import process_tree
 
 _CPUS = Path("/sys/devices/system/cpu")
 _MEASURES = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-# A bit field; drivers before 535 know it by its former name only.
+# A bit field; drivers before 535 have only the former name.
 _REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-# Why clocks are held back (nvml.h, nvmlClocksEventReason*). An idle GPU and clocks that the user
-# set are nobody's fault.
+# The reasons why the driver limits the clocks (nvml.h, nvmlClocksEventReason*). An idle GPU and
+# clocks that the user set are left out: they are no fault.
 _BITS = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -32,17 +33,28 @@ _BITS = {
     0x40: "hardware heat limit",
     0x80: "power brake",
 }
+LOOK_S = 1.0
+# After this time the processes of a build or of the last start are gone.
+WAIT_S = 30.0
+# The load of other programs, in cores, that a measurement tolerates: 0.2 of two cores, one of the
+# twenty cores of a Spark.
+LEAST_CORES, MOST_SHARE = 0.2, 0.05
+SHOWN = 3
+_TICKS = os.sysconf("SC_CLK_TCK")
+_OVERRIDE = (
+    "--allow-busy    measures anyway, and needs more starts to separate a difference from noise"
+)
 
 
 def observe(settings: Settings, *, has_gpu: bool) -> Conditions:
-    """Look once; asking a driver costs up to a second, one in trouble 7 s."""
+    """Observe load and clocks once; a driver takes up to 1 s, a driver with a fault 7 s."""
     return Conditions(
         round(os.getloadavg()[0], 2), _processor_mhz(_CPUS), _clocks(settings) if has_gpu else ()
     )
 
 
 def _processor_mhz(folder: Path) -> float | None:
-    """The mean of the cores' clocks (cpufreq, kHz)."""
+    """Return the mean clock of the cores (cpufreq, kHz)."""
     found = []
     for path in folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
         try:
@@ -53,209 +65,188 @@ def _processor_mhz(folder: Path) -> float | None:
 
 
 def _clocks(settings: Settings) -> tuple[Clocks, ...]:
-    environment = settings.child_environment("plain")
-    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
-    for reason in _REASONS if program else ():
-        query = [
-            "timeout",
-            "-k",
-            f"{GPU_KILL_S:g}",
-            f"{GPU_QUERY_S:g}",
-            str(program),
+    for reason in _REASONS:
+        done = _query_driver(
+            settings,
             f"--query-gpu={','.join((*_MEASURES, reason))}",
-        ]
-        try:
-            done = process.capture(
-                [*query, "--format=csv,noheader,nounits"],
-                env=environment,
-                timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5,
-            )
-        except ToolchainError:
+            "--format=csv,noheader,nounits",
+        )
+        if done is None:
             return ()
         if done.returncode == 0:
-            return tuple(read(line.split(",")) for line in done.stdout.splitlines() if line.strip())
+            return tuple(
+                read_clocks(line.split(",")) for line in done.stdout.splitlines() if line.strip()
+            )
     return ()
 
 
-def read(words: Sequence[str]) -> Clocks:
-    """Read one row of the driver's answer. On unified memory some of it is `[N/A]`."""
-    numbers = [_number(word) for word in [*words[:4], *[""] * 4][:4]]
+def _query_driver(settings: Settings, *flags: str) -> process.Completed | None:
+    """Run nvidia-smi; return None where there is none, or it does not end in time."""
+    environment = settings.child_environment("plain")
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
+    if program is None:
+        return None
+    try:
+        return process.capture(
+            ["timeout", "-k", f"{GPU_KILL_S:g}", f"{GPU_QUERY_S:g}", program, *flags],
+            env=environment,
+            timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5,
+        )
+    except ToolchainError:
+        return None
+
+
+def read_clocks(fields: Sequence[str]) -> Clocks:
+    """Parse one row of the driver's output. On unified memory some fields are `[N/A]`."""
+    numbers = [_number(field) for field in [*fields[:4], *[""] * 4][:4]]
     return Clocks(
         numbers[0],
         numbers[1],
         numbers[2],
         numbers[3],
-        _reasons(words[4].strip()) if len(words) > 4 else None,
+        _reasons(fields[4].strip()) if len(fields) > 4 else None,
     )
 
 
-def _reasons(word: str) -> str | None:
+def _reasons(field: str) -> str | None:
     try:
-        bits = int(word, 16)
+        bits = int(field, 16)
     except ValueError:
         return None
     return ", ".join(name for bit, name in _BITS.items() if bits & bit) or "nothing"
 
 
-def _number(word: str) -> float | None:
+def _number(field: str) -> float | None:
     try:
-        return float(word)
+        return float(field)
     except ValueError:
         return None
 
 
-LOOK_S = 1.0
-# What a build or the start before leaves behind is gone by then.
-WAIT_S = 30.0
-# Cores' worth of work by others that a measurement bears: of two cores 0.2, of a Spark's twenty
-# one.
-LEAST_CORES, MOST_SHARE = 0.2, 0.05
-SHOWN = 3
-_TICKS = os.sysconf("SC_CLK_TCK")
-_OVERRIDE = (
-    "--allow-busy    measures all the same, and takes longer to tell a difference from noise"
-)
-
-
 @dataclass(frozen=True)
 class _Times:
-    """Clock ticks so far: of each of our cores what was busy, and of each process what it used."""
+    """Clock ticks so far: `used` of all our cores together, `processes` by process."""
 
-    busy: int
-    processes: dict[int, int]
+    used: int
+    processes: Mapping[int, int]
 
 
 def require_idle(
-    settings: Settings, *, has_gpu: bool, is_busy: bool, console: Console, wait_s: float = WAIT_S
+    settings: Settings, *, has_gpu: bool, allow_busy: bool, console: Console, wait_s: float = WAIT_S
 ) -> None:
-    """Wait a while for the machine to be quiet. Raises WorkspaceError naming what uses it, unless
-    `is_busy` says that this is known.
+    """Wait up to `wait_s` until the machine is idle.
+
+    Raises WorkspaceError naming the programs that use the machine, unless `allow_busy`.
     """
-    if is_busy:
+    if allow_busy:
         return
-    deadline, is_told = time.monotonic() + wait_s, False
+    deadline, is_reported = time.monotonic() + wait_s, False
     while others := observe_others(settings, has_gpu=has_gpu):
         if time.monotonic() >= deadline:
             raise WorkspaceError(
                 f"something else uses this machine: {'; '.join(others)}", hint=_OVERRIDE
             )
-        if not is_told:
+        if not is_reported:
             console.info(
-                f"waiting up to {wait_s:.0f} s for the machine to be quiet: {'; '.join(others)}"
+                f"waiting up to {wait_s:.0f} s for the machine to be idle: {'; '.join(others)}"
             )
-            is_told = True
+            is_reported = True
 
 
 def observe_others(settings: Settings, *, has_gpu: bool, look_s: float = LOOK_S) -> tuple[str, ...]:
-    """Say what else uses the machine, a phrase each; nothing where it is quiet. Takes `look_s`
-    seconds.
-    """
+    """Return a phrase for each other use of the machine, none if it is idle; takes `look_s`."""
     known = process_tree.living()
     ours = process_tree.below({os.getpid()}, known) | {os.getpid()}
+    load = _load_of_others(ours, look_s)
+    servers = [
+        f"a vLLM runs, process {pid}" for pid in sorted(known.keys() - ours) if _is_vllm(pid)
+    ][:SHOWN]
+    return (*load, *servers, *(_on_gpus(settings, ours) if has_gpu else ()))
+
+
+def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
+    """Compare two samples of the clock ticks: describe the load that is not ours, if it matters."""
     before = _times()
     time.sleep(look_s)
     after = _times()
     used = {
-        number: (ticks - before.processes.get(number, ticks)) / _TICKS / look_s
-        for number, ticks in after.processes.items()
-        if number not in ours
+        pid: (ticks - before.processes.get(pid, ticks)) / _TICKS / look_s
+        for pid, ticks in after.processes.items()
+        if pid not in ours
     }
-    own = sum(after.processes.get(number, 0) - before.processes.get(number, 0) for number in ours)
+    own = sum(after.processes.get(pid, 0) - before.processes.get(pid, 0) for pid in ours)
     cores = len(os.sched_getaffinity(0))
-    busy = (after.busy - before.busy - own) / _TICKS / look_s
-    found = []
-    if busy > max(LEAST_CORES, cores * MOST_SHARE):
-        top = sorted(
-            (number for number in used if used[number] >= LEAST_CORES / 2),
-            key=lambda number: -used[number],
-        )[:SHOWN]
-        names = ", ".join(f"{_name(number)} ({number}) {used[number]:.1f}" for number in top)
-        found.append(
-            f"{busy:.1f} of {cores} cores are busy"
-            + (f": {names}" if names else " with what this user may not see")
-        )
-    found += [
-        f"a vLLM runs, process {number}"
-        for number in sorted(known.keys() - ours)
-        if _is_vllm(number)
-    ][:SHOWN]
-    return (*found, *(_on_gpus(settings, ours) if has_gpu else ()))
+    load = (after.used - before.used - own) / _TICKS / look_s
+    if load <= max(LEAST_CORES, cores * MOST_SHARE):
+        return []
+    top = sorted((pid for pid in used if used[pid] >= LEAST_CORES / 2), key=lambda pid: -used[pid])[
+        :SHOWN
+    ]
+    names = ", ".join(f"{_name(pid)} ({pid}) {used[pid]:.1f}" for pid in top)
+    return [
+        f"{load:.1f} of {cores} cores are busy"
+        + (f": {names}" if names else " with processes that this user may not see")
+    ]
 
 
 def _times() -> _Times:
-    """One look at proc_stat(5) and proc_pid_stat(5)."""
+    """Read proc_stat(5) and proc_pid_stat(5) once."""
     cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    busy = 0
+    used = 0
     for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
         name, *numbers = line.split()
         if name in cores:
             user, nice, system, _, _, irq, softirq = map(int, numbers[:7])
-            busy += user + nice + system + irq + softirq
+            used += user + nice + system + irq + softirq
     processes = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
                 fields = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
                 processes[int(entry)] = int(fields[11]) + int(fields[12])
-    return _Times(busy, processes)
+    return _Times(used, processes)
 
 
-def _name(number: int) -> str:
+def _name(pid: int) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{number}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     return "a process"
 
 
-def _is_vllm(number: int) -> bool:
-    """Whether a process is a server of vLLM, a benchmark, or an engine (by the title that it gives
-    itself).
-    """
+def _is_vllm(pid: int) -> bool:
+    """Return whether a process is a vLLM server, a benchmark, or an engine (by its own title)."""
     with contextlib.suppress(OSError):
-        words = [
-            word.decode(errors="replace")
-            for word in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+        argv = [
+            argument.decode(errors="replace")
+            for argument in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         ]
-        if words[0].startswith("VLLM::"):
+        if argv[0].startswith("VLLM::"):
             return True
         at = next(
-            (place for place, word in enumerate(words[:3]) if word.rpartition("/")[2] == "vllm"),
+            (
+                place
+                for place, argument in enumerate(argv[:3])
+                if argument.rpartition("/")[2] == "vllm"
+            ),
             None,
         )
-        return "vllm.entrypoints.openai.api_server" in words or (
-            at is not None and words[at + 1 : at + 2] in (["serve"], ["bench"])
+        return "vllm.entrypoints.openai.api_server" in argv or (
+            at is not None and argv[at + 1 : at + 2] in (["serve"], ["bench"])
         )
     return False
 
 
-def _on_gpus(settings: Settings, ours: set[int]) -> tuple[str, ...]:
-    """What computes on a GPU, by the driver's word."""
-    environment = settings.child_environment("plain")
-    program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
-    if program is None:
+def _on_gpus(settings: Settings, ours: Collection[int]) -> tuple[str, ...]:
+    """Return a phrase for each other process that the driver lists on a GPU."""
+    done = _query_driver(settings, "--query-compute-apps=pid,process_name", "--format=csv,noheader")
+    if done is None or done.returncode != 0:
         return ()
-    query = [
-        "timeout",
-        "-k",
-        f"{GPU_KILL_S:g}",
-        f"{GPU_QUERY_S:g}",
-        program,
-        "--query-compute-apps=pid,process_name",
-        "--format=csv,noheader",
-    ]
-    try:
-        done = process.capture(query, env=environment, timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5)
-    except ToolchainError:
-        return ()
-    rows = (
-        [line.partition(",") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    )
+    rows = [line.partition(",") for line in done.stdout.splitlines()]
     found = [
-        (int(number), name.strip().rpartition("/")[2])
-        for number, _, name in rows
-        if number.strip().isdigit()
+        (int(pid), name.strip().rpartition("/")[2])
+        for pid, _, name in rows
+        if pid.strip().isdigit()
     ]
     return tuple(
-        f"{name or 'a process'} ({number}) holds a GPU"
-        for number, name in found
-        if number not in ours
+        f"{name or 'a process'} ({pid}) holds a GPU" for pid, name in found if pid not in ours
     )[:SHOWN]
