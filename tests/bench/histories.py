@@ -1,4 +1,4 @@
-"""Histories of commits in real git, made in one go."""
+"""Histories of commits in real git, made by one call of fast-import."""
 
 import subprocess
 import tempfile
@@ -9,8 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Made:
-    """A commit to be: its name, which is its subject, and the files that it writes, or for None
-    removes; without parents it stands on the one before.
+    """A commit to make: its subject, and the files that it writes, or removes where None.
+
+    Without parents it follows the commit before.
     """
 
     name: str
@@ -19,8 +20,9 @@ class Made:
 
 
 def make(folder: Path, commits: Sequence[Made], *, onto: str | None = None) -> dict[str, str]:
-    """Write the commits into the repository, the last one as refs/heads/history, and return their
-    OIDs by name. The first stands on `onto`.
+    """Write the commits, the last as refs/heads/history, and return their OIDs by name.
+
+    The first commit follows `onto`.
     """
     marks = {commit.name: number for number, commit in enumerate(commits, 1)}
     lines: list[str] = []
@@ -38,7 +40,7 @@ def make(folder: Path, commits: Sequence[Made], *, onto: str | None = None) -> d
         ]
         lines += [f"data {len(commit.name)}", commit.name]
         lines += [
-            f"{'merge' if number else 'from'} {parent}" for number, parent in enumerate(parents)
+            f"{'merge' if index else 'from'} {parent}" for index, parent in enumerate(parents)
         ]
         for path, text in commit.files.items():
             lines += (

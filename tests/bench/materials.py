@@ -1,6 +1,4 @@
-"""Records in small, for the tests of benchmarks: arms drawn with the variation that was measured
-here, and files of them.
-"""
+"""Small records for the tests of benchmarks, with random values of a realistic variation."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,15 +6,15 @@ from dataclasses import replace
 
 from workspace.bench.results import Conditions, Gpu, Machine, Record, Software, Source, Start
 
-# Six identical latency runs of the tiny model on two cores.
+# The variation of six identical latency runs of the tiny model on two cores.
 VARIATION = 0.025
-QUIET = Conditions(load=0.1, processor_mhz=None)
+IDLE = Conditions(load=0.1, processor_mhz=None)
 
 
 def arm(
     seed: int, starts: int, *, mean: float = 1.0, slow: float = 0.0, variation: float = VARIATION
 ) -> list[float]:
-    """One value a start, slower by `slow`."""
+    """Draw one value for each start, slower by `slow`."""
     draw = random.Random(seed)
     return [mean * (1 + slow) * draw.gauss(1, variation) for _ in range(starts)]
 
@@ -25,9 +23,9 @@ def start(samples: Mapping[str, Sequence[float]]) -> Start:
     return Start(
         "2026-11-20T10:00:00+00:00",
         15.0,
-        QUIET,
-        QUIET,
-        {name: tuple(those) for name, those in samples.items()},
+        IDLE,
+        IDLE,
+        {name: tuple(values) for name, values in samples.items()},
     )
 
 
@@ -39,7 +37,7 @@ def record(
     tree: str = "a" * 40,
     repeat: int = 6,
 ) -> Record:
-    """A record whose starts have one sample of one metric each."""
+    """Make a record whose starts have one sample of one metric each."""
     return Record(
         kind="latency",
         label=label,
@@ -75,9 +73,14 @@ def record(
 
 
 def served(
-    concurrencies: Sequence[int], *, seed: int = 0, slow: float = 0.0, starts: int = 6, **more: str
+    concurrencies: Sequence[int],
+    *,
+    seed: int = 0,
+    slow: float = 0.0,
+    starts: int = 6,
+    tree: str = "a" * 40,
 ) -> Record:
-    """A record of a server at several loads, forty requests each."""
+    """Make a record of a server at several loads, forty requests each."""
     draw = random.Random(seed)
     found = []
     for _ in range(starts):
@@ -93,4 +96,4 @@ def served(
                 draw.lognormvariate(2.8, 0.2) * (1 + slow) * at**0.2 for _ in range(40)
             ]
         found.append(start(samples))
-    return replace(record(**more), kind="serve", starts=tuple(found))
+    return replace(record(tree=tree), kind="serve", starts=tuple(found))

@@ -149,7 +149,7 @@ def test_model_that_cannot_be_loaded_fails_clearly_and_leaves_no_record(measured
 
 
 def test_bench_that_measured_nothing_writes_no_record(measured: World) -> None:
-    assert "measured nothing: its result holds no measured number" in bench(
+    assert "measured nothing: its result file has no measured number" in bench(
         measured, env={"FAKE_MANNER": "nothing"}
     ).error(1)
     assert list(measured.layout.results.glob("*/*.json")) == []

@@ -1,4 +1,4 @@
-"""The page: everything in one file, nothing fetched, nothing that a record says is markup."""
+"""The page: one file, nothing fetched, and no text of a record becomes markup."""
 
 import io
 from dataclasses import replace
@@ -19,9 +19,7 @@ VOID = ("meta", "br", "hr", "img", "link")
 
 
 class Balanced(HTMLParser):
-    """Fails where an element is closed that is not open; collects where anything would be fetched
-    from.
-    """
+    """Fail where an element is closed that is not open; collect the addresses to fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,27 +50,27 @@ def composed(*records: Record) -> report.Page:
     )
 
 
-def at(day: int, one: Record, **parts: object) -> Record:
-    return replace(one, time=f"2026-11-{day}T10:00:00+00:00", **parts)  # type: ignore[arg-type]
+def at(day: int, made: Record, **parts: object) -> Record:
+    return replace(made, time=f"2026-11-{day}T10:00:00+00:00", **parts)  # type: ignore[arg-type]
 
 
-def test_whatever_a_record_says_is_text() -> None:
+def test_markup_in_a_record_is_shown_as_text() -> None:
     hostile = "<script>alert(1)</script>&\"'$x^2$"
-    one = record()
-    told = replace(
-        one,
+    plain = record()
+    marked = replace(
+        plain,
         model=hostile,
         flags=(hostile,),
         backends=(hostile,),
-        source=replace(one.source, patches=(hostile,)),
+        source=replace(plain.source, patches=(hostile,)),
     )
-    made = report.compose([told], (), pair=None, problems=(hostile,), written=hostile)
+    made = report.compose([marked], (), pair=None, problems=(hostile,), written=hostile)
     Balanced().feed(made.html)
     assert "<script" not in made.html
     assert "&lt;script&gt;" in made.html
 
 
-def test_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
+def test_report_without_records_hints_how_to_measure(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there is nothing to show") as caught:
         report.write(
             Layout(tmp_path), "", "", console=Console(out=io.StringIO(), err=io.StringIO())
@@ -81,7 +79,7 @@ def test_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "value", "points"),
+    ("description", "value", "points"),
     [
         ("one request at a time, marlin", "57 to 60 tok/s", ((1, 57.0, 60.0),)),
         (
@@ -95,15 +93,17 @@ def test_report_of_nothing_says_how_to_measure(tmp_path: Path) -> None:
         ("", "", ()),
     ],
 )
-def test_published_figures_become_points_where_their_words_allow(
-    what: str, value: str, points: tuple[tuple[int, float, float], ...]
+def test_published_figures_become_points_where_their_description_allows(
+    description: str, value: str, points: tuple[tuple[int, float, float], ...]
 ) -> None:
-    assert plots.points(what, value) == points
+    assert plots.points(description, value) == points
 
 
-def test_figures_of_the_recipe_for_one_spark_are_all_points() -> None:
+def test_all_figures_of_the_recipe_for_one_spark_become_points() -> None:
     own = [
-        one for one in plots.published_figures(Layout(ROOT)) if one.model == "openai/gpt-oss-120b"
+        figure
+        for figure in plots.published_figures(Layout(ROOT))
+        if figure.model == "openai/gpt-oss-120b"
     ]
     assert len(own) >= 4
-    assert all(one.points and one.source for one in own)
+    assert all(figure.points and figure.source for figure in own)

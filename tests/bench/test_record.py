@@ -1,5 +1,5 @@
-"""Records on disk: whole or refused with a sentence, found by what a person types, listed whatever
-lies among them.
+"""Records on disk: complete or refused with a clear error, found by a name, and listed beside
+damaged files.
 """
 
 import io
@@ -14,7 +14,7 @@ from hypothesis import given
 from tests.bench.materials import record, served
 from tests.fuzz.strategies import DEEP, damaged_document, fuzz
 from workspace.bench import metrics, results
-from workspace.bench.results import Newer, Record, decode, encode, read, write
+from workspace.bench.results import NewerSchema, Record, decode, encode, read, write
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
@@ -28,35 +28,35 @@ def changed(**parts: object) -> bytes:
 
 def kept(folder: Path, *records: Record) -> Layout:
     layout = Layout(folder)
-    for one in records:
-        write(results.record_path(layout, one), one)
+    for entry in records:
+        write(results.record_path(layout, entry), entry)
     return layout
 
 
-def test_what_was_written_is_read_again() -> None:
-    for one in (record(), served((1, 8)), record(values=())):
-        assert decode(encode(one)) == one
+def test_written_record_is_read_back_unchanged() -> None:
+    for original in (record(), served((1, 8)), record(values=())):
+        assert decode(encode(original)) == original
 
 
-def test_summary_in_a_file_is_for_readers_and_counts_for_nothing() -> None:
+def test_summary_in_a_file_is_ignored() -> None:
     assert decode(changed(summary={"latency": {"median": 1e9}})) == record()
 
 
 @fuzz(fast=150, deep=5000)
 @given(damaged_document(DOCUMENT))
-def test_any_damage_is_refused_with_a_sentence_or_leaves_a_record_without_odd_numbers(
+def test_damage_is_refused_or_leaves_a_record_with_valid_numbers(
     content: bytes,
 ) -> None:
     try:
-        one = decode(content)
-    except Newer:
+        decoded = decode(content)
+    except NewerSchema:
         return
     except (ValueError, RecursionError) as exc:
         assert str(exc)
         return
-    for name in one.metrics:
-        assert all(value > 0 for value in one.values(name))
-    encode(one)
+    for name in decoded.metrics:
+        assert all(value > 0 for value in decoded.values(name))
+    encode(decoded)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +80,17 @@ def test_any_damage_is_refused_with_a_sentence_or_leaves_a_record_without_odd_nu
         json.dumps(DOCUMENT).replace("1.02", "1e999").encode(),
     ],
 )
-def test_what_is_no_whole_record_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_incomplete_record_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(
-        SettingsError, match="^a.json is no whole record of a benchmark: .+"
+        SettingsError, match="^a.json is no complete record of a benchmark: .+"
     ) as caught:
         read(path, place="a.json")
     assert caught.value.hint
 
 
-def test_record_of_a_newer_workspace_says_so(tmp_path: Path) -> None:
+def test_record_of_a_newer_workspace_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(changed(schema=2, starts="in another way"))
     with pytest.raises(
         SettingsError, match="^a.json has schema 2, this workspace reads 1: a newer one wrote it$"
@@ -98,31 +98,30 @@ def test_record_of_a_newer_workspace_says_so(tmp_path: Path) -> None:
         read(tmp_path / "a.json", place="a.json")
 
 
-def test_metric_that_a_start_lacks_is_none_of_the_record() -> None:
-    one = served((1, 8))
-    first = replace(
-        one.starts[0],
-        samples={name: those for name, those in one.starts[0].samples.items() if name != "ttft@8"},
-    )
-    assert "ttft@8" not in replace(one, starts=(first, *one.starts[1:])).metrics
+def test_metric_that_a_start_lacks_is_no_metric_of_the_record() -> None:
+    swept = served((1, 8))
+    first, *others = swept.starts
+    samples = {name: values for name, values in first.samples.items() if name != "ttft@8"}
+    starts = (replace(first, samples=samples), *others)
+    assert "ttft@8" not in replace(swept, starts=starts).metrics
 
 
-def test_labels_names_and_their_beginnings_find_a_record(tmp_path: Path) -> None:
+def test_label_file_name_its_beginning_and_path_find_a_record(tmp_path: Path) -> None:
     before, after = record(label="before"), record(label="after", tree="f" * 40)
     layout = kept(tmp_path, before, after)
-    for word in ("before", "a" * 12 + "-before", "aaaa", str(results.record_path(layout, before))):
-        assert results.find(layout, word).record == before, word
+    for name in ("before", "a" * 12 + "-before", "aaaa", str(results.record_path(layout, before))):
+        assert results.find(layout, name).record == before, name
 
 
-def test_label_of_several_trees_is_asked_back(tmp_path: Path) -> None:
+def test_label_of_several_trees_is_refused_with_their_paths(tmp_path: Path) -> None:
     layout = kept(tmp_path, record(), record(tree="f" * 40))
-    with pytest.raises(SettingsError, match="latency may be any of 2 records") as caught:
+    with pytest.raises(SettingsError, match="latency matches 2 records") as caught:
         results.find(layout, "latency")
     assert len(caught.value.details) == 2
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"),
+    ("name", "hint"),
     [
         ("befor", "did you mean before?"),
         ("", "./scripts/inv bench"),
@@ -130,15 +129,15 @@ def test_label_of_several_trees_is_asked_back(tmp_path: Path) -> None:
         ("x" * 5000, ""),
     ],
 )
-def test_word_that_means_no_record(tmp_path: Path, word: str, hint: str) -> None:
+def test_name_without_a_record_is_refused(tmp_path: Path, name: str, hint: str) -> None:
     layout = kept(tmp_path, record(label="before"))
     with pytest.raises(SettingsError, match="there is no record") as caught:
-        results.find(layout, word)
+        results.find(layout, name)
     assert (caught.value.hint or "").startswith(hint)
     assert len(caught.value.message) < 400
 
 
-def test_list_shows_newest_first_and_what_is_damaged_or_interrupted(tmp_path: Path) -> None:
+def test_list_shows_newest_first_with_damaged_and_interrupted_records(tmp_path: Path) -> None:
     newer = replace(
         record(values=(1.0, 1.1), label="newer", tree="f" * 40), time="2026-11-21T10:00:00+00:00"
     )
@@ -167,23 +166,21 @@ def test_list_shows_newest_first_and_what_is_damaged_or_interrupted(tmp_path: Pa
             {"completed": 15, "failed": 1, "request_throughput": 3.0},
             "1 of 16 requests failed",
         ),
-        ("latency", {"latencies": []}, "holds no measured number"),
+        ("latency", {"latencies": []}, "has no measured number"),
         (
             "latency",
             {"latencies": [float("nan"), -1, 0, True, "1", None]},
-            "holds no measured number",
+            "has no measured number",
         ),
         (
             "throughput",
             {"requests_per_second": 0.0, "tokens_per_second": 0.0},
-            "holds no measured number",
+            "has no measured number",
         ),
-        ("startup", {}, "holds no measured number"),
+        ("startup", {}, "has no measured number"),
     ],
 )
-def test_result_without_a_single_sample_is_refused(
-    kind: str, result: dict[str, object], says: str
-) -> None:
+def test_result_without_samples_is_refused(kind: str, result: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         metrics.samples(kind, result)
 
@@ -205,7 +202,7 @@ def test_samples_of_a_server_are_milliseconds_by_request_and_gap() -> None:
     assert found["request_throughput@8"] == (2.0,)
 
 
-def test_startup_without_compilation_has_no_metric_of_it() -> None:
+def test_startup_without_compilation_has_no_compilation_metric() -> None:
     found = metrics.samples(
         "startup",
         {"cold_startup_times": [3.5], "cold_compilation_times": [0.0], "warm_startup_times": [2.5]},

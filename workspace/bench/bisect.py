@@ -72,13 +72,11 @@ def run(
         observed = plan.observe(layout, settings)
         context = bisect_log.bisect_context(layout, observed)
         log = begin(layout, context, options, console=console)
-        searched = bisect_log.open_range(
-            layout, context, log.good, log.bad, is_patches=options.is_patches
-        )
+        is_patches = options.is_patches
+        searched = bisect_log.open_range(layout, context, log.good, log.bad, is_patches=is_patches)
         wanted = sandboxes.as_built(settings, observed)
-        runner = _Runner(
-            layout, wanted, observed.pin, context.base, searched, predicate, bounds, run_log
-        )
+        pin, base = observed.pin, context.base
+        runner = _Runner(layout, wanted, pin, base, searched, predicate, bounds, run_log)
         with _report_kept(layout, console):
             log, state = search(
                 searched,
@@ -91,11 +89,18 @@ def run(
         if json_file:
             text = json.dumps(document, indent=1, allow_nan=False) + "\n"
             write_atomic(json_file, text.encode())
-        try:
+        with _removed_at_end(layout, state, console):
             conclude(searched, log, state, document, console=console)
-        finally:
-            if state.contradiction is None:
-                _remove(layout, console)
+
+
+@contextlib.contextmanager
+def _removed_at_end(layout: Layout, state: SearchState, console: Console) -> Iterator[None]:
+    """Remove sandbox and log at the end, unless the next bisect takes the tries over."""
+    try:
+        yield
+    finally:
+        if state.contradiction is None:
+            _remove(layout, console)
 
 
 def abort(layout: Layout, *, console: Console) -> None:

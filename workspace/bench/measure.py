@@ -221,14 +221,7 @@ def measure_server(
     nothing.
     """
     address = Address("127.0.0.1", lifecycle.free_port())
-    argv = (
-        str(layout.environment / "bin" / "vllm"),
-        "serve",
-        work.model,
-        *work.engine,
-        f"--host={address.host}",
-        f"--port={address.port}",
-    )
+    argv = subject.server(layout, work, host=address.host, port=address.port)
 
     def on_line(line: str) -> None:
         run_log.line(line)

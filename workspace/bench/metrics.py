@@ -1,8 +1,7 @@
-"""What is measured: the metrics, which way each is better, and how vLLM's own result files become
-samples.
+"""The metrics, the better direction of each, and the samples in vLLM's own result files.
 
-Pure. A number that is none, or not above zero, is no sample: a rate of zero means that nothing was
-completed.
+All functions are pure. Only a finite number above zero is a sample: a rate of zero means that no
+request was completed.
 """
 
 import math
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["lower", "higher"]
-# Part of a file name, and of a word on a command line.
+# A label is part of a file name and of a command line.
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`unit` is that of its samples."""
+    """A metric of vLLM's benchmarks; `unit` is the unit of its samples."""
 
     name: str
     unit: str
@@ -36,9 +35,9 @@ METRICS: Mapping[str, Metric] = {
         Metric("requests_per_second", "requests/s", "higher", "requests completed offline"),
         Metric("tokens_per_second", "tok/s", "higher", "tokens read and written offline"),
         Metric("cold_startup", "s", "lower", "start of the engine with empty caches"),
-        Metric("cold_compilation", "s", "lower", "compilation of it"),
+        Metric("cold_compilation", "s", "lower", "compilation with empty caches"),
         Metric("warm_startup", "s", "lower", "start of the engine with full caches"),
-        Metric("warm_compilation", "s", "lower", "compilation of it"),
+        Metric("warm_compilation", "s", "lower", "compilation with full caches"),
         Metric("request_throughput", "requests/s", "higher", "requests completed by the server"),
         Metric("output_throughput", "tok/s", "higher", "tokens written by the server"),
         Metric("ttft", "ms", "lower", "time to the first token of a request"),
@@ -50,9 +49,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def find(name: str) -> Metric | None:
-    """The metric of a name such as `ttft`, or `ttft@8` for one of a sweep at 8 requests at once;
-    None where it is none.
-    """
+    """Return the metric of a name such as `ttft`, or `ttft@8` (8 requests at once); else None."""
     base, at, concurrency = name.partition("@")
     if at and not re.fullmatch(r"[1-9][0-9]{0,5}", concurrency):
         return None
@@ -60,14 +57,14 @@ def find(name: str) -> Metric | None:
 
 
 def known(name: str) -> Metric:
-    """The metric of a name that a record holds, which are all known."""
+    """Return the metric of a name from a record, which has only known names."""
     found = find(name)
     assert found is not None
     return found
 
 
 def concurrency(name: str) -> int | None:
-    """How many requests ran at once for a metric of a sweep."""
+    """Return the requests at once of a sweep's metric, None for other metrics."""
     at = name.partition("@")[2]
     return int(at) if at else None
 
@@ -75,11 +72,9 @@ def concurrency(name: str) -> int | None:
 def samples(
     kind: str, result: Mapping[str, object], *, at: int | None = None
 ) -> dict[str, tuple[float, ...]]:
-    """Return the samples in a result file of `vllm bench`, by metric; `at` requests at once, in a
-    sweep.
+    """Return the samples in a result file of `vllm bench` by metric; `at`: a sweep's concurrency.
 
-    Raises ValueError with a sentence for a file without a single one, and for a benchmark that
-    completed no request.
+    Raises ValueError for a file without samples, and for a server with failed requests.
     """
     found: dict[str, Iterable[object]] = {}
     if kind == "latency":
@@ -88,20 +83,20 @@ def samples(
         found = {name: [result.get(name)] for name in ("requests_per_second", "tokens_per_second")}
     elif kind == "startup":
         found = {
-            f"{phase}_{what}": _list(result.get(f"{phase}_{what}_times"))
+            f"{phase}_{step}": _list(result.get(f"{phase}_{step}_times"))
             for phase in ("cold", "warm")
-            for what in ("startup", "compilation")
+            for step in ("startup", "compilation")
         }
     else:
         found = _served(result)
     suffix = f"@{at}" if at else ""
     kept = {
-        f"{name}{suffix}": tuple(float(one) for one in those if _is_sample(one))
-        for name, those in found.items()
+        f"{name}{suffix}": tuple(float(value) for value in values if _is_sample(value))
+        for name, values in found.items()
     }
-    kept = {name: those for name, those in kept.items() if those}
+    kept = {name: values for name, values in kept.items() if values}
     if not kept:
-        raise ValueError("its result holds no measured number")
+        raise ValueError("its result file has no measured number")
     return kept
 
 
@@ -112,22 +107,22 @@ def _served(result: Mapping[str, object]) -> dict[str, Iterable[object]]:
     if failed:
         raise ValueError(
             f"{failed} of {completed + failed if isinstance(failed, int) else failed} requests"
-            " failed: what the others took says little"
+            " failed: the times of the others mean little"
         )
     found: dict[str, Iterable[object]] = {
         name: [result.get(name)] for name in ("request_throughput", "output_throughput")
     }
     first, between = (
         _list(result.get("ttfts")),
-        [[one for one in _list(gaps) if _is_sample(one)] for gaps in _list(result.get("itls"))],
+        [[gap for gap in _list(gaps) if _is_sample(gap)] for gaps in _list(result.get("itls"))],
     )
-    found["ttft"] = [one * 1000 for one in first if _is_sample(one)]
-    found["itl"] = [one * 1000 for gaps in between for one in gaps]
+    found["ttft"] = [time * 1000 for time in first if _is_sample(time)]
+    found["itl"] = [gap * 1000 for gaps in between for gap in gaps]
     found["tpot"] = [statistics.fmean(gaps) * 1000 for gaps in between if gaps]
     found["e2el"] = [
-        (one + sum(gaps)) * 1000
-        for one, gaps in zip(first, between, strict=False)
-        if _is_sample(one)
+        (time + sum(gaps)) * 1000
+        for time, gaps in zip(first, between, strict=False)
+        if _is_sample(time)
     ]
     return found
 
@@ -150,7 +145,7 @@ def median(numbers: Sequence[float]) -> float:
 
 
 def percentile(numbers: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest, as numpy has it by default."""
+    """Interpolate between the two nearest numbers, as numpy does by default."""
     ordered = sorted(numbers)
     place = (len(ordered) - 1) * percent / 100
     lower = math.floor(place)
@@ -159,13 +154,11 @@ def percentile(numbers: Sequence[float], percent: float) -> float:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, extremes and, of two or more, the coefficient of variation of a metric over its
-    starts.
-    """
-    said = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return said | ({"cv": variation(values)} if len(values) > 1 else {})
+    """Return median and extremes and, of two values or more, the coefficient of variation."""
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return found | ({"cv": variation(values)} if len(values) > 1 else {})
 
 
 def variation(values: Sequence[float]) -> float:
-    """The standard deviation over the mean, of two values or more."""
+    """Return the standard deviation over the mean, of two values or more."""
     return statistics.stdev(values) / statistics.fmean(values)

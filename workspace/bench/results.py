@@ -1,8 +1,7 @@
-"""The record of one benchmark: what was measured, on what, where, and every sample by the start of
-the process that gave it.
+"""Records of benchmarks: their format, their files below results/, and their list.
 
-One JSON document. It is read whole or refused with a sentence; a record of a newer workspace is
-refused as such.
+A record is one JSON document with every sample, sorted by the start of the process that gave it. A
+record that is damaged, or that a newer workspace wrote, is refused.
 """
 
 import datetime
@@ -10,26 +9,28 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.bench import metrics
 from workspace.core import settings
-from workspace.core.console import Console
+from workspace.core.console import Console, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 
 SCHEMA = 1
+LIST = "./scripts/inv bench"
 Kind = Literal["latency", "throughput", "serve", "startup"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What vendor/vllm held. `dirty` is a digest of edits on top of the commit, None without;
-    `patches` are file names in their order.
+    """The content of vendor/vllm; `dirty` is a digest of uncommitted edits, None without edits.
+
+    `patches` are file names in the order of the series.
     """
 
     pin: str
@@ -51,9 +52,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured. `name` is the folder of its records: what it is, and a digest that
-    tells it from another one of that kind.
-    """
+    """The machine; its `name`, the kind and a digest, is the folder of its records."""
 
     name: str
     architecture: str
@@ -74,8 +73,9 @@ class Software:
 
 @dataclass(frozen=True)
 class Clocks:
-    """What a GPU's driver said at one moment: MHz, degrees Celsius, watts, and why it holds the
-    clocks back. None is what it does not say.
+    """A GPU's clocks in MHz, its heat and power, and the reason why the driver limits the clocks.
+
+    None: the driver does not report the value.
     """
 
     sm_mhz: float | None
@@ -87,8 +87,9 @@ class Clocks:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How busy the machine was just before or after a start. `load` is the average number of
-    running processes in the last minute.
+    """The state of the machine just before or after a start.
+
+    `load` is the average number of running processes in the last minute.
     """
 
     load: float
@@ -98,9 +99,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the process: what it measured, by metric. Samples of one start are not
-    independent of each other.
-    """
+    """One start of the process with its samples by metric, which are not independent."""
 
     time: str
     seconds: float
@@ -111,8 +110,9 @@ class Start:
 
 @dataclass(frozen=True)
 class Record:
-    """`repeat` starts were asked for; fewer are in a record whose run was interrupted. `flags` are
-    the words that vLLM's benchmark was given.
+    """A benchmark of one tree on one machine, with the `flags` that vLLM's benchmark got.
+
+    It has fewer than `repeat` starts if its run was interrupted.
     """
 
     kind: Kind
@@ -136,24 +136,24 @@ class Record:
 
     @property
     def stem(self) -> str:
-        """The name of its file without the ending."""
+        """The name of the record's file without the suffix."""
         return f"{self.source.tree[:12]}-{self.label}"
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that every start has."""
+        """The metrics that all starts have."""
         names = dict.fromkeys(name for start in self.starts for name in start.samples)
         return tuple(
             name for name in names if all(start.samples.get(name) for start in self.starts)
         )
 
     def values(self, metric: str) -> tuple[float, ...]:
-        """One value for each start, the unit of statistics: the median of its samples."""
+        """Return one value for each start, the unit of statistics: the median of its samples."""
         return tuple(metrics.median(start.samples[metric]) for start in self.starts)
 
 
 def encode(record: Record) -> bytes:
-    """Write a record as JSON. The summary is for readers; whoever decodes works it out anew."""
+    """Return a record as JSON. Its summary is for people; `decode` ignores it."""
     summary = {name: metrics.summary(record.values(name)) for name in record.metrics}
     return (
         json.dumps(
@@ -164,13 +164,14 @@ def encode(record: Record) -> bytes:
 
 
 def write(path: Path, record: Record) -> None:
-    """Put a record in its place, whole. Raises OSError."""
+    """Replace the file of a record in one step. Raises OSError."""
     write_atomic(path, encode(record))
 
 
 def read(path: Path, *, place: str) -> Record:
-    """Read a record; `place` is its path as a person types it. Raises SettingsError for what is
-    none, is damaged, or is of a newer workspace.
+    """Read a record; `place` is its path in messages.
+
+    Raises SettingsError for a file that is no record, is damaged, or is of a newer workspace.
     """
     try:
         return decode(read_regular(path))
@@ -178,28 +179,26 @@ def read(path: Path, *, place: str) -> Record:
         raise SettingsError(
             f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
         ) from exc
-    except Newer as exc:
+    except NewerSchema as exc:
         raise SettingsError(
             f"{place} has schema {exc}, this workspace reads {SCHEMA}: a newer one wrote it",
             hint="git pull",
         ) from exc
     except (ValueError, RecursionError) as exc:
         raise SettingsError(
-            f"{place} is no whole record of a benchmark: {exc}",
+            f"{place} is no complete record of a benchmark: {exc}",
             hint=f"mv {place} {place}.damaged    measure again",
         ) from exc
 
 
-class Newer(Exception):
-    """The document has a schema that is not known yet."""
+class NewerSchema(Exception):
+    """A newer workspace wrote the document."""
 
 
 def decode(content: bytes) -> Record:
-    """Raises ValueError with what is wrong where, and Newer for a schema that this workspace does
-    not know.
-    """
+    """Parse a record. Raises ValueError naming the fault and its place, or NewerSchema."""
     try:
-        document = json.loads(content, parse_constant=_no_number)
+        document = json.loads(content, parse_constant=_refuse_constant)
     except UnicodeDecodeError as exc:
         raise ValueError("it is not UTF-8") from exc
     except json.JSONDecodeError as exc:
@@ -210,8 +209,8 @@ def decode(content: bytes) -> Record:
     if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
         raise ValueError("schema is missing, or no number")
     if schema > SCHEMA:
-        raise Newer(schema)
-    record = _taken(Record, document, "")
+        raise NewerSchema(schema)
+    record = _decoded(Record, document, "")
     if (
         not isinstance(record, Record)
         or record.repeat < 1
@@ -219,47 +218,48 @@ def decode(content: bytes) -> Record:
         or not record.source.tree
     ):
         raise ValueError("repeat, label or source.tree is not what a benchmark writes")
-    for number, start in enumerate(record.starts):
+    for index, start in enumerate(record.starts):
         for name, samples in start.samples.items():
             if metrics.find(name) is None or not all(sample > 0 for sample in samples):
                 raise ValueError(
-                    f"starts[{number}].samples.{name} is no metric with positive samples"
+                    f"starts[{index}].samples.{name} is no metric with positive samples"
                 )
     return record
 
 
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} stands where a number should")
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it has {name} in the place of a number")
 
 
-def _taken(kind: object, found: object, where: str) -> object:
-    """Return `found` as a value of type `kind`. Raises ValueError where it is none."""
+def _decoded(kind: object, found: object, where: str) -> object:
+    """Return `found` as a value of the type `kind`. Raises ValueError where it is not of it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         if isinstance(found, dict):
             hints = typing.get_type_hints(kind)
-            return kind(
-                **{
-                    part.name: _taken(
-                        hints[part.name], found.get(part.name), f"{where}.{part.name}".lstrip(".")
-                    )
-                    for part in fields(kind)
-                }
-            )
+            parts = {
+                part.name: _decoded(
+                    hints[part.name], found.get(part.name), f"{where}.{part.name}".lstrip(".")
+                )
+                for part in fields(kind)
+            }
+            return kind(**parts)
     elif origin is tuple:
         if isinstance(found, list):
             return tuple(
-                _taken(arguments[0], one, f"{where}[{number}]") for number, one in enumerate(found)
+                _decoded(arguments[0], entry, f"{where}[{index}]")
+                for index, entry in enumerate(found)
             )
     elif origin is types.UnionType:
-        return None if found is None else _taken(arguments[0], found, where)
+        return None if found is None else _decoded(arguments[0], found, where)
     elif origin is Literal:
         if found in arguments:
             return found
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         if isinstance(found, dict):
             return {
-                name: _taken(arguments[1], one, f"{where}.{name}") for name, one in found.items()
+                name: _decoded(arguments[1], entry, f"{where}.{name}")
+                for name, entry in found.items()
             }
     elif kind is float:
         if isinstance(found, int | float) and not isinstance(found, bool) and _is_finite(found):
@@ -278,24 +278,21 @@ def _is_finite(number: float) -> bool:
         return False
 
 
-LIST = "./scripts/inv bench"
-
-
 @dataclass(frozen=True)
 class Entry:
-    """A file below results/, and its record or the sentence that says why there is none."""
+    """A file below results/ with its record, or with the problem why it has none."""
 
     path: Path
     record: Record | None
     problem: str = ""
 
 
-def record_path(layout: Layout, one: Record) -> Path:
-    return layout.results / one.machine.name / f"{one.stem}.json"
+def record_path(layout: Layout, record: Record) -> Path:
+    return layout.results / record.machine.name / f"{record.stem}.json"
 
 
 def entries(layout: Layout) -> tuple[Entry, ...]:
-    """Every record, newest first; what is damaged comes last."""
+    """Return every record, newest first and damaged files last."""
     found = [_entry(layout, path) for path in sorted(layout.results.glob("*/*.json"))]
     return tuple(
         sorted(
@@ -307,48 +304,45 @@ def entries(layout: Layout) -> tuple[Entry, ...]:
 
 
 def instant(time: str) -> float:
-    """Seconds since 1970 of a record's time, 0 where it is none."""
+    """Return the seconds since 1970 of a record's time, 0 for an invalid time."""
     try:
         return datetime.datetime.fromisoformat(time).timestamp()
     except (ValueError, OverflowError):
         return 0.0
 
 
-def find(layout: Layout, word: str) -> Entry:
-    """Return the record that a word means: a path, the name of its file, the beginning of that, or
-    a label.
+def find(layout: Layout, name: str) -> Entry:
+    """Return the record of a name: its path, file name, beginning of the file name, or label.
 
-    Raises SettingsError where none or several are meant, and for one that cannot be read.
+    Raises SettingsError where no record or several have the name, and for an unreadable record.
     """
-    place = Path(word)
-    if word.endswith(".json") and place.is_file():
-        return Entry(place, read(place, place=word))
-    there = sorted(layout.results.glob("*/*.json"))
-    stems = [path for path in there if path.stem == word]
-    meant = (
-        stems
-        or [path for path in there if path.stem.partition("-")[2] == word]
-        or [path for path in there if path.stem.startswith(word)]
+    place = Path(name)
+    if name.endswith(".json") and place.is_file():
+        return Entry(place, read(place, place=name))
+    paths = sorted(layout.results.glob("*/*.json"))
+    matching = (
+        [path for path in paths if path.stem == name]
+        or [path for path in paths if path.stem.partition("-")[2] == name]
+        or [path for path in paths if path.stem.startswith(name)]
     )
-    if not word or not meant:
-        alike = settings.nearest(
-            word, [name for path in there for name in (path.stem, path.stem.partition("-")[2])]
-        )
-        hint = (
-            f"did you mean {alike}? {LIST}"
-            if alike
-            else LIST
-            if there
-            else "./scripts/nox -s bench    measures; there are no records yet"
-        )
-        raise SettingsError(f"there is no record {settings.shortened(word)!r}", hint=hint)
-    if len(meant) > 1:
+    if not name or not matching:
         raise SettingsError(
-            f"{word} may be any of {len(meant)} records",
-            hint="say which one",
-            details=tuple(layout.relative(path) for path in meant),
+            f"there is no record {settings.shortened(name)!r}", hint=_hint_for(name, paths)
         )
-    return Entry(meant[0], read(meant[0], place=layout.relative(meant[0])))
+    if len(matching) > 1:
+        raise SettingsError(
+            f"{name} matches {len(matching)} records",
+            hint="give the path of one record",
+            details=tuple(layout.relative(path) for path in matching),
+        )
+    return Entry(matching[0], read(matching[0], place=layout.relative(matching[0])))
+
+
+def _hint_for(name: str, paths: Sequence[Path]) -> str:
+    known = [known for path in paths for known in (path.stem, path.stem.partition("-")[2])]
+    if alike := settings.nearest(name, known):
+        return f"did you mean {alike}? {LIST}"
+    return LIST if paths else "./scripts/nox -s bench    measures; there are no records yet"
 
 
 def _entry(layout: Layout, path: Path) -> Entry:
@@ -359,71 +353,65 @@ def _entry(layout: Layout, path: Path) -> Entry:
 
 
 def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
-    """Print one row a record: whole, interrupted or damaged, and what it measured first."""
-    there = entries(layout)
+    """Print one row for each record: complete, interrupted or damaged, and its first metric."""
+    found = entries(layout)
     if as_json:
-        console.data(
-            json.dumps(
-                {"schema": 1, "records": [_document(layout, entry) for entry in there]}, indent=1
-            )
-        )
+        document = {"schema": 1, "records": [_document(layout, entry) for entry in found]}
+        console.data(json.dumps(document, indent=1))
         return
-    for entry in there:
+    for entry in found:
         if entry.record is None:
             console.row("FAIL", entry.path.stem, entry.problem)
         else:
-            one = entry.record
-            console.row("ok" if one.is_complete else "warn", one.stem, f" {described(one)}")
-    if not there:
-        console.info("no benchmark was recorded yet")
+            state: State = "ok" if entry.record.is_complete else "warn"
+            console.row(state, entry.record.stem, f" {_line(entry.record)}")
+    if not found:
+        console.info("there are no records of benchmarks yet")
+    is_pair = sum(entry.record is not None for entry in found) > 1
     console.info(
-        "next: "
-        + (
-            "./scripts/inv bench.compare A B"
-            if sum(entry.record is not None for entry in there) > 1
-            else "./scripts/nox -s bench"
-        )
+        f"next: {'./scripts/inv bench.compare A B' if is_pair else './scripts/nox -s bench'}"
     )
 
 
-def described(one: Record) -> str:
-    """What a record is, in a line."""
+def _line(record: Record) -> str:
+    """Return a record in one line."""
     starts = (
-        f"{len(one.starts)} starts"
-        if one.is_complete
-        else f"{len(one.starts)} of {one.repeat} starts, interrupted"
+        f"{len(record.starts)} starts"
+        if record.is_complete
+        else f"{len(record.starts)} of {record.repeat} starts, interrupted"
     )
     return "  ".join(
         (
-            one.kind,
-            one.model,
+            record.kind,
+            record.model,
             starts,
-            *(measured_text(one, name) for name in one.metrics[:1]),
-            one.time[:16].replace("T", " "),
-            one.machine.name,
+            *(measured_text(record, name) for name in record.metrics[:1]),
+            record.time[:16].replace("T", " "),
+            record.machine.name,
         )
     )
 
 
-def measured_text(one: Record, name: str) -> str:
-    """The median of a metric over the starts, with its unit and its variation."""
-    values = one.values(name)
+def measured_text(record: Record, name: str) -> str:
+    """Return the median of a metric over the starts, with its unit and its variation."""
+    values = record.values(name)
     spread = f" ± {metrics.variation(values):.1%}" if len(values) > 1 else ""
     return f"{name} {metrics.median(values):.4g} {metrics.known(name).unit}{spread}"
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:
-    place, one = layout.relative(entry.path), entry.record
-    if one is None:
+    place, record = layout.relative(entry.path), entry.record
+    if record is None:
         return {"path": place, "problem": entry.problem}
-    medians = {name: metrics.median(one.values(name)) for name in one.metrics}
-    said = {
+    return {
         "path": place,
-        "kind": one.kind,
-        "label": one.label,
-        "tree": one.source.tree,
-        "time": one.time,
-        "machine": one.machine.name,
-        "model": one.model,
+        "kind": record.kind,
+        "label": record.label,
+        "tree": record.source.tree,
+        "time": record.time,
+        "machine": record.machine.name,
+        "model": record.model,
+        "starts": len(record.starts),
+        "repeat": record.repeat,
+        "medians": {name: metrics.median(record.values(name)) for name in record.metrics},
     }
-    return said | {"starts": len(one.starts), "repeat": one.repeat, "medians": medians}

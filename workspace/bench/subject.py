@@ -216,6 +216,18 @@ def command(layout: Layout, work: Workload, result: Path) -> list[str]:
     ]
 
 
+def server(layout: Layout, work: Workload, *, host: str, port: int) -> tuple[str, ...]:
+    """Return the argv of the server that a serve benchmark measures."""
+    return (
+        str(layout.environment / "bin" / "vllm"),
+        "serve",
+        work.model,
+        *work.engine,
+        f"--host={host}",
+        f"--port={port}",
+    )
+
+
 def client(layout: Layout, work: Workload, result: Path, *, port: int, at: int) -> list[str]:
     """Return the argv of the client that puts load on a server, `at` requests at once."""
     shape = (

@@ -1,5 +1,5 @@
-"""`nox -s bisect` at its door, on a bootstrapped clone in small: arms that are really built, trees
-that break, hang or cannot be built, kills, and abort.
+"""`nox -s bisect` by its command line, on a small bootstrapped clone: real builds, trees that
+break, hang or cannot be built, kills, and abort.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ __all__ = ["_good", "clone", "releases"]
 JUDGE = """import os, pathlib, sys, time
 import vllm
 tree = pathlib.Path(vllm.__file__).parent
-print("asked", tree)
+print("tested", tree)
 assert os.getcwd() not in str(tree) and not os.listdir(".")
-with open(os.environ["ASKED"], "a") as file:
+with open(os.environ["TESTED"], "a") as file:
     file.write("x")
 if (tree / "hangs.txt").exists():
     time.sleep(600)
@@ -35,13 +35,13 @@ sys.exit(int((tree / "code.txt").read_text()) if (tree / "code.txt").exists() el
 """
 
 
-def argv(*words: str) -> list[str]:
-    return [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "bisect", *words]
+def argv(*args: str) -> list[str]:
+    return [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "bisect", *args]
 
 
-def bisect(world: World, *words: str) -> Ended:
+def bisect(world: World, *args: str) -> Ended:
     done = subprocess.run(
-        argv(*words),
+        argv(*args),
         cwd=world.root,
         env=world.env,
         capture_output=True,
@@ -55,7 +55,7 @@ def bisect(world: World, *words: str) -> Ended:
 @pytest.fixture
 def judged(clone: World) -> World:
     (clone.folder / "judge.py").write_text(JUDGE)
-    clone.env["ASKED"] = str(clone.folder / "asked")
+    clone.env["TESTED"] = str(clone.folder / "tested")
     return clone
 
 
@@ -84,13 +84,13 @@ def ends(made: dict[str, str], last: str) -> list[str]:
 
 
 def living(world: World) -> list[str]:
-    """Command lines of what was started from the clone's folder and still runs."""
+    """Return the command lines of running processes that name the clone's folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if str(world.folder) in words:
-                found.append(words)
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(world.folder) in line:
+                found.append(line)
     return found
 
 
@@ -103,7 +103,7 @@ def is_gone(world: World) -> bool:
     )
 
 
-def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_the_users_tree_is_as_it_was(
+def test_commit_is_found_beside_a_broken_build_and_a_hang_and_the_users_tree_is_unchanged(
     judged: World,
 ) -> None:
     commits, setup = edits(12), git(judged.layout.vllm, "show", f"{base_of(judged)}:setup.py")
@@ -124,16 +124,18 @@ def test_commit_is_found_past_one_that_cannot_be_built_and_one_that_hangs_and_th
     )
     assert (ended.code, ended.out.strip()) == (0, made["c10"]), ended.output
     assert "vllm/code.txt  +1 -0" in ended.err
-    assert "exited with 3: asked" in ended.err
+    assert "exited with 3: tested" in ended.err
     document: dict[str, Any] = json.loads(found.read_text())
-    output = {
-        one["commit"]: one["evidence"] for one in document["tries"] if one["verdict"] == "skip"
+    skipped = {
+        tried["commit"]: tried["evidence"]
+        for tried in document["tries"]
+        if tried["verdict"] == "skip"
     }
-    assert "it cannot be built" in output[made["c6"]]
+    assert "it cannot be built" in skipped[made["c6"]]
     assert is_gone(judged)
     assert user_files(judged) == before
     assert git(judged.layout.vllm, "for-each-ref", "refs/sandboxes") == ""
-    # An end that hangs is none.
+    # An end that hangs is refused.
     ended = bisect(judged, *ends(made, "c7"), "--run", command(judged), "--timeout-s", "5")
     assert "the bad end, " in ended.error(1)
     assert "cannot be tried: no end within 5 s" in ended.err
@@ -153,7 +155,7 @@ def test_check_of_the_smoke_finds_the_commit_after_which_the_tokens_differ(judge
     assert is_gone(judged)
 
 
-def test_command_that_ends_by_a_signal_stops_the_bisect_and_nothing_is_lost(judged: World) -> None:
+def test_exit_code_without_a_meaning_stops_the_bisect_and_keeps_the_tries(judged: World) -> None:
     made = history(judged, [*edits(3), Made("c4", {"vllm/code.txt": "200"})])
     ended = bisect(judged, *ends(made, "c4"), "--run", command(judged))
     assert "exited with 200" in ended.error(1)
@@ -161,25 +163,25 @@ def test_command_that_ends_by_a_signal_stops_the_bisect_and_nothing_is_lost(judg
     assert "1 step, " in ended.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_bisect_that_is_ended_leaves_no_process_and_goes_on_and_another_is_refused(
-    judged: World, number: signal.Signals
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_bisect_leaves_no_process_and_resumes_and_another_is_refused(
+    judged: World, signum: signal.Signals
 ) -> None:
     commits = edits(6)
     commits[3] = Made("c4", {"vllm/code.txt": "1"})
     made = history(judged, commits)
-    words = [*ends(made, "c6"), "--run", command(judged)]
-    asked = judged.folder / "asked"
-    asked.unlink(missing_ok=True)
+    args = [*ends(made, "c6"), "--run", command(judged)]
+    tested = judged.folder / "tested"
+    tested.unlink(missing_ok=True)
     hang = judged.folder / "judge.py"
-    # The third tree that is asked hangs, once.
+    # The third tree that is tested hangs, once.
     hang.write_text(
         JUDGE.replace(
-            'if (tree / "hangs.txt").exists():', f"if os.path.getsize({str(asked)!r}) == 3:"
+            'if (tree / "hangs.txt").exists():', f"if os.path.getsize({str(tested)!r}) == 3:"
         )
     )
     child = subprocess.Popen(
-        argv(*words),
+        argv(*args),
         cwd=judged.root,
         env=judged.env,
         stdout=subprocess.PIPE,
@@ -187,21 +189,21 @@ def test_bisect_that_is_ended_leaves_no_process_and_goes_on_and_another_is_refus
         text=True,
         start_new_session=True,
     )
-    until(lambda: asked.exists() and asked.stat().st_size == 3)
+    until(lambda: tested.exists() and tested.stat().st_size == 3)
     assert child.poll() is None
-    os.kill(child.pid, number)
+    os.kill(child.pid, signum)
     child.communicate(timeout=60)
     until(lambda: not living(judged))
     hang.write_text(JUDGE)
     other = bisect(judged, *ends(made, "c5"), "--run", command(judged))
-    assert "another bisect is under way, 2 steps" in other.error(2)
-    ended = bisect(judged, *words)
+    assert "another bisect is in progress, 2 steps" in other.error(2)
+    ended = bisect(judged, *args)
     assert (ended.code, ended.out.strip()) == (0, made["c4"]), ended.output
-    assert "going on: 2 steps" in ended.err
+    assert "resuming after 2 steps" in ended.err
     assert is_gone(judged)
 
 
-def test_patch_is_found_by_its_name_and_abort_of_nothing_says_so(judged: World) -> None:
+def test_patch_is_found_by_its_name_and_abort_without_a_bisect_is_reported(judged: World) -> None:
     for number in (1, 2, 3):
         path = judged.layout.vllm / "vllm" / ("code.txt" if number == 2 else f"patch{number}.txt")
         path.write_text("1\n")
@@ -210,11 +212,11 @@ def test_patch_is_found_by_its_name_and_abort_of_nothing_says_so(judged: World) 
     assert judged.run("patch.export").code == 0
     ended = bisect(judged, "--patches", "--run", command(judged))
     assert (ended.code, ended.out.strip()) == (0, "Number-2.patch"), ended.output
-    assert "no bisect is under way" in bisect(judged, "--abort").err
+    assert "no bisect is in progress" in bisect(judged, "--abort").err
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("args", "output"),
     [
         ((), "--run says what"),
         (("--run", "smoke", "--patches", "--good", "v0.30.0"), "--patches goes from"),
@@ -222,15 +224,15 @@ def test_patch_is_found_by_its_name_and_abort_of_nothing_says_so(judged: World) 
         (("--run", "parity.lama"), "did you mean parity.llama?"),
         (("--run", "bench:latency", "--factor", "x"), "is not a percentage"),
         (("--run", "smoke", "--good", "v0.31"), "has no 'v0.31'"),
-        (("--run", "smoke"), "no good state is known"),
+        (("--run", "smoke"), "there is no known-good state"),
     ],
 )
 def test_misuse_is_refused_before_anything_is_made(
-    judged: World, words: tuple[str, ...], says: str
+    judged: World, args: tuple[str, ...], output: str
 ) -> None:
-    ended = bisect(judged, *words)
+    ended = bisect(judged, *args)
     assert ended.code == 2
-    assert says in ended.err
+    assert output in ended.err
     assert is_gone(judged)
 
 

@@ -1,8 +1,8 @@
-"""A bisect of a real tree: 64 commits, of which one gives other answers and another one is slow,
-and eight patches, of which one does.
+"""A bisect of a real tree: among 64 commits one changes the answers and one is slow, and among
+eight patches one changes the answers.
 
-BISECT_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is
-made. What each bisect said is appended to bisect.tsv there.
+BISECT_PROOF_CLONE names a bootstrapped clone that may be changed; without it the proof makes a
+clone. The output of each bisect is appended to bisect.tsv there.
 """
 
 import json
@@ -21,7 +21,7 @@ from workspace.core.paths import Layout, here
 COMMITS, BROKEN, SLOW, BROKEN_PATCH = 64, 23, 46, 5
 LLAMA, SCHEDULER = "vllm/model_executor/models/llama.py", "vllm/v1/core/sched/scheduler.py"
 SCALE = "self.scaling = self.head_dim**-0.5"
-# Every step of the engine passes here, whichever way it queues its batches.
+# Every step of the engine calls this function, whichever way it queues its batches.
 SCHEDULE = "    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:\n"
 
 
@@ -31,7 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
         return Layout(Path(named))
     folder = tmp_path_factory.mktemp("proof") / "clone"
     subprocess.run(["git", "clone", "--quiet", here().root, folder], check=True)
-    # Python that runs the tests writes no bytecode, and a build has to.
+    # The tests run without bytecode, but a build must write it.
     environment = {
         name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
     }
@@ -41,9 +41,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 
 @pytest.fixture(scope="module")
 def history(built: Layout) -> Mapping[str, str]:
-    """Commits c1 to c64 on the base of the pin: remarks in Python files, but for two of them."""
+    """Make commits c1 to c64 on the pin's base: comments in Python files, except in two commits."""
     base = git(built.vllm, "merge-base", "HEAD", "refs/patches/base")
-    # What the shipped patch touches, and what an installation is made from, stays as it is.
+    # The files of the shipped patch, and those that an installation is made from, stay unchanged.
     files = [
         path
         for path in git(built.vllm, "ls-files", "vllm/*.py").splitlines()
@@ -66,10 +66,10 @@ def history(built: Layout) -> Mapping[str, str]:
     return {"base": base, **make(built.vllm, commits, onto=base)}
 
 
-def bisect(layout: Layout, *words: str) -> dict[str, Any]:
+def bisect(layout: Layout, *args: str) -> dict[str, Any]:
     """Run a bisect to its end and return its document."""
     found = layout.state / "found.json"
-    argv = [layout.root / "scripts" / "nox", "-s", "bisect", "--", *words, "--json", found]
+    argv = [layout.root / "scripts" / "nox", "-s", "bisect", "--", *args, "--json", found]
     done = subprocess.run(
         argv, cwd=layout.root, capture_output=True, text=True, timeout=7200, check=False
     )
@@ -77,7 +77,7 @@ def bisect(layout: Layout, *words: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(found.read_text())
     with (layout.state / "bisect.tsv").open("a") as file:
         file.write(
-            f"{' '.join(words)}\t{done.stdout.strip()}\t{document['steps']}"
+            f"{' '.join(args)}\t{done.stdout.strip()}\t{document['steps']}"
             f" steps\t{document['minutes']} min\n{done.stderr}\n"
         )
     assert not (layout.state / "bisect.json").exists()
@@ -86,10 +86,10 @@ def bisect(layout: Layout, *words: str) -> dict[str, Any]:
 
 
 def state_of(layout: Layout) -> tuple[str, ...]:
-    """What of vendor/vllm is the user's."""
+    """Return the state of vendor/vllm that belongs to the user."""
     return tuple(
-        git(layout.vllm, *words)
-        for words in (
+        git(layout.vllm, *args)
+        for args in (
             ("rev-parse", "HEAD"),
             ("status", "--porcelain"),
             ("for-each-ref",),

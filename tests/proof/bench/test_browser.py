@@ -1,5 +1,5 @@
-"""The report in a real headless Chromium: it renders, on a phone's width too, without a word on the
-console and without a request.
+"""The report in a real headless Chromium: it renders, at a phone's width too, without console
+output and without requests.
 """
 
 import re
@@ -36,7 +36,7 @@ def chromium() -> str:
     if found is None:
         pytest.skip(
             "there is no Chromium on PATH: sudo apt-get install chromium    the report was not"
-            " looked at in a browser"
+            " tested in a browser"
         )
     return found
 
@@ -68,15 +68,13 @@ def test_console_is_silent_and_every_figure_is_in_the_document(
     assert seen.stdout.count("<figcaption>") == html.count("<figcaption>") > 8
 
 
-def test_a_page_with_a_fault_is_not_silent(chromium: str, tmp_path: Path) -> None:
+def test_page_with_a_fault_is_not_silent(chromium: str, tmp_path: Path) -> None:
     assert CONSOLE.search(browse(chromium, BROKEN, tmp_path, "--dump-dom").stderr)
 
 
 @pytest.mark.parametrize("width", [500, 1200])
 def test_page_fits_a_phone_and_a_desk(chromium: str, html: str, tmp_path: Path, width: int) -> None:
-    """A page that is wider than its window would be scrolled sideways: a script in a copy of the
-    page measures it.
-    """
+    """Measure the width of the page by a script in a copy: a wider page scrolls sideways."""
     probe = (
         "<script>document.title = document.documentElement.scrollWidth + '/' + innerWidth</script>"
     )

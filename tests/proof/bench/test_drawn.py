@@ -1,6 +1,4 @@
-"""The page with all that it draws, which takes seconds: every kind of plot, the same bytes again,
-files that come and go.
-"""
+"""The page with all its plots, which takes seconds: every kind of plot, equal bytes, old files."""
 
 import io
 import re
@@ -14,7 +12,7 @@ from workspace.bench import report
 from workspace.core.console import Console
 
 
-def test_page_is_whole_fetches_nothing_and_shows_every_kind_of_plot() -> None:
+def test_page_is_complete_fetches_nothing_and_shows_every_kind_of_plot() -> None:
     slow = at(12, served((1, 8), seed=1, slow=0.3, tree="f" * 40))
     made = composed(at(11, served((1, 8))), slow, at(13, record(arm(1, 6))))
     parser = Balanced()
@@ -36,11 +34,11 @@ def test_page_is_whole_fetches_nothing_and_shows_every_kind_of_plot() -> None:
     assert "kubis.ai, March 2026" in made.html
 
 
-def test_same_records_make_the_same_bytes() -> None:
+def test_equal_records_make_equal_bytes() -> None:
     assert composed(record()).html == composed(record()).html
 
 
-def test_only_records_that_may_be_compared_are_compared_unasked() -> None:
+def test_only_comparable_records_are_compared_by_default() -> None:
     other = at(12, record(tree="f" * 40), flags=())
     assert "<h3>B " not in composed(at(11, record()), other).html
     assert (
@@ -49,7 +47,7 @@ def test_only_records_that_may_be_compared_are_compared_unasked() -> None:
     )
 
 
-def test_report_writes_page_and_pngs_and_takes_old_ones_away(tmp_path: Path) -> None:
+def test_report_writes_page_and_pngs_and_removes_old_pngs(tmp_path: Path) -> None:
     layout = kept(tmp_path, record(), record(tree="f" * 40))
     (layout.results / "gb10-123456" / "half.json").write_text("{")
     (layout.results / "report").mkdir()
@@ -57,6 +55,6 @@ def test_report_writes_page_and_pngs_and_takes_old_ones_away(tmp_path: Path) -> 
     out, err = io.StringIO(), io.StringIO()
     report.write(layout, "aaaa", "ffff", console=Console(out=out, err=err))
     assert out.getvalue() == f"{layout.results / 'report.html'}\n"
-    assert "half.json is no whole record" in (layout.results / "report.html").read_text()
+    assert "half.json is no complete record" in (layout.results / "report.html").read_text()
     assert {path.suffix for path in (layout.results / "report").iterdir()} == {".png"}
     assert not (layout.results / "report" / "old.png").exists()

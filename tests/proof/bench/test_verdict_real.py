@@ -1,10 +1,10 @@
-"""The verdict on a real engine: a seeded slow-down of 8 % is a regression, none and 2 % never are;
+"""The verdict on a real engine: a seeded slow-down of 8 % is a regression, 0 % and 2 % never are;
 by resampled starts, and by live runs of A/B.
 
-AB_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is made.
-Starts stay in results/ there, so that a proof that was ended goes on; what the live runs said is in
-verdict.tsv. AB_PROOF_COLLECT, AB_PROOF_STARTS and AB_PROOF_RUNS ask for fewer or more, and with
-AB_PROOF_BUSY it is measured beside other programs.
+AB_PROOF_CLONE names a bootstrapped clone that may be changed; without it the proof makes a clone.
+Starts stay in results/ there, so that an interrupted proof resumes; the output of the live runs is
+in verdict.tsv. AB_PROOF_COLLECT, AB_PROOF_STARTS and AB_PROOF_RUNS set the numbers, and with
+AB_PROOF_BUSY the proof measures beside other programs.
 """
 
 import os
@@ -30,26 +30,26 @@ from workspace.core.paths import Layout, here
 
 KINDS = (0, 2, 8)
 METRIC = "latency"
-# What the proof asks for, whatever was collected.
+# The requirements of the proof.
 DRAWN, VERDICTS, LEAST = 30, 20, 19
 COLLECT, STARTS, RUNS = (
     int(os.environ.get(f"AB_PROOF_{name}", count))
     for name, count in (("COLLECT", DRAWN), ("STARTS", 2 * MIN_STARTS), ("RUNS", 3))
 )
-IS_BUSY = bool(os.environ.get("AB_PROOF_BUSY"))
-QUIET_S, AGAIN_S = 1800.0, 30.0
-# Python that runs the tests writes no bytecode, and a build has to.
+ALLOW_LOAD = bool(os.environ.get("AB_PROOF_BUSY"))
+IDLE_S, AGAIN_S = 1800.0, 30.0
+# The tests run without bytecode, but a build must write it.
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 CORE = "vllm/v1/engine/core.py"
-# Every step of an engine is called by this name, whether its batches are queued or not, and in
-# whichever process it is.
+# Every step of an engine is called by this name, with and without a queue of batches, in every
+# process.
 STEP = """        self.step_fn = (
             self.step if self.batch_queue is None else self.step_with_batch_queue
         )
 """
-# A share of the time from step to step is owed, and slept off by the millisecond: a sleep that is
-# too long is paid back by the next one.
+# Each step adds a share of its time to a debt, which sleeps of a millisecond or more pay off: after
+# a sleep that is too long the next sleep is shorter.
 SEED = """        unseeded, owed, ended = self.step_fn, 0.0, None
 
         def seeded():
@@ -81,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Rows that are printed in the end, whatever pytest keeps to itself."""
+    """Collect rows, and print them at the end although pytest captures output."""
     rows: list[str] = []
     yield rows
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -90,9 +90,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 
 @contextmanager
 def seeded(layout: Layout, kind: int, remark: str) -> Iterator[None]:
-    """Each step of the engine takes `kind` % longer. What an ended proof left in the file is not
-    built upon.
-    """
+    """Make each step of the engine `kind` % longer; edits of an interrupted proof are dropped."""
     clean = git(layout.vllm, "show", f"HEAD:{CORE}") + "\n"
     assert clean.count(STEP) == 1, f"{CORE} no longer chooses its step so"
     path = layout.vllm / CORE
@@ -103,8 +101,8 @@ def seeded(layout: Layout, kind: int, remark: str) -> Iterator[None]:
         path.write_text(clean)
 
 
-def run(layout: Layout, module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    argv = [layout.tools / "bin" / "python", "-m", module, *words]
+def run(layout: Layout, module: str, *args: str) -> subprocess.CompletedProcess[str]:
+    argv = [layout.tools / "bin" / "python", "-m", module, *args]
     return subprocess.run(
         argv,
         cwd=layout.root,
@@ -133,9 +131,7 @@ def measured(layout: Layout, kind: int) -> Record | None:
 
 @pytest.fixture(scope="module")
 def collected(built: Layout) -> Mapping[int, Record]:
-    """COLLECT starts of each kind, one of each in turn, so that whatever drifts meets all of
-    them.
-    """
+    """Measure COLLECT starts of each kind in turn, so that a drift affects all kinds alike."""
     settings = main.load_settings(built)
     for number in range(1, COLLECT + 1):
         for kind in KINDS:
@@ -143,7 +139,11 @@ def collected(built: Layout) -> Mapping[int, Record]:
                 continue
             with seeded(built, kind, "collected"):
                 conditions.require_idle(
-                    settings, has_gpu=False, is_busy=IS_BUSY, console=main.console(), wait_s=QUIET_S
+                    settings,
+                    has_gpu=False,
+                    allow_busy=ALLOW_LOAD,
+                    console=main.console(),
+                    wait_s=IDLE_S,
                 )
                 done = run(
                     built, "bench", "latency", "--label", label(kind), "--repeat", str(number)
@@ -162,9 +162,7 @@ def draw(one: Record, chance: random.Random, starts: int) -> Record:
 
 
 def verdicts(records: Mapping[int, Record], kind: int, starts: int) -> Counter[Verdict]:
-    """What the comparison says of draws with replacement of the same starts, nothing seeded against
-    `kind`.
-    """
+    """Count the verdicts on draws with replacement: no slow-down against `kind`."""
     chance, output = random.Random(f"{kind} {starts}"), Counter[Verdict]()
     for _ in range(VERDICTS):
         first, second = draw(records[0], chance, starts), draw(records[kind], chance, starts)
@@ -208,10 +206,8 @@ def test_resampled_starts_are_judged_as_they_were_seeded(
 
 
 def ab(layout: Layout) -> subprocess.CompletedProcess[str]:
-    """Run an A/B against the series to its end, however often something else uses the machine
-    meanwhile.
-    """
-    deadline = time.monotonic() + QUIET_S
+    """Run an A/B against the series to its end; retry while other programs use the machine."""
+    deadline = time.monotonic() + IDLE_S
     while True:
         done = run(
             layout,
@@ -220,7 +216,7 @@ def ab(layout: Layout) -> subprocess.CompletedProcess[str]:
             "HEAD",
             "--repeat",
             str(STARTS),
-            *(["--allow-busy"] if IS_BUSY else []),
+            *(["--allow-busy"] if ALLOW_LOAD else []),
         )
         if (
             "something else uses this machine" not in done.stderr.splitlines()[-2:][0]
@@ -236,14 +232,14 @@ def test_live_runs_never_blame_what_is_within_the_factor_nor_pass_what_is_not(
     built: Layout, table: list[str], kind: int, turn: int
 ) -> None:
     began = time.monotonic()
-    # The remark makes it a tree, and a comparison, of its own.
+    # The remark makes a tree of its own, and so a comparison of its own.
     with seeded(built, kind, f"live {turn}"):
         done = ab(built)
     row = re.search(
         rf"^\w+ +{METRIC} +((?:pass|fail|inconclusive): .*)$", done.stderr, re.MULTILINE
     )
     itself = re.search(r"^\w+ +A/A +\S+: (.*)$", done.stderr, re.MULTILINE)
-    told = (
+    facts = (
         f"{kind} %",
         f"run {turn}",
         f"exit {done.returncode}",
@@ -253,11 +249,11 @@ def test_live_runs_never_blame_what_is_within_the_factor_nor_pass_what_is_not(
     with (built.state / "verdict.tsv").open("a") as file:
         file.write(
             "\t".join(
-                (*told, f"{STARTS} starts", f"{(time.monotonic() - began) / 60:.1f} min")
+                (*facts, f"{STARTS} starts", f"{(time.monotonic() - began) / 60:.1f} min")
             ).replace("\n", " ")
             + "\n"
         )
-    table.append("    ".join(told))
+    table.append("    ".join(facts))
     assert row, done.stderr
     if kind == KINDS[-1]:
         assert done.returncode in (0, 9), done.stderr
