@@ -88,12 +88,9 @@ def test_record_is_a_base_only_where_its_tree_can_be_made_again(built: World) ->
     path = results.record_path(built.layout, good)
 
     def base_of(source: dict[str, str] | None = None, **other: str | None) -> str:
-        results.write(
-            path,
-            replace(
-                good, source=replace(good.source, **{"dirty": None, **(source or {})}), **other
-            ),
-        )  # type: ignore[arg-type]
+        parts = {"dirty": None, **(source or {})}
+        edited = replace(good.source, **parts)  # type: ignore[arg-type]
+        results.write(path, replace(good, source=edited, **other))  # type: ignore[arg-type]
         with ab_trees.base_tree(
             built.layout, observed(built), "mine" if source is None else str(path)
         ) as base:

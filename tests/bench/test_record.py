@@ -93,7 +93,8 @@ def test_incomplete_record_is_refused(content: bytes, tmp_path: Path) -> None:
 def test_record_of_a_newer_workspace_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(changed(schema=2, starts="in another way"))
     with pytest.raises(
-        SettingsError, match="^a.json has schema 2, this workspace reads 1: a newer one wrote it$"
+        SettingsError,
+        match="^a.json has schema 2, this workspace reads 1: a newer workspace wrote it$",
     ):
         read(tmp_path / "a.json", place="a.json")
 

@@ -130,7 +130,7 @@ def test_ends_and_merge_bases_are_tried_first_and_may_contradict() -> None:
         state = search_state(suspects, tries)
         assert state.following
         order.append((state.following, state.role))
-        tries[state.following] = verdict  # type: ignore[assignment]
+        tries[state.following] = verdict
     assert order == [("good", "good"), ("fork", "fork"), ("b", "bad")]
     assert search_state(suspects, {"good": "bad"}).contradiction == "good"
     assert search_state(suspects, {"good": "good", "fork": "bad"}).contradiction == "fork"

@@ -12,6 +12,7 @@ from scipy.stats import mannwhitneyu
 from tests.bench.materials import arm
 from workspace.bench import compare
 from workspace.bench.compare import MIN_STARTS, judge_samples
+from workspace.bench.metrics import Better
 
 STARTS = 30
 values = st.floats(1e-6, 1e6)
@@ -25,7 +26,7 @@ similar = st.tuples(st.integers(0, 10**6), st.integers(MIN_STARTS, 12), st.float
 @pytest.mark.parametrize("slow", [0.0, 0.02])
 @pytest.mark.parametrize("starts", [MIN_STARTS, STARTS])
 def test_slow_down_of_at_most_two_per_cent_is_never_a_regression(
-    slow: float, starts: int, better: compare.Better
+    slow: float, starts: int, better: Better
 ) -> None:
     for seed in range(100):
         a, b = (
@@ -37,7 +38,7 @@ def test_slow_down_of_at_most_two_per_cent_is_never_a_regression(
 
 @pytest.mark.parametrize("better", ["lower", "higher"])
 def test_slow_down_of_eight_per_cent_is_a_regression_in_at_least_19_of_20(
-    better: compare.Better,
+    better: Better,
 ) -> None:
     for round_ in range(5):
         seeds = range(round_ * 20, round_ * 20 + 20)
@@ -61,23 +62,23 @@ def test_equal_arms_pass_with_thirty_starts() -> None:
 @settings(deadline=None, max_examples=60)
 @given(similar, similar)
 def test_swapped_arms_get_the_opposite_judgement(a: list[float], b: list[float]) -> None:
-    one, other = judge_samples(a, b, better="lower"), judge_samples(b, a, better="higher")
-    assert one.verdict == other.verdict
-    assert math.isclose(one.ratio * other.ratio, 1, rel_tol=1e-9)
-    assert one.low is not None
-    assert other.high is not None
-    assert math.isclose(one.low * other.high, 1, rel_tol=1e-9)
-    assert (one.p, one.needed) == (pytest.approx(other.p), other.needed)
+    first, second = judge_samples(a, b, better="lower"), judge_samples(b, a, better="higher")
+    assert first.verdict == second.verdict
+    assert math.isclose(first.ratio * second.ratio, 1, rel_tol=1e-9)
+    assert first.low is not None
+    assert second.high is not None
+    assert math.isclose(first.low * second.high, 1, rel_tol=1e-9)
+    assert (first.p, first.needed) == (pytest.approx(second.p), second.needed)
 
 
 @settings(deadline=None, max_examples=60)
 @given(similar, similar, st.sampled_from((1e-3, 2.0, 60.0, 1e3)))
 def test_another_unit_changes_nothing(a: list[float], b: list[float], scale: float) -> None:
-    one, other = (
+    first, second = (
         judge_samples([value * by for value in a], [value * by for value in b], better="lower")
         for by in (1.0, scale)
     )
-    assert (one.verdict, one.ratio) == (other.verdict, pytest.approx(other.ratio))
+    assert (first.verdict, first.ratio) == (second.verdict, pytest.approx(second.ratio))
 
 
 @settings(deadline=None, max_examples=60)
@@ -95,7 +96,7 @@ def test_verdict_never_improves_when_the_second_arm_gets_slower(
 @settings(deadline=None, max_examples=100)
 @given(arms, arms, st.sampled_from(("lower", "higher")), st.floats(0.0025, 10))
 def test_arms_of_any_values_give_no_nan(
-    a: list[float], b: list[float], better: compare.Better, factor: float
+    a: list[float], b: list[float], better: Better, factor: float
 ) -> None:
     judgement = judge_samples(a, b, better=better, factor=factor)
     assert all(
@@ -149,7 +150,7 @@ def test_recommended_starts_settle_the_verdict() -> None:
         )
         for seed in range(20)
     ]
-    needed = sorted(one.needed for one in few if one.needed)
+    needed = sorted(judgement.needed for judgement in few if judgement.needed)
     assert len(needed) >= 5
     starts = needed[len(needed) // 2]
     settled = [

@@ -1,1 +1,1 @@
-"""How fast the built tree is: records, comparisons, A/B, bisect, report."""
+"""Benchmarks: records of vLLM's own benchmarks, verdicts, A/B runs, bisects, and their report."""

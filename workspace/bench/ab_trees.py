@@ -73,8 +73,7 @@ def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: st
     tip = worktree.snapshot(git, "The working tree, as nox -s ab measures it")
     existing = sandboxes.find(layout, sandbox_name)
     if existing and git.present((existing.tip,)) and git.tree(existing.tip) == git.tree(tip):
-        # A snapshot has the time at which it is made; the former commit of equal content is used,
-        # so that a run resumes.
+        # Each snapshot has its own time. The former commit of equal content lets a run resume.
         tip = existing.tip
     edits = "" if tip == stack.head else ", uncommitted edits included"
     patches = layout.patches("vllm") if stack.state in (State.APPLIED, State.UNEXPORTED) else None

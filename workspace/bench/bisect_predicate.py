@@ -33,7 +33,7 @@ from workspace.server.command import built_environment
 
 SMOKE = "smoke"
 # The good end is the reference for all other commits, so it gets twice as many starts as another
-# commit at first; and the limit for one commit.
+# commit gets at first. No commit gets more than MOST_STARTS.
 REFERENCE_STARTS, MOST_STARTS = 2 * MIN_STARTS, 4 * MIN_STARTS
 # A probe has a shorter timeout of its own (OWN_SHARE in checks/smoke_suite.py). When it or its
 # caller gives up, this text is in the evidence of every check that the probe was to answer.
@@ -75,7 +75,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The timeout of one predicate (of the smoke: of each probe), and the allowed slow-down.
+    """The timeout of a predicate (of the smoke: of each probe), and the allowed slow-down.
 
     `factor` is the share by which a metric may get worse.
     """

@@ -52,7 +52,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
     """Measure until the record has `options.repeat` starts, and return its path.
 
     Raises SmokeError where there is no fresh build, SettingsError for a record that is complete or
-    was measured otherwise, WorkspaceError where vLLM fails.
+    was measured with other settings, WorkspaceError where vLLM fails.
     """
     from workspace.install.status import require_built
     from workspace.machine import check
@@ -84,7 +84,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
 def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
     """Return the existing record of the same benchmark, or the fresh one.
 
-    Raises SettingsError for a record that is damaged, complete, or was measured otherwise.
+    Raises SettingsError for a record that is damaged, complete, or measured with other settings.
     """
     shown = layout.relative(path)
     try:

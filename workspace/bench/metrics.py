@@ -57,7 +57,7 @@ def find(name: str) -> Metric | None:
 
 
 def known(name: str) -> Metric:
-    """Return the metric of a name from a record, which has only known names."""
+    """Return the metric of a name in a record. Records have known names only."""
     found = find(name)
     assert found is not None
     return found

@@ -126,7 +126,7 @@ class _Section:
     drawn: list[Plot]
 
     def histories(self) -> str:
-        plots_ = [
+        figures = [
             plots.history(
                 f"{self.name}-history-{metric}",
                 metric,
@@ -134,11 +134,13 @@ class _Section:
             )
             for metric in self._shown(self.group[-1].metrics)[:SHOWN_HISTORIES]
         ]
-        return self._figures("History", plots_)
+        return self._figures("History", figures)
 
     def table(self) -> str:
         """Describe the record behind each number in the history."""
-        return _table(_COLUMNS, [_row(number, one) for number, one in enumerate(self.group, 1)])
+        return _table(
+            _COLUMNS, [_row(number, record) for number, record in enumerate(self.group, 1)]
+        )
 
     def pair(self, requested: tuple[Record, Record] | None) -> str:
         pair = self._pair(requested)

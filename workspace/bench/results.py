@@ -1,7 +1,7 @@
 """Records of benchmarks: their format, their files below results/, and their list.
 
-A record is one JSON document with every sample, sorted by the start of the process that gave it. A
-record that is damaged, or that a newer workspace wrote, is refused.
+A record is one JSON document with the samples of each start of the process. A record that is
+damaged, or that a newer workspace wrote, is refused.
 """
 
 import datetime
@@ -73,7 +73,7 @@ class Software:
 
 @dataclass(frozen=True)
 class Clocks:
-    """A GPU's clocks in MHz, its heat and power, and the reason why the driver limits the clocks.
+    """A GPU's clocks in MHz, its temperature and power, and why the driver limits the clocks.
 
     None: the driver does not report the value.
     """
@@ -99,7 +99,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the process with its samples by metric, which are not independent."""
+    """One start of the process. Its samples, by metric, are not independent of each other."""
 
     time: str
     seconds: float
@@ -181,7 +181,7 @@ def read(path: Path, *, place: str) -> Record:
         ) from exc
     except NewerSchema as exc:
         raise SettingsError(
-            f"{place} has schema {exc}, this workspace reads {SCHEMA}: a newer one wrote it",
+            f"{place} has schema {exc}, this workspace reads {SCHEMA}: a newer workspace wrote it",
             hint="git pull",
         ) from exc
     except (ValueError, RecursionError) as exc:
@@ -207,7 +207,7 @@ def decode(content: bytes) -> Record:
         raise ValueError("it is no JSON object")
     schema = document.get("schema")
     if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-        raise ValueError("schema is missing, or no number")
+        raise ValueError("schema is missing or is no number")
     if schema > SCHEMA:
         raise NewerSchema(schema)
     record = _decoded(Record, document, "")
