@@ -1,5 +1,5 @@
-"""What tests of tickets share: a folder with a compiler that tells when it begins and ends, and
-real launchers and ninjas in it.
+"""Shared by tests of job tokens: a folder with a compiler that logs its start and end, and real
+launchers and ninjas in it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workspace.compile import job_server, jobs
-from workspace.compile.costs import Costs
+from workspace.compile.costs import Costs, History
 from workspace.compile.scheduler import Admission, Bounds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,22 +23,24 @@ NINJA = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{o
 
 
 class Site:
-    """A build folder: sources that are named, a compiler that tells when it begins and ends, and
-    what has run so far.
+    """A build folder: sources, a compiler that logs its start and end, and the processes started so
+    far.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tickets = folder / "tickets"
+        self.server_folder = folder / job_server.FOLDER
         (folder / "CMakeFiles" / "t.dir").mkdir(parents=True)
         self.compiler("echo compiled")
         self.started: list[subprocess.Popen[str]] = []
 
     def compiler(self, script: str, *, writes_output: bool = True) -> None:
-        """What the compiler does. $5 is the output; `gate` holds it until the test opens it."""
+        """Write the compiler's script. $5 is the output; `gate` makes it wait until the test opens
+        the gate.
+        """
         output = ': > "$5"; echo "$5: $2" > "$5.d"' if writes_output else ""
         text = (
-            '#!/bin/sh\ngate() { read -r word < gate || :; }\necho "+ $5 $$" >>'
+            '#!/bin/sh\ngate() { read -r line < gate || :; }\necho "+ $5 $$" >>'
             f' log\n{script}\nstatus=$?\necho "- $5 $$" >> log\n{output}\nexit $status\n'
         )
         (self.folder / "compiler").write_text(text)
@@ -47,9 +49,9 @@ class Site:
             os.mkfifo(self.folder / "gate")
 
     def launch(self, name: str, *, argv: list[str] | None = None) -> "subprocess.Popen[str]":
-        """Start one launcher, in a group of its own as ninja does."""
-        words = [
-            str(self.tickets / "ticket"),
+        """Start a launcher, in a group of its own as ninja does."""
+        command = [
+            str(self.server_folder / job_server.LAUNCHER),
             *(
                 argv
                 or [
@@ -63,7 +65,7 @@ class Site:
             ),
         ]
         child = subprocess.Popen(
-            words,
+            command,
             cwd=self.folder,
             env=PLAIN,
             stdout=subprocess.PIPE,
@@ -78,8 +80,8 @@ class Site:
         lines = [
             "rule compile",
             (
-                f"  command = {shlex.quote(str(self.tickets / 'ticket'))} ./compiler -c $in $out -o"
-                " $out"
+                f"  command = {shlex.quote(str(self.server_folder / job_server.LAUNCHER))}"
+                " ./compiler -c $in $out -o $out"
             ),
         ]
         if has_deps:
@@ -93,11 +95,11 @@ class Site:
         (self.folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
     def ninja(
-        self, names: list[str], *words: str, has_deps: bool = False
+        self, names: list[str], *flags: str, has_deps: bool = False
     ) -> "subprocess.Popen[str]":
         self.write_build(names, has_deps=has_deps)
         assert NINJA is not None
-        argv = [NINJA, "-j100", *words]
+        argv = [NINJA, "-j100", *flags]
         child = subprocess.Popen(
             argv,
             cwd=self.folder,
@@ -115,16 +117,16 @@ class Site:
         return self.text("log").splitlines()
 
     def text(self, name: str) -> str:
-        """What a file holds; nothing where it is not there yet."""
+        """Return the content of a file, empty if it does not exist."""
         return (self.folder / name).read_text() if (self.folder / name).exists() else ""
 
     def running(self) -> list[int]:
-        """Numbers of the compilers that have begun and still live."""
+        """Return the pids of the compilers that have started and still live."""
         pids = [int(line.split()[2]) for line in self.log if line.startswith("+")]
         return [pid for pid in pids if pid in jobs.living()]
 
     def most(self) -> int:
-        """The most that ran at any time, by their own account."""
+        """Return the most compilers that ran at any time, by their own log."""
         now = most = 0
         for line in self.log:
             now += 1 if line.startswith("+") else -1
@@ -132,7 +134,7 @@ class Site:
         return most
 
     def open_gate(self) -> None:
-        """Let one compiler on that stands at the gate, or wait until one does."""
+        """Let one compiler pass the gate, or wait until one arrives there."""
         with (self.folder / "gate").open("w") as gate:
             gate.write("\n")
 
@@ -143,24 +145,47 @@ class Site:
             child.communicate()
 
 
-def job_server_(
-    site: Site, *, jobs: int = 4, budget_gib: float = 1000.0, units: int = 1, **more
+def start_job_server(
+    site: Site,
+    *,
+    jobs: int = 4,
+    budget_gib: float = 1000.0,
+    units: int = 1,
+    memory: job_server.MemoryWatch | None = None,
+    history: History | None = None,
+    keep_going: bool = False,
 ) -> job_server.JobServer:
+    """Return a job server in the folder of `site`, to be entered."""
     return job_server.JobServer(
-        site.tickets, Admission(Bounds(jobs, budget_gib)), Costs([]), units=units, **more
+        site.server_folder,
+        Admission(Bounds(jobs, budget_gib)),
+        Costs([]),
+        units=units,
+        memory=memory,
+        history=history,
+        keep_going=keep_going,
     )
 
 
-def until(what: Callable[[], object], *, timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], object], *, timeout_s: float = 10.0) -> None:
+    """Wait until a condition is true."""
     deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline, "it never came to that"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.01)
 
 
 def command_of(pid: int) -> str:
+    """Return the path of the launcher in a process's command line, empty if there is none."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return ""
-    return next((os.fsdecode(word) for word in words if b"/" in word and b"tickets" in word), "")
+    return next(
+        (
+            os.fsdecode(argument)
+            for argument in command
+            if b"/" in argument and job_server.FOLDER.encode() in argument
+        ),
+        "",
+    )

@@ -53,7 +53,7 @@ def build_of(site: Site) -> Path:
     return folder(site.layout, site.inputs())
 
 
-def test_nothing_changed_touches_nothing_and_says_the_same(site: Site) -> None:
+def test_unchanged_inputs_touch_no_file_and_give_the_same_project(site: Site) -> None:
     before = snapshot(site.root)
     assert due(site) is None
     assert site.configure() == project.read(build_of(site), site.tree)
@@ -80,7 +80,7 @@ def test_nothing_changed_touches_nothing_and_says_the_same(site: Site) -> None:
         ("csrc/generated/kernel_z.c", "int z;\n", "csrc/generated/kernel_*.c finds other files"),
     ],
 )
-def test_a_change_that_configure_depends_on_is_named_and_undoing_it_undoes_that(
+def test_changed_input_of_configure_is_named_until_it_is_reverted(
     site: Site, path: str, text: str | None, reason: str
 ) -> None:
     (site.tree / path).parent.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def test_a_change_that_configure_depends_on_is_named_and_undoing_it_undoes_that(
 
 
 @pytest.mark.parametrize("path", ["csrc/c.c", "csrc/include/wide.h", "csrc/new.c", "vllm/new.py"])
-def test_what_only_compilers_read_is_no_reason(site: Site, path: str) -> None:
+def test_changed_source_is_no_reason_to_configure(site: Site, path: str) -> None:
     with written(site.tree / path, "int x;\n"):
         assert due(site) is None
 
@@ -107,12 +107,12 @@ def test_inputs_and_sources_are_reasons(site: Site) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"schema": 1}', "[" * 9000, '{"schema": 99}'])
-def test_a_record_that_cannot_be_read_is_a_reason(site: Site, damage: str) -> None:
+def test_record_that_cannot_be_read_is_a_reason(site: Site, damage: str) -> None:
     with written(build_of(site) / project.RECORD, damage):
         assert due(site) == "its record cannot be read"
 
 
-def test_a_build_file_that_is_not_configures_is_a_reason(site: Site) -> None:
+def test_changed_build_file_is_a_reason(site: Site) -> None:
     with written(build_of(site) / "build.ninja", "rule x\n"):
         assert due(site) == "build.ninja is not as a configure left it"
 
@@ -169,13 +169,13 @@ def test_two_build_directories_share_generated_sources(own: Site) -> None:
     )
 
 
-def test_a_placeholder_replaces_nothing_of_the_package(site: Site, own: Site) -> None:
+def test_placeholder_replaces_nothing_of_the_package(site: Site, own: Site) -> None:
     assert (site.tree / INTERFACE).read_text() == "from a precompiled wheel\n"
     own.configure()
     assert not (own.tree / INTERFACE).exists(), "what was made of a placeholder is taken away"
 
 
-def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) -> None:
+def test_killed_configure_loses_no_file_of_the_package(own: Site) -> None:
     put(
         own.tree,
         {
@@ -214,7 +214,7 @@ def test_a_configure_that_was_killed_has_lost_nothing_of_the_package(own: Site) 
     assert (own.tree / INTERFACE).read_text() == "from a precompiled wheel\n"
 
 
-def test_sources_of_the_users_own_are_built_and_written_into_the_package(own: Site) -> None:
+def test_users_own_sources_are_built_and_written_into_the_package(own: Site) -> None:
     mine = own.root / "mine"
     put(
         mine,
@@ -234,7 +234,7 @@ def test_sources_of_the_users_own_are_built_and_written_into_the_package(own: Si
     assert own.ninja(build_of(own), "_flashy_C", "_C").returncode == 0
 
 
-def test_placeholders_are_made_as_configure_asks_and_build_nothing(own: Site) -> None:
+def test_placeholders_get_the_missing_files_and_cannot_be_built(own: Site) -> None:
     own.configure()
     stand_in = own.layout.builds / "placeholders" / "flashy" / TAG
     assert {path.name for path in stand_in.rglob("*.c")} == {"api.c", "hidden.c"}
@@ -256,7 +256,7 @@ def test_placeholders_are_made_as_configure_asks_and_build_nothing(own: Site) ->
         ("add_library(x MODULE nowhere.c)\n", "Cannot find source file: nowhere.c"),
     ],
 )
-def test_a_tree_that_cannot_be_configured_is_a_sentence_and_costs_no_object(
+def test_failed_configure_is_reported_and_removes_no_object(
     own: Site, text: str, sentence: str
 ) -> None:
     build = build_of(own)
@@ -271,7 +271,7 @@ def test_a_tree_that_cannot_be_configured_is_a_sentence_and_costs_no_object(
     assert due(own) == "it is not configured yet"
 
 
-def test_the_users_words_come_last(own: Site) -> None:
+def test_users_cmake_arguments_come_last(own: Site) -> None:
     own.configure(CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug -DMINE=a;b")
     cache = (build_of(own) / "CMakeCache.txt").read_text()
     assert (

@@ -34,11 +34,11 @@ NVCC = "nvcc -forward-unknown-to-host-compiler -x cu -c {} -o {}"
         ("cc a.c -o", Unit("-o", "a.c")),
     ],
 )
-def test_a_unit_is_named_by_what_its_command_writes(argv: str, unit: Unit) -> None:
+def test_unit_is_named_by_what_its_command_writes(argv: str, unit: Unit) -> None:
     assert unit_of(argv.split()) == unit
 
 
-def test_the_shipped_table_is_whole_and_is_what_encode_writes() -> None:
+def test_shipped_table_is_complete_and_equal_to_its_encoding() -> None:
     entries, trouble = costs.read_table()
     assert trouble == ()
     assert len(entries) == 169
@@ -53,7 +53,7 @@ def test_the_shipped_table_is_whole_and_is_what_encode_writes() -> None:
     assert max(entry.peak_gib for entry in entries) == pytest.approx(9.48, abs=0.01)
 
 
-def test_a_trace_becomes_a_table_in_the_order_in_which_its_units_began(tmp_path: Path) -> None:
+def test_trace_becomes_a_table_in_the_order_in_which_its_units_began(tmp_path: Path) -> None:
     record = {
         "target": "_C",
         "source": "csrc/late.cu",
@@ -97,7 +97,7 @@ def test_history_comes_before_table_and_table_before_guess() -> None:
     ]
 
 
-def test_a_source_is_known_again_where_the_tree_or_the_folder_has_moved() -> None:
+def test_source_is_found_again_after_the_tree_or_the_folder_has_moved() -> None:
     table = [
         Entry("_q", "qutlass/csrc/gemm.cu", 176.0, 9.5),
         Entry("_q", "qutlass/ada/gemm.cu", 49.0, 1.7),
@@ -110,7 +110,7 @@ def test_a_source_is_known_again_where_the_tree_or_the_folder_has_moved() -> Non
     assert known.expected(Unit("_other", "qutlass/csrc/gemm.cu")).origin == "guess"
 
 
-def test_an_unknown_source_takes_what_the_hungriest_beside_it_takes() -> None:
+def test_unknown_source_is_guessed_from_the_largest_in_its_folder() -> None:
     table = [
         Entry("_C", "csrc/fp4/a.cu", 10.0, 7.0),
         Entry("_C", "csrc/fp4/b.cu", 30.0, 0.5),
@@ -153,13 +153,13 @@ def test_real_sources_of_another_release_are_guessed_by_their_folder() -> None:
         Unit("_C", "\udcff.cu"),
     ],
 )
-def test_nothing_is_without_an_expectation(unit: Unit) -> None:
+def test_every_unit_has_an_expected_cost(unit: Unit) -> None:
     found = Costs(costs.read_table()[0]).expected(unit)
     assert found.seconds > 0
     assert 0 < found.peak_gib < 12
 
 
-def test_a_preprocessor_is_light_whatever_its_source() -> None:
+def test_preprocessor_is_light_whatever_its_source() -> None:
     assert (
         Costs([Entry("_C", "a.cu", 900.0, 9.0)]).expected(Unit("_C", "a.cu", is_light=True))
         == LIGHT
@@ -180,7 +180,7 @@ def test_a_preprocessor_is_light_whatever_its_source() -> None:
         "",
     ],
 )
-def test_a_damaged_line_of_the_table_is_left_out_and_said(tmp_path: Path, line: str) -> None:
+def test_damaged_line_of_the_table_is_skipped_and_reported(tmp_path: Path, line: str) -> None:
     file = tmp_path / "costs.tsv"
     file.write_text(
         f"# head\ntarget\tsource\tseconds\tpeak_mib\n_C\tb.cu\t1.0\t100\n{line}\n_C\tc.cu\t2.0\t200\n"
@@ -192,9 +192,7 @@ def test_a_damaged_line_of_the_table_is_left_out_and_said(tmp_path: Path, line: 
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"# only a head\n"])
-def test_a_table_with_nothing_in_it_is_said_and_guesses_take_its_place(
-    tmp_path: Path, content: bytes
-) -> None:
+def test_empty_table_is_reported_and_replaced_by_guesses(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "costs.tsv").write_bytes(content)
     entries, trouble = costs.read_table(tmp_path / "costs.tsv")
     assert entries == ()
@@ -203,7 +201,7 @@ def test_a_table_with_nothing_in_it_is_said_and_guesses_take_its_place(
     assert costs.read_table(tmp_path / "missing.tsv")[1]
 
 
-def test_history_is_there_again_in_the_next_build_and_only_for_the_same_setup(
+def test_history_is_read_by_the_next_build_of_the_same_setup_only(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "cache" / "history.json"
@@ -215,7 +213,7 @@ def test_history_is_there_again_in_the_next_build_and_only_for_the_same_setup(
     assert History(file, setup="9.0 CUDA 13.0").entries == ()
 
 
-def test_what_another_build_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_entries_of_a_parallel_build_are_kept(tmp_path: Path) -> None:
     one, other = History(tmp_path / "h", setup="s"), History(tmp_path / "h", setup="s")
     one.add(Unit("_C", "a.cu"), seconds=1.0, peak_gib=1.0)
     other.add(Unit("_C", "b.cu"), seconds=2.0, peak_gib=2.0)
@@ -227,7 +225,7 @@ def test_what_another_build_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
     }
 
 
-def test_old_setups_do_not_pile_up(tmp_path: Path) -> None:
+def test_number_of_kept_setups_is_bounded(tmp_path: Path) -> None:
     for number in range(costs.KEPT_SETUPS + 3):
         history = History(tmp_path / "h", setup=f"setup {number}")
         history.add(Unit("_C", "a.cu"), seconds=1.0, peak_gib=1.0)
@@ -237,7 +235,7 @@ def test_old_setups_do_not_pile_up(tmp_path: Path) -> None:
     assert not History(tmp_path / "h", setup="setup 0").entries
 
 
-def test_a_killed_compiler_is_expected_to_need_more_than_it_had_and_never_less_than_known(
+def test_killed_compiler_is_expected_to_need_more_memory_than_it_held(
     tmp_path: Path,
 ) -> None:
     history = History(tmp_path / "h", setup="s")
@@ -264,7 +262,7 @@ def test_a_killed_compiler_is_expected_to_need_more_than_it_had_and_never_less_t
         b"[" * 100_000,
     ],
 )
-def test_a_corrupt_history_is_said_and_begun_anew(tmp_path: Path, content: bytes) -> None:
+def test_damaged_history_is_reported_and_replaced(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "history.json"
     file.write_bytes(content)
     history = History(file, setup="s")
@@ -287,13 +285,13 @@ def test_a_corrupt_history_is_said_and_begun_anew(tmp_path: Path, content: bytes
         '"_C", "a.cu", 1.0, -2',
     ],
 )
-def test_a_figure_that_cannot_be_is_left_out_of_the_history(tmp_path: Path, row: str) -> None:
+def test_implausible_figure_is_not_recorded_in_the_history(tmp_path: Path, row: str) -> None:
     (tmp_path / "h").write_text(
         f'{{"schema": 1, "setups": {{"s": [[{row}], ["_C", "b.cu", 1.0, 1.0]]}}}}'
     )
     assert [entry.source for entry in History(tmp_path / "h", setup="s").entries] == ["b.cu"]
 
 
-def test_a_pipe_in_the_place_of_the_history_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_pipe_in_the_place_of_the_history_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "h")
     assert History(tmp_path / "h", setup="s").warnings

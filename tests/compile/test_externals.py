@@ -149,7 +149,7 @@ def test_what_is_declared_follows_the_device_and_the_machine(tree: Path) -> None
     } == {"arm_compute": "v52.6.", "oneDNN": "9c5be1"}
 
 
-def test_overrides_and_what_a_copy_is_handed_over_in(tree: Path) -> None:
+def test_override_and_variable_of_each_project_are_read(tree: Path) -> None:
     found = declared(tree, "cuda") | declared(tree, "cpu", "aarch64")
     assert {name: (external.override, external.variable) for name, external in found.items()} == {
         "cutlass": ("VLLM_CUTLASS_SRC_DIR", "FETCHCONTENT_SOURCE_DIR_CUTLASS"),
@@ -197,7 +197,7 @@ def test_targets_that_need_a_project(tree: Path) -> None:
         "\0\xff",
     ],
 )
-def test_a_file_that_is_no_cmake_ends_nothing(tmp_path: Path, text: str) -> None:
+def test_file_that_is_no_cmake_declares_no_project(tmp_path: Path, text: str) -> None:
     (tmp_path / "CMakeLists.txt").write_bytes(text.encode("latin-1"))
     assert externals.declared(tmp_path, "cuda") == ()
     assert list(externals.pinned(text)) == []
@@ -218,7 +218,7 @@ def test_a_file_that_is_no_cmake_ends_nothing(tmp_path: Path, text: str) -> None
         ("${CUDA} VERSION_GREATER_EQUAL 13.0", "yes no"),
     ],
 )
-def test_a_condition_that_only_configure_knows_is_both(
+def test_unknown_condition_is_followed_both_ways(
     tmp_path: Path, condition: str, branches: str
 ) -> None:
     put(
@@ -297,7 +297,7 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.mark.parametrize("address", ["{}", "file://{}/"])
 @pytest.mark.parametrize("tag", [None, "v1.0"])
-def test_a_project_is_fetched_whole_from_a_mirror_and_then_needs_none(
+def test_project_is_fetched_completely_from_a_mirror_and_then_kept(
     site: Site, mirror: Path, address: str, tag: str | None
 ) -> None:
     external = flashy(mirror, tag=tag)
@@ -323,13 +323,13 @@ def test_a_project_is_fetched_whole_from_a_mirror_and_then_needs_none(
     )
 
 
-def test_only_the_submodules_that_are_asked_for(site: Site, mirror: Path) -> None:
+def test_only_requested_submodules_are_fetched(site: Site, mirror: Path) -> None:
     given = site.provide((flashy(mirror, submodules=()),), (), EXTERNALS_MIRROR=str(mirror))
     assert not any((Path(given["FETCHCONTENT_SOURCE_DIR_FLASHY"]) / "csrc" / "cutlass").iterdir())
 
 
 @pytest.mark.parametrize("tag", ["0" * 40, "v9"])
-def test_what_the_remote_does_not_have_is_a_sentence_and_leaves_nothing(
+def test_missing_commit_is_reported_and_leaves_no_folder(
     site: Site, mirror: Path, tag: str
 ) -> None:
     with pytest.raises(SourceError, match=f"flashy {tag[:12]} could not be fetched from") as caught:
@@ -342,9 +342,7 @@ def test_what_the_remote_does_not_have_is_a_sentence_and_leaves_nothing(
     assert left == []
 
 
-def test_a_submodule_that_is_missing_leaves_nothing(
-    site: Site, mirror: Path, tmp_path: Path
-) -> None:
+def test_missing_submodule_leaves_no_folder(site: Site, mirror: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(mirror / "vllm-project", half / "vllm-project")
     with pytest.raises(SourceError, match="flashy"):
@@ -352,7 +350,7 @@ def test_a_submodule_that_is_missing_leaves_nothing(
     assert not (site.settings().cache / "externals" / "flashy" / flashy(mirror).tag).exists()
 
 
-def test_a_password_of_the_mirror_is_shown_nowhere(
+def test_password_of_the_mirror_is_never_shown(
     site: Site, mirror: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SourceError) as caught:
@@ -405,7 +403,7 @@ def silent_server() -> Iterator[tuple[str, socket.socket]]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}", server
 
 
-def test_a_fetch_that_is_killed_leaves_nothing_that_counts_and_the_next_one_clears_up(
+def test_killed_fetch_leaves_no_project_and_the_next_fetch_cleans_up(
     site: Site, mirror: Path
 ) -> None:
     external = flashy(mirror)
@@ -425,7 +423,7 @@ def test_a_fetch_that_is_killed_leaves_nothing_that_counts_and_the_next_one_clea
     assert [path.name for path in place.parent.iterdir() if path.is_dir()] == [external.tag]
 
 
-def test_two_clones_at_once_fetch_once_and_both_go_on(
+def test_two_clones_at_once_fetch_once_and_both_succeed(
     site: Site, mirror: Path, tmp_path: Path
 ) -> None:
     external = flashy(mirror)
@@ -443,9 +441,7 @@ def test_two_clones_at_once_fetch_once_and_both_go_on(
     ] == [external.tag]
 
 
-def test_a_checkout_that_somebody_moved_is_not_taken_for_the_pinned_one(
-    site: Site, mirror: Path
-) -> None:
+def test_moved_checkout_is_refused(site: Site, mirror: Path) -> None:
     external = flashy(mirror)
     folder = Path(
         site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))[
@@ -461,9 +457,7 @@ def test_a_checkout_that_somebody_moved_is_not_taken_for_the_pinned_one(
 
 
 @pytest.mark.parametrize("how", ["shell", ".env", "CMAKE_ARGS", "relative"])
-def test_sources_of_the_users_own_win_and_are_not_fetched(
-    site: Site, mirror: Path, how: str
-) -> None:
+def test_users_own_sources_win_over_a_fetch(site: Site, mirror: Path, how: str) -> None:
     mine = site.root / "mine"
     mine.mkdir()
     text = os.path.relpath(mine, site.tree) if how == "relative" else str(mine)
@@ -483,12 +477,12 @@ def test_sources_of_the_users_own_win_and_are_not_fetched(
     assert Path(next(iter(given.values()))).resolve() == mine
 
 
-def test_an_override_that_leads_nowhere_is_named(site: Site, mirror: Path) -> None:
+def test_override_to_a_missing_folder_is_reported(site: Site, mirror: Path) -> None:
     with pytest.raises(SettingsError, match="FLASHY_SRC_DIR=/not/there: there is no such folder"):
         site.provide((flashy(mirror),), (), FLASHY_SRC_DIR="/not/there")
 
 
-def test_deps_of_another_pin_are_told_and_left_alone(site: Site, mirror: Path) -> None:
+def test_deps_of_another_pin_are_reported_and_kept(site: Site, mirror: Path) -> None:
     assert externals.leftover(site.tree) == ()
     deps = site.tree / ".deps"
     put(deps, {"flashy-src/.git/HEAD": "2" * 40 + "\n", "other-src/x": "", "flashy-build/x": ""})

@@ -1,4 +1,4 @@
-"""Which of ninja's failures is one, and which line of it says why."""
+"""The first real failure in ninja's output, and the line that explains it."""
 
 import pytest
 
@@ -15,14 +15,15 @@ REAL = [
 ]
 
 
-def heard(*lines: str) -> Failures:
+def read(*lines: str) -> Failures:
+    """Return the failures in these lines of ninja's output."""
     failures = Failures()
     for line in lines:
-        failures.hear(line)
+        failures.read_line(line)
     return failures
 
 
-def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None:
+def test_refused_units_are_ignored_before_and_after_the_failed_one() -> None:
     output = [
         "a.cu(3): warning #177-D: unused",
         "",
@@ -30,7 +31,7 @@ def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None
         "",
         "1 error detected in the compilation of a.cu",
     ]
-    failures = heard(
+    failures = read(
         "[1/9] Building",
         *REFUSED,
         *REAL,
@@ -44,8 +45,8 @@ def test_the_refused_are_left_out_before_and_after_the_one_that_failed() -> None
     assert failures.first.shown == tuple(output)
 
 
-def test_older_ninjas_name_no_code() -> None:
-    failures = heard(
+def test_failure_of_an_older_ninja_without_code_is_read() -> None:
+    failures = read(
         "FAILED: a.o ", "cc -c a.c", "a.c:1:2: fatal error: b.h: No such file or directory"
     )
     assert failures.first is not None
@@ -55,19 +56,18 @@ def test_older_ninjas_name_no_code() -> None:
     )
 
 
-def test_a_nested_ninjas_failure_is_the_first() -> None:
+def test_failure_of_a_nested_ninja_is_the_first() -> None:
     nested = [
         "[1/3] nvcc",
         "FAILED: x.o",
-        "ticket nvcc x.cu",
+        "launcher nvcc x.cu",
         "x.cu(1): error: identifier is undefined",
         "ninja: build stopped",
         "RuntimeError: Error compiling",
     ]
-    failures = heard("FAILED: [code=1] deepgemm/.built ", "python build.py", *nested, *REFUSED)
+    failures = read("FAILED: [code=1] deepgemm/.built ", "python build.py", *nested, *REFUSED)
     assert failures.first is not None
-    # What the outer command said before is kept as a failure of its own only where it said
-    # something.
+    # The outer command is a failure of its own only if it printed something before.
     assert failures.first.output in ("deepgemm/.built", "x.o")
 
 
@@ -86,26 +86,26 @@ def test_a_nested_ninjas_failure_is_the_first() -> None:
         ("-Werror=format-security -c a.c", False),
     ],
 )
-def test_the_line_that_says_why_is_found(line: str, is_error: bool) -> None:
-    failures = heard(*REAL, "first", line)
+def test_line_that_explains_a_failure_is_found(line: str, is_error: bool) -> None:
+    failures = read(*REAL, "first", line)
     assert failures.first is not None
     assert failures.first.error == (line if is_error else "first")
 
 
-def test_a_command_that_says_nothing_fails_all_the_same_and_nothing_heard_is_none() -> None:
-    failures = heard(*REAL)
+def test_command_without_output_is_a_failure_and_no_output_is_none() -> None:
+    failures = read(*REAL)
     assert failures.first is not None
-    assert failures.first.error == "it said nothing"
-    assert heard("[1/1] Linking").first is None
-    assert heard(*REFUSED).first is None
+    assert failures.first.error == "it printed nothing"
+    assert read("[1/1] Linking").first is None
+    assert read(*REFUSED).first is None
 
 
-def test_a_full_disk_is_heard_wherever_it_is_said() -> None:
-    assert heard("[1/1] x", "ninja: error: WriteFile(x.rsp): No space left on device").has_no_space
-    assert not heard(*REAL).has_no_space
+def test_full_disk_is_detected_anywhere_in_the_output() -> None:
+    assert read("[1/1] x", "ninja: error: WriteFile(x.rsp): No space left on device").has_no_space
+    assert not read(*REAL).has_no_space
 
 
-def test_a_book_of_template_errors_is_not_kept_whole() -> None:
-    failures = heard(*REAL, *(f"a.cu({number}): error: no" for number in range(100_000)))
+def test_very_long_template_errors_are_cut() -> None:
+    failures = read(*REAL, *(f"a.cu({number}): error: no" for number in range(100_000)))
     assert failures.first is not None
     assert (len(failures.first.lines), len(failures.first.shown)) == (2000, 15)

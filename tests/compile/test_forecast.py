@@ -55,7 +55,7 @@ def shown(plan: RebuildPlan, *, as_json: bool = False) -> tuple[list[str], str]:
     return err.getvalue().splitlines(), out.getvalue()
 
 
-def test_a_row_is_compiler_time_and_link_with_the_hungriest_unit() -> None:
+def test_row_has_compiler_time_with_the_link_and_the_largest_peak() -> None:
     plan = work_out(MOE, ONE)
     assert plan.rows == (
         Row("_moe_C", MOE.reason, 2, 3.1, 4.0, True),
@@ -65,7 +65,7 @@ def test_a_row_is_compiler_time_and_link_with_the_hungriest_unit() -> None:
     assert plan.compiler_minutes == pytest.approx(3.7)
 
 
-def test_minutes_are_those_of_the_admission_within_its_bounds() -> None:
+def test_minutes_are_simulated_by_the_scheduler_within_the_bounds() -> None:
     # 4 and 8 GiB do not go into 10 together: 120 s and, after them, 30 s; the rest fits in beside.
     tight = work_out(MOE, ONE)
     assert tight.minutes == pytest.approx(2.5)
@@ -85,13 +85,13 @@ def test_units_that_nobody_measured_are_counted_as_guessed() -> None:
     assert output[3].endswith("; 2 of them never measured, so guessed")
 
 
-def test_a_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
+def test_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
     both = units("base", "csrc/base.cpp")
     plan = work_out(Reached("_C", "x", both, True), Reached("_moe_C", "x", both, True))
     assert (plan.units, [row.units for row in plan.rows]) == (1, [1, 1])
 
 
-def test_nothing_to_compile_says_so() -> None:
+def test_plan_without_units_is_reported() -> None:
     assert shown(work_out())[0] == [
         "nothing is to be compiled",
         "from the precompiled wheel: _C, _moe_C, _fa2_C",
@@ -100,7 +100,7 @@ def test_nothing_to_compile_says_so() -> None:
     assert output[2] == "nothing is to be compiled: what is reached was compiled before"
 
 
-def test_a_plan_without_a_precompiled_wheel_says_why() -> None:
+def test_plan_without_a_precompiled_wheel_has_a_reason() -> None:
     output, _ = shown(
         work_out(MOE, why_not_hybrid="the precompiled wheel is vLLM 0.30.0, pinned is 0.31.0")
     )
@@ -115,7 +115,7 @@ def test_a_plan_without_a_precompiled_wheel_says_why() -> None:
     ]
 
 
-def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
+def test_screen_explains_that_a_first_change_compiles_all_units_of_a_target() -> None:
     output, out = shown(work_out(MOE, ONE))
     assert out == ""
     assert output == [
@@ -135,7 +135,7 @@ def test_the_screen_tells_that_a_first_change_compiles_a_whole_target() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_reasons_that_do_not_fit_beside_stand_below_their_target(width: int) -> None:
+def test_reasons_too_long_for_the_row_are_below_their_target(width: int) -> None:
     rows = [
         Row(
             "_moe_C_stable_libtorch",
@@ -165,7 +165,7 @@ def test_json_is_the_whole_plan() -> None:
     )
 
 
-def test_a_plan_of_a_whole_build_is_worked_out_at_once(recorded: Sequence[Reached]) -> None:
+def test_plan_of_a_full_build_matches_the_recorded_costs(recorded: Sequence[Reached]) -> None:
     plan = forecast.work_out(recorded, project(), Costs(TABLE), Bounds(20, 48.0))
     assert (plan.units, plan.guessed) == (169, 0)
     assert 20 < plan.minutes < 23

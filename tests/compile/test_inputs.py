@@ -46,7 +46,7 @@ def observe(
     )
 
 
-def test_the_key_is_made_of_what_objects_are_made_of(site: Site) -> None:
+def test_key_changes_with_every_input_of_objects(site: Site) -> None:
     plain = observe(site)
     assert (
         plain.named.items()
@@ -70,7 +70,7 @@ def test_the_key_is_made_of_what_objects_are_made_of(site: Site) -> None:
     assert cmake_inputs.folder(site.layout, plain) == site.layout.builds / f"cuda-{plain.key}"
 
 
-def test_what_only_configure_depends_on_is_no_part_of_the_key(site: Site) -> None:
+def test_inputs_of_configure_alone_are_not_in_the_key(site: Site) -> None:
     put(
         site.tree,
         {
@@ -98,13 +98,13 @@ def test_what_only_configure_depends_on_is_no_part_of_the_key(site: Site) -> Non
         assert observe(site, **{name: str(site.root)}) == plain
 
 
-def test_a_cpu_build_knows_nothing_of_cuda(site: Site) -> None:
+def test_cpu_build_has_no_input_of_cuda(site: Site) -> None:
     named = observe(site, "cpu", TorchBuild("2.13.0+cpu", None)).named
     assert (named["archs"], named["cuda"]) == ("", "")
     assert not named.keys() & {"CUDA_HOME", "NVCC_THREADS"}
 
 
-def test_a_machine_without_compilers_is_observed_all_the_same(site: Site) -> None:
+def test_machine_without_compilers_is_observed(site: Site) -> None:
     named = observe(site, CUDA_HOME=str(site.root), CXX="no-such'compiler").named
     assert named["cuda"] == "none"
     assert named["compiler"].endswith(" none")
@@ -121,7 +121,7 @@ def arguments(site: Site) -> dict[str, str]:
     return dict(word.removeprefix("-D").split("=", 1) for word in output)
 
 
-def test_a_full_toolkit_lacks_nothing(site: Site) -> None:
+def test_full_toolkit_needs_no_arguments(site: Site) -> None:
     put(
         site.root / "cuda",
         {"include/cublas_v2.h": "", "lib64/libnvrtc.so": "", "lib64/stubs/libcuda.so": ""},
@@ -130,7 +130,7 @@ def test_a_full_toolkit_lacks_nothing(site: Site) -> None:
     assert not (site.root / "build").exists()
 
 
-def test_what_a_small_toolkit_lacks_is_taken_from_torchs_wheels(site: Site) -> None:
+def test_missing_parts_of_a_small_toolkit_come_from_torchs_wheels(site: Site) -> None:
     wheel = site.layout.environment / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
     put(
         wheel,
@@ -144,7 +144,7 @@ def test_what_a_small_toolkit_lacks_is_taken_from_torchs_wheels(site: Site) -> N
     }
 
 
-def test_a_stub_of_the_drivers_library_is_made_where_there_is_no_driver_and_once(
+def test_stub_of_the_drivers_library_is_made_once_if_there_is_no_driver(
     site: Site,
 ) -> None:
     renamed = (

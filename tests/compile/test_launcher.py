@@ -1,4 +1,4 @@
-"""The launcher: a compiler behind it is called as without it, and last in line."""
+"""The launcher: it calls a compiler unchanged, with a low priority."""
 
 import ast
 import subprocess
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile.launching import PLAIN, Site, job_server_, until
+from tests.compile.launching import PLAIN, Site, start_job_server, until
 from workspace.compile import job_server, launcher
 
 
-def test_a_compiler_behind_the_launcher_is_called_as_without_it(site: Site) -> None:
+def test_launcher_passes_arguments_output_and_status_unchanged(site: Site) -> None:
     odd = ["a b", "new\nline", "", "$HOME", "\udcff", "ünï"]
     show = [
         sys.executable,
@@ -21,37 +21,37 @@ def test_a_compiler_behind_the_launcher_is_called_as_without_it(site: Site) -> N
         "-o",
         "x",
     ]
-    with job_server_(site):
+    with start_job_server(site):
         child = site.launch("", argv=show)
         output, _ = child.communicate(timeout=10)
     assert child.returncode == 3
     assert sorted(output.splitlines()) == sorted([repr([*odd, "-o", "x"]), "talk"])
 
 
-def test_compilers_are_nicer_and_the_first_to_be_ended_and_their_launchers_are_not(
+def test_compilers_have_low_priority_and_are_killed_first_but_launchers_are_not(
     site: Site,
 ) -> None:
     site.compiler("cat /proc/self/oom_score_adj; nice; ulimit -c; cat /proc/$PPID/oom_score_adj")
-    with job_server_(site):
+    with start_job_server(site):
         output, _ = site.launch("a").communicate(timeout=10)
-    words = output.split()
-    assert (words[0], int(words[1]) >= launcher.NICE, words[3]) == (
+    fields = output.split()
+    assert (fields[0], int(fields[1]) >= launcher.NICE, fields[3]) == (
         "1000",
         True,
         Path("/proc/self/oom_score_adj").read_text().strip(),
     )
 
 
-def test_a_pipe_that_nobody_reads_ends_a_compiler_as_ever(site: Site) -> None:
+def test_closed_pipe_ends_a_compiler_as_usual(site: Site) -> None:
     site.compiler("yes | head -1")
-    with job_server_(site):
+    with start_job_server(site):
         output, _ = site.launch("a").communicate(timeout=10)
     assert output == "y\n"
 
 
-def test_a_question_for_the_version_needs_no_ticket(site: Site) -> None:
+def test_query_for_the_version_needs_no_token(site: Site) -> None:
     site.compiler("gate")
-    with job_server_(site, jobs=1):
+    with start_job_server(site, jobs=1):
         first = site.launch("a")
         until(site.running)
         output, _ = site.launch("", argv=["expr", "7"]).communicate(timeout=10)
@@ -61,7 +61,7 @@ def test_a_question_for_the_version_needs_no_ticket(site: Site) -> None:
 
 
 def test_ninja_typed_by_hand_compiles_one_at_a_time(site: Site) -> None:
-    job_server.install(site.tickets)
+    job_server.install(site.server_folder)
     site.compiler("gate")
     children = [site.launch(name) for name in "abc"]
     for number in range(3):
@@ -73,7 +73,7 @@ def test_ninja_typed_by_hand_compiles_one_at_a_time(site: Site) -> None:
     assert site.most() == 1
 
 
-def test_without_the_folder_of_the_tickets_a_launcher_says_so(site: Site) -> None:
+def test_launcher_without_its_folder_reports_so(site: Site) -> None:
     argv = [
         sys.executable,
         "-I",
@@ -91,21 +91,21 @@ def test_without_the_folder_of_the_tickets_a_launcher_says_so(site: Site) -> Non
     assert site.log == []
 
 
-def test_a_compiler_that_is_not_there_is_said_and_fails(site: Site) -> None:
-    with job_server_(site):
+def test_missing_compiler_is_reported_and_fails(site: Site) -> None:
+    with start_job_server(site):
         child = site.launch("", argv=["/no/such/nvcc", "-c", "a.cu"])
         output, _ = child.communicate(timeout=10)
     assert (child.returncode, output) == (127, "error: /no/such/nvcc: No such file or directory\n")
 
 
-def test_a_folder_too_deep_for_the_address_of_a_socket_works_too(tmp_path: Path) -> None:
+def test_folder_longer_than_a_socket_address_works(tmp_path: Path) -> None:
     site = Site(tmp_path / ("deep" * 30) / "with 'quotes' and blanks")
-    with job_server_(site):
+    with start_job_server(site):
         child = site.launch("a")
         assert child.communicate(timeout=10)[0] == "compiled\n"
 
 
-def test_the_launcher_is_not_written_again_so_that_ninja_sees_no_new_command(
+def test_unchanged_launcher_is_not_written_again(
     tmp_path: Path,
 ) -> None:
     program = job_server.install(tmp_path)
@@ -117,7 +117,7 @@ def test_the_launcher_is_not_written_again_so_that_ninja_sees_no_new_command(
     assert program.stat().st_size == before.st_size
 
 
-def test_the_launcher_runs_in_old_pythons_and_imports_nothing_heavy() -> None:
+def test_launcher_runs_in_old_pythons_and_imports_nothing_heavy() -> None:
     text = Path(launcher.__file__).read_text(encoding="utf-8")
     ast.parse(text, feature_version=(3, 8))
     seen = subprocess.run(
@@ -143,14 +143,16 @@ def test_the_launcher_runs_in_old_pythons_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "with 'quotes', \"more\" $HOME and * blanks"])
-def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_takes_none(
+def test_compiler_called_by_name_takes_a_token_and_its_children_take_none(
     tmp_path: Path, name: str
 ) -> None:
     site = Site(tmp_path / name)
     site.compiler("command -v compiler")
-    stand_ins = job_server.stand_in(site.tickets, {"compiler": [str(site.folder / "compiler")]})
+    stand_ins = job_server.stand_in(
+        site.server_folder, {"compiler": [str(site.folder / "compiler")]}
+    )
     environment = {"PATH": f"{stand_ins}:{site.folder}:{PLAIN['PATH']}"}
-    with job_server_(site) as tickets_:
+    with start_job_server(site) as server:
         done = subprocess.run(
             ["compiler", "-c", "a", "b", "-o", "x.o"],
             cwd=site.folder,
@@ -158,12 +160,12 @@ def test_a_compiler_called_by_its_name_takes_a_ticket_and_what_it_calls_by_name_
             capture_output=True,
             text=True,
         )
-    assert [one.unit.source for one in tickets_.finished] == ["x"]
-    # Below a ticket the name means the compiler itself again.
+    assert [one.unit.source for one in server.finished] == ["x"]
+    # Below a compiler with a token the name means the compiler itself again.
     assert done.stdout.strip() == str(site.folder / "compiler")
 
 
-def test_a_stand_in_for_what_is_gone_goes_too(tmp_path: Path) -> None:
+def test_stand_in_for_a_removed_compiler_is_removed(tmp_path: Path) -> None:
     job_server.stand_in(tmp_path, {"cc": ["/usr/bin/cc"], "nvcc": ["/cuda/nvcc"]})
     place = job_server.stand_in(tmp_path, {"cc": ["/usr/bin/cc"]})
     assert [one.name for one in place.iterdir()] == ["cc"]

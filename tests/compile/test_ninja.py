@@ -1,4 +1,4 @@
-"""compile(): real ninja and real launchers, with compilers that do as they are told."""
+"""compile(): real ninja and real launchers, with scripted compilers."""
 
 import io
 import json
@@ -81,7 +81,7 @@ def clone(tmp_path: Path) -> Iterator[Clone]:
     site = Site(tmp_path / ".workspace" / "build" / "cpu-0123")
     tools = tmp_path / "tools"
     tools.mkdir()
-    # No compiler, and no compiler cache, of this machine's may come in between.
+    # No compiler or compiler cache of this machine may be used.
     for name, place in {"sleep": "/bin/sleep", "ninja": NINJA}.items():
         (tools / name).symlink_to(place)
     made = Clone(
@@ -97,7 +97,7 @@ def clone(tmp_path: Path) -> Iterator[Clone]:
 NAMES = [f"u{number}" for number in range(6)]
 
 
-def test_what_is_out_of_date_is_compiled_within_the_bound_and_measured(clone: Clone) -> None:
+def test_outdated_units_are_compiled_within_the_bound_and_measured(clone: Clone) -> None:
     clone.site.compiler("sleep 0.05")
     clone.site.write_build(NAMES)
     made = clone.compile(NAMES, at_once=2)
@@ -122,14 +122,14 @@ def test_what_is_out_of_date_is_compiled_within_the_bound_and_measured(clone: Cl
     assert clone.compile(NAMES).finished == ()
 
 
-def test_the_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> None:
+def test_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> None:
     clone.site.write_build(["a"])
     clone.compile(["a"])
     (clone.build / "a.cu").write_text("changed")
     assert "as in the last build" in clone.compile(["a"]).summary[0]
 
 
-def test_the_first_real_error_is_told_and_not_that_others_were_refused(clone: Clone) -> None:
+def test_first_real_error_is_reported_and_not_the_refused_units(clone: Clone) -> None:
     clone.site.compiler(
         'case "$5" in *u3*) echo "note: before"; echo "u3.cu:1: error: expected ;"; exit 2;; esac'
     )
@@ -137,44 +137,44 @@ def test_the_first_real_error_is_told_and_not_that_others_were_refused(clone: Cl
     error = clone.fails(NAMES, at_once=1)
     assert error.message == "u3.cu of t failed: u3.cu:1: error: expected ;"
     assert error.details == ("note: before", "u3.cu:1: error: expected ;", f"log: {clone.log}")
-    assert "goes on" in (error.hint or "")
+    assert "resumes" in (error.hint or "")
     clone.site.compiler("echo compiled")
     assert 0 < len(clone.compile(NAMES).finished) <= 6
 
 
-def test_told_to_keep_going_the_others_are_compiled_before_it_fails(clone: Clone) -> None:
+def test_with_keep_going_the_others_are_compiled_before_the_build_fails(clone: Clone) -> None:
     clone.site.compiler('case "$5" in *u0*) exit 2;; esac')
     clone.site.write_build(NAMES)
     clone.fails(NAMES, at_once=1, keep_going=True)
     assert len([line for line in clone.site.log if line.startswith("+")]) == 6
 
 
-def test_memory_that_runs_out_for_the_third_time_is_told_with_unit_peak_and_budgets(
+def test_third_out_of_memory_kill_fails_the_build_with_unit_peak_and_budgets(
     clone: Clone,
 ) -> None:
     clone.site.compiler("exit 137")
     clone.site.write_build(["a"])
     error = clone.fails(["a"], budget_gib=64.0)
     assert (
-        "with budgets of 64.0, 32.0, 16.0 GiB; the last to be killed was a.cu of t: 8.0 GiB"
+        "with budgets of 64.0, 32.0, 16.0 GiB; the last killed unit was a.cu of t: 8.0 GiB"
         " expected" in error.message
     )
     assert "--jobs 1" in (error.hint or "")
-    assert clone.talk.getvalue().count("it goes on") <= 2
+    assert clone.talk.getvalue().count("the build continues") <= 2
 
 
-def test_memory_that_runs_out_once_costs_one_compilation_and_half_the_budget(clone: Clone) -> None:
+def test_first_out_of_memory_kill_costs_one_compilation_and_half_the_budget(clone: Clone) -> None:
     clone.site.compiler("test -e again || { : > again; kill -9 $$; }")
     clone.site.write_build(["a"])
     made = clone.compile(["a"], budget_gib=64.0)
     assert [done.is_killed for done in made.finished] == [True, False]
     assert (
-        "memory ran out while a.cu was compiled: it goes on, with 32.0 GiB instead of 64.0"
+        "memory ran out while a.cu was compiled: the build continues with 32.0 GiB instead of 64.0"
         in clone.talk.getvalue()
     )
 
 
-def test_a_full_disk_is_a_sentence_with_the_command_that_shows_it(clone: Clone) -> None:
+def test_full_disk_is_reported_with_the_command_that_shows_it(clone: Clone) -> None:
     clone.site.compiler(
         'echo "fatal error: error writing to /tmp/x.s: No space left on device"; exit 1'
     )
@@ -186,7 +186,7 @@ def test_a_full_disk_is_a_sentence_with_the_command_that_shows_it(clone: Clone) 
 
 @pytest.mark.parametrize("name", [".ninja_log", ".ninja_deps"])
 @pytest.mark.parametrize("damage", [b"", b"\x00\xff garbage\n" * 20, None])
-def test_a_damaged_record_of_ninjas_is_begun_anew_and_said(
+def test_damaged_record_of_ninja_is_removed_and_reported(
     clone: Clone, name: str, damage: bytes | None
 ) -> None:
     clone.site.write_build(["a"], has_deps=True)
@@ -194,11 +194,11 @@ def test_a_damaged_record_of_ninjas_is_begun_anew_and_said(
     (clone.build / name).unlink()
     (clone.build / name).mkdir() if damage is None else (clone.build / name).write_bytes(damage)
     assert [done.status for done in clone.compile(["a"]).finished] == [0]
-    assert f"cpu-0123/{name} was damaged and is begun anew" in clone.talk.getvalue()
+    assert f"cpu-0123/{name} was damaged and is removed" in clone.talk.getvalue()
     assert clone.compile(["a"]).finished == ()
 
 
-def test_a_damaged_history_stops_no_build_and_is_whole_afterwards(clone: Clone) -> None:
+def test_damaged_history_stops_no_build_and_is_written_again(clone: Clone) -> None:
     place = ninja.history_file(clone.settings)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(b"\xff{")
@@ -208,16 +208,14 @@ def test_a_damaged_history_stops_no_build_and_is_whole_afterwards(clone: Clone) 
 
 
 @pytest.mark.parametrize("has_deps", [True, False])
-def test_an_object_that_was_half_written_when_all_was_killed_is_not_taken(
-    clone: Clone, has_deps: bool
-) -> None:
+def test_object_half_written_at_a_kill_is_compiled_again(clone: Clone, has_deps: bool) -> None:
     half = (
         'printf half > "$5"; test -e calm || exec sleep 100; printf whole > "$5"; echo "$5: a.cu" >'
         ' "$5.d"'
     )
     clone.site.compiler(half, writes_output=False)
     clone.site.write_build(["a"], has_deps=has_deps)
-    job_server.install(clone.site.tickets)
+    job_server.install(clone.site.server_folder)
     child = clone.site.ninja(["a"], has_deps=has_deps)
     until(clone.site.running)
     until(lambda: clone.site.text("CMakeFiles/t.dir/a.cu.o") == "half")
@@ -229,7 +227,7 @@ def test_an_object_that_was_half_written_when_all_was_killed_is_not_taken(
     assert clone.site.text("CMakeFiles/t.dir/a.cu.o") == "whole"
 
 
-def test_commands_that_call_a_compiler_by_themselves_are_within_the_bound_too(clone: Clone) -> None:
+def test_commands_that_call_a_compiler_by_name_are_within_the_bound_too(clone: Clone) -> None:
     clone.site.compiler("sleep 0.05")
     (clone.site.folder.parent / "bin").mkdir()
     (clone.site.folder.parent / "bin" / "g++").symlink_to(clone.site.folder / "compiler")
@@ -252,7 +250,7 @@ def test_commands_that_call_a_compiler_by_themselves_are_within_the_bound_too(cl
     assert clone.site.most() == 1
 
 
-def test_without_a_target_nothing_is_run(clone: Clone) -> None:
+def test_without_targets_ninja_is_not_started(clone: Clone) -> None:
     with RunLog(
         Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild"
     ) as run_log:
@@ -280,12 +278,12 @@ def program(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def test_the_ninja_of_the_environment_goes_before_the_tools_and_that_before_path(
+def test_ninja_of_the_environment_comes_before_the_tools_and_path(
     tmp_path: Path,
 ) -> None:
     layout = Layout(tmp_path)
     loaded = settings.load(layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin")})
-    with pytest.raises(ToolchainError, match="there is no ninja"):
+    with pytest.raises(ToolchainError, match="no ninja found"):
         ninja.find(layout, loaded)
     for folder in (tmp_path / "bin", layout.tools / "bin", layout.environment / "bin"):
         made = program(folder, "ninja")
@@ -301,9 +299,9 @@ CACHES: list[tuple[tuple[str, ...], dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("programs", "shell", "word"), CACHES)
-def test_a_compiler_cache_stands_where_hits_need_no_ticket(
-    tmp_path: Path, programs: tuple[str, ...], shell: dict[str, str], word: str
+@pytest.mark.parametrize(("programs", "shell", "command"), CACHES)
+def test_cache_hits_need_no_job_token(
+    tmp_path: Path, programs: tuple[str, ...], shell: dict[str, str], command: str
 ) -> None:
     for name in programs:
         program(tmp_path / "bin", name)
@@ -311,7 +309,7 @@ def test_a_compiler_cache_stands_where_hits_need_no_ticket(
         Layout(tmp_path), environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell}
     )
     found = ninja.launchers(loaded, Path("/b/tickets/ticket"))
-    expected = word.replace("T", "/b/tickets/ticket").replace("BIN", str(tmp_path / "bin"))
+    expected = command.replace("T", "/b/tickets/ticket").replace("BIN", str(tmp_path / "bin"))
     assert {found[f"CMAKE_{language}_COMPILER_LAUNCHER"] for language in ("C", "CXX", "CUDA")} == {
         expected
     }
@@ -320,19 +318,19 @@ def test_a_compiler_cache_stands_where_hits_need_no_ticket(
     }
 
 
-def test_ccache_is_set_so_that_other_clones_hit_and_the_users_own_word_counts(
+def test_ccache_settings_share_hits_between_clones_and_the_users_settings_win(
     tmp_path: Path,
 ) -> None:
     program(tmp_path / "bin", "ccache")
     layout, bound = Layout(tmp_path), jobs.Jobs(3, 1, "")
 
-    def told(**shell: str) -> dict[str, str]:
+    def variables(**shell: str) -> dict[str, str]:
         loaded = settings.load(
             layout, environ={"HOME": str(tmp_path), "PATH": str(tmp_path / "bin"), **shell}
         )
         return dict(ninja.environment(layout, loaded, bound, Path("/t")))
 
-    plain = told()
+    plain = variables()
     assert (plain["CCACHE_BASEDIR"], plain["CCACHE_NOHASHDIR"], plain["CCACHE_DEPEND"]) == (
         str(tmp_path),
         "1",
@@ -344,13 +342,13 @@ def test_ccache_is_set_so_that_other_clones_hit_and_the_users_own_word_counts(
         "3",
     )
     assert plain["PATH"].split(":")[0] == str(layout.environment / "bin")
-    own = told(CCACHE_BASEDIR="/src", CCACHE_HASHDIR="1", CCACHE_NODEPEND="1")
+    own = variables(CCACHE_BASEDIR="/src", CCACHE_HASHDIR="1", CCACHE_NODEPEND="1")
     assert own["CCACHE_BASEDIR"] == "/src"
     assert "CCACHE_NOHASHDIR" not in own
     assert own["CCACHE_DEPEND"] == "1"
 
 
-VERB = """
+TASK = """
 import sys
 from pathlib import Path
 from workspace.cli import main
@@ -372,14 +370,14 @@ sys.exit(main.run(work))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whatever_ends_the_verb_no_compiler_outlives_it_and_the_next_build_goes_on(
-    clone: Clone, number: signal.Signals
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_compiler_outlives_a_killed_task_and_the_next_build_resumes(
+    clone: Clone, signal_number: signal.Signals
 ) -> None:
     clone.site.compiler("test -e calm || exec sleep 100")
     clone.site.write_build(NAMES)
-    argv = [sys.executable, "-c", VERB, str(clone.layout.root), str(clone.build)]
-    verb = subprocess.Popen(
+    argv = [sys.executable, "-c", TASK, str(clone.layout.root), str(clone.build)]
+    task = subprocess.Popen(
         argv, cwd=ROOT, env=clone.shell, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     until(
@@ -388,8 +386,8 @@ def test_whatever_ends_the_verb_no_compiler_outlives_it_and_the_next_build_goes_
             == ["sleep\n"] * 2
         )
     )
-    verb.send_signal(number)
-    _, talk = verb.communicate(timeout=20)
+    task.send_signal(signal_number)
+    _, talk = task.communicate(timeout=20)
     assert "Traceback" not in talk
     until(
         lambda: (

@@ -1,4 +1,4 @@
-"""Percent and time left by cost, and what fits into a terminal."""
+"""Percent and time left by cost, and the text that fits into a terminal."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def running(name: str, started: float) -> Running:
     return Running(Unit("t", name), PLANNED[Unit("t", name)], started)
 
 
-def test_a_few_small_units_do_not_promise_that_all_is_over_soon() -> None:
+def test_few_small_units_do_not_shorten_the_estimate() -> None:
     state = State(running=(running("long.cu", 0.0),), budget_gib=100.0)
     assert (
         progress.estimate(
@@ -28,11 +28,11 @@ def test_a_few_small_units_do_not_promise_that_all_is_over_soon() -> None:
         ).left_s
         > 40
     )
-    # One that is over its time already says that more.
+    # A unit over its expected time proves more.
     assert progress.estimate(PLANNED, [], state, jobs=4, now=180.0).left_s > 8
 
 
-def test_percent_goes_by_cost_and_not_by_count() -> None:
+def test_percent_follows_cost_and_not_the_count_of_units() -> None:
     found = progress.estimate(
         PLANNED,
         [finished("a.cu", 5.0), finished("b.cu", 5.0)],
@@ -44,7 +44,7 @@ def test_percent_goes_by_cost_and_not_by_count() -> None:
     assert found.left_s == pytest.approx(90.0)
 
 
-def test_a_slower_machine_takes_what_its_first_units_took() -> None:
+def test_estimate_scales_with_the_measured_speed_of_the_machine() -> None:
     found = progress.estimate(
         PLANNED,
         [finished("a.cu", 15.0)],
@@ -52,7 +52,7 @@ def test_a_slower_machine_takes_what_its_first_units_took() -> None:
         jobs=4,
         now=30.0,
     )
-    # 15 s for 5, and as much as a tenth of all speaks for the expected times: 25 for 15.
+    # 15 s instead of 5, and a tenth of all at the expected time: 25 for 15.
     assert found.share == pytest.approx((5 + 18) / 100)
     assert found.left_s == pytest.approx(72 * 25 / 15)
 
@@ -61,7 +61,7 @@ def test_a_slower_machine_takes_what_its_first_units_took() -> None:
     ("jobs", "budget_gib", "left_s"),
     [(1, 100.0, 100.0), (20, 100.0, 90.0), (20, 4.0, (90 * 8 + 10) / 4)],
 )
-def test_what_is_left_is_bound_by_cores_memory_and_the_longest_unit(
+def test_time_left_is_bound_by_cores_memory_and_the_longest_unit(
     jobs: int, budget_gib: float, left_s: float
 ) -> None:
     assert progress.estimate(
@@ -69,7 +69,7 @@ def test_what_is_left_is_bound_by_cores_memory_and_the_longest_unit(
     ).left_s == pytest.approx(left_s)
 
 
-def test_one_that_takes_longer_than_expected_never_reads_as_done() -> None:
+def test_unit_slower_than_expected_never_counts_as_done() -> None:
     found = progress.estimate(
         PLANNED, [], State(running=(running("long.cu", 0.0),), budget_gib=100.0), jobs=4, now=5000.0
     )
@@ -77,7 +77,7 @@ def test_one_that_takes_longer_than_expected_never_reads_as_done() -> None:
     assert found.left_s > 0
 
 
-def test_what_nobody_planned_and_what_ran_twice_count_once() -> None:
+def test_unplanned_and_repeated_units_count_once() -> None:
     again = [
         finished("a.cu", 5.0, status=137),
         finished("a.cu", 5.0),
@@ -88,7 +88,7 @@ def test_what_nobody_planned_and_what_ran_twice_count_once() -> None:
     assert (found.done, found.units) == (2, 4)
 
 
-def test_a_link_at_the_end_is_no_work_left() -> None:
+def test_links_do_not_count_as_work_left() -> None:
     link = Unit("_C", "link")
     state = State(running=(Running(link, Cost(20.0, 2.0, "guess"), 9.0),), budget_gib=100.0)
     found = progress.estimate(
@@ -105,11 +105,11 @@ def test_a_link_at_the_end_is_no_work_left() -> None:
     assert progress.units(state) == ("link of _C",)
 
 
-def test_with_nothing_planned_and_nothing_done_it_is_no_division_by_zero() -> None:
+def test_estimate_of_an_empty_build_is_zero() -> None:
     assert progress.estimate({}, [], State(), jobs=1, now=0.0) == progress.Estimate(0, 0, 0.0, 0.0)
 
 
-def test_figures_say_all_that_people_plan_by() -> None:
+def test_figures_show_percent_units_time_memory_and_waiting_units() -> None:
     state = State(waiting=7, held_gib=9.23, budget_gib=24.0)
     assert progress.figures(progress.Estimate(12, 31, 0.634, 245.0), state) == (
         "63%",
@@ -120,7 +120,7 @@ def test_figures_say_all_that_people_plan_by() -> None:
     )
 
 
-def test_where_none_runs_it_is_said_why() -> None:
+def test_reason_is_shown_if_no_unit_runs() -> None:
     assert progress.units(State(waiting=3, why="memory is short")) == ("memory is short",)
     both = State(
         running=(
@@ -143,7 +143,7 @@ def test_where_none_runs_it_is_said_why() -> None:
         (6, 2, ("63%", "12, +3")),
     ],
 )
-def test_parts_are_set_into_lines_and_what_has_no_room_is_counted(
+def test_parts_fill_the_lines_and_the_rest_is_counted(
     width: int, lines: int, rows: tuple[str, ...]
 ) -> None:
     assert (
@@ -164,5 +164,5 @@ def test_parts_are_set_into_lines_and_what_has_no_room_is_counted(
         (3600 * 2 + 300, "2 h 05 min"),
     ],
 )
-def test_times_are_said_as_people_say_them(seconds: float, output: str) -> None:
+def test_durations_are_written_in_suitable_units(seconds: float, output: str) -> None:
     assert progress.duration(seconds) == output

@@ -70,22 +70,20 @@ def test_targets_have_units_places_and_dependencies(found: Project) -> None:
     assert target(found, "flashy_py").kind == "UTILITY"
 
 
-def test_objects_are_the_names_that_ninja_knows(site: Site, found: Project) -> None:
+def test_objects_are_targets_of_ninja(site: Site, found: Project) -> None:
     unit = target(found, "_C").units[0]
     build = folder(site.layout, site.inputs())
     assert site.ninja(build, unit.object).returncode == 0
     assert (build / unit.object).is_file()
 
 
-def test_what_is_not_built_is_kept_in_configures_own_words(found: Project) -> None:
+def test_messages_about_kernels_that_are_not_built_are_kept(found: Project) -> None:
     assert found.not_built == (
         "Not building Machete kernels as no compatible archs found in CUDA target architectures",
     )
 
 
-def test_recipes_differ_where_flags_do_and_not_by_the_build_directory(
-    site: Site, found: Project
-) -> None:
+def test_recipe_depends_on_flags_and_not_on_the_build_directory(site: Site, found: Project) -> None:
     with written(site.tree / "CMakeLists.txt", TOP.replace("WIDE=1", "WIDE=2")):
         there = site.configure(site.inputs(pin="v2"))
     differing = {
@@ -95,7 +93,7 @@ def test_recipes_differ_where_flags_do_and_not_by_the_build_directory(
 
 
 @pytest.mark.parametrize("damage", ["index", "target", "record", "commands", "nothing there"])
-def test_half_an_answer_is_none(site: Site, tmp_path: Path, damage: str) -> None:
+def test_incomplete_reply_is_none(site: Site, tmp_path: Path, damage: str) -> None:
     build = tmp_path / "build"
     if damage != "nothing there":
         shutil.copytree(folder(site.layout, site.inputs()), build)
@@ -110,7 +108,7 @@ def test_half_an_answer_is_none(site: Site, tmp_path: Path, damage: str) -> None
     assert project.read(build, site.tree) is None
 
 
-def test_an_answer_of_another_form_is_none(site: Site, tmp_path: Path) -> None:
+def test_reply_of_another_form_is_none(site: Site, tmp_path: Path) -> None:
     build = tmp_path / "build"
     shutil.copytree(folder(site.layout, site.inputs()), build)
     record = build / project.RECORD
@@ -143,7 +141,7 @@ def test_setup_is_read_for_a_device_without_being_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["def (", "", "\0", "ext_modules = f()"])
-def test_a_setup_that_lists_nothing_readable_lists_nothing(tmp_path: Path, text: str) -> None:
+def test_setup_that_lists_nothing_readable_lists_nothing(tmp_path: Path, text: str) -> None:
     put(tmp_path, {"setup.py": text})
     assert project.extensions(tmp_path, "cuda") == ()
     assert project.extensions(tmp_path / "nowhere", "cuda") == ()

@@ -1,6 +1,4 @@
-"""The timeline: a trace that a viewer takes, and what is said of the slowest and hungriest
-units.
-"""
+"""The trace of a build, and the summary of the slowest and the largest units."""
 
 import itertools
 import json
@@ -45,7 +43,7 @@ FINISHED = (
 )
 
 
-def test_units_that_ran_at_once_lie_in_different_lanes_and_no_lane_more_than_needed() -> None:
+def test_parallel_units_are_in_different_lanes_and_no_lane_is_superfluous() -> None:
     assert progress.lanes(FINISHED) == (0, 1, 0, 1, 2)
     assert progress.lanes(()) == ()
 
@@ -65,7 +63,7 @@ def test_no_two_units_of_a_lane_overlap_however_a_build_went() -> None:
         )
 
 
-def test_the_trace_keeps_to_the_rules_of_the_trace_event_format() -> None:
+def test_trace_follows_the_trace_event_format() -> None:
     samples = [Sample(101.0, 1.5, 4.0, 2, 7), Sample(99.0, 0.0, 0.0, 0, 0)]
     document = json.loads(
         json.dumps(
@@ -104,7 +102,7 @@ def test_the_trace_keeps_to_the_rules_of_the_trace_event_format() -> None:
     )
 
 
-def test_a_trace_goes_with_its_log(tmp_path: Path) -> None:
+def test_trace_is_removed_with_its_log(tmp_path: Path) -> None:
     for name in ("old", "kept"):
         (tmp_path / f"{name}{progress.SUFFIX}").write_text("{}")
     for name in ("kept", "new"):
@@ -117,7 +115,7 @@ def test_a_trace_goes_with_its_log(tmp_path: Path) -> None:
     assert len(json.loads(written.read_text())["traceEvents"]) == 9
 
 
-def test_the_slowest_and_hungriest_stand_beside_the_last_build() -> None:
+def test_slowest_and_largest_units_are_compared_with_the_last_build() -> None:
     finished = [
         done("slow.cu", 0, 300.0, peak_gib=1.0),
         done("fast.cu", 0, 200.0, peak_gib=2.0),
@@ -145,5 +143,5 @@ def test_the_slowest_and_hungriest_stand_beside_the_last_build() -> None:
 @pytest.mark.parametrize(
     "finished", [(), (done("a", 0, 1.0, status=1),), (done("a", 0, 1.0, is_light=True),)]
 )
-def test_with_nothing_compiled_there_is_nothing_to_say(finished: tuple[Finished, ...]) -> None:
+def test_summary_is_empty_if_no_unit_was_compiled(finished: tuple[Finished, ...]) -> None:
     assert progress.build_summary(finished, ()) == ()

@@ -1,10 +1,10 @@
-"""Tickets for compilers: a socket in the verb's own process, at which each launcher (launcher.py)
-asks before it starts its compiler.
+"""Job server for compilers: a socket in the process of the task, from which each launcher
+(launcher.py) requests a job token before it starts its compiler.
 
-Who may start is decided in admission.py. An open connection is a ticket, so the kernel gives back
-what a killed compiler held, and a killed verb ends all that wait. A broker's end refuses who waits
-and ends who runs: ninja may have been killed alone. A compiler that the kernel killed for want of
-memory runs again on half the budget, twice.
+scheduler.py decides which compiler starts. An open connection is a token, so the kernel returns
+what a killed compiler held, and if the task is killed, all waiting launchers end. When the server
+ends, it refuses waiting launchers and ends running ones: ninja alone may have been killed. A
+compiler that was killed because memory ran out runs again with half the budget, twice at most.
 """
 
 import contextlib
@@ -16,60 +16,71 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.compile import jobs, launcher, scheduler
 from workspace.compile.costs import KILLED_HELD, Costs, History, unit_of
-from workspace.compile.scheduler import Admission, Client, End, Finished, Live, Running, State
+from workspace.compile.scheduler import (
+    Admission,
+    Client,
+    End,
+    Finished,
+    MemoryStatus,
+    Running,
+    State,
+)
 from workspace.core.errors import BuildError
 from workspace.core.files import write_atomic
 
-# How often processes are looked at. Between two looks a peak may be missed; what the largest
-# process of a unit held at the most is known exactly.
+# Interval of measurements. A peak between two of them may be missed; the peak of the largest
+# process of a unit is known exactly.
 LOOK_S = 1.0
-# The first compilers wait until all have asked, or nobody has for so long, and no longer than the
-# other: the order is worth most when all units are seen.
+# The first compilers wait until all units have requested a token, or none has for QUIET_S, and for
+# LONGEST_QUIET_S at most: the order is best when all units are known.
 QUIET_S, LONGEST_QUIET_S = 0.3, 2.0
 SAVE_S = 30.0
 TERMINATE_GRACE_S, KILL_GRACE_S = 3.0, 2.0
 # For launchers that ninja had started when it was killed.
 LATECOMERS_S = 0.3
-# So many times memory may run out in one build.
+# After so many out-of-memory kills in one build, give up.
 KILLS = 3
-# These compile in a server, which a launcher has not started and cannot measure.
+# These programs compile in a server of their own, which a launcher cannot measure.
 _ELSEWHERE = ("sccache", "distcc", "icecc")
-_HAS_ENDED = "the build that this unit belongs to has ended"
+_HAS_ENDED = "the build of this unit has ended"
 _OTHER_FAILED = "another unit failed"
-# Below the folder of the tickets.
+# Folder of a job server below a build directory, and the launcher in it. The names stay: ninja
+# compares commands, so a new path would compile every unit again.
+FOLDER, LAUNCHER = "tickets", "ticket"
+# Below that folder.
 STAND_INS = "compilers"
 
 
 def install(folder: Path, *, python: str = sys.executable) -> Path:
-    """Make `folder` hold the program to name as compiler launcher, and return it. One that is right
-    is not touched: ninja compares the command.
+    """Write the compiler launcher into `folder`, and return its path. Keep one that is up to date:
+    ninja compares the commands.
 
-    One word without arguments serves CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache
+    A path without arguments works for CMake (CMAKE_<LANG>_COMPILER_LAUNCHER), ccache
     (prefix_command), cargo (RUSTC_WRAPPER) and torch (PYTORCH_NVCC).
     """
-    # What a compiler with a ticket starts needs none: the stand-ins are for those that have no
+    # Children of a compiler with a token need none: the stand-ins are for compilers without a
     # launcher.
     without = f'_stand_ins={shlex.quote(str(folder / STAND_INS))}; PATH="${{PATH#"$_stand_ins":}}"'
     return _write_program(
-        folder / "ticket",
+        folder / LAUNCHER,
         f"{without}; exec {shlex.join([python, '-I', '-S', launcher.__file__, str(folder)])}",
     )
 
 
 def stand_in(folder: Path, compilers: Mapping[str, Sequence[str]]) -> Path:
-    """Make a folder to be put first on PATH, so that also a command which calls a compiler by its
-    name takes a ticket, and return it.
+    """Create a folder of stand-ins, to be put first on PATH, and return it: a command that calls a
+    compiler by name then also requests a token.
 
-    `compilers` gives the words that each name stands for.
+    `compilers` maps each name to the command that it runs.
     """
     place = folder / STAND_INS
-    for name, words in compilers.items():
-        _write_program(place / name, f"exec {shlex.join([str(install(folder)), *words])}")
+    for name, argv in compilers.items():
+        _write_program(place / name, f"exec {shlex.join([str(install(folder)), *argv])}")
     for old in set(os.listdir(place)) - set(compilers) if place.is_dir() else ():
         (place / old).unlink()
     return place
@@ -82,14 +93,21 @@ def _write_program(program: Path, command: str) -> Path:
     return program
 
 
-class JobServer:
-    """Gives out tickets while the block is entered, from a thread.
+@dataclass(frozen=True)
+class MemoryWatch:
+    """How to read the memory status of the machine, and the kernel's out-of-memory kills."""
 
-    `look` says what the machine has left; without it only the bounds count. `kills` counts how
-    often the kernel has killed for want of memory. `units` is how many will ask, where that is
-    known: the first then need not wait to see whether another comes. Once a unit has failed those
-    that wait are refused, unless told to `keep_going`: for ninja they run already, and it would
-    wait for them all. `trouble` is a sentence once memory has run out too often.
+    status: Callable[[], MemoryStatus]
+    kills: Callable[[], int]
+
+
+class JobServer:
+    """Gives job tokens to compilers while the block is entered, from a thread.
+
+    Without `memory` only the bounds count. `units` is the expected number of requests, if known:
+    then the first need not wait for others. Once a unit has failed, waiting ones are refused,
+    unless `keep_going`: ninja has started them already and would wait for all of them. `trouble` is
+    a message once memory has run out too often.
     """
 
     def __init__(
@@ -98,27 +116,21 @@ class JobServer:
         admission: Admission,
         costs: Costs,
         *,
-        look: Callable[[], Live] | None = None,
-        kills: Callable[[], int] | None = None,
+        memory: MemoryWatch | None = None,
         history: History | None = None,
         units: int = 0,
         keep_going: bool = False,
     ) -> None:
         self.state = State()
         self.trouble: str | None = None
-        self._units, self._keep_going, self._kills = units, keep_going, kills
-        self._folder, self._admission, self._costs, self._look, self._history = (
-            folder,
-            admission,
-            costs,
-            look,
-            history,
-        )
-        self._callers: dict[int, Client] = {}
+        self._folder, self._admission, self._costs = folder, admission, costs
+        self._memory, self._history = memory, history
+        self._units, self._keep_going = units, keep_going
+        self._clients: dict[int, Client] = {}
         self._finished: list[Finished] = []
         self._failure: BaseException | None = None
         self._selector = selectors.DefaultSelector()
-        self._last_number = self._asked = 0
+        self._last_number = self._requests = 0
         self._budgets: list[float] = []
         self._last_kill = -1.0
         self._has_failed = False
@@ -128,7 +140,7 @@ class JobServer:
 
     @property
     def finished(self) -> tuple[Finished, ...]:
-        """The units that have ended so far."""
+        """Units that have ended so far."""
         return tuple(self._finished)
 
     def __enter__(self) -> "JobServer":
@@ -137,21 +149,21 @@ class JobServer:
         self._woken, self._waker = os.pipe()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._serve, name="tickets", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="job server", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still waits or runs. Raises BuildError where the thread had failed: launchers
-        were then refused.
+        """End all units that wait or run. Raises BuildError if the thread had failed and refused
+        launchers.
         """
         self._is_ending = True
         os.close(self._waker)
         self._thread.join()
         if self._failure is not None:
-            hint = "a fault of the workspace: run the same command again"
+            hint = "this is a defect of the workspace: run the same command again"
             raise BuildError(
-                f"the tickets for compilers failed: {self._failure!r}", hint=hint
+                f"the job server failed: {self._failure!r}", hint=hint
             ) from self._failure
 
     def _serve(self) -> None:
@@ -166,20 +178,20 @@ class JobServer:
             (self._folder / "socket").unlink(missing_ok=True)
             self._listener.close()
             os.close(self._woken)
-            for client in self._callers.values():
+            for client in self._clients.values():
                 client.connection.close()
             self._selector.close()
 
     def _turn(self) -> None:
         now = time.monotonic()
-        pause_s = LOOK_S if self._callers else None
+        pause_s = LOOK_S if self._clients else None
         if (settled := min(self._quiet_until, self._longest_quiet_until)) > now:
             pause_s = settled - now
         for key, _ in self._selector.select(pause_s):
             if key.fileobj is self._listener:
                 self._accept()
-            elif key.fd in self._callers:
-                self._hear(self._callers[key.fd])
+            elif key.fd in self._clients:
+                self._receive(self._clients[key.fd])
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
             self._looked = now
@@ -192,15 +204,15 @@ class JobServer:
     def _admit(self, now: float) -> None:
         admission = self._admission
         if admission.waiting and now >= min(self._quiet_until, self._longest_quiet_until):
-            callers = {client.number: client for client in self._callers.values()}
-            for number in admission.admit(now, self._look() if self._look else None):
-                self._start(callers[number], now)
+            clients = {client.number: client for client in self._clients.values()}
+            for number in admission.admit(now, self._memory.status() if self._memory else None):
+                self._start(clients[number], now)
         running = tuple(
             Running(client.unit, client.expected, client.started or now)
-            for client in self._callers.values()
+            for client in self._clients.values()
             if client.is_counted
         )
-        held_gib = sum(ticket.held_gib for ticket in admission.running)
+        held_gib = sum(token.held_gib for token in admission.running)
         self.state = State(
             running,
             len(admission.waiting),
@@ -211,35 +223,35 @@ class JobServer:
         )
 
     def _start(self, client: Client, now: float) -> None:
-        client.start(now, self._kills() if self._kills else 0)
+        client.start(now, self._memory.kills() if self._memory else 0)
 
     def _accept(self) -> None:
         while client := scheduler.accept_client(self._listener, self._last_number + 1):
             self._last_number += 1
-            self._callers[client.connection.fileno()] = client
+            self._clients[client.connection.fileno()] = client
             self._selector.register(client.connection, selectors.EVENT_READ)
 
-    def _hear(self, client: Client) -> None:
-        is_over = client.hear()
+    def _receive(self, client: Client) -> None:
+        is_over = client.receive()
         try:
-            said = client.understand()
+            message = client.parse()
         except ValueError:
-            said, is_over = None, True
-        if isinstance(said, End):
-            self._heard_end(client, said)
-        elif said is not None:
-            self._ask(client, said)
-        if is_over and client.connection.fileno() in self._callers:
+            message, is_over = None, True
+        if isinstance(message, End):
+            self._end_run(client, message)
+        elif message is not None:
+            self._request(client, message)
+        if is_over and client.connection.fileno() in self._clients:
             self._drop(client)
             self._finish(client, None)
 
-    def _ask(self, client: Client, argv: list[str]) -> None:
+    def _request(self, client: Client, argv: list[str]) -> None:
         client.unit = unit_of(argv)
         client.is_elsewhere = Path(argv[0]).name in _ELSEWHERE
         client.expected = self._costs.expected(client.unit)
         if self._is_inside_another(client.pid):
-            # It is part of what that one was admitted for. To wait for a second ticket with the
-            # first in hand may be to wait for ever.
+            # It is part of the outer unit. If it waited for a second token while that unit holds
+            # the first, both might wait forever.
             client.is_nested = True
             self._start(client, time.monotonic())
         else:
@@ -252,16 +264,16 @@ class JobServer:
         now = time.monotonic()
         if not self._admission.waiting and not self._admission.running:
             self._longest_quiet_until = now + LONGEST_QUIET_S
-        self._asked += 1
-        self._quiet_until = now if 0 < self._units <= self._asked else now + QUIET_S
-        self._admission.ask(client.number, client.expected, now, is_light=client.unit.is_light)
+        self._requests += 1
+        self._quiet_until = now if 0 < self._units <= self._requests else now + QUIET_S
+        self._admission.request(client.number, client.expected, now, is_light=client.unit.is_light)
 
     def _is_inside_another(self, pid: int) -> bool:
-        """Whether a launcher that has a ticket is among the parents of this one."""
-        holders = {client.pid for client in self._callers.values() if client.started is not None}
+        """Return whether a parent process of this launcher is a launcher with a token."""
+        holders = {client.pid for client in self._clients.values() if client.started is not None}
         return bool(holders) and any(parent in holders for parent in jobs.parents(pid))
 
-    def _heard_end(self, client: Client, end: End) -> None:
+    def _end_run(self, client: Client, end: End) -> None:
         began, status = client.started or 0.0, os.waitstatus_to_exitcode(end.status)
         is_killed = not self._is_ending and (
             launcher.is_killed(end.status) or (status > 0 and self._has_been_killed(client))
@@ -284,13 +296,15 @@ class JobServer:
             self._queue(client)
 
     def _has_been_killed(self, client: Client) -> bool:
-        """Whether the kernel has killed for want of memory since this compiler began: g++ exits
-        with 1 when its own child is the one.
+        """Return whether memory has run out since this compiler began: g++ exits with 1 when the
+        kernel kills its child.
         """
-        return self._kills is not None and self._kills() > client.kills
+        return self._memory is not None and self._memory.kills() > client.kills
 
     def _make_room(self, done: Finished, began: float) -> None:
-        """Halve the budget. What had begun before it was halved last fell to the same shortage."""
+        """Halve the budget, unless the unit began before the last halving: that is the same
+        shortage.
+        """
         if began < self._last_kill:
             return
         bounds = self._admission.bounds
@@ -301,14 +315,14 @@ class JobServer:
             tried = ", ".join(f"{budget:.1f}" for budget in self._budgets)
             self.trouble = (
                 f"memory ran out {len(self._budgets)} times, with budgets of {tried} GiB; the last"
-                f" to be killed was {done.unit.source} of {done.unit.target or 'no target'}:"
+                f" killed unit was {done.unit.source} of {done.unit.target or 'no target'}:"
                 f" {done.expected.peak_gib:.1f} GiB expected, at least {done.peak_gib:.1f} held"
             )
 
     def _finish(
         self, client: Client, status: int | None, seconds: float = 0.0, *, is_killed: bool = False
     ) -> Finished | None:
-        """Keep what a unit took; None for one that had not begun, or is part of another."""
+        """Record what a unit took; return None if it had not begun or is part of another."""
         if client.started is None or client.is_nested:
             return None
         done = Finished(
@@ -338,62 +352,60 @@ class JobServer:
         self._has_failed = True
         for client in [
             client
-            for client in self._callers.values()
-            if client.has_asked and client.started is None
+            for client in self._clients.values()
+            if client.has_requested and client.started is None
         ]:
             self._refuse(client, _OTHER_FAILED)
 
     def _drop(self, client: Client) -> None:
-        """Take the ticket back: the compiler has ended, or all that had the connection in their
-        hands are gone.
+        """Take the token back: the compiler has ended, or all processes that held the connection
+        are gone.
         """
         self._selector.unregister(client.connection)
-        del self._callers[client.connection.fileno()]
+        del self._clients[client.connection.fileno()]
         client.connection.close()
         self._admission.leave(client.number)
 
     def _measure(self) -> None:
-        running = [client for client in self._callers.values() if client.is_counted]
+        running = [client for client in self._clients.values() if client.is_counted]
         if not running:
             return
         living = jobs.living()
         trees = jobs.below(frozenset(client.pid for client in running), living)
         for client in running:
-            held_gib = sum(living[number].held_gib for number in trees[client.pid])
+            held_gib = sum(living[pid].held_gib for pid in trees[client.pid])
             client.peak_gib = max(client.peak_gib, held_gib)
             self._admission.measured(client.number, held_gib)
 
     def _save(self) -> None:
-        """A history that cannot be written costs the next build its best figures, and this one
-        nothing.
-        """
+        """Save the history. If that fails, only the next build's estimates suffer."""
         with contextlib.suppress(OSError):
             if self._history:
                 self._history.save()
 
     def _end(self) -> None:
-        """Refuse who waits, end who runs, and do not go before they have."""
-        was_busy = bool(self._callers)
-        for client in [client for client in self._callers.values() if client.started is None]:
+        """Refuse waiting launchers, end running ones, and return once they have ended."""
+        had_clients = bool(self._clients)
+        for client in [client for client in self._clients.values() if client.started is None]:
             self._refuse(client, _HAS_ENDED)
-        for number, grace_s in (
+        for signal_number, grace_s in (
             (signal.SIGTERM, TERMINATE_GRACE_S),
             (signal.SIGKILL, KILL_GRACE_S),
         ):
             deadline = time.monotonic() + grace_s
-            while self._callers and time.monotonic() < deadline:
-                # Below its launcher, and in the launcher's group, which ninja makes for each
-                # command: a launcher may have been killed.
+            while self._clients and time.monotonic() < deadline:
+                # Signal the processes below each launcher, and its group, which ninja makes for
+                # each command: a launcher may have been killed.
                 holders = [
-                    client for client in self._callers.values() if client.started is not None
+                    client for client in self._clients.values() if client.started is not None
                 ]
                 jobs.signal_process(
                     frozenset(client.pid for client in holders),
                     frozenset(client.group for client in holders),
-                    number,
+                    signal_number,
                 )
                 self._refuse_latecomers(0.1)
-        if was_busy:
+        if had_clients:
             self._refuse_latecomers(LATECOMERS_S)
 
     def _refuse_latecomers(self, seconds: float) -> None:
@@ -402,10 +414,10 @@ class JobServer:
             for key, _ in self._selector.select(left_s):
                 if key.fileobj is self._listener:
                     self._accept()
-                elif key.fd in self._callers:
-                    client = self._callers[key.fd]
+                elif key.fd in self._clients:
+                    client = self._clients[key.fd]
                     (
-                        self._hear(client)
+                        self._receive(client)
                         if client.started is not None
                         else self._refuse(client, _HAS_ENDED)
                     )
@@ -413,5 +425,5 @@ class JobServer:
                     self._selector.unregister(self._woken)
 
     def _refuse(self, client: Client, why: str) -> None:
-        client.info(why)
+        client.send(why)
         self._drop(client)

@@ -1,7 +1,7 @@
-"""How many compilers at once, and how much memory for all of them: the arithmetic, and the
-sentences that say it.
+"""Number of compilers at once, and the memory for all of them: how both are computed and explained;
+and the processes and memory of the machine.
 
-Everything here is decided from what it is given; the numbers then bind in admission.py.
+The first part only computes; the scheduler enforces the result.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.compile.scheduler import Live
+from workspace.compile.scheduler import MemoryStatus
 from workspace.core.errors import SettingsError
 from workspace.core.settings import LARGEST_COUNT, Settings
 from workspace.machine import hardware
@@ -22,23 +22,23 @@ from workspace.machine.hardware import Machine
 AUTO = "auto"
 HINT = "./scripts/inv rebuild --jobs auto   # as many as cores and memory allow"
 MEMORY_HINT = (
-    "./scripts/inv rebuild --memory auto   # what is available, less what is left for the system"
+    "./scripts/inv rebuild --memory auto   # available memory, less a reserve for the system"
 )
-# What is left for the system, a share of all memory and never less than the other: on a Spark GPU
-# and processor share it, and without any the machine freezes before the kernel kills
-# (flashinfer-ai/flashinfer#3634).
+# Memory reserved for the system: a share of all memory, and at least the second value. On a Spark
+# the GPU and the CPU share memory, and without a reserve the machine freezes before the kernel
+# kills a process (flashinfer-ai/flashinfer#3634).
 RESERVED_SHARE, LEAST_RESERVED_GIB = 0.1, 2.0
-# With less than this no compiler gets far.
+# With less memory no compiler finishes.
 LEAST_BUDGET_GIB = 1.0
-# ninja, its children and the broker have some 1,000 files each (RLIMIT_NOFILE); a waiting unit is
-# one of them.
+# ninja, its children and the job server may open about 1,000 files each (RLIMIT_NOFILE); each
+# waiting unit takes one.
 MOST_VISIBLE = 900
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """`count` compilers at once, of `nvcc_threads` threads each; `sentence` says how that came
-    about.
+    """Number of compilers at once, of `nvcc_threads` threads each; `sentence` explains where it
+    comes from.
     """
 
     count: int
@@ -48,7 +48,7 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB for all compilers together, GiB left for the system, and how that came about."""
+    """Memory budget of all compilers together, and the reserve for the system, explained."""
 
     budget_gib: float
     reserve_gib: float
@@ -56,10 +56,10 @@ class Memory:
 
 
 def count(settings: Settings, *, cores: int, flag: str | None = None) -> Jobs:
-    """Decide how many compilers run at once. `flag` is what followed --jobs; it outranks MAX_JOBS,
-    be it `auto` or a number.
+    """Return how many compilers run at once. `flag` is the value of --jobs, `auto` or a number; it
+    outranks MAX_JOBS.
 
-    Raises SettingsError for what is neither `auto` nor a whole number of at least 1.
+    Raises SettingsError for anything else than `auto` or a whole number of at least 1.
     """
     if (
         flag is not None
@@ -75,59 +75,59 @@ def count(settings: Settings, *, cores: int, flag: str | None = None) -> Jobs:
     threads = settings.count("NVCC_THREADS") or 1
     wanted = settings.count("MAX_JOBS") if flag is None else None if flag == AUTO else int(flag)
     if wanted is None:
-        bound, said = cores, f"auto: {cores} {'core' if cores == 1 else 'cores'}"
+        bound, origin = cores, f"auto: {cores} {'core' if cores == 1 else 'cores'}"
     elif flag is not None or settings.source("MAX_JOBS") == "flag":
-        bound, said = wanted, f"--jobs {wanted}"
+        bound, origin = wanted, f"--jobs {wanted}"
     else:
-        bound, said = (
+        bound, origin = (
             wanted,
             (
                 f"MAX_JOBS={wanted} in"
                 f" {'the shell' if settings.source('MAX_JOBS') == 'shell' else '.env'}"
             ),
         )
-    return _divided(bound, min(threads, bound), threads, said)
+    return _divided(bound, min(threads, bound), threads, origin)
 
 
-def _divided(bound: int, threads: int, asked: int, said: str) -> Jobs:
-    """An nvcc of several threads is several compilers at once: what is asked for is divided by
-    them, as vLLM's setup.py does (vllm-project/vllm#20079).
+def _divided(bound: int, threads: int, requested: int, origin: str) -> Jobs:
+    """Divide the bound by the threads of nvcc: an nvcc of several threads counts as several
+    compilers, as in vLLM's setup.py (vllm-project/vllm#20079).
     """
-    number = bound // threads
-    nouns = "compiler" if number == 1 else "compilers"
+    count = bound // threads
+    nouns = "compiler" if count == 1 else "compilers"
     if threads > 1:
-        nouns, said = f"{nouns} of {threads} threads", f"{said} / NVCC_THREADS {threads}"
+        nouns, origin = f"{nouns} of {threads} threads", f"{origin} / NVCC_THREADS {threads}"
     else:
-        said = f"{said}; NVCC_THREADS 1"
+        origin = f"{origin}; NVCC_THREADS 1"
     return Jobs(
-        number,
+        count,
         threads,
-        f"{number} {nouns} at once: {said}"
-        + (f", not the {asked} asked for" if threads < asked else ""),
+        f"{count} {nouns} at once: {origin}"
+        + (f", not the requested {requested}" if threads < requested else ""),
     )
 
 
 def memory(machine: Machine, *, flag: str | None = None) -> Memory:
-    """Decide how much memory all compilers together may take. `flag` is what followed --memory:
-    GiB, or `auto` as without it.
+    """Return the memory budget of all compilers together. `flag` is the value of --memory: GiB, or
+    `auto`, the default.
 
-    Raises SettingsError for what is no number of GiB, and for more than the machine, or its control
+    Raises SettingsError for an invalid number, and for more memory than the machine, or its control
     group, has.
     """
     total, available = machine.memory_gib, machine.available_gib
     reserve = min(max(LEAST_RESERVED_GIB, total * RESERVED_SHARE), total / 2)
     if flag is None or flag == AUTO:
         budget = max(LEAST_BUDGET_GIB, available - reserve)
-        said = (
+        sentence = (
             f"{budget:.1f} GiB for compilers: {available:.1f} of {total:.1f} are available,"
-            f" {reserve:.1f} are left for the system"
+            f" {reserve:.1f} are reserved for the system"
         )
         if budget > available - reserve:
-            said += (
-                f"; that leaves too little: {LEAST_BUDGET_GIB:.1f} is the least, and one compiler"
-                " at a time"
+            sentence += (
+                f"; that leaves too little: the minimum is {LEAST_BUDGET_GIB:.1f}, with one"
+                " compiler at a time"
             )
-        return Memory(budget, reserve, said)
+        return Memory(budget, reserve, sentence)
     wanted = float(flag) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", flag) else math.nan
     if not wanted >= LEAST_BUDGET_GIB:
         raise SettingsError(
@@ -137,41 +137,40 @@ def memory(machine: Machine, *, flag: str | None = None) -> Memory:
         )
     if wanted > total:
         raise SettingsError(
-            f"--memory {flag}: there are {total:.1f} GiB in this machine, or in its control group",
+            f"--memory {flag}: this machine, or its control group, has {total:.1f} GiB",
             hint=MEMORY_HINT,
         )
-    said = f"{wanted:g} GiB for compilers: --memory {flag}"
+    sentence = f"{wanted:g} GiB for compilers: --memory {flag}"
     if wanted > (free := max(0.0, available - reserve)):
-        said += (
-            f"; only {free:.1f} are to be had now ({available:.1f} available, {reserve:.1f} left"
+        sentence += (
+            f"; only {free:.1f} are free now ({available:.1f} available, {reserve:.1f} reserved"
             " for the system): compilers wait for the rest"
         )
-    return Memory(wanted, reserve, said)
+    return Memory(wanted, reserve, sentence)
 
 
-def environment(jobs: Jobs, *, ticket: str) -> Mapping[str, str]:
-    """What a build's children are told, so that what starts compilers by itself keeps to the number
-    too.
+def environment(jobs: Jobs, *, launcher: str) -> Mapping[str, str]:
+    """Return environment variables that keep nested builds to the same number of compilers.
 
-    `ticket` is the launcher (tickets.install). Nested CMake, torch's own builder, cargo and make:
-    each has its own name for the same thing.
+    `launcher` is the compiler launcher (job_server.install). Nested CMake, torch's own builder,
+    cargo and make each have their own variable.
     """
-    number = str(jobs.count)
+    count = str(jobs.count)
     return {
-        "MAX_JOBS": number,
+        "MAX_JOBS": count,
         "NVCC_THREADS": str(jobs.nvcc_threads),
-        "CARGO_BUILD_JOBS": number,
-        "CMAKE_BUILD_PARALLEL_LEVEL": number,
-        "RUSTC_WRAPPER": ticket,
-        "CMAKE_C_COMPILER_LAUNCHER": ticket,
-        "CMAKE_CXX_COMPILER_LAUNCHER": ticket,
-        "CMAKE_CUDA_COMPILER_LAUNCHER": ticket,
+        "CARGO_BUILD_JOBS": count,
+        "CMAKE_BUILD_PARALLEL_LEVEL": count,
+        "RUSTC_WRAPPER": launcher,
+        "CMAKE_C_COMPILER_LAUNCHER": launcher,
+        "CMAKE_CXX_COMPILER_LAUNCHER": launcher,
+        "CMAKE_CUDA_COMPILER_LAUNCHER": launcher,
     }
 
 
 def visible(units: int, jobs: Jobs) -> int:
-    """What ninja is given as -j: all units, for only those that have asked for a ticket can be put
-    into the best order. The tickets keep to `jobs`.
+    """Return ninja's -j: all units, because the scheduler orders only units that have requested a
+    token. The job tokens keep to `jobs`.
     """
     return max(jobs.count, min(units, MOST_VISIBLE))
 
@@ -180,21 +179,21 @@ _PSI = Path("/proc/pressure/memory")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def memory_status(reserve_gib: float) -> Live:
-    """Return what may still be taken without touching `reserve_gib`: of the machine's memory, or of
-    the control group's limit where that is less.
+def memory_status(reserve_gib: float) -> MemoryStatus:
+    """Return the memory available beyond `reserve_gib`: of the machine, or of the control group if
+    that has less.
     """
     import psutil
 
     available = float(psutil.virtual_memory().available)
     for limit, used in hardware.memory_limits():
         available = min(available, max(0.0, limit - used))
-    return Live(available / hardware.GIB - reserve_gib, _pressed_percent())
+    return MemoryStatus(available / hardware.GIB - reserve_gib, _pressure_percent())
 
 
-def _pressed_percent() -> float:
-    """Share of the last 10 s in which at least one task stood still for want of memory; 0 where the
-    kernel does not count it.
+def _pressure_percent() -> float:
+    """Return the share of the last 10 s in which some task waited for memory; 0 if the kernel does
+    not measure it.
     """
     with contextlib.suppress(OSError):
         if found := re.search(
@@ -205,8 +204,8 @@ def _pressed_percent() -> float:
 
 
 def kills() -> int:
-    """Return how often the kernel has killed for want of memory: in this control group where that
-    is counted, else on this machine.
+    """Return how many processes the kernel has killed because memory ran out: in this control group
+    if counted there, else on the machine.
     """
     for file in (*_group_counters(), Path("/proc/vmstat")):
         with contextlib.suppress(OSError):
@@ -218,7 +217,7 @@ def kills() -> int:
 
 
 def _group_counters() -> tuple[Path, ...]:
-    """Where version 2, then 1, of control groups counts kills (cgroups(7))."""
+    """Return the files in which version 2, then 1, of control groups counts kills (cgroups(7))."""
     with contextlib.suppress(OSError):
         places = dict(
             line.split(":", 2)[1:]
@@ -239,9 +238,7 @@ _PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / hardware.GIB
 
 @dataclass(frozen=True)
 class Process:
-    """A process: its parent, its group, and the GiB that it holds (resident, shared pages
-    included).
-    """
+    """A process: its parent, its group, and the GiB it holds (resident, shared pages included)."""
 
     parent: int
     group: int
@@ -249,11 +246,11 @@ class Process:
 
 
 def living() -> dict[int, Process]:
-    """Return all processes that live, in one pass (proc_pid_stat(5))."""
+    """Return all living processes by pid, in one pass (proc_pid_stat(5))."""
     found = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            # One that ends meanwhile is none.
+            # A process may end meanwhile.
             with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
                 state, parent, group, *rest = file.read().rpartition(b")")[2].split()
                 if state not in (b"Z", b"X"):
@@ -261,33 +258,39 @@ def living() -> dict[int, Process]:
     return found
 
 
-def parents(number: int) -> Iterator[int]:
+def parents(pid: int) -> Iterator[int]:
     """Yield the parent of a process, its parent, and so on."""
     with contextlib.suppress(OSError):
-        while number > 1:
-            number = int(Path(f"/proc/{number}/stat").read_bytes().rpartition(b")")[2].split()[1])
-            yield number
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            yield pid
 
 
 def below(roots: frozenset[int], known: Mapping[int, Process]) -> dict[int, set[int]]:
     """Return, for each of `roots`, the processes below it, without itself."""
     found: dict[int, set[int]] = {root: set() for root in roots}
-    for number in known:
+    for pid in known:
         path: list[int] = []
-        at = number
-        while at in known and at not in path:
-            if at in roots:
-                found[at].update(path)
-            path.append(at)
-            at = known[at].parent
+        ancestor = pid
+        while ancestor in known and ancestor not in path:
+            if ancestor in roots:
+                found[ancestor].update(path)
+            path.append(ancestor)
+            ancestor = known[ancestor].parent
     return found
 
 
-def signal_process(roots: frozenset[int], groups: frozenset[int], number: signal.Signals) -> None:
-    """Signal what lives below `roots`, and in `groups`, this process's own group aside."""
+def signal_process(
+    roots: frozenset[int], groups: frozenset[int], signal_number: signal.Signals
+) -> None:
+    """Send a signal to the processes below `roots` and in `groups`, but not to this process's own
+    group.
+    """
     known = living()
-    told = {pid for pids in below(roots, known).values() for pid in pids}
-    told |= {pid for pid, process in known.items() if process.group in groups - {0, os.getpgrp()}}
-    for pid in told:
+    receivers = {pid for pids in below(roots, known).values() for pid in pids}
+    receivers |= {
+        pid for pid, process in known.items() if process.group in groups - {0, os.getpgrp()}
+    }
+    for pid in receivers:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
+            os.kill(pid, signal_number)

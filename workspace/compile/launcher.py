@@ -1,13 +1,13 @@
-"""A program that CMake puts before each compiler: it asks for a ticket, waits, runs the compiler,
-and says what that took.
+"""Compiler launcher, a program that CMake puts before each compiler: it requests a job token,
+waits, runs the compiler and reports the time and memory that the compiler used.
 
-It is started once a unit, hundreds of them at once: any Python 3.8 or later, built-in modules,
-nothing of ours. Its arguments are the folder of the tickets (see tickets.py) and the command. The
-open connection is the ticket: the compiler and what it starts inherit it, and the kernel closes it
-with the last of them, so that whatever is killed gives its ticket back.
+Each unit starts it once, hundreds at the same time: so it runs in any Python 3.8 or later and
+imports built-in modules only. Its arguments are the folder of the job server (see job_server.py)
+and the command. The open connection is the job token: the compiler and its children inherit it, and
+the kernel closes it with the last of them, so a killed process returns its token.
 """
 
-# What `signal` and `socket` are made of; those take longer to import than all the rest.
+# The C modules below `signal` and `socket`: importing those two takes longer than all the rest.
 import _signal  # type: ignore[import-not-found]
 import _socket
 import os
@@ -15,75 +15,75 @@ import sys
 from time import monotonic
 
 NICE = 10
-# The first to be ended when memory runs out, before a shell or a server
+# Let the kernel kill a compiler first when memory runs out, before a shell or a server
 # (proc_pid_oom_score_adj(5)).
 OOM_SCORE_ADJ = b"1000"
 REFUSED, KILLED, NOT_STARTED = 1, 128 + 9, 127
 # The answer that lets a compiler start.
 GO = "go"
 INTERRUPTING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
-# Without one of these a compiler is only asked something, such as its version.
+# Without one of these arguments a compiler only answers a query, such as for its version.
 WORKING = ("-c", "-E", "-o", "--out-dir")
 
 
 def main(folder: str, argv: "list[str]") -> int:
-    """Return the wait status of the compiler, or end this program where it may not start.
+    """Return the wait status of the compiler, or end this program if the compiler may not start.
 
-    One that fails may have been killed for want of memory, which only the build can tell: it is run
-    again where the build says so, once there is room.
+    A compiler that fails may have been killed because memory ran out, which only the job server can
+    detect: if the server answers so, run the compiler again once there is room.
     """
-    # Hundreds of tracebacks are no help to anybody who types ^C.
+    # On ^C, do not print hundreds of tracebacks.
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-    if not any(word in argv for word in WORKING):
+    if not any(argument in argv for argument in WORKING):
         become(argv)
-    ticket = connect(folder)
-    if ticket is None:
-        return run(argv, turn(folder))[0]
-    words = b"\0".join(map(os.fsencode, argv))
-    said = tell(ticket, b"%d\n" % len(words) + words)
-    if said != GO:
-        refuse(said or "the build that this unit belongs to has ended")
+    token = connect(folder)
+    if token is None:
+        return run(argv, wait_for_turn(folder))[0]
+    command = b"\0".join(map(os.fsencode, argv))
+    answer = send(token, b"%d\n" % len(command) + command)
+    if answer != GO:
+        refuse(answer or "the build of this unit has ended")
     while True:
         started = monotonic()
-        status, largest_kib = run(argv, ticket.fileno())
+        status, largest_kib = run(argv, token.fileno())
         end = b"%d %.3f %d\n" % (status, monotonic() - started, largest_kib)
         if status == 0:
-            # Where nobody wants to know any more, the object file is there all the same.
-            tell(ticket, end, is_last=True)
+            # The server may be gone, but the object file exists.
+            send(token, end, is_last=True)
             return status
         if is_killed(status):
-            os.write(2, b"killed by SIGKILL, as the kernel does when memory runs out\n")
-        said = tell(ticket, end)
-        if said != GO:
-            if said:
-                os.write(2, f"not compiled: {said}\n".encode())
+            os.write(2, b"killed by SIGKILL: the kernel does so when memory runs out\n")
+        answer = send(token, end)
+        if answer != GO:
+            if answer:
+                os.write(2, f"not compiled: {answer}\n".encode())
             return status
 
 
 def connect(folder: str) -> "_socket.socket | None":
-    """Connect to the build's socket, or return None where no build listens. The path may be longer
-    than an address can be (unix(7)).
+    """Return a connection to the build's job server, or None if no build listens. It goes through
+    /proc/self/fd, because the path may be longer than a socket address (unix(7)).
     """
-    ticket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    token = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        ticket.connect(f"/proc/self/fd/{place}/socket")
+        token.connect(f"/proc/self/fd/{place}/socket")
         os.close(place)
     except OSError:
         return None
-    return ticket
+    return token
 
 
-def tell(ticket: "_socket.socket", message: bytes, is_last: bool = False) -> str:
-    """Send a command, its length first, or how it ended, and return the answer: `go`, or why not.
-    It is empty where nobody listens any more.
+def send(token: "_socket.socket", message: bytes, is_last: bool = False) -> str:
+    """Send a command with its length first, or how it ended, and return the answer: `go` or a
+    reason. The answer is empty if no server listens any more.
     """
     answer = b""
     try:
-        ticket.sendall(message)
+        token.sendall(message)
         while not is_last and not answer.endswith(b"\n"):
-            piece = ticket.recv(4096)
+            piece = token.recv(4096)
             if not piece:
                 return ""
             answer += piece
@@ -92,9 +92,9 @@ def tell(ticket: "_socket.socket", message: bytes, is_last: bool = False) -> str
     return answer.decode().strip()
 
 
-def turn(folder: str) -> int:
-    """Wait until no other compiler runs, where ninja was typed by hand: one at a time is slow, and
-    cannot take the machine down.
+def wait_for_turn(folder: str) -> int:
+    """Wait until no other compiler runs. For ninja started by hand: one compiler at a time is slow,
+    but cannot exhaust the machine.
     """
     import fcntl
 
@@ -102,30 +102,33 @@ def turn(folder: str) -> int:
         descriptor = os.open(f"{folder}/alone", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as exc:
-        refuse(f"{folder}: {exc.strerror}; ./scripts/inv rebuild makes it again")
+        refuse(f"{folder}: {exc.strerror}; ./scripts/inv rebuild creates it again")
     return descriptor
 
 
-def run(argv: "list[str]", ticket: int) -> "tuple[int, int]":
-    """Run the compiler with the ticket in its hands. Return its wait status, and the KiB of the
-    largest process that it was or waited for.
+def run(argv: "list[str]", token: int) -> "tuple[int, int]":
+    """Run the compiler, which inherits the token. Return its wait status, and the KiB of the
+    largest process among it and its children.
     """
-    os.set_inheritable(ticket, True)
+    os.set_inheritable(token, True)
     child = os.fork()
     if child == 0:
         step_back()
         become(argv)
-    # ^C reaches the compiler as well, and ninja must not take the unit for ended before it has.
-    former = [(number, _signal.signal(number, _signal.SIG_IGN)) for number in INTERRUPTING]
+    # ^C reaches the compiler too; ninja must not consider the unit ended before the compiler ends.
+    former = [
+        (signal_number, _signal.signal(signal_number, _signal.SIG_IGN))
+        for signal_number in INTERRUPTING
+    ]
     _, status, used = os.wait4(child, 0)
-    for number, action in former:
-        _signal.signal(number, action)
+    for signal_number, action in former:
+        _signal.signal(signal_number, action)
     return status, used.ru_maxrss
 
 
 def is_killed(status: int) -> bool:
-    """Whether it ended as the kernel ends a process when memory runs out; nvcc exits with 137 when
-    that happens to what it started.
+    """Return whether the status is that of a process killed because memory ran out; nvcc exits with
+    137 when one of its children was killed so.
     """
     return (
         os.WTERMSIG(status) == _signal.SIGKILL
@@ -135,8 +138,8 @@ def is_killed(status: int) -> bool:
 
 
 def step_back() -> None:
-    """Let everything else go first. The priority of reading and writing follows that of the
-    processor (ioprio_set(2)).
+    """Lower the priority of this process below all others. The I/O priority follows the CPU
+    priority (ioprio_set(2)).
     """
     os.nice(max(0, NICE - os.nice(0)))
     try:
@@ -148,7 +151,7 @@ def step_back() -> None:
 
 
 def become(argv: "list[str]") -> None:
-    """Become the compiler. Python ignores two signals by which a program expects to be ended."""
+    """Replace this process by the compiler, with the two signals restored that Python ignores."""
     _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
     _signal.signal(_signal.SIGXFSZ, _signal.SIG_DFL)
     try:
@@ -159,19 +162,20 @@ def become(argv: "list[str]") -> None:
 
 
 def refuse(why: str) -> None:
+    """Report why the compiler may not start, and end this program."""
     os.write(2, f"not compiled: {why}\n".encode())
     os._exit(REFUSED)
 
 
 def leave(status: int) -> None:
-    """End as the compiler did: with its code, by the signal of an interruption, or with 128 more
-    than any other signal, as a shell does.
+    """Exit as the compiler did: with its code, by the same interrupting signal, or with 128 plus
+    the number of another signal, as a shell does.
     """
-    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    if number in INTERRUPTING:
-        _signal.signal(number, _signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    os._exit(128 + number if number else os.WEXITSTATUS(status))
+    signal_number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if signal_number in INTERRUPTING:
+        _signal.signal(signal_number, _signal.SIG_DFL)
+        os.kill(os.getpid(), signal_number)
+    os._exit(128 + signal_number if signal_number else os.WEXITSTATUS(status))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""ninja under tickets: what it is told, what its children are told, and what its failures mean in
-words.
+"""ninja under the job server: its command line, its environment, and the cause of its failures.
 
-The build directory stays from run to run. What an end in the middle leaves there is ninja's to
-judge: it compiles again what its own records do not vouch for.
+The build directory stays between runs. After an interrupted run ninja decides what is complete: it
+compiles again what its own records do not confirm.
 """
 
 import errno
@@ -33,9 +32,9 @@ from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain
 
 SHOWN_LINES = 15
-# A template's error may fill a book; what matters stands at its beginning.
+# The errors of a template may fill a book; the first lines matter.
 _KEPT_LINES = 2000
-# NINJA_STATUS is set to this form.
+# The form of NINJA_STATUS, which `_child_environment` sets.
 _STATUS = re.compile(r"\[\d+/\d+\] ")
 _ERROR = re.compile(
     r"\berror\b *[:\[(#]|CMake Error|\bfatal( error)?\b ?:|[a-z]+ fatal *:|undefined"
@@ -48,29 +47,29 @@ REFUSAL = "not compiled: "
 
 @dataclass(frozen=True)
 class Failure:
-    """A command that failed: what it should have made, and what it said."""
+    """A failed command: the file it should have written, and its output."""
 
     output: str
     lines: tuple[str, ...]
 
     @property
     def _at(self) -> int:
-        return next((number for number, line in enumerate(self.lines) if _ERROR.search(line)), 0)
+        return next((index for index, line in enumerate(self.lines) if _ERROR.search(line)), 0)
 
     @property
     def error(self) -> str:
-        """The line that says why, as far as that can be told."""
-        return self.lines[self._at].strip() if self.lines else "it said nothing"
+        """The line of the output that explains the failure, as far as it can be recognized."""
+        return self.lines[self._at].strip() if self.lines else "it printed nothing"
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The lines around it."""
+        """The lines around `error`."""
         start = max(0, self._at - 2)
         return self.lines[start : start + SHOWN_LINES]
 
 
 class Failures:
-    """Hears ninja's lines, and keeps the first failure that is one."""
+    """Reads ninja's output, and keeps the first failure that has a cause of its own."""
 
     def __init__(self) -> None:
         self.has_no_space = False
@@ -82,17 +81,18 @@ class Failures:
 
     @property
     def first(self) -> Failure | None:
+        """The first failure with output, else the first without; None if there is none."""
         self._close()
         return self._first or self._silent
 
-    def hear(self, line: str) -> None:
-        """Take in the next line of ninja's."""
+    def read_line(self, line: str) -> None:
+        """Process the next line of ninja's output."""
         self.has_no_space = self.has_no_space or _NO_SPACE in line
         if self._first:
             return
         if line.startswith("FAILED: "):
             self._close()
-            # Newer ninjas put `[code=1]` before the outputs.
+            # Newer versions of ninja put `[code=1]` before the outputs.
             self._output = re.sub(r"^FAILED: (\[code=\d+\] )?", "", line).split(" ")[0]
             self._is_command = True
         elif self._output is not None and (_STATUS.match(line) or line.startswith("ninja: ")):
@@ -103,8 +103,8 @@ class Failures:
             self._is_command = False
 
     def _close(self) -> None:
-        """The end of a failure's lines: those that were refused said nothing else. One that said
-        nothing counts where no other does.
+        """End the lines of a failure. Ignore a refused command; one without output counts only if
+        there is no other.
         """
         if self._output is not None and not self._lines:
             self._silent = self._silent or Failure(self._output, ())
@@ -115,21 +115,19 @@ class Failures:
         self._output, self._lines = None, []
 
 
-GO_ON = "./scripts/inv rebuild    goes on where it was"
-# Called by their names, by whatever does not ask CMake: DeepGEMM's builder, torch's, a nested
+RESUME = "./scripts/inv rebuild    resumes the build"
+# Compilers that are called by name by builders that do not ask CMake: DeepGEMM's, torch's, a nested
 # configure.
 _COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
-# How the files begin in which ninja keeps what it has done.
+# First bytes of the files in which ninja records what it has built.
 _RECORDS = {".ninja_log": b"# ninja log v", ".ninja_deps": b"# ninjadeps\n"}
-# With less than this left, a failure that says nothing of the disk is the disk's all the same.
+# Below this much free space, blame the disk for a build failure without a message.
 _FULL_GIB = 0.0625
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a run of ninja came to. `trace` opens in a trace viewer; `summary` are lines for a
-    person.
-    """
+    """Result of a run of ninja. `trace` opens in a trace viewer; `summary` has lines to print."""
 
     finished: tuple[Finished, ...]
     seconds: float
@@ -138,8 +136,8 @@ class Compiled:
 
 
 def find(layout: Layout, settings: Settings) -> Path:
-    """Return the ninja of `.vllm`, else that of the tools, else the one on PATH. Raises
-    ToolchainError where there is none.
+    """Return the ninja of `.vllm`, else of the tools, else on PATH. Raises ToolchainError if there
+    is none.
     """
     for folder in (layout.environment / "bin", layout.tools / "bin"):
         if os.access(folder / "ninja", os.X_OK):
@@ -147,56 +145,60 @@ def find(layout: Layout, settings: Settings) -> Path:
     found = shutil.which("ninja", path=settings.child_environment("build").get("PATH", ""))
     if found is None:
         raise ToolchainError(
-            "there is no ninja, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap"
+            "no ninja found, neither in .vllm nor on PATH", hint="./scripts/inv bootstrap"
         )
     return Path(found)
 
 
 def history_file(settings: Settings) -> Path:
-    """Where this machine's compile times are kept, for all clones; a home folder may be shared with
-    another machine.
+    """Return the file with this machine's compile times, shared by all clones. Its name has the
+    host name, because several machines may share a home folder.
     """
     return settings.cache / f"compile-costs-{os.uname().nodename}.json"
 
 
-def launchers(settings: Settings, ticket: Path) -> Mapping[str, str]:
-    """Return CMake's variables that put a ticket before each compiler and linker.
+def launchers(settings: Settings, launcher: Path) -> Mapping[str, str]:
+    """Return CMake's variables that put `launcher` before each compiler and linker.
 
-    ccache comes first, and asks for a ticket itself once it has missed (`environment`); what
-    sccache runs it runs in its server, so its caller holds one.
+    ccache comes first, and requests a token itself after a cache miss (`environment`); sccache
+    compiles in its server, so its client holds the token.
     """
     cache = toolchain.find_cache(settings)
-    word = (
-        str(ticket)
+    command = (
+        str(launcher)
         if cache is None
         else str(cache.program)
         if cache.kind == "ccache"
-        else f"{ticket};{cache.program}"
+        else f"{launcher};{cache.program}"
     )
-    compilers = {f"CMAKE_{language}_COMPILER_LAUNCHER": word for language in ("C", "CXX", "CUDA")}
+    compilers = {
+        f"CMAKE_{language}_COMPILER_LAUNCHER": command for language in ("C", "CXX", "CUDA")
+    }
     return compilers | {
-        f"CMAKE_{language}_LINKER_LAUNCHER": str(ticket) for language in ("C", "CXX")
+        f"CMAKE_{language}_LINKER_LAUNCHER": str(launcher) for language in ("C", "CXX")
     }
 
 
-def environment(layout: Layout, settings: Settings, jobs: Jobs, ticket: Path) -> Mapping[str, str]:
-    """Return what configure and ninja are told beside the settings: the bound, for what starts
-    compilers by itself, and the compiler cache's settings.
+def environment(
+    layout: Layout, settings: Settings, jobs: Jobs, launcher: Path
+) -> Mapping[str, str]:
+    """Return the variables that configure and ninja get beside the settings: the bound for nested
+    builds, and the compiler cache's settings.
     """
     path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
-    told = {
+    variables = {
         "PATH": os.pathsep.join(path),
-        **bounds.environment(jobs, ticket=str(ticket)),
-        **launchers(settings, ticket),
+        **bounds.environment(jobs, launcher=str(launcher)),
+        **launchers(settings, launcher),
     }
     cache = toolchain.find_cache(settings)
     if cache is not None and cache.kind == "ccache":
-        told |= {
+        variables |= {
             **toolchain.cache_configuration(layout, settings),
-            "CCACHE_PREFIX": str(ticket),
-            "CCACHE_PREFIX_CPP": str(ticket),
+            "CCACHE_PREFIX": str(launcher),
+            "CCACHE_PREFIX_CPP": str(launcher),
         }
-    return told
+    return variables
 
 
 def compile(
@@ -213,16 +215,16 @@ def compile(
     step: Step,
     keep_going: bool = False,
 ) -> Compiled:
-    """Bring `targets` up to date in `build`, which is configured. `units` are those that are
-    expected to be compiled; `setup` is what their costs depend on.
+    """Bring `targets` up to date in `build`, which is configured. `units` are those expected to be
+    compiled; `setup` identifies what their costs depend on.
 
-    Raises BuildError with the first error of the first unit that failed, with all budgets that were
-    tried once memory has run out too often, and with what is full where a disk is. The same call
-    goes on where this one ended.
+    Raises BuildError with the first error of the first failed unit, with all tried budgets if
+    memory ran out too often, and with the full disk if there is one. The same call resumes an
+    interrupted build.
     """
     if not targets:
         return Compiled((), 0.0, None, ())
-    for sentence in mend(build):
+    for sentence in repair(build):
         run_log.console.warn(sentence)
     planned = tuple(unit for unit in (unit_at(one.object) for one in units) if unit)
     argv: list[process.Argument] = [
@@ -234,20 +236,14 @@ def compile(
         *targets,
     ]
     work = Work(build, setup, jobs, memory, planned, keep_going=keep_going)
-    return under_job_server(
-        settings,
-        argv,
-        _child_environment(layout, settings, build, jobs),
-        work,
-        run_log=run_log,
-        step=step,
-    )
+    program = Program(argv, _child_environment(layout, settings, build, jobs))
+    return under_job_server(settings, program, work, run_log=run_log, step=step)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a program that runs ninja compiles: where, within what, and which units, where that is
-    known. `setup` is what costs depend on.
+    """What to compile: the build directory, the limits, and the units if known. `setup` identifies
+    what costs depend on; `resume` is the hint that resumes the build.
     """
 
     build: Path
@@ -256,139 +252,151 @@ class Work:
     memory: Memory
     planned: tuple[CostUnit, ...] = ()
     keep_going: bool = False
-    go_on: str = GO_ON
+    resume: str = RESUME
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that runs ninja: its command line, its environment and its working folder."""
+
+    argv: Sequence[process.Argument]
+    environment: Mapping[str, str]
+    cwd: Path | None = None
 
 
 def under_job_server(
     settings: Settings,
-    argv: Sequence[process.Argument],
-    environment: Mapping[str, str],
+    program: Program,
     work: Work,
     *,
     run_log: RunLog,
     step: Step,
     on_line: Callable[[str, Meter], None] = lambda line, meter: None,
-    cwd: Path | None = None,
 ) -> Compiled:
-    """Run a program whose compilers ask for tickets in `work.build`, showing how far it is.
-    `on_line` hears it too, with the meter.
+    """Run a program whose compilers request job tokens in `work.build`, and show its progress.
+    `on_line` gets each line of output, with the meter.
 
     Raises BuildError as `compile` does.
     """
     history = History(history_file(settings), setup=work.setup)
     before, costs = history.entries, Costs(read_table()[0], history.entries)
+    server = _job_server(work, costs, history)
     limits = Bounds(work.jobs.count, work.memory.budget_gib)
-    job_server_ = job_server.JobServer(
-        work.build / "tickets",
-        Admission(limits),
+    meter = Meter(server, work.planned, costs, bounds=limits, console=run_log.console, step=step)
+    began, failures, shown = time.monotonic(), Failures(), run_log.step
+    # The progress bar shows the meter's text, not ninja's newest line.
+    run_log.step = None
+
+    def read_line(line: str) -> None:
+        failures.read_line(line)
+        on_line(line, meter)
+
+    try:
+        with server, meter:
+            process.run(
+                program.argv,
+                env=program.environment,
+                run_log=run_log,
+                on_line=read_line,
+                hint=work.resume,
+                cwd=program.cwd,
+            )
+    except (BuildError, OSError) as exc:
+        _write_trace(run_log, server.finished, meter, began)
+        raise _explained(exc, server, failures, settings, work, run_log) from exc
+    finally:
+        run_log.step = shown
+    seconds = time.monotonic() - began
+    trace = _write_trace(run_log, server.finished, meter, began)
+    summary = progress.build_summary(server.finished, before)
+    return Compiled(server.finished, seconds, trace, summary)
+
+
+def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobServer:
+    return job_server.JobServer(
+        work.build / job_server.FOLDER,
+        Admission(Bounds(work.jobs.count, work.memory.budget_gib)),
         costs,
-        look=lambda: jobs.memory_status(work.memory.reserve_gib),
-        kills=jobs.kills,
+        memory=job_server.MemoryWatch(
+            lambda: jobs.memory_status(work.memory.reserve_gib), jobs.kills
+        ),
         history=history,
         units=len(work.planned),
         keep_going=work.keep_going,
     )
-    meter = Meter(
-        job_server_, work.planned, costs, bounds=limits, console=run_log.console, step=step
-    )
-    began, failures, shown = time.monotonic(), Failures(), run_log.step
-    # The bar shows what the meter says, not ninja's newest line.
-    run_log.step = None
-
-    def hear(line: str) -> None:
-        failures.hear(line)
-        on_line(line, meter)
-
-    try:
-        with job_server_, meter:
-            process.run(
-                argv, env=environment, run_log=run_log, on_line=hear, hint=work.go_on, cwd=cwd
-            )
-    except (BuildError, OSError) as exc:
-        _write_trace(run_log, job_server_.finished, meter, began)
-        raise _explained(exc, job_server_, failures, settings, work, run_log) from exc
-    finally:
-        run_log.step = shown
-    seconds = time.monotonic() - began
-    trace = _write_trace(run_log, job_server_.finished, meter, began)
-    return Compiled(
-        job_server_.finished, seconds, trace, progress.build_summary(job_server_.finished, before)
-    )
 
 
-def mend(build: Path) -> tuple[str, ...]:
-    """Remove what is no record of ninja's where one should be, and say so: it would stop, or crash,
-    on some of it.
-    """
-    said = []
+def repair(build: Path) -> tuple[str, ...]:
+    """Remove damaged records, which stop or crash ninja, and return a message for each."""
+    removed = []
     for name, head in _RECORDS.items():
         record = build / name
         try:
-            is_right = read_regular(record).startswith(head)
+            is_valid = read_regular(record).startswith(head)
         except FileNotFoundError:
             continue
         except OSError:
-            is_right = False
-        if not is_right:
-            (
-                shutil.rmtree(record)
-                if record.is_dir() and not record.is_symlink()
-                else record.unlink()
-            )
-            said.append(
-                f"{build.name}/{name} was damaged and is begun anew: what it vouched for is"
+            is_valid = False
+        if not is_valid:
+            is_folder = record.is_dir() and not record.is_symlink()
+            shutil.rmtree(record) if is_folder else record.unlink()
+            removed.append(
+                f"{build.name}/{name} was damaged and is removed: the units it recorded are"
                 " compiled again"
             )
-    return tuple(said)
+    return tuple(removed)
 
 
 def _child_environment(
     layout: Layout, settings: Settings, build: Path, jobs: Jobs
 ) -> dict[str, str]:
-    """The environment of ninja itself: on its PATH each compiler takes a ticket, also one that a
-    command calls by its name.
+    """Return the environment of ninja itself: each compiler on its PATH is a stand-in that requests
+    a token, also for a command that calls a compiler by name.
     """
-    ticket = job_server.install(build / "tickets")
-    told = settings.child_environment("build", environment(layout, settings, jobs, ticket))
+    launcher = job_server.install(build / job_server.FOLDER)
+    variables = settings.child_environment("build", environment(layout, settings, jobs, launcher))
     found = {
-        name: [program] for name in _COMPILERS if (program := shutil.which(name, path=told["PATH"]))
+        name: [program]
+        for name in _COMPILERS
+        if (program := shutil.which(name, path=variables["PATH"]))
     }
     for variable in ("CC", "CXX"):
-        if words := _words(told.get(variable, "")):
-            name = f"{variable}-{Path(words[-1]).name}"
-            found[name], told[variable] = (
-                words,
-                str(build / "tickets" / job_server.STAND_INS / name),
+        if argv := _split_command(variables.get(variable, "")):
+            name = f"{variable}-{Path(argv[-1]).name}"
+            found[name], variables[variable] = (
+                argv,
+                str(build / job_server.FOLDER / job_server.STAND_INS / name),
             )
-    stand_ins = job_server.stand_in(build / "tickets", found)
+    stand_ins = job_server.stand_in(build / job_server.FOLDER, found)
     # torch's builder calls the toolkit's nvcc by its path, or what this names
     # (torch/utils/cpp_extension.py).
-    if "PYTORCH_NVCC" in told:
-        told["PYTORCH_NVCC"] = f"{shlex.quote(str(ticket))} {told['PYTORCH_NVCC']}"
+    if "PYTORCH_NVCC" in variables:
+        variables["PYTORCH_NVCC"] = f"{shlex.quote(str(launcher))} {variables['PYTORCH_NVCC']}"
     elif "nvcc" in found:
-        told["PYTORCH_NVCC"] = str(stand_ins / "nvcc")
-    told.pop("CCACHE_NODEPEND", None)
-    # ccache counts the g++ that nvcc will find on PATH as a part of the object, by date and size;
-    # those of a stand-in are of this clone only.
-    told.setdefault("CCACHE_PATH", told["PATH"])
-    return told | {
-        "PATH": os.pathsep.join([str(stand_ins), told["PATH"]]),
+        variables["PYTORCH_NVCC"] = str(stand_ins / "nvcc")
+    variables.pop("CCACHE_NODEPEND", None)
+    # ccache adds the g++ that nvcc finds on PATH to the key, by date and size; a stand-in belongs
+    # to this clone only.
+    variables.setdefault("CCACHE_PATH", variables["PATH"])
+    return variables | {
+        "PATH": os.pathsep.join([str(stand_ins), variables["PATH"]]),
         "NINJA_STATUS": "[%f/%t] ",
     }
 
 
-def _words(text: str) -> list[str]:
+def _split_command(text: str) -> list[str]:
+    """Split the command in a variable such as CXX; return an empty list if it cannot be split."""
     try:
         return shlex.split(text)
     except ValueError:
-        # Quotes that do not match: what takes the variable for a command will say so.
+        # The quotes do not match: the program that uses the variable reports that.
         return []
 
 
 def _write_trace(
     run_log: RunLog, finished: Sequence[Finished], meter: Meter, began: float
 ) -> Path | None:
-    """A trace that cannot be written is no reason to fail."""
+    """Write the trace of the build; a failure to write it does not fail the build."""
     if run_log.path is None or not finished:
         return None
     try:
@@ -399,40 +407,40 @@ def _write_trace(
 
 def _explained(
     exc: BuildError | OSError,
-    job_server_: job_server.JobServer,
+    server: job_server.JobServer,
     failures: Failures,
     settings: Settings,
     work: Work,
     run_log: RunLog,
 ) -> Exception:
-    """What a failure of ninja's means: memory, a disk, a compiler's own error, or what it said
-    itself.
-    """
-    is_full = failures.has_no_space or (
+    """Return the error for a failure of ninja: memory, disk, a compiler's error, or `exc`."""
+    log = (f"log: {run_log.path}",)
+    if server.trouble:
+        command = work.resume.partition("    ")[0]
+        hint = f"{command} --jobs 1    resumes the build, one compiler at a time"
+        return BuildError(server.trouble, hint=hint, details=log)
+    has_no_space = failures.has_no_space or (
         isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
     )
-    log = (f"log: {run_log.path}",)
-    if job_server_.trouble:
-        one_by_one = (
-            f"{work.go_on.partition('    ')[0]} --jobs 1    goes on where it was, one compiler at a"
-            " time"
+    if full := _full_disks(settings, work, has_no_space=has_no_space):
+        left = " and ".join(
+            f"{place} has {hardware.free_gib(place) * 1024:.0f} MiB left" for place in full
         )
-        return BuildError(job_server_.trouble, hint=one_by_one, details=log)
-    places = [work.build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
-    full = [place for place in places if hardware.free_gib(place) < _FULL_GIB]
-    if full or is_full:
-        said = " and ".join(
-            f"{place} has {hardware.free_gib(place) * 1024:.0f} MiB left"
-            for place in full or places
-        )
-        hint = f"{shlex.join(['df', '-h', *map(str, full or places)])}    then {work.go_on}"
-        return BuildError(f"the disk is full: {said}", hint=hint, details=log)
+        hint = f"{shlex.join(['df', '-h', *map(str, full)])}    then {work.resume}"
+        return BuildError(f"the disk is full: {left}", hint=hint, details=log)
     if isinstance(exc, OSError) or not (failure := failures.first):
         return exc
     unit = unit_at(failure.output)
     name = f"{unit.source} of {unit.target}" if unit else failure.output
     return BuildError(
         run_log.redact(f"{name} failed: {failure.error}"),
-        hint=work.go_on,
+        hint=work.resume,
         details=(*(run_log.redact(line) for line in failure.shown), *log),
     )
+
+
+def _full_disks(settings: Settings, work: Work, *, has_no_space: bool) -> list[Path]:
+    """Return the folders of the build on a full disk; all of them if only the output reports it."""
+    places = [work.build, Path(settings.child_environment("build").get("TMPDIR") or "/tmp")]
+    full = [place for place in places if hardware.free_gib(place) < _FULL_GIB]
+    return full or (places if has_no_space else [])

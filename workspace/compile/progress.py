@@ -1,5 +1,5 @@
-"""How far a build is: a bar on a terminal, a line now and then elsewhere. Percent and time left
-come from known costs, not from counts.
+"""Progress of a build: a bar on a terminal, a line now and then elsewhere; and its trace and
+summary. Percent and remaining time come from expected costs, not from counts.
 """
 
 import contextlib
@@ -21,16 +21,15 @@ from workspace.core.files import write_atomic
 
 SUFFIX = ".trace.json"
 SHOWN = 3
-# What the same unit takes differs from build to build by what runs beside it; less than this is no
-# news.
+# The time of a unit differs between builds with the load; ignore a difference below these.
 NEWS_SHARE, NEWS_S = 0.1, 1.0
 _PROCESS = 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at a build, at a time of time.monotonic: GiB held and reckoned with, compilers that
-    run and wait.
+    """Sample of a build at a time of time.monotonic: GiB held and charged, running and waiting
+    compilers.
     """
 
     at: float
@@ -41,89 +40,83 @@ class Sample:
 
 
 def lanes(finished: Sequence[Finished]) -> tuple[int, ...]:
-    """Return a lane for each unit, from 0: those that ran at the same time lie in different ones,
-    and no more lanes are used than ran at once.
+    """Return a lane for each unit, from 0: units that ran at the same time are in different lanes,
+    and there are no more lanes than units that ran at once.
     """
-    found, free, busy = [0] * len(finished), list[int](), list[tuple[float, int]]()
-    for number in sorted(range(len(finished)), key=lambda number: finished[number].started):
-        done = finished[number]
-        while busy and busy[0][0] <= done.started:
-            heapq.heappush(free, heapq.heappop(busy)[1])
-        lane = heapq.heappop(free) if free else len(busy)
-        found[number] = lane
-        heapq.heappush(busy, (done.started + done.seconds, lane))
+    found, free, occupied = [0] * len(finished), list[int](), list[tuple[float, int]]()
+    for index in sorted(range(len(finished)), key=lambda index: finished[index].started):
+        done = finished[index]
+        while occupied and occupied[0][0] <= done.started:
+            heapq.heappush(free, heapq.heappop(occupied)[1])
+        lane = heapq.heappop(free) if free else len(occupied)
+        found[index] = lane
+        heapq.heappush(occupied, (done.started + done.seconds, lane))
     return tuple(found)
 
 
 def trace(
     finished: Sequence[Finished], samples: Iterable[Sample], *, began: float
 ) -> Mapping[str, object]:
-    """Return the build as a trace: a lane for each compiler at a time, and counters. `began` is
-    when time 0 was, on the clock of time.monotonic.
+    """Return the build as a trace: a lane for each parallel compiler, and counters. `began` is the
+    time 0, of time.monotonic.
 
     The form is Chrome's Trace Event Format, JSON Object Format: complete events (X), counters (C)
     and names (M); times are in microseconds.
     """
-    events: list[Mapping[str, object]] = [_named("process_name", 0, "compilers")]
     found = lanes(finished)
-    events += [
-        _named("thread_name", lane + 1, f"compiler {lane + 1}")
-        for lane in range(max(found, default=-1) + 1)
+    events = [
+        _named("process_name", 0, "compilers"),
+        *(
+            _named("thread_name", lane + 1, f"compiler {lane + 1}")
+            for lane in range(max(found, default=-1) + 1)
+        ),
+        *(_unit_event(done, lane, began) for done, lane in zip(finished, found, strict=True)),
+        *(event for sample in samples for event in _counters(sample, began)),
     ]
-    for done, lane in zip(finished, found, strict=True):
-        events.append(
-            {
-                "name": (
-                    f"link of {done.unit.target}"
-                    if done.unit.source == LINK
-                    else Path(done.unit.source).name or "?"
-                ),
-                "cat": (
-                    "preprocess"
-                    if done.unit.is_light
-                    else "killed"
-                    if done.is_killed
-                    else "compile"
-                    if done.status == 0
-                    else "failed"
-                ),
-                "ph": "X",
-                "ts": _us(done.started - began),
-                "dur": _us(done.seconds),
-                "pid": _PROCESS,
-                "tid": lane + 1,
-                "args": {
-                    "source": done.unit.source,
-                    "target": done.unit.target,
-                    "status": done.status,
-                    "peak GiB": round(done.peak_gib, 3),
-                    "expected GiB": round(done.expected.peak_gib, 3),
-                    "expected s": round(done.expected.seconds, 1),
-                    "expected from": done.expected.origin,
-                },
-            }
-        )
-    for sample in samples:
-        at = _us(sample.at - began)
-        # A viewer puts the values of a counter on top of each other: together they are what the
-        # budget is held against.
-        expected_gib = max(0.0, sample.charged_gib - sample.held_gib)
-        events.append(
-            _counted(
-                "memory GiB",
-                at,
-                {"held": round(sample.held_gib, 3), "expected beyond": round(expected_gib, 3)},
-            )
-        )
-        events.append(_counted("units", at, {"running": sample.running, "waiting": sample.waiting}))
     return {"displayTimeUnit": "ms", "traceEvents": events}
+
+
+def _unit_event(done: Finished, lane: int, began: float) -> Mapping[str, object]:
+    category = "compile" if done.status == 0 else "failed"
+    if done.unit.is_light or done.is_killed:
+        category = "preprocess" if done.unit.is_light else "killed"
+    is_link = done.unit.source == LINK
+    return {
+        "name": f"link of {done.unit.target}" if is_link else Path(done.unit.source).name or "?",
+        "cat": category,
+        "ph": "X",
+        "ts": _us(done.started - began),
+        "dur": _us(done.seconds),
+        "pid": _PROCESS,
+        "tid": lane + 1,
+        "args": {
+            "source": done.unit.source,
+            "target": done.unit.target,
+            "status": done.status,
+            "peak GiB": round(done.peak_gib, 3),
+            "expected GiB": round(done.expected.peak_gib, 3),
+            "expected s": round(done.expected.seconds, 1),
+            "expected from": done.expected.origin,
+        },
+    }
+
+
+def _counters(sample: Sample, began: float) -> tuple[Mapping[str, object], ...]:
+    at = _us(sample.at - began)
+    # A viewer stacks the values of a counter: their sum is what counts against the budget.
+    expected_gib = max(0.0, sample.charged_gib - sample.held_gib)
+    memory = {"held": round(sample.held_gib, 3), "expected beyond": round(expected_gib, 3)}
+    return (
+        _counted("memory GiB", at, memory),
+        _counted("units", at, {"running": sample.running, "waiting": sample.waiting}),
+    )
 
 
 def write_timeline(
     log: Path, finished: Sequence[Finished], samples: Iterable[Sample], *, began: float
 ) -> Path:
-    """Write the trace beside the log, and remove those whose logs are gone. Raises OSError where it
-    cannot.
+    """Write the trace beside the log, and remove traces whose logs are gone. Raises OSError on
+    failure.
     """
     for old in log.parent.glob(f"*{SUFFIX}"):
         if not old.with_name(old.name.removesuffix(SUFFIX) + log.suffix).exists():
@@ -134,35 +127,35 @@ def write_timeline(
 
 
 def build_summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tuple[str, ...]:
-    """Return a line for each of the slowest and the hungriest units, beside what the last build of
-    the same setup needed for it.
+    """Return a line for each of the slowest and the largest units, compared with the last build of
+    the same setup.
     """
     known = {(entry.target, entry.source): entry for entry in before}
     done = [one for one in finished if one.status == 0 and not one.unit.is_light]
     slowest = sorted(done, key=lambda one: -one.seconds)[:SHOWN]
     hungriest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
     return tuple(
-        _line(word, one, known)
-        for word, ones in (("slowest", slowest), ("hungriest", hungriest))
+        _line(heading, one, known)
+        for heading, ones in (("slowest", slowest), ("hungriest", hungriest))
         for one in ones
     )
 
 
-def _line(word: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
-    said = (
-        f"{word:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB "
+def _line(heading: str, done: Finished, known: Mapping[tuple[str, str], Entry]) -> str:
+    line = (
+        f"{heading:<11}{done.seconds:7.1f} s {done.peak_gib:6.2f} GiB "
         f" {done.unit.source if done.unit.source != LINK else f'link of {done.unit.target}'}"
     )
     entry = known.get((done.unit.target, done.unit.source))
     if entry is None:
-        return said
-    if word == "hungriest":
-        return f"{said}  (last build {entry.peak_gib:.2f} GiB)"
+        return line
+    if heading == "hungriest":
+        return f"{line}  (last build {entry.peak_gib:.2f} GiB)"
     difference = done.seconds - entry.seconds
     if abs(difference) < max(NEWS_S, entry.seconds * NEWS_SHARE):
-        return f"{said}  (as in the last build)"
+        return f"{line}  (as in the last build)"
     return (
-        f"{said}  (last build {entry.seconds:.1f} s: {abs(difference):.1f} s"
+        f"{line}  (last build {entry.seconds:.1f} s: {abs(difference):.1f} s"
         f" {'slower' if difference > 0 else 'faster'})"
     )
 
@@ -181,18 +174,17 @@ def _us(seconds: float) -> int:
 
 LOOK_S = 0.5
 LINE_S = 10.0
-# What stands beside a step's text in its row: spinner, bar, time and what lies between them
-# (core/console.py).
+# Columns beside a step's text in its row: spinner, bar, time and separators (core/console.py).
 _BESIDE = 42
 _NARROWEST = 24
-# A unit that takes longer than expected is nearly done, and never quite.
+# A unit that takes longer than expected counts as nearly done, never as done.
 _NEARLY = 0.95
 _PRIOR_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Units done and in all, the share of the work that is done, and the seconds that are left."""
+    """Progress estimate: units done and in all, the share of the work done, seconds left."""
 
     done: int
     units: int
@@ -208,68 +200,63 @@ def estimate(
     jobs: int,
     now: float,
 ) -> Estimate:
-    """Work out how far it is. What is left takes at least its share of the cores, of the
-    memory-time and its longest unit; the build keeps near that.
+    """Estimate the progress. The time left is the largest of three lower bounds: the work divided
+    by the cores, the memory-time divided by the budget, and the longest unit.
 
-    Machines differ: what the units that are done took, against what was expected, is what the
-    others are expected to take.
+    Machines differ: the ratio of measured to expected times of the units so far scales the rest.
     """
-    done = {one.unit: one for one in finished if one.status == 0 and _is_reckoned(one.unit)}
-    running = {one.unit: one for one in state.running if _is_reckoned(one.unit)}
-    costs = (
-        {unit: one.expected for unit, one in done.items()}
-        | {unit: one.expected for unit, one in running.items()}
-        | dict(planned)
-    )
-    elapsed = {unit: one.seconds for unit, one in done.items()}
-    elapsed |= {
-        unit: now - one.started
-        for unit, one in running.items()
-        if now - one.started > costs[unit].seconds
-    }
-    # Few units say little: as much as a tenth of the build speaks for the expected times.
-    prior = _PRIOR_SHARE * sum(cost.seconds for cost in costs.values()) or 1.0
-    pace = (sum(elapsed.values()) + prior) / (sum(costs[unit].seconds for unit in elapsed) + prior)
+    done = {one.unit: one for one in finished if one.status == 0 and _is_counted(one.unit)}
+    running = {one.unit: one for one in state.running if _is_counted(one.unit)}
+    costs = {unit: one.expected for unit, one in (done | running).items()} | dict(planned)
+    elapsed = {unit: now - one.started for unit, one in running.items()}
+    pace = _pace(costs, done, elapsed)
     over = {unit: costs[unit].seconds for unit in done}
     over |= {
-        unit: min((now - one.started) / pace, costs[unit].seconds * _NEARLY)
-        for unit, one in running.items()
+        unit: min(seconds / pace, costs[unit].seconds * _NEARLY)
+        for unit, seconds in elapsed.items()
         if unit not in done
     }
     left = {
         unit: cost.seconds - over.get(unit, 0.0) for unit, cost in costs.items() if unit not in done
     }
-    memory = (
-        sum(seconds * costs[unit].peak_gib for unit, seconds in left.items()) / state.budget_gib
-        if state.budget_gib
-        else 0.0
-    )
-    left_s = max(sum(left.values()) / jobs, memory, *left.values(), 0.0) * pace
-    return Estimate(
-        len(done),
-        len(costs),
-        sum(over.values()) / (sum(cost.seconds for cost in costs.values()) or 1.0),
-        left_s,
-    )
+    memory_gib_s = sum(seconds * costs[unit].peak_gib for unit, seconds in left.items())
+    memory_s = memory_gib_s / state.budget_gib if state.budget_gib else 0.0
+    left_s = max(sum(left.values()) / jobs, memory_s, *left.values(), 0.0) * pace
+    total_s = sum(cost.seconds for cost in costs.values()) or 1.0
+    return Estimate(len(done), len(costs), sum(over.values()) / total_s, left_s)
 
 
-def _is_reckoned(unit: Unit) -> bool:
-    """Links come as they come: nobody plans them, and they are short."""
+def _pace(
+    costs: Mapping[Unit, Cost], done: Mapping[Unit, Finished], elapsed: Mapping[Unit, float]
+) -> float:
+    """Return measured by expected seconds of the units done, and of running ones that are late."""
+    measured = {unit: one.seconds for unit, one in done.items()}
+    measured |= {
+        unit: seconds for unit, seconds in elapsed.items() if seconds > costs[unit].seconds
+    }
+    # A few units prove little: a tenth of the build counts at its expected time.
+    prior = _PRIOR_SHARE * sum(cost.seconds for cost in costs.values()) or 1.0
+    expected = sum(costs[unit].seconds for unit in measured)
+    return (sum(measured.values()) + prior) / (expected + prior)
+
+
+def _is_counted(unit: Unit) -> bool:
+    """Return whether a unit counts: links and preprocessors are short, and not planned."""
     return not unit.is_light and unit.source != LINK
 
 
 def figures(found: Estimate, state: State) -> tuple[str, ...]:
-    """Return the parts of what is shown beside a bar."""
-    said = [f"{found.share:.0%}", f"{found.done} of {found.units} units"]
+    """Return the parts of the text beside a progress bar."""
+    parts = [f"{found.share:.0%}", f"{found.done} of {found.units} units"]
     if found.done < found.units:
-        said.append(f"{duration(found.left_s)} left")
-    said.append(f"{state.held_gib:.1f} of {state.budget_gib:.1f} GiB")
-    return (*said, f"{state.waiting} wait") if state.waiting else tuple(said)
+        parts.append(f"{duration(found.left_s)} left")
+    parts.append(f"{state.held_gib:.1f} of {state.budget_gib:.1f} GiB")
+    return (*parts, f"{state.waiting} wait") if state.waiting else tuple(parts)
 
 
 def units(state: State) -> tuple[str, ...]:
-    """Return the names of the units that run, those that have run longest first; where none does,
-    why the others wait.
+    """Return the names of the running units, the longest running first; if none runs, why the
+    others wait.
     """
     if state.waiting and not state.running:
         return (state.why,)
@@ -281,12 +268,10 @@ def units(state: State) -> tuple[str, ...]:
 
 
 def filled(parts: Sequence[str], width: int, *, lines: int) -> tuple[str, ...]:
-    """Set parts into at most so many lines of a width, commas between them; what has no room is
-    counted.
-    """
+    """Join parts with commas into at most `lines` lines of a width; count those that do not fit."""
     rows: list[str] = []
-    for number, part in enumerate(parts):
-        rest = len(parts) - number
+    for index, part in enumerate(parts):
+        rest = len(parts) - index
         room = width - (len(f", +{rest - 1}") if len(rows) == lines and rest > 1 else 0)
         if rows and len(rows[-1]) + 2 + len(part) <= room:
             rows[-1] += f", {part}"
@@ -299,6 +284,7 @@ def filled(parts: Sequence[str], width: int, *, lines: int) -> tuple[str, ...]:
 
 
 def duration(seconds: float) -> str:
+    """Return a time as text: seconds, minutes, or hours and minutes."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
@@ -306,13 +292,13 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """Shows how a build goes while the block is entered, from a thread. `samples` are what it
-    saw.
+    """Shows the progress of a build while the block is entered, from a thread. `samples` records
+    it.
     """
 
     def __init__(
         self,
-        job_server_: JobServer,
+        server: JobServer,
         planned: Sequence[Unit],
         costs: Costs,
         *,
@@ -321,20 +307,15 @@ class Meter:
         step: Step,
     ) -> None:
         self.samples: list[Sample] = []
-        self._broker, self._jobs, self._console, self._step = (
-            job_server_,
-            bounds.jobs,
-            console,
-            step,
-        )
-        self._costs = costs
+        self._server, self._costs, self._jobs = server, costs, bounds.jobs
+        self._console, self._step = console, step
         self.expect(planned)
         self._is_over = threading.Event()
         self._budget_gib = bounds.budget_gib
-        self._said = ""
+        self._last_text = ""
 
     def expect(self, planned: Sequence[Unit]) -> None:
-        """Reckon with these units from now on, where they became known only after the start."""
+        """Plan these units from now on, for a build that learns its units after the start."""
         self._planned = {unit: self._costs.expected(unit) for unit in planned}
 
     def __enter__(self) -> "Meter":
@@ -346,17 +327,17 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
-        # What came after the last look is said all the same.
-        self._warn(self._broker.state, self._broker.finished)
+        # Report what happened after the last sample.
+        self._warn(self._server.state, self._server.finished)
 
     def _watch(self) -> None:
-        # A terminal that is gone (SIGHUP) is no reason to stop looking.
+        # If the terminal is gone (SIGHUP), continue sampling.
         while not self._is_over.wait(LOOK_S):
             with contextlib.suppress(OSError):
                 self._look(time.monotonic())
 
     def _look(self, now: float) -> None:
-        state, finished = self._broker.state, self._broker.finished
+        state, finished = self._server.state, self._server.finished
         if not state.budget_gib:
             return
         self._keep(
@@ -374,9 +355,9 @@ class Meter:
         elif now - self._last_line >= LINE_S:
             self._last_line = now
             line = ", ".join(figures(found, state)) + ": " + ", ".join(units(state)[:3])
-            if line != self._said:
+            if line != self._last_text:
                 self._console.info(line)
-            self._said = line
+            self._last_text = line
 
     def _keep(self, sample: Sample) -> None:
         last = self.samples[-1] if self.samples else None
@@ -390,11 +371,11 @@ class Meter:
 
     def _warn(self, state: State, finished: Sequence[Finished]) -> None:
         killed = next((one for one in reversed(finished) if one.is_killed), None)
-        if killed and 0 < state.budget_gib < self._budget_gib and not self._broker.trouble:
+        if killed and 0 < state.budget_gib < self._budget_gib and not self._server.trouble:
             name = Path(killed.unit.source).name
             self._console.warn(
-                f"memory ran out while {name} was compiled: it goes on, with {state.budget_gib:.1f}"
-                f" GiB instead of {self._budget_gib:.1f}"
+                f"memory ran out while {name} was compiled: the build continues with"
+                f" {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}"
             )
         self._budget_gib = state.budget_gib or self._budget_gib
 

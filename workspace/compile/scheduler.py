@@ -1,8 +1,8 @@
-"""Which waiting compilers may start now: within a number, a budget of memory, and what the machine
-has left.
+"""Scheduler of compilers: which waiting compilers may start now, within a number, a memory budget,
+and what the machine has available. And the connection of a launcher to the job server.
 
-It decides and does nothing else: the clock, and what the machine says, are given to it. tickets.py
-asks it for real compilers, perf/replay.py for those of a recorded build.
+The scheduler only decides: its caller passes the time and the memory status. job_server.py runs it
+for real compilers, support/perf_replay.py for those of a recorded build.
 """
 
 import contextlib
@@ -17,41 +17,41 @@ from pathlib import Path
 from workspace.compile import launcher
 from workspace.compile.costs import LIGHT, Cost, Unit
 
-# A unit that waits, and beside a compiler that runs: ninja's shell and a launcher. 169 of them held
-# 563 MiB (proportional set size).
+# Memory of ninja's shell and a launcher, for a unit that waits and beside a compiler that runs. 169
+# of them held 563 MiB (proportional set size).
 LAUNCHER_GIB = 4 / 1024
-# Share of the last 10 s in which something stood still for want of memory (PSI, `some avg10`), from
-# which on nothing more is started.
-PRESSED_PERCENT = 10.0
-# Where others keep the memory for so long, and none of ours runs, compilers are started all the
-# same, one at a time: the build has to end.
+# Share of the last 10 s in which some task waited for memory (PSI, `some avg10`): from this value
+# on, start no compiler.
+PRESSURE_PERCENT = 10.0
+# If other processes hold the memory this long and no compiler of ours runs, start compilers anyway,
+# one at a time: the build has to end.
 PATIENCE_S = 30.0
-# Sums of many peaks, added up in another order, differ in the last digit.
+# Sums of many peaks differ in the last digit, depending on the order.
 _ROUNDING_GIB = 1e-9
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """At most so many compilers at once, and so much memory for all of them."""
+    """Bounds of a build: the most compilers at once, and the memory for all of them."""
 
     jobs: int
     budget_gib: float
 
 
 @dataclass(frozen=True)
-class Live:
-    """What the machine says now: GiB that may still be taken without touching what is left for the
-    system, and memory pressure in percent.
+class MemoryStatus:
+    """Memory status of the machine: GiB available beyond what is reserved for the system, and
+    memory pressure in percent.
     """
 
     available_gib: float
-    pressed_percent: float = 0.0
+    pressure_percent: float = 0.0
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """A compiler that waits (`since` it asked) or runs (`since` it was admitted). `held_gib` is
-    what its processes hold, as seen last.
+class JobToken:
+    """Job token of a compiler that waits (`since` its request) or runs (`since` its start).
+    `held_gib` is the memory of its processes at the last measurement.
     """
 
     number: int
@@ -62,131 +62,126 @@ class Ticket:
 
     @property
     def charged_gib(self) -> float:
-        """What it is reckoned with: its expected peak, or what it holds where that is more."""
+        """Memory that is charged for it: its expected peak, or what it holds if that is more."""
         return max(self.cost.peak_gib, self.held_gib)
 
     @property
     def rank(self) -> tuple[bool, float, int]:
-        """Largest time x peak first: what is long and large is packed best while there is much
-        beside it to fill up with.
+        """Sort key, largest time x peak first: long and large units pack best while many others can
+        fill the gaps.
 
-        A preprocessor of a compiler cache comes before: only after it its compiler can be seen, and
-        the best order needs all of them seen.
+        A compiler cache's preprocessor comes before them: its compiler asks for a token only after
+        it, and the best order needs all compilers.
         """
         return (not self.is_light, -self.cost.seconds * self.cost.peak_gib, self.number)
 
 
 class Admission:
-    """The compilers that wait and run. All times are seconds of one clock, the caller's.
+    """Compilers that wait and run. All times are seconds of one clock, the caller's.
 
-    Who stands first and does not fit gets a reservation for the moment at which, by the times
-    expected, enough will be free; others go ahead only where they do not push that moment back
-    (EASY backfilling, Lifka 1995). So all cores are used and nobody waits for ever. Who is larger
-    than the budget is started once nothing else runs or fits, alone.
+    The first in the order that does not fit gets a reservation for the time at which, by expected
+    times, enough memory will be free; others start earlier only if they do not delay it (EASY
+    backfilling, Lifka 1995). So all cores are used and no unit starves. A unit larger than the
+    budget starts alone, once nothing else runs or fits.
     """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.why = ""
-        self._waiting: dict[int, Ticket] = {}
-        self._running: dict[int, Ticket] = {}
-        self._hindered_since: float | None = None
+        self._waiting: dict[int, JobToken] = {}
+        self._running: dict[int, JobToken] = {}
+        self._blocked_since: float | None = None
 
     @property
-    def waiting(self) -> tuple[Ticket, ...]:
+    def waiting(self) -> tuple[JobToken, ...]:
         return tuple(self._waiting.values())
 
     @property
-    def running(self) -> tuple[Ticket, ...]:
+    def running(self) -> tuple[JobToken, ...]:
         return tuple(self._running.values())
 
     @property
     def charged_gib(self) -> float:
-        """Memory that those who run are reckoned with, and their launchers, and those of the
-        waiting.
-        """
-        return sum(ticket.charged_gib for ticket in self._running.values()) + LAUNCHER_GIB * (
+        """Memory charged for the running compilers, their launchers, and the waiting launchers."""
+        return sum(token.charged_gib for token in self._running.values()) + LAUNCHER_GIB * (
             len(self._running) + len(self._waiting)
         )
 
-    def ask(self, number: int, cost: Cost, now: float, *, is_light: bool = False) -> None:
-        """Put a compiler among the waiting."""
-        self._waiting[number] = Ticket(number, cost, is_light, now)
+    def request(self, number: int, cost: Cost, now: float, *, is_light: bool = False) -> None:
+        """Add a compiler to the waiting ones."""
+        self._waiting[number] = JobToken(number, cost, is_light, now)
 
     def leave(self, number: int) -> None:
-        """Take a compiler back that has ended, or that no longer waits."""
+        """Remove a compiler that has ended or no longer waits."""
         self._waiting.pop(number, None)
         self._running.pop(number, None)
 
     def measured(self, number: int, held_gib: float) -> None:
-        """Note what the processes of a running compiler hold."""
-        if ticket := self._running.get(number):
-            self._running[number] = replace(ticket, held_gib=held_gib)
+        """Record the memory that the processes of a running compiler hold."""
+        if token := self._running.get(number):
+            self._running[number] = replace(token, held_gib=held_gib)
 
-    def admit(self, now: float, live: Live | None = None) -> tuple[int, ...]:
-        """Return who may start now, in this order; they count as running from here on. `why` says
-        what keeps the others waiting.
+    def admit(self, now: float, memory: MemoryStatus | None = None) -> tuple[int, ...]:
+        """Return the compilers that may start now, in this order; they count as running from here
+        on. Then `why` is the reason why the others wait.
         """
         started = []
-        while (number := self._next(now, live)) is not None:
+        while (number := self._next(now, memory)) is not None:
             self._running[number] = replace(self._waiting.pop(number), since=now)
             started.append(number)
         return tuple(started)
 
-    def _next(self, now: float, live: Live | None) -> int | None:
+    def _next(self, now: float, memory: MemoryStatus | None) -> int | None:
         self.why = ""
         if not self._waiting:
             return None
         if len(self._running) >= self.bounds.jobs:
-            self.why = f"{len(self._running)} run, the most that may"
+            self.why = f"{len(self._running)} run, which is the limit"
             return None
-        if live and live.pressed_percent >= PRESSED_PERCENT:
+        if memory and memory.pressure_percent >= PRESSURE_PERCENT:
             self.why = (
-                f"memory is short: something stands still for it {live.pressed_percent:.0f} % of"
-                " the time"
+                f"memory is short: tasks wait for it {memory.pressure_percent:.0f} % of the time"
             )
-            return self._alone(now, is_hindered=True)
-        waiting = sorted(self._waiting.values(), key=lambda ticket: ticket.rank)
-        free_gib = self._free_gib(live)
+            return self._alone(now, is_blocked=True)
+        waiting = sorted(self._waiting.values(), key=lambda token: token.rank)
+        free_gib = self._free_gib(memory)
         if (number := self._fitting(waiting, free_gib, now)) is not None:
-            self._hindered_since = None
+            self._blocked_since = None
             return number
-        least_gib = min(ticket.cost.peak_gib for ticket in waiting)
+        least_gib = min(token.cost.peak_gib for token in waiting)
         self.why = (
-            f"{max(free_gib, 0.0):.1f} GiB are free, {least_gib:.1f} is the least that a waiting"
-            " compiler needs"
+            f"{max(free_gib, 0.0):.1f} GiB are free, a waiting compiler needs at least"
+            f" {least_gib:.1f}"
         )
         return self._alone(
             now,
-            is_hindered=live is not None
-            and live.available_gib < least_gib <= self.bounds.budget_gib,
+            is_blocked=memory is not None
+            and memory.available_gib < least_gib <= self.bounds.budget_gib,
         )
 
-    def _free_gib(self, live: Live | None) -> float:
-        """What the budget and, where that is less, the machine has left once all who run are as
-        large as expected.
+    def _free_gib(self, memory: MemoryStatus | None) -> float:
+        """Return what is left of the budget, or of the machine's memory if that is less, once all
+        running compilers have grown to their expected peaks.
         """
         free_gib = self.bounds.budget_gib - self.charged_gib
-        if live:
-            growth_gib = sum(
-                ticket.charged_gib - ticket.held_gib for ticket in self._running.values()
-            )
-            free_gib = min(free_gib, live.available_gib - growth_gib)
+        if memory:
+            growth_gib = sum(token.charged_gib - token.held_gib for token in self._running.values())
+            free_gib = min(free_gib, memory.available_gib - growth_gib)
         return free_gib + _ROUNDING_GIB
 
-    def _fitting(self, waiting: Sequence[Ticket], free_gib: float, now: float) -> int | None:
-        """The first in the order that fits and keeps to the reservation of the one before it, if
-        there is any.
+    def _fitting(self, waiting: Sequence[JobToken], free_gib: float, now: float) -> int | None:
+        """Return the first unit in the order that fits and does not delay the reservation before
+        it.
         """
         reserved: tuple[float, float] | None = None
-        for ticket in waiting:
-            peak_gib = ticket.cost.peak_gib
+        for token in waiting:
+            peak_gib = token.cost.peak_gib
             if peak_gib <= free_gib and (
                 reserved is None
-                or now + ticket.cost.seconds <= reserved[0]
+                or now + token.cost.seconds <= reserved[0]
                 or peak_gib <= reserved[1]
             ):
-                return ticket.number
+                return token.number
             if reserved is None:
                 reserved = self._reservation(peak_gib, free_gib, now)
         return None
@@ -194,38 +189,38 @@ class Admission:
     def _reservation(
         self, peak_gib: float, free_gib: float, now: float
     ) -> tuple[float, float] | None:
-        """When, by the times expected, `peak_gib` will be free and how much will be left over then;
-        None where it never will.
+        """Return when, by expected times, `peak_gib` will be free, and how much will be left over
+        then; None if never.
         """
-        for ticket in sorted(
-            self._running.values(), key=lambda ticket: ticket.since + ticket.cost.seconds
+        for token in sorted(
+            self._running.values(), key=lambda token: token.since + token.cost.seconds
         ):
-            free_gib += ticket.charged_gib
+            free_gib += token.charged_gib
             if free_gib >= peak_gib:
-                return max(now, ticket.since + ticket.cost.seconds), free_gib - peak_gib
+                return max(now, token.since + token.cost.seconds), free_gib - peak_gib
         return None
 
-    def _alone(self, now: float, *, is_hindered: bool) -> int | None:
-        """The smallest, with nothing beside it, so that every build comes to its end; at once
-        unless it is others who take the memory.
+    def _alone(self, now: float, *, is_blocked: bool) -> int | None:
+        """Return the smallest unit if nothing else runs, so that every build ends; wait for
+        PATIENCE_S first if other processes hold the memory.
         """
-        if not is_hindered:
-            self._hindered_since = None
-        elif self._hindered_since is None:
-            self._hindered_since = now
+        if not is_blocked:
+            self._blocked_since = None
+        elif self._blocked_since is None:
+            self._blocked_since = now
         if self._running or (
-            self._hindered_since is not None and now - self._hindered_since < PATIENCE_S
+            self._blocked_since is not None and now - self._blocked_since < PATIENCE_S
         ):
             return None
         return min(
-            self._waiting.values(), key=lambda ticket: (ticket.cost.peak_gib, ticket.number)
+            self._waiting.values(), key=lambda token: (token.cost.peak_gib, token.number)
         ).number
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of it: seconds from the first start to the last end, and the most memory (sum of
-    the peaks of those that ran) and compilers at any time.
+    """Result of a replay: seconds from the first start to the last end, and the most memory (sum of
+    the peaks of the running units) and compilers at any time.
     """
 
     seconds: float
@@ -234,10 +229,12 @@ class Replayed:
 
 
 def simulate(costs: Sequence[Cost], bounds: Bounds) -> Replayed:
-    """Let all units ask at once, and take from each of them what is expected of it."""
+    """Request tokens for all units at once, and run each for its expected cost on a simulated
+    clock.
+    """
     admission = Admission(bounds)
     for number, cost in enumerate(costs):
-        admission.ask(number, cost, 0.0)
+        admission.request(number, cost, 0.0)
     now, most_gib, most_jobs = 0.0, 0.0, 0
     running: list[tuple[float, int]] = []
     while admission.waiting or running:
@@ -256,12 +253,11 @@ _KIB_PER_GIB = 1 << 20
 
 @dataclass(frozen=True)
 class Finished:
-    """A unit that has ended. `peak_gib` is the larger of two figures: the largest process of the
-    unit at its largest, and all of them at one look a second.
+    """A unit that has ended. `peak_gib` is the larger of two figures: the peak of its largest
+    process, and the sum of all its processes, measured once a second.
 
-    `status` is its exit code, negative for a signal, or None where the launcher itself was killed;
-    `is_killed`: as the kernel does when memory runs out. `started` is on the clock of
-    time.monotonic.
+    `status` is its exit code, negative for a signal, or None if the launcher itself was killed;
+    `is_killed`: killed because memory ran out. `started` is a time of time.monotonic.
     """
 
     unit: Unit
@@ -275,7 +271,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Running:
-    """A unit whose compiler runs, since `started` on the clock of time.monotonic."""
+    """A unit whose compiler runs, since `started`, a time of time.monotonic."""
 
     unit: Unit
     expected: Cost
@@ -284,8 +280,8 @@ class Running:
 
 @dataclass(frozen=True)
 class State:
-    """What a progress bar shows: units that run, how many wait and why, memory reckoned with and
-    memory held, and the budget, halved where memory ran out.
+    """State of a build for the progress bar: running units, how many wait and why, memory charged
+    and held, and the budget, which is halved each time memory runs out.
     """
 
     running: tuple[Running, ...] = ()
@@ -298,7 +294,7 @@ class State:
 
 @dataclass(frozen=True)
 class End:
-    """How a compiler ended, in its launcher's words: `status` as waitpid(2) has it."""
+    """End of a compiler as its launcher reports it: `status` as in waitpid(2)."""
 
     status: int
     seconds: float
@@ -307,15 +303,15 @@ class End:
 
 @dataclass
 class Client:
-    """A connection: the launcher at its other end, and what it has asked for. `kills` is the
-    kernel's count when its compiler began.
+    """Connection to a launcher, and the unit it requested a token for. `kills` is the kernel's
+    count of out-of-memory kills when its compiler started.
     """
 
     connection: socket.socket
     number: int
     pid: int
     group: int
-    has_asked: bool = False
+    has_requested: bool = False
     unit: Unit = field(default_factory=lambda: Unit("", ""))
     expected: Cost = LIGHT
     is_elsewhere: bool = False
@@ -329,47 +325,47 @@ class Client:
     def is_counted(self) -> bool:
         return self.started is not None and not self.is_nested
 
-    def hear(self) -> bool:
-        """Take in what has come. Return whether it was the end of the connection, or more than any
+    def receive(self) -> bool:
+        """Read what has arrived. Return whether the connection has ended, or has sent more than any
         command is long.
         """
         try:
-            heard = self.connection.recv(1 << 16)
+            data = self.connection.recv(1 << 16)
         except BlockingIOError:
             return False
         except OSError:
-            heard = b""
-        self._received += heard
-        return not heard or len(self._received) > _LONGEST_REQUEST
+            data = b""
+        self._received += data
+        return not data or len(self._received) > _LONGEST_REQUEST
 
-    def understand(self) -> "list[str] | End | None":
-        """Return what was received as soon as it is whole: the command first, then each of its
-        ends. Raises ValueError where it is neither.
+    def parse(self) -> "list[str] | End | None":
+        """Return the received message once it is complete: first the command, then each end of it.
+        Raises ValueError for anything else.
         """
-        line, newline, words = bytes(self._received).partition(b"\n")
-        if not newline or (not self.has_asked and len(words) < int(line)):
+        line, newline, command = bytes(self._received).partition(b"\n")
+        if not newline or (not self.has_requested and len(command) < int(line)):
             return None
         self._received.clear()
-        if not self.has_asked:
-            self.has_asked = True
-            return [os.fsdecode(word) for word in words.split(b"\0")]
-        status, seconds, largest_kib = (float(word) for word in line.split())
+        if not self.has_requested:
+            self.has_requested = True
+            return [os.fsdecode(argument) for argument in command.split(b"\0")]
+        status, seconds, largest_kib = (float(field) for field in line.split())
         return End(int(status), seconds, largest_kib / _KIB_PER_GIB)
 
-    def info(self, answer: str) -> None:
-        """Answer the launcher. Who is gone by now is heard of by the end of its connection."""
+    def send(self, answer: str) -> None:
+        """Send an answer to the launcher. If it is gone, the end of its connection shows that
+        later.
+        """
         with contextlib.suppress(OSError):
             self.connection.send(f"{answer}\n".encode())
 
     def start(self, now: float, kills: int) -> None:
         self.started, self.kills, self.peak_gib = now, kills, 0.0
-        self.info(launcher.GO)
+        self.send(launcher.GO)
 
 
 def listen(folder: Path) -> socket.socket:
-    """Return the socket of a build, bound in `folder`; one that a killed build left there is
-    replaced.
-    """
+    """Return the listening socket of a build in `folder`; replace one that a killed build left."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # An address holds 108 bytes, a path many more (unix(7)).
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -383,7 +379,7 @@ def listen(folder: Path) -> socket.socket:
 
 
 def accept_client(listener: socket.socket, number: int) -> Client | None:
-    """Return the next one that has called, None where there is none."""
+    """Return the next client that has connected, or None."""
     try:
         connection, _ = listener.accept()
     except BlockingIOError:

@@ -1,8 +1,8 @@
-"""A wheel of Triton from its tree: setup.py drives CMake and ninja, under the same tickets, number
-and memory as a rebuild of vLLM.
+"""Wheel of Triton, built from its tree: setup.py runs CMake and ninja under the same job server and
+limits as a rebuild of vLLM.
 
-The build directory stays, so that a second build compiles what changed. The tree gets nothing but
-what it ignores itself.
+The build directory stays, so a second build compiles only what changed. In the tree the build
+writes only files that git ignores.
 """
 
 import hashlib
@@ -29,12 +29,11 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain, torch
 
-GO_ON = f"{FROM_SOURCE}    goes on where it was"
-# A link of all of LLVM holds some GiB, and the tickets reckon with compilers: more than so many at
-# once are not worth it.
+RESUME = f"{FROM_SOURCE}    resumes the build"
+# A link of all of LLVM takes several GiB, while the job tokens count compilers: limit the links.
 LINKS_AT_ONCE = 2
-# Run-time words. Triton's CMake takes them for an assembler that is somewhere else, and builds a
-# wheel without any.
+# Variables of the run time. Triton's CMake takes them for an external assembler, and then builds a
+# wheel without one.
 _NOT_FOR_A_BUILD = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _NO_NETWORK = re.compile(r"urllib\.error\.\w+|^\s*curl: \(\d+\)")
 _STATUS = re.compile(r"^\[(\d+)/(\d+)\]")
@@ -42,7 +41,7 @@ _STATUS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 @dataclass(frozen=True)
 class Wheel:
-    """What came out: the file, how long it took, and lines on the units for a person."""
+    """Built wheel: the file, the seconds and units it took, and lines to print."""
 
     path: Path
     seconds: float
@@ -51,24 +50,26 @@ class Wheel:
 
 
 def put_requirements(layout: Layout, settings: Settings, source: Source, *, run_log: RunLog) -> str:
-    """Install what the build needs beside what is there; torch, and a Triton, stay as they are."""
+    """Install the missing requirements of the build; torch and an installed Triton stay as they
+    are.
+    """
     wanted = requirements(source)
-    lacking = [line for line in wanted if not _is_there(layout, line)]
-    if lacking:
+    missing = [line for line in wanted if not _is_installed(layout, line)]
+    if missing:
         interpreter.install(
-            layout, settings, lacking, run_log=run_log, constraints=torch.constraints(layout)
+            layout, settings, missing, run_log=run_log, constraints=torch.constraints(layout)
         )
-    return f"{len(wanted)} wanted, {len(lacking)} installed"
+    return f"{len(wanted)} wanted, {len(missing)} installed"
 
 
 def folder(layout: Layout, settings: Settings) -> Path:
-    """The build directory: one for each Python and compiler, for CMake remembers both, whatever
-    commit is built in it.
+    """Return the build directory of this Python and compiler: CMake's cache keeps both, for any
+    commit.
     """
-    facts, told = interpreter.describe(layout, settings), settings.child_environment("build")
+    facts, variables = interpreter.describe(layout, settings), settings.child_environment("build")
     compilers = [
-        told.get("CC", ""),
-        told.get("CXX", ""),
+        variables.get("CC", ""),
+        variables.get("CXX", ""),
         toolchain.compiler_version(settings) or "",
     ]
     made_with = [str(layout.triton), facts.version if facts else "", platform.machine(), *compilers]
@@ -78,30 +79,31 @@ def folder(layout: Layout, settings: Settings) -> Path:
 
 
 def environment(layout: Layout, settings: Settings, jobs: Jobs, build: Path) -> dict[str, str]:
-    """Return what setup.py and all that it starts are told."""
-    ticket = job_server.install(build / "tickets")
-    told = settings.child_environment("build", ninja.environment(layout, settings, jobs, ticket))
-    if told.get("TRITON_OFFLINE_BUILD", "").lower() not in ("1", "on", "yes", "true", "y"):
-        told = {name: text for name, text in told.items() if name not in _NOT_FOR_A_BUILD}
+    """Return the environment of setup.py and its children."""
+    launcher = job_server.install(build / job_server.FOLDER)
+    variables = settings.child_environment(
+        "build", ninja.environment(layout, settings, jobs, launcher)
+    )
+    if variables.get("TRITON_OFFLINE_BUILD", "").lower() not in ("1", "on", "yes", "true", "y"):
+        variables = {name: text for name, text in variables.items() if name not in _NOT_FOR_A_BUILD}
     launchers = [
-        f"-D{name}={word}"
-        for name, word in ninja.launchers(settings, ticket).items()
+        f"-D{name}={command}"
+        for name, command in ninja.launchers(settings, launcher).items()
         if "_CUDA_" not in name
     ]
-    return told | {
+    return variables | {
         "TRITON_BUILD_DIR": str(build / "cmake"),
         "TRITON_HOME": str(triton_sources.home_of(settings)),
-        # Its own way to ccache would come instead of the launcher that asks for a ticket, and then
-        # ask ccache by itself.
+        # Triton's own ccache option would replace the launcher, and compile without a job token.
         "TRITON_BUILD_WITH_CCACHE": "OFF",
         "TRITON_PARALLEL_LINK_JOBS": str(min(jobs.count, LINKS_AT_ONCE)),
         "TRITON_APPEND_CMAKE_ARGS": (
             " ".join(
-                [*map(shlex.quote, launchers), told.get("TRITON_APPEND_CMAKE_ARGS", "")]
+                [*map(shlex.quote, launchers), variables.get("TRITON_APPEND_CMAKE_ARGS", "")]
             ).strip()
         ),
-        # setuptools reads it beside setup.cfg: what it assembles lies in the build directory, not
-        # in the tree.
+        # setuptools reads it beside setup.cfg: it puts the assembled files into the build directory
+        # instead of the tree.
         "DIST_EXTRA_CONFIG": str(_configured(build)),
         "NINJA_STATUS": "[%f/%t] ",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -119,18 +121,45 @@ def build_wheel(
     run_log: RunLog,
     step: Step,
 ) -> Wheel:
-    """Compile what changed and pack it. Raises BuildError with the first error of the first unit
-    that failed; the same call goes on there.
+    """Compile what changed and pack it.
+
+    Raises BuildError with the first error of the first failed unit; the same call resumes the build.
     """
     build = folder(layout, settings)
-    told = environment(layout, settings, jobs, build)
+    variables = environment(layout, settings, jobs, build)
     out = build / "dist"
+    _prepare(build, out, run_log)
+    setup = f"triton {platform.machine()} {toolchain.compiler_version(settings) or 'none'}"
+    work = ninja.Work(build, setup, jobs, memory, resume=RESUME)
+    program = ninja.Program(_command_line(layout, source, out), variables, layout.root)
+    output = BuildOutput(build)
+    try:
+        made = ninja.under_job_server(
+            settings, program, work, run_log=run_log, step=step, on_line=output.read_line
+        )
+    except BuildError as exc:
+        raise _explained(exc, output) from exc
+    wheels = sorted(out.glob("triton-*.whl"))
+    if len(wheels) != 1:
+        raise BuildError(
+            f"the build succeeded but left {len(wheels)} wheels of Triton in"
+            f" {layout.relative(out)}",
+            hint=f"log: {run_log.path}",
+        )
+    return Wheel(wheels[0], made.seconds, len(made.finished), made.summary)
+
+
+def _prepare(build: Path, out: Path, run_log: RunLog) -> None:
+    """Remove what earlier builds left: wheels, assembled files, damaged records of ninja."""
     shutil.rmtree(out, ignore_errors=True)
     _clear_assembled(build)
     for place in _cmake_folders(build):
-        for sentence in ninja.mend(place):
+        for sentence in ninja.repair(place):
             run_log.console.warn(sentence)
-    argv: list[process.Argument] = [
+
+
+def _command_line(layout: Layout, source: Source, out: Path) -> list[process.Argument]:
+    return [
         interpreter.uv(layout),
         "build",
         "--wheel",
@@ -138,71 +167,60 @@ def build_wheel(
         "--no-config",
         "--python",
         layout.environment_python,
+        "--out-dir",
+        out,
+        source.project,
     ]
-    argv += ["--out-dir", out, source.project]
-    work = ninja.Work(
-        build,
-        f"triton {platform.machine()} {toolchain.compiler_version(settings) or 'none'}",
-        jobs,
-        memory,
-        go_on=GO_ON,
-    )
-    known, configured = False, Configure()
 
-    def hear(line: str, meter: Meter) -> None:
-        nonlocal known
-        configured.hear(line)
-        found = _STATUS.match(line.strip())
-        if found and not known:
-            known = True
-            _expect(build, int(found[2]), meter)
 
-    try:
-        made = ninja.under_job_server(
-            settings, argv, told, work, run_log=run_log, step=step, on_line=hear, cwd=layout.root
+def _explained(exc: BuildError, output: "BuildOutput") -> BuildError | SourceError:
+    """Return the error for a failed build: a download, CMake's first error, or `exc` itself."""
+    if output.network_error:
+        return SourceError(
+            "Triton's build cannot download a file that it fetches by itself:"
+            f" {output.network_error}",
+            hint=(
+                "the log names the file; connect the network, or set its variable to a local"
+                f" folder, then {FROM_SOURCE}"
+            ),
+            details=exc.details,
         )
-    except BuildError as exc:
-        if configured.network:
-            why = (
-                "the build of Triton fetches something by itself, and could not:"
-                f" {configured.network}"
-            )
-            hint = (
-                "the log says what; a network, or its own variable for a local folder, then"
-                f" {FROM_SOURCE}"
-            )
-            raise SourceError(why, hint=hint, details=exc.details) from exc
-        if not configured.error:
-            raise
-        raise BuildError(
-            f"Triton cannot be configured: {configured.error}", hint=exc.hint, details=exc.details
-        ) from exc
-    wheels = sorted(out.glob("triton-*.whl"))
-    if len(wheels) != 1:
-        raise BuildError(
-            f"the build ended well and left {len(wheels)} wheels of Triton in"
-            f" {layout.relative(out)}",
-            hint=f"log: {run_log.path}",
+    if output.cmake_error:
+        return BuildError(
+            f"Triton cannot be configured: {output.cmake_error}",
+            hint=exc.hint,
+            details=exc.details,
         )
-    return Wheel(wheels[0], made.seconds, len(made.finished), made.summary)
+    return exc
 
 
-class Configure:
-    """Hears what CMake says, for the paragraph below the heading of its first error; and of a
-    download that Triton's own script makes.
+class BuildOutput:
+    """Reads the output of a build: CMake's first error, a failed download of Triton's own script,
+    and ninja's number of steps, which shows when the units are known.
     """
 
-    def __init__(self) -> None:
-        self.network = ""
+    def __init__(self, build: Path) -> None:
+        self.network_error = ""
+        self._build = build
         self._lines: list[str] | None = None
-        self._is_over = False
+        self._is_over = self._has_units = False
 
     @property
-    def error(self) -> str:
+    def cmake_error(self) -> str:
         return " ".join(self._lines or ())
 
-    def hear(self, line: str) -> None:
-        self.network = self.network or (line.strip() if _NO_NETWORK.search(line) else "")
+    def read_line(self, line: str, meter: Meter) -> None:
+        """Process a line of the output."""
+        self._read_error(line)
+        found = _STATUS.match(line.strip())
+        if found and not self._has_units:
+            self._has_units = True
+            _expect(self._build, int(found[2]), meter)
+
+    def _read_error(self, line: str) -> None:
+        """Keep the paragraph below the heading of CMake's first error."""
+        if not self.network_error and _NO_NETWORK.search(line):
+            self.network_error = line.strip()
         if self._lines is not None and not self._is_over:
             self._is_over = not line.strip()
             self._lines += [line.strip()] if line.strip() else []
@@ -211,8 +229,8 @@ class Configure:
 
 
 def _expect(build: Path, due: int, meter: Meter) -> None:
-    """Tell the meter all units where as many steps are due: of a few that are due, only ninja knows
-    which.
+    """Give the meter all units if at least as many steps are due: of a smaller number only ninja
+    knows which units they are.
     """
     for place in _cmake_folders(build):
         try:
@@ -225,8 +243,8 @@ def _expect(build: Path, due: int, meter: Meter) -> None:
 
 
 def _cmake_folders(build: Path) -> tuple[Path, ...]:
-    """Where CMake configures: in TRITON_BUILD_DIR itself, or in a folder of the platform below it,
-    as trees of some ages have it.
+    """Return the folders that CMake configured: TRITON_BUILD_DIR, or a platform folder in it (some
+    versions).
     """
     return tuple(
         path.parent
@@ -236,6 +254,7 @@ def _cmake_folders(build: Path) -> tuple[Path, ...]:
 
 
 def _configured(build: Path) -> Path:
+    """Write the configuration of setuptools, and return its path."""
     path = build / "setuptools.cfg"
     text = f"[build]\nbuild_base = {build / 'assembled'}\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -244,8 +263,8 @@ def _configured(build: Path) -> Path:
 
 
 def _clear_assembled(build: Path) -> None:
-    """Remove what setuptools copied for an earlier wheel: it takes files along that the tree no
-    longer has. What was linked there stays, for ninja.
+    """Remove files that setuptools assembled for an earlier wheel: it would also pack files that
+    the tree no longer has. Keep linked libraries, for ninja.
     """
     for path in sorted((build / "assembled").glob("**/*"), reverse=True):
         if "_C" in path.relative_to(build).parts:
@@ -257,9 +276,9 @@ def _clear_assembled(build: Path) -> None:
             path.unlink()
 
 
-def _is_there(layout: Layout, line: str) -> bool:
-    """Whether `.vllm` has what a line asks for; one whose marker is of no concern here counts as
-    there.
+def _is_installed(layout: Layout, line: str) -> bool:
+    """Return whether `.vllm` satisfies a requirement; one whose marker does not apply counts as
+    satisfied.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
@@ -268,7 +287,7 @@ def _is_there(layout: Layout, line: str) -> bool:
         wanted = Requirement(line)
     except InvalidRequirement as exc:
         raise BuildError(
-            f"Triton asks for {line!r}, which is no requirement: {exc}",
+            f"Triton requires {line!r}, which is not a valid requirement: {exc}",
             hint=f"git -C {layout.relative(layout.triton)} log -1",
         ) from exc
     if wanted.marker and not wanted.marker.evaluate(

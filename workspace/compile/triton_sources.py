@@ -1,9 +1,9 @@
-"""What a build of Triton downloads while CMake configures: LLVM, NVIDIA's tools, a JSON library.
-Had beforehand, resumed, and held against a hash.
+"""Triton's tree, and the files that its build downloads while CMake configures: LLVM, NVIDIA's
+tools, a JSON library. They are fetched beforehand, with resume, and checked against a hash.
 
-Each lands where Triton's own script (python/build_helpers.py) would have put it, so that this then
-finds it there and fetches nothing. The hash of LLVM stands in the tree (cmake/llvm-info.json),
-those of the tools in NVIDIA's list of a release; for the JSON library nobody publishes one.
+Each file lands where Triton's own script (python/build_helpers.py) would put it, so the script
+finds it and fetches nothing. The hash of LLVM is in the tree (cmake/llvm-info.json), those of the
+tools in NVIDIA's list of a release; nobody publishes one for the JSON library.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
 
 FROM_SOURCE = "./scripts/inv fix-triton --from-source"
-# One CMake serves vLLM and Triton (requirements/build of the one, pyproject.toml of the other).
+# One CMake serves vLLM and Triton (vLLM's requirements/build, Triton's pyproject.toml).
 CMAKE = "cmake>=3.26.1,<4"
-# setup.py asks for these by import or on PATH, and a build without isolation must have them.
+# setup.py needs these by import or on PATH; a build without isolation must have them.
 _ALWAYS = ("setuptools", "wheel", "ninja")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tree that may be built. `project` is the folder with its setup.py, the root or python/;
-    `content` its tree OID, `patches` how many are on it.
+    """A tree to build. `project` is the folder with its setup.py, the root or python/; `content` is
+    its tree OID, `patches` the number of applied patches.
     """
 
     tree: Path
@@ -52,10 +52,10 @@ class Source:
 
 
 def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step: Step) -> Source:
-    """Have vendor/triton at the pin with its patches on it, cloned where it is missing.
+    """Put vendor/triton at the pin with its patches, and clone it if it is missing.
 
-    Raises CheckoutError where it holds edits, commits that are no patches, or an operation under
-    way; SourceError where it cannot be fetched.
+    Raises CheckoutError if it has edits, commits that are no patches, or an unfinished operation;
+    SourceError if it cannot be fetched.
     """
     pin = pins.load(layout.pins).triton
     there = checkout.ensure(layout, pin, settings, choice="git", run_log=run_log, step=step)
@@ -63,8 +63,8 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
     shown = layout.relative(layout.triton)
     if stack.dirty:
         raise CheckoutError(
-            f"{shown} has edits of yours ({', '.join(stack.dirty[:3])}), which no patch holds; they"
-            " are kept, and nothing was built",
+            f"{shown} has local edits ({', '.join(stack.dirty[:3])}) that are in no patch; they are"
+            " kept, and nothing is built",
             hint=(
                 f"git -C {shown} commit -a && ./scripts/inv patch.export --project triton    or:"
                 f" git -C {shown} stash; then {FROM_SOURCE}"
@@ -81,7 +81,7 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
     if project is None:
         raise BuildError(
             f"{shown} has no setup.py, neither in its root nor in python/",
-            hint=f"git -C {shown} status; TRITON_MIRROR names where it came from",
+            hint=f"git -C {shown} status; TRITON_MIRROR names its origin",
         )
     content = Git(layout.triton).tree("HEAD")
     step.reason = f"{pin.tag} {pin.commit[:12]}" + (
@@ -91,13 +91,13 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
 
 
 def requirements(source: Source) -> tuple[str, ...]:
-    """Return what the build needs in `.vllm`: the tree's own words (pyproject.toml,
-    python/requirements.txt), but for CMake, which vLLM needs too.
+    """Return what the build needs in `.vllm`: the tree's pyproject.toml and
+    python/requirements.txt, except for CMake, which vLLM needs too.
     """
     lines: list[str] = []
     try:
-        said = tomllib.loads((source.project / "pyproject.toml").read_text(encoding="utf-8"))
-        lines += [str(line) for line in said.get("build-system", {}).get("requires", [])]
+        project = tomllib.loads((source.project / "pyproject.toml").read_text(encoding="utf-8"))
+        lines += [str(line) for line in project.get("build-system", {}).get("requires", [])]
     except FileNotFoundError:
         pass
     except (ValueError, AttributeError) as exc:
@@ -121,7 +121,7 @@ _LLVM = "https://oaitriton.blob.core.windows.net/public/llvm-builds"
 _NVIDIA = "https://developer.download.nvidia.com/compute/cuda/redist"
 _JSON = "https://github.com/nlohmann/json/releases/download"
 # Triton's name of a tool's folder; NVIDIA's of the archive; the key in
-# cmake/nvidia-toolchain-version.json; the variable that replaces it.
+# cmake/nvidia-toolchain-version.json; the variable that replaces the tool.
 _TOOLS = (
     ("nvcc", "cuda_nvcc", "ptxas", "TRITON_PTXAS_PATH"),
     ("nvcc-blackwell", "cuda_nvcc", "ptxas-blackwell", "TRITON_PTXAS_BLACKWELL_PATH"),
@@ -132,15 +132,15 @@ _TOOLS = (
     ("cupti", "cuda_cupti", "cupti", "TRITON_CUPTI_LIB_PATH"),
     ("cupti-blackwell", "cuda_cupti", "cupti-blackwell", "TRITON_CUPTI_LIB_BLACKWELL_PATH"),
 )
-# NVIDIA counts releases and tools by themselves: the tools of 13.1.x stand in one of these lists.
+# NVIDIA numbers releases and tools separately: the tools of 13.1.x are in one of these lists.
 _MOST_UPDATES = 4
 TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Download:
-    """An archive. `root` is where it is unpacked, `place` the folder that is then there; `setting`
-    names what can be had instead.
+    """Archive to download. `root` is the folder to unpack it in, `place` the unpacked folder;
+    `setting` names the variable for a local copy instead.
     """
 
     name: str
@@ -152,8 +152,8 @@ class Download:
 
     @property
     def is_there(self) -> bool:
-        """As Triton's script judges it: by its note of the address, or, of a tool, by the
-        folder.
+        """Return whether Triton's script would accept the folder: by its note of the address; a
+        tool's by existence.
         """
         note = self.place / "version.txt"
         return (
@@ -164,19 +164,19 @@ class Download:
 
 
 def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[Download, ...]:
-    """Return everything that a build of this tree would download into `home`, its TRITON_HOME.
-    Raises SettingsError where offline it cannot be done.
+    """Return all downloads of a build of this tree into `home`, its TRITON_HOME. Raises
+    SettingsError if an offline build lacks a setting.
     """
     root = home / ".triton"
     found = [*_llvm(source, root, environment), *_json(source, root), *_tools(source, root)]
     found = [one for one in found if not environment.get(one.setting)]
     if environment.get("TRITON_OFFLINE_BUILD", "").lower() in ("1", "on", "yes", "true", "y"):
-        lacking = [one.setting for one in found if not one.setting.startswith("TRITON_")]
-        if lacking:
+        missing = [one.setting for one in found if not one.setting.startswith("TRITON_")]
+        if missing:
             raise SettingsError(
-                f"TRITON_OFFLINE_BUILD is on, and {' and '.join(lacking)} say nothing of where to"
-                " take it from",
-                hint=f"{lacking[0]}=/a/folder in .env",
+                "TRITON_OFFLINE_BUILD is on, but no local folder is set in"
+                f" {' and '.join(missing)}",
+                hint=f"{missing[0]}=/a/folder in .env",
             )
         return ()
     return tuple({one.place: one for one in found}.values())
@@ -191,8 +191,8 @@ def provide_downloads(
     run_log: RunLog,
     step: Step,
 ) -> str:
-    """Have all of it there, and say what came from where. Raises SourceError naming the setting by
-    which each can be had without a network.
+    """Fetch and unpack all missing downloads, and return a summary. Raises SourceError naming the
+    setting for a local copy of each.
     """
     found = wanted(source, home, environment)
     missing = [one for one in found if not one.is_there]
@@ -215,20 +215,20 @@ def provide_downloads(
         run_log.write(
             f"{archive.name} has sha256 {full.sha256}"
             if full.sha256
-            else f"{archive.name}: sha256 {sha256(archive)}, which nobody has published"
+            else f"{archive.name}: sha256 {sha256(archive)}, for which nobody has published a hash"
         )
         _unpack(full, archive)
         archive.unlink()
-    _forget_other_tools(source, found)
+    _remove_other_tools(source, found)
     return (
-        f"{len(found)} there" + (f", {len(missing)} of them fetched" if missing else "")
+        f"{len(found)} available" + (f", {len(missing)} of them fetched" if missing else "")
         if found
-        else "none is wanted"
+        else "none needed"
     )
 
 
 def home_of(settings: Settings) -> Path:
-    """Where downloads of all clones lie: TRITON_HOME of a build."""
+    """Return TRITON_HOME of a build: the folder of the downloads of all clones."""
     named = settings.passed.get("TRITON_HOME")
     return Path(
         settings.shell.get("TRITON_HOME")
@@ -238,8 +238,8 @@ def home_of(settings: Settings) -> Path:
 
 
 def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterator[Download]:
-    """LLVM of the commit that the tree names; older trees name no hash and no number of the
-    build.
+    """Yield the LLVM of the commit that the tree names; older trees name no hash and no build
+    number.
     """
     suffix = environment.get("TRITON_LLVM_SYSTEM_SUFFIX") or _system()
     if suffix is None:
@@ -248,10 +248,10 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
     digest = None
     try:
         if info.is_file():
-            said = json.loads(info.read_bytes())
+            named = json.loads(info.read_bytes())
             name, digest = (
-                f"llvm-{said['llvm_hash'][:8]}-{suffix}-{said['build_number']}",
-                said["sha256sum"][suffix],
+                f"llvm-{named['llvm_hash'][:8]}-{suffix}-{named['build_number']}",
+                named["sha256sum"][suffix],
             )
         elif plain.is_file():
             name = f"llvm-{plain.read_text(encoding='ascii')[:8]}-{suffix}"
@@ -259,7 +259,7 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
             return
     except (ValueError, KeyError, TypeError) as exc:
         raise BuildError(
-            f"cmake/{info.name} of Triton does not say which LLVM it needs for {suffix}: {exc}",
+            f"cmake/{info.name} of Triton does not name the LLVM for {suffix}: {exc}",
             hint="LLVM_SYSPATH=/a/folder in .env",
         ) from exc
     yield Download(
@@ -292,7 +292,7 @@ def _tools(source: Source, root: Path) -> Iterator[Download]:
     for folder, component, key, setting in _TOOLS:
         if key in versions:
             version = str(versions[key])
-            # The runtime's headers were a part of the compiler's archive until CUDA 13.
+            # The runtime's headers were part of the compiler's archive until CUDA 13.
             own = (
                 "cuda_nvcc"
                 if component == "cuda_crt" and int(version.split(".")[0]) < 13
@@ -311,8 +311,8 @@ def _tools(source: Source, root: Path) -> Iterator[Download]:
 
 
 def _system() -> str | None:
-    """The name of the LLVM for this machine, as Triton's script chooses it; None where there is
-    none to be had.
+    """Return the suffix of LLVM's name for this machine, as Triton's script chooses it; None if
+    there is none.
     """
     arch = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine())
     with contextlib.suppress(OSError):
@@ -331,7 +331,7 @@ def _system() -> str | None:
 
 
 def _published(one: Download, settings: Settings) -> str | None:
-    """The hash that NVIDIA's list of a release gives for a tool; None where no list that can be had
+    """Return the hash of a tool in NVIDIA's list of a release; None if no list that can be fetched
     names it.
     """
     archive = one.url.rpartition("/")[2]
@@ -345,7 +345,7 @@ def _published(one: Download, settings: Settings) -> str | None:
         for update in range(_MOST_UPDATES):
             listed = Path(folder) / f"redistrib_{release}.{update}.json"
             with contextlib.suppress(SourceError, ValueError, AttributeError, OSError):
-                _take(f"{_NVIDIA}/{listed.name}", listed, None, settings, None)
+                _fetch_file(f"{_NVIDIA}/{listed.name}", listed, None, settings, None)
                 platforms = json.loads(listed.read_bytes()).get(component, {})
                 for entry in platforms.values():
                     if isinstance(entry, dict) and str(entry.get("relative_path", "")).endswith(
@@ -358,15 +358,15 @@ def _published(one: Download, settings: Settings) -> str | None:
 def _fetched(one: Download, settings: Settings, step: Step) -> Path:
     archive = one.root.parent / "archives" / one.url.rpartition("/")[2]
     archive.parent.mkdir(parents=True, exist_ok=True)
-    _take(one.url, archive, one.sha256, settings, step)
+    _fetch_file(one.url, archive, one.sha256, settings, step)
     return archive
 
 
-def _take(
+def _fetch_file(
     url: str, target: Path, digest: str | None, settings: Settings, step: Step | None
 ) -> None:
-    """Copy from a folder that stands for the network, or fetch from the mirror's address or the
-    file's own.
+    """Copy a file from a folder that replaces the network, or fetch it from the mirror or its own
+    address.
     """
     place = _origin(url, settings)
     if not place.startswith(("http://", "https://")):
@@ -375,12 +375,12 @@ def _take(
         found = next((path for path in (file, flat) if path.is_file()), None)
         if found is None:
             raise SourceError(
-                f"{file} is not there",
+                f"{file} does not exist",
                 hint=f"{MIRROR} names a folder with the files of https:// below their hosts",
             )
         if digest is not None and sha256(found) != digest:
             raise SourceError(
-                f"{found} has sha256 {sha256(found)}, expected is {digest}: it was not used",
+                f"{found} has sha256 {sha256(found)}, but {digest} is expected: it is not used",
                 hint="fetch it again",
             )
         shutil.copyfile(found, target)
@@ -409,8 +409,8 @@ def _origin(url: str, settings: Settings) -> str:
 
 
 def _unpack(one: Download, archive: Path) -> None:
-    """Unpack aside and rename, so that what is at its place is whole; the note that Triton's script
-    looks for comes last.
+    """Unpack into a scratch folder and rename, so that only complete folders reach their place; the
+    note for Triton's script comes last.
     """
     one.root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=one.root.parent, prefix=".unpacking-"))
@@ -425,7 +425,7 @@ def _unpack(one: Download, archive: Path) -> None:
         if not is_own and not (scratch / one.place.name).is_dir():
             raise SourceError(
                 f"{archive.name} holds no folder {one.place.name}",
-                hint=f"another file was taken for it; {one.setting}=/a/folder in .env",
+                hint=f"the archive is another file; {one.setting}=/a/folder in .env",
             )
         shutil.rmtree(one.place, ignore_errors=True)
         os.replace(scratch if is_own else scratch / one.place.name, one.place)
@@ -438,9 +438,9 @@ def _unpack(one: Download, archive: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _forget_other_tools(source: Source, found: tuple[Download, ...]) -> None:
-    """Remove programs that an earlier build copied into the tree, ignored by git: of another
-    version, Triton's script would fetch the right one anew.
+def _remove_other_tools(source: Source, found: tuple[Download, ...]) -> None:
+    """Remove tools of other versions that an earlier build copied into the tree, ignored by git:
+    Triton's script would fetch the right ones again.
     """
     folder = source.tree / "third_party" / "nvidia" / "backend" / "bin"
     names = {one.name.split(" ")[0] for one in found if one.setting.startswith("TRITON_")}

@@ -190,7 +190,7 @@ def test_same_files_again_are_not_touched(bench: Bench) -> None:
     }
 
 
-def test_file_that_a_component_no_longer_brings_goes(bench: Bench) -> None:
+def test_file_that_a_component_no_longer_installs_is_removed(bench: Bench) -> None:
     bench.put("_vllm_fa2_C", "_C")
     (bench.build / "fa/layers/rotary.py").rename(bench.build / "fa/layers/turning.py")
     write(bench.tree, {"vllm/vllm_flash_attn/mine.py": "ignored by git, and not of a build\n"})
@@ -199,7 +199,7 @@ def test_file_that_a_component_no_longer_brings_goes(bench: Bench) -> None:
     assert there == ["__init__.py", "mine.py", "turning.py"]
 
 
-def test_file_that_another_component_still_brings_stays(bench: Bench) -> None:
+def test_file_that_another_component_still_installs_stays(bench: Bench) -> None:
     bench.put("_vllm_fa2_C", "_vllm_fa3_C")
     record = bench.build.parent / "put.json"
     told = json.loads(record.read_text())
@@ -214,7 +214,7 @@ def test_file_that_another_component_still_brings_stays(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "change", ["edited", "not ignored", "record gone", "record damaged", "record elsewhere"]
 )
-def test_file_that_is_not_surely_of_a_build_stays(bench: Bench, change: str) -> None:
+def test_file_that_may_not_be_of_a_build_stays(bench: Bench, change: str) -> None:
     bench.put("_vllm_fa2_C")
     record = bench.build.parent / "put.json"
     (bench.build / "fa/layers/rotary.py").unlink()
@@ -256,7 +256,7 @@ def test_link_to_the_users_own_sources_stays_a_link(bench: Bench) -> None:
     ).resolve() == bench.build / "cache/flash_attn/cute"
 
 
-def test_nothing_is_written_behind_a_link_that_an_earlier_build_left(bench: Bench) -> None:
+def test_no_file_is_written_behind_a_link_of_an_earlier_build(bench: Bench) -> None:
     bench.put("_vllm_fa4_cutedsl_C")
     bench.put("_vllm_fa4_cutedsl_C", shared=bench.build / "cache")
     assert not (bench.tree / "vllm/vllm_flash_attn/cute").is_symlink()
@@ -296,7 +296,7 @@ def test_target_that_was_not_built_is_named_and_the_tree_stays(bench: Bench) -> 
     assert bench.left() == []
 
 
-def test_destdir_of_the_users_shell_misleads_nothing(bench: Bench) -> None:
+def test_destdir_of_the_users_shell_has_no_effect(bench: Bench) -> None:
     bench.put(
         "_C", env={"DESTDIR": str(bench.folder / "package"), "CMAKE_INSTALL_MODE": "ABS_SYMLINK"}
     )
@@ -304,11 +304,11 @@ def test_destdir_of_the_users_shell_misleads_nothing(bench: Bench) -> None:
     assert not (bench.tree / "vllm/_C.abi3.so").is_symlink()
 
 
-def test_component_that_brings_nothing_is_no_error(bench: Bench) -> None:
+def test_component_without_files_is_no_error(bench: Bench) -> None:
     assert bench.put("_deepselect_C") == ()
 
 
-def test_without_cmake_says_so(bench: Bench) -> None:
+def test_missing_cmake_is_reported(bench: Bench) -> None:
     with pytest.raises(ToolchainError, match="cmake is not there"):
         bench.put("_C", env={"PATH": "/nonexistent"})
 
@@ -317,7 +317,7 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from tests.compile.test_put import Bench
+from tests.compile.test_tree_files import Bench
 Bench(Path(sys.argv[2])).put("many")
 """
 

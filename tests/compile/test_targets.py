@@ -118,7 +118,7 @@ def named_by_compiler(tree: Path, graph: Graph) -> set[str]:
 
 @fuzz(fast=25, deep=4000)
 @given(graphs())
-def test_the_scan_misses_nothing_that_a_compiler_takes_in(graph: Graph) -> None:
+def test_scan_finds_every_file_that_a_compiler_includes(graph: Graph) -> None:
     with tempfile.TemporaryDirectory() as place:
         tree = Path(os.path.realpath(place)) / "tree"
         put(tree, graph.files)
@@ -132,7 +132,7 @@ def test_the_scan_misses_nothing_that_a_compiler_takes_in(graph: Graph) -> None:
             assert name in taken, f"{name} is included, and was not found"
 
 
-def test_every_spelling_that_a_compiler_takes_is_found_beside_and_by_folder(tmp_path: Path) -> None:
+def test_every_spelling_of_an_include_is_found_beside_and_by_folder(tmp_path: Path) -> None:
     spelled = [
         (form, name, place)
         for form in FORMS
@@ -159,7 +159,7 @@ def test_every_spelling_that_a_compiler_takes_is_found_beside_and_by_folder(tmp_
     assert [text for unit, text in units.items() if not found[unit]] == []
 
 
-def test_a_link_reaches_as_what_it_names_and_finds_what_lies_beside_itself(tmp_path: Path) -> None:
+def test_link_counts_as_its_target_and_finds_the_files_beside_itself(tmp_path: Path) -> None:
     put(
         tmp_path,
         {
@@ -183,7 +183,7 @@ def test_a_link_reaches_as_what_it_names_and_finds_what_lies_beside_itself(tmp_p
     }
 
 
-def test_a_name_in_several_include_folders_may_be_any_of_them(tmp_path: Path) -> None:
+def test_name_in_several_include_folders_may_be_any_of_them(tmp_path: Path) -> None:
     put(
         tmp_path,
         {
@@ -210,7 +210,7 @@ def scanned(
     return Scan(tree, changed).taken_in([source], folders)[source]
 
 
-def test_what_is_included_by_nothing_is_not_reached(tmp_path: Path) -> None:
+def test_file_that_no_unit_includes_reaches_no_unit(tmp_path: Path) -> None:
     put(
         tmp_path,
         {
@@ -223,7 +223,7 @@ def test_what_is_included_by_nothing_is_not_reached(tmp_path: Path) -> None:
     assert scanned(tmp_path, ["csrc/a.h", "csrc/b.h", "csrc/v/u.cu"]) == {"csrc/a.h"}
 
 
-def test_what_lies_beside_hides_the_file_of_that_name_in_an_include_folder(tmp_path: Path) -> None:
+def test_file_beside_the_source_hides_the_one_in_an_include_folder(tmp_path: Path) -> None:
     put(
         tmp_path,
         {"csrc/moe/u.cu": '#include "common.h"\n', "csrc/moe/common.h": "", "csrc/common.h": ""},
@@ -232,7 +232,7 @@ def test_what_lies_beside_hides_the_file_of_that_name_in_an_include_folder(tmp_p
     assert scanned(tmp_path, ["csrc/moe/common.h"], "csrc/moe/u.cu") == {"csrc/moe/common.h"}
 
 
-def test_a_deleted_header_reaches_who_still_names_it_and_who_now_finds_another(
+def test_deleted_header_reaches_sources_that_name_it_or_now_find_another(
     tmp_path: Path,
 ) -> None:
     put(
@@ -247,7 +247,7 @@ def test_a_deleted_header_reaches_who_still_names_it_and_who_now_finds_another(
     assert scanned(tmp_path, ["csrc/gone.h"], "csrc/v.cu") == {"csrc/gone.h"}
 
 
-def test_an_include_by_a_macro_may_be_any_changed_file_and_prose_about_includes_is_none(
+def test_include_by_a_macro_may_be_any_changed_file_and_comments_are_no_includes(
     tmp_path: Path,
 ) -> None:
     put(
@@ -262,7 +262,7 @@ def test_an_include_by_a_macro_may_be_any_changed_file_and_prose_about_includes_
     assert scanned(tmp_path, ["csrc/x.h"], "csrc/v.cu") == frozenset()
 
 
-def test_a_macro_that_makes_the_name_of_its_argument_is_that_file_and_no_other(
+def test_macro_that_builds_a_name_from_its_argument_is_resolved(
     tmp_path: Path,
 ) -> None:
     # CUTLASS names the C++ headers of the toolkit in this way, and nearly every unit takes it in.
@@ -291,7 +291,7 @@ def test_a_macro_that_makes_the_name_of_its_argument_is_that_file_and_no_other(
         assert scanned(tmp_path, ["csrc/x.h"]) == {"csrc/x.h"}, further
 
 
-def test_a_name_in_a_folder_that_nobody_told_of_is_matched_by_its_last_parts(
+def test_name_in_an_unknown_folder_is_matched_by_its_last_parts(
     tmp_path: Path,
 ) -> None:
     put(
@@ -306,14 +306,14 @@ def test_a_name_in_a_folder_that_nobody_told_of_is_matched_by_its_last_parts(
     assert scanned(tmp_path, ["csrc/deep/core/x.h", "csrc/math.hpp"]) == {"csrc/deep/core/x.h"}
 
 
-def test_a_header_named_like_one_of_the_system_reaches_everything_that_searches_its_folder(
+def test_header_named_like_a_system_header_reaches_every_unit_that_searches_its_folder(
     tmp_path: Path,
 ) -> None:
     put(tmp_path, {"csrc/u.cu": "#include <string>\n", "csrc/errno.h": "", "other/errno.h": ""})
     assert scanned(tmp_path, ["csrc/errno.h", "other/errno.h"]) == {"csrc/errno.h"}
 
 
-def test_a_source_that_cannot_be_read_may_include_everything(tmp_path: Path) -> None:
+def test_unreadable_source_may_include_every_changed_file(tmp_path: Path) -> None:
     put(tmp_path, {"csrc/x.h": ""})
     assert scanned(tmp_path, ["csrc/x.h"], "csrc/generated.cu") == {"csrc/x.h"}
 
@@ -374,7 +374,7 @@ def follow(tree: Path, *changed: str, pinned: Project | None = PROJECT) -> dict[
     }
 
 
-def test_reasons_name_the_file_and_who_includes_it(tree: Path) -> None:
+def test_reasons_name_the_file_and_the_unit_that_includes_it(tree: Path) -> None:
     assert follow(tree, "csrc/a.cu") == {"_C": "csrc/a.cu changed"}
     assert follow(tree, "csrc/common.h") == {"_C": "csrc/common.h changed, included by csrc/a.cu"}
     assert follow(tree, "csrc/common.h", "csrc/a.cu") == {
@@ -384,7 +384,7 @@ def test_reasons_name_the_file_and_who_includes_it(tree: Path) -> None:
     assert follow(tree, "csrc/moe/m.cu") == {"_moe_C": "csrc/moe/m.cu deleted"}
 
 
-def test_a_library_that_is_linked_in_reaches_what_it_is_linked_into(tree: Path) -> None:
+def test_static_library_reaches_the_targets_that_link_it(tree: Path) -> None:
     (found,) = targets.reached(tree, ["csrc/base.cpp"], PROJECT, build=tree, pinned=PROJECT)
     assert (found.target, found.reason, len(found.units), found.is_complete) == (
         "_C",
@@ -394,14 +394,14 @@ def test_a_library_that_is_linked_in_reaches_what_it_is_linked_into(tree: Path) 
     )
 
 
-def test_a_generator_reaches_what_it_writes_and_who_includes_that(tree: Path) -> None:
+def test_generator_reaches_the_sources_it_writes_and_their_includers(tree: Path) -> None:
     found = follow(tree, "csrc/marlin/generate.py")
     assert found["_C"].startswith("csrc/marlin/generate.py changed, which writes csrc/marlin/")
     assert found["_moe_C"] == "csrc/marlin/generate.py changed, which writes csrc/marlin/selector.h"
     assert set(follow(tree, "csrc/python/helper_of_generators.py")) == {"_C", "_moe_C"}
 
 
-def test_what_reaches_nothing_is_said(tree: Path) -> None:
+def test_change_that_reaches_no_target_is_reported(tree: Path) -> None:
     changed = [
         "csrc/rocm/attention.cu",
         "csrc/gone.h",
@@ -446,7 +446,7 @@ def test_cmake_files_are_judged_by_what_the_pin_would_build(tree: Path) -> None:
     assert set(follow(tree, "CMakeLists.txt", pinned=other_base)) == {"_C"}
 
 
-def test_a_file_of_an_external_project_reaches_its_targets_though_no_recipe_says_so(
+def test_file_of_an_external_project_reaches_its_targets_without_a_changed_recipe(
     tree: Path,
 ) -> None:
     assert follow(tree, "cmake/external_projects/deep.cmake") == {
@@ -455,7 +455,7 @@ def test_a_file_of_an_external_project_reaches_its_targets_though_no_recipe_says
     assert set(follow(tree, "cmake/patches/torch.patch")) == {"_C", "_moe_C", "_deep_C"}
 
 
-def test_a_target_that_was_asked_for_must_be_one(tree: Path) -> None:
+def test_requested_target_must_exist(tree: Path) -> None:
     assert [
         one.target
         for one in targets.requested((), "torch 2.13.0 → 2.14.0", tree, PROJECT, build=tree)
@@ -493,7 +493,7 @@ def compiled(site: Site) -> tuple[Path, Project]:
     return build, made
 
 
-def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(
+def test_ninja_state_gives_the_units_of_a_change_and_their_dependencies(
     site: Site, compiled: tuple[Path, Project]
 ) -> None:
     build, project = compiled
@@ -529,7 +529,7 @@ def test_ninja_says_which_units_a_change_costs_and_what_was_taken_in(
         assert output("csrc/include/wide.h") == {"_C": (5, True)}
 
 
-def test_asking_ninja_writes_nothing(site: Site, compiled: tuple[Path, Project]) -> None:
+def test_reading_the_ninja_state_writes_no_file(site: Site, compiled: tuple[Path, Project]) -> None:
     build, project = compiled
     before = {path: path.stat().st_mtime_ns for path in build.rglob("*")}
     targets.follow(site.tree, ["csrc/spinloop.c"], project, build=build, pinned=project)
@@ -551,7 +551,7 @@ def damaged(compiled: tuple[Path, Project], tmp_path: Path) -> Path:
         (".ninja_deps", "# ninjadeps\n"),
     ],
 )
-def test_a_damaged_build_directory_costs_whole_targets_and_no_traceback(
+def test_damaged_build_directory_costs_all_units_of_a_target_and_no_traceback(
     site: Site, compiled: tuple[Path, Project], damaged: Path, name: str, content: str
 ) -> None:
     (damaged / name).write_text(content)
@@ -561,7 +561,7 @@ def test_a_damaged_build_directory_costs_whole_targets_and_no_traceback(
     assert (found.target, len(found.units), found.is_complete) == ("spinloop", 1, True)
 
 
-def test_where_cmake_has_to_run_first_ninja_is_not_believed(
+def test_ninja_state_is_unknown_if_cmake_has_to_run_first(
     site: Site, compiled: tuple[Path, Project], damaged: Path
 ) -> None:
     assert targets.ask_ninja(damaged, site.tree, compiled[1].targets) is not None
@@ -573,7 +573,7 @@ def test_where_cmake_has_to_run_first_ninja_is_not_believed(
     assert targets.ask_ninja(damaged, site.tree, compiled[1].targets) is None
 
 
-def test_a_source_that_is_gone_spoils_what_is_known_of_its_own_target_only(
+def test_missing_source_makes_only_its_own_target_unknown(
     site: Site, compiled: tuple[Path, Project]
 ) -> None:
     build, project = compiled
@@ -591,7 +591,9 @@ def test_a_source_that_is_gone_spoils_what_is_known_of_its_own_target_only(
 # Real git.
 
 
-def test_changed_files_are_commits_edits_and_new_files_of_what_is_compiled(tmp_path: Path) -> None:
+def test_changed_files_are_commits_edits_and_new_files_among_compiled_inputs(
+    tmp_path: Path,
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     sh_git(work, "init", "--quiet")

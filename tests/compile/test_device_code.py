@@ -97,7 +97,7 @@ def library(path: Path, section: Path | bytes | None) -> Path:
         ("multi", MULTI),
     ],
 )
-def test_family_is_told_from_one_gpu_and_from_plain(
+def test_family_single_gpu_and_plain_code_are_distinguished(
     tmp_path: Path, name: str, held: tuple[str, ...]
 ) -> None:
     assert device_code.architectures(library(tmp_path / "x.so", FATBINS / f"{name}.fatbin")) == held
@@ -178,7 +178,7 @@ def test_libraries_are_named_below_the_tree(tmp_path: Path) -> None:
     assert listed(tmp_path, [path]) == (Cubins(KERNELS, ("sm_120f",)),)
 
 
-def test_unknown_form_without_cuobjdump_cannot_be_known(tmp_path: Path) -> None:
+def test_unknown_form_without_cuobjdump_is_reported(tmp_path: Path) -> None:
     path = library(tmp_path / "x.so", b"\x01" + WHOLE[1:])
     (found,) = listed(tmp_path, [path])
     assert found.archs == ()
@@ -186,7 +186,7 @@ def test_unknown_form_without_cuobjdump_cannot_be_known(tmp_path: Path) -> None:
     assert judge([found], capabilities=["12.1"], archs="")[0].state == "wrong"
 
 
-def test_unknown_form_is_asked_of_tritons_cuobjdump(tmp_path: Path) -> None:
+def test_unknown_form_is_listed_by_tritons_cuobjdump(tmp_path: Path) -> None:
     program = (
         Layout(tmp_path).environment
         / "lib"
@@ -208,7 +208,7 @@ def test_unknown_form_is_asked_of_tritons_cuobjdump(tmp_path: Path) -> None:
     assert found == Cubins("x.so", ("sm_90a", "sm_120", "ptx 8.0"))
 
 
-def test_missing_library_is_said(tmp_path: Path) -> None:
+def test_missing_library_is_reported(tmp_path: Path) -> None:
     (found,) = listed(tmp_path, [tmp_path / "gone.so"])
     assert "No such file" in (found.trouble or "")
 
@@ -279,7 +279,7 @@ def test_every_gpu_must_be_served() -> None:
     )
 
 
-def test_without_gpu_and_list_only_nothing_at_all_is_wrong() -> None:
+def test_without_gpu_and_list_only_an_empty_library_is_wrong() -> None:
     assert [
         one.state
         for one in judge(
@@ -394,7 +394,7 @@ def test_sentence_is_judged_by_the_list_of_architectures(
     assert sum(map(len, (output.expected, output.failures, output.unknown))) == 1
 
 
-def test_words_that_two_blocks_print_fail_when_both_print_them_and_one_should_not() -> None:
+def test_message_of_two_blocks_fails_if_printed_more_often_than_expected() -> None:
     sentence = (
         "Not building grouped_mm_c3x as no compatible archs found in CUDA target architectures."
     )
