@@ -1,4 +1,4 @@
-"""A folder to compile in, and the end of whatever is still running there."""
+"""A build folder for the tests of launchers, and the end of every process started in it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Configuring with the real CMake: once for each change of what it depends on, and never more than
-that is compiled again.
+"""The configure step with the real CMake: once for each change of its inputs, and no needless
+compilation afterwards.
 """
 
 import json
@@ -70,14 +70,14 @@ def test_unchanged_inputs_touch_no_file_and_give_the_same_project(site: Site) ->
         (
             "csrc/generated/kernel_a.c",
             "int mine;\n",
-            "csrc/generated/kernel_a.c, which a configure wrote, is another or gone",
+            "csrc/generated/kernel_a.c, which a configure wrote, was changed or deleted",
         ),
         (
             "csrc/generated/kernel_b.c",
             None,
-            "csrc/generated/kernel_b.c, which a configure wrote, is another or gone and 1 more",
+            "csrc/generated/kernel_b.c, which a configure wrote, was changed or deleted and 1 more",
         ),
-        ("csrc/generated/kernel_z.c", "int z;\n", "csrc/generated/kernel_*.c finds other files"),
+        ("csrc/generated/kernel_z.c", "int z;\n", "csrc/generated/kernel_*.c matches other files"),
     ],
 )
 def test_changed_input_of_configure_is_named_until_it_is_reverted(
@@ -114,7 +114,7 @@ def test_record_that_cannot_be_read_is_a_reason(site: Site, damage: str) -> None
 
 def test_changed_build_file_is_a_reason(site: Site) -> None:
     with written(build_of(site) / "build.ninja", "rule x\n"):
-        assert due(site) == "build.ninja is not as a configure left it"
+        assert due(site) == "build.ninja was changed after the configure"
 
 
 def test_configure_again_compiles_nothing_again(own: Site) -> None:
@@ -133,7 +133,7 @@ def test_configure_again_compiles_nothing_again(own: Site) -> None:
     put(own.tree, {"CMakeLists.txt": TOP + "# a word\n"})
     own.configure()
     assert "no work to do" in own.ninja(build, *objects).stdout
-    # A corrupt directory is begun anew, and what was compiled in it stays.
+    # A damaged directory is configured again, and its objects stay.
     (build / "CMakeCache.txt").write_text("garbage")
     shutil.rmtree(
         build / "CMakeFiles" / next(path.name for path in (build / "CMakeFiles").glob("3.*"))
@@ -189,16 +189,16 @@ def test_killed_configure_loses_no_file_of_the_package(own: Site) -> None:
         "import sys; from pathlib import Path; from tests.compile.trees import Site;"
         " Site.again(Path(sys.argv[1])).configure()"
     )
-    verb = subprocess.Popen(
+    task = subprocess.Popen(
         [sys.executable, "-c", script, str(own.root)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     while not (own.root / "reached").exists():
-        assert verb.poll() is None
+        assert task.poll() is None
         time.sleep(0.02)
-    verb.kill()
-    verb.wait()
+    task.kill()
+    task.wait()
     assert "not fetched" in (own.tree / INTERFACE).read_text()
-    # What CMake has begun to write, and would never look at again.
+    # Files that CMake has begun to write, and would never remove.
     put(
         build_of(own),
         {

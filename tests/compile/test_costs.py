@@ -1,6 +1,4 @@
-"""What units are expected to cost: names from commands, the shipped table, the history, and guesses
-where there is nothing.
-"""
+"""Expected costs of units: names from commands, the shipped table, the history, and guesses."""
 
 import json
 import os
@@ -68,8 +66,10 @@ def test_trace_becomes_a_table_in_the_order_in_which_its_units_began(tmp_path: P
     ]
     text = costs.encode(costs.derive(lines), head="Where from.\n\nAnd how.")
     assert (
-        text == "# Where from.\n#\n# And"
-        " how.\ntarget\tsource\tseconds\tpeak_mib\n_C\tcsrc/early.cu\t0.1\t4099\n_C\tcsrc/late.cu\t12.3\t4099\n"
+        text == "# Where from.\n#\n# And how.\n"
+        "target\tsource\tseconds\tpeak_mib\n"
+        "_C\tcsrc/early.cu\t0.1\t4099\n"
+        "_C\tcsrc/late.cu\t12.3\t4099\n"
     )
     (tmp_path / "t.tsv").write_text(text)
     assert costs.read_table(tmp_path / "t.tsv") == (
@@ -105,7 +105,7 @@ def test_source_is_found_again_after_the_tree_or_the_folder_has_moved() -> None:
     known = Costs(table)
     assert known.expected(Unit("_q", "__/deps/x/qutlass/csrc/gemm.cu")).peak_gib == 9.5
     assert known.expected(Unit("_q", "home/me/qutlass/ada/gemm.cu")).peak_gib == 1.7
-    # Neither folder: the one that takes more.
+    # In neither folder: the entry with the larger peak.
     assert known.expected(Unit("_q", "new/gemm.cu")).peak_gib == 9.5
     assert known.expected(Unit("_other", "qutlass/csrc/gemm.cu")).origin == "guess"
 
@@ -183,7 +183,8 @@ def test_preprocessor_is_light_whatever_its_source() -> None:
 def test_damaged_line_of_the_table_is_skipped_and_reported(tmp_path: Path, line: str) -> None:
     file = tmp_path / "costs.tsv"
     file.write_text(
-        f"# head\ntarget\tsource\tseconds\tpeak_mib\n_C\tb.cu\t1.0\t100\n{line}\n_C\tc.cu\t2.0\t200\n"
+        "# head\ntarget\tsource\tseconds\tpeak_mib\n"
+        f"_C\tb.cu\t1.0\t100\n{line}\n_C\tc.cu\t2.0\t200\n"
     )
     entries, trouble = costs.read_table(file)
     assert [entry.source for entry in entries] == ["b.cu", "c.cu"]

@@ -1,5 +1,5 @@
-"""What libraries hold, and whether it is right for a GPU. The fat binaries are nvcc 13.0's own, of
-a kernel of one line.
+"""Device code of libraries, and whether it serves a GPU. The fat binaries are nvcc 13.0's own, of a
+kernel of one line.
 """
 
 import functools
@@ -17,7 +17,7 @@ from workspace.core.paths import Layout
 
 FATBINS = Path(__file__).parent / "fatbins"
 KERNELS = "vllm/_C_stable_libtorch.abi3.so"
-# As cuobjdump lists them, the letters aside that it does not tell.
+# As listed by cuobjdump, which omits the letters.
 MULTI = ("sm_80", "sm_90a", "sm_100f", "sm_120f", "ptx 8.0", "ptx 12.0f")
 RELEASE = (
     "sm_75",
@@ -34,7 +34,7 @@ RELEASE = (
     "ptx 8.9",
     "ptx 9.0",
 )
-# What CMake of 0.31.0 prints for 12.1a under CUDA 13.0.
+# Messages of vLLM 0.31.0's CMake for 12.1a with CUDA 13.0.
 SPARK = (
     "Not building Machete kernels as no compatible archs found in CUDA target architectures",
     "Not building scaled_mm_c3x_sm90 as no compatible archs found in CUDA target architectures",
@@ -49,8 +49,8 @@ SPARK = (
 )
 
 
-# The linker's own file with room for fat binaries; compiled once, for that takes longer than all
-# else here.
+# The linker's own file with room for fat binaries; compiled once, because that takes longer than
+# all tests.
 ROOM = 1 << 14
 SOURCE = (
     'void *nothing(void) { return 0; }\n__asm__(".section .nv_fatbin, \\"a\\"\\n.balign'
@@ -71,7 +71,7 @@ def linked(source: str) -> bytes:
 
 
 def library(path: Path, section: Path | bytes | None) -> Path:
-    """A shared library with a section of fat binaries in it, or with none."""
+    """Return a shared library with a section of fat binaries, or without."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if section is None:
         path.write_bytes(linked("void *nothing(void) { return 0; }\n"))
@@ -79,7 +79,7 @@ def library(path: Path, section: Path | bytes | None) -> Path:
     held = section.read_bytes() if isinstance(section, Path) else section
     content = linked(SOURCE)
     at = content.index(b"\x5a" * ROOM)
-    # Offset and size stand side by side in the header of a section (elf(5)).
+    # Offset and size are adjacent in the header of a section (elf(5)).
     was, now = struct.pack("<QQ", at, ROOM), struct.pack("<QQ", at, len(held))
     assert content.count(was) == 1
     path.write_bytes((content[:at] + held + content[at + len(held) :]).replace(was, now))
@@ -182,7 +182,7 @@ def test_unknown_form_without_cuobjdump_is_reported(tmp_path: Path) -> None:
     path = library(tmp_path / "x.so", b"\x01" + WHOLE[1:])
     (found,) = listed(tmp_path, [path])
     assert found.archs == ()
-    assert "cannot be known" in (found.trouble or "")
+    assert "cannot be read" in (found.trouble or "")
     assert judge([found], capabilities=["12.1"], archs="")[0].state == "wrong"
 
 

@@ -1,4 +1,4 @@
-"""External projects: what the tree's CMake files declare, and having it at hand: whole or not at
+"""External projects: declarations in the tree's CMake files, and their sources: complete or not at
 all, once for all clones.
 """
 
@@ -74,7 +74,8 @@ set(FETCHCONTENT_SOURCE_DIR_ONEDNN "$ENV{FETCHCONTENT_SOURCE_DIR_ONEDNN}" CACHE 
 if(FETCHCONTENT_SOURCE_DIR_ONEDNN)
   FetchContent_Declare(oneDNN SOURCE_DIR ${FETCHCONTENT_SOURCE_DIR_ONEDNN})
 elseif(ASIMD_FOUND AND NOT APPLE_SILICON_FOUND)
-  FetchContent_Declare(oneDNN GIT_REPOSITORY https://github.com/oneapi-src/oneDNN.git GIT_TAG 9c5be1cc59e368aebf0909e6cf20f981ea61462a)
+  FetchContent_Declare(oneDNN GIT_REPOSITORY https://github.com/oneapi-src/oneDNN.git
+    GIT_TAG 9c5be1cc59e368aebf0909e6cf20f981ea61462a)
 else()
   FetchContent_Declare(oneDNN GIT_REPOSITORY https://github.com/oneapi-src/oneDNN.git GIT_TAG v3.13)
 endif()
@@ -111,7 +112,9 @@ if (DEFINED ENV{VLLM_FLASH_ATTN_SRC_DIR})
 endif()
 if(VLLM_FLASH_ATTN_SRC_DIR)
 else()
-  FetchContent_Declare(vllm-flash-attn GIT_REPOSITORY https://github.com/vllm-project/flash-attention.git GIT_TAG abc GIT_SUBMODULES "")
+  FetchContent_Declare(vllm-flash-attn
+    GIT_REPOSITORY https://github.com/vllm-project/flash-attention.git
+    GIT_TAG abc GIT_SUBMODULES "")
 endif()
 foreach(_FA_COMPONENT _vllm_fa2_C _vllm_fa3_C)
   install(DIRECTORY ${vllm-flash-attn_SOURCE_DIR}/x/ DESTINATION vllm COMPONENT ${_FA_COMPONENT})
@@ -227,7 +230,7 @@ def test_unknown_condition_is_followed_both_ways(
     )
     steps = cmake_inputs.walk(tmp_path, "cuda", machine="x86_64")
     assert (
-        " ".join(step.command.words[0] for step in steps if step.command.name == "walked")
+        " ".join(step.command.args[0] for step in steps if step.command.name == "walked")
         == branches
     )
 
@@ -237,9 +240,7 @@ def test_unknown_condition_is_followed_both_ways(
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that stands for GitHub: flashy with cutlass as a submodule, by its public
-    address.
-    """
+    """A folder that replaces GitHub: flashy, with cutlass as a submodule by its public address."""
     folder = tmp_path_factory.mktemp("mirror")
     cutlass = folder / "NVIDIA" / "cutlass"
     cutlass.mkdir(parents=True)
@@ -382,7 +383,7 @@ def running(site: Site, mirror: str, external: External) -> "subprocess.Popen[st
         " ())\nprint(Site.again(Path(root)).provide((external,), (), EXTERNALS_MIRROR=mirror,"
         " no_proxy='*'))"
     )
-    words = [
+    argv = [
         sys.executable,
         "-c",
         script,
@@ -392,7 +393,7 @@ def running(site: Site, mirror: str, external: External) -> "subprocess.Popen[st
         external.tag,
     ]
     return subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -409,16 +410,16 @@ def test_killed_fetch_leaves_no_project_and_the_next_fetch_cleans_up(
     external = flashy(mirror)
     place = site.settings().cache / "externals" / "flashy" / external.tag
     with silent_server() as (address, server):
-        verb = running(site, address, external)
+        task = running(site, address, external)
         connection, _ = server.accept()
-        verb.kill()
-        verb.communicate()
+        task.kill()
+        task.communicate()
         connection.close()
     assert not place.exists()
     assert [path.name for path in place.parent.iterdir() if path.is_dir()] != [], (
-        "it was in the middle of something"
+        "the fetch was killed after its start"
     )
-    # The guard of what was killed still holds nothing that a next one waits for.
+    # The lock of the killed task does not block the next one.
     site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
     assert [path.name for path in place.parent.iterdir() if path.is_dir()] == [external.tag]
 
@@ -430,9 +431,9 @@ def test_two_clones_at_once_fetch_once_and_both_succeed(
     other = Site.make(tmp_path / "other")
     (tmp_path / "other" / "cache").symlink_to(site.root / "cache")
     (site.root / "cache").mkdir(exist_ok=True)
-    verbs = [running(each, str(mirror), external) for each in (site, other)]
-    output = [verb.communicate(timeout=60) for verb in verbs]
-    assert [verb.returncode for verb in verbs] == [0, 0], output
+    tasks = [running(each, str(mirror), external) for each in (site, other)]
+    output = [task.communicate(timeout=60) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], output
     assert sum(err.count(" fetch ") for _, err in output) == 1
     assert [
         path.name
@@ -453,7 +454,7 @@ def test_moved_checkout_is_refused(site: Site, mirror: Path) -> None:
         site.provide((external,), (), EXTERNALS_MIRROR=str(mirror))
 
 
-# Overrides, and what an old build has left
+# Overrides, and leftovers of earlier builds
 
 
 @pytest.mark.parametrize("how", ["shell", ".env", "CMAKE_ARGS", "relative"])
@@ -478,7 +479,7 @@ def test_users_own_sources_win_over_a_fetch(site: Site, mirror: Path, how: str) 
 
 
 def test_override_to_a_missing_folder_is_reported(site: Site, mirror: Path) -> None:
-    with pytest.raises(SettingsError, match="FLASHY_SRC_DIR=/not/there: there is no such folder"):
+    with pytest.raises(SettingsError, match="FLASHY_SRC_DIR=/not/there: the folder does not exist"):
         site.provide((flashy(mirror),), (), FLASHY_SRC_DIR="/not/there")
 
 
@@ -488,7 +489,7 @@ def test_deps_of_another_pin_are_reported_and_kept(site: Site, mirror: Path) -> 
     put(deps, {"flashy-src/.git/HEAD": "2" * 40 + "\n", "other-src/x": "", "flashy-build/x": ""})
     output = externals.leftover(site.tree)
     assert output == (
-        f".deps/flashy-src is {'2' * 12}, this pin asks for {TAG[:12]}; it is not used",
+        f".deps/flashy-src is {'2' * 12}, this pin requires {TAG[:12]}; it is not used",
         ".deps/other-src: this pin fetches no other; it is not used",
     )
     put(deps, {"flashy-src/.git/HEAD": TAG + "\n"})

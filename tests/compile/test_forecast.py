@@ -1,4 +1,4 @@
-"""The plan in numbers, from known and guessed costs through the real admission, and its screen."""
+"""The forecast, from known and guessed costs through the real scheduler, and its screen."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_row_has_compiler_time_with_the_link_and_the_largest_peak() -> None:
 
 
 def test_minutes_are_simulated_by_the_scheduler_within_the_bounds() -> None:
-    # 4 and 8 GiB do not go into 10 together: 120 s and, after them, 30 s; the rest fits in beside.
+    # 4 and 8 GiB do not fit into 10 together: 120 s and, after them, 30 s; the others run beside.
     tight = work_out(MOE, ONE)
     assert tight.minutes == pytest.approx(2.5)
     assert tight.peak_gib <= BOUNDS.budget_gib
@@ -82,7 +82,7 @@ def test_units_that_nobody_measured_are_counted_as_guessed() -> None:
     )
     assert (plan.units, plan.guessed) == (4, 2)
     assert "4 units, 6.1 minutes of compiler time" in (output := shown(plan)[0])[3]
-    assert output[3].endswith("; 2 of them never measured, so guessed")
+    assert output[3].endswith("; 2 of them are guessed, not measured")
 
 
 def test_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
@@ -93,11 +93,11 @@ def test_unit_that_two_targets_are_linked_from_is_compiled_once() -> None:
 
 def test_plan_without_units_is_reported() -> None:
     assert shown(work_out())[0] == [
-        "nothing is to be compiled",
+        "no unit has to be compiled",
         "from the precompiled wheel: _C, _moe_C, _fa2_C",
     ]
     output, _ = shown(work_out(Reached("_C", "csrc/c.cu changed", (), False)))
-    assert output[2] == "nothing is to be compiled: what is reached was compiled before"
+    assert output[2] == "no unit has to be compiled: the reached targets are up to date"
 
 
 def test_plan_without_a_precompiled_wheel_has_a_reason() -> None:
@@ -111,7 +111,7 @@ def test_plan_without_a_precompiled_wheel_has_a_reason() -> None:
     assert not [
         line
         for line in output
-        if line.startswith("from the precompiled wheel") or "precompiled brings" in line
+        if line.startswith("from the precompiled wheel") or "a precompiled wheel has" in line
     ]
 
 
@@ -127,8 +127,8 @@ def test_screen_explains_that_a_first_change_compiles_all_units_of_a_target() ->
             " 10.0 GiB, 8.0 GiB at the most"
         ),
         (
-            "_moe_C: compiled whole, for a precompiled wheel brings libraries and no objects; the"
-            " next change compiles what it reaches"
+            "_moe_C: all units are compiled, because a precompiled wheel has libraries and no"
+            " objects; the next change compiles only the units that it reaches"
         ),
         "from the precompiled wheel: _fa2_C",
     ]

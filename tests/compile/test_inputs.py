@@ -1,5 +1,5 @@
-"""What a build directory is keyed by, and what else a configure depends on, read from a clone and
-its environment.
+"""Inputs of a build directory's key, and the other inputs of a configure, read from a clone and its
+environment.
 """
 
 import os
@@ -110,7 +110,7 @@ def test_machine_without_compilers_is_observed(site: Site) -> None:
     assert named["compiler"].endswith(" none")
 
 
-# What a small toolkit lacks
+# Parts that a small toolkit lacks
 
 
 def arguments(site: Site) -> dict[str, str]:
@@ -118,7 +118,7 @@ def arguments(site: Site) -> dict[str, str]:
         output = cmake.toolkit_arguments(
             site.layout, site.settings(), site.root / "build", run_log=run_log
         )
-    return dict(word.removeprefix("-D").split("=", 1) for word in output)
+    return dict(argument.removeprefix("-D").split("=", 1) for argument in output)
 
 
 def test_full_toolkit_needs_no_arguments(site: Site) -> None:
@@ -167,14 +167,14 @@ def test_stub_of_the_drivers_library_is_made_once_if_there_is_no_driver(
     stub = site.root / "build" / "stub" / "libcuda.so"
     assert arguments(site) == ({} if has_driver else {"CUDA_cuda_driver_LIBRARY": str(stub)})
     if not has_driver:
-        # What is linked against it asks for the driver's own name when it is loaded, also by a
-        # linker that keeps only what is used.
+        # A library linked against the stub needs the driver's own name when it is loaded, even with
+        # a linker that keeps only what is used.
         made = site.root / "made.so"
         source = (
             "int cuMemAddressFree(int, long); int cuMemFree_v2(int); int f(void) { return"
             " cuMemAddressFree(0, 0) + cuMemFree_v2(0); }"
         )
-        words = [
+        argv = [
             "cc",
             "-shared",
             "-fPIC",
@@ -188,7 +188,7 @@ def test_stub_of_the_drivers_library_is_made_once_if_there_is_no_driver(
             f"-L{stub.parent}",
             "-lcuda",
         ]
-        subprocess.run(words, input=source, text=True, check=True)
+        subprocess.run(argv, input=source, text=True, check=True)
         assert b"libcuda.so.1\0" in made.read_bytes()
         before = stub.stat().st_mtime_ns
         arguments(site)

@@ -363,8 +363,11 @@ def work():
     layout = Layout(Path(sys.argv[1]))
     units = [Unit("", f"CMakeFiles/t.dir/u{number}.cu.o", "CUDA") for number in range(6)]
     with RunLog(main.console(), layout.logs, verb="rebuild") as run_log:
-        ninja.compile(layout, main.load_settings(layout), Path(sys.argv[2]), ["all"], setup="s", jobs=jobs.Jobs(2, 1, ""), memory=jobs.Memory(99.0, 0.0, ""),
-                      units=units, run_log=run_log, step=Step("compile"))
+        ninja.compile(
+            layout, main.load_settings(layout), Path(sys.argv[2]), ["all"], setup="s",
+            jobs=jobs.Jobs(2, 1, ""), memory=jobs.Memory(99.0, 0.0, ""), units=units,
+            run_log=run_log, step=Step("compile"),
+        )
 
 sys.exit(main.run(work))
 """

@@ -1,4 +1,4 @@
-"""What CMake says it will build, from a real configure; what setup.py asks for, from its lines."""
+"""The project from a real configure, and the extensions from the lines of setup.py."""
 
 import json
 import platform

@@ -1,5 +1,5 @@
-"""What a change reaches: held against a compiler's own -M on random include graphs, and against
-real ninja, real CMake and real git.
+"""Targets that a change reaches: compared with a compiler's own -M on random include graphs, and
+with real ninja, CMake and git.
 """
 
 import os
@@ -49,8 +49,8 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Graph:
-    """Files by path with the lines in them, links, folders for -I, and one for CPATH, which no
-    project tells of.
+    """Files by path with their lines, links, folders for -I, and a folder for CPATH, which no
+    project names.
     """
 
     files: Mapping[str, str]
@@ -87,10 +87,8 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 
 def named_by_compiler(tree: Path, graph: Graph) -> set[str]:
-    """The files of the tree that g++ -M names, links followed. -MG: what is missing stops
-    nothing.
-    """
-    words = [
+    """Return the files of the tree that g++ -M names, links resolved. -MG: ignore missing files."""
+    argv = [
         "g++",
         "-M",
         "-MG",
@@ -103,11 +101,11 @@ def named_by_compiler(tree: Path, graph: Graph) -> set[str]:
         {"CPATH": str(tree / graph.hidden)} if graph.hidden else {}
     )
     output = subprocess.run(
-        words, env=environment, capture_output=True, text=True, check=True
+        argv, env=environment, capture_output=True, text=True, check=True
     ).stdout
     names = [
-        word.replace("\\ ", " ")
-        for word in re.findall(r"(?:\\.|\S)+", output.replace("\\\n", " ").split(":", 1)[1])
+        name.replace("\\ ", " ")
+        for name in re.findall(r"(?:\\.|\S)+", output.replace("\\\n", " ").split(":", 1)[1])
     ]
     return {
         os.path.relpath(real, tree)
@@ -126,10 +124,10 @@ def test_scan_finds_every_file_that_a_compiler_includes(graph: Graph) -> None:
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).symlink_to(os.path.relpath(tree / target, (tree / path).parent))
         for name in named_by_compiler(tree, graph):
-            taken = Scan(tree, [name]).taken_in(["csrc/moe/unit.cpp"], graph.folders)[
+            found = Scan(tree, [name]).changed_dependencies(["csrc/moe/unit.cpp"], graph.folders)[
                 "csrc/moe/unit.cpp"
             ]
-            assert name in taken, f"{name} is included, and was not found"
+            assert name in found, f"{name} is included, but was not found"
 
 
 def test_every_spelling_of_an_include_is_found_beside_and_by_folder(tmp_path: Path) -> None:
@@ -145,7 +143,7 @@ def test_every_spelling_of_an_include_is_found_beside_and_by_folder(tmp_path: Pa
         for number, (form, name, place) in enumerate(spelled)
     }
     put(tmp_path, units | {"csrc/moe/sub/e.h": ""})
-    words = [
+    argv = [
         "g++",
         "-M",
         "-w",
@@ -153,9 +151,9 @@ def test_every_spelling_of_an_include_is_found_beside_and_by_folder(tmp_path: Pa
         f"-I{tmp_path / 'csrc/moe'}",
         *(str(tmp_path / unit) for unit in units),
     ]
-    output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     assert output.count("/csrc/moe/sub/e.h") == len(units)
-    found = Scan(tmp_path, ["csrc/moe/sub/e.h"]).taken_in(units, ("inc", "csrc/moe"))
+    found = Scan(tmp_path, ["csrc/moe/sub/e.h"]).changed_dependencies(units, ("inc", "csrc/moe"))
     assert [text for unit, text in units.items() if not found[unit]] == []
 
 
@@ -207,7 +205,7 @@ def scanned(
     source: str = "csrc/u.cu",
     folders: Sequence[str] = ("csrc",),
 ) -> frozenset[str]:
-    return Scan(tree, changed).taken_in([source], folders)[source]
+    return Scan(tree, changed).changed_dependencies([source], folders)[source]
 
 
 def test_file_that_no_unit_includes_reaches_no_unit(tmp_path: Path) -> None:
@@ -265,7 +263,7 @@ def test_include_by_a_macro_may_be_any_changed_file_and_comments_are_no_includes
 def test_macro_that_builds_a_name_from_its_argument_is_resolved(
     tmp_path: Path,
 ) -> None:
-    # CUTLASS names the C++ headers of the toolkit in this way, and nearly every unit takes it in.
+    # CUTLASS names the toolkit's C++ headers so, and nearly every unit includes it.
     shared = "#define STD(header) <cuda/std/header>  // of the toolkit\n"
     put(
         tmp_path,
@@ -281,7 +279,8 @@ def test_macro_that_builds_a_name_from_its_argument_is_resolved(
     )
     assert scanned(tmp_path, ["csrc/x.h"]) == frozenset()
     assert scanned(tmp_path, ["csrc/x.h", "csrc/cuda/std/y.h"]) == {"csrc/cuda/std/y.h"}
-    # Where a second definition, or that of a word in the name, is no name at once, nobody can tell.
+    # If a second definition, or that of an identifier in the name, is no name, the include is
+    # unknown.
     for further in (
         "#define STD(header) NAMED(header)\n",
         "#define cassert x.h\n",
@@ -318,7 +317,7 @@ def test_unreadable_source_may_include_every_changed_file(tmp_path: Path) -> Non
     assert scanned(tmp_path, ["csrc/x.h"], "csrc/generated.cu") == {"csrc/x.h"}
 
 
-# A project as the reader gives it, without any CMake.
+# A project as the reader returns it, without CMake.
 
 
 def target(name: str, *sources: str, **fields: object) -> Target:
@@ -414,11 +413,11 @@ def test_change_that_reaches_no_target_is_reported(tree: Path) -> None:
     assert targets.follow(tree, changed, PROJECT, build=tree, pinned=PROJECT) == targets.Reach(
         (),
         (
-            "CMakeLists.txt changes nothing that is compiled here",
-            "csrc/gone.h is gone, and was included by nothing that is left here",
-            "csrc/lonely.cuh is included by nothing here",
-            "csrc/python/none.py writes nothing that is compiled here",
-            "csrc/rocm/attention.cu is compiled by nothing here",
+            "CMakeLists.txt changes no target that is compiled here",
+            "csrc/gone.h is deleted, and no target here includes it",
+            "no target here includes csrc/lonely.cuh",
+            "csrc/python/none.py writes no file that is compiled here",
+            "no target here compiles csrc/rocm/attention.cu",
         ),
     )
 
@@ -434,11 +433,11 @@ def test_cmake_files_are_judged_by_what_the_pin_would_build(tree: Path) -> None:
         )
     )
     assert follow(tree, "CMakeLists.txt", pinned=before) == {
-        "_C": "CMakeLists.txt changed: compiled or put together otherwise"
+        "_C": "CMakeLists.txt changed: the target is compiled or linked differently"
     }
     assert (
         follow(tree, "cmake/utils.cmake", pinned=Project(before.targets[1:]))["_C"]
-        == "cmake/utils.cmake changed: new"
+        == "cmake/utils.cmake changed: the target is new"
     )
     other_base = Project(
         (*PROJECT.targets[:2], replace(PROJECT.targets[2], recipe="other"), PROJECT.targets[3])
@@ -504,8 +503,8 @@ def test_ninja_state_gives_the_units_of_a_change_and_their_dependencies(
             for one in targets.reached(site.tree, changed, project, build=build, pinned=project)
         }
 
-    # The first change in a target compiles it whole, and what CMake builds before it; one that was
-    # compiled, nothing, until its file changes.
+    # The first change in a target compiles all its units, and what CMake builds before it; a
+    # compiled target has no unit to compile until its file changes.
     assert output("csrc/c.c") == {"_C": (5, True)}
     assert output("csrc/include/wide.h") == {"_C": (5, True)}
     assert output("csrc/spinloop.c") == {"spinloop": (0, False)}
@@ -519,7 +518,7 @@ def test_ninja_state_gives_the_units_of_a_change_and_their_dependencies(
         }
         assert site.ninja(build, "spinloop").returncode == 0
         assert output("csrc/include/wide.h") == {"_C": (5, True), "spinloop": (0, False)}
-    # A condition that the compiler did not take is no include once it has compiled.
+    # A branch that the compiler skipped is no include once it has compiled.
     with written(
         site.tree / "csrc/spinloop.c",
         '#if 0\n#include "include/wide.h"\n#endif\nint spin(void) { return 1; }\n',
@@ -564,13 +563,13 @@ def test_damaged_build_directory_costs_all_units_of_a_target_and_no_traceback(
 def test_ninja_state_is_unknown_if_cmake_has_to_run_first(
     site: Site, compiled: tuple[Path, Project], damaged: Path
 ) -> None:
-    assert targets.ask_ninja(damaged, site.tree, compiled[1].targets) is not None
+    assert targets.read_ninja_state(damaged, site.tree, compiled[1].targets) is not None
     again = (
         "rule again\n  command = true\n  description = Re-running CMake...\n  generator = 1\nbuild"
         " build.ninja: again never\nbuild never: phony\n"
     )
     (damaged / "build.ninja").write_text((damaged / "build.ninja").read_text() + again)
-    assert targets.ask_ninja(damaged, site.tree, compiled[1].targets) is None
+    assert targets.read_ninja_state(damaged, site.tree, compiled[1].targets) is None
 
 
 def test_missing_source_makes_only_its_own_target_unknown(

@@ -1,5 +1,5 @@
-"""What a real `cmake --install` brings, put into a real tree: whole files, nothing of the user's,
-and done after a kill.
+"""Files of a real `cmake --install` in a real tree: complete files, no file of the user's
+overwritten, and completed after a kill.
 """
 
 import json
@@ -22,8 +22,8 @@ from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.log import RunLog
 
 ENV = {"PATH": "/usr/bin:/bin"}
-# Components as vLLM's CMake has them: plain ones, the nested prefix and the link of
-# flash-attention, one that brings nothing.
+# Components as in vLLM's CMake: plain ones, the nested prefix and the link of flash-attention, one
+# without files.
 PROJECT = """
 cmake_minimum_required(VERSION 3.20)
 project(small LANGUAGES NONE)
@@ -33,10 +33,12 @@ foreach(T _C spinloop)
 endforeach()
 install(CODE "set(OLD \\"\\${CMAKE_INSTALL_PREFIX}\\")" ALL_COMPONENTS)
 install(CODE "set(CMAKE_INSTALL_PREFIX \\"\\${CMAKE_INSTALL_PREFIX}/vllm/\\")" ALL_COMPONENTS)
-install(FILES ${CMAKE_BINARY_DIR}/_vllm_fa2_C.abi3.so DESTINATION vllm_flash_attn COMPONENT _vllm_fa2_C)
+install(FILES ${CMAKE_BINARY_DIR}/_vllm_fa2_C.abi3.so
+  DESTINATION vllm_flash_attn COMPONENT _vllm_fa2_C)
 install(CODE "set(CMAKE_INSTALL_PREFIX \\"\\${OLD}\\")" ALL_COMPONENTS)
 foreach(T _vllm_fa2_C _vllm_fa3_C)
-  install(DIRECTORY ${CMAKE_BINARY_DIR}/fa/ DESTINATION vllm/vllm_flash_attn COMPONENT ${T} FILES_MATCHING PATTERN "*.py")
+  install(DIRECTORY ${CMAKE_BINARY_DIR}/fa/ DESTINATION vllm/vllm_flash_attn COMPONENT ${T}
+    FILES_MATCHING PATTERN "*.py")
 endforeach()
 install(CODE "
     set(LINK_NAME \\"\\${CMAKE_INSTALL_PREFIX}/vllm/vllm_flash_attn/cute\\")
@@ -89,7 +91,7 @@ def named(*names: str) -> tuple[Target, ...]:
 
 
 class Bench:
-    """A tree under git and a configured build directory, in the places that a clone has them."""
+    """A tree under git and a configured build directory, in the places of a clone."""
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.build, self.folder = (
@@ -115,7 +117,7 @@ class Bench:
         return (self.tree / "vllm" / name).read_text()
 
     def left(self) -> list[str]:
-        """What lies beside the tree that should not."""
+        """Return the names beside the tree that should not exist."""
         return sorted(path.name for path in self.tree.parent.iterdir() if path != self.tree)
 
 
@@ -136,7 +138,7 @@ def _configured(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture
 def bench(_configured: Bench) -> Bench:
-    """As it was configured, at the path that CMake has written into it."""
+    """The bench as configured, at the path that CMake has written into it."""
     made = _configured
     shutil.rmtree(made.build.parent / "put.json", ignore_errors=True)
     (made.build.parent / "put.json").unlink(missing_ok=True)
@@ -202,10 +204,10 @@ def test_file_that_a_component_no_longer_installs_is_removed(bench: Bench) -> No
 def test_file_that_another_component_still_installs_stays(bench: Bench) -> None:
     bench.put("_vllm_fa2_C", "_vllm_fa3_C")
     record = bench.build.parent / "put.json"
-    told = json.loads(record.read_text())
-    told["_vllm_fa2_C"]["vllm/_C.abi3.so"] = told["other"] = {}
-    told["_vllm_fa2_C"]["vllm/_C.abi3.so"] = "x" * 64
-    record.write_text(json.dumps(told))
+    recorded = json.loads(record.read_text())
+    recorded["_vllm_fa2_C"]["vllm/_C.abi3.so"] = recorded["other"] = {}
+    recorded["_vllm_fa2_C"]["vllm/_C.abi3.so"] = "x" * 64
+    record.write_text(json.dumps(recorded))
     (bench.build / "fa/layers/rotary.py").unlink()
     bench.put("_vllm_fa2_C")
     assert bench.text("vllm_flash_attn/layers/rotary.py") == "r = 1\n"
@@ -339,7 +341,7 @@ def test_kill_leaves_every_file_old_or_new_and_the_next_run_finishes(bench: Benc
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     there = {(bench.tree / "vllm/third_party/deep_gemm" / name).read_text() for name in names}
-    assert there == {old, new}, "the kill came too late to say anything"
+    assert there == {old, new}, "the kill came too late to prove anything"
     bench.put("many")
     assert {(bench.tree / "vllm/third_party/deep_gemm" / name).read_text() for name in names} == {
         new

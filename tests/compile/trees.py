@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.compile import cmake, externals
@@ -21,14 +21,16 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 
 TAG = "1" * 40
-TICKET = Path("/usr/bin/env")
+LAUNCHER = Path("/usr/bin/env")
 TOP = """\
 cmake_minimum_required(VERSION 3.26)
 project(small LANGUAGES C)
 set(VLLM_TARGET_DEVICE "cuda" CACHE STRING "Target device")
 include(${CMAKE_CURRENT_LIST_DIR}/cmake/utils.cmake)
 set(GENERATOR ${CMAKE_CURRENT_SOURCE_DIR}/csrc/generate.py)
-execute_process(COMMAND ${VLLM_PYTHON_EXECUTABLE} ${GENERATOR} ${CMAKE_CURRENT_SOURCE_DIR} "$ENV{KERNELS_OF}" COMMAND_ERROR_IS_FATAL ANY)
+execute_process(
+  COMMAND ${VLLM_PYTHON_EXECUTABLE} ${GENERATOR} ${CMAKE_CURRENT_SOURCE_DIR} "$ENV{KERNELS_OF}"
+  COMMAND_ERROR_IS_FATAL ANY)
 file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/patched/patched.h "#define PATCHED 1\\n")
 include_directories(${CMAKE_CURRENT_BINARY_DIR}/patched)
 file(GLOB KERNELS "csrc/generated/kernel_*.c")
@@ -36,7 +38,8 @@ define_extension_target(_C csrc/c.c ${KERNELS})
 target_compile_definitions(_C PRIVATE WIDE=1)
 target_include_directories(_C PRIVATE csrc/include)
 define_extension_target(spinloop csrc/spinloop.c)
-message(STATUS "Not building Machete kernels as no compatible archs found in CUDA target architectures")
+message(STATUS
+  "Not building Machete kernels as no compatible archs found in CUDA target architectures")
 if(VLLM_TARGET_DEVICE STREQUAL "rocm")
   message(FATAL_ERROR "no")
 endif()
@@ -45,7 +48,9 @@ set(SPARED ${CMAKE_CURRENT_SOURCE_DIR}/csrc/spared.py)
 file(MD5 ${SPARED} SPARED_HASH)
 if(NOT DEFINED CACHE{SPARED_HASH} OR NOT $CACHE{SPARED_HASH} STREQUAL ${SPARED_HASH})
   execute_process(
-    COMMAND ${CMAKE_COMMAND} -E env PYTHONPATH=${flashy_SOURCE_DIR}/python ${VLLM_PYTHON_EXECUTABLE} ${SPARED} RESULT_VARIABLE generated)
+    COMMAND ${CMAKE_COMMAND} -E env PYTHONPATH=${flashy_SOURCE_DIR}/python
+      ${VLLM_PYTHON_EXECUTABLE} ${SPARED}
+    RESULT_VARIABLE generated)
   if(NOT generated EQUAL 0)
     message(FATAL_ERROR "Machete generation failed.")
   endif()
@@ -78,7 +83,8 @@ FetchContent_MakeAvailable(flashy)
 set(FLASHY_VENDOR_DIR "${{CMAKE_SOURCE_DIR}}/vllm/third_party/flashy")
 file(READ "${{flashy_SOURCE_DIR}}/flashy/interface.py" INTERFACE)
 file(WRITE "${{FLASHY_VENDOR_DIR}}/interface.py" "import vllm\\n${{INTERFACE}}")
-install(FILES "${{flashy_SOURCE_DIR}}/flashy/only_installed.py" DESTINATION vllm/third_party/flashy COMPONENT _flashy_C)
+install(FILES "${{flashy_SOURCE_DIR}}/flashy/only_installed.py"
+  DESTINATION vllm/third_party/flashy COMPONENT _flashy_C)
 set(HIDDEN ${{flashy_SOURCE_DIR}}/csrc)
 define_extension_target(_flashy_C ${{flashy_SOURCE_DIR}}/csrc/api.c ${{HIDDEN}}/hidden.c)
 add_custom_target(flashy_py)
@@ -94,7 +100,8 @@ out.mkdir(exist_ok=True)
 for old in out.glob("kernel_*.c"):
     old.unlink()
 for name in (sys.argv[2] or "a b").split():
-    (out / f"kernel_{name}.c").write_text(f"int kernel_{name}(void) {{ return {len(sys.argv[2])}; }}\\n")
+    text = f"int kernel_{name}(void) {{ return {len(sys.argv[2])}; }}\\n"
+    (out / f"kernel_{name}.c").write_text(text)
 """
 FILES = {
     "CMakeLists.txt": TOP,
@@ -119,7 +126,7 @@ def put(root: Path, files: Mapping[str, str]) -> None:
 
 @contextmanager
 def written(path: Path, text: str | None) -> Iterator[None]:
-    """Let a file hold `text`, or be gone, for a while."""
+    """Let a file hold `text`, or be deleted, while the block is entered."""
     former = path.read_bytes() if path.exists() else None
     path.unlink() if text is None else path.write_text(text)
     try:
@@ -130,14 +137,14 @@ def written(path: Path, text: str | None) -> Iterator[None]:
 
 @dataclass
 class Site:
-    """A clone in small: the tree, an interpreter, and the tools' CMake and ninja on PATH."""
+    """A small clone: the tree, an interpreter, and the tools' CMake and ninja on PATH."""
 
     root: Path
     shell: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def again(cls, root: Path) -> "Site":
-        """The one that `make` has made, in another process."""
+        """Return the site that `make` has made, in another process."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return cls(
             root, {"PATH": path, "WORKSPACE_CACHE_DIR": str(root / "cache"), "HOME": str(root)}
@@ -162,11 +169,25 @@ class Site:
     def settings(self, **more: str) -> Settings:
         return settings_module.load(self.layout, environ={**self.shell, **more})
 
-    def inputs(self, **changes: object) -> Inputs:
-        plain = Inputs(
-            "cpu", str(self.tree), "v1", "", "2.13.0", "", "gcc 12", "Release", {"CMAKE_ARGS": ""}
+    def inputs(
+        self,
+        *,
+        pin: str = "v1",
+        archs: str = "",
+        torch: str = "2.13.0",
+        configure: Mapping[str, str] | None = None,
+    ) -> Inputs:
+        return Inputs(
+            "cpu",
+            str(self.tree),
+            pin,
+            archs,
+            torch,
+            "",
+            "gcc 12",
+            "Release",
+            {"CMAKE_ARGS": ""} if configure is None else configure,
         )
-        return replace(plain, **changes)
 
     def run_log(self) -> RunLog:
         return RunLog(Console(), self.layout.logs, verb="rebuild")
@@ -194,10 +215,15 @@ class Site:
         inputs, sources = inputs or self.inputs(), self.provide() if sources is None else sources
         with self.run_log() as run_log:
             return cmake.configure(
-                self.layout, self.settings(**more), inputs, sources, ticket=TICKET, run_log=run_log
+                self.layout,
+                self.settings(**more),
+                inputs,
+                sources,
+                ticket=LAUNCHER,
+                run_log=run_log,
             )
 
-    def ninja(self, build: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    def ninja(self, build: Path, *args: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            ["ninja", "-C", str(build), *words], env=self.shell, capture_output=True, text=True
+            ["ninja", "-C", str(build), *args], env=self.shell, capture_output=True, text=True
         )

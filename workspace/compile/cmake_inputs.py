@@ -1,7 +1,7 @@
-"""What the tree's CMake files say, read without CMake: their commands, and which of them a
-configure for a device would come to.
+"""Inputs of a configure: the commands of the tree's CMake files that it would reach, parsed without
+CMake; and the settings, compilers and versions that a build directory depends on.
 
-Conditions that only a configure can decide count as met and as not met at once: too much is read
+A condition that only CMake can decide counts as true and as false at once: the walk visits too much
 rather than too little.
 """
 
@@ -24,7 +24,8 @@ from workspace.machine import interpreter, toolchain
 from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
 
-# cmake-language(7): comments, bracket arguments, quoted arguments, brackets, unquoted arguments.
+# Tokens of cmake-language(7): comments, bracket arguments, quoted arguments, brackets, unquoted
+# arguments.
 _TOKEN = re.compile(
     r'#\[(=*)\[.*?\]\1\]|#[^\n]*|\[(=*)\[(.*?)\]\2\]|"((?:[^"\\]|\\.)*)"|([()])|([^\s()#"]+)',
     re.DOTALL,
@@ -64,59 +65,65 @@ _INCLUDED_AT_MOST = 100
 
 @dataclass(frozen=True)
 class Command:
+    """A command of a CMake file."""
+
     name: str
-    words: tuple[str, ...]
+    args: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command that a configure would come to, its words with the variables known by then, and the
-    file it stands in.
-    """
+    """A command that a configure would reach, the variables known by then, and its file."""
 
     file: str
     command: Command
     values: Mapping[str, str]
 
-    def resolved(self, word: str) -> str:
-        return resolve(word, self.values)
+    def resolved(self, argument: str) -> str:
+        """Return an argument with the known variables replaced."""
+        return resolve(argument, self.values)
 
 
-def resolve(word: str, values: Mapping[str, str]) -> str:
-    """Put in the variables that are known; others stay as they are spelled."""
-    return _REFERENCE.sub(lambda found: values.get(found[1], found[0]), word)
+def resolve(argument: str, values: Mapping[str, str]) -> str:
+    """Replace the references to known variables; leave the others."""
+    return _REFERENCE.sub(lambda found: values.get(found[1], found[0]), argument)
+
+
+def without_top(path: str) -> str:
+    """Return a path of a CMake file without its leading variable for the tree."""
+    return re.sub(r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", path)
 
 
 def commands(text: str) -> Iterator[Command]:
-    """Every command in order, its name in lower case, nested brackets as words. What is no CMake
-    ends it.
+    """Yield every command in order, its name in lower case, nested brackets as arguments. Stop at
+    invalid CMake.
     """
-    name, depth, words = "", 0, []
+    name, depth, args = "", 0, []
     for token in _TOKEN.finditer(text):
         bracket, quoted, paren, plain = token[3], token[4], token[5], token[6]
-        word = next((text for text in (bracket, quoted, plain) if text is not None), None)
+        argument = next((text for text in (bracket, quoted, plain) if text is not None), None)
         if paren == "(":
             depth += 1
             if depth > 1:
-                words.append(paren)
+                args.append(paren)
         elif paren == ")":
             depth -= 1
             if depth == 0:
-                yield Command(name.lower(), tuple(words))
-                name, words = "", []
+                yield Command(name.lower(), tuple(args))
+                name, args = "", []
             elif depth < 0:
                 return
             else:
-                words.append(paren)
-        elif word is not None and depth:
-            words.append(word)
-        elif word is not None:
-            name = word
+                args.append(paren)
+        elif argument is not None and depth:
+            args.append(argument)
+        elif argument is not None:
+            name = argument
 
 
 def walk(tree: Path, device: str, *, machine: str | None = None) -> Iterator[Step]:
-    """The commands that a configure of `tree` for a device would come to, includes followed,
-    functions left out.
+    """Yield the commands that a configure of `tree` for a device would reach; includes are
+    followed, functions are not.
     """
     here = machine or platform.machine()
     values = {
@@ -146,12 +153,13 @@ class _Walk:
     def __init__(self, tree: Path, values: Mapping[str, str]) -> None:
         self._tree = tree
         self._values = dict(values)
-        # What the machine and the device decide no branch that a configure would not come to may
-        # say otherwise.
+        # A branch that a configure would not reach must not change what the machine and the device
+        # decide.
         self._decided = frozenset(values)
         self._files = 0
 
     def through(self, path: str) -> Iterator[Step]:
+        """Yield the commands of a file that a configure would reach."""
         self._files += 1
         try:
             text = (self._tree / path).read_text(encoding="utf-8", errors="replace")
@@ -165,36 +173,34 @@ class _Walk:
             elif command.name in ("function", "macro"):
                 inside = command.name
             elif command.name in ("if", "elseif", "else", "endif"):
-                # What a condition asks for tells something as well.
+                # The variables in a condition count, too.
                 if all(branch.is_open for branch in branches):
                     yield Step(path, command, self._values)
-                _turn(branches, command, self._values)
+                _update_branches(branches, command, self._values)
             elif all(branch.is_open for branch in branches):
                 if command.name == "return" and all(branch.is_certain for branch in branches):
                     return
                 self._set(command)
                 yield Step(path, command, self._values)
-                if command.name == "include" and command.words and self._files < _INCLUDED_AT_MOST:
-                    named = re.sub(
-                        r"^\$\{CMAKE_(CURRENT_)?(SOURCE|LIST)_DIR\}/", "", command.words[0]
-                    )
-                    if (self._tree / named).is_file():
-                        yield from self.through(named)
+                if command.name == "include" and command.args and self._files < _INCLUDED_AT_MOST:
+                    included = without_top(command.args[0])
+                    if (self._tree / included).is_file():
+                        yield from self.through(included)
 
     def _set(self, command: Command) -> None:
-        words = command.words
-        is_kept = words[:1] and (
-            words[0] in self._decided or ("CACHE" in words and words[0] in self._values)
+        args = command.args
+        is_kept = args[:1] and (
+            args[0] in self._decided or ("CACHE" in args and args[0] in self._values)
         )
-        if command.name == "set" and len(words) > 1 and not is_kept:
-            # A new mapping each time: a step keeps what was known when it was come to.
-            self._values = {**self._values, words[0]: resolve(words[1], self._values)}
+        if command.name == "set" and len(args) > 1 and not is_kept:
+            # A new mapping each time: a step keeps the values of its own time.
+            self._values = {**self._values, args[0]: resolve(args[1], self._values)}
 
 
 @dataclass
 class _Branch:
-    """An `if` and where in it the walk stands: whether a branch before was surely taken, this one
-    is walked, and surely so.
+    """State of an `if`: whether an earlier branch was certainly taken, this one is walked, and
+    certainly so.
     """
 
     was_taken: bool = False
@@ -202,7 +208,8 @@ class _Branch:
     is_certain: bool = False
 
 
-def _turn(branches: list[_Branch], command: Command, values: Mapping[str, str]) -> None:
+def _update_branches(branches: list[_Branch], command: Command, values: Mapping[str, str]) -> None:
+    """Update the branches for a command of an `if`."""
     if command.name == "if":
         branches.append(_Branch())
     if not branches:
@@ -211,63 +218,64 @@ def _turn(branches: list[_Branch], command: Command, values: Mapping[str, str]) 
         branches.pop()
         return
     branch = branches[-1]
-    said = True if command.name == "else" else _Condition(command.words, values).value()
-    branch.is_open = not branch.was_taken and said is not False
-    branch.is_certain = said is True
-    branch.was_taken = branch.was_taken or said is True
+    value = True if command.name == "else" else _Condition(command.args, values).value()
+    branch.is_open = not branch.was_taken and value is not False
+    branch.is_certain = value is True
+    branch.was_taken = branch.was_taken or value is True
 
 
 class _Condition:
-    """cmake-language's condition syntax with a third value, None, for what only a configure
-    knows.
-    """
+    """Conditions of cmake-language with a third value, None: only a configure can decide."""
 
-    def __init__(self, words: Sequence[str], values: Mapping[str, str]) -> None:
-        self._words = list(words)
+    def __init__(self, tokens: Sequence[str], values: Mapping[str, str]) -> None:
+        self._tokens = list(tokens)
         self._values = values
 
     def value(self) -> bool | None:
-        said = self._either()
-        return said if not self._words else None
+        value = self._either()
+        return value if not self._tokens else None
 
     def _either(self) -> bool | None:
-        said = self._both()
+        """Evaluate an OR of terms."""
+        value = self._both()
         while self._take("OR"):
             other = self._both()
-            said = True if True in (said, other) else None if None in (said, other) else False
-        return said
+            value = True if True in (value, other) else None if None in (value, other) else False
+        return value
 
     def _both(self) -> bool | None:
-        said = self._one()
+        """Evaluate an AND of terms."""
+        value = self._one()
         while self._take("AND"):
             other = self._one()
-            said = False if False in (said, other) else None if None in (said, other) else True
-        return said
+            value = False if False in (value, other) else None if None in (value, other) else True
+        return value
 
     def _one(self) -> bool | None:
+        """Evaluate a single term."""
         if self._take("NOT"):
-            said = self._one()
-            return None if said is None else not said
+            value = self._one()
+            return None if value is None else not value
         if self._take("("):
-            said = self._either()
-            return said if self._take(")") else None
-        if not self._words:
+            value = self._either()
+            return value if self._take(")") else None
+        if not self._tokens:
             return None
-        word = self._words.pop(0)
-        if word in _UNARY and self._words:
-            named = self._words.pop(0)
-            # Overrides are asked for before; here the question is what is fetched without one.
+        token = self._tokens.pop(0)
+        if token in _UNARY and self._tokens:
+            variable = self._tokens.pop(0)
+            # Overrides are handled elsewhere; here the walk follows what is fetched without one.
             return (
                 False
-                if word == "DEFINED"
-                and _OVERRIDES.fullmatch(named.removeprefix("ENV{").rstrip("}"))
+                if token == "DEFINED"
+                and _OVERRIDES.fullmatch(variable.removeprefix("ENV{").rstrip("}"))
                 else None
             )
-        if self._words and (self._words[0] in _BINARY or self._words[0].startswith("VERSION_")):
-            operator = self._words.pop(0)
-            right = resolve(self._words.pop(0), self._values) if self._words else ""
-            left = resolve(self._values.get(word, word), self._values)
-            if "$" in left or (word not in self._values and not _REFERENCE.fullmatch(word)):
+        if self._tokens and (self._tokens[0] in _BINARY or self._tokens[0].startswith("VERSION_")):
+            operator = self._tokens.pop(0)
+            right = resolve(self._tokens.pop(0), self._values) if self._tokens else ""
+            left = resolve(self._values.get(token, token), self._values)
+            if "$" in left or (token not in self._values and not _REFERENCE.fullmatch(token)):
                 return None
             return (
                 left == right
@@ -276,18 +284,14 @@ class _Condition:
                 if operator == "MATCHES"
                 else None
             )
-        if _OVERRIDES.fullmatch(word) and word not in self._values:
+        if _OVERRIDES.fullmatch(token) and token not in self._values:
             return False
-        said_by_tree = self._values.get(word)
-        return (
-            None
-            if said_by_tree is None or "$" in said_by_tree
-            else said_by_tree.upper() not in _FALSE
-        )
+        text = self._values.get(token)
+        return None if text is None or "$" in text else text.upper() not in _FALSE
 
-    def _take(self, word: str) -> bool:
-        if self._words and self._words[0] == word:
-            self._words.pop(0)
+    def _take(self, token: str) -> bool:
+        if self._tokens and self._tokens[0] == token:
+            self._tokens.pop(0)
             return True
         return False
 
@@ -299,10 +303,10 @@ def _matches(pattern: str, text: str) -> bool | None:
         return None
 
 
-# setup.py's cmake_build_ext.configure.
+# The default of setup.py's cmake_build_ext.configure.
 BUILD_TYPE = "RelWithDebInfo"
 KEY_DIGITS = 12
-# Compilers read them, and nothing of it stands in a command that ninja could compare.
+# Compilers read these variables, and no command contains them, so ninja cannot compare them.
 _READ_BY_COMPILERS = (
     "CPATH",
     "C_INCLUDE_PATH",
@@ -313,7 +317,7 @@ _READ_BY_COMPILERS = (
     "CUDAHOSTCXX",
     "NVCC_CCBIN",
 )
-# cmake-env-variables(7): what becomes a variable of the first configure.
+# cmake-env-variables(7): they become variables of the first configure.
 _READ_BY_CMAKE = (
     "CC",
     "CXX",
@@ -328,15 +332,17 @@ _READ_BY_CMAKE = (
     "DEEPGEMM_PYTHON_INTERPRETERS",
 )
 _READ_BY_TREE = re.compile(r"\$?ENV\{(\w+)\}")
-# The tree's files put something before these for a helper that they run; overrides of external
-# projects stand among the sources.
-_NOT_ASKED = re.compile(r"PATH|HOME|PYTHONPATH|LD_LIBRARY_PATH|\w+_(SRC|ROOT)_DIR|FETCHCONTENT_\w+")
+# The tree's files only extend these for a helper that they run; overrides of external projects are
+# part of the sources.
+_NOT_INPUTS = re.compile(
+    r"PATH|HOME|PYTHONPATH|LD_LIBRARY_PATH|\w+_(SRC|ROOT)_DIR|FETCHCONTENT_\w+"
+)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`place` is the checkout, `archs` and `cuda` are empty for the CPU. `configure` is not part of
-    the key.
+    """Inputs of a configure. `place` is the checkout; `archs` and `cuda` are empty for the CPU. The
+    key does not include `configure`.
     """
 
     device: Device
@@ -367,7 +373,7 @@ class Inputs:
 
     @property
     def named(self) -> Mapping[str, str]:
-        """Everything by name, as a record keeps it."""
+        """All inputs by name, as a record keeps them."""
         own = {
             name: str(getattr(self, name))
             for name in ("device", "place", "pin", "archs", "torch", "cuda", "compiler")
@@ -375,44 +381,21 @@ class Inputs:
         return {**own, "build type": self.build_type, **self.configure}
 
     def differences(self, recorded: Mapping[str, str]) -> tuple[str, ...]:
-        """Say what is otherwise than it was recorded by `named`: `torch 2.13.0 → 2.14.0`."""
+        """Return the differences to inputs recorded by `named`: `torch 2.13.0 → 2.14.0`."""
         return files.differences(recorded, {**dict.fromkeys(recorded, ""), **self.named})
 
 
 def observe(
     layout: Layout, settings: Settings, *, device: Device, pin: Pin, torch: TorchBuild
 ) -> Inputs:
-    """Look at what a build of the tree for `device` would be made with. It starts the compilers,
-    and no Python.
-    """
+    """Return the inputs of a build for `device`. Starts the compilers, but no Python."""
     environment = settings.child_environment("build")
     toolkit = toolchain.find_toolkit(settings) if device == "cuda" else None
-    installed = interpreter.installed(layout)
     unseen = [f"{name}={environment[name]}" for name in _READ_BY_COMPILERS if environment.get(name)]
     compiler = f"{_compiler(environment)} {toolchain.compiler_version(settings) or 'none'}"
-    configure = {
-        "CMAKE_ARGS": settings.text("CMAKE_ARGS"),
-        "CMake": installed.get("cmake", "on PATH"),
-        "ninja": installed.get("ninja", "on PATH"),
-        "Python": " ".join(str(folder) for folder in interpreter.site_packages(layout)),
-        # The place of the ticket is that of the build directory, and so no input.
-        "launchers": " ".join(
-            f"{name}={word}" for name, word in ninja.launchers(settings, Path("ticket")).items()
-        ),
-    }
-    if device == "cuda":
-        configure |= {
-            "NVCC_THREADS": settings.text("NVCC_THREADS") or "1",
-            "CUDA_HOME": str(toolkit.home) if toolkit else "",
-        }
-    named = {
-        *_READ_BY_CMAKE,
-        *(name for name in _asked_by(layout.vllm) if not _NOT_ASKED.fullmatch(name)),
-    }
-    configure |= {
-        name: environment[name]
-        for name in sorted(named)
-        if environment.get(name) and not is_secret(name)
+    of_cuda = {
+        "NVCC_THREADS": settings.text("NVCC_THREADS") or "1",
+        "CUDA_HOME": str(toolkit.home) if toolkit else "",
     }
     return Inputs(
         device=device,
@@ -423,18 +406,49 @@ def observe(
         cuda=(toolkit.version if toolkit else "none") if device == "cuda" else "",
         compiler=" ".join([compiler, *unseen]),
         build_type=settings.text("CMAKE_BUILD_TYPE") or BUILD_TYPE,
-        configure=configure,
+        configure=_configure_inputs(
+            layout, settings, environment, of_cuda if device == "cuda" else {}
+        ),
     )
 
 
+def _configure_inputs(
+    layout: Layout,
+    settings: Settings,
+    environment: Mapping[str, str],
+    of_cuda: Mapping[str, str],
+) -> dict[str, str]:
+    """Return the inputs that only a configure depends on, by name."""
+    installed = interpreter.installed(layout)
+    # The folder of the launcher is in the build directory, and so no input.
+    launchers = ninja.launchers(settings, Path("ticket"))
+    variables = {
+        *_READ_BY_CMAKE,
+        *(name for name in _environment_variables(layout.vllm) if not _NOT_INPUTS.fullmatch(name)),
+    }
+    return {
+        "CMAKE_ARGS": settings.text("CMAKE_ARGS"),
+        "CMake": installed.get("cmake", "on PATH"),
+        "ninja": installed.get("ninja", "on PATH"),
+        "Python": " ".join(str(folder) for folder in interpreter.site_packages(layout)),
+        "launchers": " ".join(f"{name}={command}" for name, command in launchers.items()),
+        **of_cuda,
+        **{
+            name: environment[name]
+            for name in sorted(variables)
+            if environment.get(name) and not is_secret(name)
+        },
+    }
+
+
 def folder(layout: Layout, inputs: Inputs) -> Path:
-    """The build directory for these inputs; see Layout.builds."""
+    """Return the build directory for these inputs; see Layout.builds."""
     return layout.builds / f"{inputs.device}-{inputs.key}"
 
 
-def listfiles(tree: Path) -> tuple[Path, ...]:
-    """CMakeLists.txt and everything below cmake/ of a tree: patches and scripts that a configure
-    runs lie there too.
+def cmake_files(tree: Path) -> tuple[Path, ...]:
+    """Return CMakeLists.txt and all files below cmake/: patches and scripts of a configure are
+    there too.
     """
     below = (Path(top) / name for top, _, names in os.walk(tree / "cmake") for name in names)
     return tuple(
@@ -453,11 +467,11 @@ def _compiler(environment: Mapping[str, str]) -> str:
         return environment["CXX"]
 
 
-def _asked_by(tree: Path) -> frozenset[str]:
-    """The variables of the environment that the tree's CMake files ask for."""
+def _environment_variables(tree: Path) -> frozenset[str]:
+    """Return the environment variables that the tree's CMake files read."""
     texts = (
         path.read_text(encoding="utf-8", errors="replace")
-        for path in listfiles(tree)
+        for path in cmake_files(tree)
         if path.name == "CMakeLists.txt" or path.suffix == ".cmake"
     )
     return frozenset(name for text in texts for name in _READ_BY_TREE.findall(text))

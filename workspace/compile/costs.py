@@ -1,8 +1,7 @@
-"""What compiling a unit costs: its name, the seconds and the memory to expect, and where that is
-known from.
+"""Expected costs of compiling a unit: its name, its seconds and memory, and their origin.
 
-This machine's own history comes first, then the shipped table (costs.tsv), then a guess that rather
-has too much memory in it than too little.
+This machine's own history comes first, then the shipped table (costs.tsv), then a guess that
+assumes rather too much memory than too little.
 """
 
 import json
@@ -16,19 +15,18 @@ from workspace.core.files import read_regular, write_atomic
 
 TABLE = Path(__file__).with_name("costs.tsv")
 SCHEMA = 1
-# Builds of other architecture lists, toolkits and build types whose figures are kept beside the
-# current one's.
+# Number of setups (architecture list, toolkit, build type) whose figures are kept.
 KEPT_SETUPS = 8
 _MIB = 1024
 _COLUMNS = "target\tsource\tseconds\tpeak_mib"
-# A day and a TiB: beyond these a figure is damage and no measurement.
+# A day and a TiB: larger figures are damaged.
 _LONGEST_S, _LARGEST_GIB = 86_400.0, 1024.0
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One call of a compiler. `is_light`: a compiler cache's preprocessor, which comes before the
-    compiler and is over soon.
+    """A call of a compiler. `is_light`: the preprocessor of a compiler cache, which runs before the
+    compiler and is short.
     """
 
     target: str
@@ -38,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on the clock and GiB at the most, and how that is known."""
+    """Seconds and peak GiB of a unit, and their origin."""
 
     seconds: float
     peak_gib: float
@@ -47,7 +45,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured unit."""
+    """Measured cost of a unit."""
 
     target: str
     source: str
@@ -55,15 +53,15 @@ class Entry:
     peak_gib: float
 
 
-# The source of a unit that puts objects together.
+# The source of a unit that links objects.
 LINK = "link"
-# What a compiler needs is taken to be so many times what it held when it was killed; the next kill
-# raises it again.
+# A killed compiler is expected to need so many times the memory it held; the next kill raises it
+# again.
 KILLED_HELD = 1.25
-# The preprocessor of a cache miss takes about 1 s and 160 MiB.
+# The preprocessor before a cache miss takes about 1 s and 160 MiB.
 LIGHT = Cost(1.0, 0.25, "guess")
-# For targets that the table does not know, by what the source ends in; the last one for links, Rust
-# and whatever else.
+# For targets that are not in the table, by the suffix of the source; the last for links, Rust and
+# all others.
 _UNKNOWN: Mapping[str, Cost] = {
     ".cu": Cost(120.0, 8.0, "guess"),
     ".cpp": Cost(40.0, 2.5, "guess"),
@@ -76,7 +74,7 @@ _SOURCES = {suffix for suffix in _UNKNOWN if suffix}
 
 
 def unit_of(argv: Sequence[str]) -> Unit:
-    """Name what a compiler is called for, by its output: CMake writes
+    """Return the unit that a compiler is called for, by its output: CMake writes
     CMakeFiles/TARGET.dir/SOURCE.o.
     """
     if "--crate-name" in argv[:-1]:
@@ -87,16 +85,16 @@ def unit_of(argv: Sequence[str]) -> Unit:
         return replace(unit, is_light=is_light)
     if "-c" in argv or is_light:
         return Unit("", output.removesuffix(".o"), is_light)
-    # Compiled and linked in one go, as DeepGEMM's builder does: its output bears the name of
-    # another target's.
-    source = next((word for word in argv if PurePosixPath(word).suffix in _SOURCES), LINK)
+    # DeepGEMM's builder compiles and links in one command: its output has the name of another
+    # target's.
+    source = next(
+        (argument for argument in argv if PurePosixPath(argument).suffix in _SOURCES), LINK
+    )
     return Unit(PurePosixPath(output).name.split(".")[0], source)
 
 
 def unit_at(output: str) -> Unit | None:
-    """Name the unit that an output of CMake's belongs to, None where it is no object of a
-    target.
-    """
+    """Return the unit of an output of CMake, None if it is no object of a target."""
     parts = PurePosixPath(output).parts
     if "CMakeFiles" not in parts[:-2]:
         return None
@@ -105,13 +103,13 @@ def unit_at(output: str) -> Unit | None:
 
 
 class Costs:
-    """What is known of units: `history` of this machine before `table`."""
+    """Known costs of units: `history` of this machine before `table`."""
 
     def __init__(self, table: Iterable[Entry], history: Iterable[Entry] = ()) -> None:
         self._table, self._history = _by_target(table), _by_target(history)
 
     def expected(self, unit: Unit) -> Cost:
-        """Return what to expect of a unit. Never fails: what is not known is guessed."""
+        """Return the expected cost of a unit; guess it if it is unknown."""
         if unit.is_light:
             return LIGHT
         if found := _same(self._history.get(unit.target, ()), unit.source):
@@ -131,8 +129,8 @@ def _by_target(entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
 
 
 def _same(entries: Sequence[Entry], source: str) -> Entry | None:
-    """The entry of this source: folders move between releases and checkouts lie anywhere, so the
-    longest common end of the path decides.
+    """Return the entry of a source: folders move between releases and checkouts, so the longest
+    common end of the path decides.
     """
     wanted = PurePosixPath(source).parts
     named = (
@@ -148,12 +146,11 @@ def _same(entries: Sequence[Entry], source: str) -> Entry | None:
 
 
 def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return the number of equal parts at the end of two paths."""
     return next(
         (
-            number
-            for number, (left, right) in enumerate(
-                zip(reversed(one), reversed(other), strict=False)
-            )
+            count
+            for count, (left, right) in enumerate(zip(reversed(one), reversed(other), strict=False))
             if left != right
         ),
         min(len(one), len(other)),
@@ -161,8 +158,8 @@ def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _guess(known: Sequence[Entry], source: str) -> Cost:
-    """The hungriest of the same folder of the target, else of the target, else what such a source
-    takes at the most.
+    """Return the largest cost in the same folder of the target, else in the target, else the
+    default of the suffix.
     """
     path = PurePosixPath(source)
     alike = [entry for entry in known if PurePosixPath(entry.source).suffix == path.suffix]
@@ -179,7 +176,7 @@ def _guess(known: Sequence[Entry], source: str) -> Cost:
 
 
 def derive(lines: Iterable[str]) -> tuple[Entry, ...]:
-    """Turn a trace into entries, in the order in which the build began them.
+    """Return entries from a trace, in the order of their start.
 
     A line of a trace is a JSON object with target, source, start_s, wall_s and peak_rss_mib (cpu_s
     is not used).
@@ -199,22 +196,21 @@ def derive(lines: Iterable[str]) -> tuple[Entry, ...]:
 
 
 def encode(entries: Iterable[Entry], *, head: str) -> str:
-    """Spell a table: the head as remarks, one line a unit, seconds to a tenth, memory in whole
-    MiB.
+    """Return the text of a table: the head as comments, a line for each unit, seconds to a tenth,
+    memory in MiB.
     """
-    remarks = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
     rows = "".join(
-        f"{entry.target}\t{entry.source}\t{max(entry.seconds, 0.1):.1f}\t{math.ceil(entry.peak_gib * _MIB)}\n"
+        f"{entry.target}\t{entry.source}\t{max(entry.seconds, 0.1):.1f}"
+        f"\t{math.ceil(entry.peak_gib * _MIB)}\n"
         for entry in entries
     )
-    return f"{remarks}{_COLUMNS}\n{rows}"
+    return f"{comments}{_COLUMNS}\n{rows}"
 
 
 def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Return the entries of a table, and a sentence where lines of it are damaged: those are left
-    out.
-    """
-    hint = f"guesses take their place; git checkout -- workspace/compile/{path.name} brings it back"
+    """Return the entries of a table, and a warning about damaged lines, which are left out."""
+    hint = f"guesses replace it; git checkout -- workspace/compile/{path.name} restores it"
     try:
         text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as exc:
@@ -223,8 +219,8 @@ def read_table(path: Path = TABLE) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith("#") or line == _COLUMNS:
             continue
-        words = line.split("\t")
-        entry = _entry(*words) if len(words) == len(_COLUMNS.split("\t")) else None
+        fields = line.split("\t")
+        entry = _entry(*fields) if len(fields) == len(_COLUMNS.split("\t")) else None
         if entry:
             entries.append(entry)
         else:
@@ -244,7 +240,7 @@ def _entry(target: str, source: str, seconds: str, peak_mib: str) -> Entry | Non
 
 
 def _plausible(target: object, source: object, seconds: object, peak_gib: object) -> Entry | None:
-    """An entry of these, or None where one of them cannot be."""
+    """Return an entry of these values, or None if one is implausible."""
     if not isinstance(target, str) or not isinstance(source, str) or not source:
         return None
     # bool is an int; nan compares false with everything.
@@ -264,11 +260,10 @@ def _plausible(target: object, source: object, seconds: object, peak_gib: object
 
 
 class History:
-    """What units took on this machine, in one file. `setup` names what the figures depend on:
+    """Measured costs of this machine, in one file. `setup` identifies what the figures depend on:
     architectures, toolkit, build type.
 
-    `warnings` has a sentence where the file was damaged; it is then begun anew with the next
-    `save`.
+    `warnings` has a message if the file was damaged; the next `save` writes a new one.
     """
 
     def __init__(self, path: Path, *, setup: str) -> None:
@@ -282,8 +277,8 @@ class History:
         return tuple({**self._known, **self._new}.values())
 
     def add(self, unit: Unit, *, seconds: float, peak_gib: float, is_killed: bool = False) -> None:
-        """Take in a measurement. Of a compiler that was killed it is known only that it takes more,
-        and longer, than it had.
+        """Add a measurement. A killed compiler needs more memory and time than it was measured
+        with.
         """
         key = (unit.target, unit.source)
         before = self._new.get(key) or self._known.get(key)
@@ -296,8 +291,8 @@ class History:
             self._new[key] = entry
 
     def save(self) -> None:
-        """Write what is new to the file, beside what other builds have written meanwhile. Raises
-        OSError where it cannot.
+        """Add the new entries to the file, which other builds may have changed. Raises OSError on
+        failure.
         """
         if not self._new:
             return
@@ -330,8 +325,8 @@ def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, 
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, (
             (
-                f"the history of compile times {path} is damaged: it is begun anew, and the shipped"
-                " table is used until then"
+                f"the history of compile times {path} is damaged: this build writes a new one and"
+                " uses the shipped table"
             ),
         )
     return {

@@ -1,8 +1,8 @@
-"""Whether the compiled libraries hold kernels for the GPU that they are for: listed library by
-library, and judged.
+"""Device code of the compiled libraries: the architectures in each library, and whether they serve
+the GPU.
 
-Read from the libraries' own headers; where those have a form that is not known, cuobjdump is asked:
-the toolkit's, else the one in Triton's wheel.
+It is read from the libraries' own headers; a library of an unknown form is listed by cuobjdump, the
+toolkit's or else the one in Triton's wheel.
 """
 
 import mmap
@@ -25,24 +25,24 @@ from workspace.machine.doctor_toolchain import Entry, parse, runs_on
 _SECTIONS = (b".nv_fatbin", b"__nv_relfatbin")
 _MAGIC = 0xBA55ED50
 _CONTAINER = struct.Struct("<IHHQ")
-# kind, version, bytes of this header, bytes of what follows it.
+# Kind, version, bytes of this header, bytes of the payload after it.
 _ENTRY = struct.Struct("<HHIQ")
 _PTX, _CUBIN = 1, 2
 _ARCH_AT, _FLAGS_AT = 28, 40
-# The letter behind the number of an architecture: for exactly this GPU, or for its family.
+# Flags of the letter after an architecture: for exactly this GPU, or for its family.
 _EXACT, _FAMILY = 0x100000, 0x200000
 _LETTERS = {0: "", _EXACT: "a", _FAMILY: "f"}
 
 
 class UnknownForm(ValueError):
-    """The file is not what this module can read; the message says where it differs."""
+    """The file has a form that this module cannot read; the message names the difference."""
 
 
 def architectures(library: Path) -> tuple[str, ...]:
-    """Return what the library holds, as `sm_90a`, `sm_120f`, `ptx 8.0`, sorted by number; nothing
-    where it has no device code.
+    """Return the architectures in the library, as `sm_90a`, `sm_120f`, `ptx 8.0`, sorted by number;
+    empty if it has no device code.
 
-    Raises UnknownForm, also for a file that was cut, and OSError.
+    Raises UnknownForm, also for a truncated file, and OSError.
     """
     with library.open("rb") as file:
         try:
@@ -57,7 +57,7 @@ def architectures(library: Path) -> tuple[str, ...]:
                     for entry in _entries(view, start, start + size)
                 }
             except (struct.error, IndexError) as exc:
-                raise UnknownForm("ends before what its headers announce") from exc
+                raise UnknownForm("is shorter than its headers announce") from exc
     return tuple(
         name(is_ptx=is_ptx, number=number, suffix=suffix)
         for is_ptx, number, suffix in sorted(found)
@@ -65,17 +65,17 @@ def architectures(library: Path) -> tuple[str, ...]:
 
 
 def _fat_sections(view: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Offset and size of each section with fat binaries (elf(5), 64 bit, little endian: x86-64 and
-    Arm).
+    """Yield offset and size of each section with fat binaries (elf(5), 64 bit, little endian:
+    x86-64, Arm).
     """
     if view[:6] != b"\x7fELF\x02\x01":
-        raise UnknownForm("is no ELF file of 64 bit, little endian")
+        raise UnknownForm("is not a 64-bit little-endian ELF file")
     (table,) = struct.unpack_from("<Q", view, 40)
     size, count, names = struct.unpack_from("<HHH", view, 58)
     if not table or not count:
-        raise UnknownForm("has no table of sections")
+        raise UnknownForm("has no section table")
     headers = [
-        struct.unpack_from("<IIQQQQIIQQ", view, table + number * size) for number in range(count)
+        struct.unpack_from("<IIQQQQIIQQ", view, table + index * size) for index in range(count)
     ]
     for header in headers:
         start = headers[names][4] + header[0]
@@ -84,8 +84,8 @@ def _fat_sections(view: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def _entries(view: mmap.mmap, at: int, end: int) -> Iterator[tuple[bool, int, str]]:
-    """Kind, architecture and letter of every entry of a section, which containers and zeros between
-    them must fill to the last byte.
+    """Yield kind, architecture and letter of every entry of a section; containers, and zeros
+    between them, must fill it to the last byte.
     """
     while at < end:
         if view[at : at + 8] == bytes(min(8, end - at)):
@@ -94,11 +94,11 @@ def _entries(view: mmap.mmap, at: int, end: int) -> Iterator[tuple[bool, int, st
         magic, version, header, size = _CONTAINER.unpack_from(view, at)
         inner, last = at + header, at + header + size
         if magic != _MAGIC or version != 1 or header < _CONTAINER.size or last > end:
-            raise UnknownForm(f"has no fat binary of a known form at byte {at}")
+            raise UnknownForm(f"has a fat binary of an unknown form at byte {at}")
         while inner < last:
             kind, _, length, payload = _ENTRY.unpack_from(view, inner)
             if length < _FLAGS_AT + 8 or inner + length + payload > last:
-                raise UnknownForm(f"has an entry of no known form at byte {inner}")
+                raise UnknownForm(f"has an entry of an unknown form at byte {inner}")
             if kind in (_PTX, _CUBIN):
                 (number,), (flags,) = (
                     struct.unpack_from("<I", view, inner + _ARCH_AT),
@@ -113,9 +113,7 @@ def _entries(view: mmap.mmap, at: int, end: int) -> Iterator[tuple[bool, int, st
 
 
 def name(*, is_ptx: bool, number: int, suffix: str) -> str:
-    """How the workspace spells what a library holds: machine code as `sm_120f`, PTX as `ptx
-    12.0f`.
-    """
+    """Return the workspace's name of device code: machine code as `sm_120f`, PTX as `ptx 12.0f`."""
     return f"ptx {number // 10}.{number % 10}{suffix}" if is_ptx else f"sm_{number}{suffix}"
 
 
@@ -124,40 +122,41 @@ _SM10X = "10.0f;10.7f;11.0f"
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Architectures that upstream compiles a library for, none where it has no device code of its
-    own, and where that stands.
+class ArchSupport:
+    """Architectures for which upstream compiles a library, empty without own device code, and their
+    source.
     """
 
     archs: str
     rule: str
-    # A build for several families holds one of them.
+    # A build for several families holds only one of them.
     takes_one: bool = False
 
     def serves(self, capability: str) -> bool:
         return serves(self.archs, capability)
 
 
-HOST = Gate("", "compiled by the host's compiler alone (CMakeLists.txt, LANGUAGE CXX)")
-# By the name of the file before its first dot, the folder before it where two have the same.
+HOST = ArchSupport("", "only the host's compiler compiles it (CMakeLists.txt, LANGUAGE CXX)")
+# Arch support table, by the file name before its first dot; with its folder if two have the same
+# name.
 LIBRARIES = {
     "spinloop": HOST,
     "fs_io_C": HOST,
     "cumem_allocator": HOST,
-    "vllm-rs": Gate("", "Rust"),
-    "_rust_tool_parser": Gate("", "Rust"),
-    "deep_gemm/_C": Gate("", "compiles its kernels at run time (deepgemm.cmake)"),
-    "_C_stable_libtorch": Gate("7.5+PTX", "CUDA_ARCHS"),
-    "_moe_C_stable_libtorch": Gate("7.5+PTX", "CUDA_ARCHS"),
-    "_vllm_fa2_C": Gate("8.0+PTX", "_is_fa2_supported"),
-    "_vllm_fa3_C": Gate("9.0a", "_is_fa3_supported"),
-    "_flashmla_C": Gate("9.0a;10.0f;10.7f", "flashmla.cmake, SUPPORT_ARCHS"),
-    "_flashmla_extension_C": Gate("9.0a;10.0f;10.7f", "flashmla.cmake, SUPPORT_ARCHS"),
-    "_deepselect_C": Gate("10.0f", "deepselect.cmake, DEEPSELECT_SUPPORT_ARCHS"),
-    "_flashkda_C": Gate("9.0a;10.0f;12.0f", "flashkda.cmake, FLASH_KDA_SUPPORT_ARCHS"),
-    "_qutlass_C": Gate(
+    "vllm-rs": ArchSupport("", "Rust"),
+    "_rust_tool_parser": ArchSupport("", "Rust"),
+    "deep_gemm/_C": ArchSupport("", "compiles its kernels at run time (deepgemm.cmake)"),
+    "_C_stable_libtorch": ArchSupport("7.5+PTX", "CUDA_ARCHS"),
+    "_moe_C_stable_libtorch": ArchSupport("7.5+PTX", "CUDA_ARCHS"),
+    "_vllm_fa2_C": ArchSupport("8.0+PTX", "_is_fa2_supported"),
+    "_vllm_fa3_C": ArchSupport("9.0a", "_is_fa3_supported"),
+    "_flashmla_C": ArchSupport("9.0a;10.0f;10.7f", "flashmla.cmake, SUPPORT_ARCHS"),
+    "_flashmla_extension_C": ArchSupport("9.0a;10.0f;10.7f", "flashmla.cmake, SUPPORT_ARCHS"),
+    "_deepselect_C": ArchSupport("10.0f", "deepselect.cmake, DEEPSELECT_SUPPORT_ARCHS"),
+    "_flashkda_C": ArchSupport("9.0a;10.0f;12.0f", "flashkda.cmake, FLASH_KDA_SUPPORT_ARCHS"),
+    "_qutlass_C": ArchSupport(
         "10.0f;10.7f;12.0f",
-        "qutlass.cmake, QUTLASS_ARCHS: 10.0 where both are asked for, as in the release wheels",
+        "qutlass.cmake, QUTLASS_ARCHS: 10.0 if both are requested, as in the release wheels",
         takes_one=True,
     ),
 }
@@ -165,8 +164,8 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """A sentence of configure, and the architectures of each block that may print it: it is in its
-    place where a block serves none that is asked for.
+    """A message of configure, and the architectures of each block that may print it: it is expected
+    if a block serves none of the requested ones.
     """
 
     pattern: str
@@ -174,8 +173,8 @@ class Rule:
     rule: str
 
 
-# `as CUDA Compiler version is not >= 12.8` is printed only where an architecture that is asked for
-# would have had the kernels.
+# `as CUDA Compiler version is not >= 12.8` is printed only if a requested architecture would have
+# had the kernels.
 _TOO_OLD = re.compile(r"as CUDA Compiler version is|CUDA [0-9.]+ or newer is required")
 RULES = (
     Rule(r"Not building Machete kernels as no", ("9.0a",), "MACHETE_ARCHS"),
@@ -193,7 +192,7 @@ RULES = (
     Rule(r"Not building scaled_mm_c3x_(sm)?120 as no", ("12.0f",), "SCALED_MM_ARCHS"),
     Rule(r"Not building scaled_mm_c2x as all archs are already built", ("",), "SCALED_MM_3X_ARCHS"),
     Rule(r"Not building scaled_mm_c2x as no", ("7.5;8.0;8.7;8.9+PTX",), "SCALED_MM_2X_ARCHS"),
-    # Two blocks print the same words.
+    # Two blocks print the same message.
     Rule(
         r"Not building grouped_mm_c3x as no",
         ("9.0a", _SM10X),
@@ -234,8 +233,8 @@ RULES = (
 
 @dataclass(frozen=True)
 class NotBuilt:
-    """What configure leaves out: rightly, wrongly, or for a reason that is not known here. Each is
-    a sentence that quotes configure's.
+    """Messages of configure about kernels it leaves out, quoted: expected, failures, or unknown
+    here.
     """
 
     expected: tuple[str, ...]
@@ -244,58 +243,49 @@ class NotBuilt:
 
 
 def serves(archs: str, capability: str) -> bool:
+    """Return whether code for one of `archs` runs on a GPU of this capability."""
     return any(runs_on(entry, capability) for entry in parse(archs))
 
 
 def judge_not_built(sentences: Sequence[str], archs: str) -> NotBuilt:
-    """Judge configure's sentences on kernels that it leaves out, by the architecture list it was
-    given. Of an empty list nothing is known.
+    """Judge configure's messages about kernels that it leaves out, by its architecture list. With
+    an empty list all messages are unknown.
     """
     wanted = tuple(entry.number for entry in parse(archs))
     expected, failures, unknown = [], [], []
-    for sentence, count in Counter(
-        sentence.strip().removeprefix("-- ") for sentence in sentences
-    ).items():
+    counts = Counter(sentence.strip().removeprefix("-- ") for sentence in sentences)
+    for sentence, count in counts.items():
         rule = next((rule for rule in RULES if re.match(rule.pattern, sentence)), None)
         if _TOO_OLD.search(sentence):
             failures.append(f"{sentence}: the toolkit is too old for {archs}")
         elif rule is None or not wanted:
             unknown.append(
-                f"{sentence}: not known here, so it may be right or wrong for"
+                f"{sentence}: not in the table of the workspace, so it may be right or wrong for"
                 f" {archs or 'no architecture list'}"
             )
         else:
-            serving = [
-                block
-                for block in rule.blocks
-                if any(serves(block, capability) for capability in wanted)
-            ]
+            serving = [block for block in rule.blocks if any(serves(block, one) for one in wanted)]
+            others = " or ".join(block for block in rule.blocks if block not in serving)
             if count <= len(rule.blocks) - len(serving):
-                expected.append(
-                    f"{sentence}:"
-                    f" {' or '.join(block for block in rule.blocks if block not in serving) or 'covered'}"
-                    f" ({rule.rule})"
-                )
+                expected.append(f"{sentence}: {others or 'covered'} ({rule.rule})")
             else:
                 failures.append(
-                    f"{sentence}: upstream has them for {' and '.join(serving)}, which {archs} asks"
-                    f" for ({rule.rule})"
+                    f"{sentence}: upstream has them for {' and '.join(serving)}, which {archs}"
+                    f" requests ({rule.rule})"
                 )
     return NotBuilt(tuple(expected), tuple(failures), tuple(unknown))
 
 
-__all__ = ["Cubins", "Judgement", "NotBuilt", "judge", "judge_not_built", "list_cubins"]
-
-# 3 s for a library of 79 MB on two cores; one for every architecture has 800 MB.
-_ASKED_S = 300.0
+# It takes 3 s for a library of 79 MB on two cores; one for every architecture has 800 MB.
+_CUOBJDUMP_TIMEOUT_S = 300.0
 _LISTED = re.compile(r"^(ELF|PTX) file +\d+: .*\.sm_(\d+)([af]?)\.(?:cubin|ptx)$", re.MULTILINE)
 _NAME = re.compile(r"(?P<ptx>ptx |sm_)(?P<major>\d+?)\.?(?P<minor>\d)(?P<suffix>[af]?)")
 
 
 @dataclass(frozen=True)
 class Cubins:
-    """What a library, by its path below the tree, holds: `sm_90a`, `sm_120f`, `ptx 8.0`. `trouble`
-    says why that is not known.
+    """Device code of a library, by its path below the tree: `sm_90a`, `ptx 8.0`. `trouble` is why
+    it is unknown.
     """
 
     library: str
@@ -308,7 +298,7 @@ State = Literal["ok", "idle", "wrong"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """`idle`: nothing of it runs on this GPU, and nothing has to."""
+    """Verdict on a library. `idle`: no code of it runs on this GPU, and none has to."""
 
     library: str
     state: State
@@ -318,77 +308,68 @@ class Judgement:
 def list_cubins(
     layout: Layout, settings: Settings, libraries: Sequence[Path]
 ) -> tuple[Cubins, ...]:
-    """Return what each library holds. Nothing is kept: reading the headers takes less time than a
-    hash of the file would.
+    """Return the device code of each library. Nothing is cached: reading the headers is faster than
+    a hash.
     """
-    return tuple(_listed(layout, settings, library) for library in libraries)
+    return tuple(_list_one(layout, settings, library) for library in libraries)
 
 
 def judge(
     found: Sequence[Cubins], *, capabilities: Sequence[str], archs: str
 ) -> tuple[Judgement, ...]:
-    """Judge the libraries of a CUDA build against the GPUs, or against an architecture list where
-    there is no GPU.
+    """Judge the libraries of a CUDA build for the GPUs, or for an architecture list if there is no
+    GPU.
     """
     wanted = tuple(dict.fromkeys(capabilities or (entry.number for entry in parse(archs))))
-    return tuple(_judged(one, _gate(one.library), wanted) for one in found)
-
-
-def _judged(found: Cubins, gate: Gate | None, wanted: Sequence[str]) -> Judgement:
-    def said(state: State, sentence: str) -> Judgement:
-        return Judgement(found.library, state, sentence)
-
-    held, entries = ", ".join(found.archs), tuple(_entry(name) for name in found.archs)
-    served = [capability for capability in wanted if gate is None or gate.serves(capability)]
-    if found.trouble:
-        return said("wrong", found.trouble)
-    if gate and not gate.archs:
-        return said("idle", f"needs no device code: {gate.rule}")
-    if gate and wanted and not served:
-        return said(
-            "idle",
-            f"upstream has none for {' and '.join(wanted)}, but for {gate.archs} ({gate.rule})",
-        )
-    if not entries:
-        return (
-            said("wrong", "holds no device code")
-            if gate
-            else said(
-                "idle", "holds no device code, and nothing is known here of any that it should"
-            )
-        )
-    fitting = {
-        capability: [entry for entry in entries if runs_on(entry, capability)]
-        for capability in served
-    }
-    for capability, fit in fitting.items():
-        if not fit and gate and gate.takes_one:
-            return said(
-                "idle",
-                f"holds {held} ({gate.rule}); for {capability}: ./scripts/inv rebuild --target"
-                f" {_stem(found.library)}",
-            )
-        if not fit:
-            return said("wrong", f"holds {held}, of which nothing runs on {capability}")
-        if stranded := _stranded(entries, fit, capability):
-            return said(
-                "wrong",
-                f"holds {stranded.text}, which runs on {stranded.number} alone and not on"
-                f" {capability}",
-            )
-    only_ptx = [
-        capability for capability, fit in fitting.items() if all(entry.has_ptx for entry in fit)
-    ]
-    return said(
-        "ok",
-        f"holds {held}"
-        + (f"; the driver compiles PTX for {' and '.join(only_ptx)}" if only_ptx else ""),
+    return tuple(
+        Judgement(one.library, *_verdict(one, _support_of(one.library), wanted)) for one in found
     )
 
 
+def _verdict(
+    found: Cubins, support: ArchSupport | None, wanted: Sequence[str]
+) -> tuple[State, str]:
+    """Return state and explanation of a library for the wanted capabilities."""
+    served = [capability for capability in wanted if support is None or support.serves(capability)]
+    if found.trouble:
+        return "wrong", found.trouble
+    if support and not support.archs:
+        return "idle", f"needs no device code: {support.rule}"
+    if support and wanted and not served:
+        gpus = " and ".join(wanted)
+        return "idle", f"upstream has none for {gpus}, but for {support.archs} ({support.rule})"
+    if not found.archs and support:
+        return "wrong", "holds no device code"
+    if not found.archs:
+        return "idle", "holds no device code, and the workspace has no rule that it should"
+    return _coverage(found, support, served)
+
+
+def _coverage(
+    found: Cubins, support: ArchSupport | None, served: Sequence[str]
+) -> tuple[State, str]:
+    """Return whether the code of a library runs on each capability that upstream serves."""
+    held, entries = ", ".join(found.archs), tuple(_entry(name) for name in found.archs)
+    only_ptx = []
+    for capability in served:
+        fitting = [entry for entry in entries if runs_on(entry, capability)]
+        if not fitting and support and support.takes_one:
+            command = f"./scripts/inv rebuild --target {_stem(found.library)}"
+            return "idle", f"holds {held} ({support.rule}); for {capability}: {command}"
+        if not fitting:
+            return "wrong", f"holds {held}, of which nothing runs on {capability}"
+        if stranded := _stranded(entries, fitting, capability):
+            limit = f"which runs on {stranded.number} alone and not on {capability}"
+            return "wrong", f"holds {stranded.text}, {limit}"
+        if all(entry.has_ptx for entry in fitting):
+            only_ptx.append(capability)
+    ptx = f"; the driver compiles PTX for {' and '.join(only_ptx)}" if only_ptx else ""
+    return "ok", f"holds {held}{ptx}"
+
+
 def _stranded(entries: Sequence[Entry], fitting: Sequence[Entry], capability: str) -> Entry | None:
-    """Machine code for a neighbour alone, where nothing of its kind is there for this GPU: what is
-    compiled so has no other form (vllm-project/vllm#43367).
+    """Return machine code for a similar GPU alone, if this GPU has no such code: kernels compiled
+    so have no other form (vllm-project/vllm#43367).
     """
     if any(entry.suffix for entry in fitting):
         return None
@@ -402,7 +383,7 @@ def _stranded(entries: Sequence[Entry], fitting: Sequence[Entry], capability: st
     )
 
 
-def _gate(library: str) -> Gate | None:
+def _support_of(library: str) -> ArchSupport | None:
     return LIBRARIES.get(f"{PurePosixPath(library).parent.name}/{_stem(library)}") or LIBRARIES.get(
         _stem(library)
     )
@@ -415,13 +396,13 @@ def _stem(library: str) -> str:
 def _entry(name: str) -> Entry:
     found = _NAME.fullmatch(name)
     if found is None:
-        raise ValueError(f"{name} is no architecture")
+        raise ValueError(f"{name} is not an architecture")
     return Entry(
         name, f"{found['major']}.{found['minor']}", found["suffix"], found["ptx"] == "ptx "
     )
 
 
-def _listed(layout: Layout, settings: Settings, library: Path) -> Cubins:
+def _list_one(layout: Layout, settings: Settings, library: Path) -> Cubins:
     name = (
         str(library.relative_to(layout.vllm))
         if library.is_relative_to(layout.vllm)
@@ -432,32 +413,36 @@ def _listed(layout: Layout, settings: Settings, library: Path) -> Cubins:
     except OSError as exc:
         return Cubins(name, (), f"cannot be read: {exc.strerror}")
     except UnknownForm as exc:
-        return _asked(
-            layout, settings, library, Cubins(name, (), f"{exc}; what it holds cannot be known")
+        return _list_with_cuobjdump(
+            layout, settings, library, Cubins(name, (), f"{exc}; its device code cannot be read")
         )
 
 
-def _asked(layout: Layout, settings: Settings, library: Path, unknown: Cubins) -> Cubins:
-    """What cuobjdump says. It has no name for a family: its `sm_120` is taken for what runs on all
-    of it, which 12.0 does as well.
+def _list_with_cuobjdump(
+    layout: Layout, settings: Settings, library: Path, unknown: Cubins
+) -> Cubins:
+    """Return the listing of cuobjdump. It has no name for a family: its `sm_120` counts as code for
+    the whole family, as 12.0 does.
     """
     program = _cuobjdump(layout, settings)
     if program is None:
         return unknown
-    said = ""
+    output = ""
     for flag in ("--list-elf", "--list-ptx"):
         try:
             done = process.capture(
                 [program, flag, library],
                 env=settings.child_environment("plain"),
-                timeout_s=_ASKED_S,
+                timeout_s=_CUOBJDUMP_TIMEOUT_S,
             )
         except ToolchainError as exc:
             return Cubins(unknown.library, (), f"{unknown.trouble}: {exc.message}")
         if done.returncode != 0 and "does not contain device code" not in done.stdout + done.stderr:
             return unknown
-        said += done.stdout
-    pairs = {(kind == "PTX", int(number), suffix) for kind, number, suffix in _LISTED.findall(said)}
+        output += done.stdout
+    pairs = {
+        (kind == "PTX", int(number), suffix) for kind, number, suffix in _LISTED.findall(output)
+    }
     return Cubins(
         unknown.library,
         tuple(

@@ -1,8 +1,8 @@
-"""Sources that the tree's CMake files take from elsewhere: which, at what tag, for which targets;
-fetched once for all clones, or stood in for.
+"""External projects: the sources that the tree's CMake files take from elsewhere, with tag and
+targets; fetched once for all clones, or replaced by a placeholder.
 
-A fetched one lies in the cache as name/tag, whole or not at all. No `.deps` of the tree is ever
-used: upstream's own files take one for theirs if a single file of it exists, whatever its tag
+A fetched project is in the cache as name/tag, complete or not at all. The tree's `.deps` is never
+used: upstream's own files reuse one if a single file of it exists, whatever its tag
 (vllm-project/vllm#51112).
 """
 
@@ -22,9 +22,9 @@ from workspace.core.settings import Settings
 from workspace.repo.git import remotes
 
 PLACEHOLDERS = "placeholders"
-# Stands in every file of a placeholder, and in what a configure makes of one.
+# This text is in every file of a placeholder, and in files that a configure makes from one.
 MARK = "stands in for a file of an external project that was not fetched"
-# Libraries that a project brings along with no target of the tree bearing their name.
+# Libraries of a project that no target of the tree is named after.
 _LIBRARIES = {"onednn": ("dnnl",)}
 _ABSENT = (
     re.compile(r"Cannot find source file:\s+(?P<path>/\S+)"),
@@ -39,23 +39,23 @@ _ABSENT = (
 def make_placeholder(
     folder: Path, name: str, tag: str, *, files: Sequence[str], defines: Sequence[str]
 ) -> None:
-    """Make what is missing in the placeholder at `folder`; what is right is not touched."""
-    _write(folder / "CMakeLists.txt", _listfile(name, tag, defines))
+    """Create the missing files of the placeholder at `folder`; up-to-date files are not touched."""
+    _write(folder / "CMakeLists.txt", _placeholder_cmake(name, tag, defines))
     for file in files:
         _write(folder / file, _refusal(folder / file, f"{name} {tag}"))
 
 
-def complete_placeholder(root: Path, said: str) -> tuple[Path, ...]:
-    """Make the files below `root`, the folder of all placeholders, that a configure says are
-    missing, and return those that were not there.
+def complete_placeholder(root: Path, output: str) -> tuple[Path, ...]:
+    """Create the files below `root`, the folder of all placeholders, that the output of a configure
+    names as missing, and return them.
     """
-    named = (
-        Path(found["path"].rstrip(".")) for pattern in _ABSENT for found in pattern.finditer(said)
+    missing = (
+        Path(found["path"].rstrip(".")) for pattern in _ABSENT for found in pattern.finditer(output)
     )
     absent = tuple(
         dict.fromkeys(
             path
-            for path in named
+            for path in missing
             if path.is_relative_to(root) and ".." not in path.parts and not path.exists()
         )
     )
@@ -64,8 +64,8 @@ def complete_placeholder(root: Path, said: str) -> tuple[Path, ...]:
     return absent
 
 
-def placeholder_named(folder: str | None) -> str:
-    """A folder of sources as it is said to a person."""
+def shown_source(folder: str | None) -> str:
+    """Return a folder of sources as shown to the user."""
     return (
         "nothing"
         if not folder
@@ -75,7 +75,7 @@ def placeholder_named(folder: str | None) -> str:
     )
 
 
-def _listfile(name: str, tag: str, defines: Sequence[str]) -> str:
+def _placeholder_cmake(name: str, tag: str, defines: Sequence[str]) -> str:
     prefix = name.upper()
     here = "${CMAKE_CURRENT_SOURCE_DIR}"
     places = {
@@ -90,14 +90,14 @@ def _listfile(name: str, tag: str, defines: Sequence[str]) -> str:
         "if(PROJECT_IS_TOP_LEVEL)",
         "  return()",
         "endif()",
-        # Not into the cache, as the project itself does: it would find them there later.
+        # Not into the cache, as the project itself does: a later configure would find them there.
         *(f'set({prefix}_{suffix} "{place}" PARENT_SCOPE)' for suffix, place in places.items()),
         *(f"add_library({library} INTERFACE)" for library in _LIBRARIES.get(name.lower(), ())),
     ]
     for target in defines:
-        said = f"{target} needs {name} {tag}, which was not fetched"
+        message = f"{target} needs {name} {tag}, which was not fetched"
         lines.append(
-            f'add_custom_target({target} COMMAND "${{CMAKE_COMMAND}}" -E echo "{said}" COMMAND'
+            f'add_custom_target({target} COMMAND "${{CMAKE_COMMAND}}" -E echo "{message}" COMMAND'
             ' "${CMAKE_COMMAND}" -E false VERBATIM)'
         )
     return "\n".join(lines) + "\n"
@@ -135,59 +135,60 @@ _DEFINING = (
 
 @dataclass(frozen=True)
 class External:
-    """A project that a configure fetches. `submodules`: their paths, None for all of them."""
+    """An external project. `submodules` are their paths, None for all."""
 
     name: str
     repository: str
     tag: str
-    # The user's own variable, and the one in which a copy of ours is handed over.
+    # The user's variable, and the variable by which CMake gets the folder.
     override: str
     variable: str
     targets: tuple[str, ...]
     submodules: tuple[str, ...] | None
-    # What a placeholder has to have: files below it, and targets that only the project itself
-    # defines.
+    # What a placeholder must have: files, and targets that only the project itself defines.
     files: tuple[str, ...]
     defines: tuple[str, ...]
 
 
 def pinned(text: str) -> Iterator[tuple[str, str]]:
-    """The projects that one CMake file fetches, with their GIT_TAG; a variable stands for every
-    value that the file gives it.
+    """Yield the projects that a CMake file fetches, with their GIT_TAG; for a variable, each of its
+    values.
     """
     values: dict[str, list[str]] = {}
     found = tuple(cmake_inputs.commands(text))
     for command in found:
-        if command.name == "set" and len(command.words) > 1:
-            values.setdefault(command.words[0], []).append(command.words[1])
+        if command.name == "set" and len(command.args) > 1:
+            values.setdefault(command.args[0], []).append(command.args[1])
     for command in found:
-        if command.name in _DECLARING and command.words:
-            for tag in _options(command.words).get("GIT_TAG", [])[:1]:
+        if command.name in _DECLARING and command.args:
+            for tag in _options(command.args).get("GIT_TAG", [])[:1]:
                 variable = re.fullmatch(r"\$\{(\w+)\}", tag)
                 for value in values.get(variable[1], [tag]) if variable else [tag]:
-                    yield command.words[0].lower(), value
+                    yield command.args[0].lower(), value
 
 
 def declared(tree: Path, device: str, *, machine: str | None = None) -> tuple[External, ...]:
-    """Return what a configure of `tree` for a device fetches on this machine, in its order."""
+    """Return the projects that a configure of `tree` for a device fetches on this machine, in
+    order.
+    """
     steps = tuple(cmake_inputs.walk(tree, device, machine=machine))
     defined = {
-        step.resolved(step.command.words[0])
+        step.resolved(step.command.args[0])
         for step in steps
-        if step.command.name in _DEFINING and step.command.words
+        if step.command.name in _DEFINING and step.command.args
     }
     found: dict[str, External] = {}
     override = file = ""
     for step in steps:
         if step.file != file:
             override, file = "", step.file
-        for word in step.command.words:
-            if "ENV{" in word and (named := _OVERRIDE.search(word)):
+        for argument in step.command.args:
+            if "ENV{" in argument and (named := _OVERRIDE.search(argument)):
                 override = named[1]
-        if step.command.name in _DECLARING and step.command.words:
-            options = _options([step.resolved(word) for word in step.command.words])
+        if step.command.name in _DECLARING and step.command.args:
+            options = _options([step.resolved(argument) for argument in step.command.args])
             if options.get("GIT_REPOSITORY") and options.get("GIT_TAG"):
-                name = step.command.words[0]
+                name = step.command.args[0]
                 found[name.lower()] = _external(step, options, override, steps, defined)
     return tuple(found.values())
 
@@ -201,11 +202,11 @@ def provide(
     run_log: RunLog,
     step: Step,
 ) -> Mapping[str, str]:
-    """Have the sources at hand and return, for configure, variable and folder: the user's own, else
-    fetched if `wanted`, else a placeholder.
+    """Provide the sources of all projects, and return a folder by variable for configure: the
+    user's own, else fetched if `wanted`, else a placeholder.
 
-    Raises SettingsError for an override that leads nowhere, SourceError where something cannot be
-    fetched; the cache then has no half of it.
+    Raises SettingsError for an override without a folder, SourceError if a fetch fails; the cache
+    then has no partial project.
     """
     given: dict[str, str] = {}
     for external in (*wanted, *others):
@@ -215,17 +216,18 @@ def provide(
         elif external in wanted:
             given[external.variable] = str(_fetched(settings, external, run_log=run_log, step=step))
         else:
-            given[external.variable] = str(_stand_in(layout, external))
+            given[external.variable] = str(_placeholder(layout, external))
     return given
 
 
 def is_placeholder(layout: Layout, folder: str) -> bool:
+    """Return whether a folder of sources is a placeholder."""
     return Path(folder).is_relative_to(_placeholders(layout))
 
 
 def leftover(tree: Path) -> tuple[str, ...]:
-    """Say which sources a former build of another pin has left in `.deps` of the tree. They are not
-    used.
+    """Return a message for each source that an earlier build of another pin left in the tree's
+    `.deps`. They are not used.
     """
     folders = sorted((tree / ".deps").glob("*-src"))
     tags = (
@@ -245,21 +247,21 @@ def leftover(tree: Path) -> tuple[str, ...]:
             found.append(f".deps/{folder.name}: this pin fetches no {name}; it is not used")
         elif there != (tag if _COMMIT.fullmatch(tag) else _tagged(folder, tag)):
             found.append(
-                f".deps/{folder.name} is {(there or 'no git checkout')[:12]}, this pin asks for"
+                f".deps/{folder.name} is {(there or 'no git checkout')[:12]}, this pin requires"
                 f" {tag[:12]}; it is not used"
             )
     return tuple(found)
 
 
-def _options(words: Sequence[str]) -> Mapping[str, list[str]]:
-    """What stands after each keyword of a declaration."""
+def _options(args: Sequence[str]) -> Mapping[str, list[str]]:
+    """Return the values after each keyword of a declaration."""
     options: dict[str, list[str]] = {}
     values: list[str] = []
-    for word in words[1:]:
-        if _KEY.fullmatch(word) and word not in _VALUES:
-            values = options.setdefault(word, [])
+    for argument in args[1:]:
+        if _KEY.fullmatch(argument) and argument not in _VALUES:
+            values = options.setdefault(argument, [])
         else:
-            values.append(word)
+            values.append(argument)
     return options
 
 
@@ -270,11 +272,11 @@ def _external(
     steps: Sequence[cmake_inputs.Step],
     defined: Collection[str],
 ) -> External:
-    name = step.command.words[0]
+    name = step.command.args[0]
     generic = f"FETCHCONTENT_SOURCE_DIR_{name.upper()}"
-    # FETCHCONTENT_SOURCE_DIR does as a download would, where a SRC_DIR may install links in place
-    # of copies (vllm_flash_attn.cmake). But a FetchContent_Populate with its options in place knows
-    # none (FetchContent(3cmake)).
+    # FETCHCONTENT_SOURCE_DIR works as a download does, while a SRC_DIR may install links instead of
+    # copies (vllm_flash_attn.cmake). But FetchContent_Populate with options ignores it
+    # (FetchContent(3cmake)).
     is_known = step.command.name == "fetchcontent_declare"
     targets = _targets(name, step.file, steps)
     submodules = options.get("GIT_SUBMODULES")
@@ -292,8 +294,8 @@ def _external(
 
 
 def _targets(name: str, file: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
-    """Targets that need the project: all of a file of its own, and of every other one that names
-    its variables; of the top one those that name them.
+    """Return the targets that need the project: all targets of its own file and of every other file
+    that names its variables, except for the top file, where only the commands that name them count.
     """
     mention = f"${{{name}_".lower()
     naming: dict[str, None] = {}
@@ -302,7 +304,7 @@ def _targets(name: str, file: str, steps: Sequence[cmake_inputs.Step]) -> tuple[
         by_name = [
             step
             for step in of_file
-            if any(mention in word.lower() for word in step.command.words if "$" in word)
+            if any(mention in argument.lower() for argument in step.command.args if "$" in argument)
         ]
         if path == file == _TOP:
             naming |= dict.fromkeys(_defined(by_name, of_file))
@@ -314,14 +316,14 @@ def _targets(name: str, file: str, steps: Sequence[cmake_inputs.Step]) -> tuple[
 def _defined(
     steps: Sequence[cmake_inputs.Step], of_file: Sequence[cmake_inputs.Step]
 ) -> Iterator[str]:
-    """Names of the targets that these steps define or install, those of a loop's variable too."""
+    """Yield the targets that these steps define or install, also by a variable of a loop."""
     loops = {
-        step.command.words[0]: step.command.words[1:]
+        step.command.args[0]: step.command.args[1:]
         for step in of_file
-        if step.command.name == "foreach" and step.command.words
+        if step.command.name == "foreach" and step.command.args
     }
     for step in steps:
-        words = step.command.words
+        args = step.command.args
         if (
             step.command.name
             in (
@@ -329,18 +331,18 @@ def _defined(
                 "define_extension_target",
                 "define_gpu_extension_target",
             )
-            and words
+            and args
         ):
-            yield step.resolved(words[0])
-        if step.command.name == "install" and "COMPONENT" in words[:-1]:
-            component = words[words.index("COMPONENT") + 1]
+            yield step.resolved(args[0])
+        if step.command.name == "install" and "COMPONENT" in args[:-1]:
+            component = args[args.index("COMPONENT") + 1]
             looped = re.fullmatch(r"\$\{(\w+)\}", component)
             yield from loops.get(looped[1], ()) if looped else (component,)
 
 
 def _files(name: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
-    """Files of the project that the tree's CMake files name. What they only install is left out:
-    then an install fails, as it should.
+    """Return the project's files that the tree's CMake files name. Files that are only installed
+    are left out: their install must fail.
     """
     places = {
         "_SOURCE_DIR": "",
@@ -354,9 +356,9 @@ def _files(name: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
         if step.command.name != "install":
             for variable, path in (
                 match
-                for word in step.command.words
-                if "$" in word
-                for match in _SUFFIXED.findall(word)
+                for argument in step.command.args
+                if "$" in argument
+                for match in _SUFFIXED.findall(argument)
             ):
                 if variable.lower() in prefixes and ".." not in path:
                     found[prefixes[variable.lower()] + path] = None
@@ -364,7 +366,7 @@ def _files(name: str, steps: Sequence[cmake_inputs.Step]) -> tuple[str, ...]:
 
 
 def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str, str]:
-    """The user's own sources, by the environment, .env, or -D in CMAKE_ARGS."""
+    """Return the user's own sources, from the environment, .env, or -D in CMAKE_ARGS."""
     environment = settings.child_environment("build")
     for name in dict.fromkeys((external.override, external.variable)):
         argument = re.findall(rf"-D{re.escape(name)}(?::\w+)?=(\S+)", settings.text("CMAKE_ARGS"))
@@ -373,8 +375,8 @@ def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str,
             folder = layout.vllm / Path(text).expanduser()
             if not folder.is_dir():
                 raise SettingsError(
-                    f"{name}={settings.presentable(text)}: there is no such folder",
-                    hint=f"unset {name}    and {external.name} is fetched",
+                    f"{name}={settings.presentable(text)}: the folder does not exist",
+                    hint=f"unset {name}    fetches {external.name} instead",
                 )
             return {name: str(folder)}
     return {}
@@ -382,28 +384,30 @@ def _own(layout: Layout, settings: Settings, external: External) -> Mapping[str,
 
 def _fetched(settings: Settings, external: External, *, run_log: RunLog, step: Step) -> Path:
     place = settings.cache / "externals" / external.name.lower() / external.tag.replace("/", "_")
-    if _is_there(place, external):
+    if _is_fetched(place, external):
         return place
-    # Two clones that ask at once: one fetches, the other waits.
+    # If two clones need it at once, one fetches and the other waits.
     with lock.hold(
         place.with_name(f".{place.name}.lock"),
         verb=f"fetching {external.name}",
         wait=True,
         on_wait=step.line,
     ):
-        if place.exists() and not _is_there(place, external):
-            said = (
+        if place.exists() and not _is_fetched(place, external):
+            message = (
                 f"{place} is at {(_checked_out(place) or 'no commit')[:12]}, not at"
-                f" {external.tag[:12]}: it was not used"
+                f" {external.tag[:12]}: it is not used"
             )
-            raise SourceError(said, hint=f"rm -rf {place}    and the same command fetches it again")
+            raise SourceError(
+                message, hint=f"rm -rf {place}    and the same command fetches it again"
+            )
         if not place.exists():
             with files.folder_beside(place) as made:
                 commit = _clone(made, settings, external, run_log=run_log, step=step)
                 if _COMMIT.fullmatch(external.tag) and commit != external.tag:
                     raise SourceError(
-                        f"{external.name}: {external.repository} served {commit[:12]}, asked for"
-                        f" was {external.tag[:12]}"
+                        f"{external.name}: {external.repository} served {commit[:12]} instead of"
+                        f" {external.tag[:12]}"
                     )
                 files.put_in_place(made, place)
     return place
@@ -437,15 +441,15 @@ def _clone(
         ) from exc
 
 
-def _is_there(place: Path, external: External) -> bool:
-    """It came to its name whole; a tag that is a commit says by itself what must be checked out."""
+def _is_fetched(place: Path, external: External) -> bool:
+    """Return whether the cache has the project; a tag that is a commit must be its HEAD."""
     there = _checked_out(place)
     return there is not None and (not _COMMIT.fullmatch(external.tag) or there == external.tag)
 
 
 def _checked_out(folder: Path) -> str | None:
-    """The commit at which HEAD is detached, read without git: this is asked of every external
-    project before every build.
+    """Return the commit of a detached HEAD, read without git: every build reads it for every
+    project.
     """
     try:
         text = (folder / ".git" / "HEAD").read_text(encoding="ascii").strip()
@@ -455,7 +459,7 @@ def _checked_out(folder: Path) -> str | None:
 
 
 def _tagged(folder: Path, tag: str) -> str | None:
-    """The commit of a tag in a checkout that CMake made, None where it is not known there."""
+    """Return the commit of a tag in a checkout of CMake's, None if unknown there."""
     for line in _lines(folder / ".git" / "packed-refs"):
         oid, _, name = line.partition(" ")
         if name == f"refs/tags/{tag}":
@@ -474,7 +478,7 @@ def _placeholders(layout: Layout) -> Path:
     return layout.builds / PLACEHOLDERS
 
 
-def _stand_in(layout: Layout, external: External) -> Path:
+def _placeholder(layout: Layout, external: External) -> Path:
     place = _placeholders(layout) / external.name.lower() / external.tag.replace("/", "_")
     make_placeholder(
         place, external.name, external.tag, files=external.files, defines=external.defines

@@ -1,6 +1,4 @@
-"""What a rebuild will cost, before it begins: in units, minutes and memory, and the screen that
-says so.
-"""
+"""Forecast of a rebuild: its cost in units, minutes and memory, and the screen that shows it."""
 
 import json
 import shutil
@@ -16,16 +14,14 @@ from workspace.compile.targets import Reached
 from workspace.core.console import Console
 
 _MINUTE_S = 60.0
-# Where no terminal says how wide it is.
+# The width of the screen without a terminal.
 _WIDTH = 120
-_NUMBERS = ("units", "minutes", "peak GiB")
+_COST_COLUMNS = ("units", "minutes", "peak GiB")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One target: `minutes` of compiler time with the link, `peak_gib` of the hungriest of its
-    units or its link.
-    """
+    """A target: `minutes` of compiler time with the link, `peak_gib` of its largest unit."""
 
     target: str
     reason: str
@@ -37,8 +33,8 @@ class Row:
 
 @dataclass(frozen=True)
 class RebuildPlan:
-    """`minutes` on the clock and `peak_gib` at once, by letting all units through the admission in
-    thought. `guessed` units were never measured.
+    """Plan of a rebuild: `minutes` and `peak_gib` by simulating the scheduler with all units.
+    `guessed` units were never measured.
     """
 
     rows: tuple[Row, ...]
@@ -60,9 +56,7 @@ def work_out(
     *,
     why_not_hybrid: str | None = None,
 ) -> RebuildPlan:
-    """Reckon with what is known of each unit, and with a link for each target of which anything is
-    compiled.
-    """
+    """Return the plan, from the expected cost of each unit and of each target's link."""
     rows, everything, compiled = [], dict[str, Cost](), set[str]()
     for one in reached:
         expected = {unit.object: costs.expected(_named(unit, one.target)) for unit in one.units}
@@ -105,15 +99,13 @@ def _link(target: str) -> costs.Unit:
 
 
 def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
-    """Print one row a target and a sentence on the whole; as JSON on stdout where a program
-    asks.
-    """
+    """Print a row for each target and a summary; or JSON on stdout."""
     if as_json:
         console.data(json.dumps({"schema": 1, **asdict(plan)}, indent=1))
         return
     width = shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else None
     for line in (*table(plan.rows, width=width or _WIDTH), *_sentences(plan)):
-        # A file and a pipe get each sentence as one line.
+        # In a file or a pipe each sentence is one line.
         for part in (
             textwrap.wrap(
                 line,
@@ -129,63 +121,60 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
 
 
 def table(rows: Sequence[Row], *, width: int) -> list[str]:
-    """Return the lines of the screen: the reason stands between target and numbers where all fit
-    into `width` columns, else below its target.
+    """Return the lines of the screen: reasons are between target and costs if all rows fit into
+    `width` columns, else below their targets.
     """
     if not rows:
         return []
     first = max(len("target"), *(len(row.target) for row in rows))
-    numbers = [(str(row.units), f"{row.minutes:.1f}", f"{row.peak_gib:.1f}") for row in rows]
+    figures = [(str(row.units), f"{row.minutes:.1f}", f"{row.peak_gib:.1f}") for row in rows]
     columns = [
-        max(len(word), *(len(line[at]) for line in numbers)) for at, word in enumerate(_NUMBERS)
+        max(len(title), *(len(line[at]) for line in figures))
+        for at, title in enumerate(_COST_COLUMNS)
     ]
     room = width - first - sum(columns) - 2 * (len(columns) + 1) - 1
     middle = max(len("reason"), *(len(row.reason) for row in rows))
     is_beside = middle <= room
 
-    def line(target: str, reason: str, words: Sequence[str]) -> str:
+    def line(target: str, reason: str, cells: Sequence[str]) -> str:
         between = f"{reason:<{middle}}  " if is_beside else ""
-        return (
-            f"{target:<{first}} "
-            f" {between}{'  '.join(f'{word:>{column}}' for word, column in zip(words, columns, strict=True))}"
-        )
+        right = "  ".join(f"{cell:>{column}}" for cell, column in zip(cells, columns, strict=True))
+        return f"{target:<{first}}  {between}{right}"
 
-    lines = [line("target", "reason", _NUMBERS)]
-    for row, words in zip(rows, numbers, strict=True):
-        lines.append(line(row.target, row.reason, words))
+    lines = [line("target", "reason", _COST_COLUMNS)]
+    for row, cells in zip(rows, figures, strict=True):
+        lines.append(line(row.target, row.reason, cells))
         if not is_beside:
             lines.append(f"  {row.reason}")
     return lines
 
 
 def _sentences(plan: RebuildPlan) -> list[str]:
-    said = []
+    """Return the summary below the table."""
+    lines = []
     if plan.why_not_hybrid:
-        said.append(f"not hybrid: {plan.why_not_hybrid}; every target is compiled here")
+        lines.append(f"not hybrid: {plan.why_not_hybrid}; every target is compiled here")
     if plan.units:
-        known = f"; {plan.guessed} of them never measured, so guessed" if plan.guessed else ""
-        said.append(
+        known = f"; {plan.guessed} of them are guessed, not measured" if plan.guessed else ""
+        lines.append(
             f"{_count(plan.units, 'unit')}, {plan.compiler_minutes:.1f} minutes of compiler time:"
             f" about {plan.minutes:.1f} minutes with at most {plan.bounds.jobs} at once in"
             f" {plan.bounds.budget_gib:.1f} GiB, {plan.peak_gib:.1f} GiB at the most{known}"
         )
+    elif plan.rows:
+        lines.append("no unit has to be compiled: the reached targets are up to date")
     else:
-        said.append(
-            "nothing is to be compiled"
-            if not plan.rows
-            else "nothing is to be compiled: what is reached was compiled before"
-        )
-    if not plan.why_not_hybrid and (
-        whole := [row.target for row in plan.rows if row.is_complete and row.units]
-    ):
-        said.append(
-            f"{', '.join(whole)}: compiled whole, for a precompiled wheel brings libraries and no"
-            " objects; the next change compiles what it reaches"
+        lines.append("no unit has to be compiled")
+    full = [row.target for row in plan.rows if row.is_complete and row.units]
+    if full and not plan.why_not_hybrid:
+        lines.append(
+            f"{', '.join(full)}: all units are compiled, because a precompiled wheel has libraries"
+            " and no objects; the next change compiles only the units that it reaches"
         )
     if plan.from_precompiled:
-        said.append(f"from the precompiled wheel: {', '.join(plan.from_precompiled)}")
-    return said
+        lines.append(f"from the precompiled wheel: {', '.join(plan.from_precompiled)}")
+    return lines
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun if number == 1 else f'{noun}s'}"
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun if count == 1 else f'{noun}s'}"

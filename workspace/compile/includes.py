@@ -1,8 +1,7 @@
-"""Who may include whom, read from the sources themselves: for units that no compiler has yet
-written down the dependencies of.
+"""Include graph read from the sources: for units whose dependencies no compiler has recorded yet.
 
-It errs toward an include: conditions are not weighed, comments count, and what cannot be known is
-taken for any changed file that it could be.
+It includes too much rather than too little: conditions are ignored, comments count, and an unknown
+name counts as every changed file that it could be.
 """
 
 import contextlib
@@ -16,33 +15,33 @@ from glob import glob
 from os import path as paths
 from pathlib import Path
 
-# Headers of the toolchain, of Python's packages and of the system are released without knowing of
-# this tree: they are not followed.
+# Headers of the toolchain, of Python's packages and of the system do not include this tree: they
+# are not followed.
 _FOREIGN = ("/usr/", "/lib/")
 _FOREIGN_PARTS = ("/site-packages/", "/dist-packages/")
 _SYSTEM = ("/usr/include", "/usr/local/include", "/usr/local/cuda/include", "/usr/include/c++/*")
-# A backslash ends a line also with blanks behind it, in GCC.
+# In GCC a backslash joins lines also with blanks after it.
 _SPLICE = re.compile(rb"\\[ \t\f\v\r]*\n")
 _BLANK = rb"(?:[ \t\f\v\r]|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/)*"
-_WORDS = (b"include", b"import", b"embed")
-# The word before a name says enough, `#` and `__has_include(` or not: a comment that looks like it
-# costs a compilation, no more.
+_DIRECTIVES = (b"include", b"import", b"embed")
+# The directive before a name suffices, with or without `#` or `__has_include(`: a comment that
+# looks like an include only costs a compilation.
 _NAME = rb"(_next)?" + _BLANK + rb"\(?" + _BLANK + rb'(?:"([^"\n]+)"|<([^>\n]+)>)'
-_NAMED = tuple((word, re.compile(word + _NAME)) for word in _WORDS)
+_NAMED = tuple((directive, re.compile(directive + _NAME)) for directive in _DIRECTIVES)
 _MACRO = rb"(?:_next)?(?![A-Za-z0-9_$])" + _BLANK + rb'(?=[^\s"</]|/[^*/])([^\n]*)'
-_COMPUTED = tuple((word, re.compile(word + _MACRO)) for word in _WORDS)
+_COMPUTED = tuple((directive, re.compile(directive + _MACRO)) for directive in _DIRECTIVES)
 _HASH = re.compile(rb"(?:\A|\n|\*/)[ \t\f\v\r]*(?:#|%:|\?\?=)" + _BLANK + rb"\Z")
-# A macro with parameters, as it is used and as it is defined: CUTLASS's CUDA_STD_HEADER(cstdint) is
+# A macro with parameters, its use and its definition: CUTLASS's CUDA_STD_HEADER(cstdint) is
 # <cuda/std/cstdint>.
-_WORD = re.compile(r"[A-Za-z_]\w*")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _CALL = re.compile(r"([A-Za-z_]\w*)\(([^()]*)\)\s*(?://.*|/\*.*)?")
 _BODY = re.compile(r'(?:<([^<>"]+)>|"([^"]+)")\s*(?://.*|/\*.*)?')
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a file includes by name; `next_to_it` by include_next; `computed` what stands where a
-    macro stands for the name.
+    """Names that a file includes; `next_to_it` by include_next; `computed` are macros in the place
+    of a name.
     """
 
     quoted: frozenset[str] = frozenset()
@@ -52,12 +51,12 @@ class Named:
 
 
 def names(text: bytes) -> Named:
-    """Find the names in all `#include` of a file, in whatever spelling a compiler takes."""
+    """Return the names in all `#include` of a file, in every spelling that a compiler accepts."""
     if b"\\" in text:
         text = _SPLICE.sub(b"", text)
     quoted, angled, next_to_it = set[str](), set[str](), set[str]()
-    for word, pattern in _NAMED:
-        if word in text:
+    for directive, pattern in _NAMED:
+        if directive in text:
             for following, in_quotes, in_angles in pattern.findall(text):
                 (next_to_it if following else quoted if in_quotes else angled).add(
                     os.fsdecode(in_quotes or in_angles)
@@ -68,8 +67,8 @@ def names(text: bytes) -> Named:
 
 
 def _computed(text: bytes) -> Iterator[str]:
-    for word, pattern in _COMPUTED:
-        if word not in text:
+    for directive, pattern in _COMPUTED:
+        if directive not in text:
             continue
         for found in pattern.finditer(text):
             before = text[: found.start()]
@@ -78,38 +77,43 @@ def _computed(text: bytes) -> Iterator[str]:
 
 
 def expanded(use: str, definitions: Iterable[tuple[str, str]]) -> Named | None:
-    """What `#include` of a macro with arguments names by its definitions, each parameters and body;
-    None where one of them, or the lack of any, leaves it open.
+    """Return the names of an `#include` of a macro with arguments, by its definitions, each
+    parameters and body; None if a definition, or a missing one, leaves them open.
 
-    A macro without parameters is always open: compilers are often given another body on the command
-    line.
+    A macro without parameters is always open: compilers often get another body on the command line.
     """
     call = _CALL.fullmatch(use)
     quoted, angled = set[str](), set[str]()
     for parameters, body in definitions if call else ():
-        given = dict(zip(_words(parameters), _words(call[2]), strict=False)) if call else {}
+        given = (
+            dict(zip(_split_arguments(parameters), _split_arguments(call[2]), strict=False))
+            if call
+            else {}
+        )
         named = _BODY.fullmatch(body.strip())
-        if named is None or len(given) != len(_words(parameters)):
+        if named is None or len(given) != len(_split_arguments(parameters)):
             return None
         if named[1]:
-            angled.add(_WORD.sub(lambda word, given=given: given.get(word[0], word[0]), named[1]))
+            angled.add(
+                _IDENTIFIER.sub(lambda found, given=given: given.get(found[0], found[0]), named[1])
+            )
         else:
             quoted.add(named[2])
     return Named(frozenset(quoted), frozenset(angled)) if quoted or angled else None
 
 
-def _words(listed: str) -> list[str]:
-    return [word.strip() for word in listed.split(",")]
+def _split_arguments(listed: str) -> list[str]:
+    return [argument.strip() for argument in listed.split(",")]
 
 
 class Scan:
-    """The includes of one tree, and which of its `changed` files, relative to it, a source may take
-    in.
+    """Include graph of a tree, for the question which of its `changed` files, relative to it, a
+    source may include.
     """
 
     def __init__(self, tree: Path, changed: Collection[str]) -> None:
-        # Files go by the real path of their folder and their name: so a link and its neighbours are
-        # found, and what git knows of it.
+        # A file is identified by the real path of its folder and its name: so a link, its
+        # neighbours, and git's name for it are all found.
         self._real = cache(paths.realpath)
         self._tree = paths.realpath(tree)
         self._changed = {paths.normpath(paths.join(self._tree, name)): name for name in changed}
@@ -125,10 +129,10 @@ class Scan:
         self._is_file = cache(self._look_for)
         self._is_folder = cache(paths.isdir)
 
-    def taken_in(
+    def changed_dependencies(
         self, sources: Collection[str], folders: Collection[str]
     ) -> dict[str, frozenset[str]]:
-        """Map each of the sources to the changed files that it may include, itself among them;
+        """Return, for each source, the changed files that it may include, itself among them;
         `folders` are searched for both kinds of names.
 
         Both are relative to the tree, or absolute.
@@ -154,7 +158,7 @@ class Scan:
         return {source: frozenset(name) for source, name in found.items()}
 
     def _includers(self, starts: Iterable[str], searched: tuple[str, ...]) -> dict[str, set[str]]:
-        """Map each file to those that may include it, for all that can be come to from `starts`."""
+        """Return, for each file reachable from `starts`, the files that may include it."""
         includers: dict[str, set[str]] = defaultdict(set)
         waiting = [path for start in starts for path in {start, self._real(start)}]
         seen = set(waiting)
@@ -165,7 +169,7 @@ class Scan:
                 if included not in seen and self._is_followed(included):
                     seen.add(included)
                     waiting.append(included)
-            # What a macro stands for is known once all files are there that may define it.
+            # Macros are resolved last, once all files that may define them are known.
             if not waiting:
                 for path, included in self._by_macro(seen, searched):
                     includers[included].add(path)
@@ -177,9 +181,7 @@ class Scan:
     def _by_macro(
         self, seen: Collection[str], searched: tuple[str, ...]
     ) -> Iterator[tuple[str, str]]:
-        """Includes whose names are macros, of all files seen: which file, and what it may take
-        in.
-        """
+        """Yield the includes by macro of all files seen: the file, and a file it may include."""
         used = {
             path: named.computed
             for path in sorted(seen)
@@ -192,10 +194,16 @@ class Scan:
         for path, uses in used.items():
             for use in uses:
                 named = expanded(use, defined.get(use.split("(")[0], ()))
-                # A word of the name may be a macro as well.
+                # An identifier in the name may be a macro, too.
                 if named and any(
                     _defining(
-                        seen, {word for name in named.angled for word in _WORD.findall(name)}, b""
+                        seen,
+                        {
+                            identifier
+                            for name in named.angled
+                            for identifier in _IDENTIFIER.findall(name)
+                        },
+                        b"",
                     )
                 ):
                     named = None
@@ -209,7 +217,7 @@ class Scan:
         yield from self._changed if named is None else self._places(path, named, searched)
 
     def _places(self, path: str, named: Named, searched: tuple[str, ...]) -> Iterator[str]:
-        """Where the files may be that `path` names."""
+        """Yield the paths at which the files that `path` names may be."""
         folder = paths.dirname(path)
         beside = named.quoted | named.next_to_it
         for name in beside | named.angled:
@@ -222,8 +230,8 @@ class Scan:
                     is_found = True
                     yield self._spelled(candidate)
                     yield self._real(candidate)
-                    # What lies beside the file comes first for every compiler. In which order the
-                    # folders follow is not relied on.
+                    # The folder of the file comes first for every compiler; the order of the other
+                    # folders is not used.
                     if (
                         place is folder
                         and self._spelled(candidate) not in self._gone
@@ -231,7 +239,7 @@ class Scan:
                     ):
                         break
             if not is_found:
-                # In a folder that nobody told of: all that could be it.
+                # The folder is unknown: every file that ends so may be it.
                 end = paths.normpath("/" + name)
                 yield from (
                     path
@@ -241,8 +249,8 @@ class Scan:
                 )
 
     def _called(self, end: str) -> Collection[str]:
-        """The files of the last name of `end` in those top folders of the tree in which sources,
-        includes or changes lie, or that it names.
+        """Return the files with the last name of `end`, in the top folders of the tree with
+        sources, includes or changes, or in the one that `end` names.
         """
         _, top, *below = end.split("/")
         if below and self._is_folder(paths.join(self._tree, top)):
@@ -256,9 +264,7 @@ class Scan:
         return self._by_name.get(paths.basename(end), ())
 
     def _top(self, path: str) -> str:
-        """The top folder that a path below the tree lies in, or is; the tree itself where it lies
-        in none.
-        """
+        """Return the top folder of a path in the tree; empty for a path outside."""
         return (
             path.removeprefix(f"{self._tree}/").split("/")[0]
             if path.startswith(f"{self._tree}/")
@@ -266,8 +272,8 @@ class Scan:
         )
 
     def _read(self, path: str) -> Named | None:
-        """What the file includes; nothing where it is gone on purpose, None where it cannot be read
-        and may include anything.
+        """Return the names that the file includes; none if it was deleted on purpose, None if it
+        cannot be read and may include every file.
         """
         if path not in self._named:
             try:
@@ -289,8 +295,8 @@ class Scan:
         return not path.startswith(_FOREIGN) and not any(part in path for part in _FOREIGN_PARTS)
 
     def _shadows(self, path: str, searched: tuple[str, ...]) -> bool:
-        """Whether a changed file bears the name of a header that is not followed: whoever includes
-        that one may get this one.
+        """Return whether a changed file has the name of a header that is not followed: its
+        includers may get this file.
         """
         for folder in searched:
             if path.startswith(f"{folder}/"):
@@ -307,9 +313,7 @@ class Scan:
 def _definitions(
     files: Iterable[str], macros: Collection[str]
 ) -> Mapping[str, list[tuple[str, str]]]:
-    """Map each of the macros with parameters to what the files define it as: parameters and
-    body.
-    """
+    """Return the definitions of each macro with parameters in the files: parameters and body."""
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for macro, parameters, body in _defining(files, macros, rb"\(([^()\n]*)\)([^\n]*)"):
         found[macro].append((parameters, body))
@@ -319,7 +323,7 @@ def _definitions(
 def _defining(
     files: Iterable[str], macros: Collection[str], rest: bytes
 ) -> Iterator[tuple[str, ...]]:
-    """The `#define` of any of the macros: its name, and the groups of `rest`."""
+    """Yield each `#define` of one of the macros: its name, and the groups of `rest`."""
     pattern = re.compile(
         rb"define" + _BLANK + rb"\b(%s)\b" % b"|".join(sorted(map(os.fsencode, macros))) + rest
     )

@@ -4,13 +4,14 @@ The build directory stays between runs. After an interrupted run ninja decides w
 compiles again what its own records do not confirm.
 """
 
+import contextlib
 import errno
 import os
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -254,6 +255,10 @@ class Work:
     keep_going: bool = False
     resume: str = RESUME
 
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.jobs.count, self.memory.budget_gib)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -281,18 +286,17 @@ def under_job_server(
     history = History(history_file(settings), setup=work.setup)
     before, costs = history.entries, Costs(read_table()[0], history.entries)
     server = _job_server(work, costs, history)
-    limits = Bounds(work.jobs.count, work.memory.budget_gib)
-    meter = Meter(server, work.planned, costs, bounds=limits, console=run_log.console, step=step)
-    began, failures, shown = time.monotonic(), Failures(), run_log.step
-    # The progress bar shows the meter's text, not ninja's newest line.
-    run_log.step = None
+    meter = Meter(
+        server, work.planned, costs, bounds=work.bounds, console=run_log.console, step=step
+    )
+    began, failures = time.monotonic(), Failures()
 
     def read_line(line: str) -> None:
         failures.read_line(line)
         on_line(line, meter)
 
     try:
-        with server, meter:
+        with server, meter, _without_step(run_log):
             process.run(
                 program.argv,
                 env=program.environment,
@@ -304,18 +308,28 @@ def under_job_server(
     except (BuildError, OSError) as exc:
         _write_trace(run_log, server.finished, meter, began)
         raise _explained(exc, server, failures, settings, work, run_log) from exc
+    return Compiled(
+        server.finished,
+        time.monotonic() - began,
+        _write_trace(run_log, server.finished, meter, began),
+        progress.build_summary(server.finished, before),
+    )
+
+
+@contextlib.contextmanager
+def _without_step(run_log: RunLog) -> Iterator[None]:
+    """Let the progress bar show the meter's text, not ninja's newest line."""
+    shown, run_log.step = run_log.step, None
+    try:
+        yield
     finally:
         run_log.step = shown
-    seconds = time.monotonic() - began
-    trace = _write_trace(run_log, server.finished, meter, began)
-    summary = progress.build_summary(server.finished, before)
-    return Compiled(server.finished, seconds, trace, summary)
 
 
 def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobServer:
     return job_server.JobServer(
         work.build / job_server.FOLDER,
-        Admission(Bounds(work.jobs.count, work.memory.budget_gib)),
+        Admission(work.bounds),
         costs,
         memory=job_server.MemoryWatch(
             lambda: jobs.memory_status(work.memory.reserve_gib), jobs.kills

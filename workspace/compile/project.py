@@ -1,8 +1,8 @@
-"""What CMake says that it will build: targets, units, where their outcome goes. Read from its file
-API, never from its text for people.
+"""Project as CMake would build it: targets, units, and the places of their results. Read from
+CMake's file API, never from its text output.
 
-And what the tree's setup.py asks for, read from its lines: importing it would import torch and look
-for a compiler.
+And the extensions that the tree's setup.py lists, read from its syntax tree: importing it would
+import torch and search for a compiler.
 """
 
 import ast
@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
 
-# cmake-file-api(7). Shared, stateless queries: their names are all that they say.
+# cmake-file-api(7). These shared, stateless queries are empty files: only their names count.
 QUERIES = ("codemodel-v2", "cmakeFiles-v1")
-# What a configure was made from, and what it said; written by native/cmake.py.
+# Record of a configure, written by compile/cmake.py.
 RECORD = "configured.json"
 _API = Path(".cmake") / "api" / "v1"
 _OBJECT_OF = re.compile(r"(?:^|/)CMakeFiles/([^/]+)\.dir/")
@@ -29,8 +29,8 @@ _CLASS = "CMakeExtension"
 
 @dataclass(frozen=True)
 class Unit:
-    """One source that a compiler turns into one object. `source` is relative to the tree where it
-    lies below it, `object` to the build directory.
+    """A source that a compiler turns into an object. `source` is relative to the tree if it is in
+    it, `object` to the build directory.
     """
 
     source: str
@@ -40,8 +40,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Target:
-    """One target. `kind` is the file API's type; `recipe` tells alike two build directories that
-    compile its units alike.
+    """A target. `kind` is the file API's type; `recipe` is equal in two build directories that
+    compile its units in the same way.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Project:
-    """All targets, by name, and configure's own sentences `Not building …`."""
+    """All targets, by name, and CMake's messages `Not building …`."""
 
     targets: tuple[Target, ...]
     not_built: tuple[str, ...] = ()
@@ -67,16 +67,14 @@ class Project:
 
 @dataclass(frozen=True)
 class Extension:
-    """What the tree's setup.py would build: a CMake target, and whether a build without it is
-    whole.
-    """
+    """A CMake target that the tree's setup.py builds, and whether it is optional."""
 
     target: str
     is_optional: bool
 
 
-def ask(build: Path) -> None:
-    """Let the next configure in `build` answer what `read` and `files` read."""
+def write_query(build: Path) -> None:
+    """Request the reply that `read` and `files` need from the next configure in `build`."""
     folder = build / _API / "query"
     folder.mkdir(parents=True, exist_ok=True)
     for query in QUERIES:
@@ -84,8 +82,8 @@ def ask(build: Path) -> None:
 
 
 def read(build: Path, tree: Path) -> Project | None:
-    """Return the project that was configured in `build`, None where CMake's answer is not there or
-    not whole.
+    """Return the project that was configured in `build`, None if CMake's reply is missing or
+    incomplete.
     """
     try:
         record = json.loads((build / RECORD).read_bytes())
@@ -98,14 +96,14 @@ def read(build: Path, tree: Path) -> Project | None:
 
 def files(build: Path) -> tuple[Path, ...]:
     """Return the CMake files that the configure in `build` has read, without CMake's own and
-    generated ones; nothing where it did not say.
+    generated ones; empty if there is no reply.
     """
     try:
-        answer = _answer(build, "cmakeFiles-v1")
-        top = Path(answer["paths"]["source"])
+        reply = _reply(build, "cmakeFiles-v1")
+        top = Path(reply["paths"]["source"])
         read_by = [
             entry
-            for entry in answer["inputs"]
+            for entry in reply["inputs"]
             if not entry.get("isCMake") and not entry.get("isGenerated")
         ]
         return tuple(top / str(entry["path"]) for entry in read_by)
@@ -114,16 +112,16 @@ def files(build: Path) -> tuple[Path, ...]:
 
 
 class _Reader:
-    """CMake's answer in `build`. What differs between two build directories of one tree, their own
-    places, is told alike.
+    """Reader of CMake's reply in `build`. Names replace the paths that differ between build
+    directories of a tree.
     """
 
     def __init__(self, build: Path, tree: Path, sources: Mapping[str, str]) -> None:
         self._build = build
         self._tree = tree
-        self._model = _answer(build, "codemodel-v2")
-        # The folders of external projects first: placeholders lie below the build directories.
-        # Their last part is the tag.
+        self._model = _reply(build, "codemodel-v2")
+        # External projects come first, because placeholders are below the build directories. The
+        # last part of a folder is the tag.
         places = [(folder, f"<{name} {Path(folder).name}>") for name, folder in sources.items()]
         self._places = [
             *sorted(places, key=lambda place: len(place[0]), reverse=True),
@@ -146,11 +144,11 @@ class _Reader:
         return tuple(sorted(found, key=lambda target: target.name))
 
     def _objects(self) -> Mapping[str, Mapping[str, str]]:
-        """Target to source to object. The file API does not name objects; the compilation database
-        does.
+        """Return the object by source by target. The file API does not name objects; the
+        compilation database does.
         """
         found: dict[str, dict[str, str]] = {}
-        # CMake writes none where nothing is compiled.
+        # CMake writes no database if nothing is compiled.
         with contextlib.suppress(FileNotFoundError):
             for entry in json.loads((self._build / "compile_commands.json").read_bytes()):
                 if match := _OBJECT_OF.search(entry["output"]):
@@ -177,13 +175,9 @@ class _Reader:
         objects: Mapping[str, str],
         installs: set[str],
     ) -> Target:
-        top = Path(self._model["paths"]["source"])
-        groups = entry.get("compileGroups", [])
         recipes, units, includes = [], [], dict[str, None]()
-        for group in groups:
-            sources = [
-                str(top / entry["sources"][index]["path"]) for index in group["sourceIndexes"]
-            ]
+        for group in entry.get("compileGroups", []):
+            sources = self._sources(entry, group)
             folders = [include["path"] for include in group.get("includes", [])]
             includes |= dict.fromkeys(self._below_tree(folder) for folder in folders)
             units += [
@@ -191,32 +185,11 @@ class _Reader:
                 for source in sources
                 if source in objects
             ]
-            fragments = [
-                fragment["fragment"] for fragment in group.get("compileCommandFragments", [])
-            ]
-            defines = sorted(define["define"] for define in group.get("defines", []))
-            standard = group.get("languageStandard", {}).get("standard", "")
-            recipes.append(
-                json.dumps(
-                    [
-                        group["language"],
-                        standard,
-                        *map(
-                            self._alike,
-                            [*fragments, "", *defines, "", *folders, "", *sorted(sources)],
-                        ),
-                    ]
-                )
-            )
-        # Linked with other words is another library too.
-        recipes.append(
-            json.dumps(
-                [
-                    self._alike(part["fragment"])
-                    for part in entry.get("link", {}).get("commandFragments", [])
-                ]
-            )
-        )
+            recipes.append(self._recipe(group, folders, sources))
+        # A library that is linked in another way differs, too.
+        link = entry.get("link", {}).get("commandFragments", [])
+        recipes.append(json.dumps([self._normalized(part["fragment"]) for part in link]))
+        dependencies = (one["id"] for one in entry.get("dependencies", []))
         return Target(
             name=entry["name"],
             kind=entry["type"],
@@ -225,14 +198,22 @@ class _Reader:
             installs=tuple(sorted(installs)),
             includes=tuple(includes),
             recipe=hashlib.sha256("\n".join(sorted(recipes)).encode()).hexdigest(),
-            depends=tuple(
-                sorted(
-                    names[one["id"]] for one in entry.get("dependencies", []) if one["id"] in names
-                )
-            ),
+            depends=tuple(sorted(names[one] for one in dependencies if one in names)),
         )
 
-    def _alike(self, text: str) -> str:
+    def _sources(self, entry: "_Json", group: "_Json") -> list[str]:
+        top = Path(self._model["paths"]["source"])
+        return [str(top / entry["sources"][index]["path"]) for index in group["sourceIndexes"]]
+
+    def _recipe(self, group: "_Json", folders: Sequence[str], sources: Sequence[str]) -> str:
+        """Return all that determines how a compile group is compiled, independent of its folder."""
+        fragments = [fragment["fragment"] for fragment in group.get("compileCommandFragments", [])]
+        defines = sorted(define["define"] for define in group.get("defines", []))
+        parts = [*fragments, "", *defines, "", *folders, "", *sorted(sources)]
+        standard = group.get("languageStandard", {}).get("standard", "")
+        return json.dumps([group["language"], standard, *map(self._normalized, parts)])
+
+    def _normalized(self, text: str) -> str:
         for place, name in self._places:
             text = text.replace(place, name)
         return text
@@ -245,11 +226,11 @@ class _Reader:
         )
 
 
-# JSON of a documented form; what is not of it fails with what `read` takes for no answer.
+# JSON of a documented form; any other form raises an error that `read` handles.
 _Json = Mapping[str, Any]
 
 
-def _answer(build: Path, query: str) -> _Json:
+def _reply(build: Path, query: str) -> _Json:
     # The index with the largest name is the newest.
     index = max((build / _API / "reply").glob("index-*.json"), default=None)
     if index is None:
@@ -264,11 +245,11 @@ def _load(build: Path, name: str) -> _Json:
 
 
 def extensions(tree: Path, device: Device) -> tuple[Extension, ...]:
-    """Return what setup.py of `tree` lists for the device, in its order; nothing where it cannot be
-    read.
+    """Return the extensions that setup.py of `tree` lists for the device, in order; empty if it
+    cannot be read.
 
-    What depends on the version of the compiler counts as asked for: a toolkit that this workspace
-    accepts is newer than all of them.
+    An extension that depends on the compiler's version counts as listed: any toolkit that this
+    workspace accepts is new enough.
     """
     try:
         body = ast.parse((tree / "setup.py").read_bytes()).body
@@ -281,8 +262,7 @@ def extensions(tree: Path, device: Device) -> tuple[Extension, ...]:
 def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[Extension]:
     for statement in statements:
         if isinstance(statement, ast.If):
-            # A condition that cannot be told counts as met: too much is listed rather than too
-            # little.
+            # An undecidable condition counts as true: list too much rather than too little.
             yield from _listed(
                 statement.orelse if _is_met(statement.test, device) is False else statement.body,
                 device,
@@ -294,12 +274,12 @@ def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[Extensio
                     and isinstance(call.func, ast.Name)
                     and call.func.id == _CLASS
                 ):
-                    words = {word.arg: word.value for word in call.keywords}
-                    name = words.get("name", call.args[0] if call.args else None)
+                    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+                    name = keywords.get("name", call.args[0] if call.args else None)
                     if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                        optional = words.get("optional")
-                        # As setup.py's target_name does: vllm.vllm_flash_attn._vllm_fa2_C is built
-                        # by _vllm_fa2_C.
+                        optional = keywords.get("optional")
+                        # As in setup.py's target_name: vllm.vllm_flash_attn._vllm_fa2_C is built by
+                        # _vllm_fa2_C.
                         yield Extension(
                             name.value.rpartition(".")[2],
                             isinstance(optional, ast.Constant) and optional.value is True,
@@ -307,13 +287,13 @@ def _listed(statements: Sequence[ast.stmt], device: Device) -> Iterator[Extensio
 
 
 def _is_met(test: ast.expr, device: Device) -> bool | None:
-    """Whether a condition holds for the device on this machine, None where only setup.py itself
-    could tell.
+    """Return whether a condition is true for the device on this machine, None if only setup.py can
+    decide.
     """
     if isinstance(test, ast.BoolOp):
-        said = [_is_met(value, device) for value in test.values]
+        values = [_is_met(value, device) for value in test.values]
         decisive = isinstance(test.op, ast.Or)
-        return decisive if decisive in said else None if None in said else not decisive
+        return decisive if decisive in values else None if None in values else not decisive
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         value = _is_met(test.operand, device)
         return None if value is None else not value

@@ -1,8 +1,8 @@
-"""Which targets a change reaches, why, and which of their units a compiler then sees.
+"""Targets that a change reaches, with the reason, and the units of them that will be compiled.
 
-Where a unit was compiled and nothing of it changed since, what its compiler has read decides; else
-the include lines do (includes.py), which err toward compiling. CMake files are judged by what CMake
-makes of them: unit by unit against the project of the pin's own tree.
+If a unit was compiled and is unchanged since, the dependencies that its compiler read decide; else
+the include lines do (includes.py), which reach too much rather than too little. CMake files are
+judged by their effect: unit by unit against the project of the pin's own tree.
 """
 
 import os
@@ -21,93 +21,91 @@ from workspace.repo.git import Git
 from workspace.repo.git.repository import differing
 
 ANSWER_S = 60.0
-# What a command line holds many times over; the objects of a whole build are some hundreds.
-_ASKED_AT_ONCE = 500
+# Far below the limit of a command line; a full build has some hundred objects.
+_OBJECTS_PER_QUERY = 500
 _CACHED = re.compile(r"^(CMAKE_MAKE_PROGRAM|CMAKE_HOME_DIRECTORY):[A-Z]+=(.+)$", re.MULTILINE)
 _HEAD = re.compile(r"^(.+): #deps \d+, deps mtime \d+ \((VALID|STALE)\)$")
 
 
 @dataclass(frozen=True)
-class Built:
-    """`due`: objects that ninja would make. `taken_in`: by object, of all others, the files of the
-    tree that were read, relative to it.
+class NinjaState:
+    """State of the objects in ninja's records. `due`: objects that ninja would make.
+    `dependencies`: by object, for all others, the files of the tree that were read, relative to it.
     """
 
     due: frozenset[str]
-    taken_in: Mapping[str, frozenset[str]]
+    dependencies: Mapping[str, frozenset[str]]
 
 
-def ask_ninja(build: Path, tree: Path, targets: Collection[Target]) -> Built | None:
-    """Ask ninja about these targets. None where it cannot tell: it is not there, the directory is
-    damaged, or CMake would have to run first.
+def read_ninja_state(build: Path, tree: Path, targets: Collection[Target]) -> NinjaState | None:
+    """Return the state of these targets. None if ninja cannot report it: it is missing, the
+    directory is damaged, or CMake has to run first.
     """
     compiled = {
         target.name: {unit.object for unit in target.units} for target in targets if target.units
     }
-    objects = {one for group in compiled.values() for one in group}
+    objects = {name for group in compiled.values() for name in group}
     if not (build / ".ninja_deps").is_file() or not objects:
-        return Built(frozenset(objects), {})
+        return NinjaState(frozenset(objects), {})
     try:
-        cached = dict(
-            _CACHED.findall(
-                (build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
-            )
-        )
-        due = _due(cached["CMAKE_MAKE_PROGRAM"], build, compiled)
+        text = (build / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
+        cached = dict(_CACHED.findall(text))
+        program, home = cached["CMAKE_MAKE_PROGRAM"], cached["CMAKE_HOME_DIRECTORY"]
+        due = _due(program, build, compiled)
         if due is None:
             return None
-        wanted, taken_in = sorted(objects - due), dict[str, frozenset[str]]()
-        tops = tuple(
-            dict.fromkeys(
-                f"{top}/"
-                for top in (
-                    cached["CMAKE_HOME_DIRECTORY"],
-                    str(tree.absolute()),
-                    paths.realpath(tree),
-                )
-            )
-        )
-        for start in range(0, len(wanted), _ASKED_AT_ONCE):
-            said = _ninja(
-                cached["CMAKE_MAKE_PROGRAM"],
-                build,
-                "-t",
-                "deps",
-                *wanted[start : start + _ASKED_AT_ONCE],
-            )
-            if said is None:
-                return None
-            taken_in |= _taken_in(said, build, tops)
+        dependencies = _dependencies(program, build, (home, tree), sorted(objects - due))
     except (OSError, KeyError, ToolchainError):
         return None
-    # Of what ninja holds for whole and has no dependencies of, nothing is known.
-    return Built(frozenset(due | {one for one in wanted if one not in taken_in}), taken_in)
+    if dependencies is None:
+        return None
+    # An object that ninja considers complete but has no dependencies of counts as due.
+    unknown = objects - due - dependencies.keys()
+    return NinjaState(frozenset(due | unknown), dependencies)
+
+
+def _dependencies(
+    program: str, build: Path, trees: tuple[str, Path], objects: Sequence[str]
+) -> dict[str, frozenset[str]] | None:
+    """Return the files of the tree that each object depends on; None if ninja fails."""
+    home, tree = trees
+    tops = tuple(
+        dict.fromkeys(f"{top}/" for top in (home, str(tree.absolute()), paths.realpath(tree)))
+    )
+    found: dict[str, frozenset[str]] = {}
+    for start in range(0, len(objects), _OBJECTS_PER_QUERY):
+        query = ["-t", "deps", *objects[start : start + _OBJECTS_PER_QUERY]]
+        lines = _ninja(program, build, *query)
+        if lines is None:
+            return None
+        found |= _parse_dependencies(lines, build, tops)
+    return found
 
 
 def _due(program: str, build: Path, compiled: Mapping[str, Collection[str]]) -> set[str] | None:
-    """The objects that ninja would make for these targets; all of a target of which it cannot
-    say.
+    """Return the objects that ninja would make for these targets; all of a target that ninja cannot
+    plan.
     """
     objects = {one for group in compiled.values() for one in group}
-    said = _ninja(program, build, *compiled)
-    if said is None and len(compiled) > 1:
-        # A source that is gone stops ninja before it says anything, of other targets too.
+    lines = _ninja(program, build, *compiled)
+    if lines is None and len(compiled) > 1:
+        # A missing source stops ninja before it prints its plan, also that of other targets.
         alone = [_due(program, build, {name: group}) for name, group in compiled.items()]
         return None if None in alone else {one for group in alone if group for one in group}
-    if said is None:
+    if lines is None:
         return objects
-    # What it means to do first is to let CMake make the build anew.
-    if any(line.startswith("Re-running CMake") for line in said):
+    # ninja would first let CMake configure again.
+    if any(line.startswith("Re-running CMake") for line in lines):
         return None
-    # It names the object last, behind what CMake calls the step.
-    return objects.intersection(line.rsplit(" ", 1)[-1] for line in said) | {
+    # ninja prints the object last, after CMake's description of the step.
+    return objects.intersection(line.rsplit(" ", 1)[-1] for line in lines) | {
         one for one in objects if " " in one
     }
 
 
-def _ninja(program: str, build: Path, *words: str) -> list[str] | None:
+def _ninja(program: str, build: Path, *args: str) -> list[str] | None:
     done = process.capture(
-        [program, "-n", *words],
+        [program, "-n", *args],
         env={"PATH": os.defpath, "NINJA_STATUS": ""},
         cwd=build,
         timeout_s=ANSWER_S,
@@ -115,34 +113,35 @@ def _ninja(program: str, build: Path, *words: str) -> list[str] | None:
     return done.stdout.splitlines() if done.returncode == 0 else None
 
 
-def _taken_in(
-    said: Collection[str], build: Path, tops: tuple[str, ...]
+def _parse_dependencies(
+    lines: Collection[str], build: Path, tops: tuple[str, ...]
 ) -> dict[str, frozenset[str]]:
+    """Parse the output of `ninja -t deps`."""
     found: dict[str, frozenset[str]] = {}
     real: dict[str, tuple[str, ...]] = {}
-    reading: set[str] | None = None
-    for line in said:
+    dependencies: set[str] | None = None
+    for line in lines:
         if not line.startswith("    "):
             if (head := _HEAD.match(line)) and head[2] == "VALID":
-                reading = set()
+                dependencies = set()
                 found[head[1]] = frozenset()
                 name = head[1]
             elif line:
-                reading = None
-            elif reading is not None:
-                found[name] = frozenset(reading)
+                dependencies = None
+            elif dependencies is not None:
+                found[name] = frozenset(dependencies)
             continue
-        if reading is not None:
+        if dependencies is not None:
             path = line[4:]
             if path not in real:
                 real[path] = _below(path, build, tops)
-            reading.update(real[path])
+            dependencies.update(real[path])
     return found
 
 
 def _below(path: str, build: Path, tops: tuple[str, ...]) -> tuple[str, ...]:
-    """The file relative to the tree, as it was spelled and as it is called without links; nothing
-    where it lies elsewhere.
+    """Return a file relative to the tree, as spelled and with links resolved; empty if it is
+    elsewhere.
     """
     if not path.startswith("/"):
         path = paths.normpath(paths.join(build, path))
@@ -163,8 +162,8 @@ _IMPORTED = re.compile(rb"^\s*(?:from|import)\s+([A-Za-z0-9_.]+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Reached:
-    """A target that has to be this tree's own. `units` are those that will be compiled; `is_whole`
-    where these are all it has.
+    """A target that must be compiled from this tree. `units` are those that will be compiled;
+    `is_complete` if these are all it has.
     """
 
     target: str
@@ -175,21 +174,25 @@ class Reached:
 
 @dataclass(frozen=True)
 class Reach:
-    """What changes reach, in the project's order, and a sentence for each that reaches nothing."""
+    """The targets that changes reach, in the project's order, and a message for each change that
+    reaches none.
+    """
 
     targets: tuple[Reached, ...]
     idle: tuple[str, ...]
 
 
 def changed_files(git: Git, base: str) -> tuple[str, ...]:
-    """Paths of what is compiled, or steers it, that differ from the commit `base`: own commits,
-    edits, new and deleted files.
+    """Return paths of compiled files, or files that control the build, that differ from the commit
+    `base`: own commits, edits, new and deleted files.
     """
     return differing(git, base, new_below=COMPILED_BELOW, is_wanted=is_compiled_input)
 
 
 def is_compiled_input(path: str) -> bool:
-    """Whether a file of the tree is a source, a header, a generator of them, or CMake's."""
+    """Return whether a file of the tree is a source, a header, a generator of them, or a CMake
+    file.
+    """
     place = PurePosixPath(path)
     return place.parts[0] in COMPILED_BELOW or place.suffix in _SUFFIXES or is_cmake(path)
 
@@ -197,21 +200,20 @@ def is_compiled_input(path: str) -> bool:
 def reached(
     tree: Path, changed: Collection[str], project: Project, *, build: Path, pinned: Project | None
 ) -> tuple[Reached, ...]:
-    """Return the targets that `follow` finds, without what it says of the other changes."""
+    """Return the targets of `follow` without its messages."""
     return follow(tree, changed, project, build=build, pinned=pinned).targets
 
 
 def follow(
     tree: Path, changed: Collection[str], project: Project, *, build: Path, pinned: Project | None
 ) -> Reach:
-    """Find the targets that changed files, relative to `tree`, reach.
+    """Return the targets that changed files, relative to `tree`, reach.
 
     `project` is what is configured in `build`, `pinned` the same for the pin's own tree. Without
-    the latter a changed CMake file reaches every target.
+    `pinned` a changed CMake file reaches every target.
     """
     finals = final_targets(project)
-    # What is put into the tree by itself is built before a target that waits for it, and is no part
-    # of that one.
+    # A target that is installed by itself is no part of a target that depends on it.
     apart = {target.name for target in finals}
     parts = {
         target.name: [
@@ -222,7 +224,7 @@ def follow(
         for target in finals
     }
     everything = {part.name: part for group in parts.values() for part in group}
-    state = ask_ninja(build, tree, tuple(everything.values())) if changed else None
+    state = read_ninja_state(build, tree, tuple(everything.values())) if changed else None
     reasons = _by_sources(tree, changed, tuple(everything.values()), state)
     for name, found in _by_cmake(tree, changed, project, pinned).items():
         reasons[name] = found | reasons[name]
@@ -237,11 +239,11 @@ def follow(
         for target in finals
         if hits[target.name]
     )
-    arrived = {path for found in hits.values() for path in found}
+    reaching = {path for found in hits.values() for path in found}
     return Reach(
         targets,
         tuple(
-            _idle(path, tree) for path in sorted(set(changed) - arrived) if _is_of_interest(path)
+            _idle(path, tree) for path in sorted(set(changed) - reaching) if _is_of_interest(path)
         ),
     )
 
@@ -249,20 +251,20 @@ def follow(
 def requested(
     names: Sequence[str], reason: str, tree: Path, project: Project, *, build: Path
 ) -> tuple[Reached, ...]:
-    """Return the named targets as reached for `reason`, such as `--target` or an input that
-    changed; without names all of them.
+    """Return the named targets, or all, as reached for `reason`, such as `--target` or a changed
+    input.
 
-    Raises SettingsError for a name that the project has not.
+    Raises SettingsError for a name that the project does not have.
     """
     finals = final_targets(project)
     if unknown := [name for name in names if name not in {target.name for target in finals}]:
         raise SettingsError(
             f"--target {unknown[0]}: CMake builds no such target here; it has"
             f" {', '.join(target.name for target in finals) or 'none'}",
-            hint="./scripts/inv rebuild --plan   # says what each target is reached by",
+            hint="./scripts/inv rebuild --plan   # shows why each target is reached",
         )
     wanted = tuple(target for target in finals if not names or target.name in names)
-    state = ask_ninja(
+    state = read_ninja_state(
         build,
         tree,
         tuple(
@@ -275,16 +277,14 @@ def requested(
 
 
 def final_targets(project: Project) -> tuple[Target, ...]:
-    """Return the targets whose outcome is put into the tree; libraries that are linked into them
-    are none.
-    """
+    """Return the targets that are installed into the tree, not libraries linked into them."""
     return tuple(
         target for target in project.targets if target.installs or target.kind == "MODULE_LIBRARY"
     )
 
 
 def with_dependencies(target: Target, project: Project) -> tuple[Target, ...]:
-    """Return the target and all that is built before it."""
+    """Return the target and all targets that are built before it."""
     known = {one.name: one for one in project.targets}
     found, waiting = {target.name: target}, [target]
     while waiting:
@@ -295,58 +295,58 @@ def with_dependencies(target: Target, project: Project) -> tuple[Target, ...]:
     return tuple(found.values())
 
 
-def _reached(target: Target, reason: str, project: Project, state: Built | None) -> Reached:
+def _reached(target: Target, reason: str, project: Project, state: NinjaState | None) -> Reached:
     units = tuple(unit for part in with_dependencies(target, project) for unit in part.units)
     due = tuple(unit for unit in units if state is None or unit.object in state.due)
     return Reached(target.name, reason, due, is_complete=len(due) == len(units))
 
 
 def _by_sources(
-    tree: Path, changed: Collection[str], parts: Sequence[Target], state: Built | None
+    tree: Path, changed: Collection[str], parts: Sequence[Target], state: NinjaState | None
 ) -> dict[str, dict[str, str]]:
-    """Map each target to the changed files that its units take in, and how."""
+    """Return, by target, the changed files that its units include, with the reason."""
     followed = {path: path for path in changed if not is_cmake(path)}
     writers = _generators(tree, changed)
-    # What a generator may write is followed in its place.
+    # Follow the files that a generator may write instead of the generator.
     followed |= {
-        written: script for script in writers for written in _written(tree, script)
+        written: script for script in writers for written in _generated(tree, script)
     } | followed
     scan = Scan(tree, followed)
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for part in parts:
-        known = state.taken_in if state else {}
-        unclear = [unit.source for unit in part.units if unit.object not in known]
-        scanned = scan.taken_in(unclear, part.includes) if unclear and followed else {}
+        dependencies = state.dependencies if state else {}
+        unclear = [unit.source for unit in part.units if unit.object not in dependencies]
+        scanned = scan.changed_dependencies(unclear, part.includes) if unclear and followed else {}
         for unit in part.units:
-            taken = (
-                known[unit.object].intersection(followed)
-                if unit.object in known
+            files = (
+                dependencies[unit.object].intersection(followed)
+                if unit.object in dependencies
                 else scanned.get(unit.source, ())
             )
-            for path in sorted(taken):
+            for path in sorted(files):
                 found[part.name].setdefault(
-                    followed[path], _sentence(tree, followed[path], path, unit.source)
+                    followed[path], _reason_of(tree, followed[path], path, unit.source)
                 )
             for script in (script for script in writers if _lies_below(unit.source, script)):
                 found[part.name].setdefault(
-                    script, f"{_said(tree, script)}, which writes {unit.source}"
+                    script, f"{_change(tree, script)}, which writes {unit.source}"
                 )
     return found
 
 
-def _sentence(tree: Path, path: str, followed: str, source: str) -> str:
-    said = _said(tree, path)
+def _reason_of(tree: Path, path: str, followed: str, source: str) -> str:
+    change = _change(tree, path)
     if followed != path:
-        return f"{said}, which writes {followed}"
-    return said if path == source else f"{said}, included by {source}"
+        return f"{change}, which writes {followed}"
+    return change if path == source else f"{change}, included by {source}"
 
 
-def _said(tree: Path, path: str) -> str:
+def _change(tree: Path, path: str) -> str:
     return f"{path} {'changed' if (tree / path).exists() else 'deleted'}"
 
 
 def _generators(tree: Path, changed: Collection[str]) -> tuple[str, ...]:
-    """The scripts in csrc that changed, and those that import one that did."""
+    """Return the changed scripts in csrc, and the scripts that import one of them."""
     scripts = {
         path: PurePosixPath(path).stem
         for path in changed
@@ -368,8 +368,8 @@ def _generators(tree: Path, changed: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(scripts))
 
 
-def _written(tree: Path, script: str) -> tuple[str, ...]:
-    """Files that a script names, as if they lay beside it."""
+def _generated(tree: Path, script: str) -> tuple[str, ...]:
+    """Return the files that a script names, as if they were beside it."""
     folder = PurePosixPath(script).parent
     return tuple(
         {
@@ -392,38 +392,33 @@ def _content(file: Path) -> bytes:
 
 
 def is_cmake(path: str) -> bool:
-    """CMake's own, and what lies beside it and is used by it: patches of headers, scripts."""
+    """Return whether a file is CMake's, or a patch or script beside it that CMake uses."""
     return path.endswith((".cmake", "CMakeLists.txt")) or path.startswith("cmake/")
 
 
 def _by_cmake(
     tree: Path, changed: Collection[str], project: Project, pinned: Project | None
 ) -> dict[str, dict[str, str]]:
-    """Map each target to the changed CMake files that it is, or may be, compiled otherwise for."""
+    """Return, by target, the changed CMake files that change, or may change, how it is compiled."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     before = {target.name: target for target in pinned.targets} if pinned else {}
     for path in sorted(path for path in changed if is_cmake(path)):
+        change, is_external = _change(tree, path), path.startswith("cmake/external_projects/")
         is_read_by_cmake = path.endswith((".cmake", "CMakeLists.txt"))
-        words = (
-            set(re.findall(r"[A-Za-z0-9_]+", _content(tree / path).decode(errors="replace")))
-            if path.startswith("cmake/external_projects/")
-            else set()
-        )
+        content = _content(tree / path).decode(errors="replace") if is_external else ""
+        names = set(re.findall(r"[A-Za-z0-9_]+", content))
         for target in project.targets:
-            if pinned is None or not is_read_by_cmake:
-                found[target.name][path] = (
-                    f"{_said(tree, path)}; what the pin's own would build is not known"
-                    if is_read_by_cmake
-                    else _said(tree, path)
-                )
-            elif target.name not in before or _recipe(target) != _recipe(before[target.name]):
-                found[target.name][path] = (
-                    f"{_said(tree, path)}:"
-                    f" {'new' if target.name not in before else 'compiled or put together otherwise'}"
-                )
-            elif target.name in words:
-                # The sources of another project can change without a word of the recipe.
-                found[target.name][path] = _said(tree, path)
+            if not is_read_by_cmake:
+                found[target.name][path] = change
+            elif pinned is None:
+                found[target.name][path] = f"{change}; the pin's own build is not known"
+            elif target.name not in before:
+                found[target.name][path] = f"{change}: the target is new"
+            elif _recipe(target) != _recipe(before[target.name]):
+                found[target.name][path] = f"{change}: the target is compiled or linked differently"
+            elif target.name in names:
+                # The sources of an external project can change while the recipe stays the same.
+                found[target.name][path] = change
     return found
 
 
@@ -449,20 +444,19 @@ def _is_of_interest(path: str) -> bool:
 
 
 def _idle(path: str, tree: Path) -> str:
+    """Return a message about a changed file that reaches no target."""
     suffix = PurePosixPath(path).suffix
     if is_cmake(path):
-        return f"{path} changes nothing that is compiled here"
+        return f"{path} changes no target that is compiled here"
     if suffix == ".py":
-        return f"{path} writes nothing that is compiled here"
-    verb = "compiled" if suffix in _SOURCES else "included"
-    return (
-        f"{path} is {verb} by nothing here"
-        if (tree / path).exists()
-        else f"{path} is gone, and was {verb} by nothing that is left here"
-    )
+        return f"{path} writes no file that is compiled here"
+    verb = "compiles" if suffix in _SOURCES else "includes"
+    if (tree / path).exists():
+        return f"no target here {verb} {path}"
+    return f"{path} is deleted, and no target here {verb} it"
 
 
 def merged(groups: Sequence[Sequence[Reached]]) -> tuple[Reached, ...]:
-    """Put together what several reasons reach, each target once with the first of its reasons."""
+    """Merge groups of reached targets: each target once, with its first reason."""
     found: Mapping[str, Reached] = {one.target: one for group in reversed(groups) for one in group}
     return tuple(found.values())

@@ -1,19 +1,23 @@
-"""What was compiled, put into the tree: installed by CMake into a folder beside it, then renamed
-file by file.
+"""Files of the tree that a build reads and writes: what a configure reads, what it generates, and
+the compiled files, which CMake installs into a folder beside the tree before they are renamed one
+by one.
 
-A kill leaves each file of the tree old or new, and the next run puts all of them again. What goes
-is only what an earlier build is known to have put there, unchanged since, and git ignores; what git
-tracks is never written over.
+After a kill each file of the tree is old or new, and the next run installs all of them again. Only
+files that an earlier build is known to have installed, that are unchanged and that git ignores are
+removed; files that git tracks are never overwritten.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 
+from workspace.compile import cmake_inputs
 from workspace.compile.externals import MARK
 from workspace.compile.project import Target
 from workspace.core import files, process
@@ -23,15 +27,15 @@ from workspace.core.log import RunLog
 from workspace.repo.git import Git, worktree
 
 PACKAGE = "vllm"
-# FA4's Python files: where CMake was told of a folder of sources it makes a link to them
-# (vllm_flash_attn.cmake), else a copy with other imports.
+# FA4's Python files: with a folder of sources CMake links to them (vllm_flash_attn.cmake), else it
+# copies them with other imports.
 LINKED = "vllm/vllm_flash_attn/cute"
 _IMPORTS = (b"flash_attn.cute", b"vllm.vllm_flash_attn.cute")
-# Of these CMake would install elsewhere, or links to the build directory.
+# With these variables CMake would install elsewhere, or link to the build directory.
 _MISLEADING = ("DESTDIR", "CMAKE_INSTALL_MODE")
 
-# Path below the tree and digest, by target.
-_Brought = dict[str, dict[str, str]]
+# Digest by path below the tree, by target.
+_Installed = dict[str, dict[str, str]]
 
 
 def install_targets(
@@ -43,50 +47,63 @@ def install_targets(
     env: Mapping[str, str],
     shared: Path | None = None,
 ) -> tuple[str, ...]:
-    """Install the components of `targets` into the tree and return the paths of their files,
+    """Install the components of `targets` into the tree, and return the paths of their files,
     relative to it.
 
-    A link to sources below `shared`, the cache of all clones, becomes a copy; one to a folder of
-    the user's stays what it is, as upstream has it. Raises BuildError where a target has not been
-    built or something is in the way, ToolchainError where the tree cannot be written.
+    A link to sources below `shared`, the cache of all clones, becomes a copy; a link to a user's
+    folder stays, as in upstream. Raises BuildError if a target has not been built or a tracked file
+    is in the way, ToolchainError if the tree cannot be written.
     """
     git = Git(tree)
     tracked = git.entries((PACKAGE,), "HEAD")
     record = build.parent / "put.json"
     with files.folder_beside(tree) as staging:
-        brought: _Brought = {}
+        installed: _Installed = {}
         for target in targets:
-            if missing := [name for name in target.artifacts if not (build / name).exists()]:
-                raise BuildError(
-                    f"{target.name} has not been built: {missing[0]} is not in {build}",
-                    hint=f"./scripts/inv rebuild --target {target.name}",
-                )
             prefix = staging / target.name
-            _install(build, prefix, target.name, run_log=run_log, env=env)
-            _copy_linked(prefix / LINKED, shared)
-            placed = _files(prefix)
-            for name in sorted(placed & tracked.keys()):
-                run_log.line(f"{name} is the tree's own and stays: {target.name} brings one, too")
-            brought[target.name] = {
-                name: _content_digest(prefix / name) for name in sorted(placed - tracked.keys())
+            names = _stage(build, prefix, target, run_log=run_log, env=env, shared=shared)
+            for name in sorted(names & tracked.keys()):
+                run_log.line(f"{name} is tracked by git and stays: {target.name} has one too")
+            installed[target.name] = {
+                name: _content_digest(prefix / name) for name in sorted(names - tracked.keys())
             }
         former = _read(record)
-        # Before anything is put: what a kill leaves here is known to be of a build, the old files
-        # as well as the new ones.
+        # Write the record before any rename: after a kill, both old and new files are then known as
+        # files of a build.
         _write(
             record,
-            {name: former.get(name, {}) | brought.get(name, {}) for name in former | brought},
+            {name: former.get(name, {}) | installed.get(name, {}) for name in former | installed},
         )
-        for target_name, digests in brought.items():
+        for target_name, digests in installed.items():
             for name, digest in digests.items():
                 _rename(staging / target_name / name, tree, name, digest, tracked)
-        _remove(git, _orphans(former, brought))
-        _write(record, former | brought)
-    return tuple(sorted({name for digests in brought.values() for name in digests}))
+        _remove(git, _orphans(former, installed))
+        _write(record, former | installed)
+    return tuple(sorted({name for digests in installed.values() for name in digests}))
+
+
+def _stage(
+    build: Path,
+    prefix: Path,
+    target: Target,
+    *,
+    run_log: RunLog,
+    env: Mapping[str, str],
+    shared: Path | None,
+) -> set[str]:
+    """Install the component of a target into `prefix`, and return the names of its files."""
+    if missing := [name for name in target.artifacts if not (build / name).exists()]:
+        raise BuildError(
+            f"{target.name} has not been built: {missing[0]} is not in {build}",
+            hint=f"./scripts/inv rebuild --target {target.name}",
+        )
+    _install(build, prefix, target.name, run_log=run_log, env=env)
+    _copy_linked(prefix / LINKED, shared)
+    return _files(prefix)
 
 
 def as_package(content: bytes) -> bytes:
-    """One of the linked Python files as CMake would have copied it."""
+    """Return a Python file behind the link with the imports that CMake's copy has."""
     return content.replace(*_IMPORTS)
 
 
@@ -104,7 +121,7 @@ def _install(
 
 
 def _copy_linked(link: Path, shared: Path | None) -> None:
-    """Make a copy of a link into the cache: an edit behind the link would be one in every clone."""
+    """Replace a link into the cache by a copy: an edit behind the link would change every clone."""
     if (
         shared is None
         or not link.is_symlink()
@@ -120,7 +137,7 @@ def _copy_linked(link: Path, shared: Path | None) -> None:
 
 
 def _files(prefix: Path) -> set[str]:
-    """Files and links below the staged package, relative to the prefix."""
+    """Return the files and links below the staged package, relative to the prefix."""
     found = set()
     for folder, folders, names in os.walk(prefix / PACKAGE):
         entries = [Path(folder, name) for name in (*names, *folders)]
@@ -133,20 +150,17 @@ def _files(prefix: Path) -> set[str]:
 
 
 def _content_digest(path: Path) -> str:
-    """What tells the content of a file or a link from another; nothing where there is neither."""
+    """Return an identifier of the content of a file or a link; empty if neither exists."""
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
     return sha256(path) if path.is_file() else ""
 
 
 def _rename(made: Path, tree: Path, name: str, digest: str, tracked: Mapping[str, str]) -> None:
-    """Let the tree have the staged file; one that is there already, byte for byte, is not
-    touched.
-    """
+    """Move a staged file into the tree, unless an identical one is there."""
     place = tree / name
     for folder in reversed(place.relative_to(tree).parents):
-        # What would be written behind a link is not the tree's: it may be a folder in which the
-        # user works.
+        # A file behind a link is outside the tree: the user may work in that folder.
         if (tree / folder).is_symlink():
             _require_free(str(folder), tracked)
             (tree / folder).unlink()
@@ -160,27 +174,29 @@ def _rename(made: Path, tree: Path, name: str, digest: str, tracked: Mapping[str
 
 
 def _require_free(name: str, tracked: Mapping[str, str]) -> None:
+    """Raise BuildError if git tracks files at or below `name`."""
     if inside := next(
         (path for path in tracked if path == name or path.startswith(f"{name}/")), None
     ):
         raise BuildError(
-            f"{inside} of the tree is in the way of what was built: {name}",
+            f"{inside} of the tree is in the way of a built file: {name}",
             hint="git -C vendor/vllm status",
         )
 
 
-def _orphans(former: _Brought, brought: _Brought) -> dict[str, str]:
-    """What the same targets brought earlier and no target brings any more."""
-    now = {name for digests in (former | brought).values() for name in digests}
+def _orphans(former: _Installed, installed: _Installed) -> dict[str, str]:
+    """Return files that these targets installed earlier and no target installs any more."""
+    now = {name for digests in (former | installed).values() for name in digests}
     return {
         name: digest
-        for target in brought
+        for target in installed
         for name, digest in former.get(target, {}).items()
         if name not in now
     }
 
 
 def _remove(git: Git, orphans: Mapping[str, str]) -> None:
+    """Remove orphans that git ignores and that are unchanged."""
     if not orphans:
         return
     ignored = set(worktree.products(git, PACKAGE))
@@ -189,8 +205,8 @@ def _remove(git: Git, orphans: Mapping[str, str]) -> None:
             (git.path / name).unlink()
 
 
-def _read(path: Path) -> _Brought:
-    """What earlier builds brought. A damaged record knows of nothing, so nothing is removed for
+def _read(path: Path) -> _Installed:
+    """Return the record of installed files. A damaged record is empty, so no file is removed for
     it.
     """
     try:
@@ -211,17 +227,65 @@ def _is_below(name: str) -> bool:
     return name.startswith(f"{PACKAGE}/") and ".." not in Path(name).parts
 
 
-def _write(path: Path, brought: _Brought) -> None:
-    write_atomic(path, (json.dumps(brought, indent=1, sort_keys=True) + "\n").encode())
+def _write(path: Path, installed: _Installed) -> None:
+    write_atomic(path, (json.dumps(installed, indent=1, sort_keys=True) + "\n").encode())
 
 
 # Size, time of the last change in ns, SHA-256.
 State = tuple[int, int, str]
+_IN_PACKAGE = re.compile(r"\$\{CMAKE_(?:CURRENT_)?SOURCE_DIR\}/(vllm/[\w./-]+)")
 _HEADERS = (".h", ".hh", ".hpp", ".cuh", ".inc", ".c", ".cc", ".cpp", ".cu")
 
 
+def configure_files(tree: Path) -> Iterator[str]:
+    """Yield the files of the tree that a configure reads: CMake files, patches and generators. A
+    generator may import others, so every Python file beside sources counts.
+    """
+    yield from (str(path.relative_to(tree)) for path in cmake_inputs.cmake_files(tree))
+    yield from sorted(
+        path
+        for path in sources(tree)
+        if path.endswith((".py", ".cmake", ".in", ".jinja", ".j2", "/CMakeLists.txt"))
+    )
+
+
+def package_folders(tree: Path, device: str) -> tuple[str, ...]:
+    """Return the folders of the Python package that the CMake files name: a configure may overwrite
+    files of a precompiled wheel there.
+    """
+    steps = cmake_inputs.walk(tree, device)
+    named = (
+        found[1]
+        for step in steps
+        for argument in step.command.args
+        if (found := _IN_PACKAGE.match(argument))
+    )
+    return tuple(
+        dict.fromkeys(path for path in named if ".." not in path and not Path(path).suffix)
+    )
+
+
+def glob_patterns(tree: Path, device: str) -> Iterator[str]:
+    """Yield the patterns below the tree by which CMake files find sources; ninja must not evaluate
+    them itself.
+    """
+    for step in cmake_inputs.walk(tree, device):
+        args = step.command.args
+        if step.command.name == "file" and len(args) > 2 and args[0] in ("GLOB", "GLOB_RECURSE"):
+            for argument in args[2:]:
+                pattern = cmake_inputs.without_top(step.resolved(argument))
+                if "$" not in pattern and not pattern.startswith("/") and "/" in pattern:
+                    parent, _, name = pattern.rpartition("/")
+                    yield f"{parent}/**/{name}" if args[0] == "GLOB_RECURSE" else pattern
+
+
+def matches(tree: Path, pattern: str) -> list[str]:
+    """Return the files of the tree that match a pattern, sorted."""
+    return sorted(glob(pattern, root_dir=tree, recursive=True))
+
+
 def states(root: Path, paths: Iterable[str]) -> dict[str, State]:
-    """The files of these paths below `root`; what is no file is left out."""
+    """Return the states of these paths below `root`; paths that are no files are left out."""
     found = {}
     for path in paths:
         if (state := _state(root / path)) is not None:
@@ -229,8 +293,10 @@ def states(root: Path, paths: Iterable[str]) -> dict[str, State]:
     return found
 
 
-def is_as(root: Path, path: str, was: State | None) -> bool:
-    """Whether a file is as it was, or as absent. One that was only touched is read."""
+def is_unchanged(root: Path, path: str, was: State | None) -> bool:
+    """Return whether a file has its recorded state, or is absent as recorded. A touched file is
+    hashed.
+    """
     try:
         there = (root / path).stat()
     except OSError:
@@ -241,14 +307,14 @@ def is_as(root: Path, path: str, was: State | None) -> bool:
 
 
 def sources(tree: Path) -> Iterator[str]:
-    """Every file below csrc, where a configure writes the sources that it generates."""
+    """Yield every file below csrc, where a configure writes generated sources."""
     for top, folders, names in os.walk(tree / "csrc"):
         folders[:] = [name for name in folders if name != "__pycache__"]
         yield from (os.path.relpath(os.path.join(top, name), tree) for name in names)
 
 
 def headers(build: Path) -> Iterator[str]:
-    """Headers and sources that a configure writes into the build directory itself."""
+    """Yield the headers and sources that a configure writes into the build directory."""
     for top, folders, names in os.walk(build):
         folders[:] = [name for name in folders if name not in ("CMakeFiles", ".cmake", "_deps")]
         yield from (
@@ -259,15 +325,15 @@ def headers(build: Path) -> Iterator[str]:
 
 
 def renewed(before: Mapping[str, State], after: Mapping[str, State]) -> dict[str, State]:
-    """What was written in between, with the same content or not."""
+    """Return the files that were written in between, with the same content or not."""
     return {path: state for path, state in after.items() if before.get(path) != state}
 
 
 def give_back_times(
     root: Path, now: Mapping[str, State], former: Sequence[Mapping[str, State]]
 ) -> dict[str, State]:
-    """Give what was written with the content of before the time of before, so that nothing that was
-    compiled from it counts as older. Returns the states.
+    """Restore the former time of each file with its former content, so that objects compiled from
+    it stay up to date. Return the new states.
     """
     result = dict(now)
     for path, state in now.items():
@@ -282,8 +348,8 @@ def give_back_times(
 
 
 def keep(tree: Path, folders: Iterable[str], scratch: Path) -> None:
-    """Copy what lies in these folders of the tree to `aside`, from where `bring_back` takes it, be
-    it in a later run.
+    """Copy the files in these folders of the tree to `scratch`, from where `bring_back` restores
+    them, if need be in a later run.
     """
     for folder in folders:
         for path in sorted((tree / folder).rglob("*")):
@@ -293,7 +359,7 @@ def keep(tree: Path, folders: Iterable[str], scratch: Path) -> None:
 
 
 def bring_back(tree: Path, folders: Iterable[str], scratch: Path) -> None:
-    """Undo what a configure made of placeholders in these folders of the tree."""
+    """Undo what a configure wrote from placeholders into these folders of the tree."""
     for folder in folders:
         for path in sorted((tree / folder).rglob("*")):
             if path.is_file() and not path.is_symlink() and MARK.encode() in read_regular(path):

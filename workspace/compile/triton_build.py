@@ -123,7 +123,7 @@ def build_wheel(
 ) -> Wheel:
     """Compile what changed and pack it.
 
-    Raises BuildError with the first error of the first failed unit; the same call resumes the build.
+    Raises BuildError with the first error of a failed unit; the same call resumes the build.
     """
     build = folder(layout, settings)
     variables = environment(layout, settings, jobs, build)

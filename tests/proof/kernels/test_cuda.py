@@ -1,8 +1,8 @@
-"""The pin's own CUDA target, built through `inv rebuild` for a GB10 where no GPU is: planned,
-interrupted, gone on with, and again for one unit.
+"""The pin's own CUDA target, built through `inv rebuild` for a GB10 without a GPU: planned,
+interrupted, resumed, and again for one unit.
 
 Needs nvcc, the package index, upstream's external sources or EXTERNALS_MIRROR, and 8 GB of disk; on
-two cores about half an hour.
+two cores it takes about half an hour.
 """
 
 import json
@@ -40,8 +40,7 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     units = planned(clone)
     assert units > 20
 
-    # ^C in the middle: nothing goes on, nothing in the tree has changed, and the next run takes up
-    # what is done.
+    # ^C in the middle: no compiler is left, the tree is unchanged, and the next run resumes.
     child = replace(clone, words=("rebuild",)).start()
     wait_for_objects(clone, least=2)
     assert clone.end(child, signal.SIGINT)[0] == 130, clone.output[-2000:]
@@ -69,14 +68,14 @@ def test_one_changed_kernel_compiles_its_target_and_the_next_change_one_unit(clo
     )
 
 
-def inv(clone: Clone, *words: str) -> str:
-    child = replace(clone, words=words).start()
+def inv(clone: Clone, *args: str) -> str:
+    child = replace(clone, words=args).start()
     assert child.wait(timeout=LIMIT_S) == 0, clone.output[-4000:]
     return clone.output
 
 
 def planned(clone: Clone) -> int:
-    """How many units the next rebuild would compile; all of the one target that the change
+    """Return the units that the next rebuild would compile, all of the one target that the change
     reaches.
     """
     argv = [clone.layout.root / "scripts" / "inv", "rebuild", "--plan", "--json"]
@@ -108,7 +107,7 @@ def edit(clone: Clone, text: str) -> None:
 
 
 def wait_for_objects(clone: Clone, *, least: int) -> None:
-    """Wait until so many units are compiled. The heaviest start first, so on few cores it takes
+    """Wait until so many units are compiled. The largest start first, so on few cores it takes
     minutes.
     """
     until = time.monotonic() + LIMIT_S
