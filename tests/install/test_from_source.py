@@ -26,7 +26,7 @@ def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_command
     mine = built.layout.triton / "src" / "answer.c"
     mine.write_text("mine\n")
     ended = built.run("fix-triton", "--from-source")
-    assert "has edits of yours (src/answer.c)" in ended.error(3)
+    assert "has local edits (src/answer.c)" in ended.error(3)
     assert "patch.export --project triton" in ended.err
     assert mine.read_text() == "mine\n"
     assert tritons.builds(built) == []
