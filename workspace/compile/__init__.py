@@ -1,1 +1,1 @@
-"""Compiles kernels: targets, CMake, scheduling by memory, device code."""
+"""Compilation on this machine: the targets that a change reaches, and the compilers for them."""

@@ -197,7 +197,6 @@ def configure(
     run_log: RunLog,
 ) -> Project:
     """Return what CMake would build of the tree at `inputs.place`; configure it first if it is due.
-    `ticket` is the compiler launcher.
 
     Raises BuildError with CMake's first error; then existing objects stay, and there is no record.
     """

@@ -199,8 +199,8 @@ class _Walk:
 
 @dataclass
 class _Branch:
-    """State of an `if`: whether an earlier branch was certainly taken, this one is walked, and
-    certainly so.
+    """State of an `if`: whether an earlier branch was certainly taken, whether the current one is
+    walked, and whether it is certainly taken.
     """
 
     was_taken: bool = False

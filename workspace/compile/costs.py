@@ -158,8 +158,8 @@ def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _guess(known: Sequence[Entry], source: str) -> Cost:
-    """Return the largest cost in the same folder of the target, else in the target, else the
-    default of the suffix.
+    """Return mean seconds and the largest peak in the folder of the target, else in the target,
+    else a default.
     """
     path = PurePosixPath(source)
     alike = [entry for entry in known if PurePosixPath(entry.source).suffix == path.suffix]
@@ -325,8 +325,8 @@ def _read_history(path: Path) -> tuple[dict[str, tuple[Entry, ...]], tuple[str, 
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, (
             (
-                f"the history of compile times {path} is damaged: this build writes a new one and"
-                " uses the shipped table"
+                f"the history of compile times {path} is damaged: the next build replaces it, and"
+                " until then the shipped table is used"
             ),
         )
     return {

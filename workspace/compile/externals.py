@@ -220,11 +220,6 @@ def provide(
     return given
 
 
-def is_placeholder(layout: Layout, folder: str) -> bool:
-    """Return whether a folder of sources is a placeholder."""
-    return Path(folder).is_relative_to(_placeholders(layout))
-
-
 def leftover(tree: Path) -> tuple[str, ...]:
     """Return a message for each source that an earlier build of another pin left in the tree's
     `.deps`. They are not used.

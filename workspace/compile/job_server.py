@@ -47,7 +47,6 @@ LATECOMERS_S = 0.3
 KILLS = 3
 # These programs compile in a server of their own, which a launcher cannot measure.
 _ELSEWHERE = ("sccache", "distcc", "icecc")
-_HAS_ENDED = "the build of this unit has ended"
 _OTHER_FAILED = "another unit failed"
 # Folder of a job server below a build directory, and the launcher in it. The names stay: ninja
 # compares commands, so a new path would compile every unit again.
@@ -95,14 +94,14 @@ def _write_program(program: Path, command: str) -> Path:
 
 @dataclass(frozen=True)
 class MemoryWatch:
-    """How to read the memory status of the machine, and the kernel's out-of-memory kills."""
+    """Functions that read the memory status of the machine and the kernel's out-of-memory kills."""
 
     status: Callable[[], MemoryStatus]
     kills: Callable[[], int]
 
 
 class JobServer:
-    """Gives job tokens to compilers while the block is entered, from a thread.
+    """Job server that gives tokens to compilers while the block is entered, from a thread.
 
     Without `memory` only the bounds count. `units` is the expected number of requests, if known:
     then the first need not wait for others. Once a unit has failed, waiting ones are refused,
@@ -387,7 +386,7 @@ class JobServer:
         """Refuse waiting launchers, end running ones, and return once they have ended."""
         had_clients = bool(self._clients)
         for client in [client for client in self._clients.values() if client.started is None]:
-            self._refuse(client, _HAS_ENDED)
+            self._refuse(client, launcher.HAS_ENDED)
         for signal_number, grace_s in (
             (signal.SIGTERM, TERMINATE_GRACE_S),
             (signal.SIGKILL, KILL_GRACE_S),
@@ -419,7 +418,7 @@ class JobServer:
                     (
                         self._receive(client)
                         if client.started is not None
-                        else self._refuse(client, _HAS_ENDED)
+                        else self._refuse(client, launcher.HAS_ENDED)
                     )
                 else:
                     self._selector.unregister(self._woken)

@@ -28,7 +28,7 @@ MEMORY_HINT = (
 # the GPU and the CPU share memory, and without a reserve the machine freezes before the kernel
 # kills a process (flashinfer-ai/flashinfer#3634).
 RESERVED_SHARE, LEAST_RESERVED_GIB = 0.1, 2.0
-# With less memory no compiler finishes.
+# With less memory most compilers fail.
 LEAST_BUDGET_GIB = 1.0
 # ninja, its children and the job server may open about 1,000 files each (RLIMIT_NOFILE); each
 # waiting unit takes one.

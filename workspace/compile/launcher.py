@@ -19,6 +19,7 @@ NICE = 10
 # (proc_pid_oom_score_adj(5)).
 OOM_SCORE_ADJ = b"1000"
 REFUSED, KILLED, NOT_STARTED = 1, 128 + 9, 127
+REFUSAL, HAS_ENDED = "not compiled: ", "the build of this unit has ended"
 # The answer that lets a compiler start.
 GO = "go"
 INTERRUPTING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
@@ -43,7 +44,7 @@ def main(folder: str, argv: "list[str]") -> int:
     command = b"\0".join(map(os.fsencode, argv))
     answer = send(token, b"%d\n" % len(command) + command)
     if answer != GO:
-        refuse(answer or "the build of this unit has ended")
+        refuse(answer or HAS_ENDED)
     while True:
         started = monotonic()
         status, largest_kib = run(argv, token.fileno())
@@ -57,7 +58,7 @@ def main(folder: str, argv: "list[str]") -> int:
         answer = send(token, end)
         if answer != GO:
             if answer:
-                os.write(2, f"not compiled: {answer}\n".encode())
+                os.write(2, f"{REFUSAL}{answer}\n".encode())
             return status
 
 
@@ -163,7 +164,7 @@ def become(argv: "list[str]") -> None:
 
 def refuse(why: str) -> None:
     """Report why the compiler may not start, and end this program."""
-    os.write(2, f"not compiled: {why}\n".encode())
+    os.write(2, f"{REFUSAL}{why}\n".encode())
     os._exit(REFUSED)
 
 

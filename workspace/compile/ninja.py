@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.compile import job_server, jobs, progress
-from workspace.compile import jobs as bounds
+from workspace.compile import job_server, progress
+from workspace.compile import jobs as job_limits
 from workspace.compile.costs import Costs, History, read_table, unit_at
 from workspace.compile.costs import Unit as CostUnit
 from workspace.compile.jobs import Jobs, Memory
+from workspace.compile.launcher import REFUSAL
 from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
 from workspace.compile.scheduler import Admission, Bounds, Finished
@@ -43,7 +44,6 @@ _ERROR = re.compile(
     r"|[A-Za-z]*(Error|Exception)\b ?:|\b[Kk]illed\b|died due to signal"
 )
 _NO_SPACE = "No space left on device"
-REFUSAL = "not compiled: "
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Failure:
 
 
 class Failures:
-    """Reads ninja's output, and keeps the first failure that has a cause of its own."""
+    """Reader of ninja's output that keeps the first failure with a cause of its own."""
 
     def __init__(self) -> None:
         self.has_no_space = False
@@ -189,7 +189,7 @@ def environment(
     path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
     variables = {
         "PATH": os.pathsep.join(path),
-        **bounds.environment(jobs, launcher=str(launcher)),
+        **job_limits.environment(jobs, launcher=str(launcher)),
         **launchers(settings, launcher),
     }
     cache = toolchain.find_cache(settings)
@@ -232,7 +232,7 @@ def compile(
         find(layout, settings),
         "-C",
         build,
-        f"-j{bounds.visible(len(planned), jobs)}",
+        f"-j{job_limits.visible(len(planned), jobs)}",
         *(["-k0"] if keep_going else []),
         *targets,
     ]
@@ -332,7 +332,7 @@ def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobSer
         Admission(work.bounds),
         costs,
         memory=job_server.MemoryWatch(
-            lambda: jobs.memory_status(work.memory.reserve_gib), jobs.kills
+            lambda: job_limits.memory_status(work.memory.reserve_gib), job_limits.kills
         ),
         history=history,
         units=len(work.planned),

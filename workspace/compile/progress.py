@@ -133,10 +133,10 @@ def build_summary(finished: Sequence[Finished], before: Iterable[Entry]) -> tupl
     known = {(entry.target, entry.source): entry for entry in before}
     done = [one for one in finished if one.status == 0 and not one.unit.is_light]
     slowest = sorted(done, key=lambda one: -one.seconds)[:SHOWN]
-    hungriest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
+    largest = sorted(done, key=lambda one: -one.peak_gib)[:SHOWN]
     return tuple(
         _line(heading, one, known)
-        for heading, ones in (("slowest", slowest), ("hungriest", hungriest))
+        for heading, ones in (("slowest", slowest), ("largest", largest))
         for one in ones
     )
 
@@ -149,7 +149,7 @@ def _line(heading: str, done: Finished, known: Mapping[tuple[str, str], Entry]) 
     entry = known.get((done.unit.target, done.unit.source))
     if entry is None:
         return line
-    if heading == "hungriest":
+    if heading == "largest":
         return f"{line}  (last build {entry.peak_gib:.2f} GiB)"
     difference = done.seconds - entry.seconds
     if abs(difference) < max(NEWS_S, entry.seconds * NEWS_SHARE):
@@ -292,7 +292,7 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """Shows the progress of a build while the block is entered, from a thread. `samples` records
+    """Progress meter of a build, shown from a thread while the block is entered. `samples` records
     it.
     """
 

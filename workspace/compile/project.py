@@ -51,7 +51,7 @@ class Target:
     artifacts: tuple[str, ...]
     # Folders below the install prefix: vllm, vllm/vllm_flash_attn.
     installs: tuple[str, ...]
-    # Relative to the tree where they lie below it.
+    # Relative to the tree if they are in it.
     includes: tuple[str, ...]
     recipe: str
     depends: tuple[str, ...]

@@ -195,8 +195,8 @@ def _explained(exc: BuildError, output: "BuildOutput") -> BuildError | SourceErr
 
 
 class BuildOutput:
-    """Reads the output of a build: CMake's first error, a failed download of Triton's own script,
-    and ninja's number of steps, which shows when the units are known.
+    """Reader of a build's output: CMake's first error, a failed download of Triton's own script,
+    and ninja's number of steps, with which the units become known.
     """
 
     def __init__(self, build: Path) -> None:
@@ -229,8 +229,8 @@ class BuildOutput:
 
 
 def _expect(build: Path, due: int, meter: Meter) -> None:
-    """Give the meter all units if at least as many steps are due: of a smaller number only ninja
-    knows which units they are.
+    """Give the meter all units if all of them are due: if fewer steps are due, only ninja knows
+    which.
     """
     for place in _cmake_folders(build):
         try:
