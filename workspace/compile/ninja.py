@@ -296,7 +296,7 @@ def under_job_server(
         on_line(line, meter)
 
     try:
-        with server, meter, _without_step(run_log):
+        with _without_step(run_log), server, meter:
             process.run(
                 program.argv,
                 env=program.environment,
