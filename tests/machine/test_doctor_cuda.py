@@ -66,7 +66,7 @@ def torch(house, cuda="13.0") -> None:
 def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):
     smi(house)
     found = rows(doctor_toolchain.driver, house)
-    assert found["driver"].seen == "580.95.05, serves CUDA 13.0"
+    assert found["driver"].seen == "580.95.05, supports CUDA 13.0"
     assert (found["gpu"].state, found["gpu"].seen) == ("ok", "NVIDIA GB10, capability 12.1")
 
 
@@ -141,7 +141,7 @@ def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_pr
         ("12.0a", "13.0", "do not run on capability 12.1"),
         ("9.0a 10.0a", "13.0", "do not run on capability 12.1"),
         ("9.0+PTX", "13.0", None),
-        ("12.1a 10.3a", "13.0", "nvcc 13.0 does not know 10.3a"),
+        ("12.1a 10.3a", "13.0", "nvcc 13.0 does not support 10.3a"),
     ],
 )
 def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, toolkit, fault):

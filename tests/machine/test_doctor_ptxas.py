@@ -4,7 +4,7 @@ sm_121a.
 
 import pytest
 
-from workspace.machine import dotenv
+from workspace.machine import arch, dotenv
 from workspace.machine.case import Case, Row
 
 PTXAS = """case "$1" in --version) echo 'Cuda compilation tools, release {release}, V{release}.1'; exit;; esac
@@ -73,7 +73,7 @@ def test_first_assembler_may_fail_where_the_second_is_used(house):
     triton(house, "3.7.1", second=NEW)
     found = rows(house)
     assert {name: row.state for name, row in found.items()} == {"ptxas": "ok", "ptxas-bw": "ok"}
-    assert "another one is used" in found["ptxas"].seen
+    assert "uses the other assembler" in found["ptxas"].seen
 
 
 def test_second_assembler_that_fails_is_not_mended_by_the_first_ones_variable(house, tmp_path):
@@ -142,4 +142,4 @@ def test_nothing_is_assembled_for_the_cpu_or_without_triton_and_the_row_says_so(
     ],
 )
 def test_probe_asks_for_no_newer_ptx_than_the_architecture_needs(capability, target):
-    assert dotenv.target_of(capability) == target
+    assert arch.target_of(capability) == target

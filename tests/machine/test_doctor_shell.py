@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from workspace.machine import doctor_host
+from workspace.machine import doctor_host, run_environment
 from workspace.machine.case import Case, Row
 
 
@@ -44,28 +44,31 @@ def test_folder_with_a_library_that_torch_brings_is_named_and_left_out_by_the_cu
         tmp_path / "bad", "libcublas.so.13.0.0.19", "libcublas.so.13", "libnccl.so.2.27.5"
     )
     good = libraries(tmp_path / "good", "libcublas.so.12", "libfoo.so.1")
-    found = row(doctor_host.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
+    found = row(run_environment.library_path, house, LD_LIBRARY_PATH=f"{good}:{bad}:/nonexistent")
     assert found.state == "warn"
     assert "libcublas.so.13, libnccl.so.2" in found.seen
     assert found.hint == f"export LD_LIBRARY_PATH={good}:/nonexistent"
 
 
 def test_empty_entry_is_the_current_folder_and_told(house, torchs, tmp_path):
-    found = row(doctor_host.library_path, house, LD_LIBRARY_PATH=f"{tmp_path}:")
+    found = row(run_environment.library_path, house, LD_LIBRARY_PATH=f"{tmp_path}:")
     assert (found.state, found.hint) == ("warn", f"export LD_LIBRARY_PATH={tmp_path}")
-    assert row(doctor_host.library_path, house, LD_LIBRARY_PATH=":").hint == "unset LD_LIBRARY_PATH"
+    assert (
+        row(run_environment.library_path, house, LD_LIBRARY_PATH=":").hint
+        == "unset LD_LIBRARY_PATH"
+    )
 
 
 def test_folders_without_such_libraries_are_no_fault(house, torchs, tmp_path):
     assert (
         row(
-            doctor_host.library_path,
+            run_environment.library_path,
             house,
             LD_LIBRARY_PATH=str(libraries(tmp_path / "x", "libfoo.so.1")),
         ).state
         == "ok"
     )
-    assert row(doctor_host.library_path, house).state == "ok"
+    assert row(run_environment.library_path, house).state == "ok"
 
 
 @pytest.mark.parametrize(("version", "state"), [("13.0", "ok"), ("13.1", "warn")])
@@ -81,7 +84,7 @@ def test_cuda_home_is_a_fault_only_where_it_is_not_of_torchs_cuda(
         f'[ "$1" = --version ] && echo "release {version}, V{version}.1"',
         folder=tmp_path / "cuda" / "bin",
     )
-    assert row(doctor_host.library_path, house, CUDA_HOME=str(tmp_path / "cuda")).state == state
+    assert row(run_environment.library_path, house, CUDA_HOME=str(tmp_path / "cuda")).state == state
 
 
 def test_token_is_present_or_absent_and_its_value_never_shown(house, tmp_path):

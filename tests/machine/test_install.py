@@ -108,7 +108,7 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
         (
             "error: failed to create file `/a`: Read-only file system (os error 30)",
             ToolchainError,
-            "cannot be written",
+            "is not writable",
         ),
         (
             (
@@ -116,7 +116,7 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
                 " denied (os error 13)"
             ),
             ToolchainError,
-            "cannot be written",
+            "is not writable",
         ),
         (
             (

@@ -201,7 +201,7 @@ def test_uv_that_lists_nothing_readable_is_an_error_and_no_traceback(pythons):
 def test_missing_uv_is_an_error_that_names_both_places(house, monkeypatch):
     (house.layout.tools / "bin" / "uv").unlink()
     monkeypatch.setenv("PATH", str(house.bin))
-    with pytest.raises(ToolchainError, match="uv is not there"):
+    with pytest.raises(ToolchainError, match="uv is missing"):
         interpreter.uv(house.layout)
     own = house.program("uv", "")
     assert interpreter.uv(house.layout) == own

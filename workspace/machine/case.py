@@ -1,7 +1,7 @@
-"""What the doctor's checks share: the row they give, the case they look at, and a question to a
-program that may hang.
+"""The case that the doctor's checks examine: a clone, its settings and its machine, and the row
+that a check returns.
 
-A case looks at each thing once, whichever check asks first: checks run beside each other.
+A case observes each fact once, whichever check needs it first: checks run in parallel.
 """
 
 import re
@@ -18,22 +18,24 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, toolchain, torch
 
+# Re-exported for install/triton_fixes.py, which imports it from here.
+from workspace.machine.arch import key as key
+
 State = Literal["ok", "warn", "FAIL"]
-# For a driver that may hang; a program that must work is given more, on a machine that is busy.
+# For a driver that may hang. A program that must work gets more time, because the machine may be
+# loaded.
 ANSWER_S = 3.0
 PATIENCE_S = 20.0
 KILL_S = 0.5
-# timeout(1): it ended the program, or had to kill it.
+# Exit codes of timeout(1): it ended the program, or had to kill it.
 TIMED_OUT = (124, 137)
 WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
-Seen = TypeVar("Seen")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One finding: what was looked at, what was seen, why it matters, and the command that mends
-    it.
-    """
+    """A finding: state, name, what was seen, why it matters, and the command that fixes it."""
 
     state: State
     name: str
@@ -44,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that will grow by `need_gib`. Without a vital one nothing can be built."""
+    """A folder that will grow by `need_gib`. Without a vital one a build is impossible."""
 
     label: str
     path: Path
@@ -54,22 +56,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Program:
-    """A running program, as the kernel's table shows it."""
+    """A running program, as the kernel's process table lists it."""
 
-    number: int
+    pid: int
     name: str
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
 
 
-class Once(Generic[Seen]):
-    """Something that is looked at when it is first asked for, and then known."""
+class Once(Generic[Value]):
+    """A value that is computed on the first call and kept."""
 
-    def __init__(self, look: Callable[[], Seen]) -> None:
+    def __init__(self, look: Callable[[], Value]) -> None:
         self._look = look
         self._lock = threading.Lock()
-        self._seen: list[Seen] = []
+        self._seen: list[Value] = []
 
-    def __call__(self) -> Seen:
+    def __call__(self) -> Value:
         with self._lock:
             if not self._seen:
                 self._seen.append(self._look())
@@ -77,10 +79,10 @@ class Once(Generic[Seen]):
 
 
 class Case:
-    """A clone on a machine, and what is to be done there.
+    """A clone on a machine, and what a verb will do there.
 
-    `device` None lets it be told; `kernels` is precompiled, native or anything else for a wheel;
-    `host` is the machine, where it was looked at already.
+    `device` None means: detect it. `kernels` is precompiled, native, or another value for a wheel;
+    `host` is the machine, where the caller has already observed it.
     """
 
     def __init__(
@@ -103,18 +105,16 @@ class Case:
         self.packages = Once(lambda: interpreter.installed(layout))
         self.programs = Once(_programs)
         self.driver_cuda = Once(self._driver_cuda)
-        self._told_device = Once(lambda: device or self._device())
+        self._chosen_device = Once(lambda: device or self._device())
         self._places = places
 
     @property
     def device(self) -> str:
-        return self._told_device()
+        return self._chosen_device()
 
     @property
-    def lacking(self) -> State:
-        """What the lack of something that compiles is: an end where kernels are to be compiled,
-        else a warning.
-        """
+    def missing_state(self) -> State:
+        """Return the state of a missing build tool: FAIL for native builds, else warn."""
         return "FAIL" if self.is_native else "warn"
 
     @property
@@ -127,7 +127,7 @@ class Case:
 
     @property
     def uv(self) -> str:
-        """How a person would call uv in the root of the clone."""
+        """Return the uv command that a person types in the root of the clone."""
         try:
             found = interpreter.uv(self.layout)
         except ToolchainError:
@@ -140,30 +140,31 @@ class Case:
 
     @property
     def cache_home(self) -> Path:
-        """The user's cache folder (XDG Base Directory Specification)."""
+        """Return the user's cache folder (XDG Base Directory Specification)."""
         base = self.settings.shell.get("XDG_CACHE_HOME")
         return Path(base) if base else self.home / ".cache"
 
     def which(self, name: str) -> str | None:
-        """Find a program where a build would: among the settings' folders, then on PATH."""
+        """Find a program where a build finds it: in the folders of the settings, then on PATH."""
         return shutil.which(name, path=self.settings.child_environment("build").get("PATH", ""))
 
     def ask(
         self,
-        words: Sequence[process.Argument],
+        argv: Sequence[process.Argument],
         *,
         extra: Mapping[str, str] | None = None,
         timeout_s: float = ANSWER_S,
     ) -> process.Completed | None:
-        """Run a program that only looks; None where it does not run or gives no answer in time. It
-        is killed then, whatever it traps.
+        """Run a program that only reads; return None where it does not start or exceeds the time.
+
+        timeout(1) then kills the program, whatever signals it traps.
         """
         environment = self.settings.child_environment("build", extra)
         timeout = shutil.which("timeout", path=environment.get("PATH", ""))
         bound = [timeout, "-k", f"{KILL_S:g}", f"{timeout_s:g}"] if timeout else []
         try:
             return process.capture(
-                [*bound, *words],
+                [*bound, *argv],
                 env=environment,
                 cwd=self._folder(),
                 timeout_s=timeout_s + 2 * KILL_S,
@@ -171,9 +172,9 @@ class Case:
         except ToolchainError:
             return None
 
-    def first_line(self, words: Sequence[process.Argument]) -> str | None:
-        """The first line that a program prints when it succeeds."""
-        done = self.ask(words, timeout_s=PATIENCE_S)
+    def first_line(self, argv: Sequence[process.Argument]) -> str | None:
+        """Return the first line of output of a program that succeeds, else None."""
+        done = self.ask(argv, timeout_s=PATIENCE_S)
         return (
             done.stdout.strip().splitlines()[0]
             if done and done.returncode == 0 and done.stdout.strip()
@@ -181,24 +182,25 @@ class Case:
         )
 
     def _folder(self) -> Path | None:
-        """uv and git read what lies in the folder that they run in."""
+        """Return the root of the clone: uv and git read the folder that they run in."""
         return self.layout.root if self.layout.root.is_dir() else None
 
     def _device(self) -> str:
-        """Decide DEVICE=auto: what the torch in `.vllm` is built for, else what the driver shows.
+        """Decide DEVICE=auto: the build of torch in `.vllm`, else the GPUs that the driver shows.
 
-        A CUDA build whose driver no longer answers is a fault to be found, not a machine without a
-        GPU.
+        A CUDA build whose driver no longer answers is a fault to report, not a machine without GPU.
         """
-        build = self.torch() if self.settings.text("DEVICE") == "auto" else None
-        if build is not None:
+        wanted = self.settings.text("DEVICE")
+        if wanted != "auto":
+            return wanted
+        if build := self.torch():
             return "cuda" if build.cuda else "cpu"
-        asked = self.settings.text("DEVICE")
-        return asked if asked != "auto" else ("cuda" if self.host().gpus else "cpu")
+        return "cuda" if self.host().gpus else "cpu"
 
     def _driver_cuda(self) -> str | None:
-        """The newest CUDA that the driver serves, such as 13.0. Only nvidia-smi's XML has it in a
-        machine's form.
+        """Return the newest CUDA that the driver supports, such as 13.0.
+
+        Of nvidia-smi's formats only XML has it in a stable form.
         """
         if not self.host().gpus:
             return None
@@ -214,13 +216,13 @@ class Case:
         return found[1] if found else None
 
 
-# GiB that a bootstrap adds to the clone, or to uv's cache where that lies on another file system
-# (files are linked otherwise).
+# GiB that a bootstrap adds to the clone, or to uv's cache where that is on another file system (on
+# the same one uv links the files).
 GROWTH_GIB = {"cpu": 5.0, "cuda": 14.0}
 # Objects and intermediate files of a compilation: an estimate.
 NATIVE_GIB = {"cpu": 2.0, "cuda": 10.0}
 DOWNLOADS_GIB = 1.0
-# The models of the smoke; a served model says its own size.
+# The models of the smoke; for a served model its own size counts.
 MODELS_GIB = 2.0
 TEMPORARY_GIB = 1.0
 
@@ -247,26 +249,21 @@ def grown(case: Case) -> tuple[Place, ...]:
 
 
 def hub_home(case: Case) -> Path:
-    """Return where Hugging Face keeps models and token."""
+    """Return the folder where Hugging Face keeps models and the token."""
     return case.settings.path("HF_HOME") or case.cache_home / "huggingface"
 
 
-def key(version: str) -> tuple[int, ...]:
-    """Return a version such as 12.9 as numbers to compare; what is not a number ends it."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
 def without_user(url: str) -> str:
-    """An address as it may be shown: without name and password."""
+    """Return a URL without name and password, fit to print."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", url)
 
 
 def _programs() -> tuple[Program, ...]:
     import psutil
 
-    seen = psutil.process_iter(["pid", "name", "cmdline"])
     return tuple(
-        Program(one.info["pid"], one.info["name"] or "", tuple(one.info["cmdline"] or ()))
-        for one in seen
+        Program(
+            running.info["pid"], running.info["name"] or "", tuple(running.info["cmdline"] or ())
+        )
+        for running in psutil.process_iter(["pid", "name", "cmdline"])
     )

@@ -1,8 +1,7 @@
-"""The first .env: what this machine suggests, every other setting left to its default. And single
-lines of it, changed before the user's eyes.
+"""The first .env, single changes to it, and Triton's two assemblers, whose paths are settings.
 
-The whole is written only where there is none. Of a user's file no line is lost: one that is changed
-stays as a remark.
+`write` creates .env only where none exists. In a user's file every changed line remains as a
+comment: no line is lost.
 """
 
 import difflib
@@ -22,18 +21,18 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain, torch
-from workspace.machine.case import Case, Row, State, key
+from workspace.machine.arch import USUAL_CAPABILITY, key, known_capabilities, suggest_list
+
+# Re-exported for install/triton_diagnosis.py, which calls dotenv.target_of.
+from workspace.machine.arch import target_of as target_of
+from workspace.machine.case import Case, Row
 
 KV_CACHE_SHARE = 1 / 6
-# The architecture of a GB10 must carry its suffix: its own instructions are not in plain 12.1.
-_ARCH_WITH_SUFFIX = {"12.1": "12.1a"}
 _PLAIN = re.compile(r"[\w/.,:;+@%=-]*")
 
 
 def write(layout: Layout, settings: Settings, *, device: str) -> str:
-    """Write `.env`, readable by its owner only, and return what was put into it as `NAME=value`
-    pairs.
-    """
+    """Write `.env`, readable by its owner only, and return its lines as `NAME=value` pairs."""
     lines = suggest(
         hardware.observe(settings),
         toolchain.find_toolkit(settings),
@@ -49,34 +48,34 @@ def write(layout: Layout, settings: Settings, *, device: str) -> str:
         (head + "".join(f"{name}={text}\n" for name, text in lines.items())).encode(),
         mode=0o600,
     )
-    return ", ".join(f"{name}={text}" for name, text in lines.items()) or "no line is needed here"
+    return (
+        ", ".join(f"{name}={text}" for name, text in lines.items()) or "this machine needs no line"
+    )
 
 
 def suggest(
     host: hardware.Machine, toolkit: toolchain.Toolkit | None, *, device: str, archs: str = ""
 ) -> dict[str, str]:
-    """Decide the lines from what the machine has; `archs` is what this run was told to build for,
-    where no GPU says it.
+    """Decide the lines from the machine.
+
+    `archs` is the architecture list of this run; it counts where no GPU reports its capability.
     """
+    if device == "cpu":
+        return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, int(host.memory_gib * KV_CACHE_SHARE)))}
     lines: dict[str, str] = {}
     if device == "cuda":
         if toolkit:
             lines["CUDA_HOME"] = str(toolkit.home)
         capabilities = sorted({gpu.capability for gpu in host.gpus if gpu.capability})
-        if capabilities:
-            lines["TORCH_CUDA_ARCH_LIST"] = ";".join(
-                _ARCH_WITH_SUFFIX.get(capability, capability) for capability in capabilities
-            )
-        elif archs:
-            lines["TORCH_CUDA_ARCH_LIST"] = archs
-    if device == "cpu":
-        lines["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(host.memory_gib * KV_CACHE_SHARE)))
+        if wanted := suggest_list(capabilities) or archs:
+            lines["TORCH_CUDA_ARCH_LIST"] = wanted
     return lines
 
 
 def changed(text: str, changes: Mapping[str, str | None], *, why: str) -> str:
-    """Return the text of a .env with other values; None takes a name out. A line that no longer
-    counts becomes a remark, with `why` above it.
+    """Return the text of a .env with other values; None removes a name.
+
+    A line that no longer counts becomes a comment, with `why` above it.
     """
     lines = [f"{line}\n" for line in text.splitlines()]
     for name, value in changes.items():
@@ -99,15 +98,16 @@ def changed(text: str, changes: Mapping[str, str | None], *, why: str) -> str:
 
 
 def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tuple[str, ...]:
-    """Write `changed` and return the difference, line by line as diff(1) shows it. Raises OSError
-    where .env cannot be written.
+    """Write the text that `changed` returns, and return the difference as lines of diff(1).
+
+    Raises OSError where .env cannot be written.
     """
     try:
         before, mode = read_regular(layout.dotenv).decode(), layout.dotenv.stat().st_mode & 0o777
     except FileNotFoundError:
         before, mode = "", 0o600
     after = changed(before, changes, why=why)
-    # Through a link: the file that it leads to is the user's.
+    # Through a link: its target is the file of the user.
     write_atomic(layout.dotenv.resolve(), after.encode(), mode=mode)
     return tuple(
         difflib.unified_diff(
@@ -116,23 +116,19 @@ def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tu
     )
 
 
-# A Spark's, where no GPU tells another.
-USUAL_CAPABILITY = "12.1"
-# From this capability on Triton takes the second assembler (triton/backends/nvidia/compiler.py,
-# get_ptxas; 90 since 3.9).
-BLACKWELL_FROM = {True: (9, 0), False: (10, 0)}
-# The PTX version that brought the architecture; an assembler that knows one knows the other.
-PTX: dict[tuple[int, ...], str] = {(10, 0): "8.6", (10, 1): "8.6", (11, 0): "9.0", (12, 0): "8.7"}
+NAME_WIDTH = 28
+WHY = "by inv env.init, from what this machine has"
 _PROBE = ".version {ptx}\n.target {target}\n.address_size 64\n.visible .entry probe() {{ ret; }}\n"
 
-# Runs a program that only looks; None where it does not run or gives no answer.
+# Run a program that only reads; the result is None where it does not start or gives no answer.
 Ask = Callable[[Sequence[process.Argument]], process.Completed | None]
 
 
 @dataclass(frozen=True)
 class Assembler:
-    """One of Triton's two: the variable that replaces it, and whether kernels for this GPU go
-    through it.
+    """One of Triton's two assemblers.
+
+    `variable` replaces it; `is_used` means that kernels for this GPU go through it.
     """
 
     name: str
@@ -143,9 +139,7 @@ class Assembler:
 
 @dataclass(frozen=True)
 class Trial:
-    """An assembler that ran: which, of what CUDA release, and its complaint, empty where it
-    assembled.
-    """
+    """An assembler that ran, its CUDA release, and its error message, empty on success."""
 
     program: Path
     release: str
@@ -154,10 +148,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Triton really does with one of its assemblers. `own` is what its variable names.
+    """The behaviour of Triton with one of its assemblers. `own` is the path in the variable.
 
-    `is_refused`: Triton stops at it; `is_ignored`: it is passed over in silence. `trial` is of the
-    program that is taken, None where none runs.
+    `is_refused`: Triton stops at it; `is_ignored`: Triton skips it without a message. `trial` is of
+    the program that Triton uses, None where none runs.
     """
 
     assembler: Assembler
@@ -172,49 +166,40 @@ class Verdict:
 
 
 def ptxas_of_triton(folder: Path, version: str, capability: str) -> tuple[Assembler, ...]:
-    """Return the assemblers in `folder`, triton/backends/nvidia/bin; the second came with 3.6 and
-    is the one for newer GPUs.
+    """Return the assemblers in `folder`, triton/backends/nvidia/bin.
+
+    The second assembler came with Triton 3.6 and is for newer GPUs: from capability 10.0 on, since
+    Triton 3.9 from 9.0 on (triton/backends/nvidia/compiler.py, get_ptxas).
     """
-    is_second = (folder / "ptxas-blackwell").exists() and key(capability)[:2] >= BLACKWELL_FROM[
-        key(version) >= (3, 9)
-    ]
+    second = folder / "ptxas-blackwell"
+    newer_from = (9, 0) if key(version) >= (3, 9) else (10, 0)
+    is_second = second.exists() and key(capability)[:2] >= newer_from
     first = Assembler("ptxas", "TRITON_PTXAS_PATH", folder / "ptxas", not is_second)
-    second = Assembler(
-        "ptxas-bw", "TRITON_PTXAS_BLACKWELL_PATH", folder / "ptxas-blackwell", is_second
-    )
-    return (first, second) if second.bundled.exists() else (first,)
+    if not second.exists():
+        return (first,)
+    return (first, Assembler("ptxas-bw", "TRITON_PTXAS_BLACKWELL_PATH", second, is_second))
 
 
-def target_of(capability: str) -> tuple[str, str]:
-    """Return target and PTX version for a capability (PTX ISA, release notes): Triton writes
-    `sm_121a`, the suffix from 9.0 on.
-    """
-    parts = key(capability)[:2]
-    ptx = PTX.get(parts, "8.8" if parts >= (10, 0) else "8.0")
-    return f"sm_{''.join(str(part) for part in parts)}{'a' if parts >= (9, 0) else ''}", ptx
-
-
-def judge_ptxas(one: Assembler, settings: Settings, capability: str, ask: Ask) -> Verdict:
-    """Try what Triton would take for a GPU of this capability."""
-    own = settings.path(one.variable)
+def judge_ptxas(assembler: Assembler, settings: Settings, capability: str, ask: Ask) -> Verdict:
+    """Try the assembler that Triton uses for a GPU of this capability."""
+    own = settings.path(assembler.variable)
     if own and _is_refused(own):
-        return Verdict(one, own, True, False, None)
+        return Verdict(assembler, own, is_refused=True, is_ignored=False, trial=None)
     trial = try_ptxas(own, capability, ask) if own else None
     return Verdict(
-        one,
+        assembler,
         own,
-        False,
-        own is not None and trial is None,
-        trial or try_ptxas(one.bundled, capability, ask),
+        is_refused=False,
+        is_ignored=own is not None and trial is None,
+        trial=trial or try_ptxas(assembler.bundled, capability, ask),
     )
 
 
 def try_ptxas(program: Path, capability: str, ask: Ask) -> Trial | None:
-    """Let a program assemble for a GPU of this capability; None where it is no assembler."""
-    said = ask([program, "--version"])
-    release = (
-        re.search(r"release (\d+\.\d+)", said.stdout) if said and said.returncode == 0 else None
-    )
+    """Assemble a kernel for a GPU of this capability; None where the program is no assembler."""
+    answer = ask([program, "--version"])
+    output = answer.stdout if answer and answer.returncode == 0 else ""
+    release = re.search(r"release (\d+\.\d+)", output)
     if release is None:
         return None
     target, ptx = target_of(capability)
@@ -222,24 +207,18 @@ def try_ptxas(program: Path, capability: str, ask: Ask) -> Trial | None:
         source, cubin = Path(folder) / "probe.ptx", Path(folder) / "probe.cubin"
         source.write_text(_PROBE.format(ptx=ptx, target=target), encoding="ascii")
         done = ask([program, f"--gpu-name={target}", "-o", cubin, source])
-        if (
-            done
-            and done.returncode == 0
-            and cubin.is_file()
-            and cubin.read_bytes()[:4] == b"\x7fELF"
-        ):
+        is_assembled = done is not None and done.returncode == 0 and cubin.is_file()
+        if is_assembled and cubin.read_bytes()[:4] == b"\x7fELF":
             return Trial(program, release[1], "")
     lines = (done.stderr + done.stdout).strip().splitlines() if done else []
-    return Trial(
-        program,
-        release[1],
-        re.sub(r"^ptxas fatal *: *", "", lines[0]) if lines else "no cubin came out",
-    )
+    complaint = re.sub(r"^ptxas fatal *: *", "", lines[0]) if lines else "it wrote no cubin"
+    return Trial(program, release[1], complaint)
 
 
 def _is_refused(program: Path) -> bool:
-    """Whether the kernel will not start what is there: triton/knobs.py, NvidiaTool.from_path,
-    catches a missing file and a failing program only.
+    """Return whether the kernel refuses to start a program.
+
+    triton/knobs.py, NvidiaTool.from_path, catches a missing file and a failing program only.
     """
     if not program.exists():
         return False
@@ -250,176 +229,141 @@ def _is_refused(program: Path) -> bool:
 
 
 def ptxas(case: Case) -> Iterator[Row]:
-    """Check both of Triton's assemblers by assembling for the GPU of this machine, or a Spark's
-    where there is none.
-    """
-    there = torch.observe_triton(case.layout)
+    """Check Triton's assemblers on a kernel for this machine's GPU, else for a Spark's."""
+    why = "Triton assembles its kernels with it"
     if case.device == "cpu":
-        yield Row(
-            "ok",
-            "ptxas",
-            "not asked for: the device is cpu",
-            "Triton assembles its kernels with it",
-        )
-    elif there is None:
-        yield Row("ok", "ptxas", "no Triton in .vllm yet", "Triton assembles its kernels with it")
+        yield Row("ok", "ptxas", "not needed: the device is cpu", why)
+        return
+    there = torch.observe_triton(case.layout)
+    if there is None:
+        yield Row("ok", "ptxas", "no Triton in .vllm yet", why)
     elif there.bin is None:
-        yield Row(
-            "FAIL",
-            "ptxas",
-            f"Triton {there.version} without triton/backends/nvidia/bin",
-            "Triton cannot assemble a kernel",
-            "./scripts/inv fix-triton",
-        )
+        seen = f"Triton {there.version} without triton/backends/nvidia/bin"
+        hint = "./scripts/inv fix-triton"
+        yield Row("FAIL", "ptxas", seen, "Triton cannot assemble a kernel", hint)
     else:
         capability = capability_of(case)
-        for one in ptxas_of_triton(there.bin, there.version, capability):
-            yield _row(
-                case,
-                judge_ptxas(one, case.settings, capability, case.ask),
-                there.version,
-                capability,
-            )
+        for assembler in ptxas_of_triton(there.bin, there.version, capability):
+            verdict = judge_ptxas(assembler, case.settings, capability, case.ask)
+            yield _row(case, verdict, there.version, capability)
 
 
 def capability_of(case: Case) -> str:
-    """The capability that kernels are for: the first GPU's, or a Spark's where there is none."""
-    return next(
-        (gpu.capability for gpu in case.host().gpus if gpu.capability and key(gpu.capability)),
-        USUAL_CAPABILITY,
-    )
+    """Return the capability of the first GPU, or a Spark's where no GPU reports its own."""
+    found = known_capabilities(gpu.capability for gpu in case.host().gpus)
+    return found[0] if found else USUAL_CAPABILITY
 
 
 def _row(case: Case, verdict: Verdict, version: str, capability: str) -> Row:
-    one, own, trial = verdict.assembler, verdict.own, verdict.trial
+    assembler, own, trial = verdict.assembler, verdict.own, verdict.trial
+    if verdict.is_refused:
+        seen = f"{assembler.variable}={own} cannot be executed"
+        why = "Triton stops there with a PermissionError"
+        return Row("FAIL", assembler.name, seen, why, _unset(case, assembler))
+    ignored = f"{assembler.variable}={own} does not run, and Triton skips it; "
+    ignored = ignored if verdict.is_ignored else ""
     target, _ = target_of(capability)
     why = f"Triton {version} assembles kernels for {target} with it"
-    if verdict.is_refused:
-        return Row(
-            "FAIL",
-            one.name,
-            f"{one.variable}={own} is no program that may be run",
-            "Triton stops there with a PermissionError",
-            _unset(case, one),
-        )
-    ignored = (
-        f"{one.variable}={own} does not run and is passed over; " if verdict.is_ignored else ""
-    )
     if trial is None:
-        state: State = "FAIL" if one.is_used else "warn"
-        hint = (
-            _hint(case, one, capability)
-            if one.is_used
-            else (
-                f"{case.uv} pip install --python .vllm/bin/python --no-deps --reinstall"
-                f" triton=={version}"
-            )
-        )
-        return Row(
-            state, one.name, f"{ignored}{case.layout.relative(one.bundled)} does not run", why, hint
-        )
-    place = "Triton's own" if trial.program == one.bundled else str(trial.program)
-    seen = (
-        f"{ignored}{place}, CUDA {trial.release}, {'fails on' if trial.complaint else 'assembles'}"
-        f" {target}"
-    )
-    if trial.complaint and one.is_used:
-        return Row(
-            "FAIL", one.name, f"{seen}: {trial.complaint}", why, _hint(case, one, capability)
-        )
-    unused = "" if one.is_used else "; another one is used for this GPU"
-    return Row(
-        "warn" if ignored else "ok",
-        one.name,
-        seen + unused,
-        why if one.is_used else "kernels for older GPUs are assembled with it",
-        _unset(case, one) if ignored else None,
-    )
+        seen = f"{ignored}{case.layout.relative(assembler.bundled)} does not run"
+        if assembler.is_used:
+            return Row("FAIL", assembler.name, seen, why, _hint(case, assembler, capability))
+        install = f"{case.uv} pip install --python .vllm/bin/python --no-deps --reinstall"
+        return Row("warn", assembler.name, seen, why, f"{install} triton=={version}")
+    place = "Triton's own" if trial.program == assembler.bundled else str(trial.program)
+    result = "fails on" if trial.complaint else "assembles"
+    seen = f"{ignored}{place}, CUDA {trial.release}, {result} {target}"
+    if trial.complaint and assembler.is_used:
+        hint = _hint(case, assembler, capability)
+        return Row("FAIL", assembler.name, f"{seen}: {trial.complaint}", why, hint)
+    if not assembler.is_used:
+        seen += "; Triton uses the other assembler for this GPU"
+        why = "Triton assembles kernels for older GPUs with it"
+    if ignored:
+        return Row("warn", assembler.name, seen, why, _unset(case, assembler))
+    return Row("ok", assembler.name, seen, why)
 
 
-def _hint(case: Case, one: Assembler, capability: str) -> str:
-    """Triton's own in place of one that was set, else the toolkit's, where that can do better."""
-    if case.settings.path(one.variable):
-        return _unset(case, one)
+def _hint(case: Case, assembler: Assembler, capability: str) -> str:
+    """Return the command for Triton's own assembler, or for the toolkit's where that works."""
+    if case.settings.path(assembler.variable):
+        return _unset(case, assembler)
+    if program := _toolkits_ptxas(case, capability):
+        return f"echo {assembler.variable}={program} >> .env"
+    wanted = f"echo {assembler.variable}=/usr/local/cuda-13.0/bin/ptxas >> .env"
+    return f"sudo apt install cuda-toolkit-13-0 && {wanted}"
+
+
+def _toolkits_ptxas(case: Case, capability: str) -> Path | None:
+    """Return the toolkit's ptxas where it assembles for a GPU of this capability."""
     found = case.toolkit()
     trial = try_ptxas(found.home / "bin" / "ptxas", capability, case.ask) if found else None
-    if found and trial and not trial.complaint:
-        return f"echo {one.variable}={trial.program} >> .env"
+    return trial.program if trial and not trial.complaint else None
+
+
+def _unset(case: Case, assembler: Assembler) -> str:
     return (
-        f"sudo apt install cuda-toolkit-13-0 && echo {one.variable}=/usr/local/cuda-13.0/bin/ptxas"
-        " >> .env"
+        f"unset {assembler.variable}"
+        if case.settings.source(assembler.variable) == "shell"
+        else f"sed -i '/^{assembler.variable}=/d' .env"
     )
-
-
-def _unset(case: Case, one: Assembler) -> str:
-    return (
-        f"unset {one.variable}"
-        if case.settings.source(one.variable) == "shell"
-        else f"sed -i '/^{one.variable}=/d' .env"
-    )
-
-
-NAME_WIDTH = 28
-WHY = "by inv env.init, from what this machine has"
 
 
 def complete(
     layout: Layout, settings: Settings, *, console: Console, replace: bool = False
 ) -> None:
-    """Write or complete .env and print the difference. `replace` changes lines that differ too; the
-    old one stays beside it as a remark.
+    """Write or complete .env and print the difference.
 
-    Raises ToolchainError where .env cannot be written.
+    `replace` also changes lines with other values; each old line remains as a comment beside the
+    new line. Raises ToolchainError where .env cannot be written.
     """
     case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
     if not layout.dotenv.exists():
-        said = write(layout, settings, device=case.device)
-        console.row("done", ".env", f"written for this machine: {said}")
-    written = settings_module.written(layout)
-    wanted = propose(case)
-    new = {name: text for name, text in wanted.items() if name not in written}
-    differing = {
-        name: text for name, text in wanted.items() if name in written and written[name] != text
+        lines = write(layout, settings, device=case.device)
+        console.row("done", ".env", f"written for this machine: {lines}")
+    written, wanted = settings_module.written(layout), propose(case)
+    changes: dict[str, str | None] = {
+        name: text for name, text in wanted.items() if name not in written
     }
     for name, text in wanted.items():
-        if name in differing and not replace:
-            console.row(
-                "kept",
-                f"{name:<{NAME_WIDTH}}",
-                f"{written[name]}; this machine suggests {text}: ./scripts/inv env.init --replace",
-            )
-        elif name not in new and name not in differing:
-            console.row("ok", f"{name:<{NAME_WIDTH}}", text)
-    changes: Mapping[str, str | None] = new | (differing if replace else {})
-    if changes:
-        try:
-            difference = change(layout, changes, why=WHY)
-        except OSError as exc:
-            raise ToolchainError(
-                f".env cannot be written: {exc.strerror}",
-                hint=f"ls -ld {layout.dotenv} {layout.root}",
-            ) from exc
-        for line in difference:
-            console.data(settings.masked(line))
-    else:
+        label, present = f"{name:<{NAME_WIDTH}}", written.get(name)
+        if present == text:
+            console.row("ok", label, text)
+        elif present is not None and replace:
+            changes[name] = text
+        elif present is not None:
+            hint = f"this machine suggests {text}: ./scripts/inv env.init --replace"
+            console.row("kept", label, f"{present}; {hint}")
+    if not changes:
         console.row("skipped", ".env", "nothing to write")
+        return
+    try:
+        difference = change(layout, changes, why=WHY)
+    except OSError as exc:
+        raise ToolchainError(
+            f".env cannot be written: {exc.strerror}", hint=f"ls -ld {layout.dotenv} {layout.root}"
+        ) from exc
+    for line in difference:
+        console.data(settings.masked(line))
 
 
 def propose(case: Case) -> dict[str, str]:
-    """Decide the lines for this machine: what bootstrap writes, and a ptxas where Triton's own does
-    not know the GPU and the toolkit's does.
+    """Decide the lines for this machine: those of bootstrap, and a ptxas.
+
+    A ptxas is proposed where Triton's own fails for the GPU and the toolkit's works.
     """
     lines = suggest(case.host(), case.toolkit(), device=case.device)
     return lines | (_assembler(case) if case.device == "cuda" else {})
 
 
 def _assembler(case: Case) -> dict[str, str]:
-    there, found = torch.observe_triton(case.layout), case.toolkit()
-    if there is None or there.bin is None or found is None:
+    there = torch.observe_triton(case.layout)
+    if there is None or there.bin is None or case.toolkit() is None:
         return {}
-    capability, program = capability_of(case), found.home / "bin" / "ptxas"
-    one = next(one for one in ptxas_of_triton(there.bin, there.version, capability) if one.is_used)
-    if judge_ptxas(one, case.settings, capability, case.ask).is_good:
+    capability = capability_of(case)
+    assemblers = ptxas_of_triton(there.bin, there.version, capability)
+    used = next(assembler for assembler in assemblers if assembler.is_used)
+    if judge_ptxas(used, case.settings, capability, case.ask).is_good:
         return {}
-    trial = try_ptxas(program, capability, case.ask)
-    return {one.variable: str(program)} if trial and not trial.complaint else {}
+    program = _toolkits_ptxas(case, capability)
+    return {used.variable: str(program)} if program else {}

@@ -1,8 +1,7 @@
-"""The environment of a running vLLM: the one that smoke, bench, serve, `inv run` and `inv shell`
-all give to what they start.
+"""The environment of a running vLLM, which smoke, bench, serve, `inv run` and `inv shell` share,
+the names that the pinned vLLM reads, and the check of LD_LIBRARY_PATH.
 
-The user's word (shell, then .env) goes before a recipe's, and that before a default. Nothing is
-touched here.
+The user's values (shell, then .env) go before a recipe's, and those before defaults.
 """
 
 import ast
@@ -11,9 +10,10 @@ import functools
 import json
 import os
 import re
+import shlex
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,20 +23,25 @@ from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import KNOWN, Settings, shortened
-from workspace.machine import jit_caches
+from workspace.machine import interpreter, jit_caches
+from workspace.machine.arch import key
+from workspace.machine.case import Case, Row
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
+VOCABULARIES = ("o200k_base.tiktoken", "cl100k_base.tiktoken")
+ENCODINGS = "TIKTOKEN_ENCODINGS_BASE"
+_SONAME = re.compile(r"lib[\w+-]+\.so(\.\d+)?")
 _REMOVED = Path(__file__).with_name("removed.toml")
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A name that was: `last` is the newest release that had it, `gone` the first without it; both
-    are empty for one that no release has read.
+    """A variable or flag of former releases.
 
-    `instead` is what to write in its place, empty where nothing takes it; `values` how many words
-    followed a flag.
+    `last` is the newest release that has it, `gone` the first without it; both are empty for a name
+    that no release reads. `instead` replaces it, empty where nothing does; `values` is the count of
+    arguments of a flag.
     """
 
     name: str
@@ -50,15 +55,13 @@ class Removed:
     def sentence(self) -> str:
         when = f"is gone since vLLM {self.gone}" if self.last else "is read by no release of vLLM"
         return f"{when} ({self.reference}); " + (
-            f"instead: {self.instead}" if self.instead else "nothing takes its place, leave it out"
+            f"instead: {self.instead}" if self.instead else "nothing replaces it, remove it"
         )
 
 
 @dataclass(frozen=True)
 class Misread:
-    """A value that the registry's function refuses (`is_error`), or takes for something else than
-    it looks like.
-    """
+    """A value that vLLM refuses (`is_error`) or takes for another value than it looks like."""
 
     name: str
     message: str
@@ -67,40 +70,36 @@ class Misread:
 
 @functools.lru_cache(maxsize=4)
 def variables_of(source: bytes) -> frozenset[str]:
-    """The names in the registry of vllm/envs.py, the dictionary `environment_variables`; none where
-    there is no such thing.
+    """Return the names in vllm/envs.py's registry, the dictionary `environment_variables`.
+
+    The set is empty where the source has no such dictionary.
     """
-    names: set[str] = set()
-    for node in ast.walk(parsed(source)):
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        is_registry = any(
-            isinstance(target, ast.Name) and target.id == "environment_variables"
-            for target in targets
-        )
-        if is_registry and isinstance(value := getattr(node, "value", None), ast.Dict):
-            names |= {
-                key.value
-                for key in value.keys
-                if isinstance(key, ast.Constant) and isinstance(key.value, str)
-            }
-    return frozenset(names)
+    return frozenset(
+        name.value
+        for node in ast.walk(parsed(source))
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)
+        if _is_registry(node)
+        for name in node.value.keys
+        if isinstance(name, ast.Constant) and isinstance(name.value, str)
+    )
+
+
+def _is_registry(node: ast.Assign | ast.AnnAssign) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return any(
+        isinstance(target, ast.Name) and target.id == "environment_variables" for target in targets
+    )
 
 
 def parsed(source: bytes) -> ast.Module:
-    """The syntax tree of a Python source; an empty one for what is none."""
+    """Return the syntax tree of a Python source, an empty tree for invalid source."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
         return ast.parse(source)
     return ast.Module(body=[], type_ignores=[])
 
 
 def known_variables(layout: Layout) -> frozenset[str]:
-    """The names in the registry of the tree in vendor/vllm; none where there is no tree."""
+    """Return the names that the tree in vendor/vllm reads, none without a tree."""
     with contextlib.suppress(OSError):
         return variables_of(read_regular(_source(layout)))
     return frozenset()
@@ -108,8 +107,9 @@ def known_variables(layout: Layout) -> frozenset[str]:
 
 @functools.cache
 def removed_names(kind: Literal["variables", "flags"]) -> Mapping[str, Removed]:
-    """What releases of vLLM had and later ones have not, by name (removed.toml says how that was
-    established).
+    """Return the names that former releases of vLLM have and later ones lack, by name.
+
+    removed.toml describes how the list was established.
     """
     table = tomllib.loads(_REMOVED.read_text(encoding="utf-8"))[kind]
     return {name: Removed(name, **facts) for name, facts in table.items()}
@@ -118,8 +118,9 @@ def removed_names(kind: Literal["variables", "flags"]) -> Mapping[str, Removed]:
 def misread_values(
     layout: Layout, settings: Settings, values: Mapping[str, str]
 ) -> tuple[Misread, ...]:
-    """Ask the tree's own functions what they make of these values of its registry; what cannot be
-    asked is no finding.
+    """Run the tree's own functions on values of its registry and return the misread values.
+
+    Nothing is reported where the functions cannot run.
     """
     if not values:
         return ()
@@ -151,7 +152,7 @@ def misread_values(
 
 
 def spelled_alike(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Up to three of the names that are most like this one, best first."""
+    """Return up to three of the names that are most like this one, best first."""
     import difflib
 
     return tuple(difflib.get_close_matches(name, list(names), n=3, cutoff=0.75))
@@ -159,10 +160,6 @@ def spelled_alike(name: str, names: Iterable[str]) -> tuple[str, ...]:
 
 def _source(layout: Layout) -> Path:
     return layout.vllm / "vllm" / "envs.py"
-
-
-VOCABULARIES = ("o200k_base.tiktoken", "cl100k_base.tiktoken")
-ENCODINGS = "TIKTOKEN_ENCODINGS_BASE"
 
 
 def run_variables(
@@ -173,11 +170,10 @@ def run_variables(
     recipe: Mapping[str, str] | None = None,
     more: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return every variable of a vLLM that is started from here.
+    """Return every variable of a vLLM that the workspace starts.
 
-    `stack` says which folders compiled kernels are kept in (jit_caches.observe; None leaves them
-    where they usually are), `recipe` is a recipe's environment, `more` what the caller insists on,
-    over everybody's word.
+    `stack` decides the folders of compiled kernels (jit_caches.observe; None: the usual folders),
+    `recipe` is the environment of a recipe, and the caller's `more` goes before everything.
     """
     environment = settings.child_environment("run")
     environment |= {
@@ -189,40 +185,128 @@ def run_variables(
             environment.pop(name, None)
     if stack is not None:
         environment |= jit_caches.variables(layout, settings, stack)
-    _put_encodings(layout, environment)
-    # FlashInfer's compilations call ninja, which lies there.
+    _set_encodings(layout, environment)
+    # FlashInfer compiles with the ninja in this folder.
     programs = str(layout.environment / "bin")
+    others = environment.get("PATH", "").split(os.pathsep)
     environment["PATH"] = os.pathsep.join(
-        [
-            programs,
-            *(
-                entry
-                for entry in environment.get("PATH", "").split(os.pathsep)
-                if entry and entry != programs
-            ),
-        ]
+        [programs, *(entry for entry in others if entry and entry != programs)]
     )
     environment["VIRTUAL_ENV"] = str(layout.environment)
     return environment | dict(more or {})
 
 
 def is_users(settings: Settings, name: str) -> bool:
-    """Whether the user has said something of a variable, in the shell or in .env."""
+    """Return whether the user sets a variable, in the shell or in .env."""
     if name in KNOWN:
         return settings.source(name) != "default" and bool(settings.text(name))
     return name in settings.passed or name in settings.shell
 
 
 def missing_vocabularies(folder: Path) -> tuple[str, ...]:
-    """The vocabularies of gpt-oss that a folder lacks."""
+    """Return the vocabularies of gpt-oss that a folder lacks."""
     return tuple(name for name in VOCABULARIES if not (folder / name).is_file())
 
 
-def _put_encodings(layout: Layout, environment: dict[str, str]) -> None:
-    """Export the folder of vocabularies only where it holds them: with a file missing gpt-oss fails
-    after its load (vllm-project/vllm#22525).
+def _set_encodings(layout: Layout, environment: dict[str, str]) -> None:
+    """Export the folder of vocabularies only where it has all of them.
+
+    With a file missing gpt-oss fails after its load (vllm-project/vllm#22525).
     """
     if ENCODINGS in environment and missing_vocabularies(Path(environment[ENCODINGS])):
         del environment[ENCODINGS]
     if ENCODINGS not in environment and not missing_vocabularies(layout.encodings):
         environment[ENCODINGS] = str(layout.encodings)
+
+
+def library_path(case: Case) -> Iterator[Row]:
+    """Check that no folder of LD_LIBRARY_PATH has a library that torch brings too.
+
+    The loader would take the library from that folder (ld.so(8)).
+    """
+    text = case.settings.child_environment("run").get("LD_LIBRARY_PATH", "")
+    why = (
+        "the loader takes a library from there before torch's own of the same name, whatever its"
+        " version"
+    )
+    if not text:
+        yield Row("ok", "library path", "not set", why)
+        return
+    # A blank does not separate entries; a semicolon does, as well as a colon.
+    entries = re.split(r"[:;]", text)
+    faults = dict(_library_faults(case, entries))
+    if faults:
+        hint = _library_hint(case, entries, faults)
+        yield Row("warn", "library path", "; ".join(faults.values()), why, hint)
+        return
+    folders = f"{len(entries)} folder{'s' if len(entries) > 1 else ''}"
+    yield Row("ok", "library path", f"{folders}, none with a library of torch's", why)
+
+
+def _library_faults(case: Case, entries: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each harmful entry of LD_LIBRARY_PATH with a sentence on it."""
+    own = _libraries_of_torch(case)
+    for entry in dict.fromkeys(entries):
+        if not entry:
+            yield entry, "an empty entry, which means the current folder"
+        elif not _is_torchs_toolkit(case, Path(entry)) and (
+            shadows := sorted(own & _libraries(Path(entry)))
+        ):
+            more = f" and {len(shadows) - 3} more" if len(shadows) > 3 else ""
+            yield entry, f"{entry} has {', '.join(shadows[:3])}{more}"
+
+
+def _library_hint(case: Case, entries: list[str], faults: Mapping[str, str]) -> str:
+    # Children always get CUDA_HOME's own folder; to remove it from the shell's list changes
+    # nothing.
+    home = case.settings.path("CUDA_HOME")
+    if home and set(faults) == {str(home / "lib64")}:
+        wanted = (build.cuda if (build := case.torch()) else None) or "13.0"
+        return (
+            f"sed -i 's|^CUDA_HOME=.*|CUDA_HOME=/usr/local/cuda-{wanted}|' .env  # after: sudo apt"
+            f" install cuda-toolkit-{wanted.replace('.', '-')}"
+        )
+    passed = case.settings.passed.get("LD_LIBRARY_PATH")
+    if passed and passed.source == ".env":
+        return "sed -i '/^LD_LIBRARY_PATH=/d' .env"
+    toolkits = str((home or Path("/nonexistent")) / "lib64")
+    kept = ":".join(
+        entry for entry in dict.fromkeys(entries) if entry not in faults and entry != toolkits
+    )
+    return f"export LD_LIBRARY_PATH={shlex.quote(kept)}" if kept else "unset LD_LIBRARY_PATH"
+
+
+def _is_torchs_toolkit(case: Case, folder: Path) -> bool:
+    """Return whether a folder is CUDA_HOME's and of torch's own CUDA: it is then harmless."""
+    home, build, found = case.settings.path("CUDA_HOME"), case.torch(), case.toolkit()
+    return (
+        home is not None
+        and folder == home / "lib64"
+        and build is not None
+        and build.cuda is not None
+        and found is not None
+        and key(found.version)[:2] == key(build.cuda)[:2]
+    )
+
+
+def _libraries_of_torch(case: Case) -> frozenset[str]:
+    """Return the names of torch's own libraries and of those in NVIDIA's wheels beside it."""
+    packages = interpreter.site_packages(case.layout)
+    folders = [
+        folder
+        for package in packages
+        for folder in (package / "torch" / "lib", *package.glob("nvidia/*/lib"))
+    ]
+    return frozenset().union(*(_libraries(folder) for folder in folders))
+
+
+def _libraries(folder: Path) -> frozenset[str]:
+    """Return the libraries in a folder by name and major version, such as libcublas.so.13.
+
+    The set is empty where the folder cannot be read.
+    """
+    try:
+        found = (_SONAME.match(name) for name in os.listdir(folder))
+    except OSError:
+        return frozenset()
+    return frozenset(name[0] for name in found if name and name[1])

@@ -1,25 +1,57 @@
-"""The CUDA toolkit and the C++ compiler that a build would use. It only looks."""
+"""The programs that a build uses: the CUDA toolkit, the C++ compiler, the compiler cache, and uv:
+the Pythons that it finds or fetches, and the causes of its failures.
+"""
 
+import contextlib
+import functools
+import json
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from workspace.core import process
-from workspace.core.errors import ToolchainError
+from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
+from workspace.core.files import write_atomic
+from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 
 USUAL_HOME = Path("/usr/local/cuda")
 ANSWER_S = 20.0
+# uv starts every Python and every shim that it finds: seconds where there are many.
+LIST_S = 60.0
+# Without a network uv gives up within this time, twice: on its own mirror, then on GitHub.
+FETCH_ANSWER_S = 4
+FETCH_S = 240.0
+FETCH_AGAIN_S = 24 * 3600.0
 _VERSION_LINE = re.compile(r"^(\d+(?:\.\d+)+)$", re.MULTILINE)
 _RELEASE = re.compile(r"release (\d+\.\d+)")
-# nvcc names its own home in a dry run, whatever script or link stands before it; the source need
+# A dry run prints nvcc's own home, whatever script or link is in front of it; the source file need
 # not exist.
 _TOP = re.compile(r"^#\$ TOP=(.+)$", re.MULTILINE)
+
+# Errors of uv and of the kernel, in the order in which `classify` tries them.
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)")
+_READ_ONLY = re.compile(r"Read-only file system|Permission denied \(os error 13\)|\(os error 30\)")
+_NO_NETWORK = re.compile(
+    r"error sending request|dns error|client error \(Connect\)|operation timed out|network was"
+    r" disabled|Network connectivity is disabled"
+    r"|HTTP status (client|server) error|Failed to (fetch|download)[: ]|An index URL .* could not"
+    r" be queried"
+)
+_NO_VERSION = re.compile(
+    r"there (?:is no version of|are no versions of) (\S+?),? |(\S+) was not found in|only the"
+    r" following versions? of (\S+) (?:is|are) available"
+    r"|Because only (\S+?)[<>=!]\S* is available"
+)
+_CAUSE = re.compile(
+    r"^\s*(?:error|cause|×|╰─▶|├─▶|Caused by):?\s|^\s+(?:And|we can) ", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +64,9 @@ class Toolkit:
 
 
 def find_toolkit(settings: Settings) -> Toolkit | None:
-    """Find the toolkit: CUDA_HOME and nothing else where it is set, then nvcc on PATH, then
-    /usr/local/cuda.
+    """Find the CUDA toolkit.
+
+    CUDA_HOME alone counts where it is set; else nvcc on PATH, then /usr/local/cuda.
     """
     if home := settings.path("CUDA_HOME"):
         return _toolkit(home / "bin" / "nvcc", settings, home=home)
@@ -44,13 +77,13 @@ def find_toolkit(settings: Settings) -> Toolkit | None:
 
 
 def compiler_version(settings: Settings) -> str | None:
-    """Return the version of g++, or of what CXX names, such as 12.2.0; None where none answers."""
+    """Return the version of g++, or of the program in CXX, such as 12.2.0, else None."""
     environment = settings.child_environment("build")
     try:
-        words = shlex.split(environment.get("CXX") or "g++")
+        argv = shlex.split(environment.get("CXX") or "g++")
     except ValueError:
         return None
-    return _answer([*words, "-dumpfullversion"], settings, pattern=_VERSION_LINE)
+    return _answer([*argv, "-dumpfullversion"], settings, pattern=_VERSION_LINE)
 
 
 def _toolkit(nvcc: Path, settings: Settings, *, home: Path | None) -> Toolkit | None:
@@ -67,12 +100,13 @@ def _toolkit(nvcc: Path, settings: Settings, *, home: Path | None) -> Toolkit | 
     )
 
 
-def _answer(words: list[str], settings: Settings, *, pattern: re.Pattern[str]) -> str | None:
-    """Return what `pattern` finds in the program's answer, None where it does not run, fails or
-    says something else.
+def _answer(argv: list[str], settings: Settings, *, pattern: re.Pattern[str]) -> str | None:
+    """Return what `pattern` finds in the output of a program.
+
+    None where the program does not run, fails, or prints something else.
     """
     try:
-        done = process.capture(words, env=settings.child_environment("build"), timeout_s=ANSWER_S)
+        done = process.capture(argv, env=settings.child_environment("build"), timeout_s=ANSWER_S)
     except ToolchainError:
         return None
     found = pattern.search(done.stdout + done.stderr) if done.returncode == 0 else None
@@ -81,18 +115,17 @@ def _answer(words: list[str], settings: Settings, *, pattern: re.Pattern[str]) -
 
 @dataclass(frozen=True)
 class Cache:
-    """A compiler cache: its kind and where it lies."""
+    """A compiler cache, ccache or sccache, and its path."""
 
     kind: Literal["ccache", "sccache"]
     program: Path
 
 
 def find_cache(settings: Settings) -> Cache | None:
-    """Return ccache where it is, else sccache, unless VLLM_DISABLE_SCCACHE says no; None where
-    there is neither.
+    """Return ccache, else sccache unless VLLM_DISABLE_SCCACHE forbids it; None without either.
 
-    vLLM's setup.py prefers sccache. That one compiles in a server of its own, where a build can
-    neither measure a compiler nor put it last in line.
+    vLLM's setup.py prefers sccache. sccache compiles in a server of its own, where a build can
+    neither measure a compiler nor lower its priority.
     """
     environment = settings.child_environment("build")
     if found := shutil.which("ccache", path=environment.get("PATH", "")):
@@ -104,21 +137,136 @@ def find_cache(settings: Settings) -> Cache | None:
 
 
 def cache_configuration(layout: Layout, settings: Settings) -> Mapping[str, str]:
-    """Return what a build sets of ccache's own variables, the shell's before ours.
+    """Return the variables of ccache that a build sets; a variable of the shell goes before ours.
 
-    Paths below the clone count from the build's folder, and the folder itself does not count: then
-    another clone's objects are hits.
+    Paths below the clone are relative to the build's folder, and the folder itself is not hashed:
+    objects of another clone are then hits.
     """
     shell = settings.child_environment("build")
     wanted = {"CCACHE_BASEDIR": str(layout.root)}
     if "CCACHE_HASHDIR" not in shell:
         wanted["CCACHE_NOHASHDIR"] = "1"
-    # Not the shell's to say: `nvcc -E` shows what the GPU's compiler reads. Without this an edit of
-    # what only the host's compiler includes (#ifndef __CUDA_ARCH__) is a hit on the object from
-    # before it; nvcc's own list of dependencies has both.
+    # The shell cannot change this: `nvcc -E` prints what the GPU's compiler reads. Without depend
+    # mode an edit in code for the host's compiler only (#ifndef __CUDA_ARCH__) is a hit on the
+    # object from before it; nvcc's own list of dependencies has both.
     return {name: shell.get(name, text) for name, text in wanted.items()} | {"CCACHE_DEPEND": "1"}
 
 
 def is_cache_on(text: str) -> bool:
-    """Whether a switch of the environment is on, as ccache and vLLM write it."""
+    """Return whether a switch in the environment is on, as ccache and vLLM spell it."""
     return text.strip().lower() in ("1", "true", "yes", "on")
+
+
+def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]]:
+    """Yield version and path of each ordinary CPython that uv finds.
+
+    uv only warns of a shim that leads nowhere. Raises ToolchainError where uv prints no list.
+    """
+    done = _list_pythons(uv, tuple(sorted(settings.child_environment("plain").items())))
+    try:
+        listed = json.loads(done.stdout)
+    except ValueError as exc:
+        _list_pythons.cache_clear()
+        raise ToolchainError(
+            f"uv python list printed no list: {done.stderr.strip()[-200:]}",
+            hint=f"{uv} python list",
+        ) from exc
+    for python in listed:
+        is_ordinary = (
+            python.get("implementation") == "cpython"
+            and python.get("variant", "default") == "default"
+        )
+        if is_ordinary and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
+            yield python["version"], Path(python["path"])
+
+
+# Cached, because preflight and environment both need the list.
+@functools.cache
+def _list_pythons(uv: Path, environment: tuple[tuple[str, str], ...]) -> process.Completed:
+    argv: list[process.Argument] = [uv, "python", "list", "--only-installed"]
+    return process.capture(
+        [*argv, "--output-format", "json"], env=dict(environment), timeout_s=LIST_S
+    )
+
+
+def fetch_python(
+    uv: Path, settings: Settings, version: str, *, state: Path, run_log: RunLog | None
+) -> bool:
+    """Fetch a Python through uv and return whether that succeeds.
+
+    After a failure the next attempt is a day later; a file in the folder `state` has the time.
+    """
+    tried = state / f"python-{version}-not-fetched"
+    with contextlib.suppress(OSError):
+        if 0 <= time.time() - tried.stat().st_mtime < FETCH_AGAIN_S:
+            return False
+    haste = {
+        "UV_HTTP_TIMEOUT": str(FETCH_ANSWER_S),
+        "UV_HTTP_CONNECT_TIMEOUT": str(FETCH_ANSWER_S),
+        "UV_HTTP_RETRIES": "0",
+    }
+    environment = settings.child_environment("plain", haste)
+    argv = [str(uv), "python", "install", "--no-bin", version]
+    if run_log:
+        run_log.command(" ".join(argv))
+    with contextlib.suppress(ToolchainError):
+        if process.capture(argv, env=environment, timeout_s=FETCH_S).returncode == 0:
+            _list_pythons.cache_clear()
+            return True
+    with contextlib.suppress(OSError):
+        write_atomic(tried, b"")
+    return False
+
+
+class NotOffered(SourceError):
+    """The index answers and has no suitable version: a retry does not help."""
+
+
+def classify_uv_failure(
+    output: Sequence[str], *, layout: Layout, is_build: bool, otherwise: WorkspaceError
+) -> WorkspaceError:
+    """Turn the output of a failed uv into an error with a hint, `otherwise` for unknown output.
+
+    A compiler's log may contain any words: for a build only a full disk is certain.
+    """
+    verdict = [
+        line.strip()
+        for line in output
+        if is_build or _CAUSE.match(line) or line.startswith("hint: ")
+    ]
+    text = "\n".join(verdict)
+    if _FULL.search(text):
+        return ToolchainError(
+            f"the disk is full: {_last_disk_error(verdict)}",
+            hint=f"df -h {layout.root}; uv cache prune",
+            details=otherwise.details,
+        )
+    if is_build:
+        return otherwise
+    if _READ_ONLY.search(text):
+        hint = f"ls -ld {layout.environment}  # the clone and uv's cache must belong to you"
+        message = f"a folder is not writable: {_last_disk_error(verdict)}"
+        return ToolchainError(message, hint=hint, details=otherwise.details)
+    if _NO_NETWORK.search(text):
+        first = re.sub(r"^\w+: ", "", next(line for line in verdict if _NO_NETWORK.search(line)))
+        hint = (
+            "check the network and run the same command again; export UV_DEFAULT_INDEX=… names"
+            " a mirror, HTTPS_PROXY=… a proxy"
+        )
+        message = f"the package index could not be reached: {first}"
+        return SourceError(message, hint=hint, details=otherwise.details)
+    if missing := _NO_VERSION.search(text):
+        # uv writes the marker of a dependency after its name, in braces.
+        name = next(group for group in missing.groups() if group).split("{")[0]
+        message = f"the package index has no {name} that fits"
+        hint = (
+            "export UV_DEFAULT_INDEX=…  # another index; TORCH_INDEX_URL in .env is one for torch"
+        )
+        return NotOffered(message, hint=hint, details=otherwise.details)
+    return otherwise
+
+
+def _last_disk_error(lines: Sequence[str]) -> str:
+    return next(
+        (line for line in reversed(lines) if _FULL.search(line) or _READ_ONLY.search(line)), ""
+    )

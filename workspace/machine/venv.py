@@ -21,7 +21,7 @@ from workspace.core.files import write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import interpreter, requirements, torch
+from workspace.machine import interpreter, requirements, toolchain, torch
 
 _NEEDED = ("METADATA", "RECORD", "INSTALLER")
 # How uv calls files that it has not yet renamed.
@@ -368,7 +368,7 @@ def _companions(
         except (SourceError, BuildError) as exc:
             # A network that failed, or an installer that was killed, is no word on what fits: what
             # is left out now would stay so.
-            if not isinstance(exc, interpreter.NotOffered) and not any(
+            if not isinstance(exc, toolchain.NotOffered) and not any(
                 "No solution found" in line for line in exc.details
             ):
                 raise
