@@ -1,9 +1,8 @@
-"""Each setting, its value, where it came from, and whether it can do what it is meant to: `inv
-env`, and before bootstrap, smoke, serve and bench.
+"""Each setting, its value, its source, and whether it can work: `inv env`, and the check before
+bootstrap, smoke, serve and bench.
 
-vLLM only warns of a name that it does not know. Here a value that it would stop at stops before
-anything is loaded, and so does a name that is no name; what is without effect, or hides something
-else, is said.
+vLLM only warns of an unknown name. Here a value or a name that vLLM would stop at is an error
+before anything is loaded; a setting without effect, or one that hides another, is a warning.
 """
 
 import functools
@@ -13,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
@@ -28,20 +26,29 @@ from workspace.core.settings import (
     is_set_by_the_workspace,
 )
 from workspace.machine import interpreter, run_environment
-from workspace.machine.case import Case, key
+from workspace.machine.arch import key
+from workspace.machine.case import Case, State
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
+NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10
+# Variables of the shell that concern vLLM although no setting has their name.
+_OF_INTEREST = re.compile(
+    r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
+    r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE"
+)
+_HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
+_UNKNOWN = re.compile(r"\.env, line \d+: (?P<name>\w+) is no setting")
 _ON = ("1", "true", "yes", "on")
-# Variables of vLLM's that name something to be read; what is made where it is missing is none of
-# them.
+# Variables of vLLM that name a file or folder to read; vLLM creates those that are left out here.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
-# Triton's second assembler, for these GPUs, came with 3.6 (triton/backends/nvidia/compiler.py).
+# The Triton that introduced the second assembler, and the first GPU that uses it
+# (triton/backends/nvidia/compiler.py).
 _SECOND_ASSEMBLER, _FIRST_GPU_OF_IT = (3, 6), (10, 0)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to say of one variable. Without a `cure` of its own the cure is to take it away."""
+    """A message on one variable. Without a hint of its own the hint is to remove the variable."""
 
     name: str
     message: str
@@ -49,94 +56,91 @@ class Finding:
     hint: str | None = None
 
 
-def conflict_findings(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    """Find what does not go together. `said` has what somebody said, by name; defaults are not in
-    it.
+def conflict_findings(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    """Find settings that contradict each other or the machine.
+
+    `given` has the values that the user or a recipe sets, by name, without defaults.
     """
-    said = {name: text for name, text in said.items() if text}
+    given = {name: text for name, text in given.items() if text}
     for look in (_toolkit, _assemblers, _files, _vocabularies, _memory, _hub, _compilers, _torch):
-        yield from look(case, said)
+        yield from look(case, given)
 
 
-def _toolkit(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    home = case.settings.path("CUDA_HOME") if "CUDA_HOME" in said else None
+def _toolkit(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    home = case.settings.path("CUDA_HOME") if "CUDA_HOME" in given else None
     if home and not home.is_dir():
-        yield Finding("CUDA_HOME", "there is no such folder", is_error=case.device == "cuda")
+        yield Finding("CUDA_HOME", "no such folder", is_error=case.device == "cuda")
     elif home and not (home / "bin" / "nvcc").is_file():
-        yield Finding(
-            "CUDA_HOME", "there is no bin/nvcc in it, which FlashInfer and a native build call"
-        )
+        yield Finding("CUDA_HOME", "it has no bin/nvcc, which FlashInfer and a native build run")
 
 
-def _assemblers(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
+def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
     for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
-        own = case.settings.path(name) if name in said else None
+        own = case.settings.path(name) if name in given else None
         if own and not own.exists():
-            yield Finding(
-                name, "there is no such program; Triton passes it over in silence and takes its own"
-            )
+            message = "no such program; Triton skips it without a message and uses its own"
+            yield Finding(name, message)
         elif own and (own.is_dir() or not os.access(own, os.X_OK)):
-            yield Finding(
-                name,
-                "it is no program that may be run: Triton stops there",
-                is_error=case.device == "cuda",
-            )
-    if "TRITON_PTXAS_PATH" in said and "TRITON_PTXAS_BLACKWELL_PATH" not in said:
+            message = "it cannot be executed: Triton stops there"
+            yield Finding(name, message, is_error=case.device == "cuda")
+    if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
         version = interpreter.installed(case.layout).get("triton", "")
-        newest = max(
-            (key(gpu.capability) for gpu in case.host().gpus if gpu.capability), default=()
-        )
+        capabilities = (gpu.capability for gpu in case.host().gpus if gpu.capability)
+        newest = max(map(key, capabilities), default=())
         if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
             yield Finding(
                 "TRITON_PTXAS_PATH",
                 f"Triton {version} assembles for this GPU with TRITON_PTXAS_BLACKWELL_PATH, or its"
-                " own; this one it does not take",
+                " own assembler, and does not use this one",
             )
 
 
-def _files(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    for name, text in said.items():
+def _files(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    for name, text in given.items():
         if _NAMES_A_FILE.fullmatch(name) and "/" in text and not Path(text).expanduser().exists():
-            yield Finding(name, "there is no such file or folder")
-    home = case.settings.path("HF_HOME") if "HF_HOME" in said else None
+            yield Finding(name, "no such file or folder")
+    home = case.settings.path("HF_HOME") if "HF_HOME" in given else None
     if home and home.exists() and not home.is_dir():
-        yield Finding("HF_HOME", "it is no folder", is_error=True)
+        yield Finding("HF_HOME", "it is not a folder", is_error=True)
 
 
-def _vocabularies(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    """gpt-oss dies after its load where the folder that is named lacks a file, also with the
-    harmony that has them built in (openai/harmony#95).
+def _vocabularies(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    """Find a folder of vocabularies that lacks a file.
+
+    gpt-oss dies of it after its load, also with the harmony that has them built in
+    (openai/harmony#95).
     """
-    if ENCODINGS not in said:
+    if ENCODINGS not in given:
         return
-    missing = missing_vocabularies(Path(said[ENCODINGS]))
+    missing = missing_vocabularies(Path(given[ENCODINGS]))
     built_in = interpreter.installed(case.layout).get("oss-harmony")
     why = (
         f"oss-harmony {built_in} in .vllm has them built in"
         if built_in
-        else "./scripts/inv serve.fetch brings them where they are needed"
+        else "./scripts/inv serve.fetch fetches them for the models that need them"
     )
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         yield Finding(
             ENCODINGS,
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there, and gpt-oss"
-            f" would die of it; it is left out. {why}",
+            f"{' and '.join(missing)} {verb} missing, and gpt-oss would die of it; the workspace"
+            f" does not pass it on. {why}",
         )
     elif built_in:
         yield Finding(ENCODINGS, f"not needed: {why}")
 
 
-def _memory(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
+def _memory(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
     name = "VLLM_CPU_KVCACHE_SPACE"
-    if name not in said:
+    if name not in given:
         return
     if case.device == "cuda":
         yield Finding(
             name,
             "a vLLM with a GPU does not read it; --gpu-memory-utilization or"
-            " --kv-cache-memory-bytes says how large the cache is",
+            " --kv-cache-memory-bytes sets the size of the cache",
         )
-    elif said[name].isdigit() and int(said[name]) > case.host().memory_gib:
+    elif given[name].isdigit() and int(given[name]) > case.host().memory_gib:
         yield Finding(
             name,
             f"this machine, or its control group, has {case.host().memory_gib:.1f} GiB",
@@ -144,66 +148,56 @@ def _memory(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def _hub(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    is_offline = said.get("HF_HUB_OFFLINE", "").lower() in _ON
-    if is_offline and said.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
+def _hub(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    is_offline = given.get("HF_HUB_OFFLINE", "").lower() in _ON
+    if is_offline and given.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
         yield Finding(
             "VLLM_USE_MODELSCOPE",
-            "HF_HUB_OFFLINE=1 says that no hub is asked, this one that another one is",
+            "HF_HUB_OFFLINE=1 forbids every hub, and this variable selects another hub",
         )
     if (
-        "TRANSFORMERS_OFFLINE" in said
-        and (said["TRANSFORMERS_OFFLINE"].lower() in _ON) != is_offline
+        "TRANSFORMERS_OFFLINE" in given
+        and (given["TRANSFORMERS_OFFLINE"].lower() in _ON) != is_offline
     ):
         yield Finding(
             "TRANSFORMERS_OFFLINE",
-            f"HF_HUB_OFFLINE says the opposite ({'on' if is_offline else 'off'}), and that is what"
-            " counts",
+            f"HF_HUB_OFFLINE has the opposite value ({'on' if is_offline else 'off'}), and only"
+            " that one counts",
         )
-    other = said.get("HUGGING_FACE_HUB_TOKEN")
-    if other and said.get("HF_TOKEN") and other != said["HF_TOKEN"]:
-        yield Finding("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN is another token and goes before it")
+    other = given.get("HUGGING_FACE_HUB_TOKEN")
+    if other and given.get("HF_TOKEN") and other != given["HF_TOKEN"]:
+        yield Finding("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN has another token and goes before it")
 
 
-def _compilers(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
+def _compilers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
     jobs, threads = case.settings.count("MAX_JOBS"), case.settings.count("NVCC_THREADS")
     if jobs and threads and threads > jobs:
         yield Finding(
-            "NVCC_THREADS", f"more than MAX_JOBS={jobs}: one compiler with {jobs} threads will run"
+            "NVCC_THREADS", f"more than MAX_JOBS={jobs}: one compiler runs, with {jobs} threads"
         )
-    if jobs and "MAX_JOBS" in said and case.device == "cuda":
+    if jobs and "MAX_JOBS" in given and case.device == "cuda":
         fitting = fitting_jobs(case.host().cores, case.host().memory_gib)
         if jobs > fitting:
-            said_of = (
-                f"FlashInfer starts as many compilers while vLLM runs; into this memory {fitting}"
-                " fit (flashinfer-ai/flashinfer#3634)"
+            message = (
+                "FlashInfer starts as many compilers while vLLM runs; this memory is enough for"
+                f" {fitting} (flashinfer-ai/flashinfer#3634)"
             )
-            yield Finding("MAX_JOBS", said_of)
-    if "TORCH_CUDA_ARCH_LIST" in said and case.device == "cpu":
+            yield Finding("MAX_JOBS", message)
+    if "TORCH_CUDA_ARCH_LIST" in given and case.device == "cpu":
         yield Finding("TORCH_CUDA_ARCH_LIST", "not used: the device is cpu")
 
 
-def _torch(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    if "TORCH_INDEX_URL" in said and case.settings.switch("USE_EXISTING_TORCH"):
-        yield Finding(
-            "TORCH_INDEX_URL", "not asked: USE_EXISTING_TORCH=1 keeps the torch that is there"
-        )
-
-
-State = Literal["ok", "warn", "FAIL"]
-NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10
-# Variables of the shell that are of interest here although no setting is called so.
-_OF_INTEREST = re.compile(
-    r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE"
-)
-_HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
-_UNKNOWN = re.compile(r"\.env, line \d+: (?P<name>\w+) is no setting")
+def _torch(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    if "TORCH_INDEX_URL" in given and case.settings.switch("USE_EXISTING_TORCH"):
+        yield Finding("TORCH_INDEX_URL", "not used: USE_EXISTING_TORCH=1 keeps the installed torch")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. `value` is as it may be shown, `text` why the state is what it is, `cure` the
-    next command; `is_said`: a door has printed it.
+    """One setting.
+
+    `value` is safe to print, `text` explains the state, `hint` is the next command; `is_reported`
+    means that the command line has already printed it.
     """
 
     state: State
@@ -216,18 +210,21 @@ class Row:
 
 
 def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
-    """Print one row a setting; as JSON on stdout where a program asks. Raises SettingsError where
-    one of them stops every verb.
+    """Print one row a setting, as JSON on stdout for a program.
+
+    Raises SettingsError where a setting stops every verb.
     """
     rows = judge(Case(layout, settings, device=None, kernels=settings.text("KERNELS")))
-    bad = [row for row in rows if row.state == "FAIL"]
+    failed = [row for row in rows if row.state == "FAIL"]
     if as_json:
         shown = [
-            {name: value for name, value in asdict(row).items() if name != "is_said"}
+            {name: value for name, value in asdict(row).items() if name != "is_reported"}
             for row in rows
         ]
         console.data(
-            json.dumps({"schema": 1, "rows": shown, "verdict": "fail" if bad else "pass"}, indent=1)
+            json.dumps(
+                {"schema": 1, "rows": shown, "verdict": "fail" if failed else "pass"}, indent=1
+            )
         )
     else:
         for row in rows:
@@ -237,7 +234,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
                 f"{row.name:<{NAME_WIDTH}}",
                 f"{row.value:<{VALUE_WIDTH}} {row.source:<{SOURCE_WIDTH}}{text}".rstrip(),
             )
-    _stop(bad)
+    _stop(failed)
 
 
 def require(
@@ -248,11 +245,10 @@ def require(
     recipe: Mapping[str, str] | None = None,
     device: str | None = None,
 ) -> None:
-    """Print what is to be warned of, and that no door has printed yet. Raises SettingsError for
-    what cannot be worked with.
+    """Print the warnings that are not reported yet. Raises SettingsError for an unusable setting.
 
-    `recipe` is the environment of a recipe, `device` what the workspace is built for, where the
-    caller knows it.
+    `recipe` is the environment of a recipe, `device` the device of the build, where the caller has
+    it.
     """
     rows = judge(
         Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe
@@ -264,36 +260,36 @@ def require(
 
 
 def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, ...]:
-    """Decide about every setting, and every variable that a running vLLM or a build would see;
-    settings first, in their order.
+    """Judge every setting, and every variable that a running vLLM or a build sees.
+
+    The settings come first, in their order.
     """
     settings = case.settings
     rows = {row.name: row for row in _stated(settings, recipe or {})}
-    said = {
+    given = {
         name: _plain(settings, recipe or {}, name)
         for name, row in rows.items()
         if row.source != "default"
     }
     findings = (
         *_unknown_names(case, rows),
-        *_misread(case, said),
+        *_misread(case, given),
         *_out_of_phase(rows),
-        *conflict_findings(case, said),
+        *conflict_findings(case, given),
     )
     for finding in findings:
         row = rows[finding.name]
         if row.state == "ok" or (row.state == "warn" and finding.is_error):
-            text = settings.masked(finding.message)
             rows[finding.name] = replace(
                 row,
                 state="FAIL" if finding.is_error else "warn",
-                text=text,
-                hint=_away(row) if finding.hint is None else finding.hint,
+                text=settings.masked(finding.message),
+                hint=_removal(row) if finding.hint is None else finding.hint,
                 is_reported=False,
             )
     is_judged = bool(run_environment.known_variables(case.layout))
     return tuple(
-        _with_door(
+        _with_reported(
             settings,
             row,
             is_judged=is_judged and bool(run_environment.VARIABLE.fullmatch(row.name)),
@@ -327,52 +323,51 @@ def _stated(settings: Settings, recipe: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _unknown_names(case: Case, rows: Mapping[str, Row]) -> Iterator[Finding]:
-    """Names of vLLM's that the pinned tree does not read. One of a former release, or of the
-    shell's, has no effect; one written here means something.
+    """Find names that the pinned tree does not read.
+
+    A name of a former release, or in the shell, has no effect; one in .env or a recipe is an error.
     """
-    asked = [
+    wanted = [
         name
         for name, row in rows.items()
         if run_environment.VARIABLE.fullmatch(name)
         and name not in KNOWN
         and row.source != "default"
     ]
-    known = run_environment.known_variables(case.layout) if asked else frozenset()
+    known = run_environment.known_variables(case.layout) if wanted else frozenset()
     if not known:
         return
-    for name in asked:
+    for name in wanted:
         if name in known or not is_for(name, "run"):
             continue
         if former := run_environment.removed_names("variables").get(name):
-            yield Finding(name, f"{former.sentence}; nothing is told of it")
+            yield Finding(name, f"{former.sentence}; the workspace does not pass it on")
             continue
         alike = run_environment.spelled_alike(name, known)
-        like = f"did you mean {' or '.join(alike)}?" if alike else "nothing of a like name is there"
+        like = f"did you mean {' or '.join(alike)}?" if alike else "no name is similar"
         is_error = rows[name].source != "shell"
-        why = "; what a plugin reads can be exported in the shell" if is_error else ""
+        why = "; export a plugin's variable in the shell" if is_error else ""
         yield Finding(
             name, f"the pinned vLLM reads no such variable; {like}{why}", is_error=is_error
         )
 
 
-def _misread(case: Case, said: Mapping[str, str]) -> Iterator[Finding]:
-    # What is a setting here has a type here, which settings.py has held it to.
-    asked = {
+def _misread(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
+    # settings.py has already checked the settings against their types.
+    wanted = {
         name: text
-        for name, text in said.items()
+        for name, text in given.items()
         if name not in KNOWN and not is_secret(name) and is_for(name, "run")
     }
-    known = run_environment.known_variables(case.layout) if asked else frozenset()
-    for wrong in run_environment.misread_values(
-        case.layout, case.settings, {name: text for name, text in asked.items() if name in known}
-    ):
-        # What to write instead stands in the sentence.
-        yield Finding(
-            wrong.name,
-            f"vLLM stops at this value: {wrong.message}" if wrong.is_error else wrong.message,
-            wrong.is_error,
-            None if wrong.is_error else "",
-        )
+    known = run_environment.known_variables(case.layout) if wanted else frozenset()
+    values = {name: text for name, text in wanted.items() if name in known}
+    for wrong in run_environment.misread_values(case.layout, case.settings, values):
+        if wrong.is_error:
+            message = f"vLLM stops at this value: {wrong.message}"
+            yield Finding(wrong.name, message, is_error=True)
+        else:
+            # The message contains the value to write instead.
+            yield Finding(wrong.name, wrong.message, hint="")
 
 
 def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
@@ -380,49 +375,43 @@ def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
         if row.source == "default":
             continue
         if row.source == "recipe" and not is_for(name, "run"):
-            yield Finding(
-                name, "it is read while vLLM is built and by no running one", is_error=True
-            )
+            yield Finding(name, "a build of vLLM reads it, a running vLLM does not", is_error=True)
         elif name not in KNOWN and is_set_by_the_workspace(name):
             yield Finding(
                 name,
-                "the workspace says this itself, from DEVICE, KERNELS and the pin; what is written"
-                " is passed on to nobody",
+                "the workspace sets this itself, from DEVICE, KERNELS and the pin, and ignores"
+                " this value",
             )
 
 
-def _with_door(settings: Settings, row: Row, *, is_judged: bool) -> Row:
-    """Add what the doors have printed already of a variable: that the shell hides .env, that a name
-    is unknown here; the tree's own word is better.
+def _with_reported(settings: Settings, row: Row, *, is_judged: bool) -> Row:
+    """Add the command line's own warning of a variable, else the phase that the variable is for.
+
+    The command line warns where the shell hides .env, and of unknown names; for the latter the
+    pinned tree's own answer (`is_judged`) is better.
     """
+    if row.state != "ok":
+        return row
     for warning in settings.warnings:
-        found = _HIDES.match(warning) or (None if is_judged else _UNKNOWN.match(warning))
-        if found and found["name"] == row.name and row.state == "ok":
-            hint = f"unset {row.name}" if _HIDES.match(warning) else _away(row)
+        hidden = _HIDES.match(warning)
+        found = hidden or (None if is_judged else _UNKNOWN.match(warning))
+        if found and found["name"] == row.name:
             return replace(
                 row,
                 state="warn",
                 text=re.sub(r"; `unset .*$", "", warning),
-                hint=hint,
+                hint=f"unset {row.name}" if hidden else _removal(row),
                 is_reported=True,
             )
-    if row.state == "ok" and not row.text:
-        phase = (
-            "builds"
-            if not is_for(row.name, "run")
-            else "running vLLM"
-            if not is_for(row.name, "build")
-            else "builds and running vLLM"
-        )
-        return replace(
-            row,
-            text=(
-                "for this workspace"
-                if row.name in KNOWN and KNOWN[row.name].phase == "workspace"
-                else f"for {phase}"
-            ),
-        )
-    return row
+    return row if row.text else replace(row, text=f"for {_phase(row.name)}")
+
+
+def _phase(name: str) -> str:
+    if name in KNOWN and KNOWN[name].phase == "workspace":
+        return "this workspace"
+    if not is_for(name, "run"):
+        return "builds"
+    return "builds and running vLLM" if is_for(name, "build") else "running vLLM"
 
 
 def _plain(settings: Settings, recipe: Mapping[str, str], name: str) -> str:
@@ -442,16 +431,12 @@ def _shown(settings: Settings, name: str, text: str) -> str:
     return "set" if is_secret(name) else settings.presentable(text)
 
 
-def _away(row: Row) -> str:
+def _removal(row: Row) -> str:
     if row.source == "shell":
         return f"unset {row.name}"
-    return (
-        f"sed -i '/^{row.name}=/d' .env"
-        if row.source == ".env"
-        else "take it out of the recipe"
-        if row.source == "recipe"
-        else ""
-    )
+    if row.source == ".env":
+        return f"sed -i '/^{row.name}=/d' .env"
+    return "remove it from the recipe" if row.source == "recipe" else ""
 
 
 def _called(row: Row) -> str:
@@ -464,10 +449,10 @@ def _warn(console: Console, text: str) -> None:
     console.warn(text)
 
 
-def _stop(bad: list[Row]) -> None:
-    if bad:
-        first = bad[0]
-        more = tuple(f"{_called(row)}: {row.text}" for row in bad[1:])
+def _stop(failed: list[Row]) -> None:
+    if failed:
+        first = failed[0]
+        more = tuple(f"{_called(row)}: {row.text}" for row in failed[1:])
         raise SettingsError(
             f"{_called(first)}: {first.text}", hint=first.hint or "./scripts/inv env", details=more
         )

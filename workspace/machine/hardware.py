@@ -1,6 +1,7 @@
-"""What the machine has: cores, memory, disk, GPUs.
+"""The machine: cores, memory, GPUs and free disk, its page cache, and the private names that a
+shared report must not contain.
 
-It only looks. A container's limits count where they are tighter than the machine's.
+A container's limits count where they are tighter than the machine's.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import pwd
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.policy import default as mail
@@ -28,15 +29,38 @@ from workspace.core.settings import Settings, is_secret
 from workspace.machine import interpreter
 
 GIB = 1 << 30
-# nvidia-smi of a driver in trouble never answers; asking costs 5 s at most, the kill included.
+# For server/lifecycle.py, which imports it by this name.
+GIB_ = GIB
+# nvidia-smi of a broken driver never answers; a query costs at most 5 s, the kill included.
 GPU_QUERY_S = 3.0
 GPU_KILL_S = 0.5
 _CGROUPS = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+# The page cache, and the kernel's cache of names (proc_sys_vm(5)).
+ASSIGNMENT = "vm.drop_caches=3"
+PATIENCE_S = 120.0
+USUAL_SYSCTL = "/usr/sbin/sysctl"
+SUDOERS = "/etc/sudoers.d/vllm-workspace"
+_ASSIGNMENT = re.compile(
+    r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
+)
+# A shell has more secrets than settings name: an access key, a cookie, a personal access token.
+_KEY_NAME = re.compile(r"(^|_)(KEY|PAT|AUTH|COOKIE|PASS|PASSPHRASE|PWD)(_|$)")
+_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
+_URL_HOST = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
+)
+_MAIL_LINE = re.compile(rb"^(?:From|Author|Commit|Cc|[A-Za-z-]+-by): .*$", re.MULTILINE)
+_IDENTITY = re.compile(r"^\s*(?:name|email|user)\s*=\s*(.+?)\s*$", re.MULTILINE)
+TAIL_BYTES = 2 << 20
+_ADDRESS_LIKE = re.compile(r"\d+(\.\d+){3}")
+# Folders whose paths are not private.
+_PUBLIC_FOLDERS = frozenset(("", "/tmp", "/var/tmp", "/dev/shm", "/run", "/home", "/usr"))
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; what the driver does not say is None."""
+    """One GPU; a fact that the driver does not report is None."""
 
     name: str
     capability: str | None
@@ -45,8 +69,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """`cores` are those that this process may run on; `memory_gib` is the control group's limit
-    where that is tighter.
+    """The machine as this process may use it.
+
+    `cores` are those that it may run on; `memory_gib` is the control group's limit where that is
+    tighter.
     """
 
     architecture: str
@@ -57,8 +83,9 @@ class Machine:
 
 
 def observe(settings: Settings) -> Machine:
-    """Look at the machine. A driver that is broken, hangs or is missing means no GPU; it costs at
-    most 5 s.
+    """Return the machine's facts.
+
+    A driver that is broken, hangs or is missing means no GPU; it costs at most 5 s.
     """
     import psutil
 
@@ -77,15 +104,16 @@ def observe(settings: Settings) -> Machine:
 
 
 def free_gib(path: Path) -> float:
-    """Return the GiB that this user may still write on the file system of `path`, or of its nearest
-    parent that is there.
+    """Return the GiB that this user may still write on the file system of `path`.
+
+    Where the path does not exist, its nearest existing parent counts.
     """
     state = os.statvfs(existing(path))
     return state.f_bavail * state.f_frsize / GIB
 
 
 def existing(path: Path) -> Path:
-    """Return the path itself, or the nearest parent that is there."""
+    """Return the path itself, or its nearest parent that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
@@ -94,45 +122,41 @@ def _gpus(settings: Settings) -> tuple[Gpu, ...]:
     program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
     if program is None:
         return ()
-    # Drivers before 510 know no compute_cap and refuse the whole query. Memory is not asked for: on
-    # unified memory it is N/A.
+    bound = ["timeout", "-k", f"{GPU_KILL_S:g}", f"{GPU_QUERY_S:g}"]
+    # Drivers before 510 do not support compute_cap and refuse the whole query. Memory is not
+    # queried: on unified memory it is N/A.
     for fields in (("name", "compute_cap", "driver_version"), ("name", "driver_version")):
-        query = [
-            "timeout",
-            "-k",
-            f"{GPU_KILL_S:g}",
-            f"{GPU_QUERY_S:g}",
-            program,
-            f"--query-gpu={','.join(fields)}",
-            "--format=csv,noheader",
-        ]
+        query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
         try:
-            done = process.capture(query, env=environment, timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5)
+            done = process.capture(
+                [*bound, *query], env=environment, timeout_s=GPU_QUERY_S + GPU_KILL_S + 0.5
+            )
         except ToolchainError:
             return ()
         if done.returncode == 0:
+            rows = (line.split(",") for line in done.stdout.splitlines() if line.strip())
             return tuple(
-                _gpu(dict(zip(fields, (word.strip() for word in line.split(",")), strict=False)))
-                for line in done.stdout.splitlines()
-                if line.strip()
+                _gpu(dict(zip(fields, (text.strip() for text in row), strict=False)))
+                for row in rows
             )
         if "not a valid field" not in done.stdout + done.stderr:
             return ()
     return ()
 
 
-def _gpu(said: dict[str, str]) -> Gpu:
+def _gpu(reported: dict[str, str]) -> Gpu:
     known = {
         field: text
-        for field, text in said.items()
+        for field, text in reported.items()
         if text and text.strip("[]").lower() not in ("n/a", "not supported", "unknown error")
     }
     return Gpu(known.get("name", "GPU"), known.get("compute_cap"), known.get("driver_version"))
 
 
 def memory_limits() -> Iterator[tuple[float, float]]:
-    """Yield limit and use, in bytes, of each control group around this process (cgroups(7),
-    versions 1 and 2).
+    """Yield limit and use, in bytes, of each control group around this process.
+
+    cgroups(7), versions 1 and 2.
     """
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -161,7 +185,7 @@ def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[floa
     except OSError:
         return
     if limit.isdigit():
-        # What the page cache holds of files nobody uses is given back when memory is asked for.
+        # The kernel frees the page cache of unused files when a program requests memory.
         cached = next(
             (
                 line.split()[1]
@@ -173,96 +197,78 @@ def _limit(folder: Path, limit_name: str, used_name: str) -> Iterator[tuple[floa
         yield float(limit), max(0.0, float(used) - float(cached))
 
 
-GIB_ = 1 << 30
-MEMINFO = Path("/proc/meminfo")
-# Page cache, and the kernel's own of names (proc_sys_vm(5)).
-ASSIGNMENT = "vm.drop_caches=3"
-PATIENCE_S = 120.0
-USUAL_SYSCTL = "/usr/sbin/sysctl"
-SUDOERS = "/etc/sudoers.d/vllm-workspace"
-
-
 def drop_caches(settings: Settings, *, console: Console, is_root: bool | None = None) -> None:
-    """Write what is dirty to the disk, drop the page cache, say how much came back. Raises
-    ToolchainError where this user may not; nothing is changed then.
+    """Write dirty pages to the disk, drop the page cache, and report how much memory that frees.
+
+    Raises ToolchainError where this user may not; nothing is changed then.
     """
     environment = settings.child_environment("plain")
-    sysctl = (
-        shutil.which(
-            "sysctl", path=os.pathsep.join([environment.get("PATH", ""), "/usr/sbin", "/sbin"])
-        )
-        or USUAL_SYSCTL
-    )
+    path = os.pathsep.join([environment.get("PATH", ""), "/usr/sbin", "/sbin"])
+    sysctl = shutil.which("sysctl", path=path) or USUAL_SYSCTL
     argv = command(sysctl, is_root=os.geteuid() == 0 if is_root is None else is_root)
     before = free_memory_gib(read_meminfo())
     if argv[0] == "sudo" and not _may(argv, environment):
-        raise _refused(sysctl, "sudo does not allow it without asking")
-    # What is not written yet cannot be dropped.
+        raise _refused(sysctl, "sudo does not allow it without a password")
+    # A dirty page cannot be dropped.
     os.sync()
     console.command(shlex.join(argv))
     done = process.capture(argv, env=environment, timeout_s=PATIENCE_S)
     if done.returncode != 0:
-        raise _refused(
-            sysctl,
-            (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1],
-        )
+        lines = done.stderr.strip().splitlines()
+        raise _refused(sysctl, lines[-1] if lines else process.describe_status(done.returncode))
     after = free_memory_gib(read_meminfo())
-    console.info(
-        f"{max(0.0, after - before):.1f} GiB came back: {after:.1f} GiB are free, {before:.1f} were"
-    )
+    freed = max(0.0, after - before)
+    console.info(f"freed {freed:.1f} GiB: {after:.1f} GiB are free now, {before:.1f} before")
 
 
 def command(sysctl: str, *, is_root: bool) -> list[str]:
-    """What is run: the very words that the line in sudoers allows."""
-    words = [sysctl, "-w", ASSIGNMENT]
-    return words if is_root else ["sudo", "-n", *words]
+    """Return the command line that drops the page cache, exactly as sudoers allows it."""
+    argv = [sysctl, "-w", ASSIGNMENT]
+    return argv if is_root else ["sudo", "-n", *argv]
 
 
 def sudoers_line(user: str, sysctl: str) -> str:
-    """The narrow right that is needed (sudoers(5)): this user, this one command, nothing else."""
+    """Return the narrow right (sudoers(5)): this user, this one command, nothing else."""
     return f"{user} ALL=(root) NOPASSWD: {sysctl} -w {ASSIGNMENT.replace('=', chr(92) + '=')}"
 
 
 def read_meminfo() -> Mapping[str, int]:
-    """The kernel's figures of memory in KiB by name (proc_meminfo(5)); none where they cannot be
-    read.
+    """Return the kernel's memory figures in KiB by name (proc_meminfo(5)).
+
+    The mapping is empty where they cannot be read.
     """
     try:
         lines = MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
-    words = [line.split() for line in lines]
-    return {
-        word[0].rstrip(":"): int(word[1]) for word in words if len(word) >= 2 and word[1].isdigit()
-    }
+    rows = [line.split() for line in lines]
+    return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) >= 2 and row[1].isdigit()}
 
 
 def free_memory_gib(meminfo: Mapping[str, int]) -> float:
-    return meminfo.get("MemFree", 0) * 1024 / GIB_
+    """Return the free memory in GiB, without the page cache."""
+    return meminfo.get("MemFree", 0) * 1024 / GIB
 
 
 def droppable_gib(meminfo: Mapping[str, int]) -> float:
-    """Page cache that would come back: what is neither shared memory nor still to be written."""
+    """Return the page cache in GiB that a drop frees: not shared memory, not dirty pages."""
     held = (
         meminfo.get("Cached", 0)
         + meminfo.get("Buffers", 0)
         - meminfo.get("Shmem", 0)
         - meminfo.get("Dirty", 0)
     )
-    return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB_
+    return max(0, held + meminfo.get("SReclaimable", 0)) * 1024 / GIB
 
 
 def _may(argv: list[str], environment: Mapping[str, str]) -> bool:
-    """Whether sudo would run it without asking; `-l` asks and runs nothing."""
+    """Return whether sudo runs the command without a password; `-l` only lists the right."""
+    query = ["sudo", "-n", "-l", *argv[2:]]
     try:
-        return (
-            process.capture(
-                ["sudo", "-n", "-l", *argv[2:]], env=environment, timeout_s=PATIENCE_S
-            ).returncode
-            == 0
-        )
+        done = process.capture(query, env=environment, timeout_s=PATIENCE_S)
     except ToolchainError:
         return False
+    return done.returncode == 0
 
 
 def _refused(sysctl: str, why: str) -> ToolchainError:
@@ -278,113 +284,86 @@ def _refused(sysctl: str, why: str) -> ToolchainError:
     return ToolchainError(
         f"the page cache was not dropped: {why}",
         hint=hint,
-        details=(f"the one right that is needed, in {SUDOERS}:", line),
+        details=(f"it needs this one right in {SUDOERS}:", line),
     )
-
-
-_ASSIGNMENT = re.compile(
-    r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=[ \t]*(.*?)\s*$", re.MULTILINE
-)
-# A shell knows more keys than there are settings: an access key, a cookie, a personal access token.
-_KEY_NAME = re.compile(r"(^|_)(KEY|PAT|AUTH|COOKIE|PASS|PASSPHRASE|PWD)(_|$)")
-_LOGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/\"'@:]*):?([^\s/\"']*)@")
-_URL_HOST = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/\"']*@)?([A-Za-z0-9_.-]+)|\b[\w.+-]+@([A-Za-z0-9.-]+):"
-)
-_MAIL_LINE = re.compile(rb"^(?:From|Author|Commit|Cc|[A-Za-z-]+-by): .*$", re.MULTILINE)
-_IDENTITY = re.compile(r"^\s*(?:name|email|user)\s*=\s*(.+?)\s*$", re.MULTILINE)
-TAIL_BYTES = 2 << 20
-_ADDRESS_LIKE = re.compile(r"\d+(\.\d+){3}")
-# Places that tell nothing.
-_PUBLIC_FOLDERS = frozenset(("", "/tmp", "/var/tmp", "/dev/shm", "/run", "/home", "/usr"))
 
 
 def private(layout: Layout, settings: Settings) -> Private:
-    """Say what is private on this machine and in this clone, as far as anything here knows it."""
+    """Return this machine's and this clone's private names, as far as their files contain them."""
     shell = settings.shell
     home = Path(shell.get("HOME") or "/")
-    files = [
-        home / ".gitconfig",
-        layout.root / ".git" / "config",
-        layout.root / ".gitmodules",
-        layout.vllm / ".git" / "config",
-        layout.dotenv,
-        layout.pins,
-    ]
-    configured = "\n".join(
-        [*shell.values(), *(read_small(path).decode("utf-8", "replace") for path in files)]
-    )
+    gitconfigs = (home / ".gitconfig", layout.root / ".git" / "config")
+    modules = (layout.root / ".gitmodules", layout.vllm / ".git" / "config")
+    files = (*gitconfigs, *modules, layout.dotenv, layout.pins)
+    contents = (read_small(path).decode("utf-8", "replace") for path in files)
+    configured = "\n".join([*shell.values(), *contents])
     logins = _LOGIN.findall(configured)
-    account = _account()
-    people = {
-        *account[1],
-        *_identities(
-            layout,
-            read_small(home / ".gitconfig") + b"\n" + read_small(layout.root / ".git" / "config"),
-        ),
-    }
-    keys = {
-        text
-        for name, text in shell.items()
-        if _KEY_NAME.search(name) and len(text) >= 8 and not text.startswith("/")
-    }
-    secrets = {
-        *settings.secrets,
-        *keys,
-        *(value for name, value in assignments(layout.dotenv) if is_secret(name)),
-        *(password or user for user, password in logins),
-    }
-    users = {
-        *account[0],
-        home.name,
-        *(user for user, password in logins if password),
-        *(shell.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER")),
-    }
-    homes = {str(home), str(home.resolve()), *account[2]}
-    clones = {
-        str(layout.root),
-        str(layout.root.resolve()),
-        *([shell["PWD"]] if "PWD" in shell and Path(shell["PWD"]).resolve() == layout.root else []),
-    }
-    scratch = {shell.get(name, "") for name in ("TMPDIR", "TMP", "TEMP", "XDG_RUNTIME_DIR")}
-    places = [
-        (place, label)
-        for found, label in ((clones, "<clone>"), (homes, "~"), (scratch, "<tmp>"))
-        for place in found
-    ]
-    places.append((str(settings.cache), "<cache>"))
-    # A host of one word, such as `mirror`, is a word elsewhere; in addresses it is masked by its
-    # place.
-    hosts = {
-        *_hosts(shell),
-        *(
-            name
-            for pair in _URL_HOST.findall(configured)
-            for name in pair
-            if "." in name and not _ADDRESS_LIKE.fullmatch(name)
-        ),
-    }
-    versions = frozenset(
-        text for text in interpreter.installed(layout).values() if _ADDRESS_LIKE.fullmatch(text)
-    )
+    users, people, homes = _account()
+    users |= {home.name, *(shell.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER"))}
+    users |= {user for user, password in logins if password}
+    people |= _identities(layout, b"\n".join(read_small(path) for path in gitconfigs))
+    homes |= {str(home), str(home.resolve())}
+    versions = interpreter.installed(layout).values()
     return Private(
-        secrets=tuple(sorted(filter(None, secrets))),
-        users=tuple(sorted(filter(None, users))),
-        hosts=tuple(sorted(filter(None, hosts))),
+        secrets=_sorted({*_secrets(layout, settings), *(text or user for user, text in logins)}),
+        users=_sorted(users),
+        hosts=_sorted(_hosts(shell) | _url_hosts(configured)),
         people=tuple(sorted(people)),
-        places=tuple(
-            sorted(
-                (place, label)
-                for place, label in places
-                if place.rstrip("/") not in _PUBLIC_FOLDERS
-            )
-        ),
-        versions=versions,
+        places=_places(layout, settings, homes),
+        versions=frozenset(text for text in versions if _ADDRESS_LIKE.fullmatch(text)),
     )
+
+
+def _sorted(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(filter(None, names)))
+
+
+def _secrets(layout: Layout, settings: Settings) -> set[str]:
+    """Return the values of secret settings, and of the shell's variables that look like secrets."""
+    return {
+        *settings.secrets,
+        *(value for name, value in assignments(layout.dotenv) if is_secret(name)),
+        *(
+            text
+            for name, text in settings.shell.items()
+            if _KEY_NAME.search(name) and len(text) >= 8 and not text.startswith("/")
+        ),
+    }
+
+
+def _places(layout: Layout, settings: Settings, homes: set[str]) -> tuple[tuple[str, str], ...]:
+    """Return the private folders, each with the label that replaces it."""
+    shell, root = settings.shell, layout.root.resolve()
+    clones = {str(layout.root), str(root)}
+    # The root of the clone as the shell spells it, through a link say.
+    if "PWD" in shell and Path(shell["PWD"]).resolve() == layout.root:
+        clones.add(shell["PWD"])
+    scratch = {shell.get(name, "") for name in ("TMPDIR", "TMP", "TEMP", "XDG_RUNTIME_DIR")}
+    labels = ((clones, "<clone>"), (homes, "~"), (scratch, "<tmp>"))
+    places = [(place, label) for found, label in labels for place in found]
+    places.append((str(settings.cache), "<cache>"))
+    return tuple(
+        sorted(
+            (place, label) for place, label in places if place.rstrip("/") not in _PUBLIC_FOLDERS
+        )
+    )
+
+
+def _url_hosts(configured: str) -> set[str]:
+    """Return the hosts in URLs that have a domain; others are masked by their place in the URL.
+
+    A host without a dot, such as `mirror`, is an ordinary word elsewhere.
+    """
+    return {
+        name
+        for pair in _URL_HOST.findall(configured)
+        for name in pair
+        if "." in name and not _ADDRESS_LIKE.fullmatch(name)
+    }
 
 
 def _account() -> tuple[set[str], set[str], set[str]]:
-    """Login names, full names and homes that the system has for this user."""
+    """Return the login names, full names and homes that the system has for this user."""
     users, people, homes = set[str](), set[str](), set[str]()
     with contextlib.suppress(OSError, KeyError):
         users.add(getpass.getuser())
@@ -397,8 +376,9 @@ def _account() -> tuple[set[str], set[str], set[str]]:
 
 
 def _identities(layout: Layout, config: bytes) -> set[str]:
-    """Names and addresses of git's user and of everybody in the patches' headers, but for reserved
-    addresses.
+    """Return names and addresses of git's user and of everybody in the patches' headers.
+
+    Reserved addresses (.invalid) are left out.
     """
     found = set(_IDENTITY.findall(config.decode("utf-8", "replace")))
     for project in PROJECTS:
@@ -407,7 +387,7 @@ def _identities(layout: Layout, config: bytes) -> set[str]:
                 line.decode("utf-8", "replace").partition(": ")[2]
                 for line in _MAIL_LINE.findall(read_small(patch))
             ]
-            # The parser stumbles over some headers that are not of their form.
+            # The parser fails on some malformed headers.
             with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
                 headers.append(
                     str(message_from_bytes(read_small(patch), policy=mail).get("From", ""))
@@ -419,8 +399,9 @@ def _identities(layout: Layout, config: bytes) -> set[str]:
 
 
 def _hosts(shell: Mapping[str, str]) -> set[str]:
-    """This machine's names: of the kernel, the shell and /etc/hosts, with the domains that the
-    resolver appends.
+    """Return this machine's names, with the domains that the resolver appends.
+
+    They are those of the kernel, the shell and /etc/hosts.
     """
     node = platform.node()
     names = {
@@ -445,15 +426,13 @@ def _hosts(shell: Mapping[str, str]) -> set[str]:
 
 
 def assignments(path: Path) -> list[tuple[str, str]]:
-    """Names and values of a dotenv file as far as they can be told, whatever else is wrong with
-    it.
-    """
+    """Return names and values of a dotenv file, as far as they can be read in a broken one."""
     text = read_small(path).decode("utf-8-sig", "replace")
     return [(name, value.strip("\"'")) for name, value in _ASSIGNMENT.findall(text)]
 
 
 def read_small(path: Path) -> bytes:
-    """Return a small file, nothing where it cannot be read."""
+    """Return a small file, empty bytes where it cannot be read."""
     try:
         return read_regular(path)
     except OSError:
@@ -461,8 +440,9 @@ def read_small(path: Path) -> bytes:
 
 
 def tail_of(path: Path) -> str:
-    """Return the end of a file, from the beginning of a line: half a token would not be known for
-    one. Or why it cannot be read.
+    """Return the end of a file, from the start of a line, or why it cannot be read.
+
+    Half a token would not be recognized as a secret.
     """
     if path.exists() and not path.is_file():
         return "error: it cannot be read: not a regular file\n"

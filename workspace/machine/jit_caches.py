@@ -1,14 +1,15 @@
-"""Kernels that are compiled while vLLM runs: where Triton, FlashInfer and torch compile keep them,
-and which stack has written them.
+"""Kernels that are compiled while vLLM runs: the cache folders of Triton, FlashInfer and torch
+compile, and the stack that wrote each of them.
 
-A stack gets folders of its own below .workspace/jit, so that nothing of another tree, torch, triton
-or architecture is ever loaded (vllm-project/vllm#41871). What lies at the usual places is the whole
-user's: it is looked at, and moved aside, never deleted.
+Each stack has folders of its own below .workspace/jit, so that nothing of another tree, torch,
+triton or architecture is ever loaded (vllm-project/vllm#41871). The caches at the usual places
+belong to the user: they are read, and moved to a new name, never deleted.
 """
 
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import pwd
@@ -28,10 +29,10 @@ Kind = Literal["triton", "flashinfer", "torch compile", "vllm"]
 NONE = "none"
 KEY_DIGITS = 12
 RECORD = "stack.json"
-# In the order in which a path of a cache names them: what is compiled below VLLM_CACHE_ROOT;
-# models' facts and test assets lie there too.
+# The folders of compiled code below VLLM_CACHE_ROOT, which also has facts of models and test
+# assets.
 COMPILED_BY_VLLM = ("torch_compile_cache", "deep_gemm", "flashinfer_autotune_cache")
-# So many entries are read of one cache; a Triton cache has some thousands.
+# The most entries to read of one cache; a Triton cache has some thousands.
 MOST_READ = 4000
 # FlashInfer's build.ninja: `-isystem /…/site-packages/torch/include`.
 _TORCH_INCLUDE = re.compile(r"-isystem\s+((?:(?!-isystem).)+)/torch/include(?=\s|$)", re.MULTILINE)
@@ -39,8 +40,9 @@ _TORCH_INCLUDE = re.compile(r"-isystem\s+((?:(?!-isystem).)+)/torch/include(?=\s
 
 @dataclass(frozen=True)
 class Stack:
-    """What compiled kernels belong to. `tree` is the caller's word for vendor/vllm, such as its
-    tree OID; the others say `none` where there is none.
+    """The software and GPU that compiled kernels belong to.
+
+    `tree` identifies vendor/vllm, by its tree OID for example; the others are `none` where missing.
     """
 
     tree: str
@@ -51,22 +53,21 @@ class Stack:
 
     @property
     def key(self) -> str:
-        """The name of the folder of what comes from the tree: Triton's kernels and torch compile's
-        graphs.
-        """
+        """Return the name of the folder of Triton's kernels and torch compile's graphs."""
         return _digest(self.tree, self.torch, self.triton, self.architecture)
 
     @property
     def library_key(self) -> str:
-        """The same of FlashInfer's, which take half an hour to compile, and in which nothing is of
-        the tree or of Triton.
+        """Return the name of FlashInfer's folder.
+
+        Its libraries take half an hour to compile and contain nothing of the tree or of Triton.
         """
         return _digest("flashinfer", self.flashinfer, self.torch, self.architecture)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of compiled kernels that a run would load from. `is_own` below .workspace/jit."""
+    """A folder of compiled kernels that a run loads from; `is_own` means below .workspace/jit."""
 
     kind: Kind
     place: Path
@@ -75,9 +76,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A cache with something of another stack in it: who wrote it, as far as that can be told, and
-    when last.
-    """
+    """A cache with entries of another stack: a sentence on its writer, and the last write."""
 
     cache: Cache
     wrote: str
@@ -87,10 +86,10 @@ class Foreign:
 def observe(
     layout: Layout, settings: Settings, *, tree: str, capabilities: tuple[str, ...] | None = None
 ) -> Stack:
-    """Return the stack that `.vllm` runs as. `capabilities` of the GPUs, such as 12.1, are asked of
-    the driver where they are not given.
+    """Return the stack that `.vllm` runs as.
 
-    Starts no Python; asking the driver costs up to a second.
+    `capabilities` of the GPUs, such as 12.1, come from the driver where they are not given; that costs
+    up to a second. Starts no Python.
     """
     build = torch.observe(layout, settings)
     there = interpreter.installed(layout)
@@ -110,10 +109,9 @@ def observe(
 
 
 def variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, str]:
-    """Return what a running vLLM is told so that it loads and keeps kernels in folders of this
-    stack only. Touches nothing.
+    """Return the variables with which a vLLM keeps its kernels in this stack's folders only.
 
-    A variable that the user has set, in the shell or in .env, is theirs and left out.
+    A variable that the user sets, in the shell or in .env, is left out. Changes nothing.
     """
     own, library = layout.jit / stack.key, layout.jit / stack.library_key
     keyed = {
@@ -122,15 +120,15 @@ def variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, 
         "VLLM_CACHE_ROOT": own / "vllm",
         "FLASHINFER_WORKSPACE_BASE": library,
     }
-    # Triton would take its home only for what has no folder of its own, yet a user who names one
-    # means all of it.
+    # Triton uses its home only for what has no folder of its own, but a user who sets it means all
+    # of Triton's files.
     if _set(settings, "TRITON_HOME"):
         del keyed["TRITON_CACHE_DIR"]
     return {name: str(place) for name, place in keyed.items() if not _set(settings, name)}
 
 
 def record(layout: Layout, stack: Stack) -> None:
-    """Write beside a stack's folders which stack they are of, for a person who wonders; once."""
+    """Write a stack's description beside its folders, once, for a person who reads them."""
     for key in (stack.key, stack.library_key):
         path = layout.jit / key / RECORD
         if not path.exists():
@@ -138,9 +136,7 @@ def record(layout: Layout, stack: Stack) -> None:
 
 
 def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...]:
-    """Return each folder that a run of this stack would load from, and each that one would which is
-    started without `variables`.
-    """
+    """Return each folder that a run of this stack loads from, with and without `variables`."""
     usual = {
         name: _set(settings, name) or ""
         for name in (
@@ -156,9 +152,7 @@ def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...
 
 
 def foreign(layout: Layout, settings: Settings, stack: Stack) -> tuple[Foreign, ...]:
-    """Find what another stack has written into a folder that a run would load from. It only
-    reads.
-    """
+    """Return the caches of this stack into which another stack has written. Only reads."""
     found = []
     for cache in in_use(layout, settings, stack):
         wrote = next(_evidence(layout, cache, stack), None)
@@ -168,43 +162,33 @@ def foreign(layout: Layout, settings: Settings, stack: Stack) -> tuple[Foreign, 
 
 
 def put_aside(one: Foreign) -> Path:
-    """Rename a cache to a name beside it that says when it was written last, and return that.
+    """Rename a cache to a name with the date of its last write, and return the new path.
+
     Raises ToolchainError where that is not allowed.
     """
-    name = f"{one.cache.place.name}.of-{one.last.strftime('%Y%m%d-%H%M%S')}"
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    place = next(
-        one.cache.place.with_name(free)
-        for free in names
-        if not one.cache.place.with_name(free).exists()
-    )
+    present = one.cache.place
+    name = f"{present.name}.of-{one.last.strftime('%Y%m%d-%H%M%S')}"
+    names = (name, *(f"{name}-{index}" for index in range(2, 1000)))
+    place = next(present.with_name(free) for free in names if not present.with_name(free).exists())
     try:
-        one.cache.place.rename(place)
+        present.rename(place)
     except OSError as exc:
-        hint = (
-            f"ls -ld {one.cache.place.parent}    or name another folder: it is of no use to this"
-            " stack"
-        )
-        raise ToolchainError(
-            f"{one.cache.place} cannot be moved aside: {exc.strerror}", hint=hint
-        ) from exc
+        hint = f"ls -ld {present.parent}    or set another folder: this stack cannot use the cache"
+        raise ToolchainError(f"{present} cannot be renamed: {exc.strerror}", hint=hint) from exc
     return place
 
 
-def _caches(settings: Settings, told: Mapping[str, str], *, is_own: bool) -> Iterator[Cache]:
-    """The folders that variables lead to; the usual place where one is empty, nothing where it is
-    not there.
-    """
+def _caches(settings: Settings, given: Mapping[str, str], *, is_own: bool) -> Iterator[Cache]:
+    """Yield the folders that variables name, or the usual folder for an empty variable."""
     home = Path(settings.shell.get("HOME") or "~").expanduser()
+    scratch = Path(settings.shell.get("TMPDIR") or "/tmp")
     usual = {
         "TRITON_CACHE_DIR": Path(_set(settings, "TRITON_HOME") or home) / ".triton" / "cache",
-        "TORCHINDUCTOR_CACHE_DIR": (
-            Path(settings.shell.get("TMPDIR") or "/tmp") / f"torchinductor_{_user(settings)}"
-        ),
+        "TORCHINDUCTOR_CACHE_DIR": scratch / f"torchinductor_{_user(settings)}",
         "VLLM_CACHE_ROOT": Path(settings.shell.get("XDG_CACHE_HOME") or home / ".cache") / "vllm",
         "FLASHINFER_WORKSPACE_BASE": home,
     }
-    for name, text in told.items():
+    for name, text in given.items():
         place = Path(text).expanduser() if text else usual[name]
         if name == "TRITON_CACHE_DIR":
             yield Cache("triton", place, is_own)
@@ -217,7 +201,7 @@ def _caches(settings: Settings, told: Mapping[str, str], *, is_own: bool) -> Ite
 
 
 def _evidence(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
-    """Yield sentences on who else has written there, first the surest."""
+    """Yield sentences on the other stack that wrote there, the surest first."""
     if cache.kind in ("triton", "torch compile", "vllm"):
         yield from _triton_entries(cache.place, stack)
     if cache.kind == "flashinfer":
@@ -227,36 +211,37 @@ def _evidence(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
 
 
 def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
-    """What Triton notes beside each kernel: its own version and the target
-    (triton/compiler/compiler.py, metadata).
+    """Compare the version and target that Triton notes beside each kernel.
+
+    See triton/compiler/compiler.py, metadata.
     """
     if stack.triton == NONE:
-        # Nothing reads them then.
+        # No run reads the cache then.
         return
     archs = {text.replace(".", "") for text in stack.architecture.split() if text != NONE}
-    for number, path in enumerate(place.rglob("*.json")):
-        if number >= MOST_READ:
-            return
+    # A version built from source ends with its commit in one place and not in the other.
+    installed = stack.triton.partition("+")[0]
+    for path in itertools.islice(place.rglob("*.json"), MOST_READ):
         with contextlib.suppress(
             OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
         ):
-            said = json.loads(read_regular(path))
-            # A version from source ends with its commit in one place and not in the other.
-            version, target = str(said["triton_version"]).partition("+")[0], said["target"]
-            if version != stack.triton.partition("+")[0]:
+            facts = json.loads(read_regular(path))
+            version, target = str(facts["triton_version"]).partition("+")[0], facts["target"]
+            if version != installed:
                 yield f"written by triton {version}, installed is {stack.triton}"
             elif archs and target["backend"] == "cuda" and str(target["arch"]) not in archs:
                 yield f"written for sm_{target['arch']}, the GPU here is {stack.architecture}"
 
 
 def _flashinfer_entries(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
-    """Libraries linked against another torch. Those of another FlashInfer lie in a folder of its
-    version, and are never loaded.
+    """Find libraries that are linked against another torch.
+
+    Those of another FlashInfer are in a folder of its version, and are never loaded.
     """
     own = [folder.resolve() for folder in interpreter.site_packages(layout)]
     for path in (cache.place / stack.flashinfer).glob("*/cached_ops/*/build.ninja"):
         with contextlib.suppress(OSError, ValueError):
-            # ninja's own mark before a blank.
+            # ninja writes a dollar sign before a blank.
             found = _TORCH_INCLUDE.search(read_regular(path).decode().replace("$ ", " "))
             if found and Path(found[1]).resolve() not in own:
                 yield f"compiled against the torch in {found[1]}"
@@ -275,8 +260,9 @@ def _older_than_torch(layout: Layout, place: Path, stack: Stack) -> Iterator[str
 
 
 def _installed_at(layout: Layout, name: str) -> float | None:
-    """When a package came into `.vllm`: uv links its files, which keep their times, and writes this
-    one anew.
+    """Return when a package was installed in `.vllm`, by the time of its RECORD.
+
+    uv links the other files, which keep their times.
     """
     version = interpreter.installed(layout).get(name)
     places = [
@@ -306,8 +292,9 @@ def _set(settings: Settings, name: str) -> str | None:
 
 
 def _user(settings: Settings) -> str:
-    """The name that torch puts into its folder's (torch/_inductor/runtime/cache_dir_utils.py, by
-    getpass.getuser).
+    """Return the user name in the name of torch's folder.
+
+    torch/_inductor/runtime/cache_dir_utils.py takes it from getpass.getuser.
     """
     named = next(
         (

@@ -1,6 +1,6 @@
-"""What a tree of vLLM requires, read from its own files and sorted by how it has to be installed.
+"""The requirements of a vLLM tree, read from its own files and sorted by how they are installed.
 
-It decides nothing about what is installed, and the tree itself is never edited.
+This module installs nothing, and never changes the tree.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,21 +29,20 @@ ACCELERATORS = ("xgrammar", "triton", "flashinfer-python", "flashinfer-jit-cache
 # Triton, which may be built in the same environment, does not configure with CMake 4.
 CMAKE = "cmake>=3.26.1,<4"
 SCRIPT_S = 60.0
-# Where the script lies: tools/ since v0.31.0, the root before.
+# The paths of the script: in tools/ since v0.31.0, in the root before.
 _SCRIPTS = ("tools/use_existing_torch.py", "use_existing_torch.py")
 _NEVER = 'sys_platform == "never"'
 _LEFT_OUT: Mapping[str, str] = {
-    "flashinfer-cubin": "not on the plain index; FlashInfer fetches what it needs when it needs it",
+    "flashinfer-cubin": "not on the plain index; FlashInfer fetches its cubins at run time",
 }
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """Requirements whose markers hold here, without their markers. `torch` is empty where an
-    existing one is kept.
+    """Requirements whose markers hold here, without the markers.
 
-    `overrides` are uv's: names that must not come in as a dependency of something else. `left_out`
-    pairs a line with the reason.
+    `torch` is empty where an existing torch is kept. `overrides` are uv's: names that no dependency
+    may install. `left_out` pairs a line with the reason.
     """
 
     build: tuple[str, ...]
@@ -77,8 +76,8 @@ def read(
     """Read the requirements of `tree` for a device (cpu or cuda), a machine (x86_64, aarch64) and a
     Python version.
 
-    Raises BuildError where a file is missing or a line cannot be read, and, for an existing torch,
-    where the tree's own script that takes torch out is missing or leaves it in.
+    Raises BuildError where a file is missing or a line is malformed, and, for an existing torch,
+    where the tree's own script that removes torch is missing or leaves it in.
     """
     with (
         _editable_copy(tree, settings, run_log)
@@ -87,47 +86,19 @@ def read(
     ) as root:
         project, text = _project(root)
         files: dict[str, str] = {"pyproject.toml": text}
-        build_lines = list(
-            _lines(
-                root,
-                _first(
-                    root,
-                    f"requirements/build/{device}.txt",
-                    "requirements/build.txt",
-                    "requirements-build.txt",
-                ),
-                files,
-            )
-        )
-        runtime_lines = list(
-            _lines(
-                root,
-                _first(root, f"requirements/{device}.txt", f"requirements-{device}.txt"),
-                files,
-            )
-        )
+        build_lines, runtime_lines = _device_lines(root, device, files)
     markers = _markers(machine, python_version)
     left_out: dict[str, str] = {}
     build = _evaluate(build_lines, markers, left_out)
     runtime = _evaluate(runtime_lines, markers, left_out)
-    torch = next((str(one) for one in (*runtime, *build) if one.name == "torch"), "")
-    if use_existing_torch and torch:
-        raise BuildError(
-            f"the tree's use_existing_torch.py left {torch} in the requirements",
-            hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch",
-        )
-    if not use_existing_torch and not torch:
-        raise BuildError(
-            f"the tree's requirements for {device} name no torch",
-            hint="USE_EXISTING_TORCH=1 keeps the torch that you put into .vllm",
-        )
+    torch = _torch_of((*runtime, *build), device=device, use_existing_torch=use_existing_torch)
     special = {"torch", *COMPANIONS, *ACCELERATORS}
-    accelerators = tuple(str(one) for one in runtime if one.name in ACCELERATORS)
+    accelerators = tuple(str(line) for line in runtime if line.name in ACCELERATORS)
     return Requirements(
-        build=_bounded(str(one) for one in build if one.name not in special),
-        runtime=_bounded(str(one) for one in runtime if one.name not in special),
+        build=_bounded(str(line) for line in build if line.name not in special),
+        runtime=_bounded(str(line) for line in runtime if line.name not in special),
         torch=torch,
-        companions=tuple(str(one) for one in runtime if one.name in COMPANIONS),
+        companions=tuple(str(line) for line in runtime if line.name in COMPANIONS),
         accelerators=accelerators,
         overrides=_overrides(
             project, accelerators, device=device, use_existing_torch=use_existing_torch
@@ -138,9 +109,41 @@ def read(
     )
 
 
+def _device_lines(
+    root: Path, device: str, files: dict[str, str]
+) -> tuple[list[_Line], list[_Line]]:
+    """Return the lines for build and run; the names of their files differ between releases."""
+    build = _first(
+        root,
+        f"requirements/build/{device}.txt",
+        "requirements/build.txt",
+        "requirements-build.txt",
+    )
+    build_lines = list(_lines(root, build, files))
+    runtime = _first(root, f"requirements/{device}.txt", f"requirements-{device}.txt")
+    return build_lines, list(_lines(root, runtime, files))
+
+
+def _torch_of(found: Sequence["Requirement"], *, device: str, use_existing_torch: bool) -> str:
+    """Return the requirement of torch, empty for an existing one; raise where it is wrong."""
+    torch = next((str(line) for line in found if line.name == "torch"), "")
+    if use_existing_torch and torch:
+        raise BuildError(
+            f"the tree's use_existing_torch.py left {torch} in the requirements",
+            hint="USE_EXISTING_TORCH=0 in .env takes the pinned torch",
+        )
+    if not use_existing_torch and not torch:
+        raise BuildError(
+            f"the tree's requirements for {device} name no torch",
+            hint="USE_EXISTING_TORCH=1 keeps the torch that you put into .vllm",
+        )
+    return torch
+
+
 def python_of(tree: Path) -> "SpecifierSet":
-    """Return the Python versions that a tree supports. Raises BuildError where it has no readable
-    pyproject.toml.
+    """Return the Python versions that a tree supports.
+
+    Raises BuildError where it has no readable pyproject.toml.
     """
     return _python(_project(tree)[0])
 
@@ -152,27 +155,26 @@ def _overrides(
     device: str,
     use_existing_torch: bool,
 ) -> tuple[str, ...]:
-    """Names that other packages ask for and that would do harm, never to be installed on their
-    account.
+    """Return overrides for names that other packages require and that must not be installed.
 
     Beside a CPU torch: torchvision and friends of the plain index are linked against CUDA, fail to
     import and break transformers; triton has no backend there, vLLM switches it off, and xgrammar,
-    which asks for it, takes its CPU path (checked: 0.2.7, vLLM 0.31.0). Beside a torch of the
-    user's own: the companions want another torch.
+    which requires it, takes its CPU path (checked: 0.2.7, vLLM 0.31.0). Beside a torch of the
+    user's own: the companions require another torch.
     """
     never = list(COMPANIONS) if device == "cpu" or use_existing_torch else []
     if device == "cpu" and not any(re.match(r"triton\b(?!-)", line) for line in accelerators):
         never.append("triton")
     tool = project.get("tool")
     uv = tool.get("uv", {}) if isinstance(tool, dict) else {}
-    # What the tree itself tells uv: it cannot, because uv runs elsewhere.
+    # The tree's own settings for uv do not reach uv, because uv runs in another folder.
     never += [name for name in uv.get("exclude-dependencies", []) if isinstance(name, str)]
     return tuple(f"{name} ; {_NEVER}" for name in dict.fromkeys(never))
 
 
 @contextlib.contextmanager
 def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> Iterator[Path]:
-    """Yield a folder with the tree's requirements from which its own script has taken torch out."""
+    """Yield a copy of the tree's requirements from which its own script has removed torch."""
     script = next((tree / name for name in _SCRIPTS if (tree / name).is_file()), None)
     if script is None:
         raise BuildError(
@@ -186,8 +188,7 @@ def _editable_copy(tree: Path, settings: Settings, run_log: RunLog | None) -> It
         for file in (tree / "pyproject.toml", *tree.glob("requirements*.txt")):
             if file.is_file():
                 shutil.copy(file, copy)
-        # Its patterns are relative: elsewhere than in the copy it would find nothing, and say so by
-        # doing nothing.
+        # Its patterns are relative: outside the copy it would find no file, and report no error.
         if run_log:
             process.run(
                 [sys.executable, script],
@@ -230,7 +231,7 @@ def _python(project: Mapping[str, object]) -> "SpecifierSet":
         return SpecifierSet(str(text))
     except InvalidSpecifier as exc:
         raise BuildError(
-            f"pyproject.toml of the tree: requires-python = {text!r} is no version range"
+            f"pyproject.toml of the tree: requires-python = {text!r} is not a version range"
         ) from exc
 
 
@@ -244,8 +245,9 @@ def _first(root: Path, *names: str) -> str:
 
 
 def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
-    """Yield the lines of a requirements file and of those that it includes, each file once; `files`
-    keeps what was read.
+    """Yield the lines of a requirements file and of its included files, each file once.
+
+    `files` collects the contents.
     """
     if name in files:
         return
@@ -255,22 +257,23 @@ def _lines(root: Path, name: str, files: dict[str, str]) -> Iterator[_Line]:
         raise BuildError(
             f"{name} of the tree cannot be read: {exc}", hint="git -C vendor/vllm status"
         ) from exc
-    number = 0
+    end = 0
     for logical in re.split(r"(?<!\\)\n", files[name]):
-        number, begins = number + logical.count("\n") + 1, number + 1
+        end, start = end + logical.count("\n") + 1, end + 1
         text = re.sub(r"(^|\s)#.*$", "", logical.replace("\\\n", ""), flags=re.MULTILINE).strip()
         included = re.match(r"(?:-r|--requirement)[\s=]*(\S+)$", text)
         if included:
             yield from _lines(root, str(Path(name).parent / included[1]), files)
         elif text:
-            yield _Line(text, f"{name}, line {begins}")
+            yield _Line(text, f"{name}, line {start}")
 
 
 def _evaluate(
     lines: list[_Line], markers: Mapping[str, str], left_out: dict[str, str]
 ) -> list["Requirement"]:
-    """Return the requirements whose marker holds, without it; what cannot come from the package
-    index goes to `left_out`.
+    """Return the requirements whose marker holds, without the marker.
+
+    Those that the package index cannot serve go to `left_out`.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
@@ -278,33 +281,34 @@ def _evaluate(
     found: dict[str, Requirement] = {}
     for line in lines:
         if line.text.startswith("-"):
-            left_out[line.text] = "an option for pip; only the configured package index is asked"
+            left_out[line.text] = "an option for pip; only the configured package index is used"
             continue
         try:
-            one = Requirement(line.text)
+            requirement = Requirement(line.text)
         except InvalidRequirement as exc:
             why = str(exc).splitlines()[0]
             raise BuildError(
                 f"{line.place}: {line.text!r} is no requirement: {why}",
                 hint="git -C vendor/vllm diff -- requirements",
             ) from exc
-        if one.marker is not None and not one.marker.evaluate(dict(markers)):
+        if requirement.marker is not None and not requirement.marker.evaluate(dict(markers)):
             continue
-        one.marker, one.name = None, canonicalize_name(one.name)
-        if one.url:
-            left_out[f"{one.name} @ {one.url}"] = (
+        requirement.marker, requirement.name = None, canonicalize_name(requirement.name)
+        if requirement.url:
+            left_out[f"{requirement.name} @ {requirement.url}"] = (
                 "a file at an address of its own, not on the package index"
             )
-        elif one.name in _LEFT_OUT:
-            left_out[str(one)] = _LEFT_OUT[one.name]
+        elif requirement.name in _LEFT_OUT:
+            left_out[str(requirement)] = _LEFT_OUT[requirement.name]
         else:
-            found.setdefault(str(one), one)
+            found.setdefault(str(requirement), requirement)
     return list(found.values())
 
 
 def _markers(machine: str, python_version: str) -> dict[str, str]:
-    """The environment that markers are judged in (PEP 508): Linux, CPython, the built interpreter's
-    version.
+    """Return the environment in which markers are evaluated (PEP 508).
+
+    It is Linux, CPython, and the version of the built interpreter.
     """
     parts = python_version.split(".")
     return {
@@ -330,7 +334,7 @@ def _bounded(lines: Iterator[str]) -> tuple[str, ...]:
 
 
 def _digest(files: Mapping[str, str]) -> str:
-    """The SHA-256 over names and contents, in the order of the names."""
+    """Return the SHA-256 of names and contents, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(files):
         total.update(f"{name}\0{hashlib.sha256(files[name].encode()).hexdigest()}\n".encode())

@@ -1,5 +1,5 @@
-"""torch in `.vllm`: where to take it from, what is there, and holding it while everything else is
-installed.
+"""torch and Triton in `.vllm`: where torch comes from, which builds are installed, and the
+constraints that hold them while other packages are installed.
 """
 
 import ast
@@ -20,11 +20,11 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter
+from workspace.machine.requirements import COMPANIONS
 
-# The backend of uv that fits CUDA 13 of a DGX Spark. Since 2.11 the plain index has CUDA 13 builds
-# for Linux as well.
+# uv's backend for CUDA 13 of a DGX Spark. Since torch 2.11 the plain index has CUDA 13 builds for
+# Linux as well.
 CUDA_BACKEND = "cu130"
-COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 IMPORT_S = 300.0
 PIP_ANSWER_S = 20.0
 _VERSION = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
@@ -33,9 +33,7 @@ _CUDA = re.compile(r"^cuda(?:\s*:[^=]+)?\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILIN
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """A torch as it calls itself: version with its local part, and major.minor of CUDA, None
-    without.
-    """
+    """A torch build: its version with the local part, and major.minor of CUDA, None without."""
 
     version: str
     cuda: str | None
@@ -43,8 +41,10 @@ class TorchBuild:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where torch comes from: a requirement, uv's arguments, further arguments to try in order, and
-    a word on the source.
+    """The source of torch.
+
+    `arguments` are uv's, `alternatives` further arguments to try in order; `description` names the
+    source in words.
     """
 
     requirement: str
@@ -62,8 +62,9 @@ class _Wheel:
 
 
 def observe(layout: Layout, settings: Settings) -> TorchBuild | None:
-    """Read what torch is installed, without starting Python; None where there is none, or one
-    without its files.
+    """Read which torch is installed, without a start of Python.
+
+    None where there is none, or where its files are missing.
     """
     version = interpreter.installed(layout).get("torch")
     if version is None:
@@ -96,17 +97,19 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
             hint="rm -rf .vllm && ./scripts/inv bootstrap",
             details=tuple(lines[-10:]),
         )
-    said = json.loads(done.stdout.splitlines()[-1])
-    return TorchBuild(said["version"], said["cuda"])
+    facts = json.loads(done.stdout.splitlines()[-1])
+    return TorchBuild(facts["version"], facts["cuda"])
 
 
 def plan(required: str, *, device: str, settings: Settings) -> Plan:
-    """Decide where to take `required`, the tree's own pin, from: TORCH_INDEX_URL, a local wheel
-    folder (CPU), PyTorch's index, the plain one (CUDA).
+    """Decide the source of `required`, the tree's own pin.
+
+    In this order: TORCH_INDEX_URL, a local wheel folder (CPU), PyTorch's index, the plain index
+    (CUDA).
     """
     if url := settings.text("TORCH_INDEX_URL"):
-        # Beside the plain index, which has what torch depends on; torch itself is then taken from
-        # here only (uv's first-index strategy).
+        # In addition to the plain index, which has torch's dependencies; torch itself comes from
+        # this index only (uv's first-index strategy).
         return Plan(required, ("--index", url), (), "from TORCH_INDEX_URL")
     if device == "cuda":
         return Plan(
@@ -121,14 +124,15 @@ def plan(required: str, *, device: str, settings: Settings) -> Plan:
             f"torch=={version}",
             ("--find-links", str(folder)),
             (("--torch-backend", "cpu"),),
-            f"from {folder}, which pip is configured with",
+            f"from {folder}, a folder in pip's configuration",
         )
     return Plan(required, ("--torch-backend", "cpu"), (), "from PyTorch's cpu index")
 
 
 def local_wheel_pythons(required: str, settings: Settings) -> frozenset[str] | None:
-    """Return the minor versions of Python that the local wheels of `required` fit; None where torch
-    does not come from such, or any fits.
+    """Return the minor versions of Python that local wheels of `required` fit.
+
+    None where torch does not come from a local wheel, or where one fits every Python.
     """
     wheels = (
         []
@@ -141,10 +145,10 @@ def local_wheel_pythons(required: str, settings: Settings) -> frozenset[str] | N
 
 
 def companion_arguments(layout: Layout, wanted: Plan, *, device: str) -> tuple[str, ...] | None:
-    """Return uv's arguments that take torchvision and friends from where torch came; None where no
-    build can be had that fits it.
+    """Return uv's arguments that take torchvision and friends from torch's source.
 
-    The plain index's are linked against CUDA: beside a CPU torch they do not import.
+    None where no suitable build exists. The plain index's builds are linked against CUDA: beside a
+    CPU torch they do not import.
     """
     if "--find-links" not in wanted.arguments:
         # PyTorch's index marks its builds with a local version; a torch without one came from the
@@ -162,8 +166,9 @@ def companion_arguments(layout: Layout, wanted: Plan, *, device: str) -> tuple[s
 
 @contextlib.contextmanager
 def held(layout: Layout, settings: Settings, *, step: str) -> Iterator[None]:
-    """Look at torch before and after the block. Raises BuildError naming the step where it changed,
-    came or went.
+    """Compare torch before and after the block.
+
+    Raises BuildError naming the step where torch changed, was added or was removed.
     """
     before = observe(layout, settings)
     yield
@@ -172,15 +177,14 @@ def held(layout: Layout, settings: Settings, *, step: str) -> Iterator[None]:
         raise BuildError(
             f"{step} changed torch: before {_named(before)}, now {_named(after)}",
             hint=(
-                "./scripts/inv bootstrap  # puts the pinned torch back; with USE_EXISTING_TORCH=1"
+                "./scripts/inv bootstrap  # restores the pinned torch; with USE_EXISTING_TORCH=1"
                 " install yours again first"
             ),
         )
 
 
 def constraints(layout: Layout) -> tuple[str, ...]:
-    """Return the constraints that keep torch, and what is paired with it, at the versions
-    installed.
+    """Return the constraints that hold torch, and the packages paired with it, at their versions.
 
     uv keeps an installed package that no index offers as long as a constraint names exactly its
     version.
@@ -189,16 +193,16 @@ def constraints(layout: Layout) -> tuple[str, ...]:
     if "torch" not in there:
         return ()
     lines = [f"torch=={there['torch']}"]
-    of_torch = demands(layout, "torch", there)
+    of_torch = requirements_of(layout, "torch", there)
     for name in COMPANIONS:
         if (
             name in there
-            and _is_met(demands(layout, name, there).get("torch"), there["torch"])
+            and _is_met(requirements_of(layout, name, there).get("torch"), there["torch"])
             and _is_met(of_torch.get(name), there[name])
         ):
             lines.append(f"{name}=={there[name]}")
-    # A Triton that torch does not ask for in this version was put there on purpose, or by xgrammar:
-    # a constraint would clash.
+    # A Triton of a version that torch does not require is there on purpose, or for xgrammar: a
+    # constraint would clash.
     if "triton" in there and "triton" in of_torch and _is_met(of_torch["triton"], there["triton"]):
         lines.append(f"triton=={there['triton']}")
     return tuple(lines)
@@ -214,8 +218,8 @@ def _is_met(specifier: str | None, version: str) -> bool:
     return specifier is None or SpecifierSet(specifier).contains(version, prereleases=True)
 
 
-def demands(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, str]:
-    """Return what an installed package requires without an extra: canonical name and specifier."""
+def requirements_of(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, str]:
+    """Return what an installed package requires without extras: canonical name and specifier."""
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
@@ -236,9 +240,7 @@ def demands(layout: Layout, name: str, there: Mapping[str, str]) -> dict[str, st
 
 
 def _editable(described: Path) -> Iterator[Path]:
-    """Yield where a torch that was installed editable, from somebody's own build, has its package
-    (PEP 610).
-    """
+    """Yield the package folder of a torch that is installed editable (PEP 610)."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = json.loads((described / "direct_url.json").read_text(encoding="utf-8"))
         if origin.get("dir_info", {}).get("editable"):
@@ -246,9 +248,7 @@ def _editable(described: Path) -> Iterator[Path]:
 
 
 def _local_wheels(required: str, settings: Settings) -> list[_Wheel]:
-    """Return the wheels in local folders that meet `required` on this machine, newest version
-    first.
-    """
+    """Return the local wheels that meet `required` on this machine, newest version first."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -285,9 +285,7 @@ def _wheel(path: Path) -> _Wheel | None:
 
 
 def _wheel_folders(settings: Settings) -> list[Path]:
-    """Return the local folders of wheels that uv or pip are configured with; uv itself knows
-    nothing of pip's.
-    """
+    """Return the local wheel folders in the configuration of uv or pip; uv ignores pip's."""
     environment = settings.child_environment("plain")
     places = environment.get("UV_FIND_LINKS", "").split(",")
     if environment.get("PIP_FIND_LINKS"):
@@ -316,21 +314,22 @@ def _pip_places(environment: Mapping[str, str]) -> list[str]:
     places: list[str] = []
     for value in re.findall(r"^(?:global|install)\.find-links=(.+)$", done.stdout, re.MULTILINE):
         with contextlib.suppress(ValueError, SyntaxError):
-            # pip prints the value as Python would: several places are parted by line ends or
-            # blanks.
+            # pip prints the value as Python would; line ends or blanks separate several places.
             places += str(ast.literal_eval(value)).split()
     return places
 
 
-# As an index gave it; from a wheel file, as inv fix-triton --from-source does it; from a source
-# tree that stays its place.
+# From an index; from a wheel file, as `inv fix-triton --from-source` installs it; from a source
+# tree that remains its place.
 Origin = Literal["index", "file", "editable"]
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A Triton. `place` is the file or tree that it came from, empty for an index; `package` its
-    folder `triton`, None where that is gone.
+    """A Triton.
+
+    `place` is the file or tree that it came from, empty for an index; `package` is its folder
+    `triton`, None where that is missing.
     """
 
     version: str
@@ -340,20 +339,18 @@ class Installed:
 
     @property
     def is_meant(self) -> bool:
-        """Whether somebody put it there on purpose: an index's came because something asked for
-        it.
-        """
+        """Return whether a person installed it on purpose; an index serves dependencies."""
         return self.origin != "index"
 
     @property
     def bin(self) -> Path | None:
-        """The folder of its assemblers; None where it has none."""
+        """Return the folder of its assemblers; None where it has none."""
         folder = self.package / "backends" / "nvidia" / "bin" if self.package else None
         return folder if folder and folder.is_dir() else None
 
 
 def observe_triton(layout: Layout) -> Installed | None:
-    """Look at the Triton in `.vllm`; None where none is described there."""
+    """Return the Triton in `.vllm`, None without one."""
     version = interpreter.installed(layout).get("triton")
     if version is None:
         return None
@@ -361,7 +358,7 @@ def observe_triton(layout: Layout) -> Installed | None:
         described = folder / f"triton-{version}.dist-info"
         if described.is_dir():
             origin, place = _origin(described)
-            # Triton's own layouts: its package lay and lies below python/.
+            # Triton's layouts: the package is below python/, or at the root of the tree.
             roots = (Path(place) / "python", Path(place)) if origin == "editable" else (folder,)
             package = next(
                 (root / "triton" for root in roots if (root / "triton" / "__init__.py").is_file()),
@@ -372,26 +369,28 @@ def observe_triton(layout: Layout) -> Installed | None:
 
 
 def paired_triton(layout: Layout) -> str | None:
-    """Return the versions that the installed torch asks for, such as `==3.7.1`, empty for any; None
-    where it asks for none, as a CPU build.
+    """Return the versions of Triton that the installed torch requires, such as `==3.7.1`.
+
+    Empty for any version; None where torch requires no Triton, as a CPU build.
     """
     there = interpreter.installed(layout)
-    return demands(layout, "torch", there).get("triton") if "torch" in there else None
+    return requirements_of(layout, "torch", there).get("triton") if "torch" in there else None
 
 
 def kept_triton(layout: Layout) -> tuple[str, ...]:
-    """Return the override that keeps a Triton which was put there on purpose, whatever torch asks
-    for; nothing for an index's.
+    """Return the override that keeps a Triton installed on purpose, whatever torch requires.
+
+    Nothing for a Triton from an index.
     """
     there = observe_triton(layout)
     return (f"triton=={there.version}",) if there and there.is_meant else ()
 
 
 def _origin(described: Path) -> tuple[Origin, str]:
-    """What an installer notes of a package that came from no index (PEP 610)."""
+    """Return the origin of a package from an installer's notes (PEP 610)."""
     try:
-        said = json.loads((described / "direct_url.json").read_text(encoding="utf-8"))
-        place = unquote(urlsplit(str(said["url"])).path)
-        return ("editable" if said.get("dir_info", {}).get("editable") else "file"), place
+        noted = json.loads((described / "direct_url.json").read_text(encoding="utf-8"))
+        place = unquote(urlsplit(str(noted["url"])).path)
+        return ("editable" if noted.get("dir_info", {}).get("editable") else "file"), place
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "index", ""
