@@ -19,18 +19,20 @@ from workspace.core.settings import Settings, load
 UV = shutil.which(
     "uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 )
-# Where no version manager's shims lie: each would be asked for its version.
+# Without a version manager's shims: uv would start each of them.
 SYSTEM_PATH = "/usr/bin:/bin"
 
 
 @dataclass(frozen=True)
 class House:
+    """A clone, its folder of wheels and its folder of programs."""
+
     layout: Layout
     links: Path
     bin: Path
 
     def settings(self, **shell: str) -> Settings:
-        """What a shell of this house gives; a name in capitals adds to it."""
+        """Return the settings in a shell of this house; `shell` adds variables."""
         base = {
             "PATH": f"{self.bin}{os.pathsep}{SYSTEM_PATH}",
             "HOME": str(self.layout.root.parent / "home"),
@@ -55,7 +57,7 @@ class House:
         )
 
     def program(self, name: str, script: str, *, folder: Path | None = None) -> Path:
-        """Put a shell script on PATH, or into `folder`."""
+        """Write a shell script into `folder`, by default one on PATH."""
         path = (folder or self.bin) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
@@ -110,7 +112,7 @@ def house(tmp_path: Path) -> House:
 
 @pytest.fixture
 def built(house: House) -> Callable[[], Settings]:
-    """Make `.vllm` of this house with the interpreter that runs the tests."""
+    """Return a function that makes `.vllm` with the interpreter that runs the tests."""
 
     def make() -> Settings:
         from workspace.machine import interpreter

@@ -1,4 +1,4 @@
-"""`inv env`: a setting that cannot do what it is meant to is found before anything is loaded."""
+"""`inv env`: a setting that cannot work is found before anything is loaded."""
 
 import io
 import json
@@ -28,7 +28,8 @@ environment_variables = {
     "VLLM_LOGGING_CONFIG_PATH": lambda: os.getenv("VLLM_LOGGING_CONFIG_PATH"),
     "VLLM_CPU_KVCACHE_SPACE": lambda: int(os.getenv("VLLM_CPU_KVCACHE_SPACE", "0")),
     "VLLM_API_KEY": lambda: os.getenv("VLLM_API_KEY"),
-    "VLLM_USE_MODELSCOPE": lambda: os.getenv("VLLM_USE_MODELSCOPE", "False").lower() in ("1", "true"),
+    "VLLM_USE_MODELSCOPE": lambda: os.getenv("VLLM_USE_MODELSCOPE", "False").lower()
+    in ("1", "true"),
 }
 """
 
@@ -67,7 +68,9 @@ def test_every_setting_has_its_value_and_source_and_nothing_else_is_wrong(house:
     assert {row.state for row in rows.values()} == {"ok"}
 
 
-def test_old_guides_variables_are_called_what_they_are(house: House, tmp_path: Path) -> None:
+def test_variables_of_old_guides_are_warnings_with_a_replacement(
+    house: House, tmp_path: Path
+) -> None:
     guide = {
         "VLLM_USE_FLASHINFER_MXFP4_MOE": "1",
         "TIKTOKEN_ENCODINGS_BASE": str(tmp_path),
@@ -81,12 +84,12 @@ def test_old_guides_variables_are_called_what_they_are(house: House, tmp_path: P
     )
     assert rows["VLLM_USE_FLASHINFER_MXFP4_MOE"].hint == "unset VLLM_USE_FLASHINFER_MXFP4_MOE"
     assert rows["TIKTOKEN_ENCODINGS_BASE"].text.startswith(
-        "cl100k_base.tiktoken is not there, and gpt-oss would die of it"
+        "cl100k_base.tiktoken is missing, and gpt-oss would die of it"
     )
-    assert "Triton passes it over" in rows["TRITON_PTXAS_PATH"].text
+    assert "Triton skips it" in rows["TRITON_PTXAS_PATH"].text
 
 
-def test_ptxas_of_the_guide_is_not_the_one_that_triton_takes_on_a_spark(house: House) -> None:
+def test_ptxas_of_the_guide_is_not_the_one_that_triton_uses_on_a_spark(house: House) -> None:
     house.program(
         "nvidia-smi",
         'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) exit 1;; esac',
@@ -110,17 +113,17 @@ def test_ptxas_of_the_guide_is_not_the_one_that_triton_takes_on_a_spark(house: H
     )
 
 
-def test_removed_name_is_said_with_release_replacement_and_reference(house: House) -> None:
+def test_removed_name_is_reported_with_release_replacement_and_reference(house: House) -> None:
     row = judged(house, "VLLM_ATTENTION_BACKEND=FLASHINFER\n")["VLLM_ATTENTION_BACKEND"]
     assert (row.state, row.hint) == ("warn", "sed -i '/^VLLM_ATTENTION_BACKEND=/d' .env")
     assert (
         row.text
         == "is gone since vLLM 0.16.0 (vllm-project/vllm#32812); instead: --attention-backend;"
-        " nothing is told of it"
+        " the workspace does not pass it on"
     )
 
 
-def test_unknown_name_stops_where_it_was_written_for_us_and_not_where_the_shell_has_it(
+def test_unknown_name_is_an_error_in_dotenv_and_a_warning_in_the_shell(
     house: House,
 ) -> None:
     row = judged(house, "VLLM_LOGING_LEVEL=DEBUG\n")["VLLM_LOGING_LEVEL"]
@@ -137,7 +140,7 @@ def test_without_a_tree_no_name_is_judged(house: House) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "state", "says"),
+    ("name", "text", "state", "message"),
     [
         ("VLLM_NUMBER", "many", "FAIL", "vLLM stops at this value: invalid literal for int()"),
         ("VLLM_NUMBER", "7", "ok", ""),
@@ -146,20 +149,20 @@ def test_without_a_tree_no_name_is_judged(house: House) -> None:
         ("VLLM_SWITCH", "perhaps", "warn", "it is a switch, and off with this value"),
         ("VLLM_SWITCH", "1", "ok", ""),
         ("VLLM_HEAVY", "anything", "ok", ""),
-        ("VLLM_LOGGING_CONFIG_PATH", "/nowhere/logging.json", "warn", "there is no such file"),
+        ("VLLM_LOGGING_CONFIG_PATH", "/nowhere/logging.json", "warn", "no such file"),
         ("VLLM_CUTLASS_SRC_DIR", "/anywhere", "ok", "for builds"),
-        ("VLLM_TARGET_DEVICE", "tpu", "warn", "the workspace says this itself"),
+        ("VLLM_TARGET_DEVICE", "tpu", "warn", "the workspace sets this itself"),
     ],
 )
-def test_values_are_what_the_trees_own_functions_make_of_them(
-    house: House, name: str, text: str, state: str, says: str
+def test_values_are_judged_by_the_functions_of_the_tree(
+    house: House, name: str, text: str, state: str, message: str
 ) -> None:
     row = judged(house, f"{name}={text}\n")[name]
-    assert (row.state, says in row.text) == (state, True), row
+    assert (row.state, message in row.text) == (state, True), row
 
 
 @pytest.mark.parametrize(
-    ("device", "shell", "name", "state", "says"),
+    ("device", "shell", "name", "state", "message"),
     [
         ("cuda", {"CUDA_HOME": "/nowhere/cuda"}, "CUDA_HOME", "FAIL", "no such folder"),
         ("cpu", {"CUDA_HOME": "/nowhere/cuda"}, "CUDA_HOME", "warn", "no such folder"),
@@ -189,14 +192,14 @@ def test_values_are_what_the_trees_own_functions_make_of_them(
             {"HF_HUB_OFFLINE": "1", "VLLM_USE_MODELSCOPE": "1"},
             "VLLM_USE_MODELSCOPE",
             "warn",
-            "another one is",
+            "another hub",
         ),
         (
             "cpu",
             {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "0"},
             "TRANSFORMERS_OFFLINE",
             "warn",
-            "says the opposite",
+            "has the opposite value",
         ),
         ("cuda", {"MAX_JOBS": "900"}, "MAX_JOBS", "warn", "flashinfer#3634"),
         (
@@ -212,18 +215,20 @@ def test_values_are_what_the_trees_own_functions_make_of_them(
             {"USE_EXISTING_TORCH": "1", "TORCH_INDEX_URL": "https://a.example/whl"},
             "TORCH_INDEX_URL",
             "warn",
-            "not asked",
+            "not used: USE_EXISTING_TORCH=1",
         ),
     ],
 )
-def test_settings_that_do_not_go_together(
-    house: House, device: str, shell: dict[str, str], name: str, state: str, says: str
+def test_settings_that_contradict_each_other_are_found(
+    house: House, device: str, shell: dict[str, str], name: str, state: str, message: str
 ) -> None:
     row = judged(house, device=device, **shell)[name]
-    assert (row.state, says in row.text) == (state, True), row
+    assert (row.state, message in row.text) == (state, True), row
 
 
-def test_recipe_that_speaks_to_a_build_stops_and_the_user_goes_before_it(house: House) -> None:
+def test_recipe_with_a_variable_for_builds_is_an_error_and_the_user_goes_before_it(
+    house: House,
+) -> None:
     rows = judged(
         house,
         "VLLM_NUMBER=2\n",
@@ -234,13 +239,13 @@ def test_recipe_that_speaks_to_a_build_stops_and_the_user_goes_before_it(house: 
     assert (rows["VLLM_SWITCH"].state, rows["VLLM_SWITCH"].source) == ("ok", "recipe")
 
 
-def test_shell_that_hides_a_line_is_said_with_both_values(house: House) -> None:
+def test_variable_of_the_shell_that_hides_a_line_is_reported_with_both_values(house: House) -> None:
     row = judged(house, "MAX_JOBS=3\n", MAX_JOBS="2")["MAX_JOBS"]
     assert (row.state, row.hint, row.is_reported) == ("warn", "unset MAX_JOBS", True)
     assert "MAX_JOBS=2 in the shell hides MAX_JOBS=3" in row.text
 
 
-def test_secrets_are_set_or_unset_and_nowhere_else(house: House) -> None:
+def test_secrets_are_shown_as_set_or_unset_only(house: House) -> None:
     dotenv = "HF_TOKEN=hf_swordfish\nVLLM_CHOICE=hf_swordfish\nMY_API_KEY=swordfish2\n"
     with pytest.raises(SettingsError) as caught:
         judged(house, dotenv)
@@ -258,7 +263,7 @@ def test_secrets_are_set_or_unset_and_nowhere_else(house: House) -> None:
     )
 
 
-def test_warnings_are_spoken_once_and_errors_stop_with_the_first_and_the_rest(house: House) -> None:
+def test_warnings_are_printed_once_and_the_error_names_the_first_and_the_rest(house: House) -> None:
     judged(house, "VLLM_NUMBER=many\nVLLM_CHOICE=c\nVLLM_SWITCH=yes\n")
     err = io.StringIO()
     console = Console(out=io.StringIO(), err=err)
@@ -282,7 +287,7 @@ def test_envs_that_cannot_be_loaded_judges_no_value(house: House) -> None:
     )
 
 
-def test_every_name_of_the_table_has_a_reference_and_no_release_order_that_cannot_be() -> None:
+def test_every_name_of_the_table_has_a_reference_and_a_possible_order_of_releases() -> None:
     for kind in ("variables", "flags"):
         for former in run_environment.removed_names(kind).values():
             assert former.reference

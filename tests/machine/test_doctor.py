@@ -36,7 +36,7 @@ def rows(
         kernels=kernels,
         need_gib=need or {house.layout.root: 0.001},
     )
-    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
 
@@ -65,7 +65,7 @@ def fake_python(house, version: str, *, headers: bool, base: str = "/usr") -> No
     )
 
 
-def test_sound_machine_passes_for_a_cpu_precompiled_wheel(house, built, tree):
+def test_working_machine_passes_for_a_precompiled_wheel_on_cpu(house, built, tree):
     settings = built()
     found = rows(house, settings)
     assert {found[name].state for name in ("disk", "python", "git", "uv")} == {"ok"}
@@ -87,12 +87,12 @@ def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house
     assert found[0].hint.startswith("df -h ")
 
 
-def test_place_that_cannot_hold_a_folder_or_be_written_fails(house, built, tree, tmp_path):
+def test_place_that_is_no_folder_or_not_writable_fails(house, built, tree, tmp_path):
     settings = built()
     (tmp_path / "file").touch()
     places = [tmp_path / "file" / "cache"]
     if os.geteuid() != 0:
-        # root may write into a folder that says it is read-only.
+        # root may write into a read-only folder.
         (tmp_path / "closed").mkdir(mode=0o555)
         places.append(tmp_path / "closed" / "cache")
     for place in places:
@@ -124,7 +124,7 @@ def test_uv_that_does_not_run_fails_before_anything_needs_it(house, built, tree)
         ("cuda", "native", "FAIL"),
     ],
 )
-def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(
+def test_missing_headers_of_the_systems_python_fail_where_code_is_compiled(
     house, tree, device, kernels, state
 ):
     fake_python(house, "3.12.3", headers=False)
@@ -137,7 +137,7 @@ def test_missing_headers_of_the_systems_python_weigh_by_what_will_be_compiled(
     assert (row.state, row.hint) == (state, "sudo apt install python3.12-dev")
 
 
-def test_headers_of_a_python_that_may_still_be_replaced_are_a_warning_only(house, tree):
+def test_missing_headers_of_a_python_that_may_be_replaced_are_a_warning_only(house, tree):
     fake_python(house, "3.11.2", headers=False)
     assert rows(house, house.settings(), kernels="native")["headers"].state == "warn"
 
@@ -148,7 +148,7 @@ def test_headers_of_the_made_environment_are_those_of_its_base(house, built, tre
     assert row.seen.endswith(".".join(str(part) for part in sys.version_info[:3]))
 
 
-def test_no_gpu_fails_for_cuda_and_names_the_way_without(house, built, tree):
+def test_missing_gpu_fails_for_cuda_with_the_hint_for_a_cpu_build(house, built, tree):
     settings = built()
     row = rows(house, settings, device="cuda")["driver"]
     assert row.state == "FAIL"
@@ -181,7 +181,7 @@ def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tre
     assert "12.9" in found["toolkit"].seen
 
 
-def test_compiler_must_be_what_the_trees_own_words_demand_for_the_device(house, built, tree):
+def test_compiler_must_have_the_version_that_the_tree_requires_for_the_device(house, built, tree):
     settings = built()
     house.program("g++", "echo 12.2.0")
     row = rows(house, settings, kernels="native")["compiler"]
@@ -199,7 +199,7 @@ def test_compiler_that_is_missing_stops_a_native_build(house, built, tree):
     assert rows(house, settings, kernels="native")["compiler"].state == "FAIL"
 
 
-def test_device_is_what_was_asked_for_and_otherwise_what_the_driver_shows(house):
+def test_device_is_the_setting_and_otherwise_what_the_driver_shows(house):
     bare = hardware.Machine("aarch64", 20, 120.0, 100.0, ())
     spark = hardware.Machine(
         "aarch64", 20, 120.0, 100.0, (hardware.Gpu("NVIDIA GB10", "12.1", "580"),)
@@ -224,7 +224,7 @@ def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError |
     return out.getvalue(), err.getvalue(), None
 
 
-def test_json_has_every_row_with_its_five_words_and_a_verdict(house, built, tree):
+def test_json_has_every_row_with_its_five_keys_and_a_verdict(house, built, tree):
     built()
     house.program("nvidia-smi", "exit 9")
     out, _, error = shown(house, house.settings(DEVICE="cuda"), as_json=True)
@@ -260,14 +260,14 @@ def test_doctor_on_a_machine_with_no_program_at_all_names_them_and_does_not_brea
     assert error is not None
 
 
-def test_doctor_looks_and_leaves_nothing_behind(house, built, tree):
+def test_doctor_only_reads(house, built, tree):
     settings = built()
     before = {path: path.lstat().st_mtime_ns for path in house.layout.root.rglob("*")}
     shown(house, settings)
     assert {path: path.lstat().st_mtime_ns for path in house.layout.root.rglob("*")} == before
 
 
-def test_check_that_the_machine_answers_with_nonsense_does_not_end_the_others(house):
+def test_check_that_raises_does_not_end_the_others(house):
     def hostile(_):
         raise ValueError("'N/A' is no number")
         yield
@@ -289,12 +289,12 @@ def test_preflight_is_a_selection_from_the_doctors_own_rows(house, built, tree):
         assert set(rows(house, settings, kernels=kernels)) <= names
 
 
-def test_device_that_cannot_be_told_is_what_the_torch_in_the_environment_is_built_for(house, tree):
+def test_unknown_device_is_the_one_that_the_torch_in_the_environment_is_built_for(house, tree):
     packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
     (packages / "torch").mkdir(parents=True)
     (packages / "torch" / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
     (packages / "torch-2.13.0.dist-info").mkdir()
     (packages / "torch-2.13.0.dist-info" / "METADATA").touch()
-    # Its driver no longer answers: a fault, and no machine without a GPU.
+    # Its driver no longer answers: a fault, not a machine without a GPU.
     out, _, _ = shown(house, house.settings(), as_json=True)
     assert {row["name"]: row["state"] for row in json.loads(out)["rows"]}["driver"] == "FAIL"

@@ -1,4 +1,4 @@
-"""ccache and sccache as programs that say what theirs say."""
+"""Fake ccache and sccache that print what the real programs print."""
 
 import pytest
 
@@ -38,18 +38,18 @@ def row(house, *, device="cuda", kernels="precompiled", **shell) -> Row:
     return found
 
 
-def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_what_decides_a_hit(house):
+def test_cache_that_can_hit_is_ok_and_shows_size_limit_and_settings(house):
     ccache(house, base_dir=house.layout.root, sloppiness="time_macros")
     found = row(house)
     assert (found.state, found.hint) == ("ok", None)
-    for word in (
+    for text in (
         "1.0 GiB",
         "limit 20.0G",
         "hash_dir false",
         f"base_dir {house.layout.root}",
         "sloppiness time_macros",
     ):
-        assert word in found.seen
+        assert text in found.seen
 
 
 def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
@@ -73,7 +73,7 @@ def test_cache_of_size_0_is_called_empty_and_a_limit_of_0_none(house):
         ),
     ],
 )
-def test_what_keeps_the_cache_from_a_hit_is_a_warning_with_its_cure(house, config, hint):
+def test_setting_that_prevents_hits_is_a_warning_with_its_hint(house, config, hint):
     ccache(house, **config)
     found = row(house)
     assert (found.state, found.hint) == ("warn", hint)
@@ -97,12 +97,12 @@ def test_password_of_a_remote_cache_is_not_shown(house):
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo nonsense", "printf '(x) max_size = huge\\n'"])
-def test_cache_that_talks_nonsense_never_breaks_the_row(house, script):
+def test_cache_with_unknown_output_never_breaks_the_row(house, script):
     house.program("ccache", script)
     assert row(house).state in ("ok", "warn")
 
 
-def test_ccache_is_asked_with_the_settings_that_a_build_gives_it(house):
+def test_ccache_is_run_with_the_settings_of_a_build(house):
     house.program(
         "ccache",
         'echo "(environment) base_dir = $CCACHE_BASEDIR"; echo "(environment) depend_mode ='
@@ -112,7 +112,7 @@ def test_ccache_is_asked_with_the_settings_that_a_build_gives_it(house):
     assert row(house, CCACHE_BASEDIR="/elsewhere").hint == "unset CCACHE_BASEDIR"
 
 
-def test_ccache_goes_before_sccache_because_its_compilers_step_back(house):
+def test_ccache_goes_before_sccache(house):
     house.program("sccache", "echo sccache 0.10.0")
     assert row(house, SCCACHE_BUCKET="mine").seen.startswith("sccache 0.10.0: limit 10G")
     assert "remote by SCCACHE_BUCKET" in row(house, SCCACHE_BUCKET="mine").seen

@@ -1,6 +1,4 @@
-"""Driver, toolkit and architectures, with an nvidia-smi and an nvcc that say what is put into their
-mouths.
-"""
+"""Driver, toolkit and architectures, with a fake nvidia-smi and a fake nvcc."""
 
 import re
 import subprocess
@@ -47,9 +45,9 @@ def case(house, *, device="cuda", kernels="native", **shell) -> Case:
     return Case(house.layout, house.settings(**shell), device=device, kernels=kernels)
 
 
-def rows(check, *args, **words) -> dict[str, Row]:
-    found = tuple(check(case(*args, **words)))
-    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
+def rows(check, *args, **options) -> dict[str, Row]:
+    found = tuple(check(case(*args, **options)))
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
 
@@ -73,7 +71,7 @@ def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):
 @pytest.mark.parametrize(
     "gpu", ["NVIDIA GB10, [N/A], 580.95.05", "NVIDIA GB10, soon, [N/A]", "garbage", ", , ,"]
 )
-def test_driver_that_talks_nonsense_gives_rows_and_no_traceback(house, gpu):
+def test_driver_with_unknown_output_gives_rows_and_no_traceback(house, gpu):
     smi(house, gpu=gpu, xml="head -c 300 /dev/urandom", apps="echo 'N/A, x'; echo; echo '1,2,3,4'")
     assert {row.state for row in rows(doctor_toolchain.driver, house).values()} <= {"ok", "warn"}
     assert rows(doctor_toolchain.agreement, house)["cuda fit"].state == "warn"
@@ -81,7 +79,7 @@ def test_driver_that_talks_nonsense_gives_rows_and_no_traceback(house, gpu):
     assert rows(doctor_toolchain.archs, house)["arch list"].state == "FAIL"
 
 
-def test_driver_that_hangs_on_a_question_costs_seconds_and_not_the_doctor(house):
+def test_driver_that_hangs_on_a_query_costs_seconds_only(house):
     smi(house, xml="trap '' TERM; sleep 60", apps="true")
     started = time.monotonic()
     found = rows(doctor_toolchain.agreement, house)["cuda fit"]
@@ -95,7 +93,7 @@ def test_gpu_older_than_vllms_kernels_fails(house):
 
 
 @pytest.mark.parametrize(
-    ("served", "of_torch", "of_toolkit", "state"),
+    ("supported", "of_torch", "of_toolkit", "state"),
     [
         ("13.0", "13.0", "13.0", "ok"),
         ("13.0", "12.9", "12.8", "ok"),
@@ -103,10 +101,10 @@ def test_gpu_older_than_vllms_kernels_fails(house):
         ("12.8", "13.0", "12.8", "FAIL"),
     ],
 )
-def test_driver_serves_older_cuda_and_newer_of_its_own_major_version(
-    house, served, of_torch, of_toolkit, state
+def test_driver_supports_older_cuda_and_newer_of_its_own_major_version(
+    house, supported, of_torch, of_toolkit, state
 ):
-    smi(house, cuda=served)
+    smi(house, cuda=supported)
     torch(house, of_torch)
     assert (
         rows(doctor_toolchain.agreement, house, CUDA_HOME=nvcc(house, of_toolkit))["cuda fit"].state
@@ -144,7 +142,7 @@ def test_toolkit_newer_than_the_driver_by_a_major_version_only_warns_beside_a_pr
         ("12.1a 10.3a", "13.0", "nvcc 13.0 does not support 10.3a"),
     ],
 )
-def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, toolkit, fault):
+def test_architectures_are_checked_against_gpu_torch_and_nvcc(house, text, toolkit, fault):
     smi(house)
     row = rows(
         doctor_toolchain.archs, house, TORCH_CUDA_ARCH_LIST=text, CUDA_HOME=nvcc(house, toolkit)
@@ -154,7 +152,7 @@ def test_architectures_are_held_against_the_gpu_and_torch_and_nvcc(house, text, 
     assert fault is None or re.search(r"TORCH_CUDA_ARCH_LIST='?12\.1a", row.hint)
 
 
-def test_nvcc_that_does_not_list_what_it_knows_is_not_held_against_the_architectures(house):
+def test_nvcc_without_a_list_of_architectures_is_no_fault(house):
     smi(house)
     assert (
         rows(
@@ -167,7 +165,7 @@ def test_nvcc_that_does_not_list_what_it_knows_is_not_held_against_the_architect
     )
 
 
-def test_list_in_env_file_is_mended_there_and_in_the_shell_by_an_export(house):
+def test_list_in_dotenv_is_fixed_there_and_in_the_shell_by_an_export(house):
     smi(house)
     house.layout.dotenv.write_text("TORCH_CUDA_ARCH_LIST=12.0a\n")
     assert ">> .env" in rows(doctor_toolchain.archs, house)["arch list"].hint
@@ -177,7 +175,7 @@ def test_list_in_env_file_is_mended_there_and_in_the_shell_by_an_export(house):
     )
 
 
-def test_without_a_gpu_the_device_cpu_asks_for_nothing_of_cuda(house):
+def test_device_cpu_needs_nothing_of_cuda(house):
     for check in (
         doctor_toolchain.driver,
         doctor_toolchain.toolkit,
@@ -187,7 +185,7 @@ def test_without_a_gpu_the_device_cpu_asks_for_nothing_of_cuda(house):
         assert {row.state for row in rows(check, house, device="cpu").values()} <= {"ok"}
 
 
-def test_who_holds_the_gpu_is_named_with_the_command_that_ends_it(house):
+def test_program_that_holds_the_gpu_is_named_with_the_command_that_shows_it(house):
     smi(house, apps="echo '4242, /usr/bin/python3, [N/A]'")
     row = rows(doctor_toolchain.residents, house)["residents"]
     assert row.state == "warn"
@@ -195,7 +193,7 @@ def test_who_holds_the_gpu_is_named_with_the_command_that_ends_it(house):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("argv", "expected"),
     [
         (("/x/.vllm/bin/python", "/x/.vllm/bin/vllm", "serve", "m"), True),
         (("VLLM::EngineCore", "", ""), True),
@@ -205,8 +203,8 @@ def test_who_holds_the_gpu_is_named_with_the_command_that_ends_it(house):
         ((), False),
     ],
 )
-def test_vllm_is_told_from_a_git_that_looks_at_its_source(words, expected):
-    assert doctor_toolchain.is_vllm(words) is expected
+def test_vllm_is_distinguished_from_a_git_that_reads_its_source(argv, expected):
+    assert doctor_toolchain.is_vllm(argv) is expected
 
 
 def test_process_that_calls_itself_an_engine_is_found(house):

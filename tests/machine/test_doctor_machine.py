@@ -1,6 +1,4 @@
-"""Memory, what guards it, and disk, on the machine that runs the tests and on groups and folders
-made up here.
-"""
+"""Memory and disk of the machine that runs the tests, and of control groups and folders made here."""
 
 import os
 import shutil
@@ -41,7 +39,7 @@ def test_control_group_that_cannot_be_read_is_no_limit(tmp_path: Path, broken):
     assert list(hardware._limit(tmp_path, "memory.max", "memory.current")) == []
 
 
-def test_jobs_that_outgrow_memory_are_told_before_the_machine_freezes(house):
+def test_too_many_jobs_for_the_memory_are_a_warning(house):
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
     fitting = max(
         1,
@@ -67,7 +65,7 @@ def test_vital_place_without_room_fails_and_another_one_only_warns(house):
         assert (row.state, "models" in row.seen) == (state, True)
 
 
-def test_every_place_that_will_grow_is_looked_at_where_the_user_put_it(house, tmp_path):
+def test_every_place_that_will_grow_follows_the_settings_of_the_user(house, tmp_path):
     shell = {
         "HF_HOME": str(tmp_path / "hf"),
         "UV_CACHE_DIR": str(tmp_path / "uv"),
@@ -93,7 +91,7 @@ def test_cache_on_the_clones_own_file_system_does_not_count_twice(house, tmp_pat
     assert need["workspace"] > 1
 
 
-def test_place_below_a_file_fails_with_the_command_that_mends_it(house, tmp_path):
+def test_place_below_a_file_fails_with_the_command_that_fixes_it(house, tmp_path):
     (tmp_path / "file").touch()
     (row,) = doctor_host.folders(
         case(house, places=(Place("models", tmp_path / "file" / "hub", 0.0),))
@@ -101,7 +99,7 @@ def test_place_below_a_file_fails_with_the_command_that_mends_it(house, tmp_path
     assert (row.state, row.hint) == ("FAIL", f'sudo chown -R "$USER" {tmp_path / "file"}')
 
 
-def test_what_ends_programs_in_time_is_found_among_those_that_run(house, tmp_path):
+def test_service_that_stops_programs_in_time_is_found_among_those_that_run(house, tmp_path):
     shutil.copy("/bin/sleep", tmp_path / "earlyoom")
     with subprocess.Popen([tmp_path / "earlyoom", "60"]) as running:
         try:
@@ -126,7 +124,7 @@ def test_limit_of_the_control_group_is_shown_beside_what_the_machine_has(house):
     assert (row.state, "the control group's limit, the machine has" in row.seen) == ("warn", True)
 
 
-def test_processor_without_released_wheels_is_told_to_compile(house):
+def test_processor_without_released_wheels_gets_the_hint_to_compile(house):
     (row,) = doctor_host.architecture(
         case(house, host=hardware.Machine("riscv64", 4, 8.0, 8.0, ()))
     )

@@ -1,4 +1,4 @@
-"""Remotes and indexes that are there, are not, hang or refuse: all of them on this machine."""
+"""Remotes and indexes that answer, are missing, hang or refuse: all of them on this machine."""
 
 import socket
 import threading
@@ -19,7 +19,7 @@ def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
     found = tuple(
         check(Case(house.layout, house.settings(**shell), device="cpu", kernels="precompiled"))
     )
-    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
 
@@ -42,8 +42,8 @@ def repository(house, path):
 
 
 @pytest.fixture
-def deaf() -> Iterator[str]:
-    """A server that takes connections and never says a word."""
+def silent() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -68,7 +68,7 @@ def refusing() -> Iterator[str]:
         thread.join()
 
 
-def test_remote_that_is_away_is_a_warning_while_the_archive_stands_in(house, pinned):
+def test_missing_remote_is_a_warning_while_the_archive_replaces_it(house, pinned):
     found = rows(doctor_host.vllm, house)["vllm git"]
     assert (found.state, "archive" in found.why) == ("warn", True)
     assert rows(doctor_host.vllm, house, SOURCE="git")["vllm git"].state == "FAIL"
@@ -86,9 +86,9 @@ def test_mirror_that_answers_is_enough(house, pinned, tmp_path):
     assert (found["vllm mirror"].state, found["vllm git"].state) == ("warn", "warn")
 
 
-def test_remote_that_never_answers_costs_the_connect_time_out(house, pinned, deaf):
+def test_remote_that_never_answers_costs_the_connect_time_out(house, pinned, silent):
     started = time.monotonic()
-    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"{deaf}/vllm.git", CONNECT_TIMEOUT_S="1")[
+    found = rows(doctor_host.vllm, house, VLLM_MIRROR=f"{silent}/vllm.git", CONNECT_TIMEOUT_S="1")[
         "vllm mirror"
     ]
     assert time.monotonic() - started < 4
@@ -111,7 +111,7 @@ def test_pins_that_name_no_remote_fail_with_a_sentence(house, content):
     assert rows(doctor_host.vllm, house)["vllm git"].state == "FAIL"
 
 
-def test_index_that_is_away_stops_a_fresh_clone_and_only_warns_one_that_is_built(house):
+def test_missing_index_fails_for_a_fresh_clone_and_warns_for_a_built_one(house):
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
     assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=closed)["index"].state == "FAIL"
@@ -120,10 +120,10 @@ def test_index_that_is_away_stops_a_fresh_clone_and_only_warns_one_that_is_built
     )
 
 
-def test_index_that_hangs_or_refuses_is_told_without_its_password(house, deaf, refusing):
+def test_index_that_hangs_or_refuses_is_reported_without_its_password(house, silent, refusing):
     assert (
         "no answer in 1 s"
-        in rows(doctor_host.index, house, UV_DEFAULT_INDEX=deaf, CONNECT_TIMEOUT_S="1")[
+        in rows(doctor_host.index, house, UV_DEFAULT_INDEX=silent, CONNECT_TIMEOUT_S="1")[
             "index"
         ].seen
     )
@@ -134,7 +134,7 @@ def test_index_that_hangs_or_refuses_is_told_without_its_password(house, deaf, r
     assert "hunter2" not in repr(found)
 
 
-def test_index_in_a_folder_is_there_or_not(house, tmp_path):
+def test_index_in_a_folder_exists_or_fails(house, tmp_path):
     assert rows(doctor_host.index, house, UV_DEFAULT_INDEX=tmp_path.as_uri())["index"].state == "ok"
     assert (
         rows(doctor_host.index, house, UV_DEFAULT_INDEX=(tmp_path / "gone").as_uri())["index"].state
@@ -148,7 +148,7 @@ def test_torch_that_lies_in_a_local_folder_needs_no_index(house):
     assert rows(doctor_host.torch_index, house)["torch index"].state == "ok"
 
 
-def test_no_torch_to_be_had_fails_and_only_warns_where_one_is_installed(house):
+def test_unavailable_torch_fails_and_only_warns_where_one_is_installed(house):
     assert rows(doctor_host.torch_index, house)["torch index"].state == "FAIL"
     packages = house.layout.environment / "lib" / "python3.11" / "site-packages"
     (packages / "torch-2.13.0.dist-info").mkdir(parents=True)

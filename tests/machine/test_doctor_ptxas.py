@@ -1,4 +1,4 @@
-"""Triton's assemblers as programs that know as much as the real ones: 12.8 of Triton 3.5.1 stops at
+"""Fake assemblers of Triton that support as much as the real ones: 12.8 of Triton 3.5.1 stops at
 sm_121a.
 """
 
@@ -7,7 +7,10 @@ import pytest
 from workspace.machine import arch, dotenv
 from workspace.machine.case import Case, Row
 
-PTXAS = """case "$1" in --version) echo 'Cuda compilation tools, release {release}, V{release}.1'; exit;; esac
+PTXAS = """if [ "$1" = --version ]; then
+echo 'Cuda compilation tools, release {release}, V{release}.1'
+exit
+fi
 target=${{1#--gpu-name=}}
 case " {known} " in *" $target "*) printf '\\177ELF' > "$3"; grep -q "target $target" "$4";; *)
 echo "ptxas fatal   : Value '$target' is not defined for option 'gpu-name'" >&2; exit 255;; esac"""
@@ -32,11 +35,11 @@ def rows(house, *, device="cuda", **shell) -> dict[str, Row]:
             Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")
         )
     )
-    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its cure"
+    assert all(row.hint for row in found if row.state == "FAIL"), "every failure has its hint"
     return {row.name: row for row in found}
 
 
-def test_triton_3_5_fails_by_assembling_and_the_toolkits_own_is_the_cure(house, tmp_path):
+def test_triton_3_5_fails_to_assemble_and_the_hint_is_the_assembler_of_the_toolkit(house, tmp_path):
     triton(house, "3.5.1")
     house.program(
         "ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path / "cuda" / "bin"
@@ -56,7 +59,7 @@ def test_triton_3_5_fails_by_assembling_and_the_toolkits_own_is_the_cure(house, 
     )
 
 
-def test_toolkit_whose_assembler_knows_no_more_is_not_offered_as_a_cure(house, tmp_path):
+def test_toolkit_whose_assembler_fails_too_is_not_in_the_hint(house, tmp_path):
     triton(house, "3.5.1")
     house.program(
         "ptxas", PTXAS.format(release="12.8", known=OLD), folder=tmp_path / "cuda" / "bin"
@@ -76,7 +79,7 @@ def test_first_assembler_may_fail_where_the_second_is_used(house):
     assert "uses the other assembler" in found["ptxas"].seen
 
 
-def test_second_assembler_that_fails_is_not_mended_by_the_first_ones_variable(house, tmp_path):
+def test_second_assembler_that_fails_is_not_fixed_by_the_variable_of_the_first(house, tmp_path):
     triton(house, "3.6.0", second=OLD)
     good = house.program("ptxas", PTXAS.format(release="13.0", known=NEW), folder=tmp_path)
     found = rows(house, TRITON_PTXAS_PATH=str(good))["ptxas-bw"]
@@ -98,7 +101,7 @@ def test_first_assembler_is_the_one_used_for_a_hopper_until_triton_3_9(house):
     )[0].is_used
 
 
-def test_path_that_leads_nowhere_is_told_since_triton_passes_over_it_in_silence(house):
+def test_missing_path_is_a_warning_since_triton_skips_it_without_a_message(house):
     triton(house, "3.7.1", second=NEW)
     row = rows(house, TRITON_PTXAS_BLACKWELL_PATH="/nonexistent/ptxas")["ptxas-bw"]
     assert (row.state, row.hint) == ("warn", "unset TRITON_PTXAS_BLACKWELL_PATH")
@@ -115,7 +118,7 @@ def test_path_to_a_folder_fails_since_triton_stops_there(house, tmp_path):
     "script",
     ["exit 127", "echo garbage", 'case "$1" in --version) echo "release 13.1, V13.1.1";; esac'],
 )
-def test_assembler_that_makes_no_cubin_fails_whatever_its_version_says(house, script):
+def test_assembler_that_makes_no_cubin_fails_whatever_its_version(house, script):
     triton(house, "3.7.1", second=NEW)
     house.program(
         "ptxas-blackwell",
@@ -125,7 +128,7 @@ def test_assembler_that_makes_no_cubin_fails_whatever_its_version_says(house, sc
     assert rows(house)["ptxas-bw"].state == "FAIL"
 
 
-def test_nothing_is_assembled_for_the_cpu_or_without_triton_and_the_row_says_so(house):
+def test_row_is_ok_for_the_cpu_and_without_triton(house):
     assert rows(house)["ptxas"].state == "ok"
     triton(house, "3.5.1")
     row = rows(house, device="cpu")["ptxas"]
@@ -141,5 +144,5 @@ def test_nothing_is_assembled_for_the_cpu_or_without_triton_and_the_row_says_so(
         ("8.9", ("sm_89", "8.0")),
     ],
 )
-def test_probe_asks_for_no_newer_ptx_than_the_architecture_needs(capability, target):
+def test_probe_needs_no_newer_ptx_than_the_architecture(capability, target):
     assert arch.target_of(capability) == target

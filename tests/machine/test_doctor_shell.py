@@ -37,9 +37,7 @@ def libraries(folder, *names):
     return folder
 
 
-def test_folder_with_a_library_that_torch_brings_is_named_and_left_out_by_the_cure(
-    house, torchs, tmp_path
-):
+def test_folder_with_a_library_of_torch_is_named_and_removed_by_the_hint(house, torchs, tmp_path):
     bad = libraries(
         tmp_path / "bad", "libcublas.so.13.0.0.19", "libcublas.so.13", "libnccl.so.2.27.5"
     )
@@ -50,7 +48,7 @@ def test_folder_with_a_library_that_torch_brings_is_named_and_left_out_by_the_cu
     assert found.hint == f"export LD_LIBRARY_PATH={good}:/nonexistent"
 
 
-def test_empty_entry_is_the_current_folder_and_told(house, torchs, tmp_path):
+def test_empty_entry_is_the_current_folder_and_reported(house, torchs, tmp_path):
     found = row(run_environment.library_path, house, LD_LIBRARY_PATH=f"{tmp_path}:")
     assert (found.state, found.hint) == ("warn", f"export LD_LIBRARY_PATH={tmp_path}")
     assert (
@@ -112,7 +110,7 @@ def test_token_file_that_cannot_be_read_is_a_warning(house, tmp_path):
         == "warn"
     )
     if os.geteuid() != 0:
-        # root reads what says it must not be.
+        # root reads a file without permissions.
         (tmp_path / "closed").write_text("x")
         (tmp_path / "closed").chmod(0)
         assert (
@@ -121,14 +119,14 @@ def test_token_file_that_cannot_be_read_is_a_warning(house, tmp_path):
         )
 
 
-def test_variable_of_the_shell_that_hides_a_line_is_told_with_its_unset(house):
+def test_variable_of_the_shell_that_hides_a_line_is_reported_with_its_unset(house):
     house.layout.dotenv.write_text("MAX_JOBS=4\n")
     found = row(doctor_host.settings, house, MAX_JOBS="8")
     assert (found.state, found.hint) == ("warn", "unset MAX_JOBS")
     assert row(doctor_host.settings, house, MAX_JOBS="4").state == "ok"
 
 
-def test_misspelt_setting_is_told_with_its_line(house):
+def test_misspelt_setting_is_reported_with_its_line(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOB=4\n")
     found = row(doctor_host.settings, house)
     assert "did you mean MAX_JOBS" in found.seen

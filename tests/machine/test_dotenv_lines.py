@@ -1,4 +1,4 @@
-"""Single lines of a user's .env: what is changed stays as a remark, all else stays as it is."""
+"""Single lines of a user's .env: a changed line remains as a comment, every other line as it is."""
 
 import pytest
 
@@ -23,11 +23,11 @@ from workspace.machine import dotenv
         ("", {"A": "/a folder/x#y"}, "# why\nA='/a folder/x#y'\n"),
     ],
 )
-def test_no_line_is_lost_and_the_last_word_is_the_new_one(text, changes, after):
+def test_no_line_is_lost_and_the_new_value_counts(text, changes, after):
     assert dotenv.changed(text, changes, why="why") == after
 
 
-def test_difference_is_told_and_the_file_keeps_its_rights_and_its_link(house, tmp_path):
+def test_difference_is_returned_and_the_file_keeps_its_mode_and_its_link(house, tmp_path):
     (tmp_path / "real.env").write_text("TRITON_PTXAS_PATH=/old\n")
     (tmp_path / "real.env").chmod(0o640)
     house.layout.dotenv.symlink_to(tmp_path / "real.env")

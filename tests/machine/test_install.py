@@ -58,7 +58,7 @@ def test_constraints_and_overrides_bind_and_the_command_in_the_log_can_be_copied
     assert (house.layout.state / "constraints.txt").read_text() == "leaf<2\n"
 
 
-def test_version_that_no_place_has_is_a_source_error(house, built):
+def test_version_that_no_index_has_is_a_source_error(house, built):
     settings = built()
     house.wheel("leaf", "1.0")
     for arguments in (
@@ -130,14 +130,14 @@ def test_contradiction_is_a_build_error_and_not_blamed_on_the_index(house, built
         ("gcc: dns error in a comment", BuildError, "exited with 2"),
     ],
 )
-def test_failures_of_uv_are_told_apart_by_what_uv_says(house, output, error, sentence):
+def test_failures_of_uv_are_classified_by_its_output(house, output, error, sentence):
     house.layout.tools.joinpath("bin", "uv").unlink()
     house.program("uv", f"cat <<'END'\n{output}\nEND\nexit 2", folder=house.layout.tools / "bin")
     with pytest.raises(error, match=sentence):
         install(house, house.settings(), "x")
 
 
-def test_words_of_a_compiler_are_not_taken_for_uvs_but_a_full_disk_is(house):
+def test_output_of_a_compiler_is_not_classified_except_a_full_disk(house):
     house.layout.tools.joinpath("bin", "uv").unlink()
     uv = house.program(
         "uv",
@@ -154,7 +154,7 @@ def test_words_of_a_compiler_are_not_taken_for_uvs_but_a_full_disk_is(house):
         install(house, house.settings(), "x", phase_env={})
 
 
-def test_build_sees_build_settings_and_no_secret_while_an_installation_sees_neither_setting(house):
+def test_build_gets_build_settings_and_no_secret_and_an_installation_no_settings(house):
     house.layout.tools.joinpath("bin", "uv").unlink()
     house.program(
         "uv",
@@ -170,11 +170,9 @@ def test_build_sees_build_settings_and_no_secret_while_an_installation_sees_neit
 
 
 class _Index(http.server.SimpleHTTPRequestHandler):
-    asked: list[str]
-
     def do_GET(self) -> None:
-        word = self.headers.get("Authorization", "")
-        if word != "Basic " + base64.b64encode(b"me:open sesame").decode():
+        credentials = self.headers.get("Authorization", "")
+        if credentials != "Basic " + base64.b64encode(b"me:open sesame").decode():
             self.send_response(401)
             self.send_header("WWW-Authenticate", "Basic")
             self.end_headers()
@@ -212,7 +210,7 @@ def test_password_of_an_index_reaches_the_index_but_neither_screen_nor_log(
     assert "sesame" not in house.log()
 
 
-def test_index_that_refuses_the_password_is_not_said_to_lack_the_package(house):
+def test_index_that_refuses_the_password_is_not_reported_to_lack_the_package(house):
     house.layout.tools.joinpath("bin", "uv").unlink()
     refused = (
         "hint: An index URL (http://x/simple) could not be queried due to a lack of valid"

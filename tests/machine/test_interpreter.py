@@ -24,7 +24,7 @@ def listed(version: str, path: Path, **more: str) -> dict[str, object]:
 
 
 class Pythons:
-    """A uv that lists what it is given, and interpreters that answer as they are told."""
+    """A fake uv that lists the given Pythons, and fake interpreters that answer."""
 
     def __init__(self, house) -> None:
         self.house, self.rows, self.record = house, [], house.layout.root.parent / "fetched"
@@ -101,14 +101,14 @@ def pythons(house) -> Pythons:
     return Pythons(house)
 
 
-def test_preferred_python_is_taken_without_a_word_though_a_newer_one_is_there(pythons):
+def test_preferred_python_is_taken_without_a_reason_beside_a_newer_one(pythons):
     pythons.add("3.13.1")
     wanted = pythons.add("3.12.4")
     assert pythons.choose() == interpreter.Choice(wanted, "3.12.4", "")
     assert pythons.fetches() == 0
 
 
-def test_missing_preferred_python_is_fetched_once_a_day_and_its_absence_said(pythons, house):
+def test_missing_preferred_python_is_fetched_once_a_day_and_the_reason_names_it(pythons, house):
     pythons.add("3.11.9")
     pythons.add("3.10.1")
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_missing_preferred_python_is_fetched_once_a_day_and_its_absence_said(pyt
     assert pythons.fetches() == 2
 
 
-def test_fetched_python_is_preferred_and_needs_no_word(pythons):
+def test_fetched_python_is_preferred_and_needs_no_reason(pythons):
     pythons.add("3.11.9")
     wanted = pythons.add("3.12.7")
     row = json.dumps(pythons.rows)
@@ -147,12 +147,12 @@ def test_local_torch_wheel_decides_and_nothing_is_fetched(pythons):
     assert pythons.fetches() == 0
 
 
-def test_local_torch_wheel_for_a_python_that_is_not_there_does_not_decide(pythons):
+def test_local_torch_wheel_for_a_missing_python_does_not_decide(pythons):
     pythons.add("3.12.4")
     assert pythons.choose(wheels=frozenset({"3.10"})).reason == ""
 
 
-def test_broken_shims_prereleases_and_odd_builds_are_passed_over(pythons):
+def test_broken_shims_prereleases_and_odd_builds_are_skipped(pythons):
     pythons.add("3.12.9", name="shim", runs=False)
     pythons.add("3.12.8", name="free", variant="freethreaded")
     pythons.add("3.12.7", name="pypy", implementation="pypy")
@@ -165,7 +165,7 @@ def test_broken_shims_prereleases_and_odd_builds_are_passed_over(pythons):
     assert pythons.choose().path == wanted
 
 
-def test_of_two_of_a_version_the_one_with_headers_is_taken(pythons):
+def test_of_two_pythons_of_a_version_the_one_with_headers_is_taken(pythons):
     pythons.add("3.12.3", name="without", headers=False)
     wanted = pythons.add("3.12.3", name="with")
     assert pythons.choose().path == wanted
@@ -221,7 +221,7 @@ def test_made_environment_is_described_and_making_it_again_touches_nothing(house
     } == before
 
 
-def test_half_made_environment_of_ours_is_made_anew_and_its_stamps_are_gone(house, built):
+def test_partial_environment_of_ours_is_made_again_without_its_stamps(house, built):
     marker = house.layout.environment / ".workspace" / "made-here"
     marker.parent.mkdir(parents=True)
     marker.touch()
@@ -235,7 +235,7 @@ def test_half_made_environment_of_ours_is_made_anew_and_its_stamps_are_gone(hous
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link", "broken environment"])
-def test_foreign_thing_in_the_place_of_the_environment_is_left_alone(house, built, kind):
+def test_foreign_file_at_the_path_of_the_environment_is_left_alone(house, built, kind):
     place = house.layout.environment
     if kind == "file":
         place.write_text("mine")
@@ -252,7 +252,7 @@ def test_foreign_thing_in_the_place_of_the_environment_is_left_alone(house, buil
     assert place.is_symlink() or place.is_file() or (place / "notes.txt").read_text() == "mine"
 
 
-def test_working_environment_of_somebody_else_is_adopted(house, built):
+def test_working_environment_of_the_user_is_kept(house, built):
     built()
     (house.layout.environment / ".workspace" / "made-here").unlink()
     (house.layout.environment / "notes.txt").write_text("mine")

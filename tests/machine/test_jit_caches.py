@@ -1,5 +1,5 @@
-"""Caches as Triton, FlashInfer and torch compile write them; who wrote is told by what they note,
-and by when.
+"""Caches as Triton, FlashInfer and torch compile write them; their notes and their times show which
+stack wrote them.
 """
 
 import json
@@ -59,7 +59,7 @@ def foreign(house, stack=OURS, **shell):
     return jit_caches.foreign(house.layout, house.settings(**shell), stack)
 
 
-def test_kernels_of_another_triton_are_found_where_a_run_would_load_them_and_own_ones_beside_them_are_not(
+def test_kernels_of_another_triton_are_found_and_kernels_of_this_triton_are_not(
     house,
 ):
     kernel(home(house) / ".triton" / "cache")
@@ -72,20 +72,18 @@ def test_kernels_of_another_triton_are_found_where_a_run_would_load_them_and_own
     )
 
 
-def test_kernels_for_another_gpu_are_foreign_only_where_a_gpu_says_what_is_here(house):
+def test_kernels_for_another_gpu_are_foreign_only_where_a_gpu_is_known(house):
     kernel(home(house) / ".triton" / "cache", arch=90)
     assert "sm_90" in foreign(house)[0].wrote
     assert foreign(house, Stack("tree", "2.13.0", "3.7.1", "none", "none")) == ()
 
 
-def test_triton_from_source_is_no_other_one_for_the_commit_in_its_version(house):
+def test_commit_in_the_version_of_a_triton_from_source_does_not_count(house):
     kernel(home(house) / ".triton" / "cache", version="3.9.0")
     assert foreign(house, Stack("tree", "2.13.0", "3.9.0+git3f6e4113", "none", "12.1")) == ()
 
 
-def test_library_that_is_linked_against_another_torch_is_found_and_one_of_another_flashinfer_never_loads(
-    house, tmp_path
-):
+def test_library_of_another_torch_is_found_and_of_another_flashinfer_not(house, tmp_path):
     packages = installed(house)
     place = home(house) / ".cache" / "flashinfer"
     library(place / "0.6.0", tmp_path / "elsewhere")
@@ -95,7 +93,7 @@ def test_library_that_is_linked_against_another_torch_is_found_and_one_of_anothe
     assert foreign(house)[0].wrote == f"compiled against the torch in {tmp_path / 'elsewhere'}"
 
 
-def test_what_is_older_than_the_installed_torch_is_of_another_stack_at_the_usual_places_only(house):
+def test_file_older_than_torch_is_foreign_at_the_usual_places_only(house):
     packages = installed(house)
     graph = home(house) / ".cache" / "vllm" / "torch_compile_cache" / "ab12" / "graph.py"
     own = Path(
@@ -116,14 +114,14 @@ def test_what_is_older_than_the_installed_torch_is_of_another_stack_at_the_usual
     }
 
 
-def test_folder_of_a_key_into_which_something_else_was_copied_is_found_too(house):
+def test_foreign_kernel_in_a_folder_of_this_stack_is_found_too(house):
     own = Path(jit_caches.variables(house.layout, house.settings(), OURS)["TRITON_CACHE_DIR"])
     kernel(own, version="3.5.1")
     (found,) = foreign(house)
     assert found.cache.is_own
 
 
-def test_cache_is_moved_beside_itself_under_its_date_and_never_over_another(house):
+def test_cache_is_renamed_with_its_date_and_never_over_another(house):
     place = home(house) / ".triton" / "cache"
     for _ in range(2):
         path = kernel(place, version="3.5.1")
@@ -136,7 +134,7 @@ def test_cache_is_moved_beside_itself_under_its_date_and_never_over_another(hous
     assert foreign(house) == ()
 
 
-def test_place_that_the_user_has_named_is_looked_at_and_not_keyed(house, tmp_path):
+def test_folder_that_the_user_sets_is_read_and_gets_no_key(house, tmp_path):
     house.layout.dotenv.write_text(f"TRITON_CACHE_DIR={tmp_path / 'own'}\n")
     kernel(tmp_path / "own", version="3.5.1")
     assert "TRITON_CACHE_DIR" not in jit_caches.variables(house.layout, house.settings(), OURS)
@@ -156,7 +154,7 @@ def test_place_that_the_user_has_named_is_looked_at_and_not_keyed(house, tmp_pat
         ("architecture", False),
     ],
 )
-def test_every_part_of_a_stack_has_folders_of_its_own_and_flashinfer_is_not_compiled_anew_for_a_commit(
+def test_every_part_of_a_stack_has_own_folders_and_a_commit_keeps_those_of_flashinfer(
     house, part, is_shared
 ):
     other = Stack(**{**OURS.__dict__, part: "another"})
@@ -167,7 +165,7 @@ def test_every_part_of_a_stack_has_folders_of_its_own_and_flashinfer_is_not_comp
     assert (mine["TRITON_CACHE_DIR"] == theirs["TRITON_CACHE_DIR"]) is (part == "flashinfer")
 
 
-def test_caches_that_nobody_can_read_say_nothing(house):
+def test_unreadable_caches_are_no_finding(house):
     place = home(house) / ".triton" / "cache" / "KEY"
     place.mkdir(parents=True)
     for number, text in enumerate(
@@ -179,17 +177,17 @@ def test_caches_that_nobody_can_read_say_nothing(house):
     assert foreign(house) == ()
 
 
-def test_cache_that_cannot_be_moved_is_a_sentence(house):
+def test_cache_that_cannot_be_renamed_is_an_error_with_a_sentence(house):
     found = jit_caches.Foreign(
         jit_caches.Cache("triton", Path("/proc"), False),
         "",
         jit_caches._last_written(house.layout.root),
     )
-    with pytest.raises(ToolchainError, match="/proc cannot be moved aside"):
+    with pytest.raises(ToolchainError, match="/proc cannot be renamed"):
         jit_caches.put_aside(found)
 
 
-def test_stack_is_what_the_environment_holds(house):
+def test_stack_has_the_versions_in_the_environment(house):
     packages = installed(house, "triton", "3.7.1")
     (packages / "torch").mkdir()
     installed_torch = packages / "torch-2.13.0.dist-info"

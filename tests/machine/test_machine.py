@@ -13,7 +13,7 @@ def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(hous
     assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
 
 
-def test_driver_too_old_to_know_compute_cap_still_shows_its_gpu(house):
+def test_driver_too_old_for_compute_cap_still_shows_its_gpu(house):
     house.program(
         "nvidia-smi",
         'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query.";'
@@ -22,7 +22,7 @@ def test_driver_too_old_to_know_compute_cap_still_shows_its_gpu(house):
     assert hardware.observe(house.settings()).gpus == (Gpu("Old", None, "470.1"),)
 
 
-def test_field_that_the_driver_cannot_tell_is_none(house):
+def test_field_that_the_driver_does_not_report_is_none(house):
     house.program("nvidia-smi", 'echo "NVIDIA X, [N/A], [Not Supported]"')
     assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA X", None, None),)
 
@@ -36,7 +36,7 @@ def test_failing_driver_is_no_gpu_even_when_it_prints_lines(house):
     assert hardware.observe(house.settings()).gpus == ()
 
 
-def test_driver_that_hangs_and_ignores_being_told_to_stop_is_no_gpu_within_five_seconds(house):
+def test_driver_that_hangs_and_ignores_signals_is_no_gpu_within_five_seconds(house):
     house.program("nvidia-smi", "trap '' TERM INT; sleep 60; echo 'late, 1.0, 1'")
     started = time.monotonic()
     assert hardware.observe(house.settings()).gpus == ()

@@ -20,13 +20,13 @@ MEMINFO = {
 }
 
 
-def test_page_cache_that_comes_back_is_without_shared_memory_and_what_is_not_written_yet() -> None:
+def test_droppable_page_cache_is_without_shared_memory_and_dirty_pages() -> None:
     assert hardware.droppable_gib(MEMINFO) == 9.0
     assert hardware.droppable_gib({}) == 0.0
     assert hardware.free_memory_gib(MEMINFO) == 4.0
 
 
-def test_line_for_sudoers_allows_the_very_words_that_are_run_and_escapes_what_must_be() -> None:
+def test_line_for_sudoers_allows_exactly_the_command_and_is_escaped() -> None:
     assert hardware.command("/usr/sbin/sysctl", is_root=False) == [
         "sudo",
         "-n",
@@ -49,14 +49,14 @@ def dropped(house: House, *, is_root: bool) -> str:
 
 
 def sudo(house: House, script: str) -> Path:
-    """A sudo that notes its words, and a sysctl that does nothing."""
+    """A fake sudo that logs its arguments, and a fake sysctl that does nothing."""
     log = house.bin / "sudo.log"
     house.program("sudo", f'echo "$*" >> {log}\n{script}')
     house.program("sysctl", "exit 0")
     return log
 
 
-def test_without_the_right_nothing_is_run_and_the_one_line_is_said(house: House) -> None:
+def test_without_the_right_nothing_runs_and_the_line_is_printed(house: House) -> None:
     log = sudo(house, "exit 1")
     with pytest.raises(ToolchainError, match="sudo does not allow") as caught:
         dropped(house, is_root=False)
@@ -65,12 +65,14 @@ def test_without_the_right_nothing_is_run_and_the_one_line_is_said(house: House)
     assert "visudo -cf /etc/sudoers.d/" in (caught.value.hint or "")
 
 
-def test_with_the_right_the_allowed_words_are_run_and_what_came_back_is_said(house: House) -> None:
+def test_with_the_right_the_allowed_command_runs_and_the_freed_memory_is_printed(
+    house: House,
+) -> None:
     log = sudo(house, "exit 0")
     output = dropped(house, is_root=False)
-    words = f"{house.bin}/sysctl -w vm.drop_caches=3"
-    assert log.read_text().splitlines() == [f"-n -l {words}", f"-n {words}"]
-    assert f"+ sudo -n {words}" in output
+    command = f"{house.bin}/sysctl -w vm.drop_caches=3"
+    assert log.read_text().splitlines() == [f"-n -l {command}", f"-n {command}"]
+    assert f"+ sudo -n {command}" in output
     assert "freed " in output
 
 
@@ -83,7 +85,7 @@ def test_root_needs_no_sudo_and_a_refusal_is_a_sentence(house: House) -> None:
     assert not log.exists()
 
 
-def test_machine_without_sudo_is_told_the_line(house: House) -> None:
+def test_machine_without_sudo_gets_the_line(house: House) -> None:
     house.program("sysctl", "exit 0")
     with pytest.raises(ToolchainError, match="not dropped"):
         dropped(house, is_root=False)

@@ -1,4 +1,4 @@
-"""`inv env.init`: .env is completed, and not a line of the user's is lost or changed unasked."""
+"""`inv env.init`: .env is completed, and no line of the user's is lost or changed unasked."""
 
 import io
 
@@ -14,7 +14,7 @@ GPU = 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) ex
 
 
 def init(house: House, *, replace: bool = False, **shell: str) -> tuple[str, str]:
-    """What was printed as data, and as talk."""
+    """Return what is printed on stdout and on stderr."""
     out, err = io.StringIO(), io.StringIO()
     dotenv.complete(
         house.layout, house.settings(**shell), console=Console(out=out, err=err), replace=replace
@@ -23,7 +23,7 @@ def init(house: House, *, replace: bool = False, **shell: str) -> tuple[str, str
 
 
 def spark(house: House) -> str:
-    """A machine with a GB10 and a toolkit; its CUDA_HOME."""
+    """Make a machine with a GB10 and a toolkit, and return its CUDA_HOME."""
     house.program("nvidia-smi", GPU)
     home = house.layout.root.parent / "cuda"
     house.program("nvcc", NVCC, folder=home / "bin")
@@ -56,7 +56,7 @@ def test_what_is_missing_is_added_with_the_difference_and_the_rest_stays_byte_fo
     assert house.layout.dotenv.read_text() == after
 
 
-def test_line_that_differs_is_shown_and_changed_only_where_it_is_asked_for(house: House) -> None:
+def test_line_that_differs_is_shown_and_changed_only_with_replace(house: House) -> None:
     spark(house)
     house.layout.dotenv.write_text(
         "TORCH_CUDA_ARCH_LIST=12.0f  # the guide's\nCUDA_HOME=/opt/cuda\n"

@@ -55,7 +55,7 @@ def test_paths_are_renamed_also_in_addresses_and_the_list_of_files_is_true_again
     assert promote.retarget_scripts(layout, "vllm", old=OLD, new=NEW) == ()
 
 
-def test_list_of_files_is_mended_where_a_kill_came_before_it(layout: Layout) -> None:
+def test_list_of_files_is_repaired_after_a_kill(layout: Layout) -> None:
     finder = layout.environment / "lib" / "python3.12" / "site-packages" / "finder.py"
     finder.write_text(finder.read_text().replace(str(OLD), str(NEW)))
     assert not all(sizes(layout))

@@ -100,7 +100,7 @@ def test_markers_are_judged_for_the_built_python_and_not_for_the_one_that_runs_t
     assert read(house, tree, machine="riscv64").accelerators == ()
 
 
-def test_what_the_index_cannot_give_is_left_out_with_its_reason(house, tree):
+def test_line_that_the_index_cannot_serve_is_left_out_with_its_reason(house, tree):
     line, why = read(house, tree).left_out[0]
     assert line.startswith("triton @ https://")
     assert "address of its own" in why
@@ -115,7 +115,7 @@ def test_continued_line_and_extras_are_read(house, tree):
     assert "humming-kernels[cu13]==0.1.16" in read(house, tree, device="cuda").runtime
 
 
-def test_beside_a_cpu_torch_neither_companions_nor_triton_may_come_in_by_the_back_door(house, tree):
+def test_beside_a_cpu_torch_no_dependency_may_install_companions_or_triton(house, tree):
     names = [line.split()[0] for line in read(house, tree).overrides]
     assert names == ["torchvision", "torchaudio", "torchcodec", "triton", "openai-harmony"]
     assert [line.split()[0] for line in read(house, tree, device="cuda").overrides] == [

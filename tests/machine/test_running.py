@@ -1,4 +1,4 @@
-"""The environment of a running vLLM: whose word counts, and what is kept from it."""
+"""The environment of a running vLLM: the order of its sources, and the names that are removed."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def variables(
     )
 
 
-def test_shell_goes_before_dotenv_before_recipe_and_the_callers_word_before_all(
+def test_caller_goes_before_shell_before_dotenv_before_recipe(
     house: House,
 ) -> None:
     recipe = {
@@ -44,7 +44,7 @@ def test_shell_goes_before_dotenv_before_recipe_and_the_callers_word_before_all(
     assert (found["MAX_JOBS"], found["VLLM_CPU_KVCACHE_SPACE"]) == ("77", "5")
 
 
-def test_builds_settings_are_kept_out_and_max_jobs_is_always_there(house: House) -> None:
+def test_settings_of_builds_are_removed_and_max_jobs_is_always_set(house: House) -> None:
     found = variables(
         house,
         "CMAKE_ARGS=-DX\nTORCH_CUDA_ARCH_LIST=12.1a\nVLLM_CUTLASS_SRC_DIR=/x\nVLLM_USE_PRECOMPILED=1\n",
@@ -71,7 +71,7 @@ def test_builds_settings_are_kept_out_and_max_jobs_is_always_there(house: House)
     )
 
 
-def test_names_that_only_former_releases_read_are_dropped_where_the_tree_has_not_got_them(
+def test_names_of_former_releases_are_removed_where_the_tree_does_not_read_them(
     house: House,
 ) -> None:
     envs = house.layout.vllm / "vllm" / "envs.py"
@@ -82,7 +82,7 @@ def test_names_that_only_former_releases_read_are_dropped_where_the_tree_has_not
     assert found["VLLM_USE_V1"] == "1"
 
 
-def test_vocabularies_are_named_only_where_all_are_there(house: House, tmp_path: Path) -> None:
+def test_vocabularies_are_exported_only_where_all_exist(house: House, tmp_path: Path) -> None:
     assert run_environment.ENCODINGS not in variables(house, TIKTOKEN_ENCODINGS_BASE=str(tmp_path))
     for name in run_environment.VOCABULARIES:
         (tmp_path / name).touch()
@@ -91,7 +91,7 @@ def test_vocabularies_are_named_only_where_all_are_there(house: House, tmp_path:
     ] == str(tmp_path)
 
 
-def test_kernels_are_kept_by_stack_but_where_the_user_says_otherwise_and_ninja_is_found(
+def test_kernels_are_kept_by_stack_unless_the_user_sets_a_folder_and_ninja_is_found(
     house: House,
 ) -> None:
     found = variables(house, TRITON_CACHE_DIR="/mine", VIRTUAL_ENV="/other", PYTHONPATH="/other")

@@ -34,7 +34,7 @@ def test_home_is_found_behind_a_wrapper_script_on_path(house, tmp_path):
     assert (found.home, found.nvcc) == (tmp_path / "cuda-13.0", real)
 
 
-def test_home_is_found_behind_a_link_when_nvcc_does_not_tell_it(house, tmp_path):
+def test_home_is_found_behind_a_link_when_nvcc_does_not_print_it(house, tmp_path):
     real = house.program(
         "nvcc",
         '[ "$1" = --version ] && echo "release 12.9, V12.9.1"',

@@ -6,6 +6,7 @@ import pytest
 
 from workspace.core.errors import BuildError, SourceError
 from workspace.machine import interpreter, torch
+from workspace.machine.requirements import COMPANIONS
 
 MACHINE = platform.machine()
 HERE = f"cp311-cp311-manylinux_2_28_{MACHINE}"
@@ -30,7 +31,7 @@ def packages(house) -> Path:
     return interpreter.site_packages(house.layout)[0]
 
 
-def test_torch_is_seen_without_starting_python_and_is_what_the_import_says(house, built):
+def test_torch_is_read_without_starting_python_and_equals_the_import(house, built):
     settings = built()
     assert torch.observe(house.layout, settings) is None
     put_torch(house, settings, "2.13.0", cuda="13.0")
@@ -215,7 +216,8 @@ def test_folder_is_found_in_pips_own_files_when_no_variable_names_it(house, tmp_
     folder = offer(tmp_path / "wheels", f"torch-2.13.0+cpu-{HERE}.whl")
     house.program(
         "python3",
-        f"""[ "$*" = "-m pip config list" ] && printf '%s\\n' "global.index-url='x'" "global.find-links='/nowhere\\\\n{folder}'" """,
+        f"""[ "$*" = "-m pip config list" ] && printf '%s\\n' "global.index-url='x'" \\
+"global.find-links='/nowhere\\\\n{folder}'" """,
     )
     assert torch.plan("torch==2.13.0", device="cpu", settings=house.settings()).arguments == (
         "--find-links",
@@ -295,7 +297,7 @@ def test_companions_come_from_where_torch_came(house, built, tmp_path):
         "torch==2.13.0", device="cpu", settings=house.settings(PIP_FIND_LINKS=str(folder))
     )
     assert torch.companion_arguments(house.layout, local, device="cpu") is None
-    offer(folder, *(f"{name}-1.0-py3-none-any.whl" for name in torch.COMPANIONS))
+    offer(folder, *(f"{name}-1.0-py3-none-any.whl" for name in COMPANIONS))
     assert torch.companion_arguments(house.layout, local, device="cpu") == (
         "--no-index",
         "--find-links",

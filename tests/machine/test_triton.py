@@ -1,5 +1,5 @@
-"""Which Triton is there and from where, and one that was put there on purpose through everything
-that is installed afterwards.
+"""The Triton in `.vllm` and its origin, and a Triton installed on purpose, which outlives whatever
+is installed afterwards.
 """
 
 import json
@@ -56,7 +56,7 @@ def test_origin_and_pair_are_read_from_what_describes_the_packages(house, paired
     assert found.place.endswith("triton-3.9.0+git3f6e4113-py3-none-any.whl")
 
 
-def test_cpu_torch_pairs_with_none_and_no_torch_does_too(house, built):
+def test_cpu_torch_or_a_missing_torch_pairs_with_no_triton(house, built):
     settings = built()
     assert torch.paired_triton(house.layout) is None
     house.torch("2.13.0+cpu")
@@ -64,7 +64,7 @@ def test_cpu_torch_pairs_with_none_and_no_torch_does_too(house, built):
     assert (torch.paired_triton(house.layout), torch.observe_triton(house.layout)) == (None, None)
 
 
-def test_editable_one_is_told_by_its_tree_and_another_without_files_has_no_package(house, paired):
+def test_editable_triton_has_the_package_of_its_tree_and_none_without_files(house, paired):
     tree = house.layout.triton
     (tree / "python" / "triton").mkdir(parents=True)
     (tree / "python" / "triton" / "__init__.py").touch()
@@ -81,7 +81,7 @@ def test_editable_one_is_told_by_its_tree_and_another_without_files_has_no_packa
     assert torch.observe_triton(house.layout).package is None
 
 
-def test_one_that_was_built_here_outlives_torch_and_all_that_asks_for_the_paired_one(house, paired):
+def test_triton_built_here_outlives_torch_and_packages_that_require_the_paired_one(house, paired):
     own(house, paired)
     needs = requirements.Requirements(
         (), (), "torch", (), ("xgrammar",), ('triton ; python_version < "0"',), (), None, ""
@@ -102,7 +102,7 @@ def test_one_that_was_built_here_outlives_torch_and_all_that_asks_for_the_paired
     assert interpreter.installed(house.layout)["triton"] == "3.9.0+git3f6e4113"
 
 
-def test_without_that_word_the_paired_one_would_come_back(house, paired):
+def test_without_the_override_the_paired_triton_replaces_it(house, paired):
     own(house, paired)
     install(house, paired, "xgrammar")
     assert interpreter.installed(house.layout)["triton"] == "3.7.1"

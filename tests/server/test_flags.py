@@ -116,7 +116,7 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
     assert judged.dropped == (
         (
             "--swap-space 16 is left out: it is gone since vLLM 0.18.1 (vllm-project/vllm#36216);"
-            " nothing takes its place, leave it out"
+            " nothing replaces it, remove it"
         ),
     )
 

@@ -295,11 +295,6 @@ def install(
     lists = _written_lists(layout, constraints=constraints, overrides=overrides)
     output: deque[str] = deque(maxlen=KEPT_LINES)
 
-    def keep(line: str) -> None:
-        output.append(line)
-        if on_line:
-            on_line(line)
-
     try:
         # uv reads [tool.uv] in its working directory: never vLLM's, wherever the person works.
         process.run(
@@ -307,7 +302,7 @@ def install(
             env=environment | secret,
             cwd=layout.root,
             run_log=run_log,
-            on_line=keep,
+            on_line=_keeping(output, on_line),
             failure=failure,
             hint=hint,
         )
@@ -318,6 +313,17 @@ def install(
         if known is exc:
             raise
         raise known from exc
+
+
+def _keeping(output: deque[str], on_line: Callable[[str], None] | None) -> Callable[[str], None]:
+    """Return a callback that keeps each line and passes it on."""
+
+    def keep(line: str) -> None:
+        output.append(line)
+        if on_line:
+            on_line(line)
+
+    return keep
 
 
 def _written_lists(

@@ -88,8 +88,8 @@ def observe(
 ) -> Stack:
     """Return the stack that `.vllm` runs as.
 
-    `capabilities` of the GPUs, such as 12.1, come from the driver where they are not given; that costs
-    up to a second. Starts no Python.
+    `capabilities` of the GPUs, such as 12.1, come from the driver where they are not given; that
+    costs up to a second. Starts no Python.
     """
     build = torch.observe(layout, settings)
     there = interpreter.installed(layout)

@@ -60,7 +60,7 @@ def test_built_installed_proven_and_kept_by_all_that_comes_after(
     assert answer(built) == "42"
     assert f"{version} built here from {upstream.pinned[:12]} (main)" in built.run("status").err
     built.layout.stamp("environment").unlink()
-    assert f"triton {version} (put there on purpose: it stays)" in built.bootstrap().err
+    assert f"triton {version} (installed on purpose, kept)" in built.bootstrap().err
     assert "nothing to do" in built.bootstrap().err
     assert answer(built) == "42"
 
