@@ -1,1 +1,1 @@
-"""What this machine has and lacks: hardware, toolchain, environment, doctor."""
+"""The machine and the interpreter of `.vllm`: their facts, their faults, the installed packages."""

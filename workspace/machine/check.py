@@ -39,7 +39,7 @@ _OF_INTEREST = re.compile(
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
 _UNKNOWN = re.compile(r"\.env, line \d+: (?P<name>\w+) is no setting")
 _ON = ("1", "true", "yes", "on")
-# Variables of vLLM that name a file or folder to read; vLLM creates those that are left out here.
+# Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
 # The Triton that introduced the second assembler, and the first GPU that uses it
 # (triton/backends/nvidia/compiler.py).

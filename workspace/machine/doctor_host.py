@@ -269,7 +269,7 @@ def index(case: Case) -> Iterator[Row]:
     )
     state: State = "FAIL"
     if case.is_built:
-        # What is built needs the index no more; a bootstrap from nothing does.
+        # A finished workspace does not need the index; a first bootstrap does.
         state, why = "warn", ".vllm has everything now; a changed requirement needs the index"
     yield Row(state, "index", f"{shown}: {without_user(fault)}", why, hint)
 

@@ -107,7 +107,7 @@ def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tu
     except FileNotFoundError:
         before, mode = "", 0o600
     after = changed(before, changes, why=why)
-    # Through a link: its target is the file of the user.
+    # The user's file may be a link: its target is written.
     write_atomic(layout.dotenv.resolve(), after.encode(), mode=mode)
     return tuple(
         difflib.unified_diff(
@@ -117,7 +117,7 @@ def change(layout: Layout, changes: Mapping[str, str | None], *, why: str) -> tu
 
 
 NAME_WIDTH = 28
-WHY = "by inv env.init, from what this machine has"
+WHY = "by inv env.init, for this machine"
 _PROBE = ".version {ptx}\n.target {target}\n.address_size 64\n.visible .entry probe() {{ ret; }}\n"
 
 # Run a program that only reads; the result is None where it does not start or gives no answer.

@@ -264,7 +264,7 @@ def _made_here(layout: Layout) -> Path:
 
 
 def _is_begun(entry: Path, marker: Path) -> bool:
-    """Return whether an entry of `.vllm` is left by a run that a kill ended at its marker."""
+    """Return whether an entry of `.vllm` is of a run that was killed while it wrote its marker."""
     return entry == marker.parent or (
         entry.parent == marker.parent and entry.name.startswith(f".{marker.name}.")
     )

@@ -218,7 +218,7 @@ def _project(root: Path) -> tuple[Mapping[str, object], str]:
     except (OSError, ValueError) as exc:
         raise BuildError(
             f"{root / 'pyproject.toml'} cannot be read: {exc}",
-            hint="./scripts/inv bootstrap  # is vendor/vllm there?",
+            hint="./scripts/inv bootstrap  # does vendor/vllm exist?",
         ) from exc
 
 

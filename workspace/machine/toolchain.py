@@ -35,7 +35,7 @@ _RELEASE = re.compile(r"release (\d+\.\d+)")
 # not exist.
 _TOP = re.compile(r"^#\$ TOP=(.+)$", re.MULTILINE)
 
-# Errors of uv and of the kernel, in the order in which `classify` tries them.
+# Errors of uv and of the kernel, in the order in which `classify_uv_failure` tries them.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)")
 _READ_ONLY = re.compile(r"Read-only file system|Permission denied \(os error 13\)|\(os error 30\)")
 _NO_NETWORK = re.compile(
