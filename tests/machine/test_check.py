@@ -263,6 +263,17 @@ def test_secrets_are_shown_as_set_or_unset_only(house: House) -> None:
     )
 
 
+def test_json_has_every_row_with_its_six_keys_and_a_verdict(house: House) -> None:
+    house.layout.dotenv.write_text("")
+    out = io.StringIO()
+    check.show(house.layout, house.settings(), console=Console(out=out, err=out), as_json=True)
+    output = json.loads(out.getvalue())
+    assert (output["schema"], output["verdict"]) == (1, "pass")
+    assert {tuple(sorted(row)) for row in output["rows"]} == {
+        ("hint", "name", "source", "state", "text", "value")
+    }
+
+
 def test_warnings_are_printed_once_and_the_error_names_the_first_and_the_rest(house: House) -> None:
     judged(house, "VLLM_NUMBER=many\nVLLM_CHOICE=c\nVLLM_SWITCH=yes\n")
     err = io.StringIO()

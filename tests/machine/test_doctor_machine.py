@@ -1,4 +1,4 @@
-"""Memory and disk of the machine that runs the tests, and of control groups and folders made here."""
+"""Memory and disk of the machine that runs the tests, and of groups and folders made here."""
 
 import os
 import shutil

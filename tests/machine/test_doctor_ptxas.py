@@ -4,7 +4,7 @@ sm_121a.
 
 import pytest
 
-from workspace.machine import arch, dotenv
+from workspace.machine import dotenv
 from workspace.machine.case import Case, Row
 
 PTXAS = """if [ "$1" = --version ]; then
@@ -133,16 +133,3 @@ def test_row_is_ok_for_the_cpu_and_without_triton(house):
     triton(house, "3.5.1")
     row = rows(house, device="cpu")["ptxas"]
     assert (row.state, "cpu" in row.seen) == ("ok", True)
-
-
-@pytest.mark.parametrize(
-    ("capability", "target"),
-    [
-        ("12.1", ("sm_121a", "8.8")),
-        ("12.0", ("sm_120a", "8.7")),
-        ("9.0", ("sm_90a", "8.0")),
-        ("8.9", ("sm_89", "8.0")),
-    ],
-)
-def test_probe_needs_no_newer_ptx_than_the_architecture(capability, target):
-    assert arch.target_of(capability) == target

@@ -322,7 +322,7 @@ def _print(rows: tuple[Row, ...], console: Console) -> None:
             # Never wrapped, so that a person can copy it.
             console.info(f"{indent}$ {row.hint}", style="bold")
     counts = {state: sum(row.state == state for row in rows) for state in ORDER}
-    console.info(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['FAIL']} failures")
+    console.info(f"{counts['ok']} ok, {counts['warn']} warn, {counts['FAIL']} FAIL")
 
 
 def _wrapped(text: str, room: int) -> list[str]:

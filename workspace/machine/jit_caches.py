@@ -161,13 +161,13 @@ def foreign(layout: Layout, settings: Settings, stack: Stack) -> tuple[Foreign, 
     return tuple(found)
 
 
-def put_aside(one: Foreign) -> Path:
+def put_aside(found: Foreign) -> Path:
     """Rename a cache to a name with the date of its last write, and return the new path.
 
     Raises ToolchainError where that is not allowed.
     """
-    present = one.cache.place
-    name = f"{present.name}.of-{one.last.strftime('%Y%m%d-%H%M%S')}"
+    present = found.cache.place
+    name = f"{present.name}.of-{found.last.strftime('%Y%m%d-%H%M%S')}"
     names = (name, *(f"{name}-{index}" for index in range(2, 1000)))
     place = next(present.with_name(free) for free in names if not present.with_name(free).exists())
     try:
