@@ -13,7 +13,7 @@ def pretend_good(world: World, tag: str) -> str:
     its series is the present state again.
     """
     layout, base = world.layout, world.git("rev-parse", "HEAD~1")
-    before = known_good.every(layout)[0]
+    before = known_good.states(layout)[0]
     tree = world.git("rev-parse", f"{base}^{{tree}}")
     name = known_good.name_of(tag, tree)
     folder = known_good.folder(layout, name)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.repo.conftest import commit, sh_git, write
 from workspace.bump import changes, forecast
-from workspace.bump.changes import Change
+from workspace.bump.changes import Change, Comparison
 from workspace.core import settings as settings_module
 from workspace.core.paths import Layout
 from workspace.machine import run_environment
@@ -23,7 +23,7 @@ PIN = Pin("vllm", "v1.0.0", "1.0.0", "0" * 40, "https://a.invalid", None, {})
 NOW = datetime.datetime.now(datetime.UTC)
 
 
-class Ground:
+class Trees:
     """Two trees in a repository, and a user's files beside them."""
 
     def __init__(self, root: Path) -> None:
@@ -50,18 +50,8 @@ class Ground:
         settings = settings_module.load(
             self.layout, environ={"PATH": os.environ["PATH"], **self.shell}
         )
-        return list(
-            changes.work_out(
-                git,
-                self.layout,
-                settings,
-                pin=PIN,
-                candidate=self.candidate,
-                differing=differing,
-                moved=moved,
-                touched=touched,
-            )
-        )
+        compared = Comparison(PIN, self.candidate, differing, moved, touched)
+        return list(changes.work_out(git, self.layout, settings, compared))
 
     def texts(self, topic: str, old: dict[str, str], new: dict[str, str]) -> list[str]:
         return [
@@ -70,15 +60,15 @@ class Ground:
 
 
 @pytest.fixture
-def ground(tmp_path: Path) -> Ground:
-    return Ground(tmp_path)
+def trees(tmp_path: Path) -> Trees:
+    return Trees(tmp_path)
 
 
 def both(path: str, old: str, new: str) -> tuple[dict[str, str], dict[str, str]]:
     return {path: old}, {path: new}
 
 
-def test_requirements_added_removed_and_changed_are_named_with_their_files(ground: Ground) -> None:
+def test_requirements_added_removed_and_changed_are_named_with_their_files(trees: Trees) -> None:
     old = {
         "requirements/common.txt": "a\nb==1 # why\nsame>=1\n",
         "requirements/cuda.txt": "-r common.txt\ntorch==2.13.0\n",
@@ -87,7 +77,7 @@ def test_requirements_added_removed_and_changed_are_named_with_their_files(groun
         "requirements/common.txt": "b == 2\nsame >= 1 # else\nC_c[x]>=1,<2\n",
         "requirements/cuda.txt": "-r common.txt\ntorch==2.14.0\n",
     }
-    assert ground.texts("requirement", old, new) == [
+    assert trees.texts("requirement", old, new) == [
         "torch ==2.13.0 → ==2.14.0  (requirements/cuda.txt)",
         "a any version, gone  (requirements/common.txt)",
         "b ==1 → ==2  (requirements/common.txt)",
@@ -95,7 +85,7 @@ def test_requirements_added_removed_and_changed_are_named_with_their_files(groun
     ]
 
 
-def test_same_change_in_several_files_is_one_line(ground: Ground) -> None:
+def test_same_change_in_several_files_is_one_line(trees: Trees) -> None:
     old = {
         "requirements/build/cuda.txt": "torch==1\n",
         "pyproject.toml": '[build-system]\nrequires = ["torch == 1"]\n',
@@ -104,19 +94,19 @@ def test_same_change_in_several_files_is_one_line(ground: Ground) -> None:
         "requirements/build/cuda.txt": "torch==2\n",
         "pyproject.toml": '[build-system]\nrequires = ["torch == 2"]\n',
     }
-    assert ground.texts("requirement", old, new) == [
+    assert trees.texts("requirement", old, new) == [
         "torch ==1 → ==2  (pyproject.toml, requirements/build/cuda.txt)"
     ]
 
 
-def test_requirements_of_other_machines_pythons_and_devices_do_not_count(ground: Ground) -> None:
+def test_requirements_of_other_machines_pythons_and_devices_do_not_count(trees: Trees) -> None:
     old, new = both(
         "requirements/common.txt",
         "a==1; sys_platform == 'win32'\nb==1; python_version < '3.5'\n",
         "b==2; python_version < '3.5'\n",
     )
     assert (
-        ground.texts(
+        trees.texts(
             "requirement",
             old | {"requirements/rocm.txt": "torch==1\n"},
             new | {"requirements/rocm.txt": "torch==2\n"},
@@ -132,14 +122,14 @@ def test_requirements_of_other_machines_pythons_and_devices_do_not_count(ground:
 
 
 def test_options_addresses_and_what_is_no_requirement_are_compared_as_they_stand(
-    ground: Ground,
+    trees: Trees,
 ) -> None:
     old, new = both(
         "requirements/cpu.txt",
         "--extra-index-url https://a.invalid\n!!\n",
         "--extra-index-url https://b.invalid\nx @ https://c.invalid/x.whl\n",
     )
-    assert ground.texts("requirement", old, new) == [
+    assert trees.texts("requirement", old, new) == [
         "!! , gone  (requirements/cpu.txt)",
         "--extra-index-url https://a.invalid → https://b.invalid  (requirements/cpu.txt)",
         "x https://c.invalid/x.whl, new  (requirements/cpu.txt)",
@@ -156,12 +146,12 @@ def test_options_addresses_and_what_is_no_requirement_are_compared_as_they_stand
         "a = " + "[" * 9000,
     ],
 )
-def test_pyproject_that_is_none_has_no_requirements(ground: Ground, broken: str) -> None:
+def test_pyproject_that_is_none_has_no_requirements(trees: Trees, broken: str) -> None:
     old, new = both("pyproject.toml", broken, '[build-system]\nrequires = ["a"]\n')
-    assert ground.texts("requirement", old, new) == ["a any version, new  (pyproject.toml)"]
+    assert trees.texts("requirement", old, new) == ["a any version, new  (pyproject.toml)"]
 
 
-def test_least_versions_of_tools(ground: Ground) -> None:
+def test_least_versions_of_tools(trees: Trees) -> None:
     text = (
         "cmake_minimum_required(VERSION {})\n# cmake_minimum_required(VERSION"
         ' 1)\nif(CMAKE_CXX_COMPILER_VERSION VERSION_LESS "{}")\n'
@@ -174,13 +164,13 @@ def test_least_versions_of_tools(ground: Ground) -> None:
         "CMakeLists.txt": text.format("3.26", "13"),
         "pyproject.toml": '[project]\nrequires-python = ">=3.11"\n',
     }
-    assert ground.texts("minimum", old, new) == [
+    assert trees.texts("minimum", old, new) == [
         "C++ compiler 11.3 → 13  (CMakeLists.txt)",
         "Python >=3.10 → >=3.11  (pyproject.toml)",
     ]
 
 
-def test_external_projects_are_named_by_tag_through_variables(ground: Ground) -> None:
+def test_external_projects_are_named_by_tag_through_variables(trees: Trees) -> None:
     text = 'if(R)\n  set(TAG "{}")\nelse()\n  set(TAG "v3.5.1")\nendif()\n'
     text += (
         "FetchContent_Declare(\n  Kernels\n  GIT_REPOSITORY https://x\n  GIT_TAG ${{TAG}} # GIT_TAG"
@@ -195,7 +185,7 @@ def test_external_projects_are_named_by_tag_through_variables(ground: Ground) ->
         old | {"cmake/cpu_extension.cmake": populate.format("v1")},
         new | {"cmake/cpu_extension.cmake": populate.format("v2")},
     )
-    assert ground.texts("external", old, new) == [
+    assert trees.texts("external", old, new) == [
         "acl v1 → v2  (cmake/cpu_extension.cmake)",
         f"kernels {'1' * 12}; v3.5.1 → {'2' * 12}; v3.5.1  (cmake/external_projects/a.cmake)",
     ]
@@ -210,9 +200,9 @@ def test_external_projects_are_named_by_tag_through_variables(ground: Ground) ->
     ],
 )
 def test_compiled_sources_that_differ_outdate_the_kernels(
-    ground: Ground, path: str, output: str
+    trees: Trees, path: str, output: str
 ) -> None:
-    assert output in ground.texts("sources", *both(path, "a\n", "b\n"))[0]
+    assert output in trees.texts("sources", *both(path, "a\n", "b\n"))[0]
 
 
 ENVS = "environment_variables: dict[str, int] = {{\n    '{}': 1,\n    **more,\n}}\n"
@@ -220,42 +210,40 @@ ENVS = "environment_variables: dict[str, int] = {{\n    '{}': 1,\n    **more,\n}
 
 @pytest.mark.parametrize("place", [".env", "shell", "recipes/big.toml"])
 def test_variable_that_the_new_tree_no_longer_knows_is_named_with_its_place_and_the_nearest(
-    ground: Ground, place: str
+    trees: Trees, place: str
 ) -> None:
     if place == "shell":
-        ground.shell["VLLM_MXFP4_BACKEND"] = "hunter2"
+        trees.shell["VLLM_MXFP4_BACKEND"] = "hunter2"
     else:
         line = (
             "VLLM_MXFP4_BACKEND=hunter2\n"
             if place == ".env"
             else '[environment]\nVLLM_MXFP4_BACKEND = "hunter2"\n'
         )
-        write(ground.layout.root, {place: line})
+        write(trees.layout.root, {place: line})
     old, new = both(
         "vllm/envs.py", ENVS.format("VLLM_MXFP4_BACKEND"), ENVS.format("VLLM_MXFP8_BACKEND")
     )
-    assert ground.texts("variable", old, new) == [
+    assert trees.texts("variable", old, new) == [
         f"VLLM_MXFP4_BACKEND is not known there; did you mean VLLM_MXFP8_BACKEND?  ({place})"
     ]
 
 
-def test_variables_that_are_ours_or_that_neither_tree_knows_are_no_news(ground: Ground) -> None:
-    ground.shell |= {"VLLM_MIRROR": "x", "VLLM_NEVER": "1"}
+def test_variables_that_are_ours_or_that_neither_tree_knows_are_no_news(trees: Trees) -> None:
+    trees.shell |= {"VLLM_MIRROR": "x", "VLLM_NEVER": "1"}
     assert (
-        ground.texts(
-            "variable", *both("vllm/envs.py", ENVS.format("VLLM_MIRROR"), ENVS.format("A"))
-        )
+        trees.texts("variable", *both("vllm/envs.py", ENVS.format("VLLM_MIRROR"), ENVS.format("A")))
         == []
     )
 
 
-def test_flags_in_use_that_are_gone_are_named_however_they_are_spelled(ground: Ground) -> None:
+def test_flags_in_use_that_are_gone_are_named_however_they_are_spelled(trees: Trees) -> None:
     recipe = (
         'command = "vllm serve x --swap_space=4 --kept"\n[flags]\nlora-modules = 1\nmax_model_len ='
         ' 2\n[other]\nlist = ["--no-gone.deep", "3"]\n'
     )
     write(
-        ground.layout.root,
+        trees.layout.root,
         {"recipes/a.toml": recipe, ".env": "EXTRA=--swap-space 4\n", "recipes/broken.toml": "["},
     )
     cli = "class FrontendArgs:\n    lora_modules: str = ''\n    _own: int = 0\n"
@@ -272,8 +260,8 @@ def test_flags_in_use_that_are_gone_are_named_however_they_are_spelled(ground: G
         "vllm/entrypoints/common/cli_args.py": cli,
         "vllm/engine/arg_utils.py": engine.replace("--swap-space", "--swap-spaces"),
     }
-    assert ground.texts("flag", old, new) == [
-        "--no-gone is not known there; nothing of a like name is there  (recipes/a.toml)",
+    assert trees.texts("flag", old, new) == [
+        "--no-gone is not known there; no similar name exists there  (recipes/a.toml)",
         "--swap-space is not known there; did you mean --swap-spaces?  (.env, recipes/a.toml)",
     ]
 
@@ -292,33 +280,31 @@ def test_source_that_is_no_registry_has_no_names(source: bytes) -> None:
     assert run_environment.variables_of(source) == flags.flags_of(source) == frozenset()
 
 
-def test_file_of_a_patch_that_moved_or_vanished_is_named(ground: Ground) -> None:
+def test_file_of_a_patch_that_moved_or_vanished_is_named(trees: Trees) -> None:
     text = "".join(f"line {number}\n" for number in range(30))
     old = {"a/moved.py": text, "a/gone.py": "short and gone\n", "a/untouched.py": "x\n"}
-    found = ground.between(
-        old, {"b/there.py": text + "more\n"}, touched=("a/moved.py", "a/gone.py")
-    )
+    found = trees.between(old, {"b/there.py": text + "more\n"}, touched=("a/moved.py", "a/gone.py"))
     moved = [forecast.text_of(change) for change in found if change.topic == "moved"]
-    assert moved == ["a/gone.py; is gone, and no new file is like it", "a/moved.py → b/there.py"]
+    assert moved == ["a/gone.py; is gone, and no new file resembles it", "a/moved.py → b/there.py"]
 
 
-def test_age_is_held_against_what_a_bump_asks_for(ground: Ground) -> None:
+def test_age_is_held_against_what_a_bump_asks_for(trees: Trees) -> None:
     old, new = both("a", "1", "2")
-    assert ground.texts("age", old, new) == ["v1.0.0: 30.0 days"]
-    ground.candidate = replace(ground.candidate, published=NOW - datetime.timedelta(days=2))
-    assert "younger than the 7 days" in ground.texts("age", *both("b", "1", "2"))[0]
-    ground.shell["PIN_MIN_AGE_DAYS"] = "1"
-    assert ground.texts("age", *both("c", "1", "2")) == ["v1.0.0: 2.0 days"]
-    ground.candidate = replace(ground.candidate, published=None)
-    assert "is not known" in ground.texts("age", *both("d", "1", "2"))[0]
+    assert trees.texts("age", old, new) == ["v1.0.0: 30.0 days"]
+    trees.candidate = replace(trees.candidate, published=NOW - datetime.timedelta(days=2))
+    assert "younger than the 7 days" in trees.texts("age", *both("b", "1", "2"))[0]
+    trees.shell["PIN_MIN_AGE_DAYS"] = "1"
+    assert trees.texts("age", *both("c", "1", "2")) == ["v1.0.0: 2.0 days"]
+    trees.candidate = replace(trees.candidate, published=None)
+    assert "publication date unknown" in trees.texts("age", *both("d", "1", "2"))[0]
 
 
-def test_precompiled_wheel_is_missed_on_this_machine_only(ground: Ground) -> None:
-    ground.candidate = replace(
-        ground.candidate,
+def test_precompiled_wheel_is_missed_on_this_machine_only(trees: Trees) -> None:
+    trees.candidate = replace(
+        trees.candidate,
         not_precompiled={f"cpu-{os.uname().machine}": "no wheel", "cpu-other": "no wheel"},
     )
     found = [
-        change for change in ground.between(*both("a", "1", "2")) if change.topic == "precompiled"
+        change for change in trees.between(*both("a", "1", "2")) if change.topic == "precompiled"
     ]
     assert [change.name for change in found] == [f"cpu-{os.uname().machine}"]

@@ -248,7 +248,7 @@ def test_patch_that_upstream_took_and_reverted_is_kept(
     clone.series({"Five.patch": export(work, "HEAD")})
     (patch,) = run(clone).patches
     assert patch.state == "clean"
-    assert ("and yet it changes the tree" in patch.remark) == (kind == "git")
+    assert ("but it still changes the tree" in patch.remark) == (kind == "git")
 
 
 @pytest.mark.parametrize("kind", ["git"])
@@ -279,7 +279,7 @@ def test_series_that_does_not_fit_its_own_base_is_named(clone: Clone, ladder: La
     after = ladder.series["Local-after.patch"]
     clone.series({"Local-after.patch": after})
     with pytest.raises(
-        PatchConflict, match="Local-after.patch does not even apply to the present base"
+        PatchConflict, match="Local-after.patch does not apply even to the present base"
     ):
         run(clone)
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group("good")
 
 
 def names(world: World) -> list[str]:
-    return [found.name for found in known_good.every(world.layout)]
+    return [found.name for found in known_good.states(world.layout)]
 
 
 def refusal(world: World) -> str:
@@ -42,7 +42,7 @@ def test_only_a_clean_exported_tree_whose_smoke_passed_is_good(clone: World) -> 
     package.write_text(package.read_text() + "# mine\n")
     assert "vendor/vllm has edits" in refusal(clone)
     clone.git("commit", "--quiet", "--all", "-m", "Mine\n\nUpstream-Status: Pending")
-    assert "vendor/vllm holds something else" in refusal(clone)
+    assert "vendor/vllm differs from what the series makes" in refusal(clone)
     clone.git("checkout", "--quiet", "--", ".")
     clone.git("reset", "--quiet", "--hard", "HEAD~1")
     layout.smoke_record.write_text(layout.smoke_record.read_text().replace(tree, "0" * 40))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.small.materials import git
 from workspace.bump import staging
-from workspace.bump.staging import Begun, BumpSandbox
+from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import settings as settings_module
 from workspace.core.console import Console
 from workspace.core.log import RunLog
@@ -140,7 +140,7 @@ def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(
     bump_sandbox = BumpSandbox(
         layout,
         own,
-        Begun("v2", "v1", base, base, "", base),
+        BumpStart("v2", "v1", base, base, "", base),
         Pin("vllm", "v2", "2", base, "", None, {}),
     )
     tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
@@ -173,13 +173,13 @@ def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_
     # Killed after the rename that ends the bump, before git was told; and one that was killed when
     # it had just been made.
     layout.bump_sandbox.rename(tmp_path / "gone")
-    begun = layout.state / ".bump.making-k7a3ox9q"
-    begun.mkdir()
-    staging.tidy(layout)
+    started = layout.state / ".bump.making-k7a3ox9q"
+    started.mkdir()
+    staging.clear_leftovers(layout)
     listed = git(submodule, "worktree", "list")
     assert str(mine) in listed
     assert str(ours) not in listed
-    assert not begun.exists()
+    assert not started.exists()
 
 
 def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(
@@ -187,5 +187,5 @@ def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(
 ) -> None:
     books = Git(submodule).path_of("worktrees")
     books.mkdir()
-    staging.tidy(Layout(submodule.parents[1]))
+    staging.clear_leftovers(Layout(submodule.parents[1]))
     assert not books.exists()

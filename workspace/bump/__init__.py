@@ -1,1 +1,1 @@
-"""Moves of the pin: forecast, bump, promotion, rollback, known-good states."""
+"""Moves of the pin: forecast, bump, promotion, known-good states and rollback."""

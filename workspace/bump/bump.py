@@ -1,19 +1,17 @@
-"""`inv pin.bump`: move the pin in a workshop beside the working tree, and promote it when its smoke
-is green.
+"""`inv pin.bump`: move the pin in a sandbox beside the working tree, then promote it.
 
-Every part looks first what is there already, so that the same command, or `inv patch.continue`,
-goes on after a conflict, a red smoke or a kill.
+The promotion needs a green smoke. Each step first checks what is done already. So the same command,
+or `inv patch.continue`, resumes a bump after a conflict, a failed smoke or a kill.
 """
 
 import contextlib
 import datetime
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Literal
 
-from workspace.bump import known_good, promote, staging
-from workspace.bump.staging import Begun, BumpSandbox, Marker
+from workspace.bump import forecast, known_good, promote, staging
+from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import lock
 from workspace.core.console import Console
 from workspace.core.errors import (
@@ -22,7 +20,6 @@ from workspace.core.errors import (
     PatchDrift,
     SettingsError,
     SmokeError,
-    ToolchainError,
     WorkspaceError,
 )
 from workspace.core.files import write_atomic
@@ -30,17 +27,19 @@ from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox
-from workspace.repo import checkout, moves, pins, series
+from workspace.repo import checkout, moves, pins
 from workspace.repo.checkout import Kind
-from workspace.repo.git import Applied, Git, worktree
+from workspace.repo.git import Git, worktree
 from workspace.repo.series import Attempt, Stack, State
+from workspace.repo.upstream import Candidate
 
 How = Literal["continue", "skip", "abort"]
 CONTINUE = "./scripts/inv patch.continue"
 
 
 def is_under_way(layout: Layout) -> bool:
-    return staging.is_there(layout)
+    """Return whether a bump is under way."""
+    return staging.exists(layout)
 
 
 def run(
@@ -52,42 +51,42 @@ def run(
     allow_recent: bool = False,
     wait: bool = False,
 ) -> None:
-    """Move the pin to `ref`, or go on with the bump to it that is under way; `triton` moves
-    Triton's pin to its main.
+    """Move the pin to `ref`, or resume the bump to it; `triton` moves Triton's pin to its main.
 
-    Raises PatchConflict at a conflict, SmokeError where the new pin does not compute rightly, and
-    the error of whatever else stops it; nothing outside the workshop is changed before the
-    promotion.
+    Raises PatchConflict at a conflict, SmokeError if the new pin computes wrong results, and the
+    error of any other failure. Nothing outside the sandbox changes before the promotion.
     """
     if ref == "triton":
         from workspace.bump import triton
 
         triton.move(layout, settings, console=console, wait=wait)
         return
-    with _opened(layout, settings, "inv pin.bump", console, wait=wait) as run_log:
+    with _locked_run(layout, settings, "inv pin.bump", console, wait=wait) as run_log:
         bump_sandbox = staging.find(layout)
-        if bump_sandbox and not promote.is_begun(bump_sandbox) and not _is_meant(bump_sandbox, ref):
+        if (
+            bump_sandbox
+            and not promote.is_begun(bump_sandbox)
+            and not _is_target(bump_sandbox, ref)
+        ):
             raise CheckoutError(
-                f"a bump to {bump_sandbox.pin.tag} is under way, asked for is {ref}",
-                hint=f"{CONTINUE}    goes on with it; {CONTINUE} --abort gives it up",
+                f"a bump to {bump_sandbox.pin.tag} is under way, but {ref} was requested",
+                hint=f"{CONTINUE}    resumes it; {CONTINUE} --abort gives it up",
             )
-        if bump_sandbox is None and not staging.is_there(layout):
-            staging.tidy(layout)
+        if bump_sandbox is None and not staging.exists(layout):
+            staging.clear_leftovers(layout)
         bump_sandbox = bump_sandbox or _begin(
             layout, settings, ref, run_log, allow_recent=allow_recent
         )
         is_promoted = bump_sandbox is not None and _advance(bump_sandbox, settings, run_log)
     if is_promoted:
-        _prove(layout, settings, console)
+        _verify_promotion(layout, settings, console)
 
 
 def go_on(
     layout: Layout, settings: Settings, how: How, *, console: Console, wait: bool = False
 ) -> None:
-    """Go on with the bump that is under way, leaving out the patch that conflicts, or give the bump
-    up. Raises what `run` raises.
-    """
-    with _opened(layout, settings, "inv patch.continue", console, wait=wait) as run_log:
+    """Resume the bump, skip the patch that conflicts, or abort. Raises what `run` raises."""
+    with _locked_run(layout, settings, "inv patch.continue", console, wait=wait) as run_log:
         if how == "abort":
             _abort(layout, console)
             return
@@ -99,11 +98,11 @@ def go_on(
             _resume(bump_sandbox, settings, how, run_log)
         is_promoted = _advance(bump_sandbox, settings, run_log)
     if is_promoted:
-        _prove(layout, settings, console)
+        _verify_promotion(layout, settings, console)
 
 
 @contextlib.contextmanager
-def _opened(
+def _locked_run(
     layout: Layout, settings: Settings, verb: str, console: Console, *, wait: bool
 ) -> Iterator[RunLog]:
     with (
@@ -115,9 +114,10 @@ def _opened(
         yield run_log
 
 
-def _is_meant(bump_sandbox: BumpSandbox, ref: str) -> bool:
+def _is_target(bump_sandbox: BumpSandbox, ref: str) -> bool:
+    """Return whether `ref` names the release to which the bump moves."""
     return ref in (
-        bump_sandbox.begun.ref,
+        bump_sandbox.start.ref,
         bump_sandbox.pin.tag,
         bump_sandbox.pin.version,
         bump_sandbox.pin.commit,
@@ -127,49 +127,41 @@ def _is_meant(bump_sandbox: BumpSandbox, ref: str) -> bool:
 def _begin(
     layout: Layout, settings: Settings, ref: str, run_log: RunLog, *, allow_recent: bool
 ) -> BumpSandbox | None:
-    """Work out whereto, say what will be done, and make the workshop; None where the pin is there
-    already.
-    """
-    from workspace.repo import upstream
-
-    _finish_new_name(layout)
+    """Find the release, print the plan and make the sandbox; None if the release is pinned."""
+    _update_series_base(layout)
     observed = plan.observe(layout, settings)
-    pin, there, stack = observed.pin, observed.checkout, _ready(layout, observed)
-    assert there.base
+    pin, base, stack = observed.pin, observed.checkout.base, _require_ready(layout, observed)
+    assert base
     assert stack.head
     if ref in (pin.tag, pin.version, pin.commit) and not promote.is_archives(pin):
         run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return None
-    with run_log.console.step("upstream") as view:
-        run_log.phase("upstream", view)
-        candidate = upstream.find(layout, pin, ref, settings, there, run_log=run_log, step=view)
-        view.reason = (
-            f"{candidate.pin.tag} {candidate.pin.commit[:12]} from {_words(candidate.kind)}"
-        )
+    candidate = forecast.find_candidate(
+        layout, settings, pin, ref, observed.checkout, run_log=run_log
+    )
     run_log.step = None
-    if candidate.base == there.base:
-        _rename(layout, pin, candidate.pin, run_log)
+    if candidate.base == base:
+        _repin_same_source(layout, pin, candidate.pin, run_log)
         return None
     if not allow_recent:
-        _require_age(candidate.pin.tag, candidate.published, settings)
+        _require_min_age(candidate.pin.tag, candidate.published, settings)
     staging.require_one_disk(layout)
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     run_log.console.info(
-        f"{pin.tag} → {candidate.pin.tag}, {count}: tree, patches, environment and smoke in"
-        f" {layout.relative(layout.bump_sandbox)}; until all is green nothing else is changed"
+        f"{pin.tag} → {candidate.pin.tag}, {count}: the new tree is built and tested in"
+        f" {layout.relative(layout.bump_sandbox)}; nothing else changes until its smoke passes"
     )
-    _bring(
-        layout, candidate.pin, candidate.base, candidate.kind, candidate.store, settings, run_log
-    )
+    _fetch_base(layout, candidate, settings, run_log)
     digest = staging.digest_of(layout.patches("vllm"), pin=pin.commit)
     return staging.make(
-        layout, Begun(ref, pin.tag, there.base, stack.head, digest, candidate.base), candidate.pin
+        layout, BumpStart(ref, pin.tag, base, stack.head, digest, candidate.base), candidate.pin
     )
 
 
-def _ready(layout: Layout, observed: plan.Observation) -> Stack:
-    """The stack, where it is applied, exported and clean. Raises CheckoutError or PatchDrift with
-    the way to that.
+def _require_ready(layout: Layout, observed: plan.Observation) -> Stack:
+    """Return the stack if it is applied, exported and clean.
+
+    Raises CheckoutError or PatchDrift with the command that leads there.
     """
     stack, shown = observed.stack, layout.relative(layout.vllm)
     if stack is None:
@@ -186,14 +178,14 @@ def _ready(layout: Layout, observed: plan.Observation) -> Stack:
             f" and {len(stack.dirty) - 3} more" if len(stack.dirty) > 3 else ""
         )
         raise CheckoutError(
-            f"{shown} has edits ({edited}) that no patch holds",
+            f"{shown} has edits ({edited}) that are in no patch",
             hint=(
                 f"git -C {shown} commit    then ./scripts/inv patch.export; or git -C {shown} stash"
             ),
         )
     if stack.state is State.UNEXPORTED:
         raise PatchDrift(
-            f"{shown} has commits that patches/vllm does not; a bump would leave them behind",
+            f"{shown} has commits that are not in patches/vllm; a bump would drop them",
             hint="./scripts/inv patch.export",
         )
     if stack.state is not State.APPLIED:
@@ -203,69 +195,57 @@ def _ready(layout: Layout, observed: plan.Observation) -> Stack:
     return stack
 
 
-def _require_age(tag: str, published: datetime.datetime | None, settings: Settings) -> None:
-    """A release that is withdrawn or found to be harmful is so within days."""
-    least = settings.count("PIN_MIN_AGE_DAYS") or 0
-    hint = "wait, or take it all the same with --allow-recent"
+def _require_min_age(tag: str, published: datetime.datetime | None, settings: Settings) -> None:
+    """Raise SettingsError for a release younger than PIN_MIN_AGE_DAYS.
+
+    A withdrawn or harmful release is usually noticed within days.
+    """
+    required_days = settings.count("PIN_MIN_AGE_DAYS") or 0
+    hint = "wait, or add --allow-recent to take it now"
     if published is None:
         raise SettingsError(
-            f"when {tag} was published is not known, and PIN_MIN_AGE_DAYS asks for {least} days",
+            f"the publication date of {tag} is unknown; PIN_MIN_AGE_DAYS requires"
+            f" {required_days} days",
             hint=hint,
         )
     age = (datetime.datetime.now(datetime.UTC) - published).total_seconds() / 86400
-    if age < least:
+    if age < required_days:
         raise SettingsError(
-            f"{tag} was published {age:.1f} days ago, PIN_MIN_AGE_DAYS asks for {least}", hint=hint
+            f"{tag} was published {age:.1f} days ago; PIN_MIN_AGE_DAYS requires {required_days}",
+            hint=hint,
         )
 
 
-def _bring(
-    layout: Layout,
-    pin: pins.Pin,
-    base: str,
-    kind: Kind,
-    store: Path,
-    settings: Settings,
-    run_log: RunLog,
-) -> None:
-    """Have the new base among the objects of vendor/vllm, under a reference."""
-    git, ref = Git(layout.vllm), f"refs/pins/{pin.tag}"
+def _fetch_base(layout: Layout, candidate: Candidate, settings: Settings, run_log: RunLog) -> None:
+    """Fetch the new base into vendor/vllm and keep it under a reference."""
+    git, pin, base = Git(layout.vllm), candidate.pin, candidate.base
+    ref = f"refs/pins/{pin.tag}"
     with run_log.console.step("fetch") as view:
         run_log.phase("fetch", view)
-        if kind is Kind.GIT and not worktree.is_kept(git, base):
-            # The store looks only, and has not the content of all files.
-            url, whole = (
-                checkout.url_of(layout, pin, settings),
-                git.setting("remote.origin.promisor") != "true",
-            )
+        if candidate.kind is Kind.GIT and not worktree.is_kept(git, base):
+            # The store is for reading only and lacks the content of some files.
             git.fetch(
-                url,
+                checkout.url_of(layout, pin, settings),
                 (f"+{base}:{ref}",),
-                whole=whole,
+                whole=git.setting("remote.origin.promisor") != "true",
                 settings=settings,
                 run_log=run_log,
                 on_line=checkout.shown(view),
             )
-        worktree.bring(git, store, base, ref, run_log=run_log)
+        worktree.bring(git, candidate.store, base, ref, run_log=run_log)
         if git.resolve(f"refs/tags/{pin.tag}") is None:
             git.set_ref(f"refs/tags/{pin.tag}", base)
         view.reason = f"{base[:12]} as {ref}"
     run_log.step = None
 
 
-def _words(kind: Kind) -> str:
-    return "git" if kind is Kind.GIT else "the release archive"
-
-
-def _rename(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> None:
-    """The same source under its commit of upstream's, where the pin had only that of the archive;
-    else nothing.
-    """
+def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> None:
+    """Pin upstream's own commit if the pin had only the archive's commit of the same source."""
     if pin.commit == new.commit or not promote.is_archives(pin):
         run_log.console.info(f"nothing to do: {pin.tag} is pinned already")
         return
     pins.save(layout.pins, new)
-    _finish_new_name(layout)
+    _update_series_base(layout)
     staging.set_gitlink(layout, new.commit, run_log=run_log)
     run_log.console.info(
         f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}; to commit: git add"
@@ -273,9 +253,10 @@ def _rename(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: RunLog) -> No
     )
 
 
-def _finish_new_name(layout: Layout) -> None:
-    """Let the series follow a pin that got its commit of upstream's; done here too, for a run may
-    have ended between the two files.
+def _update_series_base(layout: Layout) -> None:
+    """Let the series name upstream's commit once the pin does.
+
+    It also runs before a bump, because an earlier run may have ended between the two files.
     """
     pin = pins.load(layout.pins).vllm
     if pin.archive:
@@ -283,22 +264,23 @@ def _finish_new_name(layout: Layout) -> None:
 
 
 def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: RunLog) -> None:
-    """Continue the `am` in the workshop's tree, or skip its patch. Raises PatchConflict where the
-    next one conflicts.
+    """Continue the `am` in the sandbox, or skip its patch.
+
+    Raises PatchConflict if the next patch conflicts.
     """
     from workspace.repo import overview
     from workspace.repo.git import am
 
     tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
-    _recover(bump_sandbox, tree, run_log)
-    there = am.position(tree)
-    if there is None:
+    staging.recover_am(bump_sandbox, tree, run_log)
+    position = am.position(tree)
+    if position is None:
         if how == "skip":
             raise CheckoutError("no patch of the bump waits to be skipped", hint=CONTINUE)
         return
-    names = _names(bump_sandbox)[-there.last :]
+    names = staging.series_names(bump_sandbox)[-position.last :]
     if how == "skip":
-        skipped = dict.fromkeys((*bump_sandbox.skipped, names[there.number - 1]))
+        skipped = dict.fromkeys((*bump_sandbox.skipped, names[position.number - 1]))
         write_atomic(
             bump_sandbox.layout.root / staging.SKIPPED,
             "".join(f"{name}\n" for name in skipped).encode(),
@@ -307,44 +289,45 @@ def _resume(bump_sandbox: BumpSandbox, settings: Settings, how: How, run_log: Ru
         with moves.attempt(
             bump_sandbox.layout, "vllm", tree, Attempt(f"git am --{how}", CONTINUE), run_log=run_log
         ):
-            shown = [f"patches/vllm/{name}" for name in names]
             overview.resume_in(
                 tree,
-                base=bump_sandbox.begun.new_base,
+                base=bump_sandbox.start.new_base,
                 how=how,
                 run_log=run_log,
-                names=shown,
+                names=[f"patches/vllm/{name}" for name in names],
                 shown=bump_sandbox.shown,
             )
     except PatchConflict as exc:
-        # Another one than before: what upstream did to its paths is said too.
-        raise (exc if am.position(tree) == there else _conflict(bump_sandbox, tree)) from exc
+        if am.position(tree) == position:
+            raise
+        # The next conflict is a new one: its message lists upstream's commits to its paths, too.
+        raise staging.conflict(bump_sandbox, tree) from exc
 
 
 def _abort(layout: Layout, console: Console) -> None:
-    # A workshop whose record is damaged can be given up too, so it is not read.
+    # A sandbox with a damaged record can be given up too, so the record is not read.
     if promote.is_begun_in(layout):
         raise CheckoutError(
-            "this bump is being promoted and goes forward only",
+            "this bump is being promoted and can only be finished",
             hint=f"{CONTINUE}    then ./scripts/inv pin.rollback",
         )
     kept = staging.remove(layout)
     console.info(
-        "the bump is given up; nothing else was changed"
-        + (f"; what was done there is kept in vendor/vllm as {kept}" if kept else "")
+        "the bump is given up; nothing else changed"
+        + (f"; its work is kept in vendor/vllm as {kept}" if kept else "")
     )
 
 
 def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> bool:
-    """Do what is still due, up to the promotion and with it. True when it is done."""
+    """Do all remaining steps, up to and including the promotion; return True."""
     if not promote.is_begun(bump_sandbox):
         promote.require_unmoved(bump_sandbox)
         tree = staging.open_tree(bump_sandbox, settings, run_log=run_log)
-        _apply(bump_sandbox, tree, run_log)
+        staging.apply_series(bump_sandbox, tree, run_log)
         _export(bump_sandbox, tree, run_log)
         tip = tree.head() or ""
         wanted = sandbox.as_built(settings, plan.observe(bump_sandbox.outer, settings))
-        with _said_of(bump_sandbox):
+        with _with_sandbox_hint(bump_sandbox):
             if settings.switch("USE_EXISTING_TORCH"):
                 sandbox.borrow_environment(bump_sandbox.outer, bump_sandbox.layout, run_log=run_log)
             sandbox.build_in(bump_sandbox.layout, wanted, console=run_log.console)
@@ -354,121 +337,10 @@ def _advance(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> 
     return True
 
 
-def _apply(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Put the series on the new base. Raises PatchConflict, and leaves git's `am` in the workshop's
-    tree.
-    """
-    from workspace.repo.git import am
-
-    _recover(bump_sandbox, tree, run_log)
-    if am.position(tree):
-        raise _conflict(bump_sandbox, tree)
-    if tree.resolve(staging.APPLIED_REF):
-        return
-    base, names = bump_sandbox.begun.new_base, _names(bump_sandbox)
-    if tree.head() == base and names:
-        with run_log.console.step("patches") as view:
-            run_log.phase("patches", view)
-            done = am.applied(
-                tree,
-                base,
-                [bump_sandbox.outer.patches("vllm") / name for name in names],
-                place=bump_sandbox.layout.state / "am",
-            )
-            if done.tip is None:
-                _run_am(bump_sandbox, tree, names, base, run_log)
-            else:
-                with _marked(bump_sandbox, {"from": base, "names": "\n".join(names)}):
-                    tree.move_to(done.tip, run_log=run_log)
-            made = tree.slugs(base, "HEAD")
-            gone = [name for name in names if name.removesuffix(".patch") not in made]
-            view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
-                f"; upstream has {', '.join(gone)}" if gone else ""
-            )
-        run_log.step = None
-    tree.set_ref(staging.APPLIED_REF, tree.head() or base)
-
-
-def _run_am(
-    bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], start: str, run_log: RunLog
-) -> None:
-    """Put patches on the commit `start` in the workshop's tree itself. Raises PatchConflict where
-    one does not apply.
-    """
-    from workspace.repo.git import am
-
-    with _marked(bump_sandbox, {"from": start, "names": "\n".join(names)}):
-        done = am.start(
-            tree, [bump_sandbox.outer.patches("vllm") / name for name in names], run_log=run_log
-        )
-    if done.tip is None:
-        raise _conflict(bump_sandbox, tree, done)
-
-
-@contextlib.contextmanager
-def _marked(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> Iterator[None]:
-    """Leave a marker where the block, or its git, is killed, interrupted or finds no room, and none
-    where it ends by itself, well or not.
-    """
-    marker = Marker(bump_sandbox.applying, facts).write()
-    try:
-        yield
-    except WorkspaceError as exc:
-        if not isinstance(exc, ToolchainError):
-            marker.path.unlink()
-        raise
-    marker.path.unlink()
-
-
-def _recover(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Run the `am` again that was ended in the middle; one that went on from a conflict is taken
-    back to it, with what the user resolved.
-    """
-    if moves.is_begun(bump_sandbox.layout, "vllm"):
-        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log, shown=bump_sandbox.shown)
-    if applying := staging.find_marker(bump_sandbox.applying):
-        start, names = applying.facts["from"], applying.facts["names"].split("\n")
-        worktree.start_over(
-            tree,
-            start,
-            [
-                path
-                for name in names
-                for path in tree.patch_paths(bump_sandbox.outer.patches("vllm") / name)
-            ],
-        )
-        _run_am(bump_sandbox, tree, names, start, run_log)
-
-
-def _conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) -> PatchConflict:
-    from workspace.repo import series
-    from workspace.repo.git import am
-
-    names, there = _names(bump_sandbox), am.position(tree)
-    done = done or Applied(None, there.number if there else 1, am.unmerged(tree))
-    # The `am` of a run that was recovered has the rest of the series only.
-    name = names[-there.last if there else 0 :][done.position - 1]
-    return series.sentence(
-        tree,
-        done,
-        count=there.last if there else len(names),
-        patch=f"patches/vllm/{name}",
-        shown=bump_sandbox.shown,
-        base=bump_sandbox.begun.new_base,
-        old=bump_sandbox.begun.base,
-    )
-
-
-def _names(bump_sandbox: BumpSandbox) -> tuple[str, ...]:
-    """The patches of the clone, in the order in which they go on the new base."""
-    return series.read_series(
-        bump_sandbox.outer.patches("vllm"), pin=pins.load(bump_sandbox.outer.pins).vllm.commit
-    ).names
-
-
 def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
-    """Write the commits of the workshop's tree as its patches. Raises CheckoutError where there are
-    edits that no commit has.
+    """Write the commits of the sandbox's tree as its patches.
+
+    Raises CheckoutError for edits that are not committed.
     """
     from workspace.repo import export
 
@@ -479,29 +351,29 @@ def _export(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
         )
     if edited := tree.edits():
         raise CheckoutError(
-            f"{bump_sandbox.shown} has edits ({', '.join(edited[:3])}) that no commit has",
+            f"{bump_sandbox.shown} has edits ({', '.join(edited[:3])}) that are not committed",
             hint=f"git -C {bump_sandbox.shown} commit --all    then {CONTINUE}",
         )
     head = tree.head()
     if head is None or not (
-        head == bump_sandbox.begun.new_base or tree.is_ancestor(bump_sandbox.begun.new_base, head)
+        head == bump_sandbox.start.new_base or tree.is_ancestor(bump_sandbox.start.new_base, head)
     ):
         raise CheckoutError(
-            f"{bump_sandbox.shown} is at {(head or 'no commit')[:12]}, which is not on"
-            f" {bump_sandbox.pin.tag}",
+            f"{bump_sandbox.shown} is at {(head or 'no commit')[:12]}, which does not"
+            f" descend from {bump_sandbox.pin.tag}",
             hint=f"git -C {bump_sandbox.shown} reflog",
         )
     made = (
-        export.series_of(tree, bump_sandbox.begun.new_base, head)
-        if head != bump_sandbox.begun.new_base
+        export.series_of(tree, bump_sandbox.start.new_base, head)
+        if head != bump_sandbox.start.new_base
         else ()
     )
     export.write(bump_sandbox.layout.patches("vllm"), base=bump_sandbox.pin.commit, patches=made)
 
 
 @contextlib.contextmanager
-def _said_of(bump_sandbox: BumpSandbox) -> Iterator[None]:
-    """Say of a failure where it happened, and how the bump goes on."""
+def _with_sandbox_hint(bump_sandbox: BumpSandbox) -> Iterator[None]:
+    """Add to an error where it happened and how to resume the bump."""
     try:
         yield
     except WorkspaceError as exc:
@@ -510,25 +382,25 @@ def _said_of(bump_sandbox: BumpSandbox) -> Iterator[None]:
             f" untouched: {exc.message}"
         )
         exc.hint = (
-            f"commit a fix in {bump_sandbox.shown}, or mend what is said above, then {CONTINUE};"
+            f"commit a fix in {bump_sandbox.shown}, or fix the cause above, then {CONTINUE};"
             f" {CONTINUE} --abort gives the bump up"
         )
         raise
 
 
 def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Console) -> None:
-    if known_good.has_passed(bump_sandbox.layout, tree.tree("HEAD")):
-        console.row("skipped", "smoke", "passed on this tree")
+    if known_good.smoke_passed(bump_sandbox.layout, tree.tree("HEAD")):
+        console.row("skipped", "smoke", "has passed on this tree")
         return
-    with _said_of(bump_sandbox):
+    with _with_sandbox_hint(bump_sandbox):
         run_smoke(bump_sandbox.layout, settings, console)
 
 
 def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
-    """Judge the tree of a layout. Raises SmokeError where a check fails or nothing is built."""
+    """Run the smoke on a layout. Raises SmokeError if a check fails or nothing is built."""
     from workspace.checks import smoke
 
-    # The record lies in a file; of this verb it is no answer.
+    # The smoke writes its record to a file; this verb does not print it.
     smoke.smoke(
         layout,
         settings,
@@ -538,10 +410,8 @@ def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
     )
 
 
-def _prove(layout: Layout, settings: Settings, console: Console) -> None:
-    """What was promoted stands in its place: bootstrap finds nothing to do, the smoke passes there,
-    and the state is recorded as good.
-    """
+def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> None:
+    """Run bootstrap, which finds nothing to do, and the smoke; record a known-good state."""
     observed = plan.observe(layout, settings)
     sandbox.build_in(layout, sandbox.as_built(settings, observed), console=console)
     try:

@@ -1,5 +1,6 @@
-"""What else a new base brings with it than patches to be moved: requirements, compilers, names,
-external sources, precompiled wheels, age.
+"""What else a new base changes: requirements, compilers, names, sources, wheels, age.
+
+It compares the content of two trees; the forecast prints the result.
 """
 
 import contextlib
@@ -31,13 +32,14 @@ Uses = Mapping[str, tuple[str, ...]]
 
 
 def used(layout: Layout, settings: Settings) -> tuple[Uses, Uses]:
-    """The variables and the flags in use here, each with where: .env, shell, a recipe. No value is
-    ever part of the answer.
+    """Return the variables and flags in use here, each with its places: .env, shell, a recipe.
+
+    No value is part of the result.
     """
     variables: dict[str, list[str]] = {}
     flags: dict[str, list[str]] = {}
     for name, value in (*settings.values.items(), *settings.passed.items()):
-        # What this workspace keeps to itself is no business of vLLM's.
+        # Settings of the workspace itself do not reach vLLM.
         if (
             VARIABLE.fullmatch(name)
             and value.text
@@ -53,10 +55,10 @@ def used(layout: Layout, settings: Settings) -> tuple[Uses, Uses]:
             variables.setdefault(name, []).append("shell")
     for recipe in sorted((layout.root / "recipes").glob("*.toml")):
         place = layout.relative(recipe)
-        for word in _words(recipe):
-            if VARIABLE.fullmatch(word):
-                variables.setdefault(word, []).append(place)
-            for flag in _flags_in(word):
+        for token in _tokens(recipe):
+            if VARIABLE.fullmatch(token):
+                variables.setdefault(token, []).append(place)
+            for flag in _flags_in(token):
                 flags.setdefault(flag, []).append(place)
     return tuple(
         {name: tuple(dict.fromkeys(places)) for name, places in found.items()}
@@ -65,18 +67,14 @@ def used(layout: Layout, settings: Settings) -> tuple[Uses, Uses]:
 
 
 def _flags_in(text: str) -> Iterator[str]:
-    """The flags in a command line, spelled with dashes; what follows a dot or an equals sign is
-    their value.
-    """
-    for word in text.split():
-        if found := _FLAG.match(word):
+    """Yield the flags of a command line, spelled with dashes; cut off `.part` and `=value`."""
+    for token in text.split():
+        if found := _FLAG.match(token):
             yield found[0].replace("_", "-")
 
 
-def _words(recipe: Path) -> Iterator[str]:
-    """Every key and every text of a recipe; keys of tables that hold flags or arguments also as
-    `--key`.
-    """
+def _tokens(recipe: Path) -> Iterator[str]:
+    """Yield every key and text of a recipe; keys of a table of flags also as `--key`."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         yield from _walk(tomllib.loads(read_regular(recipe).decode()), "")
 
@@ -108,12 +106,12 @@ Topic = Literal[
     "unknown",
 ]
 Difference = tuple[str | None, str | None]
-# Sets of words by name: what a file says of each requirement, external project or least version.
+# The values that a file gives each requirement, external project or minimum version.
 Facts = dict[str, set[str]]
 
-# Targets that this workspace does not build have requirements of their own.
+# Targets that this workspace does not build have requirements files of their own.
 _REQUIREMENTS = re.compile(r"requirements/(common|cuda|cpu|build/(cuda|cpu|rust))\.txt")
-# What a compiled library is made from; see build/plan.py.
+# The sources of a compiled library; see install/plan.py.
 _COMPILED = re.compile(r"csrc/.*|cmake/.*|CMakeLists\.txt")
 _MINIMA: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("CMake", re.compile(r"\bcmake_minimum_required\s*\(\s*VERSION\s+([0-9.]+)")),
@@ -128,8 +126,9 @@ _REMARK = re.compile(r"#.*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs, or that could not be found out (`unknown`). `where` are files or
-    places of use, `remark` what to make of it.
+    """A difference, or a fact that could not be found out (topic `unknown`).
+
+    `where` are files or places of use; `remark` is the conclusion for the user.
     """
 
     topic: Topic
@@ -140,20 +139,26 @@ class Change:
     remark: str = ""
 
 
-def work_out(
-    git: Git,
-    layout: Layout,
-    settings: Settings,
-    *,
-    pin: Pin,
-    candidate: Candidate,
-    differing: Mapping[str, Difference],
-    moved: Mapping[str, str],
-    touched: Iterable[str],
-) -> tuple[Change, ...]:
-    """Compare what lies at the present base of `pin` with the candidate's. `differing` and `moved`
-    are history's, `touched` the patches' paths.
+@dataclass(frozen=True)
+class Comparison:
+    """The trees at the present base of `pin` and at the candidate.
+
+    `differing` and `moved` are the results of history.changed and history.renames; `touched` are
+    the paths of the patches.
     """
+
+    pin: Pin
+    candidate: Candidate
+    differing: Mapping[str, Difference]
+    moved: Mapping[str, str]
+    touched: Iterable[str]
+
+
+def work_out(
+    git: Git, layout: Layout, settings: Settings, compared: Comparison
+) -> tuple[Change, ...]:
+    """Return everything that differs between the two trees and matters on this machine."""
+    differing = compared.differing
     read = {path: pair for path, pair in differing.items() if is_looked_at(path)}
     contents = history.blobs(git, [oid for pair in read.values() for oid in pair if oid])
     before = {path: contents.get(old, b"") for path, (old, _) in read.items() if old}
@@ -166,21 +171,20 @@ def work_out(
         *_facts("external", before, after, externals_of),
         *_sources(differing),
         *_names(layout, settings, before, after),
-        *_moved(differing, moved, touched),
-        *_precompiled_wheels(pin, candidate),
-        *_age(settings, candidate),
-        *_unknown(candidate),
+        *_moved(differing, compared.moved, compared.touched),
+        *_precompiled_wheels(compared.pin, compared.candidate),
+        *_age(settings, compared.candidate),
+        *_unknown(compared.candidate),
     )
 
 
 def requirements_of(
     path: str, content: str, *, python: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Every requirement of a file that this workspace installs from and that counts on this
-    machine, by canonical name, with its versions.
+    """Yield the requirements in a file that apply on this machine: canonical name and versions.
 
-    `python` is the version of the built environment, such as 3.12. Options of pip stand under their
-    own name.
+    Only files from which this workspace installs count. `python` is the version of the built
+    environment, such as 3.12. An option of pip has its own spelling as its name.
     """
     if path == "pyproject.toml":
         lines = _build_requires(content)
@@ -211,7 +215,7 @@ def requirements_of(
 
 
 def minima_of(path: str, content: str) -> Iterator[tuple[str, str]]:
-    """The least versions of CMake, the C++ compiler, torch and Python that a file asks for."""
+    """Yield the minimum versions of CMake, C++ compiler, torch and Python in a file."""
     if path == "pyproject.toml":
         found = _table(content, "project").get("requires-python")
         if isinstance(found, str):
@@ -223,9 +227,7 @@ def minima_of(path: str, content: str) -> Iterator[tuple[str, str]]:
 
 
 def externals_of(path: str, content: str) -> Iterator[tuple[str, str]]:
-    """The projects that CMake fetches, with their GIT_TAG; a variable stands for every value that
-    the file gives it.
-    """
+    """Yield the projects that CMake fetches, with each possible value of GIT_TAG."""
     if not path.endswith((".cmake", "CMakeLists.txt")):
         return
     yield from externals.pinned(content)
@@ -237,9 +239,7 @@ def _facts(
     after: Mapping[str, bytes],
     read: Callable[[str, str], Iterator[tuple[str, str]]],
 ) -> Iterator[Change]:
-    """What two sets of files say otherwise; files that say the same of a name are named
-    together.
-    """
+    """Yield what differs between two sets of files; one change names all files that have it."""
     found: dict[tuple[str, str | None, str | None], list[str]] = {}
     for path in sorted(before.keys() | after.keys()):
         old, new = (
@@ -251,7 +251,7 @@ def _facts(
                 found.setdefault((name, _joined(old.get(name)), _joined(new.get(name))), []).append(
                     path
                 )
-    # What every build rests on goes first.
+    # torch first: every build depends on it.
     for (name, was, is_now), places in sorted(
         found.items(),
         key=lambda entry: (not entry[0][0].startswith("torch"), entry[0][0], entry[1]),
@@ -310,7 +310,7 @@ def _names(
             for side in (before, after)
         )
         for name in sorted(uses):
-            # BooleanOptionalAction makes a --no-X of every switch.
+            # argparse.BooleanOptionalAction makes a --no-X of every switch.
             spelled = (
                 f"--{name.removeprefix('--no-')}"
                 if name.startswith("--no-") and name not in old
@@ -324,7 +324,7 @@ def _names(
                     "known",
                     None,
                     uses[name],
-                    f"did you mean {like}?" if like else "nothing of a like name is there",
+                    f"did you mean {like}?" if like else "no similar name exists there",
                 )
 
 
@@ -340,7 +340,7 @@ def _moved(
                 path,
                 moved.get(path),
                 (),
-                "" if path in moved else "is gone, and no new file is like it",
+                "" if path in moved else "is gone, and no new file resembles it",
             )
 
 
@@ -359,7 +359,7 @@ def _precompiled_wheels(pin: Pin, candidate: Candidate) -> Iterator[Change]:
 
 
 def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:
-    least = settings.count("PIN_MIN_AGE_DAYS") or 0
+    required_days = settings.count("PIN_MIN_AGE_DAYS") or 0
     if candidate.published is None:
         yield Change(
             "age",
@@ -367,14 +367,14 @@ def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:
             None,
             None,
             (),
-            f"when it was published is not known; inv pin.bump asks for {least} days"
+            f"publication date unknown; inv pin.bump requires {required_days} days"
             " (PIN_MIN_AGE_DAYS)",
         )
         return
     days = (datetime.datetime.now(datetime.UTC) - candidate.published).total_seconds() / 86400
     remark = (
-        f"younger than the {least} days that inv pin.bump asks for (PIN_MIN_AGE_DAYS)"
-        if days < least
+        f"younger than the {required_days} days that inv pin.bump requires (PIN_MIN_AGE_DAYS)"
+        if days < required_days
         else ""
     )
     yield Change("age", candidate.pin.tag, None, f"{days:.1f} days", (), remark)
@@ -383,8 +383,8 @@ def _age(settings: Settings, candidate: Candidate) -> Iterator[Change]:
 def _unknown(candidate: Candidate) -> Iterator[Change]:
     if candidate.kind is Kind.RELEASE:
         text = (
-            "a release archive has no history: whether upstream took a patch is judged from the"
-            " tree alone, and which commits touched a file is unknown"
+            "a release archive has no history: only the tree shows whether upstream took a patch,"
+            " and the commits that touched a file are unknown"
         )
         yield Change("unknown", "history", remark=text)
     for sentence in candidate.lacking:

@@ -1,7 +1,7 @@
-"""What a move of the pin would meet: each patch tried on the new base, and what else differs.
-Nothing in the workspace is touched.
+"""`inv pin.forecast`: try each patch on the new base and list what else differs.
 
-What has to be fetched for it lands in a store aside; see source/upstream.py.
+The workspace stays unchanged. What has to be fetched goes to a separate store; see
+repo/upstream.py.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.bump import changes
-from workspace.bump.changes import Change, Topic
+from workspace.bump.changes import Change, Comparison, Topic
 from workspace.core.console import Console
-from workspace.core.console import State as Word
+from workspace.core.console import State as RowState
 from workspace.core.errors import PatchConflict
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
@@ -27,14 +27,15 @@ from workspace.repo.git.history import Commit
 from workspace.repo.git.worktree import Trial
 from workspace.repo.mail import Mail
 from workspace.repo.patches import Stack
+from workspace.repo.pins import Pin
 from workspace.repo.upstream import Candidate
 
 State = Literal["clean", "conflicts", "upstreamed"]
-# By which of the three tests upstream has a patch: it changes nothing, `git cherry` finds its
-# patch-id, or the commit it names is there.
+# The test by which upstream has a patch: it changes nothing, `git cherry` finds its patch-id, or
+# the commit that it names is there.
 Test = Literal["tree", "patch-id", "backport"]
-_WORDS: Mapping[State, Word] = {"clean": "ok", "conflicts": "FAIL", "upstreamed": "done"}
-_TOPICS: Mapping[Topic, Word] = {
+_PATCH_STATES: Mapping[State, RowState] = {"clean": "ok", "conflicts": "FAIL", "upstreamed": "done"}
+_CHANGE_STATES: Mapping[Topic, RowState] = {
     "variable": "warn",
     "flag": "warn",
     "sources": "warn",
@@ -42,7 +43,7 @@ _TOPICS: Mapping[Topic, Word] = {
     "precompiled": "missing",
     "unknown": "warn",
 }
-_SAID: Mapping[Test, str] = {
+_TEST_TEXTS: Mapping[Test, str] = {
     "tree": "it changes nothing there",
     "patch-id": "a commit there has its patch-id",
     "backport": "the commit that it names is there",
@@ -53,8 +54,10 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Conflict:
-    """A file in which a patch does not apply: the upstream commits that touched it, `12hex
-    subject`, newest first, None without history.
+    """A file to which a patch does not apply.
+
+    `commits` are the upstream commits that touched it, `12hex subject`, newest first; None without
+    history.
     """
 
     path: str
@@ -64,8 +67,9 @@ class Conflict:
 
 @dataclass(frozen=True)
 class PatchForecast:
-    """What becomes of one patch. `merged`: only a three-way merge takes it. `by` is upstream's
-    commit where one is known.
+    """What becomes of one patch.
+
+    `merged`: only a three-way merge applies it. `by` is upstream's commit if it is known.
     """
 
     name: str
@@ -82,9 +86,7 @@ class PatchForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """`tree` is what the new base with all patches would be that upstream has not, None where one
-    conflicts.
-    """
+    """The result. `tree` is the new base with all patches still needed, None at a conflict."""
 
     candidate: Candidate
     present: str
@@ -95,7 +97,7 @@ class Forecast:
 
 @dataclass
 class _Tried:
-    """One patch on the new base by its text alone."""
+    """The result of one patch on the new base, from its text alone."""
 
     state: State = "clean"
     merged: bool = False
@@ -104,8 +106,9 @@ class _Tried:
 
 @dataclass
 class _Attempt:
-    """A series on its way over. `old` follows it on the present base, whose trees a three-way merge
-    needs.
+    """A series on its way to the new base.
+
+    `old` follows it on the present base; a three-way merge needs the trees there.
     """
 
     new: Trial
@@ -117,9 +120,7 @@ class _Attempt:
     trees: dict[int, str] = field(default_factory=dict)
 
     def run(self, start: int, end: int) -> None:
-        """Try patches together, and where that fails by halves: each call to git costs more than
-        what it does.
-        """
+        """Try patches together, and on failure by halves: each call to git is expensive."""
         if start == end or self.new.apply(self.files[start:end]):
             return
         if end - start > 1:
@@ -140,7 +141,7 @@ class _Attempt:
             self.tried[start] = _Tried("clean", merged=True)
 
     def _before(self, count: int) -> str:
-        """The tree of the present base with the first `count` patches."""
+        """Return the tree of the present base with the first `count` patches."""
         if self.old is None:
             self.old = self.new.beside(self.base)
         if count not in self.trees:
@@ -150,7 +151,7 @@ class _Attempt:
                     if not self.old.apply([patch]) and not self.old.apply([patch], three_way=True):
                         shown = f"{patch.parent.name}/{patch.name}"
                         raise PatchConflict(
-                            f"patches/{shown} does not even apply to the present base"
+                            f"patches/{shown} does not apply even to the present base"
                             f" {self.base[:12]}",
                             hint="./scripts/inv patch",
                         )
@@ -162,27 +163,18 @@ class _Attempt:
 def run(
     layout: Layout, settings: Settings, ref: str, *, console: Console, as_json: bool = False
 ) -> Forecast:
-    """Forecast the move to `ref` and print it, as JSON on stdout where a program asks. The word
-    triton stands for Triton's main.
+    """Forecast the move to `ref` and print it, as JSON on stdout if requested.
 
-    Raises what upstream.find raises, PatchDrift for a series that does not fit its pin, and
-    PatchConflict for one that does not fit its base.
+    `triton` stands for Triton's main. Raises what upstream.find raises, PatchDrift for a series
+    that does not fit its pin, and PatchConflict for one that does not fit its base.
     """
     known = pins.load(layout.pins)
     pin, ref = (known.triton, known.triton.tag) if ref == "triton" else (known.vllm, ref)
-    there = checkout.observe(layout, pin)
-    stack = patches.observe(layout, pin.name, pin, there)
-    with (
-        RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log,
-        console.step("upstream") as view,
-    ):
-        run_log.phase("upstream", view)
-        candidate = upstream.find(layout, pin, ref, settings, there, run_log=run_log, step=view)
-        view.reason = (
-            f"{candidate.pin.tag} {candidate.pin.commit[:12]} from"
-            f" {'git' if candidate.kind is Kind.GIT else 'the release archive'}"
-        )
-    made = work_out(layout, settings, candidate, there, stack)
+    found = checkout.observe(layout, pin)
+    stack = patches.observe(layout, pin.name, pin, found)
+    with RunLog(console, layout.logs, verb="pin.forecast", secrets=settings.secrets) as run_log:
+        candidate = find_candidate(layout, settings, pin, ref, found, run_log=run_log)
+    made = work_out(layout, settings, candidate, found, stack)
     if as_json:
         console.data(json.dumps(_record(made), indent=1))
     else:
@@ -190,11 +182,26 @@ def run(
     return made
 
 
+def find_candidate(
+    layout: Layout, settings: Settings, pin: Pin, ref: str, found: Checkout, *, run_log: RunLog
+) -> Candidate:
+    """Find the release `ref` in a console step. Raises what upstream.find raises."""
+    with run_log.console.step("upstream") as view:
+        run_log.phase("upstream", view)
+        candidate = upstream.find(layout, pin, ref, settings, found, run_log=run_log, step=view)
+        view.reason = (
+            f"{candidate.pin.tag} {candidate.pin.commit[:12]} from"
+            f" {'git' if candidate.kind is Kind.GIT else 'the release archive'}"
+        )
+    return candidate
+
+
 def work_out(
     layout: Layout, settings: Settings, candidate: Candidate, there: Checkout, stack: Stack
 ) -> Forecast:
-    """Forecast from what upstream.find brought; the network is not asked. Raises PatchConflict for
-    a series that does not fit its own base.
+    """Forecast the move to a candidate, without the network.
+
+    Raises PatchConflict for a series that does not fit its own base.
     """
     assert there.base is not None
     pin = getattr(pins.load(layout.pins), candidate.pin.name)
@@ -212,103 +219,94 @@ def work_out(
     commits = None
     if candidate.kind is Kind.GIT:
         commits = history.log(git, there.base, candidate.base, sorted({*every, *moved.values()}))
-    judged = _judged(
-        git,
-        candidate,
-        [mail.read_mail(file) for file in files],
-        stack.names,
-        attempt.tried,
-        touched,
-        commits,
-        moved,
-    )
+    series = [
+        _Patch(name, mail.read_mail(file), paths, tried)
+        for name, file, paths, tried in zip(stack.names, files, touched, attempt.tried, strict=True)
+    ]
+    judged = _judge(git, candidate, series, commits, moved)
     found = changes.work_out(
-        git,
-        layout,
-        settings,
-        pin=pin,
-        candidate=candidate,
-        differing=differing,
-        moved=moved,
-        touched=every,
+        git, layout, settings, Comparison(pin, candidate, differing, moved, touched=every)
     )
-    return Forecast(
-        candidate,
-        pin.tag,
-        judged,
-        found,
-        None if any(patch.state == "conflicts" for patch in judged) else tree,
-    )
+    has_conflict = any(patch.state == "conflicts" for patch in judged)
+    return Forecast(candidate, pin.tag, judged, found, None if has_conflict else tree)
 
 
-def _judged(
+@dataclass(frozen=True)
+class _Patch:
+    """One patch of the series: its mail, the paths that it touches, and how it applied."""
+
+    name: str
+    mail: Mail
+    paths: frozenset[str]
+    tried: _Tried
+
+
+def _judge(
     git: Git,
     candidate: Candidate,
-    mails: Sequence[Mail],
-    names: Sequence[str],
-    tried: Sequence[_Tried],
-    touched: Sequence[frozenset[str]],
+    series: Sequence[_Patch],
     commits: Sequence[Commit] | None,
     moved: Mapping[str, str],
 ) -> tuple[PatchForecast, ...]:
-    by_test = _upstreamed(git, candidate, mails, names, touched, commits)
+    """Return the forecast of each patch, in order."""
+    by_test = _upstreamed(git, candidate, series, commits)
     judged: list[PatchForecast] = []
-    for name, letter, one, paths in zip(names, mails, tried, touched, strict=True):
-        test, by = by_test.get(name, (None, None))
-        made = PatchForecast(name, letter.subject, letter.status, one.state, one.merged)
-        if one.state == "upstreamed":
+    for patch in series:
+        tried = patch.tried
+        test, by = by_test.get(patch.name, (None, None))
+        made = PatchForecast(
+            patch.name, patch.mail.subject, patch.mail.status, tried.state, tried.merged
+        )
+        if tried.state == "upstreamed":
             made = dataclasses.replace(made, test="tree", by=by)
-        elif one.state == "conflicts" and test:
+        elif tried.state == "conflicts" and test:
             made = dataclasses.replace(made, state="upstreamed", test=test, by=by)
-        elif one.state == "conflicts":
-            conflicts = _conflicts(one.conflicted or tuple(sorted(paths)), commits, moved)
-            earlier = [
-                other.name
-                for other, its in zip(judged, touched, strict=False)
-                if other.state == "conflicts" and its & paths
-            ]
+        elif tried.state == "conflicts":
+            paths = tried.conflicted or tuple(sorted(patch.paths))
             made = dataclasses.replace(
-                made, conflicts=conflicts, depends_on=earlier[-1] if earlier else None
+                made,
+                conflicts=_conflicts(paths, commits, moved),
+                depends_on=_last_conflict(judged, series, patch.paths),
             )
         elif test:
-            # Reverted since, or taken in part: to leave it out would lose what it still does.
+            # Upstream reverted it, or took a part of it: without it, the rest would be lost.
             made = dataclasses.replace(
-                made, by=by, remark=f"upstream took it as {by}, and yet it changes the tree"
+                made, by=by, remark=f"upstream took it as {by}, but it still changes the tree"
             )
         judged.append(made)
     return tuple(judged)
 
 
+def _last_conflict(
+    judged: Sequence[PatchForecast], series: Sequence[_Patch], paths: frozenset[str]
+) -> str | None:
+    """Return the last earlier patch that conflicts and touches one of the paths."""
+    earlier = [
+        made.name
+        for made, patch in zip(judged, series, strict=False)
+        if made.state == "conflicts" and patch.paths & paths
+    ]
+    return earlier[-1] if earlier else None
+
+
 def _upstreamed(
-    git: Git,
-    candidate: Candidate,
-    mails: Sequence[Mail],
-    names: Sequence[str],
-    touched: Sequence[frozenset[str]],
-    commits: Sequence[Commit] | None,
+    git: Git, candidate: Candidate, series: Sequence[_Patch], commits: Sequence[Commit] | None
 ) -> dict[str, tuple[Test, str]]:
-    """Which patches upstream's history has, by which test and as which commit; none where there is
-    no history.
+    """Return the patches in upstream's history, each with the test and the commit.
+
+    Empty without history.
     """
     if commits is None:
         return {}
     named: dict[str, str] = {}
-    for name, letter in zip(names, mails, strict=True):
-        if (
-            letter.status
-            and letter.status.startswith("Backport")
-            and (spelled := _COMMIT.search(letter.status))
-        ):
-            named[name] = spelled[0]
+    for patch in series:
+        status = patch.mail.status or ""
+        if status.startswith("Backport") and (spelled := _COMMIT.search(status)):
+            named[patch.name] = spelled[0]
     ancestors = history.ancestors(git, named.values(), candidate.base)
     subjects = {commit.oid: str(commit) for commit in commits}
     taken = history.taken(
-        git,
-        commits,
-        {
-            name: (letter.diff, paths)
-            for name, letter, paths in zip(names, mails, touched, strict=True)
-        },
+        git, commits, {patch.name: (patch.mail.diff, patch.paths) for patch in series}
     )
     found: dict[str, tuple[Test, str]] = {
         name: ("patch-id", str(commit)) for name, commit in taken.items()
@@ -341,7 +339,7 @@ def _show(made: Forecast, console: Console) -> None:
     if not made.patches:
         console.row("ok", "patches", "none")
     for patch in made.patches:
-        console.row(_WORDS[patch.state], patch.state, f"{patch.name}{_why(patch)}")
+        console.row(_PATCH_STATES[patch.state], patch.state, f"{patch.name}{_why(patch)}")
         for conflict in patch.conflicts:
             console.info(
                 f"  {conflict.path}"
@@ -353,7 +351,7 @@ def _show(made: Forecast, console: Console) -> None:
             if len(lines) > _SHOWN:
                 console.info(f"    and {len(lines) - _SHOWN} commits before that")
     for change in made.changes:
-        console.row(_word(change), change.topic, text_of(change))
+        console.row(_state_of(change), change.topic, text_of(change))
     tag, count = made.candidate.pin.tag, sum(patch.state == "conflicts" for patch in made.patches)
     console.info(
         f"next: ./scripts/inv pin.bump {tag}"
@@ -362,44 +360,48 @@ def _show(made: Forecast, console: Console) -> None:
 
 
 def text_of(change: Change) -> str:
-    """One change as a line of talk."""
+    """Return one line of text for a change."""
     places = f"  ({', '.join(change.where)})" if change.where and change.topic != "sources" else ""
     remark = f"; {change.remark}" if change.remark else ""
     match change.topic:
         case "unknown":
             return change.remark
         case "sources" | "age":
-            said = f"{change.name}: {change.after or 'unknown'}"
+            text = f"{change.name}: {change.after or 'unknown'}"
         case "variable" | "flag":
-            said = f"{change.name} is not known there"
+            text = f"{change.name} is not known there"
         case "precompiled":
-            said = f"{change.name}: none" + (
+            text = f"{change.name}: none" + (
                 f", at present {change.before}" if change.before else ""
             )
         case "moved":
-            said = f"{change.name} → {change.after}" if change.after else change.name
+            text = f"{change.name} → {change.after}" if change.after else change.name
         case _:
-            said = f"{change.name} {change.before} → {change.after}"
+            text = f"{change.name} {change.before} → {change.after}"
             if change.before is None or change.after is None:
-                said = (
+                text = (
                     f"{change.name} {change.after or change.before},"
                     f" {'new' if change.after else 'gone'}"
                 )
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", said) + remark + places
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", text) + remark + places
 
 
 def _why(patch: PatchForecast) -> str:
     if patch.state == "upstreamed" and patch.test:
-        return f": {_SAID[patch.test]}" + (f", {patch.by}" if patch.by else "")
+        return f": {_TEST_TEXTS[patch.test]}" + (f", {patch.by}" if patch.by else "")
     if patch.depends_on:
-        return f": touches what {patch.depends_on} does, which conflicts"
+        return f": touches a file of {patch.depends_on}, which conflicts"
     if patch.merged and not patch.remark:
         return ", by a three-way merge"
     return f": {patch.remark}" if patch.remark else ""
 
 
-def _word(change: Change) -> Word:
-    return "warn" if change.topic == "age" and change.remark else _TOPICS.get(change.topic, "ok")
+def _state_of(change: Change) -> RowState:
+    return (
+        "warn"
+        if change.topic == "age" and change.remark
+        else _CHANGE_STATES.get(change.topic, "ok")
+    )
 
 
 def _record(made: Forecast) -> dict[str, object]:

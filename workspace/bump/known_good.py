@@ -1,8 +1,8 @@
-"""What `inv pin.rollback` returns to: states whose smoke has passed, each with its references,
-patches, kernels and list of packages.
+"""Known-good states: a smoke passed on them, and `inv pin.rollback` returns to them.
 
-One folder a state in `.workspace/good`; its good.json is written last, and without it the folder is
-nothing.
+A state is one folder in `.workspace/good` with patches, kernels and a package list, plus its
+references in both repositories. Its good.json is written last; a folder without that file does not
+count.
 """
 
 import contextlib
@@ -32,9 +32,11 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Good:
-    """A state that passed the smoke. `head`, `base` and `tree` are vendor/vllm's, `gitlink` what
-    the superproject named.
+class KnownGood:
+    """A state on which the smoke passed.
+
+    `head`, `base` and `tree` belong to vendor/vllm; `gitlink` is the commit that the superproject
+    named.
     """
 
     name: str
@@ -49,56 +51,61 @@ class Good:
 
 
 def folder(layout: Layout, name: str) -> Path:
+    """Return the folder of a known-good state."""
     return layout.known_good_states / name
 
 
 def environment(layout: Layout, name: str) -> Path:
-    """Where the environment of a good state waits while another one is in use."""
+    """Return the path at which a state's environment waits while another environment is in use."""
     return folder(layout, name) / "environment"
 
 
 def kernels(layout: Layout, name: str) -> Path:
+    """Return the folder with the compiled files of a state."""
     return folder(layout, name) / "kernels"
 
 
-def kept(layout: Layout, name: str) -> Layout:
-    """The pins and patches of a good state, as a layout."""
+def pinned_files(layout: Layout, name: str) -> Layout:
+    """Return the pins and patches of a known-good state, as a layout."""
     return Layout(folder(layout, name) / "files")
 
 
 def name_of(tag: str, tree: str) -> str:
+    """Return the name of the state with this tag and this git tree."""
     return f"{tag.replace('/', '-')}-{tree[:12]}"
 
 
-def every(layout: Layout) -> tuple[Good, ...]:
-    """The good states, newest first; a folder whose record cannot be read is none."""
+def states(layout: Layout) -> tuple[KnownGood, ...]:
+    """Return the known-good states, newest first; skip folders whose record cannot be read."""
     found = (
         read(layout, path.parent.name) for path in layout.known_good_states.glob("*/good.json")
     )
     return tuple(
-        sorted((good for good in found if good), key=lambda good: good.recorded, reverse=True)
+        sorted((state for state in found if state), key=lambda state: state.recorded, reverse=True)
     )
 
 
-def read(layout: Layout, name: str) -> Good | None:
+def read(layout: Layout, name: str) -> KnownGood | None:
+    """Return the state of this name, None if its record is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = json.loads(read_regular(folder(layout, name) / "good.json"))
         if record.pop("schema") == SCHEMA and record["name"] == name:
-            return Good(**record)
+            return KnownGood(**record)
     return None
 
 
 def record(
     layout: Layout, settings: Settings, observed: plan.Observation, *, console: Console
-) -> Good | None:
-    """Record the present state as good where the smoke passed on exactly this, else say why not.
+) -> KnownGood | None:
+    """Record the present state as known-good if the smoke passed on it, else print why not.
+
     Takes the workspace's lock.
     """
     with (
         lock.hold(layout.lock, verb="inv pin", wait=True, on_wait=console.info) as held,
         RunLog(console, layout.logs, verb="good", secrets=settings.secrets, held=held) as run_log,
     ):
-        clear(layout)
+        finish_removal(layout)
         why = refusal(layout, observed)
         if why:
             console.info(f"not recorded as good: {why}")
@@ -109,27 +116,23 @@ def record(
 
 
 def refusal(layout: Layout, observed: plan.Observation) -> str | None:
-    """Why the present state is not one to return to, None where it is."""
+    """Return why the present state cannot become known-good, None if it can."""
     stack = observed.stack
     if stack is None or stack.head is None:
         return "there is no checkout"
     if stack.dirty:
         return f"vendor/vllm has edits ({', '.join(stack.dirty[:3])})"
     if stack.state is not State.APPLIED:
-        return (
-            "vendor/vllm holds something else than the series makes; ./scripts/inv patch says what"
-        )
+        return "vendor/vllm differs from what the series makes; ./scripts/inv patch shows how"
     if any(
         layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
     ):
-        return "the build is stale; ./scripts/inv status says what"
-    return None if has_passed(layout, stack.tree) else "the smoke has not passed on this tree"
+        return "the build is stale; ./scripts/inv status shows which layer"
+    return None if smoke_passed(layout, stack.tree) else "the smoke has not passed on this tree"
 
 
-def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good:
-    """Keep everything of the present state, which the caller knows to be good; what is kept of it
-    already stays.
-    """
+def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> KnownGood:
+    """Store the present state, which the caller knows to be good; reuse what is stored already."""
     stack, build = observed.stack, observed.kernels.recorded
     assert build is not None
     assert stack is not None
@@ -137,68 +140,71 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Good
     assert stack.base
     assert stack.tree
     name = name_of(observed.pin.tag, stack.tree)
+    gitlink = _set_references(layout, name, stack.head)
+    record_file = folder(layout, name) / "good.json"
+    before = read(layout, name)
+    stamp.withdraw(record_file)
+    libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
+    inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
+    if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
+        _copy_kernels(layout, name)
+    _copy_pinned_files(layout, name)
+    _write_package_list(layout, name)
+    made = KnownGood(
+        name=name,
+        tag=observed.pin.tag,
+        head=stack.head,
+        base=stack.base,
+        tree=stack.tree,
+        gitlink=gitlink,
+        recorded=datetime.datetime.now(datetime.UTC).isoformat(),
+        smoke=str(smoke_record.last_record(layout).get("time")),
+        inputs=inputs,
+    )
+    os.sync()
+    write_atomic(record_file, json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
+    _prune(layout, using=name, run_log=run_log)
+    return made
+
+
+def _set_references(layout: Layout, name: str, head: str) -> str | None:
+    """Set `refs/good/NAME` in both repositories; return the gitlink of vendor/vllm."""
     git, outer = Git(layout.vllm), checkout.superproject(layout)
     link = outer.gitlink(layout.relative(layout.vllm)) if outer else None
-    git.set_ref(f"refs/good/{name}", stack.head)
+    git.set_ref(f"refs/good/{name}", head)
     if outer and outer.head():
         gitlinks = {layout.relative(layout.vllm): link.commit} if link else {}
         commit = worktree.snapshot(
             outer, f"Good: {name}", paths=("vendor/pins.toml", "patches"), gitlinks=gitlinks
         )
-        # One that differs by its date alone would leave the former to the reflog.
+        # A commit that differs by its date alone would leave the former one to the reflog.
         if not worktree.are_alike(outer, commit, f"refs/good/{name}"):
             outer.set_ref(f"refs/good/{name}", commit)
-    path = folder(layout, name)
-    before = read(layout, name)
-    stamp.withdraw(path / "good.json")
-    libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
-    inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
-    if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
-        shutil.rmtree(kernels(layout, name), ignore_errors=True)
-        with files.folder_beside(kernels(layout, name)) as scratch:
-            copy_files(layout.vllm, scratch / "kernels", editable.build_products(layout.vllm))
-            files.put_in_place(scratch / "kernels", kernels(layout, name))
-    _keep_files(layout, name)
-    packages = {
-        package: version
-        for package, version in interpreter.installed(layout).items()
-        if package != "vllm"
-    }
-    write_atomic(
-        path / "freeze.txt",
-        "".join(
-            f"{package}=={version}\n" for package, version in sorted(packages.items())
-        ).encode(),
-    )
-    recorded = datetime.datetime.now(datetime.UTC).isoformat()
-    smoke = str(smoke_record.last_record(layout).get("time"))
-    made = Good(
-        name,
-        observed.pin.tag,
-        stack.head,
-        stack.base,
-        stack.tree,
-        link.commit if link else None,
-        recorded,
-        smoke,
-        inputs,
-    )
-    os.sync()
-    write_atomic(
-        path / "good.json", json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode()
-    )
-    _prune(layout, using=name, run_log=run_log)
-    return made
+    return link.commit if link else None
 
 
-def now() -> str:
-    """The name under which what a move leaves behind is kept."""
+def _copy_kernels(layout: Layout, name: str) -> None:
+    shutil.rmtree(kernels(layout, name), ignore_errors=True)
+    with files.folder_beside(kernels(layout, name)) as scratch:
+        copy_files(layout.vllm, scratch / "kernels", editable.build_products(layout.vllm))
+        files.put_in_place(scratch / "kernels", kernels(layout, name))
+
+
+def _write_package_list(layout: Layout, name: str) -> None:
+    installed = sorted(interpreter.installed(layout).items())
+    lines = [f"{package}=={version}\n" for package, version in installed if package != "vllm"]
+    write_atomic(folder(layout, name) / "freeze.txt", "".join(lines).encode())
+
+
+def timestamp() -> str:
+    """Return the present UTC time as a name for what a move leaves behind."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
-def keep_aside(layout: Layout, why: str, *, name: str) -> None:
-    """Let references in both repositories, `refs/left/NAME`, name the present state, edits of pins
-    and patches included.
+def keep_present(layout: Layout, why: str, *, name: str) -> None:
+    """Set `refs/left/NAME` in both repositories to the present state, edits of pins included.
+
+    Without a superproject, copy pins and patches to the leftovers folder.
     """
     ref = f"refs/left/{name}"
     git, outer = Git(layout.vllm), checkout.superproject(layout)
@@ -207,22 +213,23 @@ def keep_aside(layout: Layout, why: str, *, name: str) -> None:
     if outer and outer.head():
         outer.set_ref(ref, worktree.snapshot(outer, why, paths=("vendor/pins.toml", "patches")))
     else:
-        with files.folder_beside(left(layout, name)) as scratch:
+        with files.folder_beside(leftovers(layout, name)) as scratch:
             _copy_pins(layout, Layout(scratch / "left"))
-            shutil.rmtree(left(layout, name), ignore_errors=True)
-            files.put_in_place(scratch / "left", left(layout, name))
+            shutil.rmtree(leftovers(layout, name), ignore_errors=True)
+            files.put_in_place(scratch / "left", leftovers(layout, name))
 
 
-def gone(layout: Layout) -> Path:
-    """Where a workshop lies that is done with, until it is deleted."""
+def discarded_sandbox(layout: Layout) -> Path:
+    """Return the path to which a finished bump sandbox is renamed before it is deleted."""
     return layout.bump_sandbox.with_name(f".{layout.bump_sandbox.name}.gone")
 
 
-def clear(layout: Layout) -> None:
-    """Finish what a run left that was ended while it took a workshop away; of one that is there
-    everything stays.
+def finish_removal(layout: Layout) -> None:
+    """Finish an interrupted removal of the bump sandbox.
+
+    A sandbox that exists stays unchanged.
     """
-    shutil.rmtree(gone(layout), ignore_errors=True)
+    shutil.rmtree(discarded_sandbox(layout), ignore_errors=True)
     git = Git(layout.vllm)
     if (
         not os.path.lexists(layout.bump_sandbox)
@@ -232,13 +239,13 @@ def clear(layout: Layout) -> None:
         worktree.forget(git, Layout(layout.bump_sandbox).vllm)
 
 
-def left(layout: Layout, name: str) -> Path:
-    """Where files lie that a move has left behind and that no repository keeps."""
+def leftovers(layout: Layout, name: str) -> Path:
+    """Return the folder for files that a move leaves behind and that no repository keeps."""
     return layout.state / f"left-{name}"
 
 
-def _keep_files(layout: Layout, name: str) -> None:
-    place = kept(layout, name).root
+def _copy_pinned_files(layout: Layout, name: str) -> None:
+    place = pinned_files(layout, name).root
     with files.folder_beside(place) as scratch:
         _copy_pins(layout, Layout(scratch / "files"))
         shutil.rmtree(place, ignore_errors=True)
@@ -251,28 +258,26 @@ def _copy_pins(layout: Layout, target: Layout) -> None:
     shutil.copytree(layout.patches("vllm"), target.patches("vllm"))
 
 
-def has_passed(layout: Layout, tree: str | None) -> bool:
-    """Whether the last smoke passed, on this tree without edits."""
-    said = smoke_record.last_record(layout)
-    return said.get("verdict") == "pass" and said.get("tree") == tree and said.get("dirty") is None
+def smoke_passed(layout: Layout, tree: str | None) -> bool:
+    """Return whether the last smoke passed on this git tree without edits."""
+    last = smoke_record.last_record(layout)
+    return last.get("verdict") == "pass" and last.get("tree") == tree and last.get("dirty") is None
 
 
-def current(layout: Layout) -> str | None:
-    """The name that the present state has or would have, by pin and tree; None where there is no
-    checkout.
-    """
+def present_name(layout: Layout) -> str | None:
+    """Return the name of the present state by pin and tree, None without a checkout."""
     git = Git(layout.vllm)
     head = git.head() if (layout.vllm / ".git").exists() else None
     return name_of(pins.load(layout.pins).vllm.tag, git.tree(head)) if head else None
 
 
 def _prune(layout: Layout, *, using: str, run_log: RunLog) -> None:
-    """Keep the newest states; the one in use counts and is never taken away."""
-    others = [good for good in every(layout) if good.name != using]
+    """Delete all but the newest KEPT states; the state in use counts and is never deleted."""
+    others = [state for state in states(layout) if state.name != using]
     outer = checkout.superproject(layout)
-    for good in others[KEPT - 1 :]:
-        run_log.write(f"no longer kept: {good.name}")
-        stamp.withdraw(folder(layout, good.name) / "good.json")
+    for state in others[KEPT - 1 :]:
+        run_log.write(f"no longer kept: {state.name}")
+        stamp.withdraw(folder(layout, state.name) / "good.json")
         for git in filter(None, (Git(layout.vllm), outer)):
-            worktree.delete_ref(git, f"refs/good/{good.name}")
-        shutil.rmtree(folder(layout, good.name), ignore_errors=True)
+            worktree.delete_ref(git, f"refs/good/{state.name}")
+        shutil.rmtree(folder(layout, state.name), ignore_errors=True)

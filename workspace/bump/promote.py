@@ -1,8 +1,7 @@
-"""A bump whose smoke is green takes the place of the working state: tree, compiled files,
-environment, patches, pins, gitlink.
+"""Promotion: the sandbox of a green bump replaces the working state.
 
-Done in steps that the next `inv pin.bump` or `inv patch.continue` finishes, whatever ended them.
-Nothing is fetched or compiled.
+Tree, compiled files, environment, patches, pins and gitlink move in steps. After an interruption,
+the next `inv pin.bump` or `inv patch.continue` finishes them. Nothing is fetched or compiled.
 """
 
 import base64
@@ -15,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from workspace.bump import known_good, staging
-from workspace.bump.staging import BumpSandbox, Marker
+from workspace.bump.staging import BumpSandbox, RedoLog, Step
 from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.log import RunLog
@@ -27,17 +26,16 @@ from workspace.repo import pins, series
 from workspace.repo.git import Git, worktree
 from workspace.repo.series import BASE_REF, TIP_REF
 
-# The files of an editable install that hold paths (its .pth or finder, direct_url.json) have some
-# hundred bytes.
+# Upper limit for files that may hold a path (.pth, finder, direct_url.json); they have some hundred
+# bytes.
 LARGEST_BYTES = 1 << 20
 
 
 def retarget_scripts(layout: Layout, package: str, *, old: Path, new: Path) -> tuple[str, ...]:
-    """Let the editable install of `package` in `.vllm` lead to the tree `new` instead of `old`;
-    return the files that were written.
+    """Point the editable install of `package` in `.vllm` at the tree `new` instead of `old`.
 
-    Done twice equals done once, also where the first was killed between a file and the list of
-    files.
+    Returns the changed files. A second run changes nothing, also after a kill between a file and
+    RECORD.
     """
     written = []
     for site in interpreter.site_packages(layout):
@@ -61,19 +59,17 @@ def _rewrite(path: Path, old: Path, new: Path) -> bool:
     if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_BYTES:
         return False
     before = after = read_regular(path)
-    # As text, and as in an address (direct_url.json).
+    # Plain text, and percent-encoded as in the URL of direct_url.json.
     for name, other in {str(old): str(new), quote(str(old)): quote(str(new))}.items():
         after = after.replace(name.encode(), other.encode())
     if after != before:
-        # By rename: uv may have linked the file to its cache.
+        # Replace by rename: uv may have hard-linked the file to its cache.
         write_atomic(path, after, mode=path.stat().st_mode & 0o777)
     return after != before
 
 
 def _write_record(site: Path, record: Path, rows: list[list[str]]) -> None:
-    """Let the list of files name sizes and hashes as they are now: a file that is shorter than
-    listed counts as half.
-    """
+    """Update sizes and hashes in RECORD; a file shorter than listed would count as incomplete."""
     for row in rows:
         path = site / row[0]
         if len(row) == 3 and row[2] and path.is_file() and path.stat().st_size <= LARGEST_BYTES:
@@ -89,167 +85,158 @@ def _write_record(site: Path, record: Path, rows: list[list[str]]) -> None:
 
 
 SUBJECT_WIDTH = 72
-# More of a range-diff is for a pager.
+# A reader of a commit message needs no longer range-diff.
 LONGEST_RANGE_DIFF = 300
 
 
 def message_file(layout: Layout) -> Path:
+    """Return the path of the prepared commit message."""
     return layout.state / "bump-message.txt"
 
 
 def is_begun(bump_sandbox: BumpSandbox) -> bool:
+    """Return whether the promotion of this bump has begun."""
     return bump_sandbox.promoting.exists()
 
 
 def is_begun_in(layout: Layout) -> bool:
-    """Whether a promotion is under way, be the workshop's record readable or not."""
+    """Return whether a promotion is under way, even if the sandbox's record is damaged."""
     return layout.promoting.exists()
 
 
 def require_unmoved(bump_sandbox: BumpSandbox) -> None:
-    """Raise CheckoutError or PatchDrift where the clone is no longer as it was when the bump began:
-    what is new there would be lost.
+    """Raise CheckoutError or PatchDrift if the clone changed after the bump began.
+
+    A promotion would lose that change.
     """
-    layout, begun = bump_sandbox.outer, bump_sandbox.begun
+    layout, start = bump_sandbox.outer, bump_sandbox.start
     git, pin = Git(layout.vllm), pins.load(layout.pins).vllm
     again = (
-        "./scripts/inv patch.export where it is to stay, then ./scripts/inv patch.continue --abort"
-        f" && ./scripts/inv pin.bump {begun.ref}"
+        "./scripts/inv patch.export to keep it, then ./scripts/inv patch.continue --abort"
+        f" && ./scripts/inv pin.bump {start.ref}"
     )
     if verb := git.under_way():
         raise CheckoutError(
             f"vendor/vllm is in the middle of a git {verb}; nothing was promoted",
             hint=f"git -C vendor/vllm {verb} --continue    or --abort",
         )
-    if git.head() != begun.tip:
+    if git.head() != start.tip:
         raise CheckoutError(
-            f"vendor/vllm is no longer at {begun.tip[:12]}, where this bump began; nothing was"
+            f"vendor/vllm is no longer at {start.tip[:12]}, where this bump began; nothing was"
             " promoted",
             hint=again,
         )
     if edited := git.edits():
         raise CheckoutError(
             f"vendor/vllm has edits ({', '.join(edited[:3])}); nothing was promoted",
-            hint="git -C vendor/vllm stash    and the same command again",
+            hint="git -C vendor/vllm stash    then the same command again",
         )
-    if staging.digest_of(layout.patches("vllm"), pin=pin.commit) != begun.patches:
+    if staging.digest_of(layout.patches("vllm"), pin=pin.commit) != start.patches:
         raise PatchDrift(
             "patches/vllm changed after this bump began; nothing was promoted", hint=again
         )
 
 
 def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: RunLog) -> None:
-    """Write down what is to be done. From here on it goes forward only.
+    """Write the redo log of the promotion. From here on it can only be finished.
 
-    `tip` is what was exported and smoked. Raises what require_unmoved and require_way raise, and
-    CheckoutError where the workshop moved on.
+    `tip` is the commit that was exported and smoked. Raises what require_unmoved and require_way
+    raise, and CheckoutError if the sandbox changed.
     """
     layout, made = bump_sandbox.outer, Git(bump_sandbox.layout.vllm)
     require_unmoved(bump_sandbox)
     if made.head() != tip or made.edits():
         raise CheckoutError(
             f"{bump_sandbox.shown} changed while its smoke ran; nothing was promoted",
-            hint="./scripts/inv patch.continue    judges what is there now",
+            hint="./scripts/inv patch.continue    tests the present commit",
         )
     worktree.require_way(Git(layout.vllm), tip)
     observed = plan.observe(layout, settings)
     why = known_good.refusal(layout, observed)
     name = "" if why else known_good.keep(layout, observed, run_log=run_log).name
     if why:
-        run_log.console.info(f"{observed.pin.tag} is not kept to return to: {why}")
+        run_log.console.info(f"{observed.pin.tag} is not kept as a known-good state: {why}")
     facts = {
         "good": name,
         "tag": observed.pin.tag,
         "tip": tip,
-        "left": known_good.now(),
+        "left": known_good.timestamp(),
         "names": sandbox.names_of(layout.patches("vllm")),
         **staging.products_of(layout),
     }
-    Marker(bump_sandbox.promoting, facts).write()
+    RedoLog(bump_sandbox.promoting, facts).write()
 
 
 def finish(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) -> None:
-    """Do what is still to be done of a promotion, then take the workshop away."""
-    marker = staging.find_marker(bump_sandbox.promoting)
-    assert marker is not None
-    layout, patches_new = bump_sandbox.outer, bump_sandbox.layout.patches("vllm")
-    # Only a commit of upstream's belongs into the superproject: nobody could fetch the one that is
-    # made of an archive.
-    gitlink = None if is_archives(bump_sandbox.pin) else bump_sandbox.pin.commit
+    """Do the remaining steps of a promotion, then remove the sandbox."""
+    redo_log = staging.find_redo_log(bump_sandbox.promoting)
+    assert redo_log is not None
     with run_log.console.step("promote") as view:
         run_log.phase("promote", view)
-        staging.finish_marker(
-            marker,
-            (
-                ("keep", lambda facts: _keep(bump_sandbox, facts)),
-                ("environment aside", lambda facts: _put_aside(bump_sandbox, facts)),
-                (
-                    "source",
-                    lambda facts: staging.move_tree(
-                        layout, old=bump_sandbox.begun.tip, new=facts["tip"], run_log=run_log
-                    ),
-                ),
-                (
-                    "products aside",
-                    lambda facts: staging.take_products_away(
-                        layout, facts, good_state=facts["good"]
-                    ),
-                ),
-                (
-                    "products",
-                    lambda facts: editable.move_products(
-                        bump_sandbox.layout.vllm,
-                        layout.vllm,
-                        editable.build_products(bump_sandbox.layout.vllm),
-                    ),
-                ),
-                ("environment", lambda facts: _move_environment(bump_sandbox)),
-                (
-                    "patches",
-                    lambda facts: sandbox.write_patches(
-                        patches_new,
-                        layout.patches("vllm"),
-                        pin=bump_sandbox.pin.commit,
-                        former=facts["names"],
-                    ),
-                ),
-                (
-                    "pins",
-                    lambda facts: write_atomic(
-                        layout.pins, pins.dump(read_regular(layout.pins), bump_sandbox.pin)
-                    ),
-                ),
-                ("gitlink", lambda facts: staging.set_gitlink(layout, gitlink, run_log=run_log)),
-                ("message", lambda facts: _write_message(bump_sandbox, facts)),
-            ),
-        )
-        view.reason = f"{marker.facts['tag']} → {bump_sandbox.pin.tag}"
+        staging.finish_steps(redo_log, _steps(bump_sandbox, run_log))
+        view.reason = f"{redo_log.facts['tag']} → {bump_sandbox.pin.tag}"
     run_log.step = None
     _stamp(bump_sandbox, settings, run_log)
-    staging.remove(layout)
-    _report(bump_sandbox, marker.facts, run_log)
+    staging.remove(bump_sandbox.outer)
+    _report(bump_sandbox, redo_log.facts, run_log)
+
+
+def _steps(bump_sandbox: BumpSandbox, run_log: RunLog) -> tuple[tuple[str, Step], ...]:
+    """Return the steps of a promotion, in order; the redo log on disk has their names."""
+    layout, own, pin = bump_sandbox.outer, bump_sandbox.layout, bump_sandbox.pin
+    # Only a commit of upstream's belongs into the superproject: nobody could fetch a commit that
+    # is made from an archive.
+    gitlink = None if is_archives(pin) else pin.commit
+
+    def move_source(facts: Mapping[str, str]) -> None:
+        staging.move_tree(layout, old=bump_sandbox.start.tip, new=facts["tip"], run_log=run_log)
+
+    def move_products(_: Mapping[str, str]) -> None:
+        editable.move_products(own.vllm, layout.vllm, editable.build_products(own.vllm))
+
+    def write_patches(facts: Mapping[str, str]) -> None:
+        source, target = own.patches("vllm"), layout.patches("vllm")
+        sandbox.write_patches(source, target, pin=pin.commit, former=facts["names"])
+
+    return (
+        ("keep", lambda facts: _keep(bump_sandbox, facts)),
+        ("environment aside", lambda facts: _keep_environment(bump_sandbox, facts)),
+        ("source", move_source),
+        (
+            "products aside",
+            lambda facts: staging.remove_products(layout, facts, good_state=facts["good"]),
+        ),
+        ("products", move_products),
+        ("environment", lambda facts: _move_environment(bump_sandbox)),
+        ("patches", write_patches),
+        (
+            "pins",
+            lambda facts: write_atomic(layout.pins, pins.dump(read_regular(layout.pins), pin)),
+        ),
+        ("gitlink", lambda facts: staging.set_gitlink(layout, gitlink, run_log=run_log)),
+        ("message", lambda facts: _write_message(bump_sandbox, facts)),
+    )
 
 
 def _keep(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
+    """Set references to the old state, unless it is a known-good state, and to the new stack."""
     if not facts["good"]:
-        known_good.keep_aside(
+        known_good.keep_present(
             bump_sandbox.outer, f"Before the bump to {bump_sandbox.pin.tag}", name=facts["left"]
         )
     git = Git(bump_sandbox.outer.vllm)
     git.set_ref(TIP_REF, facts["tip"])
-    git.set_ref(BASE_REF, bump_sandbox.begun.new_base)
+    git.set_ref(BASE_REF, bump_sandbox.start.new_base)
 
 
-def _put_aside(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
-    """The old environment waits with the good state that it belongs to; one that proved nothing
-    goes with the workshop.
-    """
+def _keep_environment(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
+    """Move the old environment to its known-good state, or without one into the sandbox."""
     scratch = (
         known_good.environment(bump_sandbox.outer, facts["good"])
         if facts["good"]
         else bump_sandbox.layout.root / "old-environment"
     )
-    staging.put_aside(bump_sandbox.outer.environment, scratch)
+    staging.keep_environment(bump_sandbox.outer.environment, scratch)
 
 
 def _move_environment(bump_sandbox: BumpSandbox) -> None:
@@ -260,12 +247,14 @@ def _move_environment(bump_sandbox: BumpSandbox) -> None:
 
 
 def is_archives(pin: pins.Pin) -> bool:
+    """Return whether the pin's commit is made from the release archive."""
     return pin.archive is not None and pin.commit == pin.archive.commit
 
 
 def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> None:
-    """Prove that what was moved works in its new place, and only then let its stamps say so.
-    Bootstrap makes anew what does not.
+    """Verify the moved build in its new place, then write its stamps.
+
+    Bootstrap rebuilds what does not verify.
     """
     layout = bump_sandbox.outer
     old = stamp.read(layout.stamp("vllm"))
@@ -284,16 +273,16 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
             observed = plan.observe(layout, settings)
             verdict = editable.verify(layout, settings, observed)
             run = stages.Run(layout, settings, run_log, observed, dict(old.outcome))
-            # What the workshop made is of the same kind here.
+            # The origin of the build is the same kind as in the sandbox.
             stages.write_stamp(run, observed, verdict, kind=old.inputs["origin"].split()[0])
             view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
         except BuildError as exc:
             stamp.withdraw(layout.stamp("vllm"))
-            view.state, view.reason = "warn", f"{exc.message}: to be installed anew"
+            view.state, view.reason = "warn", f"{exc.message}: bootstrap installs it again"
 
 
 def dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, str]:
-    """The patches that are not on the new base any more, and why."""
+    """Return the patches that are no longer on the new base, each with the reason."""
     names = series.read_series(
         bump_sandbox.layout.patches("vllm"), pin=bump_sandbox.pin.commit
     ).names
@@ -302,15 +291,15 @@ def dropped(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> dict[str, st
         name: (
             "left out with --skip"
             if name in bump_sandbox.skipped
-            else "upstream has it, or it has another subject now"
+            else "upstream has it, or its subject changed"
         )
         for name in gone
     }
 
 
 def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
-    """The commit message of the bump: what moved, each patch, and the range-diff."""
-    old, new = bump_sandbox.begun, bump_sandbox.pin
+    """Write the commit message of the bump: pins, dropped patches and range-diff."""
+    old, new = bump_sandbox.start, bump_sandbox.pin
     kept = series.read_series(bump_sandbox.layout.patches("vllm"), pin=new.commit).names
     compared = worktree.range_diff(
         Git(bump_sandbox.outer.vllm), (old.base, old.tip), (old.new_base, facts["tip"])
@@ -323,7 +312,7 @@ def _write_message(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> None:
     lines = [
         f"pin: move vLLM from {facts['tag']} to {new.tag}"[:SUBJECT_WIDTH],
         "",
-        f"Commit {new.commit}" + (", made of the release archive." if is_archives(new) else "."),
+        f"Commit {new.commit}" + (", made from the release archive." if is_archives(new) else "."),
         f"{len(kept)} {'patch' if len(kept) == 1 else 'patches'} on it; the smoke has passed.",
         *(f"Dropped {name}: {why}." for name, why in dropped(bump_sandbox, facts).items()),
         *(
@@ -349,16 +338,16 @@ def _report(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog
     layout, console = bump_sandbox.outer, run_log.console
     if is_archives(bump_sandbox.pin):
         console.info(
-            "the gitlink of vendor/vllm stays as it is: this pin is the release archive's commit,"
-            " which upstream does not have"
+            "the gitlink of vendor/vllm is unchanged: this pin is a commit made from the release"
+            " archive, which upstream does not have"
         )
     if facts["good"]:
         console.info(
             f"{facts['tag']} is kept as {facts['good']}; ./scripts/inv pin.rollback returns to it"
         )
-    staging.report_left(layout, facts, console=console)
-    # Without a path of the submodule's: the gitlink is staged already, and by its path git may take
-    # the patched commit that is checked out.
+    staging.report_leftovers(layout, facts, console=console)
+    # Do not name the submodule's path: the gitlink is staged already, and with the path git may
+    # stage the patched commit that is checked out.
     console.info(
         "to commit: git add vendor/pins.toml patches/vllm && git commit -F"
         f" {layout.relative(message_file(layout))}"

@@ -1,8 +1,7 @@
-"""`inv pin.rollback`: return to a state that passed the smoke, with its source, patches, pins,
-environment and compiled files.
+"""`inv pin.rollback` returns to a known-good state; `inv pin` shows pins and states.
 
-What is there now is kept under references first. Done in steps; whatever ends them, the next `inv
-pin.rollback` finishes them.
+A rollback restores source, patches, pins, environment and compiled files, and keeps the present
+state under references first. The next `inv pin.rollback` finishes an interrupted one.
 """
 
 import datetime
@@ -14,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from workspace.bump import bump, known_good, promote, staging, triton
-from workspace.bump.known_good import Good
-from workspace.bump.staging import Marker
+from workspace.bump.known_good import KnownGood
+from workspace.bump.staging import RedoLog, Step
 from workspace.checks import registry as smoke_record
 from workspace.core import lock
 from workspace.core.console import Console, State
@@ -35,11 +34,10 @@ from workspace.repo.series import BASE_REF, TIP_REF
 def run(
     layout: Layout, settings: Settings, name: str | None, *, console: Console, wait: bool = False
 ) -> None:
-    """Return to the newest good state that is not the present one, or to the one of this name; the
-    smoke proves it.
+    """Return to the newest other known-good state, or to `name`, and verify it by the smoke.
 
-    Raises SettingsError where there is no such state, CheckoutError where edits or an `am` stand in
-    the way, SmokeError where it fails.
+    Raises SettingsError without such a state, CheckoutError if edits or an `am` prevent it, and
+    SmokeError if the smoke fails.
     """
     with (
         lock.hold(layout.lock, verb="inv pin.rollback", wait=wait, on_wait=console.info) as held,
@@ -47,38 +45,35 @@ def run(
             console, layout.logs, verb="pin.rollback", secrets=settings.secrets, held=held
         ) as run_log,
     ):
-        marker = staging.find_marker(layout.returning) or _begin(layout, name, console)
-        wanted = known_good.read(layout, marker.facts["good"])
+        redo_log = staging.find_redo_log(layout.returning) or _begin(layout, name, console)
+        wanted = known_good.read(layout, redo_log.facts["good"])
         if wanted is None:
-            hint = (
-                f"rm {layout.relative(layout.returning)}    gives the return up; then ./scripts/inv"
-                " status"
-            )
             raise CheckoutError(
-                f"{marker.facts['good']} is not there any more, and a return to it was begun",
-                hint=hint,
+                f"the rollback to {redo_log.facts['good']} cannot resume: that state is missing",
+                hint=(
+                    f"rm {layout.relative(layout.returning)}    gives the rollback up;"
+                    " then ./scripts/inv status"
+                ),
             )
-        _finish(layout, marker, wanted, run_log)
-    staging.report_left(layout, marker.facts, console=console)
+        _finish(layout, redo_log, wanted, run_log)
+    staging.report_leftovers(layout, redo_log.facts, console=console)
     if not layout.environment.exists():
         console.info(
-            "its environment was not kept: it is made anew and brought to the versions that it had"
+            "its environment was not kept: bootstrap builds it again with the recorded versions"
         )
-        settings = _as_it_was(settings, wanted)
+        settings = _with_recorded_kernels(settings, wanted)
     sandbox.build_in(layout, settings, console=console)
-    _hold_to_freeze(layout, settings, wanted, console)
+    _restore_versions(layout, settings, wanted, console)
     try:
         bump.run_smoke(layout, settings, console)
     except SmokeError as exc:
-        exc.hint = f"./scripts/inv doctor    looks at the machine; {exc.hint or ''}"
+        exc.hint = f"./scripts/inv doctor    checks the machine; {exc.hint or ''}"
         raise
     known_good.record(layout, settings, plan.observe(layout, settings), console=console)
 
 
-def _as_it_was(settings: Settings, wanted: Good) -> Settings:
-    """The settings that make the good state's kernels again: those that were compiled here are no
-    precompiled wheel's.
-    """
+def _with_recorded_kernels(settings: Settings, wanted: KnownGood) -> Settings:
+    """Return settings that build the state's kernels natively if they were built so."""
     is_native = wanted.inputs.get("origin") == "native" and settings.text("KERNELS") == "auto"
     return (
         replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")})
@@ -88,17 +83,38 @@ def _as_it_was(settings: Settings, wanted: Good) -> Settings:
 
 
 def is_under_way(layout: Layout) -> bool:
+    """Return whether a rollback is under way."""
     return layout.returning.exists()
 
 
-def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
-    """Choose, look whether anything stands in the way, and write down what is to be done."""
-    if staging.is_there(layout):
+def _begin(layout: Layout, name: str | None, console: Console) -> RedoLog:
+    """Choose the state, check that nothing prevents a rollback, and write the redo log."""
+    if staging.exists(layout):
         raise CheckoutError(
             "a bump is under way",
-            hint="./scripts/inv patch.continue    finishes it; with --abort it is given up",
+            hint="./scripts/inv patch.continue    finishes it; --abort gives it up",
         )
-    wanted, present = _choose(layout, name), known_good.current(layout)
+    wanted, present = _choose(layout, name), known_good.present_name(layout)
+    _require_movable(layout, wanted)
+    kept = present if present and known_good.read(layout, present) else ""
+    console.info(f"{present or 'the present state'} → {wanted.name}")
+    if not kept:
+        console.info("the present state never passed the smoke, so its environment is not kept")
+    left = known_good.timestamp()
+    known_good.keep_present(layout, f"Before the return to {wanted.name}", name=left)
+    facts = {
+        "good": wanted.name,
+        "present": kept,
+        "tip": Git(layout.vllm).head() or "",
+        "left": left,
+        "names": sandbox.names_of(layout.patches("vllm")),
+        **staging.products_of(layout),
+    }
+    return RedoLog(layout.returning, facts).write()
+
+
+def _require_movable(layout: Layout, wanted: KnownGood) -> None:
+    """Raise CheckoutError or ToolchainError if vendor/vllm cannot move to the state."""
     git, shown = Git(layout.vllm), layout.relative(layout.vllm)
     if verb := git.under_way():
         raise CheckoutError(
@@ -113,120 +129,109 @@ def _begin(layout: Layout, name: str | None, console: Console) -> Marker:
         )
     if wanted.head not in git.present((wanted.head,)):
         raise CheckoutError(
-            f"{shown} no longer holds commit {wanted.head[:12]} of {wanted.name}",
-            hint="./scripts/inv pin    names the others",
+            f"{shown} no longer has commit {wanted.head[:12]} of {wanted.name}",
+            hint="./scripts/inv pin    lists the other states",
         )
     worktree.require_way(git, wanted.head)
     staging.require_one_disk(layout)
-    kept = present if present and known_good.read(layout, present) else ""
-    console.info(f"{present or 'the present state'} → {wanted.name}")
-    if not kept:
-        console.info("what is there now never passed the smoke, so its environment is not kept")
-    left = known_good.now()
-    known_good.keep_aside(layout, f"Before the return to {wanted.name}", name=left)
-    facts = {
-        "good": wanted.name,
-        "present": kept,
-        "tip": git.head() or "",
-        "left": left,
-        "names": sandbox.names_of(layout.patches("vllm")),
-        **staging.products_of(layout),
-    }
-    return Marker(layout.returning, facts).write()
 
 
-def _choose(layout: Layout, name: str | None) -> Good:
-    present = known_good.current(layout)
-    others = [found for found in known_good.every(layout) if found.name != present]
+def _choose(layout: Layout, name: str | None) -> KnownGood:
+    """Return the state of this name, or the newest state that is not the present one."""
+    present = known_good.present_name(layout)
+    others = [found for found in known_good.states(layout) if found.name != present]
     if name is None and others:
         return others[0]
     if found := next((found for found in others if found.name == name), None):
         return found
-    there = ", ".join(found.name for found in others)
-    what = (
+    problem = (
         f"there is no good state {name} beside the present one"
         if name
         else "there is no good state to return to"
     )
+    names = ", ".join(found.name for found in others)
     raise SettingsError(
-        what + (f"; there are {there}" if there else ""),
+        problem + (f"; there are {names}" if names else ""),
         hint="a state is recorded as good when ./scripts/nox -s smoke has passed on it",
     )
 
 
-def _finish(layout: Layout, marker: Marker, wanted: Good, run_log: RunLog) -> None:
-    # Only what this workspace made may go to make room.
+def _finish(layout: Layout, redo_log: RedoLog, wanted: KnownGood, run_log: RunLog) -> None:
+    # To make room, delete only what this workspace made.
     discarded = layout.state / ".back.gone"
     with run_log.console.step("back") as view:
         run_log.phase("back", view)
-        staging.finish_marker(
-            marker,
-            (
-                ("environment aside", lambda facts: _put_aside(layout, wanted, facts, discarded)),
-                (
-                    "source",
-                    lambda facts: staging.move_tree(
-                        layout, old=facts["tip"], new=wanted.head, run_log=run_log
-                    ),
-                ),
-                ("references", lambda facts: _set_refs(layout, wanted)),
-                ("environment", lambda facts: _bring_environment(layout, wanted)),
-                (
-                    "products aside",
-                    lambda facts: staging.take_products_away(
-                        layout, facts, good_state=facts["present"]
-                    ),
-                ),
-                ("products", lambda facts: _bring_products(layout, wanted)),
-                ("patches", lambda facts: _write_patches(layout, wanted, facts)),
-                (
-                    "pins",
-                    lambda facts: pins.save(
-                        layout.pins, pins.load(known_good.kept(layout, wanted.name).pins).vllm
-                    ),
-                ),
-                (
-                    "gitlink",
-                    lambda facts: staging.set_gitlink(layout, wanted.gitlink, run_log=run_log),
-                ),
-            ),
-        )
-        view.reason = f"{wanted.name}; what was there is kept as refs/left/{marker.facts['left']}"
+        staging.finish_steps(redo_log, _steps(layout, wanted, discarded, run_log))
+        kept = f"refs/left/{redo_log.facts['left']}"
+        view.reason = f"{wanted.name}; the former state is kept as {kept}"
     run_log.step = None
-    marker.path.unlink()
+    redo_log.path.unlink()
     shutil.rmtree(discarded, ignore_errors=True)
 
 
-def _put_aside(layout: Layout, wanted: Good, facts: Mapping[str, str], discarded: Path) -> None:
-    """The present environment waits with the good state that it belongs to. One of no good state
-    makes room where another one was kept.
+def _steps(
+    layout: Layout, wanted: KnownGood, discarded: Path, run_log: RunLog
+) -> tuple[tuple[str, Step], ...]:
+    """Return the steps of a rollback, in order; the redo log on disk has their names."""
+
+    def move_source(facts: Mapping[str, str]) -> None:
+        staging.move_tree(layout, old=facts["tip"], new=wanted.head, run_log=run_log)
+
+    def write_pins(_: Mapping[str, str]) -> None:
+        pins.save(layout.pins, pins.load(known_good.pinned_files(layout, wanted.name).pins).vllm)
+
+    return (
+        ("environment aside", lambda facts: _keep_environment(layout, wanted, facts, discarded)),
+        ("source", move_source),
+        ("references", lambda facts: _set_refs(layout, wanted)),
+        ("environment", lambda facts: _return_environment(layout, wanted)),
+        (
+            "products aside",
+            lambda facts: staging.remove_products(layout, facts, good_state=facts["present"]),
+        ),
+        ("products", lambda facts: _return_products(layout, wanted)),
+        ("patches", lambda facts: _write_patches(layout, wanted, facts)),
+        ("pins", write_pins),
+        ("gitlink", lambda facts: staging.set_gitlink(layout, wanted.gitlink, run_log=run_log)),
+    )
+
+
+def _keep_environment(
+    layout: Layout, wanted: KnownGood, facts: Mapping[str, str], discarded: Path
+) -> None:
+    """Move the present environment to its known-good state.
+
+    Without such a state it is discarded, if the wanted state has an environment that takes its
+    place.
     """
     if facts["present"]:
-        staging.put_aside(layout.environment, known_good.environment(layout, facts["present"]))
+        staging.keep_environment(
+            layout.environment, known_good.environment(layout, facts["present"])
+        )
     elif os.path.lexists(known_good.environment(layout, wanted.name)):
-        staging.put_aside(layout.environment, discarded)
+        staging.keep_environment(layout.environment, discarded)
 
 
-def _set_refs(layout: Layout, wanted: Good) -> None:
+def _set_refs(layout: Layout, wanted: KnownGood) -> None:
     git = Git(layout.vllm)
     git.set_ref(TIP_REF, wanted.head)
     git.set_ref(BASE_REF, wanted.base)
 
 
-def _bring_environment(layout: Layout, wanted: Good) -> None:
+def _return_environment(layout: Layout, wanted: KnownGood) -> None:
     kept = known_good.environment(layout, wanted.name)
     if os.path.lexists(kept) and not os.path.lexists(layout.environment):
         os.rename(kept, layout.environment)
 
 
-def _bring_products(layout: Layout, wanted: Good) -> None:
-    """Compiled files as they were; the good state keeps its own."""
+def _return_products(layout: Layout, wanted: KnownGood) -> None:
+    """Copy the compiled files back; the known-good state keeps its own."""
     folder = known_good.kernels(layout, wanted.name)
     copy_files(folder, layout.vllm, files_below(folder))
 
 
-def _write_patches(layout: Layout, wanted: Good, facts: Mapping[str, str]) -> None:
-    files = known_good.kept(layout, wanted.name)
+def _write_patches(layout: Layout, wanted: KnownGood, facts: Mapping[str, str]) -> None:
+    files = known_good.pinned_files(layout, wanted.name)
     sandbox.write_patches(
         files.patches("vllm"),
         layout.patches("vllm"),
@@ -235,14 +240,17 @@ def _write_patches(layout: Layout, wanted: Good, facts: Mapping[str, str]) -> No
     )
 
 
-def _hold_to_freeze(layout: Layout, settings: Settings, wanted: Good, console: Console) -> None:
-    """Install exactly the versions that the good state had, where the environment had to be made
-    anew; the index may have newer ones by now.
+def _restore_versions(
+    layout: Layout, settings: Settings, wanted: KnownGood, console: Console
+) -> None:
+    """Install the recorded versions after the environment was built again.
+
+    The index may have newer versions by now.
     """
     lines = read_regular(known_good.folder(layout, wanted.name) / "freeze.txt").decode().split()
-    there = interpreter.installed(layout)
+    actual = interpreter.installed(layout)
     differing = [
-        line for line in lines if there.get(line.partition("==")[0]) != line.partition("==")[2]
+        line for line in lines if actual.get(line.partition("==")[0]) != line.partition("==")[2]
     ]
     if not differing:
         return
@@ -274,7 +282,7 @@ SHOWN_RELEASES = 3
 
 @dataclass(frozen=True)
 class Row:
-    """One thing. `facts` are for a program, `text` for a person."""
+    """One row of the table. `facts` are for a program, `text` for a person."""
 
     state: State
     name: str
@@ -290,8 +298,9 @@ def show(
     as_json: bool = False,
     offline: bool = False,
 ) -> None:
-    """Print one row a thing; as JSON on stdout where a program asks. Raises SettingsError for
-    broken pins only.
+    """Print the table of pins and states, as JSON on stdout if requested.
+
+    Raises SettingsError for unreadable pins only.
     """
     pinned = pins.load(layout.pins)
     rows = [
@@ -314,16 +323,16 @@ def show(
 def _pin(layout: Layout, pin: Pin) -> Row:
     facts: dict[str, object] = {"tag": pin.tag, "commit": pin.commit}
     try:
-        there = checkout.observe(layout, pin)
+        found = checkout.observe(layout, pin)
     except WorkspaceError as exc:
         return Row("FAIL", "pin", f"{pin.tag} {pin.commit[:12]}; {exc.message}", facts)
-    fits = there.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
-    state: State = "ok" if fits else "missing" if there.kind is checkout.Kind.MISSING else "FAIL"
+    fits = found.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    state: State = "ok" if fits else "missing" if found.kind is checkout.Kind.MISSING else "FAIL"
     return Row(
         state,
         "pin",
-        f"{pin.tag} {pin.commit[:12]}; vendor/vllm: {there.detail}",
-        facts | {"kind": there.kind.value},
+        f"{pin.tag} {pin.commit[:12]}; vendor/vllm: {found.detail}",
+        facts | {"kind": found.kind.value},
     )
 
 
@@ -342,75 +351,51 @@ def _stack(layout: Layout, pin: Pin) -> Row:
 def _under_way(layout: Layout) -> list[Row]:
     rows = []
     if is_under_way(layout):
-        rows.append(
-            Row(
-                "warn",
-                "back",
-                "a return to a good state was interrupted; next: ./scripts/inv pin.rollback",
-            )
-        )
-    if not staging.is_there(layout):
+        text = "a rollback was interrupted; next: ./scripts/inv pin.rollback"
+        rows.append(Row("warn", "back", text))
+    if not staging.exists(layout):
         return rows
     try:
         bump_sandbox = staging.find(layout)
         assert bump_sandbox is not None
-        what, following = _stage(bump_sandbox)
+        stage, following = _bump_stage(bump_sandbox)
     except WorkspaceError as exc:
         return [*rows, Row("FAIL", "bump", f"{exc.message}; next: {exc.hint}")]
-    return [
-        *rows,
-        Row(
-            "warn",
-            "bump",
-            f"to {bump_sandbox.pin.tag}: {what}; next: {following}",
-            {"tag": bump_sandbox.pin.tag, "commit": bump_sandbox.pin.commit},
-        ),
-    ]
+    pin = bump_sandbox.pin
+    text = f"to {pin.tag}: {stage}; next: {following}"
+    return [*rows, Row("warn", "bump", text, {"tag": pin.tag, "commit": pin.commit})]
 
 
-def _stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
-    """What a bump waits for, and the command that leads on."""
+def _bump_stage(bump_sandbox: staging.BumpSandbox) -> tuple[str, str]:
+    """Return what a bump waits for, and the command that resumes it."""
     from workspace.repo.git import am
 
     if promote.is_begun(bump_sandbox):
         return "being promoted", bump.CONTINUE
     tree = Git(bump_sandbox.layout.vllm)
-    there = am.position(tree) if (bump_sandbox.layout.vllm / ".git").exists() else None
-    if there is None:
+    position = am.position(tree) if (bump_sandbox.layout.vllm / ".git").exists() else None
+    if position is None:
         is_red = smoke_record.last_record(bump_sandbox.layout).get("verdict") == "fail"
-        return (
-            "its smoke failed; commit a fix in " + bump_sandbox.shown if is_red else "interrupted"
-        ), bump.CONTINUE
+        failed = f"its smoke failed; commit a fix in {bump_sandbox.shown}"
+        return failed if is_red else "interrupted", bump.CONTINUE
     unmerged = am.unmerged(tree)
-    waits = f"patch {there.number} of {there.last} conflicts" + (
+    waits = f"patch {position.number} of {position.last} conflicts" + (
         f" in {', '.join(unmerged[:3])}" if unmerged else ""
     )
     return waits, f"edit and git add in {bump_sandbox.shown}, then {bump.CONTINUE}"
 
 
 def _known_good_states(layout: Layout) -> list[Row]:
-    found = known_good.every(layout)
+    found = known_good.states(layout)
     if not found:
-        return [
-            Row(
-                "missing",
-                "good",
-                "nothing to return to yet; ./scripts/nox -s smoke records what passes",
-            )
-        ]
-    present = known_good.current(layout)
+        text = "no known-good state yet; ./scripts/nox -s smoke records one when it passes"
+        return [Row("missing", "good", text)]
+    present = known_good.present_name(layout)
     rows = []
     for state in found:
         is_present = state.name == present
-        kept = (
-            "in use"
-            if is_present
-            else (
-                "with its environment"
-                if known_good.environment(layout, state.name).exists()
-                else "its environment would be made anew"
-            )
-        )
+        is_kept = known_good.environment(layout, state.name).exists()
+        kept = "with its environment" if is_kept else "without its environment"
         facts: dict[str, object] = {
             "name": state.name,
             "tag": state.tag,
@@ -418,20 +403,14 @@ def _known_good_states(layout: Layout) -> list[Row]:
             "smoke": state.smoke,
             "current": is_present,
         }
-        rows.append(
-            Row(
-                "ok" if is_present else "kept",
-                "good",
-                f"{state.name}, smoke {state.smoke}; {kept}",
-                facts,
-            )
-        )
+        text = f"{state.name}, smoke {state.smoke}; {'in use' if is_present else kept}"
+        rows.append(Row("ok" if is_present else "kept", "good", text, facts))
     return rows
 
 
 def _releases(settings: Settings, pin: Pin, *, offline: bool) -> Row:
     if offline:
-        return Row("skipped", "newer", "not asked (--offline)")
+        return Row("skipped", "newer", "not checked (--offline)")
     from workspace.repo import index
 
     try:
@@ -440,22 +419,15 @@ def _releases(settings: Settings, pin: Pin, *, offline: bool) -> Row:
         return Row("warn", "newer", f"unknown: {exc.message}")
     now = datetime.datetime.now(datetime.UTC)
     ages = {release.version: release.age_days(now) for release in found}
-    said = [
+    releases = [
         f"{version} ({'age unknown' if age is None else f'{age:.0f} days'})"
         for version, age in ages.items()
     ]
-    more = [f"{len(said) - SHOWN_RELEASES} before them"] if len(said) > SHOWN_RELEASES else []
-    text = ", ".join([*reversed(said[-SHOWN_RELEASES:]), *more]) or "none"
-    return Row(
-        "ok",
-        "newer",
-        text,
-        {
-            "versions": {
-                version: None if age is None else round(age, 1) for version, age in ages.items()
-            }
-        },
-    )
+    earlier = len(releases) - SHOWN_RELEASES
+    more = [f"{earlier} earlier"] if earlier > 0 else []
+    text = ", ".join([*reversed(releases[-SHOWN_RELEASES:]), *more]) or "none"
+    rounded = {version: None if age is None else round(age, 1) for version, age in ages.items()}
+    return Row("ok", "newer", text, {"versions": rounded})
 
 
 def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> Row:
@@ -472,16 +444,16 @@ def _triton(layout: Layout, settings: Settings, pin: Pin, *, offline: bool) -> R
         return Row(
             "warn",
             "triton",
-            f"{text}; where {triton.branch_of(settings)} is, is unknown: {exc.message}",
+            f"{text}; the commit of {triton.branch_of(settings)} is unknown: {exc.message}",
             facts,
         )
     facts |= {"upstream": found.commit, "ahead": found.commits}
     if found.commit == pin.commit:
-        return Row("ok", "triton", f"{text}, as {found.branch} is", facts)
+        return Row("ok", "triton", f"{text}, the same as {found.branch}", facts)
     count = (
         f"{found.commits} commits ahead"
         if found.commits is not None
-        else "not fetched, so how far ahead is unknown"
+        else "not fetched, so the distance is unknown"
     )
     return Row(
         "ok",

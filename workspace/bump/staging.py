@@ -1,45 +1,48 @@
-"""The workshop of a bump, `.workspace/bump`: a clone in small, in which the pin is moved before
-anything of the real one is.
+"""The sandbox of a bump, `.workspace/bump`: a small clone in which the pin moves first.
 
-It has pins, patches, tree and environment of its own, and shares objects, library, downloads and
-logs with the clone.
+It has its own pins, patches, tree and environment; it shares objects, library, downloads and logs
+with the clone. The module also has the redo log with which promotion and rollback resume.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workspace.bump import known_good
 from workspace.core import files
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
+from workspace.core.errors import (
+    CheckoutError,
+    PatchConflict,
+    ToolchainError,
+    WorkspaceError,
+)
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, sandbox, stamp
 from workspace.repo import checkout, moves, pins, series
-from workspace.repo.git import Git, worktree
+from workspace.repo.git import Applied, Git, worktree
 from workspace.repo.pins import Pin
 
 RECORD = "begun.json"
 SKIPPED = "skipped"
-# Set in the workshop's tree when the whole series is on the new base; git itself knows no longer by
-# then.
+# Set in the sandbox's tree when the whole series is on the new base; git's own `am` state is gone
+# by then.
 APPLIED_REF = f"{worktree.OWN_REFS}/applied"
 _BASE = re.compile(rb"^(\s*# base: )([0-9a-f]{40})\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What a bump began with: what was asked for, the stack as it stood, and the commit that the
-    patches go on.
-    """
+class BumpStart:
+    """The start of a bump: the requested ref, the stack at that time, and the new base."""
 
     ref: str
     tag: str
@@ -51,13 +54,14 @@ class Begun:
 
 @dataclass(frozen=True)
 class BumpSandbox:
-    """A bump that is under way. `layout` is the workshop's own, `outer` the clone's, `pin` the new
-    pin.
+    """A bump that is under way.
+
+    `layout` is the sandbox's, `outer` the clone's, `pin` the new pin.
     """
 
     outer: Layout
     layout: Layout
-    begun: Begun
+    start: BumpStart
     pin: Pin
 
     @property
@@ -70,29 +74,26 @@ class BumpSandbox:
 
     @property
     def applying(self) -> Path:
-        """There while an `am` runs: one that was killed is told from one that waits for the
-        user.
-        """
+        """Redo log of a running `am`; without it, an `am` waits for the user."""
         return self.layout.root / "applying.json"
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The patches that were left out by `inv patch.continue --skip`."""
+        """The patches that `inv patch.continue --skip` left out."""
         path = self.layout.root / SKIPPED
         return tuple(path.read_text(encoding="utf-8").split()) if path.exists() else ()
 
 
-def is_there(layout: Layout) -> bool:
+def exists(layout: Layout) -> bool:
+    """Return whether a bump is under way."""
     return (layout.bump_sandbox / RECORD).exists()
 
 
 def find(layout: Layout) -> BumpSandbox | None:
-    """Return the bump that is under way, None where none is. Raises WorkspaceError for one that is
-    damaged.
-    """
+    """Return the bump that is under way, None without one. Raises WorkspaceError if damaged."""
     try:
         record = json.loads(read_regular(layout.bump_sandbox / RECORD))
-        begun = Begun(**record)
+        start = BumpStart(**record)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as exc:
@@ -101,69 +102,62 @@ def find(layout: Layout) -> BumpSandbox | None:
             hint="./scripts/inv patch.continue --abort",
         ) from exc
     own = Layout(layout.bump_sandbox)
-    return BumpSandbox(layout, own, begun, pins.load(own.pins).vllm)
+    return BumpSandbox(layout, own, start, pins.load(own.pins).vllm)
 
 
-def make(layout: Layout, begun: Begun, pin: Pin) -> BumpSandbox:
-    """Make the workshop without its tree, whole or not at all: from then on a bump is under way."""
-    shutil.rmtree(known_good.gone(layout), ignore_errors=True)
+def make(layout: Layout, start: BumpStart, pin: Pin) -> BumpSandbox:
+    """Make the sandbox without its tree, completely or not at all; this starts the bump."""
+    shutil.rmtree(known_good.discarded_sandbox(layout), ignore_errors=True)
     with files.folder_beside(layout.bump_sandbox) as folder:
         made = Layout(folder / "bump")
         sandbox.furnish(layout, made, pin)
         shutil.copytree(layout.patches("vllm").parent, made.patches("vllm").parent)
         write_series_base(made.patches("vllm"), pin.commit)
-        write_atomic(made.root / RECORD, json.dumps(asdict(begun), indent=1).encode())
+        write_atomic(made.root / RECORD, json.dumps(asdict(start), indent=1).encode())
         files.put_in_place(made.root, layout.bump_sandbox)
-    return BumpSandbox(layout, Layout(layout.bump_sandbox), begun, pin)
+    return BumpSandbox(layout, Layout(layout.bump_sandbox), start, pin)
 
 
 def open_tree(bump_sandbox: BumpSandbox, settings: Settings, *, run_log: RunLog) -> Git:
-    """Return the workshop's tree, which is made where it is not there yet: the new base, checked
-    out.
+    """Return the sandbox's tree; check out the new base if there is no tree yet.
 
-    Raises CheckoutError where something else lies there.
+    Raises CheckoutError if something else is at its path.
     """
     hint = "./scripts/inv patch.continue --abort"
     return sandbox.open_tree(
         bump_sandbox.outer,
         bump_sandbox.layout,
-        bump_sandbox.begun.new_base,
+        bump_sandbox.start.new_base,
         settings,
         run_log=run_log,
         hint=hint,
     )
 
 
-def tidy(layout: Layout) -> None:
-    """Finish what a verb left that was killed while it made a workshop or took one away; there is
-    none.
-    """
+def clear_leftovers(layout: Layout) -> None:
+    """Finish what a killed verb left of a sandbox that it made or removed; no bump is under way."""
     files.sweep_beside(layout.bump_sandbox)
-    known_good.clear(layout)
+    known_good.finish_removal(layout)
 
 
 def remove(layout: Layout) -> str | None:
-    """Take the workshop away. What was committed or edited there stays under the reference of
-    vendor/vllm that is returned.
-    """
+    """Remove the sandbox; return the reference in vendor/vllm that keeps its commits and edits."""
     own = Layout(layout.bump_sandbox)
-    why = "What was in the workshop of a bump when it was given up"
-    kept = (
-        sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if is_there(layout) else None
-    )
-    sandbox.remove_tree(layout, own, known_good.gone(layout))
+    why = "The state of a bump's sandbox when it was given up"
+    kept = sandbox.keep_work(layout, own, why, prefix="refs/pins/left-") if exists(layout) else None
+    sandbox.remove_tree(layout, own, known_good.discarded_sandbox(layout))
     return kept
 
 
 def digest_of(folder: Path, *, pin: str) -> str:
-    """One SHA-256 over a series and its patches."""
+    """Return one SHA-256 over a series and its patches."""
     names = series.read_series(folder, pin=pin).names
     parts = [(folder / name).read_bytes() for name in (series.SERIES_FILE, *names)]
     return hashlib.sha256(b"".join(b"%d\n%s" % (len(part), part) for part in parts)).hexdigest()
 
 
 def write_series_base(folder: Path, commit: str, *, only: str | None = None) -> None:
-    """Let the series name another base, where it names `only` if given; all else in it stays."""
+    """Change the base that the series names, if it is `only` or `only` is None."""
     path = folder / series.SERIES_FILE
     try:
         before = read_regular(path)
@@ -178,9 +172,9 @@ def write_series_base(folder: Path, commit: str, *, only: str | None = None) -> 
 
 
 def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
-    """Move vendor/vllm from one commit to another; a move that was ended in the middle is finished.
+    """Move vendor/vllm from one commit to another; finish an interrupted move first.
 
-    Raises CheckoutError where HEAD is at neither, or where an edit may be the user's.
+    Raises CheckoutError if HEAD is at neither commit, or if there are edits of the user.
     """
     git, shown = Git(layout.vllm), layout.relative(layout.vllm)
     if moves.is_begun(layout, "vllm"):
@@ -190,48 +184,47 @@ def move_tree(layout: Layout, *, old: str, new: str, run_log: RunLog) -> None:
         return
     if head != old:
         raise CheckoutError(
-            f"{shown} is at {(head or 'no commit')[:12]}, expected was {old[:12]}",
+            f"{shown} is at {(head or 'no commit')[:12]}, expected {old[:12]}",
             hint=f"git -C {shown} checkout --detach {old[:12]}",
         )
     if edited := git.edits():
-        hint = f"git -C {shown} stash    and the same command again"
+        hint = f"git -C {shown} stash    then the same command again"
         raise CheckoutError(
-            f"{shown} has edits ({', '.join(edited[:3])}), which were left as they are", hint=hint
+            f"{shown} has edits ({', '.join(edited[:3])}), which stay unchanged", hint=hint
         )
     moves.move(layout, "vllm", git, new, run_log=run_log)
 
 
 def require_one_disk(layout: Layout) -> None:
-    """Raise ToolchainError where what a move renames lies on several disks."""
+    """Raise ToolchainError if the paths that a move renames are on several disks."""
     places = (layout.root, layout.state, layout.vllm, layout.environment)
     if len({path.stat().st_dev for path in places if path.exists()}) > 1:
         sentence = (
-            "the clone, .workspace, vendor/vllm and .vllm lie on several disks, so nothing can be"
-            " renamed between them"
+            "the clone, .workspace, vendor/vllm and .vllm are on several disks; a bump renames"
+            " files between them and needs one disk"
         )
         raise ToolchainError(sentence, hint="df . .workspace vendor/vllm .vllm")
 
 
-def put_aside(environment: Path, scratch: Path) -> None:
-    """Rename an environment to where it waits; where another one is left from earlier, that one is
-    out of date.
-    """
+def keep_environment(environment: Path, scratch: Path) -> None:
+    """Rename an environment to the path where it is kept; replace an older one there."""
     if os.path.lexists(environment):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(environment, scratch)
         except OSError as exc:
-            # Where something is mounted, be it of the same disk.
-            hint = f"findmnt {environment}    unmount it; the same command again goes on"
+            # A mount point cannot be renamed, even if both paths are on the same disk.
+            hint = f"findmnt {environment}    unmount it, then the same command again"
             raise ToolchainError(
                 f"{environment} cannot be renamed: {exc.strerror}", hint=hint
             ) from exc
 
 
 def products_of(layout: Layout) -> dict[str, str]:
-    """What a marker says of the products in vendor/vllm: their paths, and the compiled libraries
-    that the stamp names, a line each.
+    """Return the redo-log facts about build products in vendor/vllm.
+
+    They are the paths of all products, and the compiled libraries that the stamp names, one a line.
     """
     build = stamp.read(layout.stamp("vllm"))
     return {
@@ -240,9 +233,10 @@ def products_of(layout: Layout) -> dict[str, str]:
     }
 
 
-def take_products_away(layout: Layout, facts: Mapping[str, str], *, good_state: str) -> None:
-    """Take the products of the pin that is left out of vendor/vllm; those that the good state has
-    not are kept aside.
+def remove_products(layout: Layout, facts: Mapping[str, str], *, good_state: str) -> None:
+    """Remove the old pin's products from vendor/vllm.
+
+    Those that the known-good state does not hold move to the leftovers folder.
     """
     listed, ours = (
         tuple(filter(None, facts[name].split("\n"))) for name in ("products", "libraries")
@@ -253,23 +247,22 @@ def take_products_away(layout: Layout, facts: Mapping[str, str], *, good_state: 
         listed,
         ours=ours,
         kept=kept,
-        left=known_good.left(layout, facts["left"]) / "products",
+        left=known_good.leftovers(layout, facts["left"]) / "products",
     )
 
 
-def report_left(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
-    left = known_good.left(layout, facts["left"])
-    if left.exists():
+def report_leftovers(layout: Layout, facts: Mapping[str, str], *, console: Console) -> None:
+    """Print where files are that a build left and that no known-good state holds."""
+    leftovers = known_good.leftovers(layout, facts["left"])
+    if leftovers.exists():
         console.info(
-            "what a build had left in vendor/vllm and no good state holds is in"
-            f" {layout.relative(left)}"
+            "build products of vendor/vllm that no known-good state holds are in"
+            f" {layout.relative(leftovers)}"
         )
 
 
 def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
-    """Let the superproject's index name this commit, unless it is None, and keep git's hands off
-    the submodule as before.
-    """
+    """Set the commit in the superproject's index unless it is None; protect the submodule."""
     outer = checkout.superproject(layout)
     path = layout.relative(layout.vllm)
     link = outer.gitlink(path) if outer else None
@@ -278,33 +271,34 @@ def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
     checkout.protect(layout, run_log=run_log)
 
 
-Act = Callable[[Mapping[str, str]], None]
+Step = Callable[[Mapping[str, str]], None]
 
 
 @dataclass(frozen=True)
-class Marker:
-    """The file of one change: the `facts` that were true when it began, and the names of the
-    finished steps.
+class RedoLog:
+    """Redo log: a change in steps that an interrupted run resumes and never rolls back.
+
+    `facts` were true when the change began; `done` are the names of the finished steps. Both are on
+    disk, so their names stay.
     """
 
     path: Path
     facts: Mapping[str, str]
     done: tuple[str, ...] = ()
 
-    def write(self) -> "Marker":
+    def write(self) -> "RedoLog":
+        """Write the log to its file and return it."""
         write_atomic(
             self.path, json.dumps({"facts": dict(self.facts), "done": self.done}, indent=1).encode()
         )
         return self
 
 
-def find_marker(path: Path) -> Marker | None:
-    """Return what is under way, None where nothing is. Raises WorkspaceError for a marker that is
-    damaged.
-    """
+def find_redo_log(path: Path) -> RedoLog | None:
+    """Return the redo log at `path`, None without one. Raises WorkspaceError if it is damaged."""
     try:
         record = json.loads(read_regular(path))
-        return Marker(
+        return RedoLog(
             path,
             {str(name): str(text) for name, text in record["facts"].items()},
             tuple(map(str, record["done"])),
@@ -313,18 +307,127 @@ def find_marker(path: Path) -> Marker | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise WorkspaceError(
-            f"{path} says what is under way and cannot be read: {exc}",
+            f"the redo log {path} cannot be read: {exc}",
             hint=f"cat {path}; git log --all --oneline -9",
         ) from exc
 
 
-def finish_marker(marker: Marker, steps: Sequence[tuple[str, Act]]) -> None:
-    """Do the steps that are not done yet, in order. The marker stays: whoever is content removes
-    it.
-    """
-    for name, act in steps:
-        if name not in marker.done:
-            act(marker.facts)
-            # The marker is: after a power cut it must not speak of files that are not.
+def finish_steps(redo_log: RedoLog, steps: Sequence[tuple[str, Step]]) -> None:
+    """Do the remaining steps in order. The log stays; the caller removes it."""
+    for name, step in steps:
+        if name not in redo_log.done:
+            step(redo_log.facts)
+            # Sync first: after a power cut the log must not list a step whose files were lost.
             os.sync()
-            marker = Marker(marker.path, marker.facts, (*marker.done, name)).write()
+            redo_log = RedoLog(redo_log.path, redo_log.facts, (*redo_log.done, name)).write()
+
+
+def apply_series(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
+    """Put the series on the new base. Raises PatchConflict and leaves git's `am` in the sandbox."""
+    from workspace.repo.git import am
+
+    recover_am(bump_sandbox, tree, run_log)
+    if am.position(tree):
+        raise conflict(bump_sandbox, tree)
+    if tree.resolve(APPLIED_REF):
+        return
+    base, names = bump_sandbox.start.new_base, series_names(bump_sandbox)
+    if tree.head() == base and names:
+        with run_log.console.step("patches") as view:
+            run_log.phase("patches", view)
+            done = am.applied(
+                tree,
+                base,
+                [bump_sandbox.outer.patches("vllm") / name for name in names],
+                place=bump_sandbox.layout.state / "am",
+            )
+            if done.tip is None:
+                _run_am(bump_sandbox, tree, names, base, run_log)
+            else:
+                with _logged(bump_sandbox, {"from": base, "names": "\n".join(names)}):
+                    tree.move_to(done.tip, run_log=run_log)
+            made = tree.slugs(base, "HEAD")
+            gone = [name for name in names if name.removesuffix(".patch") not in made]
+            view.reason = f"{len(made)} of {len(names)} on {bump_sandbox.pin.tag}" + (
+                f"; upstream has {', '.join(gone)}" if gone else ""
+            )
+        run_log.step = None
+    tree.set_ref(APPLIED_REF, tree.head() or base)
+
+
+def _run_am(
+    bump_sandbox: BumpSandbox, tree: Git, names: Sequence[str], start: str, run_log: RunLog
+) -> None:
+    """Run `git am` on the commit `start` in the sandbox. Raises PatchConflict at a conflict."""
+    from workspace.repo.git import am
+
+    with _logged(bump_sandbox, {"from": start, "names": "\n".join(names)}):
+        done = am.start(
+            tree, [bump_sandbox.outer.patches("vllm") / name for name in names], run_log=run_log
+        )
+    if done.tip is None:
+        raise conflict(bump_sandbox, tree, done)
+
+
+@contextlib.contextmanager
+def _logged(bump_sandbox: BumpSandbox, facts: Mapping[str, str]) -> Iterator[None]:
+    """Write a redo log for the block; remove it when the block ends, also with an error.
+
+    It stays if the verb or its git is killed or interrupted, or if the disk is full.
+    """
+    redo_log = RedoLog(bump_sandbox.applying, facts).write()
+    try:
+        yield
+    except WorkspaceError as exc:
+        if not isinstance(exc, ToolchainError):
+            redo_log.path.unlink()
+        raise
+    redo_log.path.unlink()
+
+
+def recover_am(bump_sandbox: BumpSandbox, tree: Git, run_log: RunLog) -> None:
+    """Restart an `am` that was killed.
+
+    An `am` that continued after a conflict starts again at that conflict; what the user resolved
+    stays.
+    """
+    if moves.is_begun(bump_sandbox.layout, "vllm"):
+        moves.finish(bump_sandbox.layout, "vllm", tree, run_log=run_log, shown=bump_sandbox.shown)
+    if applying := find_redo_log(bump_sandbox.applying):
+        start, names = applying.facts["from"], applying.facts["names"].split("\n")
+        worktree.start_over(
+            tree,
+            start,
+            [
+                path
+                for name in names
+                for path in tree.patch_paths(bump_sandbox.outer.patches("vllm") / name)
+            ],
+        )
+        _run_am(bump_sandbox, tree, names, start, run_log)
+
+
+def conflict(bump_sandbox: BumpSandbox, tree: Git, done: Applied | None = None) -> PatchConflict:
+    """Return the error for the patch at which `am` stopped."""
+    from workspace.repo.git import am
+
+    names, position = series_names(bump_sandbox), am.position(tree)
+    done = done or Applied(None, position.number if position else 1, am.unmerged(tree))
+    # The `am` of a recovered run has only the rest of the series.
+    name = names[-position.last if position else 0 :][done.position - 1]
+    return series.sentence(
+        tree,
+        done,
+        count=position.last if position else len(names),
+        patch=f"patches/vllm/{name}",
+        shown=bump_sandbox.shown,
+        base=bump_sandbox.start.new_base,
+        old=bump_sandbox.start.base,
+    )
+
+
+def series_names(bump_sandbox: BumpSandbox) -> tuple[str, ...]:
+    """Return the patches of the clone, in the order in which they apply to the new base."""
+    return series.read_series(
+        bump_sandbox.outer.patches("vllm"), pin=pins.load(bump_sandbox.outer.pins).vllm.commit
+    ).names

@@ -1,5 +1,6 @@
-"""Triton under the same roof: its pin follows a branch, main by default, and moves at once. What is
-built of it is another verb's work.
+"""Triton's pin: it follows a branch, main by default, and moves without a sandbox.
+
+The build of Triton belongs to `inv fix-triton`.
 """
 
 from dataclasses import dataclass, replace
@@ -21,9 +22,7 @@ AGAIN = "./scripts/inv pin.bump triton"
 
 @dataclass(frozen=True)
 class Ahead:
-    """What the followed branch has by now. `commits` is how many the pin lacks, None where their
-    history is not here.
-    """
+    """The commit of the followed branch and its distance from the pin, None if unknown."""
 
     branch: str
     commit: str
@@ -31,65 +30,52 @@ class Ahead:
 
 
 def branch_of(settings: Settings) -> str:
-    """The branch, tag or commit that Triton's pin follows: TRITON_REF where that is a setting, else
-    main.
-    """
+    """Return the ref that Triton's pin follows: TRITON_REF, or main."""
     value = settings.values.get("TRITON_REF")
     return value.text if value and value.text else "main"
 
 
 def ahead(layout: Layout, settings: Settings, pin: Pin) -> Ahead:
-    """Ask upstream, within CONNECT_TIMEOUT_S, where the branch is. Raises SourceError where it
-    cannot be reached or has no such branch.
+    """Look up the branch on the remote within CONNECT_TIMEOUT_S.
+
+    Raises SourceError if the remote cannot be reached or has no such branch.
     """
-    name = commit = branch_of(settings)
-    if not COMMIT.fullmatch(name):
-        url, names = (
-            checkout.url_of(layout, pin, settings),
-            (
-                f"refs/heads/{name}",
-                f"refs/tags/{name}",
-                f"refs/tags/{name}^{{}}",
-            ),
-        )
-        found = git.advertised(
-            url,
-            names,
-            cwd=layout.root,
-            settings=settings,
-            timeout_s=float(settings.count("CONNECT_TIMEOUT_S") or 5),
-        )
-        commit = next(
-            (found[wanted] for wanted in (names[0], names[2], names[1]) if wanted in found), ""
-        )
-        if not commit:
-            raise SourceError(
-                f"{git.without_user(url)} has no branch {name}",
-                hint="TRITON_REF names the branch that Triton's pin follows",
-            )
+    name = branch_of(settings)
+    commit = name if COMMIT.fullmatch(name) else _advertised(layout, settings, pin, name)
+    if commit == pin.commit:
+        return Ahead(name, commit, 0)
     is_here = (layout.triton / ".git").exists()
-    return Ahead(
-        name,
-        commit,
-        (
-            0
-            if commit == pin.commit
-            else (
-                worktree.commits_between(Git(layout.triton), pin.commit, commit)
-                if is_here
-                else None
-            )
-        ),
+    commits = worktree.commits_between(Git(layout.triton), pin.commit, commit) if is_here else None
+    return Ahead(name, commit, commits)
+
+
+def _advertised(layout: Layout, settings: Settings, pin: Pin, name: str) -> str:
+    """Return the commit of a branch or tag on the remote."""
+    url = checkout.url_of(layout, pin, settings)
+    # A branch first; of an annotated tag the commit and not the tag object.
+    names = (f"refs/heads/{name}", f"refs/tags/{name}^{{}}", f"refs/tags/{name}")
+    found = git.advertised(
+        url,
+        names,
+        cwd=layout.root,
+        settings=settings,
+        timeout_s=float(settings.count("CONNECT_TIMEOUT_S") or 5),
     )
+    commit = next((found[wanted] for wanted in names if wanted in found), "")
+    if not commit:
+        raise SourceError(
+            f"{git.without_user(url)} has no branch {name}",
+            hint="TRITON_REF names the branch that Triton's pin follows",
+        )
+    return commit
 
 
 def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) -> None:
-    """Pin the commit that Triton's branch has now, and move vendor/triton to it where that is
-    there.
+    """Pin the commit that Triton's branch has now, and move vendor/triton to it if it exists.
 
-    Raises CheckoutError where vendor/triton has edits, commits of its own or an operation under
-    way, PatchConflict where a patch does not apply there, SourceError where upstream cannot be
-    reached; nothing is changed then.
+    Raises CheckoutError if vendor/triton has edits, commits of its own or a git operation under
+    way, PatchConflict if a patch does not apply to the new commit, and SourceError if the remote
+    cannot be reached. Nothing changes then.
     """
     with (
         lock.hold(layout.lock, verb="inv pin.bump triton", wait=wait, on_wait=console.info) as held,
@@ -98,9 +84,6 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
         ) as run_log,
     ):
         pin = pins.load(layout.pins).triton
-        # A run that was ended between the files of a move left the series behind the pin, or the
-        # pin behind the series.
-        names = [name for name in series_names(layout) if name]
         found = ahead(layout, settings, pin)
         new = replace(
             pin,
@@ -109,7 +92,7 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
             version=found.branch if pin.version == pin.tag else pin.version,
         )
         if (layout.triton / ".git").exists():
-            _move_tree(layout, settings, pin, new, names, run_log)
+            _move_tree(layout, settings, pin, new, run_log)
         else:
             with run_log.console.step("vendor/triton") as view:
                 run_log.phase("vendor/triton", view)
@@ -117,6 +100,7 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
                     layout, new, settings, choice="git", run_log=run_log, step=view
                 ).detail
             run_log.step = None
+        # Also if the pin is right: an earlier run may have ended between the two files.
         staging.write_series_base(layout.patches("triton"), new.commit)
         if pin == new:
             console.info(
@@ -124,71 +108,76 @@ def move(layout: Layout, settings: Settings, *, console: Console, wait: bool) ->
             )
             return
         pins.save(layout.pins, new)
-        message = layout.state / "bump-message.txt"
-        write_atomic(message, _message(pin, new, found).encode())
-        console.info(
-            f"triton {pin.commit[:12]} → {new.commit[:12]}"
-            + (f", {found.commits} commits" if found.commits else "")
-        )
-        console.info(
-            "to commit: git add vendor/pins.toml patches/triton && git commit -F"
-            f" {layout.relative(message)}"
-        )
+        _write_message(layout, pin, new, found, console=console)
+
+
+def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console: Console) -> None:
+    """Write the commit message of the move and print how to commit."""
+    further = f", {found.commits} commits further" if found.commits else ""
+    text = (
+        f"pin: move Triton to {new.commit[:12]}\n\n{new.commit} is what {new.tag} has now{further};"
+        f" before it was {pin.commit}.\n"
+    )
+    message = layout.state / "bump-message.txt"
+    write_atomic(message, text.encode())
+    console.info(
+        f"triton {pin.commit[:12]} → {new.commit[:12]}"
+        + (f", {found.commits} commits" if found.commits else "")
+    )
+    console.info(
+        "to commit: git add vendor/pins.toml patches/triton && git commit -F"
+        f" {layout.relative(message)}"
+    )
 
 
 def series_names(layout: Layout) -> tuple[str, ...]:
-    """The patches on Triton, whatever base the series names; none where there is no series."""
+    """Return Triton's patches, whatever base the series names; empty without a series."""
     from workspace.install import sandbox
 
     return tuple(name for name in sandbox.names_of(layout.patches("triton")).split("\n") if name)
 
 
-def _move_tree(
-    layout: Layout, settings: Settings, pin: Pin, new: Pin, names: list[str], run_log: RunLog
-) -> None:
-    """Fetch the new commit into vendor/triton, see that the patches apply to it, and move a clean
-    checkout.
-    """
+def _move_tree(layout: Layout, settings: Settings, pin: Pin, new: Pin, run_log: RunLog) -> None:
+    """Fetch the new commit, check that the patches apply to it, and move the clean checkout."""
     tree, shown = Git(layout.triton), layout.relative(layout.triton)
     _require_clean(tree, shown, pin, new, layout)
     with run_log.console.step("fetch") as view:
         run_log.phase("fetch", view)
         if not worktree.is_kept(tree, new.commit):
-            url, whole = (
-                checkout.url_of(layout, new, settings),
-                tree.setting("remote.origin.promisor") != "true",
-            )
-            ref = f"+{new.commit}:refs/pins/triton"
             tree.fetch(
-                url,
-                (ref,),
-                whole=whole,
+                checkout.url_of(layout, new, settings),
+                (f"+{new.commit}:refs/pins/triton",),
+                whole=tree.setting("remote.origin.promisor") != "true",
                 settings=settings,
                 run_log=run_log,
                 on_line=checkout.shown(view),
             )
         view.reason = new.commit[:12]
+    tip = _apply_series(layout, tree, new.commit)
+    tree.set_ref("refs/patches/tip", tip)
+    tree.set_ref("refs/patches/base", new.commit)
+    if tree.head() != tip:
+        tree.check_out(tip, settings=settings, run_log=run_log, on_line=lambda line: None)
+    run_log.step = None
+
+
+def _apply_series(layout: Layout, tree: Git, base: str) -> str:
+    """Return the commit of the series on `base`, made without a checkout. Raises PatchConflict."""
+    names = series_names(layout)
+    if not names:
+        return base
     files = [layout.patches("triton") / name for name in names]
-    done = (
-        am.applied(tree, new.commit, files, place=layout.state / "triton-stack")
-        if files
-        else am.Applied(new.commit)
-    )
+    done = am.applied(tree, base, files, place=layout.state / "triton-stack")
     if done.tip is None:
         raise PatchConflict(
             f"patch {done.position} of {len(files)}, patches/triton/{names[done.position - 1]},"
-            f" does not apply to {new.commit[:12]}; nothing was changed",
+            f" does not apply to {base[:12]}; nothing was changed",
             hint=(
-                f"mend it, or take its line out of patches/triton/{series.SERIES_FILE}, then"
-                f" {AGAIN}"
+                f"fix it, or remove its line from patches/triton/{series.SERIES_FILE}, then {AGAIN}"
             ),
             details=tuple(f"conflict in {path}" for path in done.conflicted),
         )
-    tree.set_ref("refs/patches/tip", done.tip)
-    tree.set_ref("refs/patches/base", new.commit)
-    if tree.head() != done.tip:
-        tree.check_out(done.tip, settings=settings, run_log=run_log, on_line=lambda line: None)
-    run_log.step = None
+    return done.tip
 
 
 def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) -> None:
@@ -218,11 +207,3 @@ def _require_clean(tree: Git, shown: str, pin: Pin, new: Pin, layout: Layout) ->
                 f" {series.kept_as(head)}"
             ),
         )
-
-
-def _message(pin: Pin, new: Pin, found: Ahead) -> str:
-    count = f", {found.commits} commits further" if found.commits else ""
-    return (
-        f"pin: move Triton to {new.commit[:12]}\n\n{new.commit} is what {new.tag} has now{count};"
-        f" before it was {pin.commit}.\n"
-    )

@@ -128,7 +128,7 @@ def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(
 ) -> None:
     day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
     releases.publish(clone, CLEAN, when=day.strftime("%Y-%m-%dT%H:%M:%S.000000Z"))
-    assert "was published 2.0 days ago, PIN_MIN_AGE_DAYS asks for 7" in clone.run(
+    assert "was published 2.0 days ago; PIN_MIN_AGE_DAYS requires 7" in clone.run(
         "pin.bump", f"v{CLEAN}"
     ).error(2)
     edited = clone.layout.vllm / "vllm" / "envs.py"
@@ -171,7 +171,7 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
     assert (
         "numba==0.65.0"
         in (
-            known_good.folder(clone.layout, known_good.every(clone.layout)[0].name) / "freeze.txt"
+            known_good.folder(clone.layout, known_good.states(clone.layout)[0].name) / "freeze.txt"
         ).read_text()
     )
     ended = clone.run("pin.bump", f"v{CLEAN}")
@@ -235,7 +235,9 @@ def test_red_smoke_changes_nothing_and_a_fix_that_is_committed_there_goes_with_t
     assert user_files(clone) == before
     package = (clone.layout.bump_sandbox / "vendor" / "vllm") / "vllm" / "__init__.py"
     package.write_text(package.read_text().replace("BROKEN = True\n", ""))
-    assert "has edits (vllm/__init__.py) that no commit has" in clone.run("patch.continue").error(3)
+    assert "has edits (vllm/__init__.py) that are not committed" in clone.run(
+        "patch.continue"
+    ).error(3)
     git(
         (clone.layout.bump_sandbox / "vendor" / "vllm"),
         "commit",
@@ -309,10 +311,10 @@ def test_promotion_that_was_killed_is_finished_by_the_next_bump(
         clone, clone.layout.bump_sandbox / "promoting.json", delay_ms, "pin.bump", f"v{CLEAN}"
     )
     if clone.layout.bump_sandbox.exists():
-        assert "goes forward only" in clone.run("patch.continue", "--abort").error(3)
+        assert "can only be finished" in clone.run("patch.continue", "--abort").error(3)
     finish_bump(clone)
     assert clone.git("rev-parse", "refs/patches/tip") == clone.git("rev-parse", "HEAD")
-    assert len(known_good.every(clone.layout)) >= 1
+    assert len(known_good.states(clone.layout)) >= 1
 
 
 @pytest.mark.parametrize("delay_ms", range(0, 480, 40))

@@ -26,14 +26,14 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     git(clone.root, "add", "README.md")
     head = git(clone.root, "rev-parse", "HEAD")
     # What a bump leaves that was ended while it deleted its workshop.
-    (known_good.gone(layout) / "vendor").mkdir(parents=True)
+    (known_good.discarded_sandbox(layout) / "vendor").mkdir(parents=True)
     clone.git(
         "worktree", "add", "--quiet", "--detach", str(layout.bump_sandbox / "vendor" / "vllm")
     )
     shutil.rmtree(layout.bump_sandbox)
     (layout.vllm / ".git" / "worktrees" / "vllm" / "HEAD").write_text(f"{'0' * 40}\n")
     assert smoke(clone).code == 0
-    assert not known_good.gone(layout).exists()
+    assert not known_good.discarded_sandbox(layout).exists()
     assert not (layout.vllm / ".git" / "worktrees").exists()
     second = names(clone)[0]
     assert second != first
