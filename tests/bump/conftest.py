@@ -1,6 +1,4 @@
-"""A bootstrapped small clone with a smoke that judges: its parity probe asks the built vLLM, which
-a release may break, and answers at once.
-"""
+"""A bootstrapped small clone whose smoke gives verdicts at once, from stand-in probes."""
 
 import subprocess
 import sys
@@ -23,11 +21,17 @@ from vllm.platforms import current_platform
 
 tree = Path(vllm.__file__).parent
 equal = 0 if getattr(vllm, "BROKEN", False) else 2
-same = {"error": None, "same_prompt": True, "equal": equal, "total": 2, "compared": 4, "wanted": 4, "not_finite": 0, "behind": 0, "partings": []}
-same |= {"decode_difference": 0.0, "prefill_difference": 0.0, "cached": [1], "chunks": 2, "seconds": {}}
+same = {"error": None, "same_prompt": True, "equal": equal, "total": 2, "compared": 4, "wanted": 4}
+same |= {"not_finite": 0, "behind": 0, "partings": [], "cached": [1], "chunks": 2, "seconds": {}}
+same |= {"decode_difference": 0.0, "prefill_difference": 0.0}
 print(json.dumps({
     "error": None,
-    "vllm": {"file": vllm.__file__, "version": vllm.__version__, "platform": current_platform.device_type, "kernels": [p.name for p in tree.glob("*.so")]},
+    "vllm": {
+        "file": vllm.__file__,
+        "version": vllm.__version__,
+        "platform": current_platform.device_type,
+        "kernels": [p.name for p in tree.glob("*.so")],
+    },
     "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
     "models": {"llama": same, "qwen3": same},
     "consistency": {name: same for name in ("repeat", "batch", "parts", "chunked", "prefix")},
@@ -37,7 +41,8 @@ REFERENCE = "print('{}')\n"
 KERNELS = """import json
 rows = [{"case": "one", "difference": 0.5, "limit": 1.0}]
 groups = ("norm", "activation", "rotary", "attention", "quantized", "moe")
-print(json.dumps({"error": None, "groups": {name: {"error": None, "skipped": None, "rows": rows, "seconds": 0.1} for name in groups}}))
+group = {"error": None, "skipped": None, "rows": rows, "seconds": 0.1}
+print(json.dumps({"error": None, "groups": {name: group for name in groups}}))
 """
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
@@ -46,7 +51,7 @@ RECORD = ("-m", "workspace.cli.sessions", "record-good")
 
 
 def judge_at_once(probes: Path) -> None:
-    """Put probes there that start no engine."""
+    """Install probes that start no engine."""
     for name, text in (
         ("parity", PARITY),
         ("tiny_model", TINY),
@@ -56,10 +61,10 @@ def judge_at_once(probes: Path) -> None:
         (probes / f"{name}.py").write_text(text)
 
 
-def run(world: World, *words: str) -> Ended:
-    """A program of the clone's library."""
+def run(world: World, *args: str) -> Ended:
+    """Run a program of the clone's library."""
     done = subprocess.run(
-        [sys.executable, "-Es", "-B", *words],
+        [sys.executable, "-Es", "-B", *args],
         cwd=world.root,
         env=world.env,
         capture_output=True,
@@ -71,7 +76,7 @@ def run(world: World, *words: str) -> Ended:
 
 
 def smoke(world: World) -> Ended:
-    """`nox -s smoke`: the judgement, and the record of what is good."""
+    """Run `nox -s smoke`: the checks, and the record of a known-good state."""
     ended = run(world, "-m", "workspace.cli.sessions", "smoke")
     if ended.code == 0:
         recorded = run(world, *RECORD)
@@ -99,9 +104,7 @@ def _good(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> Wor
 
 @pytest.fixture
 def clone(_good: World, releases: Releases) -> Iterator[World]:
-    """A clone whose state is recorded as good, and an index with every later release; always at the
-    same path.
-    """
+    """A clone with a known-good state, always at the same path; its index has later releases."""
     _good.restore()
     releases.publish(_good, *releases.files)
     yield _good
@@ -109,9 +112,7 @@ def clone(_good: World, releases: Releases) -> Iterator[World]:
 
 
 def user_files(world: World) -> dict[str, tuple[int, int, int, int]]:
-    """Everything that a bump must not touch before it is promoted: path, time, size, inode,
-    mode.
-    """
+    """Return what a bump must not touch before its promotion: path, time, size, inode, mode."""
     layout = world.layout
     kept = [
         layout.relative(path)
@@ -120,12 +121,13 @@ def user_files(world: World) -> dict[str, tuple[int, int, int, int]]:
     return {
         path: facts
         for path, facts in world.listing().items()
-        if any(path == name or path.startswith(f"{name}/") for name in kept) and not _gits(path)
+        if any(path == name or path.startswith(f"{name}/") for name in kept)
+        and not _is_of_git(path)
     }
 
 
-def _gits(path: str) -> bool:
-    """Git's own books: objects and references come, and nothing of them is a file of the user's."""
+def _is_of_git(path: str) -> bool:
+    """Return whether the path is git's: new objects and references are not files of the user."""
     return path.startswith("vendor/vllm/.git")
 
 

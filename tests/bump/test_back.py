@@ -1,4 +1,4 @@
-"""What stands in the way of a return, and what is kept of that from which one returns."""
+"""What prevents a rollback."""
 
 import pytest
 
@@ -9,8 +9,9 @@ pytestmark = pytest.mark.xdist_group("good")
 
 
 def pretend_good(world: World, tag: str) -> str:
-    """Another good state, with the present one's files, at the base: what bootstrap then does with
-    its series is the present state again.
+    """Make another known-good state at the base, from the present state's files.
+
+    Bootstrap applies its series and so restores the present state.
     """
     layout, base = world.layout, world.git("rev-parse", "HEAD~1")
     before = known_good.states(layout)[0]
@@ -32,7 +33,7 @@ def pretend_good(world: World, tag: str) -> str:
     return name
 
 
-def test_nothing_to_return_to_and_unknown_names_are_sentences(clone: World) -> None:
+def test_missing_states_and_unknown_names_are_sentences(clone: World) -> None:
     assert "there is no good state to return to" in clone.run("pin.rollback").error(2)
     name = pretend_good(clone, "v0.31.0")
     assert f"there are {name}" in clone.run("pin.rollback", "--good", "v0.1.0-000000000000").error(

@@ -1,6 +1,4 @@
-"""A pin is moved beside the working tree, and takes its place when its smoke is green; until then
-not a file of the user's is touched.
-"""
+"""The pin moves beside the working tree and is promoted when its smoke is green."""
 
 from pathlib import Path
 
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("good")
 
 
 def test_there_and_back(clone: World) -> None:
-    """One story, because each part needs what the one before has made."""
+    """One story, because each part needs what the former part made."""
     layout, remarks = (
         clone.layout,
         [line for line in clone.layout.pins.read_text().splitlines() if line.startswith("#")],
@@ -30,7 +28,7 @@ def test_there_and_back(clone: World) -> None:
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
 
-    # The new state is whole, in its own place, and nothing of the workshop is left or named.
+    # The new state is complete and in its place; nothing of the sandbox is left or named.
     assert {name: state for name, state in clone.status().items() if name in ROWS} == dict.fromkeys(
         ROWS, "ok"
     )
@@ -52,8 +50,8 @@ def test_there_and_back(clone: World) -> None:
     assert clone.git("status", "--porcelain") == ""
     assert clone.git("diff", "--name-only", "HEAD~1", "HEAD") == "setup.py"
 
-    # Pins, series and message; the gitlink stays, for nobody could fetch the commit that is made of
-    # an archive.
+    # Pins, series and message; the gitlink stays, because nobody could fetch a commit that is made
+    # from an archive.
     pin = pins.load(layout.pins).vllm
     assert (pin.tag, pin.version, pin.archive is not None and pin.archive.commit) == (
         f"v{CLEAN}",
@@ -76,7 +74,7 @@ def test_there_and_back(clone: World) -> None:
         "patches/vllm/series",
     }
 
-    # Back: without a network, and the very environment.
+    # The rollback needs no network and restores the same environment.
     clone.index.hide(*clone.index.files)
     ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.output
@@ -105,7 +103,7 @@ def test_there_and_back(clone: World) -> None:
 
 
 def changed_by_a_move(paths: set[str]) -> set[str]:
-    """What differs between the two releases, and folders, whose times are nobody's."""
+    """Return the files in which the two releases differ, and all folders."""
     names = (
         "vendor/vllm/setup.py",
         "vendor/vllm/vllm/__init__.py",
@@ -115,7 +113,7 @@ def changed_by_a_move(paths: set[str]) -> set[str]:
     return {path for path in paths if path in names or not Path(path).suffix or "egg-info" in path}
 
 
-def test_what_is_not_ready_is_refused_and_nothing_is_made(clone: World) -> None:
+def test_tree_with_edits_is_refused_and_no_sandbox_is_made(clone: World) -> None:
     edited = clone.layout.vllm / "vllm" / "envs.py"
     text = edited.read_text()
     edited.write_text(text + "# mine\n")

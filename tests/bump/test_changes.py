@@ -1,4 +1,4 @@
-"""What is read from two trees, and what of it matters to this user on this machine."""
+"""Differences between two trees, and those that matter to this user on this machine."""
 
 import datetime
 import os

@@ -1,4 +1,4 @@
-"""What is recorded as good, and what not."""
+"""Which states are recorded as known-good."""
 
 import pytest
 
@@ -26,8 +26,8 @@ def test_only_a_clean_exported_tree_whose_smoke_passed_is_good(clone: World) -> 
     assert names(clone) == [name]
     assert refusal(clone) == ""
 
-    # Its references: the superproject's commit holds pins, patches and gitlink as they are,
-    # vendor/vllm's the commit.
+    # References: the superproject's commit has pins, patches and gitlink; vendor/vllm has its
+    # commit.
     assert git(clone.root, "rev-parse", f"refs/good/{name}") == git(clone.root, "rev-parse", "HEAD")
     assert clone.git("rev-parse", f"refs/good/{name}") == clone.git("rev-parse", "HEAD")
     assert {path.name for path in known_good.kernels(layout, name).rglob("*.so")} == {
@@ -37,7 +37,7 @@ def test_only_a_clean_exported_tree_whose_smoke_passed_is_good(clone: World) -> 
         "torch==2.13.0+cpu" in (known_good.folder(layout, name) / "freeze.txt").read_text().split()
     )
 
-    # Edits, and a smoke of another tree, are no ground.
+    # A tree with edits, or with a smoke of another tree, is not known-good.
     package = layout.vllm / "vllm" / "envs.py"
     package.write_text(package.read_text() + "# mine\n")
     assert "vendor/vllm has edits" in refusal(clone)

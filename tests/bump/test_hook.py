@@ -1,6 +1,4 @@
-"""`inv hook`: what it puts into real repositories, and what --remove leaves; pushes are in
-tests/proof/smoke.
-"""
+"""`inv hook`: what it installs in real repositories, and what --remove restores."""
 
 from pathlib import Path
 
@@ -15,7 +13,7 @@ MINE = '#!/bin/sh\nread words; echo "mine: $1 $words" >&2\n'
 
 @pytest.fixture(autouse=True)
 def own_hooks(clone: World) -> None:
-    """The user's configuration names a folder for all repositories; these have their own."""
+    """The user's configuration names one folder for all repositories; these have their own."""
     for folder in (clone.root, clone.layout.vllm):
         git(
             folder,
@@ -30,7 +28,9 @@ def hooks(clone: World) -> Path:
     return clone.root / ".git" / "hooks"
 
 
-def test_gate_stands_in_both_repositories_and_twice_is_once(clone: World, hooks: Path) -> None:
+def test_gate_is_in_both_repositories_and_a_second_call_changes_nothing(
+    clone: World, hooks: Path
+) -> None:
     assert clone.run("hook").code == 0
     inner = Path(git(clone.layout.vllm, "rev-parse", "--absolute-git-dir").strip()) / "hooks" / HOOK
     times = [path.stat().st_mtime_ns for path in (hooks / HOOK, inner)]
@@ -42,7 +42,7 @@ def test_gate_stands_in_both_repositories_and_twice_is_once(clone: World, hooks:
     assert not inner.exists()
 
 
-def test_folder_of_hooks_that_others_use_too_is_left_alone(clone: World, tmp_path: Path) -> None:
+def test_shared_folder_of_hooks_is_not_changed(clone: World, tmp_path: Path) -> None:
     git(clone.root, "config", "core.hooksPath", str(tmp_path / "everybodys"))
     ended = clone.run("hook")
     assert "core.hooksPath" in ended.error(2)

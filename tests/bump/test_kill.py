@@ -1,4 +1,4 @@
-"""One of the kills of tests/proof/kill, at a call of the verb's own."""
+"""One of the kills of tests/proof/kill, at one call of the verb itself."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from tests.small.world import World
 pytestmark = pytest.mark.xdist_group("good")
 
 
-def kill(world: World, call: int, *words: str) -> None:
-    """End a verb before its call of that number."""
+def kill(world: World, call: int, *args: str) -> None:
+    """Kill a verb before its call of this number."""
     launch = [
         *world.argv()[:3],
         str(Path(launcher.__file__)),
@@ -19,7 +19,7 @@ def kill(world: World, call: int, *words: str) -> None:
         str(call),
         "before",
     ]
-    ended = world.run(*words, through=launch)
+    ended = world.run(*args, through=launch)
     assert ended.code == -9, (world.folder / "calls").read_text() + ended.output
     _, living = judge.await_no_stray(f"HOME={world.folder / 'home'}")
     assert not living

@@ -1,4 +1,4 @@
-"""`inv pin`: a row a thing, and what cannot be asked is unknown."""
+"""`inv pin`: one row for each pin, state and release; unreachable remotes are unknown."""
 
 import json
 
@@ -10,13 +10,15 @@ from tests.small.world import World
 pytestmark = pytest.mark.xdist_group("good")
 
 
-def rows(world: World, *words: str) -> dict[str, dict]:
-    ended = world.run("pin.show", "--json", *words)
+def rows(world: World, *args: str) -> dict[str, dict]:
+    ended = world.run("pin.show", "--json", *args)
     assert ended.code == 0, ended.output
     return {row["name"]: row for row in json.loads(ended.out)["rows"]}
 
 
-def test_pin_stack_goods_and_newer_releases_with_their_age(clone: World) -> None:
+def test_pin_stack_known_good_states_and_newer_releases_are_shown_with_their_age(
+    clone: World,
+) -> None:
     found = rows(clone)
     assert found["pin"]["facts"]["tag"] == "v0.31.0"
     assert found["patches"]["facts"]["state"] == "applied"

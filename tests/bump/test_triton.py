@@ -1,6 +1,4 @@
-"""Triton's pin follows its main at once, and takes vendor/triton along only where nothing of the
-user's is in the way.
-"""
+"""Triton's pin follows its main; vendor/triton moves only if nothing of the user prevents it."""
 
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from workspace.repo import pins
 
 @pytest.fixture
 def triton(world: World, tmp_path: Path) -> Path:
-    """An upstream of Triton's with two commits, of which the first is pinned."""
+    """An upstream of Triton with two commits, of which the first is pinned."""
     upstream = tmp_path / "triton"
     upstream.mkdir()
     git(upstream, "init", "--quiet")
@@ -47,7 +45,7 @@ def test_pin_and_series_follow_main(world: World, triton: Path) -> None:
     )
 
 
-def test_patch_that_does_not_apply_there_stops_it_before_anything_is_changed(
+def test_patch_that_does_not_apply_stops_the_move_before_any_change(
     world: World, triton: Path
 ) -> None:
     tree, first = world.layout.triton, git(triton, "rev-parse", "main~1")
@@ -56,7 +54,7 @@ def test_patch_that_does_not_apply_there_stops_it_before_anything_is_changed(
     (tree / "file").write_text("three\n")
     git(tree, "commit", "--quiet", "--all", "-m", "Three")
     folder = world.layout.patches("triton")
-    words = (
+    args = (
         "format-patch",
         "--stdout",
         "--zero-commit",
@@ -65,7 +63,7 @@ def test_patch_that_does_not_apply_there_stops_it_before_anything_is_changed(
         "--keep-subject",
         "-1",
     )
-    (folder / "Three.patch").write_text(git(tree, *words) + "\n")
+    (folder / "Three.patch").write_text(git(tree, *args) + "\n")
     (folder / "series").write_text(f"# base: {first}\nThree.patch\n")
     before = world.layout.pins.read_bytes()
     ended = world.run("pin.bump", "triton")

@@ -1,4 +1,4 @@
-"""The workshop's own tree, and what git keeps of it."""
+"""The bump sandbox's own tree, and what git records about it."""
 
 import io
 from collections.abc import Iterator
@@ -20,9 +20,7 @@ from workspace.repo.pins import Pin
 
 @pytest.fixture
 def submodule(tmp_path: Path) -> Path:
-    """A superproject with one submodule that has two commits, the first of them checked out by
-    neither.
-    """
+    """A superproject with a submodule of two commits; neither has the first one checked out."""
     upstream, outer = tmp_path / "upstream", tmp_path / "super"
     for folder in (upstream, outer):
         folder.mkdir()
@@ -62,7 +60,7 @@ def test_linked_tree_of_a_submodule_is_not_led_astray_by_its_core_worktree(
     assert Git(submodule).resolve("refs/worktree/applied") is None
 
 
-def test_forgetting_one_tree_leaves_others_alone_that_are_out_of_reach(
+def test_forgetting_one_worktree_keeps_others_that_cannot_be_reached(
     submodule: Path, tmp_path: Path, run_log: RunLog
 ) -> None:
     mine, ours = tmp_path / "mine", tmp_path / "ours"
@@ -73,7 +71,7 @@ def test_forgetting_one_tree_leaves_others_alone_that_are_out_of_reach(
     listed = git(submodule, "worktree", "list")
     assert "mine" in listed
     assert "ours" not in listed
-    # A half-made one of the same place is no hindrance.
+    # A half-made worktree at the same path is no obstacle.
     worktree.add(Git(submodule), mine, "HEAD", run_log=run_log)
 
 
@@ -93,7 +91,7 @@ def test_snapshot_holds_edits_new_files_and_conflicts_and_moves_nothing(submodul
     assert (git(submodule, "status", "--porcelain"), git(submodule, "rev-parse", "HEAD")) == before
 
 
-def test_what_a_build_left_is_told_from_what_the_user_ignores(submodule: Path) -> None:
+def test_build_products_are_separated_from_files_that_the_user_ignores(submodule: Path) -> None:
     (submodule / ".gitignore").write_text("*.so\n/out/\n")
     (submodule / "vllm" / "deep").mkdir(parents=True)
     for name in ("vllm/_C.so", "vllm/deep/x.so", "vllm/note.txt", "vllm/x.pyc"):
@@ -119,7 +117,7 @@ def test_commit_of_which_a_killed_fetch_has_left_no_more_than_itself_is_fetched_
     assert git(submodule, "show", "refs/pins/new:file") == "three"
 
 
-def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_it_is_not_taken_for_it(
+def test_store_that_a_power_cut_damaged_is_made_again_inside_another_repository(
     submodule: Path,
 ) -> None:
     place = submodule.parent.parent / "store.git"
@@ -131,7 +129,7 @@ def test_store_that_a_power_cut_has_left_is_made_anew_and_the_repository_around_
     assert not git(submodule.parent.parent, "for-each-ref", "refs/tags")
 
 
-def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(
+def test_sandbox_whose_files_a_power_cut_emptied_is_written_again(
     submodule: Path, tmp_path: Path, run_log: RunLog
 ) -> None:
     layout, base = Layout(submodule.parent.parent), git(submodule, "rev-parse", "HEAD")
@@ -151,8 +149,7 @@ def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(
     tree.write("update-ref", "-d", sandbox.MADE_REF)
     (own.vllm / "file").write_text("")
     assert staging.open_tree(bump_sandbox, settings, run_log=run_log).edits() == ()
-    # Or no more than the first file of all is there, cut short so that it leads to the clone's own
-    # repository.
+    # Or only `.git` exists, cut short so that it leads to the clone's own repository.
     (own.vllm / "file").unlink()
     (own.vllm / ".git").write_text(f"gitdir: {git(submodule, 'rev-parse', '--absolute-git-dir')}\n")
     git(submodule, "checkout", "--quiet", "HEAD~1")
@@ -163,15 +160,15 @@ def test_workshop_whose_files_a_power_cut_has_emptied_is_written_anew(
     )
 
 
-def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_users_stays(
+def test_leftovers_of_a_killed_sandbox_removal_are_cleared_and_a_users_tree_stays(
     submodule: Path, tmp_path: Path, run_log: RunLog
 ) -> None:
     layout = Layout(submodule.parents[1])
     mine, ours = tmp_path / "mine", Layout(layout.bump_sandbox).vllm
     for path in (mine, ours):
         worktree.add(Git(submodule), path, "HEAD", run_log=run_log)
-    # Killed after the rename that ends the bump, before git was told; and one that was killed when
-    # it had just been made.
+    # One kill after the rename that ends the bump, before git knew; one right after the sandbox was
+    # made.
     layout.bump_sandbox.rename(tmp_path / "gone")
     started = layout.state / ".bump.making-k7a3ox9q"
     started.mkdir()
@@ -182,7 +179,7 @@ def test_what_a_killed_removal_of_the_workshop_left_is_tidied_and_a_tree_of_the_
     assert not started.exists()
 
 
-def test_empty_folder_that_a_kill_left_of_gits_books_goes_with_the_next_tidying(
+def test_empty_worktrees_folder_of_git_is_removed_with_the_leftovers(
     submodule: Path,
 ) -> None:
     books = Git(submodule).path_of("worktrees")

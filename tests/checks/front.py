@@ -1,7 +1,6 @@
-"""Stands for the server of a built vLLM with a tiny model, where none is built: right in everything
-but in one manner, which is the second word.
+"""A stand-in for vLLM's server with the tiny model, right except for one fault, its MANNER.
 
-Run as `front.py PORT MANNER ROWS`; ROWS is the file with what the offline engine has said.
+Run as `front.py PORT MANNER ROWS`; ROWS is the file with the offline engine's answers.
 """
 
 import http.server
@@ -11,7 +10,44 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict, cast
+
+
+class KnownRow(TypedDict):
+    """A prompt and the offline engine's answer."""
+
+    text: str
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Request(TypedDict, total=False):
+    """The fields of a request that this server reads."""
+
+    model: str
+    max_tokens: int
+    temperature: object
+    prompt: "str | list[int] | list[str] | list[list[int]]"
+    messages: list[dict[str, str]]
+    stop: list[str]
+    stream: bool
+    logprobs: int
+    response_format: object
+
+
+Prompt = str | list[int]
+
+
+def prompts_of(prompt: "str | list[int] | list[str] | list[list[int]]") -> list[Prompt]:
+    """Return the prompts of a request: one text, one list of tokens, or several of either."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return list(cast("list[Prompt]", prompt))
 
 
 def decode(tokens: list[int]) -> str:
@@ -32,59 +68,56 @@ class Front(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         try:
-            asked = json.loads(body)
-            self.serve(
-                asked,
-                [asked["messages"][0]["content"] + " "] if "chat" in self.path else asked["prompt"],
-            )
+            request = cast(Request, json.loads(body))
+            if "chat" in self.path:
+                self.serve(request, [request["messages"][0]["content"] + " "])
+            else:
+                self.serve(request, prompts_of(request["prompt"]))
         except (ValueError, KeyError, TypeError, IndexError) as exc:
             self.answer({"error": {"message": str(exc)}}, 500 if MANNER == "raises" else 400)
 
-    def serve(self, asked: dict, prompt: object) -> None:
-        prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    def serve(self, request: Request, prompts: list[Prompt]) -> None:
         if (
-            asked["model"] != "tiny"
-            or asked["max_tokens"] < 0
+            request["model"] != "tiny"
+            or request["max_tokens"] < 0
             or self.path == "/v1/nothing"
-            or "nothing" in str(asked.get("response_format"))
+            or "nothing" in str(request.get("response_format"))
         ):
             raise ValueError("refused")
-        if MANNER == "dies" and asked["max_tokens"] > 1:
+        if MANNER == "dies" and request["max_tokens"] > 1:
             print("ValueError: the engine is no more", flush=True)
             os._exit(3)
-        if MANNER == "hangs" and asked["max_tokens"] > 1:
+        if MANNER == "hangs" and request["max_tokens"] > 1:
             sleep_for_ever()
-        choices = [self.choice(number, one, asked) for number, one in enumerate(prompts)]
+        choices = [self.choice(index, prompt, request) for index, prompt in enumerate(prompts)]
         if MANNER == "rubbish":
             choices = [{"text": "!!!", "message": {"content": "!!!"}}]
-        used = sum(len(one) for one in prompts), asked["max_tokens"] * len(prompts)
-        if asked.get("stream"):
+        used = sum(map(len, prompts)), request["max_tokens"] * len(prompts)
+        if request.get("stream"):
             self.stream(choices[0])
         else:
-            self.answer(
-                {
-                    "choices": choices,
-                    "usage": {
-                        "prompt_tokens": used[0],
-                        "completion_tokens": used[1],
-                        "total_tokens": sum(used),
-                    },
-                }
-            )
+            usage = {
+                "prompt_tokens": used[0],
+                "completion_tokens": used[1],
+                "total_tokens": sum(used),
+            }
+            self.answer({"choices": choices, "usage": usage})
 
-    def choice(self, number: int, prompt: str | list[int], asked: dict) -> dict:
+    def choice(self, index: int, prompt: Prompt, request: Request) -> dict[str, object]:
         known = ROWS.get(prompt if isinstance(prompt, str) else tuple(prompt))
         if (
             (isinstance(prompt, list) and known is None)
             or len(prompt) > 512
-            or isinstance(asked["temperature"], str)
+            or isinstance(request["temperature"], str)
         ):
             raise ValueError("refused")
+        if known is None:
+            raise TypeError("an unknown text")
         tokens, chances = known["tokens"], known["logprobs"]
-        text, end = decode(tokens[: asked["max_tokens"]]), "length"
-        for word in asked.get("stop", []):
-            text, end = text.partition(word)[0], "stop"
-        if "response_format" in asked:
+        text, end = decode(tokens[: request["max_tokens"]]), "length"
+        for stop in request.get("stop", []):
+            text, end = text.partition(stop)[0], "stop"
+        if "response_format" in request:
             text, end = '{"part": "pin", "count": 1, "is_built": true}', "stop"
         named = {
             "tokens": [f"token_id:{token}" for token in tokens],
@@ -92,17 +125,17 @@ class Front(http.server.BaseHTTPRequestHandler):
         }
         message = {"role": "assistant", "content": text}
         return {
-            "index": number,
+            "index": index,
             "text": text,
             "message": message,
             "finish_reason": end,
-            **({"logprobs": named} if "logprobs" in asked else {}),
+            **({"logprobs": named} if "logprobs" in request else {}),
         }
 
-    def stream(self, choice: dict) -> None:
+    def stream(self, choice: Mapping[str, object]) -> None:
         is_chat = "chat" in self.path
-        pieces = re.findall("<.*?>", choice.get("text", ""))
-        events = [
+        pieces = re.findall("<.*?>", str(choice.get("text", "")))
+        events: list[dict[str, object]] = [
             {"choices": [{"delta": {"content": piece}} if is_chat else {"text": piece}]}
             for piece in pieces
         ]
@@ -123,7 +156,7 @@ class Front(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Write no log."""
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -136,13 +169,11 @@ def sleep_for_ever() -> None:
 
 
 MANNER = sys.argv[2]
-ROWS = {}
-for row in json.loads(Path(sys.argv[3]).read_text()):
-    ROWS |= {
-        row["text"]: row,
-        f"{row['text']} ": row | {"tokens": row["tokens"][::-1]},
-        tuple(row["prompt"]): row,
-    }
+ROWS: dict[str | tuple[int, ...], KnownRow] = {}
+for row in cast("list[KnownRow]", json.loads(Path(sys.argv[3]).read_text())):
+    ROWS[row["text"]] = ROWS[tuple(row["prompt"])] = row
+    # A chat's prompt, whose template adds a space, has an answer of its own.
+    ROWS[f"{row['text']} "] = {**row, "tokens": row["tokens"][::-1]}
 if MANNER == "raises at start":
     sys.exit("RuntimeError: no such kernel")
 if MANNER == "hangs at start":

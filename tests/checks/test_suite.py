@@ -1,4 +1,4 @@
-"""The sequence with stand-in probes: real processes that answer, hang, die or babble."""
+"""The smoke's sequence with stand-in probes: real processes that answer, hang, die or babble."""
 
 import io
 import json
@@ -31,7 +31,7 @@ TINY = "import sys, pathlib\npathlib.Path(sys.argv[1]).mkdir(parents=True)\n"
 
 
 class Clone:
-    """A built clone in which only the probes are not the real ones."""
+    """A built clone in which only the probes are stand-ins."""
 
     def __init__(self, root: Path) -> None:
         self.layout = Layout(root)
@@ -113,9 +113,7 @@ class Clone:
         )
 
     def serves(self, manner: str) -> None:
-        """Make a stand-in play vLLM's command line, and have the offline engine say what that is to
-        say.
-        """
+        """Install a stand-in for vLLM's command line, and the offline engine's answers for it."""
         rows = [
             {
                 "text": "Hello",
@@ -210,19 +208,20 @@ def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_pa
     assert clone.run(model=str(tmp_path / "mine"))["parity.model"].verdict == "pass"
 
 
-# Hugging Face is wrong the first time; vLLM says the same whenever it is asked.
+# Hugging Face is wrong the first time; vLLM gives the same answer each time.
 HASTY = """import json, os, sys
 is_first = not os.path.exists("@ASKED@")
 with open("@ASKED@", "a") as file:
     print(*sys.argv[1:], file=file)
-print(json.dumps({"error": None, "models": {"qwen3": [{"tokens": [1], "logprobs": [-0.6 if is_first else -0.5]}]}}))
+row = {"tokens": [1], "logprobs": [-0.6 if is_first else -0.5]}
+print(json.dumps({"error": None, "models": {"qwen3": [row]}}))
 """
 STEADY = """import json, sys
-def said(word):
-    return sys.argv[sys.argv.index(word) + 1]
-with open(said("--keep"), "w") as file:
+def value_of(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
+with open(value_of("--keep"), "w") as file:
     json.dump({"models": {"qwen3": [{"tokens": [1], "logprobs": [-0.5]}]}}, file)
-with open(said("--against")) as file:
+with open(value_of("--against")) as file:
     difference = abs(json.load(file)["models"]["qwen3"][0]["logprobs"][0] + 0.5)
 answer = json.loads('''@ANSWER@''')
 answer["models"]["qwen3"]["prefill_difference"] = difference
@@ -239,9 +238,9 @@ def test_only_a_model_that_the_two_differ_on_is_asked_about_once_more(clone: Clo
     assert "it does not say again" in check.evidence
     models = [
         [
-            word.partition("=")[2].partition("=")[0]
-            for word in line.split()
-            if word.startswith("--model=")
+            arg.partition("=")[2].partition("=")[0]
+            for arg in line.split()
+            if arg.startswith("--model=")
         ]
         for line in options.read_text().splitlines()
     ]
@@ -265,7 +264,7 @@ def test_hang_is_a_failure_that_names_the_limit_and_leaves_no_process(
     assert found["binary.load"].verdict == "pass"
     assert "parity.py gave no answer in 1 s" in found["parity.llama"].evidence
     assert found["provenance.import"].verdict == "fail"
-    # Both processes tell where they stood, in the record and in the log.
+    # Both processes dump their stacks, into the record and the log.
     assert sum("parity.py" in line for line in found["parity.llama"].problems) == 2
     assert found["parity.qwen3"].problems == ()
     assert clone.log().count("Fatal Python error: Aborted") == 2
@@ -356,7 +355,7 @@ def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_
     assert not Path(folder).is_relative_to(tmp_path)
     assert not os.path.exists(folder)
     assert {name: environment[name] for name in smoke_suite.ENVIRONMENT} == smoke_suite.ENVIRONMENT
-    # Its own watch ends it, with stacks, before its caller does.
+    # The probe's own watch ends it, with stacks, before its caller does.
     assert float(environment[smoke_suite.LIMIT]) < 30.0
     assert "PYTHONPATH" not in environment
 

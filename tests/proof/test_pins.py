@@ -1,8 +1,7 @@
-"""Forecasts on real content: vLLM's releases 0.30.0 to 0.33.0, as one history with a commit and tag
-each, and as the archives themselves.
+"""Forecasts on vLLM's releases 0.30.0 to 0.33.0, as one history of tags and as release archives.
 
-What is foreseen is held against what `git am` then does. Needs the package index: 180 MB, kept in
-the user's cache.
+Each forecast is compared with what `git am` then does. Needs the package index: 180 MB, kept in the
+user's cache.
 """
 
 import os
@@ -30,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
 SHIPPED = "Bugfix-CPU-Extract-AVX512-and-AVX2-kernels-from-precompiled-wheels"
 CPU_UTILS = "vllm/utils/cpu_triton_utils.py"
-# The caller of 0.32.0 gives no block_size any more, so that the first generation dies. Between two
-# places of a file:
+# The caller in 0.32.0 no longer passes block_size, so the first generation dies. A separator
+# between two places of a file:
 GAP = "\n…\n"
 DEFECT = GAP.join(
     (
@@ -39,14 +38,13 @@ DEFECT = GAP.join(
         "        block_size,\n    )",
     )
 )
-MEND = GAP.join(
+FIX = GAP.join(
     (
         "    slot_mapping: torch.Tensor,  # [max_num_tokens], int64\n    block_size: int = 0,\n",
         "        KV_CACHE_BLOCK_SIZE if block_size == 0 else block_size,\n    )",
     )
 )
-# Subject: path, what stands there in 0.31.0, and what we make of it. None: the file as 0.33.0 has
-# it.
+# Subject: path, the text in 0.31.0, and our change of it. None: the file as in 0.33.0.
 EDITS: Mapping[str, tuple[str, str, str] | tuple[str, None, None]] = {
     "Say in the log who speaks": (
         "vllm/logger.py",
@@ -108,8 +106,8 @@ def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder
         sdist = index.find_release(pinned, version, settings=settings).sdist
         assert sdist
         sdists[version] = index.fetch("vllm", sdist.filename, sdist.sha256, settings=settings)
-        of = replace(pinned, tag=f"v{version}", version=version)
-        _, tree = pins.build_archive(sdists[version], root / version, of)
+        release_pin = replace(pinned, tag=f"v{version}", version=version)
+        _, tree = pins.build_archive(sdists[version], root / version, release_pin)
         sh_git(
             bare,
             "fetch",
@@ -153,7 +151,7 @@ def series(
 
 
 @pytest.fixture(scope="session")
-def whole(real: Ladder) -> dict[str, bytes]:
+def full_series(real: Ladder) -> dict[str, bytes]:
     shipped = (ROOT / "patches" / "vllm" / f"{SHIPPED}.patch").read_bytes()
     return {f"{SHIPPED}.patch": shipped, **series(real, "0.31.0", EDITS)}
 
@@ -169,9 +167,7 @@ def cloned(folder: Path, real: Ladder, pin: Pin, *, address: str) -> Iterator[Cl
 
 @pytest.fixture
 def clone(tmp_path: Path, real: Ladder) -> Iterator[Clone]:
-    """A clone on the history's 0.31.0 whose index is empty: the real archives were not made from
-    this history.
-    """
+    """A clone on the history's 0.31.0; its index is empty, as the archives are not of this history."""
     (tmp_path / "simple").mkdir()
     yield from cloned(tmp_path, real, real.pin, address=(tmp_path / "simple").as_uri())
 
@@ -185,20 +181,20 @@ def run(clone: Clone, ref: str) -> Forecast:
 def fates(made: Forecast) -> dict[str, str]:
     found = {}
     for patch in made.patches:
-        words = [
+        parts = [
             patch.state,
             *(["merged"] if patch.merged else []),
             *([patch.test] if patch.test else []),
             *(conflict.path for conflict in patch.conflicts),
         ]
         found[patch.name.removesuffix(".patch")] = " ".join(
-            [*words, *(["after", patch.depends_on] if patch.depends_on else [])]
+            [*parts, *(["after", patch.depends_on] if patch.depends_on else [])]
         )
     return found
 
 
 def am(real: Ladder, base: str, clone: Clone, names: list[str]) -> str | None:
-    """The tree that `git am --3way` gives, None where it stops."""
+    """Return the tree that `git am --3way` makes, None if it stops."""
     sh_git(real.work, "checkout", "--quiet", "--force", "--detach", base)
     sh_git(
         real.work,
@@ -215,10 +211,10 @@ def am(real: Ladder, base: str, clone: Clone, names: list[str]) -> str | None:
     return tree if count == len(names) else None
 
 
-def test_series_is_foreseen_as_am_then_finds_it(
-    clone: Clone, real: Ladder, whole: dict[str, bytes]
+def test_forecast_of_a_series_is_what_am_then_does(
+    clone: Clone, real: Ladder, full_series: dict[str, bytes]
 ) -> None:
-    clone.series(whole)
+    clone.series(full_series)
     clone.ensure("git")
     made = run(clone, "v0.33.0")
     assert fates(made) == FATES
@@ -232,7 +228,7 @@ def test_series_is_foreseen_as_am_then_finds_it(
         assert (before is None) == (patch.state != "clean"), name
         if patch.state == "conflicts" and not patch.depends_on:
             assert am(real, "v0.33.0", clone, [name]) is None
-    kept = {name: whole[name] for name, patch in by_name.items() if patch.state == "clean"}
+    kept = {name: full_series[name] for name, patch in by_name.items() if patch.state == "clean"}
     clone.series(kept)
     assert run(clone, "v0.33.0").tree == am(real, "v0.33.0", clone, list(kept))
 
@@ -261,28 +257,28 @@ def test_what_else_moves_between_two_real_releases(clone: Clone) -> None:
         changes["external", "vllm-flash-attn"].after == "b273a02621d3c94bc747df67204f591b67f38fae"
     )
     assert changes["sources", "compiled sources"].where
-    # Neither is news: one is gone for long, the others are there.
+    # Neither is a difference: one was removed long ago, the others still exist.
     assert not [change for change in changes.values() if change.topic in ("flag", "variable")]
 
 
 @pytest.mark.parametrize(
-    ("mend", "fate"),
+    ("fix", "fate"),
     [
-        # Of our own making.
-        ((CPU_UTILS, DEFECT, MEND), f"conflicts {CPU_UTILS}"),
-        # As upstream mended it.
+        # Our own fix.
+        ((CPU_UTILS, DEFECT, FIX), f"conflicts {CPU_UTILS}"),
+        # Upstream's fix.
         ((CPU_UTILS, None, None), "upstreamed tree"),
     ],
 )
-def test_mend_of_the_cpu_defect_is_seen_in_its_file(
-    tmp_path: Path, real: Ladder, mend: tuple[str, str | None, str | None], fate: str
+def test_fix_of_the_cpu_defect_is_recognised_in_its_file(
+    tmp_path: Path, real: Ladder, fix: tuple[str, str | None, str | None], fate: str
 ) -> None:
     (tmp_path / "simple").mkdir()
     pin = replace(
         real.pin, tag="v0.32.0", version="0.32.0", commit=real.commits["0.32.0"], archive=None
     )
     for clone in cloned(tmp_path, real, pin, address=(tmp_path / "simple").as_uri()):
-        clone.series(series(real, "0.32.0", {"Mend the slot mapping on a CPU": mend}))
+        clone.series(series(real, "0.32.0", {"Fix the slot mapping on a CPU": fix}))
         clone.ensure("git")
         made = run(clone, "v0.33.0")
         assert list(fates(made).values()) == [fate]
@@ -292,13 +288,13 @@ def test_mend_of_the_cpu_defect_is_seen_in_its_file(
             )
 
 
-def test_release_archives_alone_give_the_same_and_say_what_they_cannot(
-    tmp_path: Path, real: Ladder, whole: dict[str, bytes], settings: Settings
+def test_release_archives_alone_give_the_same_and_report_what_is_unknown(
+    tmp_path: Path, real: Ladder, full_series: dict[str, bytes], settings: Settings
 ) -> None:
     pinned = pins.load(ROOT / "vendor" / "pins.toml").vllm
     for clone in cloned(tmp_path, real, pinned, address=settings.index_url or PYPI_SIMPLE_ENDPOINT):
         clone.environ |= {"VLLM_MIRROR": (tmp_path / "nowhere").as_uri()}
-        clone.series(whole)
+        clone.series(full_series)
         clone.ensure("release")
         made = run(clone, "0.33.0")
         assert fates(made) == FATES

@@ -1,6 +1,4 @@
-"""A run of pytest over a small tree, as trial.py starts it, with the pytest of this interpreter's
-environment.
-"""
+"""A run of pytest over a small tree, started as upstream_trial.py starts it."""
 
 import io
 import sys
@@ -39,7 +37,7 @@ def run(
         Console(out=io.StringIO(), err=io.StringIO()), folder / "logs", verb="upstream"
     ) as run_log:
         files = [f"tests/{name}" for name in tests if name.rpartition("/")[2].startswith("test_")]
-        # The tool environment has no pytest-timeout: the option is made known, and does nothing.
+        # The tool environment has no pytest-timeout: this plugin accepts its option.
         plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
         tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
         return {

@@ -1,6 +1,4 @@
-"""`python -m workspace.upstream` where no test is run: what it says, lists and refuses. Runs are in
-tests/proof/upstream.
-"""
+"""`nox -s upstream` without a test run: what it prints, lists and refuses (runs: tests/proof)."""
 
 import subprocess
 import sys
@@ -33,7 +31,7 @@ def test_nothing_built_is_an_error_that_names_the_command_and_leaves_nothing(wor
     assert world.listing() == before
 
 
-def test_tree_that_is_the_pins_says_so_and_what_can_be_asked_instead(built: World) -> None:
+def test_unchanged_tree_is_reported_with_the_command_for_chosen_tests(built: World) -> None:
     built.git("reset", "--hard", "--quiet", "HEAD~1")
     ended = upstream(built, "--list")
     assert ended.code == 0, ended.output
@@ -42,7 +40,7 @@ def test_tree_that_is_the_pins_says_so_and_what_can_be_asked_instead(built: Worl
     assert ended.out == ""
 
 
-def test_list_says_for_each_file_whether_and_why_and_writes_nothing(built: World) -> None:
+def test_list_gives_each_file_a_decision_with_its_reason_and_writes_nothing(built: World) -> None:
     tests = built.layout.vllm / "tests"
     tests.mkdir()
     (tests / "test_version.py").write_text("import pytest\npytestmark = pytest.mark.cpu_test\n")

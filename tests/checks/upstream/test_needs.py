@@ -14,7 +14,7 @@ __all__ = ["built", "house"]
 KNOWN = Rules({}, (), (), (), ("runner", "plugin"))
 
 
-def put(house, settings) -> tuple[Path, str]:
+def install_needs(house, settings) -> tuple[Path, str]:
     with house.run_log(settings) as run_log:
         return upstream_pinned.install_needs(
             house.layout, settings, KNOWN, device="cpu", run_log=run_log
@@ -25,7 +25,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.dist-info")}
 
 
-def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_has(
+def test_requirements_have_the_trees_versions_and_omit_what_the_environment_has(
     house, built
 ) -> None:
     settings = built()
@@ -43,33 +43,33 @@ def test_requirements_are_the_trees_versions_and_nothing_that_the_environment_ha
     (site / "shared-9.0.dist-info").mkdir()
     (site / "shared-9.0.dist-info" / "METADATA").write_text("Name: shared\nVersion: 9.0\n")
     before = sorted(site.iterdir())
-    # What a kill in the middle leaves, and what another environment was given.
+    # Leftovers of a killed install, and the folder of another environment.
     half_made, former = (
         upstream_pinned.needs_folder(house.layout) / name
         for name in ("site-0123456789ab.new", "site-ba9876543210")
     )
     for folder in (half_made, former):
         (folder / "runner").mkdir(parents=True)
-    made, output = put(house, settings)
+    made, output = install_needs(house, settings)
     assert names(made) == {"runner-1.0.dist-info", "plugin-1.0.dist-info"}
     assert "runner, plugin" in output
     assert sorted(site.iterdir()) == before
     assert list(upstream_pinned.needs_folder(house.layout).iterdir()) == [made]
-    # With all wheels gone it is still there.
+    # The folder works without any wheel.
     for wheel in house.links.iterdir():
         wheel.unlink()
-    again, output = put(house, settings)
-    assert (again, output) == (made, "2 test requirements are there")
-    # Another environment has another folder, and what was made stays until that is there.
+    again, output = install_needs(house, settings)
+    assert (again, output) == (made, "2 test requirements are installed")
+    # Another environment gets another folder; the former stays until the new one exists.
     listed.write_text("runner==2.0\n")
     with pytest.raises(SourceError, match="could not be reached"):
-        put(house, settings)
+        install_needs(house, settings)
     assert made.is_dir()
     listed.write_text("runner==1.0\n    # via x\nplugin[more]==3\n")
-    assert put(house, settings)[0] == made
+    assert install_needs(house, settings)[0] == made
 
 
-def test_index_that_cannot_be_reached_is_a_source_error_and_leaves_nothing_that_is_taken_for_whole(
+def test_index_out_of_reach_is_a_source_error_and_leaves_no_folder_that_looks_complete(
     house, built
 ) -> None:
     built()
@@ -77,7 +77,7 @@ def test_index_that_cannot_be_reached_is_a_source_error_and_leaves_nothing_that_
         UV_OFFLINE="0", UV_DEFAULT_INDEX="http://127.0.0.1:9/simple", UV_HTTP_RETRIES="0"
     )
     with pytest.raises(SourceError, match="could not be reached"):
-        put(house, settings)
+        install_needs(house, settings)
     assert {path.suffix for path in upstream_pinned.needs_folder(house.layout).iterdir()} == {
         ".new"
     }

@@ -109,13 +109,13 @@ def reached(tree: Path, *changed: str) -> dict[str, str]:
         ("vllm/model_executor/models/llama.py", {"tests/models/test_registry.py"}),
     ],
 )
-def test_change_reaches_what_mirrors_names_or_shares_it(
+def test_change_reaches_tests_that_mirror_name_or_share_it(
     tree: Path, changed: str, tests: set[str]
 ) -> None:
     assert reached(tree, changed).keys() == tests
 
 
-def test_nearest_way_gives_the_reason_and_stands_first(tree: Path) -> None:
+def test_nearest_way_gives_the_reason_and_comes_first(tree: Path) -> None:
     found = reached(tree, "vllm/v1/core/block_pool.py", "vllm/alpha.py")
     assert next(iter(found)) == "tests/test_alpha.py"
     assert found["tests/test_alpha.py"] == "mirrors vllm/alpha.py"
@@ -132,7 +132,7 @@ def test_nearest_way_gives_the_reason_and_stands_first(tree: Path) -> None:
         "tests/data.json",
     ],
 )
-def test_what_reaches_no_test_is_named_with_the_reason(tree: Path, changed: str) -> None:
+def test_file_that_reaches_no_test_is_listed_with_the_reason(tree: Path, changed: str) -> None:
     found = upstream_selection.find(tree, [changed], KNOWN)
     assert found.tests == ()
     assert [one.path for one in found.unreached] == [changed]

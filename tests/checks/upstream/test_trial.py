@@ -1,6 +1,4 @@
-"""A real pytest over a small tree: failures, crashes and hangs are named, and the pin has its
-word.
-"""
+"""A real pytest over a small tree: each failure, crash and hang is named."""
 
 from pathlib import Path
 
@@ -41,8 +39,8 @@ def test_every_test_has_its_outcome_and_one_that_kills_its_process_ends_no_other
     assert "crashed" in found["tests/sub/test_dies.py::test_dies"].message
 
 
-# The library in small, under its name; what vLLM raises when it has swallowed the library's
-# exception; and who imitates the words.
+# A small copy of the library; vLLM's own exception after it swallowed the library's; and tests that
+# only imitate the messages.
 HUB = {
     "../huggingface_hub/errors.py": (
         "class OfflineModeIsEnabled(ConnectionError): pass\nclass"
@@ -80,7 +78,7 @@ HUB = {
 }
 
 
-def test_hub_is_what_a_test_lacks_where_it_was_asked_and_refused_not_where_the_words_are_said(
+def test_failure_counts_as_the_hubs_only_if_the_hub_refused_a_request(
     tmp_path: Path,
 ) -> None:
     found = run(tmp_path, HUB)
@@ -142,7 +140,7 @@ def test_change_that_makes_a_test_ask_the_hub_is_not_excused() -> None:
         asks,
     )
     assert upstream_trial.sort([asks], [], is_online=False).own == (asks,)
-    # Where nothing can be compared there are hundreds of them.
+    # Without a comparison, hundreds of tests ask the hub.
     assert upstream_trial.sort([asks], None, is_online=False).hub == (asks,)
     assert upstream_trial.sort([outcome("test_b")], None, is_online=False).hub == ()
 
@@ -163,7 +161,7 @@ def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path:
         assert upstream_pinned.hub_tests(layout, "a" * 40) == frozenset()
 
 
-def test_failure_of_a_file_that_nobody_chose_is_not_lost() -> None:
+def test_failure_in_an_unselected_file_is_not_lost() -> None:
     found = upstream_trial.sort(
         [outcome("test_own"), outcome("test_fine", "passed", "")], [], is_online=False
     )
@@ -175,7 +173,7 @@ def test_failure_of_a_file_that_nobody_chose_is_not_lost() -> None:
     )
 
 
-def test_file_that_is_not_run_is_skipped_and_says_why() -> None:
+def test_file_that_does_not_run_is_skipped_with_the_reason() -> None:
     (check,) = upstream_trial.checks(
         [Reached("tests/b.py", "x")],
         {"tests/b.py": Decision("not", "no GPU")},
@@ -184,7 +182,7 @@ def test_file_that_is_not_run_is_skipped_and_says_why() -> None:
     assert (check.verdict, check.evidence) == ("skipped", "not run: no GPU")
 
 
-def test_what_failed_is_asked_of_the_pin_by_name_as_a_node_that_is_not_there_would_end_the_run(
+def test_failed_tests_run_on_the_pin_by_name_because_an_unknown_node_would_end_the_run(
     tmp_path: Path,
 ) -> None:
     place(tmp_path, {"test_a.py": ""})
@@ -198,6 +196,6 @@ def test_what_failed_is_asked_of_the_pin_by_name_as_a_node_that_is_not_there_wou
     assert upstream_pinned.again([uncollected, odd], tmp_path) == (("tests/test_a.py",), ())
 
 
-def test_pin_is_not_asked_where_compiled_sources_differ() -> None:
+def test_pin_does_not_run_if_compiled_sources_differ() -> None:
     assert upstream_pinned.is_comparable(["vllm/a.py", "csrc_not.py"])
     assert not upstream_pinned.is_comparable(["vllm/a.py", "csrc/a.cu"])

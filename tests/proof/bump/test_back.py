@@ -1,4 +1,4 @@
-"""What is kept of that from which one returns."""
+"""What a rollback keeps of the state before it."""
 
 from tests.bump.test_back import pretend_good
 from tests.small.materials import git

@@ -1,6 +1,4 @@
-"""The bump's long ways: from git, upstreamed patches, environments that are gone, and a kill at
-every tenth of a second.
-"""
+"""Long paths of a bump: from git, with upstreamed patches, with lost environments, with kills."""
 
 import datetime
 import json
@@ -24,7 +22,7 @@ CONFLICTS = re.compile(
 )
 
 
-def assert_stands_on(world: World, version: str) -> None:
+def assert_is_on(world: World, version: str) -> None:
     assert pins.load(world.layout.pins).vllm.tag == f"v{version}"
     assert {name: state for name, state in world.status().items() if name in ROWS} == dict.fromkeys(
         ROWS, "ok"
@@ -33,7 +31,7 @@ def assert_stands_on(world: World, version: str) -> None:
     assert world.git("status", "--porcelain") == ""
 
 
-def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_finished(
+def test_concurrent_bump_is_refused_with_the_lock_holder_and_a_killed_bump_is_finished(
     clone: World,
 ) -> None:
     before = user_files(clone)
@@ -49,15 +47,15 @@ def test_second_bump_at_once_is_told_who_is_at_work_and_one_that_was_killed_is_f
     assert user_files(clone) == before
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, CLEAN)
+    assert_is_on(clone, CLEAN)
 
 
-def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_reached(
+def test_bump_rollback_bump_and_a_pin_by_upstreams_commit_once_it_can_be_reached(
     clone: World, releases: Releases
 ) -> None:
     layout = clone.layout
-    for words in (("pin.bump", f"v{CLEAN}"), ("pin.rollback",)):
-        ended = clone.run(*words)
+    for args in (("pin.bump", f"v{CLEAN}"), ("pin.rollback",)):
+        ended = clone.run(*args)
         assert ended.code == 0, ended.output
     name = next(
         row["facts"]["name"]
@@ -69,8 +67,8 @@ def test_there_back_there_again_and_pinned_by_its_own_commit_once_that_can_be_re
     assert clone.python("import vllm; print(vllm.RELEASE)") == CLEAN
     assert clone.status()["smoke"] == "ok"
 
-    # Once upstream's git can be reached, the same release is pinned by its own commit, and nothing
-    # is built for it.
+    # Once upstream's git can be reached, the same release is pinned by its own commit without a
+    # build.
     clone.env["VLLM_MIRROR"] = releases.upstream.as_uri()
     head = clone.git("rev-parse", "HEAD")
     ended = clone.run("pin.bump", f"v{CLEAN}")
@@ -93,7 +91,7 @@ def shown(world: World) -> list[dict]:
     return json.loads(ended.out)["rows"]
 
 
-def test_abort_leaves_everything_and_keeps_what_was_done_in_the_workshop(clone: World) -> None:
+def test_abort_changes_nothing_and_keeps_the_work_of_the_sandbox(clone: World) -> None:
     before = user_files(clone)
     ended = clone.run("pin.bump", f"v{CONFLICT}")
     assert "patch 1 of 1, patches/vllm/" in ended.error(4)
@@ -123,7 +121,7 @@ def test_bump_that_waits_is_shown_and_a_commit_that_came_meanwhile_is_not_lost(
     assert "bump" not in {row["name"] for row in shown(clone)}
 
 
-def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(
+def test_impossible_target_is_refused_and_no_sandbox_is_made(
     clone: World, releases: Releases
 ) -> None:
     day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
@@ -146,7 +144,7 @@ def test_what_cannot_be_bumped_to_is_refused_and_nothing_is_made(
     assert not clone.layout.bump_sandbox.exists()
 
 
-def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
+def test_patch_that_upstream_has_is_dropped_and_reported(clone: World) -> None:
     ended = clone.run("pin.bump", UPSTREAMED)
     assert ended.code == 0, ended.output
     assert "0 of 1 on v0.34.0; upstream has" in ended.err
@@ -155,16 +153,16 @@ def test_patch_that_upstream_has_is_dropped_and_said(clone: World) -> None:
         f"Dropped {clone.materials.patch.name}: upstream has it"
         in (clone.layout.state / "bump-message.txt").read_text()
     )
-    assert_stands_on(clone, UPSTREAMED)
+    assert_is_on(clone, UPSTREAMED)
     ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, "0.31.0")
+    assert_is_on(clone, "0.31.0")
     assert (clone.layout.patches("vllm") / clone.materials.patch.name).exists()
 
 
-def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clone: World) -> None:
+def test_environment_that_was_not_kept_is_built_again_with_its_versions(clone: World) -> None:
     clone.uv("install", "xgrammar==0.2.7", "numba==0.65.0")
-    # The smoke refuses a stale environment: what was installed by hand is made known first.
+    # The smoke refuses a stale environment: bootstrap first accepts the packages installed by hand.
     (clone.layout.environment / ".workspace" / "environment.json").unlink()
     clone.bootstrap()
     assert smoke(clone).code == 0
@@ -181,26 +179,26 @@ def test_environment_that_was_not_kept_is_made_anew_with_the_versions_it_had(clo
     kept[0].rename(clone.folder / "lost")
     ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, "0.31.0")
+    assert_is_on(clone, "0.31.0")
     assert "numba" in clone.uv("list")
 
 
-def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_on(
+def test_conflict_waits_in_the_sandbox_until_it_is_resolved_and_the_bump_resumes(
     clone: World,
 ) -> None:
     before = user_files(clone)
     ended = clone.run("pin.bump", f"v{CONFLICT}")
     assert "patch 1 of 1, patches/vllm/" in ended.error(4)
     assert "conflict in setup.py" in ended.err
-    for words in (
+    for args in (
         "git -C .workspace/bump/vendor/vllm add setup.py",
         "patch.continue",
         "--skip",
         "--abort",
     ):
-        assert words in ended.err
+        assert args in ended.err
     assert user_files(clone) == before
-    # Leave, come back, ask again for something else, and for the same.
+    # Run other verbs, then the bump to another release, and the same bump again.
     assert "a bump to v0.33.0 is under way" in clone.run("pin.bump", f"v{CLEAN}").error(3)
     assert "patch 1 of 1" in clone.run("pin.bump", f"v{CONFLICT}").error(4)
     assert "is under way" in clone.run("pin.rollback").error(3)
@@ -219,7 +217,7 @@ def test_conflict_waits_in_the_workshop_until_it_is_resolved_and_the_bump_goes_o
     assert user_files(clone) == before
     ended = clone.run("patch.continue")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, CONFLICT)
+    assert_is_on(clone, CONFLICT)
     assert "_C_AVX2" in (clone.layout.patches("vllm") / clone.materials.patch.name).read_text()
     assert clone.python("import vllm; print(vllm.RELEASE)") == CONFLICT
 
@@ -273,7 +271,7 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
     ended = from_git.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
     assert before != user_files(from_git)
-    assert_stands_on(from_git, CLEAN)
+    assert_is_on(from_git, CLEAN)
     assert git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == releases.commit(CLEAN)
     git(from_git.root, "add", "vendor/pins.toml", "patches/vllm")
     git(from_git.root, "commit", "--quiet", "-F", ".workspace/bump-message.txt")
@@ -281,14 +279,14 @@ def test_submodule_is_moved_with_its_gitlink_and_a_patched_commit_is_never_stage
     assert git(from_git.root, "status", "--porcelain") == ""
     ended = from_git.run("pin.rollback")
     assert ended.code == 0, ended.output
-    assert_stands_on(from_git, "0.31.0")
+    assert_is_on(from_git, "0.31.0")
     assert (
         git(from_git.root, "ls-files", "-s", "vendor/vllm").split()[1] == from_git.materials.commit
     )
 
 
 @pytest.mark.parametrize("tenths", range(2, 42, 4))
-def test_bump_that_was_killed_before_its_promotion_has_touched_nothing_and_goes_on(
+def test_bump_that_was_killed_before_its_promotion_changed_nothing_and_resumes(
     clone: World, tenths: int
 ) -> None:
     before = user_files(clone)
@@ -318,21 +316,21 @@ def test_promotion_that_was_killed_is_finished_by_the_next_bump(
 
 
 @pytest.mark.parametrize("delay_ms", range(0, 480, 40))
-def test_return_that_was_killed_is_finished_by_the_next(clone: World, delay_ms: int) -> None:
+def test_killed_rollback_is_finished_by_the_next(clone: World, delay_ms: int) -> None:
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
-    marker = clone.layout.state / "back.json"
-    kill_after(clone, marker, delay_ms, "pin.rollback")
-    if marker.exists():
+    redo_log = clone.layout.state / "back.json"
+    kill_after(clone, redo_log, delay_ms, "pin.rollback")
+    if redo_log.exists():
         ended = clone.run("pin.rollback")
         assert ended.code == 0, ended.output
-    assert_stands_on(clone, "0.31.0")
-    assert not marker.exists()
+    assert_is_on(clone, "0.31.0")
+    assert not redo_log.exists()
 
 
-def kill_after(world: World, path: Path, delay_ms: int, *words: str) -> None:
-    """Start a verb, and kill it that long after it has written `path`."""
-    child = world.start(*words)
+def kill_after(world: World, path: Path, delay_ms: int, *args: str) -> None:
+    """Start a verb, and kill it `delay_ms` after it wrote `path`."""
+    child = world.start(*args)
     deadline = time.monotonic() + 120
     while not path.exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -345,4 +343,4 @@ def finish_bump(world: World) -> None:
     ended = world.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
     assert not world.layout.bump_sandbox.exists()
-    assert_stands_on(world, CLEAN)
+    assert_is_on(world, CLEAN)

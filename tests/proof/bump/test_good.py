@@ -1,4 +1,4 @@
-"""What is recorded as good of patches that are not committed, and which states stay."""
+"""Known-good states with patches that are not committed, and which states are kept."""
 
 import shutil
 
@@ -21,11 +21,11 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     assert "not recorded as good: the smoke has not passed on this tree" in run(clone, *RECORD).err
     assert names(clone) == [first]
 
-    # With patches that are not committed the reference is a commit of its own, and no branch moved.
-    (clone.root / "README.md").write_text("staged, and no business of a good state\n")
+    # With uncommitted patches the reference is a separate commit; no branch moves.
+    (clone.root / "README.md").write_text("staged, and not a part of a known-good state\n")
     git(clone.root, "add", "README.md")
     head = git(clone.root, "rev-parse", "HEAD")
-    # What a bump leaves that was ended while it deleted its workshop.
+    # The leftovers of a bump that was killed while it deleted its sandbox.
     (known_good.discarded_sandbox(layout) / "vendor").mkdir(parents=True)
     clone.git(
         "worktree", "add", "--quiet", "--detach", str(layout.bump_sandbox / "vendor" / "vllm")
@@ -46,7 +46,7 @@ def test_patches_that_are_not_committed_are_kept_too_and_the_newest_three_stay(
     assert git(clone.root, "ls-tree", kept, "vendor/vllm").split()[2] == clone.materials.commit
     assert git(clone.root, "diff", "--cached", "--name-only") == "README.md"
 
-    # The oldest goes, with its references; never the one in use.
+    # The oldest state is deleted with its references; the state in use never is.
     for number in (3, 4):
         record = (known_good.folder(layout, second) / "good.json").read_text()
         other = f"v0.0.{number}-{'0' * 12}"

@@ -1,12 +1,10 @@
-"""What a move takes along and what it leaves: kernels that were compiled here, files beside them,
-and a torch of the user's own.
-"""
+"""What a move takes along and leaves: compiled kernels, files beside them, and the user's torch."""
 
 import os
 from pathlib import Path
 
 from tests.bump.conftest import smoke
-from tests.proof.bump.test_bump import assert_stands_on
+from tests.proof.bump.test_bump import assert_is_on
 from tests.small import wheels
 from tests.small.releases import CLEAN
 from tests.small.world import World
@@ -36,8 +34,9 @@ def patched(world: World) -> None:
 
 
 def compiled(world: World, tmp_path: Path) -> Path:
-    """A clone with kernels of its own making, a library that no later pin has, and a log of the
-    user's.
+    """Make a clone with natively compiled kernels; return a library that no later pin has.
+
+    It also has a log file of the user.
     """
     tree = world.layout.vllm
     patched(world)
@@ -47,14 +46,14 @@ def compiled(world: World, tmp_path: Path) -> Path:
     (tree / "vllm" / "run.log").write_text("mine\n")
     stray = tree / "vllm" / "_of_the_old_pin.so"
     stray.write_bytes(wheels.compile_library(tmp_path, "stray", STRAY))
-    # Verified and stamped with the rest.
+    # Verify and stamp it with the other libraries.
     world.layout.stamp("vllm").unlink()
     world.bootstrap("--kernels", "native", "--jobs", "2")
     assert smoke(world).code == 0
     return stray
 
 
-def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_own(
+def test_compiled_kernels_belong_to_one_pin_and_return_with_it(
     clone: World, tmp_path: Path
 ) -> None:
     tree, stray = clone.layout.vllm, compiled(clone, tmp_path)
@@ -62,22 +61,22 @@ def test_compiled_kernels_of_one_pin_are_never_the_others_and_return_with_their_
     assert answer(clone) == "43"
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, CLEAN)
-    # Compiled in the workshop, from the new pin's sources, for that is how the old ones were made.
+    assert_is_on(clone, CLEAN)
+    # Compiled in the sandbox from the new pin's sources, because the old kernels were compiled too.
     assert origin(clone) == "native"
     assert not stray.exists()
     assert (tree / "vllm" / "run.log").read_text() == "mine\n"
     assert answer(clone) == "43"
 
     assert clone.run("pin.rollback").code == 0
-    assert_stands_on(clone, "0.31.0")
+    assert_is_on(clone, "0.31.0")
     assert origin(clone) == "native"
     assert {path.name: path.read_bytes() for path in (tree / "vllm").glob("*.so")} == own
     assert (tree / "vllm" / "run.log").read_text() == "mine\n"
     assert not list(clone.layout.state.glob("left-*")), "what a good state keeps is kept there"
 
 
-def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_and_the_rest_is_the_precompiled(
+def test_sandbox_compiles_what_a_patch_changes_and_takes_the_rest_from_the_precompiled_wheel(
     clone: World,
 ) -> None:
     patched(clone)
@@ -85,12 +84,12 @@ def test_what_a_patch_changes_of_compiled_sources_is_compiled_in_the_workshop_an
     assert smoke(clone).code == 0
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, CLEAN)
+    assert_is_on(clone, CLEAN)
     assert origin(clone).startswith("hybrid precompiled ")
     assert CLEAN in origin(clone)
     assert answer(clone) == "43"
     assert clone.run("pin.rollback").code == 0
-    assert_stands_on(clone, "0.31.0")
+    assert_is_on(clone, "0.31.0")
     assert (origin(clone).startswith("hybrid precompiled "), CLEAN in origin(clone)) == (
         True,
         False,
@@ -106,11 +105,11 @@ def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(
     clone.git("reset", "--quiet", "--soft", "HEAD~2")
     assert clone.run("patch.export").code == 0
     before = {path.read_bytes() for path in (tree / "vllm").glob("_C*.so")}
-    # Never smoked in this state: nothing of it is kept but what nobody else has.
+    # This state was never smoked: only files that exist nowhere else are kept.
     clone.env["KERNELS"] = "precompiled"
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, CLEAN)
+    assert_is_on(clone, CLEAN)
     assert origin(clone).startswith("precompiled wheel ")
     left = next(clone.layout.state.glob("left-*"))
     assert (left / "products" / "vllm" / "_version.py").exists()
@@ -137,8 +136,9 @@ def torch_file(world: World) -> os.stat_result:
 
 
 def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
-    """Install a torch that no index has, move the pin, and see it gone along, no name of the
-    workshop left; return its file as it was before.
+    """Install a torch that no index has and move the pin; return its file as it was before.
+
+    The torch must move along, and no file may name the sandbox.
     """
     world.uv("install", str(wheels.write_torch(tmp_path, "9.9.9+local", cuda=None)))
     world.env["USE_EXISTING_TORCH"] = "1"
@@ -147,7 +147,7 @@ def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
     mine = torch_file(world)
     ended = world.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
-    assert_stands_on(world, CLEAN)
+    assert_is_on(world, CLEAN)
     assert torch_version(world) == "9.9.9+local"
     named = [
         path
@@ -158,17 +158,17 @@ def bump_with_own_torch(world: World, tmp_path: Path) -> os.stat_result:
     return mine
 
 
-def test_torch_of_the_users_own_goes_along_and_comes_back(clone: World, tmp_path: Path) -> None:
+def test_torch_of_the_user_moves_along_and_comes_back(clone: World, tmp_path: Path) -> None:
     mine = bump_with_own_torch(clone, tmp_path)
     ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.output
-    assert_stands_on(clone, "0.31.0")
+    assert_is_on(clone, "0.31.0")
     back = torch_file(clone)
     assert (back.st_ino, back.st_mtime_ns) == (mine.st_ino, mine.st_mtime_ns)
     assert torch_version(clone) == "9.9.9+local"
 
 
-def test_torch_in_an_environment_of_the_users_making_goes_along(
+def test_torch_in_an_environment_that_the_user_made_moves_along(
     clone: World, tmp_path: Path
 ) -> None:
     clone.layout.environment.rename(tmp_path / "former")

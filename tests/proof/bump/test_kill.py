@@ -1,21 +1,19 @@
-"""Single kills and power cuts of verbs that write patches and pins, each at a call at which one was
-once not made good.
-"""
+"""Kills and power cuts of verbs that write patches and pins, at calls that once failed."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.bump.test_back import pretend_good
 from tests.bump.test_kill import kill
-from tests.proof.bump.test_bump import CONFLICTS, assert_stands_on
+from tests.bump.test_rollback import pretend_good
+from tests.proof.bump.test_bump import CONFLICTS, assert_is_on
 from tests.small.materials import git
 from tests.small.releases import CONFLICT
 from tests.small.world import World
 
-# Stands before git on PATH. A command line that has both words is run, then the power goes: the
-# verb dies, and a part of what git wrote is lost.
+# This program is before git on PATH. A command line with both arguments runs, then the power fails:
+# the verb dies, and a part of what git wrote is lost.
 CUT = """#!/bin/sh
 case " $* " in
 *" @FIRST@ "*"@SECOND@ "*)
@@ -32,20 +30,21 @@ exec @GIT@ "$@"
 
 def cut_power(
     world: World,
-    words: tuple[str, str],
+    git_args: tuple[str, str],
     damage: str,
     *verb: str,
     victim: str = "$PPID",
     code: int = -9,
 ) -> None:
-    """Run a verb whose machine stops as the git of these words ends; `damage` is what shell
-    commands make of that git's directory.
+    """Run a verb whose machine stops as the git with these arguments ends.
+
+    `damage` are shell commands that run in that git's directory.
     """
     folder = world.folder / "programs"
     folder.mkdir(exist_ok=True)
     text = (
-        CUT.replace("@FIRST@", words[0])
-        .replace("@SECOND@", words[1])
+        CUT.replace("@FIRST@", git_args[0])
+        .replace("@SECOND@", git_args[1])
         .replace("@DAMAGE@", damage)
         .replace("@GIT@", shutil.which("git") or "")
         .replace("@VICTIM@", victim)
@@ -59,8 +58,9 @@ def cut_power(
 
 @pytest.fixture
 def three_patches(clone: World) -> Path:
-    """A patch with a new file before the one that conflicts in 0.33.0, and one after it; the
-    workshop's tree.
+    """Make three patches, of which the second conflicts in 0.33.0; return the sandbox's tree.
+
+    The first patch adds a file.
     """
     tip, setup, status = (
         clone.git("rev-parse", "HEAD"),
@@ -95,7 +95,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(
+def test_resolved_conflict_of_a_bump_survives_a_power_cut_while_git_continues(
     clone: World, three_patches: Path, damage: str
 ) -> None:
     assert "patch 2 of 3" in clone.run("pin.bump", CONFLICT).error(4)
@@ -113,7 +113,7 @@ def test_resolution_of_a_bumps_conflict_outlives_a_power_cut_while_git_goes_on(
     assert ended.code == 0, ended.output
     assert clone.git("show", "HEAD~1:setup.py").endswith("# by hand")
     assert clone.git("log", "--format=%s", "-1") == "Take one more"
-    assert_stands_on(clone, CONFLICT)
+    assert_is_on(clone, CONFLICT)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -157,7 +157,7 @@ def test_killed_export_is_finished_by_the_next(clone: World) -> None:
     assert clone.status()["patches"] == "ok"
 
 
-def test_killed_return_is_finished_by_the_next(clone: World) -> None:
+def test_killed_rollback_is_finished_by_the_next(clone: World) -> None:
     wanted, tip = pretend_good(clone, "v0.31.0"), clone.git("rev-parse", "HEAD")
     kill(clone, 46, "pin.rollback", "--good", wanted)
     assert (clone.layout.state / "back.json").exists()
@@ -165,6 +165,6 @@ def test_killed_return_is_finished_by_the_next(clone: World) -> None:
     ended = clone.run("pin.rollback")
     assert ended.code == 0, ended.output
     assert not (clone.layout.state / "back.json").exists()
-    # The series of that state is this one's, and bootstrap, a part of the return, has put it on.
+    # That state has the present series, and bootstrap, a part of the rollback, applied it.
     assert tip in clone.git("rev-list", "--all", "HEAD").split()
     assert clone.status()["install"] == "ok"

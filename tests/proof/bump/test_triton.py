@@ -1,4 +1,4 @@
-"""Triton's checkout moves along with its pin only where nothing of the user's is in the way."""
+"""Triton's checkout moves with its pin only if it has no edits or commits of the user."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.small.world import World
 __all__ = ["triton"]
 
 
-def test_clean_checkout_moves_along_and_one_with_edits_or_commits_is_left(
+def test_clean_checkout_moves_along_and_one_with_edits_or_commits_stays(
     world: World, triton: Path
 ) -> None:
     tree, first, new = (

@@ -1,4 +1,4 @@
-"""The clone of the fast tests, whose state is recorded as good."""
+"""The clone of the fast tests, whose state is known-good."""
 
 from tests.bump.conftest import _good, clone, releases
 

@@ -1,6 +1,4 @@
-"""Defects that are seeded into a built tree, and the check, or the refusal before any, that has to
-name each.
-"""
+"""Defects that are seeded into a built tree, each with the check or refusal that must name it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +11,11 @@ Change = Callable[[bytes], bytes]
 
 @dataclass(frozen=True)
 class Defect:
-    """`change` turns the content of `file`, below vendor/vllm, into a worse one; a file that is not
-    there has none, and one that becomes empty is removed.
+    """`change` turns the content of `file`, below vendor/vllm, into a defective one.
 
-    `caught_by` is a check, or words of the refusal; `told` are words that the record has to have of
-    it, such as a frame of a stack.
+    A file that does not exist has empty content; a file that becomes empty is removed. `caught_by`
+    is a check or a part of the refusal; `in_record` must be in the record, such as a frame of a
+    stack.
     """
 
     what: str
@@ -26,7 +24,7 @@ class Defect:
     caught_by: str
     level: str = "quick"
     timeout_s: int = 600
-    told: str = ""
+    in_record: str = ""
 
     def path(self, layout: Layout) -> Path:
         if self.file.startswith("site-packages/"):
@@ -36,8 +34,8 @@ class Defect:
         return layout.vllm / self.file
 
 
-def instead(old: str, new: str) -> Change:
-    """Replace text that occurs; a defect that cannot be seeded any more is an error and no pass."""
+def replaced(old: str, new: str) -> Change:
+    """Replace text that occurs; a defect that cannot be seeded any more is an error."""
 
     def change(content: bytes) -> bytes:
         text = content.decode()
@@ -73,7 +71,7 @@ COMPLETIONS, CHATS = (
 ENGINE = "vllm/v1/engine/core.py"
 CUDA_SOURCE = "csrc/cpu/activation.cpp"
 
-# A whole vLLM, and a right one, that is not the tree's.
+# A complete and correct vLLM that does not belong to the tree.
 SHADOW = b"""from pathlib import Path
 __package__, __path__ = "vllm", [str(Path(__file__).parents[4] / "vendor" / "vllm" / "vllm")]
 exec((Path(__path__[0]) / "__init__.py").read_text())
@@ -81,22 +79,25 @@ exec((Path(__path__[0]) / "__init__.py").read_text())
 
 
 def logits(code: str) -> Change:
-    return instead(LOGITS, LOGITS.replace("return logits", f"{code}\n        return logits"))
+    return replaced(LOGITS, LOGITS.replace("return logits", f"{code}\n        return logits"))
 
 
-def requests(code: str) -> Change:
-    """Do something when an engine that is a process of its own, as a server's is, gets a request;
-    `self.asked` counts them from 1.
+def at_request(code: str) -> Change:
+    """Run code when the engine process of a server gets a request.
+
+    `self.requested` counts the requests from 1.
     """
     add = "            self.add_request(req, request_wave)\n"
-    return instead(
-        add, f'            self.asked = getattr(self, "asked", 0) + 1\n            {code}\n{add}'
+    return replaced(
+        add,
+        '            self.requested = getattr(self, "requested", 0) + 1\n'
+        f"            {code}\n{add}",
     )
 
 
 def engine_starts(code: str) -> Change:
     title = "            set_process_title(process_title)\n"
-    return instead(title, f"{title}            {code}\n")
+    return replaced(title, f"{title}            {code}\n")
 
 
 DEFECTS = (
@@ -153,7 +154,7 @@ DEFECTS = (
     Defect(
         "torch of another version",
         "site-packages/torch/version.py",
-        instead("__version__ = '", "__version__ = '9."),
+        replaced("__version__ = '", "__version__ = '9."),
         "torch",
     ),
     Defect(
@@ -165,7 +166,7 @@ DEFECTS = (
     Defect(
         "RMS norm without its weight",
         OPS,
-        instead(
+        replaced(
             "torch.ops._C.rms_norm(out, input, weight, epsilon)",
             "torch.ops._C.rms_norm(out, input, None, epsilon)",
         ),
@@ -174,7 +175,7 @@ DEFECTS = (
     Defect(
         "rotary embedding in the other layout",
         OPS,
-        instead(
+        replaced(
             "query, key, head_size, cos_sin_cache, is_neox\n",
             "query, key, head_size, cos_sin_cache, not is_neox\n",
         ),
@@ -183,7 +184,7 @@ DEFECTS = (
     Defect(
         "a cache slot off by one",
         OPS,
-        instead(
+        replaced(
             "value_cache,\n        slot_mapping,\n        isa,",
             "value_cache,\n        slot_mapping + 1,\n        isa,",
         ),
@@ -192,7 +193,7 @@ DEFECTS = (
     Defect(
         "the operator's attention scale off by 1 %",
         OPS,
-        instead(
+        replaced(
             "seq_lens,\n        scale,\n        causal,\n        alibi",
             "seq_lens,\n        scale * 1.01,\n        causal,\n        alibi",
         ),
@@ -201,7 +202,7 @@ DEFECTS = (
     Defect(
         "an expert routed wrongly",
         OPS,
-        instead(
+        replaced(
             "        topk_ids,\n        skip_weighted,",
             "        (topk_ids + 1) % w13.shape[0],\n        skip_weighted,",
         ),
@@ -210,7 +211,7 @@ DEFECTS = (
     Defect(
         "8-bit products without their scales",
         OPS,
-        instead(
+        replaced(
             "        input_scale,\n        input_zp,",
             "        torch.ones_like(input_scale),\n        input_zp,",
         ),
@@ -219,25 +220,27 @@ DEFECTS = (
     Defect(
         "the model's attention scale off by 1 %",
         LLAMA,
-        instead("self.scaling = self.head_dim**-0.5", "self.scaling = 1.01 * self.head_dim**-0.5"),
+        replaced("self.scaling = self.head_dim**-0.5", "self.scaling = 1.01 * self.head_dim**-0.5"),
         "parity.llama",
     ),
     Defect(
         "a wrong rotary base",
         "vllm/model_executor/layers/rotary_embedding/base.py",
-        instead("            base\n            ** (", "            (base * 1.1)\n            ** ("),
+        replaced(
+            "            base\n            ** (", "            (base * 1.1)\n            ** ("
+        ),
         "parity.llama",
     ),
     Defect(
         "queries that are not normalised",
         QWEN3,
-        instead("q_by_head = self.q_norm(q_by_head)", "pass"),
+        replaced("q_by_head = self.q_norm(q_by_head)", "pass"),
         "parity.qwen3",
     ),
     Defect(
         "experts that weigh 1 % too much",
         MIXTRAL,
-        instead(
+        replaced(
             "final_hidden_states = self.experts(hidden_states, router_logits)",
             "final_hidden_states = 1.01 * self.experts(hidden_states, router_logits)",
         ),
@@ -247,7 +250,7 @@ DEFECTS = (
     Defect(
         "a sampler that ignores temperature 0",
         SAMPLER,
-        instead(GREEDY, "return logits.topk(2, dim=-1).indices[:, 1]"),
+        replaced(GREEDY, "return logits.topk(2, dim=-1).indices[:, 1]"),
         "parity.llama",
     ),
     Defect(
@@ -271,18 +274,18 @@ DEFECTS = (
         logits("import time; time.sleep(3000)"),
         "parity.llama",
         timeout_s=120,
-        told="llama.py",
+        in_record="llama.py",
     ),
     Defect(
         "a hang at start",
         "vllm/v1/worker/cpu_model_runner.py",
-        instead(
+        replaced(
             "        if load_dummy_weights:",
             "        import time; time.sleep(3000)\n        if load_dummy_weights:",
         ),
         "parity.llama",
         timeout_s=120,
-        told="cpu_model_runner.py",
+        in_record="cpu_model_runner.py",
     ),
     Defect(
         "noise in every answer",
@@ -299,7 +302,7 @@ DEFECTS = (
     Defect(
         "a prefix cache that mixes requests",
         "vllm/v1/core/kv_cache_utils.py",
-        instead(
+        replaced(
             "hash_function((parent_block_hash, curr_block_token_ids_tuple, extra_keys))",
             "hash_function((NONE_HASH, curr_block_token_ids_tuple, extra_keys))",
         ),
@@ -308,14 +311,14 @@ DEFECTS = (
     Defect(
         "a server that returns 200 with rubbish",
         COMPLETIONS,
-        instead("output_text = output.text\n", "output_text = output.text[::-1]\n"),
+        replaced("output_text = output.text\n", "output_text = output.text[::-1]\n"),
         "server.completions",
         "full",
     ),
     Defect(
         "log-probabilities over HTTP off by 1 %",
         COMPLETIONS,
-        instead(
+        replaced(
             "token_logprob = max(step_token.logprob, -9999.0)",
             "token_logprob = 1.01 * max(step_token.logprob, -9999.0)",
         ),
@@ -325,7 +328,7 @@ DEFECTS = (
     Defect(
         "a stream without its end",
         COMPLETIONS,
-        instead(
+        replaced(
             'yield f"data: {data}\\n\\n"\n        yield "data: [DONE]\\n\\n"',
             'yield f"data: {data}\\n\\n"',
         ),
@@ -335,14 +338,14 @@ DEFECTS = (
     Defect(
         "a chat that its user answers",
         CHATS,
-        instead("\n        role = self.get_chat_request_role(request)", '\n        role = "user"'),
+        replaced("\n        role = self.get_chat_request_role(request)", '\n        role = "user"'),
         "server.chat",
         "full",
     ),
     Defect(
         "a schema that nobody obeys",
         "vllm/v1/worker/gpu_model_runner.py",
-        instead(
+        replaced(
             "if grammar_output is not None:\n            apply_grammar_bitmask(",
             "if False:\n            apply_grammar_bitmask(",
         ),
@@ -352,14 +355,14 @@ DEFECTS = (
     Defect(
         "bad requests that are the server's fault",
         "vllm/entrypoints/serve/exception_handling/error_response.py",
-        instead("            code=status_code.value,", "            code=500,"),
+        replaced("            code=status_code.value,", "            code=500,"),
         "server.bad_request",
         "full",
     ),
     Defect(
         "answers cut short where many stand in line",
         ENGINE,
-        requests(
+        at_request(
             "req.max_tokens = 3 if self.scheduler.get_num_unfinished_requests() > 8 else"
             " req.max_tokens"
         ),
@@ -369,7 +372,7 @@ DEFECTS = (
     Defect(
         "a crash after the first request",
         ENGINE,
-        requests("import os; self.asked > 1 and os.kill(os.getpid(), 11)"),
+        at_request("import os; self.requested > 1 and os.kill(os.getpid(), 11)"),
         "server.completions",
         "full",
     ),
@@ -380,16 +383,16 @@ DEFECTS = (
         "server.ready",
         "full",
         300,
-        told=ENGINE,
+        in_record=ENGINE,
     ),
     Defect(
         "a hang after the first request",
         ENGINE,
-        requests("import time; self.asked > 1 and time.sleep(3000)"),
+        at_request("import time; self.requested > 1 and time.sleep(3000)"),
         "server.completions",
         "full",
         300,
-        told=ENGINE,
+        in_record=ENGINE,
     ),
     Defect(
         "an engine process that outlives its server",
@@ -400,6 +403,6 @@ DEFECTS = (
         ),
         "server.stop",
         "full",
-        told=ENGINE,
+        in_record=ENGINE,
     ),
 )

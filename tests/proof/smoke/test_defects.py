@@ -1,8 +1,7 @@
-"""The smoke cannot be fooled: each defect, seeded into a built tree of its own, fails the check
-that names its cause; the clean tree passes.
+"""Each defect, seeded into a built tree, fails the check that names its cause; a clean tree passes.
 
-SMOKE_PROOF_CLONE names a clone that is bootstrapped already and may be spoilt; without it one is
-made. Verdicts are appended to defects.tsv there.
+SMOKE_PROOF_CLONE names a bootstrapped clone that the test may damage; without it the test makes
+one. Verdicts are appended to defects.tsv there.
 """
 
 import json
@@ -25,7 +24,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
         return Layout(Path(named))
     folder = tmp_path_factory.mktemp("proof") / "clone"
     subprocess.run(["git", "clone", "--quiet", here().root, folder], check=True)
-    # Python that runs the tests writes no bytecode, and a build has to.
+    # The Python of the tests writes no bytecode, but a build must.
     environment = {
         name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
     }
@@ -33,8 +32,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     return Layout(folder)
 
 
-def smoke(layout: Layout, *words: str) -> tuple[int, str, float]:
-    argv = [layout.tools / "bin" / "python", "-m", "workspace.cli.sessions", "smoke", *words]
+def smoke(layout: Layout, *args: str) -> tuple[int, str, float]:
+    argv = [layout.tools / "bin" / "python", "-m", "workspace.cli.sessions", "smoke", *args]
     started = time.monotonic()
     done = subprocess.run(
         argv, cwd=layout.root, capture_output=True, text=True, timeout=3600, check=False
@@ -61,8 +60,9 @@ def seeded(layout: Layout, defect: Defect) -> Iterator[None]:
 
 
 def living(layout: Layout) -> set[str]:
-    """Processes of the built environment, whatever they call themselves: an engine has a title and
-    no words, but libraries from there.
+    """Return the processes of the built environment.
+
+    They are found by their libraries, because an engine has a title instead of a command line.
     """
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
@@ -73,7 +73,7 @@ def living(layout: Layout) -> set[str]:
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
-def test_defect_is_caught_by_what_names_it_and_leaves_no_process(
+def test_defect_is_caught_by_the_check_that_names_it_and_leaves_no_process(
     built: Layout, defect: Defect
 ) -> None:
     with seeded(built, defect):
@@ -82,12 +82,11 @@ def test_defect_is_caught_by_what_names_it_and_leaves_no_process(
         )
     failed = [line.split()[1] for line in output.splitlines() if line.startswith("FAIL ")]
     with (built.state / "defects.tsv").open("a") as file:
-        file.write(
-            f"{defect.what}\t{defect.caught_by}\t{', '.join(failed) or output.splitlines()[-2]}\t{seconds:.0f}\n"
-        )
+        found = ", ".join(failed) or output.splitlines()[-2]
+        file.write(f"{defect.what}\t{defect.caught_by}\t{found}\t{seconds:.0f}\n")
     assert code == 8, output
     assert defect.caught_by in failed or defect.caught_by in output.splitlines()[-2], output
-    assert not defect.told or defect.told in built.smoke_record.read_text()
+    assert not defect.in_record or defect.in_record in built.smoke_record.read_text()
     assert living(built) == set()
 
 

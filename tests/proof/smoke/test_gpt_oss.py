@@ -1,7 +1,6 @@
-"""The tiny gpt-oss: its MXFP4 means what was meant, its bytes come again, and vLLM's own kernels
-with a defect in them fail parity.
+"""The tiny gpt-oss: its MXFP4 values are the intended ones, and a seeded defect fails parity.
 
-SMOKE_PROOF_CLONE as in test_defects.py. The kernels that are asked are the CPU's, which want AMX.
+SMOKE_PROOF_CLONE as in test_defects.py. The kernels are those for CPUs, which require AMX.
 """
 
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.proof.smoke import test_defects
-from tests.proof.smoke.defects import Defect, instead
+from tests.proof.smoke.defects import Defect, replaced
 from tests.proof.smoke.test_defects import seeded
 from workspace.checks import numeric
 from workspace.checks.registry import Answer, Check
@@ -21,8 +20,8 @@ from workspace.core.paths import Layout
 
 built = test_defects.built
 GPT_OSS = "vllm/model_executor/models/gpt_oss.py"
-# Of a code its sign, its two bits of exponent with the bias 1 and its bit of mantissa; of a scale
-# its eight bits of exponent with the bias 127.
+# A code has a sign, two bits of exponent with bias 1 and one bit of mantissa; a scale has eight
+# bits of exponent with bias 127.
 MEANT = """
 import json, sys
 import torch, transformers
@@ -38,18 +37,22 @@ def meant(blocks, scales):
     return (sign * values * 2.0 ** (scales.int() - 127).unsqueeze(-1)).flatten(-2)
 
 torch.manual_seed(7)
-blocks, scales = torch.randint(0, 256, (64, 4, 16), dtype=torch.uint8), torch.randint(100, 140, (64, 4), dtype=torch.uint8)
+blocks = torch.randint(0, 256, (64, 4, 16), dtype=torch.uint8)
+scales = torch.randint(100, 140, (64, 4), dtype=torch.uint8)
 blocks[..., 0] = 0x7F
 again = tiny_model.mxfp4(meant(blocks, scales))
 weights = torch.randn(64, 128) * 3
 found = meant(*tiny_model.mxfp4(weights))
-groups, scale = weights.unflatten(-1, (-1, 32)), 2.0 ** (tiny_model.mxfp4(weights)[1].int() - 127).unsqueeze(-1)
+groups = weights.unflatten(-1, (-1, 32))
+scale = 2.0 ** (tiny_model.mxfp4(weights)[1].int() - 127).unsqueeze(-1)
 every = torch.tensor([sign * value for value in tiny_model.E2M1 for sign in (1, -1)])
 nearest = (groups.unsqueeze(-1) - every * scale.unsqueeze(-1)).abs().amin(-1)
 middles = torch.zeros(32)
 middles[:9] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 7.9])
 tensors = load_file(folder + "/model.safetensors")
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **reference.dequantized(folder))
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, local_files_only=True, **reference.dequantized(folder)
+)
 differ, quantized, codes = [], 0, set()
 for name, value in model.state_dict().items():
     if name + "_blocks" in tensors:
@@ -64,34 +67,35 @@ print(json.dumps({
     "exact": torch.equal(again[0], blocks) and torch.equal(again[1], scales),
     "nearest": bool(torch.equal((found - weights).abs().unflatten(-1, (-1, 32)), nearest)),
     "middles": meant(*tiny_model.mxfp4(middles))[:9].tolist(),
-    "differ": differ, "quantized": quantized, "codes": len(codes), "types": sorted({str(value.dtype) for value in tensors.values()}),
+    "differ": differ, "quantized": quantized, "codes": len(codes),
+    "types": sorted({str(value.dtype) for value in tensors.values()}),
 }))
 """
 DEFECTS = {
-    "attention without sinks": instead("sinks=self.sinks,", "sinks=None,"),
-    "a window that is longer by one": instead(
+    "attention without sinks": replaced("sinks=self.sinks,", "sinks=None,"),
+    "a window that is longer by one": replaced(
         "config.sliding_window if", "config.sliding_window + 1 if"
     ),
-    "three experts of four": instead(
+    "three experts of four": replaced(
         "top_k=config.num_experts_per_tok,", "top_k=config.num_experts_per_tok - 1,"
     ),
-    "a rotary embedding without yarn": instead(
+    "a rotary embedding without yarn": replaced(
         '"factor": config.rope_parameters["factor"],', '"factor": 1.0,'
     ),
-    "the scales of one block in eight doubled": instead(
+    "the scales of one block in eight doubled": replaced(
         "narrow_weight = weight[:, 2 * tp_rank_start : 2 * tp_rank_end, ...]",
         "narrow_weight = weight[:, 2 * tp_rank_start : 2 * tp_rank_end, ...] +"
         " (torch.arange(weight.shape[-1]) == 0)",
     ),
-    "attention off by 5 % where single tokens are decoded": instead(
+    "attention off by 5 % where single tokens are decoded": replaced(
         "attn_output = self.attn(q, k, v)",
         "attn_output = self.attn(q, k, v) * (1.05 if q.shape[0] < 6 else 1.0)",
     ),
 }
 
 
-def ask(layout: Layout, probe: str | Path, *words: str | Path) -> dict:
-    argv = [layout.environment_python, layout.probes / probe, *words]
+def ask(layout: Layout, probe: str | Path, *args: str | Path) -> dict:
+    argv = [layout.environment_python, layout.probes / probe, *args]
     done = subprocess.run(
         argv,
         env={**os.environ, **ENVIRONMENT},
@@ -114,7 +118,7 @@ def model(built: Layout, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(built: Layout, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("said") / "reference.json"
+    file = tmp_path_factory.mktemp("reference") / "reference.json"
     file.write_text(json.dumps(ask(built, "reference.py", f"--model=gpt-oss={model}")))
     return file
 
@@ -157,7 +161,7 @@ def test_recipe_gives_the_same_bytes_again(built: Layout, model: Path, tmp_path:
 
 @pytest.mark.skipif(
     "amx_tile" not in Path("/proc/cpuinfo").read_text(),
-    reason="vLLM's MXFP4 kernel for CPUs wants AMX, which this one lacks",
+    reason="vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks",
 )
 class TestKernels:
     def test_vllm_agrees(self, built: Layout, model: Path, reference: Path) -> None:

@@ -1,6 +1,4 @@
-"""A push with the gate of `inv hook` before it: the developer's own git, in both repositories of a
-small clone.
-"""
+"""Pushes by the developer's own git through the gate of `inv hook`, in both repositories."""
 
 import os
 import shlex
@@ -27,7 +25,7 @@ def own_hooks(clone: World) -> None:
             "core.hooksPath",
             git(folder, "rev-parse", "--absolute-git-dir").strip() + "/hooks",
         )
-    # This interpreter in the place of the clone's own tool environment.
+    # This interpreter instead of the clone's own tool environment.
     (clone.root / "scripts" / "inv").write_text(
         f'#!/bin/sh\nexec {shlex.join(clone.argv())} "$@"\n'
     )
@@ -52,7 +50,7 @@ def remote(tmp_path: Path) -> Path:
     return tmp_path / "remote.git"
 
 
-def test_hook_of_the_users_goes_first_sees_what_git_tells_it_and_comes_back(
+def test_hook_of_the_users_runs_first_with_gits_input_and_comes_back(
     clone: World, hooks: Path, remote: Path
 ) -> None:
     hooks.mkdir(exist_ok=True)
@@ -96,7 +94,7 @@ def test_commit_that_no_patch_has_stops_a_push_of_the_submodule_and_the_workspac
     assert git(remote, "for-each-ref") == ""
 
 
-def test_edit_is_judged_anew_and_a_broken_one_stops_the_push(clone: World, remote: Path) -> None:
+def test_edit_is_judged_again_and_a_broken_one_stops_the_push(clone: World, remote: Path) -> None:
     clone.run("hook")
     package = clone.layout.vllm / "vllm" / "__init__.py"
     former = package.read_text()
@@ -106,11 +104,11 @@ def test_edit_is_judged_anew_and_a_broken_one_stops_the_push(clone: World, remot
     assert "parity.llama: 0/2 tokens equal" in pushed.stderr
     package.write_text(former + "# harmless\n")
     assert push(clone, clone.root, remote).returncode == 0
-    # What has passed is not judged again.
+    # A tree that passed is not judged again.
     assert "the smoke has passed on this tree and build" in push(clone, clone.root, remote).stderr
 
 
-def test_stale_kernels_stop_the_push_and_say_what_to_run(clone: World, remote: Path) -> None:
+def test_stale_kernels_stop_the_push_with_the_command_to_run(clone: World, remote: Path) -> None:
     clone.run("hook")
     library = next(clone.layout.vllm.glob("vllm/_C*.so"))
     library.write_bytes(library.read_bytes()[:-1])
@@ -120,7 +118,9 @@ def test_stale_kernels_stop_the_push_and_say_what_to_run(clone: World, remote: P
     assert "hint: ./scripts/inv" in pushed.stderr
 
 
-def test_workspace_that_moved_says_so_at_the_push(clone: World, hooks: Path, remote: Path) -> None:
+def test_workspace_that_moved_is_reported_at_the_push(
+    clone: World, hooks: Path, remote: Path
+) -> None:
     clone.run("hook")
     script = (hooks / HOOK).read_text()
     (hooks / HOOK).write_text(script.replace(str(clone.root), f"{clone.root}-elsewhere"))

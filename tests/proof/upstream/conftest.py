@@ -1,6 +1,4 @@
-"""A small upstream that has tests, and an index that has pytest: that of this interpreter's
-environment, as wheels.
-"""
+"""A small upstream with tests, and an index with this environment's pytest as wheels."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -13,8 +11,7 @@ from tests.small.index import serve
 from tests.small.materials import VERSION, Materials, gather, prepare
 from tests.small.world import World, make_world
 
-# What is here and what it needs. The others have no wheel here, and the small tests do not need
-# them.
+# pytest and its requirements. The others have no wheel here, and the small tests do not need them.
 REAL = ("pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments")
 EMPTY = ("pytest-asyncio", "pytest-forked", "pytest-rerunfailures", "tblib")
 TIMEOUT = b"def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
@@ -40,14 +37,14 @@ TREE = {
         "def test_tokenizer():\n    assert hub.ask() == 'tokenizer'\n"
     ),
     ".buildkite/hardware_tests/cpu.yaml": LISTS,
-    # The library in small: what of it the tests would see.
+    # A small copy of the library: the parts that the tests use.
     "huggingface_hub/__init__.py": "",
     "huggingface_hub/errors.py": "class OfflineModeIsEnabled(ConnectionError):\n    pass\n",
 }
 
 
 def repack(folder: Path, name: str, version: str = "") -> None:
-    """Make a wheel of a package as it is installed here."""
+    """Make a wheel from an installed package."""
     found = importlib.metadata.distribution(name)
     version = version or found.version
     members = {}
@@ -70,7 +67,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Materials]:
     wheels.write_archive(served, folder / "upstream", VERSION)
     for name in REAL:
         repack(served, name)
-    # In the place of the stand-in that .vllm gets: pytest has to do with what is there.
+    # Instead of the stand-in in .vllm: pytest uses the installed package.
     repack(served, "packaging", {name: version for name, version, _ in wheels.PLAIN}["packaging"])
     for name in EMPTY:
         wheels.write(served, name, "1.0", {})
@@ -92,7 +89,7 @@ def _equipped(materials: Materials, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def built(_equipped: World) -> Iterator[World]:
-    """A bootstrapped clone whose tree has tests, in the state that bootstrap left."""
+    """A bootstrapped clone whose tree has tests, as bootstrap left it."""
     _equipped.restore()
     yield _equipped
     _equipped.end()

@@ -1,6 +1,4 @@
-"""`nox -s upstream` on a clone in small: a real pytest, in the built environment, over the tests of
-a small upstream.
-"""
+"""`nox -s upstream` on a small clone: a real pytest in the built environment over small tests."""
 
 import json
 import os
@@ -28,7 +26,7 @@ HANGS = (
 WAIT_S = 60.0
 
 
-def start(world: World, *words: str | Path, **env: str) -> "subprocess.Popen[str]":
+def start(world: World, *args: str | Path, **env: str) -> "subprocess.Popen[str]":
     argv = [
         sys.executable,
         "-Es",
@@ -36,7 +34,7 @@ def start(world: World, *words: str | Path, **env: str) -> "subprocess.Popen[str
         "-m",
         "workspace.cli.sessions",
         "upstream",
-        *map(str, words),
+        *map(str, args),
     ]
     child = subprocess.Popen(
         argv,
@@ -56,8 +54,8 @@ def finish(child: "subprocess.Popen[str]") -> Ended:
     return Ended(child.returncode, out, err)
 
 
-def upstream(world: World, *words: str | Path, **env: str) -> Ended:
-    return finish(start(world, *words, **env))
+def upstream(world: World, *args: str | Path, **env: str) -> Ended:
+    return finish(start(world, *args, **env))
 
 
 def edit(world: World, text: str, path: str = "vllm/alpha.py") -> None:
@@ -76,7 +74,7 @@ def until(is_so: Any) -> None:
 
 
 def processes(world: World) -> list[str]:
-    """The command lines of what runs in the clone or in its environment."""
+    """Return the command lines of processes in the clone or in its environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -93,7 +91,7 @@ def processes(world: World) -> list[str]:
 
 @pytest.fixture
 def hanging(built: World, tmp_path: Path) -> "subprocess.Popen[str]":
-    """A run whose first test hangs, and has begun to."""
+    """A run whose first test hangs and has begun."""
     edit(built, HANGS.format(flag=str(tmp_path / "flag")))
     child = start(built)
     until(lambda: (tmp_path / "flag").exists() or child.poll() is not None)
@@ -106,10 +104,8 @@ def test_edit_that_breaks_a_test_fails_and_what_fails_on_the_pin_too_does_not_co
 ) -> None:
     edit(built, "def answer():\n    return 41\n")
     ended = upstream(built, "--json", tmp_path / "deep" / "er" / "record.json")
-    assert (
-        ended.error(8)
-        == "error: 1 of 3 of upstream's tests failed; on the pin they pass, or are not there"
-    )
+    message = "error: 1 of 3 of upstream's tests failed; on the pin they pass or do not exist"
+    assert ended.error(8) == message
     assert "test_alpha.py::test_answer: assert 41 == 42" in ended.err
     assert "test_old_wound" not in ended.err.partition("error: ")[2]
     record = json.loads(ended.out)
@@ -128,12 +124,12 @@ def test_edit_that_breaks_a_test_fails_and_what_fails_on_the_pin_too_does_not_co
 
 def test_edit_that_breaks_nothing_passes_and_the_second_run_asks_no_index(built: World) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
-    for asked in (True, False):
+    for is_requested in (True, False):
         built.index.requests.clear()
         ended = upstream(built)
         assert ended.code == 0, ended.output
         assert "upstream's tests: 2 passed, 1 fail on the pin too" in ended.err
-        assert bool(built.index.requests) is asked
+        assert bool(built.index.requests) is is_requested
     assert checks(ended)["tests/test_alpha.py"]["verdict"] == "pass"
 
 
@@ -153,7 +149,7 @@ def test_environment_gets_none_of_what_the_tests_need(built: World) -> None:
     assert not (site / "packaging").exists()
 
 
-def test_change_that_makes_a_test_ask_the_hub_fails_and_one_that_always_did_does_not(
+def test_change_that_makes_a_test_ask_the_hub_fails_but_a_test_that_always_did_passes(
     built: World,
 ) -> None:
     assert upstream(built, "--all-of", "tests/test_hub.py").code == 0
@@ -172,7 +168,7 @@ def test_change_that_makes_a_test_ask_the_hub_fails_and_one_that_always_did_does
         "hub": 1,
         "pin": 0,
     }
-    # It is known from the pin, and not asked again.
+    # The pin's result is known, so the test does not run there again.
     assert json.loads((upstream_pinned.needs_folder(built.layout) / "hub.json").read_bytes())[
         "tests"
     ] == ["tests/test_hub.py::test_model"]
@@ -202,19 +198,19 @@ def test_test_of_a_gpu_is_skipped_with_the_reason_until_it_is_tried(built: World
 
 
 @pytest.mark.parametrize(
-    ("words", "passed"),
+    ("args", "passed"),
     [(("-k", "whole"), 1), (("-k", "no_such_test"), 0), (("-x", "-k", "answer or whole"), 2)],
 )
-def test_words_after_the_second_dashes_go_to_pytest(
-    built: World, words: Sequence[str], passed: int
+def test_arguments_after_the_second_dashes_go_to_pytest(
+    built: World, args: Sequence[str], passed: int
 ) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
-    ended = upstream(built, "--", *words)
+    ended = upstream(built, "--", *args)
     assert ended.code == 0, ended.output
     assert json.loads(ended.out)["tests"]["passed"] == passed
 
 
-def test_words_that_pytest_does_not_know_are_a_sentence(built: World) -> None:
+def test_argument_that_pytest_rejects_is_a_sentence(built: World) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
     assert "exited with 4" in upstream(built, "--", "--nonsense").error(8)
 
@@ -229,12 +225,12 @@ def test_run_that_takes_too_long_is_ended_with_all_its_processes(
     assert not (built.layout.state / RECORD).exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_leaves_no_process_and_no_record(
-    built: World, hanging: "subprocess.Popen[str]", number: int, code: int
+    built: World, hanging: "subprocess.Popen[str]", signal_number: int, code: int
 ) -> None:
     status = built.git("status", "--porcelain")
-    os.kill(hanging.pid, number)
+    os.kill(hanging.pid, signal_number)
     ended = finish(hanging)
     assert ended.code == code, ended.output
     assert "interrupted" in ended.err
@@ -268,11 +264,11 @@ def test_tree_that_is_changed_meanwhile_gets_no_verdict(built: World, tmp_path: 
     until(flag.exists)
     edit(built, "X = 2\n", "vllm/beta.py")
     flag.unlink()
-    assert "was changed while it was judged" in finish(child).error(8)
+    assert "vendor/vllm changed while the tests ran" in finish(child).error(8)
     assert not (built.layout.state / RECORD).exists()
 
 
-def test_index_that_is_out_of_reach_is_a_sentence_and_what_a_killed_install_left_is_cleared(
+def test_index_out_of_reach_is_a_sentence_and_leftovers_of_a_killed_install_are_removed(
     built: World,
 ) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
@@ -283,7 +279,7 @@ def test_index_that_is_out_of_reach_is_a_sentence_and_what_a_killed_install_left
     shutil.rmtree(built.materials.folder / "uv-cache")
     built.index.faults["pytest"] = Fault(status=500)
     assert "the package index could not be reached" in upstream(built).error(11)
-    # Whoever goes back to what it was made for needs no index.
+    # A tree that goes back to these requirements needs no index.
     assert former.is_dir()
     built.index.faults.clear()
     assert upstream(built).code == 0

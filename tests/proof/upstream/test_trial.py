@@ -1,4 +1,4 @@
-"""Runs that do not come to their end, over small trees: none of them may pass for a success."""
+"""Runs over small trees that do not end as they should: none of them may count as a success."""
 
 import time
 from pathlib import Path
