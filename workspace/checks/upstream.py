@@ -1,5 +1,6 @@
-"""The door of upstream's tests: `python -m workspace.upstream`, run by `nox -s upstream` with the
-tool environment's Python.
+"""Upstream's own tests as a verb: select those that a change reaches, run and judge them.
+
+Selection, one run of pytest, and the pin's tree have modules of their own.
 """
 
 import time
@@ -7,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import registry, upstream_pinned, upstream_selection, upstream_trial
+from workspace.checks import (
+    registry,
+    smoke,
+    upstream_pinned,
+    upstream_selection,
+    upstream_trial,
+)
 from workspace.checks.upstream_selection import Decision, Reach, Reached, Rules
 from workspace.checks.upstream_trial import FileCheck, Sorted
-from workspace.core import lock
 from workspace.core.console import Console, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
-from workspace.core.files import write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -22,10 +27,10 @@ from workspace.machine.hardware import Machine
 from workspace.repo.git import Git, repository
 from workspace.server.command import built_environment
 
-# Where new files are looked for (differing.changed).
+# Where new files count as changes (repository.differing).
 SOURCES = ("vllm", "tests", "csrc", "cmake")
-# As upstream's own job for CPUs sets them (.buildkite/scripts/hardware_ci/run-cpu-test.sh), with
-# little memory.
+# As upstream's own CPU job sets them (.buildkite/scripts/hardware_ci/run-cpu-test.sh), with little
+# memory.
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_CPU_CI_ENV": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -37,23 +42,28 @@ OFFLINE: Mapping[str, str] = {
     "HF_DATASETS_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
 }
-# Seconds for a whole run of pytest: the folder that a change reaches most of, vllm/v1/core, takes
-# minutes on two cores.
+# Seconds for one run of pytest: vllm/v1/core, the folder with the most tests for one change, takes
+# minutes on two CPU cores.
 TIMEOUT_S = 7200.0
 NAME_WIDTH = 44
 _STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
+RECORD = "upstream.json"
+_CHOOSE = (
+    "./scripts/nox -s upstream -- --all-of vllm/sampling_params.py    runs the tests that a file"
+    " or folder reaches; --all-of tests/config runs those tests"
+)
 
 
 @dataclass(frozen=True)
 class UpstreamOptions:
-    """What the user wants. `all_of` are paths taken as if they had changed; `words` go to pytest;
-    `timeout_s` bounds each of its runs.
+    """Options of the user. `all_of` are paths that count as changed; `timeout_s` limits each run.
 
-    `try_all` also runs what upstream runs on GPUs only, `is_online` lets tests ask the hub.
+    `pytest_args` go to pytest, `try_all` also runs what upstream runs on GPUs only, `is_online`
+    lets tests use the hub.
     """
 
     all_of: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
+    pytest_args: tuple[str, ...] = ()
     timeout_s: float = TIMEOUT_S
     try_all: bool = False
     is_online: bool = False
@@ -61,9 +71,7 @@ class UpstreamOptions:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be run: what differs from the pin `base`, what was chosen by it or by the user,
-    and how each test file is run here.
-    """
+    """What to run: the changes against the pin `base`, the chosen paths, and how each file runs."""
 
     base: str
     changed: tuple[str, ...]
@@ -77,9 +85,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it: a check for each test file, the outcomes that they are made of, and a word
-    on the comparison with the pin.
-    """
+    """A check for each test file, the outcomes behind them, and a note on the comparison."""
 
     checks: tuple[FileCheck, ...]
     found: Sorted
@@ -87,7 +93,7 @@ class Result:
 
     @property
     def count(self) -> int:
-        """How many tests came to an end of their own."""
+        """The number of tests that ended by themselves."""
         return sum(map(len, (self.found.passed, self.found.pin, self.found.own)))
 
     @property
@@ -110,8 +116,9 @@ class Result:
 def select(
     layout: Layout, observed: plan.Observation, options: UpstreamOptions, known: Rules
 ) -> Selection:
-    """Look what differs from the pin and decide. Raises CheckoutError without a checkout,
-    SettingsError for a path that is not there.
+    """Find the changes against the pin and decide what to run.
+
+    Raises CheckoutError without a checkout, SettingsError for a path that does not exist.
     """
     base = observed.checkout.base
     if base is None:
@@ -140,73 +147,63 @@ def select(
     return Selection(base, changed, chosen, found, decisions)
 
 
-def _named(layout: Layout, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The sources and the test files that the user named, by a path in the tree or in the clone; of
-    a folder all that lies below.
-    """
+def _named(layout: Layout, path_args: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the sources and the test files that the user named; of a folder all files below."""
     sources: dict[str, None] = {}
     tests: dict[str, None] = {}
-    for word in words:
-        path = Path(word.removeprefix("vendor/vllm/")).as_posix()
+    for path_arg in path_args:
+        path = Path(path_arg.removeprefix("vendor/vllm/")).as_posix()
         place = layout.vllm / path
         if Path(path).is_absolute() or ".." in Path(path).parts or not place.exists():
             raise SettingsError(
-                f"--all-of {word}: there is no such path in vendor/vllm",
-                hint="paths are those of the tree: --all-of vllm/sampling_params.py",
+                f"--all-of {path_arg}: there is no such path in vendor/vllm",
+                hint="paths are relative to vendor/vllm: --all-of vllm/sampling_params.py",
             )
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-        for file in (str(file.relative_to(layout.vllm)) for file in files):
-            (
-                tests
-                if file.startswith("tests/") and Path(file).name.startswith("test_")
-                else sources
-            )[file] = None
-    return tuple(name for name in sources if not name.startswith("tests/") or name in words), tuple(
-        tests
-    )
+        for found in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            file = str(found.relative_to(layout.vllm))
+            is_test = file.startswith("tests/") and found.name.startswith("test_")
+            (tests if is_test else sources)[file] = None
+    # What tests share counts only if it is named itself, not as a part of a folder.
+    kept = (name for name in sources if not name.startswith("tests/") or name in path_args)
+    return tuple(kept), tuple(tests)
 
 
 def show(selection: Selection, console: Console) -> None:
-    """Print a line for each test file and for each changed file that reaches none, for `--list`."""
+    """Print a line for each test file, and for each changed file that reaches none."""
     for test in selection.reach.tests:
         decision = selection.decisions[test.path]
         console.data(
             f"{'skip' if decision.how == 'not' else 'run':<6}{test.path}  {test.why};"
             f" {decision.why}"
         )
-    for one in selection.reach.unreached:
-        console.data(f"{'none':<6}{one.path}  {one.why}")
+    for file in selection.reach.unreached:
+        console.data(f"{'none':<6}{file.path}  {file.why}")
 
 
 def run_tests(
     layout: Layout,
     settings: Settings,
-    observed: plan.Observation,
     selection: Selection,
     options: UpstreamOptions,
-    known: Rules,
+    site: Path,
     *,
     run_log: RunLog,
 ) -> Result:
-    """Run what runs here and judge each test file, each shown."""
-    with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
-        run_log.phase("test requirements", view)
-        site, view.reason = upstream_pinned.install_needs(
-            layout, settings, known, device=observed.device, run_log=run_log
-        )
+    """Run the selected tests and judge each test file; print each verdict.
+
+    `site` has the test requirements.
+    """
     runner = _Runner(layout, settings, site, options, run_log)
     outcomes = runner.all_of(selection)
-    failed = tuple(one for one in outcomes if one.state == "failed")
-    there: tuple[upstream_trial.Outcome, ...] | None = None
+    failed = tuple(outcome for outcome in outcomes if outcome.state == "failed")
+    on_the_pin: tuple[upstream_trial.Outcome, ...] | None = None
     compared = ""
     if failed and upstream_pinned.is_comparable(selection.changed):
-        there, compared = (
-            runner.on_the_pin(failed, selection),
-            "; on the pin they pass, or are not there",
-        )
+        on_the_pin = runner.on_the_pin(failed, selection)
+        compared = "; on the pin they pass or do not exist"
     elif failed:
-        compared = "; not compared with the pin, from whose compiled sources yours differ"
-    found = upstream_trial.sort(outcomes, there, is_online=options.is_online)
+        compared = "; not compared with the pin, because your compiled sources differ from it"
+    found = upstream_trial.sort(outcomes, on_the_pin, is_online=options.is_online)
     checks = upstream_trial.checks(selection.reach.tests, selection.decisions, found)
     for check in checks:
         run_log.console.row(
@@ -218,7 +215,7 @@ def run_tests(
 
 
 class _Runner:
-    """What all runs of pytest share."""
+    """The settings that all runs of pytest share."""
 
     def __init__(
         self,
@@ -228,13 +225,8 @@ class _Runner:
         options: UpstreamOptions,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._site, self._options, self._run_log = (
-            layout,
-            settings,
-            site,
-            options,
-            run_log,
-        )
+        self._layout, self._settings, self._site = layout, settings, site
+        self._options, self._run_log = options, run_log
 
     def all_of(self, selection: Selection) -> tuple[upstream_trial.Outcome, ...]:
         outcomes: tuple[upstream_trial.Outcome, ...] = ()
@@ -246,36 +238,39 @@ class _Runner:
     def on_the_pin(
         self, failed: tuple[upstream_trial.Outcome, ...], selection: Selection
     ) -> tuple[upstream_trial.Outcome, ...]:
-        """What becomes on the pin of the tests that failed; those that are known to ask the hub
-        there are not asked again.
+        """Return the pin's outcomes of the tests that failed.
+
+        Tests that are known to ask the hub there do not run again.
         """
-        there = failed
+        found = failed
         if selection.changed:
             known = (
                 frozenset()
                 if self._options.is_online
                 else upstream_pinned.hub_tests(self._layout, selection.base)
             )
-            there = tuple(one for one in failed if one.asks_hub and one.node in known)
+            found = tuple(
+                outcome for outcome in failed if outcome.asks_hub and outcome.node in known
+            )
             with upstream_pinned.tree(self._layout, selection.base) as folder:
-                files, words = upstream_pinned.again(
-                    [one for one in failed if one not in there], folder
+                files, args = upstream_pinned.again(
+                    [outcome for outcome in failed if outcome not in found], folder
                 )
-                # The user's -x would leave tests out, and they would count as passed there.
-                there += (
-                    self._run("the same on the pin", folder, files, ("--maxfail=0", *words))
+                # The user's -x would leave tests out, and they would count as passed on the pin.
+                found += (
+                    self._run("the same on the pin", folder, files, ("--maxfail=0", *args))
                     if files
                     else ()
                 )
         if not self._options.is_online:
-            upstream_pinned.keep_hub_tests(self._layout, selection.base, there)
-        return there
+            upstream_pinned.keep_hub_tests(self._layout, selection.base, found)
+        return found
 
     def _run(
-        self, title: str, tree: Path, files: Sequence[str], words: tuple[str, ...]
+        self, title: str, tree: Path, files: Sequence[str], pytest_args: tuple[str, ...]
     ) -> tuple[upstream_trial.Outcome, ...]:
         more = {**ENVIRONMENT, **({} if self._options.is_online else OFFLINE)}
-        # The pin's tree goes before the editable install.
+        # The pin's tree must come before the editable install.
         more["PYTHONPATH"] = ":".join(
             str(path)
             for path in ((self._site,) if tree == self._layout.vllm else (tree, self._site))
@@ -289,14 +284,14 @@ class _Runner:
         )
         with self._run_log.console.step(title.ljust(NAME_WIDTH)) as view:
             self._run_log.phase(title, view)
-            # On the pin ours come last, and so hold; else the user's do.
-            said = (
-                (*words, *self._options.words)
+            # On the pin our arguments come last and win, else the user's.
+            ordered = (
+                (*pytest_args, *self._options.pytest_args)
                 if tree == self._layout.vllm
-                else (*self._options.words, *words)
+                else (*self._options.pytest_args, *pytest_args)
             )
             outcomes = upstream_trial.run(
-                place, files, said, timeout_s=self._options.timeout_s, run_log=self._run_log
+                place, files, ordered, timeout_s=self._options.timeout_s, run_log=self._run_log
             )
             view.reason = f"{len(files)} files, {len(outcomes)} tests"
         self._run_log.step = None
@@ -304,13 +299,13 @@ class _Runner:
 
 
 def judge(result: Result, *, log: str | None) -> None:
-    """Raise SmokeError with one line for each test that failed and does not fail on the pin."""
+    """Raise SmokeError with one line for each test that fails here and not on the pin."""
     lines = tuple(problem for check in result.checks for problem in check.problems)
     if lines:
         raise SmokeError(
             f"{len(lines)} of {result.count} of upstream's tests failed{result.compared}",
             hint=(
-                "./scripts/nox -s upstream -- -- -x -l -k NAME    runs tests of that name alone,"
+                "./scripts/nox -s upstream -- -- -x -l -k NAME    runs only tests of that name"
                 " and shows their values"
             ),
             details=(*lines, *((f"log: {log}",) if log else ())),
@@ -326,9 +321,7 @@ def compose_record(
     machine: Machine,
     seconds: float,
 ) -> dict[str, object]:
-    """Put the record together. Where no test came to an end, as without a GPU, its verdict is
-    `skipped`.
-    """
+    """Return the record; if no test ended by itself, as without a GPU, it is `skipped`."""
     built, torch = observed.kernels.recorded, observed.torch
     versions = {
         "vllm": {"version": built.outcome.get("version") if built else None},
@@ -348,7 +341,7 @@ def compose_record(
     found = result.found
     return document | {
         "changed": list(selection.chosen),
-        "unreached": {one.path: one.why for one in selection.reach.unreached},
+        "unreached": {file.path: file.why for file in selection.reach.unreached},
         "tests": {
             "passed": len(found.passed),
             "failed": len(found.own),
@@ -357,13 +350,6 @@ def compose_record(
             "pin": len(found.pin),
         },
     }
-
-
-RECORD = "upstream.json"
-_CHOOSE = (
-    "./scripts/nox -s upstream -- --all-of vllm/sampling_params.py    runs what a file, or a"
-    " folder, would reach; --all-of tests/config runs these"
-)
 
 
 def run(
@@ -375,12 +361,10 @@ def run(
     json_file: Path | None,
     is_list: bool,
 ) -> None:
-    """Run vLLM's own tests that the change reaches; print and keep the record. Raises SmokeError
-    where one fails, or nothing is built.
+    """Run vLLM's own tests that the change reaches; print and keep the record.
+
+    Raises SmokeError if a test fails or nothing is built.
     """
-    from workspace.checks import registry as smoke_record
-    from workspace.checks import upstream_selection
-    from workspace.install import plan
     from workspace.install.status import require_built
     from workspace.machine import check, hardware
 
@@ -389,50 +373,54 @@ def run(
     if not is_list:
         check.require(layout, settings, console=console, device=observed.device)
     selection = select(layout, observed, options, known)
-    if not selection.chosen and not selection.reach.tests:
-        console.info(
-            f"vendor/vllm is as {observed.pin.tag} is: there is no change that a test could"
-            f" reach\n{_CHOOSE}"
-        )
+    if not _report_selection(selection, observed.pin.tag, console, is_list=is_list):
         return
-    if is_list:
-        show(selection, console)
-        return
-    for one in selection.reach.unreached:
-        console.row("skipped", one.path.ljust(NAME_WIDTH), f"reaches no test: {one.why}")
-    if not selection.reach.tests:
-        console.info(
-            "what was changed reaches none of upstream's tests; ./scripts/nox -s smoke judges what"
-            f" they do not\n{_CHOOSE}"
-        )
-        return
-    # What is judged must not change meanwhile.
-    with (
-        lock.hold(layout.lock, verb="nox -s upstream") as held,
-        RunLog(
-            console, layout.logs, verb="upstream", secrets=settings.secrets, held=held
-        ) as run_log,
-    ):
-        tree = smoke_record.tree_of(layout, observed)
-        result = run_tests(layout, settings, observed, selection, options, known, run_log=run_log)
-        if smoke_record.tree_of(layout, plan.observe(layout, settings)) != tree:
+    # The tree must not change while the tests run.
+    with smoke.locked_run(layout, settings, console, session="upstream") as run_log:
+        tree = registry.tree_of(layout, observed)
+        site = _install_needs(layout, settings, known, device=observed.device, run_log=run_log)
+        result = run_tests(layout, settings, selection, options, site, run_log=run_log)
+        if registry.tree_of(layout, plan.observe(layout, settings)) != tree:
             raise SmokeError(
-                "vendor/vllm was changed while it was judged", hint="./scripts/nox -s upstream"
+                "vendor/vllm changed while the tests ran", hint="./scripts/nox -s upstream"
             )
-        seconds = time.monotonic() - started
-        text = smoke_record.encode(
-            compose_record(
-                result,
-                selection,
-                observed,
-                tree=tree,
-                machine=hardware.observe(settings),
-                seconds=seconds,
-            )
+        document = compose_record(
+            result,
+            selection,
+            observed,
+            tree=tree,
+            seconds=time.monotonic() - started,
+            machine=hardware.observe(settings),
         )
-        write_atomic(layout.state / RECORD, f"{text}\n".encode())
-        console.data(text)
-        if json_file:
-            write_atomic(json_file, f"{text}\n".encode())
+        registry.write_record(layout.state / RECORD, document, console=console, json_file=json_file)
         judge(result, log=layout.relative(run_log.path) if run_log.path else None)
     console.info(f"{result.summary} in {time.monotonic() - started:.1f} s")
+
+
+def _report_selection(selection: Selection, tag: str, console: Console, *, is_list: bool) -> bool:
+    """Print what the change does not reach, or the list; return whether tests must run."""
+    if not selection.chosen and not selection.reach.tests:
+        console.info(f"vendor/vllm is the same as {tag}: no change can reach a test\n{_CHOOSE}")
+        return False
+    if is_list:
+        show(selection, console)
+        return False
+    for file in selection.reach.unreached:
+        console.row("skipped", file.path.ljust(NAME_WIDTH), f"reaches no test: {file.why}")
+    if not selection.reach.tests:
+        console.info(
+            "the change reaches none of upstream's tests; ./scripts/nox -s smoke judges what"
+            f" they do not cover\n{_CHOOSE}"
+        )
+    return bool(selection.reach.tests)
+
+
+def _install_needs(
+    layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog
+) -> Path:
+    with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
+        run_log.phase("test requirements", view)
+        site, view.reason = upstream_pinned.install_needs(
+            layout, settings, known, device=device, run_log=run_log
+        )
+    return site
