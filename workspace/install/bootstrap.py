@@ -1,15 +1,14 @@
-"""From a fresh clone to a vLLM that generates text: each stage looks first and acts only where
-something is due.
+"""inv bootstrap: from a fresh clone to a vLLM that generates text.
 
-Done twice equals done once. Whatever ended a run, the next one goes on from what is proven to be
-there.
+Each stage first observes and acts only where something is due, so a second run changes nothing.
+After an interruption, the next run resumes from the verified layers.
 """
 
 from dataclasses import dataclass
 
 from workspace.core import lock
 from workspace.core.console import Console
-from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.errors import BuildError
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -26,13 +25,11 @@ NEEDED_CACHE_GIB = 1.0
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that belong together: all of them are due, for `reason`, or none is, and `reason` says
-    why not.
-    """
+    """Steps of which all are due or none is; `reason` is why, or why not."""
 
     is_due: bool
     reason: str
-    steps: tuple[tuple[str, stages.Act], ...]
+    steps: stages.Steps
 
 
 def run(
@@ -44,12 +41,10 @@ def run(
     is_part: bool = False,
     is_sandbox: bool = False,
 ) -> None:
-    """Bring the workspace to a verified, stamped vLLM. `is_part` of another verb, it leaves what to
-    type next to that.
+    """Bring the workspace to a verified, stamped vLLM.
 
-    An arm's source stays as it stands, whatever pins and series say of it.
-
-    Raises the WorkspaceError of the step that failed.
+    With `is_part`, the calling verb prints the next command. With `is_sandbox`, the source stays as
+    it is, whatever pins and series require. Raises the WorkspaceError of the step that failed.
     """
     pins.require_settled(layout)
     observed = plan.observe(layout, settings)
@@ -57,7 +52,7 @@ def run(
     due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
     if not any(stage.is_due for stage in due):
         if is_part:
-            console.row("skipped", "build", f"vllm {observed.version} is there already")
+            console.row("skipped", "build", f"vllm {observed.version} is already built")
             return
         for stage in due:
             _show_skipped(stage, console)
@@ -82,19 +77,19 @@ def run(
 def stages_of(
     layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False
 ) -> tuple[Stage, ...]:
-    """Decide, stage by stage in their order, what is due and why."""
+    """Decide for each stage, in their order, whether it is due and why."""
     is_written = layout.dotenv.exists()
     environment = observed.environment
     build = tuple(
         reason
         for reason in dict.fromkeys((*observed.kernels.reasons, *observed.install.reasons))
-        if reason not in observed.for_compiler
+        if reason not in observed.needs_compilation
     )
-    steps: tuple[tuple[str, stages.Act], ...] = stages.VLLM
+    steps: stages.Steps = stages.VLLM
     if observed.kernels_wanted.kind == "native":
         from workspace.install import rebuild
 
-        steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.PUT)
+        steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.INSTALL)
     source = (
         Stage(*_source(settings, observed), (("source", stages.make_source),)),
         Stage(*_patches(layout, observed), (("patches", stages.apply_patches),)),
@@ -102,7 +97,7 @@ def stages_of(
     return (
         Stage(
             not is_written,
-            "is there" if is_written else "there is none",
+            "exists" if is_written else "does not exist",
             ((".env", stages.write_dotenv),),
         ),
         *(() if is_sandbox else source),
@@ -122,7 +117,7 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
     if stack is None:
         return True, "there is no checkout yet"
     if moves.is_begun(layout, "vllm"):
-        return True, "a move was ended in the middle"
+        return True, "a move was interrupted"
     if stack.state is patches.State.APPLIED:
         return False, f"{len(stack.names)} applied"
     if stack.state is patches.State.UNAPPLIED and not stack.names:
@@ -133,8 +128,9 @@ def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:
 
 
 def _act(run: stages.Run) -> plan.Observation:
-    """Act on the first stage that is due and look again, until none is: a stage may make another
-    one due, or done.
+    """Act on the first stage that is due and observe again, until none is due.
+
+    A stage may make another stage due, or complete it.
     """
     checkout.sweep(run.layout, run.observed.pin)
     acted: list[tuple[str, stages.Act]] = []
@@ -142,13 +138,13 @@ def _act(run: stages.Run) -> plan.Observation:
     while True:
         observed = run.observed = run.observe()
         due = stages_of(run.layout, run.settings, observed, is_sandbox=run.is_sandbox)
-        first = next((number for number, stage in enumerate(due) if stage.is_due), len(due))
+        first = next((index for index, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:
                 _show_skipped(stage, run.run_log.console)
         shown = max(shown, first)
         if first == len(due):
-            # Again, for a full disk may have ended the step that did so first.
+            # Again: a full disk may have ended the step that did so first.
             checkout.protect(run.layout)
             return observed
         stage = due[first]
@@ -156,8 +152,8 @@ def _act(run: stages.Run) -> plan.Observation:
             raise BuildError(
                 f"{stage.steps[0][0]} is still due after it was done: {stage.reason}",
                 hint=(
-                    "a fault of the workspace, or something else changes this clone: ./scripts/inv"
-                    " status"
+                    "a defect of the workspace, or another program changes this clone:"
+                    " ./scripts/inv status"
                 ),
             )
         acted.append(stage.steps[0])
@@ -167,10 +163,10 @@ def _act(run: stages.Run) -> plan.Observation:
 def _preflight(
     layout: Layout, settings: Settings, observed: plan.Observation, console: Console
 ) -> None:
-    """Stop before anything is touched where the machine lacks what this bootstrap needs."""
-    is_made = observed.environment.state == "ok"
+    """Stop before any change where the machine lacks what this bootstrap needs."""
+    has_environment = observed.environment.state == "ok"
     need = {
-        layout.root: 1.0 if is_made else NEEDED_GIB[observed.device],
+        layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
         settings.cache: NEEDED_CACHE_GIB,
     }
     with console.step("preflight") as view:
@@ -182,20 +178,7 @@ def _preflight(
             need_gib=need,
         )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"
-    bad = [row for row in rows if row.state == "FAIL"]
-    for row in rows:
-        if row.state != "ok":
-            console.row(
-                row.state,
-                row.name,
-                f"{row.seen}: {row.why}" + (f"; {row.hint}" if row.hint else ""),
-            )
-    if bad:
-        raise ToolchainError(
-            "this machine cannot bootstrap yet:"
-            f" {', '.join(f'{row.name}: {row.seen}' for row in bad)}",
-            hint=bad[0].hint,
-        )
+    stages.require_rows(rows, console, what="bootstrap")
 
 
 def _show_skipped(stage: Stage, console: Console) -> None:
@@ -204,10 +187,10 @@ def _show_skipped(stage: Stage, console: Console) -> None:
 
 
 def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
-    if observed.for_compiler:
-        console.warn(f"the kernels are stale: {'; '.join(observed.for_compiler)}")
+    if observed.needs_compilation:
+        console.warn(f"the kernels are stale: {'; '.join(observed.needs_compilation)}")
     if observed.stack and observed.stack.dirty:
-        console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, and not touched")
+        console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, not changed")
     console.info(
-        f"{prefix}vllm {observed.version} stands in .vllm; next: {status.next_command(observed)}"
+        f"{prefix}vllm {observed.version} is in .vllm; next: {status.next_command(observed)}"
     )

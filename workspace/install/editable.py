@@ -1,7 +1,7 @@
 """The editable install of the tree, with compiled libraries from a wheel or with none.
 
-Through the tree's own setup.py, without build isolation and without resolving dependencies anew:
-torch stays what it is.
+It uses the tree's own setup.py, without build isolation and without dependency resolution: torch
+does not change.
 """
 
 import filecmp
@@ -37,9 +37,7 @@ _NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 def install_with_wheel(
     layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, run_log: RunLog
 ) -> None:
-    """Install editable, the libraries taken out of `wheel`. Raises BuildError with the first error
-    line.
-    """
+    """Install editable with the libraries of `wheel`. Raises BuildError with the first error."""
     extra = {
         "VLLM_USE_PRECOMPILED": "1",
         "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
@@ -56,11 +54,10 @@ def install_alone(
     build: Mapping[str, str],
     run_log: RunLog,
 ) -> None:
-    """Install editable without any library: they are compiled, and put into the tree afterwards.
-    `build` bounds cargo, which comes from here.
+    """Install editable without libraries, which the caller compiles and installs afterwards.
 
-    The tree's setup.py would compile in a new temporary folder each time, unless it is told of a
-    wheel; so it is given one with nothing in it.
+    `build` are variables that limit cargo. The tree's setup.py compiles in a new temporary folder
+    each time unless it gets a wheel; so it gets an empty one.
     """
     # The frontend in Rust is optional: setuptools-rust leaves it out where there is no cargo.
     cargo = (
@@ -97,17 +94,11 @@ def _install(
         ),
         **extra,
     }
-    # uv's cache of editable builds knows nothing of these variables: always build anew.
+    # uv's cache of editable builds ignores these variables: always build again.
     arguments = [
-        "--no-build-isolation",
-        "--no-deps",
-        "--reinstall-package",
-        "vllm",
-        "--refresh-package",
-        "vllm",
-        "--verbose",
-        "--editable",
-        str(layout.vllm),
+        *("--no-build-isolation", "--no-deps", "--verbose"),
+        *("--reinstall-package", "vllm", "--refresh-package", "vllm"),
+        *("--editable", str(layout.vllm)),
     ]
 
     def show(line: str) -> None:
@@ -127,8 +118,9 @@ def _install(
 
 
 def build_products(tree: Path) -> tuple[str, ...]:
-    """Return the paths of the products below a tree. What general rules ignore, as a log or an
-    editor's file, is the user's and none of them.
+    """Return the paths of the build products below a tree.
+
+    Files that general rules ignore, such as logs and editor files, belong to the user.
     """
     ignore = tree / ".gitignore"
     text = read_regular(ignore).decode(errors="replace") if ignore.exists() else ""
@@ -145,8 +137,9 @@ def build_products(tree: Path) -> tuple[str, ...]:
 def take_products_away(
     layout: Layout, paths: Collection[str], *, ours: Collection[str], kept: Path | None, left: Path
 ) -> None:
-    """Take products out of vendor/vllm: `ours`, and what is in the folder `kept` as well, for good;
-    whatever else lies there is moved to `left`.
+    """Remove products from vendor/vllm: delete `ours` and copies of files in `kept`, move others.
+
+    The others go to the folder `left`.
     """
     for path in paths:
         file = layout.vllm / path
@@ -161,7 +154,7 @@ def take_products_away(
 
 
 def move_products(source: Path, target: Path, paths: Collection[str]) -> None:
-    """Move products from one tree to another; those that a run before has moved are passed over."""
+    """Move products from one tree to another; existing targets are replaced."""
     for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / path, target / path)
@@ -174,22 +167,20 @@ def _is_same(file: Path, other: Path) -> bool:
 
 
 def _clear(folder: Path, *, top: Path) -> None:
-    """Remove folders that hold nothing any more but bytecode: Python would import them as packages
-    without modules.
-    """
+    """Remove folders that hold only bytecode: Python would import them as empty packages."""
     while folder != top and {entry.name for entry in folder.iterdir()} <= {"__pycache__"}:
         shutil.rmtree(folder)
         folder = folder.parent
 
 
-# Importing vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it has
-# taken a minute.
+# The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
+# took a minute.
 TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the built interpreter said of itself."""
+    """The facts that verify found; `undriven` libraries lack only the GPU's driver."""
 
     version: str
     platform: str
@@ -199,23 +190,21 @@ class Verdict:
 
     @property
     def summary(self) -> str:
-        """What was proven, in a sentence."""
+        """What was verified, in a sentence."""
         count = len(self.libraries) - len(self.undriven)
         loaded = (
             f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
         )
         if not self.platform:
-            return f"{loaded}; on which platform it runs no GPU is here to tell" + (
-                f", and {len(self.undriven)} wait for its driver" if self.undriven else ""
+            return f"{loaded}; the platform was not verified without a GPU" + (
+                f", and {len(self.undriven)} libraries need its driver" if self.undriven else ""
             )
         return f"on {self.platform}, {loaded}"
 
 
 @dataclass(frozen=True)
-class _Said:
-    """The document of probes/verify.py. `broken` are sentences on libraries that do not load,
-    `undriven` those that lack the GPU's driver only.
-    """
+class _Report:
+    """The report of probes/verify.py; `broken` are sentences on libraries that do not load."""
 
     error: str | None
     file: Path | None
@@ -228,15 +217,13 @@ class _Said:
 
 
 def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
-    """Import vLLM from a neutral folder and from inside the tree, and load every library with all
-    symbols bound.
+    """Import vLLM from a neutral folder and from inside the tree, and load every library.
 
-    Raises BuildError naming each thing that is not as it should be.
+    Libraries load with all symbols bound. Raises BuildError that lists each fault.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        said, inside = _ask(layout, settings, Path(neutral))
-    # vLLM asks the driver which platform it is on: built for a GPU that is elsewhere, it finds
-    # none.
+        outside, inside = _probe(layout, settings, Path(neutral))
+    # vLLM asks the driver for its platform: built for a GPU that is elsewhere, it finds none.
     platforms = (
         {observed.device, ""}
         if observed.device == "cuda" and not hardware.observe(settings).gpus
@@ -244,51 +231,53 @@ def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict
     )
     wrong = [
         f"from a neutral folder: {sentence}"
-        for sentence in _judge(said, layout, observed, platforms)
+        for sentence in _judge(outside, layout, observed, platforms)
     ]
     wrong += [
         f"from inside vendor/vllm: {sentence}"
         for sentence in _judge(inside, layout, observed, platforms)
     ]
-    wrong += said.broken
-    if not said.libraries:
+    wrong += outside.broken
+    if not outside.libraries:
         wrong.append("the tree holds no compiled library")
     if wrong:
         more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
         raise BuildError(
-            f"the installed vLLM is not what was asked for: {wrong[0]}{more}",
+            f"the installed vLLM failed verification: {wrong[0]}{more}",
             hint=(
-                "./scripts/inv bootstrap installs it anew; if the kernels do not fit this torch:"
+                "./scripts/inv bootstrap installs it again; if the kernels do not fit this torch:"
                 " ./scripts/inv rebuild --kernels native"
             ),
             details=tuple(wrong),
         )
-    return Verdict(said.version, said.platform, said.torch, said.libraries, said.undriven)
+    return Verdict(
+        outside.version, outside.platform, outside.torch, outside.libraries, outside.undriven
+    )
 
 
 def _judge(
-    said: _Said, layout: Layout, observed: Observation, platforms: Collection[str]
+    report: _Report, layout: Layout, observed: Observation, platforms: Collection[str]
 ) -> list[str]:
-    if said.error:
-        return [said.error]
+    if report.error:
+        return [report.error]
     wrong = []
-    if said.file is None or not said.file.is_relative_to(layout.vllm.resolve()):
-        wrong.append(f"vllm was imported from {said.file}, not from vendor/vllm")
-    if said.version != observed.version:
-        wrong.append(f"vllm calls itself {said.version}, asked for was {observed.version}")
-    if said.platform not in platforms:
+    if report.file is None or not report.file.is_relative_to(layout.vllm.resolve()):
+        wrong.append(f"vllm was imported from {report.file}, not from vendor/vllm")
+    if report.version != observed.version:
+        wrong.append(f"vllm has version {report.version}, expected was {observed.version}")
+    if report.platform not in platforms:
         wrong.append(
-            f"vllm found the platform {said.platform or 'none'}, built for was {observed.device}"
+            f"vllm found the platform {report.platform or 'none'}, built for was {observed.device}"
         )
-    if observed.torch and said.torch.version != observed.torch.version:
+    if observed.torch and report.torch.version != observed.torch.version:
         wrong.append(
-            f"torch calls itself {said.torch.version}, installed was {observed.torch.version}"
+            f"torch has version {report.torch.version}, installed was {observed.torch.version}"
         )
     return wrong
 
 
-def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said]:
-    """What the built interpreter says from `folder` and from inside the tree."""
+def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _Report]:
+    """Run probes/verify.py in `folder` and inside the tree, and return both reports."""
     argv: list[process.Argument] = [
         layout.environment_python,
         layout.probes / "verify.py",
@@ -301,25 +290,19 @@ def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said
         cwd=folder,
         timeout_s=TIMEOUT_S,
     )
-    last = tuple(done.stderr.strip().splitlines()[-15:])
     try:
         record = json.loads(done.stdout) if done.returncode == 0 else None
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        said = last[-1] if last else "no word"
-        raise BuildError(
-            f"the built interpreter {process.describe_status(done.returncode)} while it imported"
-            f" vllm: {said}",
-            details=last,
-        )
+        raise _failed_import(done)
     rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
     outside, inside = (
-        _Said(
-            error=reply["error"],
-            file=Path(reply["file"]) if reply["file"] else None,
-            version=str(reply["version"]),
-            platform=str(reply["platform"] or ""),
+        _Report(
+            error=imported["error"],
+            file=Path(imported["file"]) if imported["file"] else None,
+            version=str(imported["version"]),
+            platform=str(imported["platform"] or ""),
             torch=TorchBuild(torch["version"], torch["cuda"]),
             libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
             broken=tuple(
@@ -327,6 +310,15 @@ def _ask(layout: Layout, settings: Settings, folder: Path) -> tuple[_Said, _Said
             ),
             undriven=tuple(row["path"] for row in rows if row["verdict"] == "no driver"),
         )
-        for reply in (record, record["inside"])
+        for imported in (record, record["inside"])
     )
     return outside, inside
+
+
+def _failed_import(done: process.Completed) -> BuildError:
+    last = tuple(done.stderr.strip().splitlines()[-15:])
+    return BuildError(
+        f"the built interpreter {process.describe_status(done.returncode)} while it imported"
+        f" vllm: {last[-1] if last else 'no output'}",
+        details=last,
+    )

@@ -1,7 +1,7 @@
-"""What is there, and what is stale and why.
+"""The state of the workspace: which layers exist, and which are stale and why.
 
-Looks at pins, checkout, environment and stamps without changing anything; bootstrap acts on it,
-status shows it, smoke refuses on it.
+Reads pins, checkout, environment and stamps and changes nothing. Bootstrap acts on the result,
+status shows it, and smoke refuses a stale build.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from workspace.repo.git import Git
 Device = Literal["cpu", "cuda"]
 State = Literal["ok", "stale", "missing"]
 
-# What a compiled library is made from, below the tree (CMakeLists.txt, setup.py's cmake_build_ext).
+# Sources of compiled libraries, below the tree (CMakeLists.txt, setup.py's cmake_build_ext).
 COMPILED_SOURCES = ("csrc", "cmake", "CMakeLists.txt")
 REQUIREMENT_FILES = ("requirements", "pyproject.toml")
-# In a stamp's outcome: what the wheel of another clone was compiled from.
+# The key in a stamp's outcome: the digest of the sources of another clone's wheel.
 PACKED_SOURCES = "packed sources"
 METADATA_FILES = ("setup.py", "pyproject.toml", "requirements", "tools/build_rust.py")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the built tree, and why it is not `ok`."""
+    """One layer of the built tree, with the reasons why it is not `ok`."""
 
     name: str
     state: State
@@ -47,9 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Observation:
-    """Everything that bootstrap, status and smoke decide from. The layers are None while there is
-    no checkout.
-    """
+    """The facts on which bootstrap, status and smoke decide; `stack` is None without checkout."""
 
     pin: pins.Pin
     device: Device
@@ -61,21 +59,36 @@ class Observation:
     environment: Layer
     kernels: Layer
     install: Layer
-    # Compiled sources that differ from the pin while the kernels come from a wheel, and all else
-    # that only a compiler can mend.
+    # Compiled sources that differ from the pin while the kernels come from a wheel, and all reasons
+    # of staleness that only a compiler can remove.
     changed_sources: tuple[str, ...] = ()
-    for_compiler: tuple[str, ...] = ()
+    needs_compilation: tuple[str, ...] = ()
 
     @property
     def version(self) -> str:
-        """The version that the installed vLLM bears: the letters `cpu` in it select the platform
-        (vllm/platforms/__init__.py).
-        """
+        """The version of the installed vLLM; `cpu` in it selects the platform (vllm/platforms)."""
+        return version_of(self.pin, self.device, self.torch)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The facts that every layer is compared with."""
+
+    layout: Layout
+    settings: Settings
+    pin: pins.Pin
+    device: Device
+    git: Git | None
+    python: interpreter.PythonFacts | None
+    torch: torch.TorchBuild | None
+
+    @property
+    def version(self) -> str:
         return version_of(self.pin, self.device, self.torch)
 
 
 def observe(layout: Layout, settings: Settings) -> Observation:
-    """Look at the whole house. Raises SettingsError for broken pins; touches nothing."""
+    """Observe the whole workspace and change nothing. Raises SettingsError for broken pins."""
     pin = pins.load(layout.pins).vllm
     environment_stamp = stamp.read(layout.stamp("environment"))
     build_stamp = stamp.read(layout.stamp("vllm"))
@@ -86,7 +99,8 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     python = interpreter.describe(layout, settings)
     build = torch.observe(layout, settings) if python else None
     git = Git(layout.vllm) if is_usable else None
-    environment = _environment(layout, settings, git, device, python, build, environment_stamp)
+    facts = _Facts(layout, settings, pin, device, git, python, build)
+    environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(git, there)
     wanted = _kernels_wanted(settings, pin, device, build_stamp, is_changed=bool(changed_sources))
     if wanted.kind == "native" or (
@@ -96,10 +110,8 @@ def observe(layout: Layout, settings: Settings) -> Observation:
         and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)
     ):
         changed_sources = ()
-    kernels, for_compiler = _kernels(
-        layout, settings, git, pin, device, wanted, build, build_stamp, changed_sources
-    )
-    install = _install(layout, git, version_of(pin, device, build), python, build_stamp)
+    kernels, needs_compilation = _kernels(facts, wanted, build_stamp, changed_sources)
+    install = _install(facts, build_stamp)
     return Observation(
         pin,
         device,
@@ -112,14 +124,12 @@ def observe(layout: Layout, settings: Settings) -> Observation:
         kernels,
         install,
         changed_sources,
-        for_compiler,
+        needs_compilation,
     )
 
 
 def edits_digest(layout: Layout, stack: patches.Stack | None) -> str | None:
-    """Return one SHA-256 over the edited tracked files of the tree and their content, None where
-    nothing is edited.
-    """
+    """Return one SHA-256 of the edited tracked files and their content, None without edits."""
     return Git(layout.vllm).digest(stack.dirty) if stack and stack.dirty else None
 
 
@@ -130,8 +140,9 @@ def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) ->
 
 
 def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
-    """A flag or setting, else what the environment was made for, else what the machine has: asking
-    the driver costs up to a second.
+    """Return the device of the flag or setting, else of the environment, else of the machine.
+
+    The machine comes last: a query of the driver takes up to a second.
     """
     if (
         settings.text("DEVICE") == "auto"
@@ -152,8 +163,12 @@ def _kernels_wanted(
     *,
     is_changed: bool,
 ) -> Kernels:
+    """Return the kernels that KERNELS requests; with `auto`, `is_changed` sources make hybrid ones.
+
+    Raises SettingsError where KERNELS is neither a known value nor an existing wheel.
+    """
     choice = settings.text("KERNELS")
-    # What the first edition called it.
+    # The value of the first edition.
     choice = "precompiled" if choice == "donor" else choice
     if (
         choice == "auto"
@@ -161,14 +176,7 @@ def _kernels_wanted(
         and recorded
         and recorded.inputs.get("origin", "").startswith(("native", "wheel"))
     ):
-        # What was asked for once stays until something else is asked for.
-        origin = recorded.inputs["origin"]
-        kept = recorded.outcome.get("wheel")
-        return (
-            Kernels("native", origin)
-            if origin == "native"
-            else Kernels("wheel", origin, Path(kept) if kept else None)
-        )
+        return _recorded_kernels(recorded)
     import platform
 
     pinned = pin.precompiled.get(f"{device}-{platform.machine()}")
@@ -181,57 +189,51 @@ def _kernels_wanted(
             if choice == "auto" and is_changed
             else Kernels("precompiled", origin)
         )
+    return _wheel_kernels(settings, choice)
+
+
+def _recorded_kernels(recorded: stamp.Stamp) -> Kernels:
+    """Return the kernels that an earlier flag requested: they stay until another flag is given."""
+    origin, wheel = recorded.inputs["origin"], recorded.outcome.get("wheel")
+    if origin == "native":
+        return Kernels("native", origin)
+    return Kernels("wheel", origin, Path(wheel) if wheel else None)
+
+
+def _wheel_kernels(settings: Settings, choice: str) -> Kernels:
     wheel = None
-    # A name that is too long, or a link that leads round and round, names no wheel either.
+    # A name that is too long, or a link in a loop, names no wheel either.
     with contextlib.suppress(OSError, RuntimeError):
         named = Path(choice).expanduser().resolve()
         wheel = named if named.suffix == ".whl" and named.is_file() else None
     if wheel is None:
         raise SettingsError(
-            f"KERNELS={settings.presentable(choice)}: is neither auto nor precompiled nor native"
-            " nor a wheel file that is there",
+            f"KERNELS={settings.presentable(choice)} is not auto, precompiled, native or an"
+            " existing wheel file",
             hint="./scripts/inv rebuild --kernels auto",
         )
-    from workspace.core.files import sha256
-
-    return Kernels("wheel", f"wheel {wheel.name} {sha256(wheel)}", wheel)
+    return Kernels("wheel", f"wheel {wheel.name} {files.sha256(wheel)}", wheel)
 
 
-def _environment(
-    layout: Layout,
-    settings: Settings,
-    git: Git | None,
-    device: Device,
-    python: interpreter.PythonFacts | None,
-    build: torch.TorchBuild | None,
-    recorded: stamp.Stamp | None,
-) -> Layer:
-    if python is None:
-        return Layer(
-            "environment",
-            "missing",
-            (
-                (
-                    "there is no .vllm"
-                    if not layout.environment.exists()
-                    else ".vllm holds no working Python"
-                ),
-            ),
-        )
-    if git is None:
+def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
+    if facts.python is None:
+        has_folder = facts.layout.environment.exists()
+        reason = ".vllm holds no working Python" if has_folder else "there is no .vllm"
+        return Layer("environment", "missing", (reason,))
+    if facts.git is None:
         return Layer("environment", "missing", ("there is no checkout to take requirements from",))
     inputs = {
-        "place": str(layout.environment),
-        "python": python.version,
-        "device": device,
-        "requirements": git.digest(REQUIREMENT_FILES),
-        "use existing torch": settings.text("USE_EXISTING_TORCH"),
-        "pre-releases": settings.text("ALLOW_PRERELEASE"),
-        "torch": f"{build.version} CUDA {build.cuda or 'none'}" if build else "none",
+        "place": str(facts.layout.environment),
+        "python": facts.python.version,
+        "device": facts.device,
+        "requirements": facts.git.digest(REQUIREMENT_FILES),
+        "use existing torch": facts.settings.text("USE_EXISTING_TORCH"),
+        "pre-releases": facts.settings.text("ALLOW_PRERELEASE"),
+        "torch": _torch_input(facts.torch) if facts.torch else "none",
     }
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
-    installed = interpreter.installed(layout)
+    installed = interpreter.installed(facts.layout)
     reasons = files.differences(recorded.inputs, inputs)
     reasons += tuple(
         f"{name} {old} → {installed.get(name, 'none')}"
@@ -241,79 +243,72 @@ def _environment(
     return Layer("environment", "stale" if reasons else "ok", reasons, inputs, recorded)
 
 
+def _torch_input(build: torch.TorchBuild) -> str:
+    return f"{build.version} CUDA {build.cuda or 'none'}"
+
+
 def _kernels(
-    layout: Layout,
-    settings: Settings,
-    git: Git | None,
-    pin: pins.Pin,
-    device: Device,
+    facts: _Facts,
     wanted: Kernels,
-    build: torch.TorchBuild | None,
     recorded: stamp.Stamp | None,
     changed_sources: tuple[str, ...],
 ) -> tuple[Layer, tuple[str, ...]]:
-    """The layer, and those of its reasons that only a compiler can mend."""
+    """Return the layer, and those of its reasons that only a compiler can remove."""
+    git, build = facts.git, facts.torch
     if git is None or build is None:
-        return (
-            Layer(
-                "kernels",
-                "missing",
-                ("there is no checkout" if git is None else "there is no torch",),
-            ),
-            (),
-        )
+        reason = "there is no checkout" if git is None else "there is no torch"
+        return Layer("kernels", "missing", (reason,)), ()
     inputs = {
         "origin": wanted.origin,
-        "device": device,
-        "torch": f"{build.version} CUDA {build.cuda or 'none'}",
+        "device": facts.device,
+        "torch": _torch_input(build),
     }
     compiled = (
-        compiled_inputs(layout, settings, git, pin, device, build)
+        compiled_inputs(facts.layout, facts.settings, git, facts.pin, facts.device, build)
         if wanted.kind in ("native", "hybrid")
         else {}
     )
+    sentence: tuple[str, ...] = ()
+    if changed_sources:
+        sentence = (changed_sources_sentence(changed_sources),)
     if recorded is None:
-        sentence = (changed_sources_sentence(changed_sources),) if changed_sources else ()
         return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
     was_hybrid = recorded.inputs.get("origin", "").startswith("hybrid ")
-    for_compiler: tuple[str, ...] = ()
     if changed_sources and not (wanted.kind == "hybrid" and was_hybrid):
-        for_compiler = (changed_sources_sentence(changed_sources),)
+        needs_compilation = sentence
         inputs["origin"] = wanted.origin.removeprefix("hybrid ")
     else:
-        for_compiler = files.differences(recorded.inputs, compiled)
+        needs_compilation = files.differences(recorded.inputs, compiled)
     reasons = files.differences(recorded.inputs, inputs)
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
-        if _size(layout.vllm / library.path) != library.size
+        if _size(facts.layout.vllm / library.path) != library.size
     )
-    is_native = wanted.kind == "native"
-    layer = Layer(
-        "kernels",
-        "stale" if reasons or for_compiler else "ok",
-        reasons + for_compiler,
-        inputs | compiled,
-        recorded,
-    )
-    return layer, () if is_native else for_compiler
+    reasons += needs_compilation
+    state: State = "stale" if reasons else "ok"
+    layer = Layer("kernels", state, reasons, inputs | compiled, recorded)
+    return layer, () if wanted.kind == "native" else needs_compilation
 
 
 def kernel_inputs(
     layout: Layout, settings: Settings, observed: Observation, *, kind: str
 ) -> dict[str, str]:
-    """What kernels of this kind, made now, are made from: what a stamp says of them."""
+    """Return the inputs of kernels of this kind if they are built now, as a stamp records them.
+
+    Raises CheckoutError where there is no torch.
+    """
     build = observed.torch
     if build is None:
         raise CheckoutError(
-            "there is no torch that the kernels could be for", hint="./scripts/inv bootstrap"
+            "there is no torch to build kernels for", hint="./scripts/inv bootstrap"
         )
     of_wheel = observed.kernels_wanted.origin.removeprefix("hybrid ")
     origin = {"native": "native", "hybrid": f"hybrid {of_wheel}"}.get(kind, of_wheel)
     inputs = {
         "origin": origin,
         "device": observed.device,
-        "torch": f"{build.version} CUDA {build.cuda or 'none'}",
+        "torch": _torch_input(build),
     }
     if kind in ("native", "hybrid"):
         inputs |= compiled_inputs(
@@ -330,60 +325,51 @@ def compiled_inputs(
     device: Device,
     build: torch.TorchBuild,
 ) -> dict[str, str]:
-    """What a compiler makes libraries from, besides torch and device: toolchain, architectures,
-    build type and the sources' digest.
+    """Return the inputs of a compilation besides torch and device.
+
+    They are toolchain, architectures, build type, CMake arguments and the digest of the sources.
     """
     from workspace.compile import cmake_inputs
 
-    made = cmake_inputs.observe(layout, settings, device=device, pin=pin, torch=build)
+    observed = cmake_inputs.observe(layout, settings, device=device, pin=pin, torch=build)
     return {
-        "architectures": made.archs,
-        "cuda": made.cuda,
-        "compiler": made.compiler,
-        "build type": made.build_type,
+        "architectures": observed.archs,
+        "cuda": observed.cuda,
+        "compiler": observed.compiler,
+        "build type": observed.build_type,
         "cmake arguments": settings.text("CMAKE_ARGS"),
         "compiled sources": git.digest(COMPILED_SOURCES),
     }
 
 
-def _install(
-    layout: Layout,
-    git: Git | None,
-    version: str,
-    python: interpreter.PythonFacts | None,
-    recorded: stamp.Stamp | None,
-) -> Layer:
+def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
+    git, python = facts.git, facts.python
     if git is None or python is None:
-        return Layer(
-            "install",
-            "missing",
-            ("there is no checkout" if git is None else "there is no environment",),
-        )
+        reason = "there is no checkout" if git is None else "there is no environment"
+        return Layer("install", "missing", (reason,))
     inputs = {
-        "place": str(layout.vllm),
+        "place": str(facts.layout.vllm),
         "metadata": git.digest(METADATA_FILES),
-        "version": version,
+        "version": facts.version,
         "interpreter": python.version,
     }
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
     reasons = files.differences(recorded.inputs, inputs)
-    found = interpreter.installed(layout).get("vllm")
-    if found != version:
-        reasons += (f"installed vllm {found or 'none'} → {version}",)
+    found = interpreter.installed(facts.layout).get("vllm")
+    if found != facts.version:
+        reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
 
 
 def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
-    """The digest of the sources that a wheel of `inv wheel` was compiled from; None for any other
-    wheel.
-    """
+    """Return the digest of the sources of a wheel of `inv wheel`, None for any other wheel."""
     if recorded and recorded.inputs.get("origin") == wanted.origin:
         return recorded.outcome.get(PACKED_SOURCES)
     try:
         packed = precompiled.read_packed(wanted.wheel) if wanted.wheel else None
     except SourceError:
-        # Whoever takes it will say so.
+        # The step that takes the wheel raises the error.
         return None
     return packed.digest if packed else None
 

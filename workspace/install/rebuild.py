@@ -1,8 +1,7 @@
-"""inv rebuild: compile what differs from the pin, within cores and memory, and put it into the
-editable tree.
+"""inv rebuild: compile what differs from the pin, within the limits of cores and memory.
 
-Observe → plan → show → act → verify → stamp. In hybrid mode the precompiled wheel gives every
-library that no change reaches; the stamp is written last.
+The steps: observe, plan, show, compile, install into the editable tree, verify, stamp. In hybrid
+mode the precompiled wheel provides every library that no change reaches.
 """
 
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 from workspace.compile import (
     cmake,
     cmake_inputs,
-    device_code,
     externals,
     forecast,
     job_server,
@@ -23,7 +21,6 @@ from workspace.compile import (
     targets,
     tree_files,
 )
-from workspace.compile import jobs as bounds
 from workspace.compile.cmake_inputs import Inputs
 from workspace.compile.costs import Costs, History, read_table
 from workspace.compile.externals import External
@@ -34,7 +31,7 @@ from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
 from workspace.core import lock
 from workspace.core.console import Console, Step
-from workspace.core.errors import BuildError, CheckoutError, SettingsError, ToolchainError
+from workspace.core.errors import BuildError, CheckoutError, SettingsError
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -44,16 +41,17 @@ from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
 from workspace.repo.patches import State
 
-# Which targets of a tree were compiled here: names with blanks between, in the stamp's outcome.
-OWN = "compiled here"
+# The key in the stamp's outcome: names of the targets that were compiled here, with blanks between.
+COMPILED_HERE = "compiled here"
 TARGET_FLAG = "--target"
+# GiB that a build directory of a complete CUDA build takes, objects and libraries (v0.24.0 for one
+# architecture: 3.1), rounded up.
+NEEDED_GIB = 6.0
 
 
 @dataclass
 class Job:
-    """One rebuild. `targets` are wanted beside what is reached; each step leaves to the next what
-    it found.
-    """
+    """One rebuild: each step leaves its results for the next; `targets` are always compiled."""
 
     run: stages.Run
     jobs: Jobs
@@ -80,31 +78,21 @@ class Job:
 
     @property
     def setup(self) -> str:
-        """What the costs of a unit depend on, beside the unit: figures of another setup are not
-        used.
-        """
-        made = self.inputs
+        """What the costs of a unit depend on besides the unit: other setups have other costs."""
+        inputs = self.inputs
         return (
-            f"{made.device} {made.archs} CUDA {made.cuda or 'none'} {made.compiler}"
-            f" {made.build_type} threads {self.jobs.nvcc_threads}"
+            f"{inputs.device} {inputs.archs} CUDA {inputs.cuda or 'none'} {inputs.compiler}"
+            f" {inputs.build_type} threads {self.jobs.nvcc_threads}"
         )
 
     def fetch_precompiled(self, view: Step) -> None:
-        """Have the pin's wheel at hand, and decide whether it and what is compiled here go
-        together.
-        """
+        """Fetch the pin's wheel and decide whether its libraries may be mixed with local ones."""
         run = self.run
         if self.is_native:
             view.skip("everything is compiled here")
             return
         observed = run.observed
-        wheel = precompiled.fetch_wheel(
-            observed.kernels_wanted,
-            observed.pin,
-            observed.device,
-            run.settings,
-            on_progress=stages.megabytes(view),
-        )
+        wheel = stages.fetch_wheel(run, view)
         self.why_native = precompiled.why_not_hybrid(
             run.layout,
             run.settings,
@@ -118,19 +106,27 @@ class Job:
             view.reason = f"not used: {self.why_native}; everything is compiled here"
         else:
             run.outcome["wheel"] = str(wheel)
-            view.reason = f"{wheel.name} gives what no change reaches"
+            view.reason = f"{wheel.name} provides the libraries that no change reaches"
 
     def configure(self, view: Step) -> None:
-        """Ask CMake what there is to build, then find what the changes reach. Sources of other
-        projects come only for what is compiled.
-        """
+        """Configure with CMake, find what the changes reach, and forecast the build."""
         run = self.run
         for sentence in externals.leftover(run.layout.vllm):
             run.run_log.console.warn(sentence)
+        self._find_reached(view)
+        self.plan = self._forecast()
+        view.reason = (
+            f"{run.layout.relative(self.folder)}: {len(self.project.targets)} targets,"
+            f" {len(self.reached)} reached"
+        )
+
+    def _find_reached(self, view: Step) -> None:
+        """Configure until every reached target has its external sources; fetch no others."""
+        run = self.run
         declared = externals.declared(run.layout.vllm, run.observed.device)
         wanted: set[str] = {
             *self.targets,
-            *(own(run.observed.kernels.recorded) if not self.is_native else ()),
+            *(compiled_here(run.observed.kernels.recorded) if not self.is_native else ()),
         }
         while True:
             needed = [
@@ -138,65 +134,43 @@ class Job:
                 for external in declared
                 if self.is_native or wanted & set(external.targets)
             ]
-            self.project = self._configured(
-                view, needed, [external for external in declared if external not in needed]
-            )
+            others = [external for external in declared if external not in needed]
+            self.project = self._configured(view, self.inputs, needed, others)
             self.reached = self._reach(view)
-            names = {one.target for one in self.reached}
-            if names <= wanted or not any(
-                names & set(external.targets) for external in declared if external not in needed
-            ):
-                break
+            names = {reached.target for reached in self.reached}
+            if names <= wanted or not any(names & set(external.targets) for external in others):
+                return
             wanted |= names
+
+    def _forecast(self) -> RebuildPlan:
+        """Forecast units, seconds and memory from the table of costs and this machine's history."""
         table, trouble = read_table()
-        history = History(ninja.history_file(run.settings), setup=self.setup)
+        history = History(ninja.history_file(self.run.settings), setup=self.setup)
         for sentence in (*((trouble,) if trouble else ()), *history.warnings):
-            run.run_log.console.warn(sentence)
-        limits = Bounds(self.jobs.count, self.memory.budget_gib)
-        self.plan = forecast.work_out(
+            self.run.run_log.console.warn(sentence)
+        return forecast.work_out(
             self.reached,
             self.project,
             Costs(table, history.entries),
-            limits,
+            Bounds(self.jobs.count, self.memory.budget_gib),
             why_not_hybrid=self.why_native,
-        )
-        view.reason = (
-            f"{run.layout.relative(self.folder)}: {len(self.project.targets)} targets,"
-            f" {len(self.reached)} reached"
         )
 
     def _configured(
-        self, view: Step, needed: Sequence[External], others: Sequence[External]
+        self, view: Step, inputs: Inputs, needed: Sequence[External], others: Sequence[External]
     ) -> Project:
-        run = self.run
-        sources = externals.provide(
-            run.layout, run.settings, needed, others, run_log=run.run_log, step=view
-        )
-        return cmake.configure(
-            run.layout,
-            run.settings,
-            self.inputs,
-            sources,
-            ticket=job_server.install(self.folder / "tickets"),
-            run_log=run.run_log,
-        )
+        """Configure with CMake in the build directory of `inputs`; fetch only `needed` sources."""
+        layout, settings, run_log = self.run.layout, self.run.settings, self.run.run_log
+        sources = externals.provide(layout, settings, needed, others, run_log=run_log, step=view)
+        launcher = job_server.install(cmake_inputs.folder(layout, inputs) / "tickets")
+        return cmake.configure(layout, settings, inputs, sources, ticket=launcher, run_log=run_log)
 
     def _reach(self, view: Step) -> tuple[Reached, ...]:
+        """Return the targets to compile: the requested ones, or those that the changes reach."""
         run, tree = self.run, self.run.layout.vllm
-        base = run.observed.checkout.base
         if self.is_native:
-            listed = {
-                extension.target for extension in project.extensions(tree, run.observed.device)
-            }
-            names = [
-                target.name
-                for target in targets.final_targets(self.project)
-                if target.name in listed
-            ]
-            reason = TARGET_FLAG if self.targets else self.why_native or "--kernels native"
-            return targets.requested(
-                self.targets or names, reason, tree, self.project, build=self.folder
-            )
+            return self._reach_native()
+        base = run.observed.checkout.base
         changed = (
             targets.changed_files(Git(tree), base)
             if base and run.observed.kernels_wanted.kind == "hybrid"
@@ -217,99 +191,74 @@ class Job:
         )
         return targets.merged((found.targets, more))
 
+    def _reach_native(self) -> tuple[Reached, ...]:
+        """Return the requested targets, or all targets of the tree's extensions."""
+        tree = self.run.layout.vllm
+        listed = {
+            extension.target for extension in project.extensions(tree, self.run.observed.device)
+        }
+        names = [
+            target.name for target in targets.final_targets(self.project) if target.name in listed
+        ]
+        reason = TARGET_FLAG if self.targets else self.why_native or "--kernels native"
+        return targets.requested(
+            self.targets or names, reason, tree, self.project, build=self.folder
+        )
+
     def _pinned(self, view: Step, base: str) -> Project:
-        """What CMake makes of the pin's own tree, asked in a build directory of its own: a changed
-        CMakeLists.txt then reaches only what it changes.
-        """
-        layout, settings, run_log = self.run.layout, self.run.settings, self.run.run_log
+        """Configure the pin's tree: compared with it, CMakeLists.txt reaches only its changes."""
+        layout = self.run.layout
         tree = layout.builds / "pinned" / base[:12]
         if not (tree / "CMakeLists.txt").is_file():
             remotes.write_tree(Git(layout.vllm), base, tree)
-        of_pin = replace(self.inputs, place=str(tree))
-        sources = externals.provide(
-            layout,
-            settings,
-            (),
-            externals.declared(tree, of_pin.device),
-            run_log=run_log,
-            step=view,
-        )
-        ticket = job_server.install(cmake_inputs.folder(layout, of_pin) / "tickets")
-        return cmake.configure(layout, settings, of_pin, sources, ticket=ticket, run_log=run_log)
+        inputs = replace(self.inputs, place=str(tree))
+        return self._configured(view, inputs, (), externals.declared(tree, inputs.device))
 
     def compile(self, view: Step) -> None:
-        """Compile what ninja finds out of date in the reached targets. From here on no remembered
-        time of a source counts.
-        """
+        """Forget remembered times of sources and compile what ninja finds out of date."""
         run = self.run
         if not self.reached:
-            view.skip("nothing is reached")
+            view.skip("no target is reached")
             return
         moves.forget_times(run.layout, "vllm")
-        for said in (self.jobs.sentence, self.memory.sentence):
-            run.run_log.console.info(said)
-        units = [unit for one in self.reached for unit in one.units]
-        made = ninja.compile(
+        for sentence in (self.jobs.sentence, self.memory.sentence):
+            run.run_log.console.info(sentence)
+        names = [reached.target for reached in self.reached]
+        built = ninja.compile(
             run.layout,
             run.settings,
             self.folder,
-            [one.target for one in self.reached],
+            names,
             setup=self.setup,
             jobs=self.jobs,
             memory=self.memory,
-            units=units,
+            units=[unit for reached in self.reached for unit in reached.units],
             run_log=run.run_log,
             step=view,
         )
-        for sentence in made.summary:
+        for sentence in built.summary:
             run.run_log.console.info(sentence)
-        run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{made.seconds:.0f}"
-        view.reason = f"{len(made.finished)} units, {', '.join(one.target for one in self.reached)}"
+        run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{built.seconds:.0f}"
+        view.reason = f"{len(built.finished)} units, {', '.join(names)}"
 
     @property
-    def is_put_due(self) -> bool:
-        """Whether the tree is to have what was compiled. A target that was only asked for is warmed
-        ahead, and the tree's library of it stays.
-        """
+    def is_install_due(self) -> bool:
+        """Whether the tree is out of date; if not, requested targets are only compiled ahead."""
         observed = self.run.observed
         if self.is_native and self.targets:
             return False
         return observed.kernels.state != "ok" or observed.install.state != "ok"
 
     def install(self, view: Step) -> None:
-        """Put what was compiled into the editable tree; from here until the stamp the build is
-        unproven.
-        """
+        """Install what was compiled into the editable tree; until the stamp it is unverified."""
         run, layout, observed = self.run, self.run.layout, self.run.observed
-        placed = [one.target for one in self.reached if one.reason != TARGET_FLAG]
-        recorded = observed.kernels.recorded
-        is_same_context = (
-            recorded is not None
-            and not self.is_native
-            and not (own(recorded) - set(placed))
-            and observed.install.state == "ok"
-        )
-        only_compiled = set(observed.kernels.reasons) <= set(observed.for_compiler)
+        names = [reached.target for reached in self.reached if reached.reason != TARGET_FLAG]
+        is_editable_current = self._is_editable_current(names)
         stamp.withdraw(layout.stamp("vllm"))
         venv.repair(layout, run.settings, run_log=run.run_log, names=("vllm",))
-        if not (is_same_context and only_compiled):
-            if self.is_native:
-                editable.install_alone(
-                    layout,
-                    run.settings,
-                    observed,
-                    build={"CARGO_BUILD_JOBS": str(self.jobs.count)},
-                    run_log=run.run_log,
-                )
-            else:
-                wheel = Path(run.outcome["wheel"])
-                editable.install_with_wheel(
-                    layout, run.settings, observed, wheel, run_log=run.run_log
-                )
-                if run.is_sandbox:
-                    precompiled.complete(wheel, layout.vllm)
-                precompiled.check_taken(wheel, layout.vllm)
-        placed_targets = [target for target in self.project.targets if target.name in placed]
+        if not is_editable_current:
+            self._install_editable()
+        installed = [target for target in self.project.targets if target.name in names]
         environment = run.settings.child_environment(
             "build",
             ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"),
@@ -317,26 +266,55 @@ class Job:
         files = tree_files.install_targets(
             self.folder,
             layout.vllm,
-            placed_targets,
+            installed,
             run_log=run.run_log,
             env=environment,
             shared=run.settings.cache,
         )
-        run.outcome[OWN] = " ".join(sorted(placed))
+        run.outcome[COMPILED_HERE] = " ".join(sorted(names))
         view.reason = (
-            f"vllm {observed.version}, editable; {len(files)} files of {len(placed_targets)}"
+            f"vllm {observed.version}, editable; {len(files)} files of {len(installed)}"
             " targets compiled here"
         )
 
+    def _is_editable_current(self, names: Sequence[str]) -> bool:
+        """Whether only the libraries of these targets differ from the editable install."""
+        observed = self.run.observed
+        recorded = observed.kernels.recorded
+        return (
+            recorded is not None
+            and not self.is_native
+            and not (compiled_here(recorded) - set(names))
+            and observed.install.state == "ok"
+            and set(observed.kernels.reasons) <= set(observed.needs_compilation)
+        )
+
+    def _install_editable(self) -> None:
+        run = self.run
+        if not self.is_native:
+            stages.install_with_wheel(run)
+            return
+        editable.install_alone(
+            run.layout,
+            run.settings,
+            run.observed,
+            build={"CARGO_BUILD_JOBS": str(self.jobs.count)},
+            run_log=run.run_log,
+        )
+
     def verify(self, view: Step) -> None:
-        """The last step: the stamp is written once every library loads and has code for the GPU
-        that is meant.
-        """
+        """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
         observed = run.observe()
         verdict = editable.verify(run.layout, run.settings, observed)
-        held = (
-            self._judge([library.path for library in verdict.libraries])
+        device_code = (
+            stages.check_device_code(
+                run,
+                [library.path for library in verdict.libraries],
+                archs=self.inputs.archs,
+                not_built=self.project.not_built,
+                is_native=self.is_native,
+            )
             if observed.device == "cuda"
             else ""
         )
@@ -346,44 +324,7 @@ class Job:
             verdict,
             kind="native" if self.is_native else observed.kernels_wanted.kind,
         )
-        view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{held}"
-
-    def _judge(self, libraries: Sequence[str]) -> str:
-        """Hold what the libraries have for a GPU against the one that is meant. Raises BuildError
-        where one has nothing for it that it should have.
-        """
-        run, archs = self.run, self.inputs.archs
-        capabilities = tuple(
-            gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-        )
-        listed = device_code.list_cubins(
-            run.layout, run.settings, [run.layout.vllm / path for path in libraries]
-        )
-        judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
-        left_out = device_code.judge_not_built(self.project.not_built, archs)
-        for sentence in (
-            *(f"{one.library}: {one.state}: {one.sentence}" for one in judged),
-            *left_out.expected,
-        ):
-            run.run_log.write(sentence)
-        for sentence in (*left_out.unknown, *(left_out.failures if not self.is_native else ())):
-            run.run_log.console.warn(sentence)
-        wrong = [f"{one.library} {one.sentence}" for one in judged if one.state == "wrong"] + list(
-            left_out.failures if self.is_native else ()
-        )
-        if wrong:
-            meant = " and ".join(capabilities) or archs
-            hint = "./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST"
-            raise BuildError(
-                f"what was built does not serve {meant}: {wrong[0]}",
-                hint=hint,
-                details=tuple(wrong),
-            )
-        count = sum(one.state == "ok" for one in judged)
-        return (
-            f"; {count} {'has' if count == 1 else 'have'} code for"
-            f" {' and '.join(capabilities) or archs}"
-        )
+        view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
     def show(self, *, as_json: bool) -> None:
         if self.plan is not None:
@@ -391,41 +332,33 @@ class Job:
 
 
 def job_of(run: stages.Run) -> Job:
-    """The job of a run; where no verb has made one, that of the settings alone."""
+    """Return the job of a run; if the verb has made none, make one from the settings alone."""
     if not isinstance(run.job, Job):
-        host = hardware.observe(run.settings)
-        run.job = made = Job(run, bounds.count(run.settings, cores=host.cores), bounds.memory(host))
-        return made
+        run.job = job = Job(run, *_bounds(run.settings, RebuildOptions()))
+        return job
     return run.job
 
 
-# What leads to the plan, and what carries it out: the tree is touched by the last only.
-PLAN: tuple[tuple[str, stages.Act], ...] = (
+# The steps that lead to the plan, and those that carry it out: only INSTALL changes the tree.
+PLAN: stages.Steps = (
     ("precompiled", lambda run, view: job_of(run).fetch_precompiled(view)),
     ("configure", lambda run, view: job_of(run).configure(view)),
 )
-COMPILE: tuple[tuple[str, stages.Act], ...] = (
-    ("compile", lambda run, view: job_of(run).compile(view)),
-)
-PUT: tuple[tuple[str, stages.Act], ...] = (
+COMPILE: stages.Steps = (("compile", lambda run, view: job_of(run).compile(view)),)
+INSTALL: stages.Steps = (
     ("install", lambda run, view: job_of(run).install(view)),
     ("verify", lambda run, view: job_of(run).verify(view)),
 )
 
 
-def own(recorded: stamp.Stamp | None) -> set[str]:
-    """The targets whose libraries in the tree were compiled here, by the stamp."""
-    return set(recorded.outcome.get(OWN, "").split()) if recorded else set()
-
-
-# GiB that a build directory of a whole CUDA build takes, objects and libraries (v0.24.0 for one
-# architecture: 3.1), rounded up.
-NEEDED_GIB = 6.0
+def compiled_here(recorded: stamp.Stamp | None) -> set[str]:
+    """Return the targets whose libraries in the tree were compiled here, as the stamp records."""
+    return set(recorded.outcome.get(COMPILED_HERE, "").split()) if recorded else set()
 
 
 @dataclass(frozen=True)
 class RebuildOptions:
-    """What the command line says, as it was typed; None where it says nothing."""
+    """Options of the command line as typed; None for an option that was not given."""
 
     jobs: str | None = None
     memory: str | None = None
@@ -444,31 +377,29 @@ def run(
     wait: bool = False,
     is_sandbox: bool = False,
 ) -> None:
-    """Bring the compiled libraries up to what the tree says, and no further. Raises the
-    WorkspaceError of the step that failed.
-    """
+    """Bring the compiled libraries up to date with the tree; raise the error of a failed step."""
     pins.require_settled(layout)
     if options.as_json and not options.plan_only:
-        raise SettingsError("--json is of the plan", hint="./scripts/inv rebuild --plan --json")
-    bounds = (
-        _bounds(settings, options)
-        if options.jobs is not None or options.memory is not None
-        else None
-    )
+        raise SettingsError(
+            "--json works only with --plan", hint="./scripts/inv rebuild --plan --json"
+        )
+    has_bounds = options.jobs is not None or options.memory is not None
+    bounds = _bounds(settings, options) if has_bounds else None
     observed = plan.observe(layout, settings)
     _require_context(observed, is_sandbox=is_sandbox)
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
+        recorded = observed.kernels.recorded
         console.info(
             f"nothing to do: the kernels of vllm {observed.version} are up to date"
-            f" ({_origin(observed)}); Python files are live"
+            f" ({status.short_origin(recorded) if recorded else ''}); Python files are live"
         )
         return
     bounds = bounds or _bounds(settings, options)
+    is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
     with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
-        is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
         _preflight(layout, settings, observed, console, is_compiled=is_compiled)
         with RunLog(
             console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held
@@ -480,16 +411,12 @@ def run(
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
-        console.info(
-            f"vllm {observed.version} is rebuilt; next:"
-            f" {status.next_command(plan.observe(layout, settings))}"
-        )
+        following = status.next_command(plan.observe(layout, settings))
+        console.info(f"vllm {observed.version} is rebuilt; next: {following}")
 
 
 def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
-    """Throw all build directories of this clone away; what was built and put into the tree
-    stays.
-    """
+    """Remove all build directories of this clone; libraries that are installed in the tree stay."""
     with (
         lock.hold(layout.lock, verb="inv rebuild --clean", wait=wait, on_wait=console.info),
         console.step("clean") as view,
@@ -498,7 +425,7 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
             view.skip("there is no build directory")
             return
         shutil.rmtree(layout.builds)
-        view.reason = f"{layout.relative(layout.builds)} is gone"
+        view.reason = f"{layout.relative(layout.builds)} is removed"
 
 
 def _bounds(settings: Settings, options: RebuildOptions) -> tuple[Jobs, Memory]:
@@ -509,9 +436,7 @@ def _bounds(settings: Settings, options: RebuildOptions) -> tuple[Jobs, Memory]:
 
 
 def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
-    """Raise where there is nothing to compile, or nothing to compile for: those are other verbs'
-    business.
-    """
+    """Raise where there is nothing to compile, or nothing to compile for: other verbs fix that."""
     if observed.stack is None or observed.environment.state == "missing":
         raise BuildError("there is no vLLM to rebuild yet", hint="./scripts/inv bootstrap")
     if observed.environment.state != "ok":
@@ -523,19 +448,9 @@ def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
         observed.stack.state is State.FOREIGN and not is_sandbox
     ):
         raise CheckoutError(
-            "vendor/vllm is in the middle of something, or not on the pin: it is not what is to be"
-            " compiled",
+            "cannot rebuild: vendor/vllm has a git operation under way, or is not on the pin",
             hint="./scripts/inv patch",
         )
-
-
-def _origin(observed: plan.Observation) -> str:
-    recorded = observed.kernels.recorded
-    return " ".join(
-        word
-        for word in (recorded.inputs.get("origin", "") if recorded else "").split()
-        if len(word) < 64
-    )
 
 
 def _preflight(
@@ -546,30 +461,20 @@ def _preflight(
     *,
     is_compiled: bool,
 ) -> None:
-    need = {layout.builds: NEEDED_GIB if is_compiled else 1.0}
-    kernels = "native" if is_compiled else "precompiled"
     rows = doctor.preflight(
-        layout, settings, device=observed.device, kernels=kernels, need_gib=need
+        layout,
+        settings,
+        device=observed.device,
+        kernels="native" if is_compiled else "precompiled",
+        need_gib={layout.builds: NEEDED_GIB if is_compiled else 1.0},
     )
-    for row in rows:
-        if row.state != "ok":
-            console.row(
-                row.state,
-                row.name,
-                f"{row.seen}: {row.why}" + (f"; {row.hint}" if row.hint else ""),
-            )
-    if bad := [row for row in rows if row.state == "FAIL"]:
-        raise ToolchainError(
-            "this machine cannot compile yet:"
-            f" {', '.join(f'{row.name}: {row.seen}' for row in bad)}",
-            hint=bad[0].hint,
-        )
+    stages.require_rows(rows, console, what="compile")
 
 
 def _act(
     run: stages.Run, options: RebuildOptions, bounds: tuple[Jobs, Memory], *, is_compiled: bool
 ) -> None:
-    """Do the steps in their order; each looks at what the one before it made."""
+    """Run the steps in order; each reads what the step before it left."""
     if not is_compiled:
         stages.act(run, stages.VLLM)
         return
@@ -579,10 +484,10 @@ def _act(
     if options.plan_only:
         return
     stages.act(run, COMPILE)
-    if job.is_put_due:
-        stages.act(run, PUT)
+    if job.is_install_due:
+        stages.act(run, INSTALL)
     else:
         run.run_log.console.info(
-            f"{', '.join(options.targets)} stand ready in {run.layout.relative(job.folder)};"
-            " nothing in the tree was due"
+            f"compiled {', '.join(options.targets)} in {run.layout.relative(job.folder)};"
+            " the tree is up to date and was not changed"
         )

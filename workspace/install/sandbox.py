@@ -1,7 +1,7 @@
-"""A clone in small beside the clone: pins, patches, tree and environment of its own; objects,
-library, tools, downloads and logs are the clone's.
+"""Sandboxes: small clones inside the clone, for a bump or for one side of a comparison.
 
-What the workshop of a bump and the arms of a comparison have in common.
+A sandbox has its own pins, patches, tree and environment; git objects, library, tools, downloads
+and logs are those of the clone.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
 
-# Set when all files of the tree are written and on the disk: before, nobody has worked there.
+# Set when all files of the tree are written and synced: before, the tree holds no user's work.
 MADE_REF = f"{worktree.OWN_REFS}/made"
 
 
 def furnish(outer: Layout, made: Layout, pin: Pin) -> None:
-    """Write the pins into a folder that becomes a clone in small, and link what it shares. Patches,
-    tree and environment are not its business.
+    """Write the pins into the folder of a new sandbox, and link what it shares with the clone.
+
+    Patches, tree and environment are added by the caller.
     """
     for shared in (outer.logs, outer.models):
         shared.mkdir(parents=True, exist_ok=True)
@@ -53,15 +54,14 @@ def furnish(outer: Layout, made: Layout, pin: Pin) -> None:
 def open_tree(
     outer: Layout, own: Layout, commit: str, settings: Settings, *, run_log: RunLog, hint: str
 ) -> Git:
-    """Return the tree of a clone in small, which is made where it is not there yet: `commit`,
-    checked out.
+    """Return the tree of a sandbox; a missing tree is created with `commit` checked out.
 
-    Raises CheckoutError, with `hint` as the way on, where something else lies there.
+    Raises CheckoutError with `hint` where other files are in its place.
     """
     git, path, shown = Git(outer.vllm), own.vllm, outer.relative(own.vllm)
     tree = Git(path)
     if path.is_dir() and os.listdir(path) == [".git"] and not _is_linked(tree):
-        # A power cut between the first file and the rest of what git writes for a working tree.
+        # A power cut came after the first of the files that git writes for a working tree.
         (path / ".git").unlink()
     if not os.path.lexists(path / ".git"):
         if path.exists() and any(path.iterdir()):
@@ -78,8 +78,9 @@ def open_tree(
 
 
 def _is_linked(tree: Git) -> bool:
-    """Whether git takes the folder for a working tree of its own. One whose .git was cut short may
-    lead to the clone's very HEAD.
+    """Return whether the folder is a linked working tree.
+
+    A damaged .git file may lead git to the HEAD of the clone itself.
     """
     place = tree.place()
     return (
@@ -98,19 +99,18 @@ def keep_work(
     ours: Collection[str] = (),
     work: str | None = None,
 ) -> str | None:
-    """Let a reference that begins with `prefix` name what is in a clone in small and nowhere else,
-    and return it; None where there is nothing such.
+    """Keep the user's work in a sandbox under a reference of the clone that begins with `prefix`.
 
-    The commits `ours` are of the workspace's making; `work` is a snapshot, where the caller has
-    made one.
+    Returns the reference, None without such work. The workspace made the commits `ours`; `what` is
+    the message of the snapshot, `work` a snapshot that the caller has made already.
     """
     if not (own.vllm / ".git").exists():
         return None
     tree = Git(own.vllm)
     head = tree.head()
     work = work or worktree.snapshot(tree, what)
-    # In an `am` the working content is that of a patch not yet committed; the index of the new base
-    # is no work of anybody's.
+    # During an `am` the working files are those of a patch that is not committed yet; the index of
+    # the new base holds no work of the user.
     if head is None or work in ours or worktree.is_kept(Git(outer.vllm), work):
         return None
     ref = f"{prefix}{work[:12]}"
@@ -119,8 +119,9 @@ def keep_work(
 
 
 def write_patches(source: Path, target: Path, *, pin: str, former: str) -> None:
-    """Put a series and its patches into another folder; of what lies there only the `former` names
-    (a line each) are taken out.
+    """Copy a series and its patches into another folder; delete there only the `former` names.
+
+    `former` holds one name per line.
     """
     names = series.read_series(source, pin=pin).names
     for name in (*names, series.SERIES_FILE):
@@ -133,7 +134,7 @@ def write_patches(source: Path, target: Path, *, pin: str, former: str) -> None:
 
 
 def names_of(folder: Path) -> str:
-    """The patches that a series names, a line each, whatever its base."""
+    """Return the patch names of a series, one per line; the base is not checked."""
     with contextlib.suppress(OSError):
         lines = read_regular(folder / series.SERIES_FILE).decode(errors="replace").split("\n")
         return "\n".join(
@@ -145,11 +146,10 @@ def names_of(folder: Path) -> str:
 
 
 def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
-    """Copy the clone's environment, where there is none yet: a torch of the user's own may be had
-    nowhere else.
+    """Copy the clone's environment into a sandbox without one: its torch may be the only copy.
 
-    Without stamps, so that everything but torch is due. Raises ToolchainError for want of rights or
-    space.
+    The copy has no stamps, so that everything except torch is due. Raises ToolchainError where
+    rights or disk space are missing.
     """
     source, target = outer.environment, own.environment
     if os.path.lexists(target) or not source.is_dir():
@@ -163,14 +163,15 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
         _make_relocatable(made.environment / "pyvenv.cfg")
         files.put_in_place(made.environment, target)
         view.reason = (
-            f"a copy of {outer.relative(source)}, for its torch stays (USE_EXISTING_TORCH=1)"
+            f"a copy of {outer.relative(source)}, to keep its torch (USE_EXISTING_TORCH=1)"
         )
     run_log.step = None
 
 
 def _make_relocatable(config: Path) -> None:
-    """Let uv write scripts that bear the promotion's rename, as `uv venv --relocatable` does; an
-    environment of the user's making may lack the line.
+    """Make uv write scripts that survive the promotion's rename (`uv venv --relocatable`).
+
+    An environment that the user made may lack the line.
     """
     text = read_regular(config).decode()
     if not re.search(r"^relocatable\s*=\s*true", text, re.MULTILINE | re.IGNORECASE):
@@ -178,8 +179,9 @@ def _make_relocatable(config: Path) -> None:
 
 
 def as_built(settings: Settings, observed: plan.Observation) -> Settings:
-    """The settings under which the working tree was built, where nothing else is asked for now: its
-    device, and whether it compiles.
+    """Return settings that repeat the build of the working tree unless a setting overrides it.
+
+    The device, native kernels and the number of jobs are repeated.
     """
     values = dict(settings.values)
     if settings.text("DEVICE") == "auto":
@@ -195,11 +197,12 @@ def as_built(settings: Settings, observed: plan.Observation) -> Settings:
 def build_in(
     layout: Layout, settings: Settings, *, console: Console, is_sandbox: bool = False
 ) -> None:
-    """Bring a layout to a stamped vLLM, what its tree changes of compiled sources compiled too.
-    Raises what bootstrap and rebuild raise.
+    """Bootstrap a layout, and rebuild where its tree changes compiled sources.
+
+    Raises the errors of bootstrap and rebuild.
     """
     bootstrap.run(layout, settings, console=console, wait=True, is_part=True, is_sandbox=is_sandbox)
-    if plan.observe(layout, settings).for_compiler:
+    if plan.observe(layout, settings).needs_compilation:
         from workspace.install import rebuild
 
         rebuild.run(
@@ -213,12 +216,13 @@ def build_in(
 
 
 def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
-    """Take a clone in small away, and out of git's books. `gone` lies beside it; a run that was
-    killed is finished by the next one.
+    """Remove a sandbox and git's record of its working tree.
+
+    `gone` is a path beside the sandbox. The next run finishes a removal that was killed.
     """
     if os.path.lexists(own.root):
         shutil.rmtree(gone, ignore_errors=True)
-        # The rename ends it at once; what is slow comes after it.
+        # The rename removes the sandbox at once; the slow deletion follows.
         os.rename(own.root, gone)
     worktree.forget(Git(outer.vllm), own.vllm)
     shutil.rmtree(gone, ignore_errors=True)
@@ -227,18 +231,16 @@ def remove_tree(outer: Layout, own: Layout, gone: Path) -> None:
 
 RECORD = "sandbox.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
-# What an arm stands on, safe from git's own tidying; and what somebody did in one.
+# The commit of each sandbox, protected from git gc; and the user's work from removed sandboxes.
 REFS, LEFT_REFS = "refs/sandboxes", "refs/left/sandboxes"
-# Where these differ, what a build left in the tree is of the other commit, or git would no longer
-# know it for what a build left.
-_OF_PRODUCTS = (*plan.COMPILED_SOURCES, ".gitignore")
+# Where these files differ, the build products belong to the other commit, or git no longer ignores
+# them.
+_DECIDE_PRODUCTS = (*plan.COMPILED_SOURCES, ".gitignore")
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """`outer` is the clone's layout, `layout` the arm's own; its tree stands on the commit
-    `tip`.
-    """
+    """A sandbox: the clone's layout, its own, and the commit that its tree is on."""
 
     name: str
     outer: Layout
@@ -260,13 +262,12 @@ def make(
     settings: Settings,
     run_log: RunLog,
 ) -> Sandbox:
-    """Return the arm of that name with its tree on `tip`: the one that is there, brought to what is
-    asked for, or a new one.
+    """Return the sandbox of that name with its tree on `tip`; create or update it.
 
-    `pin` names the precompiled wheel of its kernels and what they were compiled from; `patches` is
-    the folder of a series on it that `tip` holds already, for the record; None is an empty one.
+    `pin` names the precompiled wheel of its kernels and its sources. `patches` is the folder of a
+    series that `tip` contains already; it is copied for the record, and None is an empty series.
     Raises PatchDrift for a series that is not on the pin, CheckoutError where the tree cannot be
-    had.
+    created.
     """
     assert NAME.fullmatch(name), name
     if patches is not None:
@@ -281,7 +282,7 @@ def make(
 
 
 def find(layout: Layout, name: str) -> Sandbox | None:
-    """Return the arm of that name; None where there is none, or one whose record cannot be read."""
+    """Return the sandbox of that name, None where it is missing or its record cannot be read."""
     own = Layout(layout.sandboxes / name)
     try:
         tip = json.loads(read_regular(own.root / RECORD))["tip"]
@@ -293,26 +294,25 @@ def find(layout: Layout, name: str) -> Sandbox | None:
 
 
 def find_all(layout: Layout) -> tuple[Sandbox, ...]:
-    """Every arm that is there, by name."""
+    """Return all sandboxes, sorted by name."""
     names = sorted(path.parent.name for path in layout.sandboxes.glob(f"*/{RECORD}"))
     return tuple(found for name in names if NAME.fullmatch(name) and (found := find(layout, name)))
 
 
 def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> Sandbox:
-    """Check another commit out, with content-true times. What a build left of other compiled
-    sources goes with them.
+    """Check another commit out and keep the times of unchanged files.
 
-    Raises CheckoutError where the tree cannot be had, SourceError where contents of files cannot be
-    fetched.
+    Build products of other compiled sources are removed. Raises CheckoutError where the tree cannot
+    be created, SourceError where contents of files cannot be fetched.
     """
-    # First: git may prune a commit that nothing leads to.
+    # First: git may prune a commit without a reference.
     Git(sandbox.outer.vllm).set_ref(f"{REFS}/{sandbox.name}", tip)
     tree = _settled(sandbox, tip, settings, run_log)
     if (head := tree.head()) != tip:
         assert head is not None
         if tree.setting("remote.origin.promisor") == "true":
-            # To compare contents fetches, all at once, what a partial clone lacks of them; to write
-            # files is not let online.
+            # The comparison of contents fetches at once what a partial clone lacks; the checkout
+            # afterwards runs offline.
             tree.talk(
                 ("diff", "--shortstat", "--no-renames", head, tip),
                 settings,
@@ -326,16 +326,15 @@ def move(sandbox: Sandbox, tip: str, *, settings: Settings, run_log: RunLog) -> 
 
 
 def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> plan.Observation:
-    """Bring the arm to a verified vLLM of the kind that the clone has, as far as it is not there:
-    what differs in compiled sources is compiled.
+    """Build in the sandbox a verified vLLM of the same kind as the clone's.
 
-    Raises BuildError where it cannot be built, so that no precompiled wheel's kernels pass for its
-    own; SourceError where something cannot be fetched.
+    Changed compiled sources are compiled. Raises BuildError where they cannot be, so that kernels
+    of a precompiled wheel never count as its own; SourceError where a download fails.
     """
     wanted = as_built(settings, plan.observe(sandbox.outer, settings))
     if moves.is_begun(sandbox.layout, "vllm") or Git(sandbox.layout.vllm).head() != sandbox.tip:
         raise CheckoutError(
-            f"{sandbox.shown} does not stand on {sandbox.tip[:12]}",
+            f"{sandbox.shown} is not on {sandbox.tip[:12]}",
             hint=f"rm -rf {sandbox.shown}    and the same command again",
         )
     if wanted.switch("USE_EXISTING_TORCH"):
@@ -346,7 +345,7 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
     try:
         build_in(sandbox.layout, wanted, console=console, is_sandbox=True)
     except ToolchainError as exc:
-        if not plan.observe(sandbox.layout, wanted).for_compiler:
+        if not plan.observe(sandbox.layout, wanted).needs_compilation:
             raise
         raise BuildError(
             f"{sandbox.shown} needs kernels of its own, and {exc.message}",
@@ -358,16 +357,14 @@ def build_sandbox(sandbox: Sandbox, settings: Settings, *, console: Console) -> 
         if layer.state != "ok":
             hint = "./scripts/inv env.check    KERNELS=auto compiles what differs from the pin"
             raise BuildError(
-                f"{sandbox.shown} cannot be built as its tree asks: {layer.name} {layer.why}",
+                f"{sandbox.shown} cannot be built as its tree requires: {layer.name} {layer.why}",
                 hint=hint,
             )
     return observed
 
 
 def remove(sandbox: Sandbox) -> str | None:
-    """Take an arm away. What somebody committed or edited there stays under the reference of
-    vendor/vllm that is returned.
-    """
+    """Remove a sandbox. Returns the reference of vendor/vllm that keeps the user's work in it."""
     kept = _keep_work(sandbox)
     remove_tree(sandbox.outer, sandbox.layout, _gone(sandbox.layout))
     worktree.delete_ref(Git(sandbox.outer.vllm), f"{REFS}/{sandbox.name}")
@@ -375,9 +372,9 @@ def remove(sandbox: Sandbox) -> str | None:
 
 
 def _begin(layout: Layout, name: str, pin: Pin, patches: Path | None, tip: str) -> Sandbox:
-    """Put the arm there, whole or not at all, without its tree."""
+    """Create the sandbox without its tree, completely or not at all."""
     sandbox = Sandbox(name, layout, Layout(layout.sandboxes / name), tip)
-    # What lies there is none: its record is damaged, say.
+    # A folder without a valid record may be there.
     _keep_work(sandbox)
     remove_tree(layout, sandbox.layout, _gone(sandbox.layout))
     with files.folder_beside(sandbox.layout.root) as folder:
@@ -405,25 +402,26 @@ def _record(own: Layout, tip: str) -> None:
 
 
 def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) -> Git:
-    """The arm's tree, whole, without edits, and no operation of git's under way; what somebody did
-    there is kept.
+    """Return the sandbox's complete tree, without edits and without a git operation under way.
+
+    The user's work in it is kept under a reference.
     """
     hint = f"rm -rf {sandbox.shown}    and the same command again"
 
-    def opened() -> Git:
+    def open_again() -> Git:
         return open_tree(sandbox.outer, sandbox.layout, tip, settings, run_log=run_log, hint=hint)
 
-    tree = opened()
+    tree = open_again()
     if moves.is_begun(sandbox.layout, "vllm"):
         moves.finish(sandbox.layout, "vllm", tree, run_log=run_log)
     work = worktree.snapshot(tree, _why(sandbox))
     if kept := _keep_work(sandbox, work=work):
-        run_log.console.info(f"what was done in {sandbox.shown} is kept in vendor/vllm as {kept}")
+        run_log.console.info(f"your work in {sandbox.shown} is kept in vendor/vllm as {kept}")
     if tree.under_way():
         worktree.forget(Git(sandbox.outer.vllm), sandbox.layout.vllm)
-        return opened()
+        return open_again()
     if work != tree.head():
-        # From here on the edits are a commit's, so that the move takes them away like any other
+        # The edits belong to a commit from here on, so that the move removes them like any other
         # difference.
         tree.set_ref("HEAD", work)
         tree.read_index(work)
@@ -438,7 +436,7 @@ def _keep_work(sandbox: Sandbox, *, work: str | None = None) -> str | None:
 
 
 def _why(sandbox: Sandbox) -> str:
-    return f"What was in the arm {sandbox.name} before it was moved or taken away"
+    return f"Work in the sandbox {sandbox.name} before it was moved or removed"
 
 
 def _gone(own: Layout) -> Path:
@@ -446,10 +444,12 @@ def _gone(own: Layout) -> Path:
 
 
 def _take_products_away(sandbox: Sandbox, tree: Git, head: str, tip: str) -> None:
-    """All of what a build left there is the workspace's own."""
+    """Remove all build products: in a sandbox they belong to the workspace."""
     listed = editable.build_products(tree.path)
-    is_of_both = tree.digest(_OF_PRODUCTS, commit=head) == tree.digest(_OF_PRODUCTS, commit=tip)
-    if not listed or (is_of_both and not tree.entries(listed, tip)):
+    fit_both = tree.digest(_DECIDE_PRODUCTS, commit=head) == tree.digest(
+        _DECIDE_PRODUCTS, commit=tip
+    )
+    if not listed or (fit_both and not tree.entries(listed, tip)):
         return
     stamp.withdraw(sandbox.layout.stamp("vllm"))
     editable.take_products_away(

@@ -1,31 +1,32 @@
-"""The steps of a bootstrap, each as one act. When one is due is bootstrap's business; how it is
-done is that of the modules called here.
+"""The steps of a bootstrap, and the checks that bootstrap and rebuild share.
+
+Bootstrap decides when a step is due; the modules called here do the work.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from workspace.core.console import Step
-from workspace.core.errors import BuildError, SourceError
+from workspace.core.console import Console, Step
+from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp
-from workspace.machine import check, dotenv, hardware, torch, venv
+from workspace.machine import check, doctor, dotenv, hardware, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
 
 @dataclass
 class Run:
-    """One bootstrap: what its steps share, and what an earlier step leaves for a later one.
+    """One bootstrap: what its steps share, and what an earlier step leaves for a later step.
 
-    `observed` is what was there when the stage began; a step that needs what another step of its
-    stage made looks again. An arm may lack the patch that mends what the tree's setup.py leaves out
-    of a wheel.
+    `observed` is the state at the beginning of the stage; a step that needs the result of another
+    step of its stage calls `observe`. The tree of a sandbox may lack the patch that fixes the list
+    of precompiled files in setup.py.
     """
 
     layout: Layout
@@ -33,7 +34,7 @@ class Run:
     run_log: RunLog
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
-    # What the steps of a rebuild share (compiling.Job).
+    # What the steps of a rebuild share (rebuild.Job).
     job: object | None = None
     is_sandbox: bool = False
 
@@ -42,11 +43,13 @@ class Run:
 
 
 Act = Callable[[Run, Step], None]
+Steps = tuple[tuple[str, Act], ...]
 
 
-def act(run: Run, steps: Iterable[tuple[str, Act]], *, reason: str = "") -> None:
-    """Do steps in their order, each shown with its state and written into the log as a phase; torch
-    stays what it is in all but its own.
+def act(run: Run, steps: Steps, *, reason: str = "") -> None:
+    """Run steps in order, each shown with its state and logged as a phase.
+
+    Raises the WorkspaceError of a step, also where a step outside CHANGES_TORCH changed torch.
     """
     for name, do in steps:
         with run.run_log.console.step(name) as view:
@@ -74,13 +77,13 @@ def make_source(run: Run, view: Step) -> None:
         run.layout, run.observed.pin, run.settings, choice=choice, run_log=run.run_log, step=view
     ).detail
     checkout.protect(run.layout)
-    # Only now it is known which variables this vLLM reads.
+    # Only the checkout shows which variables this vLLM reads.
     check.require(run.layout, run.settings, console=run.run_log.console, device=run.observed.device)
 
 
 def apply_patches(run: Run, view: Step) -> None:
     observed = run.observed
-    # First: once the patches are on, nothing is due that would bring it.
+    # Before the patches: once they are applied, no step is due that would write the template.
     export.template(run.layout, "vllm", Git(run.layout.vllm), run.run_log)
     stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, run_log=run.run_log)
     view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
@@ -88,7 +91,7 @@ def apply_patches(run: Run, view: Step) -> None:
 
 
 def make_python(run: Run, view: Step) -> None:
-    # uv believes what lies there: nothing that an unfinished run left may be taken for whole.
+    # uv trusts installed metadata: nothing that an unfinished run left may count as complete.
     if run.layout.environment.exists():
         is_interrupted = stamp.read(run.layout.stamp("environment")) is None
         venv.repair(run.layout, run.settings, run_log=run.run_log, with_cache=is_interrupted)
@@ -100,27 +103,27 @@ def make_python(run: Run, view: Step) -> None:
     )
 
 
-def put_torch(run: Run, view: Step) -> None:
+def install_torch(run: Run, view: Step) -> None:
     view.reason = venv.put_torch(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
 
 
-def put_requirements(run: Run, view: Step) -> None:
+def install_requirements(run: Run, view: Step) -> None:
     view.reason = venv.put_requirements(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
 
 
-def put_accelerators(run: Run, view: Step) -> None:
-    """The last step of the environment: its stamp follows."""
+def install_accelerators(run: Run, view: Step) -> None:
+    """Install the accelerators, the last step of the environment, and write its stamp."""
     provided = venv.put_accelerators(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
     inputs = run.observe().environment.inputs
     if inputs is None:
         raise BuildError(
-            "the environment is not there after it was made", hint="./scripts/inv status"
+            "the environment is missing after its installation", hint="./scripts/inv status"
         )
     stamp.write(
         run.layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=provided.packages)
@@ -128,26 +131,34 @@ def put_accelerators(run: Run, view: Step) -> None:
     view.reason = provided.summary
 
 
-def get_kernels(run: Run, view: Step) -> None:
-    """Have the wheel at hand; nothing in the tree is touched yet."""
-    observed = run.observed
-    wheel = precompiled.fetch_wheel(
-        observed.kernels_wanted,
-        observed.pin,
-        observed.device,
-        run.settings,
-        on_progress=megabytes(view),
-    )
+def fetch_kernels(run: Run, view: Step) -> None:
+    """Fetch the wheel; the tree is not changed yet."""
+    wheel = fetch_wheel(run, view)
     members = precompiled.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
-    if observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
+    if run.observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
         run.outcome[plan.PACKED_SOURCES] = packed
     view.reason = f"{len(members)} compiled files from {wheel.name}"
 
 
+def fetch_wheel(run: Run, view: Step) -> Path:
+    """Fetch the wheel of the wanted kernels and show the progress in MB."""
+    observed = run.observed
+    return precompiled.fetch_wheel(
+        observed.kernels_wanted,
+        observed.pin,
+        observed.device,
+        run.settings,
+        on_progress=lambda done, total: view.progress(
+            done / 1e6, total / 1e6 if total else None, "MB"
+        ),
+    )
+
+
 def _fitting(run: Run, path: Path) -> str | None:
-    """The digest of what a wheel of `inv wheel` was compiled from, None for anybody else's. Raises
-    SourceError where it is not for this tree.
+    """Return the digest of the sources of a wheel of `inv wheel`, None for any other wheel.
+
+    Raises SourceError where the wheel does not fit this tree.
     """
     from workspace.compile import cmake_inputs
     from workspace.install import wheel
@@ -171,29 +182,31 @@ def _fitting(run: Run, path: Path) -> str | None:
     return packed.digest
 
 
-def put_vllm(run: Run, view: Step) -> None:
-    """Install editable; from here until the stamp the build is unproven."""
+def install_vllm(run: Run, view: Step) -> None:
+    """Install editable; from here until the stamp the build is unverified."""
     if stamp.read(run.layout.stamp("vllm")) is None:
         venv.drop_bytecode(run.layout, since=run.layout.stamp("environment"))
     stamp.withdraw(run.layout.stamp("vllm"))
     venv.repair(run.layout, run.settings, run_log=run.run_log, names=("vllm",))
-    observed = run.observed
+    install_with_wheel(run)
+    view.reason = f"vllm {run.observed.version}, editable"
+
+
+def install_with_wheel(run: Run) -> None:
+    """Install editable with the libraries of the fetched wheel, and check that all were taken."""
     wheel = Path(run.outcome["wheel"])
-    editable.install_with_wheel(run.layout, run.settings, observed, wheel, run_log=run.run_log)
+    editable.install_with_wheel(run.layout, run.settings, run.observed, wheel, run_log=run.run_log)
     if run.is_sandbox:
         precompiled.complete(wheel, run.layout.vllm)
     precompiled.check_taken(wheel, run.layout.vllm)
-    view.reason = f"vllm {observed.version}, editable"
 
 
 def verify_vllm(run: Run, view: Step) -> None:
-    """The last step: the stamp is written once the built interpreter has said that all is as asked
-    for.
-    """
+    """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
     verdict = editable.verify(run.layout, run.settings, observed)
-    # A precompiled wheel's kernels that the sources have outrun are still the precompiled wheel's:
-    # only inv rebuild makes them hybrid.
+    # Where sources changed since the wheel, the kernels are still those of the wheel: only
+    # inv rebuild makes them hybrid.
     kind = (
         "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
     )
@@ -204,7 +217,7 @@ def verify_vllm(run: Run, view: Step) -> None:
 def write_stamp(
     run: Run, observed: plan.Observation, verdict: editable.Verdict, *, kind: str
 ) -> None:
-    """Claim what was verified: libraries by hash, and what they and the install were made from."""
+    """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
     outcome = run.outcome | {
         "version": verdict.version,
         "platform": verdict.platform,
@@ -221,14 +234,68 @@ def write_stamp(
 
 ENVIRONMENT = (
     ("python", make_python),
-    ("torch", put_torch),
-    ("requirements", put_requirements),
-    ("accelerators", put_accelerators),
+    ("torch", install_torch),
+    ("requirements", install_requirements),
+    ("accelerators", install_accelerators),
 )
-VLLM = (("kernels", get_kernels), ("install", put_vllm), ("verify", verify_vllm))
-# Steps before which there may be no torch, or after which it may rightly be another one.
+VLLM = (("kernels", fetch_kernels), ("install", install_vllm), ("verify", verify_vllm))
+# Steps before which torch may be missing, or after which another torch is legitimate.
 CHANGES_TORCH = (".env", "source", "patches", "python", "torch")
 
 
-def megabytes(view: Step) -> Callable[[int, int | None], None]:
-    return lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")
+def require_rows(rows: Sequence[doctor.Row], console: Console, *, what: str) -> None:
+    """Show the rows of a preflight that are not ok. Raises ToolchainError where a row is FAIL.
+
+    `what` is the work that needs them: bootstrap or compile.
+    """
+    for row in rows:
+        if row.state != "ok":
+            hint = f"; {row.hint}" if row.hint else ""
+            console.row(row.state, row.name, f"{row.seen}: {row.why}{hint}")
+    if failed := [row for row in rows if row.state == "FAIL"]:
+        raise ToolchainError(
+            f"cannot {what} on this machine:"
+            f" {', '.join(f'{row.name}: {row.seen}' for row in failed)}",
+            hint=failed[0].hint,
+        )
+
+
+def check_device_code(
+    run: Run,
+    libraries: Sequence[str],
+    *,
+    archs: str,
+    not_built: Sequence[str],
+    is_native: bool,
+) -> str:
+    """Compare the code in the libraries with the GPUs of this machine, or with `archs`.
+
+    `not_built` are CMake's messages on kernels that it left out. Returns the end of a sentence.
+    Raises BuildError where a library lacks code that it needs.
+    """
+    from workspace.compile import device_code
+
+    capabilities = tuple(
+        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
+    )
+    listed = device_code.list_cubins(
+        run.layout, run.settings, [run.layout.vllm / path for path in libraries]
+    )
+    judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
+    left_out = device_code.judge_not_built(not_built, archs)
+    judgements = (f"{one.library}: {one.state}: {one.sentence}" for one in judged)
+    for sentence in (*judgements, *left_out.expected):
+        run.run_log.write(sentence)
+    for sentence in (*left_out.unknown, *(left_out.failures if not is_native else ())):
+        run.run_log.console.warn(sentence)
+    wrong = [f"{one.library} {one.sentence}" for one in judged if one.state == "wrong"]
+    wrong += left_out.failures if is_native else ()
+    wanted = " and ".join(capabilities) or archs
+    if wrong:
+        raise BuildError(
+            f"the built libraries lack code for {wanted}: {wrong[0]}",
+            hint="./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST",
+            details=tuple(wrong),
+        )
+    count = sum(one.state == "ok" for one in judged)
+    return f"; {count} {'has' if count == 1 else 'have'} code for {wanted}"

@@ -1,7 +1,7 @@
-"""Stamps: what a layer of the built environment was made from, and what came out.
+"""Stamps: the inputs and the outcome of a layer of the built environment.
 
-A stamp lies inside `.vllm`, is deleted before the layer is changed and written after it was
-verified. Staleness is the difference between its inputs and today's.
+A stamp lies inside `.vllm`. It is deleted before the layer is changed and written after the layer
+was verified. A layer is stale where the recorded inputs differ from today's.
 """
 
 import contextlib
@@ -30,9 +30,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Stamp:
-    """`inputs` name what a layer was made from, `outcome` what came out of it; all values are
-    text.
-    """
+    """The record of one layer: its `inputs` and its `outcome`; all values are text."""
 
     inputs: Mapping[str, str]
     outcome: Mapping[str, str] = field(default_factory=dict)
@@ -41,9 +39,7 @@ class Stamp:
 
 
 def read(path: Path) -> Stamp | None:
-    """Return the stamp, or None where there is none that this version can read: a damaged stamp
-    proves nothing.
-    """
+    """Return the stamp, or None where no valid stamp exists: a damaged stamp proves nothing."""
     try:
         record = json.loads(read_regular(path))
         if (
@@ -63,7 +59,7 @@ def read(path: Path) -> Stamp | None:
         libraries = tuple(Library(**item) for item in record["libraries"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    # The first edition had another word for where the libraries came from.
+    # The first edition had another name for the origin of the libraries.
     if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
         mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
     return (
@@ -74,8 +70,9 @@ def read(path: Path) -> Stamp | None:
 
 
 def _is_text(value: object) -> bool:
-    """Half a surrogate pair, which JSON can spell, is no text: no file system and no terminal takes
-    it.
+    """Return whether the value is text without NUL and without half a surrogate pair.
+
+    JSON can contain such a half; file systems and terminals refuse it.
     """
     return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
@@ -93,10 +90,10 @@ def _is_library(library: Library) -> bool:
 
 
 def write(path: Path, stamp: Stamp) -> None:
-    """Write the claim; the caller has verified it.
+    """Write the stamp of a layer that the caller has verified.
 
-    A claim must not survive a power cut that what it claims does not: uv, git and compilers sync
-    nothing, so all is synced first.
+    A stamp must not survive a power cut that its layer does not survive. uv, git and compilers do
+    not sync, so everything is synced first.
     """
     os.sync()
     record = {"schema": SCHEMA, **asdict(stamp)}
@@ -104,8 +101,6 @@ def write(path: Path, stamp: Stamp) -> None:
 
 
 def withdraw(path: Path) -> None:
-    """Take a claim back, before what it claims is changed. Where there is no environment, or a file
-    in its place, there is no claim.
-    """
+    """Delete a stamp before its layer is changed; a missing environment has no stamp."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()

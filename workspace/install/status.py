@@ -1,4 +1,7 @@
-"""What is built, what is stale and why, and what to type next."""
+"""inv status: the state of each layer, the reasons of staleness, and the next command.
+
+The row of Triton is here too; inv fix-triton uses its sentences.
+"""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ TritonState = Literal["ok", "warn", "missing"]
 
 
 def origin(layout: Layout, there: Installed) -> str:
-    """Say where a Triton came from; of one that was built here, from which commit."""
+    """Return where a Triton came from; for a Triton that was built here, from which commit."""
     recorded = stamp.read(layout.stamp("triton"))
     if recorded and recorded.outcome.get("version") == there.version and there.origin == "file":
         patched = f" and {recorded.inputs['patches']}" if recorded.inputs.get("patches") else ""
@@ -34,7 +37,7 @@ def origin(layout: Layout, there: Installed) -> str:
 
 
 def pairing(build: TorchBuild | None, paired: str | None) -> str:
-    """Say which Triton the installed torch asks for."""
+    """Return which Triton the installed torch requires."""
     return (
         f"torch {build.version} pairs with {paired.removeprefix('==') if paired else 'none'}"
         if build
@@ -43,9 +46,7 @@ def pairing(build: TorchBuild | None, paired: str | None) -> str:
 
 
 def triton_row(layout: Layout, build: TorchBuild | None) -> tuple[TritonState, str] | None:
-    """Return state and text of a line on a screen; None where there is no Triton and nothing asks
-    for one.
-    """
+    """Return state and text of the row, None without a Triton and without a need for one."""
     there, paired = torch.observe_triton(layout), torch.paired_triton(layout)
     if there is None:
         return ("missing", f"none; {pairing(build, paired)}") if paired is not None else None
@@ -55,7 +56,7 @@ def triton_row(layout: Layout, build: TorchBuild | None) -> tuple[TritonState, s
     if build and beside not in (None, build.version):
         return (
             "warn",
-            f"{text}; it was proven beside torch {beside}: ./scripts/inv fix-triton --check",
+            f"{text}; it was verified with torch {beside}: ./scripts/inv fix-triton --check",
         )
     if paired and not there.is_meant and not is_met(paired, there.version):
         return "warn", f"{text}: ./scripts/inv fix-triton"
@@ -80,12 +81,12 @@ class Row:
 
 
 def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
-    """Print one row a layer and the next command; as JSON on stdout where a program asks."""
+    """Print one row for each layer and the next command; with `as_json`, as JSON on stdout."""
     try:
         observed = plan.observe(layout, settings)
         rows, following = _rows(layout, observed), pins.half_moved(layout) or next_command(observed)
     except PatchDrift as exc:
-        # A broken series is one of the things that this screen is looked at for.
+        # A broken series is one of the faults that this screen shows.
         rows, following = (Row("FAIL", "patches", exc.message),), exc.hint or "./scripts/inv patch"
     if all(row.state == "ok" for row in rows):
         following = f"nothing is due; after a change in vendor/vllm: {following}"
@@ -103,8 +104,9 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
 
 
 def require_built(layout: Layout, settings: Settings) -> plan.Observation:
-    """Return what is there when kernels and install are fresh. Raises SmokeError naming what is
-    stale and the command that mends it.
+    """Return the state of a built workspace.
+
+    Raises SmokeError with the stale layer and the next command.
     """
     observed = plan.observe(layout, settings)
     for layer in (observed.environment, observed.kernels, observed.install):
@@ -116,7 +118,7 @@ def require_built(layout: Layout, settings: Settings) -> plan.Observation:
 
 
 def next_command(observed: plan.Observation) -> str:
-    """What to type next."""
+    """Return the next command to type."""
     if observed.checkout.kind is checkout.Kind.FOREIGN:
         return f"git -C vendor/vllm status   # {observed.checkout.detail}"
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
@@ -125,11 +127,9 @@ def next_command(observed: plan.Observation) -> str:
             " cherry-pick is under way in vendor/vllm"
         )
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
-        return (
-            "./scripts/inv patch   # vendor/vllm does not descend from the pin: it says the ways on"
-        )
+        return "./scripts/inv patch   # vendor/vllm does not descend from the pin: lists what to do"
     is_native_stale = observed.kernels_wanted.kind == "native" and observed.kernels.state == "stale"
-    if (observed.for_compiler or is_native_stale) and observed.environment.state == "ok":
+    if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
         return "./scripts/inv rebuild"
     if any(
         layer.state != "ok" for layer in (observed.environment, observed.kernels, observed.install)
@@ -141,28 +141,30 @@ def next_command(observed: plan.Observation) -> str:
 def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
     rows = [_pin(layout, observed), _source(layout, observed), _patches(observed)]
     built = observed.kernels.recorded
-    said = {
+    texts = {
         "environment": (
             f"Python {observed.python.version}, torch {observed.torch.version}"
             if observed.python and observed.torch
             else ""
         ),
         "kernels": (
-            f"{' '.join(word for word in built.inputs.get('origin', '').split() if len(word) < 64)},"
-            f" {len(built.libraries)} compiled files"
-            if built
-            else ""
+            f"{short_origin(built)}, {len(built.libraries)} compiled files" if built else ""
         ),
         "install": built.outcome.get("version", "") if built else "",
     }
     for layer in (observed.environment, observed.kernels, observed.install):
         rows.append(
-            Row(layer.state, layer.name, layer.why if layer.state != "ok" else said[layer.name])
+            Row(layer.state, layer.name, layer.why if layer.state != "ok" else texts[layer.name])
         )
     if found := triton_row(layout, observed.torch):
         rows.append(Row(found[0], "triton", found[1]))
     rows.append(_smoke(layout, observed))
     return tuple(rows)
+
+
+def short_origin(built: stamp.Stamp) -> str:
+    """Return the recorded origin of the kernels without its hash."""
+    return " ".join(token for token in built.inputs.get("origin", "").split() if len(token) < 64)
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:
@@ -194,7 +196,7 @@ def _patches(observed: plan.Observation) -> Row:
         if stack.dirty
         else ""
     )
-    words: dict[patches.State, tuple[State, str]] = {
+    texts: dict[patches.State, tuple[State, str]] = {
         patches.State.APPLIED: ("ok", f"{count} applied"),
         patches.State.UNAPPLIED: (
             "missing" if stack.names else "ok",
@@ -204,7 +206,7 @@ def _patches(observed: plan.Observation) -> Row:
             "warn",
             f"{count}; vendor/vllm has commits that patches/vllm does not",
         ),
-        patches.State.DIRTY: ("warn", f"{count}, not applied: edited files stand in the way"),
+        patches.State.DIRTY: ("warn", f"{count}, not applied: edited files prevent it"),
         patches.State.IN_PROGRESS: (
             "FAIL",
             "an am, rebase, merge or cherry-pick is under way in vendor/vllm",
@@ -212,7 +214,7 @@ def _patches(observed: plan.Observation) -> Row:
         patches.State.FOREIGN: ("FAIL", "vendor/vllm does not descend from the pin"),
         patches.State.MISSING: ("missing", "no checkout"),
     }
-    state, text = words[stack.state]
+    state, text = texts[stack.state]
     return Row(state, "patches", text + edited)
 
 
@@ -228,7 +230,7 @@ def _smoke(layout: Layout, observed: plan.Observation) -> Row:
         if verdict not in ("pass", "fail") or not (
             isinstance(when, str) and len(when) < LONGEST_TIME and when.isprintable()
         ):
-            raise ValueError("not what a smoke writes")
+            raise ValueError("not a record of a smoke")
     except FileNotFoundError:
         return Row("missing", "smoke", "not run yet")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -147,7 +147,7 @@ def fits(
 def _verified(observed: plan.Observation) -> stamp.Stamp:
     for layer in (observed.kernels, observed.install):
         if layer.state != "ok" or layer.recorded is None:
-            verb = "rebuild" if observed.for_compiler else "bootstrap"
+            verb = "rebuild" if observed.needs_compilation else "bootstrap"
             raise BuildError(
                 f"there is no verified build to pack: {layer.name} {layer.state}: {layer.why}",
                 hint=f"./scripts/inv {verb}",
@@ -252,7 +252,13 @@ def _renamed(text: str, old: str, new: str) -> str:
 
 def _wheel_file(name: str) -> bytes:
     tag = "-".join(PurePosixPath(name).stem.split("-")[2:])
-    return f"Wheel-Version: 1.0\nGenerator: vllm-workspace\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()
+    lines = (
+        "Wheel-Version: 1.0",
+        "Generator: vllm-workspace",
+        "Root-Is-Purelib: false",
+        f"Tag: {tag}",
+    )
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _write(

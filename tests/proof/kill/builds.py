@@ -10,7 +10,7 @@ from tests.proof.kill.cases import KillCase, check_planted, plant, write_dotenv
 from tests.small.world import World
 from workspace.core.files import sha256
 from workspace.install import stamp
-from workspace.install.rebuild import OWN
+from workspace.install.rebuild import COMPILED_HERE
 
 REBUILD = ("rebuild", "--jobs", "2")
 NATIVE = ("rebuild", "--kernels", "native", "--jobs", "2")
@@ -89,7 +89,7 @@ def is_true(world: World, answer: str) -> None:
         "the stamp is of other libraries"
     )
     rows = world.status()
-    if rows["kernels"] == rows["install"] == "ok" and "_C" in recorded.outcome.get(OWN, "").split():
+    if rows["kernels"] == rows["install"] == "ok" and "_C" in recorded.outcome.get(COMPILED_HERE, "").split():
         library = world.layout.vllm / "vllm" / "_C.abi3.so"
         found = world.python(
             f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())"
