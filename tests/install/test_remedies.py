@@ -233,7 +233,7 @@ def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_anot
                 house.layout.stamp("environment"),
                 stamp.Stamp(inputs={}, packages={"triton": vouched}),
             )
-        triton_fixes.put_back_former(Context(house.layout, settings, run_log))
+        triton_fixes.restore_former(Context(house.layout, settings, run_log))
     assert (torch.observe_triton(house.layout).version, venv.is_former_kept(house.layout)) == (
         after,
         False,
@@ -249,7 +249,7 @@ def test_stamp_of_the_environment_says_which_triton_is_there_now(house, built):
     house.wheel("triton", "3.7.1")
     with house.run_log(settings) as run_log:
         interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
-    triton_fixes.vouch(house.layout)
+    triton_fixes.record_installed(house.layout)
     assert stamp.read(house.layout.stamp("environment")).packages == {
         "triton": "3.7.1",
         "numpy": "2",

@@ -1,8 +1,8 @@
 """Compiled libraries from a wheel: the pinned precompiled wheel or a wheel of the user's.
 
-The wheel gives its libraries only; every Python file is the tree's own. The tree's setup.py takes
-them out (VLLM_USE_PRECOMPILED); here the wheel is fetched, and afterwards each library is held
-against it.
+The wheel provides only its libraries; every Python file is the tree's own. This module fetches the
+wheel, decides whether its libraries fit, and compares them after the tree's setup.py took them
+(VLLM_USE_PRECOMPILED).
 """
 
 import json
@@ -32,14 +32,18 @@ if TYPE_CHECKING:
 _BINARIES = ("vllm/vllm-rs",)
 SCHEMA = 1
 RECORD = "workspace.json"
-# Of what a wheel says of itself; a release with DeepGEMM for each Python has 20 libraries and 4 KB.
+# Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
 _LONGEST = 1 << 20
+# A damaged archive raises various errors: zlib.error, RuntimeError where it claims encryption,
+# NotImplementedError for an unknown compression method.
+_DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where compiled libraries come from: a pinned precompiled wheel, a wheel file, a compiler, or
-    a precompiled wheel but for what differs from the pin (hybrid).
+    """The origin of compiled libraries: the pinned precompiled wheel, a wheel file, or a compiler.
+
+    `hybrid` is the precompiled wheel, with a compiler for what differs from the pin.
     """
 
     kind: Literal["precompiled", "hybrid", "wheel", "native"]
@@ -49,8 +53,9 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a wheel says of itself. `python` is the only version that it is for, empty where it is
-    for each; `dirty` a digest of what was edited.
+    """The record workspace.json in a wheel of `inv wheel`.
+
+    `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
     """
 
     version: str
@@ -76,13 +81,14 @@ def fetch_wheel(
     *,
     on_progress: Callable[[int, int | None], None],
 ) -> Path:
-    """Return the wheel on disk, proven by its pinned hash. Raises SourceError where the pin has no
-    precompiled wheel for this machine.
+    """Return the path of the wheel, verified by its pinned hash.
+
+    Raises SourceError where the pin has no precompiled wheel for this machine.
     """
     if kernels.kind == "wheel":
         if kernels.wheel is None or not kernels.wheel.is_file():
             raise SourceError(
-                f"the wheel that the kernels came from is gone: {kernels.wheel}",
+                f"the wheel of the installed kernels does not exist any more: {kernels.wheel}",
                 hint="./scripts/inv bootstrap --kernels precompiled",
             )
         return kernels.wheel
@@ -104,55 +110,49 @@ def fetch_wheel(
 
 
 def read_packed(path: Path) -> Packed | None:
-    """Return what a wheel of `pack` says of itself, None for a wheel of somebody else's. Raises
-    SourceError for what is no whole wheel.
+    """Return the record of a wheel of `inv wheel`, None for any other wheel.
+
+    Raises SourceError for a damaged wheel.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            found = [
-                item
-                for item in archive.infolist()
-                if item.filename.endswith(f".dist-info/{RECORD}")
-            ]
-            if not found:
-                return None
-            if found[0].file_size > _LONGEST:
-                raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
-            record = json.loads(archive.read(found[0]))
-        if record.pop("schema") != SCHEMA:
-            raise SourceError(
-                f"{path.name} was packed by another version of the workspace",
-                hint="pack it again: ./scripts/inv wheel",
-            )
-        libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
-        held = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
-        inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
-        return Packed(
-            **{name: str(text) for name, text in record.items()},
-            inputs=inputs,
-            libraries=libraries,
-            cubins=held,
-        )
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as exc:
+        return _decode_packed(path)
+    except (*_DAMAGED, KeyError, TypeError, AttributeError) as exc:
         raise SourceError(
-            f"{path.name} is no whole wheel: {exc}",
+            f"{path.name} is not a complete wheel: {exc}",
             hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
         ) from exc
 
 
+def _decode_packed(path: Path) -> Packed | None:
+    with zipfile.ZipFile(path) as archive:
+        found = [
+            item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")
+        ]
+        if not found:
+            return None
+        if found[0].file_size > _LONGEST:
+            raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+        record = json.loads(archive.read(found[0]))
+    if record.pop("schema") != SCHEMA:
+        raise SourceError(
+            f"{path.name} was packed by another version of the workspace",
+            hint="pack it again: ./scripts/inv wheel",
+        )
+    libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
+    cubins = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
+    inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
+    return Packed(
+        **{name: str(text) for name, text in record.items()},
+        inputs=inputs,
+        libraries=libraries,
+        cubins=cubins,
+    )
+
+
 def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
-    """Map each compiled file of the wheel to its bytes and CRC-32. Raises SourceError for a file
-    that is no wheel of vLLM.
+    """Map each compiled file of the wheel to its bytes and CRC-32.
+
+    Raises SourceError for a file that is not a wheel of vLLM.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -163,7 +163,7 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
             }
     except (zipfile.BadZipFile, OSError) as exc:
         raise SourceError(
-            f"{wheel.name} is not a wheel that can be read: {exc}",
+            f"{wheel.name} cannot be read as a wheel: {exc}",
             hint="./scripts/inv bootstrap --kernels precompiled",
         ) from exc
     compiled = {
@@ -178,13 +178,14 @@ def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
 
 
 def complete(wheel: Path, tree: Path) -> None:
-    """Take those compiled files out of the wheel that the tree's setup.py has left in it, as a
-    release of before a mend does.
+    """Extract the compiled files that the tree's setup.py left in the wheel.
+
+    The setup.py of a release without the fix in patches/vllm leaves some.
     """
     left = [
         name
         for name, (size, crc) in compiled_members(wheel).items()
-        if not _is(tree / name, size, crc)
+        if not _has_content(tree / name, size, crc)
     ]
     with zipfile.ZipFile(wheel) as archive:
         for name in left:
@@ -193,25 +194,26 @@ def complete(wheel: Path, tree: Path) -> None:
 
 
 def check_taken(wheel: Path, tree: Path) -> None:
-    """Hold every library in the tree against the wheel, byte count and CRC-32. Raises BuildError
-    naming what was left behind.
+    """Compare every library in the tree with the wheel, by size and CRC-32.
+
+    Raises BuildError with the names of the libraries that differ or are missing.
     """
     wrong = [
         name
         for name, (size, crc) in compiled_members(wheel).items()
-        if not _is(tree / name, size, crc)
+        if not _has_content(tree / name, size, crc)
     ]
     if wrong:
         raise BuildError(
             f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
             hint=(
                 "its list of precompiled members lacks them: see patches/vllm for the patch that"
-                " mends 0.31.0, and `./scripts/inv status`"
+                " fixes 0.31.0, and `./scripts/inv status`"
             ),
         )
 
 
-def _is(path: Path, size: int, crc: int) -> bool:
+def _has_content(path: Path, size: int, crc: int) -> bool:
     try:
         if path.stat().st_size != size:
             return False
@@ -224,24 +226,25 @@ def _is(path: Path, size: int, crc: int) -> bool:
     return found == crc
 
 
-# A METADATA of vLLM has 12 kB; what says more is none.
+# METADATA of vLLM has 12 kB; a longer file is not METADATA.
 _LONGEST_HEADER = 1 << 20
-# define_extension_target's targets are linked against the C shim of torch since this version only,
-# and so fit every later one (CMakeLists.txt).
+# The targets of define_extension_target link only against the C shim of this torch version, and so
+# fit every later version (CMakeLists.txt).
 _STABLE = re.compile(
     r"target_compile_definitions\(\s*(\w+)\b[^)]*?\bTORCH_TARGET_VERSION=0x([0-9A-Fa-f]{16})"
 )
-# They include no header of torch, and import none of its symbols.
+# These include no header of torch and import none of its symbols.
 _WITHOUT_TORCH = frozenset(("cumem_allocator", "fs_io_C", "spinloop", "_rust_tool_parser"))
-# What Python loads: _C.abi3.so, _C.cpython-312-aarch64-linux-gnu.so.
+# A library that Python loads: _C.abi3.so, _C.cpython-312-aarch64-linux-gnu.so.
 _LIBRARY = re.compile(r"([^/.]+)\.[^/]*\bso$")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class _WheelFacts:
-    """What a wheel says: its version, the torch that it wants, the CUDA major version that it was
-    made with, and its libraries, if it is all there.
+    """The facts in a wheel: its version, its torch, its CUDA major version and its libraries.
+
+    `libraries` is empty where only METADATA exists.
     """
 
     version: "Version"
@@ -251,17 +254,16 @@ class _WheelFacts:
 
 
 class _Unreadable(Exception):
-    """A wheel that says nothing that could be relied on, and why."""
+    """The reason why a wheel gives no reliable facts."""
 
 
 def why_not_hybrid(
     layout: Layout, settings: Settings, wheel: Path, *, device: str, torch: str, archs: str
 ) -> str | None:
-    """Return why libraries of the precompiled wheel and own ones must not be mixed, None where they
-    may.
+    """Return why libraries of the precompiled wheel and local ones must not be mixed, or None.
 
-    `wheel` is the precompiled wheel's, or its METADATA alone; `torch` the version installed,
-    `archs` as in TORCH_CUDA_ARCH_LIST.
+    `wheel` is the path of the wheel or of its METADATA, `torch` the installed version, `archs` a
+    list as in TORCH_CUDA_ARCH_LIST.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -272,9 +274,7 @@ def why_not_hybrid(
     except _Unreadable as exc:
         return f"the precompiled wheel {wheel.name} {settings.presentable(str(exc))}"
     except InvalidVersion:
-        return (
-            f"the installed torch calls itself {settings.presentable(torch)}, which is no version"
-        )
+        return f"the version of the installed torch is not valid: {settings.presentable(torch)}"
     except SettingsError as exc:
         return exc.message
     if precompiled_wheel.version.public != Version(pinned.version).public:
@@ -294,19 +294,19 @@ def _read(wheel: Path) -> _WheelFacts:
     from packaging.version import Version
 
     text, libraries = _metadata(wheel)
-    said = HeaderParser().parsestr(text)
+    metadata = HeaderParser().parsestr(text)
     try:
-        version = Version(said.get("Version", ""))
-        wanted = [Requirement(line) for line in said.get_all("Requires-Dist", [])]
+        version = Version(metadata.get("Version", ""))
+        wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
         torch = _pinned_torch(wanted)
     except ValueError as exc:
         raise _Unreadable(f"has METADATA that is not of a wheel: {exc}") from exc
     local = re.match(r"cu(\d\d)\d", version.local or "")
     majors = {
         extra[2:]
-        for one in wanted
-        if not one.marker
-        for extra in one.extras
+        for requirement in wanted
+        if not requirement.marker
+        for extra in requirement.extras
         if re.fullmatch(r"cu\d\d", extra)
     }
     return _WheelFacts(
@@ -317,28 +317,24 @@ def _read(wheel: Path) -> _WheelFacts:
 def _pinned_torch(wanted: "Sequence[Requirement]") -> "Version":
     from packaging.version import Version
 
-    for one in wanted:
-        if one.name.lower() == "torch" and (
-            one.marker is None or one.marker.evaluate({"extra": ""})
+    for requirement in wanted:
+        if requirement.name.lower() == "torch" and (
+            requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         ):
-            exact = [word for word in one.specifier if word.operator == "=="]
+            exact = [clause for clause in requirement.specifier if clause.operator == "=="]
             if exact and not exact[0].version.endswith("*"):
                 return Version(exact[0].version)
-    raise _Unreadable(
-        "does not say which torch it was built for (no Requires-Dist: torch==… in its METADATA)"
-    )
+    raise _Unreadable("names no torch that it was built for (no torch==… in its METADATA)")
 
 
 def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
-    """The METADATA, and the names of the libraries beside it; none where the file is METADATA
-    itself.
-    """
+    """Return METADATA and the names of the wheel's libraries, none where the file is METADATA."""
     try:
         if not zipfile.is_zipfile(wheel):
             with wheel.open("rb") as file:
                 content = file.read(_LONGEST_HEADER + 1)
             if not content.startswith(b"Metadata-Version:"):
-                raise _Unreadable("is cut, or no wheel at all")
+                raise _Unreadable("is truncated or is not a wheel")
             return _decoded(content), ()
         with zipfile.ZipFile(wheel) as archive:
             members = archive.infolist()
@@ -357,9 +353,7 @@ def _metadata(wheel: Path) -> tuple[str, tuple[str, ...]]:
                 if (match := _LIBRARY.fullmatch(PurePosixPath(item.filename).name))
             )
             return _decoded(archive.read(found[0])), libraries
-    # What a damaged archive raises is not one thing: zlib's error, RuntimeError where it says that
-    # it is encrypted, NotImplementedError for its methods.
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
+    except _DAMAGED as exc:
         raise _Unreadable(f"cannot be read: {exc}") from exc
 
 
@@ -370,8 +364,10 @@ def _decoded(content: bytes) -> str:
 
 
 def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Path) -> str | None:
-    """The C++ ABI of torch holds within a minor version; before its release, and from one to the
-    next, only what is linked to the C shim goes on to fit.
+    """Return why the wheel's libraries do not fit the installed torch, or None.
+
+    The C++ ABI of torch is stable within a released minor version. Before the release, and across
+    minor versions, only libraries that link against the C shim fit.
     """
     if (
         installed.release[:2] == precompiled_wheel.torch.release[:2]
@@ -383,10 +379,7 @@ def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Pat
         f" {installed} is installed"
     )
     if not precompiled_wheel.libraries:
-        return (
-            f"{built}: which of its libraries keep to torch's stable ABI cannot be told from its"
-            " METADATA"
-        )
+        return f"{built}: METADATA does not show which of its libraries use torch's stable ABI"
     stable = _stable(tree)
     unfit = [
         name
@@ -401,18 +394,18 @@ def _other_torch(precompiled_wheel: _WheelFacts, installed: "Version", tree: Pat
     )
     fit = set(precompiled_wheel.libraries) & stable.keys() - set(unfit)
     others = (
-        f", as {len(fit)} {'other is' if len(fit) == 1 else 'others are'} (TORCH_TARGET_VERSION)"
+        f"; {len(fit)} {'other does' if len(fit) == 1 else 'others do'} (TORCH_TARGET_VERSION)"
         if fit
         else ""
     )
-    return (
-        f"{built}: {names} {'is' if len(unfit) == 1 else 'are'} not of torch's stable ABI{others}"
-    )
+    verb = "does" if len(unfit) == 1 else "do"
+    return f"{built}: {names} {verb} not use torch's stable ABI{others}"
 
 
 def _stable(tree: Path) -> dict[str, tuple[int, ...]]:
-    """The targets that keep to torch's stable ABI, and the oldest torch that they fit:
-    TORCH_TARGET_VERSION, of which a byte each is major and minor.
+    """Map the targets that use torch's stable ABI to the oldest torch (major, minor) that they fit.
+
+    The version is TORCH_TARGET_VERSION: its first byte is major, its second minor.
     """
     found: dict[str, tuple[int, ...]] = {}
     for path in (tree / "CMakeLists.txt", *sorted((tree / "cmake").rglob("*.cmake"))):
@@ -438,9 +431,7 @@ def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | N
 
 
 def _other_family(tree: Path, archs: str) -> str | None:
-    """Whether the release that the precompiled wheel is of was made for the family of each
-    architecture; nothing is said where the tree does not tell.
-    """
+    """Return why the release lacks kernels for an architecture's family, None also if unknown."""
     try:
         record = json.loads((tree / "docker" / "versions.json").read_bytes())
         released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))
@@ -451,6 +442,6 @@ def _other_family(tree: Path, archs: str) -> str | None:
     if not other or not released:
         return None
     return (
-        f"releases have kernels for {', '.join(entry.text for entry in released)}, of no family of"
-        f" {' and '.join(other)} (TORCH_CUDA_ARCH_LIST)"
+        f"releases have kernels for {', '.join(entry.text for entry in released)}, none for the"
+        f" family of {' and '.join(other)} (TORCH_CUDA_ARCH_LIST)"
     )

@@ -16,7 +16,9 @@ from workspace.core.files import read_regular, write_atomic
 
 SCHEMA = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
-_FORMER_ORIGIN = re.compile("(hybrid )?donor (.+)", re.DOTALL)
+# The first edition's name for the precompiled wheel.
+_FORMER_NAME = "donor"
+_FORMER_ORIGIN = re.compile(f"(hybrid )?{_FORMER_NAME} (.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ def read(path: Path) -> Stamp | None:
         libraries = tuple(Library(**item) for item in record["libraries"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    # The first edition had another name for the origin of the libraries.
     if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
         mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
     return (

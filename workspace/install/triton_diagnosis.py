@@ -1,7 +1,7 @@
-"""What is wrong with Triton here, a row a thing: which one is installed, its assemblers, a compiled
-kernel, shadows and leftovers, caches.
+"""Diagnosis of Triton, one row for each finding, without any change.
 
-It looks and changes nothing. What mends a finding is remedies.py's.
+The rows: the installed Triton, its assemblers, a compiled kernel, shadows and leftovers, caches.
+The fixes are in triton_fixes.py.
 """
 
 import json
@@ -26,10 +26,9 @@ from workspace.repo.git import Git, repository
 
 State = Literal["ok", "warn", "FAIL"]
 PROBE_S = 300.0
-# Where generations of vLLM have had their copy of Triton's kernels, below the tree; the last is
-# today's.
+# Folders of vLLM's copy of Triton's kernels, below the tree, oldest first; the last is current.
 KERNEL_FOLDERS = ("vllm/triton_kernels", "vllm/third_party/triton_kernels")
-# With these words Triton's errors begin the line that matters.
+# The line of Triton's output that states the cause begins so.
 _CAUSE = re.compile(
     r"^(ptxas fatal|ptxas .*error|LLVM ERROR|.*Error: (?!PTXAS error: Internal)).*$", re.MULTILINE
 )
@@ -37,9 +36,7 @@ _CAUSE = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: what was looked at, what was seen, why it is wrong, and what mends it; the last two
-    are empty where all is well.
-    """
+    """One row: name, observation, cause and fix; the last two are empty where the state is ok."""
 
     state: State
     name: str
@@ -50,8 +47,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the probe said. `error` is empty where it compiled, and ran rightly where there is a
-    GPU; `run` is empty without one.
+    """The result of the probe's kernel.
+
+    `error` is empty where it compiled and, on a GPU, gave the right result; `run` is empty without
+    a GPU.
     """
 
     error: str
@@ -62,9 +61,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Stale:
-    """A folder of Triton's kernels in the tree that no build of this clone has put there, and why
-    that is known.
-    """
+    """A folder of Triton's kernels in the tree that this clone's build did not write."""
 
     place: Path
     why: str
@@ -72,7 +69,7 @@ class Stale:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All rows, and what the remedies work on."""
+    """All rows, and the facts that the fixes work on."""
 
     findings: tuple[Finding, ...]
     installed: torch.Installed | None
@@ -94,59 +91,55 @@ class Diagnosis:
 
 
 def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
-    """Look at everything. Raises BuildError where there is no environment to look at."""
+    """Observe everything and judge it. Raises BuildError where there is no environment."""
     if interpreter.describe(layout, settings) is None:
         raise BuildError(
-            "there is no environment in .vllm whose Triton could be looked at",
+            "there is no environment in .vllm to diagnose",
             hint="./scripts/inv bootstrap",
         )
     case = Case(layout, settings, device=None, kernels="precompiled")
-    there, build = torch.observe_triton(layout), torch.observe(layout, settings)
+    installed, build = torch.observe_triton(layout), torch.observe(layout, settings)
     is_gpu_torch = build is not None and build.cuda is not None
     paired, capability = torch.paired_triton(layout), dotenv.capability_of(case)
+    assemblers = (
+        dotenv.ptxas_of_triton(installed.bin, installed.version, capability)
+        if installed and installed.bin
+        else ()
+    )
     verdicts = tuple(
-        dotenv.judge_ptxas(one, settings, capability, case.ask)
-        for one in (
-            dotenv.ptxas_of_triton(there.bin, there.version, capability)
-            if there and there.bin
-            else ()
-        )
+        dotenv.judge_ptxas(assembler, settings, capability, case.ask) for assembler in assemblers
     )
-    kernel = try_kernel(layout, settings, capability) if there else None
-    tree = _tree(layout)
-    shadow, stale = (
-        shadowing(layout, kernel),
-        (stale_folders(layout) if tree != jit_caches.NONE else ()),
-    )
+    kernel = try_kernel(layout, settings, capability) if installed else None
+    tree, shadow = _tree(layout), shadowing(layout, kernel)
+    stale = stale_folders(layout) if tree != jit_caches.NONE else ()
     capabilities = (
         tuple(gpu.capability for gpu in case.host().gpus if gpu.capability) if is_gpu_torch else ()
     )
     stack = jit_caches.observe(layout, settings, tree=tree, capabilities=capabilities)
     foreign = jit_caches.foreign(layout, settings, stack)
-    findings = [_installed(layout, there, build, paired)]
-    if venv.is_former_kept(layout):
-        findings.append(
-            Finding(
-                "FAIL",
-                "unfinished",
-                "a build's installation",
-                "it was ended between two Tritons",
-                "the former one comes back",
-            )
-        )
-    findings += [_assembler(case, verdict, capability) for verdict in verdicts]
-    if kernel:
-        findings.append(_kernel(kernel, is_gpu_torch=is_gpu_torch))
-    findings += [_shadow(layout, shadow), *_stale(layout, stale), *_caches(foreign)]
+    findings = (
+        _installed(layout, installed, build, paired),
+        *_unfinished(layout),
+        *(_assembler(case, verdict, capability) for verdict in verdicts),
+        *((_kernel(kernel, is_gpu_torch=is_gpu_torch),) if kernel else ()),
+        _shadow(layout, shadow),
+        *_stale(layout, stale),
+        *_caches(foreign),
+    )
     return Diagnosis(
-        tuple(findings), there, paired, capability, verdicts, kernel, shadow, stale, foreign
+        findings, installed, paired, capability, verdicts, kernel, shadow, stale, foreign
     )
 
 
+def _unfinished(layout: Layout) -> tuple[Finding, ...]:
+    if not venv.is_former_kept(layout):
+        return ()
+    seen, cause = "a build's installation", "it was interrupted between two Tritons"
+    return (Finding("FAIL", "unfinished", seen, cause, "restore the former Triton"),)
+
+
 def _tree(layout: Layout) -> str:
-    """The tree OID that caches are keyed by; a repository that is broken is what other screens
-    complain of.
-    """
+    """Return the tree OID that caches are keyed by; other screens report a broken repository."""
     try:
         return Git(layout.vllm).tree("HEAD") if (layout.vllm / ".git").exists() else jit_caches.NONE
     except WorkspaceError:
@@ -154,58 +147,54 @@ def _tree(layout: Layout) -> str:
 
 
 def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
-    """Let the installed Triton compile a kernel for this capability, and run it where there is a
-    GPU; no cache answers for it.
+    """Compile a kernel for this capability with the installed Triton, without any cache.
+
+    On a GPU, also run it and compare the result with torch's.
     """
     with tempfile.TemporaryDirectory(prefix="triton-probe-") as folder:
         environment = settings.child_environment("run", {"TRITON_CACHE_DIR": folder})
-        words: list[process.Argument] = [
+        argv: list[process.Argument] = [
             layout.environment_python,
             layout.probes / "triton_kernel.py",
-            "--capability",
-            capability,
+            *("--capability", capability),
         ]
         try:
-            done = process.capture(words, env=environment, cwd=Path(folder), timeout_s=PROBE_S)
-            said = json.loads(done.stdout)
+            done = process.capture(argv, env=environment, cwd=Path(folder), timeout_s=PROBE_S)
+            report = json.loads(done.stdout)
         except ToolchainError as exc:
             return Kernel(exc.message, "", "", None)
         except ValueError:
-            lines = done.stderr.strip().splitlines() or [""]
-            return Kernel(
-                f"the compiler {process.describe_status(done.returncode)}: {lines[-1]}",
-                "",
-                "",
-                None,
-            )
-    shadow = Path(said["triton_kernels"]) if said["triton_kernels"] else None
-    if said["error"]:
-        found = _CAUSE.search(said["error"])
-        return Kernel(
-            (found[0] if found else said["error"].splitlines()[0]).strip(), "", "", shadow
-        )
-    run, wrong = said["ran"], ""
-    if run:
-        wrong = (
-            ""
-            if run["is_right"]
-            else f"the result on {run['gpu']} is wrong: {run['largest_difference']:g} from torch's"
-        )
-    text = f"compiled for {said['ptx_target']}, PTX {said['ptx']}, {said['cubin_bytes']} bytes"
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            status = process.describe_status(done.returncode)
+            return Kernel(f"the compiler {status}: {last}", "", "", None)
+    shadow = Path(report["triton_kernels"]) if report["triton_kernels"] else None
+    if report["error"]:
+        found = _CAUSE.search(report["error"])
+        cause = found[0] if found else report["error"].splitlines()[0]
+        return Kernel(cause.strip(), "", "", shadow)
+    summary = (
+        f"compiled for {report['ptx_target']}, PTX {report['ptx']}, {report['cubin_bytes']} bytes"
+    )
+    run = report["ran"]
+    if not run:
+        return Kernel("", summary, "", shadow)
+    gpu, difference = run["gpu"], run["largest_difference"]
+    wrong = f"the result on {gpu} is wrong: {difference:g} from torch's"
     return Kernel(
-        wrong,
-        text,
-        f"run on {run['gpu']}, {run['largest_difference']:.1g} from torch's result" if run else "",
+        "" if run["is_right"] else wrong,
+        summary,
+        f"run on {gpu}, {difference:.1g} from torch's result",
         shadow,
     )
 
 
 def shadowing(layout: Layout, kernel: Kernel | None) -> Path | None:
-    """Return the `triton_kernels` that would be imported instead of vLLM's own, as the interpreter
-    finds it (vllm/utils/import_utils.py).
+    """Return the `triton_kernels` that Python imports instead of vLLM's own, or None.
+
+    The rule is that of vllm/utils/import_utils.py.
     """
     if kernel is not None:
-        # Triton's probe runs in an empty folder: what it finds, a vLLM would find too.
+        # Triton's probe runs in an empty folder: vLLM would find the same package.
         return (
             kernel.shadow.parent
             if kernel.shadow and kernel.shadow.name == "__init__.py"
@@ -216,9 +205,7 @@ def shadowing(layout: Layout, kernel: Kernel | None) -> Path | None:
 
 
 def stale_folders(layout: Layout) -> tuple[Stale, ...]:
-    """Return folders of Triton's kernels in the tree that no build has put there as they are; what
-    git tracks is the tree's own.
-    """
+    """Return folders of Triton's kernels that neither git tracks nor this clone's build wrote."""
     if not (layout.vllm / ".git").exists():
         return ()
     found = []
@@ -231,7 +218,7 @@ def stale_folders(layout: Layout) -> tuple[Stale, ...]:
             and not repository.is_tracked(Git(layout.vllm), name)
         ):
             why = (
-                "vLLM has none there any more"
+                "vLLM does not use this folder any more"
                 if name != KERNEL_FOLDERS[-1]
                 else _foreign_to_build(layout, name, recorded)
             )
@@ -240,9 +227,7 @@ def stale_folders(layout: Layout) -> tuple[Stale, ...]:
 
 
 def brought(wheel: Path, name: str) -> dict[str, int]:
-    """Return the Python files that a wheel has below a folder, with their CRC-32; nothing for one
-    that cannot be read.
-    """
+    """Map the Python files of a wheel below a folder to CRC-32; empty for an unreadable wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return {
@@ -255,9 +240,7 @@ def brought(wheel: Path, name: str) -> dict[str, int]:
 
 
 def _foreign_to_build(layout: Layout, name: str, recorded: stamp.Stamp | None) -> str:
-    """Why the files below `name` cannot be of the build that the stamp vouches for; empty where
-    they are, or where that cannot be told.
-    """
+    """Return why the files below `name` are not of the stamped build; empty if they may be."""
     if recorded is None:
         return ""
     wheel = Path(recorded.outcome.get("wheel", ""))
@@ -281,74 +264,45 @@ def _installed(
     paired: str | None,
 ) -> Finding:
     beside = pairing(build, paired)
+    fix = "install the wheel that torch pairs with"
     if there is None:
         if build and build.cuda and paired is not None:
-            return Finding(
-                "FAIL",
-                "triton",
-                f"none; {beside}",
-                "torch compiles its kernels with it",
-                "the wheel that torch pairs with",
-            )
+            cause = "torch compiles its kernels with Triton"
+            return Finding("FAIL", "triton", f"none; {beside}", cause, fix)
         return Finding("ok", "triton", f"none; {beside}")
     seen = f"{there.version} {origin(layout, there)}; {beside}"
     if there.package is None:
-        return Finding(
-            "FAIL", "triton", seen, "its files are not there", "the wheel that torch pairs with"
-        )
+        return Finding("FAIL", "triton", seen, "its files are missing", fix)
     if paired and not there.is_meant and not is_met(paired, there.version):
-        return Finding(
-            "FAIL",
-            "triton",
-            seen,
-            "torch asks for another one, and nobody has put this one here on purpose",
-            "the wheel that torch pairs with",
-        )
+        cause = "torch requires another version, and this one was not installed on purpose"
+        return Finding("FAIL", "triton", seen, cause, fix)
     return Finding("ok", "triton", seen)
 
 
 def _assembler(case: Case, verdict: Verdict, capability: str) -> Finding:
-    one, trial = verdict.assembler, verdict.trial
+    assembler, trial = verdict.assembler, verdict.trial
+    name, variable = assembler.name, assembler.variable
     target, _ = dotenv.target_of(capability)
-    broken: State = "FAIL" if one.is_used else "warn"
+    broken: State = "FAIL" if assembler.is_used else "warn"
     if verdict.is_refused:
-        seen = f"{one.variable}={verdict.own} is no program that may be run"
-        return Finding(
-            broken,
-            one.name,
-            seen,
-            "Triton stops there instead of taking its own",
-            f"{one.variable} without it",
-        )
+        seen = f"{variable}={verdict.own} is not an executable program"
+        cause = "Triton stops with an error instead of using its own assembler"
+        return Finding(broken, name, seen, cause, f"unset {variable}")
     if verdict.is_ignored:
-        seen = f"{one.variable}={verdict.own} does not run"
-        return Finding(
-            broken,
-            one.name,
-            seen,
-            "Triton passes over it in silence and takes its own",
-            f"{one.variable} without it",
-        )
+        seen = f"{variable}={verdict.own} does not run"
+        cause = "Triton ignores it silently and uses its own assembler"
+        return Finding(broken, name, seen, cause, f"unset {variable}")
     if trial is None:
-        return Finding(
-            broken,
-            one.name,
-            f"{case.layout.relative(one.bundled)} does not run",
-            f"Triton cannot assemble for {target}",
-            "the wheel again",
-        )
-    place = "its own" if trial.program == one.bundled else str(trial.program)
-    if trial.complaint and one.is_used:
+        seen = f"{case.layout.relative(assembler.bundled)} does not run"
+        cause = f"Triton cannot assemble for {target}"
+        return Finding(broken, name, seen, cause, "install the wheel again")
+    place = "its own" if trial.program == assembler.bundled else str(trial.program)
+    if trial.complaint and assembler.is_used:
         seen = f"{place}, CUDA {trial.release}, fails on {target}"
-        return Finding(
-            "FAIL",
-            one.name,
-            seen,
-            trial.complaint,
-            f"another assembler by {one.variable}, or another Triton",
-        )
-    does = f"assembles {target}" if one.is_used else f"not used for {target}"
-    return Finding("ok", one.name, f"{place}, CUDA {trial.release}, {does}")
+        fix = f"set {variable} to another assembler, or install another Triton"
+        return Finding("FAIL", name, seen, trial.complaint, fix)
+    use = f"assembles {target}" if assembler.is_used else f"not used for {target}"
+    return Finding("ok", name, f"{place}, CUDA {trial.release}, {use}")
 
 
 def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Finding:
@@ -356,12 +310,12 @@ def _kernel(kernel: Kernel, *, is_gpu_torch: bool) -> Finding:
         return Finding(
             "FAIL",
             "kernel",
-            "a small kernel does not come out right",
+            "the test kernel fails",
             kernel.error,
-            "an assembler that can, else the paired wheel",
+            "use an assembler that works, else install the paired wheel",
         )
     run = kernel.run or (
-        "not run: there is no GPU here" if is_gpu_torch else "not run: torch is for the CPU"
+        "not run: there is no GPU" if is_gpu_torch else "not run: torch is for the CPU"
     )
     return Finding("ok", "kernel", f"{kernel.summary}; {run}")
 
@@ -371,9 +325,9 @@ def _shadow(layout: Layout, shadow: Path | None) -> Finding:
         return Finding("ok", "shadows", "no triton_kernels beside vLLM's own")
     is_own = shadow.is_relative_to(layout.environment)
     fix = (
-        "moved out of .vllm"
+        "move it out of .vllm"
         if is_own
-        else "only you can: uv pip uninstall --python .vllm/bin/python triton_kernels"
+        else "do it yourself: uv pip uninstall --python .vllm/bin/python triton_kernels"
     )
     return Finding(
         "FAIL",
@@ -386,7 +340,7 @@ def _shadow(layout: Layout, shadow: Path | None) -> Finding:
 
 def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
     rows = tuple(
-        Finding("FAIL", "leftovers", layout.relative(one.place), one.why, "moved out of the tree")
+        Finding("FAIL", "leftovers", layout.relative(one.place), one.why, "move it out of the tree")
         for one in stale
     )
     return rows or (
@@ -396,9 +350,7 @@ def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
 
 def _caches(foreign: tuple[jit_caches.Foreign, ...]) -> tuple[Finding, ...]:
     rows = tuple(
-        Finding("FAIL", "caches", f"{one.cache.kind}: {one.cache.place}", one.wrote, "moved aside")
+        Finding("FAIL", "caches", f"{one.cache.kind}: {one.cache.place}", one.wrote, "rename it")
         for one in foreign
     )
-    return rows or (
-        Finding("ok", "caches", "nothing of another stack where kernels are loaded from"),
-    )
+    return rows or (Finding("ok", "caches", "the caches hold no kernels of another stack"),)

@@ -1,8 +1,7 @@
-"""What mends a finding, cheapest first: a line of .env, folders moved out of the way, caches moved
-aside, the wheel that torch pairs with.
+"""The fixes of inv fix-triton, cheapest first, each with its plan.
 
-Each says what it would do before it is done. Whether it has helped is for the next diagnosis to
-say. The build from source is source.py's.
+They change a line of .env, move folders away, rename caches, or install the wheel that torch pairs
+with. The next diagnosis judges the result. The build from source is in triton_fix.py.
 """
 
 import datetime
@@ -28,7 +27,7 @@ WHY = "changed by inv fix-triton on {day}"
 
 @dataclass
 class Context:
-    """Where remedies work; `settings` are read again once .env has changed."""
+    """The workspace that fixes work in; `settings` are read again once .env has changed."""
 
     layout: Layout
     settings: Settings
@@ -45,9 +44,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Fix:
-    """`plan` says what it would do, nothing where it is not for what was found; `act` does it and
-    says what was done.
-    """
+    """One fix: `plan` lists what `act` would do, empty where the fix does not apply."""
 
     name: str
     plan: Callable[[Context, Diagnosis], tuple[str, ...]]
@@ -55,17 +52,17 @@ class Fix:
 
 
 def assembler_changes(context: Context, found: Diagnosis) -> dict[str, str | None]:
-    """Decide other values for Triton's variables: none where its own assembler serves, else the
-    newest on this machine that does.
+    """Decide new values for Triton's variables; None where its own assembler works.
 
-    Never one that is older than Triton's own: what that lacks today an older one lacks as well, or
-    will with the next kernel. And none for a Triton that is the wrong one, and about to go.
+    Otherwise choose the newest assembler on this machine that works. Never choose one older than
+    Triton's own: it lacks the same features, today or with the next kernel. A wrong Triton, which
+    is about to be replaced, gets no assembler.
     """
     changes: dict[str, str | None] = {}
-    is_leaving = any(finding.name == "triton" for finding in found.bad)
+    is_replaced = any(finding.name == "triton" for finding in found.bad)
     for verdict in found.verdicts:
         if verdict.assembler.is_used and (not verdict.is_good or verdict.is_ignored):
-            value = None if is_leaving else _better(context, found, verdict)
+            value = None if is_replaced else _better(context, found, verdict)
             if value is not None or verdict.own is not None:
                 changes[verdict.assembler.variable] = value
         elif verdict.is_refused or verdict.is_ignored:
@@ -92,9 +89,7 @@ def _better(context: Context, found: Diagnosis, verdict: Verdict) -> str | None:
 
 
 def _programs(context: Context, case: Case) -> Iterator[Path]:
-    """Every ptxas of this machine that is worth a try: the toolkit's, the one on PATH, those of
-    NVIDIA's packages in `.vllm`.
-    """
+    """Yield each ptxas of this machine: the toolkit's, that on PATH, those of NVIDIA's packages."""
     toolkit, on_path = case.toolkit(), case.which("ptxas")
     if toolkit:
         yield toolkit.home / "bin" / "ptxas"
@@ -105,18 +100,18 @@ def _programs(context: Context, case: Case) -> Iterator[Path]:
 
 
 def _plan_assembler(context: Context, found: Diagnosis) -> tuple[str, ...]:
-    said = []
+    lines = []
     for name, value in assembler_changes(context, found).items():
         if context.settings.source(name) == "shell":
-            said.append(
+            lines.append(
                 f"unset {name} in your shell, which outranks .env"
                 + (f"; .env gets {name}={value}" if value else "")
             )
         else:
-            said.append(
-                f".env gets {name}={value}" if value else f"{name} becomes a remark in .env"
+            lines.append(
+                f".env gets {name}={value}" if value else f"{name} becomes a comment in .env"
             )
-    return tuple(said)
+    return tuple(lines)
 
 
 def _change_assembler(context: Context, found: Diagnosis) -> str:
@@ -139,34 +134,31 @@ def _change_assembler(context: Context, found: Diagnosis) -> str:
     ]
     if wrong:
         raise ToolchainError(
-            f".env was changed, and {wrong[0]} is still {context.settings.text(wrong[0])}",
-            hint="look at .env: the name stands there twice?",
+            f".env was changed, but {wrong[0]} is still {context.settings.text(wrong[0])}",
+            hint="check .env: is the name there twice?",
         )
     return ", ".join(
-        f"{name} {'is ' + value if value else 'no longer counts'}"
+        f"{name} {'is ' + value if value else 'is not set any more'}"
         for name, value in changes.items()
     )
 
 
 def _plan_folders(context: Context, found: Diagnosis) -> tuple[str, ...]:
     place = context.layout.relative(context.layout.quarantine)
-    said = [
-        f"{context.layout.relative(one.place)}, which git does not track, goes to {place}"
-        for one in found.stale
-    ]
     return (
-        *said,
         *(
-            f"{context.layout.relative(folder)} goes to {place}"
+            f"move {context.layout.relative(stale.place)}, which git does not track, to {place}"
+            for stale in found.stale
+        ),
+        *(
+            f"move {context.layout.relative(folder)} to {place}"
             for folder in _shadows(context, found)
         ),
     )
 
 
 def _shadows(context: Context, found: Diagnosis) -> tuple[Path, ...]:
-    """The shadow and what describes it as a package, as far as they lie in `.vllm`; one that does
-    not is its owner's.
-    """
+    """Return the shadow and its metadata if they are in `.vllm`; elsewhere they are the user's."""
     if found.shadow is None:
         return ()
     packages = [
@@ -180,12 +172,11 @@ def _shadows(context: Context, found: Diagnosis) -> tuple[Path, ...]:
 
 def _move_folders(context: Context, found: Diagnosis) -> str:
     layout = context.layout
-    scratch = layout.quarantine / datetime.datetime.now(tz=datetime.UTC).strftime(
-        "%Y%m%d-%H%M%S-%f"
-    )
-    moved = [*(one.place for one in found.stale), *_shadows(context, found)]
+    now = datetime.datetime.now(tz=datetime.UTC)
+    quarantine = layout.quarantine / now.strftime("%Y%m%d-%H%M%S-%f")
+    moved = [*(stale.place for stale in found.stale), *_shadows(context, found)]
     for place in moved:
-        target = scratch / place.relative_to(layout.root)
+        target = quarantine / place.relative_to(layout.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         context.run_log.command(shlex.join(["mv", str(place), str(target)]))
         try:
@@ -195,15 +186,13 @@ def _move_folders(context: Context, found: Diagnosis) -> str:
                 f"{layout.relative(place)} cannot be moved: {exc.strerror}",
                 hint=f"ls -ld {place.parent}",
             ) from exc
-    for one in found.stale:
-        _bring_again(layout, one.place)
-    return f"{len(moved)} moved to {layout.relative(scratch)}"
+    for stale in found.stale:
+        _extract_again(layout, stale.place)
+    return f"{len(moved)} moved to {layout.relative(quarantine)}"
 
 
-def _bring_again(layout: Layout, place: Path) -> None:
-    """Put what the build's wheel has for a folder back into it: without it vLLM would have no
-    kernels of Triton's there.
-    """
+def _extract_again(layout: Layout, place: Path) -> None:
+    """Extract the folder's files from the build's wheel: vLLM needs Triton's kernels there."""
     recorded = stamp.read(layout.stamp("vllm"))
     wheel = Path(recorded.outcome.get("wheel", "")) if recorded else Path()
     names = brought(wheel, str(place.relative_to(layout.vllm))) if wheel.is_file() else {}
@@ -213,16 +202,16 @@ def _bring_again(layout: Layout, place: Path) -> None:
 
 
 def _plan_caches(_: Context, found: Diagnosis) -> tuple[str, ...]:
-    return tuple(f"{one.cache.place} goes aside, to a name beside it" for one in found.foreign)
+    return tuple(f"rename {foreign.cache.place}" for foreign in found.foreign)
 
 
 def _move_caches(context: Context, found: Diagnosis) -> str:
-    said = []
-    for one in found.foreign:
-        place = jit_caches.put_aside(one)
-        context.run_log.command(shlex.join(["mv", str(one.cache.place), str(place)]))
-        said.append(place.name)
-    return f"now {', '.join(said)}; a kernel that is needed is compiled again"
+    names = []
+    for foreign in found.foreign:
+        place = jit_caches.put_aside(foreign)
+        context.run_log.command(shlex.join(["mv", str(foreign.cache.place), str(place)]))
+        names.append(place.name)
+    return f"renamed to {', '.join(names)}; kernels are compiled again when needed"
 
 
 def _plan_wheel(context: Context, found: Diagnosis) -> tuple[str, ...]:
@@ -237,7 +226,7 @@ def _plan_wheel(context: Context, found: Diagnosis) -> tuple[str, ...]:
     ):
         return ()
     return (
-        f"triton{found.paired} from the package index, which torch pairs with"
+        f"install triton{found.paired} from the package index, which torch pairs with"
         + (f", instead of {there.version}" if there else ""),
     )
 
@@ -254,14 +243,12 @@ def _install_wheel(context: Context, found: Diagnosis) -> str:
             failure=BuildError,
         )
     finally:
-        vouch(layout)
+        record_installed(layout)
     return f"triton {interpreter.installed(layout).get('triton')}"
 
 
-def vouch(layout: Layout) -> None:
-    """Let the environment's stamp say which Triton is there now, which is this verb's doing:
-    bootstrap would else take it for damage.
-    """
+def record_installed(layout: Layout) -> None:
+    """Record the installed Triton in the environment's stamp: to bootstrap it is not damage."""
     recorded = stamp.read(layout.stamp("environment"))
     version = interpreter.installed(layout).get("triton")
     if recorded and recorded.packages.get("triton") != version:
@@ -271,26 +258,26 @@ def vouch(layout: Layout) -> None:
         stamp.write(layout.stamp("environment"), replace(recorded, packages=packages))
 
 
-def put_back_former(context: Context) -> None:
-    """Finish what a run that was killed between two Tritons has left; one that bootstrap has
-    vouched for since then stays.
+def restore_former(context: Context) -> None:
+    """Restore the former Triton after a run that was killed while it installed another.
+
+    A Triton that bootstrap has recorded since then stays.
     """
     layout = context.layout
     if not venv.is_former_kept(layout):
         return
-    one, version = venv.keep_former(layout), interpreter.installed(layout).get("triton")
+    former, version = venv.keep_former(layout), interpreter.installed(layout).get("triton")
     recorded = stamp.read(layout.stamp("environment"))
     if version is not None and version in (
-        one.version,
+        former.version,
         recorded.packages.get("triton") if recorded else None,
     ):
-        venv.drop_former(one)
+        venv.drop_former(former)
         return
-    venv.put_former_back(layout, context.settings, one, run_log=context.run_log)
-    vouch(layout)
+    venv.put_former_back(layout, context.settings, former, run_log=context.run_log)
+    record_installed(layout)
     context.run_log.console.info(
-        f"a run that was ended in the middle is taken back: triton {one.version or 'none'} is in"
-        " .vllm again"
+        f"an interrupted run is undone: triton {former.version or 'none'} is in .vllm again"
     )
 
 

@@ -1,9 +1,8 @@
-"""A verified build as a wheel: the package as the tree has it, its libraries, the metadata of the
-editable install.
+"""inv wheel: pack a verified build, with the package files of the tree, as a wheel.
 
-It installs as any wheel does, and gives its libraries to another clone or a second Spark
-(`--kernels PATH`); `workspace.json` in it says what they were made from. The same build gives the
-same bytes everywhere: no times, no paths of this machine.
+It installs as any wheel does and provides its libraries to another clone or a second Spark
+(`--kernels PATH`); `workspace.json` in it records their inputs. The same build gives the same bytes
+everywhere: the wheel contains no times and no paths of this machine.
 """
 
 import base64
@@ -32,21 +31,21 @@ from workspace.machine import interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
 
-# Of what git ignores, what builds put into the package; the rest is what editors and runs leave.
+# Ignored files that a build writes into the package; the others come from editors and runs.
 _BUILT = re.compile(
     r"vllm/(_version\.py|vllm-rs|vllm_flash_attn/.+|third_party/.+|.+\.so(\.\d+)*)$"
 )
-# What of the installed metadata is this machine's own.
+# The installed metadata that goes into the wheel; the rest is specific to this machine.
 _METADATA = re.compile(r"(METADATA|entry_points\.txt|top_level\.txt|licenses/.+)$")
 _FOR_PYTHON = re.compile(r"(.+)\.cpython-3(\d+)[a-z]*-.+\.so$")
-# zip cannot say an earlier one.
+# The earliest time that zip can store.
 _WHEN = (1980, 1, 1, 0, 0, 0)
 _OWN_INPUTS = ("place", "interpreter")
 
 
 @dataclass(frozen=True)
 class Written:
-    """A wheel that was packed: where, bytes, SHA-256."""
+    """A packed wheel: path, bytes, SHA-256."""
 
     path: Path
     size: int
@@ -59,14 +58,14 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     with lock.hold(layout.lock, verb="inv wheel", wait=wait, on_wait=console.info):
         observed = plan.observe(layout, settings)
         with console.step("wheel") as view:
-            made = pack(layout, settings, observed, layout.root / "dist", step=view)
-            view.reason = f"{made.path.name}, {made.size / 1e6:.1f} MB"
-    console.data(f"{made.sha256}  {layout.relative(made.path)}")
-    if ".dirty" in made.path.name:
-        console.warn("vendor/vllm has edits that no commit holds: the wheel is named by them")
+            packed = pack(layout, settings, observed, layout.root / "dist", step=view)
+            view.reason = f"{packed.path.name}, {packed.size / 1e6:.1f} MB"
+    console.data(f"{packed.sha256}  {layout.relative(packed.path)}")
+    if ".dirty" in packed.path.name:
+        console.warn("vendor/vllm has uncommitted edits: the name of the wheel has their digest")
     console.info(
         "a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels"
-        f" {made.path}"
+        f" {packed.path}"
     )
 
 
@@ -78,11 +77,10 @@ def pack(
     *,
     step: Step | None = None,
 ) -> Written:
-    """Pack the verified build into `folder`; hold the workspace's lock. An existing wheel of the
-    same name is replaced as a whole.
+    """Pack the verified build into `folder` and replace a wheel of the same name.
 
-    Raises BuildError where there is no verified build, or it changed since, ToolchainError where
-    `folder` cannot be written.
+    The caller holds the workspace's lock. Raises BuildError where the build is not verified or has
+    changed since, ToolchainError where `folder` cannot be written.
     """
     recorded = _verified(observed)
     git = Git(layout.vllm)
@@ -91,7 +89,7 @@ def pack(
     known = {library.path: library.sha256 for library in recorded.libraries}
     if strange := sorted(name for name in members if name.endswith(".so") and name not in known):
         raise BuildError(
-            f"{strange[0]} is not of the build that was verified", hint="./scripts/inv rebuild"
+            f"{strange[0]} is not part of the verified build", hint="./scripts/inv rebuild"
         )
     tag = f"cp{packed.python.replace('.', '')}" if packed.python else "cp38"
     name = (
@@ -113,11 +111,10 @@ def pack(
 def fits(
     packed: Packed, inputs: Inputs, digest: str, *, python: str, capabilities: tuple[str, ...] = ()
 ) -> str | None:
-    """Decide whether the libraries of a wheel are what a build with these inputs would give; a
-    sentence says why not.
+    """Return why the libraries of a wheel differ from a build with these inputs, or None.
 
-    `digest` is that of the tree's compiled sources, `python` the environment's version as 3.12,
-    `capabilities` those of the GPUs here.
+    `digest` is that of the tree's compiled sources, `python` the environment's version as in 3.12,
+    `capabilities` are those of this machine's GPUs.
     """
     pin = f"{packed.tag} {packed.commit[:12]}"
     compared = (
@@ -182,8 +179,9 @@ def _describe(
 
 
 def _python(recorded: stamp.Stamp) -> str:
-    """The one version of Python that a library is for; releases bring DeepGEMM's for each of them,
-    a build of one's own for one.
+    """Return the only Python version of a library, empty where each exists for several versions.
+
+    Releases contain DeepGEMM for each Python version, a local build for one.
     """
     versions: dict[str, set[str]] = {}
     for library in recorded.libraries:
@@ -192,16 +190,29 @@ def _python(recorded: stamp.Stamp) -> str:
     return next((next(iter(found)) for found in versions.values() if len(found) == 1), "")
 
 
-# What a member of the wheel is: a file of this machine, or its bytes.
+# A member of the wheel: a file of this machine, or bytes.
 _Member = Path | bytes
 
 
 def _members(
     layout: Layout, git: Git, observed: plan.Observation, packed: Packed
 ) -> dict[str, _Member]:
-    """Every file of the package as the tree has it, and of the metadata, by its name in the
-    wheel.
-    """
+    """Map the names in the wheel to the files of the package in the tree, and to the metadata."""
+    return (
+        _package(layout, git)
+        | _metadata(layout, observed, packed)
+        | {
+            "vllm/_version.py": _renamed(
+                (layout.vllm / tree_files.PACKAGE / "_version.py").read_text(encoding="utf-8"),
+                observed.version,
+                packed.version,
+            ).encode()
+        }
+    )
+
+
+def _package(layout: Layout, git: Git) -> dict[str, _Member]:
+    """Map names to the tracked files of the package and those that a build writes."""
     built = [name for name in worktree.products(git, tree_files.PACKAGE) if _BUILT.match(name)]
     members: dict[str, _Member] = {}
     for name in (*git.entries((tree_files.PACKAGE,), None), *built):
@@ -214,29 +225,26 @@ def _members(
                 f"{name}/{below}": tree_files.as_package(file.read_bytes())
                 for file, below in files.items()
             }
-    said = f"vllm-{observed.version}.dist-info"
-    installed = next(
-        (
-            found
-            for folder in interpreter.site_packages(layout)
-            if (found := folder / said).is_dir()
-        ),
-        None,
-    )
+    return members
+
+
+def _metadata(layout: Layout, observed: plan.Observation, packed: Packed) -> dict[str, _Member]:
+    """Map names to the installed metadata, with the version of the wheel, and workspace.json."""
+    name = f"vllm-{observed.version}.dist-info"
+    folders = (folder / name for folder in interpreter.site_packages(layout))
+    installed = next((folder for folder in folders if folder.is_dir()), None)
     if installed is None:
-        raise BuildError(f"{said} is not in .vllm", hint="./scripts/inv bootstrap")
+        raise BuildError(f"{name} is not in .vllm", hint="./scripts/inv bootstrap")
     info = f"vllm-{packed.version}.dist-info"
-    for path in installed.rglob("*"):
-        if path.is_file() and _METADATA.match(below := str(path.relative_to(installed))):
-            members[f"{info}/{below}"] = path
+    members: dict[str, _Member] = {
+        f"{info}/{below}": path
+        for path in installed.rglob("*")
+        if path.is_file() and _METADATA.match(below := str(path.relative_to(installed)))
+    }
     metadata = (installed / "METADATA").read_bytes()
     members[f"{info}/METADATA"] = metadata.replace(
         f"\nVersion: {observed.version}\n".encode(), f"\nVersion: {packed.version}\n".encode(), 1
     )
-    own = layout.vllm / tree_files.PACKAGE / "_version.py"
-    members["vllm/_version.py"] = _renamed(
-        own.read_text(encoding="utf-8"), observed.version, packed.version
-    ).encode()
     members[f"{info}/{RECORD}"] = (
         json.dumps({"schema": SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n"
     ).encode()
@@ -244,7 +252,7 @@ def _members(
 
 
 def _renamed(text: str, old: str, new: str) -> str:
-    """setuptools-scm's _version.py for another version, which differs in the local label alone."""
+    """Return setuptools-scm's _version.py for a version that differs only in the local label."""
     return text.replace(f"'{old}'", f"'{new}'").replace(
         f"'{old.partition('+')[2]}')", f"'{new.partition('+')[2]}')"
     )
@@ -264,8 +272,9 @@ def _wheel_file(name: str) -> bytes:
 def _write(
     path: Path, members: Mapping[str, _Member], record: str, step: Step | None
 ) -> Iterator[tuple[str, str]]:
-    """Write the members, sorted, the metadata last as PEP 427 recommends, and RECORD; yield each
-    member's name and SHA-256 as it is written.
+    """Write the sorted members, then metadata (PEP 427) and RECORD; yield names and SHA-256 hashes.
+
+    Each name is yielded once its member is written.
     """
     lines, done = [], 0
     total = sum(
@@ -310,5 +319,5 @@ def _add(archive: zipfile.ZipFile, name: str, member: _Member) -> tuple[int, byt
 
 
 def _quoted(name: str) -> str:
-    """RECORD is comma-separated (PEP 376)."""
+    """Quote a name for RECORD, which is comma-separated (PEP 376)."""
     return '"' + name.replace('"', '""') + '"' if "," in name or '"' in name else name
