@@ -107,7 +107,7 @@ def test_without_its_tool_environment_a_clone_says_how_to_make_one(world: World)
         argv, env=world.env, cwd=world.root, capture_output=True, text=True, timeout=60, check=False
     )
     ended = Ended(done.returncode, done.stdout, done.stderr)
-    assert ".workspace/tools is not there" in ended.error(7)
+    assert ".workspace/tools does not exist" in ended.error(7)
     assert "./scripts/inv --list" in ended.err
 
 

@@ -60,7 +60,7 @@ def test_what_starting_a_program_costs_is_taken_off_both_sides(tmp_path: Path) -
 
 
 def test_a_side_that_takes_less_than_the_seam_is_still_divided_by() -> None:
-    assert Sample(0.01, 0.02).less(Sample(0.03, 0.03)).wall_s > 0
+    assert Sample(0.01, 0.02).minus(Sample(0.03, 0.03)).wall_s > 0
 
 
 def test_before_runs_ahead_of_every_start_and_is_not_timed(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_status_may_be_named_as_one_that_counts(tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_not_there_is_an_expected_failure(tmp_path: Path) -> None:
-    with pytest.raises(ToolchainError, match="is not there"):
+    with pytest.raises(ToolchainError, match="does not exist"):
         run(Command((tmp_path / "missing",), tmp_path, dict(os.environ)))
 
 

@@ -258,11 +258,7 @@ def _kernels(
     if git is None or build is None:
         reason = "there is no checkout" if git is None else "there is no torch"
         return Layer("kernels", "missing", (reason,)), ()
-    inputs = {
-        "origin": wanted.origin,
-        "device": facts.device,
-        "torch": _torch_input(build),
-    }
+    inputs = {"origin": wanted.origin, "device": facts.device, "torch": _torch_input(build)}
     compiled = (
         compiled_inputs(facts.layout, facts.settings, git, facts.pin, facts.device, build)
         if wanted.kind in ("native", "hybrid")

@@ -390,11 +390,7 @@ def run(
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
-        recorded = observed.kernels.recorded
-        console.info(
-            f"nothing to do: the kernels of vllm {observed.version} are up to date"
-            f" ({status.short_origin(recorded) if recorded else ''}); Python files are live"
-        )
+        _show_up_to_date(observed, console)
         return
     bounds = bounds or _bounds(settings, options)
     is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
@@ -413,6 +409,14 @@ def run(
     if not options.plan_only:
         following = status.next_command(plan.observe(layout, settings))
         console.info(f"vllm {observed.version} is rebuilt; next: {following}")
+
+
+def _show_up_to_date(observed: plan.Observation, console: Console) -> None:
+    recorded = observed.kernels.recorded
+    console.info(
+        f"nothing to do: the kernels of vllm {observed.version} are up to date"
+        f" ({status.short_origin(recorded) if recorded else ''}); Python files are live"
+    )
 
 
 def _clean(layout: Layout, console: Console, *, wait: bool) -> None:

@@ -286,7 +286,7 @@ def _require_context(layout: Layout, settings: Settings) -> None:
 def _install(
     context: Context, tree: triton_sources.Source, wheel: triton_build.Wheel, *, jobs: int
 ) -> Diagnosis:
-    """Install the wheel and verify it with the test kernel; on failure, restore the former Triton."""
+    """Install the wheel and verify it; on failure restore the former Triton."""
     layout, settings, run_log = context.layout, context.settings, context.run_log
     former, recorded = venv.keep_former(layout), stamp.read(layout.stamp("triton"))
     stamp.withdraw(layout.stamp("triton"))

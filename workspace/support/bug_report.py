@@ -1,8 +1,7 @@
-"""One archive for a bug report: what is here, what the machine is, what went wrong last, with
-everything private masked.
+"""inv report: one archive for a bug report, with everything private masked.
 
-A part that cannot be had is replaced by the sentence that says why; nothing but a place to write to
-stops a report. It takes no lock: what hangs can be reported while it hangs.
+A part that cannot be collected is replaced by the reason; only a folder that cannot be written
+stops a report. It takes no lock, so a verb that hangs can be reported while it hangs.
 """
 
 import contextlib
@@ -45,8 +44,12 @@ SHOWN_COMMITS = 5
 SHOWN_NAMES = 100
 ANSWER_S = 8.0
 KILL_S = 1.0
-# Importing torch from a cold disk takes most of it.
+# The import of torch from a cold disk takes most of it.
 COLLECT_ENV_S = 60.0
+_MEMORY_FILES = (
+    *("memory.events", "memory.max", "memory.peak", "memory.swap.max"),
+    *("memory.oom_control", "memory.limit_in_bytes"),
+)
 # Folders of .workspace that hold programs and downloads.
 _NOT_SEARCHED = frozenset({"tools", "uv", "models", "reports", "site-packages"})
 _CONFIGURE_LOGS = frozenset({"CMakeConfigureLog.yaml", "CMakeError.log", "CMakeOutput.log"})
@@ -64,9 +67,7 @@ Collector = Callable[[Layout, Settings], Files]
 
 @dataclass(frozen=True)
 class Part:
-    """One part as it goes into the archive: masked files by their masked names. `lack` says why
-    there are none.
-    """
+    """One part of the archive: masked files by masked names; `lack` is why they are missing."""
 
     name: str
     files: Mapping[str, bytes]
@@ -74,28 +75,27 @@ class Part:
 
 
 def settings_of(layout: Layout) -> Settings:
-    """Read the settings as far as they can be read: what is wrong with .env or the shell is a part
-    of the report and does not stop it.
-    """
+    """Return the settings, or defaults where .env or the shell has errors."""
     core_settings.forget_outer_git()
     try:
         return core_settings.load(layout)
     except SettingsError:
-        # The place of no .env, and defaults in the place of whatever value the shell has.
+        # A folder without .env, and defaults instead of all values of the shell.
         return core_settings.load(
             Layout(layout.probes), flags={name: setting.default for name, setting in KNOWN.items()}
         )
 
 
 def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
-    """Write the report, print its path on stdout and its contents as rows. Raises ToolchainError
-    where .workspace cannot be written.
+    """Write the report, print its path on stdout and its parts as rows.
+
+    Raises ToolchainError where .workspace cannot be written.
     """
     folder = layout.state / "reports"
     name = f"report-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')}"
     path = folder / f"{name}.tar.gz"
     with _writing(folder):
-        # Tried first, for collecting takes half a minute.
+        # Before the collection, which takes half a minute.
         write_atomic(path, b"", mode=0o600)
     try:
         parts = _collect(layout, settings, Redactor(hardware.private(layout, settings)), console)
@@ -109,18 +109,15 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
         old.unlink(missing_ok=True)
     for part in parts:
         size = sum(len(content) for content in part.files.values())
+        files = f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}"
         console.row(
-            "warn" if part.lack else "ok",
-            part.name,
-            part.lack
-            or f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}, {size / 1024:.1f} KiB",
+            "warn" if part.lack else "ok", part.name, part.lack or f"{files}, {size / 1024:.1f} KiB"
         )
     console.info(
         f"{path.stat().st_size / 1024:.0f} KiB; secrets, names, addresses and places are masked"
     )
     console.info(
-        f"look through it before you give it away: tar -xOzf {shlex.quote(layout.relative(path))} |"
-        " less"
+        f"read it before you share it: tar -xOzf {shlex.quote(layout.relative(path))} | less"
     )
     console.data(str(path))
     return path
@@ -132,7 +129,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise ToolchainError(
-            f"{folder} cannot be written: {exc.strerror}, and a report needs a few MB there",
+            f"{folder} cannot be written: {exc.strerror}; a report needs a few MB there",
             hint=shlex.join(["df", "-h", str(hardware.existing(folder))]),
         ) from exc
 
@@ -140,7 +137,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _collect(
     layout: Layout, settings: Settings, redactor: Redactor, console: Console
 ) -> tuple[Part, ...]:
-    """Look at everything at once: most of the time is spent waiting for programs."""
+    """Collect all parts in parallel: most of the time goes into waiting for programs."""
     with console.step("collecting") as view, ThreadPoolExecutor(max_workers=len(PARTS)) as pool:
         futures = {
             name: pool.submit(collector, layout, settings) for name, collector in PARTS.items()
@@ -155,28 +152,19 @@ def _collect(
 
 
 def _part(name: str, future: Future[Files], redactor: Redactor) -> Part:
-    """The last step for every byte, name and sentence: masking."""
+    """Return the part with every byte, name and sentence masked."""
     try:
         files, lack = future.result(), ""
     except WorkspaceError as exc:
         lack = exc.message
-        files = {
-            f"{name}.txt": (
-                "\n".join(
-                    (
-                        f"error: {exc.message}",
-                        *([f"hint: {exc.hint}"] if exc.hint else []),
-                        *exc.details,
-                    )
-                )
-                + "\n"
-            )
-        }
+        hint = (f"hint: {exc.hint}",) if exc.hint else ()
+        lines = (f"error: {exc.message}", *hint, *exc.details)
+        files = {f"{name}.txt": "".join(f"{line}\n" for line in lines)}
     except OSError as exc:
         lack = f"{exc.filename or name}: {exc.strerror or exc}"
         files = {f"{name}.txt": f"error: {lack}\n"}
     except Exception as exc:
-        # A fault of ours is what a report is for.
+        # A defect of the workspace belongs into the report.
         lack = f"{type(exc).__name__}: {exc}"
         files = {f"{name}.txt": "".join(traceback.format_exception(exc))}
     masked: dict[str, bytes] = {}
@@ -185,14 +173,12 @@ def _part(name: str, future: Future[Files], redactor: Redactor) -> Part:
         shown = redactor.name(file)
         while shown in masked:
             shown += "+"
-        masked[shown] = content if content is not None else b"left out: not a text\n"
+        masked[shown] = content if content is not None else b"left out: not text\n"
     return Part(name, masked, redactor.text(lack).replace("\n", " "))
 
 
 def _end_children() -> None:
-    """^C: the programs that the other threads wait for run in groups of their own and would be
-    waited for.
-    """
+    """Terminate all programs after ^C: ^C does not reach their process groups."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
@@ -201,7 +187,7 @@ def _end_children() -> None:
 
 
 def _archive(parts: Sequence[Part], name: str) -> bytes:
-    """Pack without owner, host or file name in any header."""
+    """Pack the parts without an owner, host or file name in the headers."""
     packed = io.BytesIO()
     now = int(datetime.datetime.now(datetime.UTC).timestamp())
     with (
@@ -216,33 +202,31 @@ def _archive(parts: Sequence[Part], name: str) -> bytes:
     return packed.getvalue()
 
 
-def _said(
-    words: Sequence[str],
+def _output(
+    argv: Sequence[str],
     settings: Settings,
     *,
     timeout_s: float = ANSWER_S,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> str:
-    """What a program that may hang says, and how it ended where that is not well. A driver in
-    trouble never lets nvidia-smi end.
+    """Return the output of a program, with its status if it failed.
+
+    Raises ToolchainError after the timeout: with a broken driver, nvidia-smi never ends.
     """
-    limited = ["timeout", "-k", f"{KILL_S:g}", f"{timeout_s:g}", *words]
+    limited = ["timeout", "-k", f"{KILL_S:g}", f"{timeout_s:g}", *argv]
     done = process.capture(
         limited,
         env=env or settings.child_environment("build"),
         cwd=cwd,
         timeout_s=timeout_s + KILL_S + 1.0,
     )
-    # timeout(1) ends with 124, or by its own SIGKILL where that was needed.
+    # timeout(1) ends with 124, or with SIGKILL where it had to kill.
     if done.returncode in (124, -signal.SIGKILL):
-        raise ToolchainError(f"{words[0]} gave no answer in {timeout_s:g} s")
-    ended = (
-        ""
-        if done.returncode == 0
-        else f"{Path(words[0]).name} {process.describe_status(done.returncode)}\n"
-    )
-    return done.stdout + (f"-- stderr\n{done.stderr}" if done.stderr.strip() else "") + ended
+        raise ToolchainError(f"{argv[0]} gave no answer in {timeout_s:g} s")
+    failure = f"{Path(argv[0]).name} {process.describe_status(done.returncode)}\n"
+    errors = f"-- stderr\n{done.stderr}" if done.stderr.strip() else ""
+    return done.stdout + errors + (failure if done.returncode else "")
 
 
 def _status(layout: Layout, settings: Settings) -> Files:
@@ -253,24 +237,20 @@ def _status(layout: Layout, settings: Settings) -> Files:
 
 def _doctor(layout: Layout, settings: Settings) -> Files:
     out = io.StringIO()
+    console = Console(out=out, err=io.StringIO())
     try:
-        doctor.show(
-            layout,
-            settings,
-            console=Console(out=out, err=io.StringIO()),
-            as_json=True,
-            offline=True,
-        )
+        doctor.show(layout, settings, console=console, as_json=True, offline=True)
     except ToolchainError:
-        # It prints, then fails where something is in the way.
+        # The doctor prints its rows before it fails.
         if not out.getvalue():
             raise
     return {"doctor.json": out.getvalue()}
 
 
 def _settings(layout: Layout, settings: Settings) -> Files:
-    """Names, and values only of settings that are known and no secrets."""
-    written = {name: _shown(name, text) for name, text in hardware.assignments(layout.dotenv)}
+    """Return names of settings, and values only of known settings that are not secret."""
+    assignments = hardware.assignments(layout.dotenv)
+    written = {name: _shown(name, text) for name, text in assignments}
     record: dict[str, object] = {
         "settings": {
             name: f"{_shown(name, value.text)} ({value.source})"
@@ -278,9 +258,7 @@ def _settings(layout: Layout, settings: Settings) -> Files:
         },
         ".env": written if layout.dotenv.exists() else None,
         "shell hides .env": sorted(
-            name
-            for name, text in hardware.assignments(layout.dotenv)
-            if settings.shell.get(name, text) != text
+            name for name, text in assignments if settings.shell.get(name, text) != text
         ),
         "set in the shell": sorted(
             name for name in settings.shell if _NAMES_OF_INTEREST.match(name)
@@ -301,42 +279,33 @@ def _stamps(layout: Layout, _: Settings) -> Files:
     folder = layout.stamp("vllm").parent
     if not folder.is_dir():
         raise ToolchainError("there is no .vllm with stamps in it", hint=status.BOOTSTRAP)
-    beside = [
-        path
-        for path in (layout.lock, layout.state / "constraints.txt")
-        if path.is_file() and path.stat().st_size
-    ]
-    return {
-        f"stamps/{path.name}": hardware.tail_of(path)
-        for path in (*sorted(folder.glob("*")), *beside)
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.glob("*")) if path.is_file()]
+    others = (layout.lock, layout.state / "constraints.txt")
+    paths += [path for path in others if path.is_file() and path.stat().st_size]
+    return {f"stamps/{path.name}": hardware.tail_of(path) for path in paths}
 
 
 def _pins(layout: Layout, _: Settings) -> Files:
-    """Pins and series as they stand; of a patch what it is called and how much it changes, not
-    what.
-    """
+    """Return pins and series; of each patch only its headers and the size of its changes."""
     files = {"pins.toml": hardware.tail_of(layout.pins)}
     for project in PROJECTS:
         folder = layout.patches(project)
         if (folder / "series").exists():
             patches = [_described(path) for path in sorted(folder.glob("*.patch"))]
-            files[f"patches/{project}.txt"] = (
-                hardware.tail_of(folder / "series") + "\n" + "\n".join(patches)
-            )
+            text = "\n".join((hardware.tail_of(folder / "series"), *patches))
+            files[f"patches/{project}.txt"] = text
     return files
 
 
 def _described(path: Path) -> str:
-    """Headers decoded, for what mail encodes nobody would find."""
+    """Return a patch's headers, decoded from their mail encoding, and its changes in lines."""
     raw = hardware.read_small(path)
     subject = str(message_from_bytes(raw, policy=mail).get("Subject", "no subject"))
-    stand = re.search(rb"^Upstream-Status: .*$", raw, re.MULTILINE)
+    status = re.search(rb"^Upstream-Status: .*$", raw, re.MULTILINE)
     lines = [
         path.name,
         f"  Subject: {' '.join(subject.split())}",
-        f"  {stand[0].decode('utf-8', 'replace') if stand else 'no Upstream-Status'}",
+        f"  {status[0].decode('utf-8', 'replace') if status else 'no Upstream-Status'}",
     ]
     for change in re.split(rb"^diff --git ", raw, flags=re.MULTILINE)[1:]:
         head, _, body = change.partition(b"\n")
@@ -367,40 +336,18 @@ def _configures(layout: Layout, _: Settings) -> Files:
 
 
 def _versions(layout: Layout, settings: Settings) -> Files:
-    """The machine and its programs, each with the place that PATH finds it in."""
+    """Return facts of the machine, and the versions and paths of its programs and packages."""
     release = hardware.read_small(Path("/etc/os-release")).decode("utf-8", "replace")
-    memory = [
-        line
-        for line in hardware.read_small(Path("/proc/meminfo")).decode().splitlines()
-        if line.startswith(("Mem", "Swap", "Cached"))
-    ]
+    memory = hardware.read_small(Path("/proc/meminfo")).decode().splitlines()
+    memory = [line for line in memory if line.startswith(("Mem", "Swap", "Cached"))]
     kernel = (
         f"kernel {platform.system()} {platform.release()} {platform.version()}"
         f" {platform.machine()}, {' '.join(platform.libc_ver())}"
     )
     cores = f"{os.cpu_count()} CPUs, {len(os.sched_getaffinity(0))} usable"
-    lines = [
-        kernel,
-        cores,
-        *release.splitlines()[:6],
-        *memory,
-        f"python of the tools {sys.version}",
-    ]
-    toolkit = toolchain.find_toolkit(settings)
-    own = [str(layout.environment / "bin" / name) for name in ("cmake", "ninja")]
-    names: list[tuple[str, ...]] = [
-        ("git", "version"),
-        *((name, "--version") for name in ("gcc", "g++", "ld", "cmake", "ninja", *own, "ccache")),
-    ]
-    if toolkit:
-        names.append((str(toolkit.nvcc), "--version"))
-    names += [
-        (str(layout.environment_python), "-VV"),
-        ("nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv"),
-    ]
-    with contextlib.suppress(ToolchainError):
-        names.insert(0, (str(interpreter.uv(layout)), "--version"))
-    lines += [line for words in names for line in _version(words, settings)]
+    python = f"python of the tools {sys.version}"
+    lines = [kernel, cores, *release.splitlines()[:6], *memory, python]
+    lines += [line for argv in _programs(layout, settings) for line in _version(argv, settings)]
     packages = "".join(
         f"{name}=={version}\n" for name, version in sorted(interpreter.installed(layout).items())
     )
@@ -410,85 +357,82 @@ def _versions(layout: Layout, settings: Settings) -> Files:
     }
 
 
-def _version(words: Sequence[str], settings: Settings) -> Iterator[str]:
-    place = shutil.which(words[0], path=settings.child_environment("build").get("PATH", ""))
-    yield f"\n$ {' '.join(words)}" + (f"    # {place}" if place and place != words[0] else "")
+def _programs(layout: Layout, settings: Settings) -> Iterator[tuple[str, ...]]:
+    """Yield the command that shows a version, for each program of a build."""
+    with contextlib.suppress(ToolchainError):
+        yield str(interpreter.uv(layout)), "--version"
+    yield "git", "version"
+    own = [str(layout.environment / "bin" / name) for name in ("cmake", "ninja")]
+    for name in ("gcc", "g++", "ld", "cmake", "ninja", *own, "ccache"):
+        yield name, "--version"
+    if toolkit := toolchain.find_toolkit(settings):
+        yield str(toolkit.nvcc), "--version"
+    yield str(layout.environment_python), "-VV"
+    query = "--query-gpu=name,driver_version,compute_cap,memory.total"
+    yield "nvidia-smi", query, "--format=csv"
+
+
+def _version(argv: Sequence[str], settings: Settings) -> Iterator[str]:
+    place = shutil.which(argv[0], path=settings.child_environment("build").get("PATH", ""))
+    yield f"\n$ {' '.join(argv)}" + (f"    # {place}" if place and place != argv[0] else "")
     try:
-        said = _said(words, settings).strip().splitlines() if place else ["not there"]
+        output = _output(argv, settings).strip().splitlines() if place else ["not installed"]
     except ToolchainError as exc:
-        said = [exc.message]
-    # Lines with figures; the rest is about licences, or all that a broken program says.
-    yield from (
-        [
-            line
-            for line in said
-            if re.search(r"\d", line) and "Copyright" not in line and "License" not in line
-        ]
-        or said
-    )[:4]
+        output = [exc.message]
+    # Lines with digits: the other lines are licences. A broken program may print no digit.
+    versions = [
+        line
+        for line in output
+        if re.search(r"\d", line) and "Copyright" not in line and "License" not in line
+    ]
+    yield from (versions or output)[:4]
 
 
 def _kernel(_: Layout, settings: Settings) -> Files:
-    """Whom the kernel killed for memory, and what the control group allows (cgroups(7), versions 1
-    and 2).
-    """
+    """Return the kernel's kills for memory, and the limits of the control group."""
     try:
-        said = _said(["dmesg"], settings)
-        kills = [line for line in said.splitlines() if _OOM.search(line)][-SHOWN_NAMES:]
-        refused = said.rstrip() if "dmesg exited" in said else ""
+        output = _output(["dmesg"], settings)
+        kills = [line for line in output.splitlines() if _OOM.search(line)][-SHOWN_NAMES:]
+        refused = output.rstrip() if "dmesg exited" in output else ""
     except ToolchainError as exc:
         kills, refused = [], exc.message
-    lines = ["# dmesg: out of memory, NVIDIA Xid", *(kills or [refused or "nothing of the kind"])]
+    lines = ["# dmesg: out of memory, NVIDIA Xid", *(kills or [refused or "no such line"])]
     if refused:
         lines.append(
             "dmesg needs more rights; to see it yourself: sudo dmesg | grep -iE 'out of"
             " memory|killed process'"
         )
+    return {"kernel.txt": "\n".join((*lines, *_memory_limits())) + "\n"}
+
+
+def _memory_limits() -> Iterator[str]:
+    """Yield the files of the control groups' memory (cgroups(7), versions 1 and 2)."""
     for entry in hardware.read_small(Path("/proc/self/cgroup")).decode().splitlines():
-        _number, controllers, group = entry.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
-            for folder in (root / group.strip("/"), *(root / group.strip("/")).parents):
-                if folder.is_relative_to(root):
-                    lines += [
-                        f"# {folder}/{name}\n{hardware.read_small(folder / name).decode().strip()}"
-                        for name in (
-                            "memory.events",
-                            "memory.max",
-                            "memory.peak",
-                            "memory.swap.max",
-                            "memory.oom_control",
-                            "memory.limit_in_bytes",
-                        )
-                        if (folder / name).exists()
-                    ]
-    return {"kernel.txt": "\n".join(lines) + "\n"}
+        _, controllers, group = entry.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / controllers
+        for folder in (root / group.strip("/"), *(root / group.strip("/")).parents):
+            if folder.is_relative_to(root):
+                for file in (folder / name for name in _MEMORY_FILES):
+                    if file.exists():
+                        yield f"# {file}\n{hardware.read_small(file).decode().strip()}"
 
 
 def _collect_env(layout: Layout, settings: Settings) -> Files:
-    """vLLM's own questionnaire, which its maintainers ask for, without any secret in its
-    environment.
-    """
+    """Run vLLM's collect_env, which its maintainers ask for, without secrets in its environment."""
     if not os.access(layout.environment_python, os.X_OK):
-        raise ToolchainError("there is no .vllm to ask", hint=status.BOOTSTRAP)
-    environment = {
-        name: text
-        for name, text in settings.child_environment("run").items()
-        if not is_secret(name)
-    }
-    folders = [
-        str(layout.tools / "bin"),
-        str(layout.environment / "bin"),
-        environment.get("PATH", ""),
-    ]
-    # It asks `uv pip list` for the packages and takes the answer unseen.
-    environment |= {"VIRTUAL_ENV": str(layout.environment), "PATH": os.pathsep.join(folders)}
-    words = (str(layout.environment_python), "-m", "vllm.collect_env")
-    return {
-        "collect-env.txt": _said(
-            words, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment
-        )
-    }
+        raise ToolchainError("there is no .vllm to run collect_env in", hint=status.BOOTSTRAP)
+    variables = settings.child_environment("run")
+    environment = {name: text for name, text in variables.items() if not is_secret(name)}
+    path = (str(layout.tools / "bin"), str(layout.environment / "bin"), environment.get("PATH", ""))
+    # collect_env runs `uv pip list` and does not check its result.
+    environment |= {"VIRTUAL_ENV": str(layout.environment), "PATH": os.pathsep.join(path)}
+    argv = (str(layout.environment_python), "-m", "vllm.collect_env")
+    output = _output(
+        argv, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment
+    )
+    return {"collect-env.txt": output}
 
 
 def _smoke(layout: Layout, _: Settings) -> Files:
@@ -498,23 +442,12 @@ def _smoke(layout: Layout, _: Settings) -> Files:
 
 
 def _git(layout: Layout, _: Settings) -> Files:
-    pinned = {"https://github.com/vllm-project/vllm.git"} | set(
-        re.findall(
-            r'^url = "(.*)"$',
-            hardware.read_small(layout.pins).decode("utf-8", "replace"),
-            re.MULTILINE,
-        )
-    )
-    return {
-        "git.txt": (
-            "\n".join(
-                line
-                for path in (layout.root, layout.vllm, layout.triton)
-                for line in _repository(layout, path, pinned)
-            )
-            + "\n"
-        )
-    }
+    pins = hardware.read_small(layout.pins).decode("utf-8", "replace")
+    pinned = {"https://github.com/vllm-project/vllm.git"}
+    pinned |= set(re.findall(r'^url = "(.*)"$', pins, re.MULTILINE))
+    paths = (layout.root, layout.vllm, layout.triton)
+    lines = (line for path in paths for line in _repository(layout, path, pinned))
+    return {"git.txt": "\n".join(lines) + "\n"}
 
 
 def _repository(layout: Layout, path: Path, pinned: set[str]) -> Iterator[str]:
@@ -523,32 +456,25 @@ def _repository(layout: Layout, path: Path, pinned: set[str]) -> Iterator[str]:
         git = Git(path)
         place = git.place() if path.is_dir() else None
         if place is None or place.top.resolve() != path.resolve():
-            yield "no repository of its own"
+            yield "not a repository"
             return
-        origin, head = git.setting("remote.origin.url"), git.head()
-        yield (
-            f"HEAD {head or 'has no commit'}; origin:"
-            f" {'none' if origin is None else 'the pinned one' if origin in pinned else 'another one'}"
-        )
+        url, head = git.setting("remote.origin.url"), git.head()
+        origin = "none" if url is None else "pinned" if url in pinned else "not the pinned one"
+        yield f"HEAD {head or 'has no commit'}; origin: {origin}"
         yield f"under way: {git.under_way() or 'nothing'}"
         if link := git.gitlink("vendor/vllm"):
             yield f"gitlink vendor/vllm {link.commit}"
-        for number in range(SHOWN_COMMITS if head else 0):
-            commit, parent = git.resolve(f"HEAD~{number}"), git.resolve(f"HEAD~{number + 1}")
+        for index in range(SHOWN_COMMITS if head else 0):
+            commit, parent = git.resolve(f"HEAD~{index}"), git.resolve(f"HEAD~{index + 1}")
             if commit:
-                yield (
-                    f"  {commit[:12]}"
-                    f" {git.slugs(parent, commit)[-1] if parent else '(the first commit)'}"
-                )
+                subject = git.slugs(parent, commit)[-1] if parent else "(the first commit)"
+                yield f"  {commit[:12]} {subject}"
         edited = git.edits()
         new = (
             [name for name in git.changed_files("HEAD") if name not in set(edited)] if head else []
         )
-        yield from (
-            f"{mark} {name}"
-            for mark, names in (("edited", edited), ("new", new))
-            for name in names[:SHOWN_NAMES]
-        )
+        yield from (f"edited {name}" for name in edited[:SHOWN_NAMES])
+        yield from (f"new {name}" for name in new[:SHOWN_NAMES])
         yield f"{len(edited)} edited, {len(new)} new"
     except WorkspaceError as exc:
         yield f"error: {exc.message}"

@@ -1,7 +1,8 @@
 #!/bin/sh
-# What a person types to have vLLM run from a release archive and a wheel's kernels, without this workspace and with warm caches.
-# `nox -s perf` times it against `inv bootstrap`. It runs in an empty folder that holds patches/ and the lists *.txt; UV, PYTHON,
-# ARCHIVE, TAG, PROBE and the VLLM_* of vLLM's setup.py are in the environment; the arguments say which torch, and from where.
+# The commands that a person types to run vLLM from a release archive and a wheel's kernels, without
+# this workspace and with warm caches. `nox -s perf` times them against `inv bootstrap`.
+# The folder holds only patches/ and the lists *.txt. UV, PYTHON, ARCHIVE, TAG, PROBE and the VLLM_*
+# variables of vLLM's setup.py are in the environment; the arguments select torch and its index.
 set -eu
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null
 export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
@@ -23,11 +24,14 @@ cd ..
 "$UV" venv --no-project --python "$PYTHON" .venv
 "$UV" pip install --python "$python" "$@"
 "$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r requirements.txt
-[ ! -s companions.txt ] || "$UV" pip install --python "$python" --constraints constraints.txt -r companions.txt
-[ ! -s accelerators.txt ] || "$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r accelerators.txt
+[ ! -s companions.txt ] ||
+    "$UV" pip install --python "$python" --constraints constraints.txt -r companions.txt
+[ ! -s accelerators.txt ] ||
+    "$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r accelerators.txt
 "$UV" pip install --python "$python" --no-build-isolation --no-deps --editable vllm
 
-# The same proof as a bootstrap's: vLLM is imported from elsewhere and from inside its tree, and every library is loaded.
+# The same verification as in a bootstrap: vLLM is imported from another folder and from inside its
+# tree, and every library is loaded.
 tree=$PWD/vllm
 mkdir elsewhere
 cd elsewhere

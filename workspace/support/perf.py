@@ -1,5 +1,7 @@
-"""The door of perf: `python -m workspace.perf`, run by `nox -s perf` with the tool environment's
-Python.
+"""nox -s perf: the rows, their measurement, the table and the JSON record.
+
+It runs with the Python of the tool environment. perf_measure.py times two sides; perf_pairs.py and
+perf_replay.py prepare them.
 """
 
 import contextlib
@@ -23,9 +25,9 @@ from workspace.support.perf_measure import (
     Comparison,
     Context,
     Sample,
+    SelfTimed,
     Spread,
     Timed,
-    Told,
     compare,
 )
 
@@ -34,9 +36,7 @@ Sides = tuple[Timed, Timed]
 
 @dataclass(frozen=True)
 class Row:
-    """`prepare` makes what the two sides need and yields them, the measured one first; it raises a
-    WorkspaceError where it cannot.
-    """
+    """One comparison; `prepare` yields the two sides, the measured side first."""
 
     name: str
     measured: str
@@ -72,7 +72,7 @@ def _nox_wrapper(context: Context) -> Iterator[Sides]:
 
 @contextlib.contextmanager
 def _status(context: Context) -> Iterator[Sides]:
-    # An unbuilt tree is looked at in less time, which says nothing.
+    # Only a built tree counts: the status of an unbuilt tree takes less time.
     _ = context.built
     yield context.inv("status"), context.bare()
 
@@ -85,31 +85,31 @@ def _rebuild(context: Context) -> Iterator[Sides]:
 
 @contextlib.contextmanager
 def _doctor(context: Context) -> Iterator[Sides]:
-    # 6: the machine lacks something, which takes as long to find out.
+    # 6: the machine lacks a part; the doctor takes the same time.
     yield context.inv("doctor", "--offline", statuses=(0, 6)), context.bare()
 
 
-def _told(
+def _self_timed(
     prepare: Callable[[Context], AbstractContextManager[perf_replay.Sides]],
 ) -> Callable[[Context], AbstractContextManager[Sides]]:
     @contextlib.contextmanager
     def sides(context: Context) -> Iterator[Sides]:
         with prepare(context) as (measured, against):
-            yield Told(measured), Told(against)
+            yield SelfTimed(measured), SelfTimed(against)
 
     return sides
 
 
 def _replays() -> Iterator[Row]:
-    bound = "the least that any order takes"
+    bound = "the lower bound of any order"
     for gib in (24.0, 48.0, 96.0):
         here = f"the recorded build on {perf_replay.CORES} cores in {gib:g} GiB"
         yield Row(
             f"replay-{gib:g}",
-            f"{here}, admitted",
+            f"{here}, by admission",
             bound,
             Aim("ratio", 1.1),
-            _told(perf_replay.in_thought(gib)),
+            _self_timed(perf_replay.simulated(gib)),
             pairs=1,
             warm_ups=0,
         )
@@ -118,21 +118,21 @@ def _replays() -> Iterator[Row]:
             f"{here}, safe static jobs",
             bound,
             None,
-            _told(perf_replay.in_thought(gib, way=perf_replay.static)),
+            _self_timed(perf_replay.simulated(gib, way=perf_replay.static)),
             pairs=1,
             warm_ups=0,
         )
     for gib in (24.0, 48.0):
         here = (
-            f"the same in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through ninja and"
-            " launchers"
+            f"the recorded build in {gib:g} GiB, {perf_replay.SCALE:g} times as fast, through"
+            " ninja and launchers"
         )
         yield Row(
             f"ninja-{gib:g}",
             here,
             bound,
             Aim("ratio", 1.2),
-            _told(perf_replay.in_small_time(gib)),
+            _self_timed(perf_replay.time_scaled(gib)),
             pairs=1,
             warm_ups=0,
         )
@@ -161,7 +161,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "no-op",
         "inv bootstrap with nothing to do",
-        "uv pip install --no-build-isolation --no-deps -e, done before",
+        "a repeated uv pip install --no-build-isolation --no-deps -e",
         Aim("ratio", 0.1),
         perf_pairs.installed_again,
         pairs=3,
@@ -178,7 +178,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "apply",
         "inv patch.apply of a hundred patches, in this process",
-        "git am of them",
+        "git am of the same patches",
         Aim("ratio", 1.15),
         perf_pairs.applied,
         pairs=5,
@@ -193,7 +193,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "forecast",
-        "inv pin.forecast of them, in this process",
+        "inv pin.forecast of a hundred patches, in this process",
         "git apply --cached one by one",
         Aim("ratio", 1.5),
         perf_pairs.forecast,
@@ -222,7 +222,7 @@ _HEAD = ("", "row", "ratio", "from..to", "cpu", "measured", "against", "more", "
 
 @dataclass(frozen=True)
 class Result:
-    """A row with what was measured, or with why it could not be."""
+    """A row with its comparison, or with the error that prevented it."""
 
     row: Row
     comparison: Comparison | None
@@ -238,19 +238,15 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """The rows as lines for a person: state word first, then the figures (medians of the pairs),
-    then what was held against what.
-    """
+    """Return the lines of the table: verdict, figures (medians of the pairs), and both sides."""
     cells = [_HEAD, *(_cells(result) for result in results)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_HEAD))]
-    words = ["", *(f"{result.row.measured}, against {result.row.against}" for result in results)]
-    return [_line(row, widths, text) for row, text in zip(cells, words, strict=True)]
+    texts = ["", *(f"{result.row.measured}, against {result.row.against}" for result in results)]
+    return [_line(row, widths, text) for row, text in zip(cells, texts, strict=True)]
 
 
 def encode(results: Sequence[Result], machine: Machine) -> str:
-    """One JSON document. Times are UTC, durations milliseconds, ratios and differences those within
-    a pair.
-    """
+    """Return the JSON record: times in UTC, durations in ms, ratios and differences of pairs."""
     record = {
         "schema": SCHEMA,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -278,12 +274,12 @@ def _cells(result: Result) -> tuple[str, ...]:
     )
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], words: str) -> str:
+def _line(cells: Sequence[str], widths: Sequence[int], text: str) -> str:
     aligned = [
         cell.ljust(width) if column < 2 else cell.rjust(width)
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
-    return f"{'  '.join(aligned)}  {words}".rstrip()
+    return f"{'  '.join(aligned)}  {text}".rstrip()
 
 
 def _row(result: Result) -> dict[str, object]:
@@ -331,10 +327,10 @@ def run(
     pairs: int | None = None,
     json_file: Path | None = None,
 ) -> None:
-    """Measure rows, print table and record, keep the record. A missed aim is no failure: machines
-    are noisy.
+    """Measure the rows, print table and record, and write the record.
 
-    Raises BuildError where a row could not be measured, after all others were.
+    A missed aim is not a failure: machines are noisy. Raises BuildError where a row could not be
+    measured, after all other rows are done.
     """
     from workspace.core import files
     from workspace.machine import hardware

@@ -1,8 +1,8 @@
-"""Two ways to do one thing, timed against each other: programs, or calls in this process.
+"""Compare the times of two ways to do one thing: programs, or calls in this process.
 
-Runs alternate (A B, B A, …), so that a machine that gets slower or busier slows both; what is
-compared is always the two of a pair. What the process seam itself takes, a Python as guard among
-it, is measured beside them and taken off.
+Runs alternate (A B, B A, …), so that a machine that becomes slower slows both; each comparison is
+within a pair. The time of the process seam itself, with its guard in Python, is measured too and
+subtracted.
 """
 
 import functools
@@ -28,8 +28,9 @@ _LEAST_S = 0.0001
 
 @dataclass(frozen=True)
 class Command:
-    """A program to time. `before` runs ahead of each start and is not timed; `statuses` are the
-    exit statuses of a run that counts.
+    """A program to time; `before` runs untimed before each start.
+
+    Only runs with an exit status in `statuses` count.
     """
 
     argv: tuple[process.Argument, ...]
@@ -41,35 +42,31 @@ class Command:
 
 @dataclass(frozen=True)
 class Call:
-    """Work in this process: what a verb does once its door stands. `before` runs ahead of each and
-    is not timed.
-    """
+    """Work in this process, without the start of the command line; `before` runs untimed."""
 
     work: Callable[[], object]
     before: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
-class Told:
-    """Work that says its own seconds, on a clock that is not ours: a build in thought, or in small
-    time. Its processor time says nothing.
-    """
+class SelfTimed:
+    """Work that returns its own seconds, without processor time: a simulated or scaled build."""
 
     seconds: Callable[[], float]
 
 
-Timed = Command | Call | Told
+Timed = Command | Call | SelfTimed
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: seconds on the clock, and of all processors, its children's included."""
+    """One run: wall-clock seconds, and processor seconds with those of its children."""
 
     wall_s: float
     cpu_s: float
 
-    def less(self, other: "Sample") -> "Sample":
-        """The sample without another one in it; never nothing or less, for it is divided by."""
+    def minus(self, other: "Sample") -> "Sample":
+        """Return the difference of two samples, always positive because ratios divide by it."""
         return Sample(
             max(self.wall_s - other.wall_s, _LEAST_S), max(self.cpu_s - other.cpu_s, _LEAST_S)
         )
@@ -84,8 +81,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two sides of each pair, in the order of the pairs. `seam` is what starting any program
-    took, taken off where a side is one.
+    """The samples of both sides, in the order of the pairs.
+
+    `seam` is the time to start any program; it is subtracted from programs.
     """
 
     measured: tuple[Sample, ...]
@@ -130,7 +128,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Aim:
-    """At most `limit`: times as much (ratio), seconds more (extra), or seconds in all (wall)."""
+    """An upper limit: a ratio, extra seconds, or seconds in all (wall)."""
 
     kind: Literal["ratio", "extra", "wall"]
     limit: float
@@ -159,25 +157,24 @@ def compare(
     warm_ups: int,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Run both `warm_ups` times without counting, then in `pairs` pairs. `on_run` gets the runs so
-    far and in all.
+    """Run both sides `warm_ups` times without counting, then in `pairs` pairs.
 
-    Raises BuildError where a run ends with a status that does not count, ToolchainError where a
-    program is not there.
+    `on_run` gets the number of finished runs and of all runs. Raises BuildError where a run ends
+    with a status that does not count, ToolchainError where a program is missing.
     """
     sides = (measured, against)
     programs = [side for side in sides if isinstance(side, Command)]
     samples: tuple[list[Sample], list[Sample]] = ([], [])
     seams = []
     total = 2 * (warm_ups + pairs)
-    for number in range(warm_ups + pairs):
+    for index in range(warm_ups + pairs):
         for program in programs[:1]:
             seams.append(run(Command(_NOTHING, Path(program.cwd.anchor), program.env)))
-        for place, side in enumerate((0, 1) if (number - warm_ups) % 2 == 0 else (1, 0), 1):
+        for place, side in enumerate((0, 1) if (index - warm_ups) % 2 == 0 else (1, 0), 1):
             sample = run(sides[side])
-            if number >= warm_ups:
+            if index >= warm_ups:
                 samples[side].append(sample)
-            on_run(2 * number + place, total)
+            on_run(2 * index + place, total)
     seam = (
         Sample(
             statistics.median(one.wall_s for one in seams),
@@ -187,17 +184,19 @@ def compare(
         else Sample(0.0, 0.0)
     )
     one, other = (
-        tuple(sample.less(seam) if isinstance(side, Command) else sample for sample in taken)
+        tuple(sample.minus(seam) if isinstance(side, Command) else sample for sample in taken)
         for side, taken in zip(sides, samples, strict=True)
     )
     return Comparison(one, other, seam)
 
 
 def run(timed: Timed) -> Sample:
-    """Run one side once. Raises BuildError with what a program said where its status does not
-    count, and whatever a call raises.
+    """Run one side once.
+
+    Raises BuildError with a program's message where its status does not count, and the errors of a
+    call.
     """
-    if isinstance(timed, Told):
+    if isinstance(timed, SelfTimed):
         return Sample(max(timed.seconds(), _LEAST_S), _LEAST_S)
     if timed.before:
         timed.before()
@@ -218,32 +217,31 @@ def run(timed: Timed) -> Sample:
 
 
 def _cpu_s() -> float:
-    """Processor seconds of this process and of all children that have ended and were waited for
-    (getrusage(2)); os.times() counts in hundredths.
+    """Return processor seconds of this process and its reaped children (getrusage(2)).
+
+    os.times() has a resolution of only a hundredth of a second.
     """
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _failed(command: Command, done: process.Completed) -> BuildError:
-    """Pass on the sentence and the hint of a verb of ours, and the last words of any other
-    program.
-    """
+    """Return an error with the message and hint of a verb, or another program's last line."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    said = {
-        word: next((line for line in reversed(lines) if line.startswith(f"{word}: ")), "")
-        for word in ("error", "hint")
+    labelled = {
+        label: next((line for line in reversed(lines) if line.startswith(f"{label}: ")), "")
+        for label in ("error", "hint")
     }
-    sentence = said["error"].removeprefix("error: ") or (
-        lines[-1].strip() if lines else "it said nothing"
+    sentence = labelled["error"].removeprefix("error: ") or (
+        lines[-1].strip() if lines else "it printed nothing"
     )
-    # Later words may be an index address with a password in it.
-    words = " ".join(
-        [Path(word).name for word in command.argv if not str(word).startswith("-")][:2]
+    # Later arguments may be an index address with a password in it.
+    program = " ".join(
+        [Path(argument).name for argument in command.argv if not str(argument).startswith("-")][:2]
     )
-    hint = said["hint"].removeprefix("hint: ") or None
+    hint = labelled["hint"].removeprefix("hint: ") or None
     return BuildError(
-        f"{words} {process.describe_status(done.returncode)}: {sentence}",
+        f"{program} {process.describe_status(done.returncode)}: {sentence}",
         hint=hint,
         details=tuple(lines[-8:]),
     )
@@ -263,9 +261,7 @@ def nothing(_):
 
 
 class Context:
-    """One run's surroundings. `folder` is empty at first, on the file system of the clone, and
-    vanishes afterwards.
-    """
+    """The context of one run; `folder` is a temporary folder on the file system of the clone."""
 
     def __init__(self, layout: Layout, settings: Settings, folder: Path) -> None:
         self.layout = layout
@@ -274,9 +270,7 @@ class Context:
 
     @functools.cached_property
     def environment(self) -> dict[str, str]:
-        """What a verb of ours would see in the user's shell, and what the bare tool sees as
-        well.
-        """
+        """The environment of both sides: that of a verb in the user's shell."""
         chosen = {
             name: self.settings.text(name)
             for name in KNOWN
@@ -286,20 +280,18 @@ class Context:
 
     @functools.cached_property
     def python(self) -> Path:
-        """The Python of the tool environment. Raises ToolchainError where that was not made."""
+        """The Python of the tool environment. Raises ToolchainError where it is missing."""
         found = self.layout.tools / "bin" / "python"
         if not found.exists():
             raise ToolchainError(
-                f"{self.layout.relative(self.layout.tools)} is not there",
+                f"{self.layout.relative(self.layout.tools)} does not exist",
                 hint="./scripts/inv --list   # makes it",
             )
         return found
 
     @functools.cached_property
     def built(self) -> "Observation":
-        """What stands in this clone once bootstrap has nothing left to do. Raises BuildError where
-        it has.
-        """
+        """The state of this clone. Raises BuildError where a stage of bootstrap is due."""
         from workspace.install import bootstrap, plan
 
         observed = plan.observe(self.layout, self.settings)
@@ -310,20 +302,20 @@ class Context:
         ]
         if due:
             raise BuildError(
-                f"the tree is not built, or not as it should be ({'; '.join(due)})",
+                f"the tree is not built, or is not up to date ({'; '.join(due)})",
                 hint="./scripts/inv bootstrap",
             )
         return observed
 
-    def inv(self, *words: str, statuses: tuple[int, ...] = (0,)) -> Command:
-        """What scripts/inv ends in."""
-        return self.tool("-Es", self.layout.root / "tasks.py", *words, statuses=statuses)
+    def inv(self, *args: str, statuses: tuple[int, ...] = (0,)) -> Command:
+        """Return the command that scripts/inv runs in the end."""
+        return self.tool("-Es", self.layout.root / "tasks.py", *args, statuses=statuses)
 
-    def tool(self, *words: str | Path, statuses: tuple[int, ...] = (0,)) -> Command:
-        return Command((self.python, *words), self.layout.root, self.environment, statuses=statuses)
+    def tool(self, *args: str | Path, statuses: tuple[int, ...] = (0,)) -> Command:
+        return Command((self.python, *args), self.layout.root, self.environment, statuses=statuses)
 
     def bare(self) -> Command:
-        """Invoke itself, from the same environment, on a file with one empty task."""
+        """Return the command of invoke alone on a file with one empty task."""
         folder = self.folder / "bare"
         folder.mkdir(exist_ok=True)
         (folder / "tasks.py").write_text(_BARE, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What a person would type instead of `inv bootstrap`, made ready to be timed beside it.
+"""Pairs of a verb and the commands that a person would type instead, prepared for timing.
 
-Everything happens in copies: neither the user's tree nor the built environment is written to.
+Everything runs in copies: the user's tree and the built environment are not changed.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ from workspace.machine import interpreter, requirements, torch
 from workspace.repo import checkout, export, index, overview, patches, pins, series
 from workspace.repo.checkout import Kind
 from workspace.repo.git import Git
+from workspace.repo.pins import Archive, Pin
 from workspace.repo.upstream import Candidate
 from workspace.support import perf_measure
 from workspace.support.perf_measure import Call, Command, Context
 
 SCRIPT = Path(__file__).with_name("by_hand.sh")
-# What a fresh clone holds and a bootstrap reads. Uncommitted work counts, so it is copied and not
-# cloned.
+# The files of a fresh clone that a bootstrap reads. They are copied and not cloned, because
+# uncommitted work counts.
 CLONED = (
     *(
         "workspace",
@@ -45,74 +46,74 @@ CLONED = (
     ),
     *(".env", ".env.example", ".gitignore", "vendor/pins.toml"),
 )
-# One that does not exist, as in a bootstrap: without it a machine with Rust would build vLLM's
+# This program does not exist, as in a bootstrap: otherwise a machine with Rust would build vLLM's
 # optional frontend on one side only.
 _NO_CARGO = "/nonexistent/cargo"
 
 
 @contextlib.contextmanager
 def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
-    """`inv bootstrap` in this clone, which has nothing to do, and uv's editable install of a copy
-    of the tree, which was done before.
-    """
+    """Yield `inv bootstrap` with nothing to do, and a repeated editable install by uv of a copy."""
     observed, layout = context.built, context.layout
     tree, environment = context.folder / "vllm", context.folder / "environment"
     _copy(layout.vllm, tree, context)
     if (tree / ".git").is_file():
-        # It leads to the git directory of the user's tree, which knows nothing of a second one.
+        # It names the git directory of the user's tree, which has no second working tree.
         (tree / ".git").unlink()
     uv = interpreter.uv(layout)
-    _do(
+    _run(
         (uv, "venv", "--quiet", "--no-project", "--python", layout.environment_python, environment),
         context,
     )
     for packages in environment.glob("lib/python3.*/site-packages"):
-        # Build tools and torch are the built environment's; what is installed goes into this one.
+        # Build tools and torch come from the built environment; vLLM is installed into this one.
         (packages / "built.pth").write_text(
             "".join(f"{place}\n" for place in interpreter.site_packages(layout)), encoding="utf-8"
         )
     argv = (
-        uv,
-        "pip",
-        "install",
-        "--python",
-        environment / "bin" / "python",
-        "--no-build-isolation",
-        "--no-deps",
-        "--editable",
-        tree,
+        *(uv, "pip", "install", "--python", environment / "bin" / "python"),
+        *("--no-build-isolation", "--no-deps", "--editable", tree),
     )
     hand = Command(
         argv,
         context.folder,
         context.settings.child_environment("build", _build_variables(context, observed)),
     )
-    # With the lock held here, a bootstrap that finds something to do after all stops instead of
-    # doing it.
+    # This process holds the lock, so that a bootstrap that finds work stops instead of doing it.
     with lock.hold(layout.lock, verb="nox -s perf"):
         yield context.inv("bootstrap"), hand
 
 
 @contextlib.contextmanager
 def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
-    """`inv bootstrap` in a fresh clone, and by_hand.sh in an empty folder: the same archive, wheel,
-    requirements and proof.
+    """Yield `inv bootstrap` in a fresh clone, and by_hand.sh in an empty folder.
+
+    Both use the same archive, wheel, requirements and verification.
     """
     observed = context.built
-    archive = observed.pin.archive
-    if archive is None:
+    packed = _fetch_archive(context, observed.pin)
+    yield _bootstrap(context, observed), _by_hand(context, observed, packed)
+
+
+def _archive(pin: Pin) -> Archive:
+    """Return the pin's release archive. Raises SourceError where the pin has none."""
+    if pin.archive is None:
         raise SourceError(
-            f"vendor/pins.toml has no release archive of {observed.pin.name}, from which both sides"
-            " start",
+            f"vendor/pins.toml has no release archive of {pin.name}, from which both sides start",
             hint="git diff vendor/pins.toml",
         )
-    packed = index.fetch(
-        observed.pin.name, archive.filename, archive.sha256, settings=context.settings
-    )
-    clone, hand = context.folder / "clone", context.folder / "hand"
-    same = {
-        # The Python that the built environment has: looking for another one, online, is no part of
-        # this.
+    return pin.archive
+
+
+def _fetch_archive(context: Context, pin: Pin) -> Path:
+    archive = _archive(pin)
+    return index.fetch(pin.name, archive.filename, archive.sha256, settings=context.settings)
+
+
+def _bootstrap(context: Context, observed: Observation) -> Command:
+    clone = context.folder / "clone"
+    settings = {
+        # The Python of the built environment: an online search for another is not measured.
         "PYTHON_VERSION": (
             ".".join(observed.python.version.split(".")[:2]) if observed.python else ""
         ),
@@ -120,18 +121,16 @@ def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
         "ALLOW_PRERELEASE": "0",
     }
     argv = (
-        clone / "scripts" / "inv",
-        "bootstrap",
-        "--device",
-        observed.device,
-        "--source",
-        "release",
-        "--kernels",
-        "precompiled",
+        *(clone / "scripts" / "inv", "bootstrap", "--device", observed.device),
+        *("--source", "release", "--kernels", "precompiled"),
     )
-    measured = Command(
-        argv, clone, context.environment | same, before=lambda: _make_clone(context, clone)
+    return Command(
+        argv, clone, context.environment | settings, before=lambda: _make_clone(context, clone)
     )
+
+
+def _by_hand(context: Context, observed: Observation, packed: Path) -> Command:
+    hand = context.folder / "hand"
     variables = _build_variables(context, observed) | {
         "UV": str(interpreter.uv(context.layout)),
         "PYTHON": str(context.layout.environment_python),
@@ -140,24 +139,24 @@ def from_warm_caches(context: Context) -> Iterator[tuple[Command, Command]]:
         "PROBE": str(context.layout.probes / "verify.py"),
         "VLLM_NO_USAGE_STATS": "1",
     }
-    # The built environment's tools are not this one's.
+    # The tools of the built environment are not those of this environment.
     variables["PATH"] = os.pathsep.join(
         [str(hand / ".venv" / "bin"), context.environment.get("PATH", "")]
     )
     wanted = _requirements(context, observed)
     source = torch.plan(wanted.torch, device=observed.device, settings=context.settings)
-    against = Command(
+    return Command(
         ("/bin/sh", SCRIPT, *source.arguments, source.requirement),
         hand,
         context.settings.child_environment("build", variables),
         before=lambda: _make_hand(context, hand, wanted),
     )
-    yield measured, against
 
 
 def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
-    """What vLLM's setup.py is told, on either side. Natively compiled kernels would take hours
-    again: here they come from a wheel.
+    """Return the variables of vLLM's setup.py for both sides.
+
+    The kernels come from a wheel: to compile them takes hours.
     """
     kernels = (
         observed.kernels_wanted
@@ -195,7 +194,7 @@ def _requirements(context: Context, observed: Observation) -> requirements.Requi
 
 
 def _make_clone(context: Context, clone: Path) -> None:
-    """A clone as git leaves it, with the tool environment of this one."""
+    """Make a fresh clone with the tool environment of this clone."""
     shutil.rmtree(clone, ignore_errors=True)
     clone.mkdir()
     for name in CLONED:
@@ -214,7 +213,7 @@ def _make_clone(context: Context, clone: Path) -> None:
 
 
 def _make_hand(context: Context, hand: Path, wanted: requirements.Requirements) -> None:
-    """An empty folder with the lists that uv is given, as a person would have them in a project."""
+    """Make a folder with patches and the requirement lists for uv, as in a person's project."""
     shutil.rmtree(hand, ignore_errors=True)
     hand.mkdir()
     shutil.copytree(context.layout.patches("vllm"), hand / "patches")
@@ -231,18 +230,16 @@ def _make_hand(context: Context, hand: Path, wanted: requirements.Requirements) 
 
 
 def _copy(origin: Path, target: Path, context: Context) -> None:
-    """cp keeps times, so that bytecode stays valid, and is quick where the file system can share
-    blocks.
-    """
-    _do(("cp", "-a", "--reflink=auto", origin, target), context)
+    """Copy with cp: it keeps times, so that bytecode stays valid, and shares blocks if possible."""
+    _run(("cp", "-a", "--reflink=auto", origin, target), context)
 
 
-def _do(argv: tuple[process.Argument, ...], context: Context) -> None:
+def _run(argv: tuple[process.Argument, ...], context: Context) -> None:
     done = process.capture(argv, env=context.environment, cwd=context.layout.root)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [process.describe_status(done.returncode)])[-1]
         raise ToolchainError(
-            f"what is to be measured could not be made ready: {last}",
+            f"the measurement could not be prepared: {last}",
             hint=f"df -h {context.layout.root}",
         )
 
@@ -251,7 +248,7 @@ Sides = tuple[Call, Command]
 PATCHES = 100
 _SCRIPT = Path(__file__).with_name("stack.sh")
 _NEXT = "refs/perf/next"
-# What git format-patch writes (its manual page, DISCUSSION).
+# The output format of git format-patch (its manual page, DISCUSSION).
 _MAIL = """From {zeros} Mon Sep 17 00:00:00 2001
 From: A Developer <developer@example.org>
 Date: Thu, 1 Jan 2026 00:00:00 +0000
@@ -266,28 +263,19 @@ diff --git a/{path} b/{path}
 {hunk}"""
 
 
-class _House:
-    """A workspace in small around a checkout of the pinned release, with patches and another commit
-    that they apply to as well.
-    """
+class _PatchStack:
+    """A small workspace: the pinned release, patches, and a second commit that they apply to."""
 
     def __init__(self, context: Context) -> None:
         pin = pins.load(context.layout.pins).vllm
-        if pin.archive is None:
-            raise SourceError(
-                "vendor/pins.toml has no release archive of vllm, from which both sides start",
-                hint="git diff vendor/pins.toml",
-            )
-        self.context, self.pin, self.base = context, pin, pin.archive.commit
+        self.context, self.pin, self.base = context, pin, _archive(pin).commit
         self.layout = Layout(context.folder / "stack")
         self.run_log = RunLog(
             Console(out=io.StringIO(), err=io.StringIO()), self.layout.logs, verb="perf"
         )
         self.git = Git(self.layout.vllm)
         if not self.layout.vllm.exists():
-            packed = index.fetch(
-                pin.name, pin.archive.filename, pin.archive.sha256, settings=context.settings
-            )
+            packed = _fetch_archive(context, pin)
             self.layout.state.mkdir(parents=True)
             self.layout.vllm.parent.mkdir(parents=True)
             shutil.copyfile(context.layout.pins, self.layout.pins)
@@ -303,15 +291,15 @@ class _House:
             for path in sorted(self.layout.vllm.glob("vllm/**/*.py"))
             if path.stat().st_size > 1000
         ][:PATCHES]
-        names = [f"Change-number-{number:03}.patch" for number in range(len(chosen))]
-        for number, path in enumerate(chosen):
+        names = [f"Change-number-{position:03}.patch" for position in range(len(chosen))]
+        for position, path in enumerate(chosen):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            changed = [*lines[:10], f"# change number {number}\n", *lines[10:]]
+            changed = [*lines[:10], f"# change number {position}\n", *lines[10:]]
             hunk = "".join(list(difflib.unified_diff(lines, changed))[2:])
             text = _MAIL.format(
-                zeros="0" * 40, number=number, path=path.relative_to(self.layout.vllm), hunk=hunk
+                zeros="0" * 40, number=position, path=path.relative_to(self.layout.vllm), hunk=hunk
             )
-            (folder / names[number]).write_text(text, encoding="utf-8")
+            (folder / names[position]).write_text(text, encoding="utf-8")
         self.write_list(names)
 
     def _commit_next(self) -> None:
@@ -319,74 +307,77 @@ class _House:
         self.git.set_ref(
             _NEXT, self.git.commit_everything("The next release", date=pins.ARCHIVE_DATE)
         )
-        self.by_hand("reset")
+        self.run_command("reset")
 
     def write_list(self, names: list[str]) -> None:
         (self.layout.patches(self.pin.name) / series.SERIES_FILE).write_text(
             "\n".join([f"# base: {self.pin.commit}", *names, ""]), encoding="utf-8"
         )
 
-    def there(self) -> checkout.Checkout:
+    def observe(self) -> checkout.Checkout:
         return checkout.observe(self.layout, self.pin)
 
     def apply(self) -> patches.Stack:
         return patches.apply(
-            self.layout, self.pin.name, self.pin, self.there(), run_log=self.run_log
+            self.layout, self.pin.name, self.pin, self.observe(), run_log=self.run_log
         )
 
-    def typed(self, verb: str, before: Callable[[], None] | None = None) -> Command:
-        """What stack.sh does for a verb."""
-        places = {
+    def command(self, verb: str, before: Callable[[], None] | None = None) -> Command:
+        """Return the command of stack.sh that replaces a verb."""
+        folders = {
             "PATCHES": str(self.layout.patches(self.pin.name)),
             "OUT": str(self.layout.state / "out"),
         }
-        said = places | {"BASE": self.base, "NEXT": self.git.resolve(_NEXT) or ""}
+        variables = folders | {"BASE": self.base, "NEXT": self.git.resolve(_NEXT) or ""}
         return Command(
-            ("/bin/sh", _SCRIPT, verb), self.layout.vllm, self.context.environment | said, before
+            ("/bin/sh", _SCRIPT, verb),
+            self.layout.vllm,
+            self.context.environment | variables,
+            before,
         )
 
-    def by_hand(self, verb: str) -> None:
-        perf_measure.run(self.typed(verb))
+    def run_command(self, verb: str) -> None:
+        perf_measure.run(self.command(verb))
 
-    def take_off(self) -> None:
-        """Back to the base, nothing being remembered."""
-        self.by_hand("reset")
+    def unapply(self) -> None:
+        """Return to the base and forget the expected trees."""
+        self.run_command("reset")
         shutil.rmtree(self.layout.state / "expected-trees", ignore_errors=True)
 
-    def put_on(self) -> None:
-        if self.there().head == self.base:
+    def ensure_applied(self) -> None:
+        if self.observe().head == self.base:
             self.apply()
 
 
 @contextlib.contextmanager
 def applied(context: Context) -> Iterator[Sides]:
-    house = _House(context)
-    yield Call(house.apply, house.take_off), house.typed("apply", house.take_off)
+    world = _PatchStack(context)
+    yield Call(world.apply, world.unapply), world.command("apply", world.unapply)
 
 
 @contextlib.contextmanager
 def exported(context: Context) -> Iterator[Sides]:
-    """All files are written anew by either side."""
-    house = _House(context)
-    house.put_on()
-    folder, name = house.layout.patches(house.pin.name), house.pin.name
-    kept = house.layout.state / "kept"
+    """Yield an export and format-patch; both sides write all files again."""
+    world = _PatchStack(context)
+    world.ensure_applied()
+    folder, name = world.layout.patches(world.pin.name), world.pin.name
+    kept = world.layout.state / "kept"
     shutil.copytree(folder, kept)
 
     def empty() -> None:
         for patch in folder.glob("*.patch"):
             patch.unlink()
-        house.write_list([])
+        world.write_list([])
 
     try:
         yield (
             Call(
                 lambda: export.run(
-                    house.layout, name, house.pin, house.there(), run_log=house.run_log
+                    world.layout, name, world.pin, world.observe(), run_log=world.run_log
                 ),
                 empty,
             ),
-            house.typed("export"),
+            world.command("export"),
         )
     finally:
         shutil.rmtree(folder)
@@ -397,36 +388,36 @@ def exported(context: Context) -> Iterator[Sides]:
 def forecast(context: Context) -> Iterator[Sides]:
     from workspace.bump import forecast as work
 
-    house = _House(context)
-    house.put_on()
+    world = _PatchStack(context)
+    world.ensure_applied()
     found = Candidate(
-        dataclasses.replace(house.pin, tag="v0", version="0"),
-        house.git.resolve(_NEXT) or "",
+        dataclasses.replace(world.pin, tag="v0", version="0"),
+        world.git.resolve(_NEXT) or "",
         Kind.RELEASE,
         None,
-        house.layout.vllm,
+        world.layout.vllm,
     )
 
-    def work_out() -> object:
-        there = house.there()
-        stack = patches.observe(house.layout, house.pin.name, house.pin, there)
-        return work.work_out(house.layout, context.settings, found, there, stack)
+    def forecast_once() -> object:
+        observed = world.observe()
+        stack = patches.observe(world.layout, world.pin.name, world.pin, observed)
+        return work.work_out(world.layout, context.settings, found, observed, stack)
 
-    yield Call(work_out), house.typed("forecast")
+    yield Call(forecast_once), world.command("forecast")
 
 
 @contextlib.contextmanager
 def applied_again(context: Context) -> Iterator[Sides]:
-    house = _House(context)
-    house.put_on()
-    yield Call(house.apply), house.typed("status")
+    world = _PatchStack(context)
+    world.ensure_applied()
+    yield Call(world.apply), world.command("status")
 
 
 @contextlib.contextmanager
 def looked_at(context: Context) -> Iterator[Sides]:
-    house = _House(context)
-    house.put_on()
+    world = _PatchStack(context)
+    world.ensure_applied()
     yield (
-        Call(lambda: overview.rows(house.layout, house.pin.name, house.pin, house.there())),
-        house.typed("status"),
+        Call(lambda: overview.rows(world.layout, world.pin.name, world.pin, world.observe())),
+        world.command("status"),
     )

@@ -1,8 +1,7 @@
-"""A recorded build once more, through the real admission: how near it comes to what no order can
-beat.
+"""Replay a recorded build through the real admission, and compare it with a lower bound.
 
-Once in thought, the clock set forward from end to end of a unit; and once in a small time, by real
-ninja with real launchers and compilers that only sleep.
+It is simulated, with a clock that jumps from the end of a unit to the next; and it runs time-scaled
+through real ninja, with real launchers and compilers that only sleep.
 """
 
 import contextlib
@@ -22,25 +21,26 @@ from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.support.perf_measure import Context
 
-# Those of a GB10.
+# The cores of a GB10.
 CORES = 20
-# A second of the small time stands for so many of the build.
+# Seconds of the build per second of the time-scaled replay.
 SCALE = 30.0
-# $1 is how long, $3 and $5 are source and output, as a compiler is called. Lines of one file stand
-# in the order of what they tell.
+# $1 is the duration; $3 and $5 are source and output, as in a compiler's command. The lines of the
+# log are in the order of the events.
 _COMPILER = """#!/bin/sh
 echo "+ $5" >> log
 sleep "$1" || exit
 echo "- $5" >> log
 : > "$5"
 """
-# What is measured, and what it is held against; each says its own seconds.
+# The measured side and the side to compare with; each returns its own seconds.
 Sides = tuple[Callable[[], float], Callable[[], float]]
 
 
 def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
-    """Return the seconds that no order can beat: the work on all cores, the memory-time in the
-    budget, the longest unit.
+    """Return the seconds that every order needs at least.
+
+    The maximum of: all work on all cores, memory times seconds in the budget, the longest unit.
     """
     work = sum(entry.seconds for entry in entries) / bounds.jobs
     memory = sum(entry.seconds * entry.peak_gib for entry in entries) / bounds.budget_gib
@@ -48,25 +48,24 @@ def lower_bound(entries: Sequence[Entry], bounds: Bounds) -> float:
 
 
 def simulate(entries: Sequence[Entry], bounds: Bounds) -> Replayed:
-    """Let all entries ask at once, and set the clock forward from the end of a unit to that of the
-    next.
-    """
+    """Request all entries at once, and advance the clock from the end of a unit to the next."""
     return scheduler.simulate(
         [Cost(entry.seconds, entry.peak_gib, "table") for entry in entries], bounds
     )
 
 
 def static(entries: Sequence[Entry], bounds: Bounds) -> Replayed:
-    """The number of compilers that is safe whichever run: the budget by the largest peak; in the
-    order of the recorded build, as ninja does.
+    """Replay with a number of compilers that is always safe: the budget by the largest peak.
+
+    The order is that of the recorded build, as with ninja.
     """
-    number = max(
+    count = max(
         1, min(bounds.jobs, int(bounds.budget_gib / max(entry.peak_gib for entry in entries)))
     )
-    ends = [0.0] * number
+    ends = [0.0] * count
     for entry in entries:
         heapq.heapreplace(ends, ends[0] + entry.seconds)
-    return Replayed(max(ends), number * max(entry.peak_gib for entry in entries), number)
+    return Replayed(max(ends), count * max(entry.peak_gib for entry in entries), count)
 
 
 def through_ninja(
@@ -77,10 +76,10 @@ def through_ninja(
     environment: dict[str, str],
     ninja: Path,
 ) -> Replayed:
-    """Build one target a unit with ninja in `folder`, each behind its launcher; the compilers sleep
-    and note when they begin and end.
+    """Build one target for each unit with ninja in `folder`, each through its launcher.
 
-    Raises BuildError where a unit was not built.
+    The compilers sleep, and log their beginning and end. Raises BuildError where a unit was not
+    built.
     """
     with contextlib.suppress(FileNotFoundError):
         (folder / "log").unlink()
@@ -88,26 +87,26 @@ def through_ninja(
     jobs_in_all = jobs.visible(len(entries), jobs.Jobs(bounds.jobs, 1, ""))
     with job_server.JobServer(
         folder / "tickets", Admission(bounds), Costs(entries), units=len(entries)
-    ) as job_server_:
+    ) as server:
         began = time.monotonic()
         done = process.capture([ninja, f"-j{jobs_in_all}"], env=environment, cwd=folder)
         seconds = time.monotonic() - began
-    if done.returncode != 0 or len(job_server_.finished) != len(entries):
+    if done.returncode != 0 or len(server.finished) != len(entries):
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise BuildError(
-            f"ninja {process.describe_status(done.returncode)} with {len(job_server_.finished)} of"
+            f"ninja {process.describe_status(done.returncode)} with {len(server.finished)} of"
             f" {len(entries)} units built",
             details=tuple(last),
         )
-    return _heard(entries, folder / "log", seconds)
+    return _read_log(entries, folder / "log", seconds)
 
 
 def _write_build(entries: Sequence[Entry], folder: Path) -> None:
     compiler = folder / "compiler"
     compiler.write_text(_COMPILER, encoding="utf-8")
     compiler.chmod(0o755)
-    ticket = shlex.quote(str(job_server.install(folder / "tickets"))).replace("$", "$$")
-    lines = ["rule compile", f"  command = {ticket} ./compiler $seconds -c $in -o $out"]
+    launcher = shlex.quote(str(job_server.install(folder / "tickets"))).replace("$", "$$")
+    lines = ["rule compile", f"  command = {launcher} ./compiler $seconds -c $in -o $out"]
     for entry in entries:
         source = folder / entry.source
         source.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,8 @@ def _output(entry: Entry) -> str:
     return f"CMakeFiles/{entry.target}.dir/{entry.source}.o"
 
 
-def _heard(entries: Sequence[Entry], log: Path, seconds: float) -> Replayed:
+def _read_log(entries: Sequence[Entry], log: Path, seconds: float) -> Replayed:
+    """Return the most compilers, and the most GiB, that ran at once."""
     peaks = {_output(entry): entry.peak_gib for entry in entries}
     running: set[str] = set()
     most_gib, most_jobs = 0.0, 0
@@ -131,31 +131,27 @@ def _heard(entries: Sequence[Entry], log: Path, seconds: float) -> Replayed:
         sign, _, output = line.partition(" ")
         (running.add if sign == "+" else running.discard)(output)
         most_gib, most_jobs = (
-            max(most_gib, sum(peaks[one] for one in running)),
+            max(most_gib, sum(peaks[name] for name in running)),
             max(most_jobs, len(running)),
         )
     return Replayed(seconds, most_gib, most_jobs)
 
 
 def checked(replayed: Replayed, bounds: Bounds) -> float:
-    """Return the seconds. Raises BuildError where the bounds were not kept, however quick that
-    was.
-    """
+    """Return the seconds. Raises BuildError where the replay exceeded its bounds."""
     if replayed.most_jobs > bounds.jobs or replayed.most_gib > bounds.budget_gib:
         raise BuildError(
-            f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once, where"
-            f" {bounds.jobs} and {bounds.budget_gib:g} GiB may be",
-            hint="a fault of workspace/compile/scheduler.py",
+            f"{replayed.most_jobs} compilers and {replayed.most_gib:.1f} GiB at once; the"
+            f" bounds are {bounds.jobs} and {bounds.budget_gib:g} GiB",
+            hint="a defect of workspace/compile/scheduler.py",
         )
     return replayed.seconds
 
 
-def in_thought(
+def simulated(
     budget_gib: float, *, way: Callable[[Sequence[Entry], Bounds], Replayed] = simulate
 ) -> Callable[[Context], AbstractContextManager[Sides]]:
-    """A row: the shipped trace with `budget_gib`, against the lower bound. `way` is `simulate` or
-    `static`.
-    """
+    """Prepare a row: the shipped trace, simulated by `way`, against its lower bound."""
 
     @contextlib.contextmanager
     def prepare(_: Context) -> Iterator[Sides]:
@@ -165,10 +161,8 @@ def in_thought(
     return prepare
 
 
-def in_small_time(budget_gib: float) -> Callable[[Context], AbstractContextManager[Sides]]:
-    """A row: the shipped trace through ninja and launchers, SCALE times as fast, against its lower
-    bound.
-    """
+def time_scaled(budget_gib: float) -> Callable[[Context], AbstractContextManager[Sides]]:
+    """Prepare a row: the shipped trace through ninja, SCALE times as fast, against its bound."""
 
     @contextlib.contextmanager
     def prepare(context: Context) -> Iterator[Sides]:
@@ -193,8 +187,9 @@ def in_small_time(budget_gib: float) -> Callable[[Context], AbstractContextManag
 
 
 def find_ninja(context: Context) -> Path:
-    """The tool environment's ninja, else the system's. Raises ToolchainError where there is
-    none.
+    """Return the ninja of the tool environment, else of the system.
+
+    Raises ToolchainError where none is installed.
     """
     own = context.layout.tools / "bin" / "ninja"
     found = (

@@ -1,6 +1,7 @@
 #!/bin/sh
-# What a person types for a stack of patches, without this workspace: `nox -s perf` times it against the verbs.
-# It runs in a checkout; BASE is the commit that the patches go on, NEXT one that they are to move to, PATCHES their folder, OUT a folder for results.
+# The commands that a person types for a stack of patches, without this workspace. `nox -s perf`
+# times them against the verbs. The folder is a checkout; BASE is the commit below the patches, NEXT
+# the commit that they move to, PATCHES their folder, OUT a folder for results.
 set -eu
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_OPTIONAL_LOCKS=0
 export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
