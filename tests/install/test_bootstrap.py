@@ -1,6 +1,4 @@
-"""A whole bootstrap, from an empty clone to a stamped and verified vLLM, and what a second one
-does: nothing.
-"""
+"""A complete bootstrap from an empty clone to a verified vLLM; a second one changes nothing."""
 
 import json
 import stat
@@ -104,7 +102,7 @@ def test_superproject_does_not_see_the_release_checkout_as_a_moved_submodule(
     assert git(built.root, "status", "--porcelain") == ""
 
 
-def test_auto_says_that_it_falls_back_where_git_cannot_be_reached(built: World) -> None:
+def test_auto_reports_its_fallback_where_git_cannot_be_reached(built: World) -> None:
     assert built.first is not None
     output = [line for line in built.first.err.splitlines() if line.startswith("warning: ")]
     assert len(output) == 1, built.first.err

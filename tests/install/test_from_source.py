@@ -1,5 +1,6 @@
-"""What stops inv fix-triton before anything is fetched or compiled. The build itself is proven
-below tests/proof/triton.
+"""The faults that stop inv fix-triton before any download or compilation.
+
+tests/proof/triton has the tests of the build itself.
 """
 
 import io
@@ -36,12 +37,12 @@ def test_edits_of_the_users_in_vendor_are_kept_and_refused_with_the_next_command
     ("options", "sentence"),
     [
         (FixOptions(check=True, from_source=True), "--check builds nothing"),
-        (FixOptions(ref="main"), "they go with --from-source"),
-        (FixOptions(jobs="2"), "they go with --from-source"),
+        (FixOptions(ref="main"), "work only with --from-source"),
+        (FixOptions(jobs="2"), "work only with --from-source"),
         (FixOptions(from_source=True, jobs="many"), "--jobs: 'many' is neither auto nor"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(
+def test_contradictory_flags_are_refused_before_the_diagnosis(
     tmp_path: Path, options: FixOptions, sentence: str
 ) -> None:
     layout = Layout(tmp_path / "nowhere")
@@ -55,5 +56,5 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_looked_at(
         )
 
 
-def test_without_an_environment_there_is_nothing_to_look_at(world: World) -> None:
+def test_without_an_environment_the_diagnosis_is_refused(world: World) -> None:
     assert "there is no environment" in world.run("fix-triton").error(7)

@@ -1,6 +1,4 @@
-"""May a precompiled wheel's libraries and own ones stand side by side: real wheels in small, with
-every fault a wheel can have.
-"""
+"""Whether libraries of a wheel may be mixed with local ones: small real wheels with faults."""
 
 import json
 import shutil
@@ -25,7 +23,7 @@ Requires-Dist: torch==2.13.0
 Requires-Dist: nvidia-cutlass-dsl[cu13]==4.7.1
 Requires-Dist: other[cu12]>=1; extra == "other"
 
-torch==9.9.9 is what the description says.
+torch==9.9.9 is a line of the description.
 """
 LIBRARIES = ("vllm/_C_stable_libtorch.abi3.so", "vllm/spinloop.abi3.so", "vllm/vllm-rs")
 UNSTABLE = (
@@ -42,7 +40,7 @@ RELEASED = {"variable": {"TORCH_CUDA_ARCH_LIST": {"default": "7.5 8.0 9.0 12.0"}
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    """A workspace that pins 0.31.0, and a tree that says what releases are made for."""
+    """A workspace that pins 0.31.0, with a tree that lists the architectures of releases."""
     layout = Layout(tmp_path / "clone")
     layout.pins.parent.mkdir(parents=True)
     shutil.copy(ROOT / "vendor" / "pins.toml", layout.pins)
@@ -105,9 +103,7 @@ def test_metadata_alone_is_enough(tmp_path: Path, ask: Ask) -> None:
     assert ask(tmp_path / "METADATA") is None
     output = ask(tmp_path / "METADATA", torch="2.14.0")
     assert output is not None
-    assert output.endswith(
-        "which of its libraries keep to torch's stable ABI cannot be told from its METADATA"
-    )
+    assert output.endswith("METADATA does not show which of its libraries use torch's stable ABI")
 
 
 def test_another_tag_is_refused(tmp_path: Path, ask: Ask) -> None:
@@ -125,7 +121,7 @@ def test_another_torch_fits_only_where_all_libraries_are_of_the_stable_abi(
     output = ask(make(tmp_path, libraries=(*LIBRARIES, *UNSTABLE)), torch=torch)
     assert (
         output == f"the precompiled wheel was built for torch 2.13.0 and {torch} is installed:"
-        " _vllm_fa2_C, _C are not of torch's stable ABI, as 1 other is (TORCH_TARGET_VERSION)"
+        " _vllm_fa2_C, _C do not use torch's stable ABI; 1 other does (TORCH_TARGET_VERSION)"
     )
 
 
@@ -133,7 +129,7 @@ def test_a_torch_older_than_the_stable_abi_is_of_is_refused(tmp_path: Path, ask:
     output = ask(make(tmp_path), torch="2.10.0+cu130")
     assert (
         output == "the precompiled wheel was built for torch 2.13.0 and 2.10.0+cu130 is installed:"
-        " _C_stable_libtorch is not of torch's stable ABI"
+        " _C_stable_libtorch does not use torch's stable ABI"
     )
 
 
@@ -159,7 +155,7 @@ def test_an_architecture_of_a_family_that_releases_lack_is_refused(
 ) -> None:
     assert (
         ask(make(tmp_path), archs="10.0 12.1")
-        == "releases have kernels for 7.5, 8.0, 9.0, 12.0, of no family of 10.0"
+        == "releases have kernels for 7.5, 8.0, 9.0, 12.0, none for the family of 10.0"
         " (TORCH_CUDA_ARCH_LIST)"
     )
     (layout.vllm / "docker/versions.json").write_text("[]")
@@ -183,15 +179,15 @@ def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask
     [
         (
             METADATA.replace("torch==2.13.0\n", "torch>=2\n", 1),
-            "does not say which torch it was built for",
+            "names no torch that it was built for",
         ),
         (
             METADATA.replace("torch==2.13.0\n", "torch==2.*\n", 1),
-            "does not say which torch it was built for",
+            "names no torch that it was built for",
         ),
         (
             METADATA.replace("torch==2.13.0\n", 'torch==2.13.0; extra == "x"\n', 1),
-            "does not say which torch it was built for",
+            "names no torch that it was built for",
         ),
         (
             METADATA.replace("Requires-Dist: regex", "Requires-Dist: @@@"),
@@ -206,7 +202,7 @@ def test_of_several_torches_that_of_this_machine_counts(tmp_path: Path, ask: Ask
         ("x" * 2_000_000, "holds METADATA that is not of a wheel"),
     ],
 )
-def test_metadata_that_says_nothing_is_a_sentence(
+def test_metadata_without_facts_is_a_sentence(
     tmp_path: Path, ask: Ask, metadata: str, output: str
 ) -> None:
     found = ask(make(tmp_path, metadata=metadata))
@@ -279,8 +275,7 @@ def test_a_torch_that_is_no_version_and_pins_that_are_none_are_sentences(
     tmp_path: Path, layout: Layout, ask: Ask
 ) -> None:
     assert (
-        ask(make(tmp_path), torch="mine")
-        == "the installed torch calls itself mine, which is no version"
+        ask(make(tmp_path), torch="mine") == "the version of the installed torch is not valid: mine"
     )
     layout.pins.write_text("[")
     output = ask(make(tmp_path))

@@ -1,6 +1,4 @@
-"""Where compiled libraries come from: the pinned precompiled wheel, a wheel file, a compiler; and
-what is not taken.
-"""
+"""The origins of compiled libraries: precompiled wheel, wheel file, compiler; and refused ones."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +32,7 @@ def test_wheel_with_a_library_that_cannot_be_loaded_is_an_error_and_no_stamp(
     assert not built.layout.stamp("vllm").exists()
 
 
-def test_wheel_that_is_none_is_refused_before_anything_is_touched(
+def test_file_that_is_not_a_wheel_is_refused_before_any_change(
     built: World, tmp_path: Path
 ) -> None:
     for name, content in (("missing.whl", None), ("text.whl", b"no archive"), ("wheel.zip", b"")):
@@ -81,12 +79,10 @@ def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     assert (
         "2 compilers at once: --jobs 2" in built.bootstrap("--kernels", "native", "--jobs", "2").err
     )
-    load = (
-        "import ctypes;"
-        f" print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
-    )
+    library = str(built.layout.vllm / "vllm" / "_C.abi3.so")
+    load = f"import ctypes; print(ctypes.CDLL({library!r}).vllm_small_answer())"
     assert built.python(load) == "43"
-    # What was asked for once stays until something else is asked for.
+    # A choice by flag stays until another flag is given.
     seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
     assert (seen.kernels_wanted.kind, seen.kernels.state) == ("native", "ok")
     seen = plan.observe(

@@ -1,4 +1,4 @@
-"""A test for each fault that the kills of tests/proof/kill have found in bootstrap."""
+"""A test for each defect of bootstrap that tests/proof/kill has found."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.small.world import World
 from workspace.core.files import write_atomic
 
 
-def test_half_removed_package_is_installed_anew(built: World) -> None:
+def test_half_removed_package_is_installed_again(built: World) -> None:
     info = next(built.layout.environment.glob("lib/*/site-packages/tokenizers-*.dist-info"))
     (info / "METADATA").unlink()
     built.bootstrap()
@@ -23,7 +23,7 @@ def test_half_linked_package_is_not_taken_for_whole(built: World) -> None:
     assert module.exists()
 
 
-def test_series_goes_on_a_clone_that_was_copied(built: World) -> None:
+def test_series_is_applied_in_a_clone_that_was_copied(built: World) -> None:
     built.git("checkout", "--quiet", "--detach", built.materials.archive_commit)
     copy = built.folder / "copy"
     shutil.copytree(built.root, copy, symlinks=True)

@@ -1,4 +1,4 @@
-"""What is decided from what was seen: versions, sentences, and what is due."""
+"""Decisions from the observed state: versions, sentences, and the stages that are due."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from workspace.machine.torch import TorchBuild
 
 
 def due(observed: plan.Observation, world: World, **flags: str) -> list[str]:
-    """The first step of each stage that is due."""
+    """Return the first step of each stage that is due."""
     return [
         stage.steps[0][0]
         for stage in bootstrap.stages_of(world.layout, loaded(world, **flags), observed)
@@ -47,7 +47,7 @@ def test_version_names_the_platform_in_its_letters(built: World) -> None:
         ),
     ],
 )
-def test_sentence_on_outrun_kernels_names_at_most_three(
+def test_sentence_on_changed_sources_names_at_most_three(
     changed: tuple[str, ...], sentence: str
 ) -> None:
     assert plan.changed_sources_sentence(changed).endswith(sentence)
@@ -60,7 +60,7 @@ def test_nothing_is_due_in_a_built_clone_and_everything_in_an_empty_one(
     assert due(observed(world), world) == [".env", "source", "patches", "python", "kernels"]
 
 
-def test_observing_touches_nothing_and_asks_nobody(built: World, world: World) -> None:
+def test_observe_changes_no_file_and_sends_no_request(built: World, world: World) -> None:
     for place in (built, world):
         before = place.listing()
         observed(place)
@@ -115,7 +115,7 @@ def test_build_settings_count_for_native_kernels_only(built: World) -> None:
     assert observed(built, KERNELS="native").kernels.state == "stale"
 
 
-def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_mends(
+def test_edited_compiled_source_makes_kernels_stale_but_no_bootstrap_due(
     built: World,
 ) -> None:
     (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
@@ -125,7 +125,7 @@ def test_kernels_outrun_by_an_edit_are_stale_but_nothing_a_precompiled_wheel_men
     assert seen.changed_sources == ("csrc/new.h",)
 
 
-def test_outrun_does_not_hide_another_reason(built: World) -> None:
+def test_changed_sources_do_not_hide_another_reason(built: World) -> None:
     (built.layout.vllm / "csrc" / "new.h").write_text("int more;\n")
     seen = observed(built)
     more = replace(
@@ -135,7 +135,7 @@ def test_outrun_does_not_hide_another_reason(built: World) -> None:
     assert due(more, built) == ["kernels"]
 
 
-def test_kernels_may_be_asked_for_by_the_first_editions_word(built: World) -> None:
+def test_kernels_may_be_chosen_by_the_first_editions_name(built: World) -> None:
     assert (
         observed(built, KERNELS="donor").kernels_wanted
         == observed(built, KERNELS="precompiled").kernels_wanted

@@ -1,4 +1,4 @@
-"""What a build left in the tree goes with its pin, and the user's own files never do."""
+"""Build products leave the tree with their pin, and the user's own files never do."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_products_are_what_upstream_names_and_no_log_of_the_users(layout: Layout
     assert editable.build_products(layout.vllm) == ()
 
 
-def test_products_that_nothing_else_holds_are_moved_aside_and_no_empty_package_stays(
+def test_products_that_exist_nowhere_else_are_moved_and_no_empty_package_stays(
     layout: Layout, tmp_path: Path
 ) -> None:
     kept, left = tmp_path / "kept", tmp_path / "left"

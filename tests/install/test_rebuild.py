@@ -1,5 +1,6 @@
-"""inv rebuild on the small upstream: real CMake, ninja and cc; what is reached is compiled, all
-else stays the precompiled wheel's.
+"""inv rebuild on the small upstream, with real CMake, ninja and cc.
+
+Reached targets are compiled; all other libraries stay those of the precompiled wheel.
 """
 
 import json
@@ -17,7 +18,7 @@ ANSWER = Path("csrc/cpu/answer.c")
 
 @pytest.fixture
 def patched(built: World) -> World:
-    """A source edited, as before a patch is committed."""
+    """A clone with an edited source, as before a patch is committed."""
     edit(built, ANSWER, "42", "43")
     return built
 
@@ -27,8 +28,8 @@ def edit(world: World, path: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-def rebuild(world: World, *words: str) -> str:
-    ended = world.run("rebuild", *words)
+def rebuild(world: World, *args: str) -> str:
+    ended = world.run("rebuild", *args)
     assert ended.code == 0, ended.output
     return ended.err
 
@@ -46,7 +47,7 @@ def library(world: World, name: str) -> bytes:
     return (world.layout.vllm / "vllm" / f"{name}.abi3.so").read_bytes()
 
 
-def test_nothing_changed_is_said_and_nothing_touched(built: World) -> None:
+def test_unchanged_tree_is_reported_and_no_file_is_changed(built: World) -> None:
     before = built.listing()
     assert "nothing to do" in rebuild(built)
     assert built.listing() == before
@@ -80,7 +81,7 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
     assert answer(patched) == "44"
 
 
-def test_plan_says_target_reason_and_cost_and_touches_nothing_in_the_tree(patched: World) -> None:
+def test_plan_shows_target_and_reason_and_changes_no_file_of_the_tree(patched: World) -> None:
     before = {
         name: entry
         for name, entry in patched.listing().items()
@@ -102,7 +103,7 @@ def test_plan_says_target_reason_and_cost_and_touches_nothing_in_the_tree(patche
     assert observed(patched).kernels.state == "stale"
 
 
-def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_stays(
+def test_target_that_was_only_requested_is_compiled_ahead_and_the_precompiled_library_stays(
     built: World,
 ) -> None:
     precompiled = library(built, "spinloop")
@@ -113,7 +114,7 @@ def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_st
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "sentence"),
+    ("args", "code", "sentence"),
     [
         (("--jobs", "0"), 2, "--jobs"),
         (("--jobs=-1",), 2, "--jobs"),
@@ -127,13 +128,13 @@ def test_target_that_was_only_asked_for_is_warmed_and_the_precompiled_library_st
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_input_is_refused_with_a_hint(
-    built: World, words: tuple[str, ...], code: int, sentence: str
+    built: World, args: tuple[str, ...], code: int, sentence: str
 ) -> None:
-    assert sentence in built.run("rebuild", *words).error(code)
+    assert sentence in built.run("rebuild", *args).error(code)
     assert observed(built).kernels.state == "ok"
 
 
-def test_bootstrap_leaves_compiling_to_rebuild_and_says_so(built: World) -> None:
+def test_bootstrap_leaves_compilation_to_rebuild_and_names_it(built: World) -> None:
     edit(built, ANSWER, "42", "43")
     built.layout.stamp("vllm").unlink()
     ended = built.bootstrap()

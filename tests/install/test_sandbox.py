@@ -1,5 +1,6 @@
-"""Arms on the small upstream: own tree, own environment, own kernels where they differ; the clone
-itself is left as it is.
+"""Sandboxes on the small upstream: own tree, environment and, where sources differ, kernels.
+
+The clone itself does not change.
 """
 
 import io
@@ -26,7 +27,7 @@ QUIET = Console(out=io.StringIO(), err=io.StringIO())
 ANSWER, PYTHON = "csrc/cpu/answer.c", "vllm/version.py"
 
 
-def of_the_clone(world: World) -> dict[str, object]:
+def files_of_clone(world: World) -> dict[str, object]:
     kept = ("vendor/", "patches/", ".vllm/")
     return {
         path: facts
@@ -36,22 +37,22 @@ def of_the_clone(world: World) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def _armed(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
-    made = make_world(materials, tmp_path_factory.mktemp("armed"))
+def _with_sandbox(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = make_world(materials, tmp_path_factory.mktemp("with_sandbox"))
     made.bootstrap()
-    before = of_the_clone(made)
-    built(made, made_sandbox(made))
-    assert of_the_clone(made) == before, "an arm was built, and the clone is not what it was"
+    before = files_of_clone(made)
+    built(made, make_sandbox(made))
+    assert files_of_clone(made) == before, "the build of a sandbox changed the clone"
     made.save()
     return made
 
 
 @pytest.fixture
-def armed(_armed: World) -> Iterator[World]:
-    """A bootstrapped clone with a built arm `a` on the bare pin."""
-    _armed.restore()
-    yield _armed
-    _armed.end()
+def with_sandbox(_with_sandbox: World) -> Iterator[World]:
+    """A bootstrapped clone with a built sandbox `a` on the bare pin."""
+    _with_sandbox.restore()
+    yield _with_sandbox
+    _with_sandbox.end()
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def base(world: World) -> str:
     return found.commit
 
 
-def made_sandbox(
+def make_sandbox(
     world: World, name: str = "a", *, tip: str | None = None, patches: Path | None = None
 ) -> Sandbox:
     with RunLog(QUIET, world.folder / "logs", verb="test") as run_log:
@@ -99,23 +100,21 @@ def made_sandbox(
 
 
 def build(world: World, sandbox: Sandbox, **flags: str) -> Observation:
-    """Build an arm in this process, which gets the world's programs for it: its uv is not on every
-    machine's PATH.
-    """
+    """Build a sandbox in this process, with the world's PATH: it has uv on every machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", world.env["PATH"])
         return sandboxes.build_sandbox(sandbox, settings(world, **flags), console=QUIET)
 
 
 def built(world: World, sandbox: Sandbox, **flags: str) -> str:
-    """Build an arm and return where its kernels are from."""
+    """Build a sandbox and return the origin of its kernels."""
     observed = build(world, sandbox, **flags)
     assert observed.kernels.recorded
     return observed.kernels.recorded.inputs["origin"].split()[0]
 
 
 def commit(world: World, path: str, old: str, new: str, *, parent: str | None = None) -> str:
-    """A commit on the bare pin, or on `parent`, made beside the clone's tree."""
+    """Commit on the bare pin, or on `parent`, in a separate working tree."""
     work = world.folder / "work"
     git(
         world.layout.vllm,
@@ -137,7 +136,7 @@ def commit(world: World, path: str, old: str, new: str, *, parent: str | None = 
 
 
 def answer(sandbox: Sandbox, world: World) -> str:
-    """What the compiled library that the arm's own interpreter imports says."""
+    """Return the answer of the compiled library that the sandbox's own interpreter imports."""
     code = (
         "import ctypes, pathlib, vllm; print(ctypes.CDLL(str(pathlib.Path(vllm.__file__).parent /"
         " '_C.abi3.so')).vllm_small_answer(), vllm.__file__)"
@@ -151,107 +150,118 @@ def answer(sandbox: Sandbox, world: World) -> str:
     return output
 
 
-def test_arm_of_the_bare_pin_has_all_kernels_of_the_precompiled_wheel_although_its_setup_leaves_some_out(
-    armed: World,
+def test_sandbox_of_the_bare_pin_has_all_kernels_of_the_wheel_although_its_setup_leaves_some_out(
+    with_sandbox: World,
 ) -> None:
-    sandbox = made_sandbox(armed)
-    assert built(armed, sandbox) == "precompiled"
+    sandbox = make_sandbox(with_sandbox)
+    assert built(with_sandbox, sandbox) == "precompiled"
     assert (sandbox.layout.vllm / "vllm" / "_C_AVX2.abi3.so").read_bytes() == (
-        armed.layout.vllm / "vllm" / "_C_AVX2.abi3.so"
+        with_sandbox.layout.vllm / "vllm" / "_C_AVX2.abi3.so"
     ).read_bytes()
     assert '"vllm/_C_AVX2.abi3.so"' not in (sandbox.layout.vllm / "setup.py").read_text()
-    assert armed.status()["kernels"] == "ok"
+    assert with_sandbox.status()["kernels"] == "ok"
 
 
-def test_python_change_builds_nothing_anew_and_one_of_compiled_sources_gets_kernels_of_its_own(
-    armed: World, run_log: RunLog
+def test_python_change_builds_nothing_and_a_change_of_compiled_sources_gets_its_own_kernels(
+    with_sandbox: World, run_log: RunLog
 ) -> None:
-    sandbox = made_sandbox(armed)
+    sandbox = make_sandbox(with_sandbox)
     stamped = stamp.read(sandbox.layout.stamp("vllm"))
     live = sandboxes.move(
         sandbox,
-        commit(armed, PYTHON, "__version__", "mine = 1\n__version__"),
-        settings=settings(armed),
+        commit(with_sandbox, PYTHON, "__version__", "mine = 1\n__version__"),
+        settings=settings(with_sandbox),
         run_log=run_log,
     )
-    assert built(armed, live) == "precompiled"
+    assert built(with_sandbox, live) == "precompiled"
     assert stamp.read(sandbox.layout.stamp("vllm")) == stamped
     assert "mine" in (sandbox.layout.vllm / PYTHON).read_text()
     changed = sandboxes.move(
-        live, commit(armed, ANSWER, "42", "43"), settings=settings(armed), run_log=run_log
+        live,
+        commit(with_sandbox, ANSWER, "42", "43"),
+        settings=settings(with_sandbox),
+        run_log=run_log,
     )
     assert stamp.read(sandbox.layout.stamp("vllm")) is None
-    assert built(armed, changed) == "hybrid"
-    assert answer(changed, armed) == "43"
-    back = sandboxes.move(changed, base(armed), settings=settings(armed), run_log=run_log)
-    assert built(armed, back) == "precompiled"
+    assert built(with_sandbox, changed) == "hybrid"
+    assert answer(changed, with_sandbox) == "43"
+    back = sandboxes.move(
+        changed, base(with_sandbox), settings=settings(with_sandbox), run_log=run_log
+    )
+    assert built(with_sandbox, back) == "precompiled"
     library = Path("vllm/_C.abi3.so")
-    assert (back.layout.vllm / library).read_bytes() == (armed.layout.vllm / library).read_bytes()
-    assert sandboxes.find_all(armed.layout) == (back,)
+    assert (back.layout.vllm / library).read_bytes() == (
+        with_sandbox.layout.vllm / library
+    ).read_bytes()
+    assert sandboxes.find_all(with_sandbox.layout) == (back,)
 
 
 @pytest.mark.parametrize("missing", ["KERNELS", "compiler"])
 def test_kernels_that_cannot_be_compiled_are_a_refusal_and_never_the_precompiled(
-    armed: World, run_log: RunLog, missing: str
+    with_sandbox: World, run_log: RunLog, missing: str
 ) -> None:
     sandbox = sandboxes.move(
-        made_sandbox(armed),
-        commit(armed, ANSWER, "42", "43"),
-        settings=settings(armed),
+        make_sandbox(with_sandbox),
+        commit(with_sandbox, ANSWER, "42", "43"),
+        settings=settings(with_sandbox),
         run_log=run_log,
     )
     if missing == "compiler":
-        armed.env["CXX"] = armed.env["CC"] = "/nowhere/c++"
+        with_sandbox.env["CXX"] = with_sandbox.env["CC"] = "/nowhere/c++"
     with pytest.raises(BuildError):
-        built(armed, sandbox, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
-    assert sandboxes.find(armed.layout, "a") == sandbox
+        built(with_sandbox, sandbox, **({"KERNELS": "precompiled"} if missing == "KERNELS" else {}))
+    assert sandboxes.find(with_sandbox.layout, "a") == sandbox
 
 
-def test_commit_that_does_not_descend_from_the_pin_is_built_where_it_stands(armed: World) -> None:
-    older = git(armed.layout.vllm, "commit-tree", "-m", "elsewhere", f"{base(armed)}^{{tree}}")
-    sandbox = made_sandbox(armed, tip=older)
-    assert built(armed, sandbox) == "precompiled"
+def test_commit_that_does_not_descend_from_the_pin_is_built(with_sandbox: World) -> None:
+    older = git(
+        with_sandbox.layout.vllm, "commit-tree", "-m", "elsewhere", f"{base(with_sandbox)}^{{tree}}"
+    )
+    sandbox = make_sandbox(with_sandbox, tip=older)
+    assert built(with_sandbox, sandbox) == "precompiled"
     assert git(sandbox.layout.vllm, "rev-parse", "HEAD") == older
 
 
-def test_what_somebody_did_in_an_arm_is_kept_and_leaves_the_tree(
-    armed: World, run_log: RunLog
+def test_users_work_in_a_sandbox_is_kept_and_leaves_the_tree(
+    with_sandbox: World, run_log: RunLog
 ) -> None:
-    sandbox = made_sandbox(armed)
+    sandbox = make_sandbox(with_sandbox)
     (sandbox.layout.vllm / PYTHON).write_text("edited\n")
     (sandbox.layout.vllm / "new.txt").write_text("new\n")
-    python = commit(armed, PYTHON, "__version__", "mine = 1\n__version__")
-    sandboxes.move(sandbox, python, settings=settings(armed), run_log=run_log)
+    python = commit(with_sandbox, PYTHON, "__version__", "mine = 1\n__version__")
+    sandboxes.move(sandbox, python, settings=settings(with_sandbox), run_log=run_log)
     assert git(sandbox.layout.vllm, "status", "--porcelain") == ""
     (kept,) = git(
-        armed.layout.vllm, "for-each-ref", "--format=%(refname)", sandboxes.LEFT_REFS
+        with_sandbox.layout.vllm, "for-each-ref", "--format=%(refname)", sandboxes.LEFT_REFS
     ).splitlines()
-    assert git(armed.layout.vllm, "show", f"{kept}:new.txt") == "new"
-    assert git(armed.layout.vllm, "show", f"{kept}:{PYTHON}") == "edited"
+    assert git(with_sandbox.layout.vllm, "show", f"{kept}:new.txt") == "new"
+    assert git(with_sandbox.layout.vllm, "show", f"{kept}:{PYTHON}") == "edited"
     # A commit is kept too, and that of the workspace's own making is not.
     git(sandbox.layout.vllm, "commit", "--quiet", "--allow-empty", "-m", "mine")
     mine = git(sandbox.layout.vllm, "rev-parse", "HEAD")
-    found = sandboxes.find(armed.layout, "a")
+    found = sandboxes.find(with_sandbox.layout, "a")
     assert found
     assert sandboxes.remove(found) == f"{sandboxes.LEFT_REFS}/{mine[:12]}"
-    assert sandboxes.remove(made_sandbox(armed, "b", tip=python)) is None
-    assert not any(armed.layout.sandboxes.iterdir())
-    assert git(armed.layout.vllm, "worktree", "list").count("\n") == 0
-    assert git(armed.layout.vllm, "for-each-ref", sandboxes.REFS) == ""
+    assert sandboxes.remove(make_sandbox(with_sandbox, "b", tip=python)) is None
+    assert not any(with_sandbox.layout.sandboxes.iterdir())
+    assert git(with_sandbox.layout.vllm, "worktree", "list").count("\n") == 0
+    assert git(with_sandbox.layout.vllm, "for-each-ref", sandboxes.REFS) == ""
 
 
-def test_patches_and_pins_of_an_arm_are_its_own_and_follow_what_is_asked_for(armed: World) -> None:
-    tip = armed.git("rev-parse", "HEAD")
-    sandbox = made_sandbox(armed, tip=tip, patches=armed.layout.patches("vllm"))
-    assert (sandbox.layout.patches("vllm") / armed.materials.patch.name).exists()
-    bare = made_sandbox(armed)
+def test_patches_and_pins_of_a_sandbox_are_its_own_and_follow_the_request(
+    with_sandbox: World,
+) -> None:
+    tip = with_sandbox.git("rev-parse", "HEAD")
+    sandbox = make_sandbox(with_sandbox, tip=tip, patches=with_sandbox.layout.patches("vllm"))
+    assert (sandbox.layout.patches("vllm") / with_sandbox.materials.patch.name).exists()
+    bare = make_sandbox(with_sandbox)
     assert [path.name for path in bare.layout.patches("vllm").iterdir()] == ["series"]
-    assert git(bare.layout.vllm, "rev-parse", "HEAD") == base(armed)
+    assert git(bare.layout.vllm, "rev-parse", "HEAD") == base(with_sandbox)
 
 
 @pytest.mark.parametrize("left", ["record", "tree", "move", "products", "half a folder"])
-def test_whatever_a_kill_left_the_next_run_goes_on_from(armed: World, left: str) -> None:
-    sandbox, tip = made_sandbox(armed), commit(armed, ANSWER, "42", "43")
+def test_next_run_resumes_from_any_state_that_a_kill_left(with_sandbox: World, left: str) -> None:
+    sandbox, tip = make_sandbox(with_sandbox), commit(with_sandbox, ANSWER, "42", "43")
     own = sandbox.layout
     if left == "record":
         (own.root / sandboxes.RECORD).unlink()
@@ -261,7 +271,7 @@ def test_whatever_a_kill_left_the_next_run_goes_on_from(armed: World, left: str)
     elif left == "move":
         note = own.moving("vllm")
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f'{{"from": "{base(armed)}", "to": "{tip}"}}')
+        note.write_text(f'{{"from": "{base(with_sandbox)}", "to": "{tip}"}}')
         (own.vllm / ANSWER).unlink()
     elif left == "products":
         own.stamp("vllm").unlink()
@@ -269,8 +279,8 @@ def test_whatever_a_kill_left_the_next_run_goes_on_from(armed: World, left: str)
     else:
         own.root.rename(own.root.with_name(".a.gone"))
         (own.root.parent / ".a.making-x").mkdir()
-    again = made_sandbox(armed, tip=tip)
+    again = make_sandbox(with_sandbox, tip=tip)
     assert git(again.layout.vllm, "status", "--porcelain") == ""
     assert git(again.layout.vllm, "rev-parse", "HEAD") == tip
-    assert git(armed.layout.vllm, "for-each-ref", sandboxes.LEFT_REFS) == ""
-    assert sorted(path.name for path in armed.layout.sandboxes.iterdir()) == ["a"]
+    assert git(with_sandbox.layout.vllm, "for-each-ref", sandboxes.LEFT_REFS) == ""
+    assert sorted(path.name for path in with_sandbox.layout.sandboxes.iterdir()) == ["a"]

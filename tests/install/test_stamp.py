@@ -1,4 +1,4 @@
-"""Stamps: a claim that can be read back, and that a damaged one proves nothing."""
+"""Stamps are read back as they were written, and a damaged stamp proves nothing."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_stamp_cut_at_any_byte_is_none(tmp_path: Path) -> None:
         ("wheel donor", "wheel donor"),
     ],
 )
-def test_origin_of_the_first_edition_is_read_in_todays_words(
+def test_origin_of_the_first_edition_is_read_as_todays(
     tmp_path: Path, former: str, today: str
 ) -> None:
     path = tmp_path / "vllm.json"

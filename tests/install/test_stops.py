@@ -1,5 +1,6 @@
-"""A bootstrap stops at a setting that cannot work before it costs anything: once the tree is there,
-its own registry is asked.
+"""A bootstrap stops early at a setting that cannot work.
+
+Once the tree exists, its own registry of variables decides.
 """
 
 from tests.small.world import World
@@ -26,7 +27,7 @@ def test_name_that_the_pinned_tree_does_not_know_stops_as_soon_as_the_tree_is_th
     assert row.startswith("FAIL")
 
 
-def test_name_of_a_former_release_is_said_and_stops_nothing(built: World) -> None:
+def test_name_of_a_former_release_is_reported_and_stops_nothing(built: World) -> None:
     ended = built.bootstrap(env={"VLLM_USE_FLASHINFER_MXFP4_MOE": "1"})
     assert ended.err.count("is read by no release of vLLM") == 1
     assert "nothing to do" in ended.err

@@ -1,6 +1,4 @@
-"""Each trouble is a sentence, a hint and the table's exit code; nothing is lost, and the next
-bootstrap goes on.
-"""
+"""Each fault gives a sentence, a hint and its exit code; the next bootstrap resumes."""
 
 import contextlib
 import os
@@ -45,7 +43,7 @@ def test_too_little_disk_is_found_before_anything_is_fetched(world: World) -> No
 
 
 def in_small_filesystem(world: World) -> Ended:
-    """Bootstrap with the cache on a file system of 64 MiB, in a mount namespace of its own."""
+    """Run bootstrap with the cache on a file system of 64 MiB, in a separate mount namespace."""
     cache = world.folder / "cache"
     mount = [
         "unshare",
@@ -57,7 +55,7 @@ def in_small_filesystem(world: World) -> Ended:
         str(cache),
     ]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine lets nobody mount a small file system")
+        pytest.skip("this machine forbids to mount a small file system")
     return world.run("bootstrap", through=mount)
 
 

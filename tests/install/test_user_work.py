@@ -1,4 +1,4 @@
-"""What a user did in the clone is there after every bootstrap."""
+"""Every bootstrap keeps the user's work in the clone."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_edit_of_a_compiled_source_makes_the_kernels_stale_and_smoke_refuses(bui
     with pytest.raises(SmokeError, match=r"kernels stale: .*csrc/cpu/answer\.c") as caught:
         require_built(built)
     assert caught.value.hint == "./scripts/inv rebuild"
-    # Only a compiler can mend that: bootstrap says it, and does not run in circles.
+    # Only a compiler can fix that: bootstrap reports it, and does not loop.
     ended = built.bootstrap()
     assert "csrc/cpu/answer.c" in ended.err
     assert "43" in source.read_text()
@@ -77,7 +77,7 @@ def test_repository_with_another_history_is_left_as_it_is(world: World) -> None:
     assert (world.layout.vllm / "setup.py").read_text() == "print('another project')\n"
 
 
-def test_checkout_of_the_other_kind_is_not_replaced_without_a_word(built: World) -> None:
+def test_checkout_of_the_other_kind_is_not_replaced_silently(built: World) -> None:
     head = built.git("rev-parse", "HEAD")
     (built.layout.vllm / "vllm" / "version.py").write_text("__version__ = 'edited'\n")
     ended = built.run("bootstrap", "--source", "git")

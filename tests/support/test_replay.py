@@ -1,5 +1,6 @@
-"""The recorded build through the real admission: near what no order can beat, never over the
-budget; and in small through real ninja and launchers.
+"""The replay of the recorded build: near the lower bound of any order, never over the budget.
+
+A small replay runs through real ninja and launchers.
 """
 
 import os
@@ -59,7 +60,7 @@ def test_static_is_the_budget_by_the_largest_peak_in_the_order_of_the_build() ->
 def test_bounds_that_were_not_kept_fail_the_row_however_quick_it_was(
     found: perf_replay.Replayed,
 ) -> None:
-    with pytest.raises(BuildError, match="at once, where 4 and 24 GiB may be"):
+    with pytest.raises(BuildError, match="at once; the bounds are 4 and 24 GiB"):
         perf_replay.checked(found, Bounds(4, 24.0))
 
 

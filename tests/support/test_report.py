@@ -1,5 +1,6 @@
-"""The report: what is planted everywhere is nowhere in it, what helps is, and nothing but a place
-to write to stops it.
+"""inv report: no private text that is planted anywhere is in it, and the useful lines are.
+
+Only a folder that cannot be written stops it.
 """
 
 import base64
@@ -41,7 +42,8 @@ from workspace.core.paths import Layout
 
 bug_report.COLLECT_ENV_S = float(sys.argv[2])
 here = Layout(Path(sys.argv[1]))
-sys.exit(main.run(lambda: bug_report.write(here, bug_report.settings_of(here), console=main.console())))
+known = bug_report.settings_of
+sys.exit(main.run(lambda: bug_report.write(here, known(here), console=main.console())))
 """
 
 
@@ -91,7 +93,7 @@ def spellings(text: str) -> set[str]:
 
 
 def plant(world: World) -> dict[str, str]:
-    """Put everything private everywhere, and return the environment that has it too."""
+    """Put private texts everywhere, and return an environment that contains them too."""
     layout = world.layout
     home = world.folder / "homes" / USER
     home.mkdir(parents=True)
@@ -217,7 +219,7 @@ def test_the_machines_own_name_is_masked_though_no_variable_has_it(built: World)
         "-",
     )
     if subprocess.run([*through, "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine lets nobody take another host name")
+        pytest.skip("this machine forbids to set another host name")
     built.layout.smoke_record.write_text(
         json.dumps({"note": f"on {HOST}.corp, {HOST.upper()} and {HOST}"})
     )
@@ -230,9 +232,7 @@ def test_the_machines_own_name_is_masked_though_no_variable_has_it(built: World)
 def reported(
     materials: Materials, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[World, Ended]]:
-    """One report of a clone in which nothing was built, with a long log, a stamp and a record that
-    cannot be read, and older reports.
-    """
+    """Yield a report of an unbuilt clone with a long log, unreadable records and older reports."""
     world = make_world(materials, tmp_path_factory.mktemp("reported"))
     folder = world.layout.state / "reports"
     for place in (
@@ -259,13 +259,13 @@ def test_fresh_clone_with_nothing_built_can_be_reported(reported: tuple[World, E
     assert json.loads(files["status.json"])["next"] == "./scripts/inv bootstrap"
 
 
-def test_what_cannot_be_read_is_said_in_its_place(reported: tuple[World, Ended]) -> None:
+def test_unreadable_file_is_replaced_by_the_reason(reported: tuple[World, Ended]) -> None:
     files = unpacked(reported[1])
     assert files["stamps/vllm.json"] == "error: it cannot be read: Invalid argument\n"
     assert files["smoke.json"] == "error: it cannot be read: not a regular file\n"
 
 
-def test_archive_is_private_and_tells_no_owner(reported: tuple[World, Ended]) -> None:
+def test_archive_is_private_and_contains_no_owner(reported: tuple[World, Ended]) -> None:
     path = Path(reported[1].out.strip())
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent == reported[0].layout.state / "reports"
@@ -326,9 +326,7 @@ def test_questionnaire_that_hangs_and_a_full_temporary_folder_cost_only_themselv
 
 
 def mounted(folder: Path, options: str, script: str) -> tuple[str, ...]:
-    """A program that runs programs with a small file system at `folder`; skips the test where the
-    machine lets nobody do that.
-    """
+    """Return a command that mounts a small file system at `folder`; skip where forbidden."""
     through = (
         "unshare",
         "--map-root-user",
@@ -339,11 +337,11 @@ def mounted(folder: Path, options: str, script: str) -> tuple[str, ...]:
         str(folder),
     )
     if subprocess.run([*through, "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine lets nobody mount a small file system")
+        pytest.skip("this machine forbids to mount a small file system")
     return through
 
 
-def test_clone_that_cannot_be_written_is_named_before_anything_is_asked(world: World) -> None:
+def test_clone_that_cannot_be_written_is_named_before_the_collection(world: World) -> None:
     with read_only(world.root):
         ended = report(world, through=("setpriv", "--bounding-set=-dac_override,-dac_read_search"))
     assert ".workspace" in ended.error(6)

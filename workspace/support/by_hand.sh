@@ -5,7 +5,8 @@
 # variables of vLLM's setup.py are in the environment; the arguments select torch and its index.
 set -eu
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null
-export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
+export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost
+export GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
 python=$PWD/.venv/bin/python
 
 mkdir vllm
@@ -23,11 +24,13 @@ cd ..
 
 "$UV" venv --no-project --python "$PYTHON" .venv
 "$UV" pip install --python "$python" "$@"
-"$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r requirements.txt
+"$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt \
+    -r requirements.txt
 [ ! -s companions.txt ] ||
     "$UV" pip install --python "$python" --constraints constraints.txt -r companions.txt
 [ ! -s accelerators.txt ] ||
-    "$UV" pip install --python "$python" --constraints constraints.txt --overrides overrides.txt -r accelerators.txt
+    "$UV" pip install --python "$python" --constraints constraints.txt \
+        --overrides overrides.txt -r accelerators.txt
 "$UV" pip install --python "$python" --no-build-isolation --no-deps --editable vllm
 
 # The same verification as in a bootstrap: vLLM is imported from another folder and from inside its
@@ -35,6 +38,6 @@ cd ..
 tree=$PWD/vllm
 mkdir elsewhere
 cd elsewhere
-"$python" "$PROBE" "$tree" > said.json
+"$python" "$PROBE" "$tree" > report.json
 cd "$tree"
-"$python" "$PROBE" "$tree" --no-libraries > ../said.json
+"$python" "$PROBE" "$tree" --no-libraries > ../report.json

@@ -4,7 +4,8 @@
 # the commit that they move to, PATCHES their folder, OUT a folder for results.
 set -eu
 export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null GIT_OPTIONAL_LOCKS=0
-export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
+export GIT_AUTHOR_NAME=me GIT_AUTHOR_EMAIL=me@localhost
+export GIT_COMMITTER_NAME=me GIT_COMMITTER_EMAIL=me@localhost
 series() { sed -e '/^#/d' -e "s|^|$PATCHES/|" "$PATCHES/series"; }
 case $1 in
     reset)

@@ -34,8 +34,8 @@ def answer(world: World) -> str:
     return world.python("import triton; print(triton._library.triton_small_answer())")
 
 
-def build(world: World, *words: str) -> str:
-    ended = world.run("fix-triton", "--from-source", *words)
+def build(world: World, *args: str) -> str:
+    ended = world.run("fix-triton", "--from-source", *args)
     assert ended.code == 0, ended.output
     return ended.err
 
@@ -113,7 +113,7 @@ def test_patches_on_triton_are_in_what_is_built(built: World, upstream: Upstream
         'extern "C" int triton_small_second() { return 9; }\n'
     )
     git(upstream.tree, "commit", "--quiet", "--all", "-m", "Nine\n\nUpstream-Status: Pending")
-    words = (
+    args = (
         "format-patch",
         "--stdout",
         "--zero-commit",
@@ -123,7 +123,7 @@ def test_patches_on_triton_are_in_what_is_built(built: World, upstream: Upstream
         "-1",
     )
     folder = built.layout.patches("triton")
-    (folder / "Nine.patch").write_text(git(upstream.tree, *words) + "\n")
+    (folder / "Nine.patch").write_text(git(upstream.tree, *args) + "\n")
     (folder / "series").write_text(
         f"# patches on Triton, in order\n# base: {upstream.pinned}\nNine.patch\n"
     )
@@ -139,8 +139,8 @@ def test_one_that_compiles_wrongly_is_taken_out_and_the_former_is_back_file_by_f
     before, stamped = answer(built), built.layout.stamp("triton").read_bytes()
     ended = built.run("fix-triton", "--from-source", "--ref", "broken")
     sentence = ended.error(7)
-    assert "a small kernel does not come out right: RuntimeError: a wrong answer" in sentence
-    assert f"triton 3.9.0+git{upstream.pinned[:8]} is back in .vllm" in sentence
+    assert "the test kernel fails: RuntimeError: a wrong answer" in sentence
+    assert f"triton 3.9.0+git{upstream.pinned[:8]} is in .vllm again" in sentence
     assert (answer(built), built.layout.stamp("triton").read_bytes()) == (before, stamped)
     assert built.status()["environment"] == "ok"
     assert not (built.layout.environment / ".workspace" / "former-triton").exists()
@@ -156,7 +156,7 @@ def test_error_of_a_compiler_is_named_and_the_former_was_never_touched(
     assert built.python("import triton; print(triton.__version__)") == "3.7.1"
 
 
-def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(
+def test_interrupt_ends_the_compilers_and_the_next_run_resumes(
     built: World, upstream: Upstream, tmp_path: Path
 ) -> None:
     gate, slow = tmp_path / "gate", tmp_path / "slow-c++"
@@ -181,7 +181,7 @@ def test_interrupt_ends_the_compilers_and_the_next_run_goes_on(
     assert answer(built) == "42"
 
 
-def test_killed_between_two_tritons_the_next_run_takes_it_back_first(
+def test_next_run_undoes_an_installation_that_was_killed_between_two_tritons(
     built: World, upstream: Upstream
 ) -> None:
     from workspace.machine import venv
@@ -192,7 +192,7 @@ def test_killed_between_two_tritons_the_next_run_takes_it_back_first(
     ended = built.run("fix-triton", "--from-source")
     assert ended.code == 0, ended.output
     assert (
-        f"a run that was ended in the middle is taken back: triton 3.9.0+git{upstream.pinned[:8]}"
+        f"an interrupted run is undone: triton 3.9.0+git{upstream.pinned[:8]}"
         " is in .vllm again" in ended.err
     )
 
@@ -244,10 +244,10 @@ def test_mirror_may_be_an_address(built: World, upstream: Upstream) -> None:
     assert "include.zip: sha256 " in log
 
 
-def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_for(
+def test_triton_is_built_from_source_where_the_paired_wheel_does_not_help(
     built: World, upstream: Upstream, tmp_path: Path
 ) -> None:
-    """The index's stand-in of 3.7.1 is a module of its name, and can compile nothing."""
+    """The index's stand-in for 3.7.1 is an empty module that compiles nothing."""
     files = {
         "torch/__init__.py": b"from torch import version\n",
         "torch/version.py": b"__version__ = '2.13.0'\ncuda = '13.0'\n",
@@ -262,11 +262,11 @@ def test_where_the_paired_wheel_does_not_help_it_is_built_without_being_asked_fo
     ended = built.run("fix-triton")
     assert ended.code == 0, ended.output
     steps = [
-        ended.err.index(words)
-        for words in (
-            "torch compiles its kernels with it",
+        ended.err.index(args)
+        for args in (
+            "torch compiles its kernels with Triton",
             "done     wheel",
-            "nothing cheaper has helped",
+            "no cheaper fix has helped",
             "done     verify",
         )
     ]
@@ -298,7 +298,7 @@ def test_offline_switch_needs_local_folders_and_builds_with_them(
     assert "none needed" in build(built)
 
 
-def test_environment_that_cannot_be_written_is_told_before_anything_is_fetched(
+def test_environment_that_cannot_be_written_is_reported_before_any_download(
     built: World, upstream: Upstream
 ) -> None:
     ended = built.run(

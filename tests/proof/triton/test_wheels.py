@@ -1,7 +1,8 @@
-"""inv fix-triton on the real wheels of Triton 3.5.1, 3.6.0 and 3.7.1, from the package index that
-this machine has; no GPU is needed.
+"""inv fix-triton on the real wheels of Triton 3.5.1, 3.6.0 and 3.7.1; no GPU is needed.
 
-What each can assemble is for its own assemblers to say. Seeded faults are found and mended: a stale
+The wheels come from the package index of this machine.
+
+The assemblers of each wheel show what it can assemble. Seeded faults are found and fixed: a stale
 cache, a shadow, broken paths, another wheel.
 """
 
@@ -22,13 +23,13 @@ from workspace.core.paths import Layout
 OLD, MIDDLE, NEW = "3.5.1", "3.6.0", "3.7.1"
 NO_SM = "Value 'sm_121a' is not defined for option 'gpu-name'"
 TOOLKIT = Path("/usr/local/cuda/bin/ptxas")
-# As much of torch as is asked for by who finds no GPU.
+# The parts of torch that are used without a GPU.
 TORCH = "from torch import cuda, version\n"
 
 
 @pytest.fixture
 def context(materials: Materials, tmp_path: Path) -> Iterator[World]:
-    """A clone with an empty environment, whose packages come from where this machine takes them."""
+    """A clone with an empty environment, and the package index of this machine."""
     made = make_world(materials, tmp_path)
     made.venv()
     for name in (
@@ -71,7 +72,7 @@ def install(world: World, version: str) -> None:
 
 
 def torch(world: World, folder: Path, *, cuda: str | None = None) -> None:
-    """A torch that is for the CPU, or pairs with 3.7.1, and sees no GPU."""
+    """Install a torch for the CPU, or one that pairs with 3.7.1; neither finds a GPU."""
     version = "2.13.0" if cuda else "2.13.0+cpu"
     files = {
         "torch/__init__.py": TORCH.encode(),
@@ -83,19 +84,19 @@ def torch(world: World, folder: Path, *, cuda: str | None = None) -> None:
 
 
 def rows(ended: Ended) -> dict[str, str]:
-    """The first row of each name: state word and the rest."""
+    """Return the first row of each name: its state and its text."""
     found: dict[str, str] = {}
     for line in ended.err.splitlines():
-        words = line.split(None, 2)
-        if len(words) == 3 and words[0] in ("ok", "warn", "FAIL"):
-            found.setdefault(words[1], f"{words[0]} {words[2]}")
+        fields = line.split(None, 2)
+        if len(fields) == 3 and fields[0] in ("ok", "warn", "FAIL"):
+            found.setdefault(fields[1], f"{fields[0]} {fields[2]}")
     return found
 
 
 @pytest.mark.parametrize(
     ("version", "used", "code"), [(OLD, "ptxas", 6), (MIDDLE, "ptxas-bw", 0), (NEW, "ptxas-bw", 0)]
 )
-def test_what_a_wheel_can_assemble_is_told_by_assembling(
+def test_diagnosis_assembles_to_judge_a_wheel(
     context: World, tmp_path: Path, version: str, used: str, code: int
 ) -> None:
     install(context, version)
@@ -115,7 +116,7 @@ def test_what_a_wheel_can_assemble_is_told_by_assembling(
 
 
 @pytest.mark.skipif(not TOOLKIT.exists(), reason="there is no CUDA toolkit at /usr/local/cuda")
-def test_old_wheel_is_mended_with_the_toolkits_assembler_by_one_line_of_dotenv(
+def test_old_wheel_is_fixed_with_the_toolkits_assembler_by_one_line_of_dotenv(
     context: World,
 ) -> None:
     install(context, OLD)
@@ -133,7 +134,7 @@ def test_newer_wheel_is_not_given_the_toolkits_older_assembler(
 ) -> None:
     install(context, NEW)
     context.layout.dotenv.write_text(f"TRITON_PTXAS_BLACKWELL_PATH={tmp_path / 'nowhere'}\n")
-    assert "passes over it in silence" in context.run("fix-triton", "--check").err
+    assert "ignores it silently" in context.run("fix-triton", "--check").err
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert (
@@ -161,11 +162,11 @@ def test_path_in_the_shell_is_for_the_person_to_change(context: World, tmp_path:
     install(context, NEW)
     context.env["TRITON_PTXAS_BLACKWELL_PATH"] = str(tmp_path / "nowhere")
     ended = context.run("fix-triton")
-    assert "is set in the shell, where only you can change it" in ended.error(6)
+    assert "is set in the shell, where do it yourself change it" in ended.error(6)
     assert "unset TRITON_PTXAS_BLACKWELL_PATH" in ended.err
 
 
-def test_stale_cache_and_shadow_are_found_and_moved_aside(context: World) -> None:
+def test_stale_cache_and_shadow_are_found_and_moved(context: World) -> None:
     install(context, MIDDLE)
     home = Path(context.env["HOME"])
     cache = home / ".triton" / "cache"
@@ -210,7 +211,7 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
     install(context, OLD)
     torch(context, tmp_path, cuda="13.0")
     ended = context.run("fix-triton", "--check")
-    assert "torch asks for another one" in ended.err
+    assert "torch requires another version" in ended.err
     ended = context.run("fix-triton")
     assert ended.code == 0, ended.output
     assert (
@@ -221,10 +222,10 @@ def test_wheel_that_torch_does_not_pair_with_is_replaced_by_the_one_that_it_does
         f"ok       triton        {NEW} from an index; torch 2.13.0 pairs with {NEW}"
         in context.run("status").err
     )
-    assert not context.layout.dotenv.exists(), "no word for an assembler that has gone"
+    assert not context.layout.dotenv.exists(), "no setting for an assembler that was removed"
 
 
-def test_half_a_wheel_beside_a_torch_for_the_cpu_cannot_be_mended_and_is_said_to_be(
+def test_incomplete_wheel_beside_a_torch_for_the_cpu_is_reported_as_not_fixable(
     context: World,
 ) -> None:
     install(context, NEW)

@@ -1,5 +1,6 @@
-"""Each remedy's decision and act on real files: .env, folders in a real checkout and environment, a
-Triton that is put back file by file.
+"""The decision and the act of each fix on real files: .env, checkout, environment.
+
+A former Triton is restored file by file.
 """
 
 import os
@@ -21,7 +22,10 @@ from workspace.machine.dotenv import Assembler, Trial, Verdict
 __all__ = ["built", "house"]
 
 PTXAS = """case "$1" in --version) echo 'release {release}, V{release}.1'; exit;; esac
-case " {known} " in *" ${{1#--gpu-name=}} "*) printf '\\177ELF' > "$3";; *) echo "ptxas fatal   : no such" >&2; exit 255;; esac"""
+case " {known} " in
+    *" ${{1#--gpu-name=}} "*) printf '\\177ELF' > "$3";;
+    *) echo "ptxas fatal   : no such" >&2; exit 255;;
+esac"""
 NOTHING = Diagnosis((), None, None, "12.1", (), None, None, (), ())
 
 
@@ -47,7 +51,7 @@ def changes(house: House, *verdicts: Verdict, findings: tuple[Finding, ...] = ()
 
 
 def toolkit(house: House, release: str) -> dict[str, str]:
-    """A toolkit as the settings name it."""
+    """Make a toolkit, and return the setting that names it."""
     home = house.layout.root.parent / f"cuda-{release}"
     house.program("ptxas", PTXAS.format(release=release, known="sm_121a"), folder=home / "bin")
     house.program("nvcc", f"echo 'release {release}, V{release}.1'", folder=home / "bin")
@@ -95,7 +99,7 @@ def test_newest_assembler_of_nvidias_packages_is_preferred_to_the_toolkits(house
     ] == str(newer)
 
 
-def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_come_back(
+def test_leftovers_that_git_does_not_track_are_moved_and_the_wheels_own_files_restored(
     house, tmp_path
 ):
     tree, name = house.layout.vllm, "vllm/third_party/triton_kernels"
@@ -121,7 +125,7 @@ def test_leftovers_that_git_does_not_track_go_aside_and_the_wheels_own_files_com
     )
     stale = triton_diagnosis.stale_folders(house.layout)
     assert [(one.place.relative_to(tree), one.why) for one in stale] == [
-        (Path("vllm/triton_kernels"), "vLLM has none there any more"),
+        (Path("vllm/triton_kernels"), "vLLM does not use this folder any more"),
         (Path(name), "1 of 1 files are not those of vllm.whl"),
     ]
     with house.run_log(house.settings()) as run_log:
@@ -154,7 +158,7 @@ def test_shadow_outside_of_the_environment_is_its_owners(house, built, tmp_path)
         context = Context(house.layout, house.settings(), run_log)
         assert FIXES[1].plan(context, replace(NOTHING, shadow=tmp_path / "triton_kernels")) == ()
     row = triton_diagnosis._shadow(house.layout, tmp_path / "triton_kernels")
-    assert "only you can" in row.fix
+    assert "do it yourself" in row.fix
 
 
 def test_folder_that_cannot_be_moved_is_a_sentence(house):
@@ -191,7 +195,7 @@ def test_former_triton_comes_back_with_every_file_though_an_installer_has_remove
             run_log=run_log,
         )
         assert venv.keep_former(house.layout).version == "3.7.1", (
-            "a run that goes on after a kill keeps the first"
+            "a run that resumes after a kill keeps the first"
         )
         venv.put_former_back(house.layout, settings, kept, run_log=run_log)
     assert {
@@ -240,7 +244,7 @@ def test_former_of_a_killed_run_comes_back_unless_bootstrap_has_vouched_for_anot
     )
 
 
-def test_stamp_of_the_environment_says_which_triton_is_there_now(house, built):
+def test_stamp_of_the_environment_records_the_installed_triton(house, built):
     settings = built()
     stamp.write(
         house.layout.stamp("environment"),
@@ -262,5 +266,5 @@ def test_script_without_a_shebang_is_refused_as_triton_would_be_stopped_by_it(ho
     os.chmod(program, 0o755)
     one = Assembler("ptxas", "TRITON_PTXAS_PATH", tmp_path / "bundled", True)
     assert dotenv.judge_ptxas(
-        one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda words: None
+        one, house.settings(TRITON_PTXAS_PATH=str(program)), "12.1", lambda argv: None
     ).is_refused
