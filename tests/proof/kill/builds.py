@@ -55,9 +55,9 @@ def rebuilt(world: World) -> None:
     typed(world, *REBUILD)
 
 
-def typed(world: World, *words: str) -> str:
-    ended = world.run(*words)
-    assert ended.code == 0, f"inv {' '.join(words)}: {ended.output}"
+def typed(world: World, *args: str) -> str:
+    ended = world.run(*args)
+    assert ended.code == 0, f"inv {' '.join(args)}: {ended.output}"
     return ended.err
 
 
@@ -89,25 +89,28 @@ def is_true(world: World, answer: str) -> None:
         "the stamp is of other libraries"
     )
     rows = world.status()
-    if rows["kernels"] == rows["install"] == "ok" and "_C" in recorded.outcome.get(COMPILED_HERE, "").split():
+    if (
+        rows["kernels"] == rows["install"] == "ok"
+        and "_C" in recorded.outcome.get(COMPILED_HERE, "").split()
+    ):
         library = world.layout.vllm / "vllm" / "_C.abi3.so"
         found = world.python(
             f"import ctypes; print(ctypes.CDLL({str(library)!r}).vllm_small_answer())"
         )
-        assert found == answer, f"status says that it is fresh, and it answers {found}"
+        assert found == answer, f"status reports it as fresh, and it answers {found}"
     elif rows["kernels"] == "ok":
         assert world.git("status", "--porcelain", "csrc") == "", (
-            "status says that a precompiled wheel's kernels are those of an edit"
+            "status reports a precompiled wheel's kernels as those of an edit"
         )
 
 
-def again(world: World, words: tuple[str, ...], answer: str) -> None:
+def again(world: World, args: tuple[str, ...], answer: str) -> None:
     is_true(world, answer)
-    typed(world, *words)
+    typed(world, *args)
     rows = world.status()
     assert (rows["kernels"], rows["install"]) == ("ok", "ok"), rows
     is_true(world, answer)
-    assert "nothing to do" in typed(world, *words)
+    assert "nothing to do" in typed(world, *args)
 
 
 def again_wheel(world: World) -> None:
@@ -118,15 +121,13 @@ def again_wheel(world: World) -> None:
     assert [path.suffix for path in (world.root / "dist").iterdir()] == [".whl"]
 
 
-def of(
-    name: str, prepare: Callable[[World], None], words: tuple[str, ...], answer: str
-) -> KillCase:
+def of(name: str, prepare: Callable[[World], None], args: tuple[str, ...], answer: str) -> KillCase:
     return KillCase(
         name,
         prepare,
-        words,
+        args,
         lambda world: check(world, answer),
-        lambda world: again(world, words, answer),
+        lambda world: again(world, args, answer),
         full_from="done *configure",
     )
 

@@ -15,10 +15,10 @@ class KillCase:
     """A verb to kill. `prepare` brings a fresh world into the state to start from, `check` raises
     where something of the user's is gone.
 
-    `again` does what a user does after the kill, by what the workspace says is next, until nothing
-    is due; None where the same command line is all of it. It ends with `code` where nothing
-    disturbs it. The disk is filled once stderr has `full_from`, or before the verb starts where
-    that is empty.
+    `again` does what a user does after the kill, by the command that the workspace names as next,
+    until nothing is due; None where the same command line is all of it. It ends with `code` where
+    nothing disturbs it. The disk is filled once stderr has `full_from`, or before the verb starts
+    where that is empty.
     """
 
     name: str
@@ -31,7 +31,7 @@ class KillCase:
 
     def go_on(self, world: World) -> None:
         """Bring what a kill, or nothing, has left to the end. Raises AssertionError with what a
-        command said that does not end as it should.
+        command printed that does not end as it should.
         """
         if self.again is None:
             ended = world.run(*self.argv)

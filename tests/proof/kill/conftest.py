@@ -14,8 +14,8 @@ import pytest
 
 from tests.proof.kill import preload
 from tests.proof.kill.cases import KillCase
-from tests.proof.kill.harness import Place, Result, compile_below, make_places, workers
-from tests.proof.kill.ledger import Ledger
+from tests.proof.kill.harness import Place, compile_below, make_places, workers
+from tests.proof.kill.ledger import Ledger, Result
 from tests.small import releases
 from tests.small.index import serve
 from tests.small.materials import Materials

@@ -1,7 +1,7 @@
 """One kill after the other: put the world back, end the verb at a chosen place, look, let it run
 again, and judge.
 
-A place is prepared once for a case; its states are told apart by content, and one that was
+A place is prepared once for a case; its states are distinguished by content, and one that was
 completed rightly before is not run again.
 """
 
@@ -189,8 +189,8 @@ def by_preload(place: Place, shim: preload.Preload, limit: int, mode: int) -> Ki
     quiet_s, living = judge.await_no_stray(place.mark)
     _refuse_strays(living)
     if mode == preload.ONE_CHILD and child.returncode != -signal.SIGKILL:
-        # A verb that lost a child may well go on without it (uv tries once more what failed); where
-        # not, it says so in its own words.
+        # A verb that lost a child may continue without it (uv retries what failed); otherwise its
+        # own message reports it.
         wrong = failed_rightly(Ended(child.returncode, out, err), (0, *CODES))
         assert not wrong, f"{shim.call(limit)}: {wrong}"
     return Kill(f"call {limit} of all: {shim.call(limit)}", child.returncode, quiet_s)

@@ -158,8 +158,6 @@ def strays(mark: str) -> list[str]:
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 if wanted in Path(f"/proc/{entry}/environ").read_bytes():
-                    found.append(
-                        f"{entry}"
-                        f" {Path(f'/proc/{entry}/cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')[:200]}"
-                    )
+                    argv = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ")
+                    found.append(f"{entry} {argv.decode(errors='replace')[:200]}")
     return found

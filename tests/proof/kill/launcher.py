@@ -1,4 +1,4 @@
-"""Runs a door and ends its process with SIGKILL at the k-th changing call that the process itself
+"""Run a program and end its process with SIGKILL at the k-th changing call that the process itself
 makes.
 
 `python launcher.py LOG K DELAY_S … tasks.py WORD…`: calls are counted by an audit hook and written

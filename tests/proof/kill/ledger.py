@@ -1,7 +1,7 @@
 """What is to be killed and what was: which calls this run takes, when it ends, a line of JSON for
 each kill, and the table.
 
-A record that has lines already is gone on with: what it says was completed rightly is not done
+A record that has lines already is continued: what it lists as completed rightly is not done
 again, and counts in the table.
 """
 
@@ -135,14 +135,18 @@ class Ledger:
             for key, results in rows.items()
         }
         yield (
-            f"{'how':32}{'what':48}{'calls':>6}{'killed at':>10}{'states':>8}{'failed':>8}{'seconds':>9}{'left in TMPDIR':>16}"
+            f"{'how':32}{'what':48}{'calls':>6}{'killed at':>10}{'states':>8}{'failed':>8}"
+            f"{'seconds':>9}{'left in TMPDIR':>16}"
         )
         for (kind, case), results in last.items():
             calls = self.calls.get((kind, case), "")
             states = sum(not result.was_seen for result in results)
             seconds = sum(result.seconds for result in results)
             left = sum(result.leftovers for result in results)
-            yield f"{kind:32}{case:48}{calls:>6}{len(results):10}{states:8}{failed(results):8}{seconds:9.0f}{left:16}"
+            yield (
+                f"{kind:32}{case:48}{calls:>6}{len(results):10}{states:8}{failed(results):8}"
+                f"{seconds:9.0f}{left:16}"
+            )
         every = [result for results in last.values() for result in results]
         at = sum(len(last[key]) for key in self.calls)
         yield (

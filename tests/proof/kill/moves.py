@@ -238,14 +238,14 @@ def to_be_bumped_into_a_conflict(world: World) -> None:
     remember(world)
 
 
-def resolved_in_the_workshop(world: World) -> None:
+def resolved_in_the_bump_sandbox(world: World) -> None:
     to_be_bumped_into_a_conflict(world)
     assert "patch 2 of 3" in world.run("pin.bump", f"v{CONFLICT}").error(4)
-    resolve_in_the_workshop(world)
+    resolve_in_the_bump_sandbox(world)
     remember(world)
 
 
-def resolve_in_the_workshop(world: World) -> None:
+def resolve_in_the_bump_sandbox(world: World) -> None:
     tree = world.layout.bump_sandbox / "vendor" / "vllm"
     take_both_sides(tree / "setup.py")
     git(tree, "add", "setup.py")
@@ -259,9 +259,9 @@ def stack(world: World) -> tuple[str, set[str]]:
     return rows[0]["state"], {row["subject"] for row in rows[1:]}
 
 
-def typed(world: World, *words: str, codes: tuple[int, ...] = (0,)) -> None:
-    ended = world.run(*words)
-    assert ended.code in codes, f"inv {' '.join(words)}: {ended.output}"
+def typed(world: World, *args: str, codes: tuple[int, ...] = (0,)) -> None:
+    ended = world.run(*args)
+    assert ended.code in codes, f"inv {' '.join(args)}: {ended.output}"
     assert "Traceback" not in ended.err, ended.output
 
 
@@ -303,12 +303,12 @@ def again_continue(world: World) -> None:
 
 
 def lead_on(
-    world: World, tag: str, verb: tuple[str, ...], *, mend: Callable[[World], None] | None = None
+    world: World, tag: str, verb: tuple[str, ...], *, fix: Callable[[World], None] | None = None
 ) -> None:
     """What `inv pin`, then `inv status` say is next, until the pin is at `tag`, all is built, and
     the state is recorded as good.
 
-    A conflict on the way is mended, and is a failure where nobody is to.
+    `fix` resolves a conflict on the way; without it a conflict is a failure.
     """
     for _ in range(MOST_COMMANDS):
         ended = world.run("pin.show", "--json", "--offline")
@@ -323,8 +323,8 @@ def lead_on(
         ):
             ended = world.run(*(("patch.continue",) if "bump" in names else verb))
             assert "Traceback" not in ended.err, ended.output
-            if ended.code == 4 and mend:
-                mend(world)
+            if ended.code == 4 and fix:
+                fix(world)
             else:
                 assert ended.code == 0, ended.output
         elif any(state != "ok" for name, state in world.status().items() if name in ROWS):
@@ -348,7 +348,7 @@ def again_bump(world: World) -> None:
 
 
 def again_conflict(world: World) -> None:
-    lead_on(world, f"v{CONFLICT}", ("pin.bump", f"v{CONFLICT}"), mend=resolve_in_the_workshop)
+    lead_on(world, f"v{CONFLICT}", ("pin.bump", f"v{CONFLICT}"), fix=resolve_in_the_bump_sandbox)
 
 
 def again_resolved(world: World) -> None:
@@ -415,7 +415,7 @@ MOVES = (
     ),
     KillCase(
         "patch.continue of a bump",
-        resolved_in_the_workshop,
+        resolved_in_the_bump_sandbox,
         ("patch.continue",),
         check_remembered,
         again_resolved,

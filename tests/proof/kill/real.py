@@ -34,11 +34,11 @@ class Clone:
     layout: Layout
     env: Mapping[str, str]
     mark: str
-    words: tuple[str, ...] = ("bootstrap",)
+    args: tuple[str, ...] = ("bootstrap",)
 
     def start(self) -> "subprocess.Popen[bytes]":
-        with (self.layout.root.parent / "said").open("wb") as output:
-            argv = [self.layout.root / "scripts" / "inv", *self.words]
+        with (self.layout.root.parent / "output").open("wb") as output:
+            argv = [str(self.layout.root / "scripts" / "inv"), *self.args]
             return subprocess.Popen(
                 argv,
                 env=self.env,
@@ -74,7 +74,7 @@ class Clone:
 
     @property
     def output(self) -> str:
-        return (self.layout.root.parent / "said").read_text(errors="replace")
+        return (self.layout.root.parent / "output").read_text(errors="replace")
 
     def step(self) -> str:
         """The step that was running: the last one that the log names, or what came before there was
@@ -233,12 +233,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--folder", type=Path)
-    words = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="kill-real-", dir=words.folder))
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kill-real-", dir=args.folder))
     # A shell's background job ignores SIGINT, and so would its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return 1 if prove(folder, seed=words.seed, times=words.times) else 0
+        return 1 if prove(folder, seed=args.seed, times=args.times) else 0
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

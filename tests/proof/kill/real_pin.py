@@ -2,7 +2,7 @@
 file and a branch of the user's.
 
 One bump to the next release and two returns are killed at moments drawn in each of their steps, and
-every time taken up again by what `inv` says is next. What comes of it is held against a bump that
+every time resumed by the command that `inv` names as next. The result is compared with a bump that
 nothing disturbed. Needs the network or warm caches, and 8 GB of disk.
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from tests.proof.kill import judge
 from tests.proof.kill.real import Clone, make_clone
@@ -26,9 +27,9 @@ LIMIT_S = 1200.0
 MOST_COMMANDS = 12
 POLL_S = 0.002
 PATH = "vllm/utils/cpu_triton_utils.py"
-# On a CPU the next release dies at its first token: its smoke is red until this is mended in the
-# workshop.
-MEND = (
+# On a CPU the next release dies at its first token: its smoke is red until this is fixed in
+# the sandbox of the bump.
+FIX = (
     ("    block_size: int,\n", ""),
     (
         "    KV_CACHE_BLOCK_SIZE: int | None = None,\n    BLOCKS_PER_KV_BLOCK: int = 1,\n",
@@ -51,7 +52,7 @@ EDITS = {
     ),
     "Widen mcp": ("requirements/common.txt", "mcp >= 2.0.0, < 3.0.0", "mcp >= 1.0.0, < 4.0.0"),
 }
-# Step, as the lock says it, and the seconds after its begin within which a kill is drawn. In the
+# Step, as the lock names it, and the seconds after its begin within which a kill is drawn. In the
 # order in which they come.
 BUMP: tuple[tuple[str, float], ...] = (
     *(
@@ -85,6 +86,13 @@ BACK: tuple[tuple[str, float], ...] = (
 )
 
 
+class Row(TypedDict):
+    """A row of `inv pin.show --json`."""
+
+    name: str
+    facts: dict[str, object]
+
+
 @dataclass(frozen=True)
 class Stand:
     """A clone whose state is good; `side` is a commit of a branch of the user's, `commits` all that
@@ -99,10 +107,8 @@ class Stand:
     def layout(self) -> Layout:
         return self.clone.layout
 
-    def inv(self, *words: str, codes: tuple[int, ...] = (0,)) -> str:
-        return _ended(
-            replace(self.clone, words=words), replace(self.clone, words=words).start(), codes
-        )
+    def inv(self, *args: str, codes: tuple[int, ...] = (0,)) -> str:
+        return _ended(replace(self.clone, args=args), replace(self.clone, args=args).start(), codes)
 
     def smoke(self) -> None:
         """`nox -s smoke`: the judgement, and the record of what is good."""
@@ -124,7 +130,7 @@ class Stand:
             )
             assert done.returncode == 0, f"{session}: exit {done.returncode}: {done.stderr}"
 
-    def rows(self) -> list[dict]:
+    def rows(self) -> list[Row]:
         child = subprocess.run(
             [self.layout.root / "scripts" / "inv", "pin.show", "--json", "--offline"],
             env=self.clone.env,
@@ -132,7 +138,8 @@ class Stand:
             timeout=60,
             check=True,
         )
-        return json.loads(child.stdout)["rows"]
+        rows: list[Row] = json.loads(child.stdout)["rows"]
+        return rows
 
     def check(self) -> None:
         """Everything that is the user's is there, every commit is whole, and none that a reference
@@ -153,7 +160,7 @@ def _commits(vllm: Path) -> frozenset[str]:
 
 def _ended(clone: Clone, child: "subprocess.Popen[bytes]", codes: tuple[int, ...]) -> str:
     code = child.wait(timeout=LIMIT_S)
-    assert code in codes, f"inv {' '.join(clone.words)}: exit {code}: {clone.output}"
+    assert code in codes, f"inv {' '.join(clone.args)}: exit {code}: {clone.output}"
     assert "Traceback" not in clone.output, clone.output
     return clone.output
 
@@ -196,9 +203,7 @@ def edit(path: Path, *changes: tuple[str, str]) -> None:
 
 
 def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
-    """What `inv pin` says is next, until the pin is at `tag`, is built, and its state is recorded
-    as good.
-    """
+    """Run the command that `inv pin` names as next until `tag` is built and recorded as good."""
     for _ in range(MOST_COMMANDS):
         rows = stand.rows()
         names = {row["name"] for row in rows}
@@ -207,7 +212,7 @@ def lead_on(stand: Stand, tag: str, verb: Sequence[str]) -> None:
         elif "bump" in names or pinned_of(rows) != tag:
             stand.inv(*(("patch.continue",) if "bump" in names else verb), codes=(0, 8))
             if "checks failed" in stand.clone.output:
-                mend(stand)
+                fix(stand)
         elif any(row["name"] == "good" and row["facts"].get("current") for row in rows) and _passed(
             stand
         ):
@@ -227,18 +232,16 @@ def _passed(stand: Stand) -> bool:
     )
 
 
-def pinned_of(rows: list[dict]) -> str:
+def pinned_of(rows: list[Row]) -> str:
     return str(next(row["facts"]["tag"] for row in rows if row["name"] == "pin"))
 
 
-def mend(stand: Stand) -> None:
-    """Commit a fix in the workshop, with the same identity and date each time, unless it is
-    there.
-    """
+def fix(stand: Stand) -> None:
+    """Commit a fix in the sandbox of the bump once, with a fixed identity and date."""
     tree = Layout(stand.layout.bump_sandbox).vllm
-    if MEND[0][0] not in (tree / PATH).read_text():
+    if FIX[0][0] not in (tree / PATH).read_text():
         return
-    edit(tree / PATH, *MEND)
+    edit(tree / PATH, *FIX)
     who = {"NAME": "Me", "EMAIL": "me@localhost", "DATE": "2026-01-01T00:00:00Z"}
     dated = {
         f"GIT_{role}_{what}": text for role in ("AUTHOR", "COMMITTER") for what, text in who.items()
@@ -255,8 +258,9 @@ def mend(stand: Stand) -> None:
 
 
 def doing(layout: Layout, process: int) -> str | None:
-    """The step that a verb is at by its own word in the lock, that of the workshop first; None
-    where none is. What a killed one said stays there.
+    """Return the step of a running verb as its lock names it, that of the sandbox first, or None.
+
+    The name of a killed verb's step stays in the lock.
     """
     for lock in (Layout(layout.bump_sandbox).lock, layout.lock):
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -270,18 +274,18 @@ def strike(
     stand: Stand, verb: Sequence[str], step: str, window_s: float, draw: random.Random
 ) -> str | None:
     """Kill a verb at a moment drawn within a step; return how, None where it ended before. A red
-    smoke is mended.
+    smoke is fixed.
     """
     after_s, is_all, layout = draw.random() * window_s, draw.random() < 0.5, stand.layout
-    child = replace(stand.clone, words=tuple(verb)).start()
+    child = replace(stand.clone, args=tuple(verb)).start()
     while step and doing(layout, child.pid) != step and child.poll() is None:
         time.sleep(POLL_S)
     time.sleep(after_s)
     at = doing(layout, child.pid) or "looking"
     if child.poll() is not None:
-        _ended(replace(stand.clone, words=tuple(verb)), child, (0, 8))
+        _ended(replace(stand.clone, args=tuple(verb)), child, (0, 8))
         if child.returncode == 8:
-            mend(stand)
+            fix(stand)
         return None
     stand.clone.end(child, is_all=is_all)
     return (
@@ -291,7 +295,7 @@ def strike(
 
 
 def way_on(stand: Stand, verb: Sequence[str], tag: str, draw: random.Random) -> tuple[str, ...]:
-    """What to type where a verb was killed: itself, or what `inv pin` says is next."""
+    """Return the command after a kill: the verb itself, or the one that `inv pin` names as next."""
     rows = stand.rows()
     names = {row["name"] for row in rows}
     if "bump" in names:
@@ -314,16 +318,16 @@ def round_of(
     """
     kills = failures = 0
     for number, (step, window_s) in enumerate(steps):
-        words = way_on(stand, verb, tag, draw)
+        args = way_on(stand, verb, tag, draw)
         started = time.monotonic()
         try:
-            how = strike(stand, words, step, window_s, draw)
+            how = strike(stand, args, step, window_s, draw)
             stand.check()
         except AssertionError as exc:
             how, failures = f"FAIL {exc}", failures + 1
         kills += how is not None
         print(
-            f"{number:3}  {' '.join(words):20} {how or f'had ended before {step}'} "
+            f"{number:3}  {' '.join(args):20} {how or f'had ended before {step}'} "
             f" ({time.monotonic() - started:.0f} s)",
             flush=True,
         )

@@ -40,10 +40,10 @@ class Stand:
     def vllm(self) -> Path:
         return self.clone.layout.vllm
 
-    def inv(self, *words: str, codes: tuple[int, ...] = (0,)) -> int:
-        child = replace(self.clone, words=words).start()
+    def inv(self, *args: str, codes: tuple[int, ...] = (0,)) -> int:
+        child = replace(self.clone, args=args).start()
         code = child.wait(timeout=AGAIN_S)
-        assert code in codes, f"inv {' '.join(words)}: exit {code}: {self.clone.output}"
+        assert code in codes, f"inv {' '.join(args)}: exit {code}: {self.clone.output}"
         assert "Traceback" not in self.clone.output, self.clone.output
         return code
 
@@ -117,7 +117,7 @@ def prove(folder: Path, *, seed: int, times: int) -> int:
         after_s = draw.random() * whole_s.get(verb, 3.0)
         is_all = draw.random() < 0.5
         started = time.monotonic()
-        child = replace(stand.clone, words=(verb,)).start()
+        child = replace(stand.clone, args=(verb,)).start()
         try:
             time.sleep(after_s)
             if child.poll() is not None:
@@ -151,7 +151,7 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
         stand.inv("patch.unapply")
         commit(stand, stand.vllm / stand.disputed, 2000)
         folder = stand.clone.layout.patches("vllm")
-        words = (
+        args = (
             "format-patch",
             "--stdout",
             "--zero-commit",
@@ -160,7 +160,7 @@ def _begin(stand: Stand, verb: str, number: int) -> None:
             "--keep-subject",
             "-1",
         )
-        (folder / "Change-number-2000.patch").write_text(git(stand.vllm, *words) + "\n")
+        (folder / "Change-number-2000.patch").write_text(git(stand.vllm, *args) + "\n")
         lines = (folder / "series").read_text().splitlines()
         (folder / "series").write_text(
             "\n".join([*lines[:2], "Change-number-2000.patch", *lines[2:]]) + "\n"

@@ -1,4 +1,4 @@
-"""The harness itself: shares cover each call once, a record is gone on with, and no place is so
+"""The harness itself: shares cover each call once, a record is continued, and no place is so
 special that its calls are not counted.
 """
 

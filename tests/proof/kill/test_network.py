@@ -1,5 +1,5 @@
 """The network fails in the middle of each page and each file: a sentence, a hint, exit 11; then the
-next run goes on from there.
+next run resumes from there.
 """
 
 import shutil
@@ -24,7 +24,7 @@ PATIENCE = {"UV_HTTP_TIMEOUT": "3"}
 
 @dataclass(frozen=True)
 class Break:
-    """A way for a transfer to go wrong; `is_fatal` where the verb cannot go on."""
+    """A way for a transfer to go wrong; `is_fatal` where the verb cannot continue."""
 
     fault: Fault
     is_fatal: bool = True
@@ -43,12 +43,12 @@ def test_network_fails_in_each_page_and_file(
     how: str, grounds: Grounds, judge_all: Callable[[list[Result]], None]
 ) -> None:
     places = grounds(VERBS[0])
-    asked = requested(places[0])
+    requests = requested(places[0])
 
     def fail(place: Place, number: int) -> Result:
-        return broken(place, asked[number], how)
+        return broken(place, requests[number], how)
 
-    judge_all(each(places, fail, range(len(asked))))
+    judge_all(each(places, fail, range(len(requests))))
 
 
 def requested(place: Place) -> list[str]:

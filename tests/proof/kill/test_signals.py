@@ -1,4 +1,4 @@
-"""^C and SIGTERM at random moments: the verb says so and ends its children; the next run
+"""^C and SIGTERM at random moments: the verb reports it and ends its children; the next run
 completes.
 """
 
@@ -24,13 +24,13 @@ ENDED_WITHIN_S = 8.0
 def by_signal(place: Place, number: signal.Signals, after_s: float) -> Kill:
     child = place.world.start(*place.case.argv)
     time.sleep(after_s)
-    asked, stood = time.monotonic(), stands(child.pid)
+    begun, stood = time.monotonic(), stands(child.pid)
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
-    ended_s = time.monotonic() - asked
+    ended_s = time.monotonic() - begun
     _, living = await_no_stray(place.mark)
     assert not living, living
-    # Before the door stands, Python itself ends by the signal.
+    # Before the command line is ready, Python itself ends by the signal.
     assert child.returncode in (0, CODES[number]) or (child.returncode == -number and not stood), (
         child.returncode,
         err,
@@ -41,8 +41,9 @@ def by_signal(place: Place, number: signal.Signals, after_s: float) -> Kill:
 
 
 def stands(process: int) -> bool:
-    """Whether the door catches signals by now (proc(5), SigCgt); SIGINT has a handler of Python's
-    own before.
+    """Return whether the command line handles signals by now (proc(5), SigCgt).
+
+    Before that, SIGINT has Python's own handler.
     """
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{process}/status").read_text()
