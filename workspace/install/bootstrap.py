@@ -107,9 +107,9 @@ def stages_of(
 
 
 def _source(settings: Settings, observed: plan.Observation) -> tuple[bool, str]:
-    there, choice = observed.checkout, settings.text("SOURCE")
-    is_there = there.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
-    return not is_there or choice not in ("auto", there.kind.name.lower()), there.detail
+    current, choice = observed.checkout, settings.text("SOURCE")
+    exists = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    return not exists or choice not in ("auto", current.kind.name.lower()), current.detail
 
 
 def _patches(layout: Layout, observed: plan.Observation) -> tuple[bool, str]:

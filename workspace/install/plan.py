@@ -93,15 +93,15 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     environment_stamp = stamp.read(layout.stamp("environment"))
     build_stamp = stamp.read(layout.stamp("vllm"))
     device = _device(settings, environment_stamp)
-    there = checkout.observe(layout, pin)
-    is_usable = there.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
-    stack = patches.observe(layout, "vllm", pin, there) if is_usable else None
+    current = checkout.observe(layout, pin)
+    is_usable = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
+    stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
     python = interpreter.describe(layout, settings)
     build = torch.observe(layout, settings) if python else None
     git = Git(layout.vllm) if is_usable else None
     facts = _Facts(layout, settings, pin, device, git, python, build)
     environment = _environment(facts, environment_stamp)
-    changed_sources = _changed_sources(git, there)
+    changed_sources = _changed_sources(git, current)
     wanted = _kernels_wanted(settings, pin, device, build_stamp, is_changed=bool(changed_sources))
     if wanted.kind == "native" or (
         changed_sources
@@ -116,7 +116,7 @@ def observe(layout: Layout, settings: Settings) -> Observation:
         pin,
         device,
         wanted,
-        there,
+        current,
         stack,
         python,
         build,
@@ -370,10 +370,10 @@ def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None
     return packed.digest if packed else None
 
 
-def _changed_sources(git: Git | None, there: checkout.Checkout) -> tuple[str, ...]:
-    if git is None or there.base is None:
+def _changed_sources(git: Git | None, current: checkout.Checkout) -> tuple[str, ...]:
+    if git is None or current.base is None:
         return ()
-    return git.changed_files(there.base, COMPILED_SOURCES)
+    return git.changed_files(current.base, COMPILED_SOURCES)
 
 
 def changed_sources_sentence(changed: tuple[str, ...], limit: int = 3) -> str:

@@ -29,26 +29,26 @@ from workspace.repo.pins import COMMIT, Pin
 MADE_REF = f"{worktree.OWN_REFS}/made"
 
 
-def furnish(outer: Layout, made: Layout, pin: Pin) -> None:
+def furnish(outer: Layout, target: Layout, pin: Pin) -> None:
     """Write the pins into the folder of a new sandbox, and link what it shares with the clone.
 
     Patches, tree and environment are added by the caller.
     """
     for shared in (outer.logs, outer.models):
         shared.mkdir(parents=True, exist_ok=True)
-    made.pins.parent.mkdir(parents=True)
-    made.pins.write_bytes(pins.dump(read_regular(outer.pins), pin))
-    made.state.mkdir()
+    target.pins.parent.mkdir(parents=True)
+    target.pins.write_bytes(pins.dump(read_regular(outer.pins), pin))
+    target.state.mkdir()
     links = {
-        made.probes.parent: outer.probes.parent,
-        made.tools: outer.tools,
-        made.logs: outer.logs,
-        made.models: outer.models,
+        target.probes.parent: outer.probes.parent,
+        target.tools: outer.tools,
+        target.logs: outer.logs,
+        target.models: outer.models,
     }
     if outer.dotenv.exists():
-        links[made.dotenv] = outer.dotenv
-    for link, target in links.items():
-        link.symlink_to(target.absolute())
+        links[target.dotenv] = outer.dotenv
+    for link, shared in links.items():
+        link.symlink_to(shared.absolute())
 
 
 def open_tree(
@@ -156,12 +156,12 @@ def borrow_environment(outer: Layout, own: Layout, *, run_log: RunLog) -> None:
         return
     with run_log.console.step("environment") as view, files.folder_beside(target) as scratch:
         run_log.phase("environment", view)
-        made = Layout(scratch)
-        copy_files(source, made.environment, files_below(source))
+        copy = Layout(scratch)
+        copy_files(source, copy.environment, files_below(source))
         for name in ("environment", "vllm"):
-            stamp.withdraw(made.stamp(name))
-        _make_relocatable(made.environment / "pyvenv.cfg")
-        files.put_in_place(made.environment, target)
+            stamp.withdraw(copy.stamp(name))
+        _make_relocatable(copy.environment / "pyvenv.cfg")
+        files.put_in_place(copy.environment, target)
         view.reason = (
             f"a copy of {outer.relative(source)}, to keep its torch (USE_EXISTING_TORCH=1)"
         )
@@ -272,13 +272,13 @@ def make(
     assert NAME.fullmatch(name), name
     if patches is not None:
         series.read_series(patches, pin=pin.commit)
-    there = find(layout, name)
-    if there is None:
-        there = _begin(layout, name, pin, patches, tip)
+    found = find(layout, name)
+    if found is None:
+        found = _begin(layout, name, pin, patches, tip)
     else:
-        pins.save(there.layout.pins, pin)
-        _write_patches(there.layout, pin, patches)
-    return move(there, tip, settings=settings, run_log=run_log)
+        pins.save(found.layout.pins, pin)
+        _write_patches(found.layout, pin, patches)
+    return move(found, tip, settings=settings, run_log=run_log)
 
 
 def find(layout: Layout, name: str) -> Sandbox | None:
@@ -378,11 +378,11 @@ def _begin(layout: Layout, name: str, pin: Pin, patches: Path | None, tip: str) 
     _keep_work(sandbox)
     remove_tree(layout, sandbox.layout, _gone(sandbox.layout))
     with files.folder_beside(sandbox.layout.root) as folder:
-        made = Layout(folder / "sandbox")
-        furnish(layout, made, pin)
-        _write_patches(made, pin, patches)
-        _record(made, tip)
-        files.put_in_place(made.root, sandbox.layout.root)
+        own = Layout(folder / "sandbox")
+        furnish(layout, own, pin)
+        _write_patches(own, pin, patches)
+        _record(own, tip)
+        files.put_in_place(own.root, sandbox.layout.root)
     return sandbox
 
 

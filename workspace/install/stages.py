@@ -166,7 +166,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     packed, observed = precompiled.read_packed(path), run.observed
     if packed is None or observed.torch is None or observed.python is None:
         return None
-    made = cmake_inputs.observe(
+    inputs = cmake_inputs.observe(
         run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch
     )
     capabilities = tuple(
@@ -174,7 +174,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     )
     digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
     version = ".".join(observed.python.version.split(".")[:2])
-    if why := wheel.fits(packed, made, digest, python=version, capabilities=capabilities):
+    if why := wheel.fits(packed, inputs, digest, python=version, capabilities=capabilities):
         raise SourceError(
             f"{path.name} does not fit: {why}",
             hint="./scripts/inv rebuild --kernels auto    compiles what differs from the pin",
@@ -283,12 +283,12 @@ def check_device_code(
     )
     judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
     left_out = device_code.judge_not_built(not_built, archs)
-    judgements = (f"{one.library}: {one.state}: {one.sentence}" for one in judged)
-    for sentence in (*judgements, *left_out.expected):
+    rows = (f"{row.library}: {row.state}: {row.sentence}" for row in judged)
+    for sentence in (*rows, *left_out.expected):
         run.run_log.write(sentence)
     for sentence in (*left_out.unknown, *(left_out.failures if not is_native else ())):
         run.run_log.console.warn(sentence)
-    wrong = [f"{one.library} {one.sentence}" for one in judged if one.state == "wrong"]
+    wrong = [f"{row.library} {row.sentence}" for row in judged if row.state == "wrong"]
     wrong += left_out.failures if is_native else ()
     wanted = " and ".join(capabilities) or archs
     if wrong:
@@ -297,5 +297,5 @@ def check_device_code(
             hint="./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST",
             details=tuple(wrong),
         )
-    count = sum(one.state == "ok" for one in judged)
+    count = sum(row.state == "ok" for row in judged)
     return f"; {count} {'has' if count == 1 else 'have'} code for {wanted}"

@@ -20,10 +20,14 @@ from workspace.repo import checkout, overview, patches, pins
 TritonState = Literal["ok", "warn", "missing"]
 
 
-def origin(layout: Layout, there: Installed) -> str:
+def origin(layout: Layout, installed: Installed) -> str:
     """Return where a Triton came from; for a Triton that was built here, from which commit."""
     recorded = stamp.read(layout.stamp("triton"))
-    if recorded and recorded.outcome.get("version") == there.version and there.origin == "file":
+    if (
+        recorded
+        and recorded.outcome.get("version") == installed.version
+        and installed.origin == "file"
+    ):
         patched = f" and {recorded.inputs['patches']}" if recorded.inputs.get("patches") else ""
         return (
             f"built here from {recorded.inputs.get('commit', '')[:12]}"
@@ -31,9 +35,9 @@ def origin(layout: Layout, there: Installed) -> str:
         )
     return {
         "index": "from an index",
-        "file": f"from {there.place}",
-        "editable": f"editable, from {there.place}",
-    }[there.origin]
+        "file": f"from {installed.place}",
+        "editable": f"editable, from {installed.place}",
+    }[installed.origin]
 
 
 def pairing(build: TorchBuild | None, paired: str | None) -> str:
@@ -47,18 +51,18 @@ def pairing(build: TorchBuild | None, paired: str | None) -> str:
 
 def triton_row(layout: Layout, build: TorchBuild | None) -> tuple[TritonState, str] | None:
     """Return state and text of the row, None without a Triton and without a need for one."""
-    there, paired = torch.observe_triton(layout), torch.paired_triton(layout)
-    if there is None:
+    installed, paired = torch.observe_triton(layout), torch.paired_triton(layout)
+    if installed is None:
         return ("missing", f"none; {pairing(build, paired)}") if paired is not None else None
     recorded = stamp.read(layout.stamp("triton"))
-    text = f"{there.version} {origin(layout, there)}; {pairing(build, paired)}"
-    beside = recorded.inputs.get("torch") if recorded and there.origin == "file" else None
+    text = f"{installed.version} {origin(layout, installed)}; {pairing(build, paired)}"
+    beside = recorded.inputs.get("torch") if recorded and installed.origin == "file" else None
     if build and beside not in (None, build.version):
         return (
             "warn",
             f"{text}; it was verified with torch {beside}: ./scripts/inv fix-triton --check",
         )
-    if paired and not there.is_meant and not is_met(paired, there.version):
+    if paired and not installed.is_meant and not is_met(paired, installed.version):
         return "warn", f"{text}: ./scripts/inv fix-triton"
     return "ok", text
 
@@ -175,15 +179,15 @@ def _pin(layout: Layout, observed: plan.Observation) -> Row:
 
 
 def _source(layout: Layout, observed: plan.Observation) -> Row:
-    there = observed.checkout
+    current = observed.checkout
     if observed.stack and (
-        sentence := overview.moved(layout, observed.pin.name, observed.pin, there, observed.stack)
+        sentence := overview.moved(layout, observed.pin.name, observed.pin, current, observed.stack)
     ):
         return Row("warn", "source", sentence)
     state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(
-        there.kind, "ok"
+        current.kind, "ok"
     )  # type: ignore[assignment]
-    return Row(state, "source", there.detail)
+    return Row(state, "source", current.detail)
 
 
 def _patches(observed: plan.Observation) -> Row:

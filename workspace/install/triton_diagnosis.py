@@ -259,21 +259,21 @@ def _foreign_to_build(layout: Layout, name: str, recorded: stamp.Stamp | None) -
 
 def _installed(
     layout: Layout,
-    there: torch.Installed | None,
+    installed: torch.Installed | None,
     build: torch.TorchBuild | None,
     paired: str | None,
 ) -> Finding:
     beside = pairing(build, paired)
     fix = "install the wheel that torch pairs with"
-    if there is None:
+    if installed is None:
         if build and build.cuda and paired is not None:
             cause = "torch compiles its kernels with Triton"
             return Finding("FAIL", "triton", f"none; {beside}", cause, fix)
         return Finding("ok", "triton", f"none; {beside}")
-    seen = f"{there.version} {origin(layout, there)}; {beside}"
-    if there.package is None:
+    seen = f"{installed.version} {origin(layout, installed)}; {beside}"
+    if installed.package is None:
         return Finding("FAIL", "triton", seen, "its files are missing", fix)
-    if paired and not there.is_meant and not is_met(paired, there.version):
+    if paired and not installed.is_meant and not is_met(paired, installed.version):
         cause = "torch requires another version, and this one was not installed on purpose"
         return Finding("FAIL", "triton", seen, cause, fix)
     return Finding("ok", "triton", seen)
@@ -340,8 +340,14 @@ def _shadow(layout: Layout, shadow: Path | None) -> Finding:
 
 def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
     rows = tuple(
-        Finding("FAIL", "leftovers", layout.relative(one.place), one.why, "move it out of the tree")
-        for one in stale
+        Finding(
+            "FAIL",
+            "leftovers",
+            layout.relative(folder.place),
+            folder.why,
+            "move it out of the tree",
+        )
+        for folder in stale
     )
     return rows or (
         Finding("ok", "leftovers", "no generated triton_kernels of another build in the tree"),
@@ -350,7 +356,9 @@ def _stale(layout: Layout, stale: tuple[Stale, ...]) -> tuple[Finding, ...]:
 
 def _caches(foreign: tuple[jit_caches.Foreign, ...]) -> tuple[Finding, ...]:
     rows = tuple(
-        Finding("FAIL", "caches", f"{one.cache.kind}: {one.cache.place}", one.wrote, "rename it")
-        for one in foreign
+        Finding(
+            "FAIL", "caches", f"{entry.cache.kind}: {entry.cache.place}", entry.wrote, "rename it"
+        )
+        for entry in foreign
     )
     return rows or (Finding("ok", "caches", "the caches hold no kernels of another stack"),)

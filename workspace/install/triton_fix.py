@@ -77,8 +77,8 @@ def run(
     _close(
         found,
         console,
-        f"{triton_sources.FROM_SOURCE}    builds one here; rm -rf .vllm && ./scripts/inv bootstrap "
-        f"   installs everything again{_in_shell(found, settings)}",
+        f"{triton_sources.FROM_SOURCE}    builds Triton here; rm -rf .vllm && ./scripts/inv"
+        f" bootstrap    installs everything again{_in_shell(found, settings)}",
     )
 
 
@@ -362,6 +362,6 @@ def _verified(context: Context) -> Diagnosis:
     if kernel.error:
         raise BuildError(
             f"the test kernel fails: {kernel.error}",
-            hint=f"{VERB} --check; {triton_sources.FROM_SOURCE} --ref v3.7.1    builds another one",
+            hint=f"{VERB} --check; {triton_sources.FROM_SOURCE} --ref v3.7.1    builds that one",
         )
     return found

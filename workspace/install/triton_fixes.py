@@ -217,17 +217,17 @@ def _move_caches(context: Context, found: Diagnosis) -> str:
 def _plan_wheel(context: Context, found: Diagnosis) -> tuple[str, ...]:
     if found.paired is None or found.can_compile:
         return ()
-    there = found.installed
+    installed = found.installed
     if (
-        there
-        and there.is_meant
-        and there.package is not None
+        installed
+        and installed.is_meant
+        and installed.package is not None
         and not (found.kernel and found.kernel.error)
     ):
         return ()
     return (
         f"install triton{found.paired} from the package index, which torch pairs with"
-        + (f", instead of {there.version}" if there else ""),
+        + (f", instead of {installed.version}" if installed else ""),
     )
 
 

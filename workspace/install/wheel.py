@@ -135,9 +135,9 @@ def fits(
         )
     if packed.device == "cuda":
         found = [device_code.Cubins(name, archs) for name, archs in packed.cubins.items()]
-        for one in device_code.judge(found, capabilities=capabilities, archs=inputs.archs):
-            if one.state == "wrong":
-                return f"{one.library} {one.sentence}"
+        for judgement in device_code.judge(found, capabilities=capabilities, archs=inputs.archs):
+            if judgement.state == "wrong":
+                return f"{judgement.library} {judgement.sentence}"
     return None
 
 
@@ -174,7 +174,7 @@ def _describe(
         digest=git.digest(plan.COMPILED_SOURCES),
         inputs={name: text for name, text in recorded.inputs.items() if name not in _OWN_INPUTS},
         libraries=recorded.libraries,
-        cubins={one.library: one.archs for one in held},
+        cubins={library.library: library.archs for library in held},
     )
 
 

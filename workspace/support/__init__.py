@@ -1,1 +1,1 @@
-"""What the workspace itself costs, as ratios of one run, and the bug report."""
+"""The bug report, and measurements of the workspace's own overhead."""

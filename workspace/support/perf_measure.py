@@ -92,38 +92,26 @@ class Comparison:
 
     @property
     def ratio(self) -> Spread:
-        return _spread(
-            [
-                one.wall_s / other.wall_s
-                for one, other in zip(self.measured, self.against, strict=True)
-            ]
-        )
+        return self._per_pair(lambda measured, against: measured.wall_s / against.wall_s)
 
     @property
     def cpu_ratio(self) -> Spread:
-        return _spread(
-            [
-                one.cpu_s / other.cpu_s
-                for one, other in zip(self.measured, self.against, strict=True)
-            ]
-        )
+        return self._per_pair(lambda measured, against: measured.cpu_s / against.cpu_s)
 
     @property
     def extra_s(self) -> Spread:
-        return _spread(
-            [
-                one.wall_s - other.wall_s
-                for one, other in zip(self.measured, self.against, strict=True)
-            ]
-        )
+        return self._per_pair(lambda measured, against: measured.wall_s - against.wall_s)
 
     @property
     def measured_s(self) -> Spread:
-        return _spread([one.wall_s for one in self.measured])
+        return _spread([sample.wall_s for sample in self.measured])
 
     @property
     def against_s(self) -> Spread:
-        return _spread([one.wall_s for one in self.against])
+        return _spread([sample.wall_s for sample in self.against])
+
+    def _per_pair(self, figure: Callable[[Sample, Sample], float]) -> Spread:
+        return _spread([figure(*pair) for pair in zip(self.measured, self.against, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -177,17 +165,17 @@ def compare(
             on_run(2 * index + place, total)
     seam = (
         Sample(
-            statistics.median(one.wall_s for one in seams),
-            statistics.median(one.cpu_s for one in seams),
+            statistics.median(sample.wall_s for sample in seams),
+            statistics.median(sample.cpu_s for sample in seams),
         )
         if seams
         else Sample(0.0, 0.0)
     )
-    one, other = (
+    measured_samples, against_samples = (
         tuple(sample.minus(seam) if isinstance(side, Command) else sample for sample in taken)
         for side, taken in zip(sides, samples, strict=True)
     )
-    return Comparison(one, other, seam)
+    return Comparison(measured_samples, against_samples, seam)
 
 
 def run(timed: Timed) -> Sample:
@@ -222,7 +210,7 @@ def _cpu_s() -> float:
     os.times() has a resolution of only a hundredth of a second.
     """
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _failed(command: Command, done: process.Completed) -> BuildError:
