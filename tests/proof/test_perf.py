@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.small.world import World
-from tests.support.test_door import kept, perf, rows_of
+from tests.support.test_perf import kept, perf, rows_of
 from tests.support.test_replay import NINJA, TRACE
 from workspace.compile.scheduler import Bounds
 from workspace.support import perf_replay
