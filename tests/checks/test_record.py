@@ -61,7 +61,7 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
             [BAD], level="quick", tree=TREE, machine=MACHINE, parity=parity, seconds=1.0
         )
     )
-    assert json.loads(text, parse_constant=lambda word: f"not JSON: {word}")["parity"] == {
+    assert json.loads(text, parse_constant=lambda token: f"not JSON: {token}")["parity"] == {
         "models": {"llama": {"max_difference": None, "margin": None}},
         "seconds": {"load": None, "torch": 1.0},
     }
@@ -70,16 +70,16 @@ def test_numbers_that_json_lacks_become_null_and_the_record_stays_readable() -> 
 def test_record_is_of_this_tree_only_where_edits_and_build_are_the_same_and_it_passed() -> None:
     now = registry.Tree("v0.31.0", "c" * 40, "d" * 40, None, "b" * 64)
     output = {"verdict": "pass", "tree": "d" * 40, "dirty": None, "built": "b" * 64}
-    assert registry.is_of(output, now)
+    assert registry.is_record_of(output, now)
     for change in (
         {"verdict": "fail"},
         {"tree": "e" * 40},
         {"dirty": "f" * 64},
         {"built": "a" * 64},
     ):
-        assert not registry.is_of(output | change, now)
-    assert not registry.is_of({}, now)
-    assert not registry.is_of(
+        assert not registry.is_record_of(output | change, now)
+    assert not registry.is_record_of({}, now)
+    assert not registry.is_record_of(
         {"verdict": "pass", "tree": None, "dirty": None, "built": None},
         registry.Tree("v0.31.0", None, None, None),
     )

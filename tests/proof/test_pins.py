@@ -167,7 +167,7 @@ def cloned(folder: Path, real: Ladder, pin: Pin, *, address: str) -> Iterator[Cl
 
 @pytest.fixture
 def clone(tmp_path: Path, real: Ladder) -> Iterator[Clone]:
-    """A clone on the history's 0.31.0; its index is empty, as the archives are not of this history."""
+    """A clone on the history's 0.31.0 with an empty index: the archives have another history."""
     (tmp_path / "simple").mkdir()
     yield from cloned(tmp_path, real, real.pin, address=(tmp_path / "simple").as_uri())
 

@@ -29,6 +29,34 @@ from workspace.server import flags as known_flags
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 
 Uses = Mapping[str, tuple[str, ...]]
+Topic = Literal[
+    "requirement",
+    "minimum",
+    "external",
+    "sources",
+    "variable",
+    "flag",
+    "moved",
+    "precompiled",
+    "age",
+    "unknown",
+]
+Difference = tuple[str | None, str | None]
+# The values that a file gives each requirement, external project or minimum version.
+Facts = dict[str, set[str]]
+# Targets that this workspace does not build have requirements files of their own.
+_REQUIREMENTS = re.compile(r"requirements/(common|cuda|cpu|build/(cuda|cpu|rust))\.txt")
+# The sources of a compiled library; see install/plan.py.
+_COMPILED = re.compile(r"csrc/.*|cmake/.*|CMakeLists\.txt")
+_MINIMA: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("CMake", re.compile(r"\bcmake_minimum_required\s*\(\s*VERSION\s+([0-9.]+)")),
+    ("C++ compiler", re.compile(r"CMAKE_CXX_COMPILER_VERSION\s+VERSION_LESS\s+\"?([0-9.]+)")),
+    (
+        "torch of the kernels",
+        re.compile(r"\bset\s*\(\s*TORCH_SUPPORTED_VERSION_CUDA\s+\"?([0-9.]+)"),
+    ),
+)
+_REMARK = re.compile(r"#.*$", re.MULTILINE)
 
 
 def used(layout: Layout, settings: Settings) -> tuple[Uses, Uses]:
@@ -91,37 +119,6 @@ def _walk(value: object, name: str) -> Iterator[str]:
             yield from _walk(inner, name)
     elif isinstance(value, str):
         yield value
-
-
-Topic = Literal[
-    "requirement",
-    "minimum",
-    "external",
-    "sources",
-    "variable",
-    "flag",
-    "moved",
-    "precompiled",
-    "age",
-    "unknown",
-]
-Difference = tuple[str | None, str | None]
-# The values that a file gives each requirement, external project or minimum version.
-Facts = dict[str, set[str]]
-
-# Targets that this workspace does not build have requirements files of their own.
-_REQUIREMENTS = re.compile(r"requirements/(common|cuda|cpu|build/(cuda|cpu|rust))\.txt")
-# The sources of a compiled library; see install/plan.py.
-_COMPILED = re.compile(r"csrc/.*|cmake/.*|CMakeLists\.txt")
-_MINIMA: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("CMake", re.compile(r"\bcmake_minimum_required\s*\(\s*VERSION\s+([0-9.]+)")),
-    ("C++ compiler", re.compile(r"CMAKE_CXX_COMPILER_VERSION\s+VERSION_LESS\s+\"?([0-9.]+)")),
-    (
-        "torch of the kernels",
-        re.compile(r"\bset\s*\(\s*TORCH_SUPPORTED_VERSION_CUDA\s+\"?([0-9.]+)"),
-    ),
-)
-_REMARK = re.compile(r"#.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from workspace.repo.pins import Pin
 from workspace.repo.upstream import Candidate
 
 State = Literal["clean", "conflicts", "upstreamed"]
-# The test by which upstream has a patch: it changes nothing, `git cherry` finds its patch-id, or
-# the commit that it names is there.
+# The test that finds a patch upstream: it changes nothing there, `git cherry` finds its patch-id,
+# or upstream has the commit that it names.
 Test = Literal["tree", "patch-id", "backport"]
 _PATCH_STATES: Mapping[State, RowState] = {"clean": "ok", "conflicts": "FAIL", "upstreamed": "done"}
 _CHANGE_STATES: Mapping[Topic, RowState] = {
@@ -197,28 +197,28 @@ def find_candidate(
 
 
 def work_out(
-    layout: Layout, settings: Settings, candidate: Candidate, there: Checkout, stack: Stack
+    layout: Layout, settings: Settings, candidate: Candidate, present: Checkout, stack: Stack
 ) -> Forecast:
     """Forecast the move to a candidate, without the network.
 
     Raises PatchConflict for a series that does not fit its own base.
     """
-    assert there.base is not None
+    assert present.base is not None
     pin = getattr(pins.load(layout.pins), candidate.pin.name)
     git = Git(candidate.store)
     files = [layout.patches(pin.name) / name for name in stack.names]
     with worktree.try_on(git, candidate.base) as new:
-        attempt = _Attempt(new, there.base, files, [_Tried() for _ in files])
+        attempt = _Attempt(new, present.base, files, [_Tried() for _ in files])
         attempt.run(0, len(files))
         tree = new.tree()
     touched = worktree.paths_of(git, files)
     every = frozenset[str]().union(*touched)
-    differing = history.changed(git, there.base, candidate.base)
+    differing = history.changed(git, present.base, candidate.base)
     gone = [path for path in sorted(every) if path in differing and differing[path][1] is None]
-    moved = history.renames(git, there.base, candidate.base, gone, differing)
+    moved = history.renames(git, present.base, candidate.base, gone, differing)
     commits = None
     if candidate.kind is Kind.GIT:
-        commits = history.log(git, there.base, candidate.base, sorted({*every, *moved.values()}))
+        commits = history.log(git, present.base, candidate.base, sorted({*every, *moved.values()}))
     series = [
         _Patch(name, mail.read_mail(file), paths, tried)
         for name, file, paths, tried in zip(stack.names, files, touched, attempt.tried, strict=True)
@@ -269,7 +269,8 @@ def _judge(
                 depends_on=_last_conflict(judged, series, patch.paths),
             )
         elif test:
-            # Upstream reverted it, or took a part of it: without it, the rest would be lost.
+            # Upstream reverted it or took only a part: to leave the patch out would lose its
+            # remaining effect.
             made = dataclasses.replace(
                 made, by=by, remark=f"upstream took it as {by}, but it still changes the tree"
             )

@@ -29,6 +29,9 @@ from workspace.repo.series import BASE_REF, TIP_REF
 # Upper limit for files that may hold a path (.pth, finder, direct_url.json); they have some hundred
 # bytes.
 LARGEST_BYTES = 1 << 20
+SUBJECT_WIDTH = 72
+# Most lines of a range-diff in a commit message; a longer one needs a pager.
+LONGEST_RANGE_DIFF = 300
 
 
 def retarget_scripts(layout: Layout, package: str, *, old: Path, new: Path) -> tuple[str, ...]:
@@ -84,11 +87,6 @@ def _write_record(site: Path, record: Path, rows: list[list[str]]) -> None:
         write_atomic(record, text.getvalue().encode())
 
 
-SUBJECT_WIDTH = 72
-# A reader of a commit message needs no longer range-diff.
-LONGEST_RANGE_DIFF = 300
-
-
 def message_file(layout: Layout) -> Path:
     """Return the path of the prepared commit message."""
     return layout.state / "bump-message.txt"
@@ -140,7 +138,7 @@ def require_unmoved(bump_sandbox: BumpSandbox) -> None:
 def begin(bump_sandbox: BumpSandbox, settings: Settings, *, tip: str, run_log: RunLog) -> None:
     """Write the redo log of the promotion. From here on it can only be finished.
 
-    `tip` is the commit that was exported and smoked. Raises what require_unmoved and require_way
+    `tip` is the commit that was exported and tested. Raises what require_unmoved and require_way
     raise, and CheckoutError if the sandbox changed.
     """
     layout, made = bump_sandbox.outer, Git(bump_sandbox.layout.vllm)

@@ -30,6 +30,8 @@ from workspace.repo.git import Git, worktree
 from workspace.repo.pins import Pin
 from workspace.repo.series import BASE_REF, TIP_REF
 
+SHOWN_RELEASES = 3
+
 
 def run(
     layout: Layout, settings: Settings, name: str | None, *, console: Console, wait: bool = False
@@ -275,9 +277,6 @@ def _restore_versions(
                 layout.stamp("environment"), stamp.Stamp(inputs=before.inputs, packages=packages)
             )
         view.reason = f"{len(differing)} packages at the versions of {wanted.name}"
-
-
-SHOWN_RELEASES = 3
 
 
 @dataclass(frozen=True)

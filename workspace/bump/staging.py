@@ -38,6 +38,7 @@ SKIPPED = "skipped"
 # by then.
 APPLIED_REF = f"{worktree.OWN_REFS}/applied"
 _BASE = re.compile(rb"^(\s*# base: )([0-9a-f]{40})\s*$", re.MULTILINE)
+Step = Callable[[Mapping[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,9 @@ def keep_environment(environment: Path, scratch: Path) -> None:
 
 
 def products_of(layout: Layout) -> dict[str, str]:
-    """Return the redo-log facts about build products in vendor/vllm.
+    """Return the redo-log facts about the build products in vendor/vllm, one path a line.
 
-    They are the paths of all products, and the compiled libraries that the stamp names, one a line.
+    They are all products, and the compiled libraries that the stamp names.
     """
     build = stamp.read(layout.stamp("vllm"))
     return {
@@ -269,9 +270,6 @@ def set_gitlink(layout: Layout, commit: str | None, *, run_log: RunLog) -> None:
     if outer and link and commit and link.commit != commit:
         worktree.set_gitlink(outer, path, commit, run_log=run_log)
     checkout.protect(layout, run_log=run_log)
-
-
-Step = Callable[[Mapping[str, str]], None]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Judges the built tree: smoke, vLLM's own tests, pre-push hook."""
+"""Checks of the built tree: the smoke and its record, upstream's own tests, the pre-push gate."""

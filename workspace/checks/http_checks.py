@@ -1,8 +1,7 @@
-"""The verdicts on what a server replies: pure functions from an HTTP reply, and what the offline
-engine says, to what is wrong, nothing where all is right.
+"""Verdicts on a server's HTTP replies: pure functions that return the problems of a reply.
 
-A server that answers 200 with rubbish is as wrong as one that does not answer: whatever is read
-here may be anything.
+They compare a reply with the offline engine's answer. A reply may contain anything: a server that
+answers 200 with rubbish is as wrong as a server that does not answer.
 """
 
 import json
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 
 from workspace.checks.registry import rows, section
 
-# The tiny model's tokens behind the letters are called after their numbers (probes/tiny_model.py):
-# a text says which tokens it was made of.
+# The tiny model's tokens after the letters are named by their ids (probes/tiny_model.py), so a text
+# names the tokens that it was made from.
 FIRST_NAMED = 259
 _NAME = re.compile(r"<(\d{1,9})>")
-# What the model is to fill in, each place with few words to choose from: it was trained on nothing,
-# and would go on for ever.
+# The fields that the model fills in, each with few choices: the model is untrained and would never
+# end on its own.
 CHOICES: Mapping[str, tuple[object, ...]] = {
     "part": ("kernel", "patch", "pin"),
     "count": (1, 2, 3),
@@ -26,7 +25,7 @@ CHOICES: Mapping[str, tuple[object, ...]] = {
 }
 SCHEMA: Mapping[str, object] = {
     "type": "object",
-    "properties": {name: {"enum": list(words)} for name, words in CHOICES.items()},
+    "properties": {name: {"enum": list(values)} for name, values in CHOICES.items()},
     "required": list(CHOICES),
     "additionalProperties": False,
 }
@@ -35,7 +34,7 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt, and what the offline engine answers."""
+    """A prompt and the offline engine's answer to it."""
 
     text: str
     prompt: tuple[int, ...]
@@ -43,13 +42,13 @@ class Row:
     logprobs: tuple[float, ...]
 
     def named(self, count: int) -> list[int]:
-        """Of the first tokens those that a text names."""
+        """Return those of the first `count` tokens that a text names."""
         return [token for token in self.tokens[:count] if token >= FIRST_NAMED]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`status` is HTTP's, None where nobody replied; `text` the body, or why there is none."""
+    """An HTTP reply. `status` is None without a reply; `text` is the body, or the failure."""
 
     status: int | None
     text: str
@@ -61,21 +60,23 @@ class Reply:
 
     @property
     def refused(self) -> str | None:
-        """What was said instead of an answer, None where there is one."""
+        """The error that came instead of an answer, None if there is an answer."""
         if self.status == 200:
             return (
-                None if self.document else f"it answers 200 with no document: {self.text[:SHOWN]!r}"
+                None
+                if self.document
+                else f"it answers 200 without a document: {self.text[:SHOWN]!r}"
             )
-        said = section(self.document, "error").get("message") or self.text
+        message = section(self.document, "error").get("message") or self.text
         return (
-            f"HTTP {self.status}: {' '.join(str(said).split())[:200]}"
+            f"HTTP {self.status}: {' '.join(str(message).split())[:200]}"
             if self.status
             else f"no answer: {self.text[:200]}"
         )
 
 
 def offline(record: object) -> tuple[Row, ...]:
-    """The rows that probes/parity.py has kept of a model; none where they are damaged."""
+    """Return the rows that probes/parity.py kept of a model; empty if they are damaged."""
     try:
         return tuple(_row(row) for row in record) if isinstance(record, list) else ()
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -83,9 +84,7 @@ def offline(record: object) -> tuple[Row, ...]:
 
 
 def completions(reply: Reply, expected: Sequence[Row], count: int) -> list[str]:
-    """Judge the answers to all prompts at once: one each, in order, of the offline engine's tokens,
-    counted rightly.
-    """
+    """Judge one reply to all prompts: the offline engine's tokens, in order and counted right."""
     if reply.refused:
         return [reply.refused]
     choices = rows(reply.document, "choices")
@@ -94,33 +93,33 @@ def completions(reply: Reply, expected: Sequence[Row], count: int) -> list[str]:
         if len(choices) == len(expected)
         else [f"{len(choices)} answers to {len(expected)} prompts"]
     )
-    for place, (choice, row) in enumerate(zip(choices, expected, strict=False)):
-        if choice.get("index") != place:
-            problems.append(f"answer {place} calls itself {_shown(choice.get('index'))}")
+    for index, (choice, row) in enumerate(zip(choices, expected, strict=False)):
+        if choice.get("index") != index:
+            problems.append(f"answer {index} has the index {_shown(choice.get('index'))}")
         problems += _text(choice.get("text"), row, count) + _finish(choice, "length")
     prompt = sum(len(row.prompt) for row in expected)
     return problems + _usage(reply.document, prompt, count * len(expected))
 
 
-def stopped(reply: Reply, row: Row, word: int) -> list[str]:
-    """Judge an answer that was to end before the name of a token that it says."""
+def stopped(reply: Reply, row: Row, stop: int) -> list[str]:
+    """Judge an answer that must stop before the name of the token `stop`."""
     if reply.refused:
         return [reply.refused]
     choice = _first(reply)
     text, named = choice.get("text"), row.named(len(row.tokens))
     is_cut = (
         isinstance(text, str)
-        and f"<{word}>" not in text
-        and _names(text) == named[: named.index(word)]
+        and f"<{stop}>" not in text
+        and _names(text) == named[: named.index(stop)]
     )
-    return ([] if is_cut else [f"asked to stop at <{word}> it says {_shown(text)}"]) + _finish(
-        choice, "stop"
-    )
+    problems = [] if is_cut else [f"with the stop string <{stop}> it answers {_shown(text)}"]
+    return problems + _finish(choice, "stop")
 
 
 def chat(reply: Reply, text: str, row: Row, count: int) -> list[str]:
-    """Judge a chat's answer by that to the prompt which its template makes: one space behind the
-    message.
+    """Judge a chat answer by the completion of its prompt.
+
+    The template's prompt is the message and one space.
     """
     if reply.refused:
         return [reply.refused]
@@ -129,25 +128,23 @@ def chat(reply: Reply, text: str, row: Row, count: int) -> list[str]:
     problems = (
         []
         if message.get("role") == "assistant"
-        else [f"who answers is {_shown(message.get('role'))}, no assistant"]
+        else [f"the role of the answer is {_shown(message.get('role'))}, expected assistant"]
     )
     if not text or message.get("content") != text:
         problems.append(
-            f"chat says {_shown(message.get('content'))}, completions say {_shown(text)}"
+            f"chat answers {_shown(message.get('content'))}, completions answer {_shown(text)}"
         )
     return problems + _finish(choice, "length") + _usage(reply.document, len(row.prompt) + 1, count)
 
 
 def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
-    """Judge a streamed answer by the one that came whole; return also in how many pieces it
-    came.
-    """
+    """Judge a streamed answer by the complete one; return also the number of pieces."""
     if reply.status != 200:
         return [reply.refused or ""], 0
     problems = (
         []
         if reply.kind.startswith("text/event-stream")
-        else [f"it is sent as {_shown(reply.kind)}, no stream of events"]
+        else [f"its content type is {_shown(reply.kind)}, not text/event-stream"]
     )
     events = [line for line in reply.text.splitlines() if line.strip()]
     if events[-1:] != ["data: [DONE]"]:
@@ -158,33 +155,33 @@ def stream(reply: Reply, whole: str, *, is_chat: bool) -> tuple[list[str], int]:
         _document(event.removeprefix("data:")) for event in events if event != "data: [DONE]"
     ]
     if not all(documents):
-        problems.append("an event of it is no document")
+        problems.append("one of its events is not a document")
     errors = [section(document, "error") for document in documents if document.get("error")]
-    problems += [
-        f"in the middle of it stands an error: {str(error.get('message'))[:SHOWN]}"
-        for error in errors
-    ]
+    problems += [f"it contains an error: {str(error.get('message'))[:SHOWN]}" for error in errors]
     choices = [choice for document in documents for choice in rows(document, "choices")]
     pieces = [
         section(choice, "delta").get("content") if is_chat else choice.get("text")
         for choice in choices
     ]
-    told = [piece for piece in pieces if isinstance(piece, str) and piece]
-    if not whole or "".join(told) != whole:
-        problems.append(f"its pieces make {_shown(''.join(told))}, whole it is {_shown(whole)}")
-    if len(told) < 2:
-        problems.append(f"it comes in {len(told)} pieces")
+    texts = [piece for piece in pieces if isinstance(piece, str) and piece]
+    if not whole or "".join(texts) != whole:
+        problems.append(
+            f"its pieces make {_shown(''.join(texts))}, the complete answer is {_shown(whole)}"
+        )
+    if len(texts) < 2:
+        problems.append(f"it comes in {len(texts)} pieces")
     finishes = [choice.get("finish_reason") for choice in choices if choice.get("finish_reason")]
     return problems + (
         []
         if finishes == ["length"]
-        else [f"it ends by {_shown(finishes)}, expected is length, once"]
-    ), len(told)
+        else [f"its finish reasons are {_shown(finishes)}, expected length, once"]
+    ), len(texts)
 
 
 def logprobs(reply: Reply, expected: Sequence[Row], limit: float) -> tuple[list[str], str]:
-    """Judge tokens and log-probabilities by the offline engine's; `limit` in nats. Return also what
-    is said of them where all is right.
+    """Judge tokens and log-probabilities by the offline engine's; `limit` in nats.
+
+    Returns also the evidence for a pass.
     """
     if reply.refused:
         return [reply.refused], ""
@@ -198,52 +195,52 @@ def logprobs(reply: Reply, expected: Sequence[Row], limit: float) -> tuple[list[
             if isinstance(tokens, list) and isinstance(chances, list)
             else []
         )
-        same = [token == f"token_id:{one}" for token, _, one, _ in pairs]
+        same = [token == f"token_id:{wanted}" for token, _, wanted, _ in pairs]
         equal += sum(same)
-        # Behind a token that differs nothing can be compared.
+        # After the first different token nothing is comparable.
         differences += [
             _distance(chance, other)
             for _, chance, _, other in pairs[: same.index(False) if False in same else None]
         ]
     total = sum(len(row.tokens) for row in expected)
     worst = max(differences, default=math.inf)
-    said = f"{equal} of {total} tokens as offline, largest log-probability difference {worst:.1e}"
+    evidence = (
+        f"{equal} of {total} tokens as offline, largest log-probability difference {worst:.1e}"
+    )
     is_same = equal == total > 0 and len(differences) == total
-    return ([] if is_same and worst < limit else [f"{said}, allowed is {limit:g}"]), said
+    return ([] if is_same and worst < limit else [f"{evidence}, allowed is {limit:g}"]), evidence
 
 
 def structured(reply: Reply) -> tuple[list[str], str]:
-    """Judge whether an answer is what SCHEMA allows. Return also the answer."""
+    """Judge whether an answer obeys SCHEMA; return also the answer."""
     if reply.refused:
         return [reply.refused], ""
     choice = _first(reply)
     content = section(choice, "message").get("content")
     found = _document(content if isinstance(content, str) else "")
-    # A truth is a number to Python, and none to JSON.
+    # True equals 1 in Python, but not in JSON.
     fits = found.keys() == CHOICES.keys() and all(
-        (type(found[name]), found[name]) in [(type(word), word) for word in CHOICES[name]]
+        (type(found[name]), found[name]) in [(type(value), value) for value in CHOICES[name]]
         for name in CHOICES
     )
-    problems = [] if fits else [f"the schema is not obeyed: {_shown(content)}"]
+    problems = [] if fits else [f"the answer does not obey the schema: {_shown(content)}"]
     return problems + _finish(choice, "stop"), " ".join(str(content).split())
 
 
 def refused(case: str, reply: Reply) -> list[str]:
-    """Judge the reply to a request that nobody can serve: a status from 400 to 499 and a word
-    why.
-    """
+    """Judge the reply to a bad request: a status from 400 to 499 and a reason."""
     if reply.status is None or not 400 <= reply.status < 500:
-        return [f"{case}: {reply.refused or 'it was answered with 200'}"]
-    said = (
+        return [f"{case}: {reply.refused or 'the answer is 200'}"]
+    message = (
         section(reply.document, "error").get("message")
         or reply.document.get("detail")
         or reply.document.get("message")
     )
-    return [] if said else [f"{case}: HTTP {reply.status} without a word why"]
+    return [] if message else [f"{case}: HTTP {reply.status} without a reason"]
 
 
 def text_of(reply: Reply) -> str:
-    """The text of the first answer, empty where there is none."""
+    """Return the text of the first answer, empty without one."""
     text = _first(reply).get("text")
     return text if isinstance(text, str) else ""
 
@@ -258,7 +255,7 @@ def _text(text: object, row: Row, count: int) -> list[str]:
         return []
     return [
         (
-            f"to {row.text[:20]!r} it says {_shown(text)}, offline it says"
+            f"the answer to {row.text[:20]!r} is {_shown(text)}, offline it is"
             f" {' '.join(f'<{token}>' for token in row.named(count)[:4])} …"
         )
     ]
@@ -270,7 +267,9 @@ def _names(text: object) -> list[int]:
 
 def _finish(choice: Mapping[str, object], expected: str) -> list[str]:
     found = choice.get("finish_reason")
-    return [] if found == expected else [f"it ends by {_shown(found)}, expected is {expected}"]
+    return (
+        [] if found == expected else [f"its finish reason is {_shown(found)}, expected {expected}"]
+    )
 
 
 def _usage(document: Mapping[str, object], prompt: int, answer: int) -> list[str]:
@@ -279,7 +278,7 @@ def _usage(document: Mapping[str, object], prompt: int, answer: int) -> list[str
     return (
         []
         if found == [prompt, answer, prompt + answer]
-        else [f"it counts {_shown(found)} tokens, there are {[prompt, answer, prompt + answer]}"]
+        else [f"its usage is {_shown(found)}, expected {[prompt, answer, prompt + answer]}"]
     )
 
 
@@ -287,8 +286,8 @@ def _first(reply: Reply) -> Mapping[str, object]:
     return next(iter(rows(reply.document, "choices")), {})
 
 
-def _distance(one: object, other: float) -> float:
-    return abs(one - other) if isinstance(one, float) and math.isfinite(one) else math.inf
+def _distance(found: object, expected: float) -> float:
+    return abs(found - expected) if isinstance(found, float) and math.isfinite(found) else math.inf
 
 
 def _shown(text: object) -> str:

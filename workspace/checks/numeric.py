@@ -1,5 +1,6 @@
-"""The verdicts on what was computed: operators against torch, models against Hugging Face, vLLM
-against itself, a real model against common knowledge.
+"""Verdicts on numbers: operators against torch, models against Hugging Face, vLLM against itself.
+
+They also judge a real model by common knowledge, and a parity failure by a second run.
 """
 
 import json
@@ -10,16 +11,18 @@ from pathlib import Path
 from workspace.checks.registry import Answer, Check, judged, number, rows, section
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
-# to 1e-4 (Llama) where all is right, 0.12 with an attention scale that is off by 1 %, which left
-# all 320 tokens as they were.
+# to 1e-4 (Llama) for a right build, 0.12 with an attention scale that is off by 1 %, which changed
+# none of the 320 tokens.
 MAX_DIFFERENCE = 1e-3
-# Mixtral's router multiplies what the experts' order of additions leaves: 5.2e-4 measured where all
-# is right.
+# Mixtral's router amplifies the rounding that the order of the experts' additions leaves: 5.2e-4
+# measured for a right build.
 _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 # Nats, the mean over a prompt's answer: bfloat16 rounds to 1 part in 256, and rounding errors have
 # no sign. On the tiny gpt-oss bfloat16 costs Hugging Face itself 0.026, and vLLM's CPU kernels
-# 0.024; no sinks cost 0.84, a window that is longer by one 0.23.
+# 0.024; missing sinks cost 0.84, a window that is one longer costs 0.23.
 MAX_MEAN_BFLOAT16 = 0.05
+# Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
+STEADY = 1e-4
 
 
 def kernels(answer: Answer, group: str) -> Check:
@@ -30,7 +33,7 @@ def kernels(answer: Answer, group: str) -> Check:
     if answer.problem or not found:
         return judged(
             identifier,
-            [answer.problem or str(answer.record.get("error") or "the probe does not name it")],
+            [answer.problem or str(answer.record.get("error") or "the probe did not report it")],
             "",
             seconds,
         )
@@ -56,59 +59,60 @@ def kernels(answer: Answer, group: str) -> Check:
 
 
 def parity(answer: Answer, name: str, identifier: str | None = None) -> Check:
-    """Judge one model of probes/parity.py: tokens equal, every log-probability finite and nearer
-    than MAX_DIFFERENCE.
+    """Judge one model of probes/parity.py: equal tokens, every log-probability within the limit.
 
-    Tokens may part where the reference's second choice is nearer than that, which is a tie. Equal
-    tokens are asked for in float32 only.
+    A tie may fall either way: tokens may differ where the reference's second choice is nearer than
+    the limit. Equal tokens are required in float32 only.
     """
     identifier = identifier or f"parity.{name}"
     found = _measured(answer, "models", name)
     seconds = sum(
         value for value in section(found, "seconds").values() if isinstance(value, int | float)
     )
-    if problem := _unanswered(answer, found):
+    if problem := _failure_of(answer, found):
         return judged(identifier, [problem], "", seconds or answer.seconds)
-    problems, said = _same(found, _LIMITS.get(name, MAX_DIFFERENCE))
-    return judged(identifier, problems, said, seconds)
+    problems, evidence = _compare(found, _LIMITS.get(name, MAX_DIFFERENCE))
+    return judged(identifier, problems, evidence, seconds)
 
 
 def bfloat16(answer: Answer, name: str, identifier: str = "parity.bfloat16") -> Check:
-    """Judge log-probabilities of the reference's own tokens: near-ties flip in bfloat16, and
-    everything after a flip differs.
+    """Judge the log-probabilities of the reference's own tokens.
+
+    Near-ties flip in bfloat16, and all tokens after a flip differ, so tokens are not compared.
     """
     found = _measured(answer, "models", name)
-    if problem := _unanswered(answer, found):
+    if problem := _failure_of(answer, found):
         return judged(identifier, [problem], "", answer.seconds)
     mean, missing = number(found, "mean_difference"), number(found, "not_finite")
     problems = [f"{missing:g} log-probabilities are not finite numbers"] if missing else []
-    said = f"mean difference of log-probabilities {mean:.1e}"
-    problems += [] if mean < MAX_MEAN_BFLOAT16 else [f"{said}, allowed is {MAX_MEAN_BFLOAT16:g}"]
-    return judged(identifier, problems, said, answer.seconds)
+    evidence = f"mean difference of log-probabilities {mean:.1e}"
+    problems += (
+        [] if mean < MAX_MEAN_BFLOAT16 else [f"{evidence}, allowed is {MAX_MEAN_BFLOAT16:g}"]
+    )
+    return judged(identifier, problems, evidence, answer.seconds)
 
 
 def mxfp4(answer: Answer) -> Check:
-    """Judge a tiny gpt-oss as `bfloat16` does, which is a prefill, and whether vLLM found its own
-    tokens as probable when it made them, one by one.
+    """Judge a tiny gpt-oss as `bfloat16` does, which is a prefill, and by vLLM's decode.
+
+    For its own tokens, vLLM's decode and prefill must agree.
     """
     check = bfloat16(answer, "gpt-oss", "parity.gpt-oss")
     own = number(_measured(answer, "models", "gpt-oss"), "own_difference")
     if check.verdict == "fail":
         return check
-    said = f"{check.evidence}, of decode from prefill {own:.1e}"
-    problems = [] if own < MAX_MEAN_BFLOAT16 else [f"{said}, allowed is {MAX_MEAN_BFLOAT16:g}"]
-    return judged("parity.gpt-oss", problems, said, answer.seconds)
+    evidence = f"{check.evidence}, of decode from prefill {own:.1e}"
+    problems = [] if own < MAX_MEAN_BFLOAT16 else [f"{evidence}, allowed is {MAX_MEAN_BFLOAT16:g}"]
+    return judged("parity.gpt-oss", problems, evidence, answer.seconds)
 
 
 def consistency(answer: Answer, name: str) -> Check:
-    """Judge one way in which probes/parity.py asked the same engine, or another one, for the
-    same.
-    """
+    """Judge a comparison of vLLM with itself: two runs, or two ways to ask for the same answer."""
     identifier = f"consistency.{name}"
     found = _measured(answer, "consistency", name)
-    if problem := _unanswered(answer, found):
+    if problem := _failure_of(answer, found):
         return judged(identifier, [problem], "", answer.seconds)
-    problems, said = _same(found)
+    problems, evidence = _compare(found)
     if name == "prefix":
         hits = found.get("cached")
         if (
@@ -118,137 +122,187 @@ def consistency(answer: Answer, name: str) -> Check:
         ):
             problems.append("nothing was read from the prefix cache")
         else:
-            said += f", {sum(hit > 0 for hit in hits)} of {len(hits)} prompts from the cache"
+            evidence += f", {sum(hit > 0 for hit in hits)} of {len(hits)} prompts from the cache"
     if name == "chunked" and not number(found, "chunks") > 1:
-        problems.append("the prompt came in one piece")
-    return judged(identifier, problems, said, number(found, "seconds"))
+        problems.append("the prompt was processed in one piece")
+    return judged(identifier, problems, evidence, number(found, "seconds"))
 
 
 def real(answer: Answer) -> tuple[Check, Check]:
-    """Judge what probes/real_model.py heard from SmolLM2."""
+    """Judge the answers of SmolLM2 from probes/real_model.py."""
     record = answer.record
     if answer.problem or record.get("error"):
         why = [answer.problem or str(record["error"])]
         return judged("real.answer", why, "", answer.seconds), judged("real.finish", why, "", 0.0)
-    said, run = str(record.get("answer")), number(record, "longest_run")
-    problems = [] if "Paris" in said else [f"asked for the capital of France it says {said[:80]!r}"]
+    answered, run = str(record.get("answer")), number(record, "longest_run")
+    problems = (
+        []
+        if "Paris" in answered
+        else [f"the answer about the capital of France is {answered[:80]!r}"]
+    )
     problems += (
-        [] if run <= number(record, "most_repeated") else [f"one token comes {run:g} times running"]
+        []
+        if run <= number(record, "most_repeated")
+        else [f"one token repeats {run:g} times in a row"]
     )
     ends = [
-        f"{row.get('case')}: {row.get('found')}, expected is {row.get('expected')}"
+        f"{row.get('case')}: {row.get('found')}, expected {row.get('expected')}"
         for row in rows(record, "finishes")
         if row.get("found") != row.get("expected")
     ]
-    ends += [] if rows(record, "finishes") else ["nothing was asked"]
+    ends += [] if rows(record, "finishes") else ["the probe asked nothing"]
     return (
-        judged("real.answer", problems, repr(said[:60]), answer.seconds),
+        judged("real.answer", problems, repr(answered[:60]), answer.seconds),
         judged(
-            "real.finish", ends, f"{len(rows(record, 'finishes'))} answers end as they should", 0.0
+            "real.finish", ends, f"{len(rows(record, 'finishes'))} answers end as expected", 0.0
         ),
     )
 
 
 def is_answered(answer: Answer, name: str) -> bool:
-    """Whether both sides have said something of a model, right or wrong."""
-    return not _unanswered(answer, _measured(answer, "models", name))
+    """Return whether both engines gave an answer for the model, right or wrong."""
+    return not _failure_of(answer, _measured(answer, "models", name))
 
 
 def _measured(answer: Answer, kind: str, name: str) -> Mapping[str, object]:
     return section(section(answer.record, kind), name)
 
 
-def _unanswered(answer: Answer, found: Mapping[str, object]) -> str | None:
+def _failure_of(answer: Answer, found: Mapping[str, object]) -> str | None:
     if answer.problem or not found:
-        return answer.problem or str(answer.record.get("error") or "the probe does not name it")
+        return answer.problem or str(answer.record.get("error") or "the probe did not report it")
     return str(found["error"]) if found.get("error") else None
 
 
-def _same(found: Mapping[str, object], limit: float = MAX_DIFFERENCE) -> tuple[list[str], str]:
-    """What is wrong with a comparison in float32, and what is said of it where nothing is."""
-    equal, total, compared, wanted, missing, behind = (
-        number(found, name)
-        for name in ("equal", "total", "compared", "wanted", "not_finite", "behind")
-    )
-    decode, prefill = number(found, "decode_difference"), number(found, "prefill_difference")
+@dataclass(frozen=True)
+class _Measured:
+    """The numbers of one comparison in float32; NaN where the probe gave none."""
+
+    equal: float
+    total: float
+    compared: float
+    wanted: float
+    not_finite: float
+    behind: float
+    decode_difference: float
+    prefill_difference: float
+    # Where the tokens differ: how far the reference's second choice is behind its first.
+    partings: tuple[object, ...]
+
+    @property
+    def summary(self) -> str:
+        difference = max(self.decode_difference, self.prefill_difference)
+        return (
+            f"{self.equal:g}/{self.total:g} tokens equal,"
+            f" largest log-probability difference {difference:.1e}"
+        )
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a token differs or a comparison is missing."""
+        return not (self.total > 0 and self.equal == self.total and self.compared == self.wanted)
+
+    def is_tied(self, limit: float) -> bool:
+        """Return whether all that is missing comes after a tie."""
+        return (
+            bool(self.partings)
+            and all(isinstance(value, float) and value < limit for value in self.partings)
+            and self.equal + self.behind == self.total
+            and self.compared + self.behind == self.wanted
+        )
+
+    def shortfall(self, limit: float) -> str:
+        """Return the sentence on tokens that differ and comparisons that are missing."""
+        parted = ", ".join(f"{value:.1e}" for value in self.partings if isinstance(value, float))
+        details = f"decode {self.decode_difference:.1e}, prefill {self.prefill_difference:.1e}"
+        if parted:
+            details += f", tokens differ where the second choice is {parted} behind"
+        sampler = (
+            "; its log-probabilities are right, so the choice of tokens is wrong"
+            if self.prefill_difference < limit
+            and self.wanted == 2 * self.total
+            and self.compared > self.total
+            else ""
+        )
+        made = f"{self.compared:g} of {self.wanted:g} comparisons made"
+        return f"{self.summary} ({details}); {made}{sampler}"
+
+
+def _read_measured(found: Mapping[str, object]) -> _Measured:
     partings = found.get("partings")
-    is_tied = (
-        isinstance(partings, list)
-        and bool(partings)
-        and all(isinstance(one, float) and one < limit for one in partings)
+    return _Measured(
+        equal=number(found, "equal"),
+        total=number(found, "total"),
+        compared=number(found, "compared"),
+        wanted=number(found, "wanted"),
+        not_finite=number(found, "not_finite"),
+        behind=number(found, "behind"),
+        decode_difference=number(found, "decode_difference"),
+        prefill_difference=number(found, "prefill_difference"),
+        partings=tuple(partings) if isinstance(partings, list) else (),
     )
-    difference = max(decode, prefill)
-    said = f"{equal:g}/{total:g} tokens equal, largest log-probability difference {difference:.1e}"
+
+
+def _compare(found: Mapping[str, object], limit: float = MAX_DIFFERENCE) -> tuple[list[str], str]:
+    """Return the problems of a comparison in float32, and the evidence for a pass."""
+    measured = _read_measured(found)
     problems = (
         []
         if found.get("same_prompt") is True
-        else ["the two make different tokens of the same prompt"]
+        else ["the two engines make different tokens of the same prompt"]
     )
-    if missing:
-        problems.append(f"{missing:g} of {compared:g} log-probabilities are not finite numbers")
-    is_short = not (total > 0 and equal == total and compared == wanted)
-    if is_short and not (is_tied and equal + behind == total and compared + behind == wanted):
-        agrees = prefill < limit and wanted == 2 * total
-        why = (
-            "; its log-probabilities are right, so what chooses among them is wrong"
-            if agrees and compared > total
-            else ""
+    if measured.not_finite:
+        problems.append(
+            f"{measured.not_finite:g} of {measured.compared:g} log-probabilities are not finite"
+            " numbers"
         )
-        parted = (
-            ", ".join(f"{one:.1e}" for one in partings if isinstance(one, float))
-            if isinstance(partings, list)
-            else ""
-        )
-        sides = (
-            f" (decode {decode:.1e}, prefill"
-            f" {prefill:.1e}{f', parted where the second choice is {parted} behind' if parted else ''})"
-        )
-        problems.append(f"{said}{sides}; {compared:g} of {wanted:g} comparisons made{why}")
-    elif not (decode < limit and prefill < limit):
-        problems.append(f"{said}, allowed is {limit:g}")
-    return problems, said + (f", {behind:g} behind a tie" if is_short else "")
-
-
-# Nats: a tenth of what parity allows. GPU kernels may add in another order the next time.
-STEADY = 1e-4
+    if measured.is_short and not measured.is_tied(limit):
+        problems.append(measured.shortfall(limit))
+    elif not (measured.decode_difference < limit and measured.prefill_difference < limit):
+        problems.append(f"{measured.summary}, allowed is {limit:g}")
+    tie = f", {measured.behind:g} behind a tie" if measured.is_short else ""
+    return problems, measured.summary + tie
 
 
 @dataclass(frozen=True)
-class Said:
-    """The files of one round: the rows of each model as Hugging Face has them, and as vLLM has."""
+class Round:
+    """The files of one parity run: each model's rows from Hugging Face and from vLLM."""
 
     reference: Path
     vllm: Path
 
 
-def settle(first: Check, second: Check, *, name: str, before: Said, after: Said) -> Check:
-    """Return the verdict on a model whose parity failed. A failure stays one, but where the
-    reference alone has changed, which then was none.
+def settle_recheck(first: Check, second: Check, *, name: str, before: Round, after: Round) -> Check:
+    """Return the verdict on a model whose parity failed, after a second run.
+
+    It passes only if Hugging Face alone changed its answer, which makes the first reference
+    invalid.
     """
-    reference = _is_same(rows_again(before.reference, name), rows_again(after.reference, name))
-    vllm = _is_same(rows_again(before.vllm, name), rows_again(after.vllm, name))
+    reference = _is_same(read_rows(before.reference, name), read_rows(after.reference, name))
+    vllm = _is_same(read_rows(before.vllm, name), read_rows(after.vllm, name))
     seconds = first.seconds + second.seconds
     if not reference and vllm:
         return replace(
             second,
             evidence=(
-                f"{second.evidence}; what Hugging Face said before ({first.evidence}) it does not"
-                " say again"
+                f"{second.evidence}; Hugging Face did not repeat its first answer"
+                f" ({first.evidence})"
             ),
             seconds=seconds,
         )
     if reference and vllm:
-        told = "both say the same again"
+        outcome = "both repeat their answers"
     elif reference:
-        told = f"vLLM does not say the same again, but {second.evidence}"
+        outcome = f"vLLM does not repeat its answer, but {second.evidence}"
     else:
-        told = f"neither of the two says the same again, but {second.evidence}"
-    return replace(first, evidence=f"{first.evidence}; {told}", seconds=seconds)
+        outcome = f"neither engine repeats its answer, but {second.evidence}"
+    return replace(first, evidence=f"{first.evidence}; {outcome}", seconds=seconds)
 
 
-def rows_again(file: Path, name: str) -> list[Mapping[str, object]]:
-    """The rows of a model in a document of probes/reference.py or probes/parity.py --keep; none
-    where there are none.
+def read_rows(file: Path, name: str) -> list[Mapping[str, object]]:
+    """Return a model's rows from a document of probes/reference.py or `probes/parity.py --keep`.
+
+    Empty if there are none.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["models"][name]
@@ -261,9 +315,9 @@ def _is_same(before: list[Mapping[str, object]], after: list[Mapping[str, object
     if not before or len(before) != len(after):
         return False
     return all(
-        one.get("tokens") == other.get("tokens")
-        and _is_near(one.get("logprobs"), other.get("logprobs"))
-        for one, other in zip(before, after, strict=True)
+        former.get("tokens") == latter.get("tokens")
+        and _is_near(former.get("logprobs"), latter.get("logprobs"))
+        for former, latter in zip(before, after, strict=True)
     )
 
 
@@ -272,6 +326,6 @@ def _is_near(before: object, after: object) -> bool:
         return False
     pairs = zip(before, after, strict=True)
     return all(
-        isinstance(one, float) and isinstance(other, float) and abs(one - other) < STEADY
-        for one, other in pairs
+        isinstance(value, float) and isinstance(other, float) and abs(value - other) < STEADY
+        for value, other in pairs
     )

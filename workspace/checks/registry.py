@@ -1,5 +1,6 @@
-"""The verdicts on what was built and what is imported: pure functions from what a probe found, and
-what was stamped, to pass or fail with evidence.
+"""The smoke's checks: their registry, their verdicts on build and imports, and the record.
+
+Verdicts are pure functions: from a probe's answer and the stamps to pass or fail with evidence.
 """
 
 import contextlib
@@ -12,44 +13,52 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core.files import read_regular
+from workspace.core.console import Console
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.machine.hardware import Machine
 
 Level = Literal["quick", "full"]
-# What a machine may lack. A check that is skipped although it lacks nothing is a failed one.
+# What a machine may lack. A check that is skipped for another reason counts as failed.
 Need = Literal["gpu", "architectures"]
 
-_ANEW = (
-    "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # takes the compiled libraries anew"
+_REINSTALL = (
+    "rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap   # installs the libraries again"
 )
 _DIFFERS = "git -C vendor/vllm diff refs/patches/base --stat   # what differs from the pin"
-_WHO = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap"
+_ORIGIN = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scripts/inv bootstrap"
 _SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
-_REBUILD = "./scripts/inv rebuild   # compiles for the GPU that is here"
+_REBUILD = "./scripts/inv rebuild   # compiles for this machine's GPU"
+Verdict = Literal["pass", "fail", "skipped"]
+SCHEMA = 2
+# The parts of the parity probe's document that are worth comparing between days; it omits the
+# tokens.
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds")
 
 
 @dataclass(frozen=True)
 class Entry:
+    """A check in the registry: what it means when it passes, and the hint when it fails."""
+
     meaning: str
     hint: str
     level: Level = "quick"
     need: Need | None = None
 
 
-# In the order in which they are shown. What explains the others comes first: the cure of the first
-# that failed is the hint.
+# In the order of display. Causes come before their effects: the hint of the first failed check is
+# shown.
 REGISTRY: Mapping[str, Entry] = {
     "provenance.libraries": Entry(
-        "every compiled library is, by size and SHA-256, the one that this build or its precompiled"
-        " wheel brought, and none is left over",
-        _ANEW,
+        "every compiled library has the size and SHA-256 that this build or its precompiled wheel"
+        " installed, and there is no other library",
+        _REINSTALL,
     ),
     "binary.load": Entry(
-        "every compiled library is whole and loads with all symbols bound, each in a process of"
-        " its own",
-        _ANEW,
+        "every compiled library is complete and loads with all symbols bound, each in its own"
+        " process",
+        _REINSTALL,
     ),
     "binary.cubins": Entry(
         "every compiled library holds code for this GPU", _REBUILD, need="architectures"
@@ -58,7 +67,7 @@ REGISTRY: Mapping[str, Entry] = {
     "kernels.activation": Entry("gated activations compute what plain torch computes", _DIFFERS),
     "kernels.rotary": Entry("rotary embeddings compute what plain torch computes", _DIFFERS),
     "kernels.attention": Entry(
-        "paged attention over a cache that the cache's operator filled computes what plain torch"
+        "paged attention over a cache that vLLM's operator filled computes what plain torch"
         " computes",
         _DIFFERS,
     ),
@@ -67,32 +76,35 @@ REGISTRY: Mapping[str, Entry] = {
     ),
     "kernels.moe": Entry("experts compute what plain torch computes", _DIFFERS),
     "parity.llama": Entry(
-        "a tiny Llama says what Hugging Face says: the same greedy tokens and log-probabilities",
+        "a tiny Llama answers as Hugging Face does: the same greedy tokens and log-probabilities",
         _DIFFERS,
     ),
-    "parity.qwen3": Entry("a tiny Qwen3 says what Hugging Face says", _DIFFERS),
+    "parity.qwen3": Entry("a tiny Qwen3 answers as Hugging Face does", _DIFFERS),
     "parity.mixtral": Entry(
-        "a tiny Mixtral, with experts, says what Hugging Face says", _DIFFERS, "full"
+        "a tiny Mixtral, with experts, answers as Hugging Face does", _DIFFERS, "full"
     ),
-    "parity.model": Entry("the model of --model says what Hugging Face says", _DIFFERS),
+    "parity.model": Entry("the model of --model answers as Hugging Face does", _DIFFERS),
     "parity.bfloat16": Entry(
-        "SmolLM2 in bfloat16 finds Hugging Face's tokens as probable as Hugging Face does",
+        "SmolLM2 in bfloat16 gives Hugging Face's tokens the same probability as Hugging Face",
         _DIFFERS,
         "full",
     ),
     "parity.gpt-oss": Entry(
-        "a tiny gpt-oss, with MXFP4 experts, sinks and a sliding window, finds Hugging Face's"
-        " tokens as probable as Hugging Face does",
+        "a tiny gpt-oss, with MXFP4 experts, sinks and a sliding window, gives Hugging Face's"
+        " tokens the same probability as Hugging Face",
         _DIFFERS,
         "full",
         "gpu",
     ),
-    "consistency.repeat": Entry("the same prompts give the same answers again", _DIFFERS),
+    "consistency.repeat": Entry("the same prompts give the same answers in a second run", _DIFFERS),
     "consistency.batch": Entry("a prompt gives the same answer alone and in a batch", _DIFFERS),
     "consistency.parts": Entry(
-        "what a long prompt begins with is judged as it is when it stands alone", _DIFFERS
+        "the beginning of a long prompt gets the log-probabilities that it gets alone",
+        _DIFFERS,
     ),
-    "consistency.chunked": Entry("a prompt that comes in chunks gives the same answer", _DIFFERS),
+    "consistency.chunked": Entry(
+        "a prompt that is processed in chunks gives the same answer", _DIFFERS
+    ),
     "consistency.prefix": Entry(
         "prompts that share a beginning give the same answers from the prefix cache", _DIFFERS
     ),
@@ -100,61 +112,65 @@ REGISTRY: Mapping[str, Entry] = {
         "torch.compile changes no token and no log-probability", _DIFFERS, "full"
     ),
     "server.ready": Entry(
-        "the server of the built tree comes up, is the version that was built, and completes a"
+        "the server of the built tree starts, reports the version that was built, and completes a"
         " token",
         _SERVER,
         "full",
     ),
     "server.completions": Entry(
-        "/v1/completions answers what the offline engine answers, counts its tokens, stops at a"
-        " word",
+        "/v1/completions gives the offline engine's answers, counts their tokens, and stops at a"
+        " stop string",
         _DIFFERS,
         "full",
     ),
     "server.chat": Entry(
-        "/v1/chat/completions answers as the completion of the prompt that the template makes",
+        "/v1/chat/completions gives the completion of the prompt that the chat template makes",
         _DIFFERS,
         "full",
     ),
     "server.stream": Entry(
-        "a streamed answer comes in pieces that make the whole one, and ends with [DONE]",
+        "the pieces of a streamed answer make the complete answer, and it ends with [DONE]",
         _DIFFERS,
         "full",
     ),
     "server.logprobs": Entry(
-        "tokens and log-probabilities over HTTP are the offline engine's", _DIFFERS, "full"
+        "tokens and log-probabilities over HTTP equal the offline engine's", _DIFFERS, "full"
     ),
     "server.structured": Entry("an answer obeys a JSON schema", _DIFFERS, "full"),
     "server.bad_request": Entry(
-        "what cannot be served is refused with 4xx and a word why, and the server lives on",
+        "a bad request is refused with 4xx and a reason, and the server keeps running",
         _DIFFERS,
         "full",
     ),
     "server.concurrent": Entry(
-        "many requests at once are answered as each alone", _DIFFERS, "full"
+        "each of many concurrent requests is answered as it is alone", _DIFFERS, "full"
     ),
     "server.stop": Entry(
-        "told to end, the server leaves no process, no port and no shared memory", _SERVER, "full"
+        "a stopped server leaves no process, no port and no shared memory", _SERVER, "full"
     ),
     "provenance.import": Entry(
-        "the process that made the tokens had vLLM from vendor/vllm, with torch and CUDA as"
-        " stamped",
-        _WHO,
+        "the process that generated the tokens imported vLLM from vendor/vllm, with the stamped"
+        " torch and CUDA",
+        _ORIGIN,
     ),
     "provenance.tree": Entry(
-        "vendor/vllm is, after all checks, what it was before the first", "./scripts/nox -s smoke"
+        "vendor/vllm did not change while the checks ran", "./scripts/nox -s smoke"
     ),
     "real.answer": Entry(
-        "SmolLM2 knows the capital of France, and says no token over and over", _DIFFERS, "full"
+        "SmolLM2 knows the capital of France and does not repeat one token endlessly",
+        _DIFFERS,
+        "full",
     ),
     "real.finish": Entry(
-        "an answer ends where it has to: by itself, at its length, at a stop word", _DIFFERS, "full"
+        "an answer ends where it must: by itself, at its length limit, at a stop string",
+        _DIFFERS,
+        "full",
     ),
 }
 
 
 def chosen(level: Level, *, has_model: bool) -> tuple[str, ...]:
-    """The identifiers of a level, in their order."""
+    """Return the identifiers of a level, in order."""
     return tuple(
         name
         for name, entry in REGISTRY.items()
@@ -162,20 +178,18 @@ def chosen(level: Level, *, has_model: bool) -> tuple[str, ...]:
     )
 
 
-Verdict = Literal["pass", "fail", "skipped"]
-
-
 @dataclass(frozen=True)
 class Check:
-    """One judgement. `evidence` is what was observed, or why nothing was, in one sentence;
-    `seconds` what it took to find out.
+    """One verdict. `evidence` is the observation, or why there is none, in one sentence.
+
+    `seconds` is the time that the check took.
     """
 
     identifier: str
     verdict: Verdict
     evidence: str
     seconds: float
-    # Everything that is wrong, where it is more than the evidence says.
+    # Further problems, if there are more than the evidence names.
     problems: tuple[str, ...] = ()
 
     @property
@@ -185,8 +199,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the stamps say was built. `libraries` maps a path below the tree to its size and
-    SHA-256; `cuda` is None for torch without.
+    """What the stamps record about the build.
+
+    `libraries` maps a path below the tree to size and SHA-256; `cuda` is None for torch without
+    CUDA.
     """
 
     tree: Path
@@ -200,7 +216,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from a probe: its document, or in `problem` why there is none."""
+    """The result of a probe: its document, or in `problem` why there is none."""
 
     record: Mapping[str, object]
     problem: str | None
@@ -208,8 +224,9 @@ class Answer:
 
 
 def libraries(answer: Answer, expected: Expected) -> Check:
-    """Judge which files probes/verify.py has found. A library of another version, or one cut by a
-    third, loads and computes the same.
+    """Judge the files that probes/verify.py found.
+
+    A library of another version, or one that is truncated, can still load and compute the same.
     """
     found = {str(row.get("path")): row for row in rows(answer.record, "libraries")}
     problems = [answer.problem] if answer.problem else []
@@ -222,7 +239,7 @@ def libraries(answer: Answer, expected: Expected) -> Check:
             ):
                 problems.append(f"{path} is not the file that was verified")
         problems += [
-            f"{path} was not there when the build was verified"
+            f"{path} did not exist when the build was verified"
             for path in found
             if path not in expected.libraries
         ]
@@ -233,7 +250,7 @@ def libraries(answer: Answer, expected: Expected) -> Check:
 
 
 def binary_load(answer: Answer) -> Check:
-    """Judge how probes/verify.py could load them."""
+    """Judge whether probes/verify.py could load the libraries."""
     found = rows(answer.record, "libraries")
     problems = [answer.problem] if answer.problem else []
     problems += [str(answer.record["error"])] if answer.record.get("error") else []
@@ -255,9 +272,9 @@ def provenance(answer: Answer, expected: Expected) -> Check:
     record = answer.record
     vllm, torch = section(record, "vllm"), section(record, "torch")
     if answer.problem or not vllm.get("file"):
-        why = answer.problem or str(record.get("error") or "the probe does not say it")
+        why = answer.problem or str(record.get("error") or "the probe did not report it")
         return judged(
-            "provenance.import", [f"not known which vLLM is imported: {why}"], "", answer.seconds
+            "provenance.import", [f"unknown which vLLM was imported: {why}"], "", answer.seconds
         )
     problems = []
     if not Path(str(vllm["file"])).is_relative_to(expected.tree):
@@ -270,23 +287,23 @@ def provenance(answer: Answer, expected: Expected) -> Check:
         ("triton", record.get("triton"), expected.triton),
     ):
         if found != stamped:
-            problems.append(f"{name} is {found or 'none'}, stamped is {stamped or 'none'}")
+            problems.append(f"{name} is {found or 'none'}, but the stamp has {stamped or 'none'}")
     if not record.get("error") and not vllm.get("kernels"):
         problems.append("vLLM generated without a compiled library of the tree")
-    said = f"vllm {vllm.get('version')}, torch {torch.get('version')}" + (
+    summary = f"vllm {vllm.get('version')}, torch {torch.get('version')}" + (
         f", triton {expected.triton}" if expected.triton else ""
     )
-    return judged("provenance.import", problems, said, 0.0)
+    return judged("provenance.import", problems, summary, 0.0)
 
 
 def tree(before: object, after: object, seconds: float) -> Check:
-    """Judge whether what was edited meanwhile makes the other verdicts worth nothing."""
-    problems = [] if before == after else ["vendor/vllm was changed while it was judged"]
+    """Judge whether the tree changed during the smoke, which makes the other verdicts void."""
+    problems = [] if before == after else ["vendor/vllm changed during the smoke"]
     return judged("provenance.tree", problems, "unchanged", seconds)
 
 
-def settled(check: Check, *, lacks: frozenset[Need]) -> Check:
-    """A check may be skipped only where the machine lacks what it needs."""
+def without_unfounded_skip(check: Check, *, lacks: frozenset[Need]) -> Check:
+    """Return the check; as failed, if it was skipped though the machine has what it needs."""
     need = REGISTRY[check.identifier].need
     if check.verdict != "skipped" or need in lacks:
         return check
@@ -299,6 +316,7 @@ def settled(check: Check, *, lacks: frozenset[Need]) -> Check:
 
 
 def judged(identifier: str, problems: Sequence[str], fine: str, seconds: float) -> Check:
+    """Return a passed check, or one that failed with these problems."""
     seconds = seconds if math.isfinite(seconds) else 0.0
     if not problems:
         return Check(identifier, "pass", fine, seconds)
@@ -307,33 +325,30 @@ def judged(identifier: str, problems: Sequence[str], fine: str, seconds: float) 
 
 
 def section(record: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """Return the object of this name in a record, empty if it is missing or something else."""
     found = record.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def rows(record: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    """Return the list of objects of this name in a record, empty if there is none."""
     found = record.get(name)
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def number(record: Mapping[str, object], name: str) -> float:
-    """NaN for anything that is no number: it fails every comparison."""
+    """Return the number of this name; NaN for anything else, so that every comparison fails."""
     found = record.get(name)
     return (
         float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
     )
 
 
-SCHEMA = 2
-# What of the parity probe's document is worth comparing between days; the tokens themselves are not
-# in it.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds")
-
-
 @dataclass(frozen=True)
 class Tree:
-    """What vendor/vllm held: the tree of its commit, and a digest of edits on top, None without.
-    `built` is one of everything that was stamped.
+    """The content of vendor/vllm: its git tree, and a digest of edits, None without edits.
+
+    `built` is one digest of everything that was stamped.
     """
 
     pin: str
@@ -344,15 +359,16 @@ class Tree:
 
 
 def verdict(checks: Sequence[Check]) -> Verdict:
-    """Pass where there are checks, some pass and none fails; whether one may be skipped was judged
-    before.
+    """Return pass if a check passed and none failed.
+
+    Whether a check may be skipped was judged before.
     """
-    said = {check.verdict for check in checks}
-    return "pass" if "pass" in said and "fail" not in said else "fail"
+    verdicts = {check.verdict for check in checks}
+    return "pass" if "pass" in verdicts and "fail" not in verdicts else "fail"
 
 
 def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
-    """Name the sources that are judged; edited files count with their content as it is now."""
+    """Name the sources under test; edited files count with their present content."""
     stack = observed.stack
     return Tree(
         observed.pin.tag,
@@ -363,13 +379,13 @@ def tree_of(layout: Layout, observed: plan.Observation) -> Tree:
     )
 
 
-def is_of(said: Mapping[str, object], now: Tree) -> bool:
-    """Whether a record is of a smoke that passed on this tree, these edits and this build."""
+def is_record_of(record: Mapping[str, object], now: Tree) -> bool:
+    """Return whether a record is of a smoke that passed on this tree, edits and build."""
     return (
-        said.get("verdict") == "pass"
+        record.get("verdict") == "pass"
         and now.oid is not None
         and all(
-            said.get(name) == text
+            record.get(name) == text
             for name, text in (("tree", now.oid), ("dirty", now.dirty), ("built", now.built))
         )
     )
@@ -380,7 +396,7 @@ def _built(observed: plan.Observation) -> str:
         asdict(layer.recorded) if layer.recorded else None
         for layer in (observed.environment, observed.kernels)
     ]
-    # How long it took, and with how many jobs, is no part of what was built.
+    # Build time and number of jobs do not describe what was built.
     parts = [
         {name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None
         for stamp in stamps
@@ -397,7 +413,7 @@ def compose(
     parity: Mapping[str, object],
     seconds: float,
 ) -> dict[str, object]:
-    """Put the record together. Times are UTC, durations seconds, differences nats."""
+    """Return the record as a document. Times are UTC, durations seconds, differences nats."""
     torch = parity.get("torch")
     vllm = parity.get("vllm")
     return {
@@ -426,7 +442,7 @@ def compose(
 
 
 def _writable(measured: object) -> object:
-    """JSON has no word for a number that is none."""
+    """Replace numbers that JSON lacks, NaN and infinity, by null."""
     if isinstance(measured, dict):
         return {name: _writable(part) for name, part in measured.items()}
     return None if isinstance(measured, float) and not math.isfinite(measured) else measured
@@ -444,12 +460,24 @@ def _row(check: Check) -> dict[str, object]:
 
 
 def encode(record: Mapping[str, object]) -> str:
+    """Return a record as JSON text."""
     return json.dumps(record, indent=1, allow_nan=False)
 
 
+def write_record(
+    path: Path, record: Mapping[str, object], *, console: Console, json_file: Path | None
+) -> None:
+    """Write a record to `path`, to stdout, and to the file that the user named."""
+    text = encode(record)
+    write_atomic(path, f"{text}\n".encode())
+    console.data(text)
+    if json_file:
+        write_atomic(json_file, f"{text}\n".encode())
+
+
 def last_record(layout: Layout) -> Mapping[str, object]:
-    """What the last smoke wrote, nothing where there is none that can be read."""
+    """Return the record of the last smoke, empty if there is none or it is unreadable."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        said = json.loads(read_regular(layout.smoke_record))
-        return said if isinstance(said, dict) else {}
+        record = json.loads(read_regular(layout.smoke_record))
+        return record if isinstance(record, dict) else {}
     return {}

@@ -1,13 +1,18 @@
-"""The door of the smoke: `python -m workspace.smoke`, run by `nox -s smoke` with the tool
-environment's Python.
+"""The smoke as a verb: run the checks on the built tree, print and keep the record.
+
+It also has the pre-push gate of `inv hook`, which requires a passed smoke.
 """
 
+import contextlib
+import functools
 import io
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from workspace.checks import registry
 from workspace.checks.registry import REGISTRY, Check, Level
 from workspace.core import lock
 from workspace.core.console import Console, State
@@ -16,11 +21,31 @@ from workspace.core.files import write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
+from workspace.install import plan
 from workspace.repo.git import Git, repository
 
-# Warm on two cores: 4 s and 16 s. With a cold page cache and kernels compiled at the first start, a
-# start alone has taken 123 s.
+# Warm on two cores: 4 s and 16 s. With a cold page cache and kernels that compile at the first
+# start, one start took 123 s.
 TIMEOUT_S = 600.0
+HOOK = "pre-push"
+KEPT = "pre-push.before-workspace"
+# Existing hooks are recognised by this line, so its text stays.
+_MARKER_LINE = "# Put here by `inv hook`; `inv hook --remove` takes it out."
+# git's own variables would make each program use the wrong repository.
+_SCRIPT = f"""#!/bin/sh
+{_MARKER_LINE}
+kept=$(dirname "$0")/{KEPT}
+if [ -x "$kept" ]; then
+    "$kept" "$@" || exit $?
+fi
+unset $(git rev-parse --local-env-vars)
+if ! cd {{root}} 2>/dev/null; then
+    echo "error: the workspace of this hook is no longer at "{{root}} >&2
+    echo "hint: ./scripts/inv hook    in its new place, or: rm $0" >&2
+    exit 1
+fi
+exec ./scripts/inv hook --run </dev/null
+"""
 
 
 def smoke(
@@ -34,11 +59,11 @@ def smoke(
     model: str = "tiny",
     is_fail_fast: bool = False,
 ) -> None:
-    """Judge the built tree, print table and record, keep the record. Raises SmokeError when a check
-    failed or nothing is built.
+    """Run the checks on the built tree; print and keep the record.
+
+    Raises SmokeError if a check fails or nothing is built.
     """
-    from workspace.checks import registry, smoke_suite
-    from workspace.install import plan
+    from workspace.checks import smoke_suite
     from workspace.install.status import require_built
     from workspace.machine import check, hardware
 
@@ -47,19 +72,12 @@ def smoke(
     check.require(layout, settings, console=console, device=observed.device)
     expected = smoke_suite.expect(layout, observed)
     options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
-    # What is judged must not change meanwhile.
-    with (
-        lock.hold(layout.lock, verb="nox -s smoke") as held,
-        RunLog(console, layout.logs, verb="smoke", secrets=settings.secrets, held=held) as run_log,
-    ):
+    look = functools.partial(_present_tree, layout, settings)
+    # The tree must not change while the checks run.
+    with locked_run(layout, settings, console, session="smoke") as run_log:
         tree = registry.tree_of(layout, observed)
         checks, parity = smoke_suite.run(
-            layout,
-            settings,
-            expected,
-            options,
-            run_log=run_log,
-            look=lambda: registry.tree_of(layout, plan.observe(layout, settings)),
+            layout, settings, expected, options, run_log=run_log, look=look
         )
         document = registry.compose(
             checks,
@@ -69,18 +87,31 @@ def smoke(
             parity=parity,
             seconds=time.monotonic() - started,
         )
-        text = registry.encode(document)
-        write_atomic(layout.smoke_record, f"{text}\n".encode())
-        console.data(text)
-        if json_file:
-            write_atomic(json_file, f"{text}\n".encode())
-        judge(checks, log=layout.relative(run_log.path) if run_log.path else None)
+        registry.write_record(layout.smoke_record, document, console=console, json_file=json_file)
+        require_passed(checks, log=layout.relative(run_log.path) if run_log.path else None)
     console.info(f"smoke passed in {time.monotonic() - started:.1f} s")
 
 
-def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
-    """Raise SmokeError with one line for each failed check, and the way on from the most telling
-    one.
+def _present_tree(layout: Layout, settings: Settings) -> registry.Tree:
+    return registry.tree_of(layout, plan.observe(layout, settings))
+
+
+@contextlib.contextmanager
+def locked_run(
+    layout: Layout, settings: Settings, console: Console, *, session: str
+) -> Iterator[RunLog]:
+    """Hold the workspace's lock and a run log for a session of nox."""
+    with (
+        lock.hold(layout.lock, verb=f"nox -s {session}") as held,
+        RunLog(console, layout.logs, verb=session, secrets=settings.secrets, held=held) as run_log,
+    ):
+        yield run_log
+
+
+def require_passed(checks: tuple[Check, ...], *, log: str | None) -> None:
+    """Raise SmokeError with one line for each failed check, and the first one's hint.
+
+    The registry lists causes before their effects.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     if failed:
@@ -97,63 +128,44 @@ def judge(checks: tuple[Check, ...], *, log: str | None) -> None:
         raise SmokeError(message, hint=hint, details=(*lines, *((f"log: {log}",) if log else ())))
 
 
-HOOK = "pre-push"
-KEPT = "pre-push.before-workspace"
-_MARK = "# Put here by `inv hook`; `inv hook --remove` takes it out."
-# git's own variables would lead whatever looks at the other repository to this one.
-_SCRIPT = f"""#!/bin/sh
-{_MARK}
-kept=$(dirname "$0")/{KEPT}
-if [ -x "$kept" ]; then
-    "$kept" "$@" || exit $?
-fi
-unset $(git rev-parse --local-env-vars)
-if ! cd {{root}} 2>/dev/null; then
-    echo "error: the workspace of this hook is no longer at "{{root}} >&2
-    echo "hint: ./scripts/inv hook    in its new place, or: rm $0" >&2
-    exit 1
-fi
-exec ./scripts/inv hook --run </dev/null
-"""
-
-
 def install_hook(layout: Layout, *, console: Console) -> None:
-    """Put the gate into both repositories; twice is as good as once. Raises SettingsError where git
-    takes hooks from a folder that others use too.
+    """Install the gate in both repositories; a second call changes nothing.
+
+    Raises SettingsError if git takes hooks from a folder that other repositories share.
     """
     for name, git in _repositories(layout, console):
         folder, is_own = repository.hooks_folder(git)
         if not is_own:
             raise SettingsError(
-                f"git takes the hooks of {name} from {folder} (core.hooksPath), which is not this"
-                " repository's alone; nothing was put there",
+                f"git takes the hooks of {name} from {folder} (core.hooksPath), which other"
+                " repositories may share; no hook was installed",
                 hint=(
                     f"call this from {folder / HOOK}: cd {shlex.quote(str(layout.root))} &&"
                     " ./scripts/inv hook --run"
                 ),
             )
-        console.row(*_put(name, folder, _SCRIPT.format(root=shlex.quote(str(layout.root)))))
+        console.row(*_install(name, folder, _SCRIPT.format(root=shlex.quote(str(layout.root)))))
 
 
 def remove_hook(layout: Layout, *, console: Console) -> None:
-    """Take the gate out, and let what was there before take its place again."""
+    """Remove the gate and restore the hook that was there before."""
     for name, git in _repositories(layout, console):
-        hook, kept = (repository.hooks_folder(git)[0] / one for one in (HOOK, KEPT))
+        hook, kept = (repository.hooks_folder(git)[0] / file for file in (HOOK, KEPT))
         if not _is_ours(hook):
-            console.row("skipped", name, "it has no gate of ours")
+            console.row("skipped", name, "it has no gate")
         elif os.path.lexists(kept):
             kept.replace(hook)
-            console.row("done", name, "the gate is gone, the hook from before is back")
+            console.row("done", name, "the gate is removed, your former hook is restored")
         else:
             hook.unlink()
-            console.row("done", name, "the gate is gone")
+            console.row("done", name, "the gate is removed")
 
 
 def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Let a push through, or raise what says why not: PatchDrift, SmokeError and what lies before
-    them. A smoke runs where none has passed on this.
+    """Let a push pass, or raise the reason against it: PatchDrift, SmokeError or an earlier error.
+
+    A smoke runs if none has passed on this tree and build.
     """
-    from workspace.checks import registry
     from workspace.install.status import require_built
     from workspace.repo import patching
 
@@ -168,10 +180,10 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
                 check=True,
             )
     observed = require_built(layout, settings)
-    if registry.is_of(registry.last_record(layout), registry.tree_of(layout, observed)):
+    if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
         return
-    console.info("nothing has passed on this tree and build yet: nox -s smoke")
+    console.info("no smoke has passed on this tree and build yet; nox -s smoke runs now")
     smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=TIMEOUT_S)
 
 
@@ -190,36 +202,37 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
         console.row(
             "missing",
             "vendor/vllm",
-            "there is no checkout yet: ./scripts/inv bootstrap, then this again",
+            "there is no checkout yet: ./scripts/inv bootstrap, then ./scripts/inv hook",
         )
     return found
 
 
-def _put(name: str, folder: Path, script: str) -> tuple[State, str, str]:
+def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
     hook, kept = folder / HOOK, folder / KEPT
-    said = "the gate stands before each push"
+    text = "the gate runs before each push"
     if _is_ours(hook):
         if hook.read_text(encoding="utf-8") == script and os.access(hook, os.X_OK):
-            return "ok", name, said
+            return "ok", name, text
     elif os.path.lexists(hook):
         if os.path.lexists(kept):
             raise SettingsError(
-                f"{kept} is in the way: a hook of yours would take its place",
-                hint=f"mv {shlex.quote(str(kept))} elsewhere, and this again",
+                f"your hook cannot be kept as {kept}: that file exists",
+                hint=f"mv {shlex.quote(str(kept))} elsewhere, then ./scripts/inv hook",
             )
-        # A second name first: there is no moment without a hook.
+        # Link before replacing: the repository never lacks a hook.
         os.link(hook, kept, follow_symlinks=False)
-        said = f"{said}; yours is {KEPT} and goes first"
+        text = f"{text}; yours is {KEPT} and runs first"
     folder.mkdir(exist_ok=True)
     write_atomic(hook, script.encode(), mode=0o755)
-    return "done", name, said
+    return "done", name, text
 
 
 def _is_ours(hook: Path) -> bool:
+    """Return whether the file is a hook that `inv hook` wrote."""
     try:
         return (
             not hook.is_symlink()
-            and _MARK in hook.read_text(encoding="utf-8", errors="replace").splitlines()[:2]
+            and _MARKER_LINE in hook.read_text(encoding="utf-8", errors="replace").splitlines()[:2]
         )
     except OSError:
         return False

@@ -1,7 +1,6 @@
-"""The sequence of the smoke: what was built, the probes one after the other, a verdict for each
-check.
+"""The smoke's sequence: the probes one after the other, and a verdict for each check.
 
-A probe that hangs, dies or says nothing is a failed check and leaves no process.
+A probe that hangs, dies or prints no document is a failed check and leaves no process.
 """
 
 import json
@@ -34,17 +33,16 @@ from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 
 NAME_WIDTH = 22
-# Of a probe's own watch: it ends before its caller's patience does, and tells the stacks.
+# The limit of a probe's own watch: the probe ends before its caller's limit and dumps its stacks.
 LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
-# Of the caller's patience: what the probe's own watch has, and what it has until it is made to tell
-# its stacks.
-OWN_SHARE, SHARE = 0.8, 0.9
+# Shares of the caller's limit: for the probe's own watch, and until the caller dumps its stacks.
+PROBE_SHARE, DUMP_SHARE = 0.8, 0.9
 _STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 
-# One process, no compilation, no network, little memory; what the developer's own shell says about
-# engines does not count here.
+# One process, no compilation, no network, little memory. The user's own shell settings for engines
+# do not apply here.
 ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -58,10 +56,10 @@ COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
 
 @dataclass(frozen=True)
 class SmokeOptions:
-    """What the user wants judged. `model` is tiny, smollm2, a folder, or a name on the hub whose
-    files are on disk; `timeout_s` bounds each probe.
+    """What to judge. `timeout_s` limits each probe.
 
-    `is_fail_fast` stops after the first probe of which a check failed.
+    `model` is tiny, smollm2, a folder, or a name on the hub whose files are on disk. `is_fail_fast`
+    stops after the first probe with a failed check.
     """
 
     level: Level = "quick"
@@ -71,15 +69,11 @@ class SmokeOptions:
 
 
 def expect(layout: Layout, observed: plan.Observation) -> Expected:
-    """Read from the stamp what stands in `.vllm`. Raises SmokeError where the stamp names no torch
-    or no version.
-    """
+    """Read from the stamp what `.vllm` has. Raises SmokeError if it lacks torch or a version."""
     stamped = observed.kernels.recorded
     version = stamped.outcome.get("version") if stamped else None
     if stamped is None or version is None or observed.torch is None:
-        raise SmokeError(
-            "the stamp of the build does not say what was built", hint="./scripts/inv bootstrap"
-        )
+        raise SmokeError("the stamp of the build is incomplete", hint="./scripts/inv bootstrap")
     torch, _, cuda = stamped.inputs.get(
         "torch", f"{observed.torch.version} CUDA {observed.torch.cuda or 'none'}"
     ).partition(" CUDA ")
@@ -105,18 +99,17 @@ def run(
     run_log: RunLog,
     look: Callable[[], object],
 ) -> tuple[tuple[Check, ...], Mapping[str, object]]:
-    """Return the verdicts, each shown as it falls, and the parity probe's document for the record.
-    `look` returns what of the tree must not change.
+    """Run all probes; return the verdicts, and the parity probe's document for the record.
+
+    Each verdict is printed as soon as it is known. `look` returns the state of the tree, which
+    must not change.
     """
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         suite = _Suite(layout, settings, expected, options, Path(neutral), run_log)
-        for part in (
-            suite.binary,
-            suite.kernels,
-            suite.compare,
-            *((suite.serve, suite.more) if options.level == "full" else ()),
-        ):
+        parts = [suite.binary, suite.kernels, suite.compare]
+        parts += [suite.serve, suite.more] if options.level == "full" else []
+        for part in parts:
             part()
             if options.is_fail_fast and any(check.verdict == "fail" for check in suite.checks):
                 return tuple(suite.checks), suite.document
@@ -129,7 +122,7 @@ def run(
 
 
 class _Suite:
-    """One run: the probes that it asks, and the checks that have their verdict."""
+    """One run of the smoke: it starts the probes and collects the verdicts."""
 
     def __init__(
         self,
@@ -140,27 +133,21 @@ class _Suite:
         folder: Path,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._expected, self._options, self._folder, self._run_log = (
-            layout,
-            settings,
-            expected,
-            options,
-            folder,
-            run_log,
-        )
+        self._layout, self._settings, self._run_log = layout, settings, run_log
+        self._expected, self._options, self._folder = expected, options, folder
         self._lacks: frozenset[Need] = (
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
         )
         self.checks: list[Check] = []
         self.document: Mapping[str, object] = {}
-        # Of what hung or crashed since the last verdict.
+        # Stack dumps of probes that hung or crashed since the last verdict.
         self._stacks: list[str] = []
 
     def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
-        """Show a spinner while something is judged, then a row for each verdict."""
+        """Show a spinner while `judge` runs, then a row for each verdict."""
         with self._run_log.console.step(first.ljust(NAME_WIDTH)) as view:
             done = self._with_stacks(
-                [registry.settled(check, lacks=self._lacks) for check in judge()]
+                [registry.without_unfounded_skip(check, lacks=self._lacks) for check in judge()]
             )
             view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
         for check in done[1:]:
@@ -170,15 +157,13 @@ class _Suite:
         self.checks += done
 
     def _with_stacks(self, done: list[Check]) -> list[Check]:
-        """The first check that failed tells the stacks, too."""
+        """Add the stack dumps to the first check that failed."""
         lines, self._stacks = self._stacks[: stack_dumps.KEPT_LINES], []
-        first = next((place for place, check in enumerate(done) if check.verdict == "fail"), None)
-        if first is None or not lines:
-            return done
-        return [
-            replace(check, problems=(*check.problems, *lines)) if place == first else check
-            for place, check in enumerate(done)
-        ]
+        failed = [index for index, check in enumerate(done) if check.verdict == "fail"]
+        if failed and lines:
+            check = done[failed[0]]
+            done[failed[0]] = replace(check, problems=(*check.problems, *lines))
+        return done
 
     def binary(self) -> None:
         def judge() -> tuple[Check, ...]:
@@ -199,57 +184,54 @@ class _Suite:
         self.found(judge, "kernels.norm")
 
     def compare(self) -> None:
-        """Parity of the tiny models, consistency of one of them, and whose vLLM it was that
-        spoke.
-        """
+        """Judge parity of the tiny models, consistency of one, and which vLLM was imported."""
         names: list[models.Architecture] = ["llama", "qwen3"]
         if self._options.level == "full":
             names.append("mixtral")
 
         def judge() -> tuple[Check, ...]:
-            answer, folders = self._tiny(names)
+            answer, folders = self._tiny_parity(names)
             self.document = answer.record
-            parity = self._twice(answer, folders, "tiny")
+            parity = self._recheck(answer, folders, "tiny")
             same = tuple(numeric.consistency(answer, name) for name in CONSISTENCY)
-            # The process that made the tokens says where it had its vLLM from; another one's word
-            # would prove less.
+            # The process that generated the tokens reports its own import; another process would
+            # prove less.
             return *parity, *same, registry.provenance(answer, self._expected)
 
         self.found(judge, "parity.llama")
         if self._options.model != "tiny":
-            self.found(self._named, "parity.model")
+            self.found(self._named_model, "parity.model")
 
     def serve(self) -> None:
-        """The tiny Llama over HTTP; what the offline engine has said of it is what is expected."""
+        """Judge the tiny Llama over HTTP by the offline engine's answers."""
 
         def judge() -> tuple[Check, ...]:
             started = time.monotonic()
             try:
-                model = models.tiny(self._layout, self._settings, run_log=self._run_log)
-                environment = built_environment(
-                    self._layout, self._settings, more={**ENVIRONMENT, **server_checks.ENVIRONMENT}
-                )
-                wanted = {"version": self._expected.version, "device": self._expected.device}
-                what = server_checks.subject(
+                tested = server_checks.under_test(
                     self._layout,
-                    environment,
-                    model,
-                    **wanted,
-                    rows=self._offline(),
+                    built_environment(
+                        self._layout,
+                        self._settings,
+                        more={**ENVIRONMENT, **server_checks.ENVIRONMENT},
+                    ),
+                    self._tiny_model("llama"),
+                    expected=self._expected,
+                    rows=self._offline_rows(),
                     limit_s=self._options.timeout_s,
                 )
             except WorkspaceError as exc:
                 return server_checks.failed(exc.message, time.monotonic() - started)
-            found, told = server_checks.run(
-                self._layout.state / "smoke-server", what, run_log=self._run_log
+            found, stacks = server_checks.run(
+                self._layout.state / "smoke-server", tested, run_log=self._run_log
             )
-            self._stacks += told
+            self._stacks += stacks
             return found
 
         self.found(judge, "server.ready")
 
     def more(self) -> None:
-        """What takes a while: torch.compile, and a model that was trained."""
+        """Judge what takes longer: torch.compile, and trained models."""
         self.found(lambda: (self._compiled(),), "consistency.compiled")
         device = ("--device", self._expected.device)
         self.found(
@@ -258,92 +240,77 @@ class _Suite:
             ),
             "real.answer",
         )
+        form = ("--dtype", "bfloat16", "--tokens", "16")
 
-        def judge() -> tuple[Check, ...]:
-            form = ("--dtype", "bfloat16", "--tokens", "16")
-            return (
-                numeric.bfloat16(
-                    self._with_smollm2(
-                        lambda folder: self._parity({"smollm2": folder}, "smollm2", form=form)
-                    ),
-                    "smollm2",
-                ),
-            )
+        def in_bfloat16(folder: str) -> Answer:
+            return self._parity({"smollm2": folder}, "smollm2", form=form)
 
-        self.found(judge, "parity.bfloat16")
+        self.found(
+            lambda: (numeric.bfloat16(self._with_smollm2(in_bfloat16), "smollm2"),),
+            "parity.bfloat16",
+        )
         self.found(lambda: (self._mxfp4(),), "parity.gpt-oss")
 
     def _cubins(self) -> Check:
         started = time.monotonic()
         if self._expected.device == "cpu":
-            return Check(
-                "binary.cubins",
-                "skipped",
-                "built for the CPU: no library holds code for a GPU",
-                0.0,
-            )
+            why = "built for the CPU: no library has code for a GPU"
+            return Check("binary.cubins", "skipped", why, 0.0)
         capabilities = tuple(
             gpu.capability for gpu in hardware.observe(self._settings).gpus if gpu.capability
         )
         archs = self._settings.text("TORCH_CUDA_ARCH_LIST")
         if not capabilities and not archs:
-            return Check(
-                "binary.cubins",
-                "skipped",
-                "there is no GPU here, and no TORCH_CUDA_ARCH_LIST to judge against",
-                0.0,
-            )
+            why = "this machine has no GPU, and TORCH_CUDA_ARCH_LIST is not set"
+            return Check("binary.cubins", "skipped", why, 0.0)
         listed = device_code.list_cubins(
             self._layout,
             self._settings,
             [self._layout.vllm / path for path in self._expected.libraries],
         )
-        said = device_code.judge(listed, capabilities=capabilities, archs=archs)
-        problems = [f"{one.library} {one.sentence}" for one in said if one.state == "wrong"]
-        fine = (
-            f"{sum(one.state == 'ok' for one in said)} libraries serve"
-            f" {', '.join(capabilities) or archs}"
-        )
+        judged = device_code.judge(listed, capabilities=capabilities, archs=archs)
+        problems = [
+            f"{verdict.library} {verdict.sentence}"
+            for verdict in judged
+            if verdict.state == "wrong"
+        ]
+        count = sum(verdict.state == "ok" for verdict in judged)
+        fine = f"{count} libraries serve {', '.join(capabilities) or archs}"
         return registry.judged("binary.cubins", problems, fine, time.monotonic() - started)
 
-    def _tiny(self, names: list[models.Architecture]) -> tuple[Answer, Mapping[str, str]]:
+    def _tiny_model(self, architecture: models.Architecture) -> Path:
+        return models.tiny(
+            self._layout, self._settings, run_log=self._run_log, architecture=architecture
+        )
+
+    def _tiny_parity(self, names: list[models.Architecture]) -> tuple[Answer, Mapping[str, str]]:
         folders: dict[str, str] = dict.fromkeys(names, "")
 
         def ask() -> Answer:
-            folders.update(
-                {
-                    name: str(
-                        models.tiny(
-                            self._layout, self._settings, run_log=self._run_log, architecture=name
-                        )
-                    )
-                    for name in names
-                }
-            )
+            folders.update({name: str(self._tiny_model(name)) for name in names})
             return self._parity(folders, "tiny", "--consistency", "llama")
 
         self._run_log.phase("tiny models")
-        return _made(ask), folders
+        return _or_problem(ask), folders
 
-    def _named(self) -> tuple[Check, ...]:
+    def _named_model(self) -> tuple[Check, ...]:
+        """Judge parity of the model that the user named."""
         folders = {"model": self._options.model}
 
         def ask(folder: str) -> Answer:
             folders["model"] = folder
             return self._parity(folders, "model")
 
-        answer = (
-            self._with_smollm2(ask)
-            if self._options.model == "smollm2"
-            else ask(self._options.model)
-        )
-        return self._twice(answer, folders, "model")
+        is_smollm2 = self._options.model == "smollm2"
+        answer = self._with_smollm2(ask) if is_smollm2 else ask(self._options.model)
+        return self._recheck(answer, folders, "model")
 
-    def _twice(
+    def _recheck(
         self, answer: Answer, folders: Mapping[str, str], round_name: str
     ) -> tuple[Check, ...]:
-        """Judge the parity of each model; the two are asked again about those that they differ
-        on.
+        """Judge the parity of each model; re-run both engines for the models on which they differ.
+
+        The second run separates a vLLM defect from a flaky reference.
         """
         found = {name: numeric.parity(answer, name) for name in folders}
         differ = {
@@ -353,144 +320,120 @@ class _Suite:
         }
         if differ:
             again = self._parity(differ, f"{round_name}-again")
-            before, after = self._said(round_name), self._said(f"{round_name}-again")
+            before, after = self._round(round_name), self._round(f"{round_name}-again")
             for name in differ:
-                found[name] = numeric.settle(
+                found[name] = numeric.settle_recheck(
                     found[name], numeric.parity(again, name), name=name, before=before, after=after
                 )
         return tuple(found.values())
 
-    def _said(self, round_name: str) -> numeric.Said:
-        return numeric.Said(
+    def _round(self, round_name: str) -> numeric.Round:
+        return numeric.Round(
             self._folder / f"reference-{round_name}.json", self._folder / f"rows-{round_name}.json"
         )
 
     def _parity(
-        self, folders: Mapping[str, str], round_name: str, *words: str, form: tuple[str, ...] = ()
+        self, folders: Mapping[str, str], round_name: str, *args: str, form: tuple[str, ...] = ()
     ) -> Answer:
-        """Ask Hugging Face, then vLLM, and keep what both said in the files of that round; `form`
-        is for both.
+        """Run Hugging Face, then vLLM, and keep both answers in the round's files.
+
+        `args` are for vLLM's probe, `form` for both.
         """
-        shared = [
-            *(f"--model={name}={folder}" for name, folder in folders.items()),
-            "--device",
-            self._expected.device,
-            *form,
-        ]
-        said = self._said(round_name)
+        device = ("--device", self._expected.device)
+        shared = [*(f"--model={name}={path}" for name, path in folders.items()), *device, *form]
+        files = self._round(round_name)
         answer = self._ask("reference.py", *shared)
         if answer.problem:
             return Answer({}, f"Hugging Face: {answer.problem}", answer.seconds)
-        said.reference.write_text(json.dumps(answer.record))
-        return self._ask(
-            "parity.py", *shared, "--against", str(said.reference), "--keep", str(said.vllm), *words
-        )
+        files.reference.write_text(json.dumps(answer.record))
+        kept = ("--against", str(files.reference), "--keep", str(files.vllm))
+        return self._ask("parity.py", *shared, *kept, *args)
 
     def _compiled(self) -> Check:
-        rows = self._said("tiny").vllm
+        name, rows = "consistency.compiled", self._round("tiny").vllm
         if not rows.is_file():
             return registry.judged(
-                "consistency.compiled",
-                ["there is no answer of the eager engine to compare with"],
-                "",
-                0.0,
+                name, ["the eager engine gave no answer to compare with"], "", 0.0
             )
-        model = models.tiny(self._layout, self._settings, run_log=self._run_log)
-        words = (
-            f"--model=llama={model}",
-            "--compiled",
-            "--against",
-            str(rows),
-            "--device",
-            self._expected.device,
-        )
-        return numeric.parity(
-            self._ask("parity.py", *words, environment=COMPILED), "llama", "consistency.compiled"
-        )
+        args = (f"--model=llama={self._tiny_model('llama')}", "--compiled", "--against", str(rows))
+        device = ("--device", self._expected.device)
+        answer = self._ask("parity.py", *args, *device, environment=COMPILED)
+        return numeric.parity(answer, "llama", name)
 
     def _mxfp4(self) -> Check:
         if self._expected.device == "cpu" and "amx_tile" not in Path("/proc/cpuinfo").read_text(
             encoding="utf-8", errors="replace"
         ):
-            return Check(
-                "parity.gpt-oss",
-                "skipped",
-                "vLLM's MXFP4 kernel for CPUs wants AMX, which this one lacks",
-                0.0,
-            )
+            why = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
+            return Check("parity.gpt-oss", "skipped", why, 0.0)
 
         def ask() -> Answer:
-            folder = models.tiny(
-                self._layout, self._settings, run_log=self._run_log, architecture="gpt-oss"
-            )
-            # Hugging Face in float32: what vLLM's kernels round, which take bfloat16 only, is
-            # enough.
+            folder = self._tiny_model("gpt-oss")
+            # Hugging Face runs in float32: vLLM's kernels take bfloat16 only, and their rounding
+            # is error enough.
             return self._parity({"gpt-oss": str(folder)}, "gpt-oss", "--dtype", "bfloat16")
 
-        return numeric.mxfp4(_made(ask))
+        return numeric.mxfp4(_or_problem(ask))
 
-    def _offline(self) -> tuple[http_checks.Row, ...]:
-        """What the offline engine has said of the tiny Llama; nothing where it has not got that
-        far.
-        """
-        return http_checks.offline(numeric.rows_again(self._said("tiny").vllm, "llama"))
+    def _offline_rows(self) -> tuple[http_checks.Row, ...]:
+        """Return the offline engine's answers of the tiny Llama, empty if it has none."""
+        return http_checks.offline(numeric.read_rows(self._round("tiny").vllm, "llama"))
 
     def _with_smollm2(self, ask: Callable[[str], Answer]) -> Answer:
-        return _made(
+        return _or_problem(
             lambda: ask(str(models.smollm2(self._layout, self._settings, run_log=self._run_log)))
         )
 
-    def _ask(self, probe: str, *words: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
-        """Run a probe in a neutral folder, where no import can come from by accident."""
+    def _ask(self, probe: str, *args: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
+        """Run a probe in a neutral folder, from which nothing can be imported by accident."""
         started, patience_s = time.monotonic(), self._options.timeout_s
-        # What the shell says of torch's threads and vLLM's caches goes in, what it says of these
-        # does not.
+        # The user's settings of torch threads and vLLM caches apply; those in `environment` do not.
         variables = built_environment(
-            self._layout, self._settings, more={**environment, LIMIT: f"{OWN_SHARE * patience_s:g}"}
+            self._layout,
+            self._settings,
+            more={**environment, LIMIT: f"{PROBE_SHARE * patience_s:g}"},
         )
         argv: list[process.Argument] = [
             self._layout.environment_python,
             self._layout.probes / probe,
-            *words,
+            *args,
         ]
+        limit_s = patience_s + stack_dumps.DUMP_S
         try:
-            with stack_dumps.Watch(SHARE * patience_s, _guarded, environment=variables) as watch:
-                done = process.capture(
-                    argv, env=variables, cwd=self._folder, timeout_s=patience_s + stack_dumps.TELL_S
-                )
+            with stack_dumps.Watch(
+                DUMP_SHARE * patience_s, _probe_processes, environment=variables
+            ) as watch:
+                done = process.capture(argv, env=variables, cwd=self._folder, timeout_s=limit_s)
         except ToolchainError as exc:
-            return Answer(
-                {},
-                _late(probe, patience_s) if watch.has_fired else exc.message,
-                time.monotonic() - started,
-            )
-        record, problem = read(done)
-        problem = _late(probe, patience_s) if watch.has_fired else problem
-        if problem or "error" in done.stdout:
-            self._stacks += watch.told(done.stderr)
+            problem = _timeout_text(probe, patience_s) if watch.has_fired else exc.message
+            return Answer({}, problem, time.monotonic() - started)
+        record, failure = read(done)
+        failure = _timeout_text(probe, patience_s) if watch.has_fired else failure
+        if failure or "error" in done.stdout:
+            self._stacks += watch.stacks(done.stderr)
             self._run_log.phase(probe)
-            self._run_log.write(shlex.join([str(word) for word in argv]))
+            self._run_log.write(shlex.join([str(arg) for arg in argv]))
             for line in (*watch.seen, *done.stderr.splitlines()):
                 self._run_log.write(line)
-        return Answer(record, problem, time.monotonic() - started)
+        return Answer(record, failure, time.monotonic() - started)
 
 
-def _guarded() -> set[int]:
-    """The processes of a probe: what stands below the guards that this process has started, who
-    stay to tell how it ended.
+def _probe_processes() -> set[int]:
+    """Return the processes of a probe: those below the guards that this process started.
+
+    The guards stay, to report how the probe ended.
     """
     known = process_tree.living()
-    return process_tree.below(
-        {number for number, one in known.items() if one.parent == os.getpid()}, known
-    )
+    guards = {pid for pid, found in known.items() if found.parent == os.getpid()}
+    return process_tree.below(guards, known)
 
 
-def _late(probe: str, patience_s: float) -> str:
+def _timeout_text(probe: str, patience_s: float) -> str:
     return f"{probe} gave no answer in {patience_s:g} s and was ended"
 
 
-def _made(ask: Callable[[], Answer]) -> Answer:
-    """What a question brings, or why its model could not be made."""
+def _or_problem(ask: Callable[[], Answer]) -> Answer:
+    """Return the answer, or why the model could not be made."""
     started = time.monotonic()
     try:
         return ask()
@@ -499,7 +442,7 @@ def _made(ask: Callable[[], Answer]) -> Answer:
 
 
 def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:
-    """Return a probe's document, and what is wrong with the way it ended, None where nothing is."""
+    """Return a probe's document, and what is wrong with how it ended, None if it ended well."""
     try:
         record = json.loads(done.stdout)
     except ValueError:
@@ -510,7 +453,7 @@ def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:
             for line in reversed(done.stderr.splitlines())
             if not stack_dumps.is_part(line)
         ),
-        "no word",
+        "no output",
     )
     if done.returncode != 0:
         return {}, f"the probe {process.describe_status(done.returncode)}: {last}"

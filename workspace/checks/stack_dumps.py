@@ -1,8 +1,7 @@
-"""The stacks of processes that hang: each tells its own as it is ended, by Python's faulthandler;
-py-spy tells them before, where it is there and may look.
+"""Stack dumps of processes that hang, from py-spy if it works, else from Python's faulthandler.
 
-On many a machine a debugger may not look at what it has not started (Yama, ptrace_scope 1); of
-itself a process may always speak.
+On many machines a debugger may not inspect a process that it did not start (Yama, ptrace_scope 1).
+faulthandler always works: each process writes its own stacks when a fatal signal ends it.
 """
 
 import contextlib
@@ -18,26 +17,25 @@ from workspace.core import process
 from workspace.core.errors import ToolchainError
 from workspace.server import process_tree
 
-# Every Python that inherits it says on stderr where it stood when a fatal signal met it, however
-# deep in C (docs.python.org, faulthandler).
+# Each Python process that inherits it writes its stacks to stderr at a fatal signal, also deep in C
+# (docs.python.org, faulthandler).
 FAULTS: Mapping[str, str] = {"PYTHONFAULTHANDLER": "1"}
-# How long one process may take to tell.
-TELL_S = 5.0
-# Of a record; the log has all of them.
+# Seconds that one process may take to write its stacks.
+DUMP_S = 5.0
+# Most lines of stacks in a record; the log has all of them.
 KEPT_LINES = 120
 _BEGINS = re.compile(r"(Fatal Python error: .*|Timeout \(\d+:\d\d:\d\d.*\)!)$")
-_GOES_ON = re.compile(
+_CONTINUES = re.compile(
     r'  File ".*", line \d+ in |  <no Python frame>|  \.\.\.$|(?:Current t|T)hread 0x[0-9a-f]+|\s*$'
 )
 _ENDS = "Extension modules: "
 
 
 class Watch:
-    """Has processes tell their stacks, and ends them, where they take longer than `limit_s`. A
-    context manager; `has_fired` says whether it did.
+    """Context manager that dumps and ends the processes if the block takes longer than `limit_s`.
 
-    `find` returns the numbers of the processes, `environment` has the PATH on which py-spy may be;
-    `seen` is what that said.
+    `find` returns their process ids; `environment` has the PATH on which py-spy may be. `has_fired`
+    is true once the limit was reached; `seen` is py-spy's output.
     """
 
     def __init__(
@@ -57,25 +55,23 @@ class Watch:
         self._timer.cancel()
         self._timer.join()
 
-    def told(self, text: str) -> tuple[str, ...]:
-        """The stacks: what py-spy has seen, or what the processes have said among `text`."""
+    def stacks(self, text: str) -> tuple[str, ...]:
+        """Return the stacks: py-spy's output, else those that the processes wrote to `text`."""
         return self.seen or read_stacks(text)
 
     def _fire(self) -> None:
         self.has_fired = True
-        self.seen = look(self._find(), environment=self._environment)
+        self.seen = dump_with_py_spy(self._find(), environment=self._environment)
         end_with_stacks(self._find)
 
 
-def look(numbers: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """What py-spy says of processes, an engine before its front; nothing where it is not there, or
-    may not look at one of them.
-    """
+def dump_with_py_spy(pids: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return py-spy's dump, an engine before its front-end; empty if py-spy is missing or fails."""
     lines: list[str] = []
-    for number in sorted(numbers, reverse=True):
+    for pid in sorted(pids, reverse=True):
         try:
             done = process.capture(
-                ["py-spy", "dump", "--pid", str(number)], env=environment, timeout_s=TELL_S
+                ["py-spy", "dump", "--pid", str(pid)], env=environment, timeout_s=DUMP_S
             )
         except ToolchainError:
             return ()
@@ -86,37 +82,38 @@ def look(numbers: Iterable[int], *, environment: Mapping[str, str]) -> tuple[str
 
 
 def end_with_stacks(find: Callable[[], set[int]]) -> None:
-    """Freeze processes, so that none reacts to another's end; then let one after the other tell its
-    stacks and die, those started last first.
+    """Freeze all processes, so that none reacts to another's end; then let each dump and die.
+
+    The process that started last goes first.
     """
     known = process_tree.living()
-    numbers = sorted(find() & known.keys(), key=lambda number: known[number].started, reverse=True)
-    for number in numbers:
+    pids = sorted(find() & known.keys(), key=lambda pid: known[pid].started, reverse=True)
+    for pid in pids:
         with contextlib.suppress(OSError):
-            # A core of several GiB is not wanted with it.
-            resource.prlimit(number, resource.RLIMIT_CORE, (0, 0))
-            os.kill(number, signal.SIGSTOP)
-    for number in numbers:
-        deadline = time.monotonic() + TELL_S
+            # Without a core dump, which could have several GiB.
+            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+            os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        deadline = time.monotonic() + DUMP_S
         with contextlib.suppress(OSError):
-            os.kill(number, signal.SIGABRT)
-            os.kill(number, signal.SIGCONT)
-            while process_tree.started_at(number) == known[number].started:
+            os.kill(pid, signal.SIGABRT)
+            os.kill(pid, signal.SIGCONT)
+            while process_tree.started_at(pid) == known[pid].started:
                 if time.monotonic() > deadline:
-                    os.kill(number, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
                     break
                 time.sleep(process_tree.POLL_S)
 
 
 def read_stacks(text: str) -> tuple[str, ...]:
-    """The stacks that faulthandler has written into a text, among whatever else stands there."""
+    """Return the stacks that faulthandler wrote, from a text that also has other lines."""
     found: list[str] = []
     is_inside = False
     for line in text.splitlines():
-        if begins := _BEGINS.search(line):
+        if match := _BEGINS.search(line):
             is_inside = True
-            found.append(begins.group())
-        elif is_inside and _GOES_ON.match(line):
+            found.append(match.group())
+        elif is_inside and _CONTINUES.match(line):
             found += [line.rstrip()] if line.strip() else []
         else:
             is_inside = False
@@ -124,5 +121,5 @@ def read_stacks(text: str) -> tuple[str, ...]:
 
 
 def is_part(line: str) -> bool:
-    """Whether a line is faulthandler's, and no reason why something failed."""
-    return bool(_BEGINS.search(line) or _GOES_ON.match(line) or line.startswith(_ENDS))
+    """Return whether a line belongs to faulthandler's output and is not an error message."""
+    return bool(_BEGINS.search(line) or _CONTINUES.match(line) or line.startswith(_ENDS))

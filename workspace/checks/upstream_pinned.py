@@ -1,9 +1,9 @@
-"""The pin's own tree beside the working one, for the tests that fail: those that fail there too say
-nothing of the change.
+"""The pin's own tree beside the working tree: tests that fail there too are not the change's fault.
 
-It has the pin's Python and tests and the working tree's compiled libraries; where compiled sources
-differ, that is no pin, and nothing is compared. Which of its tests ask the hub is kept: there are
-hundreds of them, and seconds pass in each until it gives up.
+It has the pin's Python files and tests, and the working tree's compiled libraries. If compiled
+sources differ, no comparison is possible. The module remembers which of the pin's tests ask the
+hub: there are hundreds, and each takes seconds until it gives up. It also installs the test
+requirements.
 """
 
 import contextlib
@@ -27,44 +27,39 @@ from workspace.repo.git import Git, remotes, worktree
 
 _PINNED = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$", re.MULTILINE)
 _NEVER = 'sys_platform == "never"'
+# With more names whole files run: pytest nests an expression once for each name.
+_MOST_NAMES = 200
+_HUB_TESTS = "hub.json"
 
 
 def needs_folder(layout: Layout) -> Path:
-    """Where all that belongs to upstream's tests lies, but for their record."""
+    """Return the folder for all files of upstream's tests except their record."""
     return layout.state / "upstream-tests"
 
 
 def install_needs(
     layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog
 ) -> tuple[Path, str]:
-    """Return the folder for PYTHONPATH, and a word on it. Where it is there nothing is installed,
-    and no index is asked.
+    """Return the folder of test requirements for PYTHONPATH, and a note about it.
 
-    Raises SourceError where the index cannot be reached or lacks a version, and BuildError.
+    An existing folder is used without asking an index. Raises SourceError if the index cannot be
+    reached or lacks a version, and BuildError.
     """
-    there = interpreter.installed(layout)
-    wanted = [name for name in known.requirements if name not in there]
+    installed = interpreter.installed(layout)
+    wanted = [name for name in known.requirements if name not in installed]
     pinned = _pinned(layout.vllm, device)
-    said = "\n".join(
-        [
-            *wanted,
-            "",
-            *pinned,
-            "",
-            *(f"{name}=={version}" for name, version in there.items()),
-            str(interpreter.site_packages(layout)),
-        ]
-    )
-    folder = needs_folder(layout) / f"site-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+    versions = [f"{name}=={version}" for name, version in installed.items()]
+    lines = [*wanted, "", *pinned, "", *versions, str(interpreter.site_packages(layout))]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    folder = needs_folder(layout) / f"site-{digest[:12]}"
     if folder.is_dir():
-        return folder, f"{len(wanted)} test requirements are there"
-    # Without an index, the former ones are what a tree that goes back still needs.
+        return folder, f"{len(wanted)} test requirements are installed"
+    # Delete old folders last: without an index, a tree that goes back still needs its own.
     former = [found for found in needs_folder(layout).glob("site-*") if found.suffix != ".new"]
     new = folder.with_name(f"{folder.name}.new")
     for half_made in needs_folder(layout).glob("site-*.new"):
         shutil.rmtree(half_made)
     new.mkdir(parents=True)
-    barred = tuple(f"{name} ; {_NEVER}" for name in there)
     if wanted:
         interpreter.install(
             layout,
@@ -72,9 +67,9 @@ def install_needs(
             ["--target", str(new), *wanted],
             run_log=run_log,
             constraints=pinned,
-            overrides=barred,
+            overrides=tuple(f"{name} ; {_NEVER}" for name in installed),
         )
-    # uv syncs nothing; after a power cut the name would stand over empty files.
+    # uv does not sync: after a power cut, empty files would have their final name.
     os.sync()
     new.rename(folder)
     for old in former:
@@ -83,8 +78,9 @@ def install_needs(
 
 
 def _pinned(tree: Path, device: str) -> tuple[str, ...]:
-    """The exact versions that the tree tests with on this device, or on a GPU where it has no list
-    for it (0.24).
+    """Return the exact versions that the tree tests with on this device.
+
+    Without a list for it (vLLM 0.24), those for a GPU.
     """
     for name in (device, "cuda"):
         file = tree / "requirements" / "test" / f"{name}.txt"
@@ -93,13 +89,8 @@ def _pinned(tree: Path, device: str) -> tuple[str, ...]:
     return ()
 
 
-# Beyond this the whole files are run: pytest nests an expression once for each word of it.
-_MOST_NAMES = 200
-_HUB_TESTS = "hub.json"
-
-
 def is_comparable(changed: Sequence[str]) -> bool:
-    """Whether the compiled libraries are what the pin would have."""
+    """Return whether the pin would have the same compiled libraries."""
     return not any(
         path == source or path.startswith(f"{source}/")
         for path in changed
@@ -109,8 +100,9 @@ def is_comparable(changed: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def tree(layout: Layout, base: str) -> Iterator[Path]:
-    """Write the tree of the commit `base` out, with what a build left in the working tree; it is
-    gone with the block.
+    """Write out the tree of the commit `base`, with links to the working tree's build products.
+
+    It is deleted at the end of the block.
     """
     folder = needs_folder(layout) / "pin"
     shutil.rmtree(folder, ignore_errors=True)
@@ -128,9 +120,7 @@ def tree(layout: Layout, base: str) -> Iterator[Path]:
 
 
 def hub_tests(layout: Layout, base: str) -> frozenset[str]:
-    """The tests that were seen to ask the hub on the pin `base`; none where nothing, or something
-    unreadable, was kept.
-    """
+    """Return the tests that asked the hub on the pin `base`; empty if unknown or unreadable."""
     try:
         kept = json.loads((needs_folder(layout) / _HUB_TESTS).read_bytes())
         return frozenset(kept["tests"]) if kept["pin"] == base else frozenset()
@@ -139,11 +129,9 @@ def hub_tests(layout: Layout, base: str) -> frozenset[str]:
 
 
 def keep_hub_tests(layout: Layout, base: str, on_the_pin: Sequence[Outcome]) -> None:
-    """Add to the tests that are known to ask the hub on the pin `base`; those of another are
-    forgotten.
-    """
+    """Add to the known tests that ask the hub on the pin `base`; forget those of another pin."""
     former = hub_tests(layout, base)
-    if more := {one.node for one in on_the_pin if one.asks_hub} - former:
+    if more := {outcome.node for outcome in on_the_pin if outcome.asks_hub} - former:
         write_atomic(
             needs_folder(layout) / _HUB_TESTS,
             f"{json.dumps({'pin': base, 'tests': sorted(former | more)}, indent=1)}\n".encode(),
@@ -151,15 +139,18 @@ def keep_hub_tests(layout: Layout, base: str, on_the_pin: Sequence[Outcome]) -> 
 
 
 def again(failed: Sequence[Outcome], folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which files to run again, and pytest's words that choose the tests in them. By name, as a
-    node that is not there would end the run.
+    """Return the files to run again, and pytest's arguments that select the tests in them.
+
+    Tests are selected by name, because a node that does not exist would end the run.
     """
-    files = tuple(dict.fromkeys(one.file for one in failed if (folder / one.file).is_file()))
-    names = tuple(dict.fromkeys(_function(one) for one in failed))
+    files = tuple(
+        dict.fromkeys(outcome.file for outcome in failed if (folder / outcome.file).is_file())
+    )
+    names = tuple(dict.fromkeys(_function(outcome) for outcome in failed))
     is_by_name = len(names) <= _MOST_NAMES and all(name.isidentifier() for name in names)
     return files, ("-k", " or ".join(names)) if is_by_name else ()
 
 
 def _function(outcome: Outcome) -> str:
-    """The name of a test's function, nothing for a file that could not be collected."""
+    """Return the name of a test's function, empty for a file that could not be collected."""
     return outcome.node.removeprefix(outcome.file).partition("[")[0].rpartition("::")[2]

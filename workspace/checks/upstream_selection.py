@@ -1,8 +1,7 @@
-"""Which of upstream's test files a changed file reaches, and by which way: each of them with the
-reason.
+"""Selection of upstream's test files: which of them a change reaches, and which run here.
 
-It reads the tree and reach.toml, which is documented there; it runs nothing. A test that reaches a
-change only through what else it imports is not found.
+It reads the tree and reach.toml and runs nothing. A test that reaches a change only through its
+indirect imports is not found.
 """
 
 import re
@@ -14,11 +13,20 @@ from typing import Literal
 
 RULES = Path(__file__).with_name("reach.toml")
 _PACKAGE = "__init__"
+LISTS = ("test_areas/*.yaml", "hardware_tests/cpu.yaml")
+# Marks a test that runs on CPUs in a file that runs on GPUs (pyproject.toml,
+# tool.pytest.ini_options.markers).
+MARKER = "cpu_test"
+How = Literal["whole", "marked", "not"]
+_STEP = re.compile(r"^- (?=label:)", re.MULTILINE)
+_KEY = re.compile(r"^  (\w+):(.*(?:\n(?:   .*|  - .*|  #.*|[ \t]*$))*)", re.MULTILINE)
+_CPU = re.compile(r"\s*(?:intel_|arm_)?cpu\b")
+_ARGUMENT = re.compile(r"""'[^']*'|"[^"]*"|[^\s'"]+""")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of all paths that begin with `path`: the tests, files or folders, and why."""
+    """A rule for all paths that begin with `path`: the reason, and the tests, files or folders."""
 
     path: str
     why: str
@@ -27,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """What stands in reach.toml."""
+    """The content of reach.toml, which documents its own format."""
 
     renamed: Mapping[str, str]
     map: tuple[Rule, ...]
@@ -38,7 +46,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Reached:
-    """A test file, relative to the tree, and why it was chosen."""
+    """A file, relative to the tree, and the reason why it was chosen or reaches no test."""
 
     path: str
     why: str
@@ -46,9 +54,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Reach:
-    """The test files, the nearest first, and each changed file that reaches none, with the
-    reason.
-    """
+    """The test files, nearest first, and the changed files that reach none."""
 
     tests: tuple[Reached, ...]
     unreached: tuple[Reached, ...]
@@ -56,24 +62,25 @@ class Reach:
 
 def rules(path: Path = RULES) -> Rules:
     """Read the rules that come with the workspace."""
-    read = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
 
     def listed(name: str) -> tuple[Rule, ...]:
         return tuple(
-            Rule(one["path"], one["why"], tuple(one.get("tests", ()))) for one in read[name]
+            Rule(entry["path"], entry["why"], tuple(entry.get("tests", ())))
+            for entry in table[name]
         )
 
     return Rules(
-        read["renamed"],
+        table["renamed"],
         listed("map"),
         listed("none"),
         listed("cpu"),
-        tuple(one["name"] for one in read["requirements"]),
+        tuple(entry["name"] for entry in table["requirements"]),
     )
 
 
 def nearest(path: str, among: Iterable[Rule]) -> Rule | None:
-    """The rule with the longest beginning of `path`."""
+    """Return the rule whose `path` is the longest beginning of the given path."""
     return max(
         (rule for rule in among if path.startswith(rule.path)),
         key=lambda rule: len(rule.path),
@@ -82,90 +89,92 @@ def nearest(path: str, among: Iterable[Rule]) -> Rule | None:
 
 
 def test_files(tree: Path) -> tuple[str, ...]:
-    """All of upstream's test files, relative to the tree."""
+    """Return all of upstream's test files, relative to the tree."""
     return tuple(
         sorted(str(file.relative_to(tree)) for file in (tree / "tests").rglob("test_*.py"))
     )
 
 
 def find(tree: Path, changed: Sequence[str], known: Rules) -> Reach:
-    """Find what each of the changed paths, relative to the tree, reaches. A test that several reach
-    has the nearest way's reason.
+    """Find the tests that the changed paths, relative to the tree, reach.
+
+    A test that several paths reach has the reason of the nearest way.
     """
-    there = test_files(tree)
-    mentioned = _mentions(tree, there, [path for path in changed if _module(path)])
+    all_tests = test_files(tree)
+    mentioned = _mentions(tree, all_tests, [path for path in changed if _module(path)])
     ways: tuple[Callable[[str], Iterator[Reached]], ...] = (
-        lambda path: _itself(path, there),
-        lambda path: _mirrored(path, there, known),
+        lambda path: _changed_or_shared(path, all_tests),
+        lambda path: _mirrored(path, all_tests, known),
         lambda path: (Reached(test, f"names {_module(path)}") for test in mentioned.get(path, ())),
-        lambda path: _mapped(path, there, known),
+        lambda path: _mapped(path, all_tests, known),
     )
+    # The reasons by test, nearest way first; the last is for paths that no other way reaches.
     found: list[dict[str, str]] = [{} for _ in (*ways, None)]
     unreached = []
     for path in changed:
         before = sum(map(len, found))
-        has_any = False
-        for number, way in enumerate(ways):
-            for one in way(path):
-                has_any = True
-                found[number].setdefault(one.path, one.why)
-        if not has_any:
-            for one in _beside(path, there, known):
-                found[-1].setdefault(one.path, one.why)
-        if not has_any and sum(map(len, found)) == before:
+        direct = [(rank, test) for rank, way in enumerate(ways) for test in way(path)]
+        beside = [(len(ways), test) for test in _beside(path, all_tests, known)]
+        for rank, test in direct or beside:
+            found[rank].setdefault(test.path, test.why)
+        if not direct and sum(map(len, found)) == before:
             unreached.append(Reached(path, _why_none(path, known)))
     chosen: dict[str, str] = {}
-    for way_found in found:
-        for test in sorted(way_found):
-            chosen.setdefault(test, way_found[test])
+    for reasons in found:
+        for test_path in sorted(reasons):
+            chosen.setdefault(test_path, reasons[test_path])
     return Reach(tuple(Reached(test, why) for test, why in chosen.items()), tuple(unreached))
 
 
-def _itself(path: str, there: Sequence[str]) -> Iterator[Reached]:
-    """A test file that was changed, or what the tests of its folder share; what all tests share is
-    left to who asks for all.
+def _changed_or_shared(path: str, all_tests: Sequence[str]) -> Iterator[Reached]:
+    """Yield a changed test file, or all tests of a folder whose shared file changed.
+
+    Files that all tests share count only with `--all-of`.
     """
     folder = str(PurePosixPath(path).parent)
-    if path in there:
+    if path in all_tests:
         yield Reached(path, "was changed itself")
     elif path.startswith("tests/") and path.endswith(".py") and folder != "tests":
         yield from (
-            Reached(test, f"shares {path}") for test in there if test.startswith(f"{folder}/")
+            Reached(test, f"shares {path}") for test in all_tests if test.startswith(f"{folder}/")
         )
 
 
-def _mirrored(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
-    """vllm/a/b.py is tested by tests/a/test_b.py, by what lies below tests/a/b, or by the test_b.py
-    of the nearest folder above.
+def _mirrored(path: str, all_tests: Sequence[str], known: Rules) -> Iterator[Reached]:
+    """Yield the tests that mirror a module vllm/a/b.py.
+
+    They are tests/a/test_b.py and all below tests/a/b, else the test_b.py of the nearest parent
+    folder.
     """
     if not _module(path):
         return
     folders, stem = _mirror(path, known)
-    if below := [test for test in there if test.startswith("/".join([*folders, stem, ""]))]:
+    if below := [test for test in all_tests if test.startswith("/".join([*folders, stem, ""]))]:
         yield from (Reached(test, f"mirrors {path}") for test in below)
     for end in range(len(folders), 0, -1):
         name = "/".join([*folders[:end], f"test_{stem}.py"])
-        if name in there:
+        if name in all_tests:
             yield Reached(name, f"mirrors {path}")
             return
 
 
-def _mapped(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
+def _mapped(path: str, all_tests: Sequence[str], known: Rules) -> Iterator[Reached]:
     rule = nearest(path, known.map)
     if rule:
-        yield from (Reached(test, rule.why) for test in there if test.startswith(rule.tests))
+        yield from (Reached(test, rule.why) for test in all_tests if test.startswith(rule.tests))
 
 
-def _beside(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
-    """The tests that lie in the nearest folder that mirrors that of the file; for what nothing else
-    reaches.
+def _beside(path: str, all_tests: Sequence[str], known: Rules) -> Iterator[Reached]:
+    """Yield the tests of the nearest folder that mirrors the module's folder.
+
+    Used for modules that no other rule reaches.
     """
     if not _module(path):
         return
     folders, _ = _mirror(path, known)
     for end in range(len(folders), 1, -1):
         folder = "/".join(folders[:end])
-        if beside := [test for test in there if str(PurePosixPath(test).parent) == folder]:
+        if beside := [test for test in all_tests if str(PurePosixPath(test).parent) == folder]:
             yield from (
                 Reached(test, f"lies in {folder}, as {path} has no test of its own")
                 for test in beside
@@ -175,14 +184,14 @@ def _beside(path: str, there: Sequence[str], known: Rules) -> Iterator[Reached]:
 
 def _why_none(path: str, known: Rules) -> str:
     if path.startswith("tests/") and path.endswith(".py"):
-        return "every test may use it: --all-of tests runs them"
+        return "every test may use it; --all-of tests runs them"
     if rule := nearest(path, known.none):
         return rule.why
     return "no test mirrors or names it, and reach.toml has no rule for it"
 
 
 def _mirror(path: str, known: Rules) -> tuple[list[str], str]:
-    """The folders below tests/ that correspond to those of a module, and the module's last name."""
+    """Return the folders below tests/ that mirror a module's, and the module's last name."""
     parts = list(PurePosixPath(path).with_suffix("").parts[1:])
     if parts[-1] == _PACKAGE and len(parts) > 1:
         parts.pop()
@@ -190,26 +199,24 @@ def _mirror(path: str, known: Rules) -> tuple[list[str], str]:
 
 
 def _module(path: str) -> str | None:
-    """The dotted name of a module of vLLM, None for any other file."""
+    """Return the dotted name of a module of vLLM, None for any other file."""
     if not (path.startswith("vllm/") and path.endswith(".py")):
         return None
     return ".".join(PurePosixPath(path).with_suffix("").parts).removesuffix(f".{_PACKAGE}")
 
 
-def _mentions(tree: Path, there: Sequence[str], changed: Sequence[str]) -> dict[str, list[str]]:
-    """The tests that name a module: in an import, or in the string with which they replace a part
-    of it.
-    """
+def _mentions(tree: Path, all_tests: Sequence[str], changed: Sequence[str]) -> dict[str, list[str]]:
+    """Return the tests that name a module, in an import or in the string of a patch target."""
     sought = [
         (path, name.rpartition(".")[2], _mention(name, is_package=path.endswith(f"{_PACKAGE}.py")))
         for path in changed
         if (name := _module(path))
     ]
     found: dict[str, list[str]] = {}
-    for test in there if sought else ():
+    for test in all_tests if sought else ():
         text = (tree / test).read_text(encoding="utf-8", errors="replace")
         for path, last, pattern in sought:
-            # Most do not even have the word in them.
+            # A quick test first: most files do not contain the name at all.
             if last in text and pattern.search(text):
                 found.setdefault(path, []).append(test)
     return found
@@ -223,22 +230,9 @@ def _mention(name: str, *, is_package: bool) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.]){re.escape(name)}(?!\w)|{listed}", re.MULTILINE)
 
 
-LISTS = ("test_areas/*.yaml", "hardware_tests/cpu.yaml")
-# Of a test that is run on a CPU although its file is run on a GPU (pyproject.toml,
-# tool.pytest.ini_options.markers).
-MARKER = "cpu_test"
-How = Literal["whole", "marked", "not"]
-_STEP = re.compile(r"^- (?=label:)", re.MULTILINE)
-_KEY = re.compile(r"^  (\w+):(.*(?:\n(?:   .*|  - .*|  #.*|[ \t]*$))*)", re.MULTILINE)
-_CPU = re.compile(r"\s*(?:intel_|arm_)?cpu\b")
-_WORD = re.compile(r"""'[^']*'|"[^"]*"|[^\s'"]+""")
-
-
 @dataclass(frozen=True)
 class Listed:
-    """A line of upstream's lists: a file or folder, relative to the tree, and the expression of
-    marks that it is run with, or none.
-    """
+    """A path in upstream's lists, relative to the tree, and its expression of marks, or none."""
 
     path: str
     marks: str
@@ -246,22 +240,20 @@ class Listed:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a test file is run here, `marked` meaning only the tests with MARKER, and why it is not,
-    or by whose word it is.
-    """
+    """How a test file runs here, and the reason; `marked` means only the tests with MARKER."""
 
     how: How
     why: str
 
 
 def cpu_lists(tree: Path) -> tuple[Listed, ...]:
-    """Read what upstream runs on CPUs; nothing where the tree has no .buildkite."""
+    """Read which tests upstream runs on CPUs; empty if the tree has no .buildkite."""
     files = [file for pattern in LISTS for file in sorted((tree / ".buildkite").glob(pattern))]
     return tuple(
         dict.fromkeys(
-            one
+            line
             for file in files
-            for one in listed(file.read_text(encoding="utf-8", errors="replace"))
+            for line in listed(file.read_text(encoding="utf-8", errors="replace"))
         )
     )
 
@@ -270,7 +262,7 @@ def listed(text: str) -> tuple[Listed, ...]:
     """Read one file of steps."""
     found: list[Listed] = []
     for step in _STEP.split(text)[1:]:
-        # What stands under a step's `mirror` is for other machines, and further to the right.
+        # The keys under a step's `mirror` are for other machines and are indented further.
         keys: dict[str, str] = dict(_KEY.findall(f"  {step}"))
         if _CPU.match(keys.get("device", "")) or keys.get("no_gpu", "").strip() == "true":
             for line in keys.get("commands", "").replace("\\\n", " ").splitlines():
@@ -279,43 +271,44 @@ def listed(text: str) -> tuple[Listed, ...]:
 
 
 def _of_command(line: str) -> list[Listed]:
-    # What follows a # is a remark, or a line that was taken out.
-    words = _WORD.findall(re.sub(r"(^|\s)#.*", "", line).partition("pytest ")[2])
+    # Text after # is a comment or a disabled line.
+    args = _ARGUMENT.findall(re.sub(r"(^|\s)#.*", "", line).partition("pytest ")[2])
     marks, paths = "", []
     before = ""
-    for word in words:
+    for arg in args:
         if before == "-m":
-            marks = word.strip("'\"")
+            marks = arg.strip("'\"")
         elif (
             before != "--ignore"
-            and not word.startswith("-")
-            and "::" not in word
-            and re.fullmatch(r"[\w./-]+", word)
+            and not arg.startswith("-")
+            and "::" not in arg
+            and re.fullmatch(r"[\w./-]+", arg)
         ):
-            # Steps are run in tests/, those of hardware_tests above it.
-            paths.append(word if word.startswith("tests/") else f"tests/{word}")
-        before = word
+            # Steps run in tests/, those of hardware_tests in its parent folder.
+            paths.append(arg if arg.startswith("tests/") else f"tests/{arg}")
+        before = arg
     return [Listed(path.rstrip("/"), marks) for path in paths]
 
 
 def decide_runnable(
     tree: Path, path: str, lists: tuple[Listed, ...], known: Rules, *, device: str, try_all: bool
 ) -> Decision:
-    """Decide for one test file. On a GPU all are run: those that need more of them, or another, say
-    so themselves.
+    """Decide how one test file runs.
+
+    With a GPU all files run: tests that need more or other GPUs skip themselves.
     """
     if device == "cuda":
         return Decision("whole", "there is a GPU")
-    whole = [one for one in lists if _covers(one.path, path)]
-    if any(not one.marks for one in whole):
+    covering = [line for line in lists if _covers(line.path, path)]
+    if any(not line.marks for line in covering):
         return Decision("whole", "upstream runs it on CPUs")
     if rule := nearest(path, known.cpu):
         return Decision("whole", rule.why)
     if try_all:
-        return Decision("whole", "tried on your word")
+        return Decision("whole", "tried because of --try-all")
     if MARKER in (tree / path).read_text(encoding="utf-8", errors="replace"):
         return Decision("marked", f"the tests that upstream marks {MARKER}")
-    if any("cpu_model" in one.marks for one in whole):
+    if any("cpu_model" in line.marks for line in covering):
         return Decision(
             "not", "upstream runs it on CPUs with models from the hub; --try-all --online runs it"
         )

@@ -1,8 +1,7 @@
-"""One run of pytest over files of upstream's tests, with the built interpreter, and what became of
-each test.
+"""One run of pytest over upstream's test files in the built interpreter, and each test's outcome.
 
-pytest-xdist runs them in a process that may die, pytest-timeout ends the one that hangs; what
-happened is read from pytest's own JUnit file, in which a plugin (inside/) has marked what asked the
+pytest-xdist runs the tests in a process that may die; pytest-timeout ends a test that hangs.
+Outcomes come from pytest's JUnit file, in which a plugin (inside/) marks the tests that asked the
 hub.
 """
 
@@ -24,10 +23,10 @@ from workspace.core.errors import SmokeError
 from workspace.core.files import write_atomic
 from workspace.core.log import RunLog
 
-# Seconds for one test: upstream's slowest on a CPU take one minute on two cores. Words after -- may
-# say otherwise.
+# Seconds for one test: upstream's slowest takes one minute on two CPU cores. Arguments after -- may
+# change it.
 TEST_TIMEOUT_S = 300
-# A folder of its own: all that lies in it can be imported by the tests.
+# A separate folder: the tests can import everything in it.
 INSIDE = Path(__file__).with_name("inside")
 _PLUGIN = "vllm_workspace_observer"
 _FAILED_ITSELF, _NOTHING_TO_RUN = (
@@ -35,13 +34,13 @@ _FAILED_ITSELF, _NOTHING_TO_RUN = (
     re.compile(r"\S+ exited with 5\b"),
 )
 State = Literal["passed", "failed", "skipped"]
+NOT_RUN = "not run: "
+_SHOWN = 160
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tree whose tests are run: by which Python, with which variables, and where the list of
-    files is written.
-    """
+    """A tree to test: its Python, its variables, and the path for the list of files."""
 
     tree: Path
     python: Path
@@ -51,10 +50,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one test, or of a file that could not be collected. `file` is relative to the
-    tree, `message` what failed, or why it was skipped.
+    """The outcome of one test, or of a file that could not be collected.
 
-    `asks_hub` says of a failure that a model, a tokenizer or a data set is not on this disk.
+    `file` is relative to the tree; `message` is the failure, or why it was skipped. `asks_hub`: it
+    failed because a model, a tokenizer or a data set is not on this disk.
     """
 
     node: str
@@ -70,92 +69,91 @@ class _OutOfTime(Exception):
 
 
 def run(
-    place: Place, files: Sequence[str], words: Sequence[str], *, timeout_s: float, run_log: RunLog
+    place: Place,
+    files: Sequence[str],
+    pytest_args: Sequence[str],
+    *,
+    timeout_s: float,
+    run_log: RunLog,
 ) -> tuple[Outcome, ...]:
-    """Run the tests of these files, relative to the tree; `words` go to pytest as they are.
+    """Run the tests of these files, relative to the tree, with further arguments for pytest.
 
-    Raises SmokeError where pytest itself fails, whatever it has reported until then, and where it
-    has not ended after `timeout_s` seconds: nothing of it is left then.
+    Raises SmokeError if pytest itself fails, even after it reported tests, and if it has not ended
+    after `timeout_s` seconds; no process is left then.
     """
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
         report = Path(folder) / "junit.xml"
-        # As a file, for the sake of who reads the command. Upstream runs them from tests/ as well,
-        # where some look for files.
+        # A file keeps the command readable. Upstream also runs from tests/, where some tests look
+        # for files.
         write_atomic(
             place.listed, "".join(f"{file.removeprefix('tests/')}\n" for file in files).encode()
         )
-        ours = [
-            "-p",
-            "no:cacheprovider",
-            "-n",
-            "1",
-            "-q",
-            "--continue-on-collection-errors",
-            f"--timeout={TEST_TIMEOUT_S}",
-            f"--basetemp={folder}/t",
-        ]
-        # Else a tree whose pyproject.toml says nothing of pytest would be taken for a part of this
-        # clone.
-        form = [
-            f"--rootdir={place.tree}",
-            "-p",
-            _PLUGIN,
-            "-o",
-            "junit_family=xunit1",
-            f"--junit-xml={report}",
-        ]
-        # -P: what lies in tests/ is not to be imported as if it were a library.
-        argv: list[process.Argument] = [
-            place.python,
-            "-P",
-            "-m",
-            "pytest",
-            *ours,
-            *form,
-            *words,
-            f"@{place.listed}",
-        ]
-        path = ":".join(filter(None, (place.variables.get("PYTHONPATH"), str(INSIDE))))
-        variables = {**place.variables, "PYTHONPATH": path}
-        trouble: SmokeError | None = None
-        try:
-            with _limited(timeout_s):
-                process.run(
-                    argv,
-                    env=variables,
-                    cwd=place.tree / "tests",
-                    run_log=run_log,
-                    failure=SmokeError,
-                    hint="the words after -- go to pytest",
-                )
-        except _OutOfTime:
-            raise SmokeError(
-                f"upstream's tests had not ended after {timeout_s:g} s and were ended",
-                hint="--timeout-s says how long they may take; -- -k WORD runs fewer of them",
-                details=(f"log: {run_log.path}",),
-            ) from None
-        except SmokeError as exc:
-            # A status other than 0 is also what failed tests give, or none that were collected.
-            trouble = exc
+        failure = _run_pytest(
+            place, _argv(place, report, pytest_args), timeout_s=timeout_s, run_log=run_log
+        )
         if not report.is_file():
-            raise trouble or SmokeError("pytest wrote no report", hint=f"less {run_log.path}")
+            raise failure or SmokeError("pytest wrote no report", hint=f"less {run_log.path}")
         outcomes = read(report.read_bytes(), place.tree)
-    is_explained = any(one.state == "failed" for one in outcomes) or (
-        not outcomes and _NOTHING_TO_RUN.match(str(trouble))
+    is_explained = any(outcome.state == "failed" for outcome in outcomes) or (
+        not outcomes and _NOTHING_TO_RUN.match(str(failure))
     )
-    if trouble and (_FAILED_ITSELF.match(str(trouble)) or not is_explained):
-        raise trouble
+    if failure and (_FAILED_ITSELF.match(str(failure)) or not is_explained):
+        raise failure
     return outcomes
 
 
+def _argv(place: Place, report: Path, pytest_args: Sequence[str]) -> list[process.Argument]:
+    options = [
+        *("-p", "no:cacheprovider"),
+        *("-n", "1"),
+        "-q",
+        "--continue-on-collection-errors",
+        f"--timeout={TEST_TIMEOUT_S}",
+        f"--basetemp={report.parent}/t",
+        # Without it, pytest takes a tree whose pyproject.toml does not mention pytest for a part
+        # of this clone.
+        f"--rootdir={place.tree}",
+        *("-p", _PLUGIN),
+        *("-o", "junit_family=xunit1"),
+        f"--junit-xml={report}",
+    ]
+    # -P: files in tests/ must not be imported in place of libraries.
+    return [place.python, "-P", "-m", "pytest", *options, *pytest_args, f"@{place.listed}"]
+
+
+def _run_pytest(
+    place: Place, argv: list[process.Argument], *, timeout_s: float, run_log: RunLog
+) -> SmokeError | None:
+    """Run pytest; return the error of its status. Raises SmokeError at the time limit."""
+    path = ":".join(filter(None, (place.variables.get("PYTHONPATH"), str(INSIDE))))
+    try:
+        with _limited(timeout_s):
+            process.run(
+                argv,
+                env={**place.variables, "PYTHONPATH": path},
+                cwd=place.tree / "tests",
+                run_log=run_log,
+                failure=SmokeError,
+                hint="the arguments after -- go to pytest",
+            )
+    except _OutOfTime:
+        raise SmokeError(
+            f"upstream's tests had not ended after {timeout_s:g} s and were ended",
+            hint="--timeout-s sets how long they may take; -- -k WORD runs fewer of them",
+            details=(f"log: {run_log.path}",),
+        ) from None
+    except SmokeError as exc:
+        # pytest also exits with a status other than 0 if tests fail, or if it collects none.
+        return exc
+    return None
+
+
 def read(report: bytes, tree: Path) -> tuple[Outcome, ...]:
-    """Read a JUnit file of pytest. A test that failed and could not be cleared up after is one that
-    failed.
-    """
+    """Read pytest's JUnit file; a test that failed stays failed, whatever its teardown did."""
     outcomes: dict[str, Outcome] = {}
     for case in xml.fromstring(report).iter("testcase"):
         if not case.get("name"):
-            # What an interrupted test leaves.
+            # An interrupted test leaves an entry without a name.
             continue
         file, node = _named(case.get("classname", ""), case.get("name", ""), tree)
         state, message = _state(case)
@@ -163,7 +161,7 @@ def read(report: bytes, tree: Path) -> tuple[Outcome, ...]:
         seconds = float(case.get("time") or 0.0) + (former.seconds if former else 0.0)
         asks_hub = state == "failed" and case.get("url") == "hub"
         if former and former.state == "failed":
-            # Only what failed for nothing else lacks nothing but the hub.
+            # Every failure of the test must be the hub's.
             state, message, asks_hub = (
                 former.state,
                 former.message,
@@ -174,8 +172,9 @@ def read(report: bytes, tree: Path) -> tuple[Outcome, ...]:
 
 
 def _named(classname: str, name: str, tree: Path) -> tuple[str, str]:
-    """The file and the node of a test. What could not be collected has a dotted file for its name,
-    and no class.
+    """Return the file and the node of a test.
+
+    A file that could not be collected has its dotted path as its name, and no class.
     """
     parts = (classname or name).split(".")
     for end in range(len(parts), 0, -1):
@@ -190,8 +189,8 @@ def _state(case: xml.Element) -> tuple[State, str]:
         found = case.find(kind)
         if found is not None:
             message = found.get("message") or ""
-            # Of what could not be collected the message says only that; the last line of the text
-            # is the exception.
+            # For a collection failure the message is generic; the last line of the text is the
+            # exception.
             if message == "collection failure":
                 message = (found.text or "").strip().rpartition("\n")[2].removeprefix("E").strip()
             return state, message  # type: ignore[return-value]
@@ -200,7 +199,7 @@ def _state(case: xml.Element) -> tuple[State, str]:
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raise _OutOfTime in the block once it has taken so long."""
+    """Raise _OutOfTime in the block after this many seconds."""
 
     def end(_: int, __: FrameType | None) -> None:
         raise _OutOfTime
@@ -214,13 +213,9 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-NOT_RUN = "not run: "
-_SHOWN = 160
-
-
 @dataclass(frozen=True)
 class FileCheck(Check):
-    """A check of one test file; what it means is why the file was chosen."""
+    """A check of one test file; its meaning is why the file was chosen."""
 
     chosen: str = ""
 
@@ -231,8 +226,9 @@ class FileCheck(Check):
 
 @dataclass(frozen=True)
 class Sorted:
-    """Outcomes by what they say. `own` are the failures that count, `pin` those that fail on the
-    pin too, `hub` those that lack the hub.
+    """Outcomes in groups: `own` are the change's failures, `pin` those that fail on the pin too.
+
+    `hub` are the failures for lack of the hub.
     """
 
     passed: tuple[Outcome, ...]
@@ -242,20 +238,25 @@ class Sorted:
     own: tuple[Outcome, ...]
 
     def of(self, file: str) -> "Sorted":
+        """Return the outcomes of one file."""
         groups = (self.passed, self.skipped, self.hub, self.pin, self.own)
-        return Sorted(*(tuple(one for one in group if one.file == file) for group in groups))
+        return Sorted(
+            *(tuple(outcome for outcome in group if outcome.file == file) for group in groups)
+        )
 
 
 def sort(
     outcomes: Iterable[Outcome], on_the_pin: Iterable[Outcome] | None, *, is_online: bool
 ) -> Sorted:
-    """Sort outcomes. Those on the pin are of the same tests; what is not among them passes there,
-    or is not there. None where nothing was compared.
+    """Sort outcomes into groups.
 
-    A change can make a test ask the hub for what was a folder on this disk: also of these the pin
-    has the last word, where it has one.
+    `on_the_pin` are outcomes of the same tests on the pin, None if nothing was compared. A test
+    that is not among them passes there, or does not exist there.
+
+    A change can make a test ask the hub for what was a folder on this disk. So the pin's outcome
+    also decides about hub failures, if there is one.
     """
-    failed_there = {one.node for one in on_the_pin or () if one.state == "failed"}
+    failed_there = {outcome.node for outcome in on_the_pin or () if outcome.state == "failed"}
     groups: dict[str, list[Outcome]] = {
         "passed": [],
         "skipped": [],
@@ -263,28 +264,33 @@ def sort(
         "pin": [],
         "own": [],
     }
-    for one in outcomes:
-        name = {"passed": "passed", "skipped": "skipped"}.get(one.state, "")
-        is_hub = one.asks_hub and not is_online and (on_the_pin is None or one.node in failed_there)
-        name = name or ("hub" if is_hub else "pin" if one.node in failed_there else "own")
-        groups[name].append(one)
+    for outcome in outcomes:
+        name = {"passed": "passed", "skipped": "skipped"}.get(outcome.state, "")
+        is_hub = (
+            outcome.asks_hub
+            and not is_online
+            and (on_the_pin is None or outcome.node in failed_there)
+        )
+        name = name or ("hub" if is_hub else "pin" if outcome.node in failed_there else "own")
+        groups[name].append(outcome)
     return Sorted(**{name: tuple(found) for name, found in groups.items()})
 
 
 def checks(
     tests: Sequence[Reached], decisions: Mapping[str, Decision], found: Sorted
 ) -> tuple[FileCheck, ...]:
-    """Judge each test file that was chosen, and any other that was run; the ones that are not run
-    are skipped, with the reason.
+    """Judge each chosen test file, and any other file that ran.
+
+    A file that does not run is skipped, with the reason.
     """
     chosen = [(test, decisions[test.path]) for test in tests]
     ran = dict.fromkeys(
-        one.file
+        outcome.file
         for group in (found.own, found.pin, found.hub, found.passed, found.skipped)
-        for one in group
+        for outcome in group
     )
     others = [
-        (Reached(file, "pytest was told to run it"), Decision("whole", ""))
+        (Reached(file, "named in the arguments for pytest"), Decision("whole", ""))
         for file in ran
         if file not in decisions
     ]
@@ -297,12 +303,12 @@ def _check(test: Reached, decision: Decision, found: Sorted) -> FileCheck:
     if decision.how == "not":
         return FileCheck(test.path, "skipped", f"{NOT_RUN}{decision.why}", 0.0, chosen=test.why)
     everything = (*found.passed, *found.skipped, *found.hub, *found.pin, *found.own)
-    seconds = sum(one.seconds for one in everything)
+    seconds = sum(outcome.seconds for outcome in everything)
     if not everything:
         return FileCheck(
             test.path,
             "skipped",
-            f"no test of it was run ({decision.why})",
+            f"none of its tests ran ({decision.why})",
             seconds,
             chosen=test.why,
         )
@@ -312,7 +318,7 @@ def _check(test: Reached, decision: Decision, found: Sorted) -> FileCheck:
         f"{len(found.skipped)} skipped" if found.skipped else "",
         f"{len(found.hub)} need the hub" if found.hub else "",
         (
-            f"{len(found.pin)} fail on the pin too, and so say nothing of the change"
+            f"{len(found.pin)} fail on the pin too, so the change is not the cause"
             if found.pin
             else ""
         ),
@@ -320,17 +326,17 @@ def _check(test: Reached, decision: Decision, found: Sorted) -> FileCheck:
     evidence = ", ".join(part for part in counted if part)
     if found.pin:
         evidence += f": {_short(found.pin[0].message)}"
-    # Why nothing of a file was run is worth a word where it is one and the same.
-    reasons = {one.message for one in found.skipped}
+    # If all tests of a file are skipped for one reason, name it.
+    reasons = {outcome.message for outcome in found.skipped}
     if len(found.skipped) == len(everything) and len(reasons) == 1:
         evidence += f": {_short(reasons.pop())}"
     problems = tuple(
-        f"{one.node.removeprefix('tests/')}: {_short(one.message)}" for one in found.own
+        f"{outcome.node.removeprefix('tests/')}: {_short(outcome.message)}" for outcome in found.own
     )
     verdict = "fail" if found.own else "pass" if found.passed else "skipped"
     return FileCheck(test.path, verdict, evidence, seconds, problems, test.why)  # type: ignore[arg-type]
 
 
 def _short(message: str) -> str:
-    line = next((line.strip() for line in message.splitlines() if line.strip()), "no word")
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "no message")
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"

@@ -29,7 +29,7 @@ def place(folder: Path, tests: dict[str, str], config: str = "") -> upstream_tri
 def run(
     folder: Path,
     tests: dict[str, str],
-    *words: str,
+    *pytest_args: str,
     timeout_s: float = 60.0,
     config: str = "[tool.pytest.ini_options]\n",
 ) -> dict[str, Outcome]:
@@ -41,8 +41,12 @@ def run(
         plain = "def pytest_addoption(parser):\n    parser.addoption('--timeout')\n"
         tests = {**tests, "conftest.py": plain + tests.get("conftest.py", "")}
         return {
-            one.node: one
-            for one in upstream_trial.run(
-                place(folder, tests, config), files, words, timeout_s=timeout_s, run_log=run_log
+            outcome.node: outcome
+            for outcome in upstream_trial.run(
+                place(folder, tests, config),
+                files,
+                pytest_args,
+                timeout_s=timeout_s,
+                run_log=run_log,
             )
         }

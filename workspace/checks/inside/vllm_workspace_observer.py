@@ -1,10 +1,8 @@
-"""A plugin of pytest that runs in the processes of upstream's tests: it marks the failures that say
-nothing but that the hub is out of reach, and lets no run end well in which tests were lost with
-their process.
+"""A pytest plugin for the processes of upstream's tests: it marks failures that only lack the hub.
 
-An exception of the hub's own, wherever in the chain, is one. vLLM swallows that exception in its
-most common case and raises a sentence of its own; words count only where the hub was asked for
-something in the same test file, and refused.
+It also fails a run in which tests were lost with their process. An exception of the hub's library,
+anywhere in the chain, is such a failure. vLLM swallows that exception in its most common case and
+raises its own message; messages count only if the hub refused a request in the same test file.
 """
 
 import re
@@ -17,26 +15,24 @@ import pytest
 # huggingface_hub.errors; datasets has one of the first name.
 _KINDS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
 _LIBRARIES = ("huggingface_hub", "datasets")
-# Those after which upstream's own CPU job asks again with a network
+# The messages after which upstream's own CPU job retries with a network
 # (.buildkite/scripts/hardware_ci/run-cpu-test.sh, OFFLINE_RETRY_PATTERN).
-_WORDS = re.compile(
+_MESSAGES = re.compile(
     r"LocalEntryNotFoundError|OfflineModeIsEnabled|Invalid repository ID or local directory"
     r" specified|Cannot find any model weights with"
     r"|[Cc]ouldn't connect to 'https://huggingface\.co'|outgoing traffic has been disabled|Cannot"
     r" reach https://huggingface\.co"
     r"|Can't load tokenizer for '[\w.-]+/|in the cached files and it looks like .* is not the path"
 )
-# The only mark of a report that pytest's own JUnit file (xunit1) takes over for a test as for a
-# file that cannot be collected, and xdist carries.
+# The only attribute of a report that pytest's JUnit file (xunit1) takes for a test and for a file
+# that cannot be collected, and that xdist transfers.
 MARK, VALUE = "url", "hub"
-# As pytest itself for an error of its own (pytest.ExitCode.INTERNAL_ERROR).
+# The status of pytest's own errors (pytest.ExitCode.INTERNAL_ERROR).
 FAILED = 3
 
 
 class _Refusals:
-    """In which test files the hub refused something so far; `now` is the one whose tests are
-    running.
-    """
+    """The test files in which the hub refused a request; `now` is the file that runs."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
@@ -44,8 +40,9 @@ class _Refusals:
         self._watched: list[type] = []
 
     def watch(self) -> None:
-        """Note from now on that the hub's exceptions are made, once its library is there: a test
-        that does not use it shall not load it.
+        """Note when the hub's exceptions are created, once its library is loaded.
+
+        A test that does not use the library must not load it.
         """
         errors = sys.modules.get("huggingface_hub.errors")
         for kind in (vars(errors).get(name) for name in _KINDS) if errors else ():
@@ -56,9 +53,9 @@ class _Refusals:
         self._watched.append(kind)
         former = kind.__init__  # type: ignore[misc]
 
-        def noted(exception: BaseException, *words: object, **named: object) -> None:
+        def noted(exception: BaseException, *args: object, **named: object) -> None:
             self.files.add(self.now)
-            former(exception, *words, **named)
+            former(exception, *args, **named)
 
         kind.__init__ = noted  # type: ignore[misc]
 
@@ -86,7 +83,7 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     if isinstance(collector, pytest.Module) and (note := _note(collector.config)):
-        # Should this be the last that the process does.
+        # In case the process dies here.
         note.write_text(collector.nodeid, encoding="utf-8")
     report = yield
     call = vars(report).get("call")
@@ -100,9 +97,10 @@ def pytest_make_collect_report(
     return report
 
 
-class _Lost:
-    """What xdist itself does not tell of tests that were not run. A process that dies at an import
-    it starts anew, some times, and exits with 5.
+class _LostTests:
+    """Detects tests that did not run, which xdist does not report.
+
+    A process that dies at an import is restarted some times, and then exits with 5.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -142,7 +140,7 @@ class _Lost:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Lost(config))
+        config.pluginmanager.register(_LostTests(config))
 
 
 def _process(node: object) -> str:
@@ -150,7 +148,7 @@ def _process(node: object) -> str:
 
 
 def _note(config: pytest.Config) -> Path | None:
-    """The file with the name of what is being collected, beside the report."""
+    """Return the file with the name of what is being collected, beside the report."""
     report = getattr(config.option, "xmlpath", None)
     return Path(report).with_name("collecting") if report else None
 
@@ -159,25 +157,29 @@ def _wants_hub(failure: BaseException, file: str) -> bool:
     chain = list(_chain(failure))
     is_own = any(
         kind.__name__ in _KINDS and kind.__module__.partition(".")[0] in _LIBRARIES
-        for one in chain
-        for kind in type(one).__mro__
+        for exception in chain
+        for kind in type(exception).__mro__
     )
-    return is_own or (file in _refusals.files and any(_WORDS.search(str(one)) for one in chain))
+    return is_own or (
+        file in _refusals.files and any(_MESSAGES.search(str(exception)) for exception in chain)
+    )
 
 
 def _chain(failure: BaseException) -> Iterator[BaseException]:
-    """An exception, those that it was raised from or while, and those in a group."""
+    """Yield an exception, its causes and contexts, and those in a group."""
     seen: list[BaseException] = []
     waiting = [failure]
     while waiting:
-        one = waiting.pop()
-        if one in seen:
+        exception = waiting.pop()
+        if exception in seen:
             continue
-        seen.append(one)
-        yield one
-        before = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+        seen.append(exception)
+        yield exception
+        before = exception.__cause__ or (
+            None if exception.__suppress_context__ else exception.__context__
+        )
         waiting += [before] if before else []
-        waiting += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+        waiting += exception.exceptions if isinstance(exception, BaseExceptionGroup) else ()
 
 
 def _file(node: str) -> str:

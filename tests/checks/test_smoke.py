@@ -1,6 +1,4 @@
-"""`python -m workspace.smoke` in a small clone, whose stand-in vLLM has libraries that load and
-computes nothing.
-"""
+"""`nox -s smoke` in a small clone, whose stand-in vLLM loads libraries and computes nothing."""
 
 import json
 import subprocess
@@ -10,9 +8,9 @@ from pathlib import Path
 from tests.small.world import Ended, World
 
 
-def smoke(world: World, *words: str | Path) -> Ended:
+def smoke(world: World, *args: str | Path) -> Ended:
     done = subprocess.run(
-        [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "smoke", *words],
+        [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "smoke", *args],
         cwd=world.root,
         env=world.env,
         capture_output=True,
@@ -55,12 +53,12 @@ def test_library_of_the_same_size_with_another_content_is_found_by_its_hash(buil
     )
 
 
-def test_vllm_that_computes_nothing_fails_with_8_and_the_record_says_the_same_at_all_three_places(
+def test_vllm_that_computes_nothing_fails_with_8_and_all_three_records_are_the_same(
     built: World, tmp_path: Path
 ) -> None:
     ended = smoke(built, "--json", tmp_path / "deep" / "record.json")
     assert "checks failed: kernels.norm" in ended.error(8)
-    # One line for each, so that a push that is refused says what it is refused for.
+    # One line for each, so that a refused push shows its reasons.
     assert "parity.llama: " in ended.err
     record = json.loads(ended.out)
     assert (
@@ -91,10 +89,10 @@ def test_edited_python_is_judged_and_named_by_a_digest(built: World) -> None:
 
 
 def test_bad_flag_is_a_usage_error(world: World) -> None:
-    for words in (
+    for args in (
         ("--timeout-s", "0"),
         ("--timeout-s", "soon"),
         ("--jsn", "x"),
         ("--level", "none"),
     ):
-        assert smoke(world, *words).code == 2
+        assert smoke(world, *args).code == 2

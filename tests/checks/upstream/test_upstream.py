@@ -8,8 +8,8 @@ import pytest
 from tests.small.world import Ended, World
 
 
-def upstream(world: World, *words: str) -> Ended:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *words]
+def upstream(world: World, *args: str) -> Ended:
+    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *args]
     done = subprocess.run(
         argv,
         cwd=world.root,
@@ -35,7 +35,7 @@ def test_unchanged_tree_is_reported_with_the_command_for_chosen_tests(built: Wor
     built.git("reset", "--hard", "--quiet", "HEAD~1")
     ended = upstream(built, "--list")
     assert ended.code == 0, ended.output
-    assert "vendor/vllm is as v0.31.0 is" in ended.err
+    assert "vendor/vllm is the same as v0.31.0" in ended.err
     assert "--all-of" in ended.err
     assert ended.out == ""
 
@@ -70,7 +70,7 @@ def test_list_gives_each_file_a_decision_with_its_reason_and_writes_nothing(buil
 def test_change_that_reaches_no_test_is_no_failure_and_is_named(built: World) -> None:
     ended = upstream(built)
     assert ended.code == 0, ended.output
-    assert "reaches no test: the install's stamp holds against it" in ended.err
+    assert "reaches no test: the install's stamp covers it" in ended.err
     assert "reaches none of upstream's tests" in ended.err
 
 
@@ -82,7 +82,7 @@ def test_path_that_is_not_in_the_tree_is_refused(built: World, path: str) -> Non
 
 
 def test_bad_flag_is_a_usage_error(built: World) -> None:
-    for words in (("--timeout-s", "nan"), ("--jsn", "x"), ("-k", "x"), ("--all-of",)):
-        ended = upstream(built, *words)
+    for args in (("--timeout-s", "nan"), ("--jsn", "x"), ("-k", "x"), ("--all-of",)):
+        ended = upstream(built, *args)
         assert ended.code == 2
         assert "Traceback" not in ended.err

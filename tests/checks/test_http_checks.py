@@ -1,4 +1,4 @@
-"""Replies of a server, right, slightly wrong and hostile: whatever comes, it is a sentence."""
+"""Replies of a server, right, slightly wrong and hostile: each gets a verdict in a sentence."""
 
 import json
 
@@ -60,14 +60,14 @@ def test_completion_that_is_missing_or_counted_wrongly_is_wrong() -> None:
     )
 
 
-def test_stop_word_cuts_before_its_first_place() -> None:
+def test_stop_string_cuts_before_its_first_place() -> None:
     assert http_checks.stopped(completed(text="<300>$", finish_reason="stop"), ROW, 301) == []
     for text in ("<300>$<301>", "", "<301>"):
         assert len(http_checks.stopped(completed(text=text, finish_reason="stop"), ROW, 301)) == 1
     assert http_checks.stopped(completed(text="<300>$", finish_reason="length"), ROW, 301) != []
 
 
-def test_chat_says_what_the_completion_says_and_counts_the_templates_space() -> None:
+def test_chat_equals_the_completion_and_counts_the_templates_space() -> None:
     message = {"message": {"role": "assistant", "content": TEXT}, "finish_reason": "length"}
     used = {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
     assert http_checks.chat(reply({"choices": [message], "usage": used}), TEXT, ROW, 4) == []
@@ -157,13 +157,13 @@ def test_schema_is_obeyed_to_the_letter(content: object, is_right: bool) -> None
     assert (problems == []) == is_right
 
 
-def test_refusal_is_4xx_with_a_word_why() -> None:
+def test_refusal_is_4xx_with_a_reason() -> None:
     error = {"error": {"message": "no such model"}}
     assert http_checks.refused("x", reply(error, 404)) == []
     assert http_checks.refused("x", reply({"detail": "Not Found"}, 404)) == []
     assert http_checks.refused("x", reply(error, 500)) == ["x: HTTP 500: no such model"]
-    assert http_checks.refused("x", reply({"choices": []}, 200)) == ["x: it was answered with 200"]
-    assert http_checks.refused("x", reply({}, 400)) == ["x: HTTP 400 without a word why"]
+    assert http_checks.refused("x", reply({"choices": []}, 200)) == ["x: the answer is 200"]
+    assert http_checks.refused("x", reply({}, 400)) == ["x: HTTP 400 without a reason"]
     assert http_checks.refused("x", Reply(None, "Connection reset by peer")) == [
         "x: no answer: Connection reset by peer"
     ]

@@ -1,6 +1,6 @@
 """What a rollback keeps of the state before it."""
 
-from tests.bump.test_back import pretend_good
+from tests.bump.test_rollback import pretend_good
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.repo import pins

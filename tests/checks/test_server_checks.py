@@ -1,5 +1,6 @@
-"""A whole life of the smoke's server with real processes: what is wrong with it fails the check
-that names it, and nothing of it is left.
+"""The smoke's server in real processes: each fault fails the check that names it.
+
+No process or file is left.
 """
 
 import io
@@ -35,9 +36,9 @@ ROWS = [
 ]
 
 
-def args_of(number: int) -> str:
+def args_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{number}/cmdline").read_text()
+        return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
 
@@ -56,7 +57,7 @@ class Place:
     ) -> dict[str, Check]:
         port = lifecycle.free_port()
         argv = (sys.executable, "-S", str(FRONT), str(port), manner, str(self.rows))
-        what = server_checks.Subject(
+        tested = server_checks.ServerUnderTest(
             argv,
             {"PATH": "/usr/bin:/bin", **stack_dumps.FAULTS},
             Address("127.0.0.1", port),
@@ -68,14 +69,12 @@ class Place:
         with RunLog(
             Console(out=io.StringIO(), err=io.StringIO()), self.folder / "logs", verb="smoke"
         ) as run_log:
-            checks, self.stacks = server_checks.run(self.place, what, run_log=run_log)
+            checks, self.stacks = server_checks.run(self.place, tested, run_log=run_log)
         assert [check.identifier for check in checks] == [
             f"server.{name}" for name in server_checks.CHECKS
         ]
         assert not [
-            number
-            for number in process_tree.living().keys() - before
-            if str(port) in args_of(number)
+            pid for pid in process_tree.living().keys() - before if str(port) in args_of(pid)
         ]
         assert observation.find(self.place) is None
         with socket.socket() as probe:
@@ -83,10 +82,10 @@ class Place:
             probe.bind(("127.0.0.1", port))
         return {check.identifier.removeprefix("server."): check for check in checks}
 
-    def failed(self, manner: str, **words: object) -> dict[str, str]:
+    def failed(self, manner: str, **options: object) -> dict[str, str]:
         return {
             name: check.evidence
-            for name, check in self.run(manner, **words).items()
+            for name, check in self.run(manner, **options).items()
             if check.verdict == "fail"
         }  # type: ignore[arg-type]
 
@@ -125,7 +124,7 @@ def test_rubbish_with_200_fails_all_that_reads_answers_and_the_server_is_still_s
             "40 of 40 tokens as offline, largest log-probability difference 1.0e-02",
         ),
         ("raises", "bad_request", "no document: HTTP 500"),
-        ("other", "ready", "it calls itself vLLM 2, stamped is 1+cpu"),
+        ("other", "ready", "it reports vLLM 2, but the stamp has 1+cpu"),
     ],
 )
 def test_one_fault_fails_the_one_check_that_names_it(
@@ -136,14 +135,14 @@ def test_one_fault_fails_the_one_check_that_names_it(
     assert failed[check].startswith(output)
 
 
-def test_crash_at_start_is_told_by_the_servers_own_error(place: Place) -> None:
+def test_crash_at_start_is_reported_by_the_servers_own_error(place: Place) -> None:
     failed = place.failed("raises at start")
     assert set(failed) == set(server_checks.CHECKS)
     assert failed["ready"].endswith("exited with 1: RuntimeError: no such kernel")
     assert "no such kernel" in place.log()
 
 
-def test_crash_in_the_middle_is_the_cause_of_everything_behind_it_and_nobody_waits(
+def test_crash_in_the_middle_is_the_cause_of_all_later_failures_and_no_check_waits(
     place: Place,
 ) -> None:
     started = time.monotonic()
@@ -161,7 +160,7 @@ def test_crash_in_the_middle_is_the_cause_of_everything_behind_it_and_nobody_wai
     ("manner", "first", "output"),
     [("hangs at start", "ready", "not ready"), ("hangs", "completions", "not done")],
 )
-def test_hang_is_ended_at_the_limit_and_tells_where_it_stood(
+def test_hang_is_ended_at_the_limit_with_a_stack_dump(
     place: Place, manner: str, first: str, output: str
 ) -> None:
     failed = place.failed(manner, limit_s=1.0)
@@ -199,12 +198,12 @@ def test_damaged_state_and_a_server_that_a_killed_smoke_has_left_are_no_obstacle
     assert former.members() == set()
 
 
-def test_nothing_is_started_where_the_offline_engine_has_said_nothing_to_compare_with(
+def test_nothing_is_started_without_an_offline_answer_to_compare_with(
     place: Place,
 ) -> None:
     for rows in ([], [{"text": 1}], "x", [ROWS[0] | {"tokens": [0] * 20}]):
         assert set(place.failed("", rows=rows).values()) == {
-            "the offline engine gave no answer that could be compared with"
+            "the offline engine gave no answer to compare with"
         }
     assert not place.place.exists()
 
@@ -212,7 +211,7 @@ def test_nothing_is_started_where_the_offline_engine_has_said_nothing_to_compare
 def test_interrupt_leaves_nothing(place: Place) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from tests.checks.test_serving import Place\n"
+        "from tests.checks.test_server_checks import Place\n"
         "Place(Path(sys.argv[2])).run('hangs at start', limit_s=60)"
     )
     with subprocess.Popen(

@@ -17,7 +17,7 @@ threading.Thread(target=deep).start()
 open(os.sys.argv[1], "w").write(str(os.getpid()))
 threading.Lock().acquire(); os.waitpid(-1, 0)
 """
-SAID = """a log line
+LOG = """a log line
 Timeout (0:00:01)!
 Thread 0x00007f01 (most recent call first):
   File "/x/a.py", line 3 in deep
@@ -49,16 +49,16 @@ def family(child: "subprocess.Popen[str]") -> set[int]:
     return {child.pid} | process_tree.below({child.pid}, process_tree.living())
 
 
-def test_every_thread_of_every_process_tells_and_nothing_is_left(tmp_path: Path) -> None:
+def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path: Path) -> None:
     environment = {"PATH": str(tmp_path), **stack_dumps.FAULTS}
     with hanging(tmp_path, environment) as child:
         with stack_dumps.Watch(0.05, lambda: family(child), environment=environment) as watch:
             output = child.communicate(timeout=20)[1]
-        told = watch.told(output)
+        stacks = watch.stacks(output)
     assert watch.has_fired
     assert output.count("Fatal Python error: Aborted") == 2
-    assert sum("in deep" in line for line in told) == 2
-    assert sum("thread 0x" in line.lower() for line in told) == 3
+    assert sum("in deep" in line for line in stacks) == 2
+    assert sum("thread 0x" in line.lower() for line in stacks) == 3
     assert not family(child) & process_tree.living().keys()
 
 
@@ -74,7 +74,7 @@ def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_pat
                 0.05, lambda child=child: family(child), environment=environment
             ) as watch:  # type: ignore[misc]
                 output = child.communicate(timeout=20)[1]
-            assert watch.told(output)[0] == expected
+            assert watch.stacks(output)[0] == expected
 
 
 def test_process_that_ignores_it_is_killed_and_one_that_is_gone_is_no_error(tmp_path: Path) -> None:
@@ -87,12 +87,12 @@ def test_watch_that_was_not_needed_leaves_no_thread() -> None:
     before = threading.active_count()
     with stack_dumps.Watch(60.0, set, environment={}) as watch:
         pass
-    assert (watch.has_fired, watch.told("")) == (False, ())
+    assert (watch.has_fired, watch.stacks("")) == (False, ())
     assert threading.active_count() == before
 
 
-def test_only_what_faulthandler_says_is_read_out_of_a_log() -> None:
-    assert stack_dumps.read_stacks(SAID) == (
+def test_only_faulthandlers_lines_are_read_out_of_a_log() -> None:
+    assert stack_dumps.read_stacks(LOG) == (
         "Timeout (0:00:01)!",
         "Thread 0x00007f01 (most recent call first):",
         '  File "/x/a.py", line 3 in deep',

@@ -3,7 +3,7 @@
 import shutil
 
 from tests.bump.conftest import RECORD, run, smoke
-from tests.bump.test_good import names
+from tests.bump.test_known_good import names
 from tests.small.materials import git
 from tests.small.world import World
 from workspace.bump import known_good

@@ -1,4 +1,4 @@
-"""The verdicts on what was computed."""
+"""Verdicts on numbers."""
 
 import math
 
@@ -79,11 +79,11 @@ def test_tie_may_fall_either_way() -> None:
 
 def test_sampler_is_named_where_log_probabilities_are_right_and_tokens_are_not() -> None:
     assert (
-        "what chooses among them is wrong"
+        "so the choice of tokens is wrong"
         in parity(measured(equal=20, behind=300, compared=340, partings=[0.5])).evidence
     )
     assert (
-        "what chooses"
+        "so the choice"
         not in parity(
             measured(equal=20, behind=300, compared=340, partings=[0.5], prefill_difference=0.3)
         ).evidence
@@ -105,7 +105,7 @@ def test_same_answers_pass_and_others_fail(name: str) -> None:
 def test_cache_that_was_never_read_and_a_prompt_in_one_piece_prove_nothing() -> None:
     assert consistent("prefix", cached=[0, 0]).evidence == "nothing was read from the prefix cache"
     assert consistent("prefix", cached=None).verdict == "fail"
-    assert consistent("chunked", chunks=1).evidence == "the prompt came in one piece"
+    assert consistent("chunked", chunks=1).evidence == "the prompt was processed in one piece"
 
 
 def kernels(**changes: object) -> Check:

@@ -1,4 +1,4 @@
-"""The verdicts on files and imports, each shown what it must see and what it must let pass."""
+"""Verdicts on files and imports: each sees what it must see, and passes what it must pass."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_right_build_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "message"),
     [
         # It loads and computes the same: a library of another version, or one that was cut by a
         # third.
@@ -70,18 +70,18 @@ def test_right_build_passes() -> None:
                 "error": None,
                 "libraries": [*libraries()["libraries"], {"path": "vllm/new.so", "verdict": "ok"}],
             },
-            "vllm/new.so was not there when the build was verified",
+            "vllm/new.so did not exist when the build was verified",
         ),
         ({"error": None, "libraries": "many"}, "vllm/_C.abi3.so is missing (and 2 more)"),
         ({}, "vllm/_C.abi3.so is missing (and 2 more)"),
     ],
 )
-def test_library_that_is_not_as_stamped_fails_although_it_loads(record: dict, words: str) -> None:
-    assert (files(record).verdict, files(record).evidence) == ("fail", words)
+def test_library_that_is_not_as_stamped_fails_although_it_loads(record: dict, message: str) -> None:
+    assert (files(record).verdict, files(record).evidence) == ("fail", message)
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "message"),
     [
         (
             libraries(_C={"verdict": "broken", "error": "killed by SIGBUS"}),
@@ -98,8 +98,8 @@ def test_library_that_is_not_as_stamped_fails_although_it_loads(record: dict, wo
         ({"error": None, "libraries": []}, "the tree holds no compiled library"),
     ],
 )
-def test_library_that_does_not_load_fails(record: dict, words: str) -> None:
-    assert (binary(record).verdict, binary(record).evidence) == ("fail", words)
+def test_library_that_does_not_load_fails(record: dict, message: str) -> None:
+    assert (binary(record).verdict, binary(record).evidence) == ("fail", message)
 
 
 def test_build_without_any_library_fails_even_when_none_was_stamped() -> None:
@@ -110,7 +110,7 @@ def test_build_without_any_library_fails_even_when_none_was_stamped() -> None:
     )
 
 
-def test_library_for_another_processor_passes_and_is_said() -> None:
+def test_library_for_another_processor_passes_and_is_reported() -> None:
     check = binary(libraries(_C={"verdict": "other cpu"}))
     assert (check.verdict, check.evidence) == (
         "pass",
@@ -123,37 +123,40 @@ def vllm(**changes: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "message"),
     [
         (
             vllm(file="/clone/.vllm/lib/python3.11/site-packages/vllm/__init__.py"),
             "not from /clone/vendor/vllm",
         ),
         (vllm(file="/clone/vendor/vllm-old/vllm/__init__.py"), "not from /clone/vendor/vllm"),
-        (vllm(version="0.31.1.dev1+g12345"), "vllm is 0.31.1.dev1+g12345, stamped is 0.31.0+cpu"),
-        (vllm(platform=""), "its platform is none, stamped is cpu"),
+        (
+            vllm(version="0.31.1.dev1+g12345"),
+            "vllm is 0.31.1.dev1+g12345, but the stamp has 0.31.0+cpu",
+        ),
+        (vllm(platform=""), "its platform is none, but the stamp has cpu"),
         (
             output(torch={"version": "2.14.0+cpu", "cuda": None}),
-            "torch is 2.14.0+cpu, stamped is 2.13.0+cpu",
+            "torch is 2.14.0+cpu, but the stamp has 2.13.0+cpu",
         ),
         (
             output(torch={"version": "2.13.0+cpu", "cuda": "13.0"}),
-            "torch's CUDA is 13.0, stamped is none",
+            "torch's CUDA is 13.0, but the stamp has none",
         ),
-        (output(triton="3.7.1"), "triton is 3.7.1, stamped is none"),
+        (output(triton="3.7.1"), "triton is 3.7.1, but the stamp has none"),
         (vllm(kernels=[]), "without a compiled library"),
-        (vllm(file=None), "not known which vLLM is imported"),
+        (vllm(file=None), "unknown which vLLM was imported"),
         (
             output(vllm=None, error="vLLM: ImportError: no"),
-            "not known which vLLM is imported: vLLM: ImportError: no",
+            "unknown which vLLM was imported: vLLM: ImportError: no",
         ),
-        ({}, "not known which vLLM is imported"),
+        ({}, "unknown which vLLM was imported"),
     ],
 )
-def test_other_vllm_than_the_stamped_one_fails(record: dict, words: str) -> None:
+def test_other_vllm_than_the_stamped_one_fails(record: dict, message: str) -> None:
     check = origin(record)
     assert check.verdict == "fail"
-    assert words in check.evidence
+    assert message in check.evidence
 
 
 def test_provenance_is_judged_although_the_generation_crashed() -> None:
@@ -168,7 +171,7 @@ def test_edit_in_the_middle_of_the_smoke_makes_it_worth_nothing() -> None:
     assert registry.tree("one", "other", 0.1).verdict == "fail"
 
 
-def test_probe_that_gave_no_document_fails_with_its_last_words() -> None:
+def test_probe_without_a_document_fails_with_its_last_message() -> None:
     silent = Answer({}, "the probe was killed by SIGKILL", 3.0)
     for check in (
         registry.libraries(silent, EXPECTED),
@@ -181,15 +184,21 @@ def test_probe_that_gave_no_document_fails_with_its_last_words() -> None:
 
 def test_skipping_what_the_machine_has_is_a_failure() -> None:
     skipped = Check("binary.cubins", "skipped", "no time", 0.0)
-    assert registry.settled(skipped, lacks=frozenset({"gpu", "architectures"})) == skipped
-    found = registry.settled(skipped, lacks=frozenset())
+    assert (
+        registry.without_unfounded_skip(skipped, lacks=frozenset({"gpu", "architectures"}))
+        == skipped
+    )
+    found = registry.without_unfounded_skip(skipped, lacks=frozenset())
     assert (found.verdict, found.evidence) == (
         "fail",
         "skipped on a machine that has what it needs: no time",
     )
     needs_nothing = Check("kernels.norm", "skipped", "no time", 0.0)
     assert (
-        registry.settled(needs_nothing, lacks=frozenset({"gpu", "architectures"})).verdict == "fail"
+        registry.without_unfounded_skip(
+            needs_nothing, lacks=frozenset({"gpu", "architectures"})
+        ).verdict
+        == "fail"
     )
 
 

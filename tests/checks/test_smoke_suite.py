@@ -11,7 +11,7 @@ import pytest
 
 from workspace.checks import server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
-from workspace.checks.smoke import judge
+from workspace.checks.smoke import require_passed
 from workspace.core.console import Console
 from workspace.core.errors import SmokeError
 from workspace.core.log import RunLog
@@ -19,8 +19,8 @@ from workspace.core.paths import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load
 
-# What one process says.
-SPOKEN = {
+# The checks that one process answers.
+FROM_PARITY = {
     "parity.llama",
     "parity.qwen3",
     "provenance.import",
@@ -168,8 +168,8 @@ class Clone:
             )
         return {check.identifier: check for check in checks}
 
-    def failed(self, **words: object) -> set[str]:
-        return {name for name, check in self.run(**words).items() if check.verdict == "fail"}  # type: ignore[arg-type]
+    def failed(self, **options: object) -> set[str]:
+        return {name for name, check in self.run(**options).items() if check.verdict == "fail"}  # type: ignore[arg-type]
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.layout.logs.glob("*.log"))
@@ -180,7 +180,7 @@ def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path)
 
 
-def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(
+def test_good_answers_pass_and_each_check_has_a_row_with_its_state_first(
     clone: Clone,
 ) -> None:
     assert clone.failed() == set()
@@ -191,19 +191,19 @@ def test_good_answers_pass_and_each_check_has_its_row_with_the_state_word_first(
     }
 
 
-def test_full_level_asks_a_server_for_what_the_offline_engine_has_said_and_stops_at_its_failure(
+def test_full_level_compares_a_server_with_the_offline_engine_and_stops_at_its_failure(
     clone: Clone,
 ) -> None:
     clone.serves("other")
     found = clone.run(level="full", is_fail_fast=True, VLLM_API_KEY="geheim")
     output = {name: check.evidence for name, check in found.items() if check.verdict == "fail"}
-    assert output == {"server.ready": "it calls itself vLLM 2, stamped is 1+cpu"}
+    assert output == {"server.ready": "it reports vLLM 2, but the stamp has 1+cpu"}
     assert [
         name.removeprefix("server.") for name in list(found)[-len(server_checks.CHECKS) :]
     ] == list(server_checks.CHECKS)
 
 
-def test_model_that_is_named_is_judged_beside_the_tiny_ones(clone: Clone, tmp_path: Path) -> None:
+def test_named_model_is_judged_beside_the_tiny_models(clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert clone.run(model=str(tmp_path / "mine"))["parity.model"].verdict == "pass"
 
@@ -229,13 +229,13 @@ print(json.dumps(answer))
 """
 
 
-def test_only_a_model_that_the_two_differ_on_is_asked_about_once_more(clone: Clone) -> None:
+def test_only_a_model_on_which_the_engines_differ_is_run_again(clone: Clone) -> None:
     options = clone.layout.root / "asked"
     clone.probe("reference", HASTY.replace("@ASKED@", str(options)))
     clone.probe("parity", STEADY.replace("@ANSWER@", json.dumps(clone.answer)))
     check = clone.run()["parity.qwen3"]
     assert check.verdict == "pass"
-    assert "it does not say again" in check.evidence
+    assert "did not repeat its first answer" in check.evidence
     models = [
         [
             arg.partition("=")[2].partition("=")[0]
@@ -286,7 +286,7 @@ def is_running(pid: str) -> bool:
 @pytest.mark.parametrize(
     ("code", "output"),
     [
-        ("import os; os.kill(os.getpid(), 11)", "the probe was killed by SIGSEGV: no word"),
+        ("import os; os.kill(os.getpid(), 11)", "the probe was killed by SIGSEGV: no output"),
         (
             "raise ImportError('libtorch.so is missing')",
             "the probe exited with 1: ImportError: libtorch.so is missing",
@@ -295,8 +295,8 @@ def is_running(pid: str) -> bool:
             "print('{\"equal\": 320'); import sys; print('last words', file=sys.stderr)",
             "the probe printed no document: last words",
         ),
-        ("print('[]')", "the probe printed no document: no word"),
-        ("pass", "the probe printed no document: no word"),
+        ("print('[]')", "the probe printed no document: no output"),
+        ("pass", "the probe printed no document: no output"),
     ],
 )
 def test_probe_without_a_document_fails_its_checks_and_no_others(
@@ -305,10 +305,10 @@ def test_probe_without_a_document_fails_its_checks_and_no_others(
     clone.probe("parity", code)
     found = clone.run()
     assert found["parity.llama"].evidence == output
-    assert {name for name, check in found.items() if check.verdict == "fail"} == SPOKEN
+    assert {name for name, check in found.items() if check.verdict == "fail"} == FROM_PARITY
 
 
-def test_what_a_failed_probe_said_is_kept_in_the_log_without_secrets(clone: Clone) -> None:
+def test_output_of_a_failed_probe_is_kept_in_the_log_without_secrets(clone: Clone) -> None:
     clone.probe(
         "verify",
         "import os, sys\nprint('token', os.environ.get('HF_TOKEN'), file=sys.stderr)\nprint('why it"
@@ -337,7 +337,7 @@ def test_missing_interpreter_is_a_failed_check_and_no_crash(clone: Clone) -> Non
     }
 
 
-def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_count(
+def test_probes_run_in_a_neutral_folder_without_the_shells_settings_of_engines(
     clone: Clone, tmp_path: Path
 ) -> None:
     seen = tmp_path / "seen"
@@ -360,21 +360,21 @@ def test_probes_run_in_a_neutral_folder_and_the_shells_word_on_engines_does_not_
     assert "PYTHONPATH" not in environment
 
 
-def test_only_the_last_line_of_talk_is_taken_for_the_reason() -> None:
+def test_only_the_last_line_of_output_is_the_reason() -> None:
     assert smoke_suite.read(Completed(1, "", "first\nlast\n\n")) == (
         {},
         "the probe exited with 1: last",
     )
 
 
-def test_failed_checks_are_named_with_the_way_on_from_the_most_telling_one() -> None:
+def test_failed_checks_are_named_with_the_hint_of_the_first_cause() -> None:
     output = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
-    fine, load_, words = (Check(name, verdict, "no", 0.0) for name, verdict in output.items())  # type: ignore[arg-type]
-    judge((fine,), log=None)
+    fine, load_, options = (Check(name, verdict, "no", 0.0) for name, verdict in output.items())  # type: ignore[arg-type]
+    require_passed((fine,), log=None)
     with pytest.raises(
         SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load"
     ) as caught:
-        judge((words, fine, load_), log=".workspace/logs/x.log")
+        require_passed((options, fine, load_), log=".workspace/logs/x.log")
     assert "inv bootstrap" in (caught.value.hint or "")
     assert caught.value.details == (
         "parity.llama: no",
