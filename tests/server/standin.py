@@ -1,8 +1,8 @@
-"""Stands for `vllm serve` where no vLLM is built: a front that answers, an engine that shares
-memory, a worker of its own session. As bad as the real one.
+"""Stand-in for `vllm serve` without a built vLLM: a front that answers, an engine that shares
+memory, a worker in a session of its own.
 
-Run as `standin.py PORT [MANNER]`. During start-up the front loses SIGTERM, and a front that is
-killed leaves the others behind.
+Run as `standin.py PORT [MANNER]`. As with vLLM, the front loses SIGTERM during start-up, and a
+front that is killed leaves the other processes behind.
 """
 
 import http.server
@@ -12,12 +12,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
-CRASH = """(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946] EngineCore failed to start.
-(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946] Traceback (most recent call last):
-(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946]   File "gpu_worker.py", line 1, in init_device
-(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
-(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+CORE = "(EngineCore pid=7) ERROR 11-23 20:01:02 [core.py:946]"
+CRASH = f"""{CORE} EngineCore failed to start.
+{CORE} Traceback (most recent call last):
+{CORE}   File "gpu_worker.py", line 1, in init_device
+{CORE} torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. Failed \
+core proc(s): {{}}
 """
 
 
@@ -32,7 +35,7 @@ class Front(http.server.BaseHTTPRequestHandler):
         else:
             self.answer({"choices": [{"text": "!"}]})
 
-    def answer(self, document: dict, status: int = 200) -> None:
+    def answer(self, document: dict[str, object], status: int = 200) -> None:
         body = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -40,10 +43,10 @@ class Front(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
-def fork(work) -> int:
+def fork(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         work()

@@ -1,5 +1,5 @@
-"""The command line of a server: what it says, what it refuses, what it never says by itself; and
-the next rung where memory was short.
+"""The command line of a server: its flags, the flags it refuses, its defaults; and the next step
+after a lack of memory.
 """
 
 from dataclasses import replace
@@ -10,6 +10,7 @@ from workspace.core.errors import SettingsError
 from workspace.server import command, fit
 from workspace.server.fit import Free
 from workspace.server.flags import Flags
+from workspace.server.observation import Lack
 from workspace.server.recipes import Memory, Recipe
 
 NAMES = (
@@ -46,10 +47,10 @@ def compose(
     return command.compose(recipe, extra, KNOWN, has_key=has_key, force=force)
 
 
-def test_users_word_takes_the_place_of_the_recipes_and_nothing_is_said_twice() -> None:
-    words = compose("--port=8001", "--no-async-scheduling", "--max_num_seqs", "8").words
+def test_users_flag_replaces_the_recipes_and_no_flag_appears_twice() -> None:
+    args = compose("--port=8001", "--no-async-scheduling", "--max_num_seqs", "8").args
     recipes = ("--max-model-len", "32000", "--gpu-memory-utilization", "0.7")
-    assert words == (
+    assert args == (
         *recipes,
         "--port=8001",
         "--no-async-scheduling",
@@ -60,22 +61,22 @@ def test_users_word_takes_the_place_of_the_recipes_and_nothing_is_said_twice() -
     )
 
 
-def test_it_listens_to_this_machine_only_and_trusts_nobody_unless_told() -> None:
+def test_server_listens_to_this_machine_only_and_trusts_no_remote_code_by_default() -> None:
     line = compose()
     assert (line.address.host, line.address.port, line.notes) == ("127.0.0.1", 8000, ())
-    assert "--trust-remote-code" not in line.words
+    assert "--trust-remote-code" not in line.args
     asking = compose(recipe=replace(RECIPE, flags={**RECIPE.flags, "trust-remote-code": True}))
     assert "the recipe asks for it" in asking.notes[0]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "spark.local"])
-def test_server_open_to_others_needs_a_key_or_the_users_word(host: str) -> None:
-    with pytest.raises(SettingsError, match="no key is asked for") as caught:
+def test_server_open_to_others_needs_a_key_or_force(host: str) -> None:
+    with pytest.raises(SettingsError, match="without a key") as caught:
         compose("--host", host)
     assert "VLLM_API_KEY" in (caught.value.hint or "")
     assert "--force" in (caught.value.hint or "")
-    assert "no key is asked for" in compose("--host", host, force=True).notes[0]
-    assert "asks for VLLM_API_KEY" in compose("--host", host, has_key=True).notes[0]
+    assert "without a key" in compose("--host", host, force=True).notes[0]
+    assert "need VLLM_API_KEY" in compose("--host", host, has_key=True).notes[0]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
@@ -83,11 +84,9 @@ def test_server_for_this_machine_needs_no_key(host: str) -> None:
     assert compose("--host", host).notes == ()
 
 
-def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_the_nearest_name() -> (
-    None
-):
+def test_former_flag_is_left_out_and_unknown_flag_stops_with_the_nearest_name() -> None:
     line = compose("--swap-space", "16")
-    assert "16" not in line.words
+    assert "16" not in line.args
     assert "--swap-space 16 is left out: it is gone since vLLM" in line.dropped[0]
     with pytest.raises(SettingsError, match="no flag --max-modle-len") as caught:
         compose("--max-modle-len", "7")
@@ -131,7 +130,7 @@ def test_former_flag_is_left_out_with_a_sentence_and_an_unknown_one_stops_with_t
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_loaded(extra: tuple[str, ...]) -> None:
+def test_invalid_value_is_refused_before_the_load(extra: tuple[str, ...]) -> None:
     with pytest.raises(SettingsError) as caught:
         compose(*extra)
     assert caught.value.hint
@@ -148,7 +147,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(extra: tuple[str, .
         ("--max-num-seqs=8",),
     ],
 )
-def test_what_the_parser_takes_is_taken(extra: tuple[str, ...]) -> None:
+def test_value_that_the_parser_accepts_is_accepted(extra: tuple[str, ...]) -> None:
     assert compose(*extra).extra == extra
 
 
@@ -156,17 +155,18 @@ UNIFIED = Free(119, 80, 30, is_unified=True)
 DROPPED = replace(UNIFIED, droppable_gib=0.2)
 
 
-def rung(*extra: str, free: Free = DROPPED, lack: str = "memory") -> str | None:
-    return fit.next_step("big", RECIPE, compose(*extra), free, lack=lack, length=None)
+def next_step(*extra: str, free: Free = DROPPED, lack: Lack = "memory") -> str | None:
+    return fit.next_step(fit.Attempt("big", RECIPE, compose(*extra)), free, lack=lack)
 
 
-def test_rungs_follow_each_other_and_each_is_a_command() -> None:
-    assert rung(free=UNIFIED) == "./scripts/inv drop-caches && ./scripts/inv serve big"
-    output, extra = [], ()
+def test_steps_follow_each_other_and_each_is_a_command() -> None:
+    assert next_step(free=UNIFIED) == "./scripts/inv drop-caches && ./scripts/inv serve big"
+    commands: list[str] = []
+    extra: tuple[str, ...] = ()
     for _ in range(4):
-        output.append(rung(*extra))
-        extra = tuple(output[-1].partition(" -- ")[2].split())
-    assert output == [
+        commands.append(next_step(*extra) or "")
+        extra = tuple(commands[-1].partition(" -- ")[2].split())
+    assert commands == [
         "./scripts/inv serve big -- --gpu-memory-utilization 0.6",
         "./scripts/inv serve big -- --gpu-memory-utilization 0.6 --max-num-seqs 512",
         (
@@ -180,17 +180,19 @@ def test_rungs_follow_each_other_and_each_is_a_command() -> None:
     ]
 
 
-def test_where_only_the_cache_is_too_small_a_smaller_share_would_make_it_worse() -> None:
-    assert rung(free=UNIFIED, lack="cache") == "./scripts/inv serve big -- --max-model-len 16000"
-
-
-def test_ladder_ends() -> None:
-    extra = ("--gpu-memory-utilization", "0.1", "--max-num-seqs", "1", "--max-model-len", "300")
-    assert rung(*extra) is None
-
-
-def test_rung_keeps_what_the_user_said_otherwise() -> None:
+def test_too_small_cache_never_gets_a_smaller_share() -> None:
     assert (
-        rung("--port", "9000", "--gpu-memory-utilization=0.7")
+        next_step(free=UNIFIED, lack="cache") == "./scripts/inv serve big -- --max-model-len 16000"
+    )
+
+
+def test_steps_end() -> None:
+    extra = ("--gpu-memory-utilization", "0.1", "--max-num-seqs", "1", "--max-model-len", "300")
+    assert next_step(*extra) is None
+
+
+def test_step_keeps_the_users_other_flags() -> None:
+    assert (
+        next_step("--port", "9000", "--gpu-memory-utilization=0.7")
         == "./scripts/inv serve big -- --port 9000 --gpu-memory-utilization 0.6"
     )

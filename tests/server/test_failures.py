@@ -1,4 +1,4 @@
-"""What a log of vLLM's says of its end: the cause, and whether memory was short."""
+"""The cause of a failure in a log of vLLM, and whether memory was short."""
 
 import pytest
 
@@ -95,7 +95,7 @@ FOLLOWS = (
         ),
     ],
 )
-def test_first_cause_is_told_from_what_followed(
+def test_first_cause_is_found_among_the_errors_that_follow_from_it(
     lines: list[str], first: str | None, lack: str | None
 ) -> None:
     reading = observation.judge([*lines, "WARNING: x"], status=1)
@@ -103,6 +103,6 @@ def test_first_cause_is_told_from_what_followed(
     assert (reading.first is None, reading.lack) == (first is None, lack)
 
 
-def test_one_that_was_killed_without_a_word_lacked_memory() -> None:
+def test_server_killed_without_a_message_lacked_memory() -> None:
     assert observation.judge(["loading"], status=-9).lack == "memory"
     assert observation.judge(["loading"], status=1).lack is None

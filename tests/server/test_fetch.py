@@ -1,5 +1,5 @@
-"""`inv serve.fetch` around its probe, which a stand-in plays here; the real one meets a hub of real
-bytes in tests/proof/serve.
+"""`inv serve.fetch` with a stand-in for its probe; tests/proof/serve runs the real probe against a
+hub of real bytes.
 """
 
 import functools
@@ -28,7 +28,7 @@ from workspace.core.settings import load
 from workspace.machine import run_environment
 from workspace.server import fit, models
 
-WHOLE = """import json, os, pathlib, sys
+FETCHED = """import json, os, pathlib, sys
 assert sys.argv[1] == "openai/gpt-oss-20b", sys.argv
 assert sys.argv[2:] == ["--ignore", "original/*", "--ignore", "metal/*"], sys.argv
 repository = pathlib.Path(os.environ["HF_HOME"]) / "hub" / "models--openai--gpt-oss-20b"
@@ -44,7 +44,7 @@ print(json.dumps({"error": None, "folder": str(folder), "bytes": 10 << 30, "fetc
 
 
 class Clone:
-    """A clone with a built environment of which only what is asked for is there."""
+    """A clone with a built environment that has only the packages that a test adds."""
 
     def __init__(self, root: Path) -> None:
         self.layout = Layout(root)
@@ -98,12 +98,12 @@ def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path / "clone")
 
 
-def test_model_is_fetched_once_and_then_asks_nobody(clone: Clone) -> None:
-    clone.probe(WHOLE)
+def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
+    clone.probe(FETCHED)
     clone.fetch()
     assert "5.0 GiB fetched of 10.0" in clone.output
-    assert "oss-harmony 0.0.11 in .vllm has them built in" in clone.output
-    clone.probe("raise SystemExit('asked again')")
+    assert "oss-harmony 0.0.11 in .vllm contains them" in clone.output
+    clone.probe("raise SystemExit('run again')")
     clone.fetch()
     assert [line.split()[0] for line in clone.output.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
@@ -121,26 +121,26 @@ def test_model_is_fetched_once_and_then_asks_nobody(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "says", "hint"),
+    ("kind", "error", "message", "hint"),
     [
         ("gated", ServeError, "is gated, and there is no token", "HF_TOKEN into .env"),
         ("absent", SourceError, "the hub has no model openai/gpt-oss-20b", "serve.list"),
-        ("disk", ToolchainError, "cannot be kept", "df -h"),
-        ("network", SourceError, "could not be fetched", "goes on where it stopped"),
+        ("disk", ToolchainError, "cannot be stored", "df -h"),
+        ("network", SourceError, "could not be fetched", "resumes the fetch"),
     ],
 )
-def test_what_stands_in_the_way_is_a_sentence_with_the_way_on(
-    clone: Clone, kind: str, error: type[WorkspaceError], says: str, hint: str
+def test_refused_fetch_is_an_error_with_a_hint(
+    clone: Clone, kind: str, error: type[WorkspaceError], message: str, hint: str
 ) -> None:
-    clone.refuses(kind, "the hub's own word")
+    clone.refuses(kind, "the hub's own message")
     with pytest.raises(error) as caught:
         clone.fetch()
-    assert says in caught.value.message
-    assert "the hub's own word" in caught.value.message
+    assert message in caught.value.message
+    assert "the hub's own message" in caught.value.message
     assert hint in (caught.value.hint or "")
 
 
-def test_token_that_is_not_let_in_is_never_shown(clone: Clone) -> None:
+def test_refused_token_is_never_shown(clone: Clone) -> None:
     clone.refuses("gated", "no access for hf_swordfish")
     with pytest.raises(ServeError, match="this token has no access") as caught:
         clone.fetch(HF_TOKEN="hf_swordfish")
@@ -150,27 +150,27 @@ def test_token_that_is_not_let_in_is_never_shown(clone: Clone) -> None:
 @pytest.mark.parametrize(
     "code", ["raise SystemExit(3)", "print('nothing')", "print('{}')", "print('{')", "pass"]
 )
-def test_probe_that_dies_or_babbles_is_a_sentence(clone: Clone, code: str) -> None:
+def test_probe_that_dies_or_prints_no_document_is_an_error(clone: Clone, code: str) -> None:
     clone.probe(code)
     with pytest.raises(SourceError) as caught:
         clone.fetch()
     assert caught.value.hint
 
 
-def test_half_a_model_is_not_taken_for_one(clone: Clone) -> None:
-    clone.probe(WHOLE.replace('"model.safetensors"', '"model-00001-of-00002.safetensors"'))
+def test_incomplete_model_is_refused(clone: Clone) -> None:
+    clone.probe(FETCHED.replace('"model.safetensors"', '"model-00001-of-00002.safetensors"'))
     with pytest.raises(SourceError, match="without all of its weights"):
         clone.fetch()
 
 
-def test_offline_setting_stops_before_anything_is_asked(clone: Clone) -> None:
-    clone.probe("raise SystemExit('asked')")
+def test_offline_setting_stops_before_the_probe_runs(clone: Clone) -> None:
+    clone.probe("raise SystemExit('run')")
     with pytest.raises(SettingsError, match=r"HF_HUB_OFFLINE \(shell\)") as caught:
         clone.fetch(HF_HUB_OFFLINE="1")
     assert caught.value.hint == "unset HF_HUB_OFFLINE"
 
 
-def test_name_and_environment_that_are_not_there_are_sentences(clone: Clone) -> None:
+def test_missing_recipe_and_missing_environment_are_errors(clone: Clone) -> None:
     with pytest.raises(SettingsError, match="no recipe"):
         clone.fetch("gpt-oss-2b")
     clone.layout.environment_python.unlink()
@@ -184,7 +184,7 @@ def store(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     folder = tmp_path / "store"
     folder.mkdir()
     for name in run_environment.VOCABULARIES:
-        (folder / name).write_text(f"the words of {name}\n" * 1000)
+        (folder / name).write_text(f"the tokens of {name}\n" * 1000)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -202,21 +202,19 @@ def store(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def published(clone: Clone, address: str, digests: dict[str, str]) -> None:
-    """A tiktoken that names the vocabularies as the real one does, and the harmony that asks for
-    them.
-    """
+    """Install a tiktoken that has the vocabularies' addresses, and a harmony that needs them."""
     shutil.rmtree(clone.packages / "oss_harmony-0.0.11.dist-info")
     clone.package("openai-harmony", "0.0.8")
     (clone.packages / "tiktoken_ext").mkdir()
     calls = "".join(
-        f'def f{number}():\n    return load_tiktoken_bpe(\n        "{address}/{name}",\n       '
+        f'def f{index}():\n    return load_tiktoken_bpe(\n        "{address}/{name}",\n       '
         f' expected_hash="{digest}",\n    )\n'
-        for number, (name, digest) in enumerate(digests.items())
+        for index, (name, digest) in enumerate(digests.items())
     )
     (clone.packages / "tiktoken_ext" / "openai_public.py").write_text(calls)
 
 
-def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_them_and_runs_are_told(
+def test_vocabularies_are_fetched_with_their_hash_if_harmony_needs_them_and_runs_use_them(
     clone: Clone, store: tuple[Path, str]
 ) -> None:
     folder, address = store
@@ -228,7 +226,7 @@ def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_the
             for name in run_environment.VOCABULARIES
         },
     )
-    clone.probe(WHOLE)
+    clone.probe(FETCHED)
     settings = load(clone.layout, environ=clone.shell)
     assert run_environment.ENCODINGS not in run_environment.run_variables(
         clone.layout, settings, stack=None
@@ -240,7 +238,7 @@ def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_the
     assert run_environment.run_variables(clone.layout, settings, stack=None)[
         run_environment.ENCODINGS
     ] == str(clone.layout.encodings)
-    # A file that was damaged since is not trusted.
+    # A file that was damaged later is fetched again.
     (clone.layout.encodings / run_environment.VOCABULARIES[0]).write_text("damaged")
     clone.fetch()
     assert (clone.layout.encodings / run_environment.VOCABULARIES[0]).read_bytes() == (
@@ -250,11 +248,11 @@ def test_vocabularies_come_with_their_hash_where_the_installed_harmony_needs_the
     assert "on disk" in clone.output.splitlines()[1]
 
 
-def test_vocabulary_with_another_hash_is_refused_and_runs_are_not_told(
+def test_vocabulary_with_another_hash_is_refused_and_runs_do_not_use_it(
     clone: Clone, store: tuple[Path, str]
 ) -> None:
     published(clone, store[1], dict.fromkeys(run_environment.VOCABULARIES, "0" * 64))
-    clone.probe(WHOLE)
+    clone.probe(FETCHED)
     with pytest.raises(SourceError, match="sha256"):
         clone.fetch()
     assert run_environment.ENCODINGS not in run_environment.run_variables(
@@ -264,9 +262,9 @@ def test_vocabulary_with_another_hash_is_refused_and_runs_are_not_told(
 
 def test_model_without_harmony_needs_no_vocabularies(clone: Clone) -> None:
     clone.probe(
-        WHOLE.replace("openai/gpt-oss-20b", "Qwen/Qwen3-8B")
+        FETCHED.replace("openai/gpt-oss-20b", "Qwen/Qwen3-8B")
         .replace('["--ignore", "original/*", "--ignore", "metal/*"]', "[]")
         .replace("openai--gpt-oss-20b", "Qwen--Qwen3-8B")
     )
     clone.fetch("Qwen/Qwen3-8B")
-    assert "does not speak harmony" in clone.output
+    assert "does not use the harmony format" in clone.output

@@ -1,4 +1,4 @@
-"""Does it fit: a Spark's one memory, a GPU's own, and none."""
+"""Whether a model fits: into the one memory of a Spark, the GPU's own memory, or without a GPU."""
 
 from dataclasses import replace
 
@@ -14,10 +14,10 @@ SPARK = Free(total_gib=119.7, available_gib=110.0, droppable_gib=10.0, is_unifie
 
 
 def judged(
-    free: Free, *words: str, device: str = "cuda", name: str = "gpt-oss-120b", **environment: str
+    free: Free, *args: str, device: str = "cuda", name: str = "gpt-oss-120b", **environment: str
 ) -> fit.Fit:
     return fit.judge(
-        recipes.load(here(), name), free, device=device, environment=environment, words=words
+        recipes.load(here(), name), free, device=device, environment=environment, args=args
     )
 
 
@@ -28,21 +28,21 @@ def test_big_model_fits_an_empty_spark() -> None:
     assert found.needs_gib == pytest.approx(67.9, abs=0.1)
 
 
-def test_page_cache_in_the_way_on_unified_memory_is_to_be_dropped_first() -> None:
+def test_page_cache_on_unified_memory_is_to_be_dropped_first() -> None:
     full_of_cache = replace(SPARK, available_gib=100.0, droppable_gib=90.0)
     assert (judged(full_of_cache).verdict, judged(full_of_cache).hint) == (
         "after drop-caches",
         "./scripts/inv drop-caches",
     )
-    # A GPU with memory of its own does not mind.
+    # It does not matter to a GPU with memory of its own.
     assert judged(replace(full_of_cache, is_unified=False)).verdict == "yes"
 
 
-def test_too_much_asked_for_suggests_what_would_fit_beside_what_is_there() -> None:
-    busy = replace(
+def test_too_large_share_suggests_values_that_fit_into_the_free_memory() -> None:
+    loaded = replace(
         SPARK, available_gib=80.0, droppable_gib=0.0, residents=(Resident(4711, "python", None),)
     )
-    found = judged(busy)
+    found = judged(loaded)
     assert found.verdict == "no"
     assert "the GPU is held by 4711 (python)" in found.sentence
     assert (
@@ -50,12 +50,12 @@ def test_too_much_asked_for_suggests_what_would_fit_beside_what_is_there() -> No
         == "--gpu-memory-utilization 0.65, or --kv-cache-memory-bytes 12025908428, leaves room"
         " for it"
     )
-    assert judged(busy, "--gpu-memory-utilization", "0.65").verdict == "yes"
-    assert judged(busy, "--kv-cache-memory-bytes=11G").verdict == "yes"
-    assert judged(busy, "--kv-cache-memory-bytes=14G").verdict == "no"
+    assert judged(loaded, "--gpu-memory-utilization", "0.65").verdict == "yes"
+    assert judged(loaded, "--kv-cache-memory-bytes=11G").verdict == "yes"
+    assert judged(loaded, "--kv-cache-memory-bytes=14G").verdict == "no"
 
 
-def test_share_below_what_the_model_needs_is_found_before_the_load() -> None:
+def test_share_below_the_models_need_is_found_before_the_load() -> None:
     found = judged(SPARK, "--gpu-memory-utilization", "0.5")
     assert (found.verdict, found.hint, found.utilization) == (
         "no",
@@ -66,27 +66,25 @@ def test_share_below_what_the_model_needs_is_found_before_the_load() -> None:
     assert judged(SPARK, "--gpu-memory-utilization", "0.58").verdict == "yes"
 
 
-def test_nothing_is_suggested_where_nothing_helps_but_to_end_what_is_there() -> None:
+def test_no_value_is_suggested_if_only_ending_other_processes_helps() -> None:
     found = judged(replace(SPARK, available_gib=50.0, residents=(Resident(7, "vllm", 60.0),)))
     assert (found.utilization, found.kv_gib, found.hint) == (
         None,
         None,
-        "end what holds the GPU first: ps -fp '7'",
+        "end the processes that hold the GPU first: ps -fp '7'",
     )
 
 
-def test_length_asked_for_counts() -> None:
+def test_length_on_the_command_line_counts() -> None:
     recipe = recipes.load(here(), "gpt-oss-120b")
     assert fit.needs_gib(recipe, ["--max-model-len", "128K"]) - fit.needs_gib(
         recipe
     ) == pytest.approx((131072 - 32000) * 36 / 2**20)
-    # As long as fits.
+    # vLLM then takes the length that fits.
     assert fit.needs_gib(recipe, ["--max-model-len=auto"]) == 66.8
 
 
-def test_without_a_gpu_the_size_of_the_cache_is_what_the_environment_says_or_the_share_that_a_gpu_would_get() -> (
-    None
-):
+def test_without_a_gpu_the_environment_or_the_share_sets_the_size_of_the_cache() -> None:
     small = Free(23.5, 20.0, 2.0, is_unified=False)
     assert judged(
         small, device="cpu", name="tiny", VLLM_CPU_KVCACHE_SPACE="1"
@@ -114,7 +112,7 @@ H100 = """case "$*" in
 esac"""
 
 
-def test_memory_of_a_spark_is_the_machines_and_that_of_another_gpu_its_own(house: House) -> None:
+def test_spark_shares_the_machines_memory_and_another_gpu_has_its_own(house: House) -> None:
     house.program("nvidia-smi", GB10)
     spark = fit.observe(house.settings(), device="cuda")
     assert spark.is_unified
@@ -127,6 +125,6 @@ def test_memory_of_a_spark_is_the_machines_and_that_of_another_gpu_its_own(house
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo garbage", "echo ', , ,'"])
-def test_driver_in_trouble_is_no_gpu(house: House, script: str) -> None:
+def test_failing_driver_counts_as_no_gpu(house: House, script: str) -> None:
     house.program("nvidia-smi", script)
     assert fit.observe(house.settings(), device="cuda").total_gib > 0

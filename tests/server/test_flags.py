@@ -1,5 +1,5 @@
-"""Flags against a tree that is small and has every form in which vLLM defines them; the real
-parser's own word is asked for in tests/proof/serve.
+"""Flags of a small tree with every form in which vLLM defines them; tests/proof/serve compares with
+the real parser.
 """
 
 from pathlib import Path
@@ -112,7 +112,7 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
     known: flags.Flags,
 ) -> None:
     judged = flags.judge(GUIDE, known)
-    assert judged.words == tuple(word for word in GUIDE if word not in ("--swap-space", "16"))
+    assert judged.words == tuple(arg for arg in GUIDE if arg not in ("--swap-space", "16"))
     assert judged.dropped == (
         (
             "--swap-space 16 is left out: it is gone since vLLM 0.18.1 (vllm-project/vllm#36216);"
@@ -122,7 +122,7 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("words", "taken"),
+    ("args", "accepted"),
     [
         (["--max_model_len", "5"], ["--max-model-len", "5"]),
         (["--max_model_len=5"], ["--max-model-len=5"]),
@@ -145,14 +145,14 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
         (["--num-scheduler-steps", "8", "--use-v2-block-manager", "--port", "1"], ["--port", "1"]),
     ],
 )
-def test_spellings_that_vllms_parser_takes_are_taken(
-    known: flags.Flags, words: list[str], taken: list[str]
+def test_spellings_that_vllms_parser_accepts_are_accepted(
+    known: flags.Flags, args: list[str], accepted: list[str]
 ) -> None:
-    assert list(flags.judge(words, known).words) == taken
+    assert list(flags.judge(args, known).words) == accepted
 
 
 @pytest.mark.parametrize(
-    ("word", "alike"),
+    ("token", "alike"),
     [
         ("--max-modle-len", "--max-model-len"),
         ("--gpu-memory-utilisation=0.7", "--gpu-memory-utilization"),
@@ -161,7 +161,7 @@ def test_spellings_that_vllms_parser_takes_are_taken(
         ("--m", ""),
         ("--max-", ""),
         ("-tpx", "-tp"),
-        # Not even vLLM's parser takes it.
+        # vLLM's parser refuses it, too.
         ("-tp2", "-tp"),
         ("-z", ""),
         ("--", None),
@@ -171,31 +171,31 @@ def test_spellings_that_vllms_parser_takes_are_taken(
     ],
 )
 def test_unknown_flag_stops_with_the_nearest_names(
-    known: flags.Flags, word: str, alike: str | None
+    known: flags.Flags, token: str, alike: str | None
 ) -> None:
     if alike is None:
-        assert flags.judge([word], known).words == (word,)
+        assert flags.judge([token], known).words == (token,)
         return
     with pytest.raises(SettingsError) as caught:
-        flags.judge([word], known)
+        flags.judge([token], known)
     assert caught.value.exit_code == 2
     assert caught.value.hint
     assert alike in caught.value.hint
 
 
 def test_last_value_counts(known: flags.Flags) -> None:
-    words = ["--port", "1", "x", "--port=2", "--max-model-len", "3"]
+    args = ["--port", "1", "x", "--port=2", "--max-model-len", "3"]
     assert (
-        flags.last(words, "--port"),
-        flags.last(words, "--max-model-len"),
-        flags.last(words, "--host"),
+        flags.last(args, "--port"),
+        flags.last(args, "--max-model-len"),
+        flags.last(args, "--host"),
     ) == ("2", "3", None)
     assert flags.last([], "--port") is None
     assert flags.last(["--enforce-eager"], "--enforce-eager") == ""
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "args"),
     [
         ("max-model-len", 32000, ["--max-model-len", "32000"]),
         ("async-scheduling", True, ["--async-scheduling"]),
@@ -209,22 +209,22 @@ def test_last_value_counts(known: flags.Flags) -> None:
         ),
     ],
 )
-def test_values_of_a_recipe_become_words(name: str, value: object, words: list[str]) -> None:
-    assert flags.args_of(name, value) == words
+def test_values_of_a_recipe_become_arguments(name: str, value: object, args: list[str]) -> None:
+    assert flags.args_of(name, value) == args
 
 
-def test_replacements_that_are_flags_are_no_removed_ones_themselves() -> None:
+def test_flag_that_replaces_a_removed_flag_is_not_removed_itself() -> None:
     for former in (
         *run_environment.removed_names("flags").values(),
         *run_environment.removed_names("variables").values(),
     ):
         assert (
-            not {word.strip(",;") for word in former.instead.split()}
+            not {token.strip(",;") for token in former.instead.split()}
             & run_environment.removed_names("flags").keys()
         )
 
 
-def test_tree_without_a_command_line_is_a_sentence(tmp_path: Path) -> None:
+def test_tree_without_a_command_line_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match="no command line"):
         flags.known(Layout(tmp_path))
     package = Layout(tmp_path).vllm / "vllm"

@@ -1,4 +1,4 @@
-"""The tiny model's cache, with a stand-in probe in the place of the one that needs torch."""
+"""The cache of the tiny model, with a stand-in for the probe that needs torch."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ from workspace.server import models
 
 PROBE = (
     "import sys, pathlib\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir(parents=True)\n(folder /"
-    " 'words').write_text(' '.join(sys.argv[2:]))\n"
+    " 'arguments').write_text(' '.join(sys.argv[2:]))\n"
 )
 
 
@@ -47,9 +47,9 @@ def tiny(layout: Layout, architecture: models.Architecture = "llama") -> Path:
         return models.tiny(layout, settings, run_log=run_log, architecture=architecture)
 
 
-def test_model_is_made_once_and_the_second_time_nothing_is_run(layout: Layout) -> None:
+def test_model_is_made_once_and_the_second_call_runs_no_probe(layout: Layout) -> None:
     first = tiny(layout)
-    assert (first / "words").read_text() == "--architecture llama --seed 0"
+    assert (first / "arguments").read_text() == "--architecture llama --seed 0"
     (layout.environment_python).unlink()
     assert tiny(layout) == first
 
@@ -63,7 +63,7 @@ def test_other_recipe_is_another_model(layout: Layout) -> None:
     assert len(folders) == 4
 
 
-def test_probe_that_fails_is_an_error_with_the_way_on(layout: Layout) -> None:
+def test_failing_probe_is_an_error_with_a_hint(layout: Layout) -> None:
     (layout.probes / "tiny_model.py").write_text("raise ImportError('libtorch.so is missing')")
     with pytest.raises(BuildError, match="libtorch.so is missing") as caught:
         tiny(layout)

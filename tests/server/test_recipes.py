@@ -1,6 +1,4 @@
-"""Recipes: the ones that are here are right for any tree that has their flags, and a wrong one is a
-sentence.
-"""
+"""Recipes: those of this repository are valid, and a wrong recipe is an error with its key."""
 
 from pathlib import Path
 
@@ -45,9 +43,9 @@ def load(folder: Path, text: str | bytes, *, version: str | None = None) -> reci
     return recipes.load(Layout(folder), "a", version=version)
 
 
-def test_gpt_oss_120b_is_served_as_the_guide_has_it_without_what_is_wrong_there() -> None:
+def test_gpt_oss_120b_is_served_as_in_the_guide_without_its_mistakes() -> None:
     recipe = recipes.load(here(), "gpt-oss-120b", version="0.31.0")
-    words = " ".join(recipe.words)
+    args = " ".join(recipe.args)
     for part in (
         "--async-scheduling",
         "--port 8000",
@@ -56,28 +54,28 @@ def test_gpt_oss_120b_is_served_as_the_guide_has_it_without_what_is_wrong_there(
         "--max-num-seqs 1024",
         "--gpu-memory-utilization 0.7",
     ):
-        assert part in words
-    assert not any(part in words for part in ("--swap-space", "0.0.0.0", "trust-remote-code"))
-    assert "--moe-backend marlin" in words
+        assert part in args
+    assert not any(part in args for part in ("--swap-space", "0.0.0.0", "trust-remote-code"))
+    assert "--moe-backend marlin" in args
     assert any("mxfp8" in note for note in recipe.notes)
     assert len(recipe.figures) == 4
     assert recipe.environment == {}
 
 
 @pytest.mark.parametrize("name", recipes.names(here()))
-def test_every_recipe_here_can_be_read_and_says_what_it_needs(name: str) -> None:
+def test_every_recipe_here_can_be_read_and_has_its_memory(name: str) -> None:
     recipe = recipes.load(here(), name, version="0.31.0")
     assert recipe.memory.weights_gib > 0
-    assert recipe.words
+    assert recipe.args
     assert not recipe.asks_for_remote_code
 
 
-def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(
+def test_alternatives_replace_parts_of_the_recipe_for_their_versions(
     tmp_path: Path,
 ) -> None:
     new, old = load(tmp_path, GOOD, version="0.31.0"), load(tmp_path, GOOD, version="0.17.1")
-    assert new.words == ("--max-model-len", "32000", "--async-scheduling", "--middleware", "a", "b")
-    assert old.words == ("--max-model-len", "32000", "--middleware", "a", "b", "--swap-space", "4")
+    assert new.args == ("--max-model-len", "32000", "--async-scheduling", "--middleware", "a", "b")
+    assert old.args == ("--max-model-len", "32000", "--middleware", "a", "b", "--swap-space", "4")
     assert (new.environment, old.environment) == (
         {"VLLM_SWITCH": "1"},
         {"VLLM_SWITCH": "1", "VLLM_OLD": "1"},
@@ -86,7 +84,7 @@ def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ('summary = "a model"', 'sumary = "a model"', "summary is missing"),
         ("notes", "note", "a recipe has no key 'note'"),
@@ -128,21 +126,21 @@ def test_alternatives_are_put_over_the_recipe_for_the_versions_that_they_name(
         ("[memory]", "[memory", "is not TOML"),
     ],
 )
-def test_wrong_recipe_is_a_sentence_with_its_file_and_key(
-    tmp_path: Path, old: str, new: str, says: str
+def test_wrong_recipe_is_an_error_with_its_file_and_key(
+    tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     assert old in GOOD
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, GOOD.replace(old, new, 1))
     assert caught.value.message.startswith("recipes/a.toml")
-    assert says in caught.value.message
+    assert message in caught.value.message
     assert caught.value.hint
 
 
 @pytest.mark.parametrize(
     "name", ["gpt-oss-12b", "../a", "", "a/b", "A", "x" * 5000, "\udcff", "a\nb"]
 )
-def test_name_without_a_recipe_is_a_sentence(tmp_path: Path, name: str) -> None:
+def test_name_without_a_recipe_is_an_error(tmp_path: Path, name: str) -> None:
     load(tmp_path, GOOD)
     with pytest.raises(SettingsError) as caught:
         recipes.load(Layout(tmp_path), name)
@@ -152,7 +150,7 @@ def test_name_without_a_recipe_is_a_sentence(tmp_path: Path, name: str) -> None:
 
 @fuzz(fast=60, deep=4000)
 @given(damaged(GOOD))
-def test_any_content_is_a_recipe_or_a_sentence(
+def test_any_content_is_a_recipe_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzzed-recipe"
@@ -164,6 +162,6 @@ def test_any_content_is_a_recipe_or_a_sentence(
         assert "\n" not in exc.message or "is not TOML" in exc.message
     else:
         assert all(
-            isinstance(word, str) and "\0" not in word
-            for word in (*recipe.words, *recipe.environment.values())
+            isinstance(text, str) and "\0" not in text
+            for text in (*recipe.args, *recipe.environment.values())
         )

@@ -1,14 +1,16 @@
-"""A server's whole life with real processes: what runs is found, what is stopped leaves nothing,
-whoever is killed and whenever.
+"""The life cycle of a server with real processes: a running server is found, a stopped one leaves
+nothing, whichever of its processes is killed and whenever.
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def launch(manner: str = "", *, port: int | None = None) -> Launch:
 
 
 @pytest.fixture
-def place(tmp_path: Path):
+def place(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "server"
     yield folder
     there = observation.find(folder)
@@ -38,15 +40,15 @@ def place(tmp_path: Path):
         lifecycle.stop(there, at_once=True)
 
 
-def until(true) -> None:
+def until(is_true: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
-    while not true():
+    while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def shared(port: int) -> set[str]:
-    """What the server at this port has left; others run beside it."""
+    """Return the shared memory of the server at this port; other servers run at the same time."""
     return {name for name in os.listdir("/dev/shm") if name.startswith(f"standin-{port}-")}
 
 
@@ -87,43 +89,47 @@ def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> N
     is_clean(there)
 
 
-@pytest.mark.parametrize("who", ["front", "keeper", "all"])
+@pytest.mark.parametrize("victim", ["front", "supervisor", "all"])
 @pytest.mark.parametrize("manner", ["", "apart"])
-def test_whoever_is_killed_nothing_is_left_after_stop(place: Path, who: str, manner: str) -> None:
+def test_stop_leaves_nothing_whichever_process_was_killed(
+    place: Path, victim: str, manner: str
+) -> None:
     there = lifecycle.start(place, launch(manner))
     there, _ = lifecycle.wait_until_ready(there, timeout_s=20)
     members = there.members()
     assert len(members) == 4
     known = process_tree.living()
-    front = next(number for number in members if known[number].parent == there.family.keeper)
-    for number in {"front": [front], "keeper": [there.family.keeper], "all": sorted(members)}[who]:
-        os.kill(number, signal.SIGKILL)
-    if who == "front":
-        # The keeper sees to it, with nobody's help.
+    supervisor = there.family.keeper
+    front = next(pid for pid in members if known[pid].parent == supervisor)
+    victims = {"front": [front], "supervisor": [supervisor], "all": sorted(members)}
+    for pid in victims[victim]:
+        os.kill(pid, signal.SIGKILL)
+    if victim == "front":
+        # The supervisor ends the other processes by itself.
         until(lambda: not there.members())
-        assert observation.how_ended(there) == observation.Ended(-signal.SIGKILL, was_told=False)
+        assert observation.how_ended(there) == observation.Ended(
+            -signal.SIGKILL, was_requested=False
+        )
         assert shared(there.address.port) == set()
-    if who == "keeper":
+    if victim == "supervisor":
         until(lambda: not observation.is_alive(there))
         assert len(there.members()) == 3
     lifecycle.stop(observation.find(place))
-    assert not any(number in process_tree.living() for number in members)
+    assert not any(pid in process_tree.living() for pid in members)
     is_clean(there)
 
 
-def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_is_left_though_all_are_killed(
-    place: Path,
-) -> None:
+def test_stop_removes_memory_shared_in_the_start_up_though_all_were_killed(place: Path) -> None:
     there = lifecycle.start(place, launch("slow"))
     with ThreadPoolExecutor(1) as waiting:
         waiter = waiting.submit(lifecycle.wait_until_ready, there, timeout_s=60)
         until(lambda: shared(there.address.port))
         seen = time.monotonic()
         until(lambda: observation.find(place).shared)
-        # Whoever looks every LOOK_S only has looked before it was there.
+        # A look every LOOK_S alone would come later.
         assert time.monotonic() - seen < 0.75 * lifecycle.LOOK_S
-        for number in there.members():
-            os.kill(number, signal.SIGKILL)
+        for pid in there.members():
+            os.kill(pid, signal.SIGKILL)
         with pytest.raises(ServeError):
             waiter.result()
     lifecycle.stop(observation.find(place))
@@ -131,9 +137,7 @@ def test_memory_shared_in_the_start_up_is_noted_when_it_is_made_so_that_nothing_
 
 
 @pytest.mark.parametrize("is_detached", [False, True])
-def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(
-    place: Path, is_detached: bool
-) -> None:
+def test_server_ends_with_its_starter_unless_it_is_detached(place: Path, is_detached: bool) -> None:
     port = lifecycle.free_port()
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\nfrom"
@@ -143,9 +147,9 @@ def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(
         " launch, is_detached=sys.argv[4] == 'True')\nlifecycle.wait_until_ready(there,"
         " timeout_s=20); print('ready', flush=True); time.sleep(60)"
     )
-    words = [str(ROOT), str(place), str(port), str(is_detached), *launch(port=port).argv]
+    argv = [str(ROOT), str(place), str(port), str(is_detached), *launch(port=port).argv]
     with subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True
     ) as starter:
         assert starter.stdout.readline() == "ready\n"
         there = observation.find(place)
@@ -161,19 +165,19 @@ def test_server_ends_with_the_one_who_started_it_unless_it_is_detached(
     is_clean(there)
 
 
-def test_second_server_is_refused_and_the_first_one_serves_on(place: Path) -> None:
+def test_second_server_is_refused_while_processes_of_the_first_run(place: Path) -> None:
     there, _ = lifecycle.wait_until_ready(lifecycle.start(place, launch()), timeout_s=20)
-    with pytest.raises(ServeError, match="is there already"):
+    with pytest.raises(ServeError, match="runs already"):
         lifecycle.start(place, launch())
     os.kill(there.family.keeper, signal.SIGKILL)
     until(lambda: not observation.is_alive(there))
-    # The lock is free then, and yet there are remains.
-    with pytest.raises(ServeError, match="is there already"):
+    # The lock is free then, but processes are left.
+    with pytest.raises(ServeError, match="runs already"):
         lifecycle.start(place, launch())
     lifecycle.stop(there)
 
 
-def test_port_that_is_taken_is_a_sentence_and_nothing_is_started(place: Path) -> None:
+def test_taken_port_is_an_error_and_no_server_is_started(place: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
@@ -182,7 +186,7 @@ def test_port_that_is_taken_is_a_sentence_and_nothing_is_started(place: Path) ->
     assert observation.find(place) is None
 
 
-def test_crash_in_the_start_up_says_the_cause_and_not_what_became_of_it(place: Path) -> None:
+def test_crash_in_the_start_up_is_reported_with_its_cause(place: Path) -> None:
     there = lifecycle.start(place, launch("crash"))
     with pytest.raises(
         ServeError, match=r"exited with 1: torch.OutOfMemoryError: CUDA out of memory\. Tried"
@@ -201,18 +205,17 @@ def test_healthy_server_that_cannot_complete_is_not_ready(place: Path) -> None:
     lifecycle.stop(there)
 
 
-def test_number_that_now_belongs_to_somebody_else_is_not_ended(place: Path) -> None:
+def test_process_that_got_a_reused_pid_is_not_ended(place: Path) -> None:
     there = lifecycle.start(place, launch("slow"))
     lifecycle.stop(there)
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
-        # As the state file would say if the number had been given away again, once with a session
-        # of its own.
+        # State files of a server whose pid now belongs to another program, which leads a session.
         for started, boot in (
             (process_tree.started_at(other.pid) - 1, there.boot),
             (process_tree.started_at(other.pid), "another boot"),
         ):
             family = process_tree.ProcessTree(
-                other.pid, started, there.family.mark, there.family.folder, there.family.log
+                other.pid, started, there.family.tag, there.family.folder, there.family.log
             )
             observation.write(
                 observation.Server(place, "standin", there.address, family, boot, there.since, 0.0)
@@ -224,7 +227,17 @@ def test_number_that_now_belongs_to_somebody_else_is_not_ended(place: Path) -> N
         other.kill()
 
 
-def test_damaged_state_is_a_sentence(place: Path) -> None:
+def test_state_file_of_an_older_workspace_is_read(place: Path) -> None:
+    there = lifecycle.start(place, launch("slow"))
+    path = observation.state(place)
+    record = json.loads(path.read_text())
+    tree = record["family"]
+    record["family"] = {"keeper": tree.pop("supervisor_pid"), "mark": tree.pop("tag")} | tree
+    path.write_text(json.dumps(record))
+    assert observation.find(place) == there
+
+
+def test_damaged_state_is_an_error(place: Path) -> None:
     place.mkdir()
     (place / "server.json").write_text('{"name": 3}')
     with pytest.raises(ServeError, match="is damaged"):

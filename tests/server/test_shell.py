@@ -1,5 +1,5 @@
-"""`inv run`, `inv shell`, `inv env.export`: what is started here, and what a shell makes of the
-lines, in a real sh.
+"""`inv run`, `inv shell` and `inv env.export`: the started programs, and the exported lines as a
+real sh reads them.
 """
 
 import io
@@ -50,7 +50,7 @@ values = st.text(
 
 
 def evaluated(lines: list[str], outer: dict[str, str], program: str = "sh") -> dict[str, str]:
-    """What a shell's children see after it has evaluated the lines, as `eval "$(…)"` does it."""
+    """Return the environment of a child of a shell that evaluated the lines by `eval "$(…)"`."""
     script = 'eval "$(cat)"; exec env -0'
     done = subprocess.run(
         [program, "-euc", script],
@@ -77,7 +77,7 @@ def test_sh_understands_every_value_as_it_is(wanted: dict[str, str], outer: dict
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_bash_is_not_stopped_by_a_name_that_it_keeps_to_itself() -> None:
+def test_read_only_variable_of_bash_does_not_stop_it() -> None:
     lines = list(
         command.lines(
             Layout(Path("/c")), {"UID": "7", "MY_A": "b", "not a name": "x", "é": "y"}, {}
@@ -87,7 +87,7 @@ def test_bash_is_not_stopped_by_a_name_that_it_keeps_to_itself() -> None:
     assert not any("not a name" in line or "é" in line or "UID" in line for line in lines)
 
 
-def test_lists_of_folders_get_ours_in_front_once_and_nothing_is_said_twice() -> None:
+def test_lists_of_folders_get_ours_in_front_once_and_no_line_appears_twice() -> None:
     layout = Layout(Path("/c"))
     environment = {
         "PATH": "/c/.vllm/bin:/cuda/bin:/usr/bin",
@@ -116,21 +116,18 @@ def built(root: Path) -> Layout:
 
 
 def become(
-    layout: Layout, *words: str, verb: str = "run", own_shell: str = "", **how: object
+    layout: Layout, *argv: str, verb: str = "run", own_shell: str = "", **how: object
 ) -> "subprocess.Popen[str]":
-    """`inv run -- WORDS`, or `inv shell`, in a process of its own, which it becomes."""
-    what = (
+    """Start `inv run -- ARGV`, or `inv shell`, in a process of its own."""
+    call = (
         "command.run_command(layout, settings.load(layout), sys.argv[2:], console=main.console())"
-    )
-    what = (
-        what
         if verb == "run"
         else "command.open_shell(layout, settings.load(layout), console=main.console())"
     )
     code = (
         "import sys; from pathlib import Path; from workspace.cli import main; from workspace.core"
         " import settings; from workspace.core.paths import Layout\nfrom workspace.server import"
-        " command; layout = Layout(Path(sys.argv[1]))\nsys.exit(main.run(lambda: " + what + "))"
+        " command; layout = Layout(Path(sys.argv[1]))\nsys.exit(main.run(lambda: " + call + "))"
     )
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -140,12 +137,12 @@ def become(
         "HF_TOKEN": "hf_secret",
     }
     environment |= {"SHELL": own_shell} if own_shell else {}
-    argv = [sys.executable, "-c", code, str(layout.root), *words]
+    program = [sys.executable, "-c", code, str(layout.root), *argv]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(argv, env=environment, text=True, **streams | how)  # type: ignore[call-overload]
+    return subprocess.Popen(program, env=environment, text=True, **streams | how)  # type: ignore[call-overload]
 
 
-def test_command_gets_words_stdin_folder_and_environment_and_gives_its_exit_code(
+def test_command_gets_arguments_stdin_folder_and_environment_and_returns_its_exit_code(
     tmp_path: Path,
 ) -> None:
     layout = built(tmp_path / "clone")
@@ -157,8 +154,8 @@ def test_command_gets_words_stdin_folder_and_environment_and_gives_its_exit_code
     child = become(layout, "sh", "-c", script, "x", "a b", "'", "--flag", "", cwd=tmp_path)
     out, err = child.communicate("input\n", timeout=20)
     assert child.returncode == 7, err
-    first, words, last = out.splitlines()
-    assert (first, words) == ("input", f"a b|'|--flag||{tmp_path}")
+    first, arguments, last = out.splitlines()
+    assert (first, arguments) == ("input", f"a b|'|--flag||{tmp_path}")
     own, *rest, token, jobs, environment = last.split(",")
     assert (own, rest, token, environment) == (
         "a b",
@@ -169,20 +166,20 @@ def test_command_gets_words_stdin_folder_and_environment_and_gives_its_exit_code
     assert int(jobs) >= 1
 
 
-def test_command_is_looked_for_in_the_built_environment_first_and_signals_reach_it(
+def test_command_is_found_in_the_built_environment_first_and_gets_signals(
     tmp_path: Path,
 ) -> None:
     layout = built(tmp_path)
     program = layout.environment / "bin" / "sleeper"
     program.write_text(
-        "#!/bin/sh\ntrap 'echo told; exit 9' TERM\necho here\nwhile :; do sleep 0.01; done\n"
+        "#!/bin/sh\ntrap 'echo ended; exit 9' TERM\necho here\nwhile :; do sleep 0.01; done\n"
     )
     program.chmod(0o755)
     child = become(layout, "sleeper")
     assert child.stdout is not None
     assert child.stdout.readline() == "here\n"
     child.send_signal(signal.SIGTERM)
-    assert (child.communicate(timeout=20)[0], child.returncode) == ("told\n", 9)
+    assert (child.communicate(timeout=20)[0], child.returncode) == ("ended\n", 9)
 
 
 def test_command_has_the_terminal(tmp_path: Path) -> None:
@@ -201,7 +198,7 @@ def test_command_has_the_terminal(tmp_path: Path) -> None:
     os.close(terminal)
 
 
-def test_shell_is_the_users_own_and_sh_where_there_is_none(tmp_path: Path) -> None:
+def test_shell_is_the_users_own_or_else_sh(tmp_path: Path) -> None:
     layout = built(tmp_path)
     own = layout.environment / "bin" / "own-shell"
     own.write_text('#!/bin/sh\necho "own $VIRTUAL_ENV"\nexit 4\n')
@@ -215,7 +212,7 @@ def test_shell_is_the_users_own_and_sh_where_there_is_none(tmp_path: Path) -> No
     assert (child.communicate("exit 6\n", timeout=20)[0], child.returncode) == ("", 6)
 
 
-def test_pipe_that_nobody_reads_ends_the_command_as_in_a_shell(tmp_path: Path) -> None:
+def test_closed_pipe_ends_the_command_as_in_a_shell(tmp_path: Path) -> None:
     layout = built(tmp_path)
     child = become(layout, "yes")
     assert child.stdout is not None
@@ -226,7 +223,7 @@ def test_pipe_that_nobody_reads_ends_the_command_as_in_a_shell(tmp_path: Path) -
     assert child.returncode == -signal.SIGPIPE
 
 
-def test_what_cannot_be_run_is_a_sentence(tmp_path: Path) -> None:
+def test_command_that_cannot_run_is_an_error(tmp_path: Path) -> None:
     console = Console(out=io.StringIO(), err=io.StringIO())
     layout = Layout(tmp_path / "bare")
     found = load(layout, environ={"PATH": "/usr/bin"})
@@ -246,7 +243,7 @@ def test_what_cannot_be_run_is_a_sentence(tmp_path: Path) -> None:
         )
 
 
-def test_export_prints_no_secret_and_says_so(tmp_path: Path) -> None:
+def test_export_leaves_out_secrets_with_a_note(tmp_path: Path) -> None:
     layout = built(tmp_path)
     layout.dotenv.write_text("HF_TOKEN=hf_secret\nMY_OWN='a b'\n")
     out, err = io.StringIO(), io.StringIO()

@@ -1,4 +1,4 @@
-"""Whether a model is on disk, told from files alone: a half of one is none."""
+"""Whether a model is on disk, by its files alone: an incomplete model does not count."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ MODEL = "some/model"
 
 
 def snapshot(cache: Path, names: dict[str, str | None], *, commit: str = "abc1") -> Path:
-    """A repository in the cache; a file without content is a link to a blob that is not there."""
+    """Make a repository in the cache; a file without content is a link to a missing blob."""
     repository = cache / "models--some--model"
     folder = repository / "snapshots" / commit
     folder.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_damaged_reference_is_no_model(tmp_path: Path, content: bytes | None) ->
         ({}, "/home/someone/.cache/huggingface/hub"),
     ],
 )
-def test_cache_is_looked_for_where_huggingface_hub_has_it(
+def test_cache_is_in_the_folder_of_huggingface_hub(
     tmp_path: Path, shell: dict[str, str], place: str
 ) -> None:
     assert models.hub_cache(
@@ -116,9 +116,7 @@ def test_cache_is_looked_for_where_huggingface_hub_has_it(
     ) == Path(place)
 
 
-def test_folder_is_taken_as_it_is_and_built_in_models_where_they_were_made(
-    house: House, tmp_path: Path
-) -> None:
+def test_folder_counts_only_with_weights(house: House, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "config.json").write_text("{}")

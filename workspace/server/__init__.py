@@ -1,1 +1,1 @@
-"""Serves a model: recipes, memory fit, weights, one server process."""
+"""One vLLM server: its recipes, models, command line and processes."""

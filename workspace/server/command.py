@@ -1,8 +1,8 @@
-"""What is typed becomes the one command line that vLLM is started with: a recipe's flags, the
-user's over them, each known to the pinned tree.
+"""Command line and environment of a vLLM that is started: a recipe's flags, the user's flags over
+them, each known to the pinned tree.
 
-Only values that would cost a long load before anybody says so are judged here, and what would open
-the machine to others; the rest is the parser's.
+Only values whose error would show after a long load, and values that open the machine to others,
+are checked here; vLLM's parser checks the rest.
 """
 
 import ipaddress
@@ -27,41 +27,42 @@ from workspace.server.recipes import Recipe
 
 USUAL_SHELL = "/bin/sh"
 UNKNOWN_TREE = "none"
-# Lists of folders: what is ours goes before what the shell that reads the lines has by then.
+# Lists of folders: our folders go before those of the shell that evaluates the lines.
 _LISTS = ("PATH", "LD_LIBRARY_PATH")
-# bash refuses to set these, and with them the whole of what it was to evaluate.
+# bash refuses to set these, and then evaluates no other line either.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
 _NOT_BUILT = "./scripts/inv bootstrap"
 
 
 def run_command(
-    layout: Layout, settings: Settings, words: Sequence[str], *, console: Console
+    layout: Layout, settings: Settings, argv: Sequence[str], *, console: Console
 ) -> None:
-    """Become the command: its terminal, signals and exit code are the caller's own. Raises
-    ToolchainError where it is not there.
+    """Replace this process with the command, in the built environment.
+
+    Raises ToolchainError if the program does not exist.
     """
-    if not words:
+    if not argv:
         raise SettingsError(
             "there is no command to run",
-            hint="inv run -- python -c 'import vllm'    the command stands after --",
+            hint="inv run -- python -c 'import vllm'    write the command after --",
         )
-    process.become(words, env=_ready(layout, settings, console))
+    process.become(argv, env=_ready(layout, settings, console))
 
 
 def open_shell(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Become the user's shell."""
+    """Replace this process with the user's shell, in the built environment."""
     program = settings.shell.get("SHELL") or USUAL_SHELL
     environment = _ready(layout, settings, console)
     console.info(
-        f"{program} in the built environment; `exit` leaves it. What its own start-up files say"
-        " goes before what it is given."
+        f"{program} in the built environment; `exit` leaves it. The shell's own start-up files may"
+        " change the environment."
     )
     process.become([program], env=environment)
 
 
 def export_variables(layout: Layout, settings: Settings, *, console: Console) -> None:
-    """Print lines for `eval "$(inv env.export)"` in sh: what a running vLLM is given and this shell
-    has not, and scripts/ on PATH. No secret is printed.
+    """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
+    lacks, and scripts/ on PATH. Secrets are left out.
     """
     check.require(layout, settings, console=console)
     environment = built_environment(layout, settings, for_what="show")
@@ -75,15 +76,15 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
     if secrets:
         console.info(
             f"left out, because they are secret: {', '.join(sorted(secrets))}; inv run and inv"
-            " shell give them to what they start"
+            " shell set them for their programs"
         )
 
 
 def lines(
     layout: Layout, environment: Mapping[str, str], outer: Mapping[str, str]
 ) -> Iterator[str]:
-    """Say in sh how `outer` becomes `environment`. Names that no shell can export are left out, and
-    so are secrets and the built interpreter's folder.
+    """Yield lines of sh that turn `outer` into `environment`. Secrets, names that no shell can
+    export and the built interpreter's folder are left out.
     """
     for name, text in sorted(environment.items()):
         if (
@@ -96,13 +97,13 @@ def lines(
             yield f"export {name}={shlex.quote(text)}"
     ours = {"PATH": [str(layout.root / "scripts")], "LD_LIBRARY_PATH": []}
     for name in _LISTS:
-        there = outer.get(name, "").split(os.pathsep)
+        present = outer.get(name, "").split(os.pathsep)
         added = [
             entry
             for entry in environment.get(name, "").split(os.pathsep)
             if entry and entry != str(layout.environment / "bin")
         ]
-        front = [entry for entry in (*ours[name], *added) if entry not in there]
+        front = [entry for entry in (*ours[name], *added) if entry not in present]
         if front:
             yield f'export {name}={shlex.quote(os.pathsep.join(front))}"${{{name}:+:${name}}}"'
 
@@ -117,17 +118,15 @@ def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, st
 
 
 LOCAL, USUAL_PORT = "127.0.0.1", 8000
-# What no word of a command line may say here, and where it belongs.
-_ELSEWHERE = {
-    "--api-key": "everybody sees it in ps: put VLLM_API_KEY into .env",
-    "--hf-token": "everybody sees it in ps: put HF_TOKEN into .env",
-    "--config": "what stands in that file would be judged by nobody: write its flags after --",
-    "--model": "the model is the word after inv serve",
-    "--model-tag": "the model is the word after inv serve",
-    "--uds": "whether the server is ready is asked over a port",
-    "--headless": (
-        "there would be nobody to ask whether it is ready: ./scripts/inv run -- vllm serve ..."
-    ),
+# Flags that inv serve refuses, and what to write instead.
+_REFUSED = {
+    "--api-key": "all users of the machine see it in ps: put VLLM_API_KEY into .env",
+    "--hf-token": "all users of the machine see it in ps: put HF_TOKEN into .env",
+    "--config": "inv serve does not check that file: write its flags after --",
+    "--model": "write the model right after inv serve",
+    "--model-tag": "write the model right after inv serve",
+    "--uds": "inv serve needs a port to ask whether the server is ready",
+    "--headless": "it has no port to ask whether it is ready: ./scripts/inv run -- vllm serve ...",
     "--help": "./scripts/inv run -- vllm serve --help=all",
     "-h": "./scripts/inv run -- vllm serve --help=all",
 }
@@ -142,82 +141,75 @@ _LENGTH = re.compile(r"[1-9]\d*|\d+(\.\d+)?[kKmMgG]|auto|-1")
 
 @dataclass(frozen=True)
 class Command:
-    """`words` are all flags, `extra` those that the user typed; `dropped` and `said` are sentences
-    for the screen.
+    """Command line of a server. `args` are all flags, `extra` those that the user typed; `dropped`
+    and `notes` are sentences for the screen.
     """
 
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     extra: tuple[str, ...]
     address: Address
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def argv(self, layout: Layout, model: str) -> tuple[str, ...]:
-        return (str(layout.environment / "bin" / "vllm"), "serve", model, *self.words)
+        """Return the whole command line, the program first."""
+        return (str(layout.environment / "bin" / "vllm"), "serve", model, *self.args)
 
 
 def compose(
     recipe: Recipe, extra: Sequence[str], known: flags.Flags, *, has_key: bool, force: bool
 ) -> Command:
-    """Put the command line together. `knows`: the user has said that they know who can reach the
-    server.
+    """Compose the command line. `force` allows a server that others can reach without a key.
 
-    Raises SettingsError for a flag that is unknown, one that does not belong there, a value that
-    cannot be, and a server open to others without a key.
+    Raises SettingsError for a flag that is unknown or refused here, a value that is not valid, and
+    a server open to others without a key.
     """
     users = flags.judge(extra, known)
-    own = [flags.judge(words, known) for words in _by_flag(recipe, users.words)]
-    words = [word for judged in own for word in judged.words] + list(users.words)
-    for word in users.words:
-        if reason := _ELSEWHERE.get(word.split("=")[0]):
-            raise SettingsError(f"{word.split('=')[0]} cannot be given to inv serve", hint=reason)
-    if recipe.origin == "built-in" and not _has(words, "--served-model-name"):
-        words += ["--served-model-name", recipe.model]
-    if not _has(words, "--host"):
-        words += ["--host", LOCAL]
-    if not _has(words, "--port"):
-        words += ["--port", str(USUAL_PORT)]
-    _judge_values(words)
+    own = [flags.judge(args, known) for args in _by_flag(recipe, users.words)]
+    args = [arg for judged in own for arg in judged.words] + list(users.words)
+    for arg in users.words:
+        if reason := _REFUSED.get(arg.split("=")[0]):
+            raise SettingsError(f"{arg.split('=')[0]} cannot be given to inv serve", hint=reason)
+    if recipe.origin == "built-in" and not _has(args, "--served-model-name"):
+        args += ["--served-model-name", recipe.model]
+    if not _has(args, "--host"):
+        args += ["--host", LOCAL]
+    if not _has(args, "--port"):
+        args += ["--port", str(USUAL_PORT)]
+    _check_values(args)
     address = Address(
-        flags.last(words, "--host") or "",
-        int(flags.last(words, "--port") or USUAL_PORT),
-        _has(words, "--ssl-certfile"),
+        flags.last(args, "--host") or "",
+        int(flags.last(args, "--port") or USUAL_PORT),
+        _has(args, "--ssl-certfile"),
     )
-    said = []
+    notes = []
     if not is_local(address.host):
-        said.append(_exposed(address, has_key=has_key, force=force))
-    if _has(words, "--trust-remote-code"):
-        who = (
-            "the recipe asks for it"
-            if not _has(users.words, "--trust-remote-code")
-            else "you ask for it"
+        notes.append(_exposed(address, has_key=has_key, force=force))
+    if _has(args, "--trust-remote-code"):
+        is_users = _has(users.words, "--trust-remote-code")
+        source = "you ask for it" if is_users else "the recipe asks for it"
+        notes.append(
+            f"--trust-remote-code: {source}; code of the model's authors runs on this machine with"
+            " your rights"
         )
-        said.append(
-            f"--trust-remote-code: {who}; code of the model's authors runs on this machine, as you"
-        )
-    return Command(
-        tuple(words),
-        users.words,
-        address,
-        tuple(one for judged in (*own, users) for one in judged.dropped),
-        tuple(said),
-    )
+    dropped = tuple(sentence for judged in (*own, users) for sentence in judged.dropped)
+    return Command(tuple(args), users.words, address, dropped, tuple(notes))
 
 
 def replaced(extra: Sequence[str], flag: str, value: str) -> tuple[str, ...]:
-    """The user's words with one flag of one value said otherwise."""
-    left, kept = list(extra), []
-    while left:
-        word = left.pop(0)
-        if word == flag:
-            del left[:1]
-        elif not word.startswith(f"{flag}="):
-            kept.append(word)
+    """Return the user's flags with another value for one flag that takes one value."""
+    remaining, kept = list(extra), []
+    while remaining:
+        arg = remaining.pop(0)
+        if arg == flag:
+            del remaining[:1]
+        elif not arg.startswith(f"{flag}="):
+            kept.append(arg)
     return (*kept, flag, value)
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches a server that listens there."""
+    """Return whether only this machine reaches a server that listens there."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -225,38 +217,38 @@ def is_local(host: str) -> bool:
 
 
 def typed(name: str, extra: Sequence[str], *, detach: bool = False) -> str:
-    """What a user types for it, ready to be copied."""
-    words = [
+    """Return the `inv serve` command of a user, ready to be copied."""
+    parts = [
         "./scripts/inv",
         "serve",
         shlex.quote(name),
         *(["--detach"] if detach else []),
         *(["--", shlex.join(extra)] if extra else []),
     ]
-    return " ".join(words)
+    return " ".join(parts)
 
 
 def shown(
     layout: Layout, settings: Settings, argv: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[str]:
-    """Say in sh what is started, in which environment. Secrets go by their names only."""
+    """Yield lines of sh that start the command in its environment. Secrets have names only."""
     others = {*KNOWN, "_", "OLDPWD", "PWD", "SHLVL"}
-    gone = [
+    removed = [
         name
         for name in sorted(settings.shell)
         if name not in environment and name not in others and name.isidentifier()
     ]
-    if gone:
-        yield f"unset {' '.join(gone)}"
+    if removed:
+        yield f"unset {' '.join(removed)}"
     yield from lines(layout, environment, settings.shell)
     for name, text in sorted(environment.items()):
         if is_secret(name):
-            yield f"# {name} is {'set, and stays unsaid' if text else 'empty'}"
+            yield f"# {name} is {'set, and not shown' if text else 'empty'}"
     yield settings.masked(shlex.join(argv))
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder that somebody means by a path, None where it is no path."""
+    """Return the folder that a path on the command line means, None if it is no path."""
     path = Path(os.path.expanduser(name))
     return (
         path.absolute()
@@ -268,24 +260,24 @@ def folder_of(name: str) -> Path | None:
 
 
 def _by_flag(recipe: Recipe, users: Sequence[str]) -> Iterator[list[str]]:
-    """The recipe's words, a flag at a time, without those that the user says otherwise."""
+    """Yield the arguments of each flag of the recipe that the user does not set."""
     for name, value in recipe.flags.items():
         flag = f"--{name}"
         if not _has(users, flag) and not _has(users, f"--no-{name}"):
             yield flags.args_of(name, list(value) if isinstance(value, tuple) else value)
 
 
-def _has(words: Sequence[str], flag: str) -> bool:
-    return any(word == flag or word.startswith(f"{flag}=") for word in words)
+def _has(args: Sequence[str], flag: str) -> bool:
+    return any(arg == flag or arg.startswith(f"{flag}=") for arg in args)
 
 
-def _judge_values(words: Sequence[str]) -> None:
-    port = flags.last(words, "--port") or ""
+def _check_values(args: Sequence[str]) -> None:
+    port = flags.last(args, "--port") or ""
     if not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
         raise SettingsError(f"--port: {port!r} is no port from 1 to 65535", hint="-- --port 8000")
-    if not flags.last(words, "--host"):
-        raise SettingsError("--host: there is no address", hint=f"-- --host {LOCAL}")
-    share = flags.last(words, "--gpu-memory-utilization")
+    if not flags.last(args, "--host"):
+        raise SettingsError("--host: the address is missing", hint=f"-- --host {LOCAL}")
+    share = flags.last(args, "--gpu-memory-utilization")
     if share is not None and not (
         re.fullmatch(r"\d*\.?\d+|\d+\.", share) and 0 < float(share) <= 1
     ):
@@ -294,12 +286,12 @@ def _judge_values(words: Sequence[str]) -> None:
             hint="-- --gpu-memory-utilization 0.7",
         )
     for name in _COUNTS:
-        count = flags.last(words, name)
+        count = flags.last(args, name)
         if count is not None and not re.fullmatch(r"[1-9]\d{0,8}|\d+(\.\d+)?[kKmM]", count):
             raise SettingsError(
                 f"{name}: {count!r} is no whole number of at least 1", hint=f"-- {name} 8"
             )
-    length = flags.last(words, "--max-model-len")
+    length = flags.last(args, "--max-model-len")
     if length is not None and not _LENGTH.fullmatch(length):
         raise SettingsError(
             f"--max-model-len: {length!r} is no number of tokens",
@@ -309,21 +301,21 @@ def _judge_values(words: Sequence[str]) -> None:
 
 def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
     reach = (
-        f"--host {address.host} lets whoever reaches this machine's port {address.port} use the"
-        " model"
+        f"--host {address.host} lets everyone who reaches port {address.port} of this machine use"
+        " the model"
     )
     if has_key:
         return (
-            f"{reach}; below /v1 it asks for VLLM_API_KEY, elsewhere, such as /metrics, for"
-            " nothing, and nothing is encrypted"
+            f"{reach}; paths below /v1 need VLLM_API_KEY, other paths such as /metrics need no key,"
+            " and nothing is encrypted"
         )
     if not force:
         hint = (
-            "put VLLM_API_KEY into .env; or from elsewhere: ssh -L"
-            f" {address.port}:{LOCAL}:{address.port} THIS-MACHINE; or say --force"
+            "put VLLM_API_KEY into .env; or from another machine: ssh -L"
+            f" {address.port}:{LOCAL}:{address.port} THIS-MACHINE; or add --force"
         )
-        raise SettingsError(f"{reach}, and no key is asked for", hint=hint)
-    return f"{reach}, and no key is asked for (--force)"
+        raise SettingsError(f"{reach} without a key", hint=hint)
+    return f"{reach} without a key (--force)"
 
 
 def built_environment(
@@ -334,11 +326,10 @@ def built_environment(
     more: Mapping[str, str] | None = None,
     for_what: Literal["start", "show"] = "start",
 ) -> dict[str, str]:
-    """Return every variable of a vLLM that is about to be started, or shown; starting, the folders
-    of compiled kernels are marked as this stack's.
+    """Return all environment variables of a vLLM that is to be started or only shown.
 
-    `recipe` is a recipe's environment, `more` what the caller insists on. Costs a git start, and a
-    question to the driver where torch is built for CUDA.
+    For a start the folders of compiled kernels are recorded as this stack's. `recipe` is a recipe's
+    environment, `more` overrides it. Runs git once, and nvidia-smi if torch is built for CUDA.
     """
     stack = jit_caches.observe(layout, settings, tree=tree_oid(layout))
     if for_what == "start":
@@ -347,13 +338,13 @@ def built_environment(
 
 
 def tree_oid(layout: Layout) -> str:
-    """The tree OID that vendor/vllm stands on; edits on top do not count, since what compiles them
-    looks at their text itself.
+    """Return the tree OID of HEAD in vendor/vllm. Uncommitted edits do not count: whatever compiles
+    them reads their text.
     """
     if not (layout.vllm / ".git").exists():
         return UNKNOWN_TREE
     try:
         return Git(layout.vllm).tree("HEAD")
     except WorkspaceError:
-        # A repository that is broken is what smoke, status and doctor complain of.
+        # smoke, status and doctor report a broken repository.
         return UNKNOWN_TREE

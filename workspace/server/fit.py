@@ -1,9 +1,7 @@
-"""Does a model fit: what it needs, what is free, and what to write where it does not. It only
-looks; deciding is pure.
+"""Whether a model fits: what it needs, what is free, and what to write if it does not fit.
 
 On a Spark GPU and processor share one memory: vLLM counts what the kernel calls available there
-(vllm/utils/mem_utils.py, psutil), page cache that could be dropped included, while CUDA has to find
-it free.
+(vllm/utils/mem_utils.py, psutil), droppable page cache included, while CUDA needs free memory.
 """
 
 import json
@@ -30,30 +28,30 @@ from workspace.server.observation import Lack
 from workspace.server.recipes import DEFAULT_UTILIZATION, Recipe
 
 Verdict = Literal["yes", "after drop-caches", "no"]
-# What the rest of the machine needs on top: a suggestion that leaves nothing is none.
+# Memory for the rest of the machine: a suggestion leaves at least this free.
 MARGIN_GIB = 2.0
-# A cache below this serves one short request at a time.
+# A smaller cache serves one short request at a time.
 LEAST_KV_GIB = 0.5
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A process that holds the GPU. `held_gib` is None where the driver does not say it, as on
+    """A process that holds the GPU. `held_gib` is None if the driver does not report it, as on
     unified memory.
     """
 
-    number: int
+    pid: int
     name: str
     held_gib: float | None
 
 
 @dataclass(frozen=True)
 class Free:
-    """Memory that a model may take: a GPU's own, or where it has none of its own (`is_unified`), or
-    none is there, the machine's.
+    """Memory that a model may take: the GPU's own, or the machine's if there is no GPU or it has no
+    memory of its own (`is_unified`).
 
-    `available_gib` counts what the kernel gives back when it is asked; of that `droppable_gib` is
-    page cache and is not free yet.
+    `available_gib` includes memory that the kernel frees on demand; `droppable_gib` of it is page
+    cache and not free yet.
     """
 
     total_gib: float
@@ -66,10 +64,10 @@ class Free:
 @dataclass(frozen=True)
 class Fit:
     """Whether a model fits. `needs_gib` is the least, with one sequence of full length; `takes_gib`
-    what vLLM takes with these flags.
+    is what vLLM takes with these flags.
 
-    `utilization` and `kv_gib` are what to write instead where that is too much, None where nothing
-    helps; `hint` is the next command.
+    `utilization` and `kv_gib` are smaller values that fit, None if none does; `hint` is the next
+    command.
     """
 
     verdict: Verdict
@@ -83,7 +81,9 @@ class Fit:
 
 
 def observe(settings: Settings, *, device: str) -> Free:
-    """Look at memory and GPU. A driver that hangs costs 8 s at most and counts as none."""
+    """Read the memory of machine and GPU. A driver that hangs costs at most 8 s and counts as no
+    GPU.
+    """
     host = hardware.observe(settings)
     droppable = hardware.droppable_gib(hardware.read_meminfo())
     if device == "cuda" and host.gpus:
@@ -103,12 +103,10 @@ def observe(settings: Settings, *, device: str) -> Free:
     )
 
 
-def needs_gib(recipe: Recipe, words: Sequence[str] = ()) -> float:
-    """The least that the model runs with: weights, overhead and the cache of one sequence of full
-    length.
-    """
-    cache = _number(recipe, words, "max-model-len", 0.0) * recipe.memory.kv_kib_per_token / 2**20
-    return recipe.memory.weights_gib + recipe.memory.overhead_gib + cache
+def needs_gib(recipe: Recipe, args: Sequence[str] = ()) -> float:
+    """Return the least memory of a model: weights, overhead and the cache of one full sequence."""
+    length = _number(recipe, args, "max-model-len", 0.0)
+    return _fixed_gib(recipe) + length * recipe.memory.kv_kib_per_token / 2**20
 
 
 def judge(
@@ -117,76 +115,71 @@ def judge(
     *,
     device: str,
     environment: Mapping[str, str],
-    words: Sequence[str] = (),
+    args: Sequence[str] = (),
 ) -> Fit:
-    """Decide. `environment` is the running vLLM's: without a GPU VLLM_CPU_KVCACHE_SPACE says how
-    large the cache is.
+    """Decide whether a model fits. `args` are flags that override the recipe's.
 
-    `words` are those of a command line, where it says something else than the recipe.
+    `environment` is the vLLM's: without a GPU VLLM_CPU_KVCACHE_SPACE is the size of the cache.
     """
-    needs, fixed = needs_gib(recipe, words), recipe.memory.weights_gib + recipe.memory.overhead_gib
-    given = _takes(recipe, words, free, fixed, device=device, environment=environment)
+    needs, fixed = needs_gib(recipe, args), _fixed_gib(recipe)
+    given = _given_gib(recipe, args, free, device=device, environment=environment)
     takes = max(needs, given)
-    in_use = [_named(one) for one in free.residents]
-    holding = f"; the GPU is held by {', '.join(in_use)}" if in_use else ""
     seen = (
         f"needs {needs:.1f} GiB, takes {takes:.1f}, of {free.total_gib:.1f} GiB"
         f" {free.available_gib:.1f} are available"
     )
+    residents = ", ".join(_named(resident) for resident in free.residents)
+    holding = f"; the GPU is held by {residents}" if residents else ""
     if given < needs <= free.available_gib:
         least = min(1.0, math.ceil((needs + LEAST_KV_GIB) / free.total_gib * 100) / 100)
         hint = f"--gpu-memory-utilization {least:.2f}"
-        return Fit(
-            "no",
-            needs,
-            given,
-            free,
-            f"is given too little: {given:.1f} GiB with these flags; {seen}{holding}",
-            hint,
-            least,
-        )
+        sentence = f"is given too little: {given:.1f} GiB with these flags; {seen}{holding}"
+        return Fit("no", needs, given, free, sentence, hint, least)
     if takes <= free.available_gib:
         is_cached = (
             device == "cuda" and free.is_unified and takes > free.available_gib - free.droppable_gib
         )
         if not is_cached:
             return Fit("yes", needs, takes, free, f"fits: {seen}{holding}")
-        said = (
-            f"fits once page cache is given back: {seen}, {free.droppable_gib:.1f} of them are page"
+        sentence = (
+            f"fits once page cache is dropped: {seen}, {free.droppable_gib:.1f} of them are page"
             f" cache{holding}"
         )
-        return Fit("after drop-caches", needs, takes, free, said, "./scripts/inv drop-caches")
+        return Fit("after drop-caches", needs, takes, free, sentence, "./scripts/inv drop-caches")
     utilization, kv_gib = _suggestion(free, needs, fixed, device=device)
     hint = _hint(free, utilization, kv_gib, device=device)
-    return Fit(
-        "no", needs, takes, free, f"does not fit: {seen}{holding}", hint, utilization, kv_gib
-    )
+    sentence = f"does not fit: {seen}{holding}"
+    return Fit("no", needs, takes, free, sentence, hint, utilization, kv_gib)
 
 
-def _takes(
+def _fixed_gib(recipe: Recipe) -> float:
+    return recipe.memory.weights_gib + recipe.memory.overhead_gib
+
+
+def _given_gib(
     recipe: Recipe,
-    words: Sequence[str],
+    args: Sequence[str],
     free: Free,
-    fixed: float,
     *,
     device: str,
     environment: Mapping[str, str],
 ) -> float:
-    if kv_bytes := _number(recipe, words, "kv-cache-memory-bytes", 0.0):
-        return fixed + kv_bytes / GIB
-    said = environment.get("VLLM_CPU_KVCACHE_SPACE", "")
-    if device == "cpu" and said.isdigit():
-        return fixed + int(said)
+    """Return the memory that flags and environment give to vLLM."""
+    if kv_bytes := _number(recipe, args, "kv-cache-memory-bytes", 0.0):
+        return _fixed_gib(recipe) + kv_bytes / GIB
+    cache_gib = environment.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if device == "cpu" and cache_gib.isdigit():
+        return _fixed_gib(recipe) + int(cache_gib)
     # The flag counts without a GPU as well, despite its name (vllm/v1/worker/cpu_worker.py).
-    return _number(recipe, words, "gpu-memory-utilization", DEFAULT_UTILIZATION) * free.total_gib
+    return _number(recipe, args, "gpu-memory-utilization", DEFAULT_UTILIZATION) * free.total_gib
 
 
-def _number(recipe: Recipe, words: Sequence[str], flag: str, otherwise: float) -> float:
-    """A flag's value as a number, a suffix such as 32k or 4G included
+def _number(recipe: Recipe, args: Sequence[str], flag: str, otherwise: float) -> float:
+    """Return a flag's value as a number, with a suffix as in 32k or 4G
     (vllm/utils/argparse_utils.py, human_readable_int).
     """
-    said = flags.last(words, f"--{flag}") or str(recipe.flags.get(flag, ""))
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([kKmMgGtT]?)", said.strip())
+    text = flags.last(args, f"--{flag}") or str(recipe.flags.get(flag, ""))
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([kKmMgGtT]?)", text.strip())
     if found is None:
         return otherwise
     unit = 1000.0 if found[2].islower() else 1024.0
@@ -196,9 +189,7 @@ def _number(recipe: Recipe, words: Sequence[str], flag: str, otherwise: float) -
 def _suggestion(
     free: Free, needs: float, fixed: float, *, device: str
 ) -> tuple[float | None, float | None]:
-    """A utilization, and a size of the cache in GiB, with which it would fit beside what is there
-    now.
-    """
+    """Return a utilization, and a size of the cache in GiB, that fit into the free memory."""
     usable = free.available_gib - MARGIN_GIB
     kv_gib = math.floor((usable - fixed) * 10) / 10
     if usable < needs or kv_gib < min(LEAST_KV_GIB, max(0.0, needs - fixed)):
@@ -216,22 +207,20 @@ def _hint(free: Free, utilization: float | None, kv_gib: float | None, *, device
             f" {math.floor(kv_gib * GIB)}, leaves room for it"
         )
     if free.residents:
-        return (
-            "end what holds the GPU first: ps -fp"
-            f" '{' '.join(str(one.number) for one in free.residents)}'"
-        )
-    return "./scripts/inv serve.list    says which recipes fit"
+        pids = " ".join(str(resident.pid) for resident in free.residents)
+        return f"end the processes that hold the GPU first: ps -fp '{pids}'"
+    return "./scripts/inv serve.list    shows which recipes fit"
 
 
-def _named(one: Resident) -> str:
-    held = f", {one.held_gib:.1f} GiB" if one.held_gib is not None else ""
-    return f"{one.number} ({one.name}{held})"
+def _named(resident: Resident) -> str:
+    held = f", {resident.held_gib:.1f} GiB" if resident.held_gib is not None else ""
+    return f"{resident.pid} ({resident.name}{held})"
 
 
 def _own_memory(settings: Settings) -> tuple[float, float] | None:
-    """Total and free GiB of the first GPU; None where it has no memory of its own."""
-    rows = _ask(settings, "--query-gpu=memory.total,memory.free")
-    found = [[_mib(word) for word in row] for row in rows[:1]]
+    """Return total and free GiB of the first GPU, None if it has no memory of its own."""
+    rows = _query(settings, "--query-gpu=memory.total,memory.free")
+    found = [[_mib(field) for field in row] for row in rows[:1]]
     return (
         (found[0][0] / 1024, found[0][1] / 1024)
         if found and len(found[0]) == 2 and found[0][0] is not None and found[0][1] is not None
@@ -242,7 +231,7 @@ def _own_memory(settings: Settings) -> tuple[float, float] | None:
 def _residents(settings: Settings) -> tuple[Resident, ...]:
     rows = [
         row
-        for row in _ask(settings, "--query-compute-apps=pid,process_name,used_memory")
+        for row in _query(settings, "--query-compute-apps=pid,process_name,used_memory")
         if len(row) == 3 and row[0].isdigit()
     ]
     held = [(row, _mib(row[2])) for row in rows]
@@ -252,11 +241,11 @@ def _residents(settings: Settings) -> tuple[Resident, ...]:
     )
 
 
-def _mib(word: str) -> float | None:
-    return float(word) if word.replace(".", "", 1).isdigit() else None
+def _mib(field: str) -> float | None:
+    return float(field) if field.replace(".", "", 1).isdigit() else None
 
 
-def _ask(settings: Settings, query: str) -> list[list[str]]:
+def _query(settings: Settings, query: str) -> list[list[str]]:
     environment = settings.child_environment("plain")
     program = shutil.which("nvidia-smi", path=environment.get("PATH", ""))
     if program is None:
@@ -272,7 +261,7 @@ def _ask(settings: Settings, query: str) -> list[list[str]]:
         return []
     return (
         [
-            [word.strip() for word in line.split(",")]
+            [field.strip() for field in line.split(",")]
             for line in done.stdout.splitlines()
             if line.strip()
         ]
@@ -282,83 +271,81 @@ def _ask(settings: Settings, query: str) -> list[list[str]]:
 
 
 SHARE, SEQUENCES, LENGTH = "--gpu-memory-utilization", "--max-num-seqs", "--max-model-len"
-# vLLM's own default, where a GPU is not one of the largest (vllm/engine/arg_utils.py).
+# vLLM's own default, except on the largest GPUs (vllm/engine/arg_utils.py).
 DEFAULT_SEQUENCES = 256
 STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
-# Less page cache than this is not worth a command.
+# Less page cache is not worth a command.
 WORTHWHILE_GIB = 1.0
+# How many steps were taken already, the flag, and its next value.
+_Step = tuple[int, str, str]
 
 
-def next_step(
-    name: str,
-    recipe: Recipe,
-    command: Command,
-    free: Free,
-    *,
-    lack: Lack,
-    length: int | None,
-    detach: bool = False,
-) -> str | None:
-    """Return the next command, None where nothing is left to lower. `length` is the model's own
-    longest, where it is known.
+@dataclass(frozen=True)
+class Attempt:
+    """A start that lacked memory: the name that the user typed, the recipe, the command line.
 
-    In turn: page cache given back, a smaller share, half the sequences, half the length; where only
-    the cache was too small, the length.
+    `length` is the longest sequence of the model in tokens, None if it is not known.
     """
+
+    name: str
+    recipe: Recipe
+    command: Command
+    length: int | None = None
+    detach: bool = False
+
+
+def next_step(attempt: Attempt, free: Free, *, lack: Lack) -> str | None:
+    """Return the next command after a lack of memory, None if no value is left to lower.
+
+    The fallbacks take turns: drop page cache, a smaller share, half the sequences, half the length.
+    If only the cache was too small, only the length helps.
+    """
+    name, command = attempt.name, attempt.command
     if lack == "memory" and free.is_unified and free.droppable_gib >= WORTHWHILE_GIB:
-        return f"./scripts/inv drop-caches && {typed(name, command.extra, detach=detach)}"
-    rungs = (
-        [_length(recipe, command, length)]
-        if lack == "cache"
-        else [
-            _share(recipe, command),
-            _sequences(recipe, command),
-            _length(recipe, command, length),
-        ]
-    )
-    there = [(taken, flag, value) for rung in rungs if rung for taken, flag, value in [rung]]
-    if not there:
+        again = typed(name, command.extra, detach=attempt.detach)
+        return f"./scripts/inv drop-caches && {again}"
+    fallbacks = [_length(attempt)]
+    if lack == "memory":
+        fallbacks = [_share(attempt), _sequences(attempt), *fallbacks]
+    steps = [step for step in fallbacks if step]
+    if not steps:
         return None
-    _, flag, value = min(there, key=lambda rung: rung[0])
-    return typed(name, replaced(command.extra, flag, value), detach=detach)
+    _, flag, value = min(steps, key=lambda step: step[0])
+    return typed(name, replaced(command.extra, flag, value), detach=attempt.detach)
 
 
-def _share(recipe: Recipe, command: Command) -> tuple[int, str, str] | None:
-    first, now = (
-        _number_or(recipe.flags.get(SHARE[2:]), DEFAULT_UTILIZATION),
-        _said(command.words, SHARE, DEFAULT_UTILIZATION),
-    )
+def _share(attempt: Attempt) -> _Step | None:
+    first, now = _first_and_now(attempt, SHARE, DEFAULT_UTILIZATION)
     lower = round(now - STEP, 2)
-    return (
-        (max(0, round((first - now) / STEP)), SHARE, f"{lower:g}") if lower >= LEAST_SHARE else None
-    )
+    if lower < LEAST_SHARE:
+        return None
+    return max(0, round((first - now) / STEP)), SHARE, f"{lower:g}"
 
 
-def _sequences(recipe: Recipe, command: Command) -> tuple[int, str, str] | None:
-    first, now = (
-        _number_or(recipe.flags.get(SEQUENCES[2:]), DEFAULT_SEQUENCES),
-        _said(command.words, SEQUENCES, DEFAULT_SEQUENCES),
-    )
-    return (_halved(first, now), SEQUENCES, str(int(now) // 2)) if now >= 2 else None
+def _sequences(attempt: Attempt) -> _Step | None:
+    first, now = _first_and_now(attempt, SEQUENCES, DEFAULT_SEQUENCES)
+    return (_halvings(first, now), SEQUENCES, str(int(now) // 2)) if now >= 2 else None
 
 
-def _length(recipe: Recipe, command: Command, length: int | None) -> tuple[int, str, str] | None:
-    first = _number_or(recipe.flags.get(LENGTH[2:]), float(length or 0))
-    now = _said(command.words, LENGTH, first)
-    return (_halved(first, now), LENGTH, str(int(now) // 2)) if now >= 2 * LEAST_LENGTH else None
+def _length(attempt: Attempt) -> _Step | None:
+    first = _number_or(attempt.recipe.flags.get(LENGTH[2:]), float(attempt.length or 0))
+    now = _number_or(flags.last(attempt.command.args, LENGTH), first)
+    return (_halvings(first, now), LENGTH, str(int(now) // 2)) if now >= 2 * LEAST_LENGTH else None
 
 
-def _halved(first: float, now: float) -> int:
+def _first_and_now(attempt: Attempt, flag: str, default: float) -> tuple[float, float]:
+    """Return a flag's value in the recipe and its value on the command line."""
+    first = _number_or(attempt.recipe.flags.get(flag[2:]), default)
+    return first, _number_or(flags.last(attempt.command.args, flag), default)
+
+
+def _halvings(first: float, now: float) -> int:
     return max(0, round(math.log2(first / now))) if first > 0 and now > 0 else 0
 
 
-def _said(words: Sequence[str], flag: str, otherwise: float) -> float:
-    return _number_or(flags.last(words, flag), otherwise)
-
-
-def _number_or(said: object, otherwise: float) -> float:
+def _number_or(value: object, otherwise: float) -> float:
     try:
-        return float(str(said))
+        return float(str(value))
     except ValueError:
         return otherwise
 
@@ -368,73 +355,76 @@ _STATES: dict[Verdict, State] = {"yes": "ok", "after drop-caches": "warn", "no":
 _DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One recipe of the list; `folder` holds its weights, None if they are not on disk."""
+
+    recipe: Recipe
+    fit: Fit
+    folder: Path | None
+
+    def text(self, device: str) -> str:
+        if self.folder:
+            place = f"on disk: {self.folder}"
+        elif self.recipe.fetch_gib:
+            place = f"to be fetched, {self.recipe.fetch_gib:.1f} GiB"
+        else:
+            place = "made at its first start"
+        remote = (
+            "; runs code of the model's authors (trust-remote-code)"
+            if self.recipe.asks_for_remote_code
+            else ""
+        )
+        hint = self.fit.hint
+        shown = f"; {hint}" if hint and "serve.list" not in hint else ""
+        return (
+            f"fits {_DEVICES[device]}: {self.fit.verdict}; needs {self.fit.needs_gib:.1f} GiB, free"
+            f" {self.fit.free.available_gib:.1f}; {place}{remote}{shown}"
+        )
+
+    def record(self) -> dict[str, object]:
+        return {
+            "name": self.recipe.name,
+            "model": self.recipe.model,
+            "summary": self.recipe.summary,
+            "fits": self.fit.verdict,
+            "needs_gib": round(self.fit.needs_gib, 2),
+            "takes_gib": round(self.fit.takes_gib, 2),
+            "on_disk": str(self.folder) if self.folder else None,
+            "fetch_gib": self.recipe.fetch_gib,
+            "hint": self.fit.hint,
+        }
+
+
 def show_recipes(
     layout: Layout, settings: Settings, *, console: Console, as_json: bool = False
 ) -> None:
-    """Print the recipes; as JSON on stdout where a program asks. A recipe with something wrong in
-    it is a row that says so.
-    """
+    """Print the recipes, or their records as JSON. A damaged recipe is a row with its error."""
     device = Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device
     free = observe(settings, device=device)
     version = pins.load(layout.pins).vllm.version
-    rows: list[dict[str, object]] = []
+    records: list[dict[str, object]] = []
     for name in recipes.names(layout):
         try:
             recipe = recipes.load(layout, name, version=version)
         except SettingsError as exc:
-            rows.append({"name": name, "error": exc.message})
+            records.append({"name": name, "error": exc.message})
             if not as_json:
                 console.row("FAIL", f"{name:<{NAME_WIDTH}}", exc.message)
             continue
-        judged = judge(
-            recipe,
-            free,
-            device=device,
-            environment=run_environment.run_variables(
-                layout, settings, stack=None, recipe=recipe.environment
-            ),
+        environment = run_environment.run_variables(
+            layout, settings, stack=None, recipe=recipe.environment
         )
-        there = models.found_weights(layout, settings, recipe)
-        place = (
-            f"on disk: {there}"
-            if there
-            else (
-                f"to be fetched, {recipe.fetch_gib:.1f} GiB"
-                if recipe.fetch_gib
-                else "made at its first start"
-            )
-        )
+        judged = judge(recipe, free, device=device, environment=environment)
+        row = _Row(recipe, judged, models.found_weights(layout, settings, recipe))
         if not as_json:
-            remote = (
-                "; runs code of the model's authors (trust-remote-code)"
-                if recipe.asks_for_remote_code
-                else ""
-            )
-            hint = f"; {judged.hint}" if judged.hint and "serve.list" not in judged.hint else ""
-            text = (
-                f"fits {_DEVICES[device]}: {judged.verdict}; needs {judged.needs_gib:.1f} GiB, free"
-                f" {free.available_gib:.1f}; {place}{remote}"
-            )
-            console.row(_STATES[judged.verdict], f"{name:<{NAME_WIDTH}}", text + hint)
-        rows.append(
-            {
-                "name": name,
-                "model": recipe.model,
-                "summary": recipe.summary,
-                "fits": judged.verdict,
-                "needs_gib": round(judged.needs_gib, 2),
-                "takes_gib": round(judged.takes_gib, 2),
-                "on_disk": str(there) if there else None,
-                "fetch_gib": recipe.fetch_gib,
-                "hint": judged.hint,
-            }
-        )
+            console.row(_STATES[judged.verdict], f"{name:<{NAME_WIDTH}}", row.text(device))
+        records.append(row.record())
     if as_json:
         memory = {
             "total_gib": round(free.total_gib, 2),
             "available_gib": round(free.available_gib, 2),
             "droppable_gib": round(free.droppable_gib, 2),
         }
-        console.data(
-            json.dumps({"schema": 1, "device": device, "memory": memory, "rows": rows}, indent=1)
-        )
+        document = {"schema": 1, "device": device, "memory": memory, "rows": records}
+        console.data(json.dumps(document, indent=1))

@@ -1,13 +1,12 @@
-"""Flags of `vllm serve`: which ones the pinned tree knows, read from its sources without importing
-torch, and what to do about the others.
+"""Flags of `vllm serve` that the pinned tree knows, read from its sources without importing torch.
 
-A flag that former releases had is dropped with a sentence; one that is unknown stops with the
-nearest name. Whether a value is right is the parser's business, but for the few that cost a long
-load before anybody says so.
+A flag of a former release is dropped with a sentence; an unknown flag is an error with the nearest
+names. vLLM's parser checks the values.
 """
 
 import ast
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,16 +21,16 @@ from workspace.machine import run_environment
 _FLAG_CLASS = re.compile(r"\w*(FrontendArgs|EngineArgs)")
 _SHORT = re.compile(r"-[A-Za-z][A-Za-z]*")
 _NUMBER = re.compile(r"-?\.?\d")
-# Made by argparse, and by vLLM's own parser before argparse sees the words
+# Defined by argparse, and by vLLM's own parser, which runs before argparse
 # (vllm/utils/argparse_utils.py).
 _ALWAYS, _ALWAYS_SHORT = ("--help", "--config"), ("-h", "-O")
-SPOILED = "vendor/vllm holds no command line that can be read"
+SPOILED = "no command line can be read from vendor/vllm"
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What a tree knows. `names` are spelled with dashes; of these `switches` take no word and have
-    a --no- form where they are `negatable`.
+    """Flags that a tree knows. `names` are spelled with dashes; `switches` take no value, and those
+    in `negatable` have a --no- form.
     """
 
     names: frozenset[str]
@@ -39,30 +38,31 @@ class Flags:
     negatable: frozenset[str] = frozenset()
     shorts: frozenset[str] = frozenset()
 
-    def spelled(self, word: str) -> str | None:
-        """The flag that a word such as --max_model_len=8, --a.b or --no-x is, as the tree spells
-        it; None where it knows none such.
+    def spelled(self, token: str) -> str | None:
+        """Return the flag of a token such as --max_model_len=8, --a.b or --no-x as the tree spells
+        it; None if the tree has no such flag.
 
-        The beginning of a single flag counts, as it does with argparse.
+        A prefix of exactly one flag counts, as with argparse.
         """
-        name = _name(word)
+        name = _name(token)
         if name in self.names or name in self.negated:
             return name
         begun = (
             [known for known in (*self.names, *self.negated) if known.startswith(name)]
-            if "." not in word.split("=")[0]
+            if "." not in token.split("=")[0]
             else []
         )
         return begun[0] if len(begun) == 1 and len(name) > len("--x") else None
 
     @property
     def negated(self) -> frozenset[str]:
+        """Return the --no- forms."""
         return frozenset(f"--no-{name.removeprefix('--')}" for name in self.negatable)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Words that the tree's parser takes, and a sentence for each that was left out."""
+    """Arguments that the tree's parser accepts, and a sentence for each that was left out."""
 
     words: tuple[str, ...]
     dropped: tuple[str, ...] = ()
@@ -78,9 +78,7 @@ class _Reading:
 
 
 def known(layout: Layout) -> Flags:
-    """Read the flags of the tree in vendor/vllm. Raises ToolchainError where there is no tree, or
-    none with a command line.
-    """
+    """Read the flags of the tree in vendor/vllm. Raises ToolchainError if it defines none."""
     package = layout.vllm / "vllm"
     sources = [
         package / "engine" / "arg_utils.py",
@@ -112,60 +110,56 @@ def known(layout: Layout) -> Flags:
 
 
 def flags_of(source: bytes) -> frozenset[str]:
-    """The flags that a file of vLLM's command line defines: literals given to add_argument, and
-    fields of its argument classes.
+    """Return the flags that a source file of vLLM defines: literals given to add_argument, and
+    fields of argument classes.
     """
     reading = _Reading()
     _read(run_environment.parsed(source), reading)
     return frozenset(reading.names | reading.fields.keys())
 
 
-def judge(words: Sequence[str], flags: Flags) -> Judged:
-    """Return the words of a command line that the tree takes. What is no flag stays as it is.
+def judge(args: Sequence[str], flags: Flags) -> Judged:
+    """Return the arguments of a command line that the tree accepts, flags spelled as it does.
 
-    Raises SettingsError for a flag that neither this tree nor a former release knows, naming those
-    most like it.
+    Raises SettingsError for a flag that neither this tree nor a former release knows, with the
+    nearest names as hint.
     """
     kept: list[str] = []
     dropped: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("-") or word in ("-", "--") or _NUMBER.match(word):
-            kept.append(word)
-        elif not word.startswith("--"):
-            kept.append(_short(word, flags))
-        elif spelled := flags.spelled(word):
-            kept.append(spelled + word[len(_written(word)) :])
-        elif former := run_environment.removed_names("flags").get(_name(word)):
-            count = 0 if "=" in word else former.values
-            gone = " ".join([word, *left[:count]])
-            del left[:count]
-            dropped.append(f"{gone} is left out: it {former.sentence}")
+    remaining = list(args)
+    while remaining:
+        token = remaining.pop(0)
+        if not token.startswith("-") or token in ("-", "--") or _NUMBER.match(token):
+            kept.append(token)
+        elif not token.startswith("--"):
+            kept.append(_short(token, flags))
+        elif spelled := flags.spelled(token):
+            kept.append(spelled + token[len(_flag_part(token)) :])
+        elif former := run_environment.removed_names("flags").get(_name(token)):
+            count = 0 if "=" in token else former.values
+            removed = " ".join([token, *remaining[:count]])
+            del remaining[:count]
+            dropped.append(f"{removed} is left out: it {former.sentence}")
         else:
-            raise _unknown(word, flags)
+            raise _unknown(token, flags)
     return Judged(tuple(kept), tuple(dropped))
 
 
-def last(words: Sequence[str], name: str) -> str | None:
-    """The value that counts of a flag in words that were judged: what follows it the last time,
-    None where it is not there.
-    """
+def last(args: Sequence[str], name: str) -> str | None:
+    """Return the last value of a flag in judged arguments, None if the flag is absent."""
     found = None
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        if word == name:
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
+        if arg == name:
             found = following
-        elif word.startswith(f"{name}="):
-            found = word.partition("=")[2]
+        elif arg.startswith(f"{name}="):
+            found = arg.partition("=")[2]
     return found
 
 
 def args_of(name: str, value: object) -> list[str]:
-    """Write one setting of a recipe as words: true is the bare flag, false its --no- form, a list
-    several words, a table JSON.
+    """Return one setting of a recipe as arguments: true is the bare flag, false its --no- form, a
+    list several arguments, a table JSON.
     """
-    import json
-
     flag = f"--{name.replace('_', '-')}" if "." not in name else f"--{name}"
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag.removeprefix('--')}"]
@@ -176,18 +170,18 @@ def args_of(name: str, value: object) -> list[str]:
     return [flag, str(value)]
 
 
-def _short(word: str, flags: Flags) -> str:
-    # argparse takes -q8 for -q 8, but -tp2 for a name of its own; -O3 and -cc.mode=3 are vLLM's own
+def _short(token: str, flags: Flags) -> str:
+    # argparse reads -q8 as -q 8, but -tp2 as a name of its own; -O3 and -cc.mode=3 are vLLM's own
     # forms.
-    if _written(word) in flags.shorts or word[:2] in flags.shorts:
-        return word
-    raise _unknown(word, flags)
+    if _flag_part(token) in flags.shorts or token[:2] in flags.shorts:
+        return token
+    raise _unknown(token, flags)
 
 
-def _unknown(word: str, flags: Flags) -> SettingsError:
-    name = _written(word) if word.startswith("--") else word
+def _unknown(token: str, flags: Flags) -> SettingsError:
+    name = _flag_part(token) if token.startswith("--") else token
     alike = run_environment.spelled_alike(
-        _name(word) if word.startswith("--") else word,
+        _name(token) if token.startswith("--") else token,
         [*flags.names, *flags.negated, *flags.shorts],
     )
     hint = (
@@ -198,13 +192,13 @@ def _unknown(word: str, flags: Flags) -> SettingsError:
     return SettingsError(f"the pinned vLLM has no flag {name}", hint=hint)
 
 
-def _written(word: str) -> str:
-    """The part of a word that names a flag: up to a dot or an equals sign."""
-    return re.split(r"[.=]", word, maxsplit=1)[0]
+def _flag_part(token: str) -> str:
+    """Return the part of a token that names a flag: up to a dot or an equals sign."""
+    return re.split(r"[.=]", token, maxsplit=1)[0]
 
 
-def _name(word: str) -> str:
-    return _written(word).replace("_", "-")
+def _name(token: str) -> str:
+    return _flag_part(token).replace("_", "-")
 
 
 def _parsed(source: Path) -> ast.Module:
@@ -229,7 +223,7 @@ def _read(tree: ast.Module, reading: _Reading) -> None:
         elif isinstance(node, ast.ClassDef) and _FLAG_CLASS.fullmatch(node.name):
             for name, annotation in _fields(node):
                 reading.fields[name] = annotation
-                # The fields of EngineArgs become flags by add_argument only; some have none.
+                # A field of EngineArgs becomes a flag by add_argument only; some never do.
                 if "FrontendArgs" in node.name:
                     reading.names.add(name)
 
@@ -245,14 +239,14 @@ def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
 
 
 def _read_argument(node: ast.Call, reading: _Reading) -> None:
-    words = [
-        word.value
-        for word in node.args
-        if isinstance(word, ast.Constant) and isinstance(word.value, str)
+    literals = [
+        arg.value
+        for arg in node.args
+        if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
     ]
-    names = {word.replace("_", "-") for word in words if word.startswith("--")}
+    names = {literal.replace("_", "-") for literal in literals if literal.startswith("--")}
     reading.names |= names
-    reading.shorts |= {word for word in words if _SHORT.fullmatch(word)}
+    reading.shorts |= {literal for literal in literals if _SHORT.fullmatch(literal)}
     action = next(
         (ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "action"), ""
     )

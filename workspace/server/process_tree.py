@@ -1,9 +1,9 @@
-"""The processes of one server, however they hang together, and the shared memory that they leave:
-read from /proc, standard library only.
+"""The processes of one server and the shared memory that they leave, read from /proc. Standard
+library only.
 
-vLLM's front starts an engine, that workers, those compilers. They are known by the keeper above
-them, by its session, and, where the keeper was killed, by what they have inherited: a mark among
-their variables, a working folder, a log.
+vLLM's front starts an engine, the engine starts workers, and workers start compilers. They are
+found by their supervisor, by its session, and, if the supervisor was killed, by what they inherited
+from it: a tag among their variables, a working folder, a log.
 """
 
 import contextlib
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 SHARED = "/dev/shm"
 POLL_S = 0.02
-MARK = "WORKSPACE_SERVER"
+# The environment variable that holds the tag of a server.
+TAG = "WORKSPACE_SERVER"
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that lives. `started` counts clock ticks since the machine started
-    (proc_pid_stat(5)): with it a number is never taken for another's.
+    """A running process. `started` counts clock ticks since boot (proc_pid_stat(5)): pid and start
+    together identify a process, although the kernel reuses pids.
     """
 
     parent: int
@@ -31,121 +32,115 @@ class Process:
 
 @dataclass(frozen=True)
 class ProcessTree:
-    """What the processes of one server have in common. `keeper` is the number above them all, and
-    of their session.
+    """Traits that the processes of one server share. `keeper` is the pid of the supervisor, their
+    common ancestor and the leader of their session.
     """
 
     keeper: int
     started: int
-    mark: str
+    tag: str
     folder: str
     log: str
 
     def members(self) -> set[int]:
-        """Return the numbers of all that live, the keeper included."""
+        """Return the pids of all running processes of the tree, the supervisor included."""
         known = living()
-        is_kept = self.keeper in known and known[self.keeper].started == self.started
-        # A number is not given away while a session still bears it (pid_namespaces(7)), but the one
-        # who bears it may be a later one.
+        is_supervised = self.keeper in known and known[self.keeper].started == self.started
+        # The kernel does not reuse a pid while a session still has it as its id
+        # (pid_namespaces(7)), but the present session may be a later one.
         found = {
-            number
-            for number, one in known.items()
-            if one.session == self.keeper
-            and one.started >= self.started
-            and (is_kept or self._inherited(number))
+            pid
+            for pid, process in known.items()
+            if process.session == self.keeper
+            and process.started >= self.started
+            and (is_supervised or self._inherited(pid))
         }
         found |= {
-            number
-            for number, one in known.items()
-            if one.started >= self.started and number not in found and _is_marked(number, self.mark)
+            pid
+            for pid, process in known.items()
+            if process.started >= self.started and pid not in found and _is_tagged(pid, self.tag)
         }
-        if is_kept:
+        if is_supervised:
             found.add(self.keeper)
         return found | below(found, known)
 
-    def _inherited(self, number: int) -> bool:
-        """Whether a process works in the server's own folder or writes into its log. A title that
-        is set overwrites the variables in /proc.
+    def _inherited(self, pid: int) -> bool:
+        """Return whether a process has the server's folder, log or tag.
+
+        The tag alone is not enough: a process that sets its title overwrites /proc/PID/environ.
         """
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{number}/cwd").removesuffix(" (deleted)") == self.folder:
+            if os.readlink(f"/proc/{pid}/cwd").removesuffix(" (deleted)") == self.folder:
                 return True
         for descriptor in (1, 2):
             with contextlib.suppress(OSError):
-                if (
-                    os.readlink(f"/proc/{number}/fd/{descriptor}").removesuffix(" (deleted)")
-                    == self.log
-                ):
+                target = os.readlink(f"/proc/{pid}/fd/{descriptor}")
+                if target.removesuffix(" (deleted)") == self.log:
                     return True
-        return _is_marked(number, self.mark)
+        return _is_tagged(pid, self.tag)
 
 
 def living() -> dict[int, Process]:
-    """Return every process of this machine that runs; the dead whom nobody has waited for do not
-    count.
-    """
+    """Return every running process of this machine by its pid, without zombies."""
     found = ((int(entry), _process(int(entry))) for entry in os.listdir("/proc") if entry.isdigit())
-    return {number: one for number, one in found if one}
+    return {pid: process for pid, process in found if process}
 
 
-def started_at(number: int) -> int | None:
-    """The clock tick at which a process was started, None for one that does not run."""
-    found = _process(number)
+def started_at(pid: int) -> int | None:
+    """Return the clock tick at which a process was started, None if it does not run."""
+    found = _process(pid)
     return found.started if found else None
 
 
 def below(roots: set[int], known: dict[int, Process]) -> set[int]:
-    """What was started by `roots`, by what these started, and so on."""
+    """Return the pids of all descendants of `roots`."""
     found: set[int] = set()
     generation = set(roots)
     while (
-        generation := {number for number, one in known.items() if one.parent in generation} - found
+        generation := {pid for pid, process in known.items() if process.parent in generation}
+        - found
     ):
         found |= generation
     return found
 
 
 def end(find: Callable[[], set[int]], *, grace_s: float, kill_grace_s: float) -> bool:
-    """Terminate what `find` finds, then kill it, those started meanwhile too. Return whether
-    nothing had to be killed.
+    """Terminate the processes that `find` finds, then kill them, those started meanwhile included.
 
-    Raises TimeoutError where something outlives even SIGKILL, as one that hangs in a driver does.
+    Return whether nothing had to be killed. Raises TimeoutError if a process outlives even SIGKILL,
+    as one that hangs in a driver does.
     """
-    for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, kill_grace_s)):
+    for signal_, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, kill_grace_s)):
         deadline = time.monotonic() + patience_s
-        told: set[int] = set()
-        while living := find():
-            for one in living - told:
+        signalled: set[int] = set()
+        while running := find():
+            for pid in running - signalled:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(one, number)
-            told |= living
+                    os.kill(pid, signal_)
+            signalled |= running
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL_S)
         else:
-            return number is signal.SIGTERM
-    raise TimeoutError(", ".join(map(str, sorted(living))))
+            return signal_ is signal.SIGTERM
+    raise TimeoutError(", ".join(map(str, sorted(running))))
 
 
 def shared_files() -> frozenset[str]:
-    """The names in /dev/shm now: to see that there is a new one costs less than to ask whose it
-    is.
-    """
+    """Return the names in /dev/shm now: a new name shows at less cost than `shared_by` has."""
     try:
         return frozenset(os.listdir(SHARED))
     except OSError:
         return frozenset()
 
 
-def shared_by(numbers: Iterable[int]) -> set[str]:
-    """The files in /dev/shm that processes have mapped: what is left of them when these are killed
-    is nobody's.
-    """
+def shared_by(pids: Iterable[int]) -> set[str]:
+    """Return the files in /dev/shm that processes have mapped; a killed process leaves them."""
     found: set[str] = set()
-    for number in numbers:
+    for pid in pids:
         with (
             contextlib.suppress(OSError),
-            open(f"/proc/{number}/maps", encoding="utf-8", errors="replace") as file,
+            open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file,
         ):
             for line in file:
                 path = line.rstrip("\n").partition("/")
@@ -155,9 +150,7 @@ def shared_by(numbers: Iterable[int]) -> set[str]:
 
 
 def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
-    """Remove files of /dev/shm, those aside that a living process has mapped. Return what was
-    removed.
-    """
+    """Remove files of /dev/shm that no running process has mapped. Return the removed files."""
     wanted = {
         name
         for name in names
@@ -173,22 +166,22 @@ def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(removed)
 
 
-def resident_bytes(numbers: Iterable[int]) -> int:
-    """Memory that processes hold, shared pages counted with each (proc_pid_statm(5))."""
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Return the memory that processes hold, shared pages counted with each (proc_pid_statm(5))."""
     pages = 0
-    for number in numbers:
+    for pid in pids:
         with (
             contextlib.suppress(OSError, ValueError, IndexError),
-            open(f"/proc/{number}/statm", encoding="ascii") as file,
+            open(f"/proc/{pid}/statm", encoding="ascii") as file,
         ):
             pages += int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _process(number: int) -> Process | None:
+def _process(pid: int) -> Process | None:
     with (
         contextlib.suppress(OSError, ValueError, IndexError),
-        open(f"/proc/{number}/stat", "rb") as file,
+        open(f"/proc/{pid}/stat", "rb") as file,
     ):
         fields = file.read().rpartition(b")")[2].split()
         if fields[0] not in (b"Z", b"X"):
@@ -196,7 +189,7 @@ def _process(number: int) -> Process | None:
     return None
 
 
-def _is_marked(number: int, mark: str) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{number}/environ", "rb") as file:
-        return f"{MARK}={mark}".encode() in file.read().split(b"\0")
+def _is_tagged(pid: int, tag: str) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        return f"{TAG}={tag}".encode() in file.read().split(b"\0")
     return False

@@ -1,7 +1,7 @@
-"""Recipes: how a model is served here, one TOML file each in recipes/. Read whole or refused with a
-sentence.
+"""Recipes: flags, environment and memory of a model that is served here, a TOML file each in
+recipes/. A file with an error is refused as a whole.
 
-[recipes/README.md](../../recipes/README.md) says what stands in one.
+[recipes/README.md](../../recipes/README.md) describes the keys.
 """
 
 import re
@@ -17,25 +17,8 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.server import flags as engine_flags
 
-
-def read_table(path: Path, *, place: str) -> dict[str, object]:
-    """Return the table of a file, which is called `place` in what is said of it. Raises
-    SettingsError where it cannot be read or is no TOML.
-    """
-    try:
-        return tomllib.loads(read_regular(path).decode())
-    except OSError as exc:
-        raise SettingsError(
-            f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
-        ) from exc
-    except (ValueError, RecursionError) as exc:
-        raise SettingsError(
-            f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}"
-        ) from exc
-
-
 Origin = Literal["hub", "built-in"]
-# What a flag of a recipe may be: a switch, a value, several words, or a table that becomes JSON.
+# Value of a flag in a recipe: a switch, one value, several values, or a table that becomes JSON.
 FlagValue = bool | int | float | str | tuple[str | int | float, ...] | Mapping[str, object]
 BUILT_IN = ("tiny", "smollm2")
 DEFAULT_UTILIZATION = 0.92
@@ -43,7 +26,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FLAG = re.compile(r"[a-z0-9][a-z0-9-]*(\.[A-Za-z0-9_-]+)*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# The model is the recipe's own word, and a key in a file that is shared is none.
+# The model has its own key in a recipe, and a secret does not belong into a shared file.
 _NOT_AS_FLAG = {
     "model": "write it as `model`",
     "api-key": "put VLLM_API_KEY into .env",
@@ -54,8 +37,8 @@ _NOT_AS_FLAG = {
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model needs. `weights_gib` in memory, `overhead_gib` for activations, graphs and the
-    runtime, `kv_kib_per_token` of one sequence.
+    """Memory of a model: `weights_gib`, `overhead_gib` for activations, graphs and the runtime, and
+    `kv_kib_per_token` of one sequence.
     """
 
     weights_gib: float
@@ -74,8 +57,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Alternative:
-    """What is otherwise with the vLLM releases that `vllm` names, such as `<0.31`; `without` are
-    flags that they do not get.
+    """Changes to a recipe for the vLLM releases in `vllm`, such as `<0.31`; `without` are flags not
+    given to these releases.
     """
 
     vllm: str
@@ -87,8 +70,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model and how it is served. `flags` by name without dashes in front; `fetch_gib` is what
-    `serve.fetch` brings, `ignored` what it leaves.
+    """One model and how it is served. `flags` have names without dashes in front; `fetch_gib` is
+    the size of the files that `serve.fetch` fetches, `ignored` are patterns of files it skips.
     """
 
     name: str
@@ -106,31 +89,31 @@ class Recipe:
     alternatives: tuple[Alternative, ...] = ()
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """The flags as words of a command line."""
+    def args(self) -> tuple[str, ...]:
+        """Return the flags as arguments of a command line."""
         return tuple(
-            word
+            arg
             for name, value in self.flags.items()
-            for word in engine_flags.args_of(
+            for arg in engine_flags.args_of(
                 name, list(value) if isinstance(value, tuple) else value
             )
         )
 
     @property
     def asks_for_remote_code(self) -> bool:
+        """Return whether the recipe sets trust-remote-code."""
         return bool(self.flags.get("trust-remote-code"))
 
 
 def names(layout: Layout) -> tuple[str, ...]:
-    """The names of the recipes that are there, in the order in which they are listed."""
+    """Return the names of all recipes, sorted."""
     return tuple(sorted(path.stem for path in _folder(layout).glob("*.toml")))
 
 
 def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
-    """Read a recipe, with the alternatives that hold for this version of vLLM, such as 0.31.0,
-    where one is given.
+    """Read a recipe; with a version of vLLM such as 0.31.0 also resolve its alternatives.
 
-    Raises SettingsError for a name without a recipe and for a recipe with something wrong in it.
+    Raises SettingsError for a name without a recipe and for a recipe with an error.
     """
     path = _folder(layout) / f"{name}.toml"
     if not _NAME.fullmatch(name) or name not in names(layout):
@@ -148,9 +131,7 @@ def load(layout: Layout, name: str, *, version: str | None = None) -> Recipe:
 
 
 def resolved(recipe: Recipe, version: str) -> Recipe:
-    """The recipe as it is for one version of vLLM: its alternatives that hold, in their order, put
-    over it.
-    """
+    """Return the recipe for one version of vLLM: the matching alternatives, in order, over it."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
@@ -170,8 +151,8 @@ def resolved(recipe: Recipe, version: str) -> Recipe:
 
 
 def unnamed(model: str, *, weights_gib: float = 0.0) -> Recipe:
-    """A recipe for a model that has none: a name on the hub, or a folder. What it needs is not
-    known but for its weights.
+    """Return a recipe for a model without one, a name on the hub or a folder: of its memory only
+    the weights are known.
     """
     return Recipe(
         name="",
@@ -183,25 +164,36 @@ def unnamed(model: str, *, weights_gib: float = 0.0) -> Recipe:
     )
 
 
+def read_table(path: Path, *, place: str) -> dict[str, object]:
+    """Read a TOML file, which messages call `place`. Raises SettingsError if that fails."""
+    try:
+        return tomllib.loads(read_regular(path).decode())
+    except OSError as exc:
+        raise SettingsError(
+            f"{place} cannot be read: {exc.strerror}", hint=f"ls -l {place}"
+        ) from exc
+    except (ValueError, RecursionError) as exc:
+        raise SettingsError(
+            f"{place} is not TOML: {exc}", hint=f"${{EDITOR:-nano}} {place}"
+        ) from exc
+
+
 class _Table:
-    """One table of a recipe: hands out values of the type that is asked for, and complains of what
-    nobody has asked for.
-    """
+    """One table of a recipe: returns values of the requested type and refuses unread keys."""
 
     def __init__(self, place: str, name: str, content: Mapping[str, object]) -> None:
         self._place, self._name, self._content = place, name, content
-        self._asked: list[str] = []
+        self._read_keys: list[str] = []
 
     def wrong(self, key: str, expected: str) -> SettingsError:
-        where = f"{self._name}.{key}" if self._name else key
-        said = (
-            f"{where} is missing; it should be" if key not in self._content else f"{where} is not"
+        """Return the error for a key that is missing or has another value than expected."""
+        path = f"{self._name}.{key}" if self._name else key
+        problem = (
+            f"{path} is missing; it should be" if key not in self._content else f"{path} is not"
         )
         return SettingsError(
-            f"{self._place}: {said} {expected}",
-            hint=(
-                f"${{EDITOR:-nano}} {self._place}    recipes/README.md says what stands in a recipe"
-            ),
+            f"{self._place}: {problem} {expected}",
+            hint=f"${{EDITOR:-nano}} {self._place}    recipes/README.md describes the keys",
         )
 
     def text(
@@ -249,29 +241,30 @@ class _Table:
 
     def tables(self, key: str) -> list["_Table"]:
         found = self._get(key, [])
-        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
             raise self.wrong(key, f"a list of tables, written [[{key}]]")
-        return [_Table(self._place, f"{key}[{number}]", one) for number, one in enumerate(found, 1)]
+        return [
+            _Table(self._place, f"{key}[{index}]", table) for index, table in enumerate(found, 1)
+        ]
 
     def items(self) -> Sequence[tuple[str, object]]:
-        self._asked += self._content
+        self._read_keys += self._content
         return list(self._content.items())
 
     def finish(self) -> None:
-        """Complain of a key that nobody has asked for."""
+        """Raise SettingsError for a key that was not read: it is unknown."""
         for key in self._content:
-            if key not in self._asked:
-                alike = settings.nearest(key, self._asked)
-                where = f"[{self._name}]" if self._name else "a recipe"
-                hint = (
-                    f"did you mean {alike}?" if alike else f"{where} has {', '.join(self._asked)}"
-                )
+            if key not in self._read_keys:
+                alike = settings.nearest(key, self._read_keys)
+                table = f"[{self._name}]" if self._name else "a recipe"
+                known = ", ".join(self._read_keys)
+                hint = f"did you mean {alike}?" if alike else f"{table} has {known}"
                 raise SettingsError(
-                    f"{self._place}: {where} has no key {settings.shortened(key)!r}", hint=hint
+                    f"{self._place}: {table} has no key {settings.shortened(key)!r}", hint=hint
                 )
 
     def _get(self, key: str, default: object) -> object:
-        self._asked.append(key)
+        self._read_keys.append(key)
         return self._content.get(key, default)
 
 
@@ -304,11 +297,11 @@ def _recipe(name: str, table: _Table) -> Recipe:
         flags=_flags(table.table("flags")),
         environment=_environment(table.table("environment")),
         notes=table.texts("notes"),
-        figures=tuple(_figure(one) for one in table.tables("figures")),
-        alternatives=tuple(_alternative(one) for one in table.tables("alternatives")),
+        figures=tuple(_figure(figure) for figure in table.tables("figures")),
+        alternatives=tuple(_alternative(other) for other in table.tables("alternatives")),
     )
-    for one in (memory, fetch, table):
-        one.finish()
+    for part in (memory, fetch, table):
+        part.finish()
     return recipe
 
 

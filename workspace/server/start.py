@@ -1,5 +1,5 @@
-"""`inv serve`: everything that can be found wrong before a load is, then one server is started,
-watched until it can generate, and followed or left alone.
+"""`inv serve`: check before the load all that can be wrong, start one server, watch it until it can
+generate, then follow its log or leave it alone.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive
 from workspace.server.recipes import Recipe
 
-# What every server is told unless the user says otherwise; with the model on this machine also that
-# no hub is asked.
+# Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
+# model is on this machine.
 USUAL = {"VLLM_NO_USAGE_STATS": "1"}
-# Of one that has at least one of these a tokenizer can be made.
+# A tokenizer can be made from any of these files.
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,8 +42,8 @@ FOLLOW_S = 0.3
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What was typed. `knows`: the user knows that a server is open to others, or that memory may
-    not suffice.
+    """Options of `inv serve`. `force`: serve although the server is open to others without a key,
+    or memory may not suffice.
     """
 
     name: str
@@ -53,58 +53,47 @@ class ServeOptions:
     force: bool = False
 
 
-def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: Console) -> None:
-    """Serve a recipe, a model on the hub or a folder; with `dry_run` print the command and start
-    nothing.
+@dataclass(frozen=True)
+class _Session:
+    """One call of `inv serve`: its options, and the recipe, command line and device for them."""
 
-    Raises SettingsError for what cannot be meant, ServeError for what cannot be served, SmokeError
-    where what is built is missing or stale; and whatever fetching the model raises.
+    layout: Layout
+    settings: Settings
+    console: Console
+    options: ServeOptions
+    recipe: Recipe
+    command: Command
+    device: str
+
+
+def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: Console) -> None:
+    """Serve a recipe, a model on the hub or a folder; with `dry_run` only print the command.
+
+    Raises SettingsError for options that cannot be meant, ServeError for a model that cannot be
+    served, SmokeError if the build is missing or stale, and the errors of `models.fetch_weights`.
     """
     recipe = _recipe(layout, options.name)
-    key = settings.text("VLLM_API_KEY") or None
     line = command.compose(
-        recipe, options.extra, flags.known(layout), has_key=bool(key), force=options.force
+        recipe,
+        options.extra,
+        flags.known(layout),
+        has_key=bool(settings.text("VLLM_API_KEY")),
+        force=options.force,
     )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     device = _device(layout, settings, console, dry_run=options.dry_run)
-    for sentence in (*line.dropped, *line.notes):
-        console.warn(sentence)
-    for note in recipe.notes:
-        console.info(f"note: {note}")
-    if not options.dry_run:
-        _require_room(layout, line)
-    free = fit.observe(settings, device=device)
+    session = _Session(layout, settings, console, options, recipe, line, device)
+    _check(session)
+    folder = _find_model(session)
+    is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
+    model = str(folder) if folder and is_a_folder else recipe.model
+    if folder:
+        _require_usable(folder, line)
     environment = command.built_environment(
-        layout, settings, recipe=USUAL | dict(recipe.environment), for_what="show"
-    )
-    _judge_memory(
-        fit.judge(recipe, free, device=device, environment=environment, words=line.words),
-        console,
-        is_bound=not (options.dry_run or options.force),
-    )
-    there = models.found_weights(layout, settings, recipe)
-    if there is None and options.dry_run:
-        console.info(
-            f"{recipe.model} is not on this machine; "
-            + (
-                "its folder is made at the first start"
-                if recipe.origin == "built-in"
-                else "inv serve fetches it"
-            )
-        )
-    elif there is None:
-        models.fetch_weights(layout, settings, recipe, console=console)
-        there = models.found_weights(layout, settings, recipe)
-    model = (
-        str(there)
-        if there and (recipe.origin == "built-in" or recipe.model.startswith("/"))
-        else recipe.model
-    )
-    if there:
-        _require_usable(there, line)
-    more = USUAL | ({"HF_HUB_OFFLINE": "1"} if there else {}) | dict(recipe.environment)
-    environment = command.built_environment(
-        layout, settings, recipe=more, for_what="show" if options.dry_run else "start"
+        layout,
+        settings,
+        recipe=USUAL | ({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
+        for_what="show" if options.dry_run else "start",
     )
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
@@ -117,17 +106,13 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
             "device": device,
         }
         launch = lifecycle.Launch(
-            options.name, argv, environment, line.address, facts, grace_s=_drain(line)
+            options.name, argv, environment, line.address, facts, grace_s=_drain_s(line)
         )
-        _serve(
-            layout, settings, options, recipe, line, launch, key=key, console=console, there=there
-        )
+        _serve(session, launch, folder)
 
 
 def built(layout: Layout) -> str:
-    """One digest of the stamps of what stands in `.vllm`: with another one a server that runs was
-    started from something else.
-    """
+    """Return one digest of the stamps in `.vllm`, which changes with every new build."""
     digest = hashlib.sha256()
     for name in ("environment", "vllm"):
         try:
@@ -137,85 +122,133 @@ def built(layout: Layout) -> str:
     return digest.hexdigest()
 
 
-def _serve(
-    layout: Layout,
-    settings: Settings,
-    options: ServeOptions,
-    recipe: Recipe,
-    line: Command,
-    launch: lifecycle.Launch,
-    *,
-    key: str | None,
-    console: Console,
-    there: Path | None,
-) -> None:
-    if options.detach:
-        # As nohup does: the terminal may go while the model loads.
+def _check(session: _Session) -> None:
+    """Print warnings and notes; raise ServeError if there is no room for the server."""
+    options, recipe, line = session.options, session.recipe, session.command
+    for sentence in (*line.dropped, *line.notes):
+        session.console.warn(sentence)
+    for note in recipe.notes:
+        session.console.info(f"note: {note}")
+    if not options.dry_run:
+        _require_room(session.layout, line)
+    free = fit.observe(session.settings, device=session.device)
+    environment = command.built_environment(
+        session.layout,
+        session.settings,
+        recipe=USUAL | dict(recipe.environment),
+        for_what="show",
+    )
+    _require_memory(
+        fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),
+        session.console,
+        is_required=not (options.dry_run or options.force),
+    )
+
+
+def _find_model(session: _Session) -> Path | None:
+    """Return the folder of the model's files, which are fetched if they are missing.
+
+    None on a dry run with missing files.
+    """
+    layout, settings, recipe = session.layout, session.settings, session.recipe
+    folder = models.found_weights(layout, settings, recipe)
+    if folder is None and session.options.dry_run:
+        session.console.info(
+            f"{recipe.model} is not on this machine; "
+            + (
+                "its folder is made at the first start"
+                if recipe.origin == "built-in"
+                else "inv serve fetches it"
+            )
+        )
+    elif folder is None:
+        models.fetch_weights(layout, settings, recipe, console=session.console)
+        folder = models.found_weights(layout, settings, recipe)
+    return folder
+
+
+def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> None:
+    layout, settings, console = session.layout, session.settings, session.console
+    is_detached = session.options.detach
+    if is_detached:
+        # As nohup does: the terminal may close while the model loads.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    one: Server | None = None
+    server: Server | None = None
     is_left = False
     try:
-        # What is loaded must not change meanwhile; afterwards nothing is held.
+        # The build must not change during the load; afterwards the lock is free again.
         with lock.hold(layout.lock, verb="inv serve"):
-            one = lifecycle.start(layout.server, launch, is_detached=options.detach)
-            console.info(f"log: {layout.relative(one.log)}")
-            with console.step("start") as view:
-                hear = lambda text: view.line(settings.masked(observation.plainly(text)))  # noqa: E731
-                try:
-                    one, ready = lifecycle.wait_until_ready(one, key=key, on_line=hear)
-                except ServeError as exc:
-                    raise _explained(settings, options, recipe, line, one, exc, there) from exc
-                view.reason = f"{', '.join(ready.models)} completes"
-        console.info(f"ready: {one.address.url}/v1 serves {', '.join(ready.models)}")
-        if options.detach:
+            server = lifecycle.start(layout.server, launch, is_detached=is_detached)
+            console.info(f"log: {layout.relative(server.log)}")
+            server, ready = _wait(session, server, folder)
+        console.info(f"ready: {server.address.url}/v1 serves {', '.join(ready.models)}")
+        if is_detached:
             is_left = True
-            console.info("it runs on by itself: ./scripts/inv serve.status, serve.logs, serve.stop")
+            console.info(
+                "the server runs in the background: ./scripts/inv serve.status, serve.logs,"
+                " serve.stop"
+            )
         else:
             console.info("^C stops it")
-            _follow(settings, one, console)
+            _follow(settings, server, console)
     except OSError:
-        # A terminal that went away is no reason to end what was to outlive it.
-        is_left = options.detach
+        # A terminal that closed is no reason to end a detached server.
+        is_left = is_detached
         raise
     finally:
-        if one is not None and not is_left:
-            end(one, console=console)
+        if server is not None and not is_left:
+            end(server, console=console)
 
 
-def end(one: Server, *, console: Console) -> None:
-    """Stop a server and say what came back; one more ^C kills it."""
-    if find(one.place) is None and not one.members():
+def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
+    settings = session.settings
+    with session.console.step("start") as view:
+        try:
+            server, ready = lifecycle.wait_until_ready(
+                server,
+                key=settings.text("VLLM_API_KEY") or None,
+                on_line=lambda text: view.line(settings.masked(observation.without_prefix(text))),
+            )
+        except ServeError as exc:
+            raise _explained(session, server, exc, folder) from exc
+        view.reason = f"{', '.join(ready.models)} completes"
+    return server, ready
+
+
+def end(server: Server, *, console: Console) -> None:
+    """Stop a server and print how much memory is free again; a second ^C kills it."""
+    if find(server.place) is None and not server.members():
         return
-    console.info(f"stopping {one.called}")
+    console.info(f"stopping {server.called}")
     try:
-        stopped = lifecycle.stop(one)
+        stopped = lifecycle.stop(server)
     except KeyboardInterrupt:
-        stopped = lifecycle.stop(one, at_once=True)
-    how = "killed, since it did not end by itself" if stopped.was_killed else "ended"
+        stopped = lifecycle.stop(server, at_once=True)
+    how = "killed, because it did not end on SIGTERM" if stopped.was_killed else "ended"
     console.info(
-        f"{how} in {stopped.seconds:.1f} s; port {one.address.port} is free,"
+        f"{how} in {stopped.seconds:.1f} s; port {server.address.port} is free,"
         f" {stopped.returned_gib:.1f} GiB of memory came back"
     )
 
 
-def _follow(settings: Settings, one: Server, console: Console) -> None:
-    """Show the log until the server ends: quietly where it was told to, else with the reason."""
-    lines = lifecycle.follow(one.log)
-    # What was written until now has been shown beside the spinner.
+def _follow(settings: Settings, server: Server, console: Console) -> None:
+    """Print the log until the server ends. Raises ServeError if it was not stopped on request."""
+    lines = lifecycle.follow(server.log)
+    # The spinner has shown the lines up to now.
     for line in lines:
         if line is None:
             break
     for line in lines:
         if line is not None:
             console.info(settings.masked(line))
-        elif is_alive(one):
+        elif is_alive(server):
             time.sleep(FOLLOW_S)
         else:
             break
-    ended = how_ended(one)
-    if ended is None or not ended.was_told:
-        raise lifecycle.failure(one)
-    console.info(f"{one.called} was stopped")
+    ended = how_ended(server)
+    if ended is None or not ended.was_requested:
+        raise lifecycle.failure(server)
+    console.info(f"{server.called} was stopped")
 
 
 def _recipe(layout: Layout, name: str) -> Recipe:
@@ -225,7 +258,7 @@ def _recipe(layout: Layout, name: str) -> Recipe:
     if not folder.is_dir():
         raise ServeError(
             f"{folder} is no folder with a model in it",
-            hint="./scripts/inv serve.list    names the recipes",
+            hint="./scripts/inv serve.list    lists the recipes",
         )
     try:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
@@ -235,7 +268,7 @@ def _recipe(layout: Layout, name: str) -> Recipe:
         ) from exc
     _require_config(folder)
     if not models.is_complete(folder):
-        raise ServeError(f"{folder} has not all of its weights", hint=f"ls -l {folder}")
+        raise ServeError(f"{folder} lacks a part of its weights", hint=f"ls -l {folder}")
     return recipes.unnamed(str(folder), weights_gib=size)
 
 
@@ -245,22 +278,22 @@ def _require_config(folder: Path) -> None:
         known = json.loads(read_regular(path))
     except FileNotFoundError:
         raise ServeError(
-            f"{folder} has no config.json, so it is no model in Hugging Face's layout",
+            f"{folder} has no config.json: it is no model in Hugging Face's layout",
             hint=f"ls {folder}",
         ) from None
     except (OSError, ValueError, RecursionError) as exc:
         raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
     if not isinstance(known, dict):
-        raise ServeError(f"{path} is no table of settings", hint=f"less {path}")
+        raise ServeError(f"{path} is not a JSON object", hint=f"less {path}")
 
 
 def _require_usable(folder: Path, line: Command) -> None:
-    """Look at what vLLM reads only after minutes: the configuration and the tokenizer."""
+    """Check the configuration and the tokenizer, which vLLM reads late. Raises ServeError."""
     _require_config(folder)
     if any(
-        word.split("=")[0]
+        arg.split("=")[0]
         in ("--tokenizer", "--skip-tokenizer-init", "--tokenizer-mode", "--load-format")
-        for word in line.words
+        for arg in line.args
     ):
         return
     if not any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern)):
@@ -285,23 +318,23 @@ def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bo
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
-        console.warn(f"it could not be started now: {exc.message}; {exc.hint}")
+        console.warn(f"a start would fail now: {exc.message}; {exc.hint}")
     return str(Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device)
 
 
 def _require_room(layout: Layout, line: Command) -> None:
-    """One server a clone, and one program a port: said before anything is fetched."""
-    there = find(layout.server)
-    if there and there.members():
+    """Raise ServeError if this clone has a running server or the port is taken."""
+    running = find(layout.server)
+    if running and running.members():
         raise ServeError(
-            f"{there.called} is there already",
+            f"{running.called} runs already",
             hint="./scripts/inv serve.status, or ./scripts/inv serve.stop",
         )
     lifecycle.require_free(line.address)
 
 
-def _judge_memory(judged: fit.Fit, console: Console, *, is_bound: bool) -> None:
-    if judged.verdict == "no" and is_bound:
+def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> None:
+    if judged.verdict == "no" and is_required:
         raise ServeError(judged.sentence, hint=f"{judged.hint}; or --force")
     if judged.verdict == "yes":
         console.info(judged.sentence)
@@ -309,45 +342,33 @@ def _judge_memory(judged: fit.Fit, console: Console, *, is_bound: bool) -> None:
         console.warn(f"{judged.sentence}; {judged.hint}")
 
 
-def _drain(line: Command) -> float:
-    said = flags.last(line.words, "--shutdown-timeout") or ""
-    return float(said) if said.isdigit() else 0.0
+def _drain_s(line: Command) -> float:
+    text = flags.last(line.args, "--shutdown-timeout") or ""
+    return float(text) if text.isdigit() else 0.0
 
 
 def _explained(
-    settings: Settings,
-    options: ServeOptions,
-    recipe: Recipe,
-    line: Command,
-    one: Server,
-    error: ServeError,
-    there: Path | None,
+    session: _Session, server: Server, error: ServeError, folder: Path | None
 ) -> ServeError:
-    """The failure with the next rung in its hint, where it was for want of memory."""
-    ended = how_ended(one)
+    """Return the failure without secrets; if memory was missing, its hint is the next step."""
+    settings, options = session.settings, session.options
+    ended = how_ended(server)
     reading = observation.read_failure(
-        one.log, status=ended.status if ended and not ended.was_told else None
+        server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint
     if reading.lack:
-        free = fit.observe(settings, device=one.facts["device"])
-        hint = (
-            fit.next_step(
-                options.name,
-                recipe,
-                line,
-                free,
-                lack=reading.lack,
-                length=_length(there),
-                detach=options.detach,
-            )
-            or hint
+        free = fit.observe(settings, device=server.facts["device"])
+        attempt = fit.Attempt(
+            options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
+        hint = fit.next_step(attempt, free, lack=reading.lack) or hint
     details = tuple(settings.masked(text) for text in error.details)
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 
 
 def _length(folder: Path | None) -> int | None:
+    """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
         known = json.loads(read_regular(folder / "config.json")) if folder else {}
         found = known.get("max_position_embeddings")

@@ -1,6 +1,4 @@
-"""`serve.status`, `serve.logs`, `serve.stop`: the server that `inv serve` started from this clone,
-in this terminal or in another.
-"""
+"""`serve.status`, `serve.logs` and `serve.stop`: the server that runs in this clone."""
 
 import json
 import time
@@ -19,30 +17,30 @@ LONGEST_TAIL = 1_000_000
 
 
 def status(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
-    """Print one row: is there a server, does it answer, was it started from what is built now."""
-    there = find(layout.server)
-    if there is None:
+    """Print one row: does a server run, does it answer, was it started from the present build."""
+    server = find(layout.server)
+    if server is None:
         record: dict[str, object] = {"schema": 1, "state": "none"}
         _print(
             console,
             "missing",
-            "no server runs; ./scripts/inv serve.list    names the recipes",
+            "no server runs; ./scripts/inv serve.list    lists the recipes",
             record,
             as_json=as_json,
         )
         return
-    members = there.members()
-    word, state, text = _judged(settings, there, members)
-    changed = _changed(layout, there) if members else None
+    members = server.members()
+    condition, state, text = _judged(settings, server, members)
+    changed = _changed(layout, server) if members else None
     record = {
         "schema": 1,
-        "state": word,
-        "name": there.name,
-        "url": f"{there.address.url}/v1",
-        "process": there.family.keeper,
-        "since": there.since,
+        "state": condition,
+        "name": server.name,
+        "url": f"{server.address.url}/v1",
+        "process": server.family.keeper,
+        "since": server.since,
         "memory_gib": round(process_tree.resident_bytes(members) / GIB, 2),
-        "log": str(there.log),
+        "log": str(server.log),
         "changed": changed,
     }
     _print(console, state, text, record, as_json=as_json)
@@ -50,29 +48,30 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
         console.row(
             "stale",
             "server",
-            f"{changed} since it was started; it serves on what it loaded: {_STOP} &&"
-            f" {there.facts.get('typed', '')}",
+            f"{changed} since its start; it still runs what it loaded: {_STOP} &&"
+            f" {server.facts.get('typed', '')}",
         )
 
 
 def logs(
     layout: Layout, settings: Settings, *, console: Console, lines: str = "", follow: bool = False
 ) -> None:
-    """Print the log of the server that is there, or was last, secrets masked; with `follow` until
-    it ends. Raises ServeError where there is none.
+    """Print the log of the present or the last server, secrets masked; with `follow` until it ends.
+
+    Raises ServeError if there is no log.
     """
     if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
         raise SettingsError(
             f"--lines: {lines!r} is no whole number from 1 to {LONGEST_TAIL}",
             hint="inv serve.logs --lines 100",
         )
-    there = find(layout.server)
+    server = find(layout.server)
     kept = sorted((layout.server / "logs").glob("*.log"))
-    log = there.log if there else kept[-1] if kept else None
+    log = server.log if server else kept[-1] if kept else None
     if log is None or not log.is_file():
         raise ServeError(
             "there is no log: no server was started here",
-            hint="./scripts/inv serve.list    names the recipes",
+            hint="./scripts/inv serve.list    lists the recipes",
         )
     written = lifecycle.follow(log)
     first = []
@@ -85,74 +84,54 @@ def logs(
     for line in written if follow else ():
         if line is not None:
             console.data(settings.masked(line))
-        elif there is None or not is_alive(there):
+        elif server is None or not is_alive(server):
             return
         else:
             time.sleep(start.FOLLOW_S)
 
 
 def stop(layout: Layout, *, console: Console) -> None:
-    """Stop the server with all that it started, and wait until port and memory are free. Nothing to
-    do is well, too.
+    """Stop all processes of the server and wait until port and memory are free.
+
+    No server is no error.
     """
-    there = find(layout.server)
-    if there is None:
+    server = find(layout.server)
+    if server is None:
         console.info("no server runs")
     else:
-        start.end(there, console=console)
+        start.end(server, console=console)
 
 
-def _judged(settings: Settings, there: Server, members: set[int]) -> tuple[str, State, str]:
-    """The state in a word for programs, in one for people, and why."""
+def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str, State, str]:
+    """Return the condition for programs, the state for people, and the sentence with the reason."""
     if not members:
-        return (
-            "ended",
-            "FAIL",
-            (
-                f"{settings.masked(lifecycle.failure(there).message)}; ./scripts/inv serve.logs,"
-                f" then {_STOP}"
-            ),
-        )
+        message = settings.masked(lifecycle.failure(server).message)
+        return "ended", "FAIL", f"{message}; ./scripts/inv serve.logs, then {_STOP}"
     at = (
-        f"{there.name} at {there.address.url}/v1, process {there.family.keeper}, since"
-        f" {there.since}"
+        f"{server.name} at {server.address.url}/v1, process {server.family.keeper}, since"
+        f" {server.since}"
     )
-    if not is_alive(there):
-        return (
-            "remains",
-            "FAIL",
-            f"{at}: its keeper was killed, {len(members)} processes are left: {_STOP}",
-        )
+    if not is_alive(server):
+        text = f"{at}: its supervisor was killed, {len(members)} processes are left: {_STOP}"
+        return "remains", "FAIL", text
     held = f"{process_tree.resident_bytes(members) / GIB:.1f} GiB in {len(members)} processes"
-    if not there.is_ready:
-        return (
-            "starting",
-            "warn",
-            f"{at}: it is starting, {held}; ./scripts/inv serve.logs --follow",
-        )
-    if not observation.is_healthy(there.address):
-        return (
-            "unhealthy",
-            "FAIL",
-            f"{at}: /health does not answer, {held}; ./scripts/inv serve.logs",
-        )
-    names = (
-        ", ".join(
-            observation.served_models(there.address, key=settings.text("VLLM_API_KEY") or None)
-        )
-        or "no model that it names without its key"
-    )
-    return "ready", "ok", f"{at}: serves {names}; {held}"
+    if not server.is_ready:
+        text = f"{at}: it is starting, {held}; ./scripts/inv serve.logs --follow"
+        return "starting", "warn", text
+    if not observation.is_healthy(server.address):
+        text = f"{at}: /health does not answer, {held}; ./scripts/inv serve.logs"
+        return "unhealthy", "FAIL", text
+    names = observation.served_models(server.address, key=settings.text("VLLM_API_KEY") or None)
+    served = ", ".join(names) or "no model that it lists without its key"
+    return "ready", "ok", f"{at}: serves {served}; {held}"
 
 
-def _changed(layout: Layout, there: Server) -> str | None:
-    if there.facts.get("built") != start.built(layout):
-        return "kernels or environment were made anew"
-    return (
-        "vendor/vllm stands on another tree"
-        if there.facts.get("tree") != tree_oid(layout)
-        else None
-    )
+def _changed(layout: Layout, server: Server) -> str | None:
+    if server.facts.get("built") != start.built(layout):
+        return "kernels or environment were built anew"
+    if server.facts.get("tree") != tree_oid(layout):
+        return "vendor/vllm has another tree"
+    return None
 
 
 def _print(

@@ -1,9 +1,9 @@
-"""Stands above one vLLM server for as long as it lives, in a session of its own: whatever ends the
-front, nothing that it started outlives it.
+"""Supervisor of one vLLM server: the parent of all its processes, in a session of its own, so that
+whatever ends the front leaves no process behind.
 
-Run as `python -I -S keeper.py LIFELINE LOCK GRACE_S ENDED FOLDER PROGRAM ARG…`. LIFELINE is the
-read end of a pipe: when it closes, the one who started the server is dead, and so is the server;
-one byte lets it live on alone. LOCK is kept open, and with it locked.
+Run as `python -I -S supervisor.py LIFELINE LOCK GRACE_S ENDED FOLDER PROGRAM ARG…`. LIFELINE is the
+read end of a pipe: when it closes, the process that started the server is dead and the supervisor
+ends the server; one byte in it lets the server live on alone. LOCK is kept open, and so locked.
 """
 
 import contextlib
@@ -17,51 +17,53 @@ import sys
 import time
 from collections.abc import Callable
 
-# prctl(2): orphaned descendants become children of this process, and so can be found and waited
-# for.
+# prctl(2): orphaned descendants become children of this process, which can then find them and wait
+# for them.
 PR_SET_CHILD_SUBREAPER = 36
 KILL_GRACE_S = 10.0
 NOT_STARTED = 127
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# How often it is looked at what memory the server shares: soon at first, when it makes it.
+# Pauses between two looks at the shared memory: short at first, when the server creates it.
 FIRST_LOOK_S, RAREST_LOOK_S = 1.0, 60.0
 
 
 def main(
     lifeline: int, lock: int, grace_s: float, ended: str, folder: str, argv: list[str]
 ) -> None:
-    """Run the server to its end, end what is left of it, note how it ended."""
+    """Run the server until it ends, end its remaining processes, record how it ended."""
     from workspace.server import process_tree
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     woken, wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wakes)
-    for number in ENDING:
-        signal.signal(number, lambda number, _: None)
+    for ending in ENDING:
+        signal.signal(ending, lambda *_: None)
     child = start(argv, folder, (lifeline, lock))
     shared: set[str] = set()
 
-    def mine() -> set[int]:
+    def find_descendants() -> set[int]:
         reap(statuses)
         return process_tree.below({os.getpid()}, process_tree.living())
 
+    def look() -> None:
+        shared.update(process_tree.shared_by(find_descendants()))
+
     statuses: dict[int, int] = {}
-    is_told = watch(
-        child, lifeline, woken, lambda: shared.update(process_tree.shared_by(mine())), statuses
-    )
-    shared |= process_tree.shared_by(mine())
+    is_requested = watch(child, lifeline, woken, look, statuses)
+    look()
     with contextlib.suppress(TimeoutError):
-        process_tree.end(mine, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
+        process_tree.end(find_descendants, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
     reap(statuses)
     process_tree.remove_shared(shared)
     shutil.rmtree(folder, ignore_errors=True)
-    status = statuses.get(child, signal.SIGKILL)
-    note(ended, {"status": os.waitstatus_to_exitcode(status), "told": is_told, "at": time.time()})
+    status = os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
+    record_end(ended, {"status": status, "told": is_requested, "at": time.time()})
 
 
 def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
-    """Start the program in `folder`, without what is kept from it. A signal that met the keeper's
-    handlers in the child would be lost: they are held.
+    """Start the program in `folder`, without the descriptors `kept`. Return its pid.
+
+    Signals are blocked meanwhile: the child would lose one that reaches the supervisor's handlers.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     child = os.fork()
@@ -69,8 +71,8 @@ def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
         for descriptor in kept:
             os.close(descriptor)
         signal.set_wakeup_fd(-1)
-        for number in ENDING:
-            signal.signal(number, signal.SIG_DFL)
+        for ending in ENDING:
+            signal.signal(ending, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         try:
             os.chdir(folder)
@@ -85,7 +87,7 @@ def start(argv: list[str], folder: str, kept: tuple[int, ...]) -> int:
 def watch(
     child: int, lifeline: int, woken: int, look: Callable[[], None], statuses: dict[int, int]
 ) -> bool:
-    """Wait until the program has ended by itself, or is to be ended, which is returned."""
+    """Wait until the program ends or is to be ended. Return whether its end was requested."""
     poll = select.poll()
     poll.register(lifeline, select.POLLIN | select.POLLHUP)
     poll.register(woken, select.POLLIN)
@@ -108,17 +110,17 @@ def watch(
 
 
 def reap(statuses: dict[int, int]) -> None:
-    """Wait for every child that has ended: orphans of the server are children of this process."""
+    """Collect the status of every child that has ended, orphans of the server included."""
     with contextlib.suppress(ChildProcessError):
         while True:
-            number, status = os.waitpid(-1, os.WNOHANG)
-            if number == 0:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
                 return
-            statuses[number] = status
+            statuses[pid] = status
 
 
-def note(path: str, record: dict[str, object]) -> None:
-    """Write how it ended, whole or not at all; nobody may be there any more to read it."""
+def record_end(path: str, record: dict[str, object]) -> None:
+    """Write how the server ended, atomically; an error has no reader any more and is dropped."""
     with contextlib.suppress(OSError):
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             json.dump(record, file)

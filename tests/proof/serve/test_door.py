@@ -83,11 +83,11 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
     status = json.loads(clone.run("serve.status", "--json").out)
     assert (status["state"], status["changed"]) == ("ready", None)
     assert "engine started" in clone.run("serve.logs").out
-    assert "is there already" in clone.run(*words(clone, "plain")).error(10)
+    assert "runs already" in clone.run(*words(clone, "plain")).error(10)
     # Nothing is locked while it runs, and what is made anew under it is said.
     clone.layout.stamp("vllm").write_bytes(clone.layout.stamp("vllm").read_bytes() + b"\n")
     assert (
-        "kernels or environment were made anew since it was started"
+        "kernels or environment were built anew since its start"
         in clone.run("serve.status").err
     )
     stopped = clone.run("serve.stop")
@@ -140,7 +140,7 @@ def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) ->
     )
     assert shown.code == 0, shown.output
     assert "swordfish" not in shown.output
-    assert "# VLLM_API_KEY is set, and stays unsaid" in shown.out
+    assert "# VLLM_API_KEY is set, and not shown" in shown.out
     assert shown.out.splitlines()[-1].endswith(
         f"/bin/vllm serve {clone.folder}/plain --port 8123 --gpu-memory-utilization 0.1 --host"
         " 127.0.0.1"
@@ -169,7 +169,7 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
     for folder, output in (
         (no_config, "has no config.json"),
         (odd_config, "config.json cannot be read"),
-        (no_weights, "has not all of its weights"),
+        (no_weights, "lacks a part of its weights"),
         (no_tokenizer, "has no tokenizer"),
         (odd_tokenizer, "tokenizer.json cannot be read"),
         (tmp_path / "nowhere", "is no folder with a model"),
@@ -184,7 +184,7 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
     assert "no share above 0" in clone.run(
         *words(clone, "plain", "--gpu-memory-utilization", "-1")
     ).error(2)
-    assert "no key is asked for" in clone.run(*words(clone, "plain", "--host", "0.0.0.0")).error(2)
+    assert "without a key" in clone.run(*words(clone, "plain", "--host", "0.0.0.0")).error(2)
     assert "no flag --max-num-sequ" in clone.run(
         *words(clone, "plain", "--max-num-sequ", "3")
     ).error(2)
