@@ -330,7 +330,7 @@ def test_broken_companion_is_named_by_the_probe_with_its_error_in_a_line(house, 
         str(house.wheel("torchvision", "1.0", files={"torchvision/__init__.py": broken})),
     )
     done = process.capture(
-        [house.layout.environment_python, house.layout.probes / "companions.py"],
+        [house.layout.environment_python, house.layout.probes / "imports.py", "companions"],
         env=settings.child_environment("run"),
     )
     assert json.loads(done.stdout) == {

@@ -1,6 +1,4 @@
-"""probes/parity.py as far as it goes without torch: its arguments, and the comparison of two
-answers.
-"""
+"""probes/parity.py without torch: its arguments, and the comparison of two answers."""
 
 import importlib.util
 import math
@@ -26,7 +24,7 @@ def probe() -> ModuleType:
     return module
 
 
-def answer(tokens: list[int], logprobs: list[float]) -> dict:
+def answer(tokens: list[int], logprobs: list[float]) -> dict[str, object]:
     return {
         "prompt": [1, 2],
         "tokens": tokens,
@@ -35,7 +33,7 @@ def answer(tokens: list[int], logprobs: list[float]) -> dict:
     }
 
 
-def test_tokens_count_up_to_the_first_that_differs(probe: ModuleType) -> None:
+def test_tokens_count_up_to_the_first_difference(probe: ModuleType) -> None:
     row = probe.compare(
         answer([5, 6, 7, 8], [-1.0] * 4), answer([5, 9, 7, 8], [-1.0] * 4), [-1.0] * 4
     )
@@ -51,19 +49,19 @@ def test_decode_is_compared_on_equal_tokens_only_and_prefill_on_all(probe: Modul
     assert (row["decode_difference"], row["prefill_difference"], row["compared"]) == (0.5, 0.25, 5)
 
 
-def test_not_a_number_is_counted_and_hides_no_difference(probe: ModuleType) -> None:
+def test_nan_is_counted_and_hides_no_difference(probe: ModuleType) -> None:
     row = probe.compare(
         answer([5, 6], [-1.0, -2.0]), answer([5, 6], [math.nan, -2.5]), [-math.inf, -2.0]
     )
     assert (row["not_finite"], row["decode_difference"], row["prefill_difference"]) == (2, 0.5, 0.0)
 
 
-def test_vllm_that_stops_early_is_short_of_tokens_and_of_comparisons(probe: ModuleType) -> None:
+def test_short_answer_lacks_tokens_and_comparisons(probe: ModuleType) -> None:
     row = probe.compare(answer([5, 6, 7], [-1.0] * 3), answer([5], [-1.0]), [])
     assert (row["equal"], row["compared"]) == (1, 1)
 
 
-def test_place_where_tokens_part_tells_how_sure_the_reference_was(probe: ModuleType) -> None:
+def test_first_different_token_has_the_references_margin(probe: ModuleType) -> None:
     found = probe.summed(
         [answer([5, 6, 7], [-1.0] * 3)], [answer([5, 9, 7], [-1.0] * 3)], 3, [[-1.0] * 3]
     )
@@ -76,7 +74,7 @@ def test_place_where_tokens_part_tells_how_sure_the_reference_was(probe: ModuleT
     ) == ([1.5], 2, 1, 6, 4)
 
 
-def test_answer_that_is_too_short_is_short_of_what_is_wanted_and_not_of_what_came(
+def test_short_answer_is_measured_against_the_wanted_length(
     probe: ModuleType,
 ) -> None:
     found = probe.summed([answer([5, 6], [-1.0] * 2)], [answer([5, 6], [-1.0] * 2)], 12)
@@ -84,7 +82,7 @@ def test_answer_that_is_too_short_is_short_of_what_is_wanted_and_not_of_what_cam
 
 
 @pytest.mark.parametrize(
-    ("words", "output"),
+    ("argv", "output"),
     [
         (["--model", "a=."], "holds no config.json"),
         (["--model", "MODEL"], "is not NAME=FOLDER"),
@@ -94,17 +92,17 @@ def test_answer_that_is_too_short_is_short_of_what_is_wanted_and_not_of_what_cam
     ],
 )
 @pytest.mark.parametrize("name", ["parity", "reference"])
-def test_bad_arguments_are_refused_before_anything_is_imported(
-    tmp_path: Path, name: str, words: list[str], output: str
+def test_bad_arguments_are_refused_before_any_import(
+    tmp_path: Path, name: str, argv: list[str], output: str
 ) -> None:
-    if name == "reference" and "--consistency" in words:
+    if name == "reference" and "--consistency" in argv:
         output = "unrecognized arguments"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    words = [word.replace("MODEL", str(tmp_path / "model")) for word in words]
-    words += ["--against", "rows.json"] if name == "parity" else []
+    argv = [arg.replace("MODEL", str(tmp_path / "model")) for arg in argv]
+    argv += ["--against", "rows.json"] if name == "parity" else []
     done = subprocess.run(
-        [sys.executable, PROBE.with_name(f"{name}.py"), *words],
+        [sys.executable, PROBE.with_name(f"{name}.py"), *argv],
         cwd=tmp_path,
         capture_output=True,
         text=True,

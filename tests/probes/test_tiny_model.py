@@ -1,6 +1,4 @@
-"""probes/tiny_model.py as far as it goes without torch: what it refuses, and what a failure
-leaves.
-"""
+"""probes/tiny_model.py without torch: its refusals, and the folder after a failure."""
 
 import subprocess
 import sys
@@ -11,36 +9,36 @@ from workspace.core.paths import here
 PROBE = here().probes / "tiny_model.py"
 
 
-def ask(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+def run(*args: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, PROBE, *words], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, PROBE, *args], capture_output=True, text=True, timeout=60, check=False
     )
 
 
-def test_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
+def test_existing_folder_is_not_touched(tmp_path: Path) -> None:
     kept = tmp_path / "model"
     kept.mkdir()
     (kept / "mine").write_text("mine")
-    done = ask(kept)
+    done = run(kept)
     assert done.returncode == 2
-    assert "is there already" in done.stderr
+    assert "exists already" in done.stderr
     assert [path.name for path in kept.iterdir()] == ["mine"]
 
 
 def test_dangling_link_in_its_place_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
-    assert ask(tmp_path / "model").returncode == 2
+    assert run(tmp_path / "model").returncode == 2
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_failure_half_way_leaves_no_folder(tmp_path: Path) -> None:
-    done = ask(tmp_path / "model")
+    done = run(tmp_path / "model")
     assert "No module named 'torch'" in done.stderr
     assert done.returncode == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
-    done = ask(tmp_path / "model", "--architecture", "gpt")
+    done = run(tmp_path / "model", "--architecture", "gpt")
     assert done.returncode == 2
     assert "qwen3" in done.stderr

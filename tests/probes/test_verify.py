@@ -1,12 +1,11 @@
-"""probes/verify.py on stand-in trees, with an interpreter that has no torch unless a test gives it
-one.
-"""
+"""probes/verify.py on stand-in trees, without torch unless a test adds a stand-in for it."""
 
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +35,7 @@ class Tree:
         return made
 
     def package(self, kernels: str = "pass", top: str = "") -> None:
-        """A vLLM that can be imported, beside a torch that can."""
+        """Add a vLLM and a torch that can be imported."""
         for name, text in (
             (
                 "vllm/__init__.py",
@@ -49,10 +48,10 @@ class Tree:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             (self.root / name).write_text(text)
 
-    def ask(self, *words: str, cwd: Path | None = None) -> dict:
+    def run(self, *args: str, cwd: Path | None = None) -> dict[str, Any]:
         environment = {"PYTHONPATH": f"{self.root / 'lib'}:{self.root}", "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
-            [sys.executable, "-B", PROBE, self.root, *words],
+            [sys.executable, "-B", PROBE, self.root, *args],
             cwd=cwd or "/",
             env=environment,
             capture_output=True,
@@ -62,12 +61,13 @@ class Tree:
         )
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
-        return json.loads(done.stdout)
+        record: dict[str, Any] = json.loads(done.stdout)
+        return record
 
-    def verdicts(self, *words: str) -> dict[str, tuple[str, str | None]]:
+    def verdicts(self, *args: str) -> dict[str, tuple[str, str | None]]:
         return {
             Path(row["path"]).name: (row["verdict"], row["error"])
-            for row in self.ask(*words)["libraries"]
+            for row in self.run(*args)["libraries"]
         }
 
 
@@ -77,7 +77,7 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-def test_each_damaged_library_gets_a_verdict_of_its_own_and_none_ends_the_probe(tree: Tree) -> None:
+def test_each_damaged_library_gets_its_own_verdict_and_none_ends_the_probe(tree: Tree) -> None:
     tree.library("good.abi3.so")
     tree.library("libs/libversioned.so.1.2")
     tree.library(
@@ -89,7 +89,7 @@ def test_each_damaged_library_gets_a_verdict_of_its_own_and_none_ends_the_probe(
     )
     whole = tree.library("cut.so").read_bytes()
     (tree.root / "vllm" / "cut.so").write_bytes(whole[: len(whole) // 2])
-    # The table of sections stands last and is not loaded: what is cut there alone still loads.
+    # The table of sections is last and is not loaded: a library that is cut only there loads.
     (tree.root / "vllm" / "clipped.so").write_bytes(whole[:-8])
     (tree.root / "vllm" / "text.so").write_text(
         "not a library, although it has the name of one\n" * 10
@@ -124,32 +124,32 @@ def test_two_libraries_that_cannot_share_a_process_both_load(tree: Tree) -> None
     assert {verdict for verdict, _ in tree.verdicts("--no-import").values()} == {"ok"}
 
 
-def test_library_for_another_processor_is_no_fault_while_vllm_takes_another_one(tree: Tree) -> None:
+def test_library_for_another_processor_is_no_fault_while_vllm_loads_another_one(tree: Tree) -> None:
     tree.library(
         "_C.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGILL); }"
     )
     own = tree.library("_C_AVX2.so")
     tree.package(kernels=f"ctypes.CDLL({str(own)!r})")
-    for words in ((), ("--no-import",)):
-        record = tree.ask(*words)
+    for args in ((), ("--no-import",)):
+        record = tree.run(*args)
         assert [row["verdict"] for row in record["libraries"]] == ["other cpu", "ok"]
         assert record["kernels"] == ["vllm/_C_AVX2.so"]
         assert record["error"] is None
 
 
-def test_illegal_instruction_in_the_library_that_vllm_takes_here_is_a_fault(tree: Tree) -> None:
+def test_illegal_instruction_in_the_library_that_vllm_loads_is_a_fault(tree: Tree) -> None:
     own = tree.library(
         "_C.so", "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGILL); }"
     )
     tree.package(kernels=f"ctypes.CDLL({str(own)!r})")
-    record = tree.ask()
+    record = tree.run()
     assert record["libraries"][0]["verdict"] == "broken"
     assert record["error"] == "vllm cannot be imported: killed by SIGILL"
 
 
-def test_document_stands_alone_although_vllm_greets_on_stdout(tree: Tree) -> None:
+def test_stdout_has_only_the_document_although_vllm_prints(tree: Tree) -> None:
     tree.package()
-    record = tree.ask()
+    record = tree.run()
     assert (record["version"], record["platform"], record["torch"]) == (
         "0.31.0+cpu",
         "cpu",
@@ -158,15 +158,13 @@ def test_document_stands_alone_although_vllm_greets_on_stdout(tree: Tree) -> Non
     assert record["file"] == str(tree.root / "vllm" / "__init__.py")
 
 
-def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(
-    tree: Tree, tmp_path: Path
-) -> None:
+def test_vllm_in_the_working_directory_is_imported_and_shows(tree: Tree, tmp_path: Path) -> None:
     tree.package()
     other = tmp_path / "elsewhere"
     (other / "vllm").mkdir(parents=True)
     (other / "vllm" / "__init__.py").write_text("__version__ = '9'\n")
     (other / "vllm" / "platforms.py").write_text(PLATFORMS.format(kernels="pass"))
-    assert tree.ask(cwd=other)["file"] == str(other / "vllm" / "__init__.py")
+    assert tree.run(cwd=other)["file"] == str(other / "vllm" / "__init__.py")
 
 
 @pytest.mark.parametrize(
@@ -174,22 +172,22 @@ def test_other_vllm_in_the_working_directory_is_what_gets_imported_and_shows(
     [
         ("raise ImportError('no module of mine')", "ImportError: no module of mine"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGBUS)", "killed by SIGBUS"),
-        ("import os; os._exit(3)", "exited with 3 without a word"),
+        ("import os; os._exit(3)", "exited with 3 without a message"),
         ("raise SystemExit(1)", "SystemExit: 1"),
     ],
 )
-def test_vllm_that_cannot_be_imported_is_said_in_a_sentence(
+def test_vllm_that_cannot_be_imported_is_an_error_in_one_sentence(
     tree: Tree, top: str, output: str
 ) -> None:
     tree.package(top=top)
-    record = tree.ask()
+    record = tree.run()
     assert record["error"] == f"vllm cannot be imported: {output}"
     assert record["file"] is None
 
 
 def test_without_torch_libraries_are_judged_and_the_error_names_torch(tree: Tree) -> None:
     tree.library("good.so")
-    record = tree.ask("--no-import")
+    record = tree.run("--no-import")
     assert (
         record["error"] == "torch cannot be imported: ModuleNotFoundError: No module named 'torch'"
     )
@@ -217,7 +215,7 @@ def test_library_for_another_python_is_hashed_and_never_loaded(tree: Tree) -> No
     assert verdicts[f"_C.{own}"][0] == "broken"
 
 
-def test_tree_that_hides_what_is_installed_is_seen_from_inside_only(
+def test_tree_that_hides_the_installed_vllm_shows_from_inside_only(
     tree: Tree, tmp_path: Path
 ) -> None:
     tree.package()

@@ -82,7 +82,7 @@ def load(layout: Layout, settings: Settings) -> TorchBuild:
     """Import torch with the built interpreter. Raises BuildError naming what fails."""
     try:
         done = process.capture(
-            [layout.environment_python, "-I", layout.probes / "torch_build.py"],
+            [layout.environment_python, "-I", layout.probes / "imports.py", "torch"],
             env=settings.child_environment("run"),
             timeout_s=IMPORT_S,
         )

@@ -1,9 +1,8 @@
-"""Bring a model from the hub into Hugging Face's cache: what it weighs, whether it may be had and
-has room, then its files.
+"""Fetch a model from the hub into Hugging Face's cache, after a check of access and disk space.
 
-Large files are fetched here, held against their SHA-256 and put where huggingface_hub finds them:
-since its 1.x it begins a file that broke off anew (huggingface/huggingface_hub#4228). Progress goes
-to stderr as `@ DONE TOTAL` in bytes; one JSON document on stdout.
+Large files are fetched here, verified by their SHA-256 and put where huggingface_hub finds them:
+since 1.x huggingface_hub restarts a broken transfer (huggingface/huggingface_hub#4228). Progress
+goes to stderr as `@ DONE TOTAL` in bytes; one JSON document on stdout.
 """
 
 import argparse
@@ -19,70 +18,46 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo, RepoSibling
 
 SCHEMA = 1
 POLL_S = 0.5
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 PART = ".fetched-in-part"
 AT_ONCE = 4
-# So often a transfer may break off in turn without a byte having come.
+# So many transfers in turn may break off without a new byte.
 PATIENCE = 5
 PAUSE_S = 1.0
 TIMEOUT_S = 30.0
-# Beside the model's own files, for everything else that is written meanwhile.
+# Space besides the model's files, for other files that are written during the fetch.
 MARGIN_BYTES = 2 << 30
 
 
 class Refused(Exception):
     """An expected failure: `kind` is gated, absent, network or disk."""
 
-    def __init__(self, kind: str, said: str) -> None:
-        super().__init__(said)
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
         self.kind = kind
 
 
 def fetch(model: str, ignored: list[str]) -> dict[str, object]:
+    """Fetch the missing files of a model. Raises Refused."""
     import httpx
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+    from huggingface_hub import errors
 
     try:
-        info = HfApi().model_info(model, files_metadata=True)
-        if info.gated:
-            HfApi().auth_check(model)
-        wanted = [
-            file
-            for file in info.siblings or []
-            if not any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in ignored)
-        ]
-        blobs = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "blobs"
-        sizes = {
-            str(file.lfs.sha256 if file.lfs else file.blob_id): file.size or 0 for file in wanted
-        }
-        total = sum(sizes.values())
-        missing = total - present(blobs, sizes)
-        require_room(Path(constants.HF_HUB_CACHE), missing)
-        with Watch(blobs, sizes, total):
-            blobs.mkdir(parents=True, exist_ok=True)
-            large = [file for file in wanted if file.lfs]
-            with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-                for done in [
-                    pool.submit(
-                        fetch_large,
-                        model,
-                        info.sha,
-                        file.rfilename,
-                        blobs / file.lfs.sha256,
-                        file.size or 0,
-                    )
-                    for file in large
-                ]:
-                    done.result()
-            folder = snapshot_download(model, ignore_patterns=ignored or None)
+        return _fetch(model, ignored)
     except errors.GatedRepoError as exc:
         raise Refused("gated", first(exc)) from exc
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as exc:
-        raise Refused("absent", first(exc)) from exc
-    except errors.HFValidationError as exc:
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.HFValidationError,
+    ) as exc:
         raise Refused("absent", first(exc)) from exc
     except (
         errors.HfHubHTTPError,
@@ -93,14 +68,57 @@ def fetch(model: str, ignored: list[str]) -> dict[str, object]:
     ) as exc:
         raise Refused("network", first(exc)) from exc
     except OSError as exc:
-        # Some of the hub's own errors are OSErrors as well, and have no number.
+        # Some of the hub's own errors are OSErrors, too, and have no errno.
         raise Refused("disk" if exc.errno in DISK else "network", first(exc)) from exc
+
+
+def _fetch(model: str, ignored: list[str]) -> dict[str, object]:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    info = HfApi().model_info(model, files_metadata=True)
+    if info.gated:
+        HfApi().auth_check(model)
+    wanted = [
+        file
+        for file in info.siblings or []
+        if not any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in ignored)
+    ]
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "blobs"
+    sizes: dict[str, int] = {
+        str(file.lfs.sha256 if file.lfs else file.blob_id): file.size or 0 for file in wanted
+    }
+    total = sum(sizes.values())
+    missing = total - present(blobs, sizes)
+    require_room(Path(constants.HF_HUB_CACHE), missing)
+    with Watch(blobs, sizes, total):
+        blobs.mkdir(parents=True, exist_ok=True)
+        fetch_all_large(model, info, [file for file in wanted if file.lfs], blobs)
+        folder = snapshot_download(model, ignore_patterns=ignored or None)
     return {"folder": folder, "commit": info.sha, "bytes": total, "fetched": missing}
 
 
+def fetch_all_large(model: str, info: "ModelInfo", files: list["RepoSibling"], blobs: Path) -> None:
+    """Fetch files, some at once."""
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        jobs = [
+            pool.submit(
+                fetch_large,
+                model,
+                info.sha,
+                file.rfilename,
+                blobs / file.lfs.sha256,
+                file.size or 0,
+            )
+            for file in files
+        ]
+        for job in jobs:
+            job.result()
+
+
 def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> None:
-    """Fetch one file to its place among the blobs, going on where an earlier transfer broke off; it
-    appears there only when whole and right.
+    """Fetch one file to its place among the blobs, where it appears only when it is complete.
+
+    A broken transfer resumes. Raises Refused if the SHA-256 differs.
     """
     import httpx
     from huggingface_hub import hf_hub_url
@@ -129,44 +147,47 @@ def fetch_large(model: str, commit: str, name: str, blob: Path, size: int) -> No
         if digest != blob.name:
             part.unlink()
             raise Refused(
-                "network", f"{name} has sha256 {digest}, the hub says {blob.name}: it was not used"
+                "network", f"{name} has sha256 {digest}, not {blob.name} as on the hub: not used"
             )
         part.rename(blob)
 
 
-def receive(url: str, headers: dict[str, str], file, have: int) -> None:
-    """Append what is still missing. A server that begins anew is taken at its word."""
+def receive(url: str, headers: dict[str, str], file: BinaryIO, have: int) -> None:
+    """Append the missing bytes; start again if the server ignores the range."""
     import httpx
     from huggingface_hub.utils import hf_raise_for_status
 
-    asked = (
-        headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    )
-    with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=TIMEOUT_S) as reply:
-        if reply.is_error:
-            reply.read()
-            hf_raise_for_status(reply)
-        if have and reply.status_code != 206:
+    headers = headers | {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with httpx.stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
+    ) as response:
+        if response.is_error:
+            response.read()
+            hf_raise_for_status(response)
+        if have and response.status_code != 206:
             file.truncate(0)
-        for chunk in reply.iter_raw():
+        for chunk in response.iter_raw():
             file.write(chunk)
 
 
 def present(blobs: Path, sizes: dict[str, int]) -> int:
-    """Bytes of the wanted files that are there, those of files that broke off included."""
+    """Return how many bytes of the wanted files are on disk, incomplete files included."""
     try:
-        there = [(entry.name.split(".")[0], entry.stat().st_size) for entry in os.scandir(blobs)]
+        found = [(entry.name.split(".")[0], entry.stat().st_size) for entry in os.scandir(blobs)]
     except OSError:
         return 0
     by_name: dict[str, int] = {}
-    for name, size in there:
+    for name, size in found:
         by_name[name] = max(size, by_name.get(name, 0))
     return sum(min(by_name.get(name, 0), size) for name, size in sizes.items())
 
 
 def require_room(cache: Path, missing: int) -> None:
-    there = next(place for place in (cache, *cache.parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    """Raise Refused if the disk has no space for the missing bytes."""
+    existing = next(place for place in (cache, *cache.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if missing and free < missing + MARGIN_BYTES:
         raise Refused(
             "disk",
@@ -176,20 +197,20 @@ def require_room(cache: Path, missing: int) -> None:
 
 
 class Watch:
-    """Says every half second how many bytes are there."""
+    """Prints every half second how many bytes are on disk."""
 
     def __init__(self, blobs: Path, sizes: dict[str, int], total: int) -> None:
         self.blobs, self.sizes, self.total = blobs, sizes, total
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.tell, daemon=True)
+        self.thread = threading.Thread(target=self.report, daemon=True)
 
-    def tell(self) -> None:
-        said = -1
+    def report(self) -> None:
+        printed = -1
         while not self.ended.wait(POLL_S):
             done = present(self.blobs, self.sizes)
-            if done != said:
+            if done != printed:
                 print(f"@ {done} {self.total}", file=sys.stderr, flush=True)
-                said = done
+                printed = done
 
     def __enter__(self) -> None:
         self.thread.start()
@@ -200,9 +221,7 @@ class Watch:
 
 
 def first(exc: BaseException) -> str:
-    """What a failure is about, in one line: the hub's errors go on with the request's number and a
-    page of advice.
-    """
+    """Return a failure in one line, without the request's id and the page of advice of the hub."""
     lines = [
         line.strip()
         for line in str(getattr(exc, "server_message", None) or exc).splitlines()
@@ -212,13 +231,14 @@ def first(exc: BaseException) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Bring a model from the hub.")
+    parser = argparse.ArgumentParser(description="Fetch a model from the hub.")
     parser.add_argument("model")
     parser.add_argument("--ignore", action="append", default=[], metavar="GLOB")
     arguments = parser.parse_args()
-    # Libraries talk on stdout; the document must stand there alone.
+    # Libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    record: dict[str, object]
     try:
         record = {"schema": SCHEMA, "error": None, **fetch(arguments.model, arguments.ignore)}
     except Refused as exc:

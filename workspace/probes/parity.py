@@ -1,75 +1,67 @@
-"""Does vLLM compute what it should, and the same however it is asked? Greedy tokens and
-log-probabilities, beside those of probes/reference.py.
+"""Compare vLLM's greedy tokens and log-probabilities with those of probes/reference.py, and with
+vLLM's own when the same prompts come in other ways.
 
-Each engine runs in a forked child, so that a crash is told with its stage and imports are paid
+Each engine runs in a forked child, so that a crash is reported with its stage and imports are paid
 once. The caller sets the environment that vLLM reads. One JSON document on stdout.
 """
 
-import argparse
 import faulthandler
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 SCHEMA = 2
 # Two heads, each longer than two blocks of a CPU's cache, that differ in their first block only;
-# two tails of each. A block is right behind its own alone.
+# two tails of each: a cached block is right only behind its own head.
 HEAD = "Once there was a kernel that nobody had compiled. " * 6
 HEADS = (HEAD, "None" + HEAD[4:])
-SHARED = tuple(
-    head + tail
-    for head in HEADS
-    for tail in ("It waited.", "Then came a patch, and it was a small one.")
-)
+TAILS = ("It waited.", "Then came a patch, and it was a small one.")
+SHARED = tuple(head + tail for head in HEADS for tail in TAILS)
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 # Tokens of each answer where an engine is compared with itself, and where a long prompt is cut.
 CONSISTENT_TOKENS = 12
 CUTS = (33, 130, 200)
-# What one step may take where a prompt is to come in chunks.
+# Most tokens of one step, so that a long prompt comes in chunks.
 CHUNK = 96
 KV_CACHE_BYTES = 256 << 20
-# The caller's patience, less what it takes to tell.
+# The caller's time limit, less the time for the stack dumps.
 LIMIT_S = float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0"))
-WORDS_SHOWN = 200
+SHOWN_CHARACTERS = 200
 
-Send = Callable[[dict], None]
-Connection = multiprocessing.connection.Connection
+# A part of the document; rows have the prompt, tokens and log-probabilities of one answer each.
+Record = dict[str, Any]
+Rows = list[Record]
+Send = Callable[[Record], None]
 
 
 class Child:
-    """A forked stage that sends parts of its record as it goes; what killed it becomes part of the
-    record.
-    """
+    """A forked stage that sends parts of its record; the cause of its death becomes its error."""
 
     def __init__(
-        self,
-        name: str,
-        function: Callable[..., None],
-        *arguments: object,
-        is_outermost: bool = False,
+        self, function: Callable[..., None], *arguments: object, limit_s: float = LIMIT_S
     ) -> None:
-        self.name = name
-        self.record: dict = {"stage": "start", "error": None, "hangs": False, "seconds": {}}
+        self.record: Record = {"stage": "start", "error": None, "hangs": False, "seconds": {}}
         self._started = time.monotonic()
         fork = multiprocessing.get_context("fork")
         self._reader, writer = fork.Pipe(duplex=False)
-        self._child = fork.Process(
-            target=_run, args=(writer, function, arguments, 0.0 if is_outermost else LIMIT_S)
-        )
+        self._child = fork.Process(target=_run, args=(writer.send, function, arguments, limit_s))
         self._child.start()
         writer.close()
 
-    def finish(self) -> dict:
+    def finish(self) -> Record:
+        """Wait until the child has ended. Return its record."""
         try:
             while True:
                 part = self._reader.recv()
@@ -80,47 +72,43 @@ class Child:
         status = self._child.exitcode or 0
         self.record["hangs"] = bool(status and 0 < LIMIT_S <= time.monotonic() - self._started)
         if status and not self.record["error"]:
-            late = (
-                f"gave no answer in {LIMIT_S:g} s, its stacks are in the log"
-                if self.record["hangs"]
-                else None
-            )
-            word = (
-                f"killed by {signal.Signals(-status).name}"
-                if status < 0
-                else f"exited with {status}"
-            )
-            self.record["error"] = f"{late or word} (stage {self.record['stage']})"
+            if self.record["hangs"]:
+                end = f"gave no answer in {LIMIT_S:g} s, its stacks are in the log"
+            elif status < 0:
+                end = f"killed by {signal.Signals(-status).name}"
+            else:
+                end = f"exited with {status}"
+            self.record["error"] = f"{end} (stage {self.record['stage']})"
         return self.record
 
 
 def _run(
-    writer: Connection, function: Callable[..., None], arguments: tuple[object, ...], limit_s: float
+    write: Send, function: Callable[..., None], arguments: tuple[object, ...], limit_s: float
 ) -> None:
-    # A crash is told by its signal; a core of several GiB is not wanted with it.
+    # A crash is reported by its signal; a core of several GiB is not wanted.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limit_s:
         # A hang ends itself, with the stacks of all threads on stderr.
         faulthandler.dump_traceback_later(limit_s, exit=True)
-    current = {"stage": "start"}
+    current = "start"
 
-    def send(part: dict) -> None:
-        current.update({name: part[name] for name in ("stage",) if name in part})
-        writer.send(part)
+    def send(part: Record) -> None:
+        nonlocal current
+        current = part.get("stage", current)
+        write(part)
 
     try:
         function(send, *arguments)
     except Exception as exc:
-        import traceback
-
         traceback.print_exc()
-        # The first line of a validation error only counts them.
-        words = " ".join(str(exc).split())[:WORDS_SHOWN]
-        send({"error": f"{type(exc).__name__}: {words or 'no word'} (stage {current['stage']})"})
+        # The first line of a validation error only counts the errors: join the lines.
+        message = " ".join(str(exc).split())[:SHOWN_CHARACTERS] or "no message"
+        send({"error": f"{type(exc).__name__}: {message} (stage {current})"})
 
 
 @contextmanager
 def stage(send: Send, name: str) -> Iterator[None]:
+    """Send the name of a stage, then its seconds."""
     send({"stage": name})
     started = time.monotonic()
     yield
@@ -128,7 +116,7 @@ def stage(send: Send, name: str) -> Iterator[None]:
 
 
 def forbid_tf32() -> None:
-    """Full float32 and the same order of additions each time, as far as PyTorch can promise it
+    """Set full float32 and a fixed order of additions, as far as PyTorch can promise it
     (pytorch.org, notes/numerical_accuracy).
     """
     import torch
@@ -140,37 +128,38 @@ def forbid_tf32() -> None:
 
 
 class Engine:
-    """vLLM with one model, and what it says in answer to a list of prompts."""
+    """vLLM with one model."""
 
     def __init__(
-        self, folder: str, arguments: argparse.Namespace, texts: list[str], **changes: object
+        self, folder: str, arguments: Namespace, texts: list[str], *, has_cache: bool = False
     ) -> None:
         import vllm
 
         self._vllm = vllm
         longest = 2 * max(len(prompt.encode()) for prompt in (*texts, *SHARED)) + arguments.tokens
-        # A GiB of KV cache takes a second to clear, and a few thousand tokens are wanted: enough
-        # blocks of 16, of which a CPU's hold more.
-        blocks = max(len(texts), len(SHARED)) * (longest // 16 + 2)
-        asked = {
+        most = max(len(texts), len(SHARED))
+        options: dict[str, object] = {
             "model": folder,
             "dtype": arguments.dtype,
             "enforce_eager": not arguments.compiled,
             "seed": 0,
             "max_model_len": longest,
-        }
-        asked |= {
-            "max_num_seqs": max(len(texts), len(SHARED)),
-            "enable_prefix_caching": False,
+            "max_num_seqs": most,
+            "enable_prefix_caching": has_cache,
             "disable_log_stats": True,
-            "num_gpu_blocks_override": blocks,
+            # A GiB of KV cache takes a second to clear, and a few thousand tokens are wanted:
+            # enough blocks of 16, of which a CPU's hold more.
+            "num_gpu_blocks_override": most * (longest // 16 + 2),
         }
-        asked |= {"kv_cache_memory_bytes": KV_CACHE_BYTES} if arguments.device == "cuda" else {}
-        self._llm = vllm.LLM(**(asked | changes))
+        if arguments.device == "cuda":
+            options["kv_cache_memory_bytes"] = KV_CACHE_BYTES
+        if has_cache:
+            options |= {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK}
+        self._llm = vllm.LLM(**options)
 
-    def info(self, prompts: list, tokens: int) -> list[dict]:
-        """Rows of a greedy answer; a prompt is a text or a list of token numbers."""
-        asked = [
+    def answer(self, prompts: Iterable[str | list[int]], tokens: int) -> Rows:
+        """Return rows of greedy answers; a prompt is a text or a list of token ids."""
+        inputs = [
             prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
             for prompt in prompts
         ]
@@ -178,196 +167,148 @@ class Engine:
             temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1
         )
         rows = []
-        for output in self._llm.generate(asked, greedy, use_tqdm=False):
-            said = list(output.outputs[0].token_ids)
-            logprobs = [
-                chances[token].logprob
-                for chances, token in zip(output.outputs[0].logprobs, said, strict=True)
-            ]
+        for output in self._llm.generate(inputs, greedy, use_tqdm=False):
+            ids = list(output.outputs[0].token_ids)
+            chances = zip(output.outputs[0].logprobs, ids, strict=True)
             rows.append(
                 {
                     "prompt": list(output.prompt_token_ids),
-                    "tokens": said,
-                    "logprobs": logprobs,
+                    "tokens": ids,
+                    "logprobs": [chance[token].logprob for chance, token in chances],
                     "cached": output.num_cached_tokens,
                 }
             )
         return rows
 
     def judge(self, prompts: list[list[int]]) -> list[list[float]]:
-        """The log-probability of each token of a prompt but the first: a prefill."""
+        """Return the log-probability of each token of a prompt but the first: a prefill."""
         params = self._vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-        heard = self._llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-        )
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [
             [
-                chances[token].logprob
-                for token, chances in zip(
-                    one.prompt_token_ids[1:], one.prompt_logprobs[1:], strict=True
+                chance[token].logprob
+                for token, chance in zip(
+                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
                 )
             ]
-            for one in heard
+            for output in self._llm.generate(inputs, params, use_tqdm=False)
+        ]
+
+    def judge_answers(self, rows: Rows) -> list[list[float]]:
+        """Return the log-probabilities that a prefill gives to the tokens of answers."""
+        judged = self.judge([row["prompt"] + row["tokens"] for row in rows])
+        return [
+            chances[len(row["prompt"]) - 1 :] for chances, row in zip(judged, rows, strict=True)
         ]
 
 
-def engines(send: Send, arguments: argparse.Namespace, expected: dict[str, list[dict]]) -> None:
-    """Import vLLM once, then one forked child for each engine."""
+def engines(send: Send, arguments: Namespace, expected: dict[str, Rows]) -> None:
+    """Import vLLM once, then run each engine in a forked child."""
     with stage(send, "import"):
-        import vllm
         import vllm.entrypoints.llm
         from vllm.platforms import current_platform
 
-    send(
-        {
-            "file": str(Path(vllm.__file__).resolve()),
-            "version": vllm.__version__,
-            "platform": current_platform.device_type,
-        }
-    )
-    for name, folder in arguments.model:
-        if not expected.get(name):
-            continue
+    send({"file": str(Path(vllm.__file__).resolve()), "version": vllm.__version__})
+    send({"platform": current_platform.device_type})
+    for name, folder in [model for model in arguments.model if expected.get(model[0])]:
+        is_consistent = name == arguments.consistency
         with stage(send, name):
-            done = Child(
-                name, plain, folder, arguments, expected[name], name == arguments.consistency
-            ).finish()
-            send(
-                {
-                    f"engine {name}": done,
-                    **({"kernels": done["kernels"]} if "kernels" in done else {}),
-                }
-            )
+            done = Child(plain, folder, arguments, expected[name], is_consistent).finish()
+            send({f"engine {name}": done})
+            if "kernels" in done:
+                send({"kernels": done["kernels"]})
         if done["hangs"]:
-            send({"error": f"not asked any more: {name} {done['error']}"})
+            send({"error": f"later models were skipped: {name} {done['error']}"})
             return
-        if name == arguments.consistency:
+        if is_consistent:
             with stage(send, "cached"):
-                send(
-                    {
-                        "engine cached": (
-                            Child("cached", cached, folder, arguments, done.get("shared")).finish()
-                        )
-                    }
-                )
+                child = Child(cached, folder, arguments, done.get("shared"))
+                send({"engine cached": child.finish()})
     send({"stage": "done"})
 
 
 def plain(
-    send: Send,
-    folder: str,
-    arguments: argparse.Namespace,
-    expected: list[dict],
-    is_consistent: bool,
+    send: Send, folder: str, arguments: Namespace, expected: Rows, is_consistent: bool
 ) -> None:
-    """All prompts in one batch, then vLLM's opinion on the reference's tokens, which is a prefill;
-    then the same again in other ways.
+    """Answer all prompts in one batch, then judge the reference's tokens by a prefill; with
+    `is_consistent` answer the same prompts in other ways, too.
     """
     import vllm
 
     with stage(send, "load"):
         forbid_tf32()
-        texts = [row["text"] for row in expected]
+        texts: list[str] = [row["text"] for row in expected]
         engine = Engine(folder, arguments, texts)
     send({"kernels": libraries_in_use(Path(vllm.__file__).resolve().parents[1])})
     with stage(send, "generate"):
-        made = engine.info(texts, arguments.tokens)
+        rows = engine.answer(texts, arguments.tokens)
+        made: Rows = [{"text": text} | row for text, row in zip(texts, rows, strict=True)]
     send({"rows": made})
     with stage(send, "prefill"):
-        heard = engine.judge([row["prompt"] + row["tokens"] for row in expected])
-    send(
-        {
-            "forced": [
-                chances[len(row["prompt"]) - 1 :]
-                for chances, row in zip(heard, expected, strict=True)
-            ]
-        }
-    )
+        forced = engine.judge_answers(expected)
+    send({"forced": forced})
     if arguments.dtype != "float32":
-        # Near-ties part soon, and what is decoded behind them has nothing to be compared with but a
-        # prefill of the same.
+        # Near-ties part soon, and the tokens decoded after that can only be compared with a prefill
+        # of the same tokens.
         with stage(send, "own"):
-            heard = engine.judge([row["prompt"] + row["tokens"] for row in made])
-        means = [
-            mean(_differences(row["logprobs"], chances[len(row["prompt"]) - 1 :]))
-            for chances, row in zip(heard, made, strict=True)
-        ]
-        send({"own": mean(means)})
+            judged = engine.judge_answers(made)
+        pairs = zip(judged, made, strict=True)
+        send({"own": mean(mean(_differences(row["logprobs"], found)) for found, row in pairs)})
     if is_consistent:
-        with stage(send, "repeat"):
-            first = [
-                row | {name: row[name][:CONSISTENT_TOKENS] for name in ("tokens", "logprobs")}
-                for row in made
-            ]
-            again = engine.info(texts, CONSISTENT_TOKENS)
-        send({"repeat": summed(first, again, CONSISTENT_TOKENS)})
-        with stage(send, "batch"):
-            alone = [engine.info([prompt], CONSISTENT_TOKENS)[0] for prompt in texts]
-        send({"batch": summed(first, alone, CONSISTENT_TOKENS)})
-        with stage(send, "parts"):
-            prompt = max((row["prompt"] for row in made), key=len)
-            whole, *parts = engine.judge([prompt, *(prompt[:cut] for cut in CUTS)])
-        rows = [
-            {"prompt": [], "tokens": prompt[1:cut], "logprobs": whole[: cut - 1]} for cut in CUTS
-        ]
-        found = [
-            {"prompt": [], "tokens": prompt[1:cut], "logprobs": part}
-            for cut, part in zip(CUTS, parts, strict=True)
-        ]
-        send({"parts": summed(rows, found, None)})
-        with stage(send, "shared"):
-            send({"shared": engine.info(list(SHARED), CONSISTENT_TOKENS)})
+        consistent(send, engine, texts, made)
     send({"stage": "done"})
 
 
-def cached(
-    send: Send, folder: str, arguments: argparse.Namespace, expected: list[dict] | None
-) -> None:
-    """The answers of an engine that caches prefixes and takes prompts in chunks, against those of
-    one that does neither.
-    """
+def consistent(send: Send, engine: Engine, texts: list[str], made: Rows) -> None:
+    """Compare the answers with those to the same prompts again, alone, and in parts."""
+    first = [
+        row | {name: row[name][:CONSISTENT_TOKENS] for name in ("tokens", "logprobs")}
+        for row in made
+    ]
+    with stage(send, "repeat"):
+        again = engine.answer(texts, CONSISTENT_TOKENS)
+    send({"repeat": summed(first, again, CONSISTENT_TOKENS)})
+    with stage(send, "batch"):
+        alone = [engine.answer([text], CONSISTENT_TOKENS)[0] for text in texts]
+    send({"batch": summed(first, alone, CONSISTENT_TOKENS)})
+    with stage(send, "parts"):
+        prompt: list[int] = max((row["prompt"] for row in made), key=len)
+        whole, *parts = engine.judge([prompt, *(prompt[:cut] for cut in CUTS)])
+    rows, found = (
+        [
+            {"prompt": [], "tokens": prompt[1:cut], "logprobs": chances[: cut - 1]}
+            for cut, chances in zip(CUTS, judged, strict=True)
+        ]
+        for judged in ([whole] * len(CUTS), parts)
+    )
+    send({"parts": summed(rows, found, None)})
+    with stage(send, "shared"):
+        send({"shared": engine.answer(SHARED, CONSISTENT_TOKENS)})
+
+
+def cached(send: Send, folder: str, arguments: Namespace, expected: Rows | None) -> None:
+    """Compare an engine that caches prefixes and takes prompts in chunks with one that does not."""
     if not expected:
-        raise RuntimeError("the plain engine gave nothing to compare with")
+        raise RuntimeError("the plain engine gave no answers to compare with")
     with stage(send, "load"):
         forbid_tf32()
-        engine = Engine(
-            folder,
-            arguments,
-            [],
-            enable_prefix_caching=True,
-            enable_chunked_prefill=True,
-            max_num_batched_tokens=CHUNK,
-        )
+        engine = Engine(folder, arguments, [], has_cache=True)
+    prompts = [row["prompt"] for row in expected]
     with stage(send, "chunked"):
-        # The first prompt of an empty cache: nothing of it can be read there.
-        found = engine.info([expected[0]["prompt"]], CONSISTENT_TOKENS)
-    send(
-        {
-            "chunked": (
-                summed(expected[:1], found, CONSISTENT_TOKENS)
-                | {"chunks": -(-len(expected[0]["prompt"]) // CHUNK)}
-            )
-        }
-    )
+        # The first prompt meets an empty cache.
+        found = engine.answer(prompts[:1], CONSISTENT_TOKENS)
+    chunked = summed(expected[:1], found, CONSISTENT_TOKENS)
+    send({"chunked": chunked | {"chunks": -(-len(prompts[0]) // CHUNK)}})
     with stage(send, "prefix"):
-        # One after the other, each of which fills what the next may read; then all at once.
-        found = [engine.info([row["prompt"]], CONSISTENT_TOKENS)[0] for row in expected]
-        found += engine.info([row["prompt"] for row in expected], CONSISTENT_TOKENS)
-    send(
-        {
-            "prefix": (
-                summed(expected * 2, found, CONSISTENT_TOKENS)
-                | {"cached": [row["cached"] for row in found]}
-            ),
-            "stage": "done",
-        }
-    )
+        # One after the other, each of which fills the cache for the next; then all at once.
+        found = [engine.answer([prompt], CONSISTENT_TOKENS)[0] for prompt in prompts]
+        found += engine.answer(prompts, CONSISTENT_TOKENS)
+    prefix = summed(expected * 2, found, CONSISTENT_TOKENS)
+    send({"prefix": prefix | {"cached": [row["cached"] for row in found]}, "stage": "done"})
 
 
 def libraries_in_use(tree: Path) -> list[str]:
-    """The compiled libraries below vLLM's own folder that this process has loaded (proc(5),
-    maps).
-    """
+    """Return vLLM's compiled libraries that this process has loaded (proc(5), maps)."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     files = {Path(parts[5]) for line in lines if len(parts := line.split(maxsplit=5)) == 6}
     return sorted(
@@ -377,9 +318,9 @@ def libraries_in_use(tree: Path) -> list[str]:
     )
 
 
-def compare(expected: dict, found: dict, forced: list[float]) -> dict:
-    """One prompt: how far the tokens agree, and the largest difference of log-probability on the
-    same tokens, in nats.
+def compare(expected: Record, found: Record, forced: list[float]) -> Record:
+    """Compare one answer: how many tokens agree, and the largest difference of log-probability on
+    the same tokens, in nats.
     """
     pairs = list(zip(expected["tokens"], found["tokens"], strict=False))
     equal = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
@@ -392,13 +333,12 @@ def compare(expected: dict, found: dict, forced: list[float]) -> dict:
         "equal": equal,
         "total": len(expected["tokens"]),
         "compared": len(every),
-        "not_finite": sum(not math.isfinite(d) for d in every),
-        "decode_difference": max((d for d in decode if math.isfinite(d)), default=0.0),
-        "prefill_difference": max((d for d in prefill if math.isfinite(d)), default=0.0),
-        "mean_difference": sum(d for d in prefill if math.isfinite(d)) / max(1, len(prefill)),
+        "not_finite": len(every) - len(_finite(every)),
+        "decode_difference": max(_finite(decode), default=0.0),
+        "prefill_difference": max(_finite(prefill), default=0.0),
+        "mean_difference": sum(_finite(prefill)) / max(1, len(prefill)),
         "margin": min(margins),
-        # How near the second choice was where the tokens part: a tie may fall either way. JSON
-        # lacks infinity.
+        # Lead of the first choice where the tokens part; rounding decides a tie.
         "parting": margins[equal] if equal < len(margins) else 1e9,
     }
 
@@ -407,142 +347,124 @@ def _differences(expected: list[float], found: list[float]) -> list[float]:
     return [abs(one - other) for one, other in zip(expected, found, strict=False)]
 
 
+def _finite(values: list[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
 def summed(
-    expected: list[dict],
-    found: list[dict],
-    tokens: int | None,
-    forced: list[list[float]] | None = None,
-) -> dict:
-    """All prompts of one comparison; `tokens` says how many an answer has to have, where that is
-    not what the expected one has.
+    expected: Rows, found: Rows, tokens: int | None, forced: list[list[float]] | None = None
+) -> Record:
+    """Sum up the comparisons of all prompts.
+
+    `tokens` is the required length of an answer, None for the length of the expected one.
     """
-    rows = [
-        compare(*three)
-        for three in zip(expected, found, forced or [[] for _ in expected], strict=True)
-    ]
-    wanted = sum(row["total"] for row in rows) if tokens is None else len(rows) * tokens
+    prefills = forced or [[] for _ in expected]
+    rows = [compare(*three) for three in zip(expected, found, prefills, strict=True)]
+    column = {key: [row[key] for row in rows] for key in rows[0]}
+    wanted = sum(column["total"]) if tokens is None else len(rows) * tokens
     return {
         "error": None,
-        "same_prompt": all(row["same_prompt"] for row in rows),
-        "equal": sum(row["equal"] for row in rows),
+        "same_prompt": all(column["same_prompt"]),
+        "equal": sum(column["equal"]),
         "total": wanted,
-        "compared": sum(row["compared"] for row in rows),
+        "compared": sum(column["compared"]),
         "wanted": wanted * (2 if forced else 1),
-        "not_finite": sum(row["not_finite"] for row in rows),
-        "decode_difference": max(row["decode_difference"] for row in rows),
-        "prefill_difference": max(row["prefill_difference"] for row in rows),
-        "mean_difference": sum(row["mean_difference"] for row in rows) / len(rows),
-        "margin": min(row["margin"] for row in rows),
+        "not_finite": sum(column["not_finite"]),
+        "decode_difference": max(column["decode_difference"]),
+        "prefill_difference": max(column["prefill_difference"]),
+        "mean_difference": sum(column["mean_difference"]) / len(rows),
+        "margin": min(column["margin"]),
         "partings": [row["parting"] for row in rows if row["equal"] < row["total"]],
-        # What was not compared behind a tie.
+        # Tokens behind a tie, which were not compared.
         "behind": sum(row["total"] - row["equal"] for row in rows),
     }
 
 
-def report(arguments: argparse.Namespace, said: dict, did: dict, torch_seconds: float) -> dict:
+def report(arguments: Namespace, reference: Record, done: Record, torch_seconds: float) -> Record:
+    """Return the document."""
     import torch
 
-    failed = f"vLLM: {did['error']}" if did["error"] else None
-    models: dict[str, dict] = {}
-    for name, _ in arguments.model:
-        expected, engine = said["models"].get(name), did.get(f"engine {name}", {})
-        problem = None if expected else f"Hugging Face: {said.get('error') or 'no answer'}"
-        if not problem and not (engine.get("rows") and "forced" in engine):
-            problem = (
-                f"vLLM: {engine['error']}" if engine.get("error") else failed or "vLLM: no answer"
-            )
-        whole = (
-            {} if problem else summed(expected, engine["rows"], arguments.tokens, engine["forced"])
-        )
-        models[name] = whole | {
-            "error": problem,
-            "own_difference": engine.get("own"),
-            "seconds": engine.get("seconds", {}),
-        }
-    consistency: dict[str, dict] = {}
-    for name in CONSISTENCY if arguments.consistency else ():
-        engine = did.get(
-            "engine cached" if name in ("chunked", "prefix") else f"engine {arguments.consistency}",
-            {},
-        )
-        found = engine.get(name) or {
-            "error": failed or f"vLLM: {engine.get('error') or 'no answer'}"
-        }
-        consistency[name] = found | {"seconds": engine.get("seconds", {}).get(name, 0.0)}
-    seconds = {f"vllm {key}": value for key, value in did["seconds"].items()}
+    triton_version = None
+    with suppress(ImportError):
+        import triton
+
+        triton_version = str(triton.__version__)
+    names = [name for name, _ in arguments.model]
+    others = CONSISTENCY if arguments.consistency else ()
+    seconds = {f"vllm {key}": value for key, value in done["seconds"].items()}
     return {
         "schema": SCHEMA,
-        "error": failed,
+        "error": _problem(done),
         "device": arguments.device,
         "dtype": arguments.dtype,
         "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
-        "vllm": {name: did.get(name) for name in ("file", "version", "platform", "kernels")},
+        "vllm": {name: done.get(name) for name in ("file", "version", "platform", "kernels")},
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
-        "triton": _triton(),
-        "transformers": said.get("transformers"),
+        "triton": triton_version,
+        "transformers": reference.get("transformers"),
         "python": sys.version.split()[0],
         "tokens": arguments.tokens,
-        "models": models,
-        "consistency": consistency,
+        "models": {name: _parity(name, arguments.tokens, reference, done) for name in names},
+        "consistency": {name: _consistency(name, arguments.consistency, done) for name in others},
         "seconds": {"torch": torch_seconds} | seconds,
     }
 
 
-def _triton() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
+def _parity(name: str, tokens: int, reference: Record, done: Record) -> Record:
+    expected, engine = reference["models"].get(name), done.get(f"engine {name}", {})
+    problem, compared = None, {}
+    if not expected:
+        problem = f"Hugging Face: {reference.get('error') or 'no answer'}"
+    elif engine.get("rows") and "forced" in engine:
+        compared = summed(expected, engine["rows"], tokens, engine["forced"])
+    else:
+        problem = _problem(engine) or _problem(done) or "vLLM: no answer"
+    return compared | {
+        "error": problem,
+        "own_difference": engine.get("own"),
+        "seconds": engine.get("seconds", {}),
+    }
 
 
-def _model(word: str) -> tuple[str, str]:
-    name, _, folder = word.partition("=")
+def _consistency(name: str, model: str, done: Record) -> Record:
+    engine = done.get("engine cached" if name in ("chunked", "prefix") else f"engine {model}", {})
+    problem = _problem(done) or _problem(engine) or "vLLM: no answer"
+    found: Record = engine.get(name) or {"error": problem}
+    return found | {"seconds": engine.get("seconds", {}).get(name, 0.0)}
+
+
+def _problem(child: Record) -> str | None:
+    return f"vLLM: {child['error']}" if child.get("error") else None
+
+
+def _model(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
     if folder and not Path(folder).exists():
-        # A name on the hub, whose files somebody has fetched.
+        # The name of a model on the hub, whose files are in the cache.
         with suppress(Exception):
             import huggingface_hub
 
             folder = huggingface_hub.snapshot_download(folder, local_files_only=True)
     if not (Path(folder) / "config.json").is_file():
-        raise argparse.ArgumentTypeError(
-            f"{word} is not NAME=FOLDER, or the folder holds no config.json"
-        )
+        raise ArgumentTypeError(f"{text} is not NAME=FOLDER, or the folder holds no config.json")
     return name, str(Path(folder).resolve())
 
 
-def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Compare vLLM with Hugging Face on models, and with itself."
-    )
-    parser.add_argument(
-        "--model",
-        type=_model,
-        action="append",
-        required=True,
-        metavar="NAME=FOLDER",
-        help="a folder in Hugging Face's layout; repeatable",
-    )
-    parser.add_argument(
-        "--consistency", metavar="NAME", help="the model that vLLM is compared with itself on"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compiled", action="store_true", help="without enforce_eager")
-    parser.add_argument(
-        "--against",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="what probes/reference.py or --keep wrote",
-    )
-    parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="write vLLM's rows there, for --against"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=64, help="how many to generate for each prompt"
-    )
-    arguments = parser.parse_args(words)
+def arguments_of() -> Namespace:
+    """Return the options of the command line."""
+    parser = ArgumentParser(description="Compare vLLM with Hugging Face, and with itself.")
+    add = parser.add_argument
+    form = "a folder in Hugging Face's layout; repeatable"
+    add("--model", type=_model, action="append", required=True, metavar="NAME=FOLDER", help=form)
+    add("--consistency", metavar="NAME", help="the model on which vLLM is compared with itself")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--compiled", action="store_true", help="without enforce_eager")
+    source = "a document of probes/reference.py or of --keep"
+    add("--against", type=Path, required=True, metavar="FILE", help=source)
+    add("--keep", type=Path, metavar="FILE", help="write vLLM's rows there, for --against")
+    add("--tokens", type=int, default=64, help="how many to generate for each prompt")
+    arguments = parser.parse_args()
     if arguments.tokens < 1:
         parser.error("--tokens is at least 1")
     if arguments.consistency and arguments.consistency not in dict(arguments.model):
@@ -552,34 +474,24 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = arguments_of()
-    # Both libraries talk on stdout; the document must stand there alone.
+    # Both libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Read when Triton and cuBLAS are first used, in the children: float32 products in float32, sums
-    # in a fixed order.
-    os.environ |= {
-        "TRITON_F32_DEFAULT": "ieee",
-        "NVIDIA_TF32_OVERRIDE": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    }
+    # Triton and cuBLAS read these at their first use, in the children: float32 products in float32,
+    # sums in a fixed order.
+    os.environ |= {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     started = time.monotonic()
     import torch  # noqa: F401 - once, for all children
 
     torch_seconds = round(time.monotonic() - started, 3)
-    said = json.loads(arguments.against.read_text())
-    did = Child("vllm", engines, arguments, said["models"], is_outermost=True).finish()
+    reference: Record = json.loads(arguments.against.read_text())
+    done = Child(engines, arguments, reference["models"], limit_s=0.0).finish()
     if arguments.keep:
-        rows = {name: did.get(f"engine {name}", {}).get("rows") for name, _ in arguments.model}
-        texts = {name: [row["text"] for row in said["models"].get(name) or []] for name in rows}
-        models = {
-            name: [
-                {"text": text} | row
-                for text, row in zip(texts[name], rows[name] or [], strict=False)
-            ]
-            for name in rows
-        }
+        engine_records = {name: done.get(f"engine {name}", {}) for name, _ in arguments.model}
+        models = {name: record.get("rows") or [] for name, record in engine_records.items()}
         arguments.keep.write_text(json.dumps({"models": models}))
-    print(json.dumps(report(arguments, said, did, torch_seconds)), file=out, flush=True)
+    print(json.dumps(report(arguments, reference, done, torch_seconds)), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Does a model that was trained speak? One question with one right answer, a long answer, and ways
-in which an answer has to end.
+"""Check that a trained model gives the right answer to one question, a long answer without
+repetition, and answers that end as requested.
 
 The caller sets the environment that vLLM reads. One JSON document on stdout.
 """
@@ -8,25 +8,29 @@ import argparse
 import faulthandler
 import json
 import os
+import traceback
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM, CompletionOutput, SamplingParams
 
 SCHEMA = 1
-QUESTION = "What is the capital of France?"
-LONG = "Explain in a few sentences how a bicycle works."
-COUNTING = "Count from one to ten in words."
+PROMPT = "What is the capital of France?"
+LONG_PROMPT = "Explain in a few sentences how a bicycle works."
 LONG_TOKENS = 96
 SHORT_TOKENS = 5
-# A broken cache or attention repeats one token for ever; right text has no more than a few blanks
-# or dots running.
+# A broken cache or attention repeats one token without end; right text has no more than a few
+# blanks or dots in a row.
 MOST_REPEATED = 6
 
 
-def hear(folder: str, device: str) -> dict:
+def load(folder: str, device: str) -> "LLM":
     import vllm
 
     more = {"kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
-    llm = vllm.LLM(
+    return vllm.LLM(
         model=folder,
         dtype="float32",
         enforce_eager=True,
@@ -37,42 +41,44 @@ def hear(folder: str, device: str) -> dict:
         **more,
     )
 
-    def params(**changes):
-        return vllm.SamplingParams(temperature=0, **({"max_tokens": 48} | changes))
 
-    asked = [
-        (QUESTION, params()),
-        (LONG, params(max_tokens=LONG_TOKENS, ignore_eos=True)),
-        (QUESTION, params(max_tokens=SHORT_TOKENS)),
-        (QUESTION, params(stop=["Paris"])),
+def answers(llm: "LLM") -> list["CompletionOutput"]:
+    """Return an answer, a long one, one cut at its length, and one cut at a stop word."""
+    import vllm
+
+    def params(**changes: object) -> "SamplingParams":
+        return vllm.SamplingParams(**({"temperature": 0, "max_tokens": 48} | changes))
+
+    requests = [
+        (PROMPT, params()),
+        (LONG_PROMPT, params(max_tokens=LONG_TOKENS, ignore_eos=True)),
+        (PROMPT, params(max_tokens=SHORT_TOKENS)),
+        (PROMPT, params(stop=["Paris"])),
     ]
-    talks = [[{"role": "user", "content": text}] for text, _ in asked]
-    answer, long, short, stopped = (
-        output.outputs[0] for output in llm.chat(talks, [one for _, one in asked], use_tqdm=False)
-    )
+    talks = [[{"role": "user", "content": text}] for text, _ in requests]
+    outputs = llm.chat(talks, [sampling for _, sampling in requests], use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+def examine(folder: str, device: str) -> dict[str, object]:
+    llm = load(folder, device)
+    answer, long, short, stopped = answers(llm)
     tokens = list(long.token_ids)
+    past_end = f"{long.finish_reason} after {len(tokens)}"
+    at_length = f"{short.finish_reason} after {len(short.token_ids)}"
     finishes = [
         ("by itself", answer.finish_reason, "stop"),
-        (
-            "at its length",
-            f"{short.finish_reason} after {len(short.token_ids)}",
-            f"length after {SHORT_TOKENS}",
-        ),
-        (
-            "past its end",
-            f"{long.finish_reason} after {len(tokens)}",
-            f"length after {LONG_TOKENS}",
-        ),
+        ("at its length", at_length, f"length after {SHORT_TOKENS}"),
+        ("past its end", past_end, f"length after {LONG_TOKENS}"),
         ("at a stop word", f"{stopped.finish_reason} at {stopped.stop_reason}", "stop at Paris"),
         ("without the stop word", str("Paris" not in stopped.text), "True"),
     ]
+    # Past its end a model may repeat its last token; until there it may not.
+    runs = [len(list(run)) for _, run in groupby(tokens[: _end(llm, tokens)])]
     return {
         "answer": answer.text.strip(),
         "long": long.text,
-        # Past its end a model may say the end again and again; until there it may not.
-        "longest_run": max(
-            (len(list(run)) for token, run in groupby(tokens[: _end(llm, tokens)])), default=0
-        ),
+        "longest_run": max(runs, default=0),
         "most_repeated": MOST_REPEATED,
         "finishes": [
             {"case": case, "found": found, "expected": expected}
@@ -81,13 +87,13 @@ def hear(folder: str, device: str) -> dict:
     }
 
 
-def _end(llm: object, tokens: list[int]) -> int:
-    end = llm.get_tokenizer().eos_token_id  # type: ignore[attr-defined]
+def _end(llm: "LLM", tokens: list[int]) -> int:
+    end = llm.get_tokenizer().eos_token_id
     return tokens.index(end) if end in tokens else len(tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask SmolLM2 through vLLM.")
+    parser = argparse.ArgumentParser(description="Prompt SmolLM2 through vLLM.")
     parser.add_argument("model", type=Path, help="its folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
@@ -95,14 +101,13 @@ def main() -> None:
     os.dup2(2, 1)
     if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
         faulthandler.dump_traceback_later(limit, exit=True)
+    record: dict[str, object] = {"schema": SCHEMA, "error": None}
     try:
-        record: dict = {"error": None} | hear(str(arguments.model.resolve()), arguments.device)
+        record |= examine(str(arguments.model.resolve()), arguments.device)
     except Exception as exc:
-        import traceback
-
         traceback.print_exc()
-        record = {"error": f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"}
-    print(json.dumps({"schema": SCHEMA} | record), file=out, flush=True)
+        record["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+    print(json.dumps(record), file=out, flush=True)
 
 
 if __name__ == "__main__":

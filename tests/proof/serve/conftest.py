@@ -1,4 +1,4 @@
-"""The built environment of the clone that these tests lie in: `./scripts/inv bootstrap` first."""
+"""The built environment of this clone: run `./scripts/inv bootstrap` first."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""`inv serve` and its sisters through their door, on a small clone in which a stand-in plays vLLM:
-what goes wrong is a sentence, what runs is found again.
+"""`inv serve` and the other serve tasks on their command line, on a small clone with a stand-in for
+vLLM: failures are sentences, and a running server is found again.
 """
 
 import json
@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,19 +21,19 @@ ARGUMENTS = "".join(
     f'group.add_argument("--{name}")\n'
     for name in ("host", "port", "max-num-seqs", "gpu-memory-utilization", "served-model-name")
 )
-# Takes the place of .vllm/bin/vllm: `vllm serve MODEL --port N …`, in the manner that the model's
-# folder is called after.
-STANDIN = ROOT / "tests" / "engine" / "standin.py"
+# Replaces .vllm/bin/vllm: `vllm serve MODEL --port N …`; the name of the model's folder is the
+# manner of the stand-in.
+STANDIN = ROOT / "tests" / "server" / "standin.py"
 FRONT = f"""#!{sys.executable} -S
 import os, sys
-words = sys.argv
-port, manner = words[words.index("--port") + 1], os.path.basename(words[2])
+argv = sys.argv
+port, manner = argv[argv.index("--port") + 1], os.path.basename(argv[2])
 os.execv({sys.executable!r}, [{sys.executable!r}, "-S", {str(STANDIN)!r}, port, manner])
 """
 
 
 @pytest.fixture
-def clone(built: World):
+def clone(built: World) -> Iterator[World]:
     """A built clone whose vLLM has a command line, and a folder with a model."""
     source = built.layout.vllm / "vllm" / "engine" / "arg_utils.py"
     source.parent.mkdir(exist_ok=True)
@@ -54,7 +55,7 @@ def clone(built: World):
             path.unlink()
 
 
-def words(clone: World, manner: str, *extra: str, port: int | None = None) -> list[str]:
+def serve(clone: World, manner: str, *extra: str, port: int | None = None) -> list[str]:
     return [
         "serve",
         str(clone.folder / manner),
@@ -67,29 +68,26 @@ def words(clone: World, manner: str, *extra: str, port: int | None = None) -> li
     ]
 
 
-def until(clone: World, true) -> observation.Server:
+def until(clone: World, is_true: Callable[[observation.Server], object]) -> observation.Server:
     deadline = time.monotonic() + 60
-    while not ((there := observation.find(clone.layout.server)) and true(there)):
+    while not ((there := observation.find(clone.layout.server)) and is_true(there)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return there
 
 
 def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) -> None:
-    line = words(clone, "plain")
+    line = serve(clone, "plain")
     started = clone.run("serve", "--detach", *line[1:])
     assert started.code == 0, started.output
     assert "/bin/vllm serve " in started.err
     status = json.loads(clone.run("serve.status", "--json").out)
     assert (status["state"], status["changed"]) == ("ready", None)
     assert "engine started" in clone.run("serve.logs").out
-    assert "runs already" in clone.run(*words(clone, "plain")).error(10)
-    # Nothing is locked while it runs, and what is made anew under it is said.
+    assert "runs already" in clone.run(*serve(clone, "plain")).error(10)
+    # No lock is held while it runs, and a new build is reported.
     clone.layout.stamp("vllm").write_bytes(clone.layout.stamp("vllm").read_bytes() + b"\n")
-    assert (
-        "kernels or environment were built anew since its start"
-        in clone.run("serve.status").err
-    )
+    assert "kernels or environment were built anew since its start" in clone.run("serve.status").err
     stopped = clone.run("serve.stop")
     assert (stopped.code, "is free" in stopped.err) == (0, True), stopped.output
     assert clone.run("serve.stop").err == "no server runs\n"
@@ -97,10 +95,10 @@ def test_detached_server_is_seen_read_refused_twice_and_stopped(clone: World) ->
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_server_in_the_foreground_ends_with_its_verb(
+def test_server_in_the_foreground_ends_with_its_task(
     clone: World, number: signal.Signals, code: int
 ) -> None:
-    verb = clone.start(*words(clone, "plain"))
+    verb = clone.start(*serve(clone, "plain"))
     there = until(clone, lambda there: there.is_ready)
     verb.send_signal(number)
     _, err = verb.communicate(timeout=60)
@@ -108,19 +106,19 @@ def test_server_in_the_foreground_ends_with_its_verb(
     assert observation.find(clone.layout.server) is None
 
 
-def test_start_up_that_is_stopped_from_elsewhere_is_no_success(clone: World) -> None:
-    verb = clone.start(*words(clone, "slow"))
+def test_start_up_that_is_killed_is_no_success(clone: World) -> None:
+    verb = clone.start(*serve(clone, "slow"))
     there = until(clone, lambda there: len(there.members()) > 2)
-    # As kill -9 of all of it does.
-    for one in there.members():
-        os.kill(one, signal.SIGKILL)
+    # As `kill -9` of all processes does.
+    for pid in there.members():
+        os.kill(pid, signal.SIGKILL)
     _, err = verb.communicate(timeout=60)
     assert verb.returncode == 10, err
     assert observation.find(clone.layout.server) is None
 
 
-def test_crash_for_memory_says_the_next_rung_as_a_command(clone: World) -> None:
-    line = [word if word != "0.1" else "0.3" for word in words(clone, "crash")]
+def test_crash_for_memory_has_the_next_step_as_hint(clone: World) -> None:
+    line = [arg if arg != "0.1" else "0.3" for arg in serve(clone, "crash")]
     ended = clone.run("serve", "--force", *line[1:])
     error, hint = ended.err.splitlines()[-2:]
     assert ended.code == 10
@@ -130,8 +128,8 @@ def test_crash_for_memory_says_the_next_rung_as_a_command(clone: World) -> None:
     assert hint.startswith(f"hint: ./scripts/inv serve {clone.folder / 'crash'} -- --port ")
 
 
-def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) -> None:
-    line = words(clone, "plain", port=8123)
+def test_dry_run_prints_lines_for_a_shell_and_starts_no_server(clone: World) -> None:
+    line = serve(clone, "plain", port=8123)
     shown = clone.run(
         "serve",
         "--dry-run",
@@ -149,7 +147,7 @@ def test_dry_run_prints_what_a_shell_can_run_and_starts_nothing(clone: World) ->
     assert observation.find(clone.layout.server) is None
 
 
-def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> None:
+def test_model_that_cannot_be_served_is_an_error(clone: World, tmp_path: Path) -> None:
     no_config, odd_config, no_weights, no_tokenizer, odd_tokenizer = (
         tmp_path / name for name in ("a", "b", "c", "d", "e")
     )
@@ -178,20 +176,20 @@ def test_what_cannot_be_served_is_a_sentence(clone: World, tmp_path: Path) -> No
             "serve", str(folder), "--", "--port", str(lifecycle.free_port()), *share
         ).error(10)
     assert "there is no recipe 'tinny'" in clone.run("serve", "tinny").error(2)
-    assert "no port from 1 to 65535" in clone.run(*words(clone, "plain", "--port", "99999")).error(
+    assert "no port from 1 to 65535" in clone.run(*serve(clone, "plain", "--port", "99999")).error(
         2
     )
     assert "no share above 0" in clone.run(
-        *words(clone, "plain", "--gpu-memory-utilization", "-1")
+        *serve(clone, "plain", "--gpu-memory-utilization", "-1")
     ).error(2)
-    assert "without a key" in clone.run(*words(clone, "plain", "--host", "0.0.0.0")).error(2)
+    assert "without a key" in clone.run(*serve(clone, "plain", "--host", "0.0.0.0")).error(2)
     assert "no flag --max-num-sequ" in clone.run(
-        *words(clone, "plain", "--max-num-sequ", "3")
+        *serve(clone, "plain", "--max-num-sequ", "3")
     ).error(2)
     assert "--lines: 'many'" in clone.run("serve.logs", "--lines", "many").error(2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         assert "cannot be used: Address already in use" in clone.run(
-            *words(clone, "plain", port=taken.getsockname()[1])
+            *serve(clone, "plain", port=taken.getsockname()[1])
         ).error(10)

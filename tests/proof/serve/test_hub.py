@@ -1,5 +1,5 @@
-"""The real probe and the real huggingface_hub against a hub of real bytes: interruptions, a gate, a
-lie, and no network afterwards.
+"""The real probe and the real huggingface_hub against a hub of real bytes: interruptions, a gated
+model, a damaged file, and later loads without network.
 """
 
 import json
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def hub() -> Iterator[Hub]:
 
 
 class Fetcher:
-    """The verb's own probe with a home of its own."""
+    """The probe of `serve.fetch` with a home of its own."""
 
     def __init__(self, layout: Layout, hub: Hub, home: Path) -> None:
         self.layout, self.home = layout, home
@@ -60,11 +61,12 @@ class Fetcher:
             text=True,
         )
 
-    def run(self, **more: str) -> dict:
+    def run(self, **more: str) -> dict[str, Any]:
         child = self.start(**more)
         out, err = child.communicate(timeout=120)
         assert child.returncode == 0, err
-        return json.loads(out)
+        record: dict[str, Any] = json.loads(out)
+        return record
 
     def found(self) -> Path | None:
         return models.snapshot(
@@ -77,7 +79,7 @@ def fetcher(layout: Layout, hub: Hub, tmp_path: Path) -> Fetcher:
     return Fetcher(layout, hub, tmp_path)
 
 
-def test_whole_model_comes_without_what_is_ignored_and_is_there_afterwards_without_a_network(
+def test_model_is_fetched_without_ignored_files_and_then_found_offline(
     hub: Hub, fetcher: Fetcher
 ) -> None:
     record = fetcher.run()
@@ -106,7 +108,7 @@ def test_whole_model_comes_without_what_is_ignored_and_is_there_afterwards_witho
     assert len(hub.requests) == before
 
 
-def test_transfer_that_breaks_off_goes_on_at_the_byte(hub: Hub, fetcher: Fetcher) -> None:
+def test_broken_transfer_resumes_at_the_byte(hub: Hub, fetcher: Fetcher) -> None:
     hub.breaks[PARTS[0]] = [3 << 20, 7 << 20]
     hub.breaks[PARTS[1]] = [1 << 20]
     assert fetcher.run()["error"] is None
@@ -116,7 +118,7 @@ def test_transfer_that_breaks_off_goes_on_at_the_byte(hub: Hub, fetcher: Fetcher
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_fetch_leaves_no_model_and_the_next_one_fetches_only_the_rest(
+def test_killed_fetch_leaves_no_model_and_the_next_one_fetches_the_rest(
     hub: Hub, fetcher: Fetcher, number: signal.Signals
 ) -> None:
     hub.breaks[PARTS[0]] = [5 << 20]
@@ -142,9 +144,7 @@ def test_killed_fetch_leaves_no_model_and_the_next_one_fetches_only_the_rest(
     assert [path.name for path in blobs.glob("*.fetched-in-part")] == []
 
 
-def test_file_that_is_not_what_the_hub_says_is_not_used_and_a_good_one_comes_next(
-    hub: Hub, fetcher: Fetcher
-) -> None:
+def test_file_with_another_hash_is_refused_and_fetched_again(hub: Hub, fetcher: Fetcher) -> None:
     fetcher.run()
     blobs = fetcher.home / ".cache" / "huggingface" / "hub" / "models--some--model" / "blobs"
     blob = max(blobs.iterdir(), key=lambda path: path.stat().st_size)
@@ -158,7 +158,7 @@ def test_file_that_is_not_what_the_hub_says_is_not_used_and_a_good_one_comes_nex
     assert blob.read_bytes() == content
 
 
-def test_two_fetches_at_once_bring_one_model(hub: Hub, fetcher: Fetcher) -> None:
+def test_two_fetches_at_once_fetch_one_model(hub: Hub, fetcher: Fetcher) -> None:
     both = [fetcher.start() for _ in range(2)]
     records = [json.loads(child.communicate(timeout=120)[0]) for child in both]
     assert [record["error"] for record in records] == [None, None]
@@ -176,7 +176,7 @@ def test_two_fetches_at_once_bring_one_model(hub: Hub, fetcher: Fetcher) -> None
         (False, "", 500, "network"),
     ],
 )
-def test_gate_and_a_hub_in_trouble(
+def test_gated_model_and_failing_hub_are_errors_of_their_kind(
     hub: Hub, fetcher: Fetcher, gated: bool, token: str, status: int, kind: str | None
 ) -> None:
     hub.repositories["some/model"] = Repository(FILES, gated=gated, token="hf_right")
@@ -188,15 +188,13 @@ def test_gate_and_a_hub_in_trouble(
         assert "hf_wrong" not in error["said"]
 
 
-def test_model_that_is_not_there_and_no_hub_at_all(hub: Hub, fetcher: Fetcher) -> None:
+def test_missing_model_and_missing_hub_are_errors_of_their_kind(hub: Hub, fetcher: Fetcher) -> None:
     del hub.repositories["some/model"]
     assert fetcher.run()["error"]["kind"] == "absent"
     assert fetcher.run(HF_ENDPOINT="http://127.0.0.1:1")["error"]["kind"] == "network"
 
 
-def test_disk_that_is_too_small_is_said_before_a_byte_is_fetched(
-    hub: Hub, fetcher: Fetcher
-) -> None:
+def test_too_small_disk_is_an_error_before_the_first_byte(hub: Hub, fetcher: Fetcher) -> None:
     code = (
         "import shutil, sys, types, runpy\n"
         "shutil.disk_usage = lambda place: types.SimpleNamespace(total=1, used=1, free=1 << 20)\n"
@@ -209,7 +207,7 @@ def test_disk_that_is_too_small_is_said_before_a_byte_is_fetched(
     assert hub.sent == 0
 
 
-def test_verb_fetches_from_the_hub_and_the_list_says_so(
+def test_task_fetches_from_the_hub_and_the_list_shows_it(
     hub: Hub, layout: Layout, tmp_path: Path
 ) -> None:
     hub.repositories["openai/gpt-oss-20b"] = Repository(FILES)

@@ -1,9 +1,8 @@
-"""What is said of flags and values without torch, held against the pinned tree's own parser and its
-own registry.
-"""
+"""Flags and values as read without torch, compared with the pinned tree's parser and registry."""
 
 import json
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -13,30 +12,31 @@ from workspace.machine import run_environment
 from workspace.repo import pins
 from workspace.server import flags, recipes
 
-# Prints every option string and how many words it takes; then what the parser makes of each command
-# line that it is given.
+# Prints every option and its count of values; then the parser's result for each command line.
 PROGRAM = """
 import contextlib, importlib, io, json, sys
-for name in ("vllm.entrypoints.common.cli_args", "vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
+for name in ("common", "launchers", "openai"):
     with contextlib.suppress(ImportError):
-        module = importlib.import_module(name)
+        module = importlib.import_module(f"vllm.entrypoints.{name}.cli_args")
         break
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = module.make_arg_parser(FlexibleArgumentParser())
 options = {option: action.nargs for action in parser._actions for option in action.option_strings}
 lines = []
-for words in json.loads(sys.argv[1]):
+for argv in json.loads(sys.argv[1]):
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err):
-            found = vars(parser.parse_args(words))
-            module.validate_parsed_serve_args(parser.parse_args(words))
-        lines.append({"error": None, "values": {key: value for key, value in found.items() if isinstance(value, (str, int, float, bool, list))}})
+            found = vars(parser.parse_args(argv))
+            module.validate_parsed_serve_args(parser.parse_args(argv))
+        plain = (str, int, float, bool, list)
+        values = {key: value for key, value in found.items() if isinstance(value, plain)}
+        lines.append({"error": None, "values": values})
     except SystemExit:
         lines.append({"error": err.getvalue().splitlines()[-1]})
 print("\\n" + json.dumps({"options": options, "lines": lines}))
 """
-# Each is one word that decides; what is judged here must be judged the same there.
+# One flag each on which both verdicts must agree.
 SPELLINGS = (
     *(
         ["m", "--max_model_len", "7"],
@@ -72,7 +72,7 @@ SPELLINGS = (
 def recipe_lines(layout: Layout) -> dict[str, list[str]]:
     version = pins.load(layout.pins).vllm.version
     return {
-        name: ["m", *recipes.load(layout, name, version=version).words]
+        name: ["m", *recipes.load(layout, name, version=version).args]
         for name in recipes.names(layout)
     }
 
@@ -80,7 +80,7 @@ def recipe_lines(layout: Layout) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def parser(
     layout: Layout, recipe_lines: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> dict:
+) -> dict[str, Any]:
     lines = json.dumps([*SPELLINGS, *recipe_lines.values()])
     environment = load(layout).child_environment("run", {"HF_HUB_OFFLINE": "1"})
     done = subprocess.run(
@@ -92,10 +92,11 @@ def parser(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return document
 
 
-def test_the_same_flags_as_the_parser_has(layout: Layout, parser: dict) -> None:
+def test_the_same_flags_as_the_parser_has(layout: Layout, parser: dict[str, Any]) -> None:
     known = flags.known(layout)
     options = parser["options"]
     assert known.names | known.negated == {option for option in options if option.startswith("--")}
@@ -106,30 +107,32 @@ def test_the_same_flags_as_the_parser_has(layout: Layout, parser: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", range(len(SPELLINGS)), ids=lambda number: " ".join(SPELLINGS[number])
+    "index", range(len(SPELLINGS)), ids=lambda index: " ".join(SPELLINGS[index])
 )
-def test_the_same_verdict_on_every_spelling(layout: Layout, parser: dict, number: int) -> None:
-    words, verdict = SPELLINGS[number], parser["lines"][number]
-    try:
-        judged = flags.judge(words, flags.known(layout))
-        is_taken = not judged.dropped
-    except Exception:
-        is_taken = False
-    assert is_taken == (verdict["error"] is None), verdict
-
-
-def test_command_line_of_every_recipe_is_taken_whole(
-    layout: Layout, parser: dict, recipe_lines: dict[str, list[str]]
+def test_the_same_verdict_on_every_spelling(
+    layout: Layout, parser: dict[str, Any], index: int
 ) -> None:
-    for (name, words), verdict in zip(
+    args, verdict = SPELLINGS[index], parser["lines"][index]
+    try:
+        judged = flags.judge(args, flags.known(layout))
+        is_accepted = not judged.dropped
+    except Exception:
+        is_accepted = False
+    assert is_accepted == (verdict["error"] is None), verdict
+
+
+def test_command_line_of_every_recipe_is_accepted_whole(
+    layout: Layout, parser: dict[str, Any], recipe_lines: dict[str, list[str]]
+) -> None:
+    for (name, args), verdict in zip(
         recipe_lines.items(), parser["lines"][len(SPELLINGS) :], strict=True
     ):
         assert verdict["error"] is None, (name, verdict)
-        assert flags.judge(words, flags.known(layout)) == flags.Judged(tuple(words))
+        assert flags.judge(args, flags.known(layout)) == flags.Judged(tuple(args))
 
 
-def test_gpt_oss_120b_means_to_the_parser_what_the_recipe_says(
-    parser: dict, recipe_lines: dict[str, list[str]]
+def test_parser_reads_gpt_oss_120b_as_the_recipe_means_it(
+    parser: dict[str, Any], recipe_lines: dict[str, list[str]]
 ) -> None:
     values = parser["lines"][len(SPELLINGS) + list(recipe_lines).index("gpt-oss-120b")]["values"]
     wanted = {
@@ -160,7 +163,7 @@ def test_the_same_variables_as_the_registry_has(layout: Layout) -> None:
     assert set(json.loads(done.stdout.splitlines()[-1])) == run_environment.known_variables(layout)
 
 
-def test_nothing_that_is_called_removed_is_there(layout: Layout) -> None:
+def test_no_removed_name_exists(layout: Layout) -> None:
     version = [int(part) for part in pins.load(layout.pins).vllm.version.split(".")]
     known = flags.known(layout)
     for kind, names in (
@@ -170,8 +173,8 @@ def test_nothing_that_is_called_removed_is_there(layout: Layout) -> None:
         for former in run_environment.removed_names(kind).values():
             is_gone = not former.gone or [int(part) for part in former.gone.split(".")] <= version
             assert (former.name in names) == (not is_gone), former
-            for word in former.instead.replace(",", " ").replace(";", " ").split():
-                assert not word.startswith("--") or known.spelled(word), former
-                assert not run_environment.VARIABLE.match(word) or word.split("=")[
-                    0
-                ] in run_environment.known_variables(layout), former
+            for token in former.instead.replace(",", " ").replace(";", " ").split():
+                assert not token.startswith("--") or known.spelled(token), former
+                name = token.split("=")[0]
+                is_variable = run_environment.VARIABLE.match(token)
+                assert not is_variable or name in run_environment.known_variables(layout), former

@@ -1,4 +1,4 @@
-"""The table of removed names against the sources of real releases, from the package index: 21 to 48
+"""The table of removed names against the sources of real releases from the package index, 21 to 48
 MB each.
 """
 
@@ -19,7 +19,7 @@ RELEASES = ("0.24.0", "0.31.0", "0.33.0")
 
 @functools.cache
 def names_of(version: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The variables and flags in the archive of a release."""
+    """Return the variables and flags in the archive of a release."""
     settings = load(here())
     filename = f"vllm-{version}.tar.gz"
     package = next(
@@ -49,7 +49,7 @@ def key(version: str) -> list[int]:
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_what_the_table_says_of_a_release_is_so(version: str) -> None:
+def test_table_is_right_for_a_release(version: str) -> None:
     variables, known = names_of(version)
     for kind, names in (("variables", variables), ("flags", known)):
         for former in run_environment.removed_names(kind).values():

@@ -1,8 +1,8 @@
-"""Real servers of the built vLLM: they answer and stream, and whenever and however one is ended,
-nothing of it is left.
+"""Real servers of the built vLLM: they answer and stream, and leave nothing, however and whenever
+they are ended.
 
-CYCLES (50) says how often a start is ended at a random moment, SEED which moments, MODEL (tiny)
-what is served.
+CYCLES (50) is the number of starts that are ended at a random moment, SEED selects the moments,
+MODEL (tiny) is the model.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,24 +34,33 @@ CLIENT = """
 import asyncio, json, sys, time
 import httpx, openai
 url, model, what = sys.argv[1:]
-ask = {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+messages = [{"role": "user", "content": "What is the capital of France?"}]
+ask = {"model": model, "messages": messages, "temperature": 0}
 if what == "chat":
     client = openai.OpenAI(base_url=url, api_key="none")
-    whole = client.chat.completions.create(**ask, max_tokens=12)
-    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, max_tokens=12, stream=True) if chunk.choices]
-    lines = httpx.post(f"{url}/chat/completions", json={**ask, "max_tokens": 4, "stream": True}, timeout=300).text.strip().splitlines()
-    print(json.dumps({"whole": whole.choices[0].message.content, "streamed": "".join(pieces), "chunks": len(pieces), "last": lines[-1]}))
+    create = client.chat.completions.create
+    whole = create(**ask, max_tokens=12).choices[0].message.content
+    stream = create(**ask, max_tokens=12, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    body = {**ask, "max_tokens": 4, "stream": True}
+    lines = httpx.post(f"{url}/chat/completions", json=body, timeout=300).text.strip().splitlines()
+    streamed = {"streamed": "".join(pieces), "chunks": len(pieces)}
+    print(json.dumps({"whole": whole, **streamed, "last": lines[-1]}))
 else:
     count, tokens = map(int, what.split("x"))
     async def one(client):
         try:
-            done = await client.chat.completions.create(**ask, max_tokens=tokens, extra_body={"ignore_eos": True})
+            done = await client.chat.completions.create(
+                **ask, max_tokens=tokens, extra_body={"ignore_eos": True}
+            )
             return done.usage.completion_tokens
         except openai.OpenAIError:
             return None
     async def main():
         all_at_once = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=600)
-        client = openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0, http_client=all_at_once)
+        client = openai.AsyncOpenAI(
+            base_url=url, api_key="none", timeout=600, max_retries=0, http_client=all_at_once
+        )
         print("asking", file=sys.stderr, flush=True)
         return await asyncio.gather(*(one(client) for _ in range(count)))
     started = time.monotonic()
@@ -59,17 +69,17 @@ else:
 
 
 class Serving:
-    """`inv serve` of this clone, and an eye on everything that its server shares while it lives."""
+    """`inv serve` of this clone, with a watch on the processes and shared memory of its server."""
 
-    def __init__(self, layout: Layout, *words: str, extra: tuple[str, ...] = ()) -> None:
+    def __init__(self, layout: Layout, *args: str, extra: tuple[str, ...] = ()) -> None:
         self.layout, self.port = layout, lifecycle.free_port()
         self.inv = [sys.executable, "-Es", str(layout.root / "tasks.py")]
         self.seen: dict[int, int] = {}
         self.shared: set[str] = set()
         self.folders: set[str] = set()
         self._over = threading.Event()
-        self._eye = threading.Thread(target=self._watch)
-        argv = [*self.inv, "serve", MODEL, *words, "--", "--port", str(self.port), *extra]
+        self._thread = threading.Thread(target=self._watch)
+        argv = [*self.inv, "serve", MODEL, *args, "--", "--port", str(self.port), *extra]
         self.verb = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -78,7 +88,7 @@ class Serving:
             text=True,
             start_new_session=True,
         )
-        self._eye.start()
+        self._thread.start()
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):
@@ -86,9 +96,7 @@ class Serving:
             if there:
                 members = there.members()
                 known = process_tree.living()
-                self.seen |= {
-                    number: known[number].started for number in members if number in known
-                }
+                self.seen |= {pid: known[pid].started for pid in members if pid in known}
                 self.shared |= process_tree.shared_by(members)
                 self.folders.add(there.family.folder)
 
@@ -123,23 +131,23 @@ class Serving:
         known = process_tree.living()
         return next(
             (
-                number
-                for number, one in known.items()
-                if there and one.parent == there.family.keeper
+                pid
+                for pid, process in known.items()
+                if there and process.parent == there.family.keeper
             ),
             None,
         )
 
     def judge(self) -> None:
-        """Everything that was ever seen of it is gone."""
+        """Assert that all processes, files and folders that were ever seen are gone."""
         self.verb.communicate(timeout=120)
         self._over.set()
-        self._eye.join()
+        self._thread.join()
         known = process_tree.living()
         assert [
-            number
-            for number, started in self.seen.items()
-            if number in known and known[number].started == started
+            pid
+            for pid, started in self.seen.items()
+            if pid in known and known[pid].started == started
         ] == []
         assert [name for name in self.shared if Path(name).exists()] == []
         assert [folder for folder in self.folders if Path(folder).exists()] == []
@@ -158,11 +166,11 @@ class Serving:
 
 
 @pytest.fixture
-def serving(layout: Layout):
+def serving(layout: Layout) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
-    def start(*words: str, extra: tuple[str, ...] = ()) -> Serving:
-        started.append(Serving(layout, *words, extra=extra))
+    def start(*args: str, extra: tuple[str, ...] = ()) -> Serving:
+        started.append(Serving(layout, *args, extra=extra))
         return started[-1]
 
     yield start
@@ -174,7 +182,7 @@ def serving(layout: Layout):
         one.verb.communicate()
 
 
-def test_chat_is_answered_and_streamed_to_the_end_and_200_requests_at_once_are_answered_in_full(
+def test_chat_is_answered_and_streamed_and_200_requests_at_once_are_answered(
     serving,
 ) -> None:
     one = serving("--detach")
@@ -212,8 +220,7 @@ def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
     moments = random.Random(SEED)
     one, began = serving("--detach"), time.monotonic()
     one.wait()
-    # Some become ready before their moment comes: one of five on a machine whose pace does not
-    # change.
+    # About one start of five becomes ready before its moment, on a machine of constant speed.
     longest_s = 1.25 * (time.monotonic() - began)
     one.stop()
     one.judge()
@@ -228,12 +235,12 @@ def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
                 "SIGTERM",
                 "kill verb",
                 "kill front",
-                "kill keeper",
+                "kill supervisor",
                 "kill all",
             ]
         )
         one = serving(
-            *(["--detach"] if how in ("stop", "kill front", "kill keeper", "kill all") else [])
+            *(["--detach"] if how in ("stop", "kill front", "kill supervisor", "kill all") else [])
         )
         started = time.monotonic()
         while (
@@ -252,15 +259,15 @@ def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
             )
             one.verb.communicate(timeout=120)
         elif there and how != "stop":
-            numbers = {
+            pids = {
                 "kill front": [one.front()],
-                "kill keeper": [there.family.keeper],
+                "kill supervisor": [there.family.keeper],
                 "kill all": sorted(there.members()),
             }[how]
-            for number in filter(None, numbers):
-                os.kill(number, signal.SIGKILL)
+            for pid in filter(None, pids):
+                os.kill(pid, signal.SIGKILL)
         if how == "stop" and there is None:
-            # Nothing is there to be stopped yet: the verb itself is.
+            # There is no server to stop yet: end the task itself.
             one.verb.terminate()
             one.verb.communicate(timeout=120)
         ended = time.monotonic()

@@ -1,4 +1,4 @@
-"""SmolLM2 from its wheels: it was put together rightly if it knows what anybody knows."""
+"""SmolLM2 from its wheels: it is assembled correctly if it knows the capital of France."""
 
 import subprocess
 
@@ -11,15 +11,18 @@ from workspace.server import models
 ASK = """
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-words = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
 talk = [{"role": "user", "content": "What is the capital of France?"}]
-asked = words.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-said = model.generate(**asked, max_new_tokens=16, do_sample=False)[0][asked["input_ids"].shape[1]:]
-print(words.decode(said, skip_special_tokens=True))
+inputs = tokenizer.apply_chat_template(
+    talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+answer = output[0][inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 
-def test_made_once_it_says_that_the_capital_of_france_is_paris(layout: Layout) -> None:
+def test_model_answers_that_the_capital_of_france_is_paris(layout: Layout) -> None:
     settings = load(layout)
     with RunLog(Console(), layout.logs, verb="test") as run_log:
         folder = models.smollm2(layout, settings, run_log=run_log)
