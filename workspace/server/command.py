@@ -31,7 +31,27 @@ UNKNOWN_TREE = "none"
 _LISTS = ("PATH", "LD_LIBRARY_PATH")
 # bash refuses to set these, and then evaluates no other line either.
 _READ_ONLY = ("UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS")
-_NOT_BUILT = "./scripts/inv bootstrap"
+_BOOTSTRAP = "./scripts/inv bootstrap"
+LOCAL, USUAL_PORT = "127.0.0.1", 8000
+# Flags that inv serve refuses, and what to write instead.
+_REFUSED = {
+    "--api-key": "all users of the machine see it in ps: put VLLM_API_KEY into .env",
+    "--hf-token": "all users of the machine see it in ps: put HF_TOKEN into .env",
+    "--config": "inv serve does not check that file: write its flags after --",
+    "--model": "write the model right after inv serve",
+    "--model-tag": "write the model right after inv serve",
+    "--uds": "inv serve needs a port to ask whether the server is ready",
+    "--headless": "it has no port to ask whether it is ready: ./scripts/inv run -- vllm serve ...",
+    "--help": "./scripts/inv run -- vllm serve --help=all",
+    "-h": "./scripts/inv run -- vllm serve --help=all",
+}
+_COUNTS = (
+    "--max-num-seqs",
+    "--tensor-parallel-size",
+    "--max-num-batched-tokens",
+    "--pipeline-parallel-size",
+)
+_LENGTH = re.compile(r"[1-9]\d*|\d+(\.\d+)?[kKmMgG]|auto|-1")
 
 
 def run_command(
@@ -111,32 +131,10 @@ def lines(
 def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, str]:
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError(
-            "there is no built environment: .vllm/bin/python is missing", hint=_NOT_BUILT
+            "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
         )
     check.require(layout, settings, console=console)
     return built_environment(layout, settings)
-
-
-LOCAL, USUAL_PORT = "127.0.0.1", 8000
-# Flags that inv serve refuses, and what to write instead.
-_REFUSED = {
-    "--api-key": "all users of the machine see it in ps: put VLLM_API_KEY into .env",
-    "--hf-token": "all users of the machine see it in ps: put HF_TOKEN into .env",
-    "--config": "inv serve does not check that file: write its flags after --",
-    "--model": "write the model right after inv serve",
-    "--model-tag": "write the model right after inv serve",
-    "--uds": "inv serve needs a port to ask whether the server is ready",
-    "--headless": "it has no port to ask whether it is ready: ./scripts/inv run -- vllm serve ...",
-    "--help": "./scripts/inv run -- vllm serve --help=all",
-    "-h": "./scripts/inv run -- vllm serve --help=all",
-}
-_COUNTS = (
-    "--max-num-seqs",
-    "--tensor-parallel-size",
-    "--max-num-batched-tokens",
-    "--pipeline-parallel-size",
-)
-_LENGTH = re.compile(r"[1-9]\d*|\d+(\.\d+)?[kKmMgG]|auto|-1")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,17 @@ Verdict = Literal["yes", "after drop-caches", "no"]
 MARGIN_GIB = 2.0
 # A smaller cache serves one short request at a time.
 LEAST_KV_GIB = 0.5
+SHARE, SEQUENCES, LENGTH = "--gpu-memory-utilization", "--max-num-seqs", "--max-model-len"
+# vLLM's own default, except on the largest GPUs (vllm/engine/arg_utils.py).
+DEFAULT_SEQUENCES = 256
+STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
+# Less page cache is not worth a command.
+WORTHWHILE_GIB = 1.0
+# How many steps were taken already, the flag, and its next value.
+_Step = tuple[int, str, str]
+NAME_WIDTH = 16
+_STATES: dict[Verdict, State] = {"yes": "ok", "after drop-caches": "warn", "no": "warn"}
+_DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
 @dataclass(frozen=True)
@@ -270,16 +281,6 @@ def _query(settings: Settings, query: str) -> list[list[str]]:
     )
 
 
-SHARE, SEQUENCES, LENGTH = "--gpu-memory-utilization", "--max-num-seqs", "--max-model-len"
-# vLLM's own default, except on the largest GPUs (vllm/engine/arg_utils.py).
-DEFAULT_SEQUENCES = 256
-STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
-# Less page cache is not worth a command.
-WORTHWHILE_GIB = 1.0
-# How many steps were taken already, the flag, and its next value.
-_Step = tuple[int, str, str]
-
-
 @dataclass(frozen=True)
 class Attempt:
     """A start that lacked memory: the name that the user typed, the recipe, the command line.
@@ -348,11 +349,6 @@ def _number_or(value: object, otherwise: float) -> float:
         return float(str(value))
     except ValueError:
         return otherwise
-
-
-NAME_WIDTH = 16
-_STATES: dict[Verdict, State] = {"yes": "ok", "after drop-caches": "warn", "no": "warn"}
-_DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
 @dataclass(frozen=True)

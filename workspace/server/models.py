@@ -38,6 +38,14 @@ Architecture = Literal["llama", "qwen3", "mixtral", "gpt-oss"]
 SEED = 0
 # 10 s on two cores, most of it imports; SmolLM2 25 s.
 TIMEOUT_S = 300.0
+_PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(safetensors|bin)")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_BOOTSTRAP = "./scripts/inv bootstrap"
+# The files are small: a server that needs longer does not send them.
+VOCABULARY_TIMEOUT_S = 30.0
+# Space besides the model's files, for other files that are written during the fetch.
+MARGIN_GIB = 2.0
+_GATE = "ask for access at https://huggingface.co/{model}, then put HF_TOKEN into .env"
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,13 @@ def found_built_in(layout: Layout, name: str) -> Path | None:
 
 
 def _tiny_folder(layout: Layout, arguments: tuple[str, ...], architecture: str) -> Path:
-    return layout.models / f"tiny-{architecture}-{_recipe(layout, 'tiny_model.py', arguments)[:12]}"
+    return layout.models / f"tiny-{architecture}-{_digest(layout, 'tiny_model.py', arguments)[:12]}"
 
 
 def _smollm2_folder(layout: Layout) -> Path:
     return (
         layout.models
-        / f"smollm2-{_recipe(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
+        / f"smollm2-{_digest(layout, 'smollm2_model.py', (SMOLLM2.sha256, GGUF.sha256))[:12]}"
     )
 
 
@@ -152,11 +160,11 @@ def _make(
         raise BuildError(
             f"{model} could not be made, its probe {process.describe_status(done.returncode)}:"
             f" {last}",
-            hint="./scripts/inv bootstrap",
+            hint=_BOOTSTRAP,
         )
 
 
-def _recipe(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
+def _digest(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
     """Return the digest of all that decides the bytes: the probe, its arguments, and the versions
     of the libraries that draw and write the weights.
     """
@@ -165,10 +173,6 @@ def _recipe(layout: Layout, probe: str, arguments: tuple[str, ...]) -> str:
     recipe = hashlib.sha256((layout.probes / probe).read_bytes())
     recipe.update("\0".join([*arguments, *versions]).encode())
     return recipe.hexdigest()
-
-
-_PART = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.(safetensors|bin)")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 def found_weights(layout: Layout, settings: Settings, recipe: Recipe) -> Path | None:
@@ -239,14 +243,6 @@ def _listed(index: Path) -> list[str]:
     return [str(name) for name in set(named.values())] if isinstance(named, Mapping) else []
 
 
-BUILT = "./scripts/inv bootstrap"
-# The files are small: a server that needs longer does not send them.
-VOCABULARY_TIMEOUT_S = 30.0
-# Space besides the model's files, for other files that are written during the fetch.
-MARGIN_GIB = 2.0
-_GATE = "ask for access at https://huggingface.co/{model}, then put HF_TOKEN into .env"
-
-
 def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) -> None:
     """Fetch the files of a recipe or of a model on the hub.
 
@@ -255,7 +251,7 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
     recipe = named(layout, name)
     if not layout.environment_python.exists():
         raise ToolchainError(
-            "there is no built environment: its huggingface_hub fetches models", hint=BUILT
+            "there is no built environment: its huggingface_hub fetches models", hint=_BOOTSTRAP
         )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
@@ -489,7 +485,7 @@ def _published(layout: Layout) -> dict[str, tuple[str, str]]:
     if missing := [name for name in run_environment.VOCABULARIES if name not in found]:
         raise ToolchainError(
             f"the tiktoken in .vllm has no address and hash of {' and '.join(missing)}",
-            hint=BUILT,
+            hint=_BOOTSTRAP,
         )
     return found
 

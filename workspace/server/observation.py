@@ -24,6 +24,42 @@ from workspace.server import process_tree
 COMPLETION_TIMEOUT_S = 600.0
 ASK_TIMEOUT_S = 5.0
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+Lack = Literal["memory", "cache"]
+READ_BYTES = 2 << 20
+SHOWN_TAIL_LINES = 15
+# "(EngineCore pid=12) ERROR 11-23 20:01:02 [core.py:1] " without colours (vllm/logger.py,
+# vllm/utils/system_utils.py).
+_PREFIX = re.compile(
+    r"^(\([A-Za-z_ ]+\S* pid=\d+\)\s?|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d"
+    r" \d\d:\d\d:\d\d\s|\[[^\]]+:\d+\]\s?)+"
+)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(
+    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::\s*\S.*)?$"
+)
+_OTHER = re.compile(
+    r"\S*\s?(?:serve: )?error: .+|Fatal Python error: .+|(?:Segmentation fault|Illegal"
+    r" instruction|Bus error|Aborted)\b.*|terminate called .+"
+    r"|.*: (?:No such file|not found|Permission denied).*"
+)
+# Errors that only follow from an error in another process.
+_SECONDARY = re.compile(
+    r"Engine core initialization failed|EngineDeadError|EngineCore"
+    r" encountered|cancelled|CancelledError|BrokenPipeError|EOFError"
+    r"|ConnectionResetError|KeyboardInterrupt|Worker(Proc)? initialization failed|SystemExit"
+)
+_CACHE = re.compile(
+    r"tokens that can be stored in (?:the )?KV cache|KV cache is needed|max seq len .* is larger"
+    r" than|maximum model length",
+    re.IGNORECASE,
+)
+_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|MemoryError|NV_ERR_NO_MEMORY|cannot allocate memory|can't"
+    r" allocate memory|std::bad_alloc|no available memory for the cache"
+    r"|less than desired (?:GPU|CPU) memory utilization|memory utilization or reduce|not enough"
+    r" memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: memory",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -278,44 +314,6 @@ def reap(server: Server) -> None:
 def boot() -> str:
     """Return the id of the present boot of this machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-Lack = Literal["memory", "cache"]
-READ_BYTES = 2 << 20
-SHOWN_TAIL_LINES = 15
-# "(EngineCore pid=12) ERROR 11-23 20:01:02 [core.py:1] " without colours (vllm/logger.py,
-# vllm/utils/system_utils.py).
-_PREFIX = re.compile(
-    r"^(\([A-Za-z_ ]+\S* pid=\d+\)\s?|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d"
-    r" \d\d:\d\d:\d\d\s|\[[^\]]+:\d+\]\s?)+"
-)
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_RAISED = re.compile(
-    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::\s*\S.*)?$"
-)
-_OTHER = re.compile(
-    r"\S*\s?(?:serve: )?error: .+|Fatal Python error: .+|(?:Segmentation fault|Illegal"
-    r" instruction|Bus error|Aborted)\b.*|terminate called .+"
-    r"|.*: (?:No such file|not found|Permission denied).*"
-)
-# Errors that only follow from an error in another process.
-_SECONDARY = re.compile(
-    r"Engine core initialization failed|EngineDeadError|EngineCore"
-    r" encountered|cancelled|CancelledError|BrokenPipeError|EOFError"
-    r"|ConnectionResetError|KeyboardInterrupt|Worker(Proc)? initialization failed|SystemExit"
-)
-_CACHE = re.compile(
-    r"tokens that can be stored in (?:the )?KV cache|KV cache is needed|max seq len .* is larger"
-    r" than|maximum model length",
-    re.IGNORECASE,
-)
-_MEMORY = re.compile(
-    r"out of memory|OutOfMemoryError|MemoryError|NV_ERR_NO_MEMORY|cannot allocate memory|can't"
-    r" allocate memory|std::bad_alloc|no available memory for the cache"
-    r"|less than desired (?:GPU|CPU) memory utilization|memory utilization or reduce|not enough"
-    r" memory|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: memory",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
