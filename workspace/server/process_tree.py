@@ -32,8 +32,8 @@ class Process:
 
 @dataclass(frozen=True)
 class ProcessTree:
-    """Traits that the processes of one server share. `keeper` is the pid of the supervisor, their
-    common ancestor and the leader of their session.
+    """Traits that the processes of one server share: pid and start of their supervisor (the common
+    ancestor and session leader), a tag, a folder and a log.
     """
 
     keeper: int
