@@ -1,12 +1,12 @@
-"""Which trees are compared: the base that was asked for, and the working tree as it is.
+"""The two trees of an A/B: the requested base, the working tree, and the libraries that each maps.
 
-Commits are made among the objects of vendor/vllm; no file, index or HEAD of the clone is touched.
+Commits are made among the objects of vendor/vllm; files, index and HEAD of the clone stay as they
+are.
 """
 
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from workspace.bench import results
 from workspace.bench.results import Record
 from workspace.core import process
+from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError
 from workspace.core.files import read_regular, sha256
 from workspace.core.paths import Layout
@@ -29,14 +30,21 @@ from workspace.repo.series import State
 from workspace.server import process_tree
 
 PIN = "pin"
+LOOK_EVERY_S = 0.5
+_PROBE_TIMEOUT_S = 60.0
 _PINS, _SERIES = "vendor/pins.toml", "patches/vllm"
 _HINT = "--base pin, a commit of the workspace, or a record of ./scripts/inv bench"
+_PREFIX = "vllm-workspace-"
+
+# The SHA-256 of a file by its path, inode, size and modification time.
+Hashes = dict[tuple[str, int, int, int], str]
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A commit of vendor/vllm and what it is made of; `workspace` is the superproject's commit that
-    says so, where one does.
+    """A commit of vendor/vllm with the pin and patches that it is made of.
+
+    `workspace` is the superproject's commit that defines it, if there is such a commit.
     """
 
     description: str
@@ -46,43 +54,43 @@ class Tree:
     workspace: str | None = None
 
 
-def working(layout: Layout, observed: plan.Observation, *, arm: str) -> Tree:
-    """The tree of vendor/vllm as it is, uncommitted edits and new files included. Raises
-    CheckoutError where git is in the middle of something.
+def working_tree(layout: Layout, observed: plan.Observation, *, sandbox_name: str) -> Tree:
+    """Return vendor/vllm as it is, with uncommitted edits and new files.
+
+    Raises CheckoutError where there is no checkout, or git has an operation in progress.
     """
     git, shown, stack = Git(layout.vllm), layout.relative(layout.vllm), observed.stack
     if stack is None or stack.head is None:
         raise CheckoutError(
-            f"{shown} is {observed.checkout.detail}, so there is nothing to compare",
+            f"there is nothing to compare: {shown} is {observed.checkout.detail}",
             hint="./scripts/inv bootstrap",
         )
     if stack.state is State.IN_PROGRESS:
         raise CheckoutError(
-            f"{shown} is in the middle of something",
+            f"git has an operation in progress in {shown}",
             hint="./scripts/inv patch.continue    or --abort",
         )
     tip = worktree.snapshot(git, "The working tree, as nox -s ab measures it")
-    there = sandboxes.find(layout, arm)
-    if there and git.present((there.tip,)) and git.tree(there.tip) == git.tree(tip):
-        # A snapshot has the time of its making: the same content is the same tree.
-        tip = there.tip
+    existing = sandboxes.find(layout, sandbox_name)
+    if existing and git.present((existing.tip,)) and git.tree(existing.tip) == git.tree(tip):
+        # Each snapshot has its own time. The former commit of equal content lets a run resume.
+        tip = existing.tip
     edits = "" if tip == stack.head else ", uncommitted edits included"
     patches = layout.patches("vllm") if stack.state in (State.APPLIED, State.UNEXPORTED) else None
     return Tree(f"the working tree{edits}", observed.pin, patches, tip)
 
 
 @contextlib.contextmanager
-def base(layout: Layout, observed: plan.Observation, word: str) -> Iterator[Tree]:
-    """The tree that `word` means: the pinned tag without patches, or pins and patches of a commit
-    of the superproject, or those of a record.
+def base_tree(layout: Layout, observed: plan.Observation, name: str) -> Iterator[Tree]:
+    """Yield the tree of --base: the bare pin, or pins and patches of a commit or of a record.
 
-    Raises SettingsError for a word that means neither, and for a record that cannot be had again;
-    PatchConflict where its patches do not apply.
+    Raises SettingsError for a name that is none of these, and for a record whose tree cannot be
+    made again; PatchConflict where the patches do not apply.
     """
-    if word == PIN:
+    if name == PIN:
         if observed.checkout.base is None:
             raise CheckoutError(
-                f"vendor/vllm is {observed.checkout.detail}, so there is no pin to compare with",
+                f"there is no pin to compare with: vendor/vllm is {observed.checkout.detail}",
                 hint="./scripts/inv bootstrap",
             )
         yield Tree(
@@ -90,41 +98,35 @@ def base(layout: Layout, observed: plan.Observation, word: str) -> Iterator[Tree
         )
         return
     outer, record = checkout.superproject(layout), None
-    # A commit goes first; a record of the same name is meant by its path.
-    commit = outer.resolve(word) if outer and not word.endswith(".json") else None
-    if commit is None and (record := _record(layout, word)):
+    # A commit takes precedence; a record of the same name is given by its path.
+    commit = outer.resolve(name) if outer and not name.endswith(".json") else None
+    if commit is None and (record := _record(layout, name)):
         commit = _commit_of(record, outer)
     if outer is None or commit is None:
         raise SettingsError(
-            f"--base: {word[:60]!r} is no commit of the workspace and no record", hint=_HINT
+            f"--base: {name[:60]!r} is no commit of the workspace and no record", hint=_HINT
         )
-    with TemporaryDirectory(prefix="vllm-workspace-") as folder:
-        made = _of_commit(layout, outer, commit, word, Path(folder) / "vllm")
-        if record is not None and (tree := Git(layout.vllm).tree(made.tip)) != record.source.tree:
-            raise SettingsError(
-                f"the record {record.stem} is of tree {record.source.tree[:12]}; pins and patches"
-                f" of its commit {commit[:12]} make {tree[:12]}",
-                hint=(
-                    "it was measured with commits that no patch held: export and commit them, and"
-                    " measure again"
-                ),
-            )
-        yield made
+    with TemporaryDirectory(prefix=_PREFIX) as folder:
+        tree = _tree_of_commit(layout, outer, commit, name, Path(folder) / "vllm")
+        if record is not None:
+            _require_same_tree(layout, record, tree, commit)
+        yield tree
 
 
-def _record(layout: Layout, word: str) -> Record | None:
+def _record(layout: Layout, name: str) -> Record | None:
     try:
-        return results.find(layout, word).record
+        return results.find(layout, name).record
     except SettingsError as exc:
-        # Several are meant, or it cannot be read.
-        if exc.details or word.endswith(".json"):
+        # The name is ambiguous, or the record cannot be read.
+        if exc.details or name.endswith(".json"):
             raise
         return None
 
 
 def _commit_of(record: Record, outer: Git | None) -> str:
-    """The superproject's commit that a record was measured at. Raises SettingsError where that does
-    not say all.
+    """Return the superproject's commit at which a record was measured.
+
+    Raises SettingsError where that commit is not known, or does not define the whole tree.
     """
     hint = (
         f"measure again from a commit: git commit, ./scripts/nox -s bench -- {record.kind} --label"
@@ -132,13 +134,13 @@ def _commit_of(record: Record, outer: Git | None) -> str:
     )
     if record.source.dirty:
         raise SettingsError(
-            f"{record.stem} was measured with uncommitted edits in vendor/vllm, which nobody can"
-            " bring back",
+            f"{record.stem} was measured with uncommitted edits in vendor/vllm, which cannot be"
+            " restored",
             hint=hint,
         )
     if record.workspace is None:
         raise SettingsError(
-            f"{record.stem} does not say which commit of the workspace it was measured at",
+            f"{record.stem} does not hold the commit of the workspace at which it was measured",
             hint=hint,
         )
     if outer is None or record.workspace not in outer.present((record.workspace,)):
@@ -150,8 +152,21 @@ def _commit_of(record: Record, outer: Git | None) -> str:
     return record.workspace
 
 
-def _of_commit(layout: Layout, outer: Git, commit: str, word: str, folder: Path) -> Tree:
-    """Pins and patches as a commit of the superproject has them, put on their base."""
+def _require_same_tree(layout: Layout, record: Record, made: Tree, commit: str) -> None:
+    tree = Git(layout.vllm).tree(made.tip)
+    if tree != record.source.tree:
+        raise SettingsError(
+            f"the record {record.stem} is of tree {record.source.tree[:12]}; pins and patches"
+            f" of its commit {commit[:12]} make {tree[:12]}",
+            hint=(
+                "it was measured with commits that are in no patch: export and commit them, and"
+                " measure again"
+            ),
+        )
+
+
+def _tree_of_commit(layout: Layout, outer: Git, commit: str, name: str, folder: Path) -> Tree:
+    """Read pins and patches from a commit of the superproject, and apply the patches."""
     entries = outer.entries((_PINS, _SERIES), commit)
     if _PINS not in entries or f"{_SERIES}/{series.SERIES_FILE}" not in entries:
         raise SettingsError(
@@ -160,24 +175,21 @@ def _of_commit(layout: Layout, outer: Git, commit: str, word: str, folder: Path)
     pin = pins.parse(outer.blob(entries[_PINS].split()[1])).vllm
     folder.mkdir(parents=True)
     for path, entry in entries.items():
-        if (
-            path != _PINS
-            and entry.startswith("100")
-            and "/" not in path.removeprefix(f"{_SERIES}/")
-        ):
+        is_direct = "/" not in path.removeprefix(f"{_SERIES}/")
+        if path != _PINS and entry.startswith("100") and is_direct:
             (folder / Path(path).name).write_bytes(outer.blob(entry.split()[1]))
     names = series.read_series(folder, pin=pin.commit).names
     start = _base_of(layout, pin)
-    tip = stacked(
-        layout, start, [folder / name for name in names], said=f"the series of {commit[:12]}"
-    )
+    files = [folder / patch for patch in names]
+    tip = apply_series(layout, start, files, description=f"the series of {commit[:12]}")
     count = f"{len(names)} {'patch' if len(names) == 1 else 'patches'}"
-    return Tree(f"{word} ({commit[:12]}): {pin.tag} with {count}", pin, folder, tip, commit)
+    return Tree(f"{name} ({commit[:12]}): {pin.tag} with {count}", pin, folder, tip, commit)
 
 
 def _base_of(layout: Layout, pin: Pin) -> str:
-    """The commit that patches on a pin go on, as far as vendor/vllm has it. Raises SettingsError
-    where it has neither kind.
+    """Return the pin's commit, or its archive's, as far as vendor/vllm has it.
+
+    Raises SettingsError where it has neither.
     """
     known = [pin.commit, *([pin.archive.commit] if pin.archive else [])]
     present = Git(layout.vllm).present(known)
@@ -191,12 +203,12 @@ def _base_of(layout: Layout, pin: Pin) -> str:
 
 
 @contextlib.contextmanager
-def without(layout: Layout, observed: plan.Observation, left_out: str) -> Iterator[Tree]:
-    """The series on its base less one patch. Raises PatchConflict where another one needs it."""
+def tree_without(layout: Layout, observed: plan.Observation, left_out: str) -> Iterator[Tree]:
+    """Yield the series without one patch. Raises PatchConflict where another patch needs it."""
     assert observed.stack is not None
     assert observed.checkout.base is not None
     names = [name for name in observed.stack.names if name != left_out]
-    with TemporaryDirectory(prefix="vllm-workspace-") as place:
+    with TemporaryDirectory(prefix=_PREFIX) as place:
         folder = Path(place) / "vllm"
         folder.mkdir()
         for name in names:
@@ -204,57 +216,53 @@ def without(layout: Layout, observed: plan.Observation, left_out: str) -> Iterat
         (folder / series.SERIES_FILE).write_text(
             "".join(f"{line}\n" for line in (f"# base: {observed.pin.commit}", *names))
         )
-        said = f"the series without {left_out}"
-        yield Tree(
-            said,
-            observed.pin,
-            folder,
-            stacked(layout, observed.checkout.base, [folder / name for name in names], said=said),
-        )
+        description = f"the series without {left_out}"
+        files = [folder / name for name in names]
+        tip = apply_series(layout, observed.checkout.base, files, description=description)
+        yield Tree(description, observed.pin, folder, tip)
 
 
-def stacked(layout: Layout, start: str, files: Sequence[Path], *, said: str) -> str:
-    """The commit that a series makes on `start`. Raises PatchConflict naming the patch that does
-    not apply, and where.
+def apply_series(layout: Layout, start: str, files: Sequence[Path], *, description: str) -> str:
+    """Apply patches to the commit `start`, and return the last commit.
+
+    Raises PatchConflict naming the patch that does not apply, and the files.
     """
     if not files:
         return start
     done = am.applied(Git(layout.vllm), start, files, place=layout.state / "vllm-stack")
     if done.tip is None:
         raise PatchConflict(
-            f"{said}: {files[done.position - 1].name} does not apply: {', '.join(done.conflicted)}",
+            f"{description}: {files[done.position - 1].name} does not apply:"
+            f" {', '.join(done.conflicted)}",
             hint="./scripts/inv patch",
         )
     return done.tip
 
 
-LOOK_EVERY_S = 0.5
-_ASK_TIMEOUT_S = 60.0
+class LibraryWatch:
+    """Watch for the libraries that a measured process and its children map (proc_pid_maps(5)).
 
-
-class Watch:
-    """Looks, at each line of a measured process's log, at what it and what it starts have mapped
-    (proc_pid_maps(5)). One for each start.
+    Call it at each line of the process's log. Each start has a watch of its own.
     """
 
-    def __init__(self, arm: Sandbox) -> None:
-        self._tree = os.path.realpath(arm.layout.vllm)
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._tree = os.path.realpath(sandbox.layout.vllm)
         self._others = tuple(
-            f"{os.path.realpath(place)}/" for place in (arm.outer.vllm, arm.outer.sandboxes)
+            f"{os.path.realpath(place)}/" for place in (sandbox.outer.vllm, sandbox.outer.sandboxes)
         )
-        self._arm = arm
+        self._sandbox = sandbox
         self._mapped: dict[str, int] = {}
-        self._strange: set[str] = set()
+        self._foreign: set[str] = set()
         self._next = 0.0
 
     def __call__(self) -> None:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + LOOK_EVERY_S
-        for number in process_tree.below({os.getpid()}, process_tree.living()):
+        for pid in process_tree.below({os.getpid()}, process_tree.living()):
             with (
                 contextlib.suppress(OSError),
-                open(f"/proc/{number}/maps", encoding="utf-8", errors="replace") as file,
+                open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file,
             ):
                 for line in file:
                     self._take(line.rstrip("\n"))
@@ -267,27 +275,22 @@ class Watch:
         if path.startswith(f"{self._tree}/"):
             self._mapped[path] = int(fields[4])
         elif path.startswith(self._others) and not path.startswith(
-            f"{os.path.realpath(self._arm.layout.root)}/"
+            f"{os.path.realpath(self._sandbox.layout.root)}/"
         ):
-            self._strange.add(path)
+            self._foreign.add(path)
 
-    def libraries(
-        self, stamped: Mapping[str, str], hashes: dict[tuple[str, int, int, int], str]
-    ) -> dict[str, str]:
-        """Return the SHA-256 of each compiled file of the arm's tree that was loaded, by its path
-        in the tree. `hashes` are kept for the next start.
+    def libraries(self, stamped: Mapping[str, str], hashes: Hashes) -> dict[str, str]:
+        """Return the SHA-256 of each mapped library of the sandbox's tree, by path in the tree.
 
-        Raises BuildError where none was, where one is not what the build stamped, and where one of
-        another tree was loaded.
+        Adds to `hashes`, for the next start. Raises BuildError where no library was mapped, where a
+        library differs from the build's stamp, and where a library of another tree was mapped.
         """
-        name, hint = (
-            self._arm.shown,
-            f"rm -rf {self._arm.shown}    and the same command again builds it anew",
-        )
-        if self._strange:
+        name = self._sandbox.shown
+        hint = f"rm -rf {name}    and the same command again builds it anew"
+        if self._foreign:
             raise BuildError(
-                f"a process of {name} has loaded {sorted(self._strange)[0]}, which is another"
-                " tree's",
+                f"a process of {name} has loaded {sorted(self._foreign)[0]}, which belongs to"
+                " another tree",
                 hint=hint,
             )
         if not self._mapped:
@@ -299,23 +302,24 @@ class Watch:
         found = {}
         for path, inode in self._mapped.items():
             inside = os.path.relpath(path.removesuffix(" (deleted)"), self._tree)
-            found[inside] = _digest(Path(path), inode, hashes)
-            if found[inside] is None or found[inside] != stamped.get(inside, found[inside]):
+            digest = _digest(Path(path), inode, hashes)
+            if digest is None or digest != stamped.get(inside, digest):
                 raise BuildError(
-                    f"{inside} of {name} is not what was built: it was replaced while it was"
-                    " measured, or before",
+                    f"{inside} of {name} is not the library that was built: it was replaced before"
+                    " or during the measurement",
                     hint=hint,
                 )
-        return {path: digest for path, digest in sorted(found.items()) if digest}
+            found[inside] = digest
+        return dict(sorted(found.items()))
 
 
-def _digest(path: Path, inode: int, hashes: dict[tuple[str, int, int, int], str]) -> str | None:
-    """The digest of a file that is mapped; None where another file has its name by now."""
+def _digest(path: Path, inode: int, hashes: Hashes) -> str | None:
+    """Return the digest of a mapped file; None if another file has taken its name."""
     try:
-        there = path.stat()
-        if there.st_ino != inode:
+        status = path.stat()
+        if status.st_ino != inode:
             return None
-        key = (str(path), there.st_ino, there.st_size, there.st_mtime_ns)
+        key = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
         if key not in hashes:
             hashes[key] = sha256(path)
         return hashes[key]
@@ -323,26 +327,59 @@ def _digest(path: Path, inode: int, hashes: dict[tuple[str, int, int, int], str]
         return None
 
 
-def require_own(arm: Sandbox, environment: Mapping[str, str]) -> Path:
-    """Return the file of the vLLM that a process of the arm imports. Raises BuildError where that
-    is not in its tree.
+def require_different_libraries(
+    layout: Layout,
+    tips: tuple[str, str],
+    mapped: tuple[Mapping[str, str], Mapping[str, str]],
+    *,
+    console: Console,
+) -> None:
+    """Warn where compiled sources of two commits differ and their mapped libraries do not.
+
+    Raises BuildError if the commits differ in nothing else.
     """
-    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
+    git = Git(layout.vllm)
+    digests = [git.digest(plan.COMPILED_SOURCES, commit=tip) for tip in tips]
+    if digests[0] == digests[1] or mapped[0] != mapped[1]:
+        return
+    before, after = (git.entries((), tip) for tip in tips)
+    others = [
+        path
+        for path in before.keys() | after.keys()
+        if before.get(path) != after.get(path) and path.split("/")[0] not in plan.COMPILED_SOURCES
+    ]
+    sentence = (
+        "the trees differ in compiled sources, but both load the same libraries: this machine does"
+        " not compile or does not use the changed code"
+    )
+    if not others:
+        raise BuildError(
+            sentence, hint="compare on a machine and with a model that use the changed code"
+        )
+    console.warn(f"{sentence}; only the other changes are compared")
+
+
+def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
+    """Return the file of the vLLM that a process of the sandbox imports.
+
+    Raises BuildError where that file is not in the sandbox's tree.
+    """
+    with TemporaryDirectory(prefix=_PREFIX) as neutral:
         done = process.capture(
-            [arm.layout.environment_python, arm.layout.probes / "imports.py", "origin"],
+            [sandbox.layout.environment_python, sandbox.layout.probes / "imports.py", "origin"],
             env=environment,
             cwd=Path(neutral),
-            timeout_s=_ASK_TIMEOUT_S,
+            timeout_s=_PROBE_TIMEOUT_S,
         )
     try:
         origin = json.loads(done.stdout)["vllm"]
     except (ValueError, KeyError, TypeError):
         origin = None
     if not isinstance(origin, str) or not Path(origin).resolve().is_relative_to(
-        arm.layout.vllm.resolve()
+        sandbox.layout.vllm.resolve()
     ):
         raise BuildError(
-            f"{arm.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
-            hint=f"rm -rf {arm.shown}    and the same command again",
+            f"{sandbox.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
+            hint=f"rm -rf {sandbox.shown}    and the same command again",
         )
     return Path(origin)

@@ -1,8 +1,7 @@
-"""What goes into `.vllm`, in order: the interpreter, torch, what the tree requires, and the
-accelerators' compilers.
+"""The steps that fill `.vllm`, in order: the interpreter, torch, the tree's requirements, and the
+accelerators' compilers; the repair of partial packages, and a copy of Triton to return to.
 
-Each function acts and returns a sentence that says what is there now. Nothing here decides whether
-it is due.
+Each step acts and returns a sentence on the result. Whether a step is due is decided elsewhere.
 """
 
 import csv
@@ -21,12 +20,22 @@ from workspace.core.files import write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import interpreter, requirements, torch
+from workspace.machine import interpreter, requirements, toolchain, torch
+from workspace.machine.requirements import COMPANIONS
 
-_NEEDED = ("METADATA", "RECORD", "INSTALLER")
-# How uv calls files that it has not yet renamed.
-_UNFINISHED = ".tmp??????"
 ANSWER_S = 60.0
+IMPORT_S = 600.0
+_NEEDED = ("METADATA", "RECORD", "INSTALLER")
+# uv's names for files that it has not renamed yet.
+_UNFINISHED = ".tmp??????"
+# The list of the kept files of a former Triton.
+_LIST = "files.json"
+CUDA_MAJOR = "13"
+# uv's lines on a large download, off a terminal: `Downloading torch (502.3MiB)`, later
+# ` Downloaded torch`.
+_ANNOUNCED = re.compile(r"^\s*Downloading (\S+) \(([\d.]+)([KMG])iB\)")
+_FINISHED = re.compile(r"^\s*Downloaded (\S+)")
+_MEBIBYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 def repair(
@@ -37,37 +46,37 @@ def repair(
     names: Iterable[str] = (),
     with_cache: bool = False,
 ) -> tuple[str, ...]:
-    """Let uv see half packages as not installed, so that it installs them anew; return their
-    dist-info names.
+    """Remove the dist-info of partial packages, so that uv installs them again; return their names.
 
-    Only those of `names`, as they begin, where there are any. `with_cache` also removes damaged
-    wheels that uv has unpacked.
+    `names` limits it to packages whose names begin so. `with_cache` also removes damaged wheels
+    from uv's cache of unpacked ones.
     """
-    taken_out = []
-    # A torch of the user's own is nothing that this workspace could have left half, nor could put
-    # back.
+    removed = []
+    wanted = tuple(f"{name}-" for name in names)
+    # This workspace cannot leave a user's own torch partial, and could not install it again.
     kept = ("torch-",) if settings.switch("USE_EXISTING_TORCH") else ()
     for folder in interpreter.site_packages(layout):
         for info in sorted(folder.glob("*.dist-info")):
             is_meant = not info.name.startswith(kept) and (
-                not names or info.name.startswith(tuple(f"{name}-" for name in names))
+                not wanted or info.name.startswith(wanted)
             )
             if is_meant and not _is_complete(info, _NEEDED):
                 shutil.rmtree(info)
-                taken_out.append(info.name.removesuffix(".dist-info"))
+                removed.append(info.name.removesuffix(".dist-info"))
     for place in (layout.environment, *interpreter.site_packages(layout)):
         for left in place.glob(_UNFINISHED):
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     if with_cache:
-        taken_out += _mend_cache(layout, settings)
-    if taken_out:
-        run_log.write(f"half there, and to be installed anew: {', '.join(taken_out)}")
-    return tuple(taken_out)
+        removed += _repair_cache(layout, settings)
+    if removed:
+        run_log.write(f"partial, to be installed again: {', '.join(removed)}")
+    return tuple(removed)
 
 
 def drop_bytecode(layout: Layout, *, since: Path) -> None:
-    """Remove bytecode that is newer than the file `since`, all of it where there is none: one that
-    a power cut made short breaks its import.
+    """Remove bytecode newer than the file `since`, all of it without that file.
+
+    A power cut can truncate bytecode, which then breaks its import.
     """
     synced_ns = since.stat().st_mtime_ns if since.exists() else 0
     for top in (*interpreter.site_packages(layout), layout.vllm):
@@ -77,17 +86,15 @@ def drop_bytecode(layout: Layout, *, since: Path) -> None:
                     path.unlink()
 
 
-def _mend_cache(layout: Layout, settings: Settings) -> list[str]:
-    """Remove the unpacked wheels of uv's cache that are not whole; uv unpacks or fetches them
-    again.
-    """
-    said = process.capture(
+def _repair_cache(layout: Layout, settings: Settings) -> list[str]:
+    """Remove damaged unpacked wheels from uv's cache; uv unpacks or fetches them again."""
+    done = process.capture(
         [interpreter.uv(layout), "cache", "dir"],
         env=settings.child_environment("plain"),
         timeout_s=ANSWER_S,
     )
     damaged = []
-    for archive in Path(said.stdout.strip() or "/nonexistent").glob("archive-v*/*"):
+    for archive in Path(done.stdout.strip() or "/nonexistent").glob("archive-v*/*"):
         infos = list(archive.glob("*.dist-info"))
         if any(not _is_complete(info, ("METADATA", "RECORD")) for info in infos):
             shutil.rmtree(archive, ignore_errors=True)
@@ -101,8 +108,8 @@ def _is_complete(info: Path, needed: Iterable[str]) -> bool:
             return False
         with (info / "RECORD").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
-        # A RECORD that was cut off lacks its own row, or the end of another; one that uv has not
-        # yet completed lacks the installer's.
+        # A truncated RECORD lacks its own row, or the end of another; one that uv has not yet
+        # completed lacks the installer's.
         listed = {row[0] for row in rows}
         if any(len(row) != 3 for row in rows) or any(
             f"{info.name}/{name}" not in listed for name in needed
@@ -118,28 +125,20 @@ def _is_complete(info: Path, needed: Iterable[str]) -> bool:
 
 
 def _is_elsewhere(name: str, needed: Iterable[str]) -> bool:
-    """An unpacked wheel holds its scripts and data in other places than it lists once installed."""
+    """Return whether an unpacked wheel has a file elsewhere than an installed package."""
     return "INSTALLER" not in needed and name.startswith("..")
-
-
-CUDA_MAJOR = "13"
-# What uv says of a download of some size, off a terminal: `Downloading torch (502.3MiB)`, later `
-# Downloaded torch`.
-_ANNOUNCED = re.compile(r"^\s*Downloading (\S+) \(([\d.]+)([KMG])iB\)")
-_FINISHED = re.compile(r"^\s*Downloaded (\S+)")
-_MEBIBYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 @dataclass(frozen=True)
 class Provided:
-    """The finished environment: what to say of it, and every package in it with its version."""
+    """The finished environment: a summary, and every package in it with its version."""
 
     summary: str
     packages: Mapping[str, str]
 
 
 def make_python(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
-    """Make `.vllm`, or keep the one that is there and works."""
+    """Make `.vllm`, or keep it where it works."""
     there = interpreter.describe(layout, settings)
     needs = _needs(
         layout,
@@ -149,7 +148,7 @@ def make_python(layout: Layout, settings: Settings, *, device: str, run_log: Run
         run_log=None,
     )
     if there and there.version in needs.python and interpreter.is_finished(layout):
-        return f"Python {there.version} is there"
+        return f"Python {there.version} is installed"
     wheels = (
         torch.local_wheel_pythons(needs.torch, settings)
         if device == "cpu" and not settings.switch("USE_EXISTING_TORCH")
@@ -161,39 +160,55 @@ def make_python(layout: Layout, settings: Settings, *, device: str, run_log: Run
 
 
 def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
-    """Install the pin's torch, or keep what is there under USE_EXISTING_TORCH=1.
+    """Install the pinned torch, or keep the present one under USE_EXISTING_TORCH=1.
 
-    Raises BuildError where there is none to keep, or where the one installed is for another device.
+    Raises BuildError where no torch can be kept, or where the installed one is for another device.
     """
     there = torch.observe(layout, settings)
     if settings.switch("USE_EXISTING_TORCH"):
-        if there is None:
-            raise BuildError(
-                "USE_EXISTING_TORCH=1, and .vllm holds no torch",
-                hint=(
-                    "uv pip install --python .vllm/bin/python torch  # the one you want; then"
-                    " ./scripts/inv bootstrap"
-                ),
-            )
-        build = torch.load(layout, settings)
-        return f"{build.version} is there and stays (USE_EXISTING_TORCH=1)"
-    wanted = torch.plan(
-        _needs(layout, settings, device=device, run_log=None).torch,
-        device=device,
-        settings=settings,
-    )
-    # A CPU build satisfies `torch==2.13.0` in uv's eyes, and so would stay when the device becomes
-    # cuda.
-    again = (
-        ("--reinstall-package", "torch")
-        if there and device == "cuda" and there.cuda is None
-        else ()
-    )
-    said = wanted.description
-    attempts = (wanted.arguments, *wanted.alternatives)
-    for number, arguments in enumerate(attempts, 1):
+        return _keep_torch(layout, settings, there)
+    needs = _needs(layout, settings, device=device, run_log=None)
+    wanted = torch.plan(needs.torch, device=device, settings=settings)
+    # A CPU build satisfies `torch==2.13.0` for uv, and would stay when the device becomes cuda.
+    is_replaced = there is not None and device == "cuda" and there.cuda is None
+    again = ("--reinstall-package", "torch") if is_replaced else ()
+    source = _install_from_sources(layout, settings, wanted, again, run_log=run_log)
+    build = torch.load(layout, settings)
+    if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
+        raise BuildError(
+            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is"
+            f" {CUDA_MAJOR}",
+            hint="set TORCH_INDEX_URL in .env to an index that has the CUDA 13 build",
+        )
+    return f"{build.version}, CUDA {build.cuda or 'none'}; {source}"
+
+
+def _keep_torch(layout: Layout, settings: Settings, there: torch.TorchBuild | None) -> str:
+    if there is None:
+        raise BuildError(
+            "USE_EXISTING_TORCH=1, and .vllm holds no torch",
+            hint=(
+                "uv pip install --python .vllm/bin/python torch  # the one you want; then"
+                " ./scripts/inv bootstrap"
+            ),
+        )
+    build = torch.load(layout, settings)
+    return f"{build.version} is kept (USE_EXISTING_TORCH=1)"
+
+
+def _install_from_sources(
+    layout: Layout,
+    settings: Settings,
+    wanted: torch.Plan,
+    again: tuple[str, ...],
+    *,
+    run_log: RunLog,
+) -> str:
+    """Install torch from the first source that works, and return that source in words."""
+    source, attempts = wanted.description, (wanted.arguments, *wanted.alternatives)
+    for index, arguments in enumerate(attempts, 1):
         try:
-            # Over torch's own word: it asks for the Triton that it was released with.
+            # Overrides go before torch's own metadata, which requires the Triton of its release.
             interpreter.install(
                 layout,
                 settings,
@@ -204,28 +219,19 @@ def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLo
             )
             break
         except SourceError as exc:
-            if number == len(attempts):
+            if index == len(attempts):
                 raise
-            said = f"from {' '.join(attempts[number]) or 'the plain index'}"
-            run_log.console.info(f"{exc.message}; now {said}")
-    build = torch.load(layout, settings)
-    if device == "cuda" and (build.cuda or "").split(".")[0] != CUDA_MAJOR:
-        raise BuildError(
-            f"torch {build.version} is built for CUDA {build.cuda or 'none'}, needed is"
-            f" {CUDA_MAJOR}",
-            hint="set TORCH_INDEX_URL in .env to an index that has the CUDA 13 build",
-        )
-    return f"{build.version}, CUDA {build.cuda or 'none'}; {said}"
+            source = f"from {' '.join(attempts[index]) or 'the plain index'}"
+            run_log.console.info(f"{exc.message}; next: {source}")
+    return source
 
 
 def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
-    """Install what builds and runs the tree, torch held; then torch's companions where they can
-    work.
-    """
+    """Install the requirements of build and run, with torch held, then torch's companions."""
     needs = _needs(layout, settings, device=device, run_log=run_log)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
-    # As a file, for the sake of who reads the command; it stays, so that the command can be copied
-    # into a shell.
+    # A file keeps the command short. It remains, so that a person can copy the command into a
+    # shell.
     written = layout.state / "requirements.txt"
     write_atomic(written, "".join(f"{line}\n" for line in listed).encode())
     interpreter.install(
@@ -240,38 +246,36 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log
     for requirement, why in needs.left_out:
         run_log.write(f"left out: {requirement}: {why}")
     left_out = f", {len(needs.left_out)} left out (see the log)" if needs.left_out else ""
-    return (
-        f"{len(listed)} from"
-        f" requirements/{left_out}{_companions(layout, settings, needs, device=device, run_log=run_log)}"
-    )
+    companions = _companions(layout, settings, needs, device=device, run_log=run_log)
+    return f"{len(listed)} from requirements/{left_out}{companions}"
 
 
 def put_accelerators(
     layout: Layout, settings: Settings, *, device: str, run_log: RunLog
 ) -> Provided:
-    """Install xgrammar, triton and FlashInfer as the pin asks, and see that every package is
-    whole.
-    """
-    _put_accelerators(layout, settings, device=device, run_log=run_log)
+    """Install xgrammar, triton and FlashInfer as pinned, and repair partial packages."""
+    _install_accelerators(layout, settings, device=device, run_log=run_log)
     if repair(layout, settings, run_log=run_log, with_cache=False):
-        # What uv has just linked is short: its cache was damaged, by a power cut say.
+        # uv has just linked incomplete files: its cache is damaged, after a power cut for example.
         repair(layout, settings, run_log=run_log, with_cache=True)
         put_torch(layout, settings, device=device, run_log=run_log)
         put_requirements(layout, settings, device=device, run_log=run_log)
-        _put_accelerators(layout, settings, device=device, run_log=run_log)
+        _install_accelerators(layout, settings, device=device, run_log=run_log)
     packages = {
         name: version for name, version in interpreter.installed(layout).items() if name != "vllm"
     }
-    meant = " (put there on purpose: it stays)" if torch.kept_triton(layout) else ""
+    own = " (installed on purpose, kept)" if torch.kept_triton(layout) else ""
     named = [
-        f"{name} {packages[name]}{meant if name == 'triton' else ''}"
+        f"{name} {packages[name]}{own if name == 'triton' else ''}"
         for name in ("xgrammar", "triton", "flashinfer-python")
         if name in packages
     ]
     return Provided(", ".join(named) or "none is needed here", packages)
 
 
-def _put_accelerators(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> None:
+def _install_accelerators(
+    layout: Layout, settings: Settings, *, device: str, run_log: RunLog
+) -> None:
     needs = _needs(layout, settings, device=device, run_log=None)
     if needs.accelerators:
         arguments = ["--prerelease", "allow"] if settings.switch("ALLOW_PRERELEASE") else []
@@ -286,18 +290,16 @@ def _put_accelerators(layout: Layout, settings: Settings, *, device: str, run_lo
 
 
 def _overrides(layout: Layout, needs: requirements.Requirements) -> tuple[str, ...]:
-    """What the tree wants left out, and the Triton that somebody put there on purpose, whatever
-    anything asks for.
-    """
-    meant = torch.kept_triton(layout)
+    """Return the tree's exclusions, and the Triton that the user installed on purpose."""
+    own = torch.kept_triton(layout)
     return (
-        *(line for line in needs.overrides if not meant or line.split(" ")[0] != "triton"),
-        *meant,
+        *(line for line in needs.overrides if not own or line.split(" ")[0] != "triton"),
+        *own,
     )
 
 
 def _bar(run_log: RunLog) -> Callable[[str], None]:
-    """Move the step's bar by what uv says of its downloads."""
+    """Return a callback that moves the step's bar by the downloads in uv's output."""
     announced: dict[str, float] = {}
     finished: set[str] = set()
 
@@ -347,51 +349,20 @@ def _companions(
     device: str,
     run_log: RunLog,
 ) -> str:
-    """Install torchvision and friends from where torch came, and take out again what does not
-    import: a broken one breaks transformers.
+    """Install torchvision and friends from torch's source; remove those that fail to import.
+
+    A broken companion breaks transformers. Returns the end of the step's sentence.
     """
-    wanted = torch.plan(needs.torch, device=device, settings=settings) if needs.torch else None
-    arguments = (
-        torch.companion_arguments(layout, wanted, device=device)
-        if wanted and needs.companions
-        else None
-    )
-    if arguments is not None:
-        try:
-            interpreter.install(
-                layout,
-                settings,
-                [*arguments, *needs.companions],
-                run_log=run_log,
-                constraints=torch.constraints(layout),
-            )
-        except (SourceError, BuildError) as exc:
-            # A network that failed, or an installer that was killed, is no word on what fits: what
-            # is left out now would stay so.
-            if not isinstance(exc, interpreter.NotOffered) and not any(
-                "No solution found" in line for line in exc.details
-            ):
-                raise
-            run_log.console.info(
-                f"torchvision, torchaudio and torchcodec are left out: {exc.message}"
-            )
-    here = [
-        name
-        for name in ("torchvision", "torchaudio", "torchcodec")
-        if name in interpreter.installed(layout)
-    ]
+    if needs.torch and needs.companions:
+        wanted = torch.plan(needs.torch, device=device, settings=settings)
+        arguments = torch.companion_arguments(layout, wanted, device=device)
+        if arguments is not None:
+            _install_companions(layout, settings, [*arguments, *needs.companions], run_log=run_log)
+    installed = interpreter.installed(layout)
+    here = [name for name in COMPANIONS if name in installed]
     if not here:
-        return ", no torchvision, torchaudio, torchcodec beside this torch"
-    done = process.capture(
-        [layout.environment_python, layout.probes / "imports.py", "companions"],
-        env=settings.child_environment("run"),
-        timeout_s=600,
-    )
-    broken = (
-        [name for name, error in json.loads(done.stdout).items() if error and name in here]
-        if done.returncode == 0
-        else here
-    )
+        return f", no {', '.join(COMPANIONS)} beside this torch"
+    broken = _broken_companions(layout, settings, here)
     if broken:
         uv = interpreter.uv(layout)
         process.run(
@@ -399,17 +370,43 @@ def _companions(
             env=settings.child_environment("plain"),
             run_log=run_log,
         )
-        run_log.console.info(
-            f"{', '.join(broken)} cannot be imported beside this torch and was taken out again"
+        names = ", ".join(broken)
+        run_log.console.info(f"{names} cannot be imported beside this torch and was removed again")
+    working = ", ".join(name for name in here if name not in broken)
+    return f", with {working}" if working else ""
+
+
+def _install_companions(
+    layout: Layout, settings: Settings, arguments: list[str], *, run_log: RunLog
+) -> None:
+    try:
+        interpreter.install(
+            layout,
+            settings,
+            arguments,
+            run_log=run_log,
+            constraints=torch.constraints(layout),
         )
-    return (
-        f", with {', '.join(name for name in here if name not in broken)}"
-        if len(broken) < len(here)
-        else ""
+    except (SourceError, BuildError) as exc:
+        # A failed network, or a killed installer, does not show what fits: without an error here,
+        # a companion that is left out now would stay out.
+        if not isinstance(exc, toolchain.NotOffered) and not any(
+            "No solution found" in line for line in exc.details
+        ):
+            raise
+        names = f"{', '.join(COMPANIONS[:-1])} and {COMPANIONS[-1]}"
+        run_log.console.info(f"{names} are left out: {exc.message}")
+
+
+def _broken_companions(layout: Layout, settings: Settings, here: list[str]) -> list[str]:
+    done = process.capture(
+        [layout.environment_python, layout.probes / "imports.py", "companions"],
+        env=settings.child_environment("run"),
+        timeout_s=IMPORT_S,
     )
-
-
-_LIST = "files.json"
+    if done.returncode != 0:
+        return here
+    return [name for name, error in json.loads(done.stdout).items() if error and name in here]
 
 
 @dataclass(frozen=True)
@@ -421,61 +418,64 @@ class Former:
 
 
 def keep_former(layout: Layout) -> Former:
-    """Keep the files of the installed Triton. What is kept already, of a run that was killed, is
-    the one to go back to.
+    """Keep the files of the installed Triton.
+
+    The files that a killed run kept already are the ones to return to.
     """
     folder = layout.environment / ".workspace" / "former-triton"
     if (folder / _LIST).is_file():
-        return _known(folder)
+        return _read_former(folder)
     shutil.rmtree(folder, ignore_errors=True)
     version = interpreter.installed(layout).get("triton")
     names = list(_listed(layout, version)) if version else []
     (folder / "files").mkdir(parents=True)
-    for number, path in enumerate(names):
-        os.link(layout.environment / path, folder / "files" / str(number), follow_symlinks=False)
-    # Last: without it nothing was changed yet.
+    for index, path in enumerate(names):
+        os.link(layout.environment / path, folder / "files" / str(index), follow_symlinks=False)
+    # Written last: without the list nothing has changed yet.
     write_atomic(folder / _LIST, json.dumps({"version": version, "files": names}).encode())
     return Former(folder, version)
 
 
 def is_former_kept(layout: Layout) -> bool:
-    """Whether a run that was killed has left the one to go back to."""
+    """Return whether a killed run left a Triton to return to."""
     return (layout.environment / ".workspace" / "former-triton" / _LIST).is_file()
 
 
-def put_former_back(layout: Layout, settings: Settings, one: Former, *, run_log: RunLog) -> None:
-    """Take out what is there now, and put every file of the former one back to its place."""
+def put_former_back(layout: Layout, settings: Settings, former: Former, *, run_log: RunLog) -> None:
+    """Uninstall the present Triton and restore every file of the former Triton."""
     if "triton" in interpreter.installed(layout):
-        argv: list[process.Argument] = [
-            interpreter.uv(layout),
-            "pip",
-            "uninstall",
-            "--python",
-            layout.environment_python,
-            "triton",
-        ]
-        process.run(argv, env=settings.child_environment("plain"), cwd=layout.root, run_log=run_log)
-    names = json.loads((one.folder / _LIST).read_text(encoding="utf-8"))["files"]
-    for number, path in enumerate(names):
+        process.run(
+            [
+                interpreter.uv(layout),
+                *("pip", "uninstall", "--python"),
+                layout.environment_python,
+                "triton",
+            ],
+            env=settings.child_environment("plain"),
+            cwd=layout.root,
+            run_log=run_log,
+        )
+    names = json.loads((former.folder / _LIST).read_text(encoding="utf-8"))["files"]
+    for index, path in enumerate(names):
         place = layout.environment / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)
-        os.link(one.folder / "files" / str(number), place, follow_symlinks=False)
-    drop_former(one)
+        os.link(former.folder / "files" / str(index), place, follow_symlinks=False)
+    drop_former(former)
 
 
-def drop_former(one: Former) -> None:
-    """Forget a former one: another is proven, or it is back."""
-    (one.folder / _LIST).unlink(missing_ok=True)
-    shutil.rmtree(one.folder, ignore_errors=True)
+def drop_former(former: Former) -> None:
+    """Remove the kept files: another Triton is proven, or the former Triton is restored."""
+    (former.folder / _LIST).unlink(missing_ok=True)
+    shutil.rmtree(former.folder, ignore_errors=True)
 
 
-def _known(folder: Path) -> Former:
+def _read_former(folder: Path) -> Former:
     return Former(folder, json.loads((folder / _LIST).read_text(encoding="utf-8"))["version"])
 
 
 def _listed(layout: Layout, version: str) -> Iterator[str]:
-    """The files that the installer has listed, below `.vllm`; those that are gone are nobody's."""
+    """Yield the installer's files below `.vllm` that still exist."""
     for packages in interpreter.site_packages(layout):
         record = packages / f"triton-{version}.dist-info" / "RECORD"
         if record.is_file():
