@@ -1,1 +1,1 @@
-"""Where the code comes from: pins, index, git checkouts, archives, patches."""
+"""Sources of the code: pins, package index, git checkouts, release archives and local patches."""

@@ -143,7 +143,7 @@ def prepare(
     _refuse_newer(layout, git, head, plan, dict(patches), former, folder)
     if proven and (plan.changed or plan.gone):
         _refuse_unproven(
-            mails.failing(
+            mails.first_failing(
                 git, base, [plan.files[name] for name, _ in patches], differences.result()
             ),
             patches,
@@ -219,7 +219,7 @@ def series_of(git: Git, base: str, tip: str) -> Patches:
     """
     patches = mail.patches_of(git, base, mails.commits(git, base, tip), shown=str(git.path))
     _refuse_unproven(
-        mails.failing(
+        mails.first_failing(
             git, base, [content for _, content in patches], mails.differences(git, base, tip)
         ),
         patches,

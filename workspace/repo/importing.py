@@ -90,7 +90,7 @@ def run(
     write_atomic(kept, _as_mail(origin))
     by_hand = f"git -C {shown} {AM_BY_HAND} ../../{layout.relative(kept)}"
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
-        parts = mails.taken_apart(git, kept, Path(folder))
+        parts = mails.split_mails(git, kept, Path(folder))
 
         def put_on(head: str) -> str:
             return _with_status(

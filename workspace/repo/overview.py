@@ -161,7 +161,7 @@ def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Sta
     # A rebase or a commit is the user's work on the stack, as is a reset within it;
     # submodule.recurse says nothing of itself.
     others = ("checkout:",) if stack.state is State.UNEXPORTED else ("checkout:", "reset:")
-    if move is None or move.is_ours or (move.what and not move.what.startswith(others)):
+    if move is None or move.is_ours or (move.message and not move.message.startswith(others)):
         return None
     lost = (
         move.before
@@ -184,7 +184,7 @@ def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Sta
     )
     return (
         f"something else moved {shown} from the stack to {head[:12]}"
-        f" ({move.what or 'submodule.recurse'}); its commits are at {lost[:12]}; back: {way}"
+        f" ({move.message or 'submodule.recurse'}); its commits are at {lost[:12]}; back: {way}"
     )
 
 

@@ -40,7 +40,7 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
     git = Git(checkouts.folder_of(layout, pin))
     ended = moves.attempted(layout, project)
-    verb, tree = git.standing(checkout.head)
+    verb, tree = git.operation_and_tree(checkout.head)
     expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
     dirty = git.edits()
     is_at_base = checkout.head == checkout.base
@@ -133,7 +133,12 @@ def _looked_and_tried(
         )
         begun = (
             pool.submit(
-                am.tried, git, checkout.base or "", files, place=place, is_wanted=decided.result
+                am.applied_directly,
+                git,
+                checkout.base or "",
+                files,
+                place=place,
+                is_wanted=decided.result,
             )
             if is_at_base
             else None

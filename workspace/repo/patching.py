@@ -61,16 +61,16 @@ def put_on_upstream(
     main = _main(layout, pin, settings, git, run_log)
     try:
         with run_log.console.step("working tree") as view:
-            remotes.add_worktree(
-                git, path, main, settings=settings, run_log=run_log, on_line=checkouts.shown(view)
-            )
+            url = checkouts.url_of(layout, pin, settings)
+            source = remotes.Remote(url, settings, run_log, checkouts.shown(view))
+            remotes.add_worktree(git, path, main, source)
         commit = _on_main(layout, project, git, main, file)
         message = mail.without_status(commit.message)
         signature = f"Signed-off-by: {user[0]} <{user[1]}>"
         message = (
             message if signature in message.split("\n") else mail.with_trailer(message, signature)
         )
-        remotes.begin_branch(
+        remotes.create_branch(
             Git(path),
             name,
             mails.recommitted(git, commit, main, message, committer=user),
@@ -133,9 +133,7 @@ def _main(layout: Layout, pin: Pin, settings: Settings, git: Git, run_log: RunLo
     known = git.resolve(remotes.UPSTREAM)
     try:
         with run_log.console.step("main") as view:
-            remotes.fetch_main(
-                git, url, settings=settings, run_log=run_log, on_line=checkouts.shown(view)
-            )
+            remotes.fetch_main(git, remotes.Remote(url, settings, run_log, checkouts.shown(view)))
     except SourceError as exc:
         if known is None:
             raise

@@ -124,6 +124,12 @@ class _Search:
         return checkout.url_of(self.layout, self.pin, self.settings)
 
     @property
+    def _remote(self) -> remotes.Remote:
+        return remotes.Remote(
+            self.url, self.settings, self.run_log, on_line=checkout.shown(self.step)
+        )
+
+    @property
     def version(self) -> str | None:
         """The version that the name spells, None where it is a branch or commit."""
         found = _VERSION.fullmatch(self.name)
@@ -189,14 +195,7 @@ class _Search:
         lacking: list[str] = []
         named = self._named(into, lacking)
         if named.commit not in into.present((named.commit,)):
-            remotes.fetch_into_store(
-                into,
-                self.url,
-                (named.refspec,),
-                settings=self.settings,
-                run_log=self.run_log,
-                on_line=checkout.shown(self.step),
-            )
+            remotes.fetch_into_store(into, self._remote, (named.refspec,))
         if named.commit not in into.present((named.commit,)):
             raise SourceError(
                 f"{git.without_user(self.url)} did not serve {self.name}, commit {named.commit}",
@@ -395,15 +394,7 @@ class _Search:
             return
         wanted = history.absent(into, self._read(into, named.commit))
         if wanted:
-            remotes.complete_store(
-                into,
-                wanted,
-                self.url,
-                (named.refspec,),
-                settings=self.settings,
-                run_log=self.run_log,
-                on_line=checkout.shown(self.step),
-            )
+            remotes.complete_store(into, wanted, self._remote, (named.refspec,))
 
     def _read(self, into: Git, commit: str) -> Sequence[str]:
         patches = _patches(self.layout, self.pin)

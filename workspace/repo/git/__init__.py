@@ -1,4 +1,4 @@
-"""The single entrance to git: its flags, its environment and GitPython stay in this package."""
+"""The only package that calls git: flags, environment variables and GitPython stay in here."""
 
 from workspace.repo.git.am import AM_BY_HAND, Applied
 from workspace.repo.git.command import Command, OnLine, executable

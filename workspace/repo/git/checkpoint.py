@@ -1,9 +1,8 @@
-"""Where a repository stands before git itself goes on with an operation, kept so that one that was
-killed, or lost its power, is taken back.
+"""A checkpoint of a repository, taken before git continues an operation, and its restoration.
 
-git syncs neither the files that it writes nor its notes on what is under way. Kept are these notes,
-the index, what HEAD and its branch name, the content of tracked files, and of the others the names:
-git writes over none of them, so what is new later is its own.
+git syncs neither the files that it writes nor its notes on the operation. A checkpoint keeps these
+notes, the index, HEAD and its branch, the content of tracked files, and the names of the others:
+git overwrites no untracked file, so a new one is git's own.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from workspace.repo.git import command
 from workspace.repo.git.command import split
 from workspace.repo.git.repository import Git, last_move, take_in
 
-# At the top of its directory (git-am(1), git-rebase(1), git-merge(1), git-cherry-pick(1)); the
-# index is replaced, never taken away.
+# At the top of the git directory (git-am(1), git-rebase(1), git-merge(1), git-cherry-pick(1)). The
+# index is replaced, never removed.
 _NOTES = (
     *(
         "rebase-apply",
@@ -43,8 +42,10 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Facts:
-    """`symbolic`: the branch that HEAD names; `branch`: that one, or the one that a rebase will
-    move, at `tip`; `others`: files not tracked.
+    """The state of a repository.
+
+    `symbolic`: the branch that HEAD names; `branch`: that branch, or the branch that a rebase will
+    move, at `tip`; `others`: untracked files.
     """
 
     head: str
@@ -60,13 +61,13 @@ def keep(git: Git, folder: Path) -> None:
     index = git.path_of("index")
     for name in _NOTES:
         _copy(index.parent / name, folder / name)
-    # With its time: an entry is as new as the index where a file was written in the same tick, and
-    # git then reads the file.
+    # With its time: git reads a file again if its entry is as new as the index, because the file
+    # was written in the same tick.
     _copy(index, folder / index.name)
     head, others = git.look("rev-parse", "--verify", "HEAD").out.strip(), _others(git)
     symbolic = git.look("symbolic-ref", "--quiet", "HEAD", check=False).out.strip() or None
     branch = symbolic or _rebased(index.parent)
-    # Beside the repository, which would find them there already, and not sync its own.
+    # Outside of the repository: git would not write again, and sync, the objects that it has.
     (folder / _OBJECTS).mkdir()
     with _content(git, but=others, objects=folder / _OBJECTS) as (_, tree):
         facts = Facts(head, symbolic, branch, git.resolve(branch) if branch else None, tree, others)
@@ -74,23 +75,21 @@ def keep(git: Git, folder: Path) -> None:
 
 
 def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
-    """Bring the repository back to where `keep` found it. What lay there meanwhile, where that is
-    anything else, is kept as a commit under `ref`.
+    """Return the repository to the state that `keep` recorded; commit other content as `ref`.
 
-    True where it did, and kept something; None where there is nothing that can be restored. False
-    where HEAD was moved by somebody else: nothing is touched then, and it is the former content
-    that is kept under `ref`.
+    Return True if that was done, None if the checkpoint is incomplete, and False if HEAD was moved
+    by another program: then nothing is touched, and `ref` keeps the recorded content.
     """
     facts = _read(git, folder)
     if facts is None:
         return None
     top = git.path_of("index").parent
-    # Of a linked working tree what all of them share lies elsewhere.
+    # What linked working trees share is in another folder.
     for place in {top, git.path_of("packed-refs").parent}:
         command.remove_at_top(place, git.path)
     if not _is_complete(top / "index"):
         _replace_index(top, folder)
-    if not _is_left_so(git, facts.head):
+    if not _is_head_ours(git, facts.head):
         take_in(folder / _OBJECTS, git.path_of("objects"))
         git.set_ref(ref, _commit(git, message, facts.tree, facts.head, ref))
         return False
@@ -98,12 +97,20 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
         is_other = (git.head(), tree) != (facts.head, facts.tree)
         if is_other:
             git.set_ref(ref, _commit(git, message, tree, git.head() or facts.head, ref))
-            there = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / _OBJECTS)}
-            git.write("read-tree", "-m", "-u", tree, facts.tree, env={**scratch, **there})
+            recorded = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": str(folder / _OBJECTS)}
+            git.write("read-tree", "-m", "-u", tree, facts.tree, env={**scratch, **recorded})
     for name in _NOTES:
         _remove(top / name)
         _copy(folder / name, top / name)
     _replace_index(top, folder)
+    _restore_head(git, facts)
+    git.write("update-index", "-q", "--refresh", check=False)
+    os.sync()
+    return True
+
+
+def _restore_head(git: Git, facts: Facts) -> None:
+    """Make HEAD and its branch name what they named before."""
     if facts.branch and facts.tip:
         git.set_ref(facts.branch, facts.tip)
     if facts.symbolic:
@@ -113,14 +120,13 @@ def restore(git: Git, folder: Path, *, ref: str, message: str) -> bool | None:
         or git.look("symbolic-ref", "--quiet", "HEAD", check=False).status == 0
     ):
         git.set_ref("HEAD", facts.head)
-    git.write("update-index", "-q", "--refresh", check=False)
-    os.sync()
-    return True
 
 
 def _is_complete(index: Path) -> bool:
-    """Whether an index ends in the checksum of what it holds, or in zeros for none
-    (gitformat-index(5)): git itself does not look.
+    """Return whether an index ends in the checksum of its content, or in zeros
+    (gitformat-index(5)).
+
+    git itself does not check it.
     """
     content = index.read_bytes() if index.exists() else b""
     return content[-20:] in (hashlib.sha1(content[:-20]).digest(), bytes(20))
@@ -132,7 +138,7 @@ def _replace_index(top: Path, folder: Path) -> None:
 
 
 def _read(git: Git, folder: Path) -> Facts | None:
-    """What was kept, or None where that is not all there."""
+    """Return the recorded state, or None where the checkpoint is incomplete."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(read_regular(folder / _FACTS))
         facts = Facts(**{**known, "others": tuple(known["others"])})
@@ -141,14 +147,14 @@ def _read(git: Git, folder: Path) -> Facts | None:
     return None
 
 
-def _is_left_so(git: Git, head: str) -> bool:
-    """Whether HEAD is where it was, or where a git of the workspace's own has brought it."""
+def _is_head_ours(git: Git, head: str) -> bool:
+    """Return whether HEAD is unmoved, or was moved by a git that the workspace started."""
     now = git.head()
     if now in (None, head):
         return now == head
     if git.is_ancestor(head, now or "") and not git.has_own_commits(head, now or ""):
         return True
-    # An abort goes back to the user's commits. This log may have been lost with the power.
+    # An abort returns to the user's commits. A power cut may have lost this entry of the reflog.
     move = last_move(git)
     return move is not None and move.is_ours
 
@@ -157,11 +163,11 @@ def _is_left_so(git: Git, head: str) -> bool:
 def _content(
     git: Git, *, but: Collection[str], objects: Path | None = None
 ) -> Iterator[tuple[Mapping[str, str], str]]:
-    """Work out the tree of the tracked files as they lie there, and of new ones that are not
-    ignored, without those named.
+    """Yield variables of an index that holds the working content, and its tree.
 
-    Yields with it the variables under which git has an index of that tree, in which each file
-    counts as read. New objects go to the folder `objects`, else into the repository.
+    That is the tracked files as they are, and new files that are not ignored, without those named
+    in `but`. In that index each file counts as read. New objects go to the folder `objects`, else
+    into the repository.
     """
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
         scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
@@ -171,7 +177,7 @@ def _content(
                 "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(git.path_of("objects")),
             }
         _copy(git.path_of("index"), Path(folder, "index"))
-        # Edits of files that git was told to take for unchanged are edits.
+        # Edits of files that a user marked as unchanged (git-update-index(1)) are edits.
         git.write("update-index", "-q", "--really-refresh", env=scratch, check=False)
         git.write("add", "--update", "--", ".", env=scratch)
         known = set(but)
@@ -182,29 +188,20 @@ def _content(
 
 
 def _others(git: Git) -> tuple[str, ...]:
-    """Files that git does not track and does not ignore; repositories in folders of their own are
-    left out.
-    """
-    words = (
-        "-c",
-        "core.excludesFile=/dev/null",
-        "ls-files",
-        "--others",
-        "--exclude-standard",
-        "-z",
-    )
-    return tuple(path for path in split(git.look(*words).out) if not path.endswith("/"))
+    """Return files that git neither tracks nor ignores, without repositories in subfolders."""
+    args = ("-c", "core.excludesFile=/dev/null", "ls-files", "--others", "--exclude-standard", "-z")
+    return tuple(path for path in split(git.look(*args).out) if not path.endswith("/"))
 
 
 def _commit(git: Git, message: str, tree: str, head: str, ref: str) -> str:
-    """A commit of the tree that leads to HEAD and to what `ref` has kept so far."""
+    """Commit the tree on HEAD and on the commit that `ref` names so far; return the commit."""
     parents = dict.fromkeys(commit for commit in (head, git.resolve(ref)) if commit)
-    return git.write(
-        "commit-tree", "-m", message, *(word for parent in parents for word in ("-p", parent)), tree
-    ).out.strip()
+    flags = [flag for parent in parents for flag in ("-p", parent)]
+    return git.write("commit-tree", "-m", message, *flags, tree).out.strip()
 
 
 def _rebased(top: Path) -> str | None:
+    """Return the branch that a rebase under way will move, or None."""
     for name in ("rebase-merge", "rebase-apply"):
         with contextlib.suppress(OSError):
             branch = (top / name / "head-name").read_text().strip()

@@ -1,8 +1,8 @@
-"""How git is called: GitPython itself, and under which variables git looks, writes and talks.
+"""Git command lines: GitPython, the environment of each kind of call, and abandoned lock files.
 
-Looking honours the user's configuration, takes no lock and never goes online. Writing is immune to
-that configuration. Only what talks to a remote keeps the user's configuration (insteadOf, proxies,
-credentials), without prompts.
+Read calls use the user's configuration, take no lock and never go online. Write calls ignore that
+configuration. Calls to a remote use the user's configuration (insteadOf, proxies, credentials) and
+never prompt.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from workspace.core import process
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError, WorkspaceError
@@ -28,7 +28,7 @@ Entries = Mapping[str, str]
 
 
 def split(listing: str) -> list[str]:
-    """The entries of a listing that git ends with zero bytes."""
+    """Split a git listing that ends each entry with a zero byte."""
     return [entry for entry in listing.split("\0") if entry]
 
 
@@ -52,7 +52,7 @@ def index_entries(listing: str) -> dict[str, str]:
 
 
 def link_entries(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """The entries of those paths that are symbolic links; git's own hashing would follow them."""
+    """Return the entries of the paths that are symbolic links; git's own hashing would follow them."""
     entries = {}
     for path in paths:
         file = root / path
@@ -65,9 +65,7 @@ def link_entries(root: Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def file_modes(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """The modes of those paths that are regular files; what is gone, or is a repository of its own,
-    is left out.
-    """
+    """Return the modes of those paths that are regular files, not missing files or repositories."""
     files = {path: root / path for path in paths}
     return {
         path: "100755" if file.stat().st_mode & 0o100 else "100644"
@@ -77,23 +75,24 @@ def file_modes(root: Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def digest(entries: Entries) -> str:
-    """The SHA-256 over sorted `mode oid path`."""
+    """Return the SHA-256 over sorted `mode oid path`."""
     text = "".join(f"{entries[path]} {path}\n" for path in sorted(entries))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def first_line(err: str) -> str:
-    """The line of git's talk that says what went wrong."""
+    """Return the line of git's stderr that names the failure."""
     lines = [line.strip() for line in err.splitlines() if line.strip()]
-    said = next(
+    message = next(
         (line for line in lines if line.startswith(("fatal:", "error:"))), lines[0] if lines else ""
     )
-    return re.sub(r"^(fatal|error): ", "", said)
+    return re.sub(r"^(fatal|error): ", "", message)
 
 
 def refusal_of_disk(err: str) -> str | None:
-    """The line of git's talk that names a disk that is full or read-only: no patch's and no
-    network's fault, whatever else follows.
+    """Return the line of git's stderr that names a full or read-only disk, or None.
+
+    Neither a patch nor the network is at fault then, whatever else follows.
     """
     return next(
         (
@@ -108,23 +107,24 @@ def refusal_of_disk(err: str) -> str | None:
 
 
 IDENTITY = ("vLLM workspace", "workspace@invalid")
-# A repository with missing blobs would fetch them in the middle of a look: git 2.44 has a switch,
-# older ones are refused every transport.
+# A partial clone would fetch missing blobs during a read: git 2.44 has a switch against it, older
+# versions are denied every transport.
 OFFLINE = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none", "GIT_TERMINAL_PROMPT": "0"}
 LOOKING = OFFLINE | {"GIT_OPTIONAL_LOCKS": "0", "GIT_ATTR_NOSYSTEM": "1"}
-# Content is compared as it was written, so without the user's conversions; what they ignore stays
-# ignored, and whom they trust trusted.
+# Content is compared as it was written, so without the user's conversions. The user's ignore rules
+# and trusted folders stay in force.
 _LOOKING = (
     *("core.attributesFile=/dev/null", "core.autocrlf=false", "core.eol=lf", "core.safecrlf=false"),
     *("core.sparseCheckout=false", "core.fsmonitor=false"),
-    # A file that was replaced by one of its size and time is seen by its inode.
+    # The inode reveals a file that was replaced by another file of the same size and time.
     *("core.trustctime=true", "core.checkStat=default"),
 )
-LOOKING_FLAGS = ("--literal-pathspecs", *(word for setting in _LOOKING for word in ("-c", setting)))
-# A remote that sends less than this for a minute is gone (git-config(1), http.lowSpeedLimit).
+LOOKING_FLAGS = ("--literal-pathspecs", *(flag for setting in _LOOKING for flag in ("-c", setting)))
+# A remote that sends less than this for a minute counts as gone (git-config(1),
+# http.lowSpeedLimit).
 PATIENCE = {"GIT_HTTP_LOW_SPEED_LIMIT": "1000", "GIT_HTTP_LOW_SPEED_TIME": "60"}
-# What content, commits and speed must not depend on, whoever configured it: user, system or the
-# checkout itself.
+# Settings that would change content, commits or speed. They override those of the user, of the
+# system and of the checkout itself.
 HARDENED: Mapping[str, str] = {
     "core.hooksPath": "/dev/null",
     "core.attributesFile": "/dev/null",
@@ -135,7 +135,7 @@ HARDENED: Mapping[str, str] = {
     "core.fsmonitor": "false",
     "core.trustctime": "true",
     "core.checkStat": "default",
-    # Or every file that is written would from then on count as unchanged.
+    # Otherwise git marks each file that it writes as always unchanged.
     "core.ignoreStat": "false",
     "core.sparseCheckout": "false",
     "commit.gpgSign": "false",
@@ -146,17 +146,17 @@ HARDENED: Mapping[str, str] = {
     "gc.auto": "0",
     "maintenance.auto": "false",
     "advice.detachedHead": "false",
-    # By default loose objects and the index are not: after a power cut a reference would name an
-    # empty file.
+    # By default git does not sync loose objects and the index: after a power cut a reference would
+    # name an empty file.
     "core.fsync": "all",
 }
 
 
 def git_environment(*, offline: bool = True) -> dict[str, str]:
-    """Return the variables under which git writes the same bytes for everyone.
+    """Return the variables under which git writes the same bytes for every user.
 
-    Offline, the user's and the system's configuration are left out altogether; otherwise they stay,
-    for the sake of remotes, and only `HARDENED` overrides them.
+    Offline, the configuration of the user and of the system is left out. Otherwise it stays,
+    because remotes need it, and only `HARDENED` overrides it.
     """
     config = dict(HARDENED)
     variables = {
@@ -169,13 +169,13 @@ def git_environment(*, offline: bool = True) -> dict[str, str]:
     for role in ("AUTHOR", "COMMITTER"):
         variables |= {f"GIT_{role}_NAME": IDENTITY[0], f"GIT_{role}_EMAIL": IDENTITY[1]}
     if offline:
-        # The user's safe.directory is left out with the rest; Git looks first under that very
-        # configuration.
+        # The user's safe.directory is left out with the rest; Command.write checks it before, with
+        # a read call.
         config["safe.directory"] = "*"
         variables |= OFFLINE | {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}
     variables["GIT_CONFIG_COUNT"] = str(len(config))
-    for number, (key, value) in enumerate(config.items()):
-        variables |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    for index, (key, value) in enumerate(config.items()):
+        variables |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
     return variables
 
 
@@ -185,7 +185,7 @@ POLL_S = 0.1
 _NAMED = re.compile(
     r"Unable to create '([^']+\.lock)': File exists|could not lock config file (.+?): File exists"
 )
-# What git locks at the top of its directory; references and their like are found by what git says.
+# Lock files at the top of the git directory. Locks of references are found by git's message.
 _AT_TOP = (
     "index.lock",
     "HEAD.lock",
@@ -198,11 +198,12 @@ _AT_TOP = (
 )
 
 
-def remove_named(said: str, folder: Path) -> bool:
-    """Remove the lock that a git in `folder` complains of, if it is abandoned. False where there is
-    none, or somebody holds it.
+def remove_named_lock(message: str, folder: Path) -> bool:
+    """Remove the abandoned lock that a message of git in `folder` names.
+
+    Return False where the message names no lock, or a process holds it.
     """
-    found = _NAMED.search(said)
+    found = _NAMED.search(message)
     if found is None:
         return False
     path = folder / (found[1] or f"{found[2]}.lock")
@@ -210,19 +211,20 @@ def remove_named(said: str, folder: Path) -> bool:
 
 
 def remove_at_top(git_dir: Path, folder: Path) -> None:
-    """Remove abandoned locks of the git directory `git_dir`, whose files lie in `folder`."""
+    """Remove abandoned locks of the git directory `git_dir`, whose files are in `folder`."""
     _remove([git_dir / name for name in _AT_TOP], folder)
 
 
 def remove_packs(packs: Path, folder: Path) -> None:
-    """Remove from the folder `packs` what fetches that were killed have begun there. Git does it
-    too, once it is two weeks old and a gc is due (git-gc(1)).
+    """Remove unfinished packs of killed fetches from the folder `packs`.
+
+    Git does it too, after two weeks and when a gc is due (git-gc(1)).
     """
     _remove(list(packs.glob("tmp_*")), folder)
 
 
 def _remove(paths: Sequence[Path], folder: Path) -> bool:
-    """Remove those that are abandoned, watched side by side. False where one stays."""
+    """Watch the locks side by side and remove those that are abandoned; return False if any stays."""
     began = time.monotonic()
     quiet_since = dict.fromkeys(paths, began)
     while left := [path for path in paths if path.exists()]:
@@ -239,21 +241,22 @@ def _remove(paths: Sequence[Path], folder: Path) -> bool:
 
 
 def _is_held(path: Path, folder: Path) -> bool:
-    """Whether a process that may be looked at (proc(5)) has the lock open, or is a git in this
-    repository.
+    """Return whether a visible process (proc(5)) has the lock open, or is a git in this repository.
+
+    A process of another user is not visible.
     """
     place, git_dir = os.path.realpath(folder), os.path.realpath(path.parent)
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
+    for pid in os.listdir("/proc"):
+        if not pid.isdigit() or int(pid) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{entry}/comm").read_text().startswith("git"):
-                cwd = os.readlink(f"/proc/{entry}/cwd")
+            if Path(f"/proc/{pid}/comm").read_text().startswith("git"):
+                cwd = os.readlink(f"/proc/{pid}/cwd")
                 if any(cwd == top or cwd.startswith(f"{top}/") for top in (place, git_dir)):
                     return True
             if any(
-                os.readlink(f"/proc/{entry}/fd/{number}") == os.path.join(git_dir, path.name)
-                for number in os.listdir(f"/proc/{entry}/fd")
+                os.readlink(f"/proc/{pid}/fd/{descriptor}") == os.path.join(git_dir, path.name)
+                for descriptor in os.listdir(f"/proc/{pid}/fd")
             ):
                 return True
     return False
@@ -264,6 +267,8 @@ OnLine = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
+    """Exit status, stdout and stderr of one git call."""
+
     status: int
     out: str
     err: str
@@ -272,8 +277,8 @@ class Answer:
 class Command:
     """Git in one directory. Expected failures are raised as `failure`, with git's own first line.
 
-    Raises ToolchainError where git is missing, was killed or finds no room, and CheckoutError where
-    it refuses a directory that belongs to someone else.
+    Raises ToolchainError where git is missing, is killed or has no disk space, and CheckoutError
+    where git refuses a directory of another user.
     """
 
     def __init__(
@@ -290,32 +295,39 @@ class Command:
         )
         self._trusted = False
 
-    def look(self, *words: str, check: bool = True) -> Answer:
-        return self._git((*LOOKING_FLAGS, *words), LOOKING, check=check, said=words)
+    def look(self, *args: str, check: bool = True) -> Answer:
+        """Run a git command that only reads: no lock, no network."""
+        return self._git((*LOOKING_FLAGS, *args), LOOKING, check=check, verb=_verb(args))
 
     def write(
         self,
-        *words: str,
+        *args: str,
         env: Mapping[str, str] | None = None,
         check: bool = True,
         run_log: RunLog | None = None,
     ) -> Answer:
+        """Run a git command that writes, immune to the user's configuration, offline."""
         if not self._trusted:
             self.look("rev-parse", "--git-dir")
             self._trusted = True
         if run_log:
-            run_log.command(shlex.join(["git", "-C", str(self.path), *words]))
-        return self._git(words, git_environment() | dict(env or {}), check=check, said=words)
+            run_log.command(shlex.join(["git", "-C", str(self.path), *args]))
+        return self._git(args, git_environment() | dict(env or {}), check=check, verb=_verb(args))
+
+    def applies(self, *args: str, env: Mapping[str, str], flags: Sequence[str] = ()) -> bool:
+        """Apply patches to the index that `env` names, and return whether git did it."""
+        apply = (*flags, "apply", "--cached", "--whitespace=nowarn", *args)
+        return self.write(*apply, env=env, check=False).status == 0
 
     def _git(
-        self, words: Sequence[str], env: Mapping[str, str], *, check: bool, said: Sequence[str]
+        self, args: Sequence[str], env: Mapping[str, str], *, check: bool, verb: str
     ) -> Answer:
         program = executable()
         # GitPython would run in the caller's folder where the path is missing: -C fails instead.
-        argv = [program.GIT_PYTHON_GIT_EXECUTABLE or "git", "-C", str(self.path), *words]
+        argv = [program.GIT_PYTHON_GIT_EXECUTABLE or "git", "-C", str(self.path), *args]
         from git.exc import GitCommandNotFound
 
-        # A lock that a killed git left is removed, and the command that met it run again.
+        # A lock that a killed git left is removed, and the command that met it is run again.
         for _ in range(3):
             try:
                 status, out, err = program().execute(
@@ -328,14 +340,17 @@ class Command:
                 )
             except GitCommandNotFound as exc:
                 raise _missing() from exc
-            if status == 0 or not remove_named(err, self.path):
+            if status == 0 or not remove_named_lock(err, self.path):
                 break
         answer = Answer(status, out.decode(errors="surrogateescape"), err)
         if status != 0:
-            self._explain(answer, said, check=check)
+            self._raise_environment_failure(answer, verb)
+            if check:
+                self._raise_git_failure(answer, verb)
         return answer
 
-    def _explain(self, answer: Answer, said: Sequence[str], *, check: bool) -> None:
+    def _raise_environment_failure(self, answer: Answer, verb: str) -> None:
+        """Raise for a failure that is no answer of git: disk, owner of the folder, or a kill."""
         if refusal := refusal_of_disk(answer.err):
             raise ToolchainError(
                 f"git in {self.path}: {refusal}", hint=f"df -h {self.path}; ls -ld {self.path}"
@@ -343,58 +358,47 @@ class Command:
         if found := re.search(r"dubious ownership in repository at '([^']*)'", answer.err):
             place = shlex.quote(found[1])
             raise CheckoutError(
-                f"{found[1]} belongs to another user than you, so git refuses to look into it",
+                f"{found[1]} belongs to another user than you, so git refuses to read it",
                 hint=(
                     f"sudo chown -R $(id -un) {place}    or, to trust it as it is: git config"
                     f" --global --add safe.directory {place}"
                 ),
             )
-        verb = next(word for word in said if not word.startswith("-") and "=" not in word)
-        what = f"git {verb} in {self.path}"
         if answer.status < 0:
-            # It may have ended anywhere, which is neither of git's answers.
+            # It may have ended anywhere, so the status answers nothing.
             raise ToolchainError(
-                f"{what} {process.describe_status(answer.status)}",
-                hint=(
-                    "free -h    and the same command again: it goes on, or takes back what was"
-                    " begun"
-                ),
+                f"git {verb} in {self.path} {process.describe_status(answer.status)}",
+                hint="free -h    and the same command again: it resumes or undoes what was begun",
             )
-        if not check:
-            return
+
+    def _raise_git_failure(self, answer: Answer, verb: str) -> NoReturn:
+        """Raise the expected failure with git's own message."""
+        failed = f"git {verb} in {self.path}"
         if found := re.search(r"Unable to create '([^']*\.lock)': File exists", answer.err):
-            hint = f"when no other git runs there: rm {shlex.quote(found[1])}"
             raise self._failure(
-                f"{what}: another git, or one that was killed, left {found[1]}", hint=hint
+                f"{failed}: another git, or one that was killed, left {found[1]}",
+                hint=f"when no other git runs there: rm {shlex.quote(found[1])}",
             )
         raise self._failure(
-            f"{what}: {first_line(answer.err) or f'exited with {answer.status}'}",
+            f"{failed}: {first_line(answer.err) or f'exited with {answer.status}'}",
             details=tuple(answer.err.splitlines()[1:10]),
         )
 
     def talk(
-        self, words: Sequence[str], settings: Settings, run_log: RunLog, on_line: OnLine
+        self, args: Sequence[str], settings: Settings, run_log: RunLog, on_line: OnLine
     ) -> None:
-        # A submodule's own directory lies with the superproject's.
-        there = self.look(
-            "rev-parse",
-            "--path-format=absolute",
-            "--absolute-git-dir",
-            "--git-path",
-            "objects/pack",
-            check=False,
-        )
-        if there.status == 0:
-            git_dir, packs = map(Path, there.out.splitlines())
-            remove_at_top(git_dir, self.path)
-            remove_packs(packs, self.path)
+        """Run a git command that contacts a remote, after removal of abandoned locks and packs.
+
+        Each line of git's output goes to `on_line`. Raises SourceError.
+        """
+        self._remove_leftovers()
         places = (
             [f"--git-dir={self._extra['GIT_DIR']}", f"--work-tree={self.path}"]
             if "GIT_DIR" in self._extra
             else ["-C", str(self.path)]
         )
         process.run(
-            [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *words],
+            [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
             env=settings.child_environment("plain", git_environment(offline=False) | PATIENCE),
             run_log=run_log,
             on_line=on_line,
@@ -405,10 +409,32 @@ class Command:
             ),
         )
 
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed git left in the git directory and among its packs."""
+        # A submodule's own git directory is inside that of the superproject.
+        folders = self.look(
+            "rev-parse",
+            "--path-format=absolute",
+            "--absolute-git-dir",
+            "--git-path",
+            "objects/pack",
+            check=False,
+        )
+        if folders.status == 0:
+            git_dir, packs = map(Path, folders.out.splitlines())
+            remove_at_top(git_dir, self.path)
+            remove_packs(packs, self.path)
+
+
+def _verb(args: Sequence[str]) -> str:
+    """Return the git subcommand of the arguments."""
+    return next(arg for arg in args if not arg.startswith("-") and "=" not in arg)
+
 
 def executable() -> "type[gitpython.Git]":
-    """GitPython's command interface, imported late: it costs 0.1 s. Raises ToolchainError where
-    there is no git.
+    """Return GitPython's command interface, imported late because the import takes 0.1 s.
+
+    Raises ToolchainError where git is missing.
     """
     try:
         import git as gitpython
@@ -418,4 +444,4 @@ def executable() -> "type[gitpython.Git]":
 
 
 def _missing() -> ToolchainError:
-    return ToolchainError("git is not there, or cannot be started", hint="sudo apt install git")
+    return ToolchainError("git is missing or cannot be started", hint="sudo apt install git")

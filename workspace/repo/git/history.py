@@ -1,8 +1,7 @@
-"""What lies between two commits: changed files, moved ones, the commits that touched a path, and
-whether one of them is a patch of ours.
+"""What lies between two commits: changed and renamed files, commits by path, patches in upstream.
 
-Everything here only looks, and needs no more than what is in the repository. What a partial clone
-lacks is named by `missing`.
+Everything here reads only what the repository holds, except `complete_range` and `carried`.
+`missing` names what a partial clone lacks.
 """
 
 import datetime
@@ -18,7 +17,8 @@ from workspace.repo.git import command
 from workspace.repo.git.command import executable, first_line, split
 from workspace.repo.git.repository import Git
 
-# What format-patch writes, so that a commit and its export have one patch-id (git-patch-id(1)).
+# The diff that format-patch writes, so that a commit and its export have the same patch-id
+# (git-patch-id(1)).
 _AS_EXPORTED = (
     *(
         "--patch",
@@ -33,17 +33,15 @@ _AS_EXPORTED = (
     *("--no-ext-diff", "--no-textconv", "--no-color", "--no-show-signature"),
 )
 _ABSENT = "0" * 40
-# Words on one command line; the kernel takes 2 MiB (execve(2)).
+# Arguments on one command line; the kernel takes 2 MiB (execve(2)).
 _AT_ONCE = 5000
 # git's own default for renames (git-diff(1), -M).
-_ALIKE = "-M50%"
+_SIMILARITY = "-M50%"
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit, and the blob OIDs of every path it changed, before and after; None where the path
-    was not there.
-    """
+    """A commit, and for each changed path the blob OIDs before and after, None where it is missing."""
 
     oid: str
     subject: str
@@ -54,8 +52,9 @@ class Commit:
 
 
 def changed(git: Git, old: str, new: str) -> dict[str, tuple[str | None, str | None]]:
-    """Blob OIDs before and after, by path, of all files that differ between two commits or
-    trees.
+    """Return the blob OIDs before and after, by path, of all files that differ between two trees.
+
+    Commits count as their trees.
     """
     return dict(
         _raw(
@@ -69,10 +68,10 @@ def changed(git: Git, old: str, new: str) -> dict[str, tuple[str | None, str | N
 
 
 def log(git: Git, old: str, new: str, paths: Sequence[str]) -> tuple[Commit, ...]:
-    """The commits in old..new that touched one of the paths, newest first; merges are left out."""
+    """Return the commits in old..new that touched a path, newest first, without merges."""
     if not paths:
         return ()
-    words = (
+    args = (
         "log",
         "--no-merges",
         "--raw",
@@ -85,7 +84,7 @@ def log(git: Git, old: str, new: str, paths: Sequence[str]) -> tuple[Commit, ...
         "--format=%x01%H %s",
     )
     commits = []
-    for record in git.look(*words, f"{old}..{new}", "--", *paths).out.split("\x01")[1:]:
+    for record in git.look(*args, f"{old}..{new}", "--", *paths).out.split("\x01")[1:]:
         head, *entries = [entry.strip("\n") for entry in split(record)]
         oid, _, subject = head.partition(" ")
         commits.append(Commit(oid, subject, dict(_raw([entry for entry in entries if entry]))))
@@ -93,19 +92,20 @@ def log(git: Git, old: str, new: str, paths: Sequence[str]) -> tuple[Commit, ...
 
 
 def touching(commits: Iterable[Commit], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each path the commits that touched it, as `12hex subject`, newest first."""
+    """Return for each path the commits that touched it, as `12hex subject`, newest first."""
     known = tuple(commits)
     return {path: tuple(str(commit) for commit in known if path in commit.paths) for path in paths}
 
 
 def ahead(git: Git, old: str, new: str) -> int:
-    """How many commits `new` has that `old` has not."""
+    """Return the number of commits that `new` has and `old` lacks."""
     return int(git.look("rev-list", "--count", f"{old}..{new}", "--").out)
 
 
 def described(git: Git, commit: str) -> tuple[str, int] | None:
-    """The nearest tag `v…` before a commit and how many commits lie between, as setuptools-scm asks
-    for; None where there is no such tag.
+    """Return the nearest tag `v…` before a commit, and the number of commits since, or None.
+
+    setuptools-scm asks for the same.
     """
     answer = git.look("describe", "--tags", "--long", "--match=v[0-9]*", commit, check=False)
     if answer.status != 0:
@@ -115,27 +115,30 @@ def described(git: Git, commit: str) -> tuple[str, int] | None:
 
 
 def date_of(git: Git, commit: str) -> datetime.datetime:
-    """When a commit was made, with its time zone."""
+    """Return the committer date of a commit, with its time zone."""
     return datetime.datetime.fromisoformat(
         git.look("log", "-1", "--no-show-signature", "--format=%cI", commit, "--").out.strip()
     )
 
 
 def ancestors(git: Git, names: Iterable[str], commit: str) -> dict[str, str]:
-    """Those of the given OIDs, which may be abbreviated, that are ancestors of `commit` or the
-    commit itself: name to full OID.
+    """Return those of the OIDs that are `commit` or its ancestors: given name to full OID.
+
+    The names may be abbreviated.
     """
-    asked = sorted(set(names))
-    if not asked:
+    requested = sorted(set(names))
+    if not requested:
         return {}
     answers = (
-        _fed(git, "".join(f"{name}^{{commit}}\n" for name in asked), "cat-file", "--batch-check")
+        _piped(
+            git, "".join(f"{name}^{{commit}}\n" for name in requested), "cat-file", "--batch-check"
+        )
         .decode(errors="replace")
         .splitlines()
     )
     found = {
         name: answer.split(" ")[0]
-        for name, answer in zip(asked, answers, strict=True)
+        for name, answer in zip(requested, answers, strict=True)
         if answer.split(" ")[1:2] == ["commit"]
     }
     if not found:
@@ -147,10 +150,11 @@ def ancestors(git: Git, names: Iterable[str], commit: str) -> dict[str, str]:
 def taken(
     git: Git, commits: Iterable[Commit], diffs: Mapping[str, tuple[bytes, frozenset[str]]]
 ) -> dict[str, Commit]:
-    """Which patches are among the commits, by patch-id as `git cherry` has it. `diffs`: by name,
-    the patch from its first `diff --git` on, and its paths.
+    """Return which patches are among the commits, by patch-id as in `git cherry`.
+
+    `diffs`: by name, the patch from its first `diff --git` on, and its paths.
     """
-    # Equal patches change equal paths, so hardly any commit's content has to be read.
+    # Equal patches change equal paths, so only few commits have to be read.
     candidates = candidates_of(commits, [paths for _, paths in diffs.values()])
     if not candidates:
         return {}
@@ -167,17 +171,15 @@ def taken(
     ours = _patch_ids(
         git,
         b"".join(
-            b"commit %040x\n\n%s\n" % (number, diffs[name][0]) for number, name in names.items()
+            b"commit %040x\n\n%s\n" % (index, diffs[name][0]) for index, name in names.items()
         ),
     )
     by_id = {theirs[commit.oid]: commit for commit in candidates if commit.oid in theirs}
-    return {
-        names[int(number, 16)]: by_id[found] for number, found in ours.items() if found in by_id
-    }
+    return {names[int(index, 16)]: by_id[found] for index, found in ours.items() if found in by_id}
 
 
 def candidates_of(commits: Iterable[Commit], paths: Iterable[frozenset[str]]) -> tuple[Commit, ...]:
-    """The commits that change exactly one of these sets of paths."""
+    """Return the commits that change exactly one of these sets of paths."""
     wanted = set(paths)
     return tuple(commit for commit in commits if frozenset(commit.paths) in wanted)
 
@@ -189,8 +191,9 @@ def renames(
     gone: Iterable[str],
     differing: Mapping[str, tuple[str | None, str | None]],
 ) -> dict[str, str]:
-    """Where the `gone` paths of `old` went in `new`: by equal content, else by git's likeness.
-    `differing` is what changed() said of the two.
+    """Return the paths in `new` of the `gone` paths of `old`: by equal content, else by similarity.
+
+    `differing` is the result of changed() for the two.
     """
     sought = {path: differing[path][0] for path in gone if path in differing}
     if not sought:
@@ -199,10 +202,10 @@ def renames(
     same = {after: path for path in reversed(added) if (after := differing[path][1])}
     found = {path: same[oid] for path, oid in sought.items() if oid in same}
     if rest := [path for path in sought if path not in found]:
-        words = (
+        args = (
             "diff-tree",
             "-r",
-            _ALIKE,
+            _SIMILARITY,
             "--diff-filter=R",
             "--name-status",
             "-z",
@@ -212,7 +215,7 @@ def renames(
             *rest,
             *likely(rest, added),
         )
-        listed = iter(split(git.look(*words, check=False).out))
+        listed = iter(split(git.look(*args, check=False).out))
         found |= {
             before: after
             for _, before, after in zip(listed, listed, listed, strict=False)
@@ -222,16 +225,18 @@ def renames(
 
 
 def likely(gone: Iterable[str], added: Iterable[str]) -> list[str]:
-    """Those of the `added` paths that a `gone` file may have become: files of the same kind."""
+    """Return the `added` paths that a `gone` file may have become: files of the same type."""
     kinds = {path.rpartition("/")[2].rpartition(".")[2] for path in gone}
     return [path for path in added if path.rpartition("/")[2].rpartition(".")[2] in kinds]
 
 
 def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
-    """The content of blobs, by OID, in one call. A missing one is left out."""
-    asked = list(dict.fromkeys(oids))
+    """Return the content of blobs, by OID, in one call; a missing blob is left out."""
+    requested = list(dict.fromkeys(oids))
     answer = (
-        _fed(git, "".join(f"{oid}\n" for oid in asked), "cat-file", "--batch") if asked else b""
+        _piped(git, "".join(f"{oid}\n" for oid in requested), "cat-file", "--batch")
+        if requested
+        else b""
     )
     contents, place = {}, 0
     while place < len(answer):
@@ -245,7 +250,7 @@ def blobs(git: Git, oids: Iterable[str]) -> dict[str, bytes]:
 
 
 def missing(git: Git, tree: str, paths: Sequence[str]) -> tuple[str, ...]:
-    """The blobs of a commit's tree, below the paths, that a partial clone has not fetched yet."""
+    """Return the blobs of a commit's tree, below the paths, that a partial clone lacks."""
     listed = git.look(
         "rev-list", "--objects", "--missing=print", "--no-walk", f"{tree}^{{tree}}", "--", *paths
     ).out
@@ -253,43 +258,43 @@ def missing(git: Git, tree: str, paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def absent(git: Git, oids: Iterable[str]) -> tuple[str, ...]:
-    """Those of the given blobs that the repository does not hold."""
-    asked = list(dict.fromkeys(oids))
+    """Return those of the given blobs that the repository lacks."""
+    requested = list(dict.fromkeys(oids))
     held: set[str] = set()
-    for start in range(0, len(asked), _AT_ONCE):
-        words = ("rev-list", "--objects", "--missing=print", "--no-walk", "--ignore-missing")
+    for start in range(0, len(requested), _AT_ONCE):
+        args = ("rev-list", "--objects", "--missing=print", "--no-walk", "--ignore-missing")
         held |= {
             line.split(" ")[0]
-            for line in git.look(*words, *asked[start : start + _AT_ONCE], "--").out.splitlines()
+            for line in git.look(*args, *requested[start : start + _AT_ONCE], "--").out.splitlines()
         }
-    return tuple(oid for oid in asked if oid not in held)
+    return tuple(oid for oid in requested if oid not in held)
 
 
 def _raw(entries: Sequence[str]) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
-    """Read `:mode mode oid oid status` and path in turn (git-diff-tree(1), RAW OUTPUT FORMAT)."""
+    """Yield pairs from `:mode mode oid oid status`, path (git-diff-tree(1), RAW OUTPUT FORMAT)."""
     for meta, path in zip(entries[::2], entries[1::2], strict=True):
         _, _, before, after, _ = meta.split(" ")
         yield path, (None if before == _ABSENT else before, None if after == _ABSENT else after)
 
 
 def _patch_ids(git: Git, text: bytes) -> dict[str, str]:
-    """Patch-ids by the OID in the `commit` line above each diff."""
+    """Return patch-ids by the OID in the `commit` line above each diff."""
     return {
         line.split(" ")[1]: line.split(" ")[0]
-        for line in _fed(git, text, "patch-id", "--stable").decode().splitlines()
+        for line in _piped(git, text, "patch-id", "--stable").decode().splitlines()
         if re.fullmatch(r"\w+ \w+", line)
     }
 
 
-def _fed(git: Git, text: str | bytes, *words: str) -> bytes:
-    """What git answers to what it reads on its standard input."""
+def _piped(git: Git, text: str | bytes, *args: str) -> bytes:
+    """Return git's answer to a text on its standard input."""
     program = executable()
     argv = [
         program.GIT_PYTHON_GIT_EXECUTABLE or "git",
         "-C",
         str(git.path),
         *command.LOOKING_FLAGS,
-        *words,
+        *args,
     ]
     with tempfile.TemporaryFile() as file:
         file.write(text.encode() if isinstance(text, str) else text)
@@ -305,7 +310,7 @@ def _fed(git: Git, text: str | bytes, *words: str) -> bytes:
         )
     if status != 0:
         raise git._failure(
-            f"git {words[0]} in {git.path}: {first_line(err) or f'exited with {status}'}"
+            f"git {args[0]} in {git.path}: {first_line(err) or f'exited with {status}'}"
         )
     answer: bytes = out
     return answer
@@ -313,6 +318,8 @@ def _fed(git: Git, text: str | bytes, *words: str) -> bytes:
 
 @dataclass(frozen=True)
 class Candidate:
+    """A commit that a bisection may test."""
+
     oid: str
     parents: tuple[str, ...]
     subject: str
@@ -320,8 +327,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Carried:
-    """A commit with patches on it: `tip`, None where `failing` does not apply. `left_out` are those
-    that it has already.
+    """A commit with patches on it: `tip` is None where `failing` does not apply.
+
+    `left_out` are patches that the commit has already.
     """
 
     tip: str | None
@@ -331,8 +339,9 @@ class Carried:
 
 @dataclass(frozen=True)
 class CommitStats:
-    """What a commit did: lines added and removed by path, None where they are not lines, or not
-    there to be counted.
+    """The lines that a commit added and removed, by path.
+
+    None for both where the content is not text, or is missing in a partial clone.
     """
 
     oid: str
@@ -343,8 +352,8 @@ class CommitStats:
 
 
 def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
-    """The commits that `bad` leads to and `good` does not, merges included, parents first."""
-    words = (
+    """Return the ancestors of `bad` that `good` does not have, merges included, parents first."""
+    args = (
         "log",
         "--topo-order",
         "--reverse",
@@ -355,7 +364,7 @@ def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
         "--format=%H%x01%P%x01%s",
     )
     records = (
-        record.split("\x01", 2) for record in split(git.look(*words, bad, f"^{good}", "--").out)
+        record.split("\x01", 2) for record in split(git.look(*args, bad, f"^{good}", "--").out)
     )
     return tuple(
         Candidate(oid, tuple(parents.split()), subject) for oid, parents, subject in records
@@ -363,9 +372,7 @@ def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
 
 
 def forks(git: Git, one: str, other: str) -> tuple[str, ...]:
-    """Where two histories parted (git-merge-base(1), --all); none where they have nothing in
-    common.
-    """
+    """Return the commits where two histories parted (git-merge-base(1), --all), or none."""
     return tuple(git.look("merge-base", "--all", one, other, check=False).out.split())
 
 
@@ -382,8 +389,9 @@ def tags(git: Git) -> tuple[str, ...]:
 def complete_range(
     git: Git, present: str, commit: str, settings: Settings, *, run_log: RunLog
 ) -> None:
-    """Fetch, all at once, what a partial clone lacks of the files of `commit` that differ from
-    those of `present`. Raises SourceError.
+    """Fetch the blobs of `commit` that differ from `present` and that a partial clone lacks.
+
+    All come in one call. Raises SourceError.
     """
     if git.setting("remote.origin.promisor") == "true":
         git.talk(
@@ -395,63 +403,61 @@ def complete_range(
 
 
 def carried(git: Git, commit: str, patches: Sequence[Path]) -> Carried:
-    """Put patches on a commit, as `am --3way` would, without those that it has already. The same
-    input gives the same tip.
+    """Commit a tree with the patches on a commit, without those that it has already.
+
+    A patch that does not apply directly is merged as by `am --3way`. The same input gives the same
+    tip.
     """
     left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
         scratch = {"GIT_INDEX_FILE": f"{folder}/index"}
 
-        def applies(*words: str) -> bool:
-            return (
-                git.write(
-                    "apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False
-                ).status
-                == 0
-            )
-
         def tree() -> str:
             return git.write("write-tree", "--missing-ok", env=scratch).out.strip()
 
         git.write("read-tree", commit, env=scratch)
-        if patches and not applies(*map(str, patches)):
+        if patches and not git.applies(*map(str, patches), env=scratch):
             for patch in patches:
                 before = tree()
-                if applies(str(patch)):
+                if git.applies(str(patch), env=scratch):
                     continue
-                if not applies("--check", "--reverse", str(patch)) and not applies(
-                    "--3way", str(patch)
-                ):
+                if not git.applies(
+                    "--check", "--reverse", str(patch), env=scratch
+                ) and not git.applies("--3way", str(patch), env=scratch):
                     return Carried(None, tuple(left_out), patch.name)
                 left_out += [patch.name] if tree() == before else []
         made = tree()
     if made == git.tree(commit):
         return Carried(commit, tuple(left_out))
+    return Carried(_patched_commit(git, commit, made), tuple(left_out))
+
+
+def _patched_commit(git: Git, commit: str, tree: str) -> str:
+    """Commit a tree on a commit, with that commit's date, and return the new commit."""
     date = git.look(
         "log", "-1", "--no-show-signature", "--format=%cd", "--date=raw", commit, "--"
     ).out.strip()
-    dates = {"GIT_AUTHOR_DATE": f"@{date}", "GIT_COMMITTER_DATE": f"@{date}"}
-    tip = git.write(
+    return git.write(
         "commit-tree",
         "-p",
         commit,
         "-m",
         f"{commit[:12]} with the patches of the workspace",
-        made,
-        env=dates,
+        tree,
+        env={"GIT_AUTHOR_DATE": f"@{date}", "GIT_COMMITTER_DATE": f"@{date}"},
     ).out.strip()
-    return Carried(tip, tuple(left_out))
 
 
 def deed(git: Git, commit: str) -> CommitStats:
-    """Tell what a commit did, a merge against its first parent. A partial clone may lack what the
-    lines are counted from.
+    """Return the lines that a commit changed; a merge is compared with its first parent.
+
+    A partial clone may lack the blobs that the lines are counted from.
     """
     form = ("--no-show-signature", "--no-color", "--no-notes", "-z", "--format=%s%x01%an%x01%as")
     subject, author, date = (
         git.look("log", "-1", *form, commit, "--").out.rstrip("\0\n").split("\x01")
     )
-    words = (
+    args = (
         "show",
         "--format=",
         "-m",
@@ -463,7 +469,7 @@ def deed(git: Git, commit: str) -> CommitStats:
         "--no-show-signature",
         "-z",
     )
-    counted = git.look(*words, "--numstat", commit, "--", check=False)
+    counted = git.look(*args, "--numstat", commit, "--", check=False)
     changes: dict[str, tuple[int | None, int | None]] = {}
     if counted.status == 0:
         for entry in split(counted.out):
@@ -471,14 +477,15 @@ def deed(git: Git, commit: str) -> CommitStats:
             changes[path] = (int(added), int(removed)) if added.isdigit() else (None, None)
     else:
         changes = dict.fromkeys(
-            split(git.look(*words, "--name-only", commit, "--").out), (None, None)
+            split(git.look(*args, "--name-only", commit, "--").out), (None, None)
         )
     return CommitStats(commit, subject, author, date, changes)
 
 
 def last_in_common(git: Git, commits: Iterable[str], bad: str) -> str | None:
-    """Where the nearest of the given commits left the history of `bad`, or stands in it; None where
-    none did before `bad` itself.
+    """Return the nearest fork of the given commits from the history of `bad`, or None.
+
+    A commit within that history is its own fork; `bad` itself does not count.
     """
     parted = {fork for commit in commits for fork in forks(git, commit, bad)[:1]} - {bad}
     return min(parted, key=lambda fork: ahead(git, fork, bad), default=None)

@@ -1,10 +1,11 @@
-"""What a remote is asked without a repository, and how its address is shown."""
+"""Remotes: queries without a repository, fetches, shallow clones, and the store of other commits."""
 
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core import process
@@ -20,10 +21,11 @@ from workspace.repo.git.repository import Git
 def advertised(
     url: str, names: Sequence[str], *, cwd: Path, settings: Settings, timeout_s: float
 ) -> Mapping[str, str]:
-    """Ask a remote for references: name to OID, an annotated tag's commit under `NAME^{}`.
+    """Return the references that a remote offers: name to OID, an annotated tag's commit as
+    `NAME^{}`.
 
-    git itself has no connect time-out: a probe that does not answer within `timeout_s` seconds is
-    ended with all its children. Raises SourceError where the remote cannot be reached.
+    git has no connect time-out: after `timeout_s` seconds without an answer it is ended with all
+    its children. Raises SourceError where the remote cannot be reached.
     """
     argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
     environment = settings.child_environment("plain", command.git_environment(offline=False))
@@ -32,77 +34,88 @@ def advertised(
         " reached"
     )
     try:
-        reply = process.capture(argv, cwd=cwd, env=environment, timeout_s=timeout_s)
+        answer = process.capture(argv, cwd=cwd, env=environment, timeout_s=timeout_s)
     except ToolchainError:
         raise SourceError(
             f"{without_user(url)} gave no answer in {timeout_s:g} s (CONNECT_TIMEOUT_S)", hint=hint
         ) from None
-    if reply.returncode != 0:
+    if answer.returncode != 0:
         raise SourceError(
             f"{without_user(url)} cannot be read:"
-            f" {first_line(reply.stderr) or process.describe_status(reply.returncode)}",
+            f" {first_line(answer.stderr) or process.describe_status(answer.returncode)}",
             hint=hint,
         )
     return {
         name: oid
-        for oid, name in (line.split("\t", 1) for line in reply.stdout.splitlines() if "\t" in line)
+        for oid, name in (
+            line.split("\t", 1) for line in answer.stdout.splitlines() if "\t" in line
+        )
     }
 
 
 def without_user(url: str) -> str:
-    """A URL as it may be shown: without name and password."""
+    """Return a URL without user name and password, as it may be printed."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
 UPSTREAM = "refs/remotes/origin/main"
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A remote repository, and what a transfer from it needs."""
+
+    url: str
+    settings: Settings
+    run_log: RunLog
+    on_line: OnLine
+
+
 def is_branch_name(git: Git, name: str) -> bool:
-    """Whether git takes `name` for a branch (git-check-ref-format(1))."""
+    """Return whether git accepts `name` for a branch (git-check-ref-format(1))."""
     return (
         bool(name)
         and git.look("check-ref-format", "--branch", name, check=False).out.strip() == name
     )
 
 
-def fetch_main(git: Git, url: str, *, settings: Settings, run_log: RunLog, on_line: OnLine) -> None:
+def fetch_main(git: Git, remote: Remote) -> None:
     """Fetch upstream's main as UPSTREAM. Raises SourceError."""
+    _fetch(git, remote, (f"+refs/heads/main:{UPSTREAM}",))
+
+
+def _fetch(git: Git, remote: Remote, refspecs: Sequence[str]) -> None:
     git.fetch(
-        url,
-        (f"+refs/heads/main:{UPSTREAM}",),
+        remote.url,
+        refspecs,
         whole=False,
-        settings=settings,
-        run_log=run_log,
-        on_line=on_line,
+        settings=remote.settings,
+        run_log=remote.run_log,
+        on_line=remote.on_line,
     )
 
 
-def add_worktree(
-    git: Git, path: Path, commit: str, *, settings: Settings, run_log: RunLog, on_line: OnLine
-) -> None:
-    """Make a working tree at `path`, HEAD detached at a commit; a partial clone fetches the
-    contents of its files. Raises SourceError.
+def add_worktree(git: Git, path: Path, commit: str, remote: Remote) -> None:
+    """Make a working tree at `path`, HEAD detached at a commit. Raises SourceError.
+
+    A partial clone fetches the contents of the files from `remote`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     git.talk(
         ("worktree", "add", "--force", "--detach", str(path.absolute()), commit),
-        settings,
-        run_log,
-        on_line,
+        remote.settings,
+        remote.run_log,
+        remote.on_line,
     )
 
 
-def begin_branch(worktree: Git, name: str, commit: str, *, run_log: RunLog) -> None:
-    """Make the branch at a commit and check it out. Raises CheckoutError where there is one of that
-    name.
-    """
+def create_branch(worktree: Git, name: str, commit: str, *, run_log: RunLog) -> None:
+    """Create a branch at a commit and check it out. Raises CheckoutError where the name is in use."""
     worktree.write("checkout", "--quiet", "--no-track", "-b", name, commit, run_log=run_log)
 
 
 def write_tree(git: Git, commit: str, folder: Path) -> None:
-    """Write all files of a commit below `folder`, which is made where it is not there. What lies
-    there already is overwritten.
-    """
+    """Write all files of a commit below `folder`, which is made if missing; overwrite files there."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as scratch:
         environment = {"GIT_INDEX_FILE": f"{scratch}/index"}
@@ -118,11 +131,11 @@ def write_tree(git: Git, commit: str, folder: Path) -> None:
 
 
 _REF = "refs/external/wanted"
-_SHALLOW_FLAGS = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
+_FETCH_FLAGS = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
 _ALL = ("+refs/heads/*:refs/external/heads/*", "+refs/tags/*:refs/external/tags/*")
 _HOST = "https://github.com/"
-# What servers say that give away branches and tags only, or nothing without its history.
-_GIVES_NO_SINGLE = re.compile(r"not our ref|unadvertised object|does not support shallow")
+# Messages of servers that serve only branches and tags, or only complete history.
+_REFUSES_SINGLE = re.compile(r"not our ref|unadvertised object|does not support shallow")
 
 
 def clone_shallow(
@@ -136,54 +149,51 @@ def clone_shallow(
     run_log: RunLog,
     on_line: OnLine,
 ) -> str:
-    """Check `revision`, a commit, tag or branch, out into `folder`, which is empty, and return the
-    commit. `submodules`: their paths, None for all.
+    """Check `revision` (commit, tag or branch) out into an empty folder and return the commit.
 
-    `mirror`, a URL or a folder, stands for https://github.com/ where it is not empty, also in the
-    addresses of submodules. Raises SourceError.
+    `submodules`: their paths, None for all. `mirror`, a URL or a folder, replaces
+    https://github.com/ where it is not empty, also in the addresses of submodules. Raises
+    SourceError.
     """
     git = Git(folder, failure=SourceError)
     git.init()
-    # In a file: a password in the mirror's address belongs neither on a command line nor into a
-    # log.
-    instead = git.path_of("mirror")
-    write_atomic(instead, _instead(mirror).encode(), mode=0o600)
-    included = ("-c", f"include.path={instead}")
+    # In a file: a password in the mirror's address must not reach a command line or a log.
+    replacement = git.path_of("mirror")
+    write_atomic(replacement, _mirror_config(mirror).encode(), mode=0o600)
+
+    def talk(*args: str) -> None:
+        git.talk(("-c", f"include.path={replacement}", *args), settings, run_log, on_line)
+
     try:
-        try:
-            git.talk(
-                (*included, "fetch", *_SHALLOW_FLAGS, "--depth=1", url, f"+{revision}:{_REF}"),
-                settings,
-                run_log,
-                on_line,
-            )
-            commit = git.resolve(_REF)
-        except SourceError as exc:
-            if not any(_GIVES_NO_SINGLE.search(line) for line in exc.details):
-                raise
-            git.talk((*included, "fetch", *_SHALLOW_FLAGS, url, *_ALL), settings, run_log, on_line)
-            commit = git.resolve(revision)
-        if commit is None:
-            raise SourceError(f"{url} did not serve {revision}")
+        commit = _fetch_revision(git, url, revision, talk)
         git.write("checkout", "--quiet", "--detach", commit)
-        # Without .gitmodules it does nothing.
-        words = (
-            "submodule",
-            "update",
-            "--init",
-            "--recursive",
-            "--depth=1",
-            "--progress",
-            *(("--", *submodules) if submodules else ()),
-        )
         if submodules is None or submodules:
-            git.talk((*included, *words), settings, run_log, on_line)
+            chosen = ("--", *submodules) if submodules else ()
+            # Without .gitmodules this does nothing.
+            update = ("update", "--init", "--recursive", "--depth=1", "--progress")
+            talk("submodule", *update, *chosen)
     finally:
-        instead.unlink(missing_ok=True)
+        replacement.unlink(missing_ok=True)
     return commit
 
 
-def _instead(mirror: str) -> str:
+def _fetch_revision(git: Git, url: str, revision: str, talk: Callable[..., None]) -> str:
+    """Fetch one revision, or all where the server serves no single commit; return its commit."""
+    try:
+        talk("fetch", *_FETCH_FLAGS, "--depth=1", url, f"+{revision}:{_REF}")
+        commit = git.resolve(_REF)
+    except SourceError as exc:
+        if not any(_REFUSES_SINGLE.search(line) for line in exc.details):
+            raise
+        talk("fetch", *_FETCH_FLAGS, url, *_ALL)
+        commit = git.resolve(revision)
+    if commit is None:
+        raise SourceError(f"{url} did not serve {revision}")
+    return commit
+
+
+def _mirror_config(mirror: str) -> str:
+    """Return the git configuration that replaces GitHub's address by that of the mirror."""
     if not mirror:
         return ""
     place = (
@@ -192,8 +202,8 @@ def _instead(mirror: str) -> str:
         else str(Path(mirror).expanduser())
     )
     lines = f'[url "{_quoted(place.rstrip("/"))}/"]\n\tinsteadOf = {_HOST}\n'
-    # Git refuses submodules from a folder unless it is told (CVE-2022-39253); whoever names a
-    # folder as the mirror trusts it.
+    # By default git refuses submodules from a folder (CVE-2022-39253). A user who names a folder as
+    # the mirror trusts it.
     is_local = place.startswith(("/", "file://"))
     return lines + ('[protocol "file"]\n\tallow = always\n' if is_local else "")
 
@@ -203,8 +213,8 @@ def _quoted(text: str) -> str:
 
 
 _STORE_FLAGS = ("--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-# As git itself asks for what a partial clone lacks (promisor-remote.c); what it is stands in a
-# file, a command line would be too long to be read.
+# git's own request for what a partial clone lacks (promisor-remote.c). A file lists the objects,
+# because the command line would be too long.
 _MISSING = (
     "-c",
     "fetch.negotiationAlgorithm=noop",
@@ -217,7 +227,8 @@ _WHOLE = ("fetch", "--progress", "--refetch", "--no-filter", *_STORE_FLAGS, "ori
 
 
 def open_store(path: Path, checkout: Path) -> Git:
-    """Return the store at `path`, made where it is missing, with the objects of `checkout` in it.
+    """Return the store at `path`, made if missing, which borrows the objects of `checkout`.
+
     Raises SourceError.
     """
     objects = Git(checkout).path_of("objects")
@@ -225,8 +236,8 @@ def open_store(path: Path, checkout: Path) -> Git:
     store = Git(path, failure=SourceError)
     found = store.look("rev-parse", "--absolute-git-dir", check=False).out.rstrip("\n")
     if os.path.realpath(found) != os.path.realpath(path):
-        # What a power cut has left of it git takes for no repository, and would look, and write, in
-        # the one that the folder lies in.
+        # A store that a power cut damaged is no repository for git, which would then use the
+        # repository around the folder.
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(exist_ok=True)
         store.write(
@@ -241,64 +252,42 @@ def open_store(path: Path, checkout: Path) -> Git:
 
 
 def take_in(store: Git, repository: Path, ref: str) -> None:
-    """Take the commit that is HEAD of a repository on this disk, with all of its content, as the
-    reference `ref`.
-    """
-    words = (
-        "fetch",
-        "--quiet",
-        "--no-tags",
-        "--no-write-fetch-head",
-        "--recurse-submodules=no",
-        str(repository),
-        f"+HEAD:{ref}",
-    )
+    """Fetch HEAD of a repository on this disk, with all of its content, as the reference `ref`."""
+    flags = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
     # The protocol of a path is switched off with all others.
-    store.write(*words, env={"GIT_ALLOW_PROTOCOL": "file"})
+    env = {"GIT_ALLOW_PROTOCOL": "file"}
+    store.write("fetch", *flags, str(repository), f"+HEAD:{ref}", env=env)
 
 
-def fetch_into_store(
-    store: Git,
-    url: str,
-    refspecs: Sequence[str],
-    *,
-    settings: Settings,
-    run_log: RunLog,
-    on_line: OnLine,
-) -> None:
-    """Fetch history without file contents; everything where the remote refuses filters. Raises
-    SourceError.
+def fetch_into_store(store: Git, remote: Remote, refspecs: Sequence[str]) -> None:
+    """Fetch history without file contents, or everything where the remote refuses filters.
+
+    Raises SourceError.
     """
-    store.set_setting("remote.origin.url", url)
-    store.fetch(url, refspecs, whole=False, settings=settings, run_log=run_log, on_line=on_line)
+    store.set_setting("remote.origin.url", remote.url)
+    _fetch(store, remote, refspecs)
 
 
 def complete_store(
-    store: Git,
-    wanted: Sequence[str],
-    url: str,
-    refspecs: Sequence[str],
-    *,
-    settings: Settings,
-    run_log: RunLog,
-    on_line: OnLine,
+    store: Git, wanted: Sequence[str], remote: Remote, refspecs: Sequence[str]
 ) -> None:
-    """Fetch these blobs of a partial store in one call, or all of `refspecs` where the remote gives
-    no single objects. Raises SourceError.
+    """Fetch these blobs of a partial store in one call. Raises SourceError.
+
+    Fetch all of `refspecs` where the remote serves no single objects.
     """
-    for remote in ("origin", "wanted"):
-        store.set_setting(f"remote.{remote}.url", url)
+    for name in ("origin", "wanted"):
+        store.set_setting(f"remote.{name}.url", remote.url)
     store.set_setting("include.path", "wanted")
     listed = store.path / "wanted"
     write_atomic(
         listed, ('[remote "wanted"]\n' + "".join(f"\tfetch = {oid}\n" for oid in wanted)).encode()
     )
     try:
-        store.talk(_MISSING, settings, run_log, on_line)
+        store.talk(_MISSING, remote.settings, remote.run_log, remote.on_line)
         if not history.absent(store, wanted):
             return
     except SourceError:
-        run_log.write("the remote gives no single objects; asking for all of them")
+        remote.run_log.write("the remote serves no single objects; fetching all of them")
     finally:
         write_atomic(listed, b"")
-    store.talk((*_WHOLE, *refspecs), settings, run_log, on_line)
+    store.talk((*_WHOLE, *refspecs), remote.settings, remote.run_log, remote.on_line)

@@ -1,4 +1,4 @@
-"""One repository: what is in it, and the few ways in which the workspace changes it."""
+"""One repository: its content, its state, and the few ways in which the workspace changes it."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ from workspace.repo.git.command import Command, OnLine, split
 _HASHED_AT_ONCE = 500
 _UNDER_WAY = {
     "rebase-apply/rebasing": "rebase",
-    # Also where a kill left no more than the folder, which `git am --abort` takes away.
+    # Also where a kill left only the folder, which `git am --abort` removes.
     "rebase-apply": "am",
     "rebase-merge": "rebase",
     "MERGE_HEAD": "merge",
@@ -29,9 +29,7 @@ _UNDER_WAY = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where git finds the repository of a path: its own directory and the top of its working
-    tree.
-    """
+    """The repository that git finds for a path: its git directory and the top of its working tree."""
 
     git_dir: Path
     top: Path
@@ -39,16 +37,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Gitlink:
-    """A submodule's entry in the index of its superproject. `hidden`: the skip-worktree bit is
-    set.
-    """
+    """A submodule's entry in the index of its superproject; `hidden` is the skip-worktree bit."""
 
     commit: str
     hidden: bool
 
 
 class Git(Command):
-    """A repository, by the folder of its working tree."""
+    """A repository, given by the folder of its working tree."""
 
     # Looking
 
@@ -63,17 +59,16 @@ class Git(Command):
         )
 
     def path_of(self, name: str) -> Path:
-        """Where git keeps `name` (objects, index, modules/…), be this a plain clone, a submodule or
-        a linked worktree.
+        """Return where git keeps `name` (objects, index, modules/…).
+
+        The repository may be a plain clone, a submodule or a linked worktree.
         """
         return Path(
             self.look("rev-parse", "--path-format=absolute", "--git-path", name).out.rstrip("\n")
         )
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a revision names, as 40 hex, or None. A commit that a partial clone lacks
-        is not fetched.
-        """
+        """Return the commit that a revision names, as 40 hex, or None; never fetch it."""
         return (
             self.look(
                 "rev-parse",
@@ -87,17 +82,17 @@ class Git(Command):
         )
 
     def head(self) -> str | None:
-        """The commit that is checked out, or None before the first one."""
+        """Return the commit that is checked out, or None before the first commit."""
         return self.resolve("HEAD")
 
     def tree(self, commit: str) -> str:
-        """The tree OID of a commit, as 40 hex."""
+        """Return the tree OID of a commit, as 40 hex."""
         return self.look(
             "rev-parse", "--verify", "--end-of-options", f"{commit}^{{tree}}"
         ).out.strip()
 
     def present(self, commits: Sequence[str]) -> frozenset[str]:
-        """Those of the given commits, as 40 hex, that the repository holds."""
+        """Return those of the given commits, as 40 hex, that the repository holds."""
         return frozenset(
             self.look(
                 "rev-list", "--no-walk", "--ignore-missing", *commits, "--", check=False
@@ -111,7 +106,7 @@ class Git(Command):
         return self.look("merge-base", "--is-ancestor", ancestor, commit, check=False).status == 0
 
     def has_own_commits(self, base: str, tip: str) -> bool:
-        """Whether anybody but the workspace has made a commit of base..tip."""
+        """Return whether base..tip has a commit that the workspace did not make."""
         return (
             set(
                 self.look(
@@ -123,7 +118,7 @@ class Git(Command):
         )
 
     def slugs(self, base: str, tip: str) -> tuple[str, ...]:
-        """The subjects in base..tip as patch file names spell them, oldest first."""
+        """Return the subjects in base..tip as patch file names spell them, oldest first."""
         return tuple(
             self.look(
                 "log", "--reverse", "--no-show-signature", "--format=%f", f"{base}..{tip}", "--"
@@ -131,11 +126,11 @@ class Git(Command):
         )
 
     def under_way(self) -> str | None:
-        """Name the operation that waits to be continued or aborted, or None."""
+        """Return the git operation that waits to be continued or aborted, or None."""
         return _operation(Path(self.look("rev-parse", "--absolute-git-dir").out.rstrip("\n")))
 
-    def standing(self, commit: str) -> tuple[str | None, str]:
-        """What `under_way` and `tree` say, from one start of git."""
+    def operation_and_tree(self, commit: str) -> tuple[str | None, str]:
+        """Return what `under_way` and `tree` return, from one start of git."""
         folder, tree = (
             self.look("rev-parse", "--absolute-git-dir", f"{commit}^{{tree}}")
             .out.rstrip("\n")
@@ -144,12 +139,13 @@ class Git(Command):
         return _operation(Path(folder)), tree
 
     def edits(self) -> tuple[str, ...]:
-        """Tracked paths whose content is not HEAD's, staged or not."""
+        """Return the tracked paths whose content is not HEAD's, staged or not."""
         return tuple(sorted(path for _, path in self._status("no")))
 
     def changed_files(self, base: str, paths: Sequence[str] = ()) -> tuple[str, ...]:
-        """Paths, below `paths` if given, that differ between the commit `base` and the working
-        tree, new and not ignored ones included.
+        """Return the paths, below `paths` if given, whose content differs between `base` and now.
+
+        New files count, ignored files do not.
         """
         # Not `git diff`: it rewrites the index where a file was touched, whatever
         # GIT_OPTIONAL_LOCKS says.
@@ -159,16 +155,15 @@ class Git(Command):
         )
 
     def digest(self, paths: Sequence[str], *, commit: str | None = None) -> str:
-        """Return the SHA-256 over sorted `mode oid path` of all files below `paths`, or of all
-        files.
+        """Return the SHA-256 over sorted `mode oid path` of all files, or of those below `paths`.
 
-        Of `commit`, or of the working content: what is edited, deleted or new and not ignored
-        counts as if it were committed.
+        The files are those of `commit`, or the working content: edits, deletions and new files that
+        are not ignored count as if they were committed.
         """
         return command.digest(self.entries(paths, commit))
 
     def patch_paths(self, patch: Path) -> tuple[str, ...]:
-        """The paths that a patch file changes."""
+        """Return the paths that a patch file changes."""
         return tuple(
             sorted(
                 {
@@ -181,14 +176,14 @@ class Git(Command):
         )
 
     def setting(self, key: str, *, file: Path | None = None) -> str | None:
-        """A value of the repository's own configuration, or of the configuration file `file`."""
+        """Return a value of the repository's own configuration, or of the file `file`."""
         answer = self.look(
             "config", *(("--file", str(file)) if file else ("--local",)), "--get", key, check=False
         )
         return answer.out.rstrip("\n") if answer.status == 0 else None
 
     def gitlink(self, path: str) -> Gitlink | None:
-        """The submodule entry at `path` in the index, or None where there is none."""
+        """Return the submodule entry at `path` in the index, or None where there is none."""
         for entry in split(self.look("ls-files", "-s", "-t", "-z", "--", path).out):
             tag, mode, oid, _ = entry.split("\t", 1)[0].split(" ")
             if mode == "160000":
@@ -196,33 +191,26 @@ class Git(Command):
         return None
 
     def tree_after(self, base: str, patches: Sequence[Path]) -> str | None:
-        """Work out the tree that `base` with all patches would have, touching neither files nor the
-        repository; None on a conflict.
+        """Return the tree of `base` with all patches applied, or None on a conflict.
 
-        Follows `am`: a patch that applies as it stands is taken so, else by a three-way merge.
+        Neither files nor the repository change. As in `am`, a patch that does not apply directly is
+        merged three-way.
         """
         with tempfile.TemporaryDirectory(prefix="workspace-index-") as folder:
             os.mkdir(f"{folder}/objects")
             scratch = {
                 "GIT_INDEX_FILE": f"{folder}/index",
                 "GIT_OBJECT_DIRECTORY": f"{folder}/objects",
+                "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self.path_of("objects")),
             }
-            scratch["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = str(self.path_of("objects"))
-
-            def applies(*words: str) -> bool:
-                return (
-                    self.write(
-                        "apply", "--cached", "--whitespace=nowarn", *words, env=scratch, check=False
-                    ).status
-                    == 0
-                )
-
             self.write("read-tree", base, env=scratch)
             if (
                 patches
-                and not applies(*map(str, patches))
+                and not self.applies(*map(str, patches), env=scratch)
                 and not all(
-                    applies(str(patch)) or applies("--3way", str(patch)) for patch in patches
+                    self.applies(str(patch), env=scratch)
+                    or self.applies("--3way", str(patch), env=scratch)
+                    for patch in patches
                 )
             ):
                 return None
@@ -231,16 +219,17 @@ class Git(Command):
     # Writing
 
     def init(self) -> None:
-        """Make an empty repository without anyone's template."""
+        """Make an empty repository without the user's template."""
         self._trusted = True
         self.write("init", "--quiet", "--template=")
 
     def commit_everything(self, message: str, *, date: str) -> str:
-        """Commit every file, ignored ones too, as the only commit of the repository; the same
-        content gives the same SHA everywhere.
+        """Commit every file, ignored files too, as the only commit of the repository.
+
+        The same content gives the same SHA on every machine.
         """
-        # A threshold of 1 streams all content into one pack: a third of the files, and no repacking
-        # at the user's first commit.
+        # A threshold of 1 streams all content into one pack: a third of the files, and no repack at
+        # the user's first commit.
         self.write(
             "-c",
             "core.bigFileThreshold=1",
@@ -263,12 +252,12 @@ class Git(Command):
         return commit
 
     def set_ref(self, name: str, commit: str) -> None:
-        """Let a reference name a commit; HEAD is detached."""
+        """Make a reference name a commit; HEAD becomes detached."""
         if name == "HEAD" or self.resolve(name) != commit:
             self.write("update-ref", "--no-deref", "--create-reflog", name, commit)
 
     def set_setting(self, key: str, value: str, *, run_log: RunLog | None = None) -> None:
-        """Set a value of the repository's own configuration, unless it is so already."""
+        """Set a value of the repository's own configuration, unless it has that value already."""
         if self.setting(key) != value:
             self.write("config", "--local", key, value, run_log=run_log)
 
@@ -277,11 +266,11 @@ class Git(Command):
         self.write("update-index", "--skip-worktree", "--", path, run_log=run_log)
 
     def read_index(self, commit: str) -> None:
-        """Let the index hold a commit's tree; no file is touched."""
+        """Load a commit's tree into the index; no file changes."""
         self.write("read-tree", commit)
 
     def write_files(self, *paths: str) -> None:
-        """Write the named files, or every one, as the index holds them."""
+        """Write the named files, or all files, as the index holds them."""
         self.write(
             "checkout-index",
             "--force",
@@ -294,29 +283,31 @@ class Git(Command):
         return self.look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
     def move_to(self, commit: str, *, run_log: RunLog) -> None:
-        """Move the checkout to a commit: files that differ are written, all others and local edits
-        stay, or nothing is done.
+        """Move the checkout to a commit: write files that differ, keep all others and local edits.
 
-        Raises CheckoutError where a file that git does not track, ignored or not, lies where the
-        commit has one.
+        Raises CheckoutError, with nothing moved, where a file that git does not track, ignored or
+        not, has the path of a file of the commit.
         """
-        # All files of a clone that was copied count as edited until a refresh. With -q it would not
-        # say that a lock was left.
+        # All files of a copied clone count as edited until a refresh. With -q git would not report
+        # an abandoned lock.
         self.write("update-index", "--refresh", check=False)
         before = self.look("rev-parse", "--verify", "HEAD").out.strip()
-        # read-tree would write over a file that is ignored (since git 2.34).
-        new = split(
-            self.look(
-                "diff-tree",
-                "-r",
-                "-z",
-                "--name-only",
-                "--no-renames",
-                "--diff-filter=A",
-                before,
-                commit,
-            ).out
+        self._refuse_files_in_the_way(before, commit)
+        # HEAD moves last: otherwise files that a power cut left empty would count as the user's
+        # edits.
+        self.write("read-tree", "-m", "-u", "HEAD", commit, run_log=run_log)
+        os.sync()
+        # Not `reset --keep`: it takes a file that was a folder before for the user's. A branch that
+        # is checked out moves along.
+        self.write(
+            "update-ref", "-m", "moved by the workspace", "HEAD", commit, before, run_log=run_log
         )
+
+    def _refuse_files_in_the_way(self, before: str, commit: str) -> None:
+        """Raise CheckoutError for a new file of `commit` whose path an untracked file has."""
+        # read-tree would overwrite an ignored file (since git 2.34).
+        flags = ("-r", "-z", "--name-only", "--no-renames", "--diff-filter=A")
+        new = split(self.look("diff-tree", *flags, before, commit).out)
         if in_way := [
             path for path in new if (self.path / path).is_symlink() or (self.path / path).is_file()
         ]:
@@ -329,15 +320,6 @@ class Git(Command):
                     " again"
                 ),
             )
-        # HEAD goes last: files that a power cut left empty would under it be taken for the user's
-        # edits.
-        self.write("read-tree", "-m", "-u", "HEAD", commit, run_log=run_log)
-        os.sync()
-        # Not `reset --keep`: it takes a file that was a folder before for the user's. A branch that
-        # is checked out moves along.
-        self.write(
-            "update-ref", "-m", "moved by the workspace", "HEAD", commit, before, run_log=run_log
-        )
 
     # Remotes
 
@@ -351,15 +333,15 @@ class Git(Command):
         run_log: RunLog,
         on_line: OnLine,
     ) -> None:
-        """Fetch from `url`: history without file contents, or all of it where `whole`. It becomes
-        the remote `origin` where there is none.
+        """Fetch from `url`: all content where `whole`, else history without file contents.
 
-        Raises SourceError, also where the remote is silent for a minute.
+        The URL becomes the remote `origin` where there is none. Raises SourceError, also where the
+        remote is silent for a minute.
         """
         if (origin := self.setting("remote.origin.url")) is None:
             self.set_setting("remote.origin.url", url)
             self.set_setting("remote.origin.fetch", "+refs/heads/*:refs/remotes/origin/*")
-        # Only a remote with a name can be asked later for what a filter leaves out.
+        # Only a remote with a name can serve later what a filter leaves out.
         remote, whole = ("origin", whole) if origin in (None, url) else (url, True)
         partial = () if whole else ("--filter=blob:none",)
         plain = ("--progress", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
@@ -369,6 +351,7 @@ class Git(Command):
         self, commit: str, *, settings: Settings, run_log: RunLog, on_line: OnLine
     ) -> None:
         """Write a commit's files and detach HEAD at it; a partial clone fetches their contents.
+
         Raises SourceError.
         """
         self.talk(
@@ -376,7 +359,7 @@ class Git(Command):
         )
 
     def entries(self, paths: Sequence[str], commit: str | None) -> command.Entries:
-        """`mode oid` by path, of a commit or of the working content."""
+        """Return `mode oid` by path, of a commit or of the working content."""
         if commit is not None:
             return command.tree_entries(
                 self.look("ls-tree", "-r", "-z", "--full-tree", commit, "--", *paths).out
@@ -423,18 +406,19 @@ def _operation(git_dir: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Move:
-    """The newest entry of HEAD's reflog: what git calls it, the commit before it, and whether a
-    verb of the workspace made it.
+    """The newest entry of HEAD's reflog: its message, and the commit before it.
+
+    `is_ours`: a verb of the workspace made the move.
     """
 
-    what: str
+    message: str
     before: str
     is_ours: bool
 
 
 def last_move(git: Git) -> Move | None:
-    """The last move of HEAD, or None where git keeps no such record, or only that of one commit."""
-    words = (
+    """Return the last move of HEAD, or None where the reflog has fewer than two entries."""
+    args = (
         "log",
         "--walk-reflogs",
         "-2",
@@ -444,51 +428,49 @@ def last_move(git: Git) -> Move | None:
         "HEAD",
         "--",
     )
-    entries = [line.split("\0") for line in git.look(*words, check=False).out.splitlines()]
+    entries = [line.split("\0") for line in git.look(*args, check=False).out.splitlines()]
     if len(entries) != 2 or any(len(entry) != 3 for entry in entries):
         return None
-    (_, by, what), (before, _, _) = entries
-    return Move(what, before, by == command.IDENTITY[1])
+    (_, email, message), (before, _, _) = entries
+    return Move(message, before, email == command.IDENTITY[1])
 
 
 def take_in(made: Path, objects: Path) -> None:
-    """Put loose objects into a repository, each with its content on the disk before it has its
-    name.
+    """Copy loose objects from `made` into a repository; each reaches the disk before it is named.
 
-    One that a power cut has emptied git would take for there ever after, and never write again.
+    Git takes an object file that a power cut emptied for complete, and never writes it again.
     """
-    begun: dict[Path, Path] = {}
+    copies: dict[Path, Path] = {}
     for file in made.glob("??/*"):
         target = objects / file.parent.name / file.name
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
-            # Named so that git prunes what a kill leaves.
-            begun[target] = target.with_name(f"tmp_obj_{file.name[:12]}")
-            begun[target].unlink(missing_ok=True)
-            shutil.copy(file, begun[target])
-    if begun:
+            # Git prunes files of such a name, which a kill may leave.
+            copies[target] = target.with_name(f"tmp_obj_{file.name[:12]}")
+            copies[target].unlink(missing_ok=True)
+            shutil.copy(file, copies[target])
+    if copies:
         os.sync()
-        for target, scratch in begun.items():
-            os.replace(scratch, target)
+        for target, copy in copies.items():
+            os.replace(copy, target)
         os.sync()
 
 
 def is_tracked(git: Git, path: str) -> bool:
-    """Whether any file at or below `path`, relative to the checkout, is in the index."""
+    """Return whether the index has a file at or below `path`, relative to the checkout."""
     return bool(git.look("ls-files", "-z", "--", path).out)
 
 
 def differing(
     git: Git, base: str, *, new_below: Sequence[str], is_wanted: Callable[[str], bool]
 ) -> tuple[str, ...]:
-    """Paths of the tree that `is_wanted` and that differ from `base` in content or mode: committed,
-    edited, deleted.
+    """Return the paths that `is_wanted` and whose content or mode differs from `base`, sorted.
 
-    New and not ignored ones are looked for below `new_below` only: listing them everywhere costs
-    ten times as much as all the rest.
+    Edits, deletions and commits count. New files that are not ignored count only below `new_below`:
+    to list them everywhere takes ten times as long as the rest.
     """
-    # It takes what was touched for changed, as it must not refresh the index; contents are compared
-    # for those few.
+    # diff-index must not refresh the index, so it reports touched files as changed; the contents of
+    # those few are compared below.
     touched = git.look("diff-index", "--name-only", "-z", "--no-renames", base, "--").out
     new = git.look("ls-files", "--others", "--exclude-standard", "-z", "--", *new_below).out
     candidates = sorted({path for path in (*split(touched), *split(new)) if is_wanted(path)})
@@ -496,8 +478,9 @@ def differing(
 
 
 def hooks_folder(git: Git) -> tuple[Path, bool]:
-    """Return the folder from which git takes hooks, and whether it is this repository's alone:
-    core.hooksPath may name one that others use too.
+    """Return the folder from which git takes hooks, and whether it is this repository's alone.
+
+    core.hooksPath may name a folder that other repositories use too.
     """
     hooks, common = git.look(
         "rev-parse", "--path-format=absolute", "--git-path", "hooks", "--git-common-dir"
