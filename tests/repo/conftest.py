@@ -27,7 +27,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, overview, patches, pins
 from workspace.repo.checkout import Checkout, Choice
-from workspace.repo.patches import Stack
+from workspace.repo.patches import Session, Stack
 from workspace.repo.pins import Archive, Pin
 
 if TYPE_CHECKING:
@@ -233,6 +233,16 @@ class Workspace:
 
     def observe(self) -> Checkout:
         return checkout.observe(self.layout, self.pin)
+
+    def session(self, **settings: str) -> Session:
+        return Session(
+            self.layout,
+            self.settings(**settings),
+            "vllm",
+            self.pin,
+            self.observe(),
+            self.run_log,
+        )
 
     def stack(self) -> Stack:
         return patches.observe(self.layout, "vllm", self.pin, self.observe())

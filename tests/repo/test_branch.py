@@ -19,15 +19,7 @@ from workspace.repo import patching
 
 
 def run(workspace: Workspace, name: str, patch: str, **settings: str) -> Path:
-    return patching.put_on_upstream(
-        workspace.layout,
-        "vllm",
-        workspace.pin,
-        workspace.settings(**settings),
-        name,
-        patch,
-        run_log=workspace.run_log,
-    )
+    return patching.put_on_upstream(workspace.session(**settings), name, patch)
 
 
 @pytest.fixture

@@ -24,15 +24,7 @@ from workspace.repo.patches import State
 
 
 def take(workspace: Workspace, source: Path | str, **settings: str) -> Export:
-    return importing.run(
-        workspace.layout,
-        "vllm",
-        workspace.pin,
-        workspace.observe(),
-        workspace.settings(**settings),
-        str(source),
-        run_log=workspace.run_log,
-    )
+    return importing.run(workspace.session(**settings), str(source))
 
 
 def state(workspace: Workspace, snapshot: Snapshot) -> object:

@@ -1,13 +1,13 @@
-"""The checkouts under vendor/: what is there, and how one comes to be.
+"""The checkouts under vendor/: their state, and how they are made.
 
-A checkout that is there is never overwritten. A new one is made aside and put in place with
-renames.
+An existing checkout is never overwritten. A new checkout is made in a scratch folder and moved into
+place.
 """
 
 import enum
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,8 @@ _PROGRESS = re.compile(r"(?:remote: )?([A-Z][a-z ]+):\s+\d+% \((\d+)/(\d+)\)")
 
 
 class Kind(enum.Enum):
+    """Kind of a checkout."""
+
     MISSING = "missing"
     GIT = "git"
     RELEASE = "release"
@@ -36,8 +38,9 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Checkout:
-    """What lies at the place of a checkout. `base` is the commit that the patches go on, `detail` a
-    phrase for a person.
+    """A checkout's folder in its present state.
+
+    `base` is the commit that the patches are applied to, `detail` a phrase for messages.
     """
 
     kind: Kind
@@ -46,19 +49,60 @@ class Checkout:
     detail: str
 
 
+@dataclass(frozen=True)
+class _Making:
+    """A checkout that is being made, and what each step of it needs."""
+
+    layout: Layout
+    pin: Pin
+    settings: Settings
+    run_log: RunLog
+    step: Step
+
+    @property
+    def path(self) -> Path:
+        return folder_of(self.layout, self.pin)
+
+    @property
+    def url(self) -> str:
+        return url_of(self.layout, self.pin, self.settings)
+
+    def fetch(self, made: Git, refspecs: Sequence[str], *, whole: bool) -> None:
+        """Fetch into the new repository and require the pinned commit. Raises SourceError."""
+        made.fetch(
+            self.url,
+            refspecs,
+            whole=whole,
+            settings=self.settings,
+            run_log=self.run_log,
+            on_line=shown(self.step),
+        )
+        if self.pin.commit not in made.present((self.pin.commit,)):
+            raise SourceError(
+                f"{git.without_user(self.url)} did not serve {self.pin.tag}, commit"
+                f" {self.pin.commit}",
+                hint="set VLLM_MIRROR to a copy that has it, or inv bootstrap --source release",
+            )
+
+    def check_out(self, made: Git, commit: str) -> None:
+        made.check_out(
+            commit, settings=self.settings, run_log=self.run_log, on_line=shown(self.step)
+        )
+
+
 def folder_of(layout: Layout, pin: Pin) -> Path:
     return layout.triton if pin.name == "triton" else layout.vllm
 
 
 def observe(layout: Layout, pin: Pin) -> Checkout:
-    """Look what is there; nothing is fetched or written.
+    """Return the state of the checkout; nothing is fetched or written.
 
-    Raises CheckoutError where git refuses to look, as it does in a folder of another user.
+    Raises CheckoutError where the folder cannot be read, as git refuses one of another user.
     """
     path = folder_of(layout, pin)
     try:
         if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
-            return Checkout(Kind.MISSING, None, None, "not there")
+            return Checkout(Kind.MISSING, None, None, "missing")
     except OSError as exc:
         raise CheckoutError(
             f"{layout.relative(path)} cannot be read: {exc.strerror}",
@@ -68,36 +112,36 @@ def observe(layout: Layout, pin: Pin) -> Checkout:
         return Checkout(Kind.FOREIGN, None, None, "not a git checkout")
     repository = Git(path)
     place = repository.place()
-    # Where .git is no repository, git goes up and finds that of the workspace.
+    # Where .git is no repository, git finds that of the workspace, further up.
     if place is None or place.top.resolve() != path.resolve():
-        return Checkout(Kind.FOREIGN, None, None, "has a .git that is no repository")
+        return Checkout(Kind.FOREIGN, None, None, "a folder whose .git is no repository")
+    return _observe_repository(repository, pin)
+
+
+def _observe_repository(repository: Git, pin: Pin) -> Checkout:
     head = repository.head()
     known = {pin.commit: Kind.GIT} | ({pin.archive.commit: Kind.RELEASE} if pin.archive else {})
     present = repository.present(tuple(known))
     bases = [commit for commit in known if commit in present]
     if len(bases) > 1 and head:
-        # A release checkout into which somebody fetched upstream holds both.
+        # A release checkout into which the user fetched upstream holds both.
         bases.sort(key=lambda commit: not repository.is_ancestor(commit, head))
     if not bases:
         return Checkout(
             Kind.FOREIGN, None, head, f"a repository without {pin.tag} ({pin.commit[:12]})"
         )
     kind = known[bases[0]]
-    return Checkout(
-        kind,
-        bases[0],
-        head,
-        f"{pin.tag} from {'git' if kind is Kind.GIT else 'the release archive'}",
-    )
+    source = "git" if kind is Kind.GIT else "the release archive"
+    return Checkout(kind, bases[0], head, f"{pin.tag} from {source}")
 
 
 def ensure(
     layout: Layout, pin: Pin, settings: Settings, *, choice: Choice, run_log: RunLog, step: Step
 ) -> Checkout:
-    """Make the checkout where there is none, and return what is there.
+    """Make the checkout if it is missing, and return its state.
 
-    Raises CheckoutError for something else in its place, or for a checkout of the other kind than
-    `choice` asks for; SourceError where it cannot be fetched or is not what was pinned.
+    Raises CheckoutError for other content in its folder, or for a checkout of another kind than
+    `choice`; SourceError where it cannot be fetched or differs from the pin.
     """
     found = observe(layout, pin)
     if found.kind is Kind.FOREIGN:
@@ -106,8 +150,9 @@ def ensure(
         if choice not in ("auto", found.kind.value):
             raise _other_kind(layout, pin, found, choice)
         return found
-    if choice == "release" or not _made_from_git(layout, pin, settings, choice, run_log, step):
-        _make_from_archive(layout, pin, settings, step)
+    making = _Making(layout, pin, settings, run_log, step)
+    if choice == "release" or not _make_from_git(making, choice):
+        _make_from_archive(making)
     made = observe(layout, pin)
     if made.base is None:
         raise _foreign(layout, pin, made)
@@ -115,8 +160,9 @@ def ensure(
 
 
 def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
-    """Keep the superproject's own verbs from moving, fetching or staging what lies in vendor/vllm;
-    touches nothing where that is so already.
+    """Keep the superproject's own git commands from moving, fetching or staging vendor/vllm.
+
+    Settings that are right already are not written.
     """
     outer = superproject(layout)
     if outer is None:
@@ -127,55 +173,49 @@ def protect(layout: Layout, *, run_log: RunLog | None = None) -> None:
     link = outer.gitlink(path)
     if link is None or link.hidden or not os.path.lexists(layout.vllm / ".git"):
         return
-    # A release checkout or a patched one: `git add -A` would stage its commit as if it were a new
-    # pin.
+    # A release checkout or a patched checkout: `git add -A` would stage its commit as a new pin.
     if Git(layout.vllm).head() != link.commit:
         outer.hide(path, run_log=run_log)
 
 
 def sweep(layout: Layout, pin: Pin) -> None:
-    """Remove what runs that were killed right after the checkout was put in place have left beside
-    it, and beside its git directory.
-    """
+    """Remove scratch folders that killed runs left beside the checkout and its git directory."""
     for place in filter(None, (folder_of(layout, pin), _modules(layout, pin))):
         files.sweep_beside(place)
 
 
 def superproject(layout: Layout) -> Git | None:
-    """The workspace's own repository, or None for a copy that is none, or lies inside another
-    one.
-    """
+    """Return the workspace's own repository, or None for a copy without one or inside another."""
     outer = Git(layout.root)
     place = outer.place()
     return outer if place and place.top.resolve() == layout.root.resolve() else None
 
 
-def _made_from_git(
-    layout: Layout, pin: Pin, settings: Settings, choice: Choice, run_log: RunLog, step: Step
-) -> bool:
-    """Make the checkout from git, or say why not and return False where `choice` leaves that
-    open.
+def _make_from_git(making: _Making, choice: Choice) -> bool:
+    """Make the checkout from git; return False, with a warning, if an archive may be used instead.
+
+    Raises SourceError where `choice` or the pin allow no archive.
     """
-    modules = _modules(layout, pin)
+    modules = _modules(making.layout, making.pin)
     if modules and modules.exists() and any(modules.iterdir()):
-        _restore(layout, pin, settings, modules, run_log, step)
+        _restore(making, modules)
         return True
-    url = url_of(layout, pin, settings)
     try:
-        references = _advertised(layout, pin, settings, url)
+        references = _advertised(making)
     except SourceError as exc:
-        if choice == "git" or pin.archive is None or isinstance(exc, _Moved):
+        if choice == "git" or making.pin.archive is None or isinstance(exc, _Moved):
             raise
-        run_log.console.warn(
-            f"{exc.message}; taking the release archive instead, which has no history: no version"
+        making.run_log.console.warn(
+            f"{exc.message}; using the release archive instead, which has no history: no version"
             " from git, no upstream commits in forecasts"
         )
         return False
-    _clone(layout, pin, settings, modules, references, run_log, step)
+    _clone(making, modules, references)
     return True
 
 
-def _make_from_archive(layout: Layout, pin: Pin, settings: Settings, step: Step) -> None:
+def _make_from_archive(making: _Making) -> None:
+    pin, step = making.pin, making.step
     if pin.archive is None:
         raise SourceError(
             f"{pin.name} has no release archive in vendor/pins.toml",
@@ -186,33 +226,25 @@ def _make_from_archive(layout: Layout, pin: Pin, settings: Settings, step: Step)
         pin.name,
         name,
         pin.archive.sha256,
-        settings=settings,
+        settings=making.settings,
         on_progress=lambda done, total: step.progress(done, total, f"bytes of {name}"),
     )
     pins.make_from_archive(
         file,
-        folder_of(layout, pin),
+        making.path,
         pin,
         on_progress=lambda done, total: step.progress(done, total, f"unpacking {name}"),
     )
 
 
-def _clone(
-    layout: Layout,
-    pin: Pin,
-    settings: Settings,
-    modules: Path | None,
-    references: Mapping[str, str],
-    run_log: RunLog,
-    step: Step,
-) -> None:
-    """Fetch the pin into a new repository and put it in place: as a submodule where `modules` says
-    where its git directory goes.
+def _clone(making: _Making, modules: Path | None, references: Mapping[str, str]) -> None:
+    """Fetch the pin into a new repository and move it into place.
+
+    It becomes a submodule if `modules` names the folder for its git directory.
     """
-    path = folder_of(layout, pin)
-    url = url_of(layout, pin, settings)
+    path, pin = making.path, making.pin
     refspecs = _refspecs(pin, references)
-    # A server may refuse filters, or refuse the contents that a filter left out; then all of it is
+    # A server may refuse filters, or refuse the contents that a filter left out; then all is
     # fetched, and at last by branches.
     attempts = [(refspecs, False), (refspecs, True)]
     if refspecs == (pin.commit,):
@@ -225,79 +257,59 @@ def _clone(
             made = Git(tree, git_dir=git_dir, failure=SourceError)
             made.init()
             try:
-                made.fetch(
-                    url,
-                    wanted,
-                    whole=whole,
-                    settings=settings,
-                    run_log=run_log,
-                    on_line=shown(step),
-                )
-                _check_pin(made, pin, url)
-                if (
-                    f"refs/tags/{pin.tag}" not in references
-                    and f"refs/heads/{pin.tag}" not in references
-                ):
-                    # setuptools-scm derives the version from it; that it belongs to this commit,
-                    # the pins say.
-                    made.set_ref(f"refs/tags/{pin.tag}", pin.commit)
-                made.check_out(pin.commit, settings=settings, run_log=run_log, on_line=shown(step))
+                making.fetch(made, wanted, whole=whole)
+                _name_tag(made, pin, references)
+                making.check_out(made, pin.commit)
             except SourceError:
                 if number == len(attempts):
                     raise
-                _advertised(layout, pin, settings, url)
-                run_log.write("the remote did not serve a partial clone; asking for more")
+                _advertised(making)
+                making.run_log.write("the remote did not serve a partial clone; fetching more")
                 continue
-            if (made.head(), made.edits()) != (pin.commit, ()):
-                raise SourceError(
-                    f"the files of {pin.tag} from {git.without_user(url)} are not those of its"
-                    " commit",
-                    hint="git config --show-origin --list    shows what may change them",
-                )
+            _require_pinned_files(made, making)
             if modules:
-                _settle(layout, pin, made, modules)
+                _link_submodule(making.layout, pin, made, modules)
                 files.put_in_place(git_dir, modules)
             files.put_in_place(tree, path)
             return
 
 
-def _restore(
-    layout: Layout, pin: Pin, settings: Settings, modules: Path, run_log: RunLog, step: Step
-) -> None:
-    """Write the files of a submodule whose git directory is there: what its index and HEAD hold,
-    the user's commits included.
-    """
-    path = folder_of(layout, pin)
+def _name_tag(made: Git, pin: Pin, references: Mapping[str, str]) -> None:
+    """Create the pin's tag where the remote does not offer it; setuptools-scm needs it."""
+    if not {f"refs/tags/{pin.tag}", f"refs/heads/{pin.tag}"} & references.keys():
+        # The pins prove that it belongs to this commit.
+        made.set_ref(f"refs/tags/{pin.tag}", pin.commit)
+
+
+def _require_pinned_files(made: Git, making: _Making) -> None:
+    if (made.head(), made.edits()) != (making.pin.commit, ()):
+        raise SourceError(
+            f"the files of {making.pin.tag} from {git.without_user(making.url)} differ from its"
+            " commit",
+            hint="git config --show-origin --list    shows what may change them",
+        )
+
+
+def _restore(making: _Making, modules: Path) -> None:
+    """Write the files of a submodule whose git directory exists, the user's commits included."""
+    path, pin = making.path, making.pin
     with files.folder_beside(path) as holder:
         tree = holder / "tree"
         tree.mkdir()
         kept = Git(tree, git_dir=modules, failure=SourceError)
         if pin.commit not in kept.present((pin.commit,)):
-            url = url_of(layout, pin, settings)
             whole = kept.setting("remote.origin.promisor") != "true"
-            kept.fetch(
-                url,
-                _refspecs(pin, _advertised(layout, pin, settings, url)),
-                whole=whole,
-                settings=settings,
-                run_log=run_log,
-                on_line=shown(step),
-            )
-            _check_pin(kept, pin, url)
+            making.fetch(kept, _refspecs(pin, _advertised(making)), whole=whole)
         if kept.head() is None or not (modules / "index").exists():
-            kept.check_out(
-                kept.head() or pin.commit, settings=settings, run_log=run_log, on_line=shown(step)
-            )
+            making.check_out(kept, kept.head() or pin.commit)
         else:
             kept.write_files()
-        _settle(layout, pin, kept, modules)
+        _link_submodule(making.layout, pin, kept, modules)
         files.put_in_place(tree, path)
 
 
-def _settle(layout: Layout, pin: Pin, made: Git, modules: Path) -> None:
-    """Tie a submodule's files, its git directory and the superproject together, as `git submodule
-    update` would find them.
-    """
+def _link_submodule(layout: Layout, pin: Pin, made: Git, modules: Path) -> None:
+    """Connect a submodule's files, git directory and superproject, as `git submodule` does."""
     path = folder_of(layout, pin)
     place = modules.parent.resolve() / modules.name
     made.set_setting("core.worktree", os.path.relpath(path.parent.resolve() / path.name, place))
@@ -312,17 +324,10 @@ def _settle(layout: Layout, pin: Pin, made: Git, modules: Path) -> None:
         outer.set_setting(f"submodule.{name}.active", "true")
 
 
-def _check_pin(made: Git, pin: Pin, url: str) -> None:
-    if pin.commit not in made.present((pin.commit,)):
-        raise SourceError(
-            f"{git.without_user(url)} did not serve {pin.tag}, commit {pin.commit}",
-            hint="set VLLM_MIRROR to a copy that has it, or inv bootstrap --source release",
-        )
-
-
 def _modules(layout: Layout, pin: Pin) -> Path | None:
-    """Where the superproject keeps the git directory of this submodule, or None where it is no
-    submodule here.
+    """Return the superproject's folder for the git directory of this submodule, or None.
+
+    None means that the checkout is no submodule here.
     """
     outer = superproject(layout)
     name = layout.relative(folder_of(layout, pin))
@@ -335,8 +340,9 @@ def _modules(layout: Layout, pin: Pin) -> Path | None:
 
 
 def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
-    """Where the project is fetched from: its mirror if one is set, a path made absolute, else the
-    pinned address.
+    """Return the URL to fetch from: the mirror's if one is set, else the pinned URL.
+
+    The path of a mirror is made absolute.
     """
     mirror = settings.text(f"{pin.name.upper()}_MIRROR")
     if not mirror or re.match(r"[a-z+]+://|[^/]+:", mirror):
@@ -344,71 +350,68 @@ def url_of(layout: Layout, pin: Pin, settings: Settings) -> str:
     return str(layout.root / Path(mirror).expanduser())
 
 
-def _advertised(layout: Layout, pin: Pin, settings: Settings, url: str) -> Mapping[str, str]:
-    """Ask the remote for the pinned tag. Raises SourceError where it cannot be reached or its tag
-    is another commit.
+def _advertised(making: _Making) -> Mapping[str, str]:
+    """Query the remote for the pinned tag and return its references.
+
+    Raises SourceError where the remote cannot be reached, and where its tag is another commit.
     """
-    tag = f"refs/tags/{pin.tag}"
-    names = (tag, f"{tag}^{{}}", f"refs/heads/{pin.tag}")
+    pin, tag = making.pin, f"refs/tags/{making.pin.tag}"
     references = git.advertised(
-        url,
-        names,
-        cwd=layout.root,
-        settings=settings,
-        timeout_s=float(settings.count("CONNECT_TIMEOUT_S") or 5),
+        making.url,
+        (tag, f"{tag}^{{}}", f"refs/heads/{pin.tag}"),
+        cwd=making.layout.root,
+        settings=making.settings,
+        timeout_s=float(making.settings.count("CONNECT_TIMEOUT_S") or 5),
     )
     found = references.get(f"{tag}^{{}}", references.get(tag, pin.commit))
     if found != pin.commit:
         raise _Moved(
-            f"tag {pin.tag} at {git.without_user(url)} is commit {found}, pinned is {pin.commit}",
-            hint="a tag that moved is not to be trusted: compare with the project's release page",
+            f"tag {pin.tag} at {git.without_user(making.url)} is commit {found}, pinned is"
+            f" {pin.commit}",
+            hint="do not trust a tag that moved: compare with the project's release page",
         )
     return references
 
 
 class _Moved(SourceError):
-    """A remote that was reached and serves something else: no reason to fall back in silence."""
+    """A reachable remote serves another commit: no reason to use the archive instead."""
 
 
 def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
-    """What to ask for: the tag, which every server gives, or the commit itself where there is no
-    such tag.
-    """
+    """Return what to fetch: the tag, which every server serves, or the commit if it has no tag."""
     tag = f"refs/tags/{pin.tag}"
     return (f"+{tag}:{tag}",) if tag in references else (pin.commit,)
 
 
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    scratch = f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
-    hint = f"to keep it aside: {scratch}"
+    hint = f"to keep it: mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
     if found.head:
-        hint = f"to give it the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
+        hint = f"to fetch the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
     return CheckoutError(
-        f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was left as"
-        " it is",
+        f"{name} is {found.detail}, expected a checkout of {pin.name} {pin.tag}; it was not"
+        " changed",
         hint=hint,
     )
 
 
 def _other_kind(layout: Layout, pin: Pin, found: Checkout, choice: Choice) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    away = f"mv {name} {name.replace('/', '-')}.{found.kind.value}"
+    remove = f"mv {name} {name.replace('/', '-')}.{found.kind.value}"
     if found.kind is Kind.GIT and (folder_of(layout, pin) / ".git").is_file():
-        # Its commits stay in the superproject's git directory; deinit refuses where there are
-        # edits.
-        away = f"git submodule deinit {name}"
+        # Its commits stay in the superproject's git directory; deinit refuses if there are edits.
+        remove = f"git submodule deinit {name}"
     return CheckoutError(
-        f"{name} is {found.detail}, SOURCE asks for {choice}; it was left as it is",
+        f"{name} is {found.detail}, SOURCE requests {choice}; it was not changed",
         hint=(
-            "to go on with it: ./scripts/inv bootstrap --source auto    or, to have the other:"
-            f" {away} && ./scripts/inv bootstrap --source {choice}"
+            "to keep using it: ./scripts/inv bootstrap --source auto    or, to replace it:"
+            f" {remove} && ./scripts/inv bootstrap --source {choice}"
         ),
     )
 
 
 def shown(step: Step) -> "git.OnLine":
-    """Lead the progress that git reports to the bar of a step."""
+    """Return a callback that shows git's progress in the bar of a step."""
 
     def on_line(line: str) -> None:
         if found := _PROGRESS.match(line.strip()):

@@ -1,14 +1,14 @@
-"""A patch from elsewhere becomes commits on the stack and files of the series: `inv patch.import`.
+"""Patches from a file, a URL or a pull request become commits and patches: `inv patch.import`.
 
-The commits are made and proven aside first: what does not apply, or cannot be a patch, is refused
-and nothing was changed.
+The commits are first made and proven outside of the checkout: an import that does not apply, or
+cannot be a patch, is refused with nothing changed.
 """
 
 import contextlib
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,22 +22,22 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
-from workspace.core.paths import Layout
+
+
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import export, mail, moves, patches, series
-from workspace.repo.checkout import Checkout
+
 from workspace.repo.git import AM_BY_HAND, Git, am, without_user
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
-from workspace.repo.pins import Pin
+from workspace.repo.patches import Session
 from workspace.repo.series import TIP_REF, Stack, State
 
 if TYPE_CHECKING:
     import requests
 
-# A patch of 5 MB is a large one; what is larger is a release, or a mistake.
+# A patch of 5 MB is large; a larger file is a release, or a mistake.
 LARGEST_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 16
 _GITHUB = re.compile(
@@ -50,56 +50,51 @@ _ON_GITHUB = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """What is imported: mails, the name they are called by, and where they are public, if
-    anywhere.
-    """
+    """Mails to import: their bytes, their name in messages, and their public URL if any."""
 
     raw: bytes
     name: str
     url: str | None
 
 
-def run(
-    layout: Layout,
-    project: str,
-    pin: Pin,
-    checkout: Checkout,
-    settings: Settings,
-    source: str,
-    *,
-    run_log: RunLog,
-) -> export.Export:
-    """Put the commits of a mail on top of the stack and export all: `source` is a file, a URL, or
-    the number of a pull request.
+@dataclass(frozen=True)
+class _Import:
+    """An import: its origin, one file per mail, and the command line that applies it by hand."""
 
-    Author and date stay; each message gets an Upstream-Status unless it has one. Raises
-    CheckoutError where the checkout cannot take commits, SettingsError and SourceError for a source
-    that is no mail or cannot be had, PatchConflict where it does not apply, PatchDrift where it is
-    upstream already or cannot be a patch. Nothing is changed then.
+    git: Git
+    origin: Origin
+    parts: Sequence[Path]
+    by_hand: str
+    place: Path
+
+
+def run(session: Session, source: str) -> export.Export:
+    """Apply the commits of a mail to the stack and export all patches.
+
+    `source` is a file, a URL, or the number of a pull request. Author and date stay; each message
+    gets an Upstream-Status unless it has one. Raises CheckoutError where the checkout cannot take
+    commits, SettingsError and SourceError for a source that is no mail or cannot be fetched,
+    PatchConflict where it does not apply, PatchDrift where it is upstream already or cannot be a
+    patch. Nothing is changed then.
     """
-    git = Git(checkouts.folder_of(layout, pin))
+    layout, project, run_log = session.layout, session.project, session.run_log
+    git = Git(checkouts.folder_of(layout, session.pin))
     shown = layout.relative(git.path)
-    stack = patches.observe(layout, project, pin, checkout)
+    stack = patches.observe(layout, project, session.pin, session.checkout)
     if stack.head is None or stack.state not in (State.APPLIED, State.UNEXPORTED) or stack.dirty:
-        raise _refusal(
-            layout, project, shown, git, stack, f"./scripts/inv patch.import {shlex.quote(source)}"
-        )
-    origin = _origin(layout, pin, settings, source)
-    # A person may have to put it on by hand.
+        verb = f"./scripts/inv patch.import {shlex.quote(source)}"
+        raise _refusal(project, shown, git, stack, verb)
+    origin = _origin(session, source)
+    # The user may have to apply it by hand.
     kept = layout.state / "imported" / f"{origin.name}.patch"
     write_atomic(kept, _as_mail(origin))
     by_hand = f"git -C {shown} {AM_BY_HAND} ../../{layout.relative(kept)}"
     with tempfile.TemporaryDirectory(prefix="workspace-import-") as folder:
         parts = mails.split_mails(git, kept, Path(folder))
-
-        def put_on(head: str) -> str:
-            return _with_status(
-                git, head, _made(layout, project, git, head, parts, origin, by_hand), origin
-            )
-
-        tip = stack.head if _is_on(git, stack, parts, put_on) else put_on(stack.head)
+        work = _Import(git, origin, parts, by_hand, layout.state / f"{project}-stack")
+        tip = stack.head if _is_applied(work, stack) else _tip_on(work, stack.head)
     try:
-        prepared = export.prepare(layout, project, pin, replace(checkout, head=tip))
+        prepared = export.prepare(layout, project, session.pin, replace(session.checkout, head=tip))
     except mail.Unfit as exc:
         hint = (
             f"{by_hand}    then reword: git -C {shown} rebase -i {stack.head[:12]} && ./scripts/inv"
@@ -113,9 +108,7 @@ def run(
     return done
 
 
-def _refusal(
-    layout: Layout, project: str, shown: str, git: Git, stack: Stack, verb: str
-) -> WorkspaceError:
+def _refusal(project: str, shown: str, git: Git, stack: Stack, verb: str) -> WorkspaceError:
     if stack.state is State.UNAPPLIED:
         return CheckoutError(
             f"{shown} is at the pin, without the {len(stack.names)} patches of"
@@ -123,70 +116,67 @@ def _refusal(
             hint="./scripts/inv patch.apply",
         )
     if stack.dirty and stack.state in (State.APPLIED, State.UNEXPORTED):
-        return series.edited_files(shown, stack.dirty, "commits are to be imported", verb=verb)
+        return series.edited_files(shown, stack.dirty, "commits would be imported", verb=verb)
     return series.refusal(shown, git, stack, verb=verb)
 
 
-def _is_on(git: Git, stack: Stack, parts: Sequence[Path], put_on: Callable[[str], str]) -> bool:
-    """Whether a run that was ended has put these very commits on the stack, and not exported them:
-    made again, they are the same.
+def _is_applied(work: _Import, stack: Stack) -> bool:
+    """Return whether an interrupted run has put these commits on the stack, without an export.
+
+    Made again, they have the same SHAs.
     """
     if stack.state is not State.UNEXPORTED or not stack.base or not stack.head:
         return False
     slugs, wanted = (
-        git.slugs(stack.base, stack.head),
-        tuple(mail.read_mail(part).slug for part in parts),
+        work.git.slugs(stack.base, stack.head),
+        tuple(mail.read_mail(part).slug for part in work.parts),
     )
-    below = git.resolve(f"{stack.head}~{len(wanted)}")
+    below = work.git.resolve(f"{stack.head}~{len(wanted)}")
     if not below or slugs[-len(wanted) :] != wanted:
         return False
     with contextlib.suppress(PatchConflict, PatchDrift):
-        return put_on(below) == stack.head
+        return _tip_on(work, below) == stack.head
     return False
 
 
-def _made(
-    layout: Layout,
-    project: str,
-    git: Git,
-    head: str,
-    parts: Sequence[Path],
-    origin: Origin,
-    by_hand: str,
-) -> tuple[Commit, ...]:
-    """Make the commits on `head`, with all messages as they came. No file and no reference is
-    touched.
-    """
-    done = am.applied(git, head, parts, place=layout.state / f"{project}-stack")
-    subjects = [mail.read_mail(part).subject for part in parts]
+def _tip_on(work: _Import, head: str) -> str:
+    """Make the commits on `head`, each with an Upstream-Status, and return the last."""
+    return _with_status(work.git, head, _commits_on(work, head), work.origin)
+
+
+def _commits_on(work: _Import, head: str) -> tuple[Commit, ...]:
+    """Make the commits on `head` with their original messages; no file and no reference changes."""
+    origin, by_hand = work.origin, work.by_hand
+    done = am.applied(work.git, head, work.parts, place=work.place)
+    subjects = [mail.read_mail(part).subject for part in work.parts]
     if done.tip is None:
-        where = (
+        reason = (
             f"conflicts ({', '.join(done.conflicted)})"
             if done.conflicted
             else "is no patch that git can read"
         )
         raise PatchConflict(
             f"{origin.name}: patch {done.position} of {len(subjects)},"
-            f" {subjects[done.position - 1]!r}, {where}; nothing was changed",
+            f" {subjects[done.position - 1]!r}, {reason}; nothing was changed",
             hint=(
                 f"{by_hand}    stops at the conflict; then ./scripts/inv patch.continue and"
                 " ./scripts/inv patch.export"
             ),
             details=tuple(f"conflict in {path}" for path in done.conflicted),
         )
-    made = mails.commits(git, head, done.tip)
+    made = mails.commits(work.git, head, done.tip)
     if len(made) != len(subjects):
-        there = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
-        lost = [subject for subject in subjects if subject not in there] or subjects
+        found = [" ".join(commit.message.split("\n\n")[0].split()) for commit in made]
+        lost = [subject for subject in subjects if subject not in found] or subjects
         raise PatchDrift(
             f"{origin.name}: upstreamed: {', '.join(map(repr, lost))} changes nothing on"
             f" {head[:12]}; nothing was changed",
             hint=(
-                f"to take the others of it: {by_hand} && ./scripts/inv patch.export"
+                f"to take its other patches: {by_hand} && ./scripts/inv patch.export"
                 if made
                 else (
-                    "./scripts/inv patch    shows what is there; what is no patch yet becomes one"
-                    " with ./scripts/inv patch.export"
+                    "./scripts/inv patch    shows the present stack; commits that are no patches"
+                    " yet become patches with ./scripts/inv patch.export"
                 )
             ),
         )
@@ -194,8 +184,9 @@ def _made(
 
 
 def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) -> str:
-    """Give each commit the trailer that it lacks. A commit that has it, and its parents too, stays
-    the one it is.
+    """Add the Upstream-Status that a commit lacks; return the last commit.
+
+    A commit that has it, and whose parent is unchanged, stays the same.
     """
     status = f"{mail.TRAILER}: " + (f"Submitted [{origin.url}]" if origin.url else "Pending")
     tip = head
@@ -214,16 +205,18 @@ def _with_status(git: Git, head: str, made: Sequence[Commit], origin: Origin) ->
     return tip
 
 
-def _origin(layout: Layout, pin: Pin, settings: Settings, source: str) -> Origin:
+def _origin(session: Session, source: str) -> Origin:
+    """Read or fetch the mails of a source. Raises SettingsError and SourceError."""
     if number := re.fullmatch(r"#?([1-9][0-9]{0,8})", source):
-        return _pull_request(layout, pin, settings, int(number[1]))
+        return _pull_request(session, int(number[1]))
     if re.match(r"https?://", source):
         page = public_of(source)
         public = page or without_user(source)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", public.split("://", 1)[1].removesuffix(".patch"))[
             -80:
         ].strip("-.")
-        return Origin(_fetched(f"{page}.patch" if page else source, settings), name, public)
+        raw = _fetched(f"{page}.patch" if page else source, session.settings)
+        return Origin(raw, name, public)
     path = Path(source).expanduser()
     try:
         return Origin(read_regular(path), path.name.removesuffix(".patch"), None)
@@ -238,53 +231,54 @@ def _origin(layout: Layout, pin: Pin, settings: Settings, source: str) -> Origin
 
 
 def public_of(url: str) -> str | None:
-    """The page on GitHub of the pull request or commit that an address leads to: it gives the mails
-    with .patch behind it.
+    """Return the GitHub page of the pull request or commit of a URL, or None.
+
+    GitHub serves its mails at that address with .patch appended.
     """
     found = _ON_GITHUB.fullmatch(url)
     return f"{found[1]}/{found[3] or 'commit/' + found[2]}" if found else None
 
 
-def _pull_request(layout: Layout, pin: Pin, settings: Settings, number: int) -> Origin:
-    """A pull request of the pinned project: from a mirror on this disk that has it, else from
-    GitHub.
-    """
+def _pull_request(session: Session, number: int) -> Origin:
+    """Fetch a pull request of the pinned project from a mirror on this disk, else from GitHub."""
+    pin, settings = session.pin, session.settings
     found = _GITHUB.fullmatch(pin.url)
     public = f"https://github.com/{found[1]}/{found[2]}/pull/{number}" if found else None
-    mirror = Path(checkouts.url_of(layout, pin, settings).removeprefix("file://"))
+    mirror = Path(checkouts.url_of(session.layout, pin, settings).removeprefix("file://"))
     if mirror.is_dir():
         raw = mails.pull_request(Git(mirror, failure=SourceError), number)
         if raw:
             return Origin(raw, f"pull-{number}", public)
     if public is None:
         raise SourceError(
-            f"pull request {number} of {without_user(pin.url)}: only GitHub's have one, or a mirror"
-            f" on this disk with refs/pull/{number}/head",
-            hint="./scripts/inv patch.import URL    takes a patch from any address",
+            f"pull request {number} of {without_user(pin.url)} cannot be fetched: only GitHub"
+            f" serves one, or a mirror on this disk with refs/pull/{number}/head",
+            hint="./scripts/inv patch.import URL    imports a patch from any address",
         )
     return Origin(_fetched(f"{public}.patch", settings), f"pull-{number}", public)
 
 
 def _fetched(url: str, settings: Settings) -> bytes:
-    """Get what lies at an address, without credentials of anybody. Raises SourceError."""
+    """Fetch the content of a URL without any credentials. Raises SourceError."""
     import requests
 
     shown = without_user(url)
     hint = "check the address and the network; or save the mail as a file and import that"
     try:
         with requests.Session() as session:
-            # Without this, requests would send what ~/.netrc has for the host.
-            session.auth = _nobody
+            # Without this, requests would send the credentials that ~/.netrc has for the host.
+            session.auth = _no_credentials
             with session.get(
                 url, stream=True, timeout=float(settings.count("CONNECT_TIMEOUT_S") or 5)
-            ) as reply:
-                reply.raise_for_status()
+            ) as response:
+                response.raise_for_status()
                 raw = b""
-                for chunk in reply.iter_content(_CHUNK_BYTES):
+                for chunk in response.iter_content(_CHUNK_BYTES):
                     raw += chunk
                     if len(raw) > LARGEST_BYTES:
                         raise SourceError(
-                            f"{shown} is larger than {LARGEST_BYTES >> 20} MiB, which no patch is",
+                            f"{shown} is larger than {LARGEST_BYTES >> 20} MiB, too large for a"
+                            " patch",
                             hint=hint,
                         )
                 return raw
@@ -297,23 +291,23 @@ def _fetched(url: str, settings: Settings) -> bytes:
         raise SourceError(f"{shown} could not be fetched: {_reason(exc)}", hint=hint) from exc
 
 
-def _nobody(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
+def _no_credentials(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
     return request
 
 
 def _reason(exc: BaseException) -> str:
-    """The innermost cause, whose words are not made of the address."""
+    """Return the innermost cause, whose message does not contain the URL."""
     while exc.__context__ is not None:
         exc = exc.__context__
     return without_user(str(exc)) or type(exc).__name__
 
 
 def _as_mail(origin: Origin) -> bytes:
-    """The mails with git's line ends. Raises SettingsError for what is none."""
+    """Return the mails with git's line ends. Raises SettingsError for other content."""
     raw = origin.raw
     head = raw.partition(b"\n\n")[0].partition(b"\r\n\r\n")[0]
     if head.partition(b"\n")[0].endswith(b"\r"):
-        # All of it went through a program that writes such line ends.
+        # A program has written such line ends in the whole mail.
         raw, head = raw.replace(b"\r\n", b"\n"), head.replace(b"\r\n", b"\n")
     if all(
         re.search(rb"^%b: " % name, head, re.MULTILINE | re.IGNORECASE)
@@ -332,6 +326,6 @@ def _as_mail(origin: Origin) -> bytes:
             ),
         )
     raise SettingsError(
-        f"{origin.name} is no mail of git format-patch",
-        hint="on GitHub, a pull request or a commit has one at its address with .patch behind it",
+        f"{origin.name} is not a mail of git format-patch",
+        hint="GitHub serves one for a pull request or a commit: append .patch to its address",
     )

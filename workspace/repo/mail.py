@@ -1,6 +1,4 @@
-"""A patch as a mail: its parts, where it stands upstream, whether two differ in more than their
-wrapping, and what no mail can carry.
-"""
+"""Patches as mails: parsing, Upstream-Status, comparison, and commits that no mail can carry."""
 
 import re
 import tempfile
@@ -25,7 +23,7 @@ VOCABULARY = (
     " Inactive-Upstream [date]"
 )
 _URL = r"https?://[^\s\]]+"
-# Yocto's words,
+# The vocabulary of Yocto:
 # https://docs.yoctoproject.org/contributor-guide/recipe-style-guide.html#patch-upstream-status
 _STATUS = re.compile(
     rf"Pending( \[.*\])?|(Submitted|Denied) \[{_URL}.*\]|Backport"
@@ -39,8 +37,8 @@ _NEXT = re.compile(r"From .*\d.\d\d:\d\d\s*(?:9[1-9]|[1-9]\d\d+)[^:]*")
 _DIFF = re.compile(rb"^diff --git ", re.MULTILINE)
 _HUNK = re.compile(rb"(@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@).*", re.DOTALL)
 _INDEX = re.compile(rb"index [0-9a-f]+\.\.[0-9a-f]+")
-# A message of which it is known that git reads from a mail what was written: no blanks that it
-# would take out, nothing that it takes for more than text.
+# Messages that git surely reads back from a mail unchanged: no blanks that git removes, no text
+# that git takes for a header or a diff.
 _PLAIN_SUBJECT = re.compile(
     r"(?!.*=\?)(?:\[(?![^]]*PATCH)[A-Za-z0-9 /_+-]+\] ?)*(?![Rr][Ee]:|\[|:)[^\s\x00-\x1f\x7f]+(?:"
     r" [^\s\x00-\x1f\x7f]+)*"
@@ -55,8 +53,10 @@ _PLAIN_DATE = re.compile(r"[1-3]?[0-9]{9} [+-](?:0[0-9]|1[0-3])[0-5][0-9]")
 
 @dataclass(frozen=True)
 class Mail:
-    """One patch. `author` is `name <email>`, `date` as the mail has it, `message` what follows the
-    subject, `status` the text of the trailer.
+    """A patch.
+
+    `author` is `name <email>`, `date` as in the mail, `message` the text after the subject,
+    `status` the text of the Upstream-Status trailer.
     """
 
     subject: str
@@ -77,8 +77,9 @@ class Mail:
 
 
 def read_mail(path: Path) -> Mail:
-    """Read a patch file. Raises SettingsError where it cannot be read; what is no mail has empty
-    parts.
+    """Read a patch file; content that is no mail gives empty parts.
+
+    Raises SettingsError where the file cannot be read.
     """
     try:
         return parse(read_regular(path))
@@ -89,9 +90,7 @@ def read_mail(path: Path) -> Mail:
 
 
 def parse(raw: bytes) -> Mail:
-    """Take a mail apart: headers unfolded and decoded (RFC 2047), the message in its own encoding,
-    the diff as it stands.
-    """
+    """Parse a mail: headers are unfolded and decoded (RFC 2047), the diff stays unchanged."""
     headers, body = _headers(raw)
     if headers.get("content-transfer-encoding", "").lower() in ("quoted-printable", "base64"):
         decoded = message_from_bytes(raw).get_payload(decode=True)
@@ -102,7 +101,7 @@ def parse(raw: bytes) -> Mail:
     message = tidy(
         _decoded(body[: end.start()] if end else body, charset[1] if charset else "utf-8")
     )
-    # As git am with --keep-non-patch.
+    # As `git am --keep-non-patch` does.
     subject = re.sub(r"^(?:\[[^]]*PATCH[^]]*\]|[Rr][Ee]:|[\s:])+", "", headers.get("subject", ""))
     return Mail(
         subject,
@@ -115,13 +114,13 @@ def parse(raw: bytes) -> Mail:
 
 
 def status_of(message: str) -> str | None:
-    """The text of the last Upstream-Status line of a message, or None where there is none."""
+    """Return the text of the last Upstream-Status line of a message, or None."""
     found = _TRAILER_LINE.findall(message)
     return str(found[-1]) if found else None
 
 
 def with_trailer(message: str, line: str) -> str:
-    """A message, subject included, with one more line among its trailers."""
+    """Return a message, subject included, with one more trailer line."""
     message = tidy(message)
     last = message.rpartition("\n\n")[2] if "\n\n" in message else ""
     is_block = bool(last) and all(
@@ -132,44 +131,44 @@ def with_trailer(message: str, line: str) -> str:
 
 
 def without_status(message: str) -> str:
-    """A message, subject included, without its Upstream-Status lines."""
+    """Return a message, subject included, without its Upstream-Status lines."""
     return tidy("\n".join(line for line in message.split("\n") if not _TRAILER_LINE.match(line)))
 
 
 def is_status(text: str) -> bool:
-    """Whether a text is of VOCABULARY."""
+    """Return whether a text is a status of VOCABULARY."""
     return bool(_STATUS.fullmatch(text))
 
 
 def same_change(a: bytes, b: bytes, *, anywhere: bool = False) -> bool:
-    """Whether two mails are the same patch: author, moment, message and every line of every hunk,
-    with its place unless `anywhere`.
+    """Return whether two mails are the same patch: author, date, message and every changed line.
 
-    What may differ: the first line, how headers are folded and encoded, diffstat and signature, the
-    blobs of text files, and the function that git names beside a hunk.
+    The line numbers count unless `anywhere`. Not compared: the first line, the folding and encoding
+    of headers, diffstat and signature, the blob OIDs of text files, and the function name that git
+    prints beside a hunk.
     """
-    one, other = parse(a), parse(b)
-    return (one.subject, one.author, _moment(one), one.message) == (
-        other.subject,
-        other.author,
-        _moment(other),
-        other.message,
-    ) and (_changes(one.diff, anywhere=anywhere) == _changes(other.diff, anywhere=anywhere))
+    first, second = parse(a), parse(b)
+    return (first.subject, first.author, _moment(first), first.message) == (
+        second.subject,
+        second.author,
+        _moment(second),
+        second.message,
+    ) and (_changes(first.diff, anywhere=anywhere) == _changes(second.diff, anywhere=anywhere))
 
 
 def tidy(message: str) -> str:
-    """A message as `git commit` cleans it: no blanks at the ends of lines, no blank lines at its
-    ends or twice in a row.
+    """Return a message as `git commit` cleans it.
+
+    No blanks at the ends of lines; no blank lines at the start, at the end or twice in a row.
     """
     lines = "\n".join(line.rstrip(" \t\r\f\v") for line in message.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
 
 
 def is_plain(message: str, author: str, date: str) -> bool:
-    """Whether git surely reads from a mail the message, `name <email>` and `seconds zone` that were
-    written into it.
+    """Return whether git surely reads these values back from a mail: message, author, date.
 
-    False means only that it has to be tried.
+    The author is `name <email>`, the date `seconds zone`. False only means that a trial is needed.
     """
     message = message.removesuffix("\n")
     subject, *lines = message.split("\n")
@@ -189,23 +188,23 @@ def is_plain(message: str, author: str, date: str) -> bool:
 
 
 def unfit(message: str) -> str | None:
-    """Say why git could not read this message back from a mail, or None where it may."""
+    """Return why git cannot read this message back from a mail, or None where it may."""
     subject, *lines = message.removesuffix("\n").split("\n")
     for line in lines:
         if _END.match(line.encode(errors="surrogateescape")):
-            return f"its message has the line {line[:60]!r}, where git lets a message end"
+            return f"its message has the line {line[:60]!r}, where git ends a message"
         if _NEXT.fullmatch(line):
-            return f"its message has the line {line[:60]!r}, at which git begins the next mail"
+            return f"its message has the line {line[:60]!r}, where git begins the next mail"
     first = next((line for line in lines if line.strip()), "")
     if re.match(r"(From|Date|Subject):|\[PATCH\]\s", first, re.IGNORECASE):
         return f"its message begins with {first[:60]!r}, which git takes for a header"
     if found := re.match(r"(?:\[[^]]*\]|[\s:])*?([Rr][Ee]:|:|\[[^]]*PATCH[^]]*\])", subject):
-        return f"its subject has {found[1]!r}, which git takes off when it reads a mail"
+        return f"its subject has {found[1]!r}, which git removes when it reads a mail"
     return None
 
 
 def _headers(raw: bytes) -> tuple[dict[str, str], bytes]:
-    """The headers by lower-case name, the first of each, and what follows them."""
+    """Return the headers by lower-case name, the first of each, and the rest of the mail."""
     head, _, body = raw.partition(b"\n\n")
     lines = re.sub(rb"\r?\n[ \t]+", b" ", head).split(b"\n")
     headers: dict[str, str] = {}
@@ -221,7 +220,7 @@ def _header(text: bytes) -> str:
     if "=?" in plain:
         parts = [
             part.decode(charset or "ascii", errors="replace") if isinstance(part, bytes) else part
-            for part, charset in _words(plain)
+            for part, charset in _encoded_parts(plain)
         ]
         plain = "".join(parts)
     # A name in quotes is the same name (RFC 5322, 3.2.4).
@@ -232,15 +231,16 @@ def _header(text: bytes) -> str:
     )
 
 
-def _words(text: str) -> list[tuple[bytes | str, str | None]]:
+def _encoded_parts(text: str) -> list[tuple[bytes | str, str | None]]:
+    """Return the parts of a header with their charset (RFC 2047); undecodable text as one part."""
     try:
-        words = list(decode_header(text))
-        for part, charset in words:
+        parts = list(decode_header(text))
+        for part, charset in parts:
             if isinstance(part, bytes):
                 part.decode(charset or "ascii", errors="replace")
     except (LookupError, ValueError):
         return [(text, None)]
-    return words
+    return parts
 
 
 def _decoded(text: bytes, charset: str) -> str:
@@ -251,7 +251,7 @@ def _decoded(text: bytes, charset: str) -> str:
 
 
 def _moment(mail: Mail) -> object:
-    """The date with its zone, as far as it can be read."""
+    """Return the date with its zone, or its text where it cannot be parsed."""
     try:
         date = parsedate_to_datetime(mail.date)
     except (TypeError, ValueError, OverflowError, IndexError):
@@ -260,9 +260,7 @@ def _moment(mail: Mail) -> object:
 
 
 def _changes(diff: bytes, *, anywhere: bool) -> list[bytes]:
-    """The lines of a diff that make the change. Only outside of hunks is there anything to leave
-    out.
-    """
+    """Return the lines of a diff that make the change; only lines outside of hunks are left out."""
     kept: list[bytes] = []
     old = new = index = 0
     blobs = b""
@@ -278,7 +276,7 @@ def _changes(diff: bytes, *, anywhere: bool) -> list[bytes]:
         elif line.startswith(b"index "):
             index, blobs, line = len(kept), line, _INDEX.sub(b"index", line)
         elif line == b"GIT binary patch":
-            # git applies it to no other blob than the one that it names.
+            # git applies a binary patch only to the blob that it names.
             kept[index] = blobs
         elif not line:
             continue
@@ -287,154 +285,141 @@ def _changes(diff: bytes, *, anywhere: bool) -> list[bytes]:
 
 
 Patches = tuple[tuple[str, bytes], ...]
-# What series.read takes for a name.
+# As series.read_series accepts it.
 _LONGEST_NAME = 200
 _SLUG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class Unfit(PatchDrift):
-    """A commit that cannot be a patch as it is."""
+    """A commit that cannot be a patch in its present form."""
 
 
 def patches_of(git: Git, base: str, stack: Sequence[Commit], *, shown: str) -> Patches:
     """Return file name and mail of each commit of a stack on `base`, oldest first.
 
-    Raises Unfit, with the way to mend it in the checkout `shown`, where a commit cannot be a patch.
+    Raises Unfit for a commit that cannot be a patch, with the fix in the checkout `shown`.
     """
-    refuse(git, base, shown, [(commit, why) for commit in stack if (why := _fault(commit))])
+    faults = [(commit, reason) for commit in stack if (reason := _fault(commit))]
+    refuse(git, base, shown, faults)
     if not stack:
         return ()
     raw = mails.mails(git, base, stack)
     if len(raw) != len(stack):
         trees = [git.tree(base), *(commit.tree for commit in stack)]
         empty = [
-            commit for number, commit in enumerate(stack) if trees[number] == trees[number + 1]
+            (commit, "it changes no file; drop it")
+            for before, after, commit in zip(trees, trees[1:], stack, strict=False)
+            if before == after
         ]
-        refuse(
-            git,
-            base,
-            shown,
-            [(commit, "it changes no file; drop it") for commit in empty]
-            or [(stack[-1], "git does not make one mail of it")],
-        )
+        refuse(git, base, shown, empty or [(stack[-1], "git does not make one mail of it")])
     slugs, carried = _carried(git, base, shown, stack, raw)
-    refuse(
-        git,
-        base,
-        shown,
-        [
-            (commit, why)
-            for number, commit in enumerate(stack)
-            if (why := _nameless(slugs[number], slugs[:number]))
-        ],
-    )
+    faults = [
+        (commit, reason)
+        for index, commit in enumerate(stack)
+        if (reason := _name_fault(slugs[index], slugs[:index]))
+    ]
+    refuse(git, base, shown, faults)
     return tuple((f"{slug}.patch", content) for slug, content in zip(slugs, carried, strict=True))
 
 
 def _carried(
     git: Git, base: str, shown: str, stack: Sequence[Commit], raw: Sequence[bytes]
 ) -> tuple[list[str], list[bytes]]:
-    """Slugs and mails. git itself reads what is not plain; where it reads the same but for blanks,
-    all is as git would write that.
+    """Return slugs and mails; git itself reads back the mails that are not plain.
+
+    Where it reads the same except for blanks, the mail is written as git would write that.
     """
     slugs, carried = [commit.slug for commit in stack], list(raw)
     odd = [
-        number
-        for number, commit in enumerate(stack)
+        index
+        for index, commit in enumerate(stack)
         if not is_plain(commit.message, commit.author, commit.date)
     ]
     if not odd:
         return slugs, carried
-    heads = [raw[number].partition(b"\ndiff --git ")[0] + b"\n" for number in odd]
+    heads = [raw[index].partition(b"\ndiff --git ")[0] + b"\n" for index in odd]
     with tempfile.TemporaryDirectory(prefix="workspace-mail-") as folder:
         read, written = mails.reread(heads, folder=Path(folder))
     faults = [
-        (stack[number], why)
-        for number, again in zip(odd, read, strict=False)
-        if (why := _misread(stack[number], again))
+        (stack[index], reason)
+        for index, again in zip(odd, read, strict=False)
+        if (reason := _misread(stack[index], again))
     ]
     if len(read) != len(odd) and not faults:
-        faults = [
-            (
-                stack[odd[min(len(read), len(odd) - 1)]],
-                "git cannot read its message back from a mail",
-            )
-        ]
+        unread = stack[odd[min(len(read), len(odd) - 1)]]
+        faults = [(unread, "git cannot read its message back from a mail")]
     refuse(git, base, shown, faults)
-    for number, head, again, text in zip(odd, heads, read, written, strict=True):
-        slugs[number], carried[number] = again.slug, text + raw[number][len(head) - 1 :]
+    for index, head, again, text in zip(odd, heads, read, written, strict=True):
+        slugs[index], carried[index] = again.slug, text + raw[index][len(head) - 1 :]
     return slugs, carried
 
 
 def _misread(commit: Commit, again: Commit) -> str | None:
-    """What git reads otherwise than it was committed, blanks aside."""
-    for what, before, after in (
+    """Return the part that git reads back differently, blanks aside, or None."""
+    for part, before, after in (
         ("author", commit.author, again.author),
         ("date", commit.date, again.date),
         ("message", commit.message, again.message),
     ):
         old, new = (
-            tidy(text).split() if what == "message" else text.split() for text in (before, after)
+            tidy(text).split() if part == "message" else text.split() for text in (before, after)
         )
         if old != new:
             changed = next(
                 (
-                    f"{one!r} becomes {other!r}"
-                    for one, other in zip(old, new, strict=False)
-                    if one != other
+                    f"{wrote!r} becomes {read!r}"
+                    for wrote, read in zip(old, new, strict=False)
+                    if wrote != read
                 ),
                 "a part is lost",
             )
-            return f"git would not read its {what} back from a mail: {changed}"
+            return f"git would not read its {part} back from a mail: {changed}"
     return None
 
 
 def _fault(commit: Commit) -> str | None:
-    """Why a commit cannot be a patch, as far as its own words tell."""
+    """Return why a commit cannot be a patch, judged by its parents and message, or None."""
     if len(commit.parents) > 1:
-        return "it is a merge; rebase what it brings: git rebase makes a line of commits of it"
-    if why := unfit(commit.message):
-        return why
+        return "it is a merge; git rebase turns it into a line of commits"
+    if reason := unfit(commit.message):
+        return reason
     status = status_of(commit.message)
     if status is None:
-        return (
-            f"its message lacks the line `{TRAILER}: Pending`, or what else is true of:"
-            f" {VOCABULARY}"
-        )
+        return f"its message lacks the line `{TRAILER}: Pending`, or another of: {VOCABULARY}"
     return None if is_status(status) else f"its line `{TRAILER}: {status}` is none of: {VOCABULARY}"
 
 
-def _nameless(slug: str, taken: Sequence[str]) -> str | None:
-    """Why a subject gives no name for a file of the series."""
+def _name_fault(slug: str, taken: Sequence[str]) -> str | None:
+    """Return why a subject gives no file name for the series, or None."""
     if not _SLUG.fullmatch(slug):
         return (
-            f"its subject gives the file name {slug + '.patch'!r}; it needs one that begins with a"
-            " letter or digit of ASCII"
+            f"its subject gives the file name {slug + '.patch'!r}; a name must begin with an ASCII"
+            " letter or digit"
         )
     if len(slug) + len(".patch") > _LONGEST_NAME:
         return f"its subject is too long for a file name of {_LONGEST_NAME} letters"
     return (
-        f"another patch is called {slug}.patch already; it needs a better subject"
+        f"another patch is named {slug}.patch already; it needs a better subject"
         if slug in taken
         else None
     )
 
 
 def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]) -> None:
-    """Raise Unfit for commits that cannot be patches, each with the reason why not."""
+    """Raise Unfit for commits that cannot be patches, each with its reason; return if none."""
     if not faults:
         return
     sentences = [
         f"commit {commit.oid[:12]} ({commit.message.split(chr(10))[0][:60]}) cannot be a patch:"
-        f" {why}"
-        for commit, why in faults
+        f" {reason}"
+        for commit, reason in faults
     ]
     more = f"; {len(faults) - 1} more" if len(faults) > 1 else ""
     start = BASE_REF if git.resolve(BASE_REF) == base else base[:12]
-    merge = any(len(commit.parents) > 1 for commit, _ in faults)
+    has_merge = any(len(commit.parents) > 1 for commit, _ in faults)
     hint = (
         f"git -C {shown} rebase {start}"
-        if merge
+        if has_merge
         else f"git -C {shown} rebase -i {start}    and `reword`, `edit` or `drop` there"
     )
     raise Unfit(

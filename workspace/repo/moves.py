@@ -1,10 +1,8 @@
-"""A move of a checkout from one commit to another, which a run that is killed leaves begun and the
-next one finishes; and an act of git's own, such as an `am` in the checkout, which the next run
-takes back.
+"""Moves of a checkout between commits, git operations in it, and the recovery after a kill.
 
-Either is written down before the first file is touched. Only then may a file that is missing or cut
-short be one of a killed move, and only one that differs between the two commits: every other is the
-user's.
+Both are recorded before the first file is touched. The next run finishes a move, and undoes a git
+operation. Only with such a record may a missing or truncated file come from a killed move, and only
+if it differs between the two commits: every other file is the user's.
 """
 
 import contextlib
@@ -24,8 +22,8 @@ from workspace.repo.git import Git, checkpoint, command
 from workspace.repo.git.command import Entries, split
 from workspace.repo.series import LEFT_REF, Attempt
 
-# Path to `blob oid, mtime in ns`, the newest last: going to and fro between two stacks needs two,
-# and more are seldom met again.
+# Path to `blob oid, mtime in ns`, the newest last. A switch between two stacks needs two entries;
+# older ones are rarely used again.
 Memory = Mapping[str, Sequence[tuple[str, int]]]
 _KEPT = 4
 # Paths on one command line; the kernel takes 2 MiB (execve(2)).
@@ -33,9 +31,7 @@ _AT_ONCE = 5000
 
 
 def move_with_times(git: Git, commit: str, *, memory: Path, run_log: RunLog) -> None:
-    """Move the checkout as Git.move_to does; each file whose content was there before gets the time
-    back that it had with it.
-    """
+    """Move the checkout as Git.move_to does; restore the modification times of known contents."""
     known = read_times(memory, git.path)
     remember_times(
         git,
@@ -47,8 +43,9 @@ def move_with_times(git: Git, commit: str, *, memory: Path, run_log: RunLog) -> 
 
 
 def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
-    """Write down content and time of the files that are about to be rewritten. Where that cannot be
-    written, no time comes back.
+    """Record content and time of the files that will be rewritten.
+
+    If the record cannot be written, no time is restored.
     """
     known = {path: list(seen) for path, seen in read_times(memory, git.path).items()}
     for path, entry in _entries(git, paths).items():
@@ -62,25 +59,24 @@ def remember_times(git: Git, paths: Iterable[str], *, memory: Path) -> None:
 
 
 def restore_times(git: Git, known: Memory) -> None:
-    """Give each remembered file that has a remembered content the time it had with it; all others
-    keep theirs.
-    """
+    """Set the recorded time of each file that has a recorded content; keep all other times."""
     is_changed = False
     for path, entry in (_entries(git, known) if known else {}).items():
         file, mtime = git.path / path, dict(known[path]).get(entry.split()[1])
         if mtime is not None and _mtime(file) not in (None, mtime):
-            # Without it the file is compiled anew, and that is all.
+            # Without it the file is only compiled again.
             with contextlib.suppress(OSError):
                 os.utime(file, ns=(file.stat().st_atime_ns, mtime))
                 is_changed = True
     if is_changed:
-        # Or every look would have to read these files.
+        # Otherwise each status query would read these files.
         git.write("update-index", "--refresh", check=False)
 
 
 def forget_times(layout: Layout, project: str) -> None:
-    """Drop the memory: a compiler is about to run. Raises ToolchainError where it cannot be
-    dropped, for then none must.
+    """Delete the recorded times, because a compiler will run. Raises ToolchainError.
+
+    After a build, no old time may be restored.
     """
     memory = layout.times(project)
     try:
@@ -92,8 +88,9 @@ def forget_times(layout: Layout, project: str) -> None:
 
 
 def read_times(memory: Path, checkout: Path) -> Memory:
-    """What is remembered of the files in `checkout`; nothing where the memory is damaged, or where
-    ninja ran there since it was written.
+    """Return the recorded times of the files in `checkout`.
+
+    Return nothing where the record is damaged, or where ninja ran there after it was written.
     """
     try:
         written = memory.stat().st_mtime_ns
@@ -113,7 +110,7 @@ def read_times(memory: Path, checkout: Path) -> Memory:
 
 
 def _entries(git: Git, paths: Iterable[str]) -> Entries:
-    """`mode oid` of the working content of those of the paths that are plain files."""
+    """Return `mode oid` of the working content of those paths that are plain files."""
     wanted = set(paths)
     if not wanted:
         return {}
@@ -131,13 +128,13 @@ def _mtime(file: Path) -> int | None:
 
 
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
-    """Move the checkout to a commit, as Git.move_to does, with content-true times."""
+    """Move the checkout to a commit, as Git.move_to does, and restore modification times."""
     note = layout.moving(project)
     write_atomic(note, json.dumps({"from": git.head(), "to": target}).encode())
     try:
         move_with_times(git, target, memory=layout.times(project), run_log=run_log)
     except CheckoutError:
-        # Refused before any file was touched: nobody must finish it over what is in its way.
+        # Refused before any file was touched: the next run must not finish it.
         note.unlink(missing_ok=True)
         raise
     note.unlink(missing_ok=True)
@@ -147,10 +144,9 @@ def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog
 def attempt(
     layout: Layout, project: str, git: Git, tried: Attempt, *, run_log: RunLog
 ) -> Iterator[None]:
-    """Let git itself act on the checkout in the block, and sync. Where that is killed, interrupted
-    or has no room, `finish` takes it back.
+    """Run a git operation in the block and sync; `finish` undoes it after a kill or on a full disk.
 
-    Raises ToolchainError where it cannot be written down; git has not begun then.
+    Raises ToolchainError where the record cannot be written; git has not begun then.
     """
     note, point = layout.moving(project), _point(layout, project)
     shutil.rmtree(point, ignore_errors=True)
@@ -158,12 +154,13 @@ def attempt(
         (folder / "point").mkdir()
         checkpoint.keep(git, folder / "point")
         files.put_in_place(folder / "point", point)
-        write_atomic(note, json.dumps({"what": tried.what, "again": tried.again}).encode())
-    run_log.write(f"{tried.what} in {git.path} begins")
+        record = {"what": tried.operation, "again": tried.retry}
+        write_atomic(note, json.dumps(record).encode())
+    run_log.write(f"{tried.operation} in {git.path} begins")
     try:
         yield
     except WorkspaceError as exc:
-        # On a full disk git ends anywhere.
+        # On a full disk git may end at any point.
         if not isinstance(exc, ToolchainError):
             _forget(note, point)
         raise
@@ -171,7 +168,7 @@ def attempt(
 
 
 def attempted(layout: Layout, project: str) -> Attempt | None:
-    """The act of git's own that waits to be taken back, or None."""
+    """Return the git operation that `finish` will undo, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(read_regular(layout.moving(project)))
         return Attempt(str(record["what"]), str(record["again"]))
@@ -179,23 +176,22 @@ def attempted(layout: Layout, project: str) -> Attempt | None:
 
 
 def is_begun(layout: Layout, project: str) -> bool:
+    """Return whether a move or a git operation was begun and not finished."""
     return layout.moving(project).exists()
 
 
 def finish(
     layout: Layout, project: str, git: Git, *, run_log: RunLog, shown: str | None = None
 ) -> bool:
-    """Finish a move that a killed run began, or take back what git did. False, and no file touched,
-    where there is none, or where it may be the user's.
+    """Finish a move that a killed run began, or undo a git operation.
 
-    A move leaves HEAD where it was and each file that differs as the one or the other commit has
-    it, or begun; perhaps an index.lock.
+    Return False, with no file touched, where there is neither, or where the changes may be the
+    user's. A killed move leaves HEAD unmoved, each differing file as one of the two commits has it,
+    or begun, and perhaps an index.lock.
     """
     note = layout.moving(project)
     if tried := attempted(layout, project):
-        is_done = _take_back(
-            layout, project, git, tried, shown or layout.relative(git.path), run_log
-        )
+        is_done = _undo(layout, project, git, tried, shown or layout.relative(git.path), run_log)
         _forget(note, _point(layout, project))
         return is_done
     try:
@@ -209,7 +205,7 @@ def finish(
         and len(git.present((source, target))) == len({source, target})
     )
     is_done = is_done and _finish(layout, project, git, source, target, run_log)
-    # What lies there is finished, or the user's from now on.
+    # The files are finished, or the user's from now on.
     _forget(note, _point(layout, project))
     return is_done
 
@@ -219,39 +215,38 @@ def _point(layout: Layout, project: str) -> Path:
 
 
 def _forget(note: Path, point: Path) -> None:
-    """Remove a note and what belongs to it, in such an order that no power cut brings back one that
-    counts.
-    """
+    """Remove a record and its checkpoint; the order leaves no valid record after a power cut."""
     if point.exists():
         write_atomic(note, b"{}")
         shutil.rmtree(point, ignore_errors=True)
     note.unlink(missing_ok=True)
 
 
-def _take_back(
+def _undo(
     layout: Layout, project: str, git: Git, tried: Attempt, shown: str, run_log: RunLog
 ) -> bool:
+    """Restore the checkpoint of a git operation; keep later content as LEFT_REF and report it."""
     known = read_times(layout.times(project), git.path)
     before = git.resolve(LEFT_REF)
     done = checkpoint.restore(
         git,
         _point(layout, project),
         ref=LEFT_REF,
-        message=f"What lay in {shown} when {tried.what} was ended",
+        message=f"Content of {shown} when {tried.operation} was interrupted",
     )
     kept = (
-        f"; what lay there is kept: git -C {shown} show {LEFT_REF}"
+        f"; the content is kept: git -C {shown} show {LEFT_REF}"
         if git.resolve(LEFT_REF) != before
         else ""
     )
     if not done:
         run_log.console.warn(
-            f"{tried.what} in {shown} was ended in the middle, and something else has gone on from"
-            f" there{kept}"
+            f"{tried.operation} in {shown} was interrupted, and another program has changed the"
+            f" checkout since{kept}"
         )
         return False
     restore_times(git, known)
-    run_log.console.info(f"{tried.what} in {shown} was ended in the middle and is taken back{kept}")
+    run_log.console.info(f"{tried.operation} in {shown} was interrupted and is undone{kept}")
     return True
 
 
@@ -264,7 +259,7 @@ def _finish(
     )
     now = git.entries((), None)
     changed = [path for path in touched if now.get(path) != after.get(path)]
-    # What git ignores is in no listing: a file of the user's may lie where a new one is to come.
+    # An ignored file is in no listing: a file of the user may have the path of a new file.
     if not all(
         (path in now and now[path] == before.get(path)) or _is_begun(git, path, after.get(path))
         for path in changed
@@ -274,15 +269,15 @@ def _finish(
     known = read_times(layout.times(project), git.path)
     command.remove_at_top(git.path_of("index").parent, git.path)
     git.read_index(target)
-    for gone in (path for path in changed if path not in after):
-        (git.path / gone).unlink(missing_ok=True)
+    for removed in (path for path in changed if path not in after):
+        (git.path / removed).unlink(missing_ok=True)
     _remove_empty(
         git.path,
         {folder for path in touched if path not in after for folder in Path(path).parents[:-1]},
     )
     if written := [path for path in changed if path in after]:
         git.write_files(*written)
-    # The index was read anew: without it every look would read all files.
+    # The index is new: without a refresh each status query would read all files.
     git.write("update-index", "-q", "--refresh", check=False)
     restore_times(git, known)
     # As in Git.move_to: the files are on the disk before HEAD names them.
@@ -292,15 +287,16 @@ def _finish(
 
 
 def _remove_empty(top: Path, folders: Collection[Path]) -> None:
-    """Remove the folders that hold nothing any more, as git does once it comes to its end."""
+    """Remove folders that are now empty, as git does at the end of a move."""
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
         with contextlib.suppress(OSError):
             (top / folder).rmdir()
 
 
 def _is_begun(git: Git, path: str, entry: str | None) -> bool:
-    """Whether the file is gone, as git removes it before it writes it, or holds the first bytes of
-    what it is to become.
+    """Return whether git began to write the file.
+
+    The file is then missing, or holds the start of its new content.
     """
     file = git.path / path
     if not os.path.lexists(file):

@@ -1,6 +1,4 @@
-"""The stack patch by patch, as `inv patch` shows it, and what moved the checkout behind the stack's
-back.
-"""
+"""The stack patch by patch (`inv patch`), moves by other programs, and `inv patch.continue`."""
 
 import contextlib
 import dataclasses
@@ -18,7 +16,7 @@ from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins, series
 from workspace.repo.checkout import Checkout
-from workspace.repo.git import Git, am, repository, worktree
+from workspace.repo.git import Git, am, command, repository, worktree
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Applied
 from workspace.repo.git.command import first_line
@@ -31,11 +29,11 @@ _SHOWN_FILES = 3
 
 @dataclass(frozen=True)
 class Row:
-    """The stack, or one patch of it: applied, pending, changed since it was exported, or
-    unexported, a commit without a patch file.
+    """The stack, or one patch or commit of it.
 
-    `name` is the patch file, the commit, or `stack`; `status` the text of Upstream-Status. The
-    stack's `files` are those with edits.
+    `state` of a patch: applied, pending, changed since it was exported, or unexported (a commit
+    without a patch file). `name` is the patch file, the commit, or `stack`; `status` the text of
+    Upstream-Status. The `files` of the stack are those with edits.
     """
 
     state: str
@@ -46,8 +44,9 @@ class Row:
 
 
 def rows(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> tuple[Row, ...]:
-    """Look at the stack, then at each patch in the order of the series, then at commits that are no
-    patches. Raises what patches.observe raises.
+    """Return the rows of the stack, of each patch in order, and of commits that are no patches.
+
+    Raises what patches.observe raises.
     """
     return _rows(layout, project, pin, checkout, patches.observe(layout, project, pin, checkout))
 
@@ -55,52 +54,45 @@ def rows(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> tuple[Ro
 def show(
     layout: Layout, settings: Settings, project: str, *, console: Console, as_json: bool = False
 ) -> None:
-    """Print one row for the stack, one a patch, and the next command; as JSON on stdout where a
-    program asks.
-    """
+    """Print a row for the stack, a row for each patch, and the next command; or all as JSON."""
     pinned = pins.load(layout.pins)
     pin = pinned.triton if project == "triton" else pinned.vllm
     checkout = checkouts.observe(layout, pin)
     stack = patches.observe(layout, project, pin, checkout)
-    table, following = (
-        _rows(layout, project, pin, checkout, stack),
+    table = _rows(layout, project, pin, checkout, stack)
+    sentence = moved(layout, project, pin, checkout, stack) or ""
+    # The way back has priority over the next step.
+    following = next(
+        (
+            sentence.split(label, 1)[1]
+            for label in ("; back: ", "; to follow: ")
+            if label in sentence
+        ),
         next_command(layout, pin, stack),
     )
-    sentence = moved(layout, project, pin, checkout, stack) or ""
-    # The way back goes before the way on.
-    following = next(
-        (sentence.split(mark, 1)[1] for mark in ("; back: ", "; to follow: ") if mark in sentence),
-        following,
-    )
     if as_json:
-        console.data(
-            json.dumps(
-                {
-                    "schema": 1,
-                    "rows": [dataclasses.asdict(row) for row in table],
-                    "next": following,
-                },
-                indent=1,
-            )
-        )
+        entries = [dataclasses.asdict(row) for row in table]
+        console.data(json.dumps({"schema": 1, "rows": entries, "next": following}, indent=1))
         return
     for row in table:
-        files = ", ".join(row.files[:_SHOWN_FILES]) + (
-            f" and {len(row.files) - _SHOWN_FILES} more" if len(row.files) > _SHOWN_FILES else ""
-        )
-        if row.name == "stack":
-            told = [row.subject, *([f"edits: {files}"] if files else [])]
-        else:
-            told = [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
-        console.info(f"{row.state:<{_WIDTH}}{'  '.join(told)}")
+        console.info(f"{row.state:<{_WIDTH}}{'  '.join(_columns(row))}")
     console.info(f"next: {following}")
 
 
+def _columns(row: Row) -> list[str]:
+    files = ", ".join(row.files[:_SHOWN_FILES]) + (
+        f" and {len(row.files) - _SHOWN_FILES} more" if len(row.files) > _SHOWN_FILES else ""
+    )
+    if row.name == "stack":
+        return [row.subject, *([f"edits: {files}"] if files else [])]
+    return [row.subject, row.status or "no Upstream-Status", *([files] if files else [])]
+
+
 def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
-    """What to type next."""
+    """Return the command line to type next."""
     path = checkouts.folder_of(layout, pin)
     if stack.state is State.APPLIED:
-        return f"nothing is due; after commits in {layout.relative(path)}: {series.EXPORT}"
+        return f"nothing to do; after commits in {layout.relative(path)}: {series.EXPORT}"
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
         return patches.APPLY if stack.state is State.UNAPPLIED else series.EXPORT
     return (
@@ -110,8 +102,9 @@ def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
 
 
 def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> str | None:
-    """Say what has moved the checkout or the pin other than by a verb of the workspace, and the way
-    back; None where nothing has.
+    """Return what another program moved, checkout or pin, and the command back; None if nothing.
+
+    A move by a verb of the workspace does not count.
     """
     path = checkouts.folder_of(layout, pin)
     shown, git = layout.relative(path), Git(path)
@@ -119,7 +112,7 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
         return None
     outer = checkouts.superproject(layout)
     link = outer.gitlink(shown) if outer else None
-    # Of a pin that is known by its archive alone upstream has no commit for the gitlink.
+    # Upstream's commit is unknown for a pin from an archive alone, so no gitlink can name it.
     is_archives = pin.archive is not None and pin.archive.commit == pin.commit
     if link and link.commit != pin.commit and not is_archives:
         return (
@@ -135,31 +128,32 @@ def moved(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Sta
             f" {pin.commit[:12]}"
         )
         return (
-            f"{shown} is at {checkout.head[:12]} and lacks {pin.tag}: the pin moved, as by git"
-            f" pull, and the checkout did not; to follow: {way}"
+            f"{shown} is at {checkout.head[:12]} and lacks {pin.tag}: the pin moved, for example by"
+            f" git pull, and the checkout did not; to follow: {way}"
         )
     if tip is None or git.is_ancestor(tip, checkout.head):
-        return _pin_moved(git, shown, checkout.head, checkout.base, base, tip, stack)
+        return _pin_moved(git, shown, base, tip, stack)
     return _head_moved(git, shown, checkout.head, checkout.base, tip, stack)
 
 
-def _pin_moved(
-    git: Git, shown: str, head: str, base: str, old: str | None, tip: str | None, stack: Stack
-) -> str | None:
+def _pin_moved(git: Git, shown: str, old: str | None, tip: str | None, stack: Stack) -> str | None:
+    """Return the sentence for a stack on the former pin `old`, or None."""
+    base = stack.base or ""
     if stack.state is not State.FOREIGN or old in (None, base):
         return None
-    keep = "" if tip == head else series.keeping_hint(shown, git, head)
+    keep = "" if tip == stack.head else series.keeping_hint(shown, git, stack.head)
     way = f"{keep}git -C {shown} checkout --detach {base[:12]} && {patches.APPLY}"
     return (
-        f"{shown} stands on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, as by git"
-        f" pull, and the checkout did not; to follow: {way}"
+        f"{shown} is based on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, for example"
+        f" by git pull, and the checkout did not; to follow: {way}"
     )
 
 
 def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Stack) -> str | None:
+    """Return the sentence for a HEAD that another program moved away from the stack, or None."""
     move = repository.last_move(git)
-    # A rebase or a commit is the user's work on the stack, as is a reset within it;
-    # submodule.recurse says nothing of itself.
+    # A rebase or a commit is the user's work on the stack, as is a reset within it. A move by
+    # submodule.recurse has no message.
     others = ("checkout:",) if stack.state is State.UNEXPORTED else ("checkout:", "reset:")
     if move is None or move.is_ours or (move.message and not move.message.startswith(others)):
         return None
@@ -183,7 +177,7 @@ def _head_moved(git: Git, shown: str, head: str, base: str, tip: str, stack: Sta
         else f"git -C {shown} checkout {TIP_REF if lost == tip else lost[:12]}"
     )
     return (
-        f"something else moved {shown} from the stack to {head[:12]}"
+        f"another program moved {shown} from the stack to {head[:12]}"
         f" ({move.message or 'submodule.recurse'}); its commits are at {lost[:12]}; back: {way}"
     )
 
@@ -222,10 +216,10 @@ def _row(state: str, name: str, content: bytes) -> Row:
 def _commits(
     layout: Layout, pin: Pin, checkout: Checkout, stack: Stack
 ) -> dict[str, tuple[str, bytes | None]]:
-    """The commits of the stack by the name that each would have as a patch: OID and mail, None
-    where git cannot make one of each.
+    """Return the commits of an unexported stack: OID and mail, by the name of the future patch.
 
-    Of an applied stack they are known without looking: it has the tree of the series.
+    The mail is None where git cannot make one of each commit. An applied stack needs no query: it
+    has the tree of the series.
     """
     if (
         checkout.base is None
@@ -250,15 +244,15 @@ def _commits(
 
 
 def _waiting(layout: Layout, pin: Pin, stack: Stack) -> str:
-    if stack.ended:
-        return f"{stack.ended.what} was ended in the middle"
+    if stack.interrupted:
+        return f"{stack.interrupted.operation} was interrupted"
     return f"it waits in the middle of git {Git(checkouts.folder_of(layout, pin)).under_way()}"
 
 
 def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack: Stack) -> Row:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
     place = f"{layout.relative(checkouts.folder_of(layout, pin))}, {checkout.detail}"
-    said = {
+    details = {
         State.APPLIED: f"tree {(stack.tree or '')[:12]}",
         State.UNEXPORTED: "its commits and the series differ",
         State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
@@ -266,7 +260,7 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
     }
     parts = [
         f"{count} for {place}",
-        said.get(stack.state, ""),
+        details.get(stack.state, ""),
         moved(layout, project, pin, checkout, stack) or "",
     ]
     return Row(
@@ -280,40 +274,23 @@ How = Literal["continue", "skip", "abort"]
 def resume(
     layout: Layout, project: str, pin: Pin, checkout: Checkout, *, how: How, run_log: RunLog
 ) -> Stack:
-    """Continue, skip or abort whatever is under way in the checkout, and look at the stack that
-    came of it.
+    """Continue, skip or abort the git operation in the checkout, and return the new stack.
 
-    Raises CheckoutError where nothing is under way, or git refuses; PatchConflict where it stops at
-    a conflict, old or new.
+    Raises CheckoutError where no operation is under way, or git refuses; PatchConflict where it
+    stops at a conflict, old or new.
     """
     path = checkouts.folder_of(layout, pin)
     if checkout.head is None:
         raise CheckoutError(
-            f"{layout.relative(path)} is {checkout.detail}, so nothing is under way there",
+            f"{layout.relative(path)} is {checkout.detail}, so no operation is under way there",
             hint="./scripts/inv bootstrap",
         )
     git, known = Git(path), moves.read_times(layout.times(project), path)
-    names: tuple[str, ...] = ()
-    try:
-        names = tuple(
-            f"patches/{project}/{name}"
-            for name in series.read_series(layout.patches(project), pin=pin.commit).names
-        )
-    except WorkspaceError:
-        # Whatever is wrong with the series, what is under way can be ended.
-        run_log.write("the series cannot be read, so patches are named by their subjects")
-    again = (
-        series.CONTINUE
-        + ("" if how == "continue" else f" --{how}")
-        + ("" if project == "vllm" else f" --project {project}")
-    )
+    names = _patch_names(layout, project, pin, run_log)
     with contextlib.ExitStack() as held:
-        if verb := git.under_way():
-            held.enter_context(
-                moves.attempt(
-                    layout, project, git, Attempt(f"git {verb} --{how}", again), run_log=run_log
-                )
-            )
+        if operation := git.under_way():
+            tried = Attempt(f"git {operation} --{how}", _retry(project, how))
+            held.enter_context(moves.attempt(layout, project, git, tried, run_log=run_log))
         resume_in(
             git,
             base=checkout.base or checkout.head,
@@ -324,12 +301,31 @@ def resume(
         )
     moves.restore_times(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
-    # What was resolved otherwise than the series has it is named by the export that is due, which
-    # would else take the patch for the newer one.
+    # If the resolution differs from the series, the references mark the commits as older than the
+    # patches, so that the next export takes the commits.
     if stack.state is State.APPLIED and stack.base and stack.head and stack.head != stack.base:
         git.set_ref(TIP_REF, stack.head)
         git.set_ref(BASE_REF, stack.base)
     return stack
+
+
+def _patch_names(layout: Layout, project: str, pin: Pin, run_log: RunLog) -> tuple[str, ...]:
+    """Return the patch files of the series for messages, or none for a broken series."""
+    try:
+        found = series.read_series(layout.patches(project), pin=pin.commit)
+    except WorkspaceError:
+        # An operation can be finished even if the series is broken.
+        run_log.write("the series cannot be read, so patches are named by their subjects")
+        return ()
+    return tuple(f"patches/{project}/{name}" for name in found.names)
+
+
+def _retry(project: str, how: How) -> str:
+    return (
+        series.CONTINUE
+        + ("" if how == "continue" else f" --{how}")
+        + ("" if project == "vllm" else f" --project {project}")
+    )
 
 
 def resume_in(
@@ -341,138 +337,149 @@ def resume_in(
     names: Sequence[str] = (),
     shown: str | None = None,
 ) -> str | None:
-    """Go on in any working tree, and return HEAD, or None after an abort. `names` are the patches'
-    files, `base` what they are put on.
+    """Continue, skip or abort in any working tree; return HEAD, or None after an abort.
 
-    What has stopped for the user's edit, as a rebase does that was told to, still is under way
-    afterwards. Raises CheckoutError where nothing is under way, or git refuses; PatchConflict where
-    it stops at a conflict, old or new.
+    `names` are the files of the patches, `base` is the commit that they are applied to. An
+    operation that stops for an edit by the user, such as `edit` in a rebase, stays under way.
+    Raises CheckoutError where no operation is under way, or git refuses; PatchConflict where it
+    stops at a conflict, old or new.
     """
     shown = shown or str(git.path)
-    verb = git.under_way()
-    if verb is None:
-        raise CheckoutError(
-            f"nothing is under way in {shown}: no am, rebase, merge, cherry-pick or revert",
-            hint="./scripts/inv patch",
-        )
-    if verb == "merge" and how == "skip":
-        raise CheckoutError(
-            f"{shown} is in the middle of a merge, of which nothing can be skipped",
-            hint=f"{series.CONTINUE}    or --abort",
-        )
+    operation = _operation(git, how, shown)
     if how == "continue":
-        _require_resolved(git, verb, base, names, shown)
+        _require_resolved(git, operation, base, names, shown)
     else:
-        # Each leads to the one before it, so that a second --skip does not lose what was kept at
-        # the first.
-        git.set_ref(
-            LEFT_REF,
-            worktree.snapshot(
-                git, f"What lay in {shown} before git {verb} --{how}", after=git.resolve(LEFT_REF)
-            ),
-        )
-        run_log.console.info(f"what lay in {shown} is kept: git -C {shown} show {LEFT_REF}")
-        if verb == "am":
-            am.drop_begun(git)
-    # Neither the dates nor the committer of an am are remembered over a conflict. In a revert or
-    # merge the user is the author.
-    dates = ("--committer-date-is-author-date",) if verb == "am" and how != "abort" else ()
-    author = am.user(git) if verb in ("merge", "revert") else {}
+        _keep_content(git, operation, how, shown, run_log)
     before = am.position(git)
-    answer = git.write(verb, *dates, f"--{how}", env=author, check=False, run_log=run_log)
-    # git syncs the commits that it makes, and not the files.
+    answer = _run(git, operation, how, run_log)
+    # git syncs the commits that it makes, but not the files.
     os.sync()
-    waits = git.under_way()
-    if waits is None and answer.status == 0:
+    waiting = git.under_way()
+    if waiting is None and answer.status == 0:
         if how != "abort":
             return git.head()
         if before:
             am.rewind(git, run_log=run_log)
         return None
     unmerged = am.unmerged(git)
-    if waits == "am" and (there := am.position(git)) and (there != before or unmerged):
-        raise _stopped(git, there, base, names, shown)
+    if waiting == "am" and (stopped := am.position(git)) and (stopped != before or unmerged):
+        raise _stopped(git, stopped, base, names, shown)
     if unmerged:
-        raise _unresolved(unmerged, waits or verb, shown)
+        raise _unresolved(unmerged, waiting or operation, shown)
     if answer.status != 0:
         raise CheckoutError(
-            f"git {verb} --{how} in {shown}:"
+            f"git {operation} --{how} in {shown}:"
             f" {first_line(answer.err) or f'exited with {answer.status}'}",
-            hint=_ways(waits or verb),
+            hint=_ways(waiting or operation),
         )
     return git.head()
 
 
-def _require_resolved(git: Git, verb: str, base: str, names: Sequence[str], shown: str) -> None:
-    """Raise where git would refuse to continue, or would continue without what the user meant to be
-    in it.
-    """
+def _operation(git: Git, how: How, shown: str) -> str:
+    """Return the operation that is under way. Raises CheckoutError for none, or a merge to skip."""
+    operation = git.under_way()
+    if operation is None:
+        raise CheckoutError(
+            f"no am, rebase, merge, cherry-pick or revert is under way in {shown}",
+            hint="./scripts/inv patch",
+        )
+    if operation == "merge" and how == "skip":
+        raise CheckoutError(
+            f"{shown} is in the middle of a merge, which has no step to skip",
+            hint=f"{series.CONTINUE}    or --abort",
+        )
+    return operation
+
+
+def _run(git: Git, operation: str, how: How, run_log: RunLog) -> command.Answer:
+    """Let git continue, skip or abort, with the dates and the author of the first attempt."""
+    # An `am` loses dates and committer at a conflict. In a revert or merge the user is the author.
+    is_dated = operation == "am" and how != "abort"
+    dates = ("--committer-date-is-author-date",) if is_dated else ()
+    author = am.user(git) if operation in ("merge", "revert") else {}
+    return git.write(operation, *dates, f"--{how}", env=author, check=False, run_log=run_log)
+
+
+def _keep_content(git: Git, operation: str, how: How, shown: str, run_log: RunLog) -> None:
+    """Keep the working content under LEFT_REF before git drops it."""
+    # Each snapshot leads to the one before, so that a second --skip does not lose the first.
+    message = f"Content of {shown} before git {operation} --{how}"
+    kept = worktree.snapshot(git, message, after=git.resolve(LEFT_REF))
+    git.set_ref(LEFT_REF, kept)
+    run_log.console.info(f"the content of {shown} is kept: git -C {shown} show {LEFT_REF}")
+    if operation == "am":
+        am.drop_begun(git)
+
+
+def _require_resolved(
+    git: Git, operation: str, base: str, names: Sequence[str], shown: str
+) -> None:
+    """Raise where git would refuse to continue, or would leave out edits that the user made."""
     if unmerged := am.unmerged(git):
-        raise _unresolved(unmerged, verb, shown)
-    if verb != "am" or am.staged(git) or (there := am.position(git)) is None:
+        raise _unresolved(unmerged, operation, shown)
+    if operation != "am" or am.staged(git) or (stopped := am.position(git)) is None:
         return
-    patch = _patch(there, names)
-    if not there.is_begun:
+    patch, place = _patch(stopped, names), f"patch {stopped.number} of {stopped.last}"
+    if not stopped.is_begun:
         raise PatchConflict(
-            f"the am in {shown} was ended before it came to patch {there.number} of {there.last}",
-            hint=f"{series.CONTINUE} --abort && ./scripts/inv patch.apply    begins anew",
+            f"the am in {shown} was interrupted before {place}",
+            hint=f"{series.CONTINUE} --abort && ./scripts/inv patch.apply    begins again",
         )
     if edits := git.edits():
         raise PatchConflict(
-            f"{shown} has edits ({', '.join(edits[:3])}) for patch {there.number} of {there.last},"
-            f" {patch}, that are not staged",
+            f"{shown} has edits ({', '.join(edits[:3])}) for {place}, {patch}, that are not staged",
             hint=(
-                f"git -C {shown} add --update && {series.CONTINUE}    or, to give up:"
+                f"git -C {shown} add --update && {series.CONTINUE}    or, to abort:"
                 f" {series.CONTINUE} --abort"
             ),
         )
     raise PatchConflict(
-        f"patch {there.number} of {there.last}, {patch}, changes nothing on {base[:12]} as {shown}"
-        " stands",
+        f"{place}, {patch}, changes nothing on {base[:12]} with the present content of {shown}",
         hint=(
-            f"{series.CONTINUE} --skip    where that is right; else edit, git -C {shown} add PATHS"
-            f" && {series.CONTINUE}; to give up: --abort"
+            f"{series.CONTINUE} --skip    if that is right; else edit, git -C {shown} add PATHS"
+            f" && {series.CONTINUE}; to abort: --abort"
         ),
     )
 
 
 def _stopped(
-    git: Git, there: am.Position, base: str, names: Sequence[str], shown: str
+    git: Git, stopped: am.Position, base: str, names: Sequence[str], shown: str
 ) -> PatchConflict:
     diff = git.path_of("rebase-apply/patch")
-    applied = Applied(
-        None, there.number, am.unmerged(git) or (git.patch_paths(diff) if diff.exists() else ())
-    )
+    conflicted = am.unmerged(git) or (git.patch_paths(diff) if diff.exists() else ())
     return series.sentence(
-        git, applied, count=there.last, patch=_patch(there, names), shown=shown, base=base
+        git,
+        Applied(None, stopped.number, conflicted),
+        count=stopped.last,
+        patch=_patch(stopped, names),
+        shown=shown,
+        base=base,
     )
 
 
-def _patch(there: am.Position, names: Sequence[str]) -> str:
-    """The file of a patch where it is one of ours, which are named by their subjects, else its
-    subject.
-    """
-    slug = mail.Mail(there.subject, "", "", "", None, b"").slug
+def _patch(stopped: am.Position, names: Sequence[str]) -> str:
+    """Return the file of a patch of the series, found by its subject, else the subject."""
+    slug = mail.Mail(stopped.subject, "", "", "", None, b"").slug
     return next(
-        (name for name in names if f"/{name}".endswith(f"/{slug}.patch")), f"“{there.subject}”"
+        (name for name in names if f"/{name}".endswith(f"/{slug}.patch")), f"“{stopped.subject}”"
     )
 
 
-def _unresolved(paths: Sequence[str], verb: str, shown: str) -> PatchConflict:
+def _unresolved(paths: Sequence[str], operation: str, shown: str) -> PatchConflict:
     return PatchConflict(
-        f"the {verb} in {shown} waits: {len(paths)}"
-        f" {'path has a conflict' if len(paths) == 1 else 'paths have conflicts'} left",
+        f"the {operation} in {shown} waits: {len(paths)}"
+        f" {'path has a conflict' if len(paths) == 1 else 'paths have conflicts'}",
         hint=(
             f"edit, then: git -C {shown} add {series.quoted(paths)} && {series.CONTINUE}    or"
-            f" {_ways(verb)}"
+            f" {_ways(operation)}"
         ),
         details=tuple(f"conflict in {path}" for path in paths),
     )
 
 
-def _ways(verb: str) -> str:
+def _ways(operation: str) -> str:
     return (
         f"{series.CONTINUE} --abort"
-        if verb == "merge"
+        if operation == "merge"
         else f"{series.CONTINUE} --skip    or {series.CONTINUE} --abort"
     )

@@ -1,19 +1,18 @@
-"""The stack of local patches on a pin: its state, decided from git alone, its application, and its
-taking off.
-"""
+"""The stack of local patches on a pin: its state, read from git alone, and its application."""
 
 import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core.errors import PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
+from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import moves, series
 from workspace.repo.checkout import Checkout, Kind
@@ -28,27 +27,53 @@ from workspace.repo.series import State as State
 APPLY, UNAPPLY = "./scripts/inv patch.apply", "./scripts/inv patch.unapply"
 
 
-def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack:
-    """Look at the stack; nothing in the checkout is written.
+@dataclass(frozen=True)
+class Session:
+    """A stack that a verb may change, under the workspace's lock."""
 
-    The expected tree is None where the series does not apply to the base.
-    Raises SettingsError and PatchDrift as series.read does.
+    layout: Layout
+    settings: Settings
+    project: str
+    pin: Pin
+    checkout: Checkout
+    run_log: RunLog
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A checkout and the patch files to apply to it."""
+
+    layout: Layout
+    project: str
+    git: Git
+    files: Sequence[Path]
+
+    @property
+    def place(self) -> Path:
+        return self.layout.state / f"{self.project}-stack"
+
+
+def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack:
+    """Return the stack; nothing in the checkout is written.
+
+    The expected tree is None where the series does not apply to the base. Raises SettingsError and
+    PatchDrift as series.read_series does.
     """
     wanted = series.read_series(layout.patches(project), pin=pin.commit)
     if checkout.base is None or checkout.head is None:
         state = State.MISSING if checkout.kind is Kind.MISSING else State.FOREIGN
         return Stack(state, checkout.base, checkout.head, None, None, wanted.names, ())
     git = Git(checkouts.folder_of(layout, pin))
-    ended = moves.attempted(layout, project)
-    verb, tree = git.operation_and_tree(checkout.head)
+    interrupted = moves.attempted(layout, project)
+    operation, tree = git.operation_and_tree(checkout.head)
     expected = _expected_tree(layout, project, git, checkout.base, wanted.names)
     dirty = git.edits()
     is_at_base = checkout.head == checkout.base
-    if verb or ended:
+    if operation or interrupted:
         state = State.IN_PROGRESS
     elif is_at_base:
-        # Patches that undo each other leave the tree of the base: on it they are only once their
-        # commits are there.
+        # Patches that undo each other give the tree of the base: they count as applied only if
+        # their commits exist.
         state = (
             State.APPLIED
             if tree == expected and not wanted.names
@@ -60,7 +85,9 @@ def observe(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> Stack
         state = State.APPLIED if tree == expected else State.UNEXPORTED
     else:
         state = State.FOREIGN
-    return Stack(state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, ended)
+    return Stack(
+        state, checkout.base, checkout.head, tree, expected, wanted.names, dirty, interrupted
+    )
 
 
 def apply(
@@ -72,23 +99,19 @@ def apply(
     run_log: RunLog,
     stop_at_conflict: bool = False,
 ) -> Stack:
-    """Put the whole series on its base, or nothing of it. An applied stack is left untouched.
+    """Apply the whole series to its base, or nothing of it. An applied stack is left untouched.
 
     With `stop_at_conflict` an `am` is left in the checkout where a patch does not apply, for
-    resume.go_on. Raises CheckoutError where the checkout is missing, dirty, foreign or in the
-    middle of something; PatchDrift where it holds commits that are no patches yet, or a patch
-    changes nothing; PatchConflict, with the patch and its paths, where one does not apply.
+    overview.resume. Raises CheckoutError where the checkout is missing, dirty, foreign or in the
+    middle of an operation; PatchDrift where it holds commits that are no patches yet, or a patch
+    changes nothing; PatchConflict, with the patch and its paths, where a patch does not apply.
     """
     path = checkouts.folder_of(layout, pin)
-    git, checkout = Git(path), _settled(layout, project, pin, checkout, run_log)
-    place, files = (
-        layout.state / f"{project}-stack",
-        [
-            layout.patches(project) / name
-            for name in series.read_series(layout.patches(project), pin=pin.commit).names
-        ],
-    )
-    stack, applied = _looked_and_tried(layout, project, pin, checkout, git, files, place)
+    git, checkout = Git(path), _finished(layout, project, pin, checkout, run_log)
+    folder = layout.patches(project)
+    names = series.read_series(folder, pin=pin.commit).names
+    work = _Work(layout, project, git, [folder / name for name in names])
+    stack, applied = _observe_and_try(work, pin, checkout)
     if stack.state is State.APPLIED:
         return stack
     if stack.state is not State.UNAPPLIED or stack.base is None:
@@ -99,10 +122,10 @@ def apply(
             verb=APPLY if stop_at_conflict else "./scripts/inv bootstrap",
         )
     if stop_at_conflict and stack.expected_tree is None:
-        _put_on_in_place(layout, project, git, stack, stack.base, files, run_log)
+        _apply_in_checkout(work, stack, stack.base, run_log)
     else:
         if applied.tip is None:
-            applied = am.applied(git, stack.base, files, place=place)
+            applied = am.applied(git, stack.base, work.files, place=work.place)
         if applied.tip is None:
             raise series.refused(project, stack.names[applied.position - 1], stack, applied)
         _check(project, git, stack, stack.base, applied.tip)
@@ -111,40 +134,33 @@ def apply(
     return observe(layout, project, pin, replace(checkout, head=git.head()))
 
 
-def _looked_and_tried(
-    layout: Layout,
-    project: str,
-    pin: Pin,
-    checkout: Checkout,
-    git: Git,
-    files: Sequence[Path],
-    place: Path,
-) -> tuple[Stack, am.Applied]:
-    """Look at the stack, and meanwhile make the commits of one that may have to be put on: most of
-    the time goes into that, on one core.
+def _observe_and_try(work: _Work, pin: Pin, checkout: Checkout) -> tuple[Stack, am.Applied]:
+    """Observe the stack, and meanwhile make the commits of a stack that may have to be applied.
 
-    The repository gets them only where the stack is to be put on.
+    The commits take most of the time, on one core. The repository gets them only if the stack is to
+    be applied.
     """
+    git = work.git
     decided: Future[bool] = Future()
     is_wanted = False
     with ThreadPoolExecutor(1) as pool:
         is_at_base = (
-            files and checkout.base and checkout.head == checkout.base and not git.under_way()
+            work.files and checkout.base and checkout.head == checkout.base and not git.under_way()
         )
         begun = (
             pool.submit(
                 am.applied_directly,
                 git,
                 checkout.base or "",
-                files,
-                place=place,
+                work.files,
+                place=work.place,
                 is_wanted=decided.result,
             )
             if is_at_base
             else None
         )
         try:
-            stack = observe(layout, project, pin, checkout)
+            stack = observe(work.layout, work.project, pin, checkout)
             is_wanted = stack.state is State.UNAPPLIED and stack.expected_tree is not None
             if stack.state is State.UNAPPLIED:
                 _keep_lost(git)
@@ -156,13 +172,13 @@ def _looked_and_tried(
 def unapply(
     layout: Layout, project: str, pin: Pin, checkout: Checkout, *, run_log: RunLog
 ) -> Stack:
-    """Go back to the base; the commits of the stack stay under refs/patches. Where HEAD is the base
-    nothing is touched.
+    """Return to the base; the commits of the stack stay under refs/patches.
 
-    Raises CheckoutError where the checkout is missing, dirty, foreign or in the middle of
-    something, and PatchDrift where it holds commits that are no patches yet.
+    Where HEAD is the base nothing is touched. Raises CheckoutError where the checkout is missing,
+    dirty, foreign or in the middle of an operation, and PatchDrift where it holds commits that are
+    no patches yet.
     """
-    stack = observe(layout, project, pin, _settled(layout, project, pin, checkout, run_log))
+    stack = observe(layout, project, pin, _finished(layout, project, pin, checkout, run_log))
     if stack.base and stack.head == stack.base and stack.state is not State.IN_PROGRESS:
         return stack
     path = checkouts.folder_of(layout, pin)
@@ -174,10 +190,10 @@ def unapply(
     return observe(layout, project, pin, checkouts.observe(layout, pin))
 
 
-def _settled(
+def _finished(
     layout: Layout, project: str, pin: Pin, checkout: Checkout, run_log: RunLog
 ) -> Checkout:
-    """The checkout, after a move that a killed run began has been finished."""
+    """Return the checkout, after a move that a killed run began is finished."""
     if moves.is_begun(layout, project) and moves.finish(
         layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log
     ):
@@ -185,35 +201,25 @@ def _settled(
     return checkout
 
 
-def _put_on_in_place(
-    layout: Layout,
-    project: str,
-    git: Git,
-    stack: Stack,
-    base: str,
-    files: Sequence[Path],
-    run_log: RunLog,
-) -> None:
-    """Put the series on in the checkout itself. Raises PatchConflict where the `am` stops, and
-    leaves it there.
-    """
-    known = moves.read_times(layout.times(project), git.path)
+def _apply_in_checkout(work: _Work, stack: Stack, base: str, run_log: RunLog) -> None:
+    """Apply the series in the checkout. Raises PatchConflict where the `am` stops, and leaves it."""
+    git, project = work.git, work.project
+    memory = work.layout.times(project)
+    known = moves.read_times(memory, git.path)
     moves.remember_times(
-        git,
-        (path for file in files for path in git.patch_paths(file)),
-        memory=layout.times(project),
+        git, (path for file in work.files for path in git.patch_paths(file)), memory=memory
     )
-    again = APPLY if project == "vllm" else f"{APPLY} --project {project}"
-    with moves.attempt(layout, project, git, Attempt("git am", again), run_log=run_log):
-        applied = am.start(git, files, run_log=run_log)
+    retry = APPLY if project == "vllm" else f"{APPLY} --project {project}"
+    with moves.attempt(work.layout, project, git, Attempt("git am", retry), run_log=run_log):
+        applied = am.start(git, work.files, run_log=run_log)
         if applied.tip is None:
             patch = f"patches/{project}/{stack.names[applied.position - 1]}"
             raise series.sentence(
                 git,
                 applied,
-                count=len(files),
+                count=len(work.files),
                 patch=patch,
-                shown=layout.relative(git.path),
+                shown=work.layout.relative(git.path),
                 base=base,
             )
         _keep(git, base, applied.tip)
@@ -222,14 +228,14 @@ def _put_on_in_place(
 
 
 def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
-    """Prove by their count and their tree that the commits are the series. Raises PatchDrift."""
+    """Prove by count and tree that the commits are those of the series. Raises PatchDrift."""
     made = git.slugs(base, tip)
     if len(made) != len(stack.names):
         lost = [name for name in stack.names if name.removesuffix(".patch") not in made]
         raise PatchDrift(
             f"{', '.join(lost) or 'a patch'} changes nothing on {base[:12]}: {len(made)} of"
             f" {len(stack.names)} patches make a commit",
-            hint=f"if upstream has it, take its line out of patches/{project}/series",
+            hint=f"if upstream has it, delete its line in patches/{project}/series",
         )
     if stack.expected_tree and git.tree(tip) != stack.expected_tree:
         raise PatchDrift(
@@ -240,11 +246,10 @@ def _check(project: str, git: Git, stack: Stack, base: str, tip: str) -> None:
 
 
 def _keep(git: Git, base: str, tip: str) -> None:
-    """Let references name the stack before anything moves, so that its commits are safe whenever
-    this run is killed.
+    """Make references name the stack before anything moves, so that a kill loses no commit.
 
-    A former stack that has commits of the user's own, and not those that `am` makes of patches,
-    gets a reference of its own.
+    A former stack with the user's own commits, not those that `am` makes of patches, gets its own
+    reference.
     """
     former = git.resolve(TIP_REF)
     if (
@@ -259,9 +264,7 @@ def _keep(git: Git, base: str, tip: str) -> None:
 
 
 def _keep_lost(git: Git) -> None:
-    """Give a reference to the commits that something else than a verb moved the checkout away from,
-    if they have none.
-    """
+    """Keep the commits under a reference if another program moved the checkout away from them."""
     move = repository.last_move(git)
     if (
         move
@@ -275,7 +278,7 @@ def _keep_lost(git: Git) -> None:
 def _expected_tree(
     layout: Layout, project: str, git: Git, base: str, names: Sequence[str]
 ) -> str | None:
-    """The tree of the base with all patches on it, remembered by base and content of the series."""
+    """Return the tree of the base with all patches, cached by base and content of the series."""
     files = [layout.patches(project) / name for name in names]
     digest = hashlib.sha256()
     for file in files:
@@ -293,7 +296,7 @@ def _expected_tree(
             return str(known["tree"])
     tree = git.tree_after(base, files)
     if tree is not None:
-        # Only a memory: where it cannot be written, it is worked out again.
+        # Only a cache: if it cannot be written, the tree is computed again.
         with contextlib.suppress(OSError):
             write_atomic(memory, json.dumps(key | {"tree": tree}).encode())
     return tree

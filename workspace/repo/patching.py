@@ -1,5 +1,6 @@
-"""The verbs on a patch stack, each under the workspace's lock and with a log of its own; the work
-itself is below, in source/.
+"""The verbs on a patch stack, each under the workspace's lock and with its own run log.
+
+The work itself is in patches, export, importing and overview; a patch as a branch is here.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import lock
-from workspace.core.console import Console
+from workspace.core.console import Console, Step
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -20,67 +21,64 @@ from workspace.core.errors import (
 from workspace.core.log import RunLog
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings
-from workspace.repo import checkout, mail, moves, pins
 from workspace.repo import checkout as checkouts
-from workspace.repo.checkout import Checkout, Kind
+from workspace.repo import mail, moves, patches, pins
+from workspace.repo.checkout import Kind
 from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
-from workspace.repo.patches import Stack, State
+from workspace.repo.patches import Session, Stack, State
 from workspace.repo.pins import Pin
 
 
-def put_on_upstream(
-    layout: Layout,
-    project: str,
-    pin: Pin,
-    settings: Settings,
-    name: str,
-    patch: str,
-    *,
-    run_log: RunLog,
-) -> Path:
-    """Make branch `name` with one patch, signed off by the user and without Upstream-Status, and
-    return its working tree.
+def put_on_upstream(session: Session, name: str, patch: str) -> Path:
+    """Make branch `name` with one patch on upstream's main, and return its working tree.
 
-    Raises SettingsError for a name, a patch or an identity that cannot be used; CheckoutError where
-    the branch is there already; SourceError where upstream's main cannot be had; PatchConflict and
-    PatchDrift where the patch does not apply or is upstream. Nothing is left then.
+    The commit is signed off by the user and has no Upstream-Status. Raises SettingsError for a
+    name, a patch or an identity that cannot be used; CheckoutError where the branch exists;
+    SourceError where upstream's main cannot be fetched; PatchConflict and PatchDrift where the
+    patch does not apply or is upstream. Nothing is left then.
     """
-    git = Git(checkouts.folder_of(layout, pin))
+    layout, checkout, run_log = session.layout, session.checkout, session.run_log
+    git = Git(checkouts.folder_of(layout, session.pin))
     shown, path = layout.relative(git.path), layout.state / "branches" / name
-    found = checkouts.observe(layout, pin)
-    if found.kind not in (Kind.GIT, Kind.RELEASE):
+    if checkout.kind not in (Kind.GIT, Kind.RELEASE):
         raise CheckoutError(
-            f"{shown} is {found.detail}; a branch needs the checkout of {pin.tag}",
+            f"{shown} is {checkout.detail}; a branch needs the checkout of {session.pin.tag}",
             hint="./scripts/inv bootstrap",
         )
-    file = _patch(layout, project, patch)
+    file = _patch(layout, session.project, patch)
     user = _user(git)
     _refuse_taken(layout, git, name, path, shown)
-    main = _main(layout, pin, settings, git, run_log)
+    main = _main(session, git)
     try:
         with run_log.console.step("working tree") as view:
-            url = checkouts.url_of(layout, pin, settings)
-            source = remotes.Remote(url, settings, run_log, checkouts.shown(view))
-            remotes.add_worktree(git, path, main, source)
-        commit = _on_main(layout, project, git, main, file)
-        message = mail.without_status(commit.message)
-        signature = f"Signed-off-by: {user[0]} <{user[1]}>"
-        message = (
-            message if signature in message.split("\n") else mail.with_trailer(message, signature)
-        )
-        remotes.create_branch(
-            Git(path),
-            name,
-            mails.recommitted(git, commit, main, message, committer=user),
-            run_log=run_log,
-        )
+            remotes.add_worktree(git, path, main, _remote(session, view))
+        commit = _on_main(layout, session.project, git, main, file)
+        signed = mails.recommitted(git, commit, main, _signed(commit, user), committer=user)
+        remotes.create_branch(Git(path), name, signed, run_log=run_log)
     except BaseException:
         worktree.forget(git, path)
         raise
-    _report_branch(layout, pin, name, path, shown, run_log)
+    _report_branch(session, name, path, shown)
     return path
+
+
+def _remote(session: Session, step: Step) -> remotes.Remote:
+    return remotes.Remote(
+        checkouts.url_of(session.layout, session.pin, session.settings),
+        session.settings,
+        session.run_log,
+        checkouts.shown(step),
+    )
+
+
+def _signed(commit: Commit, user: tuple[str, str]) -> str:
+    """Return the commit's message without Upstream-Status, signed off by the user once."""
+    message = mail.without_status(commit.message)
+    signature = f"Signed-off-by: {user[0]} <{user[1]}>"
+    is_signed = signature in message.split("\n")
+    return message if is_signed else mail.with_trailer(message, signature)
 
 
 def _patch(layout: Layout, project: str, patch: str) -> Path:
@@ -89,62 +87,62 @@ def _patch(layout: Layout, project: str, patch: str) -> Path:
     if not file.is_file():
         known = ", ".join(sorted(path.name for path in folder.glob("*.patch")))
         raise SettingsError(
-            f"{layout.relative(file)} is not there",
+            f"{layout.relative(file)} does not exist",
             hint=f"one of: {known}" if known else "./scripts/inv patch.export",
         )
     return file
 
 
 def _user(git: Git) -> tuple[str, str]:
-    """Name and address by the user's own configuration."""
-    found = am.user(git)
-    if not found:
+    """Return the configured name and address of the user. Raises SettingsError."""
+    session = am.user(git)
+    if not session:
         raise SettingsError(
-            "git does not know your name and address, which a Signed-off-by needs",
+            "user.name and user.email are not set in git, and a Signed-off-by needs them",
             hint=(
                 'git config --global user.name "Your Name" && git config --global user.email'
                 " you@example.org"
             ),
         )
-    return found["GIT_AUTHOR_NAME"], found["GIT_AUTHOR_EMAIL"]
+    return session["GIT_AUTHOR_NAME"], session["GIT_AUTHOR_EMAIL"]
 
 
 def _refuse_taken(layout: Layout, git: Git, name: str, path: Path, shown: str) -> None:
     if not remotes.is_branch_name(git, name):
         raise SettingsError(
-            f"{name!r} is no name for a branch",
+            f"{name!r} is not a valid branch name",
             hint="letters, digits, - and / between words, as in fix/avx2-kernels",
         )
     if git.resolve(f"refs/heads/{name}"):
         raise CheckoutError(
-            f"{shown} has a branch {name} already; it was left as it is",
+            f"{shown} has a branch {name} already; it was not changed",
             hint=f"take another name, or: git -C {shown} branch -D {name}",
         )
     if path.exists():
         raise CheckoutError(
-            f"{layout.relative(path)} is there already; it was left as it is",
+            f"{layout.relative(path)} exists already; it was not changed",
             hint=f"take another name, or: git -C {shown} worktree remove {path}",
         )
 
 
-def _main(layout: Layout, pin: Pin, settings: Settings, git: Git, run_log: RunLog) -> str:
-    """The commit of upstream's main: as it is now, or as it was fetched last."""
-    url = checkouts.url_of(layout, pin, settings)
+def _main(session: Session, git: Git) -> str:
+    """Return the commit of upstream's main: fetched now, or offline the last fetched commit."""
     known = git.resolve(remotes.UPSTREAM)
     try:
-        with run_log.console.step("main") as view:
-            remotes.fetch_main(git, remotes.Remote(url, settings, run_log, checkouts.shown(view)))
+        with session.run_log.console.step("main") as view:
+            remotes.fetch_main(git, _remote(session, view))
     except SourceError as exc:
         if known is None:
             raise
-        run_log.console.warn(
-            f"{exc.message}; going on from {remotes.UPSTREAM} as it was fetched last, {known[:12]}"
+        session.run_log.console.warn(
+            f"{exc.message}; using {remotes.UPSTREAM} as it was fetched last, {known[:12]}"
         )
         return known
     fetched = git.resolve(remotes.UPSTREAM)
     if fetched is None:
         raise SourceError(
-            f"upstream of {pin.name} has no branch main", hint="git ls-remote --heads " + pin.url
+            f"upstream of {session.pin.name} has no branch main",
+            hint="git ls-remote --heads " + session.pin.url,
         )
     return fetched
 
@@ -164,67 +162,55 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
     made = mails.commits(git, main, done.tip)
     if len(made) != 1:
         raise PatchDrift(
-            f"{file.name} is upstreamed: it changes nothing on upstream's main, {main[:12]}",
+            f"{file.name} is in upstream already: it changes nothing on upstream's main,"
+            f" {main[:12]}",
             hint="inv pin.forecast main",
         )
     return made[0]
 
 
-def _report_branch(
-    layout: Layout, pin: Pin, name: str, path: Path, shown: str, run_log: RunLog
-) -> None:
-    place = layout.relative(path)
-    repository = pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
-    info = run_log.console.info
-    info(f"branch {name} stands in {place}, signed off, one commit on upstream's main")
+def _report_branch(session: Session, name: str, path: Path, shown: str) -> None:
+    place = session.layout.relative(path)
+    repository = session.pin.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
+    info = session.run_log.console.info
+    info(f"branch {name} is in {place}, signed off, one commit on upstream's main")
     info(
         f"next: git -C {place} push git@github.com:YOUR-NAME/{repository}.git {name}    and open a"
         " pull request from there"
     )
-    info(
-        f"when it is done with: git -C {shown} worktree remove {path} && git -C {shown} branch -D"
-        f" {name}"
-    )
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A stack that may be changed now."""
-
-    pin: Pin
-    checkout: Checkout
-    run_log: RunLog
+    info(f"to remove it: git -C {shown} worktree remove {path} && git -C {shown} branch -D {name}")
 
 
 def apply(
     layout: Layout, settings: Settings, project: str, *, console: Console, wait: bool
 ) -> None:
-    """Put the series on the pin; stop in the checkout at the first conflict. Raises what
-    patches.apply raises.
-    """
-    from workspace.repo import patches
+    """Apply the series to the pin; stop at the first conflict. Raises what patches.apply raises."""
 
-    with _opened(layout, settings, project, "inv patch.apply", console, wait=wait) as found:
-        before = found.checkout.head
+    with _opened(layout, settings, project, "inv patch.apply", console, wait=wait) as session:
+        before = session.checkout.head
         stack = patches.apply(
-            layout, project, found.pin, found.checkout, run_log=found.run_log, stop_at_conflict=True
+            layout,
+            project,
+            session.pin,
+            session.checkout,
+            run_log=session.run_log,
+            stop_at_conflict=True,
         )
-        checkout.protect(layout)
+        checkouts.protect(layout)
         _report(console, stack, "nothing to do: " if stack.head == before else "")
 
 
 def unapply(
     layout: Layout, settings: Settings, project: str, *, console: Console, wait: bool
 ) -> None:
-    """Go back to the pin; the commits stay under refs/patches. Raises what patches.unapply
-    raises.
-    """
-    from workspace.repo import patches
+    """Return to the pin; the commits stay under refs/patches. Raises as patches.unapply does."""
 
-    with _opened(layout, settings, project, "inv patch.unapply", console, wait=wait) as found:
-        before = found.checkout.head
-        stack = patches.unapply(layout, project, found.pin, found.checkout, run_log=found.run_log)
-        checkout.protect(layout)
+    with _opened(layout, settings, project, "inv patch.unapply", console, wait=wait) as session:
+        before = session.checkout.head
+        stack = patches.unapply(
+            layout, project, session.pin, session.checkout, run_log=session.run_log
+        )
+        checkouts.protect(layout)
         _report(console, stack, "nothing to do: " if stack.head == before else "")
 
 
@@ -237,15 +223,16 @@ def export(
     wait: bool,
     check: bool = False,
 ) -> None:
-    """Write the commits on the pin as patches; with `check` only compare. Raises what export.run
-    raises.
+    """Write the commits on the pin as patches; with `check` only compare.
+
+    Raises what export.run raises.
     """
     from workspace.repo import export as work
 
-    with _opened(layout, settings, project, "inv patch.export", console, wait=wait) as found:
+    with _opened(layout, settings, project, "inv patch.export", console, wait=wait) as session:
         work.show(
             work.run(
-                layout, project, found.pin, found.checkout, run_log=found.run_log, check=check
+                layout, project, session.pin, session.checkout, run_log=session.run_log, check=check
             ),
             console=console,
         )
@@ -261,26 +248,20 @@ def make_branch(
     console: Console,
     wait: bool,
 ) -> None:
-    """Put one patch on upstream's main as a branch of its own. Raises what branch.run raises."""
-
-    with _opened(
-        layout, settings, project, "inv patch.export --branch", console, wait=wait
-    ) as found:
-        put_on_upstream(layout, project, found.pin, settings, name, patch, run_log=found.run_log)
+    """Put one patch on upstream's main as a branch. Raises what put_on_upstream raises."""
+    verb = "inv patch.export --branch"
+    with _opened(layout, settings, project, verb, console, wait=wait) as session:
+        put_on_upstream(session, name, patch)
 
 
 def import_(
     layout: Layout, settings: Settings, project: str, origin: str, *, console: Console, wait: bool
 ) -> None:
-    """Import a file, an address or the number of a pull request. Raises what importing.run
-    raises.
-    """
+    """Import a file, a URL or a pull request by its number. Raises what importing.run raises."""
     from workspace.repo import importing
 
-    with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as found:
-        importing.run(
-            layout, project, found.pin, found.checkout, settings, origin, run_log=found.run_log
-        )
+    with _opened(layout, settings, project, "inv patch.import", console, wait=wait) as session:
+        importing.run(session, origin)
 
 
 def resume(
@@ -292,14 +273,14 @@ def resume(
     console: Console,
     wait: bool,
 ) -> None:
-    """Continue, skip or abort what git waits for in the checkout."""
+    """Continue, skip or abort the git operation that waits in the checkout."""
     from workspace.repo import overview
 
-    with _opened(layout, settings, project, "inv patch.continue", console, wait=wait) as found:
+    with _opened(layout, settings, project, "inv patch.continue", console, wait=wait) as session:
         _report(
             console,
             overview.resume(
-                layout, project, found.pin, found.checkout, how=how, run_log=found.run_log
+                layout, project, session.pin, session.checkout, how=how, run_log=session.run_log
             ),
             "",
         )
@@ -308,7 +289,8 @@ def resume(
 @contextlib.contextmanager
 def _opened(
     layout: Layout, settings: Settings, project: str, verb: str, console: Console, *, wait: bool
-) -> Iterator[Opened]:
+) -> Iterator[Session]:
+    """Take the lock, open a run log, finish a killed move and yield the observed stack."""
     if project not in PROJECTS:
         raise SettingsError(
             f"there is no project {project}, only {' and '.join(PROJECTS)}",
@@ -324,15 +306,16 @@ def _opened(
         ) as run_log,
     ):
         if moves.is_begun(layout, project):
-            moves.finish(layout, project, Git(checkout.folder_of(layout, pin)), run_log=run_log)
-        yield Opened(pin, checkout.observe(layout, pin), run_log)
+            moves.finish(layout, project, Git(checkouts.folder_of(layout, pin)), run_log=run_log)
+        yield Session(layout, settings, project, pin, checkouts.observe(layout, pin), run_log)
 
 
 def _report(console: Console, stack: Stack, prefix: str) -> None:
     count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
-    words = {
+    messages = {
         State.APPLIED: f"{count} applied, tree {(stack.tree or '')[:12]}",
         State.UNAPPLIED: f"at the pin, {count} not applied; next: ./scripts/inv patch.apply",
         State.UNEXPORTED: "the commits differ from the series; next: ./scripts/inv patch.export",
     }
-    console.info(prefix + words.get(stack.state, f"{stack.state.value}; next: ./scripts/inv patch"))
+    default = f"{stack.state.value}; next: ./scripts/inv patch"
+    console.info(prefix + messages.get(stack.state, default))

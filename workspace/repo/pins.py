@@ -1,4 +1,4 @@
-"""What the workspace is made from: vendor/pins.toml, each input proven by a commit or a hash."""
+"""The pins in vendor/pins.toml, read and rewritten, and checkouts made from release archives."""
 
 import os
 import re
@@ -19,27 +19,25 @@ from workspace.repo.git import Git
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-# What git takes for the name of a tag (git-check-ref-format(1)), of the usual letters.
+_TOKEN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+# Tag names that git accepts (git-check-ref-format(1)), restricted to the usual letters.
 _TAG = re.compile(
     r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)))[A-Za-z0-9](?:[A-Za-z0-9._/+-]{0,98}[A-Za-z0-9_+-])?"
 )
 _ADDRESS = re.compile(r"(?!-)[!-~]{1,1000}")
-# The layout that this module writes, and that it can rewrite.
+# The layout that this module can rewrite.
 _HEADER = re.compile(r"\[([A-Za-z0-9._-]+)\]\s*(?:#.*)?$")
 _VALUE = re.compile(r"""(([a-z0-9]+)\s*=\s*)(?:"[^"\\]*"|'[^']*')(\s*(?:#.*)?)$""", re.DOTALL)
-_HINT = "git checkout -- vendor/pins.toml    brings the committed pins back"
+_HINT = "git checkout -- vendor/pins.toml    restores the committed pins"
 _SHOWN = 80
-# Pins of the first edition stand in commits of the workspace and in known-good states.
+# Old commits of the workspace and known-good states hold pins of the first edition.
 _FORMER_HEADER = re.compile(rb"^(\s*\[\s*\w+\.)donors(\.[\w-]+\s*\])", re.MULTILINE)
 PRECOMPILED_KEYS = ("cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A release archive on the package index, and the one commit that a checkout made from it
-    has.
-    """
+    """A release archive on the package index, and the one commit of a checkout made from it."""
 
     filename: str
     sha256: str
@@ -49,7 +47,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class PrecompiledWheel:
-    """A wheel on the package index whose compiled libraries are taken."""
+    """A wheel on the package index whose compiled libraries are used."""
 
     project: str
     version: str
@@ -59,8 +57,9 @@ class PrecompiledWheel:
 
 @dataclass(frozen=True)
 class Pin:
-    """One upstream project at one commit. `precompiled` are keyed by device and machine, such as
-    cpu-aarch64.
+    """One upstream project at one commit.
+
+    `precompiled` is keyed by device and machine, such as cpu-aarch64.
     """
 
     name: str
@@ -74,13 +73,15 @@ class Pin:
 
 @dataclass(frozen=True)
 class Pins:
+    """The pins of both upstream projects."""
+
     vllm: Pin
     triton: Pin
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of the file and its name, so that every complaint says where."""
+    """A table of the file with its name, which each error message contains."""
 
     content: Mapping[str, object]
     name: str
@@ -105,8 +106,8 @@ class _Table:
     def filename(self, key: str) -> str:
         return self.text(key, _FILENAME, "a file name")
 
-    def word(self, key: str) -> str:
-        return self.text(key, _WORD, "a name or version")
+    def token(self, key: str) -> str:
+        return self.text(key, _TOKEN, "a name or version")
 
     def table(self, key: str) -> "_Table | None":
         value, name = self.content.get(key), f"{self.name}.{key}".lstrip(".")
@@ -118,9 +119,7 @@ class _Table:
 
 
 def load(path: Path) -> Pins:
-    """Read the pins. Raises SettingsError that names the key for anything that is missing or not of
-    its form.
-    """
+    """Read the pins. Raises SettingsError that names the missing or invalid key."""
     try:
         return parse(read_regular(path))
     except OSError as exc:
@@ -141,11 +140,10 @@ def parse(content: bytes) -> Pins:
 
 
 def dump(content: bytes, pin: Pin) -> bytes:
-    """Return the content of a pins file with another pin of `pin.name` in it; remarks, order and
-    everything else stay as they are.
+    """Return the content of a pins file with another pin of `pin.name`; the rest stays the same.
 
-    Raises SettingsError where the file is laid out so that this cannot be done, as with inline
-    tables.
+    Comments and order stay. Raises SettingsError for a layout that cannot be rewritten, such as
+    inline tables.
     """
     content = _renamed_tables(content)
     before = parse(content)
@@ -174,22 +172,21 @@ def dump(content: bytes, pin: Pin) -> bytes:
 
 
 def _renamed_tables(content: bytes) -> bytes:
-    """Return a pins file of the first edition, whose `donors` are now `precompiled`, in today's
-    words; any other one as it is.
-    """
+    """Return a pins file with the tables `donors` of the first edition renamed to `precompiled`."""
     return _FORMER_HEADER.sub(rb"\1precompiled\2", content)
 
 
 def save(path: Path, pin: Pin) -> None:
-    """Put another pin of `pin.name` into the file. Raises SettingsError as `load` and `dump` do."""
+    """Write another pin of `pin.name` into the file. Raises SettingsError as load and dump do."""
     before = read_regular(path)
     if (made := dump(before, pin)) != before:
         write_atomic(path, made)
 
 
 def _sections(text: str) -> list[tuple[str, list[str]]]:
-    """The file as tables in their order: name and lines, from the remarks right above the header
-    on. What precedes the first has no name.
+    """Return the tables of the file in order: name and lines, with the comments above the header.
+
+    The text before the first table has an empty name.
     """
     sections: list[tuple[str, list[str]]] = [("", [])]
     for line in text.splitlines(keepends=True):
@@ -198,7 +195,7 @@ def _sections(text: str) -> list[tuple[str, list[str]]]:
             start = len(lines)
             while start and lines[start - 1].startswith("#"):
                 start -= 1
-            # Remarks that a blank line parts from the first header are on the whole file.
+            # Comments before a blank line above the first header are on the whole file.
             sections.append((found[1], [*lines[start:], line]))
             del lines[start:]
         else:
@@ -209,8 +206,9 @@ def _sections(text: str) -> list[tuple[str, list[str]]]:
 def _with_tables(
     sections: list[tuple[str, list[str]]], project: str, wanted: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
-    """The lines of the file with the project's tables as `wanted`: values replaced, tables left
-    out, and new ones after its last.
+    """Return the lines of the file with the project's tables as `wanted`.
+
+    Values are replaced, other tables of the project dropped, new tables appended to its last.
     """
     kept = [
         (name, lines) for name, lines in sections if name in wanted or name.split(".")[0] != project
@@ -218,15 +216,15 @@ def _with_tables(
     lines_of = {
         name: [_with_value(line, wanted.get(name, {})) for line in lines] for name, lines in kept
     }
-    there = [name for name, _ in kept]
+    present = [name for name, _ in kept]
     last = max(
-        (number for number, name in enumerate(there) if name.split(".")[0] == project),
-        default=len(there) - 1,
+        (index for index, name in enumerate(present) if name.split(".")[0] == project),
+        default=len(present) - 1,
     )
     made: list[str] = []
-    for number, name in enumerate(there):
+    for index, name in enumerate(present):
         made += lines_of[name]
-        for new in (name for name in wanted if number == last and name not in there):
+        for new in (name for name in wanted if index == last and name not in present):
             blank = [] if made and made[-1] == "\n" else ["\n"]
             made += [
                 *blank,
@@ -250,7 +248,7 @@ def _pin(root: _Table, name: str) -> Pin:
     precompiled = table.table("precompiled")
     for key in precompiled.content if precompiled else ():
         if key not in PRECOMPILED_KEYS:
-            shown = key if _WORD.fullmatch(key) else _shown(key)
+            shown = key if _TOKEN.fullmatch(key) else _shown(key)
             raise SettingsError(
                 f"vendor/pins.toml: {name}.precompiled.{shown} is unknown, expected one of"
                 f" {', '.join(PRECOMPILED_KEYS)}",
@@ -259,7 +257,7 @@ def _pin(root: _Table, name: str) -> Pin:
     return Pin(
         name=name,
         tag=table.text("tag", _TAG, "the name of a tag"),
-        version=table.word("version"),
+        version=table.token("version"),
         commit=table.commit("commit"),
         url=table.text("url", _ADDRESS, "an address"),
         archive=(
@@ -282,15 +280,15 @@ def _pin(root: _Table, name: str) -> Pin:
 
 def _precompiled_wheel(table: _Table) -> PrecompiledWheel:
     return PrecompiledWheel(
-        table.word("project"),
-        table.word("version"),
+        table.token("project"),
+        table.token("version"),
         table.filename("filename"),
         table.sha256("sha256"),
     )
 
 
 def _shown(value: object) -> str:
-    """The value in short."""
+    """Return a value for a message, shortened."""
     if isinstance(value, str):
         return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
     try:
@@ -301,8 +299,9 @@ def _shown(value: object) -> str:
 
 
 def require_settled(layout: Layout) -> None:
-    """Raise CheckoutError where a move of the whole house was begun and not finished: half of it is
-    of one pin, half of another.
+    """Raise CheckoutError where a move to another pin was begun and not finished.
+
+    Then some parts are of one pin, others of another.
     """
     if following := half_moved(layout):
         raise CheckoutError(
@@ -311,17 +310,15 @@ def require_settled(layout: Layout) -> None:
 
 
 def half_moved(layout: Layout) -> str | None:
-    """The command that finishes a promotion or a return which was ended in the middle, None where
-    there is none.
-    """
+    """Return the command that finishes an interrupted promotion or rollback, or None."""
     if layout.promoting.exists():
         return "./scripts/inv patch.continue"
     return "./scripts/inv pin.rollback" if layout.returning.exists() else None
 
 
-# The commit must not depend on when it is made.
+# The commit must not depend on the time of its creation.
 ARCHIVE_DATE = "2000-01-01T00:00:00+0000"
-# What `python -m build --sdist` writes into the archive, at its top.
+# Files that `python -m build --sdist` writes at the top of the archive.
 _GENERATED = {"PKG-INFO", "setup.cfg"}
 
 
@@ -332,11 +329,11 @@ def make_from_archive(
     *,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> None:
-    """Make the checkout of `pin` at `destination`, which is missing or an empty folder, from the
-    archive file `source`.
+    """Make the checkout of `pin` from the archive file `source`, complete or not at all.
 
-    `on_progress` gets bytes read and in all. It appears whole or not at all. Raises SourceError for
-    an archive that is damaged, would write elsewhere, or gives another commit than pinned.
+    `destination` is missing or an empty folder. `on_progress` gets bytes read and in all. Raises
+    SourceError for an archive that is damaged, would write elsewhere, or gives another commit than
+    pinned.
     """
     archive = pin.archive
     if archive is None:
@@ -363,8 +360,9 @@ def build_archive(
     *,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> tuple[str, str]:
-    """Unpack an archive into the new folder `folder`, commit and tag it. Return commit and tree
-    OID.
+    """Unpack an archive into the new folder `folder`, commit and tag it.
+
+    Return the commit and its tree OID.
     """
     folder.mkdir()
     try:
@@ -385,10 +383,10 @@ def build_archive(
 def _unpack(
     source: Path, folder: Path, pin: Pin, on_progress: Callable[[int, int | None], None]
 ) -> None:
-    """Write the archive's files below its one top folder, without owners and times, and with git's
-    two modes.
+    """Write the files of the archive without its top folder, owners and times.
 
-    Every path is checked here: tarfile's filters are missing from Python 3.11 before 3.11.4.
+    Files get one of git's two modes. Each path is checked here, because Python 3.11 before 3.11.4
+    lacks tarfile's filters.
     """
     total = source.stat().st_size
     links: list[tuple[Path, str]] = []
@@ -399,7 +397,7 @@ def _unpack(
             parts = _parts(member, source)
             top = top or parts[0]
             if parts[0] != top:
-                raise _refused(source, member.name, f"lies beside its folder {top}")
+                raise _refused(source, member.name, f"is outside of its folder {top}")
             if len(parts) == 1 or member.isdir() or _is_generated(parts[1:], pin):
                 continue
             path = folder.joinpath(*parts[1:])
@@ -413,13 +411,13 @@ def _unpack(
         try:
             path.symlink_to(target)
         except FileExistsError:
-            raise _refused(source, path.relative_to(folder), "stands in it twice") from None
+            raise _refused(source, path.relative_to(folder), "occurs in it twice") from None
     for path, _ in links:
         if (
             not path.resolve().is_relative_to(folder.resolve())
             or ".git" in path.resolve().relative_to(folder.resolve()).parts
         ):
-            raise _refused(source, path.relative_to(folder), "is a link that leads out of it")
+            raise _refused(source, path.relative_to(folder), "is a link to a path outside of it")
 
 
 def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
@@ -431,7 +429,7 @@ def _parts(member: tarfile.TarInfo, source: Path) -> tuple[str, ...]:
         or ".." in path.parts
         or any(part.lower() == ".git" for part in path.parts)
     ):
-        raise _refused(source, member.name, "leads out of it")
+        raise _refused(source, member.name, "is a path outside of it")
     return path.parts
 
 
@@ -444,8 +442,7 @@ def _is_generated(parts: tuple[str, ...], pin: Pin) -> bool:
 
 
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source: Path) -> None:
-    # A hard link's content is that of the member it names: extractfile follows it inside the
-    # archive only.
+    # extractfile follows a hard link to another member, and only inside of the archive.
     content = archive.extractfile(member) if member.isreg() or member.islnk() else None
     if content is None:
         raise _refused(source, member.name, "is neither file, folder nor link")
@@ -456,14 +453,14 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path, source
             0o755 if member.mode & 0o100 else 0o644,
         )
     except FileExistsError:
-        raise _refused(source, member.name, "stands in it twice") from None
+        raise _refused(source, member.name, "occurs in it twice") from None
     with os.fdopen(descriptor, "wb") as file:
         while chunk := content.read(1 << 20):
             file.write(chunk)
 
 
-def _refused(source: Path, member: object, why: str) -> SourceError:
+def _refused(source: Path, member: object, reason: str) -> SourceError:
     return SourceError(
-        f"{source.name}: {str(member)!r} {why}, so the archive was not used",
+        f"{source.name}: {str(member)!r} {reason}, so the archive was not used",
         hint="a release archive has one folder of plain files; see vendor/pins.toml",
     )

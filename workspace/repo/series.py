@@ -1,4 +1,4 @@
-"""The order of the patches on one pin: `patches/<project>/series`."""
+"""The series file `patches/<project>/series`, and the state of the stack that it describes."""
 
 import enum
 import re
@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.errors import CheckoutError, PatchConflict, PatchDrift, WorkspaceError
+from workspace.core.errors import (
+    CheckoutError,
+    PatchConflict,
+    PatchDrift,
+    SettingsError,
+    WorkspaceError,
+)
 from workspace.core.files import read_regular
 from workspace.repo.git import Applied, Git
 
@@ -28,22 +34,33 @@ class Series:
 
 
 def read_series(folder: Path, *, pin: str) -> Series:
-    """Read a series and look at its patches. `pin` is the pinned commit, which the base line must
-    name.
+    """Read a series and check its patches; its base line must name the commit `pin`.
 
-    Raises PatchDrift for a file that is not of its form, and where series, patches and pin do not
-    fit together.
+    Raises PatchDrift for a file without the form of a series, and where series, patches and pin do
+    not match.
     """
     shown = f"patches/{folder.name}/{SERIES_FILE}"
     try:
-        # Not splitlines: what an editor shows as one line may hold form feeds and Unicode's
-        # separators.
+        # Not splitlines: it also splits at form feeds and at Unicode's separators, where an editor
+        # shows one line.
         lines = read_regular(folder / SERIES_FILE).decode().split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
         raise PatchDrift(
             f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
         ) from exc
+    base = _base(lines, shown, folder, pin)
+    names: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if name := _entry(line):
+            place = f"{shown}, line {number}"
+            _check_name(name, names, place, folder)
+            _check_patch(folder / name, place)
+            names.append(name)
+    return Series(base, tuple(names))
+
+
+def _base(lines: Sequence[str], shown: str, folder: Path, pin: str) -> str:
     bases = [found[1] for line in lines if (found := _BASE.fullmatch(line.strip()))]
     if len(bases) != 1:
         raise PatchDrift(
@@ -58,57 +75,127 @@ def read_series(folder: Path, *, pin: str) -> Series:
                 " the two moved"
             ),
         )
-    names: list[str] = []
-    for number, line in enumerate(lines, 1):
-        name = line.split("#", 1)[0].strip()
-        if not name:
-            continue
-        place = f"{shown}, line {number}"
-        if not _NAME.fullmatch(name) or not name.endswith(".patch"):
-            shown_name = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
-            raise PatchDrift(
-                f"{place}: {shown_name} is not the name of a .patch file in patches/{folder.name}",
-                hint="one file name a line, without a folder",
-            )
-        if name in names:
-            raise PatchDrift(
-                f"{place}: {name} stands there a second time",
-                hint="take one of the two lines out; two patches of one name need better subjects",
-            )
-        _look_at(folder / name, place)
-        names.append(name)
-    return Series(bases[0], tuple(names))
+    return bases[0]
 
 
-def _look_at(patch: Path, place: str) -> None:
+def _check_name(name: str, names: Sequence[str], place: str, folder: Path) -> None:
+    if not _NAME.fullmatch(name) or not name.endswith(".patch"):
+        shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…")
+        raise PatchDrift(
+            f"{place}: {shown} is not the name of a .patch file in patches/{folder.name}",
+            hint="one file name per line, without a folder",
+        )
+    if name in names:
+        raise PatchDrift(
+            f"{place}: {name} is listed a second time",
+            hint="delete one of the two lines; two patches of one name need better subjects",
+        )
+
+
+def _check_patch(patch: Path, place: str) -> None:
     shown = f"patches/{patch.parent.name}/{patch.name}"
     try:
         content = read_regular(patch)
     except FileNotFoundError:
         raise PatchDrift(
-            f"{place}: {shown} is not there",
-            hint=f"git checkout -- {shown}    or take the line out of the series",
+            f"{place}: {shown} does not exist",
+            hint=f"git checkout -- {shown}    or delete the line in the series",
         ) from None
     except OSError as exc:
         raise PatchDrift(f"{shown} cannot be read: {exc.strerror}", hint=f"ls -l {shown}") from exc
     messages = len(_MESSAGE.findall(content))
     if messages != 1 or not content.startswith(b"From ") or b"\ndiff --git " not in content:
         raise PatchDrift(
-            f"{shown} is not a mail of git format-patch with one commit in it",
+            f"{shown} is not a mail of git format-patch with exactly one commit",
             hint="make it with git format-patch --zero-commit -1 in the tree that has the commit",
         )
 
 
-# What keeps the commits of the last stack alive when something else moves HEAD (gitsubmodules(7)).
+# References that keep the commits of the last stack when another program moves HEAD
+# (gitsubmodules(7)).
 BASE_REF, TIP_REF = "refs/patches/base", "refs/patches/tip"
-# Stacks of the user's own commits that a verb has replaced by the commits of the same patches.
+# Stacks of the user's own commits that a verb replaced by the commits of the same patches.
 KEPT_REFS = "refs/patches/kept"
-# What lay in the checkout, edits included, when an operation under way was last given up, or a
-# patch of it skipped.
+# The content of the checkout, edits included, when an operation was last aborted or undone, or one
+# of its patches was skipped.
 LEFT_REF = "refs/patches/left"
 
 
+def text_of(folder: Path) -> str:
+    """Return the text of a folder's series, empty where there is none. Raises SettingsError."""
+    shown = f"patches/{folder.name}/{SERIES_FILE}"
+    try:
+        return read_regular(folder / SERIES_FILE).decode()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise SettingsError(
+            f"{shown} cannot be read: {reason}", hint=f"git checkout -- {shown}"
+        ) from exc
+
+
+def validate_text(folder: Path, pin: str) -> None:
+    """Raise what `read_series` raises for the text of a series; its patches may be missing."""
+    text = text_of(folder)
+    names = entries(text)
+    bases = [line.strip() for line in text.split("\n") if _BASE.fullmatch(line.strip())]
+    if text and (
+        bases != [f"# base: {pin}"]
+        or len(set(names)) != len(names)
+        or any("/" in name or not name.endswith(".patch") for name in names)
+    ):
+        read_series(folder, pin=pin)
+
+
+def entries(text: str) -> list[str]:
+    """Return the names that the text of a series lists."""
+    return [name for line in text.split("\n") if (name := _entry(line))]
+
+
+def _entry(line: str) -> str:
+    return line.split("#", 1)[0].strip()
+
+
+def with_entries(text: str, names: Sequence[str], base: str) -> str:
+    """Return the text of a series with other entries; comments stay.
+
+    A comment stays before the entry that followed it, else after the entry that preceded it.
+    """
+    lines = text.removesuffix("\n").split("\n")
+    start = next((index for index, line in enumerate(lines) if _BASE.fullmatch(line.strip())), 0)
+    if any(map(_entry, lines[:start])) or not _BASE.fullmatch(lines[start].strip()):
+        start = 0
+    head = [
+        line
+        for line in lines[: start + 1]
+        if not _entry(line) and not _BASE.fullmatch(line.strip())
+    ]
+    rest = [
+        line
+        for index, line in enumerate(lines)
+        if not _BASE.fullmatch(line.strip()) and (index > start or _entry(line))
+    ]
+    kept = {name: line for line in rest if (name := _entry(line)) in names}
+    before: dict[str, list[str]] = {}
+    comments: list[str] = []
+    last = ""
+    for line in rest:
+        if not _entry(line):
+            comments.append(line)
+        elif _entry(line) in names:
+            last = _entry(line)
+            before[last], comments = comments, []
+    made = [*head, f"# base: {base}"]
+    made += [] if last else comments
+    for name in names:
+        made += [*before.get(name, []), kept.get(name, name), *(comments if name == last else [])]
+    return "\n".join(made) + "\n"
+
+
 class State(enum.Enum):
+    """State of the stack in a checkout."""
+
     MISSING = "missing"
     IN_PROGRESS = "in progress"
     DIRTY = "dirty"
@@ -120,20 +207,18 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """An act of git's own that was ended in the middle: `what` it was, and the command line that
-    takes it back and begins it `again`.
-    """
+    """A git operation, and the command line that undoes it after a kill and begins it again."""
 
-    what: str
-    again: str
+    operation: str
+    retry: str
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The stack as it stands. `dirty` are tracked paths with edits, whatever the state; DIRTY means
-    that they stand in the way.
+    """The stack in a checkout.
 
-    IN_PROGRESS is also what an `ended` act of git's left.
+    `dirty` are tracked paths with edits, in any state; DIRTY means that they block the application.
+    `interrupted`: the git operation that an ended run left; the state is then IN_PROGRESS.
     """
 
     state: State
@@ -143,43 +228,43 @@ class Stack:
     expected_tree: str | None
     names: tuple[str, ...]
     dirty: tuple[str, ...]
-    ended: Attempt | None = None
+    interrupted: Attempt | None = None
 
 
 CONTINUE = "./scripts/inv patch.continue"
 EXPORT = "./scripts/inv patch.export"
 _SHOWN_FILES = 3
-# An old file under a busy path has hundreds; the newest say enough.
+# A file may have hundreds of commits; the newest are enough.
 _SHOWN_COMMITS = 5
 
 
 def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
-    """Why `verb`, a command line, cannot move the checkout `shown` from the state it is in."""
-    base = (stack.base or "")[:12]
+    """Return the error for a command line `verb` that cannot move the checkout `shown`."""
     if stack.state is State.MISSING:
-        return CheckoutError(f"{shown} is not there", hint="./scripts/inv bootstrap")
-    if stack.ended:
+        return CheckoutError(f"{shown} does not exist", hint="./scripts/inv bootstrap")
+    if stack.interrupted:
         return CheckoutError(
-            f"{stack.ended.what} in {shown} was ended in the middle",
-            hint=f"{stack.ended.again}    takes it back and begins it again",
+            f"{stack.interrupted.operation} in {shown} was interrupted",
+            hint=f"{stack.interrupted.retry}    undoes it and begins it again",
         )
     if stack.state is State.IN_PROGRESS:
         return CheckoutError(
             f"{shown} is in the middle of a git {git.under_way()}",
             hint=(
-                f"{CONTINUE}    goes on with it once its conflicts are resolved; to give it up:"
+                f"{CONTINUE}    resumes it once its conflicts are resolved; to abort it:"
                 f" {CONTINUE} --abort && {verb}"
             ),
         )
     if stack.state is State.DIRTY or (stack.state is State.APPLIED and stack.dirty):
-        done = "applied" if stack.state is State.DIRTY else "taken off"
-        return edited_files(
-            shown,
-            stack.dirty,
-            f"{len(stack.names)} {'patch is' if len(stack.names) == 1 else 'patches are'} to be"
-            f" {done}",
-            verb=verb,
-        )
+        action = "applied" if stack.state is State.DIRTY else "unapplied"
+        count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+        return edited_files(shown, stack.dirty, f"{count} must be {action}", verb=verb)
+    return _unrelated_commits(shown, git, stack, verb)
+
+
+def _unrelated_commits(shown: str, git: Git, stack: Stack, verb: str) -> WorkspaceError:
+    """Return the error for commits that are not those of the series, or not on the pin."""
+    base = (stack.base or "")[:12]
     keep = (
         keeping_hint(shown, git, stack.head)
         + f"git -C {shown} checkout --detach {base}"
@@ -187,28 +272,28 @@ def refusal(shown: str, git: Git, stack: Stack, *, verb: str) -> WorkspaceError:
     )
     if stack.state is State.UNEXPORTED:
         return PatchDrift(
-            f"{shown} has commits on {base} that are not what the series makes; they were left as"
-            " they are",
-            hint=f"{EXPORT}    makes patches of them; to keep them aside: {keep}",
+            f"{shown} has commits on {base} that differ from the series; they were not changed",
+            hint=f"{EXPORT}    makes patches of them; to keep them on a branch: {keep}",
         )
     return CheckoutError(
         f"{shown} is at {(stack.head or 'no commit')[:12]}, which is not on {base or 'the pin'}; it"
-        " was left as it is",
-        hint=f"to keep it aside: {keep}",
+        " was not changed",
+        hint=f"to keep it on a branch: {keep}",
     )
 
 
 def edited_files(shown: str, paths: Sequence[str], purpose: str, *, verb: str) -> CheckoutError:
-    """Why edits in the checkout `shown` are in the way of what is to be done there."""
+    """Return the error for edits in the checkout `shown` that block a purpose."""
     hint = f"git -C {shown} stash && {verb} && git -C {shown} stash pop"
     return CheckoutError(
-        f"{shown} has edits ({_few(paths)}) where {purpose}; they were left as they are", hint=hint
+        f"{shown} has edits ({_few(paths)}) where {purpose}; they were not changed", hint=hint
     )
 
 
 def keeping_hint(shown: str, git: Git, commit: str | None) -> str:
-    """The first part of a command line: a branch that keeps a commit, named by it. Nothing where
-    that branch is there already.
+    """Return the start of a command line that keeps a commit on a branch.
+
+    It is empty where the branch exists already.
     """
     return (
         ""
@@ -218,19 +303,20 @@ def keeping_hint(shown: str, git: Git, commit: str | None) -> str:
 
 
 def kept_as(commit: str) -> str:
-    """The name of the branch that is to keep a commit: no two commits share it, so that the same
-    hint works a second time.
+    """Return the name of the branch that keeps a commit; each commit has its own.
+
+    So the same hint works a second time.
     """
     return f"mine-{commit[:12]}"
 
 
 def refused(project: str, name: str, stack: Stack, applied: Applied) -> PatchConflict:
-    """A series that does not apply, where nothing was changed."""
+    """Return the error for a series that does not apply, where nothing was changed."""
     return PatchConflict(
         f"patch {applied.position} of {len(stack.names)}, patches/{project}/{name}, does not apply"
         f" to {(stack.base or '')[:12]}; nothing was changed",
         hint=(
-            "./scripts/inv patch.apply    stops at the conflict; or take its line out of"
+            "./scripts/inv patch.apply    stops at the conflict; or delete its line in"
             f" patches/{project}/series and run ./scripts/inv bootstrap"
         ),
         details=tuple(f"conflict in {path}" for path in applied.conflicted),
@@ -247,11 +333,10 @@ def sentence(
     base: str,
     old: str | None = None,
 ) -> PatchConflict:
-    """The conflict at which an `am` waits in the checkout `shown`. `patch` is its file as a person
-    would type it, or its subject.
+    """Return the error for a conflict at which an `am` waits in the checkout `shown`.
 
-    `old` is the base that the patches were made for: where its history is there, each path has the
-    upstream commits since then.
+    `patch` is its file as a user would type it, or its subject. `old` is the base that the patches
+    were made for: if its history is available, each path lists the upstream commits since then.
     """
     from workspace.repo.git import am
 
@@ -265,33 +350,31 @@ def sentence(
     if am.unmerged(git):
         edit = f"edit {_few(applied.conflicted)}, then: git -C {shown} add {paths} && {CONTINUE}"
     else:
-        # Without the contents that the patch was made from there is nothing to merge, so git
-        # changed no file (git-am(1), --3way).
+        # git lacks the contents that the patch was made from, so it merged and changed no file
+        # (git-am(1), --3way).
         diff = shlex.quote(str(git.path_of("rebase-apply/patch")))
         edit = (
-            f"git -C {shown} apply --reject {diff}    writes what fits, and the rest beside it;"
-            f" when all is done: git -C {shown} add {paths} && {CONTINUE}"
+            f"git -C {shown} apply --reject {diff}    applies the hunks that fit and writes the"
+            f" others to .rej files; after that: git -C {shown} add {paths} && {CONTINUE}"
         )
     return PatchConflict(
         f"patch {applied.position} of {count}, {patch}, does not apply to {base[:12]}; {shown}"
         " waits at the conflict",
-        hint=(
-            f"{edit}    to leave the patch out: {CONTINUE} --skip    to give up: {CONTINUE} --abort"
-        ),
+        hint=(f"{edit}    to skip the patch: {CONTINUE} --skip    to abort: {CONTINUE} --abort"),
         details=tuple(details),
     )
 
 
 def quoted(paths: Sequence[str]) -> str:
-    """Paths as arguments of a command line."""
+    """Return paths as arguments of a command line."""
     return shlex.join(paths) or "PATHS"
 
 
 def _touching(
     git: Git, old: str | None, base: str, paths: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    # A release lies on a branch of its own, so it is no ancestor of the next one; of an archive
-    # there is no history at all.
+    # Each release is on its own branch, so it is no ancestor of the next one; an archive has no
+    # history at all.
     if old is None or old == base or not paths or not git.have_common_history(old, base):
         return {}
     from workspace.repo.git import history

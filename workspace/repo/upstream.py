@@ -1,8 +1,7 @@
-"""Another release, tag or commit of an upstream project than the pinned one: found, fetched into a
-store aside, and proven.
+"""Another release, tag or commit of an upstream project: found, fetched into a store, and proven.
 
-The store borrows the checkout's objects, so both bases are in one place and nothing in vendor/,
-patches/ or the superproject is touched.
+The store borrows the objects of the checkout, so it holds both commits. Nothing in vendor/,
+patches/ or the superproject changes.
 """
 
 import contextlib
@@ -27,22 +26,23 @@ from workspace.repo.pins import COMMIT, Archive, Pin
 
 _REF = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9][A-Za-z0-9._/+-]{0,98}")
 _VERSION = re.compile(r"v?(\d+(?:\.\d+)*(?:[a-z.][a-z0-9.]*)?)")
-# setuptools-scm's line in the archive's vllm/_version.py, the g is that of `git describe`.
+# setuptools-scm's line in the archive's vllm/_version.py; `g` is the prefix of `git describe`.
 _COMMIT_ID = re.compile(rb"commit_id = '?g([0-9a-f]{7,40})\b")
-# What a forecast reads of both trees, patches aside.
+# Files that a forecast reads of both trees, besides those of the patches.
 _LOOKED_AT = re.compile(
-    r"requirements/.*\.txt|pyproject\.toml|CMakeLists\.txt|cmake/.*\.cmake|vllm/envs\.py|vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py"
+    r"requirements/.*\.txt|pyproject\.toml|CMakeLists\.txt|cmake/.*\.cmake|vllm/envs\.py"
+    r"|vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py"
 )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a pin may be moved to, and where it can be looked at.
+    """A commit that a pin may move to, and the store that holds it.
 
-    `base` is the commit that patches would go on, of the kind of the present checkout. `prefix` are
-    the first digits of upstream's commit where only the archive names it: `pin.commit` is then the
-    archive's own. `undonated` says by key of pins.PRECOMPILED_KEYS why there is no precompiled
-    wheel, `lacking` are sentences on what could not be found out.
+    `base` is the commit for the patches, of the kind of the present checkout. `prefix` are the
+    first digits of upstream's commit if only the archive names it: `pin.commit` is then the
+    archive's own. `not_precompiled` is the reason for each key of pins.PRECOMPILED_KEYS without a
+    precompiled wheel, `lacking` are sentences on what could not be proven.
     """
 
     pin: Pin
@@ -57,7 +57,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class _Named:
-    """What a remote calls by a name: a tag, a branch, or a commit itself."""
+    """A tag, branch or commit of the remote."""
 
     commit: str
     refspec: str
@@ -65,7 +65,7 @@ class _Named:
 
 
 def is_looked_at(path: str) -> bool:
-    """Whether a forecast reads this file of both trees."""
+    """Return whether a forecast reads this file of both trees."""
     return _LOOKED_AT.fullmatch(path) is not None
 
 
@@ -79,17 +79,16 @@ def find(
     run_log: RunLog,
     step: Step,
 ) -> Candidate:
-    """Find a tag, a version, or where the checkout is from git a branch or commit, and have all of
-    it that a forecast reads.
+    """Find and fetch a tag, a version, or for a git checkout a branch or commit.
 
-    Raises SettingsError for a name that is none, SourceError for one that exists nowhere, with the
-    nearest, or cannot be fetched or proven, and CheckoutError where there is no checkout to compare
-    with.
+    All that a forecast reads is fetched. Raises SettingsError for an invalid name, SourceError for
+    a name that does not exist, with the nearest, or that cannot be fetched or proven, and
+    CheckoutError where there is no checkout to compare with.
     """
     if there.base is None or there.kind not in (Kind.GIT, Kind.RELEASE):
         place = layout.relative(checkout.folder_of(layout, pin))
         raise CheckoutError(
-            f"{place} is {there.detail}, so there is nothing that {ref} could be compared with",
+            f"{place} is {there.detail}, so {ref} cannot be compared with it",
             hint="./scripts/inv bootstrap",
         )
     if not _REF.fullmatch(ref):
@@ -105,7 +104,7 @@ def find(
 
 @dataclass(frozen=True)
 class _Search:
-    """One search, and what its steps share. `base` is the present one."""
+    """One search, and what its steps share; `base` is the base of the present checkout."""
 
     layout: Layout
     pin: Pin
@@ -131,15 +130,16 @@ class _Search:
 
     @property
     def version(self) -> str | None:
-        """The version that the name spells, None where it is a branch or commit."""
+        """The version that the name spells, None for a branch or commit."""
         found = _VERSION.fullmatch(self.name)
         return found[1] if found and not COMMIT.fullmatch(self.name) else None
 
     def by_archive(self) -> Candidate:
+        """Take the release archive, and prove its commit by the remote's tag if possible."""
         if self.version is None or not index.has_any_release(self.pin):
             raise SettingsError(
                 f"{self.name} is no release of {self.pin.name}; the checkout is from a release"
-                " archive, and branches and commits can be had from git only",
+                " archive, and branches and commits need a git checkout",
                 hint="./scripts/inv pin.show   # lists the newer releases",
             )
         release = index.find_release(self.pin, self.version, settings=self.settings)
@@ -152,24 +152,7 @@ class _Search:
         made, prefix = self._archive(into, release.sdist)
         into.set_ref(f"refs/tags/{self.name}", made.commit)
         lacking = list(release.lacking)
-        commit = made.commit
-        try:
-            named = self._ask()
-        except SourceError as exc:
-            named = None
-            lacking.append(
-                f"{exc.message}: upstream's commit is not proven"
-                + (f", only that it begins with {prefix}" if prefix else "")
-            )
-        else:
-            if named is None or not named.is_tag:
-                lacking.append(
-                    f"{git.without_user(self.url)} has no tag {self.name}: upstream's commit is not"
-                    " proven"
-                )
-        if named and named.is_tag:
-            self._hold_against(named.commit, prefix)
-            commit = named.commit
+        commit = self._proven_commit(prefix, lacking) or made.commit
         pin = replace(
             self.pin,
             tag=self.name,
@@ -178,19 +161,38 @@ class _Search:
             archive=made,
             precompiled=release.precompiled,
         )
-        unproven = prefix if commit == made.commit else None
         return Candidate(
             pin,
             made.commit,
             Kind.RELEASE,
             release.published,
             into.path,
-            unproven,
+            prefix if commit == made.commit else None,
             release.not_precompiled,
             tuple(lacking),
         )
 
+    def _proven_commit(self, prefix: str | None, lacking: list[str]) -> str | None:
+        """Return the commit of the remote's tag; add a sentence to `lacking` if it has none."""
+        try:
+            named = self._query()
+        except SourceError as exc:
+            lacking.append(
+                f"{exc.message}: upstream's commit is not proven"
+                + (f", only that it begins with {prefix}" if prefix else "")
+            )
+            return None
+        if named is None or not named.is_tag:
+            lacking.append(
+                f"{git.without_user(self.url)} has no tag {self.name}: upstream's commit is not"
+                " proven"
+            )
+            return None
+        self._require_same(named.commit, prefix)
+        return named.commit
+
     def by_git(self) -> Candidate:
+        """Fetch the name from the remote, and its archive and wheels from the index."""
         into = self._store()
         lacking: list[str] = []
         named = self._named(into, lacking)
@@ -201,54 +203,55 @@ class _Search:
                 f"{git.without_user(self.url)} did not serve {self.name}, commit {named.commit}",
                 hint="set VLLM_MIRROR to a copy that has it",
             )
-        made, published, precompiled = None, None, {}
-        not_precompiled = (
-            {}
-            if named.is_tag
-            else dict.fromkeys(self.pin.precompiled, f"{self.name} is no release")
-        )
-        if named.is_tag and self.version and index.has_any_release(self.pin):
-            try:
-                release = index.find_release(self.pin, self.version, settings=self.settings)
-                if release.sdist:
-                    made, prefix = self._archive(into, release.sdist)
-                    self._hold_against(named.commit, prefix)
-                precompiled, not_precompiled, published = (
-                    dict(release.precompiled),
-                    dict(release.not_precompiled),
-                    release.published,
-                )
-                lacking += release.lacking
-            except _Unequal:
-                raise
-            except SourceError as exc:
-                lacking.append(
-                    f"{exc.message}: release archive and precompiled wheels are not known, and the"
-                    " age is that of the commit"
-                )
+        made, release = self._release_of(into, named, lacking)
         if named.is_tag:
             into.set_ref(f"refs/tags/{self.name}", named.commit)
         # After the archive, which has the content of nearly every file.
         self._complete(into, named)
-        version = self._version_of(into, named)
         pin = replace(
             self.pin,
             tag=self.name,
-            version=version,
+            version=self._version_of(into, named),
             commit=named.commit,
             archive=made,
-            precompiled=precompiled,
+            precompiled=dict(release.precompiled) if release else {},
         )
+        reasons = dict.fromkeys(self.pin.precompiled, f"{self.name} is no release")
+        if named.is_tag:
+            reasons = dict(release.not_precompiled) if release else {}
         return Candidate(
             pin,
             named.commit,
             Kind.GIT,
-            published or history.date_of(into, named.commit),
+            (release.published if release else None) or history.date_of(into, named.commit),
             into.path,
             None,
-            not_precompiled,
+            reasons,
             tuple(lacking),
         )
+
+    def _release_of(
+        self, into: Git, named: _Named, lacking: list[str]
+    ) -> tuple[Archive | None, index.Release | None]:
+        """Return the archive and the release of a tag, as far as the index can be reached."""
+        made: Archive | None = None
+        if not (named.is_tag and self.version and index.has_any_release(self.pin)):
+            return None, None
+        try:
+            release = index.find_release(self.pin, self.version, settings=self.settings)
+            if release.sdist:
+                made, prefix = self._archive(into, release.sdist)
+                self._require_same(named.commit, prefix)
+        except _Unequal:
+            raise
+        except SourceError as exc:
+            lacking.append(
+                f"{exc.message}: release archive and precompiled wheels are unknown, and the age is"
+                " that of the commit"
+            )
+            return made, None
+        lacking += release.lacking
+        return made, release
 
     def _store(self) -> Git:
         into = remotes.open_store(
@@ -258,19 +261,20 @@ class _Search:
         return into
 
     def _named(self, into: Git, lacking: list[str]) -> _Named:
-        """What the name stands for: at the remote, or in what is there already where it cannot be
-        reached.
+        """Return the tag, branch or commit of the name.
+
+        Where the remote cannot be reached, a tag of the checkout or the store is used.
         """
         if COMMIT.fullmatch(self.name):
             return _Named(self.name, self.name, False)
         here = Git(checkout.folder_of(self.layout, self.pin))
         try:
-            found = self._ask()
+            found = self._query()
         except SourceError as exc:
             kept = here.resolve(f"refs/tags/{self.name}") or into.resolve(f"refs/tags/{self.name}")
             if kept is None:
                 raise
-            lacking.append(f"{exc.message}: {self.name} is taken from the checkout")
+            lacking.append(f"{exc.message}: using {self.name} of the checkout")
             return _Named(kept, kept, True)
         if (
             found is None
@@ -279,12 +283,13 @@ class _Search:
         ):
             return _Named(commit, commit, False)
         if found is None:
-            raise self._nowhere()
+            raise self._unknown_name()
         return found
 
-    def _ask(self) -> _Named | None:
-        """Ask the remote what it calls by this name; None where it knows none. Raises SourceError
-        where it cannot be reached.
+    def _query(self) -> _Named | None:
+        """Return the remote's tag or branch of this name, or None.
+
+        Raises SourceError where the remote cannot be reached.
         """
         tag, branch = f"refs/tags/{self.name}", f"refs/heads/{self.name}"
         references = git.advertised(
@@ -304,7 +309,8 @@ class _Search:
             return _Named(references[branch], f"+{branch}:refs/found/{self.name}", False)
         return None
 
-    def _nowhere(self) -> SourceError:
+    def _unknown_name(self) -> SourceError:
+        """Return the error for a name that the remote lacks, with the nearest tags."""
         timeout_s = float(self.settings.count("CONNECT_TIMEOUT_S") or 5)
         known = git.advertised(
             self.url,
@@ -330,30 +336,31 @@ class _Search:
             ),
         )
 
-    def _hold_against(self, commit: str, prefix: str | None) -> None:
+    def _require_same(self, commit: str, prefix: str | None) -> None:
+        """Raise _Unequal where tag and archive name different commits."""
         if prefix and not commit.startswith(prefix):
             raise _Unequal(
                 f"tag {self.name} at {git.without_user(self.url)} is commit {commit}, the release"
-                f" archive was made from {prefix}…; neither was taken",
-                hint=(
-                    "a tag that moved is not to be trusted: compare with the project's release page"
-                ),
+                f" archive was made from {prefix}…; neither is used",
+                hint="do not trust a tag that moved: compare with the project's release page",
             )
 
     def _archive(self, into: Git, sdist: index.Sdist) -> tuple[Archive, str | None]:
-        """The archive's one commit, made in the store where that has not been done yet, and what it
-        says of upstream's commit.
+        """Return the archive as one commit in the store, and the prefix of upstream's commit.
+
+        The commit is made unless the store has it. The prefix is None where the archive names no
+        commit.
         """
         ref, key = f"refs/archives/{sdist.sha256}", f"archive.{sdist.sha256}.upstream"
         commit = into.resolve(ref)
         if commit is None:
-            what = f"bytes of {sdist.filename}"
+            unit = f"bytes of {sdist.filename}"
             file = index.fetch(
                 self.pin.name,
                 sdist.filename,
                 sdist.sha256,
                 settings=self.settings,
-                on_progress=lambda done, total: self.step.progress(done, total, what),
+                on_progress=lambda done, total: self.step.progress(done, total, unit),
             )
             with files.folder_beside(into.path) as folder:
                 of = replace(self.pin, tag=self.name, version=self.version or self.name)
@@ -373,11 +380,12 @@ class _Search:
         )
 
     def _version_of(self, into: Git, named: _Named) -> str:
+        """Return the version of a tag, or the one that setuptools-scm derives from known tags."""
         if named.is_tag and self.version:
             return self.version
         if self.pin.version == self.pin.tag:
             return self.name
-        # As setuptools-scm would call it, from the tags that are known here.
+
         found = history.described(into, named.commit)
         if found is None:
             return f"{self.pin.version}.post0.dev0"
@@ -385,39 +393,39 @@ class _Search:
         return ".".join([*head, str(int(re.sub(r"\D.*", "", last) or 0) + 1), f"dev{found[1]}"])
 
     def _complete(self, into: Git, named: _Named) -> None:
-        """Fetch, in one go, what a partial clone lacks of the files that a forecast reads."""
+        """Fetch, in one call, what a partial clone lacks of the files that a forecast reads."""
         here = Git(checkout.folder_of(self.layout, self.pin))
         if "true" not in (
             into.setting("remote.origin.promisor"),
             here.setting("remote.origin.promisor"),
         ):
             return
-        wanted = history.absent(into, self._read(into, named.commit))
+        wanted = history.absent(into, self._read_blobs(into, named.commit))
         if wanted:
             remotes.complete_store(into, wanted, self._remote, (named.refspec,))
 
-    def _read(self, into: Git, commit: str) -> Sequence[str]:
+    def _read_blobs(self, into: Git, commit: str) -> Sequence[str]:
+        """Return the OIDs of the blobs that a forecast reads."""
         patches = _patches(self.layout, self.pin)
         touched = worktree.paths_of(into, patches)
         every = frozenset().union(*touched)
         differing = history.changed(into, self.base, commit)
-        # A merge holds every file that is gone against every one that is new: either may be a
-        # touched one under another name.
+        # A merge compares each removed file with each new file: both may be renamed files of
+        # patches.
         read = {
             path
             for path, pair in differing.items()
             if is_looked_at(path) or path in every or None in pair
         }
         pairs = [differing[path] for path in read]
-        for commit_ in history.candidates_of(
-            history.log(into, self.base, commit, sorted(every)), touched
-        ):
-            pairs += commit_.paths.values()
+        log = history.log(into, self.base, commit, sorted(every))
+        for candidate in history.candidates_of(log, touched):
+            pairs += candidate.paths.values()
         return [oid for pair in pairs for oid in pair if oid]
 
 
 class _Unequal(SourceError):
-    """Two sources that contradict each other: no reason to go on with one of them."""
+    """Two sources contradict each other: neither may be used alone."""
 
 
 def _patches(layout: Layout, pin: Pin) -> list[Path]:
@@ -426,8 +434,9 @@ def _patches(layout: Layout, pin: Pin) -> list[Path]:
 
 
 def _commit_id(file: Path, pin: Pin) -> str | None:
-    """The first digits of the commit that an archive says it was made from; vllm/_version.py is no
-    part of the checkout.
+    """Return the first digits of the commit that an archive names as its source, or None.
+
+    They are in vllm/_version.py, which is no part of the checkout.
     """
     with (
         contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error),

@@ -415,10 +415,9 @@ def split_mails(git: Git, mbox: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def pull_request(mirror: Git, number: int) -> bytes | None:
-    """Return the commits of a pull request as mails, without merges, from a mirror that has
-    refs/pull.
+    """Return the commits of a pull request, without merges, as mails, or None where it is missing.
 
-    Return None where the mirror lacks this pull request.
+    `mirror` is a copy of a forge's repository that has refs/pull.
     """
     head = mirror.resolve(f"refs/pull/{number}/head")
     if head is None:
