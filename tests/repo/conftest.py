@@ -1,8 +1,8 @@
-"""A small upstream in real git, its release archive, and workspaces that pin it. The user's git
-configuration is hostile throughout.
+"""A small upstream in real git, its release archive, and workspaces that pin it.
+
+The user's git configuration is hostile in all tests.
 """
 
-import importlib
 import io
 import json
 import os
@@ -12,12 +12,11 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.repo.shell import commit, export, sh_git, write
+from tests.repo.ladder import Index, Ladder, build, serve
+from tests.repo.shell import add_member, commit, export, sh_git, write
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
 from workspace.core.errors import PatchConflict
@@ -30,12 +29,9 @@ from workspace.repo.checkout import Checkout, Choice
 from workspace.repo.patches import Session, Stack
 from workspace.repo.pins import Archive, Pin
 
-if TYPE_CHECKING:
-    from tests.repo.ladder import Index, Ladder
-
 URL = "https://upstream.invalid/vllm.git"
 LINES = "".join(f"line {number}\n" for number in range(1, 41))
-# When the files of a checkout that was copied were written.
+# Modification time of the files in a copied checkout.
 OLD_NS = 1_600_000_000_123_456_789
 RESOLVED = LINES.replace("line 20\n", "line both\n")
 PATCHED = LINES.replace("line 20\n", "line twenty\n")
@@ -44,8 +40,10 @@ MESSAGE = "[Bugfix] Größer: twenty in words\n\nWhy, in Füße.\n\nUpstream-Sta
 
 @dataclass(frozen=True)
 class Upstream:
-    """`bare` serves tag v1.0.0; `work` has branches: main (the tag), local (two patches), drift
-    (line 20 changed otherwise).
+    """Repositories of a small upstream.
+
+    `bare` serves tag v1.0.0; `work` has branches: main (the tag), local (two patches), drift
+    (another line 20).
     """
 
     work: Path
@@ -83,12 +81,12 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
     commit(work, MESSAGE, {"vllm/lines.py": PATCHED})
     commit(
         work,
-        "Add a file and mend a DOS one\n\nUpstream-Status: Pending",
-        {"vllm/new.py": "new\n", "csrc/dos.h": b"dos\r\nmended\r\n"},
+        "Add a file and fix a DOS one\n\nUpstream-Status: Pending",
+        {"vllm/new.py": "new\n", "csrc/dos.h": b"dos\r\nfixed\r\n"},
     )
     names = sh_git(work, "log", "--reverse", "--format=%f", "main..local").split()
     series = {
-        f"{name}.patch": export(work, f"local~{1 - number}") for number, name in enumerate(names)
+        f"{name}.patch": export(work, f"local~{1 - index}") for index, name in enumerate(names)
     }
     sh_git(work, "switch", "--quiet", "--create", "drift", "main")
     commit(work, "twenty otherwise", {"vllm/lines.py": LINES.replace("line 20\n", "line XX\n")})
@@ -105,9 +103,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
 
 
 def make_archive(path: Path, work: Path) -> None:
-    """An sdist as setuptools makes it: the tracked files under one folder, and its own beside
-    them.
-    """
+    """Write an sdist as setuptools makes it: tracked files and generated files in one folder."""
     with tarfile.open(path, "w:gz") as tar:
         for name in sh_git(work, "ls-files", "-z").split("\0"):
             if name:
@@ -116,18 +112,11 @@ def make_archive(path: Path, work: Path) -> None:
             add_member(tar, f"vllm-1.0.0/{name}", b"generated\n")
 
 
-def add_member(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: object) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    for key, value in fields.items():
-        setattr(member, key, value)
-    tar.addfile(member, io.BytesIO(content))
-
-
 @pytest.fixture(scope="session")
 def hostile_home(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
-    """The home of a user whose configuration would break or change nearly everything; it also leads
-    URL to the local upstream.
+    """Return the home of a user whose configuration would change or break nearly everything.
+
+    It also maps URL to the local upstream.
     """
     home = tmp_path_factory.mktemp("home")
     hook = "#!/bin/sh\ntouch hook-ran; exit 1\n"
@@ -194,7 +183,7 @@ def hostile_home(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -
 
 @pytest.fixture(autouse=True)
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile_home: Path) -> Path:
-    """Let every test run as that user. Returns the configuration file, a copy of the test's own."""
+    """Run every test as that user; return the configuration file, a copy for this test alone."""
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     config = tmp_path / "gitconfig"
@@ -261,7 +250,7 @@ class Workspace:
         return patches.unapply(self.layout, "vllm", self.pin, self.observe(), run_log=self.run_log)
 
     def begin_move(self, target: str) -> None:
-        """What is written down before the first file of a move is touched."""
+        """Write the record that exists before the first file of a move is touched."""
         write(
             self.layout.root,
             {
@@ -271,7 +260,7 @@ class Workspace:
             },
         )
 
-    def go_on(self, how: overview.How) -> Stack:
+    def resume(self, how: overview.How) -> Stack:
         return overview.resume(
             self.layout, "vllm", self.pin, self.observe(), how=how, run_log=self.run_log
         )
@@ -294,7 +283,7 @@ class Workspace:
         )
 
     def offline(self) -> None:
-        """Let the remote be one that nothing listens at, and the archive be in the cache."""
+        """Make the remote unreachable; the archive is in the cache."""
         self.pin = replace(self.pin, url="file:///nowhere/vllm.git")
 
 
@@ -355,8 +344,9 @@ def made(
     conflicting: dict[str, bytes],
     hostile_home: Path,
 ) -> Path:
-    """Clones made once, to be copied: a checkout of each kind, `git` and `release`, with the stack
-    applied, and `stopped` at a conflict.
+    """Return clones to copy: a checkout of each kind, with and without the stack, and `stopped`.
+
+    `stopped` waits at a conflict.
     """
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
@@ -380,7 +370,7 @@ def made(
 def checked_out(
     request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path
 ) -> Iterator[Workspace]:
-    """A workspace whose checkout is there, of either kind."""
+    """A workspace with a checkout of either kind."""
     yield from copied(tmp_path, upstream, made / request.param)
 
 
@@ -388,7 +378,7 @@ def checked_out(
 def either_applied(
     request: pytest.FixtureRequest, tmp_path: Path, upstream: Upstream, made: Path
 ) -> Iterator[Workspace]:
-    """The same with the stack applied."""
+    """A workspace with a checkout of either kind and the stack applied."""
     yield from copied(tmp_path, upstream, made / f"{request.param}-applied")
 
 
@@ -411,7 +401,7 @@ def stopped(
 
 
 def _age(folder: Path) -> None:
-    """Let all files have been written long ago."""
+    """Give all files an old modification time."""
     for path in folder.rglob("*"):
         if ".git" not in path.relative_to(folder).parts and not path.is_symlink():
             os.utime(path, ns=(OLD_NS, OLD_NS))
@@ -422,7 +412,7 @@ def copied(
     folder: Path, upstream: Upstream, original: Path, series: Mapping[str, bytes] | None = None
 ) -> Iterator[Workspace]:
     shutil.copytree(original / "clone", folder / "clone", symlinks=True)
-    # A copy has other inodes than its index says.
+    # The files of a copy have other inodes than the index records.
     sh_git(folder / "clone" / "vendor" / "vllm", "update-index", "-q", "--refresh", check=False)
     yield from opened(folder, upstream, series)
 
@@ -432,8 +422,9 @@ Snapshot = Callable[[Path], dict[str, tuple[int, int]]]
 
 @pytest.fixture
 def snapshot() -> Snapshot:
-    """Every file below a folder with its mtime and inode: equal before and after means that nothing
-    was touched.
+    """Return a function that lists every file with mtime and inode.
+
+    Equal lists mean that nothing was touched.
     """
 
     def take(root: Path) -> dict[str, tuple[int, int]]:
@@ -448,8 +439,9 @@ def snapshot() -> Snapshot:
 
 @pytest.fixture(scope="session")
 def conflicting(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> dict[str, bytes]:
-    """A series of three: the second is made for another line 20; where its contents are at hand, it
-    is merged.
+    """Return a series of three patches; the second is for another line 20.
+
+    It is merged where its original contents are available.
     """
     work = tmp_path_factory.mktemp("conflicting") / "work"
     sh_git(work.parent, "clone", "--quiet", str(upstream.work), str(work))
@@ -468,7 +460,7 @@ def conflicting(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) ->
 
 @pytest.fixture
 def mergeable(release: Workspace, upstream: Upstream, conflicting: dict[str, bytes]) -> Workspace:
-    """That series on a checkout that has the contents of the merge."""
+    """A workspace with that series, whose checkout has the contents for the merge."""
     release.series(conflicting)
     sh_git(release.vllm, "fetch", "--quiet", str(upstream.work), "drift")
     return release
@@ -487,18 +479,13 @@ def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
 
 
 @pytest.fixture(scope="session")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> "Ladder":
-    return _ladder().build(tmp_path_factory.mktemp("ladder"))
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+    return build(tmp_path_factory.mktemp("releases"))
 
 
 @pytest.fixture
-def index(ladder: "Ladder", monkeypatch: pytest.MonkeyPatch) -> Iterator["Index"]:
-    """The package index of the ladder's releases."""
+def index(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    """Serve a package index with both releases."""
     monkeypatch.setenv("no_proxy", "*")
-    with _ladder().serve(ladder) as served:
+    with serve(ladder) as served:
         yield served
-
-
-def _ladder() -> ModuleType:
-    # It is made of what stands here.
-    return importlib.import_module("tests.repo.ladder")

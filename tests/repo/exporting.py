@@ -1,10 +1,11 @@
-"""Exports, and what they wrote."""
+"""Exports in tests, and the files that they write."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.repo.conftest import Snapshot, Workspace, sh_git
+from tests.repo.conftest import Snapshot, Workspace
+from tests.repo.shell import sh_git
 from workspace.core.errors import PatchDrift
 from workspace.repo import export
 from workspace.repo.export import Export
@@ -42,7 +43,7 @@ def series(workspace: Workspace) -> Path:
 
 
 def refused(workspace: Workspace, match: str, snapshot: Snapshot) -> PatchDrift:
-    """An export that is refused has written nothing."""
+    """Return the error of a refused export, after a check that it wrote nothing."""
     before = snapshot(workspace.layout.root / "patches"), sh_git(workspace.vllm, "for-each-ref")
     with pytest.raises(PatchDrift, match=match) as failure:
         run(workspace)

@@ -1,5 +1,6 @@
-"""An upstream of two releases on branches of their own, as vLLM has them, and a series in which
-each patch meets another fate at the second.
+"""An upstream with two releases on branches of their own, as vLLM has them, and a package index.
+
+Each patch of the series on the first release has another fate at the second.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.repo.conftest import add_member, commit, export, sh_git, write
+from tests.repo.shell import add_member, commit, export, sh_git, write
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
 from workspace.core.files import sha256
@@ -55,13 +56,13 @@ HOSTILE = {
 }
 
 
-def lines(word: str, **changed: str) -> str:
-    """Forty lines; `changed` gives other texts to lines by number, as in `l7="…"`."""
-    return "".join(f"{changed.get(f'l{number}', f'{word} {number}')}\n" for number in range(1, 41))
+def lines(text: str, **changed: str) -> str:
+    """Return forty lines; `changed` gives other texts to lines by number, as in `l7="…"`."""
+    return "".join(f"{changed.get(f'l{number}', f'{text} {number}')}\n" for number in range(1, 41))
 
 
-# File: how upstream changes it between the two releases (None: not at all), and how the patch of
-# that name does.
+# File: its content after upstream's change between the two releases (None: no change), and after
+# the patch of that name.
 FATES: Mapping[str, tuple[str | None, str]] = {
     "clean": (lines("clean", l35="far away"), lines("clean", l5="five")),
     "taken": (lines("taken", l10="ten"), lines("taken", l10="ten")),
@@ -105,8 +106,7 @@ OLD_TREE: Mapping[str, str | bytes] = {
     ),
 }
 NEW_TREE: Mapping[str, str | bytes] = {
-    # Nothing of the series has to do with it, but a merge looks whether the dropped file has become
-    # this one.
+    # No patch touches this file, but a merge checks whether the dropped file was renamed to it.
     "notes.rst": lines("notes", **{f"l{number}": f"dropped {number}" for number in range(1, 30)}),
     "requirements/common.txt": (
         "numpy>=2\nsix>=1 ; python_version > '3.0'\nfresh\nonly-there>2 ; sys_platform == 'win32'\n"
@@ -138,8 +138,10 @@ NEW_TREE: Mapping[str, str | bytes] = {
 
 @dataclass(frozen=True)
 class Ladder:
-    """`bare` serves the tags v1.0.0 and v1.1.0 and main, which is no release; `series` are the
-    patches on the first, in ORDER.
+    """Repositories of two releases, and the patches on the first.
+
+    `bare` serves the tags v1.0.0 and v1.1.0 and main, which is no release; `series` are the patches
+    in ORDER.
     """
 
     root: Path
@@ -156,15 +158,15 @@ def build(root: Path) -> Ladder:
     work.mkdir()
     sh_git(work, "init", "--quiet", "--initial-branch=main")
     commit(work, "first", {"README": "first\n", "vllm/mover.py": lines("mover")})
-    commit(work, "all of it", OLD_TREE | {f"vllm/{name}.py": lines(name) for name in FATES})
+    commit(work, "all of it", {**OLD_TREE, **{f"vllm/{name}.py": lines(name) for name in FATES}})
     commits = {OLD: _release(work, OLD, {"README": "release 1.0.0\n"})}
     series = _series(work, commits)
     sh_git(work, "switch", "--quiet", "main")
-    for number, (name, (there, _)) in enumerate(FATES.items(), 1):
-        if there:
+    for number, (name, (theirs, _)) in enumerate(FATES.items(), 1):
+        if theirs:
             more = {"README": "squashed\n"} if name == "squashed" else {}
             commits[name] = commit(
-                work, f"[Misc] Upstream's {name} (#{number})", {f"vllm/{name}.py": there, **more}
+                work, f"[Misc] Upstream's {name} (#{number})", {f"vllm/{name}.py": theirs, **more}
             )
     commit(
         work,
@@ -192,7 +194,7 @@ def build(root: Path) -> Ladder:
     commits[NEW] = _release(work, NEW, {"csrc/größe.cu": "G\n"})
     sh_git(work, "switch", "--quiet", "main")
     commits["main"] = commit(work, "after the release", {"README": "later\n"})
-    # The series names a commit that exists only by now.
+    # The series names a commit that exists only now.
     series = {
         name: content.replace(b"BACKPORTED", commits["backport"].encode())
         for name, content in series.items()
@@ -211,7 +213,7 @@ def build(root: Path) -> Ladder:
 
 
 def _release(work: Path, version: str, files: Mapping[str, str | bytes]) -> str:
-    """Tag on a branch of its own: no release is an ancestor of the next one."""
+    """Tag a commit on its own branch: no release is an ancestor of the next release."""
     sh_git(work, "switch", "--quiet", "--create", f"releases/{version}")
     made = commit(work, f"Release {version}", files)
     sh_git(work, "tag", "--annotate", "--message", version, f"v{version}")
@@ -259,8 +261,9 @@ def _precompiled_wheel(project: str, version: str, machine: str) -> PrecompiledW
 
 @dataclass
 class Index:
-    """A package index with times. `rows` are its files by project, `paths` what it has of them,
-    `asked` the requests.
+    """A package index with upload times.
+
+    `rows` are its files by project, `paths` the files that it serves, `asked` the requested paths.
     """
 
     address: str = ""
@@ -282,9 +285,7 @@ class Index:
 
 @contextlib.contextmanager
 def serve(ladder: Ladder, *, wheels: bool = True) -> Iterator[Index]:
-    """Serve both releases of the ladder: archives, CUDA wheels of both, and CPU wheels of the first
-    one only.
-    """
+    """Serve both releases: archives, CUDA wheels of both, and CPU wheels of the first only."""
     index = Index()
     for version, path in ladder.sdists.items():
         index.add("vllm", path.name, sha256(path), version)
@@ -331,7 +332,7 @@ def serve(ladder: Ladder, *, wheels: bool = True) -> Iterator[Index]:
 
 @dataclass
 class Clone:
-    """A clone of the workspace whose pin is the ladder's first release."""
+    """A clone of the workspace whose pin is the first release."""
 
     layout: Layout
     pin: Pin
@@ -377,7 +378,7 @@ class Clone:
 
 @contextlib.contextmanager
 def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
-    """Make a clone in `folder`: a superproject, pins and series, with no checkout yet."""
+    """Yield a clone in `folder`: a superproject, pins and series, without a checkout."""
     root = folder / "clone"
     root.mkdir(parents=True)
     sh_git(root, "init", "--quiet", "--initial-branch=main")

@@ -1,9 +1,9 @@
-"""git as a shell has it, by an author whose configuration changes nothing, and files written in one
-call.
-"""
+"""git without any user configuration, as a fixed author, and files and archive members to write."""
 
+import io
 import os
 import subprocess
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,12 +25,10 @@ _EXPORT = (
 _EXPORT += " -U3 --diff-algorithm=myers --src-prefix=a/ --dst-prefix=b/ --encode-email-headers"
 
 
-def sh_git(
-    path: Path, *words: str, check: bool = True, env: Mapping[str, str] | None = None
-) -> str:
-    """Plain git, as a person without any configuration would run it."""
+def sh_git(path: Path, *args: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
+    """Run plain git without any configuration and return its output."""
     done = subprocess.run(
-        ["git", "-C", str(path), *words],
+        ["git", "-C", str(path), *args],
         env={**os.environ, **_PLAIN, **(env or {})},
         capture_output=True,
         check=False,
@@ -46,9 +44,17 @@ def write(root: Path, files: Mapping[str, str | bytes]) -> None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def add_member(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: object) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in fields.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
 def export(repository: Path, revision: str) -> bytes:
-    """One commit as the project stores it."""
-    words = [
+    """Return one commit as a patch file of the project."""
+    args = [
         "git",
         "-C",
         str(repository),
@@ -59,7 +65,7 @@ def export(repository: Path, revision: str) -> bytes:
         revision,
     ]
     return subprocess.run(
-        words, env={**os.environ, **_PLAIN}, capture_output=True, check=True
+        args, env={**os.environ, **_PLAIN}, capture_output=True, check=True
     ).stdout
 
 

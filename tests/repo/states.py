@@ -1,14 +1,13 @@
-"""What a checkout holds, to be compared before and after a verb."""
+"""The content of a checkout, compared before and after a verb."""
 
 import os
 
-from tests.repo.conftest import Workspace, sh_git
+from tests.repo.conftest import Workspace
+from tests.repo.shell import sh_git
 
 
 def everything(workspace: Workspace) -> dict[str, str]:
-    """All that must survive a refusal: every reference, HEAD, the index against HEAD, and every
-    file.
-    """
+    """Return all that must survive a refusal: references, HEAD, status and every file."""
     vllm = workspace.vllm
     files = {
         str(path): os.readlink(path) if path.is_symlink() else str(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Series that do not apply, or not as they stand: what is said, and that nothing is changed."""
+"""Series that do not apply, or only with a merge: the messages, and that nothing changes."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from workspace.repo.patches import State
 
 
 def on_other_contents(upstream: Upstream, tmp_path: Path) -> bytes:
-    """A patch on other contents than the base has."""
+    """Return a patch for other contents than those of the base."""
     work = tmp_path / "work"
     sh_git(tmp_path, "clone", "--quiet", str(upstream.work), str(work))
     sh_git(work, "checkout", "--quiet", "origin/drift")
@@ -163,7 +163,7 @@ def test_shallow_clone_without_the_contents_of_a_merge_is_a_conflict(
 @pytest.mark.parametrize(
     ("series", "code", "says"),
     [
-        ("gone.patch\n", 5, r"gone\.patch is not there"),
+        ("gone.patch\n", 5, r"gone\.patch does not exist"),
         ("a.patch\na.patch\n", 5, "a second time"),
         ("mbox.patch\n", 5, "is not a mail"),
         ("../a.patch\n", 5, "not the name"),
@@ -172,7 +172,7 @@ def test_shallow_clone_without_the_contents_of_a_merge_is_a_conflict(
     ],
 )
 @pytest.mark.parametrize("stop_at_conflict", [False, True])
-def test_bad_series_is_a_sentence_and_a_hint_and_every_file_stays(
+def test_invalid_series_has_message_and_hint_and_every_file_stays(
     release: Workspace,
     upstream: Upstream,
     series: str,
@@ -195,5 +195,5 @@ def test_bad_series_is_a_sentence_and_a_hint_and_every_file_stays(
         release.apply(stop_at_conflict=stop_at_conflict)
     assert (failure.value.exit_code, bool(failure.value.hint)) == (code, True)
     if code == 4 and stop_at_conflict:
-        assert release.go_on("abort").state is State.UNAPPLIED
+        assert release.resume("abort").state is State.UNAPPLIED
     assert everything(release) | {"refs": ""} == before | {"refs": ""}

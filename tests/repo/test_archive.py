@@ -1,4 +1,4 @@
-"""Release archives: the same commit for everyone, and no member that leads elsewhere."""
+"""Release archives: the same commit for every user, and no member outside of the folder."""
 
 import os
 import tarfile
@@ -131,7 +131,7 @@ def test_hard_link_is_a_copy(upstream: Upstream, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 200])
-def test_truncated_archive_is_said_to_be_damaged(
+def test_truncated_archive_is_reported_as_damaged(
     upstream: Upstream, tmp_path: Path, keep: int
 ) -> None:
     broken = tmp_path / "vllm-1.0.0.tar.gz"

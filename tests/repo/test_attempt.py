@@ -1,5 +1,6 @@
-"""An act of git's own in the checkout that was ended in the middle, by a kill or with the power, is
-taken back, and begun again comes to the same end.
+"""A git operation in the checkout that a kill or a power cut ends.
+
+It is undone, and a second run gives the same result.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ TRIED = Attempt("git am --continue", "./scripts/inv patch.continue")
 
 @contextlib.contextmanager
 def ended(workspace: Workspace) -> Iterator[Path]:
-    """Let the block be all that a verb came to do. Yields the checkout's git directory."""
+    """Run the block as all that a verb does before it is interrupted; yield the git directory."""
     with (
         contextlib.suppress(KeyboardInterrupt),
         moves.attempt(
@@ -50,12 +51,12 @@ def undisturbed(
     made: Path,
     conflicting: dict[str, bytes],
 ) -> str:
-    """The last commit of the resolved series where nothing was ended."""
+    """Return the last commit of the resolved series without an interruption."""
     for workspace in copied(
         tmp_path_factory.mktemp("undisturbed"), upstream, made / "stopped", series=conflicting
     ):
         resolve(workspace)
-        return workspace.go_on("continue").head or ""
+        return workspace.resume("continue").head or ""
     raise AssertionError
 
 
@@ -64,7 +65,7 @@ def finish(workspace: Workspace) -> bool:
 
 
 def lying(workspace: Workspace) -> dict[str, bytes | str]:
-    """What a resolution is: files, index, HEAD, branches, and git's notes of what is under way."""
+    """Return the parts of a resolution: files, index, HEAD, branches, and git's notes."""
     vllm = workspace.vllm
     files = {
         str(path): path.read_bytes()
@@ -125,7 +126,7 @@ def new_file_of_a_patch(git_dir: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [cut_short, notes_gone, all_done, done_and_damaged, new_file_of_a_patch]
 )
-def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commits(
+def test_resolution_is_restored_after_any_power_cut_and_gives_the_same_commits(
     stopped: Workspace, damage: Callable[[Path], None], undisturbed: str
 ) -> None:
     resolve(stopped)
@@ -138,8 +139,7 @@ def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commit
     assert finish(stopped)
     assert lying(stopped) == before
     assert (
-        "git am --continue in vendor/vllm was ended in the middle and is taken back"
-        in stopped.err.getvalue()
+        "git am --continue in vendor/vllm was interrupted and is undone" in stopped.err.getvalue()
     )
     if any(
         found.get(name) != content
@@ -152,7 +152,7 @@ def test_resolution_is_back_whatever_the_power_left_and_leads_to_the_same_commit
         assert kept, "what lay there is kept"
     assert not stopped.layout.moving("vllm").exists()
     assert not [*(stopped.vllm / ".git").glob("*.lock")]
-    assert stopped.go_on("continue").head == undisturbed
+    assert stopped.resume("continue").head == undisturbed
     assert (stopped.vllm / "mine.txt").read_text() == "not tracked\n"
 
 
@@ -167,7 +167,7 @@ def test_index_that_was_cut_short_hides_nothing(stopped: Workspace) -> None:
     assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "half"
 
 
-def test_what_was_edited_after_a_kill_is_kept_before_anything_is_taken_back(
+def test_edits_after_a_kill_are_kept_before_the_recovery(
     stopped: Workspace,
 ) -> None:
     resolve(stopped)
@@ -180,12 +180,11 @@ def test_what_was_edited_after_a_kill_is_kept_before_anything_is_taken_back(
     assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == "a better resolution"
     assert sh_git(stopped.vllm, "show", "refs/patches/left:new.txt") == "new"
     assert (
-        "what lay there is kept: git -C vendor/vllm show refs/patches/left"
-        in stopped.err.getvalue()
+        "the content is kept: git -C vendor/vllm show refs/patches/left" in stopped.err.getvalue()
     )
 
 
-def test_taking_back_may_itself_be_killed(stopped: Workspace) -> None:
+def test_recovery_may_itself_be_killed(stopped: Workspace) -> None:
     resolve(stopped)
     before = lying(stopped)
     with ended(stopped) as git_dir:
@@ -202,7 +201,9 @@ def test_taking_back_may_itself_be_killed(stopped: Workspace) -> None:
     assert lying(stopped) == before
 
 
-def test_user_who_went_on_by_hand_keeps_the_commits_and_the_resolution(stopped: Workspace) -> None:
+def test_user_who_continued_by_hand_keeps_the_commits_and_the_resolution(
+    stopped: Workspace,
+) -> None:
     resolve(stopped)
     with ended(stopped):
         sh_git(stopped.vllm, "am", "--continue")
@@ -211,7 +212,7 @@ def test_user_who_went_on_by_hand_keeps_the_commits_and_the_resolution(stopped: 
     assert sh_git(stopped.vllm, "rev-parse", "HEAD") == mine
     assert sh_git(stopped.vllm, "show", "refs/patches/left:vllm/lines.py") == RESOLVED.rstrip("\n")
     assert stopped.stack().state is State.UNEXPORTED
-    assert "something else has gone on from there" in stopped.err.getvalue()
+    assert "another program has changed the checkout since" in stopped.err.getvalue()
 
 
 def test_damaged_note_of_an_attempt_touches_nothing(stopped: Workspace) -> None:
@@ -222,17 +223,17 @@ def test_damaged_note_of_an_attempt_touches_nothing(stopped: Workspace) -> None:
     before = lying(stopped)
     assert not finish(stopped)
     assert lying(stopped) == before
-    assert stopped.go_on("continue").state is State.UNEXPORTED
+    assert stopped.resume("continue").state is State.UNEXPORTED
 
 
-def test_apply_that_was_ended_at_a_conflict_is_begun_again(
+def test_apply_that_was_interrupted_at_a_conflict_is_begun_again(
     mergeable: Workspace, conflicting: dict[str, bytes]
 ) -> None:
     base = lying(mergeable)
     with pytest.raises(PatchConflict):
         mergeable.apply(stop_at_conflict=True)
     at_conflict = lying(mergeable)
-    mergeable.go_on("abort")
+    mergeable.resume("abort")
     with ended(mergeable) as git_dir:
         sh_git(
             mergeable.vllm,
@@ -244,28 +245,30 @@ def test_apply_that_was_ended_at_a_conflict_is_begun_again(
     with pytest.raises(PatchConflict, match="patch 2 of 3"):
         mergeable.apply(stop_at_conflict=True)
     assert lying(mergeable).keys() == at_conflict.keys()
-    mergeable.go_on("abort")
+    mergeable.resume("abort")
     assert lying(mergeable) == base
 
 
-def test_what_was_ended_is_said_with_the_command_that_begins_it_again(stopped: Workspace) -> None:
+def test_interrupted_operation_is_reported_with_the_command_that_begins_it_again(
+    stopped: Workspace,
+) -> None:
     resolve(stopped)
     with ended(stopped) as git_dir:
         notes_gone(git_dir)
     row = overview.rows(stopped.layout, "vllm", stopped.pin, stopped.observe())[0]
-    assert (row.state, "git am --continue was ended in the middle" in row.subject) == (
+    assert (row.state, "git am --continue was interrupted" in row.subject) == (
         "in progress",
         True,
     )
     assert (
         overview.next_command(stopped.layout, stopped.pin, stopped.stack())
-        == "./scripts/inv patch.continue    takes it back and begins it again"
+        == "./scripts/inv patch.continue    undoes it and begins it again"
     )
 
 
 @pytest.mark.parametrize("verb", ["rebase", "merge", "cherry-pick", "revert"])
 @pytest.mark.parametrize("how", ["continue", "abort"])
-def test_operation_of_the_users_that_was_ended_is_back_with_its_branch(
+def test_interrupted_operation_of_the_user_is_restored_with_its_branch(
     release: Workspace, verb: str, how: str
 ) -> None:
     vllm, base = release.vllm, release.observe().base or ""
@@ -303,7 +306,7 @@ def test_full_disk_in_the_middle_leaves_the_note_and_a_refusal_of_git_none(
     assert not [*(stopped.layout.state / "moving").iterdir()]
 
 
-def test_file_that_git_was_told_to_take_for_unchanged_is_kept_with_the_rest(
+def test_file_marked_as_unchanged_is_kept_with_the_rest(
     stopped: Workspace,
 ) -> None:
     resolve(stopped)

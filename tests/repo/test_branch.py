@@ -1,6 +1,4 @@
-"""One patch as a branch on upstream's main: what is in it, and that nothing is left where it cannot
-be made.
-"""
+"""A patch as a branch on upstream's main: its content, and nothing left after a failure."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,7 @@ def user(hostile: Path) -> None:
 
 @pytest.fixture(scope="session")
 def moved(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
-    """Upstream after the pin: `main` has another commit."""
+    """Return an upstream whose `main` has one more commit than the pin."""
     root = tmp_path_factory.mktemp("moved")
     sh_git(root, "clone", "--quiet", str(upstream.work), "work")
     commit(root / "work", "later", {"README": "three\n"})
@@ -102,13 +100,13 @@ def test_conflict_with_main_leaves_nothing_behind(
     assert failure.value.hint
     assert left(applied) == before
     commit(other, "taken", {"vllm/lines.py": PATCHED})
-    with pytest.raises(PatchDrift, match="is upstreamed"):
+    with pytest.raises(PatchDrift, match="is in upstream already"):
         run(applied, "fix", f"patches/vllm/{first}", VLLM_MIRROR=str(other))
     assert left(applied) == before
 
 
 @pytest.mark.usefixtures("user")
-def test_offline_the_main_that_was_fetched_last_is_taken_and_that_is_said(
+def test_offline_the_last_fetched_main_is_used_and_reported(
     applied: Workspace, upstream: Upstream
 ) -> None:
     nowhere = (applied.layout.root / "nowhere").as_uri()
@@ -118,20 +116,22 @@ def test_offline_the_main_that_was_fetched_last_is_taken_and_that_is_said(
     assert left(applied) == before
     sh_git(applied.vllm, "fetch", "--quiet", str(upstream.bare), "+main:refs/remotes/origin/main")
     run(applied, "fix", next(iter(upstream.patches)), VLLM_MIRROR=nowhere)
-    assert "going on from refs/remotes/origin/main as it was fetched last" in applied.err.getvalue()
+    assert "using refs/remotes/origin/main as it was fetched last" in applied.err.getvalue()
 
 
 @pytest.mark.usefixtures("user")
-def test_what_is_no_branch_no_patch_and_no_checkout(release: Workspace, upstream: Upstream) -> None:
+def test_invalid_branch_patch_or_checkout_is_refused(
+    release: Workspace, upstream: Upstream
+) -> None:
     first = next(iter(upstream.patches))
     for name in ("..", "a b", "-x", "a..b", "/x", "x.lock", "@{-1}", ""):
-        with pytest.raises(SettingsError, match="is no name for a branch"):
+        with pytest.raises(SettingsError, match="is not a valid branch name"):
             run(release, name, first)
-    with pytest.raises(SettingsError, match="patches/vllm/nothing.patch is not there") as failure:
+    with pytest.raises(SettingsError, match="patches/vllm/nothing.patch does not exist") as failure:
         run(release, "fix", "nothing")
     assert first in (failure.value.hint or "")
     (release.layout.state / "branches" / "mine").mkdir(parents=True)
-    with pytest.raises(CheckoutError, match="branches/mine is there already"):
+    with pytest.raises(CheckoutError, match="branches/mine exists already"):
         run(release, "mine", first)
     release.pin = replace(release.pin, commit="1" * 40, archive=None)
     with pytest.raises(CheckoutError, match="a repository without"):
@@ -139,6 +139,6 @@ def test_what_is_no_branch_no_patch_and_no_checkout(release: Workspace, upstream
 
 
 def test_without_a_name_nothing_can_be_signed(release: Workspace, upstream: Upstream) -> None:
-    with pytest.raises(SettingsError, match="does not know your name") as failure:
+    with pytest.raises(SettingsError, match="user.name and user.email are not set") as failure:
         run(release, "fix", next(iter(upstream.patches)))
     assert "user.email" in (failure.value.hint or "")

@@ -160,7 +160,7 @@ def test_auto_falls_back_to_the_release_in_one_line(workspace: Workspace) -> Non
     assert "no history" in output[0]
 
 
-def test_git_asked_for_and_unreachable_is_an_error(workspace: Workspace) -> None:
+def test_requested_git_that_is_unreachable_is_an_error(workspace: Workspace) -> None:
     workspace.offline()
     with pytest.raises(SourceError, match="cannot be read"):
         workspace.ensure("git")
@@ -201,26 +201,26 @@ def test_second_ensure_touches_nothing_and_needs_no_network(
     }
 
 
-@pytest.mark.parametrize(("there", "asked"), [("git", "release"), ("release", "git")])
-def test_checkout_of_the_other_kind_is_kept_and_said(
-    workspace: Workspace, there: checkout.Choice, asked: checkout.Choice
+@pytest.mark.parametrize(("present", "requested"), [("git", "release"), ("release", "git")])
+def test_checkout_of_the_other_kind_is_kept_and_reported(
+    workspace: Workspace, present: checkout.Choice, requested: checkout.Choice
 ) -> None:
-    workspace.ensure(there)
+    workspace.ensure(present)
     write(workspace.vllm, {"mine.txt": "mine\n"})
-    with pytest.raises(CheckoutError, match=f"SOURCE asks for {asked}") as failure:
-        workspace.ensure(asked)
+    with pytest.raises(CheckoutError, match=f"SOURCE requests {requested}") as failure:
+        workspace.ensure(requested)
     assert (workspace.vllm / "mine.txt").read_text() == "mine\n"
     (workspace.vllm / "mine.txt").unlink()
     assert failure.value.hint
-    away = failure.value.hint.split("have the other: ")[1].split(" && ")[0]
+    removal = failure.value.hint.split("to replace it: ")[1].split(" && ")[0]
     subprocess.run(
-        away,
+        removal,
         shell=True,
         cwd=workspace.layout.root,
         check=True,
         env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"},
     )
-    assert workspace.ensure(asked).kind.value == asked
+    assert workspace.ensure(requested).kind.value == requested
 
 
 def test_folder_with_the_users_files_is_left_alone(workspace: Workspace) -> None:
@@ -258,7 +258,7 @@ def test_repository_without_the_pin_is_foreign_and_the_hint_gives_it_the_pin(
     with pytest.raises(CheckoutError, match=r"a repository without v1\.0\.0") as failure:
         workspace.ensure("auto")
     assert failure.value.hint
-    command = failure.value.hint.split("to give it the pin: ")[1].split("    ")[0]
+    command = failure.value.hint.split("to fetch the pin: ")[1].split("    ")[0]
     subprocess.run(command, shell=True, cwd=workspace.layout.root, check=True, capture_output=True)
     assert workspace.observe().kind is Kind.GIT
     assert workspace.observe().head == mine
@@ -323,8 +323,9 @@ class Deadly(Step):
     def progress(self, done, total, text=""):
         if text.startswith(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
 pin = Pin("vllm", "v1.0.0", "1.0.0", commit, "URL", Archive(*archive), {})
+given, step = settings.load(layout), Deadly("source")
 with RunLog(Console(), layout.logs, verb="test") as run_log:
-    checkout.ensure(layout, pin, settings.load(layout), choice=sys.argv[2], run_log=run_log, step=Deadly("source"))
+    checkout.ensure(layout, pin, given, choice=sys.argv[2], run_log=run_log, step=step)
 """.replace("URL", URL)
 
 
@@ -392,7 +393,7 @@ def test_linked_worktree_of_the_superproject_has_its_own_checkout(
     assert sh_git(first.root, "submodule", "status").startswith(f" {workspace.pin.commit}")
 
 
-def test_protection_keeps_add_all_from_staging_what_lies_there(checked_out: Workspace) -> None:
+def test_protection_keeps_add_all_from_staging_the_checkout(checked_out: Workspace) -> None:
     root = checked_out.layout.root
     checked_out.apply()
     checkout.protect(checked_out.layout)
@@ -420,7 +421,7 @@ def test_release_from_another_archive_than_pinned_leaves_nothing(
     assert leftovers(workspace) == []
 
 
-def test_checkout_of_another_user_says_how_to_trust_it(
+def test_checkout_of_another_user_has_a_hint_to_trust_it(
     checked_out: Workspace, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")

@@ -1,6 +1,4 @@
-"""What a conflict says: where it is, what upstream did there since, and commands that work as they
-stand.
-"""
+"""The message of a conflict: its place, upstream's commits there, and commands that work."""
 
 from pathlib import Path
 
@@ -16,9 +14,7 @@ from workspace.repo.git import Git, am
 
 @pytest.fixture
 def moved(tmp_path: Path) -> tuple[Git, str, str, Path]:
-    """A repository with an old base, a new one seven commits later, and a patch that was made for
-    the old.
-    """
+    """Return a repository, an old and a new base seven commits apart, and a patch for the old."""
     work = tmp_path / "work"
     work.mkdir()
     sh_git(work, "init", "--quiet", "--initial-branch=main")
@@ -96,7 +92,7 @@ def test_base_without_history_has_paths_only(
     assert output.details == ("conflict in b.py", "conflict in odd name.py")
 
 
-def test_am_stands_where_git_says_also_in_a_submodule(
+def test_position_of_an_am_is_read_in_a_submodule_too(
     moved: tuple[Git, str, str, Path], tmp_path: Path
 ) -> None:
     git, _, _, patch = moved
@@ -120,7 +116,7 @@ def test_am_stands_where_git_says_also_in_a_submodule(
     assert (outer / ".git" / "modules" / "inner" / "rebase-apply" / "next").exists()
 
 
-def test_am_that_git_will_not_begin_is_no_conflict(
+def test_am_that_git_refuses_to_begin_is_no_conflict(
     moved: tuple[Git, str, str, Path], tmp_path: Path
 ) -> None:
     git, _, _, patch = moved

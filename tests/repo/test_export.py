@@ -1,6 +1,4 @@
-"""Export on real checkouts of both kinds, under a hostile git configuration: what becomes a patch,
-what is refused, and what is never touched.
-"""
+"""Exports from checkouts of both kinds, under a hostile git configuration."""
 
 import io
 import re
@@ -117,11 +115,11 @@ def test_commit_that_is_dropped_takes_its_patch_along(
     done = run(applied)
     assert done.removed == (first,)
     assert order(applied) == [second]
-    assert done.scratch == (), "the commit is still in refs/patches/tip's log"
+    assert done.kept_copies == (), "the commit is still in refs/patches/tip's log"
     assert first not in files(applied)
 
 
-def test_order_of_the_commits_is_the_order_of_the_series_and_remarks_stay_with_their_patch(
+def test_order_of_the_commits_is_the_order_of_the_series_and_comments_stay_with_their_patch(
     applied: Workspace, upstream: Upstream
 ) -> None:
     first, second = upstream.patches
@@ -145,7 +143,7 @@ def test_order_of_the_commits_is_the_order_of_the_series_and_remarks_stay_with_t
     )
 
 
-def test_remark_of_a_patch_that_is_gone_stays_at_its_place(
+def test_comment_of_a_removed_patch_stays_at_its_place(
     applied: Workspace, upstream: Upstream
 ) -> None:
     first, second = upstream.patches
@@ -210,7 +208,7 @@ CHURN: tuple[Callable[[bytes], bytes], ...] = (
 
 
 @pytest.mark.parametrize("churn", CHURN)
-def test_file_that_says_the_same_in_other_words_is_left_alone(
+def test_file_with_the_same_patch_in_another_spelling_is_not_rewritten(
     applied: Workspace, upstream: Upstream, churn: Callable[[bytes], bytes], snapshot: Snapshot
 ) -> None:
     for path in applied.layout.patches("vllm").glob("*.patch"):
@@ -278,7 +276,7 @@ def commit_template(workspace: Workspace) -> str:
     return sh_git(workspace.vllm, "config", "--get", "commit.template", check=False)
 
 
-def test_template_brings_the_trailer_and_is_set_once(
+def test_template_has_the_trailer_and_is_set_once(
     checked_out: Workspace, snapshot: Snapshot
 ) -> None:
     git = Git(checked_out.vllm)
@@ -330,9 +328,7 @@ def test_rewritten_base_line_and_removed_files_of_a_bump(
 
 
 def test_objects_of_the_stack_have_their_names_only_when_they_are_whole(applied: Workspace) -> None:
-    """An object that a power cut has emptied counts as there for git, which would never write it
-    again.
-    """
+    """git takes an object file that a power cut emptied for complete, and never writes it again."""
     objects = applied.vllm / ".git" / "objects"
     assert not list(objects.glob("*/tmp_obj_*"))
     assert sh_git(applied.vllm, "fsck", "--connectivity-only") == ""

@@ -1,4 +1,4 @@
-"""Exports that are refused or were killed: no commit, no patch and no edit is lost by one."""
+"""Exports that are refused or killed: no commit, no patch and no edit is lost."""
 
 import subprocess
 
@@ -11,15 +11,15 @@ from workspace.repo import export
 from workspace.repo.git import Git
 
 
-def test_all_commits_dropped_is_not_taken_for_a_wish(
+def test_dropping_all_commits_does_not_remove_all_patches(
     applied: Workspace, snapshot: Snapshot
 ) -> None:
     sh_git(applied.vllm, "checkout", "--quiet", "--detach", "HEAD~2")
-    failure = refused(applied, "no commit in vendor/vllm is of it", snapshot)
+    failure = refused(applied, "vendor/vllm has no commit of it", snapshot)
     assert "./scripts/inv patch.apply" in (failure.hint or "")
 
 
-def test_patch_that_came_with_a_pull_is_not_dropped_for_want_of_a_commit(
+def test_patch_that_came_with_a_pull_is_not_dropped_without_a_commit(
     release: Workspace, upstream: Upstream, snapshot: Snapshot
 ) -> None:
     first, second = upstream.patches
@@ -67,10 +67,10 @@ def test_patch_that_was_changed_after_it_was_applied_is_not_written_over(
 
 
 UNFIT = (
-    ("x\n\nbefore\n---\nafter" + STATUS, "'---', where git lets a message end"),
-    ("x\n\n--- a/file" + STATUS, "where git lets a message end"),
-    ("x\n\ndiff --git a/x b/x" + STATUS, "where git lets a message end"),
-    ("x\n\nIndex: 7" + STATUS, "where git lets a message end"),
+    ("x\n\nbefore\n---\nafter" + STATUS, "'---', where git ends a message"),
+    ("x\n\n--- a/file" + STATUS, "where git ends a message"),
+    ("x\n\ndiff --git a/x b/x" + STATUS, "where git ends a message"),
+    ("x\n\nIndex: 7" + STATUS, "where git ends a message"),
     ("x\n\nFrom: me\nhello" + STATUS, "begins with 'From: me'"),
     ("x\n\n[PATCH] me" + STATUS, "begins with '\\[PATCH\\] me'"),
     ("x\n\na\nFrom me Mon Sep 17 00:00:00 2001\nb" + STATUS, "begins the next mail"),
@@ -98,14 +98,16 @@ def test_messages_that_no_mail_can_carry_are_refused(
         assert "git -C vendor/vllm rebase -i refs/patches/base" in (failure.hint or "")
 
 
-def test_author_that_git_reads_otherwise_is_refused(applied: Workspace, snapshot: Snapshot) -> None:
+def test_author_that_git_reads_differently_is_refused(
+    applied: Workspace, snapshot: Snapshot
+) -> None:
     write(applied.vllm, {"vllm/mine.py": "mine\n"})
     sh_git(applied.vllm, "add", "--all")
     sh_git(applied.vllm, "commit", "--quiet", "--author", "a@b <a@b.c>", "--message", "x" + STATUS)
     refused(applied, "git would not read its author back", snapshot)
 
 
-def test_empty_commit_merge_and_second_of_a_name_are_refused(
+def test_empty_commit_merge_and_duplicate_name_are_refused(
     applied: Workspace, snapshot: Snapshot
 ) -> None:
     sh_git(applied.vllm, "commit", "--quiet", "--allow-empty", "--message", "nothing" + STATUS)
@@ -113,7 +115,7 @@ def test_empty_commit_merge_and_second_of_a_name_are_refused(
     sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     commit(applied.vllm, "same" + STATUS, {"vllm/mine.py": "mine\n"})
     commit(applied.vllm, "same!" + STATUS, {"vllm/mine.py": "mine too\n"})
-    refused(applied, "another patch is called same.patch", snapshot)
+    refused(applied, "another patch is named same.patch", snapshot)
     sh_git(applied.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     same = sh_git(applied.vllm, "rev-parse", "HEAD")
     sh_git(applied.vllm, "checkout", "--quiet", "-b", "side", "HEAD~1")
@@ -166,7 +168,7 @@ def test_export_that_was_killed_at_its_last_file_leaves_nothing_behind(
     )
 
 
-def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(
+def test_edited_patch_that_no_commit_holds_is_copied(
     release: Workspace, upstream: Upstream
 ) -> None:
     sh_git(release.layout.root, "add", "patches")
@@ -179,12 +181,12 @@ def test_edit_of_a_patch_that_is_nowhere_else_is_kept_aside(
     sh_git(release.vllm, "reset", "--quiet", "--keep", "HEAD~1")
     done = run(release)
     assert done.removed == (second,)
-    assert [path.read_bytes() for path in done.scratch] == [edited]
+    assert [path.read_bytes() for path in done.kept_copies] == [edited]
     export.show(done, console=release.run_log.console)
-    assert str(done.scratch[0]) in release.err.getvalue()
+    assert str(done.kept_copies[0]) in release.err.getvalue()
 
 
-def test_file_that_was_never_in_the_series_is_left_and_said(applied: Workspace) -> None:
+def test_file_that_was_never_in_the_series_is_kept_and_reported(applied: Workspace) -> None:
     write(applied.layout.patches("vllm"), {"mine.patch": "mine", "remarked.patch": "out"})
     series(applied).write_text(series(applied).read_text() + "# remarked.patch: later\n")
     done = run(applied)
@@ -193,16 +195,16 @@ def test_file_that_was_never_in_the_series_is_left_and_said(applied: Workspace) 
     assert "patches/vllm/mine.patch is not in the series" in applied.err.getvalue()
 
 
-def test_edits_that_are_not_committed_are_said_to_be_in_no_patch(applied: Workspace) -> None:
+def test_uncommitted_edits_are_reported_as_in_no_patch(applied: Workspace) -> None:
     write(applied.vllm, {"README": "edited\n"})
     done = run(applied)
     assert done.edits == ("README",)
     export.show(done, console=applied.run_log.console)
-    assert "edits that are not committed are in no patch: README" in applied.err.getvalue()
+    assert "uncommitted edits are in no patch: README" in applied.err.getvalue()
     assert (applied.vllm / "README").read_text() == "edited\n"
 
 
-def test_what_is_under_way_or_elsewhere_is_not_exported(
+def test_operation_under_way_or_foreign_head_is_not_exported(
     applied: Workspace, upstream: Upstream
 ) -> None:
     before = files(applied)
@@ -230,19 +232,19 @@ def test_what_is_under_way_or_elsewhere_is_not_exported(
     assert files(applied) == before
 
 
-def test_missing_checkout_says_how_to_get_one(workspace: Workspace) -> None:
-    with pytest.raises(CheckoutError, match="is not there") as failure:
+def test_missing_checkout_has_a_hint(workspace: Workspace) -> None:
+    with pytest.raises(CheckoutError, match="does not exist") as failure:
         run(workspace)
     assert failure.value.hint == "./scripts/inv bootstrap"
 
 
-def test_broken_patch_file_is_to_be_taken_back_from_the_superproject_and_no_other_way_is_named_first(
+def test_broken_patch_file_is_restored_from_the_superproject_first(
     applied: Workspace, upstream: Upstream, snapshot: Snapshot
 ) -> None:
     first = next(iter(upstream.patches))
     file = applied.layout.patches("vllm") / first
     file.write_bytes(file.read_bytes()[:-40])
-    failure = refused(applied, f"{first} is no patch that git can read", snapshot)
+    failure = refused(applied, f"{first} is no longer a patch that git can read", snapshot)
     assert (failure.hint or "").startswith(f"git checkout -- patches/vllm/{first}    ")
     file.write_bytes(upstream.patches[first])
     assert run(applied).written == ()

@@ -1,4 +1,4 @@
-"""Looking at a working tree through git: digests, changes, and what looking must not do."""
+"""Reading a working tree through git: digests, changes, and no side effects."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_looking_rewrites_no_index_and_makes_no_file(tree: Git, snapshot: Snapsh
     assert snapshot(tree.path) == before
 
 
-def test_failure_is_raised_as_the_caller_wants_with_gits_own_words(tmp_path: Path) -> None:
+def test_failure_has_the_type_of_the_caller_and_gits_own_message(tmp_path: Path) -> None:
     with pytest.raises(CheckoutError, match=r"git rev-parse in .*: not a git repository"):
         Git(tmp_path).tree("HEAD")
     with pytest.raises(BuildError, match="cannot change to"):
@@ -148,7 +148,7 @@ def test_revision_that_looks_like_a_flag_is_none(tree: Git) -> None:
     assert tree.resolve("v1.0.0") == tree.head()
 
 
-def test_machine_without_git_is_told_how_to_get_it(tmp_path: Path) -> None:
+def test_machine_without_git_has_an_install_hint(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
 from workspace.core.errors import ToolchainError
@@ -170,13 +170,13 @@ except ToolchainError as error:
         assert done.stdout == "sudo apt install git\n"
 
 
-def test_first_line_is_the_one_that_says_why() -> None:
+def test_first_line_names_the_reason() -> None:
     assert first_line("warning: x\nhint: y\nfatal: it broke\nmore\n") == "it broke"
     assert first_line("only this\n") == "only this"
     assert first_line("") == ""
 
 
-def test_full_disk_is_told_from_a_patch_that_does_not_apply() -> None:
+def test_full_disk_is_distinguished_from_a_patch_that_does_not_apply() -> None:
     assert refusal_of_disk(
         "error: unable to write file setup.py\nfatal: sha1 file 'index.lock' write error. Out of"
         " diskspace\n"

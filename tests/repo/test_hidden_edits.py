@@ -1,5 +1,6 @@
-"""Edits that git may not see by itself, for equal times and sizes or a bit in the index: none is
-overlooked, and none written over.
+"""Edits that git may miss, because of equal times and sizes or a bit in the index.
+
+None is overlooked, and none is overwritten.
 """
 
 import os
@@ -17,7 +18,7 @@ MINE = LINES.replace("line 20\n", "line YY\n")
 
 
 def replaced(file: Path, text: str) -> None:
-    """Another file of the same size and time in its place, as `cp -p` and `mv` leave it."""
+    """Replace a file by another of the same size and time, as `cp -p` and `mv` do."""
     assert len(text) == file.stat().st_size
     beside = file.with_name("beside")
     beside.write_text(text)
@@ -26,7 +27,7 @@ def replaced(file: Path, text: str) -> None:
 
 
 def aged(workspace: Workspace) -> Path:
-    """A file whose time, as the index has it, is long past."""
+    """Give a file an old time, in the index too."""
     file = workspace.vllm / "vllm" / "lines.py"
     os.utime(file, ns=(10**18, 10**18))
     sh_git(workspace.vllm, "update-index", "--refresh")
@@ -38,7 +39,7 @@ def aged(workspace: Workspace) -> Path:
     [{}, {"core.checkStat": "minimal", "core.trustctime": "false"}],
     ids=["by-default", "by-time-and-size-only"],
 )
-def test_file_replaced_by_one_of_its_size_and_time_is_an_edit(
+def test_file_replaced_by_a_file_of_equal_size_and_time_is_an_edit(
     release: Workspace, settings: dict[str, str]
 ) -> None:
     for key, value in settings.items():
@@ -68,7 +69,7 @@ def test_files_that_a_verb_writes_do_not_count_as_unchanged_from_then_on(
 
 
 @pytest.mark.parametrize("bit", ["--assume-unchanged", "--skip-worktree"])
-def test_edit_that_git_was_told_to_overlook_is_not_written_over_by_a_second_try(
+def test_edit_marked_as_unchanged_is_not_overwritten_by_a_second_try(
     release: Workspace, bit: str
 ) -> None:
     write(release.vllm, {"vllm/lines.py": MINE})
@@ -81,7 +82,7 @@ def test_edit_that_git_was_told_to_overlook_is_not_written_over_by_a_second_try(
     assert release.stack().head == release.stack().base
 
 
-def test_snapshot_has_an_edit_that_git_was_told_to_overlook(release: Workspace) -> None:
+def test_snapshot_has_an_edit_marked_as_unchanged(release: Workspace) -> None:
     sh_git(release.vllm, "update-index", "--assume-unchanged", "vllm/lines.py")
     write(release.vllm, {"vllm/lines.py": MINE})
     kept = worktree.snapshot(Git(release.vllm), "what lay there")

@@ -1,4 +1,4 @@
-"""What lies between two releases, asked of a whole repository and of a partial one."""
+"""What lies between two releases, in a complete repository and in a partial clone."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_ancestors_may_be_abbreviated_and_unknown_names_are_none(git: Git, ladde
     assert history.ancestors(git, [], NEW) == history.ancestors(git, ["deadbeef1"], NEW) == {}
 
 
-def test_renames_are_found_by_content_and_by_likeness(git: Git) -> None:
+def test_renames_are_found_by_content_and_by_similarity(git: Git) -> None:
     differing = history.changed(git, OLD, NEW)
     gone = [path for path, (_, after) in differing.items() if after is None]
     found = history.renames(git, OLD, NEW, gone, differing)
@@ -106,7 +106,7 @@ def test_distance_name_and_date(git: Git, ladder: Ladder) -> None:
     assert history.date_of(git, NEW).isoformat() == "2026-01-02T03:04:05+00:00"
 
 
-def test_partial_clone_says_what_it_lacks_without_asking_for_it(
+def test_partial_clone_lists_missing_blobs_without_fetching_them(
     ladder: Ladder, tmp_path: Path
 ) -> None:
     sh_git(
@@ -130,7 +130,7 @@ def test_partial_clone_says_what_it_lacks_without_asking_for_it(
         history.blobs(part, oids)
 
 
-def test_paths_of_patches_are_told_apart_in_one_call(git: Git, files: list[Path]) -> None:
+def test_paths_are_returned_for_each_patch_from_one_call(git: Git, files: list[Path]) -> None:
     assert worktree.paths_of(git, files)[:3] == (
         frozenset({"vllm/clean.py"}),
         frozenset({"vllm/taken.py"}),
@@ -140,8 +140,9 @@ def test_paths_of_patches_are_told_apart_in_one_call(git: Git, files: list[Path]
 
 
 def listing(repository: Path) -> dict[Path, tuple[int, int]]:
-    """Every file with inode and time. An object that is made once more gets a new time from git
-    itself, to keep it from gc (git-prune(1)).
+    """Return every file with inode and time.
+
+    git gives an object that is written again a new time, to keep it from gc (git-prune(1)).
     """
     found = {path: path.lstat() for path in repository.rglob("*")}
     return {

@@ -1,6 +1,4 @@
-"""Imports of files, addresses and pull requests: what lands on the stack and in the series, and
-what is refused with nothing changed.
-"""
+"""Imports of files, URLs and pull requests, and refusals with nothing changed."""
 
 import http.server
 import re
@@ -28,7 +26,7 @@ def take(workspace: Workspace, source: Path | str, **settings: str) -> Export:
 
 
 def state(workspace: Workspace, snapshot: Snapshot) -> object:
-    """All that an import may change."""
+    """Return all that an import may change."""
     tracked = {
         name: entry for name, entry in snapshot(workspace.vllm).items() if "/.git" not in name
     }
@@ -42,8 +40,9 @@ def state(workspace: Workspace, snapshot: Snapshot) -> object:
 
 @pytest.fixture(scope="session")
 def mails(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Path:
-    """A clone of upstream with pull requests 1 (two commits, and a merge of main between them) and
-    2 (a conflict); their mails as files.
+    """Return a clone of upstream with two pull requests, and their mails as files.
+
+    Pull request 1 has two commits with a merge of main between them, 2 has a conflict.
     """
     root = tmp_path_factory.mktemp("mails")
     work = root / "work"
@@ -130,12 +129,13 @@ def test_pull_request_of_a_mirror_on_this_disk(applied: Workspace, mails: Path) 
     done = take(applied, "#1", VLLM_MIRROR=str(mails / "work"))
     assert done.written == ("Core-first-one.patch", "A-second-one.patch"), "the merge is left out"
     with pytest.raises(
-        SourceError, match="pull request 7 of https://upstream.invalid/vllm.git: only GitHub's"
+        SourceError,
+        match="pull request 7 of https://upstream.invalid/vllm.git cannot be fetched: only GitHub",
     ):
         take(applied, "7", VLLM_MIRROR=str(mails / "work"))
 
 
-def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(
+def test_conflict_is_refused_with_its_files_and_nothing_changed(
     either_applied: Workspace, mails: Path, snapshot: Snapshot
 ) -> None:
     before = state(either_applied, snapshot)
@@ -146,15 +146,15 @@ def test_what_conflicts_is_refused_by_its_files_and_nothing_changed(
     assert state(either_applied, snapshot) == before
     hint = failure.value.hint
     assert hint
-    words = hint.split("    ")[0].split()
-    assert (either_applied.vllm / words[-1]).read_bytes() == (mails / "conflict.patch").read_bytes()
-    sh_git(either_applied.vllm, *words[3:], check=False)
+    argv = hint.split("    ")[0].split()
+    assert (either_applied.vllm / argv[-1]).read_bytes() == (mails / "conflict.patch").read_bytes()
+    sh_git(either_applied.vllm, *argv[3:], check=False)
     assert "line 2O" in (either_applied.vllm / "vllm/lines.py").read_text(), (
         "the conflict stands in the file"
     )
 
 
-def test_import_that_was_ended_before_its_export_goes_on_to_it(
+def test_import_that_was_interrupted_before_its_export_is_exported(
     applied: Workspace, mails: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in applied.layout.patches("vllm").iterdir()}
@@ -181,7 +181,7 @@ def test_same_subjects_of_the_users_own_are_not_taken_for_an_import(
     assert applied.stack().head == head
 
 
-def test_what_is_there_already_is_upstreamed(
+def test_patch_that_changes_nothing_is_upstreamed(
     applied: Workspace, mails: Path, upstream: Upstream, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     first = next(iter(upstream.patches))
@@ -204,7 +204,7 @@ def test_second_patch_of_a_name_is_refused_before_anything_moves(
     )
     (tmp_path / "x.patch").write_bytes(again)
     before = state(applied, snapshot)
-    with pytest.raises(PatchDrift, match="another patch is called") as failure:
+    with pytest.raises(PatchDrift, match="another patch is named") as failure:
         take(applied, tmp_path / "x.patch")
     assert "rebase -i" in (failure.value.hint or "")
     assert state(applied, snapshot) == before
@@ -221,15 +221,15 @@ def test_edits_an_unapplied_series_and_a_missing_checkout_are_in_the_way(
     before = state(release, snapshot)
     with pytest.raises(
         CheckoutError,
-        match=r"has edits \(README\) where commits are to be imported; they were left",
+        match=r"has edits \(README\) where commits would be imported; they were not changed",
     ) as failure:
         take(release, mails / "first.patch")
     assert "stash" in (failure.value.hint or "")
     assert state(release, snapshot) == before
 
 
-def test_checkout_that_is_missing_is_said_to_be(workspace: Workspace, mails: Path) -> None:
-    with pytest.raises(CheckoutError, match="is not there"):
+def test_missing_checkout_is_reported(workspace: Workspace, mails: Path) -> None:
+    with pytest.raises(CheckoutError, match="does not exist"):
         take(workspace, mails / "first.patch")
 
 
@@ -241,12 +241,12 @@ def test_checkout_that_is_missing_is_said_to_be(workspace: Workspace, mails: Pat
             "is a diff without author and message",
         ),
         (b"--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "is a diff without author and message"),
-        (b"<!DOCTYPE html><html>\n--- x\n</html>", "is no mail"),
-        (b"", "is no mail"),
-        (b"\xff\0" * 100, "is no mail"),
+        (b"<!DOCTYPE html><html>\n--- x\n</html>", "is not a mail"),
+        (b"", "is not a mail"),
+        (b"\xff\0" * 100, "is not a mail"),
     ],
 )
-def test_what_is_no_mail_is_refused_with_the_way_to_make_one(
+def test_content_that_is_no_mail_is_refused_with_a_hint(
     applied: Workspace, tmp_path: Path, content: bytes, match: str
 ) -> None:
     (tmp_path / "x.patch").write_bytes(content)
@@ -255,7 +255,9 @@ def test_what_is_no_mail_is_refused_with_the_way_to_make_one(
     assert failure.value.hint
 
 
-def test_mail_without_a_diff_and_a_file_that_is_none(applied: Workspace, tmp_path: Path) -> None:
+def test_mail_without_a_diff_and_missing_file_are_refused(
+    applied: Workspace, tmp_path: Path
+) -> None:
     (tmp_path / "x.patch").write_bytes(b"From: a <a@b>\nSubject: x\n\nonly words\n")
     with pytest.raises(PatchConflict, match="is no patch that git can read"):
         take(applied, tmp_path / "x.patch")

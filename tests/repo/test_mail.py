@@ -1,4 +1,4 @@
-"""Mails taken apart as git takes them apart, and the question whether two are the same patch."""
+"""Mails parsed as git parses them, and the comparison of two patches."""
 
 import tempfile
 from pathlib import Path
@@ -12,7 +12,7 @@ from workspace.repo.git import Git
 from workspace.repo.git import am as mails
 
 
-def test_parts_of_an_exported_mail(tmp_path: Path, upstream: Upstream) -> None:
+def test_exported_mail_is_parsed_into_its_parts(tmp_path: Path, upstream: Upstream) -> None:
     (name, content), _ = upstream.patches.items()
     (tmp_path / name).write_bytes(content)
     read = mail.read_mail(tmp_path / name)
@@ -138,7 +138,7 @@ def test_vocabulary_of_the_status(status: str) -> None:
         "Done",
     ],
 )
-def test_what_is_no_status(status: str) -> None:
+def test_texts_that_are_no_status(status: str) -> None:
     assert not mail.is_status(status)
 
 
@@ -161,7 +161,7 @@ def change(content: bytes, old: bytes, new: bytes) -> bytes:
         (b" 100644\n", b" 100755\n"),
     ],
 )
-def test_another_content_is_another_patch(upstream: Upstream, old: bytes, new: bytes) -> None:
+def test_changed_content_is_another_patch(upstream: Upstream, old: bytes, new: bytes) -> None:
     content = next(iter(upstream.patches.values()))
     assert mail.same_change(content, content)
     assert not mail.same_change(content, change(content, old, new))
@@ -202,7 +202,7 @@ MESSAGES = (
 )
 
 
-def test_what_counts_as_plain_is_read_back_by_git_as_it_was_written(tmp_path: Path) -> None:
+def test_plain_messages_are_read_back_by_git_unchanged(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     sh_git(work, "init", "--quiet")

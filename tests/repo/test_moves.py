@@ -1,5 +1,6 @@
-"""Moves of the checkout that were killed in the middle, or had no room: what is finished, and what
-is the user's.
+"""Moves of the checkout that were killed or had no disk space.
+
+Some are finished by the next run; other files are the user's.
 """
 
 import os
@@ -89,7 +90,8 @@ def test_lock_that_a_killed_git_left_does_not_make_touched_files_look_edited(
 
 
 FULL = """
-mount -t tmpfs -o size=$2k none "$1/objects" && cp -a "$1/objects.kept/." "$1/objects/" && head -c 100m /dev/zero >"$1/objects/filler" 2>/dev/null
+mount -t tmpfs -o size=$2k none "$1/objects" && cp -a "$1/objects.kept/." "$1/objects/" &&
+head -c 100m /dev/zero >"$1/objects/filler" 2>/dev/null
 shift 2; exec "$@"
 """
 VERB = """
@@ -105,14 +107,15 @@ layout, base = Layout(Path(sys.argv[1])), sys.argv[2]
 pin = Pin("vllm", "v1.0.0", "1.0.0", sys.argv[3], "u", Archive("f", "0", base, "0"), {})
 with RunLog(Console(), layout.logs, verb="test") as run_log:
     try:
-        patches.apply(layout, "vllm", pin, checkout.observe(layout, pin), run_log=run_log, stop_at_conflict=True)
+        found = checkout.observe(layout, pin)
+        patches.apply(layout, "vllm", pin, found, run_log=run_log, stop_at_conflict=True)
     except WorkspaceError as exc:
         run_log.console.error(exc)
         sys.exit(exc.exit_code)
 """
 
 
-def test_full_disk_is_said_and_nothing_is_lost(release: Workspace) -> None:
+def test_full_disk_is_reported_and_nothing_is_lost(release: Workspace) -> None:
     namespace = ("unshare", "--user", "--map-root-user", "--mount")
     if (
         tried := subprocess.run([*namespace, "true"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""One row a patch, and what is said where something else has moved the checkout or the pin."""
+"""The rows of `inv patch`, and the sentence after another program moved the checkout or the pin."""
 
 import io
 import json
@@ -29,22 +29,22 @@ def table(workspace: Workspace) -> tuple[overview.Row, ...]:
 
 
 def moved(workspace: Workspace) -> str:
-    told = overview.moved(
+    sentence = overview.moved(
         workspace.layout, "vllm", workspace.pin, workspace.observe(), workspace.stack()
     )
-    assert (told or "") in table(workspace)[0].subject
-    return told or ""
+    assert (sentence or "") in table(workspace)[0].subject
+    return sentence or ""
 
 
-def follow(workspace: Workspace, told: str) -> None:
-    """Do what the sentence says, up to a verb of the workspace."""
-    command = told.rsplit("back: " if "back: " in told else "follow: ", 1)[1].replace(
+def follow(workspace: Workspace, sentence: str) -> None:
+    """Run the command in the sentence, up to a verb of the workspace."""
+    command = sentence.rsplit("back: " if "back: " in sentence else "follow: ", 1)[1].replace(
         " && ./scripts/inv patch.apply", ""
     )
     if command != "./scripts/inv patch.apply":
-        words = ["bash", "-ec", command]
+        argv = ["bash", "-ec", command]
         subprocess.run(
-            words,
+            argv,
             cwd=workspace.layout.root,
             check=True,
             capture_output=True,
@@ -76,7 +76,7 @@ def test_each_patch_is_pending_then_applied_with_subject_status_and_files(
     assert (second.state, set(second.files)) == ("applied", {"csrc/dos.h", "vllm/new.py"})
 
 
-def test_changed_patch_and_commit_without_a_file_are_told_apart(applied: Workspace) -> None:
+def test_changed_patch_and_commit_without_a_file_have_different_states(applied: Workspace) -> None:
     commit(
         applied.vllm, "Mine\n\nUpstream-Status: Inappropriate [local]", {"vllm/mine.py": "mine\n"}
     )
@@ -146,7 +146,7 @@ def test_missing_checkout_shows_the_series(workspace: Workspace) -> None:
     assert moved(workspace) == ""
 
 
-def test_own_verbs_have_not_moved_anything(release: Workspace) -> None:
+def test_own_verbs_are_not_reported_as_moves(release: Workspace) -> None:
     assert moved(release) == ""
     release.apply()
     assert moved(release) == ""
@@ -163,7 +163,7 @@ def test_own_verbs_have_not_moved_anything(release: Workspace) -> None:
     assert (release.observe().head, moved(release)) == (release.observe().base, "")
 
 
-def test_submodule_update_that_detached_to_the_pin_is_said_with_the_way_back(
+def test_submodule_update_that_detached_to_the_pin_is_reported_with_the_way_back(
     made: Path, tmp_path: Path, upstream: Upstream
 ) -> None:
     for workspace in copied(tmp_path, upstream, made / "git"):
@@ -171,17 +171,17 @@ def test_submodule_update_that_detached_to_the_pin_is_said_with_the_way_back(
         sh_git(workspace.layout.root, "update-index", "--no-skip-worktree", "vendor/vllm")
         sh_git(workspace.layout.root, "submodule", "--quiet", "update", "--checkout", "vendor/vllm")
         assert workspace.observe().head == workspace.pin.commit
-        told = moved(workspace)
-        assert told.startswith(
-            f"something else moved vendor/vllm from the stack to {workspace.pin.commit[:12]}"
+        sentence = moved(workspace)
+        assert sentence.startswith(
+            f"another program moved vendor/vllm from the stack to {workspace.pin.commit[:12]}"
             f" (checkout: moving from {tip} "
         )
-        assert told.endswith("back: ./scripts/inv patch.apply")
-        follow(workspace, told)
+        assert sentence.endswith("back: ./scripts/inv patch.apply")
+        follow(workspace, sentence)
         assert (workspace.observe().head, moved(workspace)) == (tip, "")
 
 
-def test_submodule_recurse_of_a_branch_switch_is_said_too(
+def test_submodule_recurse_of_a_branch_switch_is_reported_too(
     made: Path, tmp_path: Path, upstream: Upstream
 ) -> None:
     for workspace in copied(tmp_path, upstream, made / "git"):
@@ -193,36 +193,38 @@ def test_submodule_recurse_of_a_branch_switch_is_said_too(
         sh_git(root, "commit", "--quiet", "--all", "--message", "patched")
         sh_git(root, "-c", "submodule.recurse=true", "switch", "--quiet", "main")
         assert workspace.observe().head == workspace.pin.commit
-        told = moved(workspace)
-        assert "submodule.recurse" in told
-        follow(workspace, told)
+        sentence = moved(workspace)
+        assert "submodule.recurse" in sentence
+        follow(workspace, sentence)
         assert workspace.observe().head == tip
 
 
-def test_commits_that_were_never_exported_are_what_the_way_back_leads_to(
+def test_way_back_leads_to_commits_that_were_never_exported(
     applied: Workspace,
 ) -> None:
     mine = commit(applied.vllm, "Mine", {"vllm/mine.py": "mine\n"})
     sh_git(applied.vllm, "checkout", "--quiet", "--detach", applied.observe().base or "")
-    told = moved(applied)
-    assert told.endswith(f"back: git -C vendor/vllm checkout {mine[:12]}")
-    follow(applied, told)
+    sentence = moved(applied)
+    assert sentence.endswith(f"back: git -C vendor/vllm checkout {mine[:12]}")
+    follow(applied, sentence)
     assert (applied.observe().head, moved(applied)) == (mine, "")
 
 
-def test_another_branch_of_the_users_is_said_with_the_way_back(release: Workspace) -> None:
+def test_another_branch_of_the_user_is_reported_with_the_way_back(release: Workspace) -> None:
     tip = release.apply().head
     sh_git(release.vllm, "checkout", "--quiet", "--orphan", "other")
     commit(release.vllm, "other", {"a": "a\n"})
     sh_git(release.vllm, "checkout", "--quiet", "-b", "third")
     assert states(release)[0] == "foreign"
-    told = moved(release)
-    assert told.endswith("back: git -C vendor/vllm checkout refs/patches/tip")
-    follow(release, told)
+    sentence = moved(release)
+    assert sentence.endswith("back: git -C vendor/vllm checkout refs/patches/tip")
+    follow(release, sentence)
     assert release.observe().head == tip
 
 
-def test_gitlink_that_is_not_the_pin_is_said(checked_out: Workspace, upstream: Upstream) -> None:
+def test_gitlink_that_is_not_the_pin_is_reported(
+    checked_out: Workspace, upstream: Upstream
+) -> None:
     other = sh_git(upstream.work, "rev-parse", "drift")
     sh_git(checked_out.layout.root, "update-index", "--cacheinfo", f"160000,{other},vendor/vllm")
     assert moved(checked_out).startswith(
@@ -231,7 +233,7 @@ def test_gitlink_that_is_not_the_pin_is_said(checked_out: Workspace, upstream: U
     )
 
 
-def test_pin_that_moved_under_a_stack_is_said_with_the_way_to_follow(
+def test_pin_that_moved_under_a_stack_is_reported_with_the_way_to_follow(
     made: Path, tmp_path: Path, upstream: Upstream
 ) -> None:
     for workspace in copied(tmp_path, upstream, made / "git"):
@@ -240,12 +242,12 @@ def test_pin_that_moved_under_a_stack_is_said_with_the_way_to_follow(
         workspace.pin = replace(workspace.pin, commit=drift, url=str(upstream.work))
         workspace.series({}, base=drift)
         sh_git(workspace.layout.root, "update-index", "--cacheinfo", f"160000,{drift},vendor/vllm")
-        told = moved(workspace)
-        assert "lacks v1.0.0: the pin moved" in told
+        sentence = moved(workspace)
+        assert "lacks v1.0.0: the pin moved" in sentence
         sh_git(workspace.vllm, "fetch", "--quiet", str(upstream.work), drift)
-        told = moved(workspace)
-        assert f"stands on {upstream.pin.commit[:12]}, the pin is {drift[:12]}" in told
-        follow(workspace, told)
+        sentence = moved(workspace)
+        assert f"is based on {upstream.pin.commit[:12]}, the pin is {drift[:12]}" in sentence
+        follow(workspace, sentence)
         assert (workspace.observe().head, moved(workspace)) == (drift, "")
 
 
@@ -274,7 +276,7 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert (
-        record["next"] == "nothing is due; after commits in vendor/vllm: ./scripts/inv patch.export"
+        record["next"] == "nothing to do; after commits in vendor/vllm: ./scripts/inv patch.export"
     )
     write(applied.vllm, {"README": "edited\n"})
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))

@@ -41,7 +41,7 @@ def test_series_is_applied_whole_and_kept_under_refs(
     assert after.tree == before.expected_tree == sh_git(upstream.work, "rev-parse", "local^{tree}")
     vllm = checked_out.vllm
     assert (vllm / "vllm" / "lines.py").read_text() == PATCHED
-    assert (vllm / "csrc" / "dos.h").read_bytes() == b"dos\r\nmended\r\n"
+    assert (vllm / "csrc" / "dos.h").read_bytes() == b"dos\r\nfixed\r\n"
     assert sh_git(vllm, "rev-parse", "refs/patches/base", "refs/patches/tip").split() == [
         after.base,
         after.head,
@@ -106,7 +106,7 @@ def test_patch_and_its_revert_leave_every_file_untouched(
     } == {name: entry for name, entry in before.items() if "/.git" not in name}
 
 
-def test_empty_series_is_applied_as_it_stands_even_over_edits(release: Workspace) -> None:
+def test_empty_series_is_applied_even_with_edits(release: Workspace) -> None:
     release.series({})
     write(release.vllm, {"README": "edited\n"})
     stack = release.apply()
@@ -196,7 +196,7 @@ def test_same_tree_on_another_history_is_foreign(release: Workspace) -> None:
 
 
 @pytest.mark.parametrize("verb", ["am", "rebase", "merge", "cherry-pick", "revert"])
-def test_operation_under_way_is_named_and_left(
+def test_operation_under_way_is_named_and_untouched(
     release: Workspace, upstream: Upstream, verb: str
 ) -> None:
     vllm = release.vllm
@@ -206,14 +206,14 @@ def test_operation_under_way_is_named_and_left(
     sh_git(vllm, "checkout", "--quiet", "-b", "side", side)
     other = commit(vllm, "other", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
     last = commit(vllm, "last", {"vllm/lines.py": LINES.replace("line 20\n", "last\n")})
-    words = {
+    argv_of = {
         "am": ("am", "--3way", str(release.layout.patches("vllm") / first)),
         "rebase": ("rebase", mine),
         "merge": ("merge", mine),
         "cherry-pick": ("cherry-pick", mine),
         "revert": ("revert", other),
     }
-    sh_git(vllm, *words[verb], check=False)
+    sh_git(vllm, *argv_of[verb], check=False)
     assert release.stack().state is State.IN_PROGRESS
     with pytest.raises(CheckoutError, match=f"in the middle of a git {verb}") as failure:
         release.apply()
@@ -244,7 +244,7 @@ def test_git_clone_applies_without_any_network(
     assert workspace.apply().state is State.APPLIED
 
 
-def test_expected_tree_is_remembered_and_the_memory_may_be_damaged(release: Workspace) -> None:
+def test_expected_tree_is_cached_and_the_cache_may_be_damaged(release: Workspace) -> None:
     expected = release.stack().expected_tree
     memory = release.layout.state / "expected-trees" / "vllm.json"
     for damage in ("", "[]", '{"base": 3}', "\0"):
@@ -268,7 +268,7 @@ def test_missing_checkout_has_a_stack_of_names_only(
 ) -> None:
     stack = workspace.stack()
     assert (stack.state, stack.names, stack.head) == (State.MISSING, tuple(upstream.patches), None)
-    with pytest.raises(CheckoutError, match="is not there"):
+    with pytest.raises(CheckoutError, match="does not exist"):
         workspace.apply()
 
 

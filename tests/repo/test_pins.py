@@ -1,4 +1,4 @@
-"""vendor/pins.toml: the shipped one, and what is refused."""
+"""vendor/pins.toml: the shipped file, and refused files."""
 
 import re
 from dataclasses import replace
@@ -53,7 +53,7 @@ def test_submodule_comes_from_where_the_pin_says() -> None:
         ("[vllm]", "[vllm", "not TOML"),
     ],
 )
-def test_anything_missing_or_misshapen_is_named(
+def test_missing_or_invalid_key_is_named(
     tmp_path: Path, old: str, new: str, complaint: str
 ) -> None:
     text = SHIPPED.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_anything_missing_or_misshapen_is_named(
         pins.load(broken)
 
 
-def test_table_in_place_of_a_word_and_the_other_way_round(tmp_path: Path) -> None:
+def test_table_in_place_of_a_string_and_string_in_place_of_a_table(tmp_path: Path) -> None:
     broken = tmp_path / "pins.toml"
     for text in (
         'vllm = "x"\n',
@@ -78,7 +78,7 @@ def test_table_in_place_of_a_word_and_the_other_way_round(tmp_path: Path) -> Non
             pins.load(broken)
 
 
-def test_pins_of_the_first_edition_are_read_and_rewritten_in_todays_words() -> None:
+def test_pins_of_the_first_edition_are_read_and_rewritten_with_current_names() -> None:
     today = SHIPPED.read_bytes()
     former = today.replace(b".precompiled.", b".donors.")
     assert former != today
@@ -95,7 +95,7 @@ def moved(before: bytes) -> Pin:
     return replace(pins.parse(before).vllm, tag="v9.9.9", version="9.9.9", commit="9" * 40)
 
 
-def test_another_pin_changes_values_only_and_every_remark_stays() -> None:
+def test_another_pin_changes_values_only_and_every_comment_stays() -> None:
     before = SHIPPED.read_bytes()
     pin = moved(before)
     after = pins.dump(before, pin)
@@ -109,9 +109,7 @@ def test_another_pin_changes_values_only_and_every_remark_stays() -> None:
     assert pins.dump(after, pins.parse(before).vllm) == before
 
 
-def test_tables_come_and_go_with_archive_and_precompiled_and_the_next_project_keeps_its_remark() -> (
-    None
-):
+def test_tables_follow_archive_and_precompiled_and_the_next_project_keeps_its_comment() -> None:
     before = SHIPPED.read_bytes()
     pin = replace(moved(before), archive=None, precompiled={})
     after = pins.dump(before, pin)
@@ -133,7 +131,7 @@ def test_triton_moves_alone() -> None:
     )
 
 
-def test_layout_that_cannot_be_rewritten_is_refused_and_the_file_is_left(tmp_path: Path) -> None:
+def test_layout_that_cannot_be_rewritten_is_refused_and_the_file_stays(tmp_path: Path) -> None:
     before = SHIPPED.read_bytes()
     vllm = pins.parse(before).vllm
     inline = (

@@ -1,4 +1,4 @@
-"""What a package index on the loopback, or in a folder, has of a project's releases."""
+"""Releases of a project on a package index on the loopback, or in a folder."""
 
 import datetime
 from pathlib import Path
@@ -20,9 +20,7 @@ def settings(folder: Path, address: str) -> Settings:
     )
 
 
-def test_present_release_is_found_as_it_is_pinned(
-    ladder: Ladder, index: Index, tmp_path: Path
-) -> None:
+def test_present_release_is_found_as_pinned(ladder: Ladder, index: Index, tmp_path: Path) -> None:
     found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
     assert ladder.pin.archive
     assert found.sdist == package_index.Sdist(
@@ -35,7 +33,7 @@ def test_present_release_is_found_as_it_is_pinned(
     assert (dict(found.not_precompiled), found.lacking) == ({}, ())
 
 
-def test_missing_precompiled_wheel_is_left_out_and_said(
+def test_missing_precompiled_wheel_is_left_out_and_reported(
     ladder: Ladder, index: Index, tmp_path: Path
 ) -> None:
     found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
@@ -57,7 +55,7 @@ def test_age_counts_from_the_last_file(ladder: Ladder, index: Index, tmp_path: P
     assert found.age_days(datetime.datetime(2026, 2, 7, 4, 5, 6, tzinfo=datetime.UTC)) == 2
 
 
-def test_index_that_tells_no_times_gives_no_age(ladder: Ladder, tmp_path: Path) -> None:
+def test_index_without_upload_times_gives_no_age(ladder: Ladder, tmp_path: Path) -> None:
     page = tmp_path / "simple" / "vllm" / "index.html"
     page.parent.mkdir(parents=True)
     page.write_text(
@@ -92,7 +90,9 @@ def test_newer_releases_leave_out_what_is_withdrawn_or_not_final(
     assert [release.version for release in found] == [NEW, "1.10.0"]
 
 
-def test_withdrawn_release_says_so(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_withdrawn_release_is_reported_as_such(
+    ladder: Ladder, index: Index, tmp_path: Path
+) -> None:
     for row in index.rows["vllm"]:
         row["yanked"] = "it breaks"
     found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
@@ -109,7 +109,7 @@ def test_withdrawn_release_says_so(ladder: Ladder, index: Index, tmp_path: Path)
         ("nonsense", "1.0.0, 1.1.0"),
     ],
 )
-def test_version_that_does_not_exist_names_the_nearest(
+def test_unknown_version_names_the_nearest(
     ladder: Ladder, index: Index, tmp_path: Path, version: str, near: str
 ) -> None:
     with pytest.raises(SourceError, match=f"has no vllm {version}; nearest are {near}$"):

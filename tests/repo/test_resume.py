@@ -1,6 +1,4 @@
-"""Going on after a conflict, whoever began it, until it ends, and with nothing lost where it is
-given up.
-"""
+"""Conflicts resumed to the end, by any starter, and aborts without loss."""
 
 import os
 import re
@@ -27,11 +25,11 @@ from workspace.repo.git import Git
 from workspace.repo.patches import State
 
 
-def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_workspace(
+def test_resolved_conflict_is_resumed_to_the_end_with_dates_and_committer_of_the_workspace(
     stopped: Workspace,
 ) -> None:
     resolve(stopped)
-    stack = stopped.go_on("continue")
+    stack = stopped.resume("continue")
     vllm = stopped.vllm
     assert (stack.state, stack.dirty) == (State.UNEXPORTED, ())
     assert sh_git(vllm, "log", "--reverse", "--format=%f", f"{stack.base}..HEAD").split()[1:] == [
@@ -51,11 +49,11 @@ def test_resolved_conflict_goes_on_to_the_end_with_dates_and_committer_of_the_wo
     assert (vllm / "vllm" / "lines.py").read_text() == RESOLVED
 
 
-def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(
+def test_resolution_is_exported_and_not_taken_for_a_changed_patch(
     stopped: Workspace,
 ) -> None:
     resolve(stopped)
-    head = stopped.go_on("continue").head
+    head = stopped.resume("continue").head
     done = export_run(
         stopped.layout, "vllm", stopped.pin, stopped.observe(), run_log=stopped.run_log
     )
@@ -66,19 +64,19 @@ def test_what_was_resolved_is_exported_and_not_taken_for_a_patch_that_changed(
 
 def test_same_resolution_gives_the_same_commits_again(stopped: Workspace) -> None:
     resolve(stopped)
-    head = stopped.go_on("continue").head
+    head = stopped.resume("continue").head
     sh_git(stopped.vllm, "checkout", "--quiet", "--detach", stopped.observe().base or "")
     with pytest.raises(PatchConflict):
         stopped.apply(stop_at_conflict=True)
     resolve(stopped)
-    assert stopped.go_on("continue").head == head
+    assert stopped.resume("continue").head == head
 
 
 def test_unresolved_paths_stop_it_and_are_named(stopped: Workspace) -> None:
     with pytest.raises(
-        PatchConflict, match="the am in vendor/vllm waits: 1 path has a conflict left"
+        PatchConflict, match="the am in vendor/vllm waits: 1 path has a conflict"
     ) as failure:
-        stopped.go_on("continue")
+        stopped.resume("continue")
     assert failure.value.details == ("conflict in vllm/lines.py",)
     assert "git -C vendor/vllm add vllm/lines.py && ./scripts/inv patch.continue" in (
         failure.value.hint or ""
@@ -86,14 +84,14 @@ def test_unresolved_paths_stop_it_and_are_named(stopped: Workspace) -> None:
     assert stopped.stack().state is State.IN_PROGRESS
 
 
-def test_resolution_to_no_change_is_told_to_be_skipped(stopped: Workspace) -> None:
+def test_resolution_to_no_change_has_a_hint_to_skip(stopped: Workspace) -> None:
     resolve(stopped, LINES)
     with pytest.raises(
         PatchConflict, match=r"patch 2 of 3, patches/vllm/XX-to-YY\.patch, changes nothing"
     ) as failure:
-        stopped.go_on("continue")
+        stopped.resume("continue")
     assert (failure.value.hint or "").startswith("./scripts/inv patch.continue --skip    ")
-    stack = stopped.go_on("skip")
+    stack = stopped.resume("skip")
     assert stack.state is State.UNEXPORTED
     assert sh_git(stopped.vllm, "log", "-2", "--format=%f").split()[0] == "Last"
 
@@ -123,12 +121,12 @@ def test_resolution_that_is_not_staged_is_not_taken_for_no_change(
     with pytest.raises(
         PatchConflict, match=r"has edits \(vllm/lines\.py\) for patch 1 of 1.* not staged"
     ) as unstaged:
-        mergeable.go_on("continue")
+        mergeable.resume("continue")
     assert (unstaged.value.hint or "").startswith(
         "git -C vendor/vllm add --update && ./scripts/inv patch.continue"
     )
     resolve(mergeable)
-    assert mergeable.go_on("continue").state is State.UNEXPORTED
+    assert mergeable.resume("continue").state is State.UNEXPORTED
 
 
 def test_next_conflict_stops_it_again_with_its_own_name(
@@ -148,16 +146,16 @@ def test_next_conflict_stops_it_again_with_its_own_name(
     with pytest.raises(
         PatchConflict, match=r"patch 2 of 3, patches/vllm/again\.patch, does not apply"
     ) as failure:
-        mergeable.go_on("continue")
+        mergeable.resume("continue")
     assert failure.value.details == ("conflict in vllm/lines.py",)
-    assert mergeable.go_on("skip").state is State.UNEXPORTED
+    assert mergeable.resume("skip").state is State.UNEXPORTED
 
 
-def test_abort_returns_to_the_base_and_keeps_what_lay_there(stopped: Workspace) -> None:
+def test_abort_returns_to_the_base_and_keeps_the_content(stopped: Workspace) -> None:
     resolve(stopped, "half resolved, for hours\n")
     write(stopped.vllm, {"README": "an edit beside it\n"})
     applied = sh_git(stopped.vllm, "rev-parse", "HEAD")
-    stack = stopped.go_on("abort")
+    stack = stopped.resume("abort")
     assert (stack.state, stack.head, stack.dirty) == (State.DIRTY, stack.base, ("README",))
     assert (stopped.vllm / "README").read_text() == "an edit beside it\n"
     assert (stopped.vllm / "vllm" / "lines.py").read_text() == LINES
@@ -169,10 +167,10 @@ def test_abort_returns_to_the_base_and_keeps_what_lay_there(stopped: Workspace) 
     assert "git -C vendor/vllm show refs/patches/left" in stopped.err.getvalue()
 
 
-def test_what_lay_there_at_an_earlier_abort_stays_too(stopped: Workspace) -> None:
+def test_content_kept_at_an_earlier_abort_stays_too(stopped: Workspace) -> None:
     for text in ("first", "second"):
         resolve(stopped, f"{text}\n")
-        stopped.go_on("abort")
+        stopped.resume("abort")
         if text == "first":
             with pytest.raises(PatchConflict):
                 stopped.apply(stop_at_conflict=True)
@@ -191,7 +189,7 @@ def test_abort_gives_the_files_their_times_back(
     with pytest.raises(PatchConflict):
         mergeable.apply(stop_at_conflict=True)
     assert header.stat().st_mtime_ns != before
-    mergeable.go_on("abort")
+    mergeable.resume("abort")
     assert header.stat().st_mtime_ns == before
 
 
@@ -202,13 +200,13 @@ def test_am_from_elsewhere_is_continued_just_the_same(
         tmp_path, {"mine.patch": conflicting["XX-to-YY.patch"].replace(b"XX to YY", b"of my own")}
     )
     sh_git(mergeable.vllm, "am", "--3way", str(tmp_path / "mine.patch"), check=False)
-    with pytest.raises(PatchConflict, match="1 path has a conflict left"):
-        mergeable.go_on("continue")
+    with pytest.raises(PatchConflict, match="1 path has a conflict"):
+        mergeable.resume("continue")
     resolve(mergeable, LINES)
     with pytest.raises(PatchConflict, match="patch 1 of 1, “of my own”, changes nothing"):
-        mergeable.go_on("continue")
+        mergeable.resume("continue")
     resolve(mergeable)
-    assert mergeable.go_on("continue").state is State.UNEXPORTED
+    assert mergeable.resume("continue").state is State.UNEXPORTED
     assert sh_git(mergeable.vllm, "log", "-1", "--format=%f") == "of-my-own"
 
 
@@ -217,12 +215,12 @@ def test_am_that_was_killed_before_a_patch_leaves_no_way_to_lose_it(stopped: Wor
     sh_git(stopped.vllm, "read-tree", "--reset", "-u", "HEAD")
     (state / "final-commit").unlink()
     (state / "author-script").unlink()
-    with pytest.raises(PatchConflict, match="was ended before it came to patch 2 of 3") as failure:
-        stopped.go_on("continue")
+    with pytest.raises(PatchConflict, match="was interrupted before patch 2 of 3") as failure:
+        stopped.resume("continue")
     assert (failure.value.hint or "").startswith(
         "./scripts/inv patch.continue --abort && ./scripts/inv patch.apply"
     )
-    assert stopped.go_on("abort").state is State.UNAPPLIED
+    assert stopped.resume("abort").state is State.UNAPPLIED
 
 
 def test_abort_after_a_kill_returns_to_the_base_with_its_files(stopped: Workspace) -> None:
@@ -232,7 +230,7 @@ def test_abort_after_a_kill_returns_to_the_base_with_its_files(stopped: Workspac
     sh_git(vllm, "read-tree", "--reset", "-u", "HEAD")
     write(vllm, {"vllm/lines.py": LINES.replace("line 20\n", "line YY\n"), "README": "edited\n"})
     (git_dir / "rebase-apply" / "abort-safety").write_text(f"{stopped.observe().base}\n")
-    stack = stopped.go_on("abort")
+    stack = stopped.resume("abort")
     assert (stack.head, stack.dirty) == (stack.base, ("README",))
     assert sh_git(vllm, "show", "refs/patches/left:vllm/lines.py").splitlines()[19] == "line YY"
     assert (vllm / "csrc" / "dos.h").read_bytes() == b"dos\r\nlines\r\n"
@@ -241,7 +239,7 @@ def test_abort_after_a_kill_returns_to_the_base_with_its_files(stopped: Workspac
 def test_commit_that_the_user_made_in_the_midst_stays_after_abort(stopped: Workspace) -> None:
     sh_git(stopped.vllm, "read-tree", "--reset", "-u", "HEAD")
     mine = commit(stopped.vllm, "mine", {"vllm/mine.py": "mine\n"})
-    assert stopped.go_on("abort").head == mine
+    assert stopped.resume("abort").head == mine
 
 
 def test_folder_of_an_am_that_was_killed_at_once_is_taken_away(release: Workspace) -> None:
@@ -249,37 +247,37 @@ def test_folder_of_an_am_that_was_killed_at_once_is_taken_away(release: Workspac
     with pytest.raises(CheckoutError, match="in the middle of a git am"):
         release.apply()
     with pytest.raises(CheckoutError, match="Stray") as failure:
-        release.go_on("continue")
+        release.resume("continue")
     assert "patch.continue --abort" in (failure.value.hint or "")
-    assert release.go_on("abort").state is State.UNAPPLIED
+    assert release.resume("abort").state is State.UNAPPLIED
     assert release.apply().state is State.APPLIED
 
 
-def test_series_that_cannot_be_read_does_not_keep_anybody_from_ending_an_am(
+def test_unreadable_series_does_not_prevent_the_end_of_an_am(
     stopped: Workspace,
 ) -> None:
     write(stopped.layout.patches("vllm"), {"series": "nonsense\n"})
     with pytest.raises(WorkspaceError, match="lines `# base"):
-        stopped.go_on("abort")
+        stopped.resume("abort")
     assert Git(stopped.vllm).under_way() is None
     assert stopped.observe().head == stopped.observe().base
 
 
 @pytest.mark.parametrize("how", ["continue", "skip", "abort"])
-def test_nothing_under_way_is_said(release: Workspace, how: overview.How) -> None:
-    with pytest.raises(CheckoutError, match="nothing is under way in vendor/vllm") as failure:
-        release.go_on(how)
+def test_no_operation_under_way_is_reported(release: Workspace, how: overview.How) -> None:
+    with pytest.raises(CheckoutError, match="is under way in vendor/vllm") as failure:
+        release.resume(how)
     assert (failure.value.exit_code, failure.value.hint) == (3, "./scripts/inv patch")
 
 
-def test_checkout_that_is_not_there_has_nothing_under_way(workspace: Workspace) -> None:
-    with pytest.raises(CheckoutError, match="nothing is under way"):
-        workspace.go_on("continue")
+def test_missing_checkout_has_no_operation_under_way(workspace: Workspace) -> None:
+    with pytest.raises(CheckoutError, match="no operation is under way"):
+        workspace.resume("continue")
 
 
 @pytest.mark.parametrize("how", ["continue", "skip", "abort"])
 @pytest.mark.parametrize("verb", ["rebase", "merge", "cherry-pick", "revert"])
-def test_operation_of_the_users_is_ended_by_the_same_verb(
+def test_operation_of_the_user_is_ended_by_the_same_verb(
     release: Workspace, verb: str, how: overview.How
 ) -> None:
     vllm, base = release.vllm, release.observe().base or ""
@@ -289,19 +287,19 @@ def test_operation_of_the_users_is_ended_by_the_same_verb(
     last = commit(vllm, "last", {"vllm/lines.py": LINES.replace("line 20\n", "last\n")})
     sh_git(vllm, verb, *((other,) if verb == "revert" else (mine,)), check=False)
     with pytest.raises(PatchConflict, match=f"the {verb} in vendor/vllm waits"):
-        release.go_on("continue")
+        release.resume("continue")
     if how == "continue" or verb == "rebase":
         resolve(release)
     if (verb, how) == ("merge", "skip"):
-        with pytest.raises(CheckoutError, match="nothing can be skipped"):
-            release.go_on(how)
+        with pytest.raises(CheckoutError, match="no step to skip"):
+            release.resume(how)
         return
     if verb == "rebase" and how != "abort":
         # The second commit stops it, too.
         with pytest.raises(PatchConflict, match="the rebase in vendor/vllm waits"):
-            release.go_on(how)
+            release.resume(how)
         resolve(release, LINES)
-    release.go_on(how)
+    release.resume(how)
     assert Git(vllm).under_way() is None
     if how == "continue" and verb != "rebase":
         assert (vllm / "vllm" / "lines.py").read_text() == RESOLVED
@@ -318,14 +316,14 @@ def test_author_of_a_revert_is_the_user(release: Workspace, hostile: Path) -> No
     commit(release.vllm, "second", {"vllm/lines.py": LINES.replace("line 20\n", "other\n")})
     sh_git(release.vllm, "revert", first, check=False)
     resolve(release)
-    release.go_on("continue")
+    release.resume("continue")
     assert sh_git(release.vllm, "log", "-1", "--format=%an <%ae>") == "Ada <ada@example.invalid>"
 
 
-def test_any_working_tree_can_be_gone_on_in(stopped: Workspace) -> None:
+def test_operation_in_any_working_tree_can_be_resumed(stopped: Workspace) -> None:
     git, base = Git(stopped.vllm), stopped.observe().base or ""
     resolve(stopped)
     tip = overview.resume_in(git, base=base, how="continue", run_log=stopped.run_log)
     assert (tip, sh_git(stopped.vllm, "rev-list", "--count", f"{base}..HEAD")) == (git.head(), "3")
-    with pytest.raises(CheckoutError, match=f"nothing is under way in {stopped.vllm}"):
+    with pytest.raises(CheckoutError, match=f"is under way in {stopped.vllm}"):
         overview.resume_in(git, base=base, how="abort", run_log=stopped.run_log)

@@ -1,4 +1,4 @@
-"""Reading series files: the shipped ones, and what is refused."""
+"""Series files: the shipped files, and refused files."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ def written(folder: Path, text: str) -> series.Series:
 
 
 @pytest.mark.parametrize("project", ["vllm", "triton"])
-def test_shipped_series_is_for_the_shipped_pin_and_says_where_each_patch_stands(
+def test_shipped_series_is_for_the_shipped_pin_and_each_patch_has_a_status(
     project: str,
 ) -> None:
     folder = ROOT / "patches" / project
@@ -55,7 +55,7 @@ def test_empty_series_is_a_series(folder: Path) -> None:
     assert written(folder, f"# Patches\n# base: {BASE}\n") == series.Series(BASE, ())
 
 
-def test_remarks_and_blank_lines_are_no_patches(folder: Path) -> None:
+def test_comments_and_blank_lines_are_no_patches(folder: Path) -> None:
     assert written(folder, f"# base: {BASE}\n\n# b.patch\n a.patch  # why\n").names == ("a.patch",)
 
 
@@ -69,9 +69,9 @@ def test_remarks_and_blank_lines_are_no_patches(folder: Path) -> None:
         (
             f"# base: {BASE}\na.patch\na.patch\n",
             PatchDrift,
-            "line 3: a.patch stands there a second time",
+            "line 3: a.patch is listed a second time",
         ),
-        (f"# base: {BASE}\nb.patch\n", PatchDrift, "b.patch is not there"),
+        (f"# base: {BASE}\nb.patch\n", PatchDrift, "b.patch does not exist"),
         (f"# base: {BASE}\n../vllm/a.patch\n", PatchDrift, "line 2"),
         (f"# base: {BASE}\n/etc/a.patch\n", PatchDrift, "line 2"),
         (f"# base: {BASE}\n--directory=x.patch\n", PatchDrift, "line 2"),
@@ -79,7 +79,7 @@ def test_remarks_and_blank_lines_are_no_patches(folder: Path) -> None:
         (f"# base: {BASE}\na.patch -p0\n", PatchDrift, "line 2"),
     ],
 )
-def test_what_is_no_series_is_refused_with_its_line(
+def test_invalid_series_is_refused_with_its_line(
     folder: Path, text: str, error: type[Exception], complaint: str
 ) -> None:
     with pytest.raises(error, match=complaint):

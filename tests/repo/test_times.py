@@ -1,6 +1,4 @@
-"""Times follow content: what a move brings back has the time it had, and nothing else is
-touched.
-"""
+"""Modification times follow content: a move restores them, and touches no other file."""
 
 import json
 import os
@@ -37,7 +35,7 @@ def files(workspace: Workspace, snapshot: Snapshot) -> dict[str, tuple[int, int]
     }
 
 
-def test_apply_and_unapply_bring_both_times_back(applied: Workspace) -> None:
+def test_apply_and_unapply_restore_both_times(applied: Workspace) -> None:
     patched = mtime(applied, "vllm/lines.py")
     assert patched > OLD_NS
     applied.unapply()
@@ -68,7 +66,7 @@ def test_file_with_another_content_than_before_gets_a_new_time(
     assert (mtime(applied, "csrc/dos.h"), mtime(applied, "csrc/a.cu")) == (OLD_NS, OLD_NS)
 
 
-def test_no_time_comes_back_after_a_compiler_ran(applied: Workspace) -> None:
+def test_no_time_is_restored_after_a_compiler_ran(applied: Workspace) -> None:
     patched = mtime(applied, "vllm/lines.py")
     moves.forget_times(applied.layout, "vllm")
     moves.forget_times(applied.layout, "vllm")
@@ -78,7 +76,7 @@ def test_no_time_comes_back_after_a_compiler_ran(applied: Workspace) -> None:
 
 
 @pytest.mark.parametrize("log", ["build/.ninja_log", "build/cmake.linux/.ninja_log"])
-def test_build_by_hand_makes_the_memory_count_as_none(applied: Workspace, log: str) -> None:
+def test_build_by_hand_invalidates_the_recorded_times(applied: Workspace, log: str) -> None:
     patched = mtime(applied, "vllm/lines.py")
     write(applied.vllm, {log: "# ninja log v5\n"})
     later = applied.layout.times("vllm").stat().st_mtime_ns + 1_000_000
@@ -124,7 +122,7 @@ def test_move_writes_no_file_that_both_commits_have(release: Workspace, snapshot
         b"[" * 100000,
     ],
 )
-def test_damaged_memory_counts_as_none(applied: Workspace, damage: bytes) -> None:
+def test_damaged_record_counts_as_empty(applied: Workspace, damage: bytes) -> None:
     patched = mtime(applied, "vllm/lines.py")
     applied.layout.times("vllm").write_bytes(damage)
     applied.unapply()
@@ -132,7 +130,7 @@ def test_damaged_memory_counts_as_none(applied: Workspace, damage: bytes) -> Non
     assert json.loads(applied.layout.times("vllm").read_bytes())["vllm/lines.py"][0][1] == patched
 
 
-def test_memory_that_cannot_be_written_costs_times_and_nothing_else(release: Workspace) -> None:
+def test_record_that_cannot_be_written_costs_only_times(release: Workspace) -> None:
     release.layout.times("vllm").mkdir(parents=True)
     release.apply()
     assert release.unapply().state is State.UNAPPLIED
@@ -141,7 +139,7 @@ def test_memory_that_cannot_be_written_costs_times_and_nothing_else(release: Wor
         moves.forget_times(release.layout, "vllm")
 
 
-def test_edited_file_is_remembered_as_what_it_is(release: Workspace) -> None:
+def test_edited_file_is_recorded_with_its_edited_content(release: Workspace) -> None:
     git = moves.Git(release.vllm)
     write(release.vllm, {"csrc/a.cu": "edited\n"})
     edited = mtime(release, "csrc/a.cu")

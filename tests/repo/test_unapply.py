@@ -1,4 +1,4 @@
-"""Taking the stack off, and on again: no trace of it stays, and nothing is lost."""
+"""The stack unapplied and applied again: no trace stays, and nothing is lost."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.repo.patches import State
 
 
-def test_unapply_goes_back_to_the_base_and_keeps_the_commits_under_refs(
+def test_unapply_returns_to_the_base_and_keeps_the_commits_under_refs(
     checked_out: Workspace,
 ) -> None:
     before = everything(checked_out)
@@ -62,7 +62,7 @@ def test_unapply_with_nothing_applied_touches_nothing(
         (
             "commit",
             PatchDrift,
-            "commits on .* that are not what the series makes",
+            "commits on .* that differ from the series",
             "./scripts/inv patch.export    ",
         ),
         ("foreign", CheckoutError, "which is not on", "git -C vendor/vllm branch mine-"),
@@ -72,7 +72,7 @@ def test_unapply_with_nothing_applied_touches_nothing(
             "in the middle of a git merge",
             "./scripts/inv patch.continue --abort && ./scripts/inv patch.unapply",
         ),
-        ("missing", CheckoutError, "is not there", "./scripts/inv bootstrap"),
+        ("missing", CheckoutError, "does not exist", "./scripts/inv bootstrap"),
     ],
 )
 def test_unapply_refuses_what_it_could_lose(
@@ -125,9 +125,7 @@ def test_unexported_commits_are_off_and_safe_after_the_hint_of_unapply(applied: 
 def made_on_the_release(
     workspace: Workspace, tmp_path: Path, message: str, change: str
 ) -> tuple[str, bytes, str]:
-    """A patch that `change`, a shell script, makes of the checkout's base: its name, its content,
-    and the tree it gives.
-    """
+    """Return a patch that a shell script `change` makes on the base: its name, content and tree."""
     work = tmp_path / "made"
     sh_git(tmp_path, "clone", "--quiet", str(workspace.vllm), str(work))
     subprocess.run(["bash", "-ec", change], cwd=work, check=True)
@@ -162,7 +160,7 @@ def made_on_the_release(
         "no-newline-and-empty",
     ],
 )
-def test_patch_of_any_content_goes_on_and_off_without_a_trace(
+def test_patch_of_any_content_is_applied_and_unapplied_without_a_trace(
     release: Workspace, tmp_path: Path, change: str
 ) -> None:
     name, content, tree = made_on_the_release(release, tmp_path, "Change it", change)
@@ -177,7 +175,7 @@ def test_patch_of_any_content_goes_on_and_off_without_a_trace(
     assert everything(release) | {"refs": ""} == before | {"refs": ""}
 
 
-def test_own_commits_that_apply_makes_anew_stay_in_a_reference(release: Workspace) -> None:
+def test_own_commits_that_apply_makes_again_stay_in_a_reference(release: Workspace) -> None:
     git = release.vllm
     base = release.apply().base or ""
     # As if they had been committed by hand before they were exported.
@@ -196,7 +194,7 @@ def test_own_commits_that_apply_makes_anew_stay_in_a_reference(release: Workspac
     assert len(sh_git(git, "for-each-ref", "--format=%(refname)", "refs/patches/kept").split()) == 1
 
 
-def test_commits_that_something_else_left_behind_get_a_reference_before_apply_goes_on(
+def test_commits_that_another_program_left_get_a_reference_before_apply(
     release: Workspace,
 ) -> None:
     base = release.apply().base or ""

@@ -1,6 +1,4 @@
-"""Finding another release, tag, branch or commit, from git and from release archives, and proving
-what was found.
-"""
+"""Another release, tag, branch or commit, found in git and in release archives, and proven."""
 
 import datetime
 import shutil
@@ -29,7 +27,7 @@ def clone(tmp_path: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
 
 @pytest.fixture
 def mirror(tmp_path: Path, ladder: Ladder) -> Path:
-    """A copy of the upstream that a test may change."""
+    """Return a copy of the upstream that a test may change."""
     sh_git(tmp_path, "clone", "--quiet", "--bare", str(ladder.bare), "mirror.git")
     return tmp_path / "mirror.git"
 
@@ -87,7 +85,7 @@ def test_archive_has_the_remotes_commit_where_it_can_be_reached(
     assert found.kind is Kind.RELEASE
 
 
-def test_archive_alone_proves_no_commit_and_says_so(clone: Clone, ladder: Ladder) -> None:
+def test_archive_alone_proves_no_commit_and_this_is_reported(clone: Clone, ladder: Ladder) -> None:
     clone.ensure("release")
     found = find(clone, VLLM_MIRROR="file:///nowhere")
     assert found.pin.archive
@@ -164,7 +162,7 @@ def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: La
     assert found.not_precompiled["cpu-x86_64"] == "main is no release"
 
 
-def test_commit_is_taken_by_all_its_digits_and_the_version_counts_from_a_tag(
+def test_commit_is_found_by_all_its_digits_and_the_version_counts_from_a_tag(
     clone: Clone, ladder: Ladder
 ) -> None:
     clone.ensure("git")
@@ -177,12 +175,12 @@ def test_commit_is_taken_by_all_its_digits_and_the_version_counts_from_a_tag(
 @pytest.mark.parametrize("ref", ["main", "0123456789" * 4])
 def test_release_checkout_can_follow_releases_only(clone: Clone, ref: str) -> None:
     clone.ensure("release")
-    with pytest.raises(SettingsError, match="from git only"):
+    with pytest.raises(SettingsError, match="need a git checkout"):
         find(clone, ref)
 
 
 @pytest.mark.parametrize("kind", ["git", "release"])
-def test_tag_that_exists_nowhere_names_the_nearest(clone: Clone, kind: str) -> None:
+def test_unknown_tag_names_the_nearest(clone: Clone, kind: str) -> None:
     clone.ensure(kind)  # type: ignore[arg-type]
     with pytest.raises(SourceError, match=r"nearest.* v?1\.0\.0, v?1\.1\.0"):
         find(clone, "v1.0.9")
@@ -196,7 +194,7 @@ def test_git_without_an_index_still_has_the_commit(clone: Clone, ladder: Ladder)
         None,
         {},
     )
-    assert any("precompiled wheels are not known" in sentence for sentence in found.lacking)
+    assert any("precompiled wheels are unknown" in sentence for sentence in found.lacking)
     # Of a partial clone only what a forecast reads is fetched.
     held = {
         path: sh_git(
@@ -214,14 +212,14 @@ def test_git_without_an_index_still_has_the_commit(clone: Clone, ladder: Ladder)
     assert ["?" in listed for listed in held.values()] == [True, False]
 
 
-def test_remote_that_is_out_of_reach_stops_only_what_is_not_there(clone: Clone) -> None:
+def test_unreachable_remote_stops_only_what_is_missing(clone: Clone) -> None:
     clone.ensure("git")
     with pytest.raises(SourceError):
         find(clone, VLLM_MIRROR="file:///nowhere")
     first = find(clone)
     again = find(clone, VLLM_MIRROR="file:///nowhere")
     assert again.pin == first.pin
-    assert any("taken from" in sentence for sentence in again.lacking)
+    assert any("of the checkout" in sentence for sentence in again.lacking)
 
 
 def test_server_that_refuses_filters_and_single_objects_gives_all(
@@ -259,7 +257,7 @@ def test_server_that_filters_but_refuses_single_objects_gives_all(
     )
 
 
-def test_store_that_was_half_made_or_belongs_to_a_clone_elsewhere_is_mended(clone: Clone) -> None:
+def test_incomplete_store_or_store_of_another_clone_is_repaired(clone: Clone) -> None:
     clone.ensure("git")
     place = clone.layout.upstream("vllm")
     write(place, {"objects/info/alternates": "/nowhere/objects\n", "config": ""})
@@ -270,7 +268,7 @@ def test_store_that_was_half_made_or_belongs_to_a_clone_elsewhere_is_mended(clon
     assert find(clone).pin == first.pin
 
 
-def test_archive_that_is_damaged_is_a_sentence(clone: Clone, index: Index, tmp_path: Path) -> None:
+def test_damaged_archive_has_a_message(clone: Clone, index: Index, tmp_path: Path) -> None:
     clone.ensure("release")
     write(tmp_path, {"broken.tar.gz": b"\x1f\x8b\x08\x00broken"})
     for row in index.rows["vllm"]:

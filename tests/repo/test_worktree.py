@@ -1,6 +1,4 @@
-"""A linked working tree that a power cut has left half made is made anew; what another one has
-stays.
-"""
+"""Linked working trees that a power cut left incomplete are made again; other trees stay."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_half_made_tree_is_made_anew_and_another_of_a_like_name_stays(
+def test_incomplete_tree_is_made_again_and_a_tree_of_a_similar_name_stays(
     release: Workspace, tmp_path: Path, damage: str
 ) -> None:
     git, path, mine = Git(release.vllm), tmp_path / "bump" / "vllm", tmp_path / "vllm"
@@ -53,7 +51,7 @@ def test_damaged_tree_is_given_up_for_good(release: Workspace, tmp_path: Path, d
     assert not [*(release.vllm / ".git").glob("worktrees/*")]
 
 
-def test_tree_behind_a_link_is_found_in_the_books_and_one_that_was_half_forgotten_too(
+def test_records_of_a_tree_behind_a_link_or_half_removed_are_found(
     release: Workspace, tmp_path: Path
 ) -> None:
     (tmp_path / "real").mkdir()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from workspace.core import files
 from workspace.core.console import Console
-from workspace.core.errors import CheckoutError, PatchDrift, SettingsError
+from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.log import RunLog
 from workspace.core.paths import Layout
@@ -266,7 +266,7 @@ def _ready(git: Git, checkout: Checkout, shown: str) -> tuple[str, str]:
     if verb := git.under_way():
         raise CheckoutError(
             f"{shown} is in the middle of a git {verb}; finish it before an export",
-            hint="./scripts/inv patch.continue    or, to abort it: ./scripts/inv patch.continue --abort",
+            hint=f"{series.CONTINUE}    or, to abort it: {series.CONTINUE} --abort",
         )
     return checkout.base, checkout.head
 

@@ -144,8 +144,8 @@ def _pin_moved(git: Git, shown: str, old: str | None, tip: str | None, stack: St
     keep = "" if tip == stack.head else series.keeping_hint(shown, git, stack.head)
     way = f"{keep}git -C {shown} checkout --detach {base[:12]} && {patches.APPLY}"
     return (
-        f"{shown} is based on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, for example"
-        f" by git pull, and the checkout did not; to follow: {way}"
+        f"{shown} is based on {(old or '')[:12]}, the pin is {base[:12]}: the pin moved, for"
+        f" example by git pull, and the checkout did not; to follow: {way}"
     )
 
 

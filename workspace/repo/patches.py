@@ -202,7 +202,7 @@ def _finished(
 
 
 def _apply_in_checkout(work: _Work, stack: Stack, base: str, run_log: RunLog) -> None:
-    """Apply the series in the checkout. Raises PatchConflict where the `am` stops, and leaves it."""
+    """Apply the series in the checkout; leave an `am` that stops and raise PatchConflict."""
     git, project = work.git, work.project
     memory = work.layout.times(project)
     known = moves.read_times(memory, git.path)

@@ -5,7 +5,6 @@ The work itself is in patches, export, importing and overview; a patch as a bran
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +27,6 @@ from workspace.repo.git import AM_BY_HAND, Git, am, remotes, worktree
 from workspace.repo.git import am as mails
 from workspace.repo.git.am import Commit
 from workspace.repo.patches import Session, Stack, State
-from workspace.repo.pins import Pin
 
 
 def put_on_upstream(session: Session, name: str, patch: str) -> Path:

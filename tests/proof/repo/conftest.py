@@ -1,4 +1,4 @@
-"""The checkouts of the fast tests."""
+"""Fixtures of the fast tests."""
 
 from tests.repo.conftest import (
     conflicting,

@@ -1,4 +1,4 @@
-"""What the fast tests show with small patches, with one of 5 MB."""
+"""Apply, unapply and export with a patch of 5 MB; the fast tests use small patches."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from workspace.repo import export
 from workspace.repo.patches import State
 
 
-def test_patch_of_5_mb_goes_on_and_off_without_a_trace_and_is_exported_as_it_was(
+def test_patch_of_5_mb_is_applied_unapplied_and_exported_unchanged(
     release: Workspace, tmp_path: Path
 ) -> None:
     name, content, tree = made_on_the_release(

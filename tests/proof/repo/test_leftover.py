@@ -1,6 +1,4 @@
-"""What a killed fetch has begun goes with the next one, a second later, unless somebody still
-writes it.
-"""
+"""The next fetch removes an unfinished pack of a killed fetch, unless a process still writes it."""
 
 import subprocess
 
@@ -11,7 +9,7 @@ from workspace.repo.git import Git, worktree
 
 
 @pytest.mark.parametrize("is_local", [True, False], ids=["from a folder", "from a remote"])
-def test_pack_that_a_killed_fetch_has_begun_goes_with_the_next(
+def test_unfinished_pack_of_a_killed_fetch_is_removed_by_the_next(
     release: Workspace, upstream: Upstream, *, is_local: bool
 ) -> None:
     git, packs, ref = (
@@ -31,10 +29,10 @@ def test_pack_that_a_killed_fetch_has_begun_goes_with_the_next(
                     git, upstream.bare, upstream.pin.commit, ref, run_log=release.run_log
                 )
             else:
-                words = (f"+{upstream.pin.commit}:{ref}",)
+                refspecs = (f"+{upstream.pin.commit}:{ref}",)
                 git.fetch(
                     upstream.bare.as_uri(),
-                    words,
+                    refspecs,
                     whole=True,
                     settings=release.settings(),
                     run_log=release.run_log,

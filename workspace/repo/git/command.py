@@ -52,7 +52,7 @@ def index_entries(listing: str) -> dict[str, str]:
 
 
 def link_entries(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Return the entries of the paths that are symbolic links; git's own hashing would follow them."""
+    """Return the entries of paths that are symbolic links; git's own hashing would follow them."""
     entries = {}
     for path in paths:
         file = root / path
@@ -224,7 +224,7 @@ def remove_packs(packs: Path, folder: Path) -> None:
 
 
 def _remove(paths: Sequence[Path], folder: Path) -> bool:
-    """Watch the locks side by side and remove those that are abandoned; return False if any stays."""
+    """Watch the locks in parallel and remove the abandoned; return False if any lock stays."""
     began = time.monotonic()
     quiet_since = dict.fromkeys(paths, began)
     while left := [path for path in paths if path.exists()]:

@@ -41,7 +41,7 @@ _SIMILARITY = "-M50%"
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit, and for each changed path the blob OIDs before and after, None where it is missing."""
+    """A commit, and for each changed path the blob OIDs before and after; None: no such file."""
 
     oid: str
     subject: str

@@ -1,4 +1,4 @@
-"""Remotes: queries without a repository, fetches, shallow clones, and the store of other commits."""
+"""Remotes: queries without a repository, fetches, shallow clones, and the store of commits."""
 
 import os
 import re
@@ -110,12 +110,12 @@ def add_worktree(git: Git, path: Path, commit: str, remote: Remote) -> None:
 
 
 def create_branch(worktree: Git, name: str, commit: str, *, run_log: RunLog) -> None:
-    """Create a branch at a commit and check it out. Raises CheckoutError where the name is in use."""
+    """Create a branch at a commit and check it out. Raises CheckoutError for a name in use."""
     worktree.write("checkout", "--quiet", "--no-track", "-b", name, commit, run_log=run_log)
 
 
 def write_tree(git: Git, commit: str, folder: Path) -> None:
-    """Write all files of a commit below `folder`, which is made if missing; overwrite files there."""
+    """Write all files of a commit below `folder`, made if missing; overwrite existing files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="workspace-index-") as scratch:
         environment = {"GIT_INDEX_FILE": f"{scratch}/index"}

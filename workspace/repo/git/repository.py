@@ -29,7 +29,7 @@ _UNDER_WAY = {
 
 @dataclass(frozen=True)
 class Place:
-    """The repository that git finds for a path: its git directory and the top of its working tree."""
+    """The repository that git finds for a path: git directory and top of the working tree."""
 
     git_dir: Path
     top: Path

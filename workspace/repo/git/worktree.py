@@ -208,7 +208,7 @@ def range_diff(git: Git, old: tuple[str, str], new: tuple[str, str]) -> str:
 
 
 def commits_between(git: Git, old: str, new: str) -> int | None:
-    """Return the number of commits that `new` has and `old` lacks; None where a commit is missing."""
+    """Return the number of commits that `new` has and `old` lacks, or None for a missing commit."""
     answer = git.look("rev-list", "--count", f"{old}..{new}", "--", check=False)
     return int(answer.out) if answer.status == 0 else None
 
