@@ -106,7 +106,7 @@ def test_auto_reports_its_fallback_where_git_cannot_be_reached(built: World) -> 
     assert built.first is not None
     output = [line for line in built.first.err.splitlines() if line.startswith("warning: ")]
     assert len(output) == 1, built.first.err
-    assert "taking the release archive instead" in output[0]
+    assert "using the release archive instead" in output[0]
     assert "nowhere" in output[0]
 
 

@@ -51,7 +51,7 @@ class Checkout:
 
 @dataclass(frozen=True)
 class _Making:
-    """A checkout that is being made, and what each step of it needs."""
+    """A checkout that is being made, and the objects that each step needs."""
 
     layout: Layout
     pin: Pin
@@ -91,6 +91,7 @@ class _Making:
 
 
 def folder_of(layout: Layout, pin: Pin) -> Path:
+    """Return the folder of a project's checkout."""
     return layout.triton if pin.name == "triton" else layout.vllm
 
 

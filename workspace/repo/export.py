@@ -302,7 +302,7 @@ def _plan(folder: Path, base: str, patches: Patches) -> _Plan:
         for name, new in patches
     }
     heading = (
-        f"# Patches on {folder.name}, applied from top to bottom. One file name a line; a remark"
+        f"# Patches on {folder.name}, applied from top to bottom. One file name per line; a comment"
         " begins with #.\n"
     )
     merged = series.with_entries(text or heading, names, base)
@@ -333,9 +333,9 @@ def _refuse_unapplied(layout: Layout, prepared: Prepared) -> None:
     if not unknown:
         return
     shown = layout.relative(prepared.git.path)
-    mine, there = series.keeping_hint(shown, prepared.git, prepared.head), f"git -C {shown}"
+    keep_head, git = series.keeping_hint(shown, prepared.git, prepared.head), f"git -C {shown}"
     keep = (
-        f"{mine}{there} checkout --detach {BASE_REF} && ./scripts/inv patch.apply && {there}"
+        f"{keep_head}{git} checkout --detach {BASE_REF} && ./scripts/inv patch.apply && {git}"
         f" cherry-pick {TIP_REF}..{series.kept_as(prepared.head)}"
     )
     way = keep if prepared.patches else "./scripts/inv patch.apply"

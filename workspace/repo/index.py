@@ -88,8 +88,8 @@ def _find(project: str, filename: str, sha256: str, settings: Settings) -> str:
             f"the package index serves {filename} ({project} {_version(filename)}) with sha256"
             f" {served}, pinned is {sha256}: it was not fetched",
             hint=(
-                "UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; or correct the hash in"
-                " vendor/pins.toml"
+                "UV_DEFAULT_INDEX or PIP_INDEX_URL names another index; if that file is right,"
+                " correct vendor/pins.toml"
             ),
         )
     return package.url

@@ -104,7 +104,7 @@ def find(
 
 @dataclass(frozen=True)
 class _Search:
-    """One search, and what its steps share; `base` is the base of the present checkout."""
+    """One search, and the objects that its steps share; `base` is that of the present checkout."""
 
     layout: Layout
     pin: Pin

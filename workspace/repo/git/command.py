@@ -368,7 +368,7 @@ class Command:
             # It may have ended anywhere, so the status answers nothing.
             raise ToolchainError(
                 f"git {verb} in {self.path} {process.describe_status(answer.status)}",
-                hint="free -h    and the same command again: it resumes or undoes what was begun",
+                hint="free -h    and the same command again: it resumes or undoes the operation",
             )
 
     def _raise_git_failure(self, answer: Answer, verb: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What lies between two commits: changed and renamed files, commits by path, patches in upstream.
+"""Changes between two commits: changed and renamed files, commits by path, patches in upstream.
 
 Everything here reads only what the repository holds, except `complete_range` and `carried`.
 `missing` names what a partial clone lacks.
@@ -371,18 +371,20 @@ def commits_between(git: Git, good: str, bad: str) -> tuple[Candidate, ...]:
     )
 
 
-def forks(git: Git, one: str, other: str) -> tuple[str, ...]:
+def forks(git: Git, first: str, second: str) -> tuple[str, ...]:
     """Return the commits where two histories parted (git-merge-base(1), --all), or none."""
-    return tuple(git.look("merge-base", "--all", one, other, check=False).out.split())
+    return tuple(git.look("merge-base", "--all", first, second, check=False).out.split())
 
 
 def subject(git: Git, commit: str) -> str:
+    """Return the subject of a commit."""
     return git.look(
         "log", "-1", "--no-show-signature", "--no-color", "--format=%s", commit, "--"
     ).out.rstrip("\n")
 
 
 def tags(git: Git) -> tuple[str, ...]:
+    """Return the names of all tags."""
     return tuple(git.look("for-each-ref", "--format=%(refname:strip=2)", "refs/tags").out.split())
 
 

@@ -63,7 +63,7 @@ UPSTREAM = "refs/remotes/origin/main"
 
 @dataclass(frozen=True)
 class Remote:
-    """A remote repository, and what a transfer from it needs."""
+    """A remote repository, and the objects that a transfer from it needs."""
 
     url: str
     settings: Settings
@@ -254,7 +254,7 @@ def open_store(path: Path, checkout: Path) -> Git:
 def take_in(store: Git, repository: Path, ref: str) -> None:
     """Fetch HEAD of a repository on this disk, with all of its content, as the reference `ref`."""
     flags = ("--quiet", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
-    # The protocol of a path is switched off with all others.
+    # All protocols are switched off by default, also that of a local path.
     env = {"GIT_ALLOW_PROTOCOL": "file"}
     store.write("fetch", *flags, str(repository), f"+HEAD:{ref}", env=env)
 

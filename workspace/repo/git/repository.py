@@ -99,10 +99,12 @@ class Git(Command):
             ).out.split()
         )
 
-    def have_common_history(self, one: str, other: str) -> bool:
-        return self.look("merge-base", one, other, check=False).status == 0
+    def have_common_history(self, first: str, second: str) -> bool:
+        """Return whether two commits have a common ancestor."""
+        return self.look("merge-base", first, second, check=False).status == 0
 
     def is_ancestor(self, ancestor: str, commit: str) -> bool:
+        """Return whether `commit` is `ancestor` or one of its descendants."""
         return self.look("merge-base", "--is-ancestor", ancestor, commit, check=False).status == 0
 
     def has_own_commits(self, base: str, tip: str) -> bool:
@@ -147,8 +149,8 @@ class Git(Command):
 
         New files count, ignored files do not.
         """
-        # Not `git diff`: it rewrites the index where a file was touched, whatever
-        # GIT_OPTIONAL_LOCKS says.
+        # Not `git diff`: it rewrites the index where a file was touched, in spite of
+        # GIT_OPTIONAL_LOCKS.
         before, now = self.entries(paths, base), self.entries(paths, None)
         return tuple(
             sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
@@ -280,6 +282,7 @@ class Git(Command):
         )
 
     def blob(self, oid: str) -> bytes:
+        """Return the content of a blob."""
         return self.look("cat-file", "blob", oid).out.encode(errors="surrogateescape")
 
     def move_to(self, commit: str, *, run_log: RunLog) -> None:

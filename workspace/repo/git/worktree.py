@@ -172,6 +172,7 @@ def require_way(git: Git, commit: str) -> None:
 
 
 def delete_ref(git: Git, name: str) -> None:
+    """Delete a reference."""
     git.write("update-ref", "-d", name)
 
 
@@ -200,7 +201,7 @@ def products(git: Git, *below: str) -> tuple[str, ...]:
 def range_diff(git: Git, old: tuple[str, str], new: tuple[str, str]) -> str:
     """Return how the commits base..tip of two stacks correspond (git-range-diff(1)).
 
-    The text is empty where a stack has no commit, which git takes for no range.
+    The text is empty where a stack has no commit, because git needs two ranges.
     """
     if old[0] == old[1] or new[0] == new[1]:
         return ""
@@ -213,15 +214,15 @@ def commits_between(git: Git, old: str, new: str) -> int | None:
     return int(answer.out) if answer.status == 0 else None
 
 
-def are_alike(git: Git, one: str, other: str) -> bool:
+def are_alike(git: Git, first: str, second: str) -> bool:
     """Return whether both commits exist and have the same content and the same parents."""
     lines = git.look(
         "log",
         "--no-walk=unsorted",
         "--no-show-signature",
         "--format=%T %P",
-        one,
-        other,
+        first,
+        second,
         "--",
         check=False,
     ).out.splitlines()
