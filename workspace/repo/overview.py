@@ -301,8 +301,8 @@ def resume(
         )
     moves.restore_times(git, known)
     stack = patches.observe(layout, project, pin, checkouts.observe(layout, pin))
-    # If the resolution differs from the series, the references mark the commits as older than the
-    # patches, so that the next export takes the commits.
+    # After another resolution than the series has, the next export sets these references. Set now,
+    # they would make that export take the patch file for newer than its commit.
     if stack.state is State.APPLIED and stack.base and stack.head and stack.head != stack.base:
         git.set_ref(TIP_REF, stack.head)
         git.set_ref(BASE_REF, stack.base)

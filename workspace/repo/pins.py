@@ -406,7 +406,7 @@ def _unpack(
                 links.append((path, member.linkname))
             else:
                 _write(archive, member, path, source)
-    # Last, so that no file is ever written through one.
+    # Links come last, so that no file is written through a link.
     for path, target in links:
         try:
             path.symlink_to(target)

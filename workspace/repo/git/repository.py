@@ -46,8 +46,6 @@ class Gitlink:
 class Git(Command):
     """A repository, given by the folder of its working tree."""
 
-    # Looking
-
     def place(self) -> Place | None:
         """Find the repository, or None where the path is in none that has a working tree."""
         answer = self.look("rev-parse", "--absolute-git-dir", "--show-toplevel", check=False)
@@ -218,8 +216,6 @@ class Git(Command):
                 return None
             return self.write("write-tree", "--missing-ok", env=scratch).out.strip()
 
-    # Writing
-
     def init(self) -> None:
         """Make an empty repository without the user's template."""
         self._trusted = True
@@ -323,8 +319,6 @@ class Git(Command):
                     " again"
                 ),
             )
-
-    # Remotes
 
     def fetch(
         self,
