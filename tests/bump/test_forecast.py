@@ -1,6 +1,4 @@
-"""A series in which every patch meets another fate at the next release, forecast on checkouts of
-both kinds.
-"""
+"""Forecast of a series whose patches fare differently at the next release, on both checkouts."""
 
 import hashlib
 import json
@@ -11,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo import ladder as ladders
+from tests.repo import two_releases as ladders
 from tests.repo.conftest import commit, export, sh_git, write
-from tests.repo.ladder import Clone, Index, Ladder, lines
+from tests.repo.two_releases import Clone, Index, TwoReleases, lines
 from workspace.bump import forecast
 from workspace.bump.forecast import Forecast, PatchForecast
 from workspace.core.console import Console
@@ -40,13 +38,13 @@ FATES["release"] = FATES["git"] | {
 
 
 @pytest.fixture(scope="module")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+def releases(tmp_path_factory: pytest.TempPathFactory) -> TwoReleases:
     return ladders.build(tmp_path_factory.mktemp("ladder"))
 
 
 @pytest.fixture(scope="module")
-def index(ladder: Ladder) -> Iterator[Index]:
-    with ladders.serve(ladder) as served:
+def index(releases: TwoReleases) -> Iterator[Index]:
+    with ladders.serve(releases) as served:
         yield served
 
 
@@ -58,13 +56,13 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, ladder: Ladder, index: Index) -> Path:
-    """A clone with a checkout of each kind, and all that a forecast fetches."""
+def made(tmp_path_factory: pytest.TempPathFactory, releases: TwoReleases, index: Index) -> Path:
+    """A clone with a checkout of each kind, and everything that a forecast fetches."""
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "*")
         for kind in ("git", "release"):
-            with ladders.cloned(root / kind, ladder, index) as clone:
+            with ladders.cloned(root / kind, releases, index) as clone:
                 clone.ensure(kind)  # type: ignore[arg-type]
                 run(clone)
     return root
@@ -76,8 +74,10 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def clone(tmp_path: Path, made: Path, ladder: Ladder, index: Index, kind: str) -> Iterator[Clone]:
-    with ladders.cloned(tmp_path / "other", ladder, index) as opened:
+def clone(
+    tmp_path: Path, made: Path, releases: TwoReleases, index: Index, kind: str
+) -> Iterator[Clone]:
+    with ladders.cloned(tmp_path / "other", releases, index) as opened:
         shutil.rmtree(opened.layout.root)
         shutil.copytree(made / kind / "clone", opened.layout.root, symlinks=True)
         sh_git(opened.vllm, "update-index", "--refresh")
@@ -110,9 +110,7 @@ def fates(made: Forecast) -> dict[str, str]:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Every file, link and folder below a folder, .git included, with what is in it and when it was
-    written.
-    """
+    """Return each file, link and folder below a folder, .git included, with content and time."""
     found = {}
     for path in [root, *root.rglob("*")]:
         if path.is_relative_to(root / ".workspace"):
@@ -139,20 +137,20 @@ def test_every_fate_is_foreseen_and_nothing_is_touched(clone: Clone, kind: str) 
 
 
 def test_conflicts_name_the_upstream_commits_that_touched_the_file(
-    clone: Clone, ladder: Ladder, kind: str
+    clone: Clone, releases: TwoReleases, kind: str
 ) -> None:
     by_name = {patch.name: patch for patch in run(clone).patches}
     commits = by_name["Local-conflict.patch"].conflicts[0].commits
     if kind == "git":
         # Not the one that drew the release branch, which touched README only.
-        assert commits == (f"{ladder.commits['conflict'][:12]} [Misc] Upstream's conflict (#3)",)
+        assert commits == (f"{releases.commits['conflict'][:12]} [Misc] Upstream's conflict (#3)",)
         assert (
             by_name["Local-cherry.patch"].by
-            == f"{ladder.commits['cherry'][:12]} [Misc] Upstream's cherry (#6)"
+            == f"{releases.commits['cherry'][:12]} [Misc] Upstream's cherry (#6)"
         )
         assert (
             by_name["Local-backport.patch"].by
-            == f"{ladder.commits['backport'][:12]} [Misc] Upstream's backport (#5)"
+            == f"{releases.commits['backport'][:12]} [Misc] Upstream's backport (#5)"
         )
     else:
         assert commits is None
@@ -231,10 +229,10 @@ def test_series_applied_in_the_checkout_gives_the_same_forecast(clone: Clone, ki
 
 
 def test_patch_that_upstream_took_and_reverted_is_kept(
-    clone: Clone, ladder: Ladder, kind: str, tmp_path: Path
+    clone: Clone, releases: TwoReleases, kind: str, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    sh_git(tmp_path, "clone", "--quiet", str(ladder.work), str(work))
+    sh_git(tmp_path, "clone", "--quiet", str(releases.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0")
     write(work, {"vllm/clean.py": lines("clean", l5="five")})
     sh_git(
@@ -243,20 +241,20 @@ def test_patch_that_upstream_took_and_reverted_is_kept(
         "--quiet",
         "--all",
         "--message",
-        f"Five\n\nUpstream-Status: Backport [{ladder.commits['clean']}]",
+        f"Five\n\nUpstream-Status: Backport [{releases.commits['clean']}]",
     )
     clone.series({"Five.patch": export(work, "HEAD")})
     (patch,) = run(clone).patches
     assert patch.state == "clean"
-    assert ("and yet it changes the tree" in patch.remark) == (kind == "git")
+    assert ("but it still changes the tree" in patch.remark) == (kind == "git")
 
 
 @pytest.mark.parametrize("kind", ["git"])
 def test_two_patches_of_one_file_are_taken_without_their_commits_in_any_repository(
-    clone: Clone, ladder: Ladder, tmp_path: Path
+    clone: Clone, releases: TwoReleases, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    sh_git(tmp_path, "clone", "--quiet", str(ladder.work), str(work))
+    sh_git(tmp_path, "clone", "--quiet", str(releases.work), str(work))
     sh_git(work, "checkout", "--quiet", "v1.0.0")
     commit(work, "one", {"vllm/conflict.py": lines("conflict", l5="five")})
     commit(work, "two", {"vllm/conflict.py": lines("conflict", l5="five", l18="eighteen")})
@@ -275,16 +273,18 @@ def test_empty_series_is_a_forecast_too(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize("kind", ["git"])
-def test_series_that_does_not_fit_its_own_base_is_named(clone: Clone, ladder: Ladder) -> None:
-    after = ladder.series["Local-after.patch"]
+def test_series_that_does_not_fit_its_own_base_is_named(
+    clone: Clone, releases: TwoReleases
+) -> None:
+    after = releases.series["Local-after.patch"]
     clone.series({"Local-after.patch": after})
     with pytest.raises(
-        PatchConflict, match="Local-after.patch does not even apply to the present base"
+        PatchConflict, match="Local-after.patch does not apply even to the present base"
     ):
         run(clone)
 
 
-def test_json_says_the_same_and_nothing_is_fetched_again(
+def test_json_has_the_same_forecast_and_nothing_is_fetched_again(
     clone: Clone, index: Index, kind: str
 ) -> None:
     del index.asked[:]
@@ -305,11 +305,11 @@ def test_json_says_the_same_and_nothing_is_fetched_again(
     assert [path for path in index.asked if "/files/" in path] == []
 
 
-def test_forecast_without_a_checkout_says_how_to_get_one(
-    tmp_path: Path, ladder: Ladder, index: Index
+def test_forecast_without_a_checkout_gives_the_command_for_one(
+    tmp_path: Path, releases: TwoReleases, index: Index
 ) -> None:
     with (
-        ladders.cloned(tmp_path / "bare", ladder, index) as clone,
+        ladders.cloned(tmp_path / "bare", releases, index) as clone,
         pytest.raises(CheckoutError, match="vendor/vllm is missing") as failure,
     ):
         run(clone)
@@ -317,7 +317,7 @@ def test_forecast_without_a_checkout_says_how_to_get_one(
 
 
 @pytest.mark.parametrize("kind", ["release"])
-def test_name_that_is_none_is_a_sentence(clone: Clone) -> None:
+def test_invalid_name_is_a_sentence(clone: Clone) -> None:
     for ref in ("-x", "a b", "../x", "", "v1.0.0..v1.1.0", "HEAD@{1}", "x" * 300):
         with pytest.raises(SettingsError, match="is not the name of"):
             run(clone, ref)

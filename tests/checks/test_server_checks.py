@@ -193,7 +193,7 @@ def test_damaged_state_and_a_server_that_a_killed_smoke_has_left_are_no_obstacle
         Address("127.0.0.1", port),
     )
     former = lifecycle.start(place.place, launch, is_detached=True)
-    os.kill(former.family.keeper, signal.SIGSTOP)
+    os.kill(former.processes.supervisor_pid, signal.SIGSTOP)
     assert place.failed("raises at start")["ready"].endswith("no such kernel")
     assert former.members() == set()
 

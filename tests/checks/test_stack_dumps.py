@@ -45,21 +45,21 @@ def hanging(folder: Path, environment: dict[str, str]) -> "subprocess.Popen[str]
     return child
 
 
-def family(child: "subprocess.Popen[str]") -> set[int]:
+def processes(child: "subprocess.Popen[str]") -> set[int]:
     return {child.pid} | process_tree.below({child.pid}, process_tree.living())
 
 
 def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path: Path) -> None:
     environment = {"PATH": str(tmp_path), **stack_dumps.FAULTS}
     with hanging(tmp_path, environment) as child:
-        with stack_dumps.Watch(0.05, lambda: family(child), environment=environment) as watch:
+        with stack_dumps.Watch(0.05, lambda: processes(child), environment=environment) as watch:
             output = child.communicate(timeout=20)[1]
         stacks = watch.stacks(output)
     assert watch.has_fired
     assert output.count("Fatal Python error: Aborted") == 2
     assert sum("in deep" in line for line in stacks) == 2
     assert sum("thread 0x" in line.lower() for line in stacks) == 3
-    assert not family(child) & process_tree.living().keys()
+    assert not processes(child) & process_tree.living().keys()
 
 
 def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_pat
         (tmp_path / "up").unlink(missing_ok=True)
         with hanging(tmp_path, environment) as child:
             with stack_dumps.Watch(
-                0.05, lambda child=child: family(child), environment=environment
+                0.05, lambda child=child: processes(child), environment=environment
             ) as watch:  # type: ignore[misc]
                 output = child.communicate(timeout=20)[1]
             assert watch.stacks(output)[0] == expected
@@ -79,7 +79,7 @@ def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_pat
 
 def test_process_that_ignores_it_is_killed_and_one_that_is_gone_is_no_error(tmp_path: Path) -> None:
     with hanging(tmp_path, {"PATH": str(tmp_path)}) as child:
-        stack_dumps.end_with_stacks(lambda: family(child) | {2**22 - 1})
+        stack_dumps.end_with_stacks(lambda: processes(child) | {2**22 - 1})
         assert stack_dumps.read_stacks(child.communicate(timeout=20)[1]) == ()
 
 

@@ -219,7 +219,7 @@ class Site:
                 self.settings(**more),
                 inputs,
                 sources,
-                ticket=LAUNCHER,
+                launcher=LAUNCHER,
                 run_log=run_log,
             )
 

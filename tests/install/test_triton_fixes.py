@@ -197,7 +197,7 @@ def test_former_triton_comes_back_with_every_file_though_an_installer_has_remove
         assert venv.keep_former(house.layout).version == "3.7.1", (
             "a run that resumes after a kill keeps the first"
         )
-        venv.put_former_back(house.layout, settings, kept, run_log=run_log)
+        venv.restore_former(house.layout, settings, kept, run_log=run_log)
     assert {
         path.relative_to(packages): path.read_bytes()
         for path in packages.rglob("triton*/**/*")
@@ -215,7 +215,7 @@ def test_where_there_was_no_triton_there_is_none_again(house, built):
     with house.run_log(settings) as run_log:
         kept = venv.keep_former(house.layout)
         interpreter.install(house.layout, settings, ["triton"], run_log=run_log)
-        venv.put_former_back(house.layout, settings, kept, run_log=run_log)
+        venv.restore_former(house.layout, settings, kept, run_log=run_log)
     assert torch.observe_triton(house.layout) is None
 
 

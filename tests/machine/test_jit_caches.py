@@ -126,7 +126,7 @@ def test_cache_is_renamed_with_its_date_and_never_over_another(house):
     for _ in range(2):
         path = kernel(place, version="3.5.1")
         os.utime(path, (INSTALLED_AT, INSTALLED_AT))
-        jit_caches.put_aside(foreign(house)[0])
+        jit_caches.rename_foreign(foreign(house)[0])
     assert sorted(path.name for path in place.parent.iterdir()) == [
         "cache.of-20231114-221320",
         "cache.of-20231114-221320-2",
@@ -184,7 +184,7 @@ def test_cache_that_cannot_be_renamed_is_an_error_with_a_sentence(house):
         jit_caches._last_written(house.layout.root),
     )
     with pytest.raises(ToolchainError, match="/proc cannot be renamed"):
-        jit_caches.put_aside(found)
+        jit_caches.rename_foreign(found)
 
 
 def test_stack_has_the_versions_in_the_environment(house):

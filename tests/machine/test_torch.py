@@ -17,7 +17,7 @@ def install(house, settings, *arguments: str, **more) -> None:
         interpreter.install(house.layout, settings, arguments, run_log=run_log, **more)
 
 
-def put_torch(house, settings, version: str, **more) -> None:
+def install_torch(house, settings, version: str, **more) -> None:
     """Install a torch from a file that no index and no configured folder offers."""
     install(
         house,
@@ -34,7 +34,7 @@ def packages(house) -> Path:
 def test_torch_is_read_without_starting_python_and_equals_the_import(house, built):
     settings = built()
     assert torch.observe(house.layout, settings) is None
-    put_torch(house, settings, "2.13.0", cuda="13.0")
+    install_torch(house, settings, "2.13.0", cuda="13.0")
     seen = torch.observe(house.layout, settings)
     assert seen == torch.TorchBuild("2.13.0+cu130", "13.0") == torch.load(house.layout, settings)
     assert torch.constraints(house.layout) == ("torch==2.13.0",)
@@ -42,7 +42,7 @@ def test_torch_is_read_without_starting_python_and_equals_the_import(house, buil
 
 def test_cuda_is_read_from_the_form_with_and_without_a_type(house, built):
     settings = built()
-    put_torch(house, settings, "2.13.0+cpu")
+    install_torch(house, settings, "2.13.0+cpu")
     place = packages(house) / "torch" / "version.py"
     place.write_text(
         "from typing import Optional\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip:"
@@ -55,7 +55,7 @@ def test_cuda_is_read_from_the_form_with_and_without_a_type(house, built):
 
 def test_torch_without_its_files_is_no_torch(house, built):
     settings = built()
-    put_torch(house, settings, "2.13.0+cpu")
+    install_torch(house, settings, "2.13.0+cpu")
     (packages(house) / "torch" / "version.py").unlink()
     assert torch.observe(house.layout, settings) is None
 
@@ -76,7 +76,7 @@ def test_torch_of_an_editable_build_is_seen_where_it_lies(house, built, tmp_path
 
 def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(house, built):
     settings = built()
-    put_torch(house, settings, "2.13.0+cpu")
+    install_torch(house, settings, "2.13.0+cpu")
     (packages(house) / "torch" / "__init__.py").write_text(
         "raise ImportError('libcudart.so.13: cannot open shared object file')\n"
     )
@@ -86,7 +86,7 @@ def test_torch_that_cannot_be_imported_is_a_build_error_that_names_what_fails(ho
 
 def test_torch_that_dies_at_import_is_a_build_error_that_names_the_signal(house, built):
     settings = built()
-    put_torch(house, settings, "2.13.0+cpu")
+    install_torch(house, settings, "2.13.0+cpu")
     (packages(house) / "torch" / "__init__.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
     )
@@ -96,7 +96,7 @@ def test_torch_that_dies_at_import_is_a_build_error_that_names_the_signal(house,
 
 def test_installed_torch_that_no_index_offers_survives_whatever_depends_on_torch(house, built):
     settings = built()
-    put_torch(house, settings, "9.9.9+local", cuda="13.0")
+    install_torch(house, settings, "9.9.9+local", cuda="13.0")
     house.torch("10.0.0", cuda="12.8")
     house.wheel("wants-any", "1.0", requires=("torch>=1.10",))
     with torch.held(house.layout, settings, step="requirements"):
@@ -109,7 +109,7 @@ def test_installed_torch_that_no_index_offers_survives_whatever_depends_on_torch
 
 def test_package_that_needs_another_torch_fails_and_torch_stays(house, built):
     settings = built()
-    put_torch(house, settings, "9.9.9+local")
+    install_torch(house, settings, "9.9.9+local")
     house.torch("10.0.0")
     house.wheel("wants-ten", "1.0", requires=("torch==10.0.0",))
     with pytest.raises((BuildError, SourceError)):
@@ -119,7 +119,7 @@ def test_package_that_needs_another_torch_fails_and_torch_stays(house, built):
 
 def test_step_that_changes_torch_is_an_error_that_names_step_old_and_new(house, built):
     settings = built()
-    put_torch(house, settings, "9.9.9+local", cuda="13.0")
+    install_torch(house, settings, "9.9.9+local", cuda="13.0")
     house.torch("10.0.0", cuda="12.8")
     with (
         pytest.raises(
@@ -138,7 +138,7 @@ def test_step_that_changes_torch_is_an_error_that_names_step_old_and_new(house, 
 
 def test_same_version_for_another_cuda_is_a_change(house, built):
     settings = built()
-    put_torch(house, settings, "9.9.9+local", cuda="13.0")
+    install_torch(house, settings, "9.9.9+local", cuda="13.0")
     with (
         pytest.raises(BuildError, match=r"CUDA 13\.0, now 9\.9\.9\+local with CUDA 12\.8"),
         torch.held(house.layout, settings, step="x"),
@@ -153,14 +153,14 @@ def test_same_version_for_another_cuda_is_a_change(house, built):
 
 def test_error_inside_a_held_step_is_not_hidden_by_torch(house, built):
     settings = built()
-    put_torch(house, settings, "9.9.9+local")
+    install_torch(house, settings, "9.9.9+local")
     with pytest.raises(SourceError), torch.held(house.layout, settings, step="x"):
         install(house, settings, "--no-index", "torch==77")
 
 
 def test_constraints_hold_what_is_paired_with_torch_and_nothing_else(house, built):
     settings = built()
-    put_torch(
+    install_torch(
         house,
         settings,
         "2.13.0+cu130",
@@ -304,9 +304,9 @@ def test_companions_come_from_where_torch_came(house, built, tmp_path):
         str(folder),
     )
     for_cuda = torch.plan("torch==2.13.0", device="cuda", settings=settings)
-    put_torch(house, settings, "2.13.0", cuda="13.0")
+    install_torch(house, settings, "2.13.0", cuda="13.0")
     assert torch.companion_arguments(house.layout, for_cuda, device="cuda") == ()
-    put_torch(house, settings, "2.13.0+cu130", cuda="13.0")
+    install_torch(house, settings, "2.13.0+cu130", cuda="13.0")
     assert torch.companion_arguments(house.layout, for_cuda, device="cuda") == (
         "--torch-backend",
         "cu130",
@@ -317,7 +317,7 @@ def test_broken_companion_is_named_by_the_probe_with_its_error_in_a_line(house, 
     from workspace.core import process
 
     settings = built()
-    put_torch(house, settings, "2.13.0+cpu")
+    install_torch(house, settings, "2.13.0+cpu")
     install(house, settings, str(house.wheel("torchaudio", "1.0")))
     broken = (
         b"print('noise')\nraise RuntimeError('operator torchvision::nms does not exist\\nand"

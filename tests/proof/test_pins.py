@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-from tests.repo import ladder as ladders
+from tests.repo import two_releases as ladders
 from tests.repo.conftest import export, sh_git, write
-from tests.repo.ladder import Clone, Index, Ladder
+from tests.repo.two_releases import Clone, Index, TwoReleases
 from workspace.bump import forecast
 from workspace.bump.forecast import Forecast
 from workspace.core import settings as settings_module
@@ -96,7 +96,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder:
+def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> TwoReleases:
     """The releases as one history, and a work tree of it at 0.31.0."""
     root = tmp_path_factory.mktemp("real")
     bare, parent, commits, sdists = root / "vllm.git", "", {}, {}
@@ -125,11 +125,11 @@ def real(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Ladder
     sh_git(bare, "config", "uploadpack.allowFilter", "true")
     sh_git(root, "clone", "--quiet", "--shared", str(bare), "work")
     pin = replace(pinned, commit=commits["0.31.0"], url="file:///nowhere", precompiled={})
-    return Ladder(root, root / "work", bare, pin, {}, commits, sdists)
+    return TwoReleases(root, root / "work", bare, pin, {}, commits, sdists)
 
 
 def series(
-    real: Ladder, base: str, edits: Mapping[str, tuple[str, str | None, str | None]]
+    real: TwoReleases, base: str, edits: Mapping[str, tuple[str, str | None, str | None]]
 ) -> dict[str, bytes]:
     """Commit each edit on a release, and export it."""
     made = {}
@@ -151,12 +151,12 @@ def series(
 
 
 @pytest.fixture(scope="session")
-def full_series(real: Ladder) -> dict[str, bytes]:
+def full_series(real: TwoReleases) -> dict[str, bytes]:
     shipped = (ROOT / "patches" / "vllm" / f"{SHIPPED}.patch").read_bytes()
     return {f"{SHIPPED}.patch": shipped, **series(real, "0.31.0", EDITS)}
 
 
-def cloned(folder: Path, real: Ladder, pin: Pin, *, address: str) -> Iterator[Clone]:
+def cloned(folder: Path, real: TwoReleases, pin: Pin, *, address: str) -> Iterator[Clone]:
     made = pin.archive or Archive("vllm-0.tar.gz", "0" * 64, "0" * 40, "0" * 40)
     with ladders.cloned(
         folder, replace(real, pin=replace(pin, archive=made)), Index(address)
@@ -166,7 +166,7 @@ def cloned(folder: Path, real: Ladder, pin: Pin, *, address: str) -> Iterator[Cl
 
 
 @pytest.fixture
-def clone(tmp_path: Path, real: Ladder) -> Iterator[Clone]:
+def clone(tmp_path: Path, real: TwoReleases) -> Iterator[Clone]:
     """A clone on the history's 0.31.0 with an empty index: the archives have another history."""
     (tmp_path / "simple").mkdir()
     yield from cloned(tmp_path, real, real.pin, address=(tmp_path / "simple").as_uri())
@@ -193,7 +193,7 @@ def fates(made: Forecast) -> dict[str, str]:
     return found
 
 
-def am(real: Ladder, base: str, clone: Clone, names: list[str]) -> str | None:
+def am(real: TwoReleases, base: str, clone: Clone, names: list[str]) -> str | None:
     """Return the tree that `git am --3way` makes, None if it stops."""
     sh_git(real.work, "checkout", "--quiet", "--force", "--detach", base)
     sh_git(
@@ -212,7 +212,7 @@ def am(real: Ladder, base: str, clone: Clone, names: list[str]) -> str | None:
 
 
 def test_forecast_of_a_series_is_what_am_then_does(
-    clone: Clone, real: Ladder, full_series: dict[str, bytes]
+    clone: Clone, real: TwoReleases, full_series: dict[str, bytes]
 ) -> None:
     clone.series(full_series)
     clone.ensure("git")
@@ -271,7 +271,7 @@ def test_what_else_moves_between_two_real_releases(clone: Clone) -> None:
     ],
 )
 def test_fix_of_the_cpu_defect_is_recognised_in_its_file(
-    tmp_path: Path, real: Ladder, fix: tuple[str, str | None, str | None], fate: str
+    tmp_path: Path, real: TwoReleases, fix: tuple[str, str | None, str | None], fate: str
 ) -> None:
     (tmp_path / "simple").mkdir()
     pin = replace(
@@ -289,7 +289,7 @@ def test_fix_of_the_cpu_defect_is_recognised_in_its_file(
 
 
 def test_release_archives_alone_give_the_same_and_report_what_is_unknown(
-    tmp_path: Path, real: Ladder, full_series: dict[str, bytes], settings: Settings
+    tmp_path: Path, real: TwoReleases, full_series: dict[str, bytes], settings: Settings
 ) -> None:
     pinned = pins.load(ROOT / "vendor" / "pins.toml").vllm
     for clone in cloned(tmp_path, real, pinned, address=settings.index_url or PYPI_SIMPLE_ENDPOINT):

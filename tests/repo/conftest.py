@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.ladder import Index, Ladder, build, serve
 from tests.repo.shell import add_member, commit, export, sh_git, write
+from tests.repo.two_releases import Index, TwoReleases, build, serve
 from workspace.core import settings as settings_module
 from workspace.core.console import Console, Step
 from workspace.core.errors import PatchConflict
@@ -479,13 +479,13 @@ def resolve(workspace: Workspace, content: str = RESOLVED) -> None:
 
 
 @pytest.fixture(scope="session")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+def two_releases(tmp_path_factory: pytest.TempPathFactory) -> TwoReleases:
     return build(tmp_path_factory.mktemp("releases"))
 
 
 @pytest.fixture
-def index(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+def index(two_releases: TwoReleases, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     """Serve a package index with both releases."""
     monkeypatch.setenv("no_proxy", "*")
-    with serve(ladder) as served:
+    with serve(two_releases) as served:
         yield served

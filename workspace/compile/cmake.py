@@ -193,14 +193,14 @@ def configure(
     inputs: Inputs,
     sources: Mapping[str, str],
     *,
-    ticket: Path,
+    launcher: Path,
     run_log: RunLog,
 ) -> Project:
     """Return what CMake would build of the tree at `inputs.place`; configure it first if it is due.
 
     Raises BuildError with CMake's first error; then existing objects stay, and there is no record.
     """
-    setup = _Setup(layout, settings, inputs, sources, folder(layout, inputs), ticket)
+    setup = _Setup(layout, settings, inputs, sources, folder(layout, inputs), launcher)
     build, tree = setup.build, setup.tree
     reason = due(build, inputs, sources)
     if reason is None and (known := project.read(build, tree)):

@@ -49,7 +49,9 @@ class Wheel:
     summary: tuple[str, ...]
 
 
-def put_requirements(layout: Layout, settings: Settings, source: Source, *, run_log: RunLog) -> str:
+def install_requirements(
+    layout: Layout, settings: Settings, source: Source, *, run_log: RunLog
+) -> str:
     """Install the missing requirements of the build; torch and an installed Triton stay as they
     are.
     """

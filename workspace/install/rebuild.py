@@ -163,7 +163,9 @@ class Job:
         layout, settings, run_log = self.run.layout, self.run.settings, self.run.run_log
         sources = externals.provide(layout, settings, needed, others, run_log=run_log, step=view)
         launcher = job_server.install(cmake_inputs.folder(layout, inputs) / "tickets")
-        return cmake.configure(layout, settings, inputs, sources, ticket=launcher, run_log=run_log)
+        return cmake.configure(
+            layout, settings, inputs, sources, launcher=launcher, run_log=run_log
+        )
 
     def _reach(self, view: Step) -> tuple[Reached, ...]:
         """Return the targets to compile: the requested ones, or those that the changes reach."""

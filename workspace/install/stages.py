@@ -104,20 +104,20 @@ def make_python(run: Run, view: Step) -> None:
 
 
 def install_torch(run: Run, view: Step) -> None:
-    view.reason = venv.put_torch(
+    view.reason = venv.install_torch(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
 
 
 def install_requirements(run: Run, view: Step) -> None:
-    view.reason = venv.put_requirements(
+    view.reason = venv.install_requirements(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
 
 
 def install_accelerators(run: Run, view: Step) -> None:
     """Install the accelerators, the last step of the environment, and write its stamp."""
-    provided = venv.put_accelerators(
+    provided = venv.install_accelerators(
         run.layout, run.settings, device=run.observed.device, run_log=run.run_log
     )
     inputs = run.observe().environment.inputs

@@ -247,7 +247,7 @@ def _build(
         _step(run_log, "requirements") as view,
         torch.held(layout, settings, step="requirements"),
     ):
-        view.reason = triton_build.put_requirements(layout, settings, tree, run_log=run_log)
+        view.reason = triton_build.install_requirements(layout, settings, tree, run_log=run_log)
     for limit in limits:
         run_log.console.info(limit.sentence)
     with _step(run_log, "compile") as view, torch.held(layout, settings, step="compile"):
@@ -299,7 +299,7 @@ def _install(
             found = _verified(context)
             view.reason = found.kernel.summary if found.kernel else ""
     except BaseException as exc:
-        venv.put_former_back(layout, settings, former, run_log=run_log)
+        venv.restore_former(layout, settings, former, run_log=run_log)
         triton_fixes.record_installed(layout)
         if recorded:
             stamp.write(layout.stamp("triton"), recorded)

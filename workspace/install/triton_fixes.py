@@ -208,7 +208,7 @@ def _plan_caches(_: Context, found: Diagnosis) -> tuple[str, ...]:
 def _move_caches(context: Context, found: Diagnosis) -> str:
     names = []
     for foreign in found.foreign:
-        place = jit_caches.put_aside(foreign)
+        place = jit_caches.rename_foreign(foreign)
         context.run_log.command(shlex.join(["mv", str(foreign.cache.place), str(place)]))
         names.append(place.name)
     return f"renamed to {', '.join(names)}; kernels are compiled again when needed"
@@ -274,7 +274,7 @@ def restore_former(context: Context) -> None:
     ):
         venv.drop_former(former)
         return
-    venv.put_former_back(layout, context.settings, former, run_log=context.run_log)
+    venv.restore_former(layout, context.settings, former, run_log=context.run_log)
     record_installed(layout)
     context.run_log.console.info(
         f"an interrupted run is undone: triton {former.version or 'none'} is in .vllm again"

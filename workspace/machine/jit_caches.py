@@ -161,7 +161,7 @@ def foreign(layout: Layout, settings: Settings, stack: Stack) -> tuple[Foreign, 
     return tuple(found)
 
 
-def put_aside(found: Foreign) -> Path:
+def rename_foreign(found: Foreign) -> Path:
     """Rename a cache to a name with the date of its last write, and return the new path.
 
     Raises ToolchainError where that is not allowed.

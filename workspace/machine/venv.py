@@ -159,7 +159,7 @@ def make_python(layout: Layout, settings: Settings, *, device: str, run_log: Run
     return f"Python {choice.version}" + (f": {choice.reason}" if choice.reason else "")
 
 
-def put_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
+def install_torch(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
     """Install the pinned torch, or keep the present one under USE_EXISTING_TORCH=1.
 
     Raises BuildError where no torch can be kept, or where the installed one is for another device.
@@ -226,7 +226,9 @@ def _install_from_sources(
     return source
 
 
-def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log: RunLog) -> str:
+def install_requirements(
+    layout: Layout, settings: Settings, *, device: str, run_log: RunLog
+) -> str:
     """Install the requirements of build and run, with torch held, then torch's companions."""
     needs = _needs(layout, settings, device=device, run_log=run_log)
     listed = tuple(dict.fromkeys((*needs.build, *needs.runtime)))
@@ -250,7 +252,7 @@ def put_requirements(layout: Layout, settings: Settings, *, device: str, run_log
     return f"{len(listed)} from requirements/{left_out}{companions}"
 
 
-def put_accelerators(
+def install_accelerators(
     layout: Layout, settings: Settings, *, device: str, run_log: RunLog
 ) -> Provided:
     """Install xgrammar, triton and FlashInfer as pinned, and repair partial packages."""
@@ -258,8 +260,8 @@ def put_accelerators(
     if repair(layout, settings, run_log=run_log, with_cache=False):
         # uv has just linked incomplete files: its cache is damaged, after a power cut for example.
         repair(layout, settings, run_log=run_log, with_cache=True)
-        put_torch(layout, settings, device=device, run_log=run_log)
-        put_requirements(layout, settings, device=device, run_log=run_log)
+        install_torch(layout, settings, device=device, run_log=run_log)
+        install_requirements(layout, settings, device=device, run_log=run_log)
         _install_accelerators(layout, settings, device=device, run_log=run_log)
     packages = {
         name: version for name, version in interpreter.installed(layout).items() if name != "vllm"
@@ -441,7 +443,7 @@ def is_former_kept(layout: Layout) -> bool:
     return (layout.environment / ".workspace" / "former-triton" / _LIST).is_file()
 
 
-def put_former_back(layout: Layout, settings: Settings, former: Former, *, run_log: RunLog) -> None:
+def restore_former(layout: Layout, settings: Settings, former: Former, *, run_log: RunLog) -> None:
     """Uninstall the present Triton and restore every file of the former Triton."""
     if "triton" in interpreter.installed(layout):
         process.run(

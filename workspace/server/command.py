@@ -163,9 +163,9 @@ def compose(
     a server open to others without a key.
     """
     users = flags.judge(extra, known)
-    own = [flags.judge(args, known) for args in _by_flag(recipe, users.words)]
-    args = [arg for judged in own for arg in judged.words] + list(users.words)
-    for arg in users.words:
+    own = [flags.judge(args, known) for args in _by_flag(recipe, users.args)]
+    args = [arg for judged in own for arg in judged.args] + list(users.args)
+    for arg in users.args:
         if reason := _REFUSED.get(arg.split("=")[0]):
             raise SettingsError(f"{arg.split('=')[0]} cannot be given to inv serve", hint=reason)
     if recipe.origin == "built-in" and not _has(args, "--served-model-name"):
@@ -184,14 +184,14 @@ def compose(
     if not is_local(address.host):
         notes.append(_exposed(address, has_key=has_key, force=force))
     if _has(args, "--trust-remote-code"):
-        is_users = _has(users.words, "--trust-remote-code")
+        is_users = _has(users.args, "--trust-remote-code")
         source = "you ask for it" if is_users else "the recipe asks for it"
         notes.append(
             f"--trust-remote-code: {source}; code of the model's authors runs on this machine with"
             " your rights"
         )
     dropped = tuple(sentence for judged in (*own, users) for sentence in judged.dropped)
-    return Command(tuple(args), users.words, address, dropped, tuple(notes))
+    return Command(tuple(args), users.args, address, dropped, tuple(notes))
 
 
 def replaced(extra: Sequence[str], flag: str, value: str) -> tuple[str, ...]:

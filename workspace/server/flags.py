@@ -64,7 +64,7 @@ class Flags:
 class Judged:
     """Arguments that the tree's parser accepts, and a sentence for each that was left out."""
 
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     dropped: tuple[str, ...] = ()
 
 

@@ -187,14 +187,14 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
             hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}",
         ) from exc
     process_tree.remove_shared(shared)
-    shutil.rmtree(server.family.folder, ignore_errors=True)
+    shutil.rmtree(server.processes.folder, ignore_errors=True)
     _wait_for_port(server.address)
     returned = _settled(before)
     if server.lifeline is not None:
         with contextlib.suppress(OSError):
             os.close(server.lifeline)
     with contextlib.suppress(FileNotFoundError):
-        if (now := find(server.place)) is None or now.family == server.family:
+        if (now := find(server.place)) is None or now.processes == server.processes:
             state(server.place).unlink()
     return Stopped(time.monotonic() - started, was_killed, returned)
 
@@ -348,7 +348,7 @@ def _end_by_supervisor(
     if not is_alive(server):
         return False
     with contextlib.suppress(ProcessLookupError):
-        os.kill(server.family.keeper, signal.SIGTERM)
+        os.kill(server.processes.supervisor_pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
     while find_members():
         if time.monotonic() > deadline or not is_alive(server):

@@ -179,7 +179,7 @@ class Server:
     place: Path
     name: str
     address: Address
-    family: process_tree.ProcessTree
+    processes: process_tree.ProcessTree
     boot: str
     since: str
     grace_s: float
@@ -192,16 +192,16 @@ class Server:
 
     @property
     def log(self) -> Path:
-        return Path(self.family.log)
+        return Path(self.processes.log)
 
     @property
     def called(self) -> str:
         """Return the name of the server in messages."""
-        return f"the server {self.name} (process {self.family.keeper}, port {self.address.port})"
+        return f"the server {self.name} (process {self.processes.supervisor_pid}, port {self.address.port})"
 
     def members(self) -> set[int]:
         """Return the pids of its running processes, the supervisor included."""
-        return self.family.members() if self.boot == boot() else set()
+        return self.processes.members() if self.boot == boot() else set()
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def find(place: Path) -> Server | None:
             place=place,
             name=str(record["name"]),
             address=Address(str(record["host"]), int(record["port"]), bool(record["is_encrypted"])),
-            family=_process_tree(record["family"]),
+            processes=_process_tree(record["family"]),
             boot=str(record["boot"]),
             since=str(record["since"]),
             grace_s=float(record["grace_s"]),
@@ -261,14 +261,14 @@ def is_alive(server: Server) -> bool:
     reap(server)
     return (
         server.boot == boot()
-        and process_tree.started_at(server.family.keeper) == server.family.started
+        and process_tree.started_at(server.processes.supervisor_pid) == server.processes.started
     )
 
 
 def how_ended(server: Server) -> Ended | None:
     """Return how a server ended, None if it runs or if its supervisor was killed."""
     try:
-        record = json.loads(read_regular(ending(server.place, server.family.tag)))
+        record = json.loads(read_regular(ending(server.place, server.processes.tag)))
         return Ended(int(record["status"]), bool(record["told"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -276,7 +276,7 @@ def how_ended(server: Server) -> Ended | None:
 
 def write(server: Server) -> None:
     """Write the state file of a server, atomically."""
-    tree = server.family
+    tree = server.processes
     record = {
         **{
             name: getattr(server, name)
@@ -284,7 +284,7 @@ def write(server: Server) -> None:
         },
         **asdict(server.address),
         "family": {
-            "supervisor_pid": tree.keeper,
+            "supervisor_pid": tree.supervisor_pid,
             "started": tree.started,
             "tag": tree.tag,
             "folder": tree.folder,
@@ -308,7 +308,7 @@ def ending(place: Path, tag: str) -> Path:
 def reap(server: Server) -> None:
     """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(server.family.keeper, os.WNOHANG)
+        os.waitpid(server.processes.supervisor_pid, os.WNOHANG)
 
 
 def boot() -> str:

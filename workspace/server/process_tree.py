@@ -36,7 +36,7 @@ class ProcessTree:
     ancestor and session leader), a tag, a folder and a log.
     """
 
-    keeper: int
+    supervisor_pid: int
     started: int
     tag: str
     folder: str
@@ -45,13 +45,15 @@ class ProcessTree:
     def members(self) -> set[int]:
         """Return the pids of all running processes of the tree, the supervisor included."""
         known = living()
-        is_supervised = self.keeper in known and known[self.keeper].started == self.started
+        is_supervised = (
+            self.supervisor_pid in known and known[self.supervisor_pid].started == self.started
+        )
         # The kernel does not reuse a pid while a session still has it as its id
         # (pid_namespaces(7)), but the present session may be a later one.
         found = {
             pid
             for pid, process in known.items()
-            if process.session == self.keeper
+            if process.session == self.supervisor_pid
             and process.started >= self.started
             and (is_supervised or self._inherited(pid))
         }
@@ -61,7 +63,7 @@ class ProcessTree:
             if process.started >= self.started and pid not in found and _is_tagged(pid, self.tag)
         }
         if is_supervised:
-            found.add(self.keeper)
+            found.add(self.supervisor_pid)
         return found | below(found, known)
 
     def _inherited(self, pid: int) -> bool:

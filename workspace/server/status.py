@@ -37,7 +37,7 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
         "state": condition,
         "name": server.name,
         "url": f"{server.address.url}/v1",
-        "process": server.family.keeper,
+        "process": server.processes.supervisor_pid,
         "since": server.since,
         "memory_gib": round(process_tree.resident_bytes(members) / GIB, 2),
         "log": str(server.log),
@@ -108,7 +108,7 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
         message = settings.masked(lifecycle.failure(server).message)
         return "ended", "FAIL", f"{message}; ./scripts/inv serve.logs, then {_STOP}"
     at = (
-        f"{server.name} at {server.address.url}/v1, process {server.family.keeper}, since"
+        f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid}, since"
         f" {server.since}"
     )
     if not is_alive(server):

@@ -98,7 +98,7 @@ class Serving:
                 known = process_tree.living()
                 self.seen |= {pid: known[pid].started for pid in members if pid in known}
                 self.shared |= process_tree.shared_by(members)
-                self.folders.add(there.family.folder)
+                self.folders.add(there.processes.folder)
 
     def there(self) -> observation.Server | None:
         return observation.find(self.layout.server)
@@ -133,7 +133,7 @@ class Serving:
             (
                 pid
                 for pid, process in known.items()
-                if there and process.parent == there.family.keeper
+                if there and process.parent == there.processes.supervisor_pid
             ),
             None,
         )
@@ -261,7 +261,7 @@ def test_any_end_at_any_moment_leaves_nothing(serving) -> None:
         elif there and how != "stop":
             pids = {
                 "kill front": [one.front()],
-                "kill supervisor": [there.family.keeper],
+                "kill supervisor": [there.processes.supervisor_pid],
                 "kill all": sorted(there.members()),
             }[how]
             for pid in filter(None, pids):

@@ -450,7 +450,7 @@ def _patched_commit(git: Git, commit: str, tree: str) -> str:
     ).out.strip()
 
 
-def deed(git: Git, commit: str) -> CommitStats:
+def commit_stats(git: Git, commit: str) -> CommitStats:
     """Return the lines that a commit changed; a merge is compared with its first parent.
 
     A partial clone may lack the blobs that the lines are counted from.

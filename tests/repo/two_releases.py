@@ -137,7 +137,7 @@ NEW_TREE: Mapping[str, str | bytes] = {
 
 
 @dataclass(frozen=True)
-class Ladder:
+class TwoReleases:
     """Repositories of two releases, and the patches on the first.
 
     `bare` serves the tags v1.0.0 and v1.1.0 and main, which is no release; `series` are the patches
@@ -153,7 +153,7 @@ class Ladder:
     sdists: Mapping[str, Path]
 
 
-def build(root: Path) -> Ladder:
+def build(root: Path) -> TwoReleases:
     work, bare = root / "work", root / "vllm.git"
     work.mkdir()
     sh_git(work, "init", "--quiet", "--initial-branch=main")
@@ -209,7 +209,7 @@ def build(root: Path) -> Ladder:
     pin = Pin("vllm", f"v{OLD}", OLD, commits[OLD], "file:///nowhere/vllm.git", None, precompiled)
     made = pins.build_archive(sdists[OLD], root / "probe", pin)
     pin = replace(pin, archive=Archive(sdists[OLD].name, sha256(sdists[OLD]), *made))
-    return Ladder(root, work, bare, pin, series, commits, sdists)
+    return TwoReleases(root, work, bare, pin, series, commits, sdists)
 
 
 def _release(work: Path, version: str, files: Mapping[str, str | bytes]) -> str:
@@ -284,10 +284,10 @@ class Index:
 
 
 @contextlib.contextmanager
-def serve(ladder: Ladder, *, wheels: bool = True) -> Iterator[Index]:
+def serve(two_releases: TwoReleases, *, wheels: bool = True) -> Iterator[Index]:
     """Serve both releases: archives, CUDA wheels of both, and CPU wheels of the first only."""
     index = Index()
-    for version, path in ladder.sdists.items():
+    for version, path in two_releases.sdists.items():
         index.add("vllm", path.name, sha256(path), version)
         index.paths[path.name] = path
         for machine in MACHINES if wheels else ():
@@ -377,7 +377,7 @@ class Clone:
 
 
 @contextlib.contextmanager
-def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
+def cloned(folder: Path, two_releases: TwoReleases, index: Index) -> Iterator[Clone]:
     """Yield a clone in `folder`: a superproject, pins and series, without a checkout."""
     root = folder / "clone"
     root.mkdir(parents=True)
@@ -386,7 +386,7 @@ def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
         root,
         {
             ".gitignore": "/.workspace/\n/.env\n",
-            "vendor/pins.toml": _pins(ladder.pin),
+            "vendor/pins.toml": _pins(two_releases.pin),
             "patches/triton/series": f"# base: {'1' * 40}\n",
         },
     )
@@ -399,18 +399,24 @@ def cloned(folder: Path, ladder: Ladder, index: Index) -> Iterator[Clone]:
         },
     )
     sh_git(root, "add", "--all")
-    sh_git(root, "update-index", "--add", "--cacheinfo", f"160000,{ladder.pin.commit},vendor/vllm")
+    sh_git(
+        root,
+        "update-index",
+        "--add",
+        "--cacheinfo",
+        f"160000,{two_releases.pin.commit},vendor/vllm",
+    )
     sh_git(root, "commit", "--quiet", "--message", "workspace")
     layout, out, err = Layout(root), io.StringIO(), io.StringIO()
     environ = {
         "WORKSPACE_CACHE_DIR": str(folder / "cache"),
         "UV_DEFAULT_INDEX": index.address,
-        "VLLM_MIRROR": f"file://{ladder.bare}",
+        "VLLM_MIRROR": f"file://{two_releases.bare}",
         "no_proxy": "*",
     }
     with RunLog(Console(out=out, err=err), layout.logs, verb="test") as run_log:
         made = Clone(layout, pins.load(layout.pins).vllm, run_log, out, err, environ)
-        made.series(ladder.series)
+        made.series(two_releases.series)
         yield made
 
 
