@@ -19,7 +19,6 @@ from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, toolchain, torch
 
 # Re-exported for install/triton_fixes.py, which imports it from here.
-from workspace.machine.arch import key as key
 
 State = Literal["ok", "warn", "FAIL"]
 # For a driver that may hang. A program that must work gets more time, because the machine may be

@@ -21,10 +21,13 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain, torch
-from workspace.machine.arch import USUAL_CAPABILITY, key, known_capabilities, suggest_list
-
-# Re-exported for install/triton_diagnosis.py, which calls dotenv.target_of.
-from workspace.machine.arch import target_of as target_of
+from workspace.machine.arch import (
+    USUAL_CAPABILITY,
+    key,
+    known_capabilities,
+    suggest_list,
+    target_of,
+)
 from workspace.machine.case import Case, Row
 
 KV_CACHE_SHARE = 1 / 6

@@ -29,8 +29,6 @@ from workspace.core.settings import Settings, is_secret
 from workspace.machine import interpreter
 
 GIB = 1 << 30
-# For server/lifecycle.py, which imports it by this name.
-GIB_ = GIB
 # nvidia-smi of a broken driver never answers; a query costs at most 5 s, the kill included.
 GPU_QUERY_S = 3.0
 GPU_KILL_S = 0.5
