@@ -50,7 +50,7 @@ STARTS_PROGRAMS = {
     "workspace/core/process.py",
     "workspace/core/guard.py",
     "workspace/compile/launcher.py",
-    "workspace/server/supervisor.py",
+    "workspace/server/process_tree.py",
 }
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}

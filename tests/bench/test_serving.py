@@ -9,9 +9,8 @@ import pytest
 from tests.small.materials import ROOT
 from workspace.bench import measure
 from workspace.bench.subject import Workload
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, WorkspaceError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.server import observation
 

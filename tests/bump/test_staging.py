@@ -10,8 +10,7 @@ from tests.small.materials import git
 from workspace.bump import staging
 from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import settings as settings_module
-from workspace.core.console import Console
-from workspace.core.log import RunLog
+from workspace.core.console import Console, RunLog
 from workspace.core.paths import Layout
 from workspace.install import sandbox
 from workspace.repo.git import Git, remotes, worktree

@@ -18,8 +18,7 @@ import pytest
 from workspace.checks import server_checks, stack_dumps
 from workspace.checks.http_checks import offline
 from workspace.checks.registry import Check
-from workspace.core.console import Console
-from workspace.core.log import RunLog
+from workspace.core.console import Console, RunLog
 from workspace.server import lifecycle, observation, process_tree
 from workspace.server.observation import Address
 

@@ -12,9 +12,8 @@ import pytest
 from workspace.checks import server_checks, smoke_suite
 from workspace.checks.registry import Check, Expected, Level, chosen
 from workspace.checks.smoke import require_passed
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import SmokeError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load

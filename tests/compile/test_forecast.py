@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from workspace.compile import forecast
+from workspace.compile import jobs
 from workspace.compile.costs import Costs, Entry, read_table
-from workspace.compile.forecast import RebuildPlan, Row
+from workspace.compile.jobs import RebuildPlan, Row
 from workspace.compile.project import Project, Target, Unit
 from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
@@ -40,7 +40,7 @@ def project(*names: str) -> Project:
 def work_out(
     *reached: Reached, why_not_hybrid: str | None = None, bounds: Bounds = BOUNDS
 ) -> RebuildPlan:
-    return forecast.work_out(
+    return jobs.work_out(
         reached, project("_C", "_moe_C", "_fa2_C"), COSTS, bounds, why_not_hybrid=why_not_hybrid
     )
 
@@ -51,7 +51,7 @@ ONE = Reached("_C", "csrc/c.h changed, included by csrc/c.cu", units("_C", "csrc
 
 def shown(plan: RebuildPlan, *, as_json: bool = False) -> tuple[list[str], str]:
     out, err = io.StringIO(), io.StringIO()
-    forecast.show(plan, Console(out=out, err=err), as_json=as_json)
+    jobs.show(plan, Console(out=out, err=err), as_json=as_json)
     return err.getvalue().splitlines(), out.getvalue()
 
 
@@ -146,7 +146,7 @@ def test_reasons_too_long_for_the_row_are_below_their_target(width: int) -> None
             True,
         )
     ]
-    lines = forecast.table(rows, width=width)
+    lines = jobs.table(rows, width=width)
     assert all(len(line) < width for line in lines)
     assert len(lines) == (3 if width == 80 else 2)
 
@@ -166,7 +166,7 @@ def test_json_is_the_whole_plan() -> None:
 
 
 def test_plan_of_a_full_build_matches_the_recorded_costs(recorded: Sequence[Reached]) -> None:
-    plan = forecast.work_out(recorded, project(), Costs(TABLE), Bounds(20, 48.0))
+    plan = jobs.work_out(recorded, project(), Costs(TABLE), Bounds(20, 48.0))
     assert (plan.units, plan.guessed) == (169, 0)
     assert 20 < plan.minutes < 23
 

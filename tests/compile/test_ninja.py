@@ -16,9 +16,8 @@ from tests.compile.launching import NINJA, ROOT, Site, command_of, until
 from workspace.compile import job_server, jobs, ninja, progress
 from workspace.compile.project import Unit
 from workspace.core import settings
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 
 
@@ -356,7 +355,7 @@ from workspace.compile import jobs
 from workspace.compile import ninja
 from workspace.compile.project import Unit
 from workspace.core.console import Step
-from workspace.core.log import RunLog
+from workspace.core.console import RunLog
 from workspace.core.paths import Layout
 
 def work():

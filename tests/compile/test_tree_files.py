@@ -17,9 +17,8 @@ import pytest
 from tests.small.materials import ROOT, git
 from workspace.compile.project import Target
 from workspace.compile.tree_files import install_targets
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.core.log import RunLog
 
 ENV = {"PATH": "/usr/bin:/bin"}
 # Components as in vLLM's CMake: plain ones, the nested prefix and the link of flash-attention, one

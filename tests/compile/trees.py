@@ -15,8 +15,7 @@ from workspace.compile.cmake_inputs import Inputs
 from workspace.compile.externals import External
 from workspace.compile.project import Project
 from workspace.core import settings as settings_module
-from workspace.core.console import Console, Step
-from workspace.core.log import RunLog
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 

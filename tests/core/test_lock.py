@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 from workspace.core import lock, process
 from workspace.core.console import Console
-from workspace.core.log import RunLog
+from workspace.core.console import RunLog
 script = "trap : TERM HUP INT; echo $$; while :; do sleep 0.1; done"
 show = lambda line: print(line, flush=True)
 path = {"PATH": "/usr/bin:/bin"}

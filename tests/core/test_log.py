@@ -3,8 +3,7 @@
 import io
 from pathlib import Path
 
-from workspace.core.console import Console
-from workspace.core.log import KEPT_LOGS, RunLog
+from workspace.core.console import KEPT_LOGS, Console, RunLog
 
 
 def run_log(folder: Path, *secrets: str) -> tuple[RunLog, io.StringIO]:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from workspace.core import process
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"PATH": "/usr/bin:/bin"}
@@ -23,7 +22,7 @@ import os, sys
 from pathlib import Path
 from workspace.cli import main
 from workspace.core import process
-from workspace.core.log import RunLog
+from workspace.core.console import RunLog
 
 def work():
     with RunLog(main.console(), Path(sys.argv[1]), verb="test") as run_log:

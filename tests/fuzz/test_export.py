@@ -15,9 +15,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.fuzz.strategies import fuzz
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import PatchDrift
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout, export, patches
 from workspace.repo.patches import State

@@ -12,9 +12,8 @@ import pytest
 from tests.small.materials import Materials, git
 from tests.small.world import World, make_world
 from workspace.core import settings as settings_module
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError
-from workspace.core.log import RunLog
 from workspace.core.settings import Settings, Value
 from workspace.install import sandbox as sandboxes
 from workspace.install import stamp

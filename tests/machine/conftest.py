@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.small.wheels import write, write_torch
-from workspace.core.console import Console
-from workspace.core.log import RunLog
+from workspace.core.console import Console, RunLog
 from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings, load
 

@@ -18,10 +18,9 @@ import pytest
 from tests.repo.shell import add_member, commit, export, sh_git, write
 from tests.repo.two_releases import Index, TwoReleases, build, serve
 from workspace.core import settings as settings_module
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import PatchConflict
 from workspace.core.files import sha256
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, overview, patches, pins

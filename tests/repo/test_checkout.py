@@ -313,7 +313,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from workspace.core.console import Console, Step
-from workspace.core.log import RunLog
+from workspace.core.console import RunLog
 from workspace.core.paths import Layout
 from workspace.core import settings
 from workspace.repo import checkout

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.repo.conftest import LINES, commit, export, sh_git, write
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError
-from workspace.core.log import RunLog
 from workspace.repo import series
 from workspace.repo.git import Git, am
 

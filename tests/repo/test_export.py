@@ -9,9 +9,8 @@ import pytest
 
 from tests.repo.conftest import Snapshot, Upstream, Workspace, commit, sh_git, write
 from tests.repo.exporting import STATUS, files, order, run, series
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import PatchDrift
-from workspace.core.log import RunLog
 from workspace.repo import export
 from workspace.repo.git import Git
 from workspace.repo.patches import State

@@ -99,7 +99,7 @@ import sys
 from pathlib import Path
 from workspace.core.console import Console
 from workspace.core.errors import WorkspaceError
-from workspace.core.log import RunLog
+from workspace.core.console import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout, patches
 from workspace.repo.pins import Archive, Pin

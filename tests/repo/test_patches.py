@@ -20,9 +20,8 @@ from tests.repo.conftest import (
     sh_git,
     write,
 )
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchDrift
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout, patches, pins
 from workspace.repo.checkout import Checkout, Kind

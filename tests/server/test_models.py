@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, load
 from workspace.server import models

@@ -17,9 +17,8 @@ from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, Row
 from workspace.bench.results import Kind, Record
 from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.core import lock
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, PatchConflict, PatchDrift, Regression, SettingsError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan

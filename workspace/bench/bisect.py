@@ -25,10 +25,9 @@ from workspace.bench.bisect_log import (
 )
 from workspace.bench.bisect_predicate import Bounds, Outcome, Predicate, Trial
 from workspace.core import lock
-from workspace.core.console import Console, State
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError, SettingsError, WorkspaceError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan

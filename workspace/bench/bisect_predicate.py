@@ -23,10 +23,9 @@ from workspace.bench.results import Kind
 from workspace.bench.subject import Benchmark, WorkloadOptions
 from workspace.checks.registry import REGISTRY
 from workspace.core import process
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular
-from workspace.core.log import RunLog
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
 from workspace.server.command import built_environment

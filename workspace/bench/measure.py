@@ -17,13 +17,12 @@ from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
 from workspace.core import lock, process
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.files import read_regular
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.server import lifecycle, observation, process_tree, supervisor
+from workspace.server import lifecycle, observation, process_tree
 from workspace.server.observation import Address
 
 START_TIMEOUT_S = 1800.0
@@ -254,7 +253,7 @@ def measure_server(
 
 def _has_ended(server: observation.Server) -> bool:
     """Wait until all processes of an unhealthy server are gone; only then its exit is known."""
-    deadline = time.monotonic() + lifecycle.GRACE_S + supervisor.KILL_GRACE_S
+    deadline = time.monotonic() + lifecycle.GRACE_S + process_tree.KILL_GRACE_S
     while server.members():
         if time.monotonic() > deadline:
             return False

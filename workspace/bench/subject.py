@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.bench.results import Gpu, Kind, Machine, Record, Software, Source
+from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret

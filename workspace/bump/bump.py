@@ -13,7 +13,7 @@ from typing import Literal
 from workspace.bump import forecast, known_good, promote, staging
 from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import lock
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -23,7 +23,6 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, sandbox

@@ -16,8 +16,9 @@ from typing import Literal
 
 from workspace.compile import externals
 from workspace.core.files import read_regular
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
-from workspace.core.settings import KNOWN, Settings, nearest
+from workspace.core.settings import Settings, nearest
 from workspace.machine import run_environment
 from workspace.machine.run_environment import VARIABLE
 from workspace.repo.checkout import Kind

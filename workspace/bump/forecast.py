@@ -14,10 +14,9 @@ from typing import Literal
 
 from workspace.bump import changes
 from workspace.bump.changes import Change, Comparison, Topic
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.console import State as RowState
 from workspace.core.errors import PatchConflict
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, mail, patches, pins, upstream

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from workspace.checks import registry as smoke_record
 from workspace.core import files, lock
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, stamp

@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 from workspace.bump import known_good, staging
 from workspace.bump.staging import BumpSandbox, RedoLog, Step
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, sandbox, stages, stamp

@@ -17,10 +17,9 @@ from workspace.bump.known_good import KnownGood
 from workspace.bump.staging import RedoLog, Step
 from workspace.checks import registry as smoke_record
 from workspace.core import lock
-from workspace.core.console import Console, State
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import copy_files, files_below, read_regular
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import plan, sandbox, stamp

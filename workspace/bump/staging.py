@@ -16,15 +16,9 @@ from pathlib import Path
 
 from workspace.bump import known_good
 from workspace.core import files
-from workspace.core.console import Console
-from workspace.core.errors import (
-    CheckoutError,
-    PatchConflict,
-    ToolchainError,
-    WorkspaceError,
-)
+from workspace.core.console import Console, RunLog
+from workspace.core.errors import CheckoutError, PatchConflict, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, sandbox, stamp

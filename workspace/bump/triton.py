@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from workspace.bump import staging
 from workspace.core import lock
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, git, pins, series

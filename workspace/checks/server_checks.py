@@ -19,8 +19,8 @@ from workspace.checks import http_checks, stack_dumps
 from workspace.checks.http_checks import Reply, Row
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, Expected, judged
+from workspace.core.console import RunLog
 from workspace.core.errors import ServeError, WorkspaceError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.server import flags, lifecycle, observation, process_tree
 from workspace.server.observation import Address, Server, find, is_alive

@@ -15,10 +15,9 @@ from pathlib import Path
 from workspace.checks import registry
 from workspace.checks.registry import REGISTRY, Check, Level
 from workspace.core import lock
-from workspace.core.console import Console, State
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan

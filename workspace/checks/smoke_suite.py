@@ -16,7 +16,7 @@ from workspace.checks import http_checks, numeric, registry, server_checks, stac
 from workspace.checks.registry import Answer, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
 from workspace.core import process
-from workspace.core.console import State
+from workspace.core.console import RunLog, State
 from workspace.core.errors import (
     BuildError,
     SmokeError,
@@ -24,7 +24,6 @@ from workspace.core.errors import (
     ToolchainError,
     WorkspaceError,
 )
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan

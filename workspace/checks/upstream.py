@@ -8,18 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import (
-    registry,
-    smoke,
-    upstream_pinned,
-    upstream_selection,
-    upstream_trial,
-)
+from workspace.checks import registry, smoke, upstream_selection, upstream_trial
 from workspace.checks.upstream_selection import Decision, Reach, Reached, Rules
 from workspace.checks.upstream_trial import FileCheck, Sorted
-from workspace.core.console import Console, State
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
@@ -198,7 +191,7 @@ def run_tests(
     failed = tuple(outcome for outcome in outcomes if outcome.state == "failed")
     on_the_pin: tuple[upstream_trial.Outcome, ...] | None = None
     compared = ""
-    if failed and upstream_pinned.is_comparable(selection.changed):
+    if failed and upstream_trial.is_comparable(selection.changed):
         on_the_pin = runner.on_the_pin(failed, selection)
         compared = "; on the pin they pass or do not exist"
     elif failed:
@@ -247,13 +240,13 @@ class _Runner:
             known = (
                 frozenset()
                 if self._options.is_online
-                else upstream_pinned.hub_tests(self._layout, selection.base)
+                else upstream_trial.hub_tests(self._layout, selection.base)
             )
             found = tuple(
                 outcome for outcome in failed if outcome.asks_hub and outcome.node in known
             )
-            with upstream_pinned.tree(self._layout, selection.base) as folder:
-                files, args = upstream_pinned.again(
+            with upstream_trial.tree(self._layout, selection.base) as folder:
+                files, args = upstream_trial.again(
                     [outcome for outcome in failed if outcome not in found], folder
                 )
                 # The user's -x would leave tests out, and they would count as passed on the pin.
@@ -263,7 +256,7 @@ class _Runner:
                     else ()
                 )
         if not self._options.is_online:
-            upstream_pinned.keep_hub_tests(self._layout, selection.base, found)
+            upstream_trial.keep_hub_tests(self._layout, selection.base, found)
         return found
 
     def _run(
@@ -280,7 +273,7 @@ class _Runner:
             tree,
             self._layout.environment_python,
             variables,
-            upstream_pinned.needs_folder(self._layout) / "chosen.txt",
+            upstream_trial.needs_folder(self._layout) / "chosen.txt",
         )
         with self._run_log.console.step(title.ljust(NAME_WIDTH)) as view:
             self._run_log.phase(title, view)
@@ -420,7 +413,7 @@ def _install_needs(
 ) -> Path:
     with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
         run_log.phase("test requirements", view)
-        site, view.reason = upstream_pinned.install_needs(
+        site, view.reason = upstream_trial.install_needs(
             layout, settings, known, device=device, run_log=run_log
         )
     return site

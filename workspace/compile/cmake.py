@@ -18,9 +18,9 @@ from workspace.compile.cmake_inputs import Inputs, folder
 from workspace.compile.project import Project
 from workspace.compile.tree_files import State
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain

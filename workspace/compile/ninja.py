@@ -25,10 +25,9 @@ from workspace.compile.progress import Meter
 from workspace.compile.project import Unit
 from workspace.compile.scheduler import Admission, Bounds, Finished
 from workspace.core import process
-from workspace.core.console import Step
+from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain

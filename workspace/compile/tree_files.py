@@ -21,9 +21,9 @@ from workspace.compile import cmake_inputs
 from workspace.compile.externals import MARK
 from workspace.compile.project import Target
 from workspace.core import files, process
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, sha256, write_atomic
-from workspace.core.log import RunLog
 from workspace.repo.git import Git, worktree
 
 PACKAGE = "vllm"

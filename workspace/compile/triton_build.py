@@ -21,10 +21,9 @@ from workspace.compile.jobs import Jobs, Memory
 from workspace.compile.progress import Meter
 from workspace.compile.triton_sources import FROM_SOURCE, Source, requirements
 from workspace.core import process
-from workspace.core.console import Step
+from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, toolchain, torch

@@ -23,8 +23,8 @@ from types import FrameType
 from typing import NoReturn
 
 from workspace.core import guard
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
-from workspace.core.log import RunLog
 
 INTERRUPT_GRACE_S = 10.0
 TERMINATE_GRACE_S = 5.0

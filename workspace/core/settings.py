@@ -14,9 +14,7 @@ from typing import Literal
 
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
-from workspace.core.known_settings import KNOWN as KNOWN
-from workspace.core.known_settings import SETTINGS as SETTINGS
-from workspace.core.known_settings import Setting
+from workspace.core.known_settings import KNOWN, SETTINGS, Setting
 from workspace.core.paths import Layout
 
 Source = Literal["flag", "shell", ".env", "default"]

@@ -7,9 +7,8 @@ After an interruption, the next run resumes from the verified layers.
 from dataclasses import dataclass
 
 from workspace.core import lock
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stages, status

@@ -17,9 +17,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation

@@ -13,7 +13,6 @@ from workspace.compile import (
     cmake,
     cmake_inputs,
     externals,
-    forecast,
     job_server,
     jobs,
     ninja,
@@ -24,15 +23,13 @@ from workspace.compile import (
 from workspace.compile.cmake_inputs import Inputs
 from workspace.compile.costs import Costs, History, read_table
 from workspace.compile.externals import External
-from workspace.compile.forecast import RebuildPlan
-from workspace.compile.jobs import Jobs, Memory
+from workspace.compile.jobs import Jobs, Memory, RebuildPlan
 from workspace.compile.project import Project
 from workspace.compile.scheduler import Bounds
 from workspace.compile.targets import Reached
 from workspace.core import lock
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status
@@ -148,7 +145,7 @@ class Job:
         history = History(ninja.history_file(self.run.settings), setup=self.setup)
         for sentence in (*((trouble,) if trouble else ()), *history.warnings):
             self.run.run_log.console.warn(sentence)
-        return forecast.work_out(
+        return jobs.work_out(
             self.reached,
             self.project,
             Costs(table, history.entries),
@@ -330,7 +327,7 @@ class Job:
 
     def show(self, *, as_json: bool) -> None:
         if self.plan is not None:
-            forecast.show(self.plan, self.run.run_log.console, as_json=as_json)
+            jobs.show(self.plan, self.run.run_log.console, as_json=as_json)
 
 
 def job_of(run: stages.Run) -> Job:

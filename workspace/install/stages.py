@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, SourceError, ToolchainError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp

@@ -13,10 +13,9 @@ from workspace.compile import jobs as bounds
 from workspace.compile import triton_build, triton_sources
 from workspace.compile.jobs import Jobs, Memory
 from workspace.core import lock
-from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console, Step
+from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console, RunLog, Step
 from workspace.core.errors import BuildError, SettingsError, ToolchainError
 from workspace.core.files import sha256
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp, triton_fixes

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core import settings
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, ToolchainError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp

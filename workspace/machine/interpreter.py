@@ -16,14 +16,9 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
 from workspace.core import process
-from workspace.core.errors import (
-    BuildError,
-    SettingsError,
-    ToolchainError,
-    WorkspaceError,
-)
+from workspace.core.console import RunLog
+from workspace.core.errors import BuildError, SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import toolchain

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
-from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from typing import Literal
 from workspace.core import process
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
-from workspace.core.settings import KNOWN, Settings, shortened
+from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches
 from workspace.machine.arch import key
 from workspace.machine.case import Case, Row

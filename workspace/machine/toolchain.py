@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 

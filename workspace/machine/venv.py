@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter, requirements, toolchain, torch

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import files
-from workspace.core.console import Step
+from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import git, index, pins

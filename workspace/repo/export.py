@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from workspace.core import files
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, series

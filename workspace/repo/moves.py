@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from workspace.core import files
+from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.repo.git import Git, checkpoint, command
 from workspace.repo.git.command import Entries, split

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import CheckoutError, PatchConflict, WorkspaceError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts

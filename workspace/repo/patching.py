@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import lock
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -17,7 +17,6 @@ from workspace.core.errors import (
     SettingsError,
     SourceError,
 )
-from workspace.core.log import RunLog
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.core import files, lock
-from workspace.core.console import Step
+from workspace.core.console import RunLog, Step
 from workspace.core.errors import CheckoutError, SettingsError, SourceError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout, git, index, pins, series

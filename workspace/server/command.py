@@ -17,8 +17,9 @@ from typing import Literal
 from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
-from workspace.core.settings import KNOWN, Settings, is_secret
+from workspace.core.settings import Settings, is_secret
 from workspace.machine import check, jit_caches, run_environment
 from workspace.repo.git import Git
 from workspace.server import flags

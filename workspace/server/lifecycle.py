@@ -1,6 +1,6 @@
 """Life cycle of one vLLM server: start it, wait until it can generate, stop all of its processes.
 
-A server has a folder (`place`) with state, log and lock. It runs below a supervisor (supervisor.py)
+A server has a folder (`place`) with state, log and lock. It runs below a supervisor (process_tree.py)
 in a session and a private TMPDIR of its own. This module does not take the workspace's lock.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from workspace.core import process
 from workspace.core.errors import ServeError
 from workspace.machine import hardware
-from workspace.server import observation, process_tree, supervisor
+from workspace.server import observation, process_tree
 from workspace.server.observation import (
     Address,
     Server,
@@ -174,12 +174,12 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
     grace_s = 0.0 if at_once else server.grace_s + GRACE_S
     try:
         if not at_once and _end_by_supervisor(
-            server, find_members, timeout_s=grace_s + supervisor.KILL_GRACE_S
+            server, find_members, timeout_s=grace_s + process_tree.KILL_GRACE_S
         ):
             was_killed = False
         else:
             was_killed = not process_tree.end(
-                find_members, grace_s=grace_s, kill_grace_s=supervisor.KILL_GRACE_S
+                find_members, grace_s=grace_s, kill_grace_s=process_tree.KILL_GRACE_S
             )
     except TimeoutError as exc:
         raise ServeError(
@@ -306,7 +306,7 @@ def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.Process
         sys.executable,
         "-I",
         "-S",
-        supervisor.__file__,
+        process_tree.__file__,
         str(inherited),
         str(lock),
         str(GRACE_S + launch.grace_s),

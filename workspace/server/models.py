@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import process
-from workspace.core.console import Console, Step
+from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     BuildError,
     ServeError,
@@ -26,7 +26,6 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.files import download, read_regular, sha256
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment

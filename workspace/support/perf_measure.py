@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 from workspace.core import process
 from workspace.core.errors import BuildError, ToolchainError
+from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
-from workspace.core.settings import KNOWN, Settings
+from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
     from workspace.install.plan import Observation

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from workspace.core import lock, process
-from workspace.core.console import Console
+from workspace.core.console import Console, RunLog
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.log import RunLog
 from workspace.core.paths import Layout
 from workspace.install import precompiled
 from workspace.install.plan import Observation

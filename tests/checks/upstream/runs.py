@@ -7,8 +7,7 @@ from pathlib import Path
 
 from workspace.checks import upstream_trial
 from workspace.checks.upstream_trial import Outcome
-from workspace.core.console import Console
-from workspace.core.log import RunLog
+from workspace.core.console import Console, RunLog
 
 
 def place(folder: Path, tests: dict[str, str], config: str = "") -> upstream_trial.Place:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine.conftest import built, house
-from workspace.checks import upstream_pinned
+from workspace.checks import upstream_trial
 from workspace.checks.upstream_selection import Rules
 from workspace.core.errors import SourceError
 
@@ -16,7 +16,7 @@ KNOWN = Rules({}, (), (), (), ("runner", "plugin"))
 
 def install_needs(house, settings) -> tuple[Path, str]:
     with house.run_log(settings) as run_log:
-        return upstream_pinned.install_needs(
+        return upstream_trial.install_needs(
             house.layout, settings, KNOWN, device="cpu", run_log=run_log
         )
 
@@ -45,7 +45,7 @@ def test_requirements_have_the_trees_versions_and_omit_what_the_environment_has(
     before = sorted(site.iterdir())
     # Leftovers of a killed install, and the folder of another environment.
     half_made, former = (
-        upstream_pinned.needs_folder(house.layout) / name
+        upstream_trial.needs_folder(house.layout) / name
         for name in ("site-0123456789ab.new", "site-ba9876543210")
     )
     for folder in (half_made, former):
@@ -54,7 +54,7 @@ def test_requirements_have_the_trees_versions_and_omit_what_the_environment_has(
     assert names(made) == {"runner-1.0.dist-info", "plugin-1.0.dist-info"}
     assert "runner, plugin" in output
     assert sorted(site.iterdir()) == before
-    assert list(upstream_pinned.needs_folder(house.layout).iterdir()) == [made]
+    assert list(upstream_trial.needs_folder(house.layout).iterdir()) == [made]
     # The folder works without any wheel.
     for wheel in house.links.iterdir():
         wheel.unlink()
@@ -78,6 +78,4 @@ def test_index_out_of_reach_is_a_source_error_and_leaves_no_folder_that_looks_co
     )
     with pytest.raises(SourceError, match="could not be reached"):
         install_needs(house, settings)
-    assert {path.suffix for path in upstream_pinned.needs_folder(house.layout).iterdir()} == {
-        ".new"
-    }
+    assert {path.suffix for path in upstream_trial.needs_folder(house.layout).iterdir()} == {".new"}

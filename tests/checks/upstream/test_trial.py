@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.checks.upstream.runs import place, run
-from workspace.checks import upstream_pinned, upstream_trial
+from workspace.checks import upstream_trial
 from workspace.checks.upstream_selection import Decision, Reached
 from workspace.checks.upstream_trial import Outcome
 from workspace.core.paths import Layout
@@ -147,18 +147,18 @@ def test_change_that_makes_a_test_ask_the_hub_is_not_excused() -> None:
 
 def test_tests_that_ask_the_hub_on_the_pin_are_kept_for_that_pin_alone(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    upstream_pinned.keep_hub_tests(
+    upstream_trial.keep_hub_tests(
         layout, "a" * 40, [outcome("test_x", asks_hub=True), outcome("test_y")]
     )
-    upstream_pinned.keep_hub_tests(layout, "a" * 40, [outcome("test_z", asks_hub=True)])
-    assert upstream_pinned.hub_tests(layout, "a" * 40) == {
+    upstream_trial.keep_hub_tests(layout, "a" * 40, [outcome("test_z", asks_hub=True)])
+    assert upstream_trial.hub_tests(layout, "a" * 40) == {
         "tests/test_a.py::test_x",
         "tests/test_a.py::test_z",
     }
-    assert upstream_pinned.hub_tests(layout, "b" * 40) == frozenset()
+    assert upstream_trial.hub_tests(layout, "b" * 40) == frozenset()
     for damaged in (b"", b"[]", b"{}", b'{"pin": "' + b"a" * 40 + b'", "tests": 3}'):
-        (upstream_pinned.needs_folder(layout) / "hub.json").write_bytes(damaged)
-        assert upstream_pinned.hub_tests(layout, "a" * 40) == frozenset()
+        (upstream_trial.needs_folder(layout) / "hub.json").write_bytes(damaged)
+        assert upstream_trial.hub_tests(layout, "a" * 40) == frozenset()
 
 
 def test_failure_in_an_unselected_file_is_not_lost() -> None:
@@ -188,14 +188,14 @@ def test_failed_tests_run_on_the_pin_by_name_because_an_unknown_node_would_end_t
     place(tmp_path, {"test_a.py": ""})
     new = Outcome("tests/test_new.py::test_x", "tests/test_new.py", "failed", "", 0.0)
     odd = outcome("TestIn::test_odd[a/b::c]")
-    assert upstream_pinned.again([odd, outcome("test_b"), new], tmp_path) == (
+    assert upstream_trial.again([odd, outcome("test_b"), new], tmp_path) == (
         ("tests/test_a.py",),
         ("-k", "test_odd or test_b or test_x"),
     )
     uncollected = Outcome("tests/test_a.py", "tests/test_a.py", "failed", "", 0.0)
-    assert upstream_pinned.again([uncollected, odd], tmp_path) == (("tests/test_a.py",), ())
+    assert upstream_trial.again([uncollected, odd], tmp_path) == (("tests/test_a.py",), ())
 
 
 def test_pin_does_not_run_if_compiled_sources_differ() -> None:
-    assert upstream_pinned.is_comparable(["vllm/a.py", "csrc_not.py"])
-    assert not upstream_pinned.is_comparable(["vllm/a.py", "csrc/a.cu"])
+    assert upstream_trial.is_comparable(["vllm/a.py", "csrc_not.py"])
+    assert not upstream_trial.is_comparable(["vllm/a.py", "csrc/a.cu"])

@@ -2,8 +2,7 @@
 
 import subprocess
 
-from workspace.core.console import Console
-from workspace.core.log import RunLog
+from workspace.core.console import Console, RunLog
 from workspace.core.paths import Layout
 from workspace.core.settings import load
 from workspace.server import models

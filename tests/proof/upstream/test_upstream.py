@@ -15,7 +15,7 @@ import pytest
 
 from tests.small.index import Fault
 from tests.small.world import Ended, World
-from workspace.checks import upstream_pinned
+from workspace.checks import upstream_trial
 
 RECORD = "upstream.json"
 # Long enough for a test to be found running, and for no test to wait for.
@@ -119,7 +119,7 @@ def test_edit_that_breaks_a_test_fails_and_what_fails_on_the_pin_too_does_not_co
     assert "vllm/alpha.py" in record["changed"]
     assert len(record["dirty"]) == 64
     assert "1 fail on the pin too" in checks(ended)["tests/test_alpha.py"]["evidence"]
-    assert not (upstream_pinned.needs_folder(built.layout) / "pin").exists()
+    assert not (upstream_trial.needs_folder(built.layout) / "pin").exists()
 
 
 def test_edit_that_breaks_nothing_passes_and_the_second_run_asks_no_index(built: World) -> None:
@@ -143,7 +143,7 @@ def test_environment_gets_none_of_what_the_tests_need(built: World) -> None:
         sorted(path.name for path in built.layout.environment.glob("lib/python*/site-packages/*"))
         == before
     )
-    (site,) = upstream_pinned.needs_folder(built.layout).glob("site-*")
+    (site,) = upstream_trial.needs_folder(built.layout).glob("site-*")
     assert (site / "pytest_timeout.py").is_file()
     # What .vllm has is barred.
     assert not (site / "packaging").exists()
@@ -169,7 +169,7 @@ def test_change_that_makes_a_test_ask_the_hub_fails_but_a_test_that_always_did_p
         "pin": 0,
     }
     # The pin's result is known, so the test does not run there again.
-    assert json.loads((upstream_pinned.needs_folder(built.layout) / "hub.json").read_bytes())[
+    assert json.loads((upstream_trial.needs_folder(built.layout) / "hub.json").read_bytes())[
         "tests"
     ] == ["tests/test_hub.py::test_model"]
 
@@ -272,7 +272,7 @@ def test_index_out_of_reach_is_a_sentence_and_leftovers_of_a_killed_install_are_
     built: World,
 ) -> None:
     edit(built, "def answer():\n    return 6 * 7\n")
-    former = upstream_pinned.needs_folder(built.layout) / "site-0123456789ab"
+    former = upstream_trial.needs_folder(built.layout) / "site-0123456789ab"
     for folder in (former, former.with_name("site-ba9876543210.new")):
         folder.mkdir(parents=True)
         (folder / "file").touch()
@@ -283,6 +283,6 @@ def test_index_out_of_reach_is_a_sentence_and_leftovers_of_a_killed_install_are_
     assert former.is_dir()
     built.index.faults.clear()
     assert upstream(built).code == 0
-    (site,) = upstream_pinned.needs_folder(built.layout).glob("site-*")
+    (site,) = upstream_trial.needs_folder(built.layout).glob("site-*")
     assert site != former
     assert (site / "pytest" / "__init__.py").is_file()

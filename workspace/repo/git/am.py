@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core import files
+from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, ToolchainError
-from workspace.core.log import RunLog
 from workspace.repo.git import command
 from workspace.repo.git.command import Entries, first_line, index_entries, split, tree_entries
 from workspace.repo.git.repository import Git, take_in

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError, SourceError, ToolchainError, WorkspaceError
-from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:

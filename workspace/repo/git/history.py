@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core.log import RunLog
+from workspace.core.console import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import executable, first_line, split

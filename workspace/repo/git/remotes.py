@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.files import write_atomic
-from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command, history
 from workspace.repo.git.command import OnLine, executable, first_line

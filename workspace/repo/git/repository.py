@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core.console import RunLog
 from workspace.core.errors import CheckoutError
-from workspace.core.log import RunLog
 from workspace.core.settings import Settings
 from workspace.repo.git import command
 from workspace.repo.git.command import Command, OnLine, split

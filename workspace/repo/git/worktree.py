@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError
-from workspace.core.log import RunLog
 from workspace.repo.git import command
 from workspace.repo.git.command import first_line, split
 from workspace.repo.git.repository import Git
