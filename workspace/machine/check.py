@@ -15,10 +15,9 @@ from pathlib import Path
 
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
+from workspace.core.known_settings import KNOWN, SETTINGS
 from workspace.core.paths import Layout
 from workspace.core.settings import (
-    KNOWN,
-    SETTINGS,
     Settings,
     fitting_jobs,
     is_for,
