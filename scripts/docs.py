@@ -25,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 # Everything that comes from the library: a new name of a room changes these lines only.
 from scripts import docs_picture  # noqa: E402
 from scripts.docs_picture import cell, table  # noqa: E402
-from workspace.cli.program import program
-from workspace.cli.sessions import SESSIONS
-from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE, WorkspaceError
-from workspace.core.known_settings import SETTINGS, Phase, Setting
+from workspace.cli.program import program  # noqa: E402
+from workspace.cli.sessions import SESSIONS  # noqa: E402
+from workspace.core.errors import ERRORS, INTERRUPTED_EXIT_CODE, WorkspaceError  # noqa: E402
+from workspace.core.known_settings import SETTINGS, Phase, Setting  # noqa: E402
 
 DOCS = ROOT / "docs"
 COMMAND = ".workspace/tools/bin/python scripts/docs.py"

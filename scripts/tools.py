@@ -219,6 +219,21 @@ def install_uv(python, environment):
         wanted,
     ]
     environment = dict(environment, PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0")
+    install_into(new, python, install, environment)
+    call(
+        [os.path.join(new, "bin", "uv"), "--version"],
+        environment,
+        MACHINE,
+        "the installed uv does not run",
+        "install uv yourself and run the same command again",
+    )
+    shutil.rmtree(PRIVATE_UV, ignore_errors=True)
+    os.rename(new, PRIVATE_UV)
+    return os.path.join(PRIVATE_UV, "bin", "uv")
+
+
+def install_into(new, python, install, environment):
+    """Run the pip command `install` for the folder `new`, with venv or with pip alone."""
     sentence = "uv could not be installed"
     if run([python, "-Es", "-m", "venv", new], environment)[0] == 0:
         call(
@@ -240,17 +255,6 @@ def install_uv(python, environment):
             "{} has neither venv nor pip, and there is no uv on PATH".format(python),
             "sudo apt-get install {}".format(package),
         )
-    does_not_run = "the installed uv does not run"
-    call(
-        [os.path.join(new, "bin", "uv"), "--version"],
-        environment,
-        MACHINE,
-        does_not_run,
-        "install uv yourself and run the same command again",
-    )
-    shutil.rmtree(PRIVATE_UV, ignore_errors=True)
-    os.rename(new, PRIVATE_UV)
-    return os.path.join(PRIVATE_UV, "bin", "uv")
 
 
 def package_sources():

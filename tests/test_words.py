@@ -111,7 +111,7 @@ def parts(name: str) -> list[str]:
 
 
 def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Every name that a module gives: of a variable, an argument, an attribute, a function, a class."""
+    """Every name that a module gives to a variable, argument, attribute, function or class."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.lineno, node.name

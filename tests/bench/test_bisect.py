@@ -2,9 +2,9 @@
 tried, and a run that is killed at any try.
 """
 
+import functools
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ class Place:
         searched = bisect_log.open_range(
             self.layout, self.context, log.good, log.bad, is_patches=options.is_patches
         )
-        keep: Callable[[BisectLog], None] = lambda log: bisect_log.write_log(self.layout, log)  # noqa: E731
+        keep = functools.partial(bisect_log.write_log, self.layout)
         return searched, *bisect.search(
             searched, log, attempt=attempt or self.attempt, keep=keep, console=console
         )

@@ -94,7 +94,8 @@ else()
   if(EXISTS "${_src}/qutlass/csrc/bindings.cpp")
     set(qutlass_SOURCE_DIR "${_src}")
   else()
-    FetchContent_Populate(qutlass SOURCE_DIR "${_src}" GIT_REPOSITORY https://github.com/IST-DASLab/qutlass.git
+    FetchContent_Populate(qutlass SOURCE_DIR "${_src}"
+      GIT_REPOSITORY https://github.com/IST-DASLab/qutlass.git
       GIT_TAG "${_TAG}" GIT_SUBMODULES "third-party/a" "b")
   endif()
 endif()

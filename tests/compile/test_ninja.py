@@ -1,5 +1,6 @@
 """compile(): real ninja and real launchers, with scripted compilers."""
 
+import dataclasses
 import io
 import json
 import os
@@ -47,21 +48,19 @@ class Clone:
         keep_going: bool = False,
     ) -> ninja.Compiled:
         units = [Unit(f"{name}.cu", f"CMakeFiles/t.dir/{name}.cu.o", "CUDA") for name in names]
+        work = ninja.Work.of_units(
+            self.build, "s", jobs.Jobs(at_once, 1, ""), jobs.Memory(budget_gib, 0.0, ""), units
+        )
         with RunLog(
             Console(out=io.StringIO(), err=self.talk), self.layout.logs, verb="rebuild"
         ) as run_log:
             return ninja.compile(
                 self.layout,
                 self.settings,
-                self.build,
+                dataclasses.replace(work, keep_going=keep_going),
                 ["all"],
-                setup="s",
-                jobs=jobs.Jobs(at_once, 1, ""),
-                memory=jobs.Memory(budget_gib, 0.0, ""),
-                units=units,
                 run_log=run_log,
                 step=Step("compile"),
-                keep_going=keep_going,
             )
 
     def fails(self, names: list[str], **more) -> BuildError:
@@ -253,18 +252,9 @@ def test_without_targets_ninja_is_not_started(clone: Clone) -> None:
     with RunLog(
         Console(out=io.StringIO(), err=clone.talk), clone.layout.logs, verb="rebuild"
     ) as run_log:
-        bound, memory = jobs.Jobs(1, 1, ""), jobs.Memory(1.0, 0.0, "")
+        work = ninja.Work(clone.build, "s", jobs.Jobs(1, 1, ""), jobs.Memory(1.0, 0.0, ""))
         made = ninja.compile(
-            clone.layout,
-            clone.settings,
-            clone.build,
-            [],
-            setup="s",
-            jobs=bound,
-            memory=memory,
-            units=[],
-            run_log=run_log,
-            step=Step("compile"),
+            clone.layout, clone.settings, work, [], run_log=run_log, step=Step("compile")
         )
     assert made == ninja.Compiled((), 0.0, None, ())
     assert not clone.layout.logs.exists()
@@ -362,9 +352,10 @@ def work():
     layout = Layout(Path(sys.argv[1]))
     units = [Unit("", f"CMakeFiles/t.dir/u{number}.cu.o", "CUDA") for number in range(6)]
     with RunLog(main.console(), layout.logs, verb="rebuild") as run_log:
+        limits = jobs.Jobs(2, 1, ""), jobs.Memory(99.0, 0.0, "")
         ninja.compile(
-            layout, main.load_settings(layout), Path(sys.argv[2]), ["all"], setup="s",
-            jobs=jobs.Jobs(2, 1, ""), memory=jobs.Memory(99.0, 0.0, ""), units=units,
+            layout, main.load_settings(layout),
+            ninja.Work.of_units(Path(sys.argv[2]), "s", *limits, units), ["all"],
             run_log=run_log, step=Step("compile"),
         )
 

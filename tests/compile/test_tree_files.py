@@ -62,7 +62,8 @@ TRACKED = {
     "vllm/__init__.py": "",
     "vllm/vllm_flash_attn/__init__.py": "own = 1\n",
     ".gitignore": (
-        "*.so\nvllm/vllm_flash_attn/*\n!vllm/vllm_flash_attn/__init__.py\nvllm/third_party/deep_gemm/\n"
+        "*.so\nvllm/vllm_flash_attn/*\n!vllm/vllm_flash_attn/__init__.py\n"
+        "vllm/third_party/deep_gemm/\n"
     ),
 }
 

@@ -36,8 +36,9 @@ FILES = {
         " and python_version >= \"3.12\"\npy-cpuinfo; platform_machine == 'aarch64'\n"
     ),
     "requirements/cuda.txt": (
-        "-r common.txt\n--extra-index-url"
-        " https://example.org/whl/\ntorch==2.13.0\ntorchaudio==2.11.0\nflashinfer-python==0.7.0\nflashinfer_cubin==0.7.0\nhumming-kernels[cu13]==0.1.16"
+        "-r common.txt\n--extra-index-url https://example.org/whl/\n"
+        "torch==2.13.0\ntorchaudio==2.11.0\nflashinfer-python==0.7.0\n"
+        "flashinfer_cubin==0.7.0\nhumming-kernels[cu13]==0.1.16"
         " \\\n  # a remark behind a continued line\n"
     ),
 }

@@ -47,7 +47,8 @@ def test_caller_goes_before_shell_before_dotenv_before_recipe(
 def test_settings_of_builds_are_removed_and_max_jobs_is_always_set(house: House) -> None:
     found = variables(
         house,
-        "CMAKE_ARGS=-DX\nTORCH_CUDA_ARCH_LIST=12.1a\nVLLM_CUTLASS_SRC_DIR=/x\nVLLM_USE_PRECOMPILED=1\n",
+        "CMAKE_ARGS=-DX\nTORCH_CUDA_ARCH_LIST=12.1a\n"
+        "VLLM_CUTLASS_SRC_DIR=/x\nVLLM_USE_PRECOMPILED=1\n",
         VLLM_VERSION_OVERRIDE="1",
         FLASH_MLA_SRC_DIR="/y",
     )

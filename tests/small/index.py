@@ -190,7 +190,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, json.dumps(page).encode(), kind=JSON_TYPE, cut_after=fault.cut_after)
         else:
             links = "".join(
-                f'<a href="{row["url"]}#sha256={row["hashes"]["sha256"]}">{row["filename"]}</a>\n'  # type: ignore[index]
+                f'<a href="{row["url"]}#sha256={row["hashes"]["sha256"]}">'  # type: ignore[index]
+                f"{row['filename']}</a>\n"
                 for row in rows
             )
             self._send(

@@ -166,21 +166,23 @@ def evaluate(
 def _smoke(predicate: Predicate, trial: Trial) -> Mapping[str, object] | str:
     """Run the smoke in the sandbox; return its record, or the reason why there is none."""
     from workspace.checks import smoke
+    from workspace.checks.smoke_suite import SmokeOptions
 
     layout = trial.sandbox.layout
     layout.smoke_record.unlink(missing_ok=True)
-    level = REGISTRY[predicate.name].level if predicate.kind == "check" else "quick"
+    options = SmokeOptions(
+        REGISTRY[predicate.name].level if predicate.kind == "check" else "quick",
+        timeout_s=trial.bounds.timeout_s,
+        # One failure decides the whole smoke; a single check must be reached first.
+        is_fail_fast=predicate.kind == "smoke",
+    )
     with contextlib.suppress(FileNotFoundError):
         try:
             smoke.smoke(
                 layout,
                 trial.settings,
+                options,
                 console=Console(out=io.StringIO(), err=io.StringIO()),
-                json_file=None,
-                timeout_s=trial.bounds.timeout_s,
-                level=level,
-                # One failure decides the whole smoke; a single check must be reached first.
-                is_fail_fast=predicate.kind == "smoke",
             )
         except SmokeError as exc:
             if not layout.smoke_record.exists():

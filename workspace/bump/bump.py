@@ -398,15 +398,10 @@ def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Co
 def run_smoke(layout: Layout, settings: Settings, console: Console) -> None:
     """Run the smoke on a layout. Raises SmokeError if a check fails or nothing is built."""
     from workspace.checks import smoke
+    from workspace.checks.smoke_suite import SmokeOptions
 
     # The smoke writes its record to a file; this verb does not print it.
-    smoke.smoke(
-        layout,
-        settings,
-        console=Console(out=io.StringIO()),
-        json_file=None,
-        timeout_s=smoke.TIMEOUT_S,
-    )
+    smoke.smoke(layout, settings, SmokeOptions(), console=Console(out=io.StringIO()))
 
 
 def _verify_promotion(layout: Layout, settings: Settings, console: Console) -> None:

@@ -77,9 +77,8 @@ def _write_record(site: Path, record: Path, rows: list[list[str]]) -> None:
         path = site / row[0]
         if len(row) == 3 and row[2] and path.is_file() and path.stat().st_size <= LARGEST_BYTES:
             content = read_regular(path)
-            row[1] = (
-                f"sha256={base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b'=').decode()}"
-            )
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
+            row[1] = f"sha256={digest.rstrip(b'=').decode()}"
             row[2] = str(len(content))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)

@@ -342,7 +342,8 @@ def _stack(layout: Layout, pin: Pin) -> Row:
     text = (
         f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}, {stack.state.value}"
     )
-    state: State = {"applied": "ok", "missing": "missing"}.get(stack.state.value, "warn")  # type: ignore[assignment]
+    states: dict[str, State] = {"applied": "ok", "missing": "missing"}
+    state = states.get(stack.state.value, "warn")
     return Row(state, "patches", text, {"state": stack.state.value, "names": stack.names})
 
 

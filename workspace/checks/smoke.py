@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from workspace.checks import registry
-from workspace.checks.registry import REGISTRY, Check, Level
+from workspace.checks import registry, smoke_suite
+from workspace.checks.registry import REGISTRY, Check
+from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import lock
 from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
@@ -23,9 +24,6 @@ from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.repo.git import Git, repository
 
-# Warm on two cores: 4 s and 16 s. With a cold page cache and kernels that compile at the first
-# start, one start took 123 s.
-TIMEOUT_S = 600.0
 HOOK = "pre-push"
 KEPT = "pre-push.before-workspace"
 # Existing hooks are recognised by this line, so its text stays.
@@ -50,19 +48,15 @@ exec ./scripts/inv hook --run </dev/null
 def smoke(
     layout: Layout,
     settings: Settings,
+    options: SmokeOptions,
     *,
     console: Console,
-    json_file: Path | None,
-    timeout_s: float,
-    level: Level = "quick",
-    model: str = "tiny",
-    is_fail_fast: bool = False,
+    json_file: Path | None = None,
 ) -> None:
     """Run the checks on the built tree; print and keep the record.
 
     Raises SmokeError if a check fails or nothing is built.
     """
-    from workspace.checks import smoke_suite
     from workspace.install.status import require_built
     from workspace.machine import check, hardware
 
@@ -70,7 +64,6 @@ def smoke(
     observed = require_built(layout, settings)
     check.require(layout, settings, console=console, device=observed.device)
     expected = smoke_suite.expect(layout, observed)
-    options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
     with locked_run(layout, settings, console, session="smoke") as run_log:
@@ -80,7 +73,7 @@ def smoke(
         )
         document = registry.compose(
             checks,
-            level=level,
+            level=options.level,
             tree=tree,
             machine=hardware.observe(settings),
             parity=parity,
@@ -183,7 +176,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
         console.info("the smoke has passed on this tree and build")
         return
     console.info("no smoke has passed on this tree and build yet; nox -s smoke runs now")
-    smoke(layout, settings, console=Console(out=io.StringIO()), json_file=None, timeout_s=TIMEOUT_S)
+    smoke(layout, settings, SmokeOptions(), console=Console(out=io.StringIO()))
 
 
 def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from workspace.checks.registry import Check
+from workspace.checks.registry import Check, Verdict
 from workspace.checks.upstream_selection import Decision, Reached, Rules
 from workspace.core import process
 from workspace.core.console import RunLog
@@ -341,8 +341,8 @@ def _check(test: Reached, decision: Decision, found: Sorted) -> FileCheck:
     problems = tuple(
         f"{outcome.node.removeprefix('tests/')}: {_short(outcome.message)}" for outcome in found.own
     )
-    verdict = "fail" if found.own else "pass" if found.passed else "skipped"
-    return FileCheck(test.path, verdict, evidence, seconds, problems, test.why)  # type: ignore[arg-type]
+    verdict: Verdict = "fail" if found.own else "pass" if found.passed else "skipped"
+    return FileCheck(test.path, verdict, evidence, seconds, problems, test.why)
 
 
 def _short(message: str) -> str:

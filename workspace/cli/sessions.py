@@ -20,6 +20,7 @@ LONGEST_TIMEOUT_S = 86400.0
 def smoke_session(argv: Sequence[str]) -> int:
     """Judge whether the built vLLM computes correctly."""
     from workspace.checks import smoke
+    from workspace.checks.smoke_suite import TIMEOUT_S, SmokeOptions
 
     parser = _parser(
         "smoke",
@@ -33,21 +34,21 @@ def smoke_session(argv: Sequence[str]) -> int:
     add("--model", default="tiny", metavar="NAME", help=model_help)
     add("--fail-fast", action="store_true", help="stop after the first probe with a failed check")
     _add_json(parser, "write the record to this file as well")
-    _add_timeout(parser, "each probe", smoke.TIMEOUT_S)
+    _add_timeout(parser, "each probe", TIMEOUT_S)
     arguments = parser.parse_args(argv)
     _require_timeout(parser, arguments.timeout_s)
     layout = paths.here()
+    options = SmokeOptions(
+        arguments.level, arguments.model, arguments.timeout_s, arguments.fail_fast
+    )
 
     def work() -> None:
         smoke.smoke(
             layout,
             main.load_settings(layout),
+            options,
             console=main.console(),
             json_file=arguments.json,
-            timeout_s=arguments.timeout_s,
-            level=arguments.level,
-            model=arguments.model,
-            is_fail_fast=arguments.fail_fast,
         )
 
     return main.run(work)

@@ -11,9 +11,10 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from workspace.compile import job_server, progress
 from workspace.compile import jobs as job_limits
@@ -201,49 +202,10 @@ def environment(
     return variables
 
 
-def compile(
-    layout: Layout,
-    settings: Settings,
-    build: Path,
-    targets: Sequence[str],
-    *,
-    setup: str,
-    jobs: Jobs,
-    memory: Memory,
-    units: Sequence[Unit],
-    run_log: RunLog,
-    step: Step,
-    keep_going: bool = False,
-) -> Compiled:
-    """Bring `targets` up to date in `build`, which is configured. `units` are those expected to be
-    compiled; `setup` identifies what their costs depend on.
-
-    Raises BuildError with the first error of the first failed unit, with all tried budgets if
-    memory ran out too often, and with the full disk if there is one. The same call resumes an
-    interrupted build.
-    """
-    if not targets:
-        return Compiled((), 0.0, None, ())
-    for sentence in repair(build):
-        run_log.console.warn(sentence)
-    planned = tuple(unit for unit in (unit_at(one.object) for one in units) if unit)
-    argv: list[process.Argument] = [
-        find(layout, settings),
-        "-C",
-        build,
-        f"-j{job_limits.visible(len(planned), jobs)}",
-        *(["-k0"] if keep_going else []),
-        *targets,
-    ]
-    work = Work(build, setup, jobs, memory, planned, keep_going=keep_going)
-    program = Program(argv, _child_environment(layout, settings, build, jobs))
-    return under_job_server(settings, program, work, run_log=run_log, step=step)
-
-
 @dataclass(frozen=True)
 class Work:
-    """What to compile: the build directory, the limits, and the units if known. `setup` identifies
-    what costs depend on; `resume` is the hint that resumes the build.
+    """What to compile: the build directory, the limits, and the expected units if known. `setup`
+    identifies what costs depend on; `resume` is the hint that resumes the build.
     """
 
     build: Path
@@ -254,9 +216,48 @@ class Work:
     keep_going: bool = False
     resume: str = RESUME
 
+    @classmethod
+    def of_units(
+        cls, build: Path, setup: str, jobs: Jobs, memory: Memory, units: Iterable[Unit]
+    ) -> Self:
+        """Return the work for the units of a project that have known costs."""
+        planned = tuple(unit for unit in (unit_at(one.object) for one in units) if unit)
+        return cls(build, setup, jobs, memory, planned)
+
     @property
     def bounds(self) -> Bounds:
         return Bounds(self.jobs.count, self.memory.budget_gib)
+
+
+def compile(
+    layout: Layout,
+    settings: Settings,
+    work: Work,
+    targets: Sequence[str],
+    *,
+    run_log: RunLog,
+    step: Step,
+) -> Compiled:
+    """Bring `targets` up to date in the configured build directory `work.build`.
+
+    Raises BuildError with the first error of the first failed unit, with all tried budgets if
+    memory ran out too often, and with the full disk if there is one. The same call resumes an
+    interrupted build.
+    """
+    if not targets:
+        return Compiled((), 0.0, None, ())
+    for sentence in repair(work.build):
+        run_log.console.warn(sentence)
+    argv: list[process.Argument] = [
+        find(layout, settings),
+        "-C",
+        work.build,
+        f"-j{job_limits.visible(len(work.planned), work.jobs)}",
+        *(["-k0"] if work.keep_going else []),
+        *targets,
+    ]
+    program = Program(argv, _child_environment(layout, settings, work.build, work.jobs))
+    return under_job_server(settings, program, work, run_log=run_log, step=step)
 
 
 @dataclass(frozen=True)

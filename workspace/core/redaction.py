@@ -134,10 +134,8 @@ _BASE64 = re.compile(
     rf"(?:{_ESCAPE}|(?<![A-Za-z0-9+/_\\-]))"
     r"[A-Za-z0-9+/_-]{" + str(SHORTEST_BASE64) + r",}={0,2}"
 )
-_BASE64_LEFT, _BASE64_RIGHT = (
-    re.compile(r"[A-Za-z0-9+/_-]*\Z"),
-    re.compile(r"[A-Za-z0-9+/_-]*={0,2}"),
-)
+_BASE64_LEFT = re.compile(r"[A-Za-z0-9+/_-]*\Z")
+_BASE64_RIGHT = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
 _ESCAPED = re.compile(
     rb"%([0-9A-Fa-f]{2})|\\+x([0-9A-Fa-f]{2})|\\+([0-3][0-7]{2})|\\+u([0-9A-Fa-f]{4})"
 )
@@ -447,12 +445,8 @@ def _is_public(host: str) -> bool:
 
 
 def _url_host(match: re.Match[str]) -> str:
-    is_address = bool(_IPV4.fullmatch(match[2]))
-    return (
-        match[0]
-        if is_address or _is_public(match[2]) or match[1].startswith(("hf:", "ext:"))
-        else f"{match[1]}<host>"
-    )
+    is_kept = _IPV4.fullmatch(match[2]) or match[1].startswith(("hf:", "ext:"))
+    return match[0] if is_kept or _is_public(match[2]) else f"{match[1]}<host>"
 
 
 def _remote(match: re.Match[str]) -> str:
@@ -479,11 +473,8 @@ def _ipv6(match: re.Match[str]) -> str:
     except ValueError:
         return match[0]
     # `a::b` is C++ as well.
-    return (
-        match[0]
-        if address.is_loopback or address.is_unspecified or not re.search(r"\d", match[0])
-        else "<ip>"
-    )
+    is_code = not re.search(r"\d", match[0])
+    return match[0] if is_code or address.is_loopback or address.is_unspecified else "<ip>"
 
 
 def _unescaped(token: str) -> str:

@@ -34,6 +34,8 @@ _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
 # The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
 LARGEST_COUNT = 1_000_000
 _SHOWN = 120
+# A part of a warning, by which the doctor finds the row that it is about.
+UNKNOWN = "is not a known setting"
 # The largest compiler process seen in a build of vLLM for a GB10 (scaled_mm_sm120_fp8, qutlass
 # gemm), GiB, and the share of all memory that compilers may have beside a running model's.
 LARGEST_COMPILER_GIB, COMPILERS_SHARE = 9.5, 0.75
@@ -472,7 +474,7 @@ def _unknown(name: str, line: int, known: Iterable[str]) -> str:
         else "It is passed on unchanged."
     )
     return (
-        f".env, line {line}: {name} is not a known setting"
+        f".env, line {line}: {name} {UNKNOWN}"
         + (f"; did you mean {like}?" if like else ".")
         + f" {follows}"
     )

@@ -223,18 +223,9 @@ class Job:
         for sentence in (self.jobs.sentence, self.memory.sentence):
             run.run_log.console.info(sentence)
         names = [reached.target for reached in self.reached]
-        built = ninja.compile(
-            run.layout,
-            run.settings,
-            self.folder,
-            names,
-            setup=self.setup,
-            jobs=self.jobs,
-            memory=self.memory,
-            units=[unit for reached in self.reached for unit in reached.units],
-            run_log=run.run_log,
-            step=view,
-        )
+        units = (unit for reached in self.reached for unit in reached.units)
+        work = ninja.Work.of_units(self.folder, self.setup, self.jobs, self.memory, units)
+        built = ninja.compile(run.layout, run.settings, work, names, run_log=run.run_log, step=view)
         for sentence in built.summary:
             run.run_log.console.info(sentence)
         run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{built.seconds:.0f}"

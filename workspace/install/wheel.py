@@ -285,9 +285,8 @@ def _write(
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in sorted(members, key=lambda name: (".dist-info/" in name, name)):
                 size, digest = _add(archive, name, members[name])
-                lines.append(
-                    f"{_quoted(name)},sha256={base64.urlsafe_b64encode(digest).rstrip(b'=').decode()},{size}\n"
-                )
+                encoded = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+                lines.append(f"{_quoted(name)},sha256={encoded},{size}\n")
                 done += size
                 if step:
                     step.progress(done / 1e6, total / 1e6, "MB")

@@ -18,6 +18,7 @@ from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
 from workspace.core.paths import Layout
 from workspace.core.settings import (
+    UNKNOWN,
     Settings,
     fitting_jobs,
     is_for,
@@ -36,7 +37,7 @@ _OF_INTEREST = re.compile(
     r"|TORCHINDUCTOR_\w+|PYTORCH_\w+|VERBOSE"
 )
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
-_UNKNOWN = re.compile(r"\.env, line \d+: (?P<name>\w+) is no setting")
+_UNKNOWN = re.compile(rf"\.env, line \d+: (?P<name>\w+) {UNKNOWN}")
 _ON = ("1", "true", "yes", "on")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")

@@ -38,10 +38,12 @@ if TYPE_CHECKING:
 LARGEST_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 16
 _GITHUB = re.compile(
-    r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
+    r"(?:https?://|ssh://)?(?:[^/@]*@)?github\.com[:/]([A-Za-z0-9_.-]+)/"
+    r"([A-Za-z0-9_-][A-Za-z0-9_.-]*?)(?:\.git)?/?"
 )
 _ON_GITHUB = re.compile(
-    r"(https?://github\.com/[^/]+/[^/]+)/(?:pull/\d+/commits/([0-9a-f]{7,40})|(pull/\d+|commit/[0-9a-f]{7,40}))(?:[./?#].*)?"
+    r"(https?://github\.com/[^/]+/[^/]+)/"
+    r"(?:pull/\d+/commits/([0-9a-f]{7,40})|(pull/\d+|commit/[0-9a-f]{7,40}))(?:[./?#].*)?"
 )
 
 

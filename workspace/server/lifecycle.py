@@ -1,7 +1,8 @@
 """Life cycle of one vLLM server: start it, wait until it can generate, stop all of its processes.
 
-A server has a folder (`place`) with state, log and lock. It runs below a supervisor (process_tree.py)
-in a session and a private TMPDIR of its own. This module does not take the workspace's lock.
+A server has a folder (`place`) with state, log and lock. It runs below a supervisor
+(process_tree.py) in a session and a private TMPDIR of its own. This module does not take the
+workspace's lock.
 """
 
 import contextlib

@@ -197,7 +197,8 @@ class Server:
     @property
     def called(self) -> str:
         """Return the name of the server in messages."""
-        return f"the server {self.name} (process {self.processes.supervisor_pid}, port {self.address.port})"
+        pid, port = self.processes.supervisor_pid, self.address.port
+        return f"the server {self.name} (process {pid}, port {port})"
 
     def members(self) -> set[int]:
         """Return the pids of its running processes, the supervisor included."""

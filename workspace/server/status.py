@@ -108,8 +108,8 @@ def _judged(settings: Settings, server: Server, members: set[int]) -> tuple[str,
         message = settings.masked(lifecycle.failure(server).message)
         return "ended", "FAIL", f"{message}; ./scripts/inv serve.logs, then {_STOP}"
     at = (
-        f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid}, since"
-        f" {server.since}"
+        f"{server.name} at {server.address.url}/v1, process {server.processes.supervisor_pid},"
+        f" since {server.since}"
     )
     if not is_alive(server):
         text = f"{at}: its supervisor was killed, {len(members)} processes are left: {_STOP}"

@@ -31,14 +31,20 @@ Fingerprint = Mapping[str, str]
 # a good state, its record has the time and its list of packages is proven by the stamp; the other
 # environment is as the one in use.
 _NAMES_ONLY = re.compile(
-    r"(.*/)?\.git/.*|\.workspace/(lock|smoke\.json|good/[^/]+/good\.json)|(\.vllm|\.workspace/good/[^/]+/environment)/(\.lock|pyvenv\.cfg)"
+    r"(.*/)?\.git/.*|\.workspace/(lock|smoke\.json|good/[^/]+/good\.json)"
+    r"|(\.vllm|\.workspace/good/[^/]+/environment)/(\.lock|pyvenv\.cfg)"
     r"|.*/(RECORD|uv_cache\.json|REQUESTED)"
-    r"|\.workspace/build/.*/(\.ninja_(deps|log)|CMakeConfigureLog\.yaml|configured\.json|install_manifest_\w+\.txt)"
+    r"|\.workspace/build/.*/(\.ninja_(deps|log)"
+    r"|CMakeConfigureLog\.yaml|configured\.json|install_manifest_\w+\.txt)"
 )
 _IGNORED = re.compile(
-    r".*/__pycache__(/.*)?|.*\.pyc|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_(?!obj_)).*|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
-    r"|(.*/)?\.git/refs/(left/TIME\.lock|good/[^/]+\.lock|patches/left)|cache/.*/lock|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
-    r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)|cache/\.?compile-costs-.*"
+    r".*/__pycache__(/.*)?|.*\.pyc"
+    r"|(.*/)?\.git/(?:modules/vendor/vllm/)?(objects/(?!.*tmp_(?!obj_)).*"
+    r"|logs/.*|ORIG_HEAD|FETCH_HEAD|COMMIT_EDITMSG|gc\.log|gc\.pid|index)"
+    r"|(.*/)?\.git/refs/(left/TIME\.lock|good/[^/]+\.lock|patches/left)|cache/.*/lock"
+    r"|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
+    r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)"
+    r"|cache/\.?compile-costs-.*"
     r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/\w+\.json"
 )
 # What is kept aside bears the time of day, and what was left by a run that was killed is kept
