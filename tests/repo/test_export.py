@@ -279,14 +279,14 @@ def test_template_has_the_trailer_and_is_set_once(
     checked_out: Workspace, snapshot: Snapshot
 ) -> None:
     git = Git(checked_out.vllm)
-    export.template(checked_out.layout, "vllm", git, checked_out.run_log)
+    export.set_template(git, checked_out.run_log)
     assert "Upstream-Status: Pending\n" in Path(commit_template(checked_out)).read_text()
     before = snapshot(checked_out.layout.root)
-    export.template(checked_out.layout, "vllm", git, checked_out.run_log)
+    export.set_template(git, checked_out.run_log)
     assert snapshot(checked_out.layout.root) == before
     # As after a copy of the clone: the path leads elsewhere.
     sh_git(checked_out.vllm, "config", "commit.template", "/nowhere/workspace-commit-template")
-    export.template(checked_out.layout, "vllm", git, checked_out.run_log)
+    export.set_template(git, checked_out.run_log)
     assert Path(commit_template(checked_out)).exists()
     write(checked_out.vllm, {"vllm/mine.py": "mine\n"})
     sh_git(checked_out.vllm, "add", "vllm/mine.py")
@@ -305,7 +305,7 @@ def test_template_of_the_user_stays(release: Workspace, hostile: Path, where: st
         "commit.template",
         "/mine",
     )
-    export.template(release.layout, "vllm", Git(release.vllm), release.run_log)
+    export.set_template(Git(release.vllm), release.run_log)
     assert Git(release.vllm).look("config", "--get", "commit.template").out == "/mine\n"
 
 

@@ -83,7 +83,7 @@ def make_source(run: Run, view: Step) -> None:
 def apply_patches(run: Run, view: Step) -> None:
     observed = run.observed
     # Before the patches: once they are applied, no step is due that would write the template.
-    export.template(run.layout, "vllm", Git(run.layout.vllm), run.run_log)
+    export.set_template(Git(run.layout.vllm), run.run_log)
     stack = patches.apply(run.layout, "vllm", observed.pin, observed.checkout, run_log=run.run_log)
     view.reason = f"{len(stack.names)} applied, tree {(stack.tree or '')[:12]}"
     checkout.protect(run.layout)

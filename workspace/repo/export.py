@@ -233,7 +233,7 @@ def write(folder: Path, *, base: str, patches: Patches) -> Written:
     return Written(tuple(plan.changed), plan.gone)
 
 
-def template(layout: Layout, project: str, git: Git, run_log: RunLog) -> None:
+def set_template(git: Git, run_log: RunLog) -> None:
     """Make `git commit` in a checkout begin with the trailer that a patch needs.
 
     A commit template of the user's own stays.
