@@ -310,7 +310,15 @@ def _is_session(node: ast.FunctionDef) -> bool:
 
 
 def _of_function(node: ast.FunctionDef) -> Session:
-    return Session(node.name, ast.get_docstring(node) or "")
+    """Return the session of a function; `@nox.session(name=…)` names it."""
+    given = [
+        keyword.value.value
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call)
+        for keyword in decorator.keywords
+        if keyword.arg == "name" and isinstance(keyword.value, ast.Constant)
+    ]
+    return Session(str(given[0]) if given else node.name, ast.get_docstring(node) or "")
 
 
 def _parsers(session: Session) -> Iterator[argparse.ArgumentParser]:

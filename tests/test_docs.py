@@ -46,6 +46,16 @@ def room(name: str, *imports: str, starts: str = "") -> Room:
     return Room(name, "", 1, 100, frozenset(imports), frozenset(starts.split()))
 
 
+def test_a_session_has_the_name_by_which_nox_finds_it() -> None:
+    source = '@nox.session(name="lint-patches")\ndef lint_patches(session):\n    """Look."""\n'
+    plain = '@nox.session\ndef smoke(session):\n    """Judge."""\n'
+    found = docs.read_sessions(source + plain)
+    assert [(each.name, each.help) for each in found] == [
+        ("lint-patches", "Look."),
+        ("smoke", "Judge."),
+    ]
+
+
 def house(*rooms: Room) -> dict[str, Room]:
     return {each.name: each for each in rooms}
 

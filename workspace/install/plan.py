@@ -177,9 +177,7 @@ def _kernels_wanted(
         and recorded.inputs.get("origin", "").startswith(("native", "wheel"))
     ):
         return _recorded_kernels(recorded)
-    import platform
-
-    pinned = pin.precompiled.get(f"{device}-{platform.machine()}")
+    pinned = pin.precompiled_for(device)
     if choice == "native" or (choice == "auto" and pinned is None):
         return Kernels("native", "native")
     if choice in ("auto", "precompiled"):

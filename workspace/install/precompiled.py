@@ -6,7 +6,6 @@ wheel, decides whether its libraries fit, and compares them after the tree's set
 """
 
 import json
-import platform
 import re
 import zipfile
 import zlib
@@ -92,12 +91,11 @@ def fetch_wheel(
                 hint="./scripts/inv bootstrap --kernels precompiled",
             )
         return kernels.wheel
-    key = f"{device}-{platform.machine()}"
-    precompiled_wheel = pin.precompiled.get(key)
+    precompiled_wheel = pin.precompiled_for(device)
     if precompiled_wheel is None:
         raise SourceError(
-            f"vendor/pins.toml names no precompiled wheel for {key}: it has"
-            f" {', '.join(sorted(pin.precompiled)) or 'none'}",
+            f"vendor/pins.toml names no precompiled wheel for {pins.precompiled_key(device)}:"
+            f" it has {', '.join(sorted(pin.precompiled)) or 'none'}",
             hint="./scripts/inv bootstrap --kernels native",
         )
     return index.fetch(

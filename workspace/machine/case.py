@@ -18,8 +18,6 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, toolchain, torch
 
-# Re-exported for install/triton_fixes.py, which imports it from here.
-
 State = Literal["ok", "warn", "FAIL"]
 # For a driver that may hang. A program that must work gets more time, because the machine may be
 # loaded.
