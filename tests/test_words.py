@@ -175,6 +175,9 @@ def pages() -> list[Path]:
         ROOT / "patches" / "README.md",
         ROOT / "recipes" / "README.md",
         ROOT / ".env.example",
+        ROOT / ".ci" / "run",
+        ROOT / "scripts" / "inv",
+        ROOT / "scripts" / "nox",
         *sorted((ROOT / "docs").rglob("*.md")),
     ]
 
@@ -199,6 +202,23 @@ def test_library_uses_the_fields_words() -> None:
 def test_pages_use_the_fields_words() -> None:
     found = complaints(pages())
     assert found == [], "\n".join(found)
+
+
+def test_files_are_called_by_the_fields_words() -> None:
+    names = [
+        str(path.relative_to(ROOT))
+        for folder in ("docs", "patches", "recipes", "scripts", "tests", "workspace")
+        for path in (ROOT / folder).rglob("*")
+        if path != Path(__file__) and path.suffix != ".pyc"
+    ]
+    found = [
+        f"{name}: write {IDENTIFIERS[part]}"
+        for name in names
+        for part in parts(name)
+        if part in IDENTIFIERS
+    ]
+    assert len(names) > 300
+    assert found == []
 
 
 @pytest.mark.parametrize(
