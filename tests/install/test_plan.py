@@ -1,5 +1,7 @@
 """Decisions from the observed state: versions, sentences, and the stages that are due."""
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from workspace.core import settings
 from workspace.core.errors import SettingsError
 from workspace.install import bootstrap, plan
 from workspace.machine.torch import TorchBuild
+from workspace.repo.git import Git
 
 
 def due(observed: plan.Observation, world: World, **flags: str) -> list[str]:
@@ -27,6 +30,11 @@ def loaded(world: World, **flags: str) -> settings.Settings:
 
 def observed(world: World, **flags: str) -> plan.Observation:
     return plan.observe(world.layout, loaded(world, **flags))
+
+
+def append(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("# edited\n")
 
 
 def test_version_names_the_platform_in_its_letters(built: World) -> None:
@@ -74,6 +82,38 @@ def test_torch_that_was_swapped_makes_environment_and_kernels_stale(built: World
     assert "torch 2.13.0+cpu CUDA none → 2.14.0+cpu CUDA none" in seen.environment.reasons
     assert "torch 2.13.0+cpu CUDA none → 2.14.0+cpu CUDA none" in seen.kernels.reasons
     assert due(seen, built) == ["python", "kernels"]
+
+
+def test_a_stale_layer_names_the_files_that_changed(built: World) -> None:
+    append(built.layout.vllm / "setup.py")
+    (built.layout.vllm / "requirements" / "new.txt").write_text("six\n")
+    seen = observed(built)
+    assert "metadata changed: requirements/new.txt, setup.py" in seen.install.reasons
+    assert "requirements changed: requirements/new.txt" in seen.environment.reasons
+
+
+def test_stamp_of_the_first_edition_explains_without_files(built: World) -> None:
+    path = built.layout.stamp("vllm")
+    record = json.loads(path.read_text())
+    assert record.pop("files")["metadata"]["setup.py"].startswith("100644 ")
+    path.write_text(json.dumps(record))
+    append(built.layout.vllm / "setup.py")
+    assert "metadata changed" in observed(built).install.reasons
+
+
+def test_a_file_that_changed_during_the_build_or_has_no_text_for_a_name_is_not_recorded(
+    built: World,
+) -> None:
+    git = Git(built.layout.vllm)
+    inputs = {"metadata": git.digest(plan.METADATA_FILES)}
+    assert "setup.py" in plan.digested_files(git, inputs)["metadata"]
+    append(built.layout.vllm / "setup.py")
+    assert plan.digested_files(git, inputs) == {}
+    os.rename(
+        built.layout.vllm / "setup.py",
+        os.fsencode(built.layout.vllm / "requirements") + b"/\xff.txt",
+    )
+    assert plan.digested_files(git, {"metadata": git.digest(plan.METADATA_FILES)}) == {}
 
 
 def test_package_that_was_removed_is_named(built: World) -> None:

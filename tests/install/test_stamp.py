@@ -13,6 +13,7 @@ WHOLE = Stamp(
     outcome={"version": "0.31.0+cpu"},
     packages={"numpy": "2.4.0"},
     libraries=(Library("vllm/_C.abi3.so", 15104, "a" * 64),),
+    files={"metadata": {"setup.py": "100644 " + "b" * 40}},
 )
 
 
@@ -33,6 +34,8 @@ def test_missing_stamp_is_none(tmp_path: Path) -> None:
         lambda record: record | {"inputs": {"origin": 7}},
         lambda record: record | {"libraries": [{"path": "x"}]},
         lambda record: record | {"libraries": "none"},
+        lambda record: record | {"files": []},
+        lambda record: record | {"files": {"metadata": {"setup.py": None}}},
         lambda record: {name: value for name, value in record.items() if name != "packages"},
         lambda record: [record],
         lambda record: None,

@@ -182,19 +182,36 @@ def _reason(exc: BaseException) -> str:
     return str(exc) or type(exc).__name__
 
 
-def differences(recorded: Mapping[str, str], current: Mapping[str, str]) -> tuple[str, ...]:
-    """Return each changed input as text: `torch 2.13.0 → 2.14.0`; a digest only as changed."""
+def differences(
+    recorded: Mapping[str, str],
+    current: Mapping[str, str],
+    changed_files: Callable[[str], Sequence[str]] = lambda name: (),
+) -> tuple[str, ...]:
+    """Return each changed input as text: `torch 2.13.0 → 2.14.0`.
+
+    For a digest over files it is `sources changed: a.cu`, with the names that `changed_files`
+    returns for the input, or `sources changed` without any.
+    """
     return tuple(
-        _difference(name, recorded.get(name, "nothing"), text)
+        _difference(name, recorded.get(name, "nothing"), text, changed_files)
         for name, text in current.items()
         if recorded.get(name) != text
     )
 
 
-def _difference(name: str, old: str, new: str) -> str:
+def _difference(
+    name: str, old: str, new: str, changed_files: Callable[[str], Sequence[str]]
+) -> str:
     if len(new) == 64 and len(old) in (64, len("nothing")):
-        return f"{name} changed"
+        names = listed(changed_files(name))
+        return f"{name} changed" + (f": {names}" if names else "")
     return f"{name} {old or 'none'} → {new or 'none'}"
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """Return `a, b, c and 2 more`."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 # ioctl_ficlone(2).

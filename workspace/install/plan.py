@@ -5,6 +5,8 @@ status shows it, and smoke refuses a stale build.
 """
 
 import contextlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ from workspace.install.precompiled import Kernels
 from workspace.machine import doctor, hardware, interpreter, torch
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
+from workspace.repo.git.command import digest
 
 Device = Literal["cpu", "cuda"]
 State = Literal["ok", "stale", "missing"]
@@ -28,6 +31,12 @@ REQUIREMENT_FILES = ("requirements", "pyproject.toml")
 # The key in a stamp's outcome: the digest of the sources of another clone's wheel.
 PACKED_SOURCES = "packed sources"
 METADATA_FILES = ("setup.py", "pyproject.toml", "requirements", "tools/build_rust.py")
+# The inputs that are a digest over files.
+DIGESTS = {
+    "requirements": REQUIREMENT_FILES,
+    "compiled sources": COMPILED_SOURCES,
+    "metadata": METADATA_FILES,
+}
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,7 @@ def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
     installed = interpreter.installed(facts.layout)
-    reasons = files.differences(recorded.inputs, inputs)
+    reasons = _differences(facts.git, recorded, inputs)
     reasons += tuple(
         f"{name} {old} → {installed.get(name, 'none')}"
         for name, old in recorded.packages.items()
@@ -272,8 +281,8 @@ def _kernels(
         needs_compilation = sentence
         inputs["origin"] = wanted.origin.removeprefix("hybrid ")
     else:
-        needs_compilation = files.differences(recorded.inputs, compiled)
-    reasons = files.differences(recorded.inputs, inputs)
+        needs_compilation = _differences(git, recorded, compiled)
+    reasons = _differences(git, recorded, inputs)
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
@@ -349,11 +358,35 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     }
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
-    reasons = files.differences(recorded.inputs, inputs)
+    reasons = _differences(git, recorded, inputs)
     found = interpreter.installed(facts.layout).get("vllm")
     if found != facts.version:
         reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)
+
+
+def digested_files(git: Git, inputs: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+    """Return `mode oid` by path for each input that is a digest over files, for the stamp.
+
+    Left out are files that changed since the digest was made, and names that JSON cannot hold.
+    """
+    entries = {name: git.entries(paths, None) for name, paths in DIGESTS.items() if name in inputs}
+    return {
+        name: of_input
+        for name, of_input in entries.items()
+        if digest(of_input) == inputs[name] and not re.search("[\ud800-\udfff]", "".join(of_input))
+    }
+
+
+def _differences(git: Git, recorded: stamp.Stamp, inputs: Mapping[str, str]) -> tuple[str, ...]:
+    def changed_files(name: str) -> Sequence[str]:
+        before = recorded.files.get(name)
+        if before is None:
+            return ()
+        now = git.entries(DIGESTS[name], None)
+        return sorted(path for path in {*before, *now} if before.get(path) != now.get(path))
+
+    return files.differences(recorded.inputs, inputs, changed_files)
 
 
 def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
@@ -374,12 +407,9 @@ def _changed_sources(git: Git | None, current: checkout.Checkout) -> tuple[str, 
     return git.changed_files(current.base, COMPILED_SOURCES)
 
 
-def changed_sources_sentence(changed: tuple[str, ...], limit: int = 3) -> str:
-    names = ", ".join(changed[:limit]) + (
-        f" and {len(changed) - limit} more" if len(changed) > limit else ""
-    )
+def changed_sources_sentence(changed: tuple[str, ...]) -> str:
     return (
-        f"compiled from the pin's sources, which {names}"
+        f"compiled from the pin's sources, which {files.listed(changed)}"
         f" {'differs' if len(changed) == 1 else 'differ'} from"
     )
 

@@ -124,8 +124,10 @@ def install_accelerators(run: Run, view: Step) -> None:
         raise BuildError(
             "the environment is missing after its installation", hint="./scripts/inv status"
         )
+    files = plan.digested_files(Git(run.layout.vllm), inputs)
     stamp.write(
-        run.layout.stamp("environment"), stamp.Stamp(inputs=inputs, packages=provided.packages)
+        run.layout.stamp("environment"),
+        stamp.Stamp(inputs=inputs, packages=provided.packages, files=files),
     )
     view.reason = provided.summary
 
@@ -217,17 +219,23 @@ def write_stamp(
     run: Run, observed: plan.Observation, verdict: editable.Verdict, *, kind: str
 ) -> None:
     """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
+    git = Git(run.layout.vllm)
     outcome = run.outcome | {
         "version": verdict.version,
         "platform": verdict.platform,
-        "tree": Git(run.layout.vllm).tree("HEAD"),
+        "tree": git.tree("HEAD"),
     }
     inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (
         observed.install.inputs or {}
     )
     stamp.write(
         run.layout.stamp("vllm"),
-        stamp.Stamp(inputs=inputs, outcome=outcome, libraries=verdict.libraries),
+        stamp.Stamp(
+            inputs=inputs,
+            outcome=outcome,
+            libraries=verdict.libraries,
+            files=plan.digested_files(git, inputs),
+        ),
     )
 
 

@@ -32,12 +32,17 @@ class Library:
 
 @dataclass(frozen=True)
 class Stamp:
-    """The record of one layer: its `inputs` and its `outcome`; all values are text."""
+    """The record of one layer: its `inputs` and its `outcome`; all values are text.
+
+    `files` has `mode oid` by path for each input that is a digest over files. It explains what
+    changed and decides nothing.
+    """
 
     inputs: Mapping[str, str]
     outcome: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[Library, ...] = ()
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def read(path: Path) -> Stamp | None:
@@ -51,9 +56,11 @@ def read(path: Path) -> Stamp | None:
         ):
             return None
         mappings = {name: record[name] for name in ("inputs", "outcome", "packages")}
+        # Stamps of the first edition have no files.
+        files = record.get("files", {})
         if not all(
             _is_text(text)
-            for mapping in mappings.values()
+            for mapping in (*mappings.values(), *files.values())
             for pair in mapping.items()
             for text in pair
         ):
@@ -64,7 +71,7 @@ def read(path: Path) -> Stamp | None:
     if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
         mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
     return (
-        Stamp(libraries=libraries, **mappings)
+        Stamp(libraries=libraries, files=files, **mappings)
         if all(_is_library(library) for library in libraries)
         else None
     )
