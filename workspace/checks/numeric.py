@@ -219,7 +219,8 @@ class _Measured:
             details += f", tokens differ where the second choice is {parted} behind"
         sampler = (
             "; its log-probabilities are right, so the choice of tokens is wrong"
-            if self.prefill_difference < limit
+            if self.decode_difference < limit
+            and self.prefill_difference < limit
             and self.wanted == 2 * self.total
             and self.compared > self.total
             else ""
