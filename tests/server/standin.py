@@ -1,10 +1,11 @@
 """Stand-in for `vllm serve` without a built vLLM: a front that answers, an engine that shares
-memory, a worker in a session of its own.
+memory and a named semaphore, a worker in a session of its own.
 
 Run as `standin.py PORT [MANNER]`. As with vLLM, the front loses SIGTERM during start-up, and a
 front that is killed leaves the other processes behind.
 """
 
+import ctypes
 import http.server
 import json
 import mmap
@@ -62,7 +63,10 @@ def sleep_for_ever() -> None:
 def engine() -> None:
     if MANNER != "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    path = f"/dev/shm/standin-{sys.argv[1]}-{os.getpid()}"
+    name = f"standin-{sys.argv[1]}-{os.getpid()}"
+    # As multiprocessing's with spawn, but no resource tracker removes it.
+    ctypes.CDLL(None).sem_open(f"/{name}".encode(), os.O_CREAT | os.O_EXCL, 0o600, 1)
+    path = f"/dev/shm/{name}"
     with open(path, "w+b") as file:
         file.truncate(4096)
         shared = mmap.mmap(file.fileno(), 4096)

@@ -48,8 +48,14 @@ def until(is_true: Callable[[], object]) -> None:
 
 
 def shared(port: int) -> set[str]:
-    """Return the shared memory of the server at this port; other servers run at the same time."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(f"standin-{port}-")}
+    """Return the shared memory of the server at this port, a file and a semaphore; other servers
+    run at the same time.
+    """
+    return {
+        name
+        for name in os.listdir("/dev/shm")
+        if name.removeprefix("sem.").startswith(f"standin-{port}-")
+    }
 
 
 def is_clean(there: observation.Server) -> None:
@@ -70,7 +76,7 @@ def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(
     there, ready = lifecycle.wait_until_ready(there, timeout_s=20)
     assert ready.models == ("standin",)
     assert len(there.members()) == 4
-    assert len(shared(there.address.port)) == 1
+    assert len(shared(there.address.port)) == 2
     found = observation.find(place)
     assert found == there
     stopped = lifecycle.stop(found, at_once=manner == "deaf")
@@ -80,7 +86,7 @@ def test_server_is_ready_when_it_completes_and_leaves_nothing_when_stopped(
 
 def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> None:
     there = lifecycle.start(place, launch("slow"))
-    until(lambda: shared(there.address.port))
+    until(lambda: len(shared(there.address.port)) == 2)
     lines = lifecycle.follow(there.log)
     assert next(lines) in ("engine started", None)
     os.kill(there.processes.supervisor_pid, signal.SIGTERM)
@@ -123,7 +129,7 @@ def test_stop_removes_memory_shared_in_the_start_up_though_all_were_killed(place
     there = lifecycle.start(place, launch("slow"))
     with ThreadPoolExecutor(1) as waiting:
         waiter = waiting.submit(lifecycle.wait_until_ready, there, timeout_s=60)
-        until(lambda: shared(there.address.port))
+        until(lambda: len(shared(there.address.port)) == 2)
         seen = time.monotonic()
         until(lambda: observation.find(place).shared)
         # A look every LOOK_S alone would come later.
@@ -134,6 +140,23 @@ def test_stop_removes_memory_shared_in_the_start_up_though_all_were_killed(place
             waiter.result()
     lifecycle.stop(observation.find(place))
     is_clean(there)
+
+
+def test_semaphore_of_multiprocessing_is_found_by_its_inode_and_removed_after_its_process() -> None:
+    code = (
+        "import multiprocessing, time\nlock = multiprocessing.get_context('spawn').Lock()\n"
+        "print(lock._semlock.name, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as maker:
+        path = f"/dev/shm/sem.{maker.stdout.readline().strip().removeprefix('/')}"
+        # The resource tracker, which would remove the semaphore, is a child.
+        tree = {maker.pid, *process_tree.below({maker.pid}, process_tree.living())}
+        assert process_tree.shared_by(tree) == {path}
+        assert process_tree.remove_shared([path]) == ()
+        for pid in sorted(tree, reverse=True):
+            os.kill(pid, signal.SIGKILL)
+    assert process_tree.remove_shared([path]) == (path,)
+    assert not os.path.exists(path)
 
 
 @pytest.mark.parametrize("is_detached", [False, True])

@@ -148,17 +148,32 @@ def shared_files() -> frozenset[str]:
 
 
 def shared_by(pids: Iterable[int]) -> set[str]:
-    """Return the files in /dev/shm that processes have mapped; a killed process leaves them."""
-    found: set[str] = set()
+    """Return the files in /dev/shm that processes have mapped; a killed process leaves them.
+
+    Device and inode identify a file: sem_open(3) makes a semaphore under a name of its own and
+    links it, so that /proc/PID/maps (proc_pid_maps(5)) lists it as deleted.
+    """
+    mapped: set[tuple[str, str]] = set()
     for pid in pids:
         with (
             contextlib.suppress(OSError),
             open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file,
         ):
             for line in file:
-                path = line.rstrip("\n").partition("/")
-                if f"/{path[2]}".startswith(f"{SHARED}/") and not line.endswith("(deleted)\n"):
-                    found.add(f"/{path[2]}")
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith(f"{SHARED}/"):
+                    mapped.add((fields[3], fields[4]))
+    return {path for path, file in _identified().items() if file in mapped} if mapped else set()
+
+
+def _identified() -> dict[str, tuple[str, str]]:
+    """Return device and inode of each file in /dev/shm, as /proc/PID/maps writes them."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in shared_files():
+        with contextlib.suppress(OSError):
+            status = os.lstat(f"{SHARED}/{name}")
+            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+            found[f"{SHARED}/{name}"] = (device, str(status.st_ino))
     return found
 
 
