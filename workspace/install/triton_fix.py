@@ -20,7 +20,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp, triton_fixes
 from workspace.install.triton_diagnosis import Diagnosis, Finding, diagnose, try_kernel
-from workspace.install.triton_fixes import Context
+from workspace.install.triton_fixes import Context, Fix
 from workspace.machine import hardware, interpreter, torch, venv
 from workspace.repo import pins
 
@@ -28,6 +28,8 @@ VERB = "./scripts/inv fix-triton"
 # GiB that a build adds: objects and libraries, and LLVM with NVIDIA's tools among the downloads
 # (2.9 in a public note), rounded up.
 NEEDED_GIB, NEEDED_CACHE_GIB = 6.0, 5.0
+# Rounds over the fixes: the wheel comes last, and makes the cache of the former Triton foreign.
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -155,36 +157,50 @@ def _in_shell(found: Diagnosis, settings: Settings) -> str:
 
 
 def _apply_fixes(context: Context, found: Diagnosis, *, is_from_source: bool) -> Diagnosis:
-    """Apply each fix that has a plan: show it, run it, and diagnose again.
+    """Apply the fixes in order, and again while a fix has a new plan, for at most ROUNDS rounds.
 
-    The wheel is not installed where a build from source follows.
+    A plan that has not helped against the same faults is not tried again. The wheel is not
+    installed where a build from source follows.
     """
-    console = context.run_log.console
-    for fix in triton_fixes.FIXES:
-        planned = (
-            fix.plan(context, found)
-            if found.bad and not (is_from_source and fix.name == "wheel")
-            else ()
-        )
-        if not planned:
-            continue
-        for line in planned:
-            console.info(f"{fix.name}: {line}")
-        before = {finding.name for finding in found.bad}
-        with (
-            _step(context.run_log, fix.name) as view,
-            torch.held(context.layout, context.settings, step=fix.name),
-        ):
-            view.reason = fix.act(context, found)
-        context.run_log.step = None
-        found = diagnose(context.layout, context.settings)
-        fixed = before - {finding.name for finding in found.bad}
-        console.info(
-            "diagnosed again:"
-            f" {', '.join(sorted(fixed)) + ' fixed' if fixed else 'nothing has improved'}"
-        )
+    fixes = [fix for fix in triton_fixes.FIXES if not (is_from_source and fix.name == "wheel")]
+    tried: set[tuple[tuple[str, ...], tuple[Finding, ...]]] = set()
+    for _ in range(ROUNDS):
+        before = found
+        for fix in fixes:
+            planned = fix.plan(context, found) if found.bad else ()
+            if planned and (planned, found.bad) not in tried:
+                tried.add((planned, found.bad))
+                found = _apply(context, found, fix, planned)
+        if found is before:
+            break
+    else:
+        if found.bad:
+            context.run_log.console.info(
+                f"faults remain after {ROUNDS} rounds of fixes: another program may cause them"
+            )
     if found.bad:
-        _show(found.bad, console)
+        _show(found.bad, context.run_log.console)
+    return found
+
+
+def _apply(context: Context, found: Diagnosis, fix: Fix, planned: tuple[str, ...]) -> Diagnosis:
+    """Show the plan of a fix, run it, and diagnose again."""
+    console = context.run_log.console
+    for line in planned:
+        console.info(f"{fix.name}: {line}")
+    before = {finding.name for finding in found.bad}
+    with (
+        _step(context.run_log, fix.name) as view,
+        torch.held(context.layout, context.settings, step=fix.name),
+    ):
+        view.reason = fix.act(context, found)
+    context.run_log.step = None
+    found = diagnose(context.layout, context.settings)
+    fixed = before - {finding.name for finding in found.bad}
+    console.info(
+        "diagnosed again:"
+        f" {', '.join(sorted(fixed)) + ' fixed' if fixed else 'nothing has improved'}"
+    )
     return found
 
 
