@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,21 @@ def test_recipe_depends_on_flags_and_not_on_the_build_directory(site: Site, foun
         each.name for each in there.targets if each.recipe != target(found, each.name).recipe
     }
     assert differing == {"_C"}
+
+
+def test_recipe_is_the_same_for_the_pins_tree_whose_path_sorts_before_the_external_sources(
+    site: Site,
+) -> None:
+    mixed = TOP + "target_sources(_flashy_C PRIVATE csrc/c.c csrc/spinloop.c)\n"
+    pinned = site.layout.builds / "pinned" / "0123456789ab"
+    with written(site.tree / "CMakeLists.txt", mixed):
+        shutil.copytree(site.tree, pinned)
+        external = next(iter(site.provide().values()))
+        assert str(pinned) < external < str(site.tree)
+        here = site.configure(site.inputs(pin="v3"))
+        there = site.configure(replace(site.inputs(pin="v3"), place=str(pinned)))
+    assert len(target(here, "_flashy_C").units) == 4
+    assert target(here, "_flashy_C").recipe == target(there, "_flashy_C").recipe
 
 
 @pytest.mark.parametrize("damage", ["index", "target", "record", "commands", "nothing there"])

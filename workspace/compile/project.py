@@ -208,10 +208,19 @@ class _Reader:
     def _recipe(self, group: "_Json", folders: Sequence[str], sources: Sequence[str]) -> str:
         """Return all that determines how a compile group is compiled, independent of its folder."""
         fragments = [fragment["fragment"] for fragment in group.get("compileCommandFragments", [])]
-        defines = sorted(define["define"] for define in group.get("defines", []))
-        parts = [*fragments, "", *defines, "", *folders, "", *sorted(sources)]
+        defines = [define["define"] for define in group.get("defines", [])]
+        # Real paths of the tree and of external projects sort in another order for another tree.
+        parts = [
+            *map(self._normalized, fragments),
+            "",
+            *sorted(map(self._normalized, defines)),
+            "",
+            *map(self._normalized, folders),
+            "",
+            *sorted(map(self._normalized, sources)),
+        ]
         standard = group.get("languageStandard", {}).get("standard", "")
-        return json.dumps([group["language"], standard, *map(self._normalized, parts)])
+        return json.dumps([group["language"], standard, *parts])
 
     def _normalized(self, text: str) -> str:
         for place, name in self._places:
