@@ -1,11 +1,13 @@
 """A complete bootstrap from an empty clone to a verified vLLM; a second one changes nothing."""
 
 import json
+import os
 import stat
 
 from tests.small.materials import VERSION, Materials, git
 from tests.small.wheels import LIBRARIES, this_machine
 from tests.small.world import World
+from workspace.machine import venv
 
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 
@@ -137,3 +139,19 @@ def test_bootstrap_ended_in_the_middle_is_completed_by_the_next(built: World) ->
     built.bootstrap()
     assert "triton" in built.uv("list")
     assert common.read_text().endswith("triton\n")
+
+
+def test_verification_leaves_bytecode_in_the_environment(built: World) -> None:
+    layout = built.layout
+    below = layout.bytecode / str(layout.vllm).lstrip("/") / "vllm"
+    assert any(path.name.startswith("__init__.") for path in below.glob("*.pyc"))
+
+
+def test_bytecode_newer_than_the_last_sync_is_removed(built: World) -> None:
+    layout = built.layout
+    found = list(layout.bytecode.rglob("*.pyc"))
+    venv.drop_bytecode(layout, since=layout.stamp("vllm"))
+    assert [path for path in found if path.exists()] == found
+    os.utime(found[0])
+    venv.drop_bytecode(layout, since=layout.stamp("vllm"))
+    assert [path for path in found if not path.exists()] == [found[0]]

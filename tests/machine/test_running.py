@@ -22,6 +22,13 @@ def variables(
     )
 
 
+def test_bytecode_is_kept_in_the_environment_whatever_the_shell_chose(house: House) -> None:
+    found = variables(house, PYTHONDONTWRITEBYTECODE="1")
+    assert "PYTHONDONTWRITEBYTECODE" not in found
+    assert found["PYTHONPYCACHEPREFIX"] == str(house.layout.environment / ".workspace/bytecode")
+    assert variables(house, PYTHONPYCACHEPREFIX="/own")["PYTHONPYCACHEPREFIX"] == "/own"
+
+
 def test_caller_goes_before_shell_before_dotenv_before_recipe(
     house: House,
 ) -> None:

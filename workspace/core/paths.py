@@ -84,6 +84,11 @@ class Layout:
         return self.environment / ".workspace" / f"{name}.json"
 
     @property
+    def bytecode(self) -> Path:
+        """Bytecode of the built interpreter, inside the environment: both vanish together."""
+        return self.environment / ".workspace" / "bytecode"
+
+    @property
     def probes(self) -> Path:
         return self.root / "workspace" / "probes"
 

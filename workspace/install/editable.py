@@ -284,9 +284,11 @@ def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _
         layout.vllm,
         "--inside",
     ]
+    environment = settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"})
+    interpreter.keep_bytecode(layout, environment)
     done = process.capture(
         argv,
-        env=settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"}),
+        env=environment,
         cwd=folder,
         timeout_s=TIMEOUT_S,
     )

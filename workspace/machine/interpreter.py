@@ -265,6 +265,16 @@ def _is_begun(entry: Path, marker: Path) -> bool:
     )
 
 
+def keep_bytecode(layout: Layout, environment: dict[str, str]) -> None:
+    """Let a child of the built interpreter keep bytecode in `.vllm`, whatever the shell chose.
+
+    Containers and CI often set PYTHONDONTWRITEBYTECODE, and each process then parses thousands of
+    modules again. A PYTHONPYCACHEPREFIX of the user stays.
+    """
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.setdefault("PYTHONPYCACHEPREFIX", str(layout.bytecode))
+
+
 def install(
     layout: Layout,
     settings: Settings,

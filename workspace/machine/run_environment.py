@@ -194,6 +194,7 @@ def run_variables(
         [programs, *(entry for entry in others if entry and entry != programs)]
     )
     environment["VIRTUAL_ENV"] = str(layout.environment)
+    interpreter.keep_bytecode(layout, environment)
     return environment | dict(more or {})
 
 

@@ -79,11 +79,13 @@ def drop_bytecode(layout: Layout, *, since: Path) -> None:
     A power cut can truncate bytecode, which then breaks its import.
     """
     synced_ns = since.stat().st_mtime_ns if since.exists() else 0
+    folders = [layout.bytecode]
     for top in (*interpreter.site_packages(layout), layout.vllm):
-        for folder in top.rglob("__pycache__"):
-            for path in folder.glob("*.pyc"):
-                if path.stat().st_mtime_ns > synced_ns:
-                    path.unlink()
+        folders += top.rglob("__pycache__")
+    for folder in folders:
+        for path in folder.rglob("*.pyc"):
+            if path.stat().st_mtime_ns > synced_ns:
+                path.unlink()
 
 
 def _repair_cache(layout: Layout, settings: Settings) -> list[str]:

@@ -110,7 +110,7 @@ def test_precompiled_kernels_do_not_mix_with_those_that_were_compiled_here(
     ended = clone.run("pin.bump", f"v{CLEAN}")
     assert ended.code == 0, ended.output
     assert_is_on(clone, CLEAN)
-    assert origin(clone).startswith("precompiled wheel ")
+    assert origin(clone).startswith("precompiled ")
     left = next(clone.layout.state.glob("left-*"))
     assert (left / "products" / "vllm" / "_version.py").exists()
     assert left.name in ended.err

@@ -45,7 +45,7 @@ _IGNORED = re.compile(
     r"|\.workspace/(logs|expected-trees|tools|times|upstream)(/.*)?"
     r"|\.workspace/build/.*/(\.cmake/api/v1/reply/index-.*\.json|tickets/alone)"
     r"|cache/\.?compile-costs-.*"
-    r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/\w+\.json"
+    r"|(\.vllm|\.workspace/good/[^/]+/environment)/\.workspace/(\w+\.json|bytecode(/.*)?)"
 )
 # What is kept aside bears the time of day, and what was left by a run that was killed is kept
 # beside what the next one left.
