@@ -393,12 +393,12 @@ def run(
             run = stages.Run(
                 layout, settings, run_log, plan.observe(layout, settings), is_sandbox=is_sandbox
             )
-            _act(run, options, bounds, is_compiled=is_compiled)
+            built = _act(run, options, bounds, is_compiled=is_compiled)
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
         following = status.next_command(plan.observe(layout, settings))
-        console.info(f"vllm {observed.version} is rebuilt; next: {following}")
+        console.info(f"{built}; next: {following}")
 
 
 def _show_up_to_date(observed: plan.Observation, console: Console) -> None:
@@ -467,21 +467,22 @@ def _preflight(
 
 def _act(
     run: stages.Run, options: RebuildOptions, bounds: tuple[Jobs, Memory], *, is_compiled: bool
-) -> None:
-    """Run the steps in order; each reads what the step before it left."""
+) -> str:
+    """Run the steps in order; each reads what the step before it left. Return what was built."""
+    rebuilt = f"vllm {run.observed.version} is rebuilt"
     if not is_compiled:
         stages.act(run, stages.VLLM)
-        return
+        return rebuilt
     run.job = job = Job(run, *bounds, targets=options.targets)
     stages.act(run, PLAN)
     job.show(as_json=options.as_json)
     if options.plan_only:
-        return
+        return "nothing was built"
     stages.act(run, COMPILE)
     if job.is_install_due:
         stages.act(run, INSTALL)
-    else:
-        run.run_log.console.info(
-            f"compiled {', '.join(options.targets)} in {run.layout.relative(job.folder)};"
-            " the tree is up to date and was not changed"
-        )
+        return rebuilt
+    return (
+        f"compiled {', '.join(options.targets)} in {run.layout.relative(job.folder)}; the rest of"
+        f" vllm {run.observed.version} was not built, and no library in the tree was changed"
+    )
