@@ -73,6 +73,49 @@ def test_unknown_name_is_passed_on_with_the_nearest_known_one(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_NVDISASM_PATH", "FLASHINFER_WORKSPACE_BASE"),
+        *("FLASHINFER_CUDA_ARCH_LIST", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE"),
+        *("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_PATH", "CUDA_PATH", "NCCL_DEBUG", "TORCH_HOME"),
+        *("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_ALLOC_CONF", "TRANSFORMERS_OFFLINE"),
+        *("OMP_NUM_THREADS", "TIKTOKEN_ENCODINGS_BASE"),
+    ],
+)
+def test_variable_of_a_library_is_passed_on_without_a_warning(tmp_path: Path, name: str) -> None:
+    found = load(tmp_path, f"{name}=x\n", also_known=lambda: ["VLLM_FLASHINFER_WORKSPACE_BASED"])
+    assert found.warnings == ()
+    assert found.child_environment("run")[name] == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CUDA_HOM", "CUDA_HOME"),
+        ("HF_TOKN", "HF_TOKEN"),
+        ("HF_OFFLINE", "HF_HUB_OFFLINE"),
+        ("TORCH_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"),
+        ("TRITON_PTXAS", "TRITON_PTXAS_PATH"),
+        ("TRITON_BLACKWELL_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"),
+        ("CUDA_VISBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_typing_error_in_a_name_of_a_library_is_reported(
+    tmp_path: Path, name: str, meant: str
+) -> None:
+    found = load(tmp_path, f"{name}=x\n", also_known=lambda: ["CUDA_VISIBLE_DEVICES"])
+    (warning,) = found.warnings
+    assert f"{name} is not a known setting; did you mean {meant}?" in warning
+
+
+def test_cache_of_a_run_is_kept_from_builds(tmp_path: Path) -> None:
+    found = load(tmp_path, "TRITON_CACHE_DIR=/c\nFLASHINFER_WORKSPACE_BASE=/f\nCUDA_PATH=/d\n")
+    assert {"TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_PATH"} & {
+        *found.child_environment("build")
+    } == {"CUDA_PATH"}
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         (b"\xef\xbb\xbfDEVICE=cpu\n", ".env, line 1: begins with a byte order mark"),

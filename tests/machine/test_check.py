@@ -133,6 +133,18 @@ def test_unknown_name_is_an_error_in_dotenv_and_a_warning_in_the_shell(
     assert judged(house, recipe={"VLLM_LOGING_LEVEL": "DEBUG"})["VLLM_LOGING_LEVEL"].state == "FAIL"
 
 
+def test_row_of_a_librarys_variable_names_its_phase_and_a_typing_error_is_a_warning(
+    house: House,
+) -> None:
+    rows = judged(house, "TRITON_CACHE_DIR=/c\nCUDA_HOM=/usr\n")
+    assert (rows["TRITON_CACHE_DIR"].state, rows["TRITON_CACHE_DIR"].text) == (
+        "ok",
+        "for running vLLM",
+    )
+    assert rows["CUDA_HOM"].state == "warn"
+    assert "did you mean CUDA_HOME?" in rows["CUDA_HOM"].text
+
+
 def test_without_a_tree_no_name_is_judged(house: House) -> None:
     house.layout.dotenv.write_text("VLLM_LOGING_LEVEL=DEBUG\n")
     rows = check.judge(Case(house.layout, house.settings(), device="cpu", kernels="precompiled"))

@@ -73,8 +73,16 @@ _BUILD_ONLY = re.compile(
 # Read by a running vLLM only; a build also reads VLLM_CONFIG_ROOT.
 _RUN_ONLY = re.compile(
     r"(VLLM_(?!CONFIG_ROOT$)\w+|HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+"
-    r"|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+)$"
+    r"|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+|FLASHINFER_\w+|TRITON_CACHE_DIR)$"
 )
+# Families of variables of CUDA, torch and the libraries that vLLM runs with: too many to list.
+_OF_LIBRARIES = re.compile(
+    r"(CUDA|NCCL|OMP|TORCH|PYTORCH|TORCHDYNAMO|TORCHINDUCTOR|TRITON|FLASHINFER|HF|HUGGING_?FACE"
+    r"|TRANSFORMERS|TIKTOKEN)_\w+$"
+)
+# A name of such a family that is nearer to a known name than this is a typing error. Measured on 40
+# real names: TRITON_HOME is at 0.76 to TRITON_REF.
+_TYPING_ERROR = 0.77
 _GIT_LOCAL = re.compile(
     r"GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR"
     r"|NAMESPACE|PREFIX|QUARANTINE_PATH"
@@ -284,9 +292,15 @@ def load(
     warnings += [
         _unknown(name, written[name][1], known)
         for name in unknown
-        if name not in known and not _BUILD_ONLY.match(name)
+        if name not in known and not _BUILD_ONLY.match(name) and not _is_of_library(name, known)
     ]
     return Settings(values, passed, shell, tuple(warnings))
+
+
+def _is_of_library(name: str, known: Iterable[str]) -> bool:
+    """Return whether CUDA, torch or a library may read the variable, and no known name is near."""
+    others = (each for each in known if not each.startswith("VLLM_"))
+    return bool(_OF_LIBRARIES.match(name)) and not nearest(name, others, cutoff=_TYPING_ERROR)
 
 
 def _value(
@@ -335,9 +349,9 @@ def forget_odd_terminal() -> None:
             del os.environ[name]
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
     """Return the known name most like `name`, or None where none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
