@@ -360,11 +360,11 @@ def _print_effects(
     console.row(
         "FAIL" if noise.verdict == "fail" else "ok",
         "A/A",
-        f" {name}: odd against even starts of one tree {compare.percent(noise.ratio)}"
+        f"{name}: odd against even starts of one tree {compare.percent(noise.ratio)}"
         f"{compare.interval_text(noise)}",
     )
     seen = "; both arms are affected alike" if order.is_seen else ""
-    console.row("warn" if order.is_seen else "ok", "order", f" {name}: {order.sentence}{seen}")
+    console.row("warn" if order.is_seen else "ok", "order", f"{name}: {order.sentence}{seen}")
 
 
 def _print_next(session: Session, verdicts: Verdicts) -> None:
@@ -416,7 +416,7 @@ def _compare_each_patch(session: Session, observed: plan.Observation) -> None:
             with ab_trees.tree_without(layout, observed, name) as tree:
                 found[name] = _judge(session, run_interleaved(session, (tree, ours)))
         except (PatchConflict, BuildError) as exc:
-            console.row("skipped", name, f" cannot be left out: {exc.message}")
+            console.row("skipped", name, f"cannot be left out: {exc.message}")
     _conclude(session, stack.names, found)
 
 
@@ -428,7 +428,7 @@ def _conclude(session: Session, names: Sequence[str], found: Mapping[str, Verdic
         if name in found:
             compare.print_rows(found[name].rows, console=console, title=name)
         else:
-            console.row("skipped", name, " cannot be left out, see above")
+            console.row("skipped", name, "cannot be left out, see above")
     for verdicts in found.values():
         _print_next(session, verdicts)
     slow = [

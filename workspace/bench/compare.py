@@ -208,7 +208,7 @@ def print_rows(rows: Sequence[Row], *, console: Console, title: str | None = Non
     """Print the verdict of each metric, with `title` in the place of the metric's name."""
     for row in rows:
         text = f"{row.metric} {sentence(row)}" if title else sentence(row)
-        console.row(STATES[row.judgement.verdict], title or row.metric, f" {text}")
+        console.row(STATES[row.judgement.verdict], title or row.metric, text)
 
 
 def worse(rows: Sequence[Row]) -> str:

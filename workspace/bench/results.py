@@ -364,7 +364,7 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
             console.row("FAIL", entry.path.stem, entry.problem)
         else:
             state: State = "ok" if entry.record.is_complete else "warn"
-            console.row(state, entry.record.stem, f" {_line(entry.record)}")
+            console.row(state, entry.record.stem, _line(entry.record))
     if not found:
         console.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1

@@ -7,7 +7,9 @@ nothing to do leaves none.
 
 import contextlib
 import datetime
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +36,11 @@ _STYLES: dict[str, str] = {
 }
 STATE_WIDTH = 9
 NAME_WIDTH = 14
+# The narrowest column of text beside the names, however long those are.
+_NARROWEST = 20
+# A command and its first argument, which stay on one line: `./scripts/inv bootstrap`.
+_COMMAND = re.compile(r"(\./scripts/\w+) (?=\S)")
+_NO_BREAK = "\u00a0"
 
 
 @dataclass
@@ -89,7 +96,7 @@ class Console:
             print(text, file=self._err, flush=True)
 
     def warn(self, text: str) -> None:
-        self.info(f"warning: {text}", style="yellow")
+        self.info("\n".join(self.wrapped(f"warning: {text}")), style="yellow")
 
     def command(self, text: str) -> None:
         """Echo a changing command in a form that can be copied into a shell."""
@@ -99,24 +106,41 @@ class Console:
         """Print a failure: details first, then the sentence and its hint as the last lines."""
         for line in error.details:
             self.info(f"  {line}")
-        self.info(f"error: {error.message}", style="bold red")
+        self.info("\n".join(self.wrapped(f"error: {error.message}")), style="bold red")
         if error.hint:
+            # Never wrapped, so that a person can copy it.
             self.info(f"hint: {error.hint}")
+
+    def wrapped(self, text: str, *, indent: int = 0) -> list[str]:
+        """Return the lines of a text that is cut at blanks to fit beside `indent` columns.
+
+        Away from a terminal it is one line, which a program can search.
+        """
+        if self._rich is None:
+            return [text]
+        room = max(_NARROWEST, self._rich.width - indent)
+        lines = textwrap.wrap(
+            _COMMAND.sub(rf"\1{_NO_BREAK}", text),
+            room,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return [line.replace(_NO_BREAK, " ") for line in lines] or [""]
 
     def row(self, state: State, name: str, text: str) -> None:
         """Print one row of a status screen: state, name, then reason or next command."""
+        label = f"{name:<{NAME_WIDTH}}"
+        label += "" if label.endswith(" ") else " "
+        first, *more = self.wrapped(text, indent=STATE_WIDTH + len(label))
         if self._rich is not None:
             from rich.text import Text
 
-            self._rich.print(
-                Text.assemble(
-                    (f"{state:<{STATE_WIDTH}}", _STYLES.get(state, "")),
-                    f"{name:<{NAME_WIDTH}}",
-                    text,
-                )
-            )
+            style = _STYLES.get(state, "")
+            self._rich.print(Text.assemble((f"{state:<{STATE_WIDTH}}", style), label, first))
         else:
-            self.info(f"{state:<{STATE_WIDTH}}{name:<{NAME_WIDTH}}{text}".rstrip())
+            self.info(f"{state:<{STATE_WIDTH}}{label}{first}".rstrip())
+        for line in more:
+            self.info(" " * (STATE_WIDTH + len(label)) + line)
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[Step]:

@@ -8,9 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
-import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -309,31 +306,14 @@ def show(
 
 def _print(rows: tuple[Row, ...], console: Console) -> None:
     """Print one line a row; for a fault also why it matters and the command, a line each."""
-    room = (_width() if console.is_terminal else sys.maxsize) - STATE_WIDTH - NAME_WIDTH
     indent = " " * (STATE_WIDTH + NAME_WIDTH)
     for row in rows:
-        first, *more = _wrapped(row.seen, room)
-        console.row(row.state, row.name, first)
+        console.row(row.state, row.name, row.seen)
         if row.state != "ok":
-            more += _wrapped(row.why, room)
-        for line in more:
-            console.info(indent + line)
+            for line in console.wrapped(row.why, indent=len(indent)):
+                console.info(indent + line)
         if row.hint and row.state != "ok":
             # Never wrapped, so that a person can copy it.
             console.info(f"{indent}$ {row.hint}", style="bold")
     counts = {state: sum(row.state == state for row in rows) for state in ORDER}
     console.info(f"{counts['ok']} ok, {counts['warn']} warn, {counts['FAIL']} FAIL")
-
-
-def _wrapped(text: str, room: int) -> list[str]:
-    return textwrap.wrap(text, max(20, room), break_long_words=False, break_on_hyphens=False) or [
-        ""
-    ]
-
-
-def _width() -> int:
-    """Return the columns of the terminal on stderr, where the rows go."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return shutil.get_terminal_size((100, 24)).columns
