@@ -62,7 +62,7 @@ def test_second_verb_stops_and_says_who_holds_the_lock(tmp_path: Path) -> None:
                 LockError,
                 match=(
                     rf"^inv bootstrap \(process {child.pid}\) has been changing this workspace"
-                    r" since 20.*, now torch$"
+                    r" since 20.*; its present step is torch$"
                 ),
             ),
             lock.hold(path, verb="status"),

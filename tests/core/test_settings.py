@@ -118,12 +118,12 @@ def test_cache_of_a_run_is_kept_from_builds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"\xef\xbb\xbfDEVICE=cpu\n", ".env, line 1: begins with a byte order mark"),
-        (b"DEVICE=cpu\nSOURCE=git\r\n", ".env, line 2: has Windows line ends"),
-        (b"DEVICE=cpu\n\nMAX_\0JOBS=1\n", ".env, line 3: has a zero byte"),
-        (b"# caf\xe9\n", ".env, line 1: is not UTF-8"),
-        (b"# fine\n\nDEVICE\n", ".env, line 3: is not of the form NAME=value"),
-        (b"DEVICE=cpu\n12=a\n", ".env, line 2: is not of the form NAME=value"),
+        (b"\xef\xbb\xbfDEVICE=cpu\n", ".env, line 1 begins with a byte order mark"),
+        (b"DEVICE=cpu\nSOURCE=git\r\n", ".env, line 2 has Windows line ends"),
+        (b"DEVICE=cpu\n\nMAX_\0JOBS=1\n", ".env, line 3 has a zero byte"),
+        (b"# caf\xe9\n", ".env, line 1 is not UTF-8"),
+        (b"# fine\n\nDEVICE\n", ".env, line 3 is not of the form NAME=value"),
+        (b"DEVICE=cpu\n12=a\n", ".env, line 2 is not of the form NAME=value"),
         (b"\n\nDEVICE=gpu\n", ".env, line 3: DEVICE: 'gpu' is not one of auto, cuda, cpu"),
         (b"MAX_JOBS=0\n", ".env, line 1: MAX_JOBS: '0' is not a whole number of at least 1"),
         (

@@ -304,7 +304,7 @@ def test_broken_settings_and_pins_are_part_of_the_report_and_do_not_stop_it(worl
     ended = report(world, env={"NVCC_THREADS": "many"})
     files = unpacked(ended)
     settings = json.loads(files["settings.json"])
-    assert settings["problem"] == ".env, line 1: is not of the form NAME=value"
+    assert settings["problem"] == ".env, line 1 is not of the form NAME=value"
     assert settings[".env"] == {"HF_TOKEN": "set", "MAX_JOBS": "3"}
     assert "vendor/pins.toml: vllm.tag is 7" in files["status.txt"]
     assert "warn     status        vendor/pins.toml: vllm.tag is 7" in ended.err

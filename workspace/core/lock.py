@@ -91,7 +91,7 @@ def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
 def _holder(name: str) -> str:
     try:
         record = json.loads(Path(name).read_text(encoding="utf-8"))
-        doing = f", now {record['doing']}" if record["doing"] else ""
+        doing = f"; its present step is {record['doing']}" if record["doing"] else ""
         return (
             f"{record['verb']} (process {record['pid']}) has been changing this workspace since"
             f" {record['since']}{doing}"

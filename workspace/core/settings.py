@@ -29,6 +29,8 @@ _EXPANDED = (
 )
 # Flags whose name differs from that of their setting.
 _FLAGS = {"MAX_JOBS": "jobs"}
+# Valid values of settings without a default.
+_EXAMPLES = {"count": "4", "switch": "0", "archs": "12.1a"}
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 _ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
 # The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
@@ -315,7 +317,7 @@ def _value(
     flag = flags.get(name)
     if flag is not None:
         value = Value(flag, "flag")
-        place = f"--{_FLAGS.get(name) or name.lower().replace('_', '-')}"
+        place = _flag(name)
     elif name in shell:
         value, place = Value(shell[name], "shell"), f"{name} in the shell"
     elif name in written:
@@ -326,9 +328,20 @@ def _value(
     if expected := _expected(setting, value.text):
         shown = "a value" if setting.secret else repr(_presentable(value.text, secrets))
         raise SettingsError(
-            f"{place}: {shown} is not {expected}", hint=f"{name}: {setting.meaning}"
+            f"{place}: {shown} is not {expected}", hint=_example(setting, is_flag=flag is not None)
         )
     return value
+
+
+def _example(setting: Setting, *, is_flag: bool) -> str:
+    """Return a valid value as it is written in this place, and what the setting means."""
+    text = setting.default or _EXAMPLES.get(setting.kind, "")
+    written = f"{_flag(setting.name)} {text}" if is_flag else f"{setting.name}={text}"
+    return f"{written}    is valid; {setting.name}: {setting.meaning}"
+
+
+def _flag(name: str) -> str:
+    return f"--{_FLAGS.get(name) or name.lower().replace('_', '-')}"
 
 
 def written(layout: Layout) -> Mapping[str, str]:
@@ -383,7 +396,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
             and (binding.value is None or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", binding.key))
         ):
             raise SettingsError(
-                f".env, line {line}: is not of the form NAME=value",
+                f".env, line {line} is not of the form NAME=value",
                 hint="quote a value that has blanks or #; begin a comment with #",
             )
         if binding.key is not None:
@@ -398,27 +411,27 @@ def _dotenv_text(raw: bytes) -> str:
     """Return .env as text. Raises SettingsError for bytes that a shell or a program misreads."""
     if raw.startswith(b"\xef\xbb\xbf"):
         raise SettingsError(
-            ".env, line 1: begins with a byte order mark, which hides the first name",
+            ".env, line 1 begins with a byte order mark, which hides the first name",
             hint=r"sed -i '1s/^\xef\xbb\xbf//' .env",
         )
     if b"\r" in raw:
         line = raw[: raw.index(b"\r")].count(b"\n") + 1
         raise SettingsError(
-            f".env, line {line}: has Windows line ends, which a shell takes into the value",
+            f".env, line {line} has Windows line ends, which a shell takes into the value",
             hint=r"sed -i 's/\r$//' .env",
         )
     if b"\0" in raw:
         line = raw[: raw.index(b"\0")].count(b"\n") + 1
         raise SettingsError(
-            f".env, line {line}: has a zero byte, which no program accepts",
-            hint="write the line again",
+            f".env, line {line} has a zero byte, which no program accepts",
+            hint="cp .env.example .env    begins a new one; or write that line again",
         )
     try:
         return raw.decode()
     except UnicodeDecodeError as exc:
         raise SettingsError(
-            f".env, line {raw[: exc.start].count(bytes([10])) + 1}: is not UTF-8",
-            hint="write the line again",
+            f".env, line {raw[: exc.start].count(bytes([10])) + 1} is not UTF-8",
+            hint="cp .env.example .env    begins a new one; or write that line again",
         ) from exc
 
 
