@@ -38,27 +38,49 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["nonsense"], "error: there is no verb nonsense\nhint: inv --list\n"),
+        (["nonsense"], "error: there is no verb nonsense\nhint: ./scripts/inv --list\n"),
         (
             ["bootstarp"],
-            "error: there is no verb bootstarp\nhint: did you mean bootstrap? inv --list\n",
+            (
+                "error: there is no verb bootstarp\n"
+                "hint: did you mean bootstrap? ./scripts/inv --list\n"
+            ),
         ),
         (
             ["bootstrap", "--nope"],
-            "error: inv bootstrap has no flag --nope\nhint: inv --help bootstrap\n",
+            "error: inv bootstrap has no flag --nope\nhint: ./scripts/inv --help bootstrap\n",
         ),
         (
             ["bootstrap", "--devise=cpu"],
             (
-                "error: inv bootstrap has no flag --devise\nhint: did you mean --device? inv --help"
-                " bootstrap\n"
+                "error: inv bootstrap has no flag --devise\n"
+                "hint: did you mean --device? ./scripts/inv --help bootstrap\n"
             ),
         ),
-        (["bootstrap", "--device"], "error: --device needs a value\nhint: inv --help bootstrap\n"),
-        (["--dry", "bootstrap"], "error: inv has no flag --dry\nhint: inv --help\n"),
+        (
+            ["bootstrap", "--device"],
+            "error: --device needs a value\nhint: ./scripts/inv --help bootstrap\n",
+        ),
+        (["--dry", "bootstrap"], "error: inv has no flag --dry\nhint: ./scripts/inv --help\n"),
         (
             ["--help", "bootstarp"],
-            "error: there is no verb bootstarp\nhint: did you mean bootstrap? inv --list\n",
+            (
+                "error: there is no verb bootstarp\n"
+                "hint: did you mean bootstrap? ./scripts/inv --list\n"
+            ),
+        ),
+        (
+            ["serve"],
+            "error: inv serve.start needs RECIPE\nhint: ./scripts/inv --help serve.start\n",
+        ),
+        (["--list", "nope"], "error: no verb begins with 'nope.'\nhint: ./scripts/inv --list\n"),
+        (
+            ["--list-format", "nope", "--list"],
+            "error: --list-format: 'nope' is not one of flat, nested, json\n",
+        ),
+        (
+            ["--print-completion-script", "nope"],
+            "error: there is no completion for the shell 'nope', only for bash, fish, zsh\n",
         ),
         (
             ["bootstrap", "--device", "gpu"],
@@ -82,6 +104,24 @@ def test_reader_that_goes_away_is_no_traceback(ready: Clone) -> None:
     closed = ready.run("/bin/sh", "-c", script, ready.root / "scripts" / "inv")
     assert "Traceback" not in closed.stderr
     assert "BrokenPipe" not in closed.stderr
+
+
+def test_output_on_a_full_disk_is_a_sentence(ready: Clone) -> None:
+    script = '"$0" env.export >/dev/full'
+    failed = ready.run("/bin/sh", "-c", script, ready.root / "scripts" / "inv")
+    assert failed.returncode == 6
+    assert failed.stderr.startswith(
+        "error: the output cannot be written: No space left on device\n"
+    )
+    assert failed.stderr.count("\n") == 2
+
+
+def test_help_of_a_verb_names_what_it_needs_and_each_value(ready: Clone) -> None:
+    serve = ready.inv("serve.start", "--help").stdout.splitlines()
+    rebuild = ready.inv("--help", "rebuild").stdout.splitlines()
+    assert any(line.startswith("  --dry-run, -d ") for line in serve)
+    assert serve[0] == "Usage: inv serve.start RECIPE [flags] [-- FLAGS OF VLLM]"
+    assert any(line.startswith("  --target, -t TARGET ") for line in rebuild)
 
 
 def test_every_help_text_fits_its_column(ready: Clone) -> None:

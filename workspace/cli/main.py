@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from workspace.core import files, settings
 from workspace.core.console import Console
@@ -140,8 +141,8 @@ def _failed(error: WorkspaceError) -> int:
     # An error without a hint, as git's message on a repository that a power cut damaged.
     error.hint = error.hint or _LOOK_FURTHER
     # Data that was printed before the failure comes first.
+    _flushed(sys.stdout)
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
         console().error(error)
     return error.exit_code
 
@@ -157,6 +158,11 @@ def _names_a_link(exc: OSError) -> bool:
 
 def _refused(exc: OSError) -> ToolchainError:
     """Return an error for a refusal of the operating system, wherever it came up."""
+    if exc.filename is None and not _flushed(sys.stdout):
+        return ToolchainError(
+            f"the output cannot be written: {exc.strerror}",
+            hint="df -h    shows which file system is full",
+        )
     place = Path(os.fsdecode(exc.filename)) if isinstance(exc.filename, str | bytes) else None
     folder = place.parent if place else Path()
     looked_at = folder if place is None or exc.errno in _NO_RIGHTS else place
@@ -166,6 +172,19 @@ def _refused(exc: OSError) -> ToolchainError:
     return ToolchainError(
         f"{place or 'a file'} cannot be written or read: {exc.strerror}", hint=hint
     )
+
+
+def _flushed(stream: TextIO) -> bool:
+    """Write what the stream still holds; discard it, and return False, where that fails.
+
+    Python would write it again at exit, and end with 120.
+    """
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def _readers_are_gone() -> bool:

@@ -69,8 +69,8 @@ def export(
 
     if bool(patch) != bool(branch) or (branch and check):
         raise SettingsError(
-            "--branch and --patch belong together, and without --check",
-            hint="inv patch.export --branch NAME --patch FILE",
+            "--branch needs --patch, --patch needs --branch, and neither works with --check",
+            hint="./scripts/inv patch.export --branch NAME --patch FILE",
         )
     if branch:
         patching.make_branch(
@@ -118,7 +118,7 @@ def continue_(
 
     if skip and abort:
         raise SettingsError(
-            "--skip and --abort exclude each other", hint="inv --help patch.continue"
+            "--skip and --abort exclude each other", hint="./scripts/inv --help patch.continue"
         )
     how: Literal["continue", "skip", "abort"] = "skip" if skip else "abort" if abort else "continue"
     if project == "vllm" and bump.is_under_way(here):

@@ -3,6 +3,7 @@ its own exit codes.
 """
 
 import difflib
+import inspect
 import re
 import sys
 
@@ -51,6 +52,26 @@ COLLECTIONS = {
     ),
     "bench": (verbs.bench_list, verbs.bench_compare, verbs.bench_report),
 }
+
+
+_INV = "./scripts/inv"
+_LIST = f"{_INV} --list"
+_LIST_FORMATS = ("flat", "nested", "json")
+# What follows the flags of a verb that passes the rest on.
+_REST = {"run": " -- COMMAND", "serve.start": " [-- FLAGS OF VLLM]"}
+# Invoke's sentences, and ours.
+_SENTENCES = (
+    (r"Flag <Argument: ([\w-]+).*> needed value.*", r"--\1 needs a value"),
+    (
+        r"'([\w.-]+)' did not receive required positional arguments: (.+)",
+        lambda found: f"inv {found[1]} needs {found[2].replace(chr(39), '').upper()}",
+    ),
+    (r"Sub-collection '(.*)' not found!", r"no verb begins with '\1.'"),
+    (
+        r'Completion for shell "(.*)" not supported \(options are: (.*)\)\.',
+        r"there is no completion for the shell '\1', only for \2",
+    ),
+)
 
 
 class NoConfig(Config):
@@ -104,7 +125,7 @@ class WorkspaceProgram(Program):
     def run(self, argv: list[str] | None = None, exit: bool = True) -> None:
         try:
             self.create_config()
-            self._parse_core_flags(argv)
+            self._parse_core_flags(_help_first(argv) if argv else None)
             self.parse_collection()
             self.parse_tasks()
             self.parse_cleanup()
@@ -113,14 +134,31 @@ class WorkspaceProgram(Program):
             raise self._misuse(exc) from exc
         except Exit as exc:
             if exc.message:
-                raise SettingsError(exc.message, hint="inv --list") from exc
+                raise SettingsError(_plain(exc.message), hint=_LIST) from exc
 
     def _parse_core_flags(self, argv: list[str] | None) -> None:
         try:
             self.parse_core(argv)
         except ValueError as exc:
             # The only core flag that Invoke converts to a number.
-            raise SettingsError("--list-depth needs a whole number", hint="inv --help") from exc
+            raise SettingsError("--list-depth needs a whole number", hint=f"{_INV} --help") from exc
+
+        if (chosen := self.args["list-format"].value) not in _LIST_FORMATS:
+            raise SettingsError(
+                f"--list-format: {chosen!r} is not one of {', '.join(_LIST_FORMATS)}", hint=_LIST
+            )
+
+    def print_task_help(self, name: str) -> None:
+        """Print usage, purpose and flags of a verb."""
+        context = self.parser.contexts[name]
+        needed = [str(argument.name).upper() for argument in context.positional_args]
+        flags = [_flag_row(argument) for argument in context.args.values()]
+        usage = " ".join(["inv", name, *needed])
+        print(f"Usage: {usage}{' [flags]' if flags else ''}{_REST.get(name, '')}\n")
+        print(f"  {inspect.getdoc(self.collection[name])}\n")
+        if flags:
+            print("Flags:\n")
+            self.print_columns(sorted(flags))
 
     def parse_cleanup(self) -> None:
         try:
@@ -138,16 +176,9 @@ class WorkspaceProgram(Program):
         """
         unknown = re.search(r"No idea what '(.+)' is", str(error))
         verb = error.context.name if error.context is not None else None
-        more = f"inv --help {verb}" if verb else "inv --help"
+        more = f"{_INV} --help {verb}" if verb else f"{_INV} --help"
         if unknown is None:
-            return SettingsError(
-                re.sub(
-                    r"^Flag <Argument: ([\w-]+).*> needed value.*",
-                    r"--\1 needs a value",
-                    str(error),
-                ),
-                hint=more,
-            )
+            return SettingsError(_plain(str(error)), hint=more)
         typed = unknown.group(1)
         if typed.startswith("-"):
             context = self.parser.contexts[verb] if verb else self.initial_context
@@ -155,10 +186,34 @@ class WorkspaceProgram(Program):
             sentence = "{} has no flag {}".format("inv " + verb if verb else "inv", typed)
         else:
             like = difflib.get_close_matches(typed, list(self.parser.contexts), n=3)
-            sentence, more = f"there is no verb {typed}", "inv --list"
+            sentence, more = f"there is no verb {typed}", _LIST
         return SettingsError(
             sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more
         )
+
+
+def _help_first(argv: list[str]) -> list[str]:
+    """Return `inv VERB --help` as `inv --help VERB`; Invoke takes it for an argument of VERB."""
+    tokens = argv[1 : argv.index("--") if "--" in argv else None]
+    if tokens and tokens[0][:1] != "-" and {"--help", "-h"} & set(tokens):
+        return [argv[0], "--help", tokens[0]]
+    return argv
+
+
+def _plain(message: str) -> str:
+    """Return a message of Invoke as a sentence of this workspace."""
+    for pattern, sentence in _SENTENCES:
+        if re.fullmatch(pattern, message, re.DOTALL):
+            return re.sub(pattern, sentence, message, flags=re.DOTALL)
+    return message
+
+
+def _flag_row(argument: Argument) -> tuple[str, str]:
+    """Return the forms of a flag with its value, and its meaning."""
+    name = str(argument.name).replace("_", "-")
+    forms = [f"--{name}", *(f"-{short}" for short in argument.names if len(short) == 1)]
+    value = f" {name.upper()}" if argument.takes_value else ""
+    return ", ".join(forms) + value, argument.help or ""
 
 
 def program() -> Program:

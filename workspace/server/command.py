@@ -65,7 +65,7 @@ def run_command(
     if not argv:
         raise SettingsError(
             "there is no command to run",
-            hint="inv run -- python -c 'import vllm'    write the command after --",
+            hint="./scripts/inv run -- python -c 'import vllm'    has the command after --",
         )
     process.become(argv, env=_ready(layout, settings, console))
 
