@@ -158,7 +158,7 @@ def _find_model(session: _Session) -> Path | None:
             + (
                 "its folder is made at the first start"
                 if recipe.origin == "built-in"
-                else "inv serve fetches it"
+                else "./scripts/inv serve fetches it"
             )
         )
     elif folder is None:

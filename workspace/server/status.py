@@ -62,8 +62,8 @@ def logs(
     """
     if lines and not (lines.isdigit() and 0 < int(lines) <= LONGEST_TAIL):
         raise SettingsError(
-            f"--lines: {lines!r} is no whole number from 1 to {LONGEST_TAIL}",
-            hint="inv serve.logs --lines 100",
+            f"--lines: {lines!r} is not a whole number from 1 to {LONGEST_TAIL}",
+            hint="./scripts/inv serve.logs --lines 100",
         )
     server = find(layout.server)
     kept = sorted((layout.server / "logs").glob("*.log"))
