@@ -19,8 +19,9 @@ from tests.repo.conftest import (
     sh_git,
     write,
 )
+from workspace.core import settings as known
 from workspace.core.console import Console
-from workspace.core.errors import PatchConflict
+from workspace.core.errors import PatchConflict, SettingsError
 from workspace.repo import overview
 
 
@@ -283,3 +284,9 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     assert [line for line in err.getvalue().splitlines() if line.startswith("applied")][3].endswith(
         "  edits: README"
     )
+
+
+def test_unknown_project_is_a_wrong_flag_and_not_a_missing_series(workspace: Workspace) -> None:
+    loaded = known.load(workspace.layout, environ={})
+    with pytest.raises(SettingsError, match="--project: 'nope' is not one of vllm, triton"):
+        overview.show(workspace.layout, loaded, "nope", console=Console())

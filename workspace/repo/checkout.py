@@ -14,9 +14,9 @@ from typing import Literal
 
 from workspace.core import files
 from workspace.core.console import RunLog, Step
-from workspace.core.errors import CheckoutError, SourceError
+from workspace.core.errors import CheckoutError, SettingsError, SourceError
 from workspace.core.files import write_atomic
-from workspace.core.paths import Layout
+from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings
 from workspace.repo import git, index, pins
 from workspace.repo.git import Git
@@ -80,7 +80,7 @@ class _Making:
             raise SourceError(
                 f"{git.without_user(self.url)} did not serve {self.pin.tag}, commit"
                 f" {self.pin.commit}",
-                hint="set VLLM_MIRROR to a copy that has it, or inv bootstrap --source release",
+                hint="set VLLM_MIRROR to a copy that has it, or ./scripts/inv bootstrap --source release",
             )
 
     def check_out(self, made: Git, commit: str) -> None:
@@ -92,6 +92,15 @@ class _Making:
 def folder_of(layout: Layout, pin: Pin) -> Path:
     """Return the folder of a project's checkout."""
     return layout.triton if pin.name == "triton" else layout.vllm
+
+
+def require_project(name: str) -> None:
+    """Raise SettingsError where no checkout has this name."""
+    if name not in PROJECTS:
+        raise SettingsError(
+            f"--project: {name!r} is not one of {', '.join(PROJECTS)}",
+            hint="./scripts/inv patch --project vllm",
+        )
 
 
 def observe(layout: Layout, pin: Pin) -> Checkout:

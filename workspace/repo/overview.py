@@ -53,7 +53,11 @@ def rows(layout: Layout, project: str, pin: Pin, checkout: Checkout) -> tuple[Ro
 def show(
     layout: Layout, settings: Settings, project: str, *, console: Console, as_json: bool = False
 ) -> None:
-    """Print a row for the stack, a row for each patch, and the next command; or all as JSON."""
+    """Print a row for the stack, a row for each patch, and the next command; or all as JSON.
+
+    Raises SettingsError for an unknown project.
+    """
+    checkouts.require_project(project)
     pinned = pins.load(layout.pins)
     pin = pinned.triton if project == "triton" else pinned.vllm
     checkout = checkouts.observe(layout, pin)

@@ -17,7 +17,7 @@ from workspace.core.errors import (
     SettingsError,
     SourceError,
 )
-from workspace.core.paths import PROJECTS, Layout
+from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.repo import checkout as checkouts
 from workspace.repo import mail, moves, patches, pins
@@ -161,7 +161,7 @@ def _on_main(layout: Layout, project: str, git: Git, main: str, file: Path) -> C
         raise PatchDrift(
             f"{file.name} is in upstream already: it changes nothing on upstream's main,"
             f" {main[:12]}",
-            hint="inv pin.forecast main",
+            hint="./scripts/inv pin.forecast main",
         )
     return made[0]
 
@@ -288,11 +288,7 @@ def _opened(
     layout: Layout, settings: Settings, project: str, verb: str, console: Console, *, wait: bool
 ) -> Iterator[Session]:
     """Take the lock, open a run log, finish a killed move and yield the observed stack."""
-    if project not in PROJECTS:
-        raise SettingsError(
-            f"there is no project {project}, only {' and '.join(PROJECTS)}",
-            hint="inv --help patch.apply",
-        )
+    checkouts.require_project(project)
     pins.require_settled(layout)
     pinned = pins.load(layout.pins)
     pin = pinned.triton if project == "triton" else pinned.vllm
