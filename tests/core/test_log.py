@@ -1,7 +1,10 @@
 """Run log: no file without a line, no secret anywhere."""
 
 import io
+import os
 from pathlib import Path
+
+import pytest
 
 from workspace.core.console import KEPT_LOGS, Console, RunLog
 
@@ -52,3 +55,20 @@ def test_old_logs_go_and_the_newest_stay(tmp_path: Path) -> None:
     logs = sorted(path.name for path in tmp_path.iterdir())
     assert len(logs) == KEPT_LOGS
     assert logs[0] == "2000-006-bootstrap.log"
+
+
+def test_full_disk_is_an_error_with_the_name_of_the_log(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, run_log(tmp_path)[0] as run:
+        run.line("fits")
+        assert run.path is not None
+        opened = next(
+            int(link.name)
+            for link in Path("/proc/self/fd").iterdir()
+            if link.is_symlink() and link.resolve() == run.path.resolve()
+        )
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, opened)
+        os.close(full)
+        run.line("does not")
+    assert run.path is not None
+    assert caught.value.filename == str(run.path)

@@ -127,8 +127,8 @@ class Console:
         )
         return [line.replace(_NO_BREAK, " ") for line in lines] or [""]
 
-    def row(self, state: State, name: str, text: str) -> None:
-        """Print one row of a status screen: state, name, then reason or next command."""
+    def row(self, state: State, name: str, text: str, *, hint: str | None = None) -> None:
+        """Print one row of a status screen: state, name, reason; below it the command."""
         label = f"{name:<{NAME_WIDTH}}"
         label += "" if label.endswith(" ") else " "
         first, *more = self.wrapped(text, indent=STATE_WIDTH + len(label))
@@ -139,8 +139,12 @@ class Console:
             self._rich.print(Text.assemble((f"{state:<{STATE_WIDTH}}", style), label, first))
         else:
             self.info(f"{state:<{STATE_WIDTH}}{label}{first}".rstrip())
+        indent = " " * (STATE_WIDTH + len(label))
         for line in more:
-            self.info(" " * (STATE_WIDTH + len(label)) + line)
+            self.info(indent + line)
+        if hint:
+            # Never wrapped, so that a person can copy it.
+            self.info(f"{indent}$ {hint}", style="bold")
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[Step]:
@@ -215,7 +219,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self._file:
-            self._file.close()
+            with _naming(self._file):
+                self._file.close()
 
     def phase(self, name: str, step: Step | None = None) -> None:
         """Begin a phase; the log names it before the first line that follows."""
@@ -240,7 +245,8 @@ class RunLog:
         if self._phase:
             print(f"== {self._phase} · {_now()}", file=file)
             self._phase = ""
-        print(self.redact(text), file=file, flush=True)
+        with _naming(file):
+            print(self.redact(text), file=file, flush=True)
 
     def redact(self, text: str) -> str:
         for secret in self._secrets:
@@ -257,6 +263,15 @@ class RunLog:
                 "w", encoding="utf-8", errors="backslashreplace"
             )
         return self._file
+
+
+@contextlib.contextmanager
+def _naming(file: TextIO) -> Iterator[None]:
+    """Add the name of the file to an error such as that of a full disk."""
+    try:
+        yield
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, file.name) from exc
 
 
 def _now() -> str:

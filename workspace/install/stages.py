@@ -257,8 +257,7 @@ def require_rows(rows: Sequence[doctor.Row], console: Console, *, what: str) -> 
     """
     for row in rows:
         if row.state != "ok":
-            hint = f"; {row.hint}" if row.hint else ""
-            console.row(row.state, row.name, f"{row.seen}: {row.why}{hint}")
+            console.row(row.state, row.name, f"{row.seen}: {row.why}", hint=row.hint)
     if failed := [row for row in rows if row.state == "FAIL"]:
         raise ToolchainError(
             f"cannot {what} on this machine:"

@@ -228,11 +228,11 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         )
     else:
         for row in rows:
-            text = row.text + (f"; {row.hint}" if row.hint else "")
             console.row(
                 row.state,
                 f"{row.name:<{NAME_WIDTH}}",
-                f"{row.value:<{VALUE_WIDTH}} {row.source:<{SOURCE_WIDTH}}{text}".rstrip(),
+                f"{row.value:<{VALUE_WIDTH}} {row.source:<{SOURCE_WIDTH}}{row.text}".rstrip(),
+                hint=row.hint,
             )
     _stop(failed)
 
