@@ -1,9 +1,12 @@
-"""Entrance of `nox`: its sessions judge the workspace. Imports nothing of the library.
+"""Sessions judge the workspace and change nothing. Arguments go after --, such as
+nox -s smoke -- --help.
 
-A single session ends the process with the exit code of its child (8: the smoke failed). With
-several sessions all run, and nox exits with 1 if any failed. scripts/nox starts this file in the
-tool environment; another nox hands over to that script.
+A single session exits as its program does: 8 if the smoke failed. Several sessions all run, and
+nox exits with 1 if any of them failed.
 """
+
+# `nox --list` prints the text above. This file imports nothing of the library. scripts/nox starts
+# it in the tool environment; another nox hands over to that script.
 
 import os
 import signal
@@ -145,8 +148,9 @@ def docs(session):
 def smoke(session):
     """Judge whether the built tree computes correctly."""
     run(session, "workspace.cli.sessions", "smoke", *session.posargs)
-    # inv pin.rollback returns to a state that passed.
-    run(session, "workspace.cli.sessions", "record-good")
+    # inv pin.rollback returns to a state that passed. Help proves nothing.
+    if not {"-h", "--help"} & set(session.posargs):
+        run(session, "workspace.cli.sessions", "record-good")
 
 
 @nox.session
@@ -181,9 +185,9 @@ def perf(session):
 
 @nox.session
 def proof(session):
-    """Run the long proofs, all or one: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve,
-    smoke, triton, upstream.
+    """Run the long proofs: all, or the one named after --.
 
+    Names: bench, bootstrap, fuzz, kernels, kill, pins, repo, serve, smoke, triton, upstream.
     Arguments after the name of the proof go to pytest.
     """
     chosen = session.posargs[:1] or sorted(PROOFS)

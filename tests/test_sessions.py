@@ -43,6 +43,11 @@ def test_single_session_exits_with_the_code_of_its_child(judged: Clone) -> None:
     assert session(judged, "-s", "smoke", body="").returncode == 0
 
 
+def test_help_of_the_smoke_records_no_good_state(judged: Clone) -> None:
+    assert "record-good" in session(judged, "-s", "smoke", body="").stderr
+    assert "record-good" not in session(judged, "-s", "smoke", "--", "--help", body="").stderr
+
+
 def test_of_several_sessions_all_are_run_and_nox_exits_1(judged: Clone) -> None:
     result = session(judged, "-s", "smoke", "tests", body="import sys; sys.exit(8)")
     assert result.returncode == 1
