@@ -19,7 +19,6 @@ from tests.repo.conftest import (
     sh_git,
     write,
 )
-from workspace.core import settings as known
 from workspace.core.console import Console
 from workspace.core.errors import PatchConflict, SettingsError
 from workspace.repo import overview
@@ -287,6 +286,14 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
 
 
 def test_unknown_project_is_a_wrong_flag_and_not_a_missing_series(workspace: Workspace) -> None:
-    loaded = known.load(workspace.layout, environ={})
     with pytest.raises(SettingsError, match="--project: 'nope' is not one of vllm, triton"):
-        overview.show(workspace.layout, loaded, "nope", console=Console())
+        overview.show(workspace.layout, workspace.settings(), "nope", console=Console())
+
+
+def test_next_command_for_a_folder_without_git_does_not_touch_the_clone_around_it(
+    workspace: Workspace,
+) -> None:
+    workspace.vllm.mkdir(parents=True, exist_ok=True)
+    (workspace.vllm / "mine.txt").write_text("mine")
+    following = overview.next_command(workspace.layout, workspace.pin, workspace.stack())
+    assert following == "mv vendor/vllm vendor-vllm.mine && ./scripts/inv bootstrap"

@@ -334,14 +334,19 @@ def _pin(layout: Layout, pin: Pin) -> Row:
     )
 
 
+_STACK_STATES = {
+    "missing": "vendor/vllm is missing",
+    "foreign": "vendor/vllm is not on the pin",
+}
+
+
 def _stack(layout: Layout, pin: Pin) -> Row:
     try:
         stack = patches.observe(layout, "vllm", pin, checkout.observe(layout, pin))
     except WorkspaceError as exc:
         return Row("FAIL", "patches", exc.message)
-    text = (
-        f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}, {stack.state.value}"
-    )
+    count = f"{len(stack.names)} {'patch' if len(stack.names) == 1 else 'patches'}"
+    text = f"{count}, {_STACK_STATES.get(stack.state.value, stack.state.value)}"
     states: dict[str, State] = {"applied": "ok", "missing": "missing"}
     state = states.get(stack.state.value, "warn")
     return Row(state, "patches", text, {"state": stack.state.value, "names": stack.names})

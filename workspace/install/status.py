@@ -124,7 +124,9 @@ def require_built(layout: Layout, settings: Settings) -> plan.Observation:
 def next_command(observed: plan.Observation) -> str:
     """Return the next command to type."""
     if observed.checkout.kind is checkout.Kind.FOREIGN:
-        return f"git -C vendor/vllm status   # {observed.checkout.detail}"
+        if observed.checkout.head is None:
+            return checkout.keeping_command("vendor/vllm")
+        return f"git -C vendor/vllm status   # it is {observed.checkout.detail}"
     if observed.stack and observed.stack.state is patches.State.IN_PROGRESS:
         return (
             "./scripts/inv patch.continue   # or --skip, --abort: an am, rebase, merge or"
@@ -187,7 +189,9 @@ def _source(layout: Layout, observed: plan.Observation) -> Row:
     state: State = {checkout.Kind.MISSING: "missing", checkout.Kind.FOREIGN: "FAIL"}.get(
         current.kind, "ok"
     )  # type: ignore[assignment]
-    return Row(state, "source", current.detail)
+    return Row(
+        state, "source", current.detail if state == "ok" else f"vendor/vllm is {current.detail}"
+    )
 
 
 def _patches(observed: plan.Observation) -> Row:
@@ -208,7 +212,7 @@ def _patches(observed: plan.Observation) -> Row:
         ),
         patches.State.UNEXPORTED: (
             "warn",
-            f"{count}; vendor/vllm has commits that patches/vllm does not",
+            f"{count}; vendor/vllm has commits that are not in patches/vllm",
         ),
         patches.State.DIRTY: ("warn", f"{count}, not applied: edited files prevent it"),
         patches.State.IN_PROGRESS: (

@@ -80,7 +80,7 @@ class _Making:
             raise SourceError(
                 f"{git.without_user(self.url)} did not serve {self.pin.tag}, commit"
                 f" {self.pin.commit}",
-                hint="set VLLM_MIRROR to a copy that has it, or ./scripts/inv bootstrap --source release",
+                hint="./scripts/inv bootstrap --source release    or set VLLM_MIRROR",
             )
 
     def check_out(self, made: Git, commit: str) -> None:
@@ -392,9 +392,14 @@ def _refspecs(pin: Pin, references: Mapping[str, str]) -> tuple[str, ...]:
     return (f"+{tag}:{tag}",) if tag in references else (pin.commit,)
 
 
+def keeping_command(name: str) -> str:
+    """Return the command that keeps a foreign folder and makes the checkout."""
+    return f"mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
+
+
 def _foreign(layout: Layout, pin: Pin, found: Checkout) -> CheckoutError:
     name = layout.relative(folder_of(layout, pin))
-    hint = f"to keep it: mv {name} {name.replace('/', '-')}.mine && ./scripts/inv bootstrap"
+    hint = f"to keep it: {keeping_command(name)}"
     if found.head:
         hint = f"to fetch the pin: git -C {name} fetch {pin.url} {pin.commit}    or, {hint}"
     return CheckoutError(

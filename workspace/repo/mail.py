@@ -420,7 +420,7 @@ def refuse(git: Git, base: str, shown: str, faults: Sequence[tuple[Commit, str]]
     hint = (
         f"git -C {shown} rebase {start}"
         if has_merge
-        else f"git -C {shown} rebase -i {start}    and `reword`, `edit` or `drop` there"
+        else f"git -C {shown} rebase -i {start}    and choose reword, edit or drop for it"
     )
     raise Unfit(
         f"{sentences[0]}{more}; nothing was written",

@@ -78,7 +78,9 @@ def show(
         console.data(json.dumps({"schema": 1, "rows": entries, "next": following}, indent=1))
         return
     for row in table:
-        console.info(f"{row.state:<{_WIDTH}}{'  '.join(_columns(row))}")
+        first, *more = console.wrapped("  ".join(_columns(row)), indent=_WIDTH)
+        for state, line in [(row.state, first), *(("", line) for line in more)]:
+            console.info(f"{state:<{_WIDTH}}{line}")
     console.info(f"next: {following}")
 
 
@@ -98,6 +100,8 @@ def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
         return f"nothing to do; after commits in {layout.relative(path)}: {series.EXPORT}"
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
         return patches.APPLY if stack.state is State.UNAPPLIED else series.EXPORT
+    if stack.head is None and stack.state is State.FOREIGN:
+        return checkouts.keeping_command(layout.relative(path))
     return (
         series.refusal(layout.relative(path), Git(path), stack, verb=patches.APPLY).hint
         or patches.APPLY
@@ -259,7 +263,7 @@ def _stack_row(layout: Layout, project: str, pin: Pin, checkout: Checkout, stack
         State.APPLIED: f"tree {(stack.tree or '')[:12]}",
         State.UNEXPORTED: "its commits and the series differ",
         State.IN_PROGRESS: _waiting(layout, pin, stack) if stack.state is State.IN_PROGRESS else "",
-        State.FOREIGN: f"at {(stack.head or 'no commit')[:12]}, which is not on the pin",
+        State.FOREIGN: f"at {stack.head[:12]}, which is not on the pin" if stack.head else "",
     }
     parts = [
         f"{count} for {place}",
