@@ -330,10 +330,14 @@ def write(layout: Layout, first: str, second: str, *, console: Console) -> None:
     for problem in problems:
         console.warn(problem)
     console.info(
-        f"{len(records)} records, {len(page.plots)} plots, {path.stat().st_size / 1024:.0f}"
-        f" KiB; the plots as PNG: {layout.relative(folder)}"
+        f"{_count(records, 'record')}, {_count(page.plots, 'plot')},"
+        f" {path.stat().st_size / 1024:.0f} KiB; the plots as PNG: {layout.relative(folder)}"
     )
     console.data(str(path))
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _found(layout: Layout, name: str) -> Record:

@@ -322,7 +322,7 @@ def pin_forecast(_: Context, ref: str, json: bool = False) -> None:
     },
 )
 def pin_bump(_: Context, ref: str, allow_recent: bool = False, wait: bool = False) -> None:
-    """Move the pin in a sandbox; promote if green."""
+    """Move the pin in a sandbox; promote it if checks pass."""
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.bump import bump

@@ -383,7 +383,7 @@ def residents(case: Case) -> Iterator[Row]:
         "; on a Spark GPU and CPU share it" if case.device == "cuda" else ""
     )
     if not found:
-        seen = "no vLLM" + (", nothing on the GPU" if case.host().gpus else "")
+        seen = "no vLLM is running" + (", nothing on the GPU" if case.host().gpus else "")
         yield Row("ok", "residents", seen, why)
         return
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])

@@ -136,8 +136,8 @@ def judge(
     given = _given_gib(recipe, args, free, device=device, environment=environment)
     takes = max(needs, given)
     seen = (
-        f"needs {needs:.1f} GiB, takes {takes:.1f}, of {free.total_gib:.1f} GiB"
-        f" {free.available_gib:.1f} are available"
+        f"needs {needs:.1f} GiB, takes {takes:.1f} GiB; {free.available_gib:.1f} of"
+        f" {free.total_gib:.1f} GiB are available"
     )
     residents = ", ".join(_named(resident) for resident in free.residents)
     holding = f"; the GPU is held by {residents}" if residents else ""
@@ -363,7 +363,7 @@ class _Row:
         if self.folder:
             place = f"on disk: {self.folder}"
         elif self.recipe.fetch_gib:
-            place = f"to be fetched, {self.recipe.fetch_gib:.1f} GiB"
+            place = f"{self.recipe.fetch_gib:.1f} GiB to fetch"
         else:
             place = "made at its first start"
         remote = (
@@ -374,8 +374,8 @@ class _Row:
         hint = self.fit.hint
         shown = f"; {hint}" if hint and "serve.list" not in hint else ""
         return (
-            f"fits {_DEVICES[device]}: {self.fit.verdict}; needs {self.fit.needs_gib:.1f} GiB, free"
-            f" {self.fit.free.available_gib:.1f}; {place}{remote}{shown}"
+            f"fits {_DEVICES[device]}: {self.fit.verdict}; needs {self.fit.needs_gib:.1f} GiB,"
+            f" {self.fit.free.available_gib:.1f} GiB are free; {place}{remote}{shown}"
         )
 
     def record(self) -> dict[str, object]:

@@ -128,7 +128,7 @@ def _check(session: _Session) -> None:
     for sentence in (*line.dropped, *line.notes):
         session.console.warn(sentence)
     for note in recipe.notes:
-        session.console.info(f"note: {note}")
+        session.console.info("\n".join(session.console.wrapped(f"note: {note}")))
     if not options.dry_run:
         _require_room(session.layout, line)
     free = fit.observe(session.settings, device=session.device)

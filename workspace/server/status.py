@@ -24,7 +24,7 @@ def status(layout: Layout, settings: Settings, *, console: Console, as_json: boo
         _print(
             console,
             "missing",
-            "no server runs; ./scripts/inv serve.list    lists the recipes",
+            "no server runs; ./scripts/inv serve.list shows the recipes",
             record,
             as_json=as_json,
         )
