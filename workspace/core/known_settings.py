@@ -1,8 +1,10 @@
-"""The table of all settings: name, kind, default, phase and meaning of each.
+"""The table of all settings: name, kind, default, phase and meaning of each; and families of other
+variables that a tool reads.
 
 A new setting is one row here and one line in .env.example; core/settings.py reads its value.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -214,3 +216,24 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("VLLM_API_KEY", "text", "", "run", "key that a served model asks for", secret=True),
 )
 KNOWN: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
+
+# Read by CMake, setup.py, cargo and the build of Triton only (setup.py, cmake/, tools/).
+BUILD_ONLY = re.compile(
+    r"(\w+_SRC_DIR|VLLM_(VERSION_OVERRIDE|MAIN_CUDA_VERSION|DOCKER_BUILD_CONTEXT"
+    r"|REQUIRE_RUST_FRONTEND|RS_BUILD_VERSION|DISABLE_SCCACHE|BUILD_\w+"
+    r"|SKIP_(PRECOMPILED_)?VERSION_SUFFIX|KERNEL_SYMBOL_MAP|CPU_ARM_BF16|PYTHON_EXECUTABLE"
+    r"|PYTHON_PATH|IMAGE_TAG|PRECOMPILED_\w+|USE_PRECOMPILED\w*|TARGET_DEVICE)"
+    r"|CMAKE_\w+|FETCHCONTENT_\w+|CARGO_\w+|RUSTC_\w+|TRITON_(BUILD_\w+|PARALLEL_LINK_JOBS"
+    r"|OFFLINE_BUILD|APPEND_CMAKE_ARGS|WHEEL_\w+)|LLVM_SYSPATH|JSON_SYSPATH"
+    r"|TORCH_NIGHTLY|ACL_ROOT_DIR)$"
+)
+# Read by a running vLLM only; a build also reads VLLM_CONFIG_ROOT.
+RUN_ONLY = re.compile(
+    r"(VLLM_(?!CONFIG_ROOT$)\w+|HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+"
+    r"|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+|FLASHINFER_\w+|TRITON_CACHE_DIR)$"
+)
+# Families of variables of CUDA, torch and the libraries that vLLM runs with: too many to list.
+OF_LIBRARIES = re.compile(
+    r"(CUDA|NCCL|OMP|TORCH|PYTORCH|TORCHDYNAMO|TORCHINDUCTOR|TRITON|FLASHINFER|HF|HUGGING_?FACE"
+    r"|TRANSFORMERS|TIKTOKEN)_\w+$"
+)

@@ -14,7 +14,14 @@ from typing import Literal
 
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
-from workspace.core.known_settings import KNOWN, SETTINGS, Setting
+from workspace.core.known_settings import (
+    BUILD_ONLY,
+    KNOWN,
+    OF_LIBRARIES,
+    RUN_ONLY,
+    SETTINGS,
+    Setting,
+)
 from workspace.core.paths import Layout
 
 Source = Literal["flag", "shell", ".env", "default"]
@@ -61,26 +68,6 @@ _FOREIGN = re.compile(
     r"|REQUIRE_VIRTUALENV)|MAKEFLAGS|MAKELEVEL"
     r"|VLLM_USE_PRECOMPILED.*|VLLM_PRECOMPILED_.*|VLLM_TARGET_DEVICE|VLLM_VERSION_OVERRIDE"
     r"|SETUPTOOLS_SCM_.*)$"
-)
-# Read by CMake, setup.py, cargo and the build of Triton only (setup.py, cmake/, tools/).
-_BUILD_ONLY = re.compile(
-    r"(\w+_SRC_DIR|VLLM_(VERSION_OVERRIDE|MAIN_CUDA_VERSION|DOCKER_BUILD_CONTEXT"
-    r"|REQUIRE_RUST_FRONTEND|RS_BUILD_VERSION|DISABLE_SCCACHE|BUILD_\w+"
-    r"|SKIP_(PRECOMPILED_)?VERSION_SUFFIX|KERNEL_SYMBOL_MAP|CPU_ARM_BF16|PYTHON_EXECUTABLE"
-    r"|PYTHON_PATH|IMAGE_TAG|PRECOMPILED_\w+|USE_PRECOMPILED\w*|TARGET_DEVICE)"
-    r"|CMAKE_\w+|FETCHCONTENT_\w+|CARGO_\w+|RUSTC_\w+|TRITON_(BUILD_\w+|PARALLEL_LINK_JOBS"
-    r"|OFFLINE_BUILD|APPEND_CMAKE_ARGS|WHEEL_\w+)|LLVM_SYSPATH|JSON_SYSPATH"
-    r"|TORCH_NIGHTLY|ACL_ROOT_DIR)$"
-)
-# Read by a running vLLM only; a build also reads VLLM_CONFIG_ROOT.
-_RUN_ONLY = re.compile(
-    r"(VLLM_(?!CONFIG_ROOT$)\w+|HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+"
-    r"|TORCHDYNAMO_\w+|TORCHINDUCTOR_\w+|FLASHINFER_\w+|TRITON_CACHE_DIR)$"
-)
-# Families of variables of CUDA, torch and the libraries that vLLM runs with: too many to list.
-_OF_LIBRARIES = re.compile(
-    r"(CUDA|NCCL|OMP|TORCH|PYTORCH|TORCHDYNAMO|TORCHINDUCTOR|TRITON|FLASHINFER|HF|HUGGING_?FACE"
-    r"|TRANSFORMERS|TIKTOKEN)_\w+$"
 )
 # A name of such a family that is nearer to a known name than this is a typing error. Measured on 40
 # real names: TRITON_HOME is at 0.76 to TRITON_REF.
@@ -237,9 +224,9 @@ def is_for(name: str, phase: Literal["build", "run"]) -> bool:
     """Return whether the variable applies to this phase; unknown names apply to both."""
     if name in KNOWN:
         return KNOWN[name].phase in (phase, "both")
-    if _BUILD_ONLY.match(name):
+    if BUILD_ONLY.match(name):
         return phase == "build"
-    return phase == "run" or not _RUN_ONLY.match(name)
+    return phase == "run" or not RUN_ONLY.match(name)
 
 
 def is_set_by_the_workspace(name: str) -> bool:
@@ -294,7 +281,7 @@ def load(
     warnings += [
         _unknown(name, written[name][1], known)
         for name in unknown
-        if name not in known and not _BUILD_ONLY.match(name) and not _is_of_library(name, known)
+        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known)
     ]
     return Settings(values, passed, shell, tuple(warnings))
 
@@ -302,7 +289,7 @@ def load(
 def _is_of_library(name: str, known: Iterable[str]) -> bool:
     """Return whether CUDA, torch or a library may read the variable, and no known name is near."""
     others = (each for each in known if not each.startswith("VLLM_"))
-    return bool(_OF_LIBRARIES.match(name)) and not nearest(name, others, cutoff=_TYPING_ERROR)
+    return bool(OF_LIBRARIES.match(name)) and not nearest(name, others, cutoff=_TYPING_ERROR)
 
 
 def _value(
