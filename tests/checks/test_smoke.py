@@ -95,4 +95,6 @@ def test_bad_flag_is_a_usage_error(world: World) -> None:
         ("--jsn", "x"),
         ("--level", "none"),
     ):
-        assert smoke(world, *args).code == 2
+        ended = smoke(world, *args)
+        assert ended.error(2)
+        assert "hint: ./scripts/nox -s smoke -- --help" in ended.err

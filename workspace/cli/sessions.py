@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from workspace.cli import main
 from workspace.core import paths
@@ -207,7 +208,7 @@ def _ab_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     base_help = "pin: the pinned tag without patches (default); a workspace commit; a record"
     add("--base", default=ab_trees.PIN, metavar="BASE", help=base_help)
-    repeat_help = f"starts of each of the two (default and at least {MIN_STARTS})"
+    repeat_help = f"starts of each tree (default {MIN_STARTS}, at least {MIN_STARTS})"
     add("--repeat", type=int, default=MIN_STARTS, metavar="N", help=repeat_help)
     _add_factor(parser, "a change up to this size does not count", FACTOR)
     patch_help = "leave one patch out at a time, and report what each patch costs"
@@ -282,7 +283,7 @@ def _bisect_parser() -> argparse.ArgumentParser:
         " command line"
     )
     add("--run", metavar="CHECK", help=run_help)
-    _add_timeout(parser, "one answer", BisectOptions("").timeout_s)
+    _add_timeout(parser, "each check", BisectOptions("").timeout_s)
     _add_factor(parser, "with bench:METRIC, a change up to this size does not count", FACTOR)
     _add_json(parser, "write the result and every step to this file")
     add("--abort", action="store_true", help="give up the bisect that is under way")
@@ -324,10 +325,15 @@ def perf_session(argv: Sequence[str]) -> int:
     return main.run(work)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports misuse as the verbs do: a sentence, a hint, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nhint: ./scripts/{self.prog} --help\n")
+
+
 def _parser(session: str, description: str, *, epilog: str = "") -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"nox -s {session} --", description=description, epilog=epilog or None
-    )
+    return _Parser(prog=f"nox -s {session} --", description=description, epilog=epilog or None)
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:

@@ -218,9 +218,9 @@ def test_patch_is_found_by_its_name_and_abort_without_a_bisect_is_reported(judge
 @pytest.mark.parametrize(
     ("args", "output"),
     [
-        ((), "--run says what"),
-        (("--run", "smoke", "--patches", "--good", "v0.30.0"), "--patches goes from"),
-        (("--run", "smoke", "--timeout-s", "0"), "--timeout-s is a number"),
+        ((), "--run is needed"),
+        (("--run", "smoke", "--patches", "--good", "v0.30.0"), "--patches searches from"),
+        (("--run", "smoke", "--timeout-s", "0"), "--timeout-s must be a number"),
         (("--run", "parity.lama"), "did you mean parity.llama?"),
         (("--run", "bench:latency", "--factor", "x"), "is not a percentage"),
         (("--run", "smoke", "--good", "v0.31"), "has no 'v0.31'"),
