@@ -6,7 +6,6 @@ assumes rather too much memory than too little.
 
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -168,6 +167,8 @@ def _guess(known: Sequence[Entry], source: str) -> Cost:
     The median of peaks would be too low by more than 2 GiB for 8 units of the shipped table, each
     guessed from the others; the largest peak is for 1.
     """
+    import statistics
+
     suffix = PurePosixPath(source).suffix
     alike = sorted(
         (_distance(entry.source, source), entry.seconds, entry.peak_gib)

@@ -14,19 +14,19 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from email import message_from_bytes
-from email.policy import default as mail
-from email.utils import getaddresses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workspace.core import process
 from workspace.core.console import Console
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import PROJECTS, Layout
-from workspace.core.redaction import Private
 from workspace.core.settings import Settings, is_secret
 from workspace.machine import interpreter
+
+if TYPE_CHECKING:
+    from workspace.core.redaction import Private
 
 GIB = 1 << 30
 # nvidia-smi of a broken driver never answers; a query costs at most 5 s, the kill included.
@@ -286,8 +286,10 @@ def _refused(sysctl: str, why: str) -> ToolchainError:
     )
 
 
-def private(layout: Layout, settings: Settings) -> Private:
+def private(layout: Layout, settings: Settings) -> "Private":
     """Return this machine's and this clone's private names, as far as their files contain them."""
+    from workspace.core.redaction import Private
+
     shell = settings.shell
     home = Path(shell.get("HOME") or "/")
     gitconfigs = (home / ".gitconfig", layout.root / ".git" / "config")
@@ -378,6 +380,10 @@ def _identities(layout: Layout, config: bytes) -> set[str]:
 
     Reserved addresses (.invalid) are left out.
     """
+    from email import message_from_bytes
+    from email.policy import default as mail
+    from email.utils import getaddresses
+
     found = set(_IDENTITY.findall(config.decode("utf-8", "replace")))
     for project in PROJECTS:
         for patch in layout.patches(project).glob("*.patch"):
