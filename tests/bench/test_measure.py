@@ -159,7 +159,7 @@ def test_used_label_is_refused_for_a_complete_a_different_and_a_damaged_record(
     measured: World,
 ) -> None:
     assert bench(measured, "--repeat", "1").code == 0
-    assert "already has its 1 starts" in bench(measured, "--repeat", "1").error(2)
+    assert "already has its 1 start" in bench(measured, "--repeat", "1").error(2)
     assert "was measured with other flags" in bench(
         measured, "--repeat", "2", "--", "--dtype=float32"
     ).error(2)

@@ -113,7 +113,7 @@ def _record_to_resume(layout: Layout, path: Path, fresh: Record) -> Record:
     count = len(existing.starts)
     if count >= fresh.repeat:
         hint = f"--repeat {count + MIN_STARTS} adds starts, --label another begins a new record"
-        raise SettingsError(f"{shown} already has its {count} starts", hint=hint)
+        raise SettingsError(f"{shown} already has its {results.counted_starts(count)}", hint=hint)
     return replace(existing, repeat=fresh.repeat)
 
 

@@ -373,12 +373,18 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
     )
 
 
+def counted_starts(count: int) -> str:
+    """Return `1 start` or `2 starts`."""
+    return f"{count} {'start' if count == 1 else 'starts'}"
+
+
 def _line(record: Record) -> str:
     """Return a record in one line."""
+    count = len(record.starts)
     starts = (
-        f"{len(record.starts)} starts"
+        counted_starts(count)
         if record.is_complete
-        else f"{len(record.starts)} of {record.repeat} starts, interrupted"
+        else f"{count} of {record.repeat} starts, interrupted"
     )
     return "  ".join(
         (
