@@ -168,7 +168,8 @@ class Clone:
         return {check.identifier: check for check in checks}
 
     def failed(self, **options: object) -> set[str]:
-        return {name for name, check in self.run(**options).items() if check.verdict == "fail"}  # type: ignore[arg-type]
+        checks = self.run(**options)  # type: ignore[arg-type]
+        return {name for name, check in checks.items() if check.verdict == "fail"}
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.layout.logs.glob("*.log"))
@@ -368,7 +369,10 @@ def test_only_the_last_line_of_output_is_the_reason() -> None:
 
 def test_failed_checks_are_named_with_the_hint_of_the_first_cause() -> None:
     output = {"provenance.import": "pass", "binary.load": "fail", "parity.llama": "fail"}
-    fine, load_, options = (Check(name, verdict, "no", 0.0) for name, verdict in output.items())  # type: ignore[arg-type]
+    fine, load_, options = (
+        Check(name, verdict, "no", 0.0)  # type: ignore[arg-type]
+        for name, verdict in output.items()
+    )
     require_passed((fine,), log=None)
     with pytest.raises(
         SmokeError, match=r"2 of 3 checks failed: parity.llama, binary.load"

@@ -1,25 +1,13 @@
 """`nox -s upstream` without a test run: what it prints, lists and refuses (runs: tests/proof)."""
 
-import subprocess
-import sys
-
 import pytest
 
+from tests.bump.conftest import run
 from tests.small.world import Ended, World
 
 
 def upstream(world: World, *args: str) -> Ended:
-    argv = [sys.executable, "-Es", "-B", "-m", "workspace.cli.sessions", "upstream", *args]
-    done = subprocess.run(
-        argv,
-        cwd=world.root,
-        env=world.env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return run(world, "-m", "workspace.cli.sessions", "upstream", *args)
 
 
 def test_nothing_built_is_an_error_that_names_the_command_and_leaves_nothing(world: World) -> None:
