@@ -1,7 +1,7 @@
 """The editable install of the tree, with compiled libraries from a wheel or with none.
 
 It uses the tree's own setup.py, without build isolation and without dependency resolution: torch
-does not change.
+does not change. What setup.py took of a wheel (VLLM_USE_PRECOMPILED) is compared with the wheel.
 """
 
 import filecmp
@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from workspace.core import process
 from workspace.core.console import RunLog
-from workspace.core.errors import BuildError
-from workspace.core.files import read_regular
+from workspace.core.errors import BuildError, SourceError
+from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
@@ -31,6 +32,8 @@ from workspace.repo.git import Git, worktree
 # No program of this name exists: setuptools-rust then reports the optional frontend as not built,
 # at once and without a network.
 _NO_CARGO = "/nonexistent/cargo"
+# The programs of the package that are compiled; a wheel has them beside the libraries.
+_BINARIES = ("vllm/vllm-rs",)
 _NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
@@ -115,6 +118,83 @@ def _install(
         on_line=show,
         failure=BuildError,
     )
+
+
+def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
+    """Map each compiled file of the wheel to its bytes and CRC-32.
+
+    Raises SourceError for a file that is not a wheel of vLLM.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = {
+                item.filename: (item.file_size, item.CRC)
+                for item in archive.infolist()
+                if item.filename.startswith("vllm/")
+            }
+    except (zipfile.BadZipFile, OSError) as exc:
+        raise SourceError(
+            f"{wheel.name} cannot be read as a wheel: {exc}",
+            hint="./scripts/inv bootstrap --kernels precompiled",
+        ) from exc
+    compiled = {
+        name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
+    }
+    if not compiled:
+        raise SourceError(
+            f"{wheel.name} holds no compiled library of vLLM",
+            hint="./scripts/inv bootstrap --kernels precompiled",
+        )
+    return compiled
+
+
+def complete(wheel: Path, tree: Path) -> None:
+    """Extract the compiled files that the tree's setup.py left in the wheel.
+
+    The setup.py of a release without the fix in patches/vllm leaves some.
+    """
+    left = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _has_content(tree / name, size, crc)
+    ]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in left:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(tree / name, archive.read(name), mode=0o755)
+
+
+def check_taken(wheel: Path, tree: Path) -> None:
+    """Compare every library in the tree with the wheel, by size and CRC-32.
+
+    Raises BuildError with the names of the libraries that differ or are missing.
+    """
+    wrong = [
+        name
+        for name, (size, crc) in compiled_members(wheel).items()
+        if not _has_content(tree / name, size, crc)
+    ]
+    if wrong:
+        raise BuildError(
+            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
+            hint=(
+                "its list of precompiled members lacks them: see patches/vllm for the patch that"
+                " fixes 0.31.0, and `./scripts/inv status`"
+            ),
+        )
+
+
+def _has_content(path: Path, size: int, crc: int) -> bool:
+    try:
+        if path.stat().st_size != size:
+            return False
+        found = 0
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                found = zlib.crc32(chunk, found)
+    except OSError:
+        return False
+    return found == crc
 
 
 def build_products(tree: Path) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """Compiled libraries from a wheel: the pinned precompiled wheel or a wheel of the user's.
 
 The wheel provides only its libraries; every Python file is the tree's own. This module fetches the
-wheel, decides whether its libraries fit, and compares them after the tree's setup.py took them
-(VLLM_USE_PRECOMPILED).
+wheel and decides whether its libraries fit.
 """
 
 import json
@@ -15,8 +14,7 @@ from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from workspace.core.errors import BuildError, SettingsError, SourceError
-from workspace.core.files import write_atomic
+from workspace.core.errors import SettingsError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-_BINARIES = ("vllm/vllm-rs",)
 SCHEMA = 1
 RECORD = "workspace.json"
 # Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
@@ -145,83 +142,6 @@ def _decode_packed(path: Path) -> Packed | None:
         libraries=libraries,
         cubins=cubins,
     )
-
-
-def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
-    """Map each compiled file of the wheel to its bytes and CRC-32.
-
-    Raises SourceError for a file that is not a wheel of vLLM.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            members = {
-                item.filename: (item.file_size, item.CRC)
-                for item in archive.infolist()
-                if item.filename.startswith("vllm/")
-            }
-    except (zipfile.BadZipFile, OSError) as exc:
-        raise SourceError(
-            f"{wheel.name} cannot be read as a wheel: {exc}",
-            hint="./scripts/inv bootstrap --kernels precompiled",
-        ) from exc
-    compiled = {
-        name: fact for name, fact in members.items() if name.endswith(".so") or name in _BINARIES
-    }
-    if not compiled:
-        raise SourceError(
-            f"{wheel.name} holds no compiled library of vLLM",
-            hint="./scripts/inv bootstrap --kernels precompiled",
-        )
-    return compiled
-
-
-def complete(wheel: Path, tree: Path) -> None:
-    """Extract the compiled files that the tree's setup.py left in the wheel.
-
-    The setup.py of a release without the fix in patches/vllm leaves some.
-    """
-    left = [
-        name
-        for name, (size, crc) in compiled_members(wheel).items()
-        if not _has_content(tree / name, size, crc)
-    ]
-    with zipfile.ZipFile(wheel) as archive:
-        for name in left:
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(tree / name, archive.read(name), mode=0o755)
-
-
-def check_taken(wheel: Path, tree: Path) -> None:
-    """Compare every library in the tree with the wheel, by size and CRC-32.
-
-    Raises BuildError with the names of the libraries that differ or are missing.
-    """
-    wrong = [
-        name
-        for name, (size, crc) in compiled_members(wheel).items()
-        if not _has_content(tree / name, size, crc)
-    ]
-    if wrong:
-        raise BuildError(
-            f"the tree's setup.py did not take {', '.join(wrong)} out of {wheel.name}",
-            hint=(
-                "its list of precompiled members lacks them: see patches/vllm for the patch that"
-                " fixes 0.31.0, and `./scripts/inv status`"
-            ),
-        )
-
-
-def _has_content(path: Path, size: int, crc: int) -> bool:
-    try:
-        if path.stat().st_size != size:
-            return False
-        found = 0
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                found = zlib.crc32(chunk, found)
-    except OSError:
-        return False
-    return found == crc
 
 
 # METADATA of vLLM has 12 kB; a longer file is not METADATA.

@@ -135,7 +135,7 @@ def install_accelerators(run: Run, view: Step) -> None:
 def fetch_kernels(run: Run, view: Step) -> None:
     """Fetch the wheel; the tree is not changed yet."""
     wheel = fetch_wheel(run, view)
-    members = precompiled.compiled_members(wheel)
+    members = editable.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
     if run.observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
         run.outcome[plan.PACKED_SOURCES] = packed
@@ -198,8 +198,8 @@ def install_with_wheel(run: Run) -> None:
     wheel = Path(run.outcome["wheel"])
     editable.install_with_wheel(run.layout, run.settings, run.observed, wheel, run_log=run.run_log)
     if run.is_sandbox:
-        precompiled.complete(wheel, run.layout.vllm)
-    precompiled.check_taken(wheel, run.layout.vllm)
+        editable.complete(wheel, run.layout.vllm)
+    editable.check_taken(wheel, run.layout.vllm)
 
 
 def verify_vllm(run: Run, view: Step) -> None:
