@@ -4,7 +4,6 @@ Reads pins, checkout, environment and stamps and changes nothing. Bootstrap acts
 status shows it, and smoke refuses a stale build.
 """
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import files
-from workspace.core.errors import CheckoutError, SettingsError, SourceError
+from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import precompiled, stamp
@@ -111,7 +110,9 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     facts = _Facts(layout, settings, pin, device, git, python, build)
     environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(git, current)
-    wanted = _kernels_wanted(settings, pin, device, build_stamp, is_changed=bool(changed_sources))
+    wanted = precompiled.choose(
+        settings, pin, device, build_stamp, is_changed=bool(changed_sources)
+    )
     if wanted.kind == "native" or (
         changed_sources
         and git
@@ -162,64 +163,6 @@ def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
     if settings.text("DEVICE") == "auto":
         return doctor.device(settings, hardware.observe(settings))
     return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
-
-
-def _kernels_wanted(
-    settings: Settings,
-    pin: pins.Pin,
-    device: Device,
-    recorded: stamp.Stamp | None,
-    *,
-    is_changed: bool,
-) -> Kernels:
-    """Return the kernels that KERNELS requests; with `auto`, `is_changed` sources make hybrid ones.
-
-    Raises SettingsError where KERNELS is neither a known value nor an existing wheel.
-    """
-    choice = settings.text("KERNELS")
-    # The value of the first edition.
-    choice = "precompiled" if choice == "donor" else choice
-    if (
-        choice == "auto"
-        and settings.source("KERNELS") != "flag"
-        and recorded
-        and recorded.inputs.get("origin", "").startswith(("native", "wheel"))
-    ):
-        return _recorded_kernels(recorded)
-    pinned = pin.precompiled_for(device)
-    if choice == "native" or (choice == "auto" and pinned is None):
-        return Kernels("native", "native")
-    if choice in ("auto", "precompiled"):
-        origin = f"precompiled {pinned.filename} {pinned.sha256}" if pinned else "precompiled none"
-        return (
-            Kernels("hybrid", f"hybrid {origin}")
-            if choice == "auto" and is_changed
-            else Kernels("precompiled", origin)
-        )
-    return _wheel_kernels(settings, choice)
-
-
-def _recorded_kernels(recorded: stamp.Stamp) -> Kernels:
-    """Return the kernels that an earlier flag requested: they stay until another flag is given."""
-    origin, wheel = recorded.inputs["origin"], recorded.outcome.get("wheel")
-    if origin == "native":
-        return Kernels("native", origin)
-    return Kernels("wheel", origin, Path(wheel) if wheel else None)
-
-
-def _wheel_kernels(settings: Settings, choice: str) -> Kernels:
-    wheel = None
-    # A name that is too long, or a link in a loop, names no wheel either.
-    with contextlib.suppress(OSError, RuntimeError):
-        named = Path(choice).expanduser().resolve()
-        wheel = named if named.suffix == ".whl" and named.is_file() else None
-    if wheel is None:
-        raise SettingsError(
-            f"KERNELS={settings.presentable(choice)} is not auto, precompiled, native or an"
-            " existing wheel file",
-            hint="./scripts/inv rebuild --kernels auto",
-        )
-    return Kernels("wheel", f"wheel {wheel.name} {files.sha256(wheel)}", wheel)
 
 
 def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:

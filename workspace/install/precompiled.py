@@ -1,10 +1,12 @@
 """Compiled libraries from a wheel: the pinned precompiled wheel or a wheel of the user's.
 
-The wheel provides only its libraries; every Python file is the tree's own. This module fetches the
-wheel and decides whether its libraries fit.
+The wheel provides only its libraries; every Python file is the tree's own. This module
+chooses the wheel, fetches it, and decides whether its libraries fit.
 """
 
+import contextlib
 import json
+import platform
 import re
 import zipfile
 import zlib
@@ -15,12 +17,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from workspace.core.errors import SettingsError, SourceError
+from workspace.core.files import sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.machine.arch import parse
 from workspace.repo import index, pins
-from workspace.repo.pins import Pin
+from workspace.repo.pins import Pin, PrecompiledWheel
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -69,6 +72,74 @@ class Packed:
     cubins: Mapping[str, tuple[str, ...]]
 
 
+def _key(device: str) -> str:
+    """Return the key of a device (cpu, cuda) on this machine, such as cpu-aarch64."""
+    return f"{device}-{platform.machine()}"
+
+
+def pinned_wheel(pin: Pin, device: str) -> PrecompiledWheel | None:
+    """Return the wheel for a device on this machine, or None if the pin names none."""
+    return pin.precompiled.get(_key(device))
+
+
+def choose(
+    settings: Settings,
+    pin: Pin,
+    device: str,
+    recorded: stamp.Stamp | None,
+    *,
+    is_changed: bool,
+) -> Kernels:
+    """Return the kernels that KERNELS requests; with `auto`, `is_changed` sources make hybrid ones.
+
+    Raises SettingsError where KERNELS is neither a known value nor an existing wheel.
+    """
+    choice = settings.text("KERNELS")
+    # The value of the first edition.
+    choice = "precompiled" if choice == "donor" else choice
+    if (
+        choice == "auto"
+        and settings.source("KERNELS") != "flag"
+        and recorded
+        and recorded.inputs.get("origin", "").startswith(("native", "wheel"))
+    ):
+        return _recorded(recorded)
+    pinned = pinned_wheel(pin, device)
+    if choice == "native" or (choice == "auto" and pinned is None):
+        return Kernels("native", "native")
+    if choice in ("auto", "precompiled"):
+        origin = f"precompiled {pinned.filename} {pinned.sha256}" if pinned else "precompiled none"
+        return (
+            Kernels("hybrid", f"hybrid {origin}")
+            if choice == "auto" and is_changed
+            else Kernels("precompiled", origin)
+        )
+    return _own_wheel(settings, choice)
+
+
+def _recorded(recorded: stamp.Stamp) -> Kernels:
+    """Return the kernels that an earlier flag requested: they stay until another flag is given."""
+    origin, wheel = recorded.inputs["origin"], recorded.outcome.get("wheel")
+    if origin == "native":
+        return Kernels("native", origin)
+    return Kernels("wheel", origin, Path(wheel) if wheel else None)
+
+
+def _own_wheel(settings: Settings, choice: str) -> Kernels:
+    wheel = None
+    # A name that is too long, or a link in a loop, names no wheel either.
+    with contextlib.suppress(OSError, RuntimeError):
+        named = Path(choice).expanduser().resolve()
+        wheel = named if named.suffix == ".whl" and named.is_file() else None
+    if wheel is None:
+        raise SettingsError(
+            f"KERNELS={settings.presentable(choice)} is not auto, precompiled, native or an"
+            " existing wheel file",
+            hint="./scripts/inv rebuild --kernels auto",
+        )
+    return Kernels("wheel", f"wheel {wheel.name} {sha256(wheel)}", wheel)
+
+
 def fetch_wheel(
     kernels: Kernels,
     pin: Pin,
@@ -88,10 +159,10 @@ def fetch_wheel(
                 hint="./scripts/inv bootstrap --kernels precompiled",
             )
         return kernels.wheel
-    precompiled_wheel = pin.precompiled_for(device)
+    precompiled_wheel = pinned_wheel(pin, device)
     if precompiled_wheel is None:
         raise SourceError(
-            f"vendor/pins.toml names no precompiled wheel for {pins.precompiled_key(device)}:"
+            f"vendor/pins.toml names no precompiled wheel for {_key(device)}:"
             f" it has {', '.join(sorted(pin.precompiled)) or 'none'}",
             hint="./scripts/inv bootstrap --kernels native",
         )
