@@ -84,12 +84,12 @@ def test_native_kernels_are_compiled_within_the_bound(built: World) -> None:
     assert built.python(load) == "43"
     # A choice by flag stays until another flag is given.
     seen = plan.observe(built.layout, settings.load(built.layout, environ=built.env))
-    assert (seen.kernels_wanted.kind, seen.kernels.state) == ("native", "ok")
+    assert (seen.kernels_wanted.source.kind, seen.kernels.state) == ("native", "ok")
     seen = plan.observe(
         built.layout,
         settings.load(built.layout, environ=built.env, flags={"KERNELS": "precompiled"}),
     )
-    assert (seen.kernels_wanted.kind, seen.kernels.state) == ("precompiled", "stale")
+    assert (seen.kernels_wanted.source.kind, seen.kernels.state) == ("precompiled", "stale")
 
 
 def test_precompiled_wheel_with_wrong_content_is_not_used_whatever_the_index_says_of_it(

@@ -14,6 +14,7 @@ from tests.machine.conftest import House, built, house
 from tests.small.materials import git
 from workspace.core.errors import ToolchainError
 from workspace.install import stamp, triton_diagnosis, triton_fixes
+from workspace.install.precompiled import KernelSource
 from workspace.install.triton_diagnosis import Diagnosis, Finding, Stale
 from workspace.install.triton_fixes import FIXES, Context
 from workspace.machine import dotenv, interpreter, torch, venv
@@ -120,7 +121,9 @@ def test_leftovers_that_git_does_not_track_are_moved_and_the_wheels_own_files_re
     stamp.write(
         house.layout.stamp("vllm"),
         stamp.Stamp(
-            inputs={"device": "cuda", "origin": "precompiled"}, outcome={"wheel": str(wheel)}
+            inputs={"device": "cuda"},
+            outcome={"wheel": str(wheel)},
+            kernels=KernelSource("precompiled", wheel.name, "a" * 64),
         ),
     )
     stale = triton_diagnosis.stale_folders(house.layout)

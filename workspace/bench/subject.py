@@ -20,6 +20,7 @@ from workspace.core.paths import Layout
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import plan
+from workspace.install.precompiled import text_of
 from workspace.machine import hardware, interpreter
 from workspace.repo.git import Git
 from workspace.server import models
@@ -321,11 +322,7 @@ def _source(layout: Layout, observed: plan.Observation) -> Source:
         tree=(stack.tree if stack else None) or "unknown",
         dirty=plan.edits_digest(layout, stack),
         patches=tuple(stack.names) if stack else (),
-        kernels=(
-            " ".join(part for part in stamped.inputs.get("origin", "").split() if len(part) < 64)
-            if stamped
-            else "none"
-        ),
+        kernels=text_of(stamped.kernels if stamped else None),
         libraries=(
             {library.path: library.sha256 for library in stamped.libraries} if stamped else {}
         ),

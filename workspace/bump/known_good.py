@@ -20,7 +20,8 @@ from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, stamp
+from workspace.install import editable, plan, precompiled, stamp
+from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
 from workspace.repo import checkout, pins
 from workspace.repo.git import Git, worktree
@@ -47,6 +48,7 @@ class KnownGood:
     recorded: str
     smoke: str
     inputs: Mapping[str, str]
+    kernels: KernelSource | None = None
 
 
 def folder(layout: Layout, name: str) -> Path:
@@ -88,8 +90,10 @@ def read(layout: Layout, name: str) -> KnownGood | None:
     """Return the state of this name, None if its record is missing or unreadable."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = json.loads(read_regular(folder(layout, name) / "good.json"))
+        record.update(precompiled.upgraded(record))
         if record.pop("schema") == SCHEMA and record["name"] == name:
-            return KnownGood(**record)
+            source = record.pop("kernels", None)
+            return KnownGood(**record, kernels=KernelSource(**source) if source else None)
     return None
 
 
@@ -145,7 +149,11 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
     stamp.withdraw(record_file)
     libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
     inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
-    if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
+    if (
+        before is None
+        or (before.inputs, before.kernels) != (inputs, build.kernels)
+        or not kernels(layout, name).is_dir()
+    ):
         _copy_kernels(layout, name)
     _copy_pinned_files(layout, name)
     _write_package_list(layout, name)
@@ -159,6 +167,7 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         recorded=datetime.datetime.now(datetime.UTC).isoformat(),
         smoke=str(smoke_record.last_record(layout).get("time")),
         inputs=inputs,
+        kernels=build.kernels,
     )
     os.sync()
     write_atomic(record_file, json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())

@@ -256,7 +256,7 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
     layout = bump_sandbox.outer
     old = stamp.read(layout.stamp("vllm"))
     environment = stamp.read(layout.stamp("environment"))
-    if old is None or environment is None:
+    if old is None or old.kernels is None or environment is None:
         return
     if venv.repair(layout, settings, run_log=run_log):
         stamp.withdraw(layout.stamp("environment"))
@@ -270,8 +270,7 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
             observed = plan.observe(layout, settings)
             verdict = editable.verify(layout, settings, observed)
             run = stages.Run(layout, settings, run_log, observed, dict(old.outcome))
-            # The origin of the build is the same kind as in the sandbox.
-            stages.write_stamp(run, observed, verdict, kind=old.inputs["origin"].split()[0])
+            stages.write_stamp(run, observed, verdict, old.kernels)
             view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
         except BuildError as exc:
             stamp.withdraw(layout.stamp("vllm"))

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from workspace.bump import bump, known_good, promote, staging, triton
@@ -21,8 +21,8 @@ from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError, WorkspaceError
 from workspace.core.files import copy_files, files_below, read_regular
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings, Value
-from workspace.install import plan, sandbox, stamp
+from workspace.core.settings import Settings
+from workspace.install import plan, precompiled, sandbox, stamp
 from workspace.machine import interpreter
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git, worktree
@@ -62,7 +62,7 @@ def run(
         console.info(
             "its environment was not kept: bootstrap builds it again with the recorded versions"
         )
-        settings = _with_recorded_kernels(settings, wanted)
+        settings = precompiled.repeated(settings, wanted.kernels)
     sandbox.build_in(layout, settings, console=console)
     _restore_versions(layout, settings, wanted, console)
     try:
@@ -71,16 +71,6 @@ def run(
         exc.hint = f"./scripts/inv doctor    checks the machine; {exc.hint or ''}"
         raise
     known_good.record(layout, settings, plan.observe(layout, settings), console=console)
-
-
-def _with_recorded_kernels(settings: Settings, wanted: KnownGood) -> Settings:
-    """Return settings that build the state's kernels natively if they were built so."""
-    is_native = wanted.inputs.get("origin") == "native" and settings.text("KERNELS") == "auto"
-    return (
-        replace(settings, values={**settings.values, "KERNELS": Value("native", "flag")})
-        if is_native
-        else settings
-    )
 
 
 def is_under_way(layout: Layout) -> bool:

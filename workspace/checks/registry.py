@@ -397,10 +397,8 @@ def _built(observed: plan.Observation) -> str:
         for layer in (observed.environment, observed.kernels)
     ]
     # Build time and number of jobs do not describe what was built.
-    parts = [
-        {name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None
-        for stamp in stamps
-    ]
+    names = ("inputs", "kernels", "packages", "libraries")
+    parts = [{name: stamp[name] for name in names} if stamp else None for stamp in stamps]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

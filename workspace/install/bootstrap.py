@@ -85,7 +85,7 @@ def stages_of(
         if reason not in observed.needs_compilation
     )
     steps: stages.Steps = stages.VLLM
-    if observed.kernels_wanted.kind == "native":
+    if observed.kernels_wanted.source.is_native:
         from workspace.install import rebuild
 
         steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.INSTALL)
@@ -173,7 +173,7 @@ def _preflight(
             layout,
             settings,
             device=observed.device,
-            kernels=observed.kernels_wanted.kind,
+            kernels=observed.kernels_wanted.source.kind,
             need_gib=need,
         )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"

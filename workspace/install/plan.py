@@ -15,7 +15,7 @@ from workspace.core.errors import CheckoutError, SourceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import precompiled, stamp
-from workspace.install.precompiled import Kernels
+from workspace.install.precompiled import Kernels, KernelSource
 from workspace.machine import doctor, hardware, interpreter, torch
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
@@ -111,12 +111,12 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(git, current)
     wanted = precompiled.choose(
-        settings, pin, device, build_stamp, is_changed=bool(changed_sources)
+        settings, pin, device, _kept(build_stamp), is_changed=bool(changed_sources)
     )
-    if wanted.kind == "native" or (
+    if wanted.source.is_native or (
         changed_sources
         and git
-        and wanted.kind == "wheel"
+        and wanted.source.is_wheel_file
         and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)
     ):
         changed_sources = ()
@@ -165,6 +165,13 @@ def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
     return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
 
 
+def _kept(recorded: stamp.Stamp | None) -> Kernels | None:
+    if recorded is None or recorded.kernels is None:
+        return None
+    wheel = recorded.outcome.get("wheel")
+    return Kernels(recorded.kernels, Path(wheel) if wheel else None)
+
+
 def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if facts.python is None:
         has_folder = facts.layout.environment.exists()
@@ -208,10 +215,11 @@ def _kernels(
     if git is None or build is None:
         reason = "there is no checkout" if git is None else "there is no torch"
         return Layer("kernels", "missing", (reason,)), ()
-    inputs = {"origin": wanted.origin, "device": facts.device, "torch": _torch_input(build)}
+    source = wanted.source
+    inputs = {"device": facts.device, "torch": _torch_input(build)}
     compiled = (
         compiled_inputs(facts.layout, facts.settings, git, facts.pin, facts.device, build)
-        if wanted.kind in ("native", "hybrid")
+        if source.is_compiled
         else {}
     )
     sentence: tuple[str, ...] = ()
@@ -219,13 +227,13 @@ def _kernels(
         sentence = (changed_sources_sentence(changed_sources),)
     if recorded is None:
         return Layer("kernels", "missing", ("no build was finished",), inputs | compiled), sentence
-    was_hybrid = recorded.inputs.get("origin", "").startswith("hybrid ")
-    if changed_sources and not (wanted.kind == "hybrid" and was_hybrid):
+    was_hybrid = recorded.kernels is not None and recorded.kernels.is_hybrid
+    if changed_sources and not (source.is_hybrid and was_hybrid):
         needs_compilation = sentence
-        inputs["origin"] = wanted.origin.removeprefix("hybrid ")
+        source = source.without_compiler()
     else:
         needs_compilation = _differences(git, recorded, compiled)
-    reasons = _differences(git, recorded, inputs)
+    reasons = source.differences(recorded.kernels) + _differences(git, recorded, inputs)
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
@@ -234,13 +242,13 @@ def _kernels(
     reasons += needs_compilation
     state: State = "stale" if reasons else "ok"
     layer = Layer("kernels", state, reasons, inputs | compiled, recorded)
-    return layer, () if wanted.kind == "native" else needs_compilation
+    return layer, () if wanted.source.is_native else needs_compilation
 
 
 def kernel_inputs(
-    layout: Layout, settings: Settings, observed: Observation, *, kind: str
+    layout: Layout, settings: Settings, observed: Observation, source: KernelSource
 ) -> dict[str, str]:
-    """Return the inputs of kernels of this kind if they are built now, as a stamp records them.
+    """Return the inputs of kernels from this source if they are built now, as a stamp records them.
 
     Raises CheckoutError where there is no torch.
     """
@@ -249,14 +257,8 @@ def kernel_inputs(
         raise CheckoutError(
             "there is no torch to build kernels for", hint="./scripts/inv bootstrap"
         )
-    of_wheel = observed.kernels_wanted.origin.removeprefix("hybrid ")
-    origin = {"native": "native", "hybrid": f"hybrid {of_wheel}"}.get(kind, of_wheel)
-    inputs = {
-        "origin": origin,
-        "device": observed.device,
-        "torch": _torch_input(build),
-    }
-    if kind in ("native", "hybrid"):
+    inputs = {"device": observed.device, "torch": _torch_input(build)}
+    if source.is_compiled:
         inputs |= compiled_inputs(
             layout, settings, Git(layout.vllm), observed.pin, observed.device, build
         )
@@ -334,10 +336,10 @@ def _differences(git: Git, recorded: stamp.Stamp, inputs: Mapping[str, str]) -> 
 
 def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
     """Return the digest of the sources of a wheel of `inv wheel`, None for any other wheel."""
-    if recorded and recorded.inputs.get("origin") == wanted.origin:
+    if recorded and recorded.kernels == wanted.source:
         return recorded.outcome.get(PACKED_SOURCES)
     try:
-        packed = precompiled.read_packed(wanted.wheel) if wanted.wheel else None
+        packed = stamp.read_packed(wanted.file) if wanted.file else None
     except SourceError:
         # The step that takes the wheel raises the error.
         return None

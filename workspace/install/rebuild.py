@@ -33,6 +33,7 @@ from workspace.core.errors import BuildError, CheckoutError, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status
+from workspace.install.precompiled import KernelSource, text_of
 from workspace.machine import doctor, hardware, venv
 from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
@@ -63,7 +64,7 @@ class Job:
         observed = self.run.observed
         if observed.torch is None:
             raise BuildError("there is no torch to compile for", hint="./scripts/inv bootstrap")
-        self.is_native = observed.kernels_wanted.kind == "native"
+        self.source: KernelSource = observed.kernels_wanted.source
         self.inputs: Inputs = cmake_inputs.observe(
             self.run.layout,
             self.run.settings,
@@ -72,6 +73,11 @@ class Job:
             torch=observed.torch,
         )
         self.folder: Path = cmake_inputs.folder(self.run.layout, self.inputs)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether every library is compiled here, also because the wheel does not fit."""
+        return self.source.is_native
 
     @property
     def setup(self) -> str:
@@ -98,8 +104,8 @@ class Job:
             torch=self.inputs.torch,
             archs=self.inputs.archs,
         )
-        self.is_native = self.why_native is not None
         if self.why_native:
+            self.source = precompiled.NATIVE
             view.reason = f"not used: {self.why_native}; everything is compiled here"
         else:
             run.outcome["wheel"] = str(wheel)
@@ -172,7 +178,7 @@ class Job:
         base = run.observed.checkout.base
         changed = (
             targets.changed_files(Git(tree), base)
-            if base and run.observed.kernels_wanted.kind == "hybrid"
+            if base and run.observed.kernels_wanted.source.is_hybrid
             else ()
         )
         pinned = (
@@ -308,12 +314,7 @@ class Job:
             if observed.device == "cuda"
             else ""
         )
-        stages.write_stamp(
-            run,
-            observed,
-            verdict,
-            kind="native" if self.is_native else observed.kernels_wanted.kind,
-        )
+        stages.write_stamp(run, observed, verdict, self.source)
         view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
     def show(self, *, as_json: bool) -> None:
@@ -383,7 +384,7 @@ def run(
         _show_up_to_date(observed, console)
         return
     bounds = bounds or _bounds(settings, options)
-    is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
+    is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
     with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
         _preflight(layout, settings, observed, console, is_compiled=is_compiled)
@@ -405,7 +406,7 @@ def _show_up_to_date(observed: plan.Observation, console: Console) -> None:
     recorded = observed.kernels.recorded
     console.info(
         f"nothing to do: the kernels of vllm {observed.version} are up to date"
-        f" ({status.short_origin(recorded) if recorded else ''}); Python files are live"
+        f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
     )
 
 

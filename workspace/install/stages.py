@@ -137,7 +137,7 @@ def fetch_kernels(run: Run, view: Step) -> None:
     wheel = fetch_wheel(run, view)
     members = editable.compiled_members(wheel)
     run.outcome["wheel"] = str(wheel)
-    if run.observed.kernels_wanted.kind == "wheel" and (packed := _fitting(run, wheel)):
+    if run.observed.kernels_wanted.source.is_wheel_file and (packed := _fitting(run, wheel)):
         run.outcome[plan.PACKED_SOURCES] = packed
     view.reason = f"{len(members)} compiled files from {wheel.name}"
 
@@ -164,7 +164,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     from workspace.compile import cmake_inputs
     from workspace.install import wheel
 
-    packed, observed = precompiled.read_packed(path), run.observed
+    packed, observed = stamp.read_packed(path), run.observed
     if packed is None or observed.torch is None or observed.python is None:
         return None
     inputs = cmake_inputs.observe(
@@ -206,17 +206,16 @@ def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
     verdict = editable.verify(run.layout, run.settings, observed)
-    # Where sources changed since the wheel, the kernels are still those of the wheel: only
-    # inv rebuild makes them hybrid.
-    kind = (
-        "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
-    )
-    write_stamp(run, observed, verdict, kind=kind)
+    # Where sources changed since the wheel, the kernels are still those of the wheel.
+    write_stamp(run, observed, verdict, observed.kernels_wanted.source.without_compiler())
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
 def write_stamp(
-    run: Run, observed: plan.Observation, verdict: editable.Verdict, *, kind: str
+    run: Run,
+    observed: plan.Observation,
+    verdict: editable.Verdict,
+    source: precompiled.KernelSource,
 ) -> None:
     """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
     git = Git(run.layout.vllm)
@@ -225,7 +224,7 @@ def write_stamp(
         "platform": verdict.platform,
         "tree": git.tree("HEAD"),
     }
-    inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (
+    inputs = plan.kernel_inputs(run.layout, run.settings, observed, source) | (
         observed.install.inputs or {}
     )
     stamp.write(
@@ -234,6 +233,7 @@ def write_stamp(
             inputs=inputs,
             outcome=outcome,
             libraries=verdict.libraries,
+            kernels=source,
             files=plan.digested_files(git, inputs),
         ),
     )

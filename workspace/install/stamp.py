@@ -8,17 +8,23 @@ import contextlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from workspace.core.errors import SourceError
 from workspace.core.files import read_regular, write_atomic
+from workspace.install import precompiled
+from workspace.install.precompiled import DAMAGED, KernelSource
 
 SCHEMA = 1
+# The record in a wheel of `inv wheel`, and the version of its form.
+RECORD = "workspace.json"
+RECORD_SCHEMA = 1
+# Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
+_LONGEST = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-# The first edition's name for the precompiled wheel.
-_FORMER_NAME = "donor"
-_FORMER_ORIGIN = re.compile(f"(hybrid )?{_FORMER_NAME} (.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,9 @@ class Library:
 
 @dataclass(frozen=True)
 class Stamp:
-    """The record of one layer: its `inputs` and its `outcome`; all values are text.
+    """The record of one layer: its `inputs` and its `outcome`, whose values are text.
 
+    `kernels` is the source of compiled libraries, another input.
     `files` has `mode oid` by path for each input that is a digest over files. It explains what
     changed and decides nothing.
     """
@@ -42,13 +49,37 @@ class Stamp:
     outcome: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[Library, ...] = ()
+    kernels: KernelSource | None = None
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The record workspace.json in a wheel of `inv wheel`.
+
+    `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
+    """
+
+    version: str
+    tag: str
+    commit: str
+    tree: str
+    dirty: str
+    device: str
+    machine: str
+    python: str
+    torch: str
+    digest: str
+    inputs: Mapping[str, str]
+    libraries: tuple[Library, ...]
+    cubins: Mapping[str, tuple[str, ...]]
 
 
 def read(path: Path) -> Stamp | None:
     """Return the stamp, or None where no valid stamp exists: a damaged stamp proves nothing."""
     try:
         record = json.loads(read_regular(path))
+        record.update(precompiled.upgraded(record))
         if (
             type(record["schema"]) is not int
             or record["schema"] != SCHEMA
@@ -65,13 +96,13 @@ def read(path: Path) -> Stamp | None:
             for text in pair
         ):
             return None
+        source = record.get("kernels")
+        kernels = None if source is None else KernelSource(**source)
         libraries = tuple(Library(**item) for item in record["libraries"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
-        mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
     return (
-        Stamp(libraries=libraries, files=files, **mappings)
+        Stamp(libraries=libraries, kernels=kernels, files=files, **mappings)
         if all(_is_library(library) for library in libraries)
         else None
     )
@@ -112,3 +143,43 @@ def withdraw(path: Path) -> None:
     """Delete a stamp before its layer is changed; a missing environment has no stamp."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()
+
+
+def read_packed(path: Path) -> Packed | None:
+    """Return the record of a wheel of `inv wheel`, None for any other wheel.
+
+    Raises SourceError for a damaged wheel.
+    """
+    try:
+        return _decode_packed(path)
+    except (*DAMAGED, KeyError, TypeError, AttributeError) as exc:
+        raise SourceError(
+            f"{path.name} is not a complete wheel: {exc}",
+            hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
+        ) from exc
+
+
+def _decode_packed(path: Path) -> Packed | None:
+    with zipfile.ZipFile(path) as archive:
+        found = [
+            item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")
+        ]
+        if not found:
+            return None
+        if found[0].file_size > _LONGEST:
+            raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+        record = json.loads(archive.read(found[0]))
+    if record.pop("schema") != RECORD_SCHEMA:
+        raise SourceError(
+            f"{path.name} was packed by another version of the workspace",
+            hint="pack it again: ./scripts/inv wheel",
+        )
+    libraries = tuple(Library(**library) for library in record.pop("libraries"))
+    cubins = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
+    inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
+    return Packed(
+        **{name: str(text) for name, text in record.items()},
+        inputs=inputs,
+        libraries=libraries,
+        cubins=cubins,
+    )

@@ -13,6 +13,7 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stamp
+from workspace.install.precompiled import text_of
 from workspace.machine import torch
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
@@ -134,7 +135,7 @@ def next_command(observed: plan.Observation) -> str:
         )
     if observed.stack and observed.stack.state is patches.State.FOREIGN:
         return "./scripts/inv patch   # vendor/vllm does not descend from the pin: lists what to do"
-    is_native_stale = observed.kernels_wanted.kind == "native" and observed.kernels.state == "stale"
+    is_native_stale = observed.kernels_wanted.source.is_native and observed.kernels.state == "stale"
     if (observed.needs_compilation or is_native_stale) and observed.environment.state == "ok":
         return "./scripts/inv rebuild"
     if any(
@@ -154,7 +155,7 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
             else ""
         ),
         "kernels": (
-            f"{short_origin(built)}, {len(built.libraries)} compiled files" if built else ""
+            f"{text_of(built.kernels)}, {len(built.libraries)} compiled files" if built else ""
         ),
         "install": built.outcome.get("version", "") if built else "",
     }
@@ -166,11 +167,6 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
         rows.append(Row(found[0], "triton", found[1]))
     rows.append(_smoke(layout, observed))
     return tuple(rows)
-
-
-def short_origin(built: stamp.Stamp) -> str:
-    """Return the recorded origin of the kernels without its hash."""
-    return " ".join(token for token in built.inputs.get("origin", "").split() if len(token) < 64)
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:

@@ -246,7 +246,7 @@ def _foreign_to_build(layout: Layout, name: str, recorded: stamp.Stamp | None) -
     wheel = Path(recorded.outcome.get("wheel", ""))
     if recorded.inputs.get("device") == "cpu":
         return "the CPU build has none"
-    if recorded.inputs.get("origin") == "native" or not wheel.is_file():
+    if (recorded.kernels and recorded.kernels.is_native) or not wheel.is_file():
         return ""
     theirs = brought(wheel, name)
     ours = {

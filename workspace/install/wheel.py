@@ -26,7 +26,7 @@ from workspace.core.files import CHUNK_BYTES, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stamp
-from workspace.install.precompiled import RECORD, SCHEMA, Packed
+from workspace.install.stamp import RECORD, RECORD_SCHEMA, Packed
 from workspace.machine import interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
@@ -172,10 +172,18 @@ def _describe(
         python=_python(recorded),
         torch=recorded.inputs["torch"].partition(" CUDA ")[0],
         digest=git.digest(plan.COMPILED_SOURCES),
-        inputs={name: text for name, text in recorded.inputs.items() if name not in _OWN_INPUTS},
+        inputs=_inputs(recorded),
         libraries=recorded.libraries,
         cubins={library.library: library.archs for library in held},
     )
+
+
+def _inputs(recorded: stamp.Stamp) -> dict[str, str]:
+    """Return the inputs of the build that are not specific to this machine, all as text."""
+    source = asdict(recorded.kernels) if recorded.kernels else {}
+    return {name: text for name, text in recorded.inputs.items() if name not in _OWN_INPUTS} | {
+        f"kernels {name}": text for name, text in source.items() if text
+    }
 
 
 def _python(recorded: stamp.Stamp) -> str:
@@ -246,7 +254,7 @@ def _metadata(layout: Layout, observed: plan.Observation, packed: Packed) -> dic
         f"\nVersion: {observed.version}\n".encode(), f"\nVersion: {packed.version}\n".encode(), 1
     )
     members[f"{info}/{RECORD}"] = (
-        json.dumps({"schema": SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n"
+        json.dumps({"schema": RECORD_SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n"
     ).encode()
     return members
 

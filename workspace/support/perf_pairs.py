@@ -19,7 +19,6 @@ from workspace.core.errors import SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.install import precompiled
 from workspace.install.plan import Observation
-from workspace.install.precompiled import Kernels
 from workspace.machine import interpreter, requirements, torch
 from workspace.repo import checkout, export, index, overview, patches, pins, series
 from workspace.repo.checkout import Kind
@@ -157,13 +156,8 @@ def _build_variables(context: Context, observed: Observation) -> dict[str, str]:
 
     The kernels come from a wheel: to compile them takes hours.
     """
-    kernels = (
-        observed.kernels_wanted
-        if observed.kernels_wanted.kind != "native"
-        else Kernels("precompiled", "precompiled")
-    )
     wheel = precompiled.fetch_wheel(
-        kernels,
+        observed.kernels_wanted,
         observed.pin,
         observed.device,
         context.settings,
