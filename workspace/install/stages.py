@@ -206,8 +206,9 @@ def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
     verdict = editable.verify(run.layout, run.settings, observed)
-    # Where sources changed since the wheel, the kernels are still those of the wheel.
-    write_stamp(run, observed, verdict, observed.kernels_wanted.source.without_compiler())
+    # The source of what was installed: without the stamp, `observed` may want another one. Where
+    # compiled sources changed, the kernels are still those of the wheel.
+    write_stamp(run, observed, verdict, run.observed.kernels_wanted.source.without_compiler())
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
