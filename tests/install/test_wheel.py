@@ -95,6 +95,7 @@ def test_same_build_gives_the_same_bytes(built: World, dist: Path) -> None:
 def test_record_of_a_wheel_is_read_back(built: World, dist: Path) -> None:
     packed = stamp.read_packed(pack(built, dist).path)
     assert packed is not None
+    assert packed.inputs["kernels kind"] == "precompiled"
     assert (
         packed.tag,
         packed.device,

@@ -154,8 +154,8 @@ def choose(
     """
     choice = settings.text("KERNELS")
     choice = "precompiled" if choice == _FORMER_NAME else choice
-    is_requested = kept is not None and (kept.source.is_native or kept.source.is_wheel_file)
-    if choice == "auto" and settings.source("KERNELS") != "flag" and kept and is_requested:
+    is_free = choice == "auto" and settings.source("KERNELS") != "flag"
+    if is_free and kept and kept.source.kind in ("native", "wheel"):
         return kept
     pinned = pinned_wheel(pin, device)
     if choice == "native" or (choice == "auto" and pinned is None):
