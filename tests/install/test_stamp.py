@@ -44,7 +44,6 @@ def test_missing_stamp_is_none(tmp_path: Path) -> None:
         lambda record: record | {"kernels": {"kind": ["native"]}},
         lambda record: record | {"kernels": {"kind": "wheel", "wheel": "\ud800", "sha256": None}},
         lambda record: record | {"kernels": {"kind": "wheel", "wheel": "x.whl", "sha256": "abc"}},
-        lambda record: record | {"kernels": {"kind": "native", "more": 1}},
         lambda record: record | {"libraries": [{"path": "x"}]},
         lambda record: record | {"libraries": "none"},
         lambda record: record | {"files": []},
