@@ -5,17 +5,16 @@ references in both repositories. Its good.json is written last; a folder without
 count.
 """
 
-import contextlib
 import datetime
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from workspace.checks import registry as smoke_record
-from workspace.core import files, lock
+from workspace.core import files, lock, records
 from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -27,16 +26,17 @@ from workspace.repo.git import Git, worktree
 from workspace.repo.series import State
 
 KEPT = 3
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class KnownGood:
+class KnownGood(records.Record):
     """A state on which the smoke passed.
 
     `head`, `base` and `tree` belong to vendor/vllm; `gitlink` is the commit that the superproject
     named.
     """
+
+    SCHEMA: ClassVar[int | None] = 1
 
     name: str
     tag: str
@@ -86,11 +86,8 @@ def states(layout: Layout) -> tuple[KnownGood, ...]:
 
 def read(layout: Layout, name: str) -> KnownGood | None:
     """Return the state of this name, None if its record is missing or unreadable."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads(read_regular(folder(layout, name) / "good.json"))
-        if record.pop("schema") == SCHEMA and record["name"] == name:
-            return KnownGood(**record)
-    return None
+    state = records.read(folder(layout, name) / "good.json", KnownGood)
+    return state if state and state.name == name else None
 
 
 def record(
@@ -161,7 +158,7 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         inputs=inputs,
     )
     os.sync()
-    write_atomic(record_file, json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
+    records.write(record_file, made)
     _prune(layout, using=name, run_log=run_log)
     return made
 

@@ -5,7 +5,6 @@ and logs are those of the clone.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import files
+from workspace.core import files, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
@@ -251,6 +250,13 @@ class Sandbox:
         return self.outer.relative(self.layout.root)
 
 
+@dataclass(frozen=True)
+class _Tip:
+    """Content of a sandbox's record: the commit that its tree is on."""
+
+    tip: str
+
+
 def make(
     layout: Layout,
     name: str,
@@ -283,12 +289,9 @@ def make(
 def find(layout: Layout, name: str) -> Sandbox | None:
     """Return the sandbox of that name, None where it is missing or its record cannot be read."""
     own = Layout(layout.sandboxes / name)
-    try:
-        tip = json.loads(read_regular(own.root / RECORD))["tip"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    record = records.read(own.root / RECORD, _Tip)
     return (
-        Sandbox(name, layout, own, tip) if isinstance(tip, str) and COMMIT.fullmatch(tip) else None
+        Sandbox(name, layout, own, record.tip) if record and COMMIT.fullmatch(record.tip) else None
     )
 
 
@@ -397,7 +400,7 @@ def _write_patches(own: Layout, pin: Pin, patches: Path | None) -> None:
 
 
 def _record(own: Layout, tip: str) -> None:
-    write_atomic(own.root / RECORD, json.dumps({"tip": tip}).encode())
+    records.write(own.root / RECORD, _Tip(tip))
 
 
 def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) -> Git:
