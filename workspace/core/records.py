@@ -25,7 +25,7 @@ class DecodeError(ValueError):
 
 
 class NewerSchema(DecodeError):
-    """A record of a newer workspace."""
+    """A record of a newer workspace; the message is a sentence without its subject, the file."""
 
 
 class Record:
@@ -91,8 +91,8 @@ def _upgraded(document: object, kind: object) -> object:
             raise DecodeError("schema is missing or is no number")
         if schema > kind.SCHEMA:
             raise NewerSchema(
-                f"it has schema {schema}, this workspace reads {kind.SCHEMA}: a newer workspace"
-                " wrote it"
+                f"has schema {schema}, this workspace reads {kind.SCHEMA}: a newer workspace wrote"
+                " it"
             )
     return kind.upgrade(document)
 
@@ -117,15 +117,16 @@ def read(path: Path, kind: type[T]) -> T | None:
     """
     try:
         return load(path, kind)
+    except NewerSchema as exc:
+        _warn(f"{path} {exc}; it counts as absent")
     except DecodeError as exc:
-        report_damaged(path, str(exc))
-        return None
+        _warn(f"{path} is damaged and counts as absent: {exc}")
+    return None
 
 
 @functools.cache
-def report_damaged(path: Path, fault: str) -> None:
-    """Print that a damaged file counts as absent, once a process."""
-    print(f"warning: {path} is damaged and counts as absent: {fault}", file=sys.stderr, flush=True)
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def encode(record: object, *, indent: int | None = 1) -> bytes:
