@@ -7,20 +7,20 @@ tools in NVIDIA's list of a release; nobody publishes one for the JSON library.
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
 import shutil
 import tarfile
 import tempfile
-import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from workspace.core import records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError, SourceError
 from workspace.core.files import download, sha256
@@ -89,17 +89,24 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
     return Source(layout.triton, project, pin.tag, pin.commit, content, len(stack.names))
 
 
+@dataclass(frozen=True)
+class _BuildSystem:
+    """What is read here of a pyproject.toml."""
+
+    requires: tuple[str, ...] = ()
+
+
 def requirements(source: Source) -> tuple[str, ...]:
     """Return what the build needs in `.vllm`: the tree's pyproject.toml and
     python/requirements.txt, except for CMake, which vLLM needs too.
     """
     lines: list[str] = []
     try:
-        project = tomllib.loads((source.project / "pyproject.toml").read_text(encoding="utf-8"))
-        lines += [str(line) for line in project.get("build-system", {}).get("requires", [])]
+        project = records.parse_toml((source.project / "pyproject.toml").read_bytes())
+        lines += records.convert(project.get("build-system", {}), _BuildSystem).requires
     except FileNotFoundError:
         pass
-    except (ValueError, AttributeError) as exc:
+    except records.DecodeError as exc:
         raise BuildError(
             f"pyproject.toml of Triton cannot be read: {exc}", hint=f"git -C {source.tree} status"
         ) from exc
@@ -134,6 +141,15 @@ _TOOLS = (
 # NVIDIA numbers releases and tools separately: the tools of 13.1.x are in one of these lists.
 _MOST_UPDATES = 4
 TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Llvm:
+    """Content of Triton's cmake/llvm-info.json; the hashes are by system."""
+
+    llvm_hash: str
+    build_number: int | str
+    sha256sum: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -247,16 +263,14 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
     digest = None
     try:
         if info.is_file():
-            named = json.loads(info.read_bytes())
-            name, digest = (
-                f"llvm-{named['llvm_hash'][:8]}-{suffix}-{named['build_number']}",
-                named["sha256sum"][suffix],
-            )
+            named = records.decode(info.read_bytes(), _Llvm)
+            name = f"llvm-{named.llvm_hash[:8]}-{suffix}-{named.build_number}"
+            digest = named.sha256sum[suffix]
         elif plain.is_file():
             name = f"llvm-{plain.read_text(encoding='ascii')[:8]}-{suffix}"
         else:
             return
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError) as exc:
         raise BuildError(
             f"cmake/{info.name} of Triton does not name the LLVM for {suffix}: {exc}",
             hint="LLVM_SYSPATH=/a/folder in .env",
@@ -282,15 +296,14 @@ def _json(source: Source, root: Path) -> Iterator[Download]:
 
 def _tools(source: Source, root: Path) -> Iterator[Download]:
     try:
-        versions = json.loads(
-            (source.tree / "cmake" / "nvidia-toolchain-version.json").read_bytes()
-        )
+        content = (source.tree / "cmake" / "nvidia-toolchain-version.json").read_bytes()
     except FileNotFoundError:
         return
+    versions = records.decode(content, dict[str, str])
     platform_name = f"linux-{'sbsa' if platform.machine() == 'aarch64' else platform.machine()}"
     for folder, component, key, setting in _TOOLS:
         if key in versions:
-            version = str(versions[key])
+            version = versions[key]
             # The runtime's headers were part of the compiler's archive until CUDA 13.
             own = (
                 "cuda_nvcc"
@@ -345,7 +358,8 @@ def _published(one: Download, settings: Settings) -> str | None:
             listed = Path(folder) / f"redistrib_{release}.{update}.json"
             with contextlib.suppress(SourceError, ValueError, AttributeError, OSError):
                 _fetch_file(f"{_NVIDIA}/{listed.name}", listed, None, settings, None)
-                platforms = json.loads(listed.read_bytes()).get(component, {})
+                release_list = records.decode(listed.read_bytes(), dict[str, Any])
+                platforms = release_list.get(component, {})
                 for entry in platforms.values():
                     if isinstance(entry, dict) and str(entry.get("relative_path", "")).endswith(
                         archive

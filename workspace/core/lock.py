@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from workspace.core import records
 from workspace.core.errors import LockError, ToolchainError
 
 POLL_S = 0.2
@@ -88,13 +89,23 @@ def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
     return note
 
 
+@dataclass(frozen=True)
+class _Holder:
+    """Content of the lock file."""
+
+    pid: str
+    verb: str
+    since: str
+    doing: str
+
+
 def _holder(name: str) -> str:
     try:
-        record = json.loads(Path(name).read_text(encoding="utf-8"))
-        doing = f"; its present step is {record['doing']}" if record["doing"] else ""
-        return (
-            f"{record['verb']} (process {record['pid']}) has been changing this workspace since"
-            f" {record['since']}{doing}"
-        )
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        holder = records.decode(Path(name).read_bytes(), _Holder)
+    except (OSError, records.DecodeError):
         return "another process is changing this workspace"
+    doing = f"; its present step is {holder.doing}" if holder.doing else ""
+    return (
+        f"{holder.verb} (process {holder.pid}) has been changing this workspace since"
+        f" {holder.since}{doing}"
+    )

@@ -5,7 +5,6 @@ wheel, decides whether its libraries fit, and compares them after the tree's set
 (VLLM_USE_PRECOMPILED).
 """
 
-import json
 import re
 import zipfile
 import zlib
@@ -13,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from workspace.core import records
 from workspace.core.errors import BuildError, SettingsError, SourceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from packaging.version import Version
 
 _BINARIES = ("vllm/vllm-rs",)
-SCHEMA = 1
 RECORD = "workspace.json"
 # Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
 _LONGEST = 1 << 20
@@ -51,11 +50,13 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(records.Record):
     """The record workspace.json in a wheel of `inv wheel`.
 
     `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
     """
+
+    SCHEMA: ClassVar[int | None] = 1
 
     version: str
     tag: str
@@ -114,7 +115,7 @@ def read_packed(path: Path) -> Packed | None:
     """
     try:
         return _decode_packed(path)
-    except (*_DAMAGED, KeyError, TypeError, AttributeError) as exc:
+    except _DAMAGED as exc:
         raise SourceError(
             f"{path.name} is not a complete wheel: {exc}",
             hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
@@ -130,21 +131,14 @@ def _decode_packed(path: Path) -> Packed | None:
             return None
         if found[0].file_size > _LONGEST:
             raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
-        record = json.loads(archive.read(found[0]))
-    if record.pop("schema") != SCHEMA:
+        content = archive.read(found[0])
+    try:
+        return records.decode(content, Packed)
+    except records.NewerSchema as exc:
         raise SourceError(
             f"{path.name} was packed by another version of the workspace",
             hint="pack it again: ./scripts/inv wheel",
-        )
-    libraries = tuple(stamp.Library(**library) for library in record.pop("libraries"))
-    cubins = {str(name): tuple(map(str, archs)) for name, archs in record.pop("cubins").items()}
-    inputs = {str(name): str(text) for name, text in record.pop("inputs").items()}
-    return Packed(
-        **{name: str(text) for name, text in record.items()},
-        inputs=inputs,
-        libraries=libraries,
-        cubins=cubins,
-    )
+        ) from exc
 
 
 def compiled_members(wheel: Path) -> dict[str, tuple[int, int]]:
@@ -428,12 +422,19 @@ def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | N
     )
 
 
+@dataclass(frozen=True)
+class _Bake:
+    """What is read here of a release's Docker variables."""
+
+    variable: Mapping[str, Mapping[str, str]]
+
+
 def _other_family(tree: Path, archs: str) -> str | None:
     """Return why the release lacks kernels for an architecture's family, None also if unknown."""
     try:
-        record = json.loads((tree / "docker" / "versions.json").read_bytes())
-        released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = records.load(tree / "docker" / "versions.json", _Bake)
+        released = parse(record.variable["TORCH_CUDA_ARCH_LIST"]["default"]) if record else ()
+    except (LookupError, ValueError):
         return None
     families = {entry.number.split(".")[0] for entry in released}
     other = [entry.text for entry in parse(archs) if entry.number.split(".")[0] not in families]

@@ -4,7 +4,6 @@ installs in it.
 Every package goes through `install`, whose errors explain a failure of uv in one sentence.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
@@ -383,6 +382,18 @@ def site_packages(layout: Layout) -> tuple[Path, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """Answer of the program _FACTS."""
+
+    version: str
+    level: str
+    include: str
+    prefix: str
+    executable: str | None
+    base: str
+
+
 def _facts(
     python: Path, settings: Settings, *, follow: bool = False
 ) -> tuple[PythonFacts, Path] | None:
@@ -397,18 +408,18 @@ def _facts(
             env=settings.child_environment("plain"),
             timeout_s=ANSWER_S,
         )
-        facts = json.loads(done.stdout)
-    except (ToolchainError, ValueError):
+        facts = records.decode(done.stdout, _Facts)
+    except (ToolchainError, records.DecodeError):
         return None
-    if done.returncode != 0 or facts["level"] != "final":
+    if done.returncode != 0 or facts.level != "final":
         return None
-    include = Path(facts["include"])
+    include = Path(facts.include)
     return PythonFacts(
-        path=Path(facts["executable"]) if follow and facts["executable"] else python,
-        version=facts["version"],
+        path=Path(facts.executable) if follow and facts.executable else python,
+        version=facts.version,
         headers=include if (include / "Python.h").is_file() else None,
-        base=Path(facts["base"]),
-    ), Path(facts["prefix"])
+        base=Path(facts.base),
+    ), Path(facts.prefix)
 
 
 def _reason(

@@ -4,7 +4,6 @@ the Pythons that it finds or fetches, and the causes of its failures.
 
 import contextlib
 import functools
-import json
 import re
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import SourceError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
@@ -157,6 +156,16 @@ def is_cache_on(text: str) -> bool:
     return text.strip().lower() in ("1", "true", "yes", "on")
 
 
+@dataclass(frozen=True)
+class _Python:
+    """Entry of `uv python list`; an older uv names no variant."""
+
+    version: str
+    path: str | None = None
+    implementation: str | None = None
+    variant: str = "default"
+
+
 def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]]:
     """Yield version and path of each ordinary CPython that uv finds.
 
@@ -164,20 +173,17 @@ def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]
     """
     done = _list_pythons(uv, tuple(sorted(settings.child_environment("plain").items())))
     try:
-        listed = json.loads(done.stdout)
-    except ValueError as exc:
+        listed = records.decode(done.stdout, list[_Python])
+    except records.DecodeError as exc:
         _list_pythons.cache_clear()
         raise ToolchainError(
             f"uv python list printed no list: {done.stderr.strip()[-200:]}",
             hint=f"{uv} python list",
         ) from exc
     for python in listed:
-        is_ordinary = (
-            python.get("implementation") == "cpython"
-            and python.get("variant", "default") == "default"
-        )
-        if is_ordinary and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
-            yield python["version"], Path(python["path"])
+        is_ordinary = python.implementation == "cpython" and python.variant == "default"
+        if is_ordinary and python.path and re.fullmatch(r"\d+(\.\d+)+", python.version):
+            yield python.version, Path(python.path)
 
 
 # Cached, because preflight and environment both need the list.
