@@ -29,7 +29,7 @@ WHOLE = stamp.Stamp(
         stamp.Library("vllm/vllm-rs", 8, "d" * 64),
     ),
 )
-DOCUMENT = {"schema": stamp.SCHEMA, **asdict(WHOLE)}
+DOCUMENT = {"schema": stamp.Stamp.SCHEMA, **asdict(WHOLE)}
 
 
 def with_library(**parts: object) -> bytes:

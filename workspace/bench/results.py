@@ -129,6 +129,20 @@ class Record(records.Record):
     repeat: int
     starts: tuple[Start, ...]
 
+    def validate(self) -> None:
+        if self.repeat < 1 or not metrics.LABEL.fullmatch(self.label) or not self.source.tree:
+            raise DecodeError("repeat, label or source.tree is not what a benchmark writes")
+        for index, start in enumerate(self.starts):
+            for name, samples in start.samples.items():
+                if metrics.find(name) is None or not all(sample > 0 for sample in samples):
+                    raise DecodeError(
+                        f"starts[{index}].samples.{name} is no metric with positive samples"
+                    )
+        try:
+            records.encode(self)
+        except ValueError as exc:
+            raise DecodeError("it has NaN or infinity in the place of a number") from exc
+
     @property
     def is_complete(self) -> bool:
         return len(self.starts) >= self.repeat
@@ -184,20 +198,7 @@ def read(path: Path, *, place: str) -> Record:
 
 def decode(content: bytes) -> Record:
     """Parse a record. Raises DecodeError naming the fault and its place, or NewerSchema."""
-    record = records.decode(content, Record)
-    if record.repeat < 1 or not metrics.LABEL.fullmatch(record.label) or not record.source.tree:
-        raise DecodeError("repeat, label or source.tree is not what a benchmark writes")
-    for index, start in enumerate(record.starts):
-        for name, samples in start.samples.items():
-            if metrics.find(name) is None or not all(sample > 0 for sample in samples):
-                raise DecodeError(
-                    f"starts[{index}].samples.{name} is no metric with positive samples"
-                )
-    try:
-        records.encode(record)
-    except ValueError as exc:
-        raise DecodeError("it has NaN or infinity in the place of a number") from exc
-    return record
+    return records.decode(content, Record)
 
 
 @dataclass(frozen=True)

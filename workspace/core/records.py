@@ -38,6 +38,9 @@ class Record:
         """Return a document of an older edition in today's form."""
         return document
 
+    def validate(self) -> None:
+        """Check what types cannot express. Raises DecodeError."""
+
 
 def parse(text: bytes | str) -> object:
     """Return the content of a JSON text. Raises DecodeError. NaN and infinity are allowed."""
@@ -74,9 +77,12 @@ def convert(document: object, kind: type[T]) -> T:
     import msgspec
 
     try:
-        return msgspec.convert(_upgraded(document, kind), kind)
+        record = msgspec.convert(_upgraded(document, kind), kind)
     except (msgspec.ValidationError, RecursionError) as exc:
         raise DecodeError(str(exc)) from exc
+    if isinstance(record, Record):
+        record.validate()
+    return record
 
 
 def _upgraded(document: object, kind: object) -> object:

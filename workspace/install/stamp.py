@@ -5,16 +5,16 @@ was verified. A layer is stale where the recorded inputs differ from today's.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
-from workspace.core.files import read_regular, write_atomic
+from workspace.core import records
+from workspace.core.records import DecodeError, Document
 
-SCHEMA = 1
 _SHA256 = re.compile("[0-9a-f]{64}")
 # The first edition's name for the precompiled wheel.
 _FORMER_NAME = "donor"
@@ -31,12 +31,14 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Stamp:
+class Stamp(records.Record):
     """The record of one layer: its `inputs` and its `outcome`; all values are text.
 
     `files` has `mode oid` by path for each input that is a digest over files. It explains what
     changed and decides nothing.
     """
+
+    SCHEMA: ClassVar[int | None] = 1
 
     inputs: Mapping[str, str]
     outcome: Mapping[str, str] = field(default_factory=dict)
@@ -44,57 +46,41 @@ class Stamp:
     libraries: tuple[Library, ...] = ()
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # Stamps of the first edition have no files.
+        if missing := {"outcome", "packages", "libraries"} - document.keys():
+            raise DecodeError(f"it lacks {' and '.join(sorted(missing))}")
+        return document
+
+    def validate(self) -> None:
+        mappings = (self.inputs, self.outcome, self.packages, *self.files.values())
+        texts = (text for mapping in mappings for pair in mapping.items() for text in pair)
+        if not all(map(_is_text, texts)) or not all(map(_is_library, self.libraries)):
+            raise DecodeError("it has a text or a library that no stamp has")
+
 
 def read(path: Path) -> Stamp | None:
     """Return the stamp, or None where no valid stamp exists: a damaged stamp proves nothing."""
-    try:
-        record = json.loads(read_regular(path))
-        if (
-            type(record["schema"]) is not int
-            or record["schema"] != SCHEMA
-            or not isinstance(record["libraries"], list)
-        ):
-            return None
-        mappings = {name: record[name] for name in ("inputs", "outcome", "packages")}
-        # Stamps of the first edition have no files.
-        files = record.get("files", {})
-        if not all(
-            _is_text(text)
-            for mapping in (*mappings.values(), *files.values())
-            for pair in mapping.items()
-            for text in pair
-        ):
-            return None
-        libraries = tuple(Library(**item) for item in record["libraries"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if origin := _FORMER_ORIGIN.match(mappings["inputs"].get("origin", "")):
-        mappings["inputs"]["origin"] = f"{origin[1] or ''}precompiled {origin[2]}"
-    return (
-        Stamp(libraries=libraries, files=files, **mappings)
-        if all(_is_library(library) for library in libraries)
-        else None
-    )
+    stamp = records.read(path, Stamp)
+    if stamp and (origin := _FORMER_ORIGIN.match(stamp.inputs.get("origin", ""))):
+        inputs = {**stamp.inputs, "origin": f"{origin[1] or ''}precompiled {origin[2]}"}
+        return replace(stamp, inputs=inputs)
+    return stamp
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: str) -> bool:
     """Return whether the value is text without NUL and without half a surrogate pair.
 
     JSON can contain such a half; file systems and terminals refuse it.
     """
-    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+    return not re.search("[\0\ud800-\udfff]", value)
 
 
 def _is_library(library: Library) -> bool:
     place = PurePosixPath(library.path) if _is_text(library.path) else PurePosixPath("/")
     is_below = not place.is_absolute() and ".." not in place.parts and len(place.parts) > 0
-    return (
-        is_below
-        and type(library.size) is int
-        and library.size >= 0
-        and _is_text(library.sha256)
-        and bool(_SHA256.fullmatch(library.sha256))
-    )
+    return is_below and library.size >= 0 and bool(_SHA256.fullmatch(library.sha256))
 
 
 def write(path: Path, stamp: Stamp) -> None:
@@ -104,8 +90,7 @@ def write(path: Path, stamp: Stamp) -> None:
     not sync, so everything is synced first.
     """
     os.sync()
-    record = {"schema": SCHEMA, **asdict(stamp)}
-    write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    records.write(path, stamp)
 
 
 def withdraw(path: Path) -> None:
