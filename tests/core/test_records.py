@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 
@@ -24,9 +24,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class State(records.Record):
-    SCHEMA: ClassVar[int | None] = 2
-
+class State(records.Record, schema=2):
     name: str
     level: Literal["quick", "full"]
     parts: tuple[Part, ...] = ()

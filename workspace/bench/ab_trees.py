@@ -358,13 +358,6 @@ def require_different_libraries(
     console.warn(f"{sentence}; only the other changes are compared")
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Answer of probes/imports.py."""
-
-    vllm: str | None
-
-
 def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
     """Return the file of the vLLM that a process of the sandbox imports.
 
@@ -378,7 +371,7 @@ def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
             timeout_s=_PROBE_TIMEOUT_S,
         )
     try:
-        origin = records.decode(done.stdout, _Origin).vllm
+        origin = records.decode(done.stdout, dict[str, str | None]).get("vllm")
     except records.DecodeError:
         origin = None
     if origin is None or not Path(origin).resolve().is_relative_to(sandbox.layout.vllm.resolve()):

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from workspace.core import records
 from workspace.core.errors import (
@@ -191,13 +191,11 @@ class Try:
 
 
 @dataclass(frozen=True)
-class BisectLog(records.Record):
+class BisectLog(records.Record, schema=1):
     """A bisect so far; `context` is a digest of the patches and their base commit.
 
     Tries in another context do not count.
     """
-
-    SCHEMA: ClassVar[int | None] = 1
 
     options: BisectOptions
     good: str

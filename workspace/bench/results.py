@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from workspace.bench import metrics
 from workspace.core import records, settings
@@ -106,13 +106,11 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Record(records.Record):
+class Record(records.Record, schema=1):
     """A benchmark of one tree on one machine, with the `flags` that vLLM's benchmark got.
 
     It has fewer than `repeat` starts if its run was interrupted.
     """
-
-    SCHEMA: ClassVar[int | None] = 1
 
     kind: Kind
     label: str

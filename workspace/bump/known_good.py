@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from workspace.checks import registry as smoke_record
 from workspace.core import files, lock, records
@@ -29,14 +28,12 @@ KEPT = 3
 
 
 @dataclass(frozen=True)
-class KnownGood(records.Record):
+class KnownGood(records.Record, schema=1):
     """A state on which the smoke passed.
 
     `head`, `base` and `tree` belong to vendor/vllm; `gitlink` is the commit that the superproject
     named.
     """
-
-    SCHEMA: ClassVar[int | None] = 1
 
     name: str
     tag: str

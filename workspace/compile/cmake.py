@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from workspace.compile import cmake_inputs, externals, ninja, project, tree_files
 from workspace.compile.cmake_inputs import Inputs, folder
@@ -134,10 +133,8 @@ _ERROR = re.compile(r"^CMake Error(?: at (\S+?:\d+)(?: \(\w+\))?)?:", re.MULTILI
 
 
 @dataclass(frozen=True)
-class Record(records.Record):
+class Record(records.Record, schema=1):
     """Record of a configure: its inputs, the sources it wrote into the tree, and its messages."""
-
-    SCHEMA: ClassVar[int | None] = 1
 
     inputs: Mapping[str, str]
     sources: Mapping[str, str]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 from workspace.core import records
 from workspace.core.files import read_regular
@@ -188,28 +188,18 @@ def _distance(one: str, other: str) -> int:
     return len({*PurePosixPath(one).parts[:-1]} ^ {*PurePosixPath(other).parts[:-1]})
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Line of a trace."""
-
-    target: str
-    source: str
-    start_s: float
-    wall_s: float
-    peak_rss_mib: float
-
-
 def derive(lines: Iterable[str]) -> tuple[Entry, ...]:
     """Return entries from a trace, in the order of their start.
 
     A line of a trace is a JSON object with target, source, start_s, wall_s and peak_rss_mib (cpu_s
     is not used).
     """
-    measured = sorted(
-        (records.decode(line, _Measured) for line in lines), key=lambda unit: unit.start_s
+    rows = sorted(
+        (records.decode(line, dict[str, Any]) for line in lines), key=lambda row: row["start_s"]
     )
     return tuple(
-        Entry(unit.target, unit.source, unit.wall_s, unit.peak_rss_mib / _MIB) for unit in measured
+        Entry(row["target"], row["source"], row["wall_s"], row["peak_rss_mib"] / _MIB)
+        for row in rows
     )
 
 
@@ -278,10 +268,8 @@ def _plausible(target: object, source: object, seconds: object, peak_gib: object
 
 
 @dataclass(frozen=True)
-class _History(records.Record):
+class _History(records.Record, schema=1):
     """Target, source, seconds and peak GiB of each unit, by setup; `_plausible` checks each."""
-
-    SCHEMA: ClassVar[int | None] = 1
 
     setups: Mapping[str, Sequence[tuple[object, object, object, object]]]
 

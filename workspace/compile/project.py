@@ -75,27 +75,6 @@ class Extension:
     is_optional: bool
 
 
-@dataclass(frozen=True)
-class CompileCommand:
-    """Entry of CMake's compilation database: a source, and its object in the build directory."""
-
-    file: str
-    output: str
-
-
-def compile_commands(build: Path) -> list[CompileCommand]:
-    """Return the entries of compile_commands.json. Raises OSError, and DecodeError."""
-    return records.decode((build / "compile_commands.json").read_bytes(), list[CompileCommand])
-
-
-@dataclass(frozen=True)
-class _Configured:
-    """What is read here of the record of a configure; compile/cmake.py has all of it."""
-
-    sources: Mapping[str, str]
-    not_built: tuple[str, ...]
-
-
 def write_query(build: Path) -> None:
     """Request the reply that `read` and `files` need from the next configure in `build`."""
     folder = build / _API / "query"
@@ -109,9 +88,9 @@ def read(build: Path, tree: Path) -> Project | None:
     incomplete.
     """
     try:
-        record = records.load(build / RECORD, _Configured)
-        reader = _Reader(build, tree, record.sources) if record else None
-        return Project(reader.targets(), record.not_built) if record and reader else None
+        record = records.load(build / RECORD, dict[str, Any])
+        reader = _Reader(build, tree, record["sources"]) if record else None
+        return Project(reader.targets(), tuple(record["not_built"])) if record and reader else None
     except _OTHER_FORM:
         return None
 
@@ -172,9 +151,10 @@ class _Reader:
         found: dict[str, dict[str, str]] = {}
         # CMake writes no database if nothing is compiled.
         with contextlib.suppress(FileNotFoundError):
-            for entry in compile_commands(self._build):
-                if match := _OBJECT_OF.search(entry.output):
-                    found.setdefault(match[1], {})[entry.file] = entry.output
+            content = (self._build / "compile_commands.json").read_bytes()
+            for entry in records.decode(content, list[dict[str, str]]):
+                if match := _OBJECT_OF.search(entry["output"]):
+                    found.setdefault(match[1], {})[entry["file"]] = entry["output"]
         return found
 
     def _installs(

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.compile import job_server, ninja, project, triton_sources
+from workspace.compile import job_server, ninja, triton_sources
 from workspace.compile.costs import unit_at
 from workspace.compile.jobs import Jobs, Memory
 from workspace.compile.progress import Meter
@@ -235,9 +235,9 @@ def _expect(build: Path, due: int, meter: Meter) -> None:
     """
     for place in _cmake_folders(build):
         try:
-            entries = project.compile_commands(place)
-            units = [unit for entry in entries if (unit := unit_at(entry.output))]
-        except (OSError, records.DecodeError):
+            entries = records.load(place / "compile_commands.json", list[dict[str, str]]) or ()
+            units = [unit for entry in entries if (unit := unit_at(entry["output"]))]
+        except (LookupError, records.DecodeError):
             continue
         if due >= len(units):
             meter.expect(units)

@@ -89,13 +89,6 @@ def prepare_source(layout: Layout, settings: Settings, *, run_log: RunLog, step:
     return Source(layout.triton, project, pin.tag, pin.commit, content, len(stack.names))
 
 
-@dataclass(frozen=True)
-class _BuildSystem:
-    """What is read here of a pyproject.toml."""
-
-    requires: tuple[str, ...] = ()
-
-
 def requirements(source: Source) -> tuple[str, ...]:
     """Return what the build needs in `.vllm`: the tree's pyproject.toml and
     python/requirements.txt, except for CMake, which vLLM needs too.
@@ -103,7 +96,8 @@ def requirements(source: Source) -> tuple[str, ...]:
     lines: list[str] = []
     try:
         project = records.parse_toml((source.project / "pyproject.toml").read_bytes())
-        lines += records.convert(project.get("build-system", {}), _BuildSystem).requires
+        system = records.convert(project.get("build-system", {}), dict[str, Any])
+        lines += records.convert(system.get("requires", []), list[str])
     except FileNotFoundError:
         pass
     except records.DecodeError as exc:
@@ -141,15 +135,6 @@ _TOOLS = (
 # NVIDIA numbers releases and tools separately: the tools of 13.1.x are in one of these lists.
 _MOST_UPDATES = 4
 TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class _Llvm:
-    """Content of Triton's cmake/llvm-info.json; the hashes are by system."""
-
-    llvm_hash: str
-    build_number: int | str
-    sha256sum: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -263,14 +248,14 @@ def _llvm(source: Source, root: Path, environment: Mapping[str, str]) -> Iterato
     digest = None
     try:
         if info.is_file():
-            named = records.decode(info.read_bytes(), _Llvm)
-            name = f"llvm-{named.llvm_hash[:8]}-{suffix}-{named.build_number}"
-            digest = named.sha256sum[suffix]
+            named = records.decode(info.read_bytes(), dict[str, Any])
+            name = f"llvm-{named['llvm_hash'][:8]}-{suffix}-{named['build_number']}"
+            digest = named["sha256sum"][suffix]
         elif plain.is_file():
             name = f"llvm-{plain.read_text(encoding='ascii')[:8]}-{suffix}"
         else:
             return
-    except (ValueError, KeyError) as exc:
+    except (ValueError, KeyError, TypeError) as exc:
         raise BuildError(
             f"cmake/{info.name} of Triton does not name the LLVM for {suffix}: {exc}",
             hint="LLVM_SYSPATH=/a/folder in .env",

@@ -6,11 +6,10 @@ The kernel releases a flock when its holder dies, so a dead holder never blocks 
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -77,11 +76,11 @@ def hold(
 def _recorder(file: TextIO, verb: str) -> Callable[[str], None]:
     """Return a function that writes holder and step into the lock file."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"pid": str(os.getpid()), "verb": verb, "since": since}
+    holder = _Holder(str(os.getpid()), verb, since)
 
     def note(doing: str) -> None:
         # One write: a reader sees the old record, the new one or none, never a mixture.
-        text = json.dumps({**record, "doing": doing})
+        text = records.encode(replace(holder, doing=doing), indent=None).decode()
         file.truncate(0)
         file.write(text)
         file.flush()
@@ -96,7 +95,7 @@ class _Holder:
     pid: str
     verb: str
     since: str
-    doing: str
+    doing: str = ""
 
 
 def _holder(name: str) -> str:

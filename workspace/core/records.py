@@ -29,9 +29,15 @@ class NewerSchema(DecodeError):
 
 
 class Record:
-    """Base of the dataclasses whose file has a version, as its key `schema`, or older forms."""
+    """Base of the dataclasses whose file has a version, as its key `schema`, or older forms.
+
+    `class Stamp(Record, schema=1)` is a dataclass of version 1.
+    """
 
     SCHEMA: ClassVar[int | None] = None
+
+    def __init_subclass__(cls, *, schema: int | None = None) -> None:
+        cls.SCHEMA = schema
 
     @classmethod
     def upgrade(cls, document: Document) -> Document:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from workspace.core import records
 from workspace.core.errors import BuildError, SettingsError, SourceError
@@ -50,13 +50,11 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Packed(records.Record):
+class Packed(records.Record, schema=1):
     """The record workspace.json in a wheel of `inv wheel`.
 
     `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
     """
-
-    SCHEMA: ClassVar[int | None] = 1
 
     version: str
     tag: str

@@ -250,13 +250,6 @@ class Sandbox:
         return self.outer.relative(self.layout.root)
 
 
-@dataclass(frozen=True)
-class _Tip:
-    """Content of a sandbox's record: the commit that its tree is on."""
-
-    tip: str
-
-
 def make(
     layout: Layout,
     name: str,
@@ -289,10 +282,8 @@ def make(
 def find(layout: Layout, name: str) -> Sandbox | None:
     """Return the sandbox of that name, None where it is missing or its record cannot be read."""
     own = Layout(layout.sandboxes / name)
-    record = records.read(own.root / RECORD, _Tip)
-    return (
-        Sandbox(name, layout, own, record.tip) if record and COMMIT.fullmatch(record.tip) else None
-    )
+    tip = (records.read(own.root / RECORD, dict[str, str]) or {}).get("tip", "")
+    return Sandbox(name, layout, own, tip) if COMMIT.fullmatch(tip) else None
 
 
 def find_all(layout: Layout) -> tuple[Sandbox, ...]:
@@ -400,7 +391,7 @@ def _write_patches(own: Layout, pin: Pin, patches: Path | None) -> None:
 
 
 def _record(own: Layout, tip: str) -> None:
-    records.write(own.root / RECORD, _Tip(tip))
+    records.write(own.root / RECORD, {"tip": tip})
 
 
 def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) -> Git:

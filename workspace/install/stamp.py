@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
 
 from workspace.core import records
 from workspace.core.records import DecodeError, Document
@@ -31,14 +30,12 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Stamp(records.Record):
+class Stamp(records.Record, schema=1):
     """The record of one layer: its `inputs` and its `outcome`; all values are text.
 
     `files` has `mode oid` by path for each input that is a digest over files. It explains what
     changed and decides nothing.
     """
-
-    SCHEMA: ClassVar[int | None] = 1
 
     inputs: Mapping[str, str]
     outcome: Mapping[str, str] = field(default_factory=dict)

@@ -382,18 +382,6 @@ def site_packages(layout: Layout) -> tuple[Path, ...]:
     )
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """Answer of the program _FACTS."""
-
-    version: str
-    level: str
-    include: str
-    prefix: str
-    executable: str | None
-    base: str
-
-
 def _facts(
     python: Path, settings: Settings, *, follow: bool = False
 ) -> tuple[PythonFacts, Path] | None:
@@ -408,18 +396,18 @@ def _facts(
             env=settings.child_environment("plain"),
             timeout_s=ANSWER_S,
         )
-        facts = records.decode(done.stdout, _Facts)
+        facts = records.decode(done.stdout, dict[str, str])
     except (ToolchainError, records.DecodeError):
         return None
-    if done.returncode != 0 or facts.level != "final":
+    if done.returncode != 0 or facts["level"] != "final":
         return None
-    include = Path(facts.include)
+    include = Path(facts["include"])
     return PythonFacts(
-        path=Path(facts.executable) if follow and facts.executable else python,
-        version=facts.version,
+        path=Path(facts["executable"]) if follow and facts["executable"] else python,
+        version=facts["version"],
         headers=include if (include / "Python.h").is_file() else None,
-        base=Path(facts.base),
-    ), Path(facts.prefix)
+        base=Path(facts["base"]),
+    ), Path(facts["prefix"])
 
 
 def _reason(

@@ -212,17 +212,11 @@ def _evidence(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _TritonTarget:
-    backend: str
-    arch: int | str
-
-
-@dataclass(frozen=True)
 class _TritonKernel:
     """What is read here of Triton's description of a kernel."""
 
     triton_version: str
-    target: _TritonTarget
+    target: dict[str, object]
 
 
 def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
@@ -238,15 +232,13 @@ def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
     installed = stack.triton.partition("+")[0]
     for path in itertools.islice(place.rglob("*.json"), MOST_READ):
         # Other files of the folder are no descriptions of kernels.
-        with contextlib.suppress(records.DecodeError):
-            facts = records.load(path, _TritonKernel)
-            if facts is None:
-                continue
+        with contextlib.suppress(OSError, KeyError, records.DecodeError):
+            facts = records.decode(read_regular(path), _TritonKernel)
             version, target = facts.triton_version.partition("+")[0], facts.target
             if version != installed:
                 yield f"written by triton {version}, installed is {stack.triton}"
-            elif archs and target.backend == "cuda" and str(target.arch) not in archs:
-                yield f"written for sm_{target.arch}, the GPU here is {stack.architecture}"
+            elif archs and target["backend"] == "cuda" and str(target["arch"]) not in archs:
+                yield f"written for sm_{target['arch']}, the GPU here is {stack.architecture}"
 
 
 def _flashinfer_entries(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:

@@ -115,14 +115,6 @@ def removed_names(kind: Literal["variables", "flags"]) -> Mapping[str, Removed]:
     return {name: Removed(name, **facts) for name, facts in rows.items()}
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """Answer of probes/variables.py: rows with `name` and the message."""
-
-    refused: tuple[dict[str, str], ...]
-    ignored: tuple[dict[str, str], ...]
-
-
 def misread_values(
     layout: Layout, settings: Settings, values: Mapping[str, str]
 ) -> tuple[Misread, ...]:
@@ -147,11 +139,14 @@ def misread_values(
     }
     try:
         done = process.capture(argv, env=environment, timeout_s=ANSWER_S)
-        found = records.decode(done.stdout, _Judged)
+        found = records.decode(done.stdout, dict[str, list[dict[str, str]] | None])
     except (ToolchainError, records.DecodeError):
         return ()
-    rows = [*((row, True) for row in found.refused), *((row, False) for row in found.ignored)]
-    return tuple(Misread(row["name"], shortened(row["said"]), is_error) for row, is_error in rows)
+    return tuple(
+        Misread(row["name"], shortened(row["said"]), is_error)
+        for kind, is_error in (("refused", True), ("ignored", False))
+        for row in found[kind] or ()
+    )
 
 
 def spelled_alike(name: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from workspace.core import process, records
 from workspace.core.console import RunLog
@@ -156,16 +156,6 @@ def is_cache_on(text: str) -> bool:
     return text.strip().lower() in ("1", "true", "yes", "on")
 
 
-@dataclass(frozen=True)
-class _Python:
-    """Entry of `uv python list`; an older uv names no variant."""
-
-    version: str
-    path: str | None = None
-    implementation: str | None = None
-    variant: str = "default"
-
-
 def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]]:
     """Yield version and path of each ordinary CPython that uv finds.
 
@@ -173,7 +163,7 @@ def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]
     """
     done = _list_pythons(uv, tuple(sorted(settings.child_environment("plain").items())))
     try:
-        listed = records.decode(done.stdout, list[_Python])
+        listed = records.decode(done.stdout, list[dict[str, Any]])
     except records.DecodeError as exc:
         _list_pythons.cache_clear()
         raise ToolchainError(
@@ -181,9 +171,12 @@ def installed_pythons(uv: Path, settings: Settings) -> Iterator[tuple[str, Path]
             hint=f"{uv} python list",
         ) from exc
     for python in listed:
-        is_ordinary = python.implementation == "cpython" and python.variant == "default"
-        if is_ordinary and python.path and re.fullmatch(r"\d+(\.\d+)+", python.version):
-            yield python.version, Path(python.path)
+        is_ordinary = (
+            python.get("implementation") == "cpython"
+            and python.get("variant", "default") == "default"
+        )
+        if is_ordinary and python.get("path") and re.fullmatch(r"\d+(\.\d+)+", python["version"]):
+            yield python["version"], Path(python["path"])
 
 
 # Cached, because preflight and environment both need the list.

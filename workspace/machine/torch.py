@@ -393,11 +393,8 @@ class _DirectUrl:
 
 def _origin(described: Path) -> tuple[Origin, str]:
     """Return the origin of a package from an installer's notes (PEP 610)."""
-    try:
-        noted = records.load(described / "direct_url.json", _DirectUrl)
-        place = unquote(urlsplit(noted.url).path) if noted else ""
-    except ValueError:
-        return "index", ""
-    if noted is None:
-        return "index", ""
-    return ("editable" if noted.dir_info.get("editable") else "file"), place
+    with contextlib.suppress(ValueError):
+        if noted := records.load(described / "direct_url.json", _DirectUrl):
+            place = unquote(urlsplit(noted.url).path)
+            return ("editable" if noted.dir_info.get("editable") else "file"), place
+    return "index", ""

@@ -362,17 +362,11 @@ def _explained(
     return ServeError(settings.masked(error.message), hint=hint, details=details)
 
 
-@dataclass(frozen=True)
-class _Config:
-    """What is read here of a model's configuration."""
-
-    max_position_embeddings: int | None = None
-
-
 def _length(folder: Path | None) -> int | None:
     """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
-        known = records.load(folder / "config.json", _Config) if folder else None
+        known = records.load(folder / "config.json", dict[str, object]) if folder else None
     except records.DecodeError:
         return None
-    return known.max_position_embeddings if known else None
+    found = known.get("max_position_embeddings") if known else None
+    return found if isinstance(found, int) else None
