@@ -42,6 +42,8 @@ SINGLE_ENTRANCES = {
     "git": "workspace/repo/git/",
     "invoke": "workspace/cli/",
     "nox": "noxfile.py",
+    "tomllib": "workspace/core/records.py",
+    "msgspec": "workspace/core/records.py",
 }
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
 # The seam, the program it puts between itself and what it starts, the one that a build puts before
@@ -52,8 +54,10 @@ STARTS_PROGRAMS = {
     "workspace/compile/launcher.py",
     "workspace/server/process_tree.py",
 }
+# Everything else decodes with core/records, which has one exception for all damage.
+DECODES = re.compile(r"json\.(loads?|JSONDecoder)$")
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
-HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
+HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "msgspec", "torch", "vllm"}
 # What the built environment is sure to have: vLLM's own requirements, and what those require; gguf
 # comes with the model that needs it.
 PROBES_MAY_IMPORT = {
@@ -110,12 +114,12 @@ def imports(tree: ast.AST, path: str) -> Iterator[str]:
 
 
 def attributes(tree: ast.AST) -> Iterator[str]:
-    """Every `os.name`, also where it came by `from os import name`."""
+    """Every `os.name` and `json.name`, also where it came by `from os import name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield f"{node.value.id}.{node.attr}"
-        elif isinstance(node, ast.ImportFrom) and node.module == "os":
-            yield from (f"os.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("os", "json"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def wrong_arrows(source: str, path: str) -> list[str]:
@@ -144,7 +148,9 @@ def wrong_entrances(source: str, path: str) -> list[str]:
     ]
     for name in attributes(tree):
         starts = STARTS_A_PROGRAM.match(name) and path not in STARTS_PROGRAMS
-        if starts or (READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"):
+        decodes = DECODES.match(name) and path != "workspace/core/records.py"
+        reads = READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"
+        if starts or decodes or reads:
             complaints.append(f"{path} uses {name}")
     return complaints
 
@@ -353,6 +359,10 @@ def test_entrances_parse_in_an_old_python_so_that_they_can_hand_over(name: str) 
         (wrong_entrances, "workspace/install/a.py", "import os\nprint(os.getenv('HOME'))"),
         (wrong_entrances, "workspace/repo/patches.py", "from git import Repo"),
         (wrong_entrances, "workspace/core/a.py", "import invoke"),
+        (wrong_entrances, "workspace/install/a.py", "import json\njson.loads('{}')"),
+        (wrong_entrances, "workspace/install/a.py", "from json import load"),
+        (wrong_entrances, "workspace/core/files.py", "def f():\n    import tomllib"),
+        (wrong_entrances, "workspace/core/files.py", "import msgspec"),
         (wrong_probe, "workspace/probes/a.py", "from workspace.core import files"),
         (wrong_probe, "workspace/probes/a.py", "import requests"),
         (heavy_at_the_top, "workspace/install/a.py", "import rich.console"),
@@ -378,6 +388,8 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
             "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git",
         ),
         (wrong_entrances, "workspace/core/settings.py", "import os\nos.environ"),
+        (wrong_entrances, "workspace/core/records.py", "import json, tomllib\njson.loads('')"),
+        (wrong_entrances, "workspace/install/a.py", "import json\njson.dumps({})"),
         (oversized, "workspace/install/a.py", "def f(a, b, c, d, *, e, f): pass"),
         (oversized, "workspace/install/a.py", 'def f():\n    """Doc."""\n' + "    x = 1\n" * 39),
     ],

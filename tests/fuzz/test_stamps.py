@@ -30,7 +30,7 @@ WHOLE = stamp.Stamp(
         stamp.Library("vllm/vllm-rs", 8, "d" * 64),
     ),
 )
-DOCUMENT = {"schema": stamp.SCHEMA, **asdict(WHOLE)}
+DOCUMENT = {"schema": stamp.Stamp.SCHEMA, **asdict(WHOLE)}
 # A stamp until 2026-11.
 FORMER = {name: value for name, value in DOCUMENT.items() if name != "kernels"} | {
     "inputs": {**WHOLE.inputs, "origin": "hybrid donor vllm.whl " + "a" * 64}

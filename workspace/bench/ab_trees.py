@@ -5,7 +5,6 @@ are.
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from workspace.bench import results
 from workspace.bench.results import Record
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import Console
 from workspace.core.errors import BuildError, CheckoutError, PatchConflict, SettingsError
 from workspace.core.files import read_regular, sha256
@@ -372,12 +371,10 @@ def require_own_vllm(sandbox: Sandbox, environment: Mapping[str, str]) -> Path:
             timeout_s=_PROBE_TIMEOUT_S,
         )
     try:
-        origin = json.loads(done.stdout)["vllm"]
-    except (ValueError, KeyError, TypeError):
+        origin = records.decode(done.stdout, dict[str, str | None]).get("vllm")
+    except records.DecodeError:
         origin = None
-    if not isinstance(origin, str) or not Path(origin).resolve().is_relative_to(
-        sandbox.layout.vllm.resolve()
-    ):
+    if origin is None or not Path(origin).resolve().is_relative_to(sandbox.layout.vllm.resolve()):
         raise BuildError(
             f"{sandbox.shown} imports vllm from {origin or 'nowhere'}, not from its own tree",
             hint=f"rm -rf {sandbox.shown}    and the same command again",

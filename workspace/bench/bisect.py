@@ -310,7 +310,7 @@ def describe(
         patch = searched.names.get(state.culprit)
         culprit = {**asdict(stats), "changes": changes, "patch": patch}
     return {
-        "schema": bisect_log.SCHEMA,
+        "schema": log.SCHEMA,
         "verdict": (
             "found" if culprit else "contradiction" if state.contradiction else "inconclusive"
         ),

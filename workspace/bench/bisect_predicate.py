@@ -4,9 +4,7 @@ Its outcome is good, bad or skip. A tree that hangs or does not answer is skippe
 be blamed for a fault that nobody observed.
 """
 
-import contextlib
 import io
-import json
 import re
 import shlex
 import tempfile
@@ -21,11 +19,10 @@ from workspace.bench.bisect_log import Verdict
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind
 from workspace.bench.subject import Benchmark, WorkloadOptions
-from workspace.checks.registry import REGISTRY
+from workspace.checks.registry import REGISTRY, last_record
 from workspace.core import process
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
-from workspace.core.files import read_regular
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
 from workspace.server.command import built_environment
@@ -176,21 +173,17 @@ def _smoke(predicate: Predicate, trial: Trial) -> Mapping[str, object] | str:
         # One failure decides the whole smoke; a single check must be reached first.
         is_fail_fast=predicate.kind == "smoke",
     )
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            smoke.smoke(
-                layout,
-                trial.settings,
-                options,
-                console=Console(out=io.StringIO(), err=io.StringIO()),
-            )
-        except SmokeError as exc:
-            if not layout.smoke_record.exists():
-                return exc.message
-        found = json.loads(read_regular(layout.smoke_record))
-        assert isinstance(found, dict)
-        return found
-    return "the smoke left no record"
+    try:
+        smoke.smoke(
+            layout,
+            trial.settings,
+            options,
+            console=Console(out=io.StringIO(), err=io.StringIO()),
+        )
+    except SmokeError as exc:
+        if not layout.smoke_record.exists():
+            return exc.message
+    return last_record(layout) or "the smoke left no record"
 
 
 def judge_smoke(

@@ -4,7 +4,6 @@ The record is written after each start, so that the same command resumes an inte
 """
 
 import contextlib
-import json
 import re
 import tempfile
 import time
@@ -16,10 +15,9 @@ from workspace.bench import compare, conditions, metrics, results, subject
 from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
-from workspace.core import lock, process
+from workspace.core import lock, process, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
-from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.server import lifecycle, observation, process_tree
@@ -267,11 +265,10 @@ def read_samples(
 ) -> dict[str, tuple[float, ...]]:
     """Read the samples of a result file. Raises WorkspaceError where it has none."""
     try:
-        document = json.loads(read_regular(result))
-        return metrics.samples(work.kind, document if isinstance(document, dict) else {}, at=at)
-    except (OSError, ValueError, RecursionError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else exc
+        document = records.load(result, dict[str, object]) or {}
+        return metrics.samples(work.kind, document, at=at)
+    except ValueError as exc:
         raise WorkspaceError(
-            f"vllm bench {work.kind} measured nothing: {reason}",
+            f"vllm bench {work.kind} measured nothing: {exc}",
             hint="read the newest log in .workspace/logs",
         ) from exc

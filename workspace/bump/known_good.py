@@ -5,17 +5,15 @@ references in both repositories. Its good.json is written last; a folder without
 count.
 """
 
-import contextlib
 import datetime
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import registry as smoke_record
-from workspace.core import files, lock
+from workspace.core import files, lock, records
 from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -28,11 +26,10 @@ from workspace.repo.git import Git, worktree
 from workspace.repo.series import State
 
 KEPT = 3
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class KnownGood:
+class KnownGood(records.Record, schema=1):
     """A state on which the smoke passed.
 
     `head`, `base` and `tree` belong to vendor/vllm; `gitlink` is the commit that the superproject
@@ -49,6 +46,11 @@ class KnownGood:
     smoke: str
     inputs: Mapping[str, str]
     kernels: KernelSource | None = None
+
+    @classmethod
+    def upgrade(cls, document: records.Document) -> records.Document:
+        """Return a document of an older edition, whose source of kernels was a text."""
+        return precompiled.upgraded(document)
 
 
 def folder(layout: Layout, name: str) -> Path:
@@ -88,13 +90,8 @@ def states(layout: Layout) -> tuple[KnownGood, ...]:
 
 def read(layout: Layout, name: str) -> KnownGood | None:
     """Return the state of this name, None if its record is missing or unreadable."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads(read_regular(folder(layout, name) / "good.json"))
-        record.update(precompiled.upgraded(record))
-        if record.pop("schema") == SCHEMA and record["name"] == name:
-            source = record.pop("kernels", None)
-            return KnownGood(**record, kernels=KernelSource(**source) if source else None)
-    return None
+    state = records.read(folder(layout, name) / "good.json", KnownGood)
+    return state if state and state.name == name else None
 
 
 def record(
@@ -170,7 +167,7 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         kernels=build.kernels,
     )
     os.sync()
-    write_atomic(record_file, json.dumps({"schema": SCHEMA, **asdict(made)}, indent=1).encode())
+    records.write(record_file, made)
     _prune(layout, using=name, run_log=run_log)
     return made
 

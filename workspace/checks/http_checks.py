@@ -4,13 +4,13 @@ They compare a reply with the offline engine's answer. A reply may contain anyth
 answers 200 with rubbish is as wrong as a server that does not answer.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workspace.checks.registry import rows, section
+from workspace.core import records
 
 # The tiny model's tokens after the letters are named by their ids (probes/tiny_model.py), so a text
 # names the tokens that it was made from.
@@ -296,7 +296,6 @@ def _shown(text: object) -> str:
 
 def _document(text: str) -> Mapping[str, object]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return records.decode(text, dict[str, object])
+    except records.DecodeError:
         return {}
-    return found if isinstance(found, dict) else {}

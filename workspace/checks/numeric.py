@@ -3,12 +3,12 @@
 They also judge a real model by common knowledge, and a parity failure by a second run.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.checks.registry import Answer, Check, judged, number, rows, section
+from workspace.core import records
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
 # to 1e-4 (Llama) for a right build, 0.12 with an attention scale that is off by 1 %, which changed
@@ -300,16 +300,20 @@ def settle_recheck(first: Check, second: Check, *, name: str, before: Round, aft
     return replace(first, evidence=f"{first.evidence}; {outcome}", seconds=seconds)
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """The rows of each model, in a document of a probe."""
+
+    models: Mapping[str, list[dict[str, object]]]
+
+
 def read_rows(file: Path, name: str) -> list[Mapping[str, object]]:
     """Return a model's rows from a document of probes/reference.py or `probes/parity.py --keep`.
 
     Empty if there are none.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["models"][name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    found = records.read(file, _Answers)
+    return list(found.models.get(name, ())) if found else []
 
 
 def _is_same(before: list[Mapping[str, object]], after: list[Mapping[str, object]]) -> bool:

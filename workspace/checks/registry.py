@@ -3,7 +3,6 @@
 Verdicts are pure functions: from a probe's answer and the stamps to pass or fail with evidence.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -13,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import records
 from workspace.core.console import Console
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.machine.hardware import Machine
@@ -475,7 +475,4 @@ def write_record(
 
 def last_record(layout: Layout) -> Mapping[str, object]:
     """Return the record of the last smoke, empty if there is none or it is unreadable."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        record = json.loads(read_regular(layout.smoke_record))
-        return record if isinstance(record, dict) else {}
-    return {}
+    return records.read(layout.smoke_record, dict[str, object]) or {}

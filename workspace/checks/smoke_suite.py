@@ -15,7 +15,7 @@ from pathlib import Path
 from workspace.checks import http_checks, numeric, registry, server_checks, stack_dumps
 from workspace.checks.registry import Answer, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog, State
 from workspace.core.errors import (
     BuildError,
@@ -448,8 +448,8 @@ def _or_problem(ask: Callable[[], Answer]) -> Answer:
 def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:
     """Return a probe's document, and what is wrong with how it ended, None if it ended well."""
     try:
-        record = json.loads(done.stdout)
-    except ValueError:
+        record = records.decode(done.stdout, dict[str, object])
+    except records.DecodeError:
         record = None
     last = next(
         (
@@ -461,6 +461,6 @@ def read(done: process.Completed) -> tuple[Mapping[str, object], str | None]:
     )
     if done.returncode != 0:
         return {}, f"the probe {process.describe_status(done.returncode)}: {last}"
-    if not isinstance(record, dict):
+    if record is None:
         return {}, f"the probe printed no document: {last}"
     return record, None

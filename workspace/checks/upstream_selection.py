@@ -5,11 +5,12 @@ indirect imports is not found.
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
+
+from workspace.core import records
 
 RULES = Path(__file__).with_name("reach.toml")
 _PACKAGE = "__init__"
@@ -62,7 +63,7 @@ class Reach:
 
 def rules(path: Path = RULES) -> Rules:
     """Read the rules that come with the workspace."""
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = records.convert(records.parse_toml(path.read_bytes()), dict[str, Any])
 
     def listed(name: str) -> tuple[Rule, ...]:
         return tuple(

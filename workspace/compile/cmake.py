@@ -5,19 +5,18 @@ that it writes again with the same content keeps its time, because ninja would c
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.compile import cmake_inputs, externals, ninja, project, tree_files
 from workspace.compile.cmake_inputs import Inputs, folder
 from workspace.compile.project import Project
 from workspace.compile.tree_files import State
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
@@ -122,7 +121,6 @@ def _stub(settings: Settings, home: Path, build: Path, *, run_log: RunLog) -> Pa
     return stub
 
 
-SCHEMA = 1
 # Each try finds at least one more missing file of a placeholder; the tree's CMake files name most
 # of them before.
 MOST_TRIES = 12
@@ -135,7 +133,7 @@ _ERROR = re.compile(r"^CMake Error(?: at (\S+?:\d+)(?: \(\w+\))?)?:", re.MULTILI
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(records.Record, schema=1):
     """Record of a configure: its inputs, the sources it wrote into the tree, and its messages."""
 
     inputs: Mapping[str, str]
@@ -153,7 +151,7 @@ def due(build: Path, inputs: Inputs, sources: Mapping[str, str]) -> str | None:
     """Return why `build` has to be configured, or None if no input of a configure has changed.
     Writes no file.
     """
-    record = _recorded(build)
+    record = records.read(build / project.RECORD, Record)
     if record is None:
         return (
             "its record cannot be read"
@@ -206,7 +204,7 @@ def configure(
     if reason is None and (known := project.read(build, tree)):
         return known
     run_log.write(f"configure: {reason or 'the reply of CMake cannot be read'}")
-    former = _recorded(build)
+    former = records.read(build / project.RECORD, Record)
     _begin(build)
     read = tree_files.states(tree, tree_files.configure_files(tree))
     output, renewed = _run_and_restore(setup, former, run_log)
@@ -221,7 +219,7 @@ def configure(
         ninja=tree_files.states(build, [NINJA_FILE])[NINJA_FILE],
         not_built=[found[1] for line in output.splitlines() if (found := _NOT_BUILT.match(line))],
     )
-    write_atomic(build / project.RECORD, json.dumps({"schema": SCHEMA, **asdict(record)}).encode())
+    records.write(build / project.RECORD, record, indent=None)
     made = project.read(build, tree)
     if made is None:
         (build / project.RECORD).unlink()
@@ -382,42 +380,6 @@ def _begin(build: Path) -> None:
         if re.fullmatch(r"\.tmp[0-9a-f]{5}", begun.suffix) and begun.is_file():
             begun.unlink()
     project.write_query(build)
-
-
-def _recorded(build: Path) -> Record | None:
-    try:
-        raw = json.loads(read_regular(build / project.RECORD))
-        if raw["schema"] != SCHEMA:
-            return None
-        read, wrote = (
-            {str(path): _state(was) for path, was in raw[name].items()}
-            for name in ("read", "written")
-        )
-        inputs, sources = (
-            {str(key): str(text) for key, text in raw[name].items()}
-            for name in ("inputs", "sources")
-        )
-        globs = {
-            str(pattern): [str(name) for name in names] for pattern, names in raw["globs"].items()
-        }
-        return Record(
-            inputs,
-            sources,
-            read,
-            wrote,
-            globs,
-            _state(raw["ninja"]),
-            [str(line) for line in raw["not_built"]],
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _state(was: Sequence[object]) -> State:
-    size, time_ns, digest = was
-    if isinstance(size, int) and isinstance(time_ns, int) and isinstance(digest, str):
-        return size, time_ns, digest
-    raise ValueError(was)
 
 
 def _moved(name: str, recorded: Mapping[str, str], sources: Mapping[str, str]) -> str:

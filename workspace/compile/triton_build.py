@@ -20,7 +20,7 @@ from workspace.compile.costs import unit_at
 from workspace.compile.jobs import Jobs, Memory
 from workspace.compile.progress import Meter
 from workspace.compile.triton_sources import FROM_SOURCE, Source, requirements
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog, Step
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import write_atomic
@@ -235,9 +235,9 @@ def _expect(build: Path, due: int, meter: Meter) -> None:
     """
     for place in _cmake_folders(build):
         try:
-            entries = json.loads((place / "compile_commands.json").read_bytes())
+            entries = records.load(place / "compile_commands.json", list[dict[str, str]]) or ()
             units = [unit for entry in entries if (unit := unit_at(entry["output"]))]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (LookupError, records.DecodeError):
             continue
         if due >= len(units):
             meter.expect(units)

@@ -5,7 +5,6 @@ does not change. What setup.py took of a wheel (VLLM_USE_PRECOMPILED) is compare
 """
 
 import filecmp
-import json
 import os
 import re
 import shutil
@@ -16,8 +15,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import read_regular, write_atomic
@@ -373,10 +373,10 @@ def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _
         timeout_s=TIMEOUT_S,
     )
     try:
-        record = json.loads(done.stdout) if done.returncode == 0 else None
-    except ValueError:
+        record = records.decode(done.stdout, dict[str, Any]) if done.returncode == 0 else None
+    except records.DecodeError:
         record = None
-    if not isinstance(record, dict):
+    if record is None:
         raise _failed_import(done)
     rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
     outside, inside = (

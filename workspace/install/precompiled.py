@@ -5,17 +5,17 @@ the source, writes it as text, fetches the wheel, and decides whether its librar
 """
 
 import contextlib
-import json
 import platform
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
 
+from workspace.core import records
 from workspace.core.errors import SettingsError, SourceError
 from workspace.core.files import sha256
 from workspace.core.paths import Layout
@@ -433,12 +433,19 @@ def _other_cuda(precompiled_wheel: _WheelFacts, installed: "Version") -> str | N
     )
 
 
+@dataclass(frozen=True)
+class _Bake:
+    """What is read here of a release's Docker variables."""
+
+    variable: Mapping[str, Mapping[str, str]]
+
+
 def _other_family(tree: Path, archs: str) -> str | None:
     """Return why the release lacks kernels for an architecture's family, None also if unknown."""
     try:
-        record = json.loads((tree / "docker" / "versions.json").read_bytes())
-        released = parse(str(record["variable"]["TORCH_CUDA_ARCH_LIST"]["default"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = records.load(tree / "docker" / "versions.json", _Bake)
+        released = parse(record.variable["TORCH_CUDA_ARCH_LIST"]["default"]) if record else ()
+    except (LookupError, ValueError):
         return None
     families = {entry.number.split(".")[0] for entry in released}
     other = [entry.text for entry in parse(archs) if entry.number.split(".")[0] not in families]

@@ -5,7 +5,6 @@ and logs are those of the clone.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.core import files
+from workspace.core import files, records
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
@@ -283,13 +282,8 @@ def make(
 def find(layout: Layout, name: str) -> Sandbox | None:
     """Return the sandbox of that name, None where it is missing or its record cannot be read."""
     own = Layout(layout.sandboxes / name)
-    try:
-        tip = json.loads(read_regular(own.root / RECORD))["tip"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (
-        Sandbox(name, layout, own, tip) if isinstance(tip, str) and COMMIT.fullmatch(tip) else None
-    )
+    tip = (records.read(own.root / RECORD, dict[str, str]) or {}).get("tip", "")
+    return Sandbox(name, layout, own, tip) if COMMIT.fullmatch(tip) else None
 
 
 def find_all(layout: Layout) -> tuple[Sandbox, ...]:
@@ -397,7 +391,7 @@ def _write_patches(own: Layout, pin: Pin, patches: Path | None) -> None:
 
 
 def _record(own: Layout, tip: str) -> None:
-    write_atomic(own.root / RECORD, json.dumps({"tip": tip}).encode())
+    records.write(own.root / RECORD, {"tip": tip})
 
 
 def _settled(sandbox: Sandbox, tip: str, settings: Settings, run_log: RunLog) -> Git:

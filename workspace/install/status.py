@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from workspace.core import records
 from workspace.core.console import Console, State
 from workspace.core.errors import PatchDrift, SmokeError
-from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stamp
@@ -222,34 +222,40 @@ def _patches(observed: plan.Observation) -> Row:
     return Row(state, "patches", text + edited)
 
 
+@dataclass(frozen=True)
+class _Smoke:
+    """What is read here of the record of a smoke."""
+
+    tree: str | None
+    dirty: str | None
+    verdict: Literal["pass", "fail"]
+    time: str
+
+    def __post_init__(self) -> None:
+        if len(self.time) >= LONGEST_TIME or not self.time.isprintable():
+            raise ValueError("the time is no time")
+
+
 def _smoke(layout: Layout, observed: plan.Observation) -> Row:
     try:
-        record = json.loads(read_regular(layout.smoke_record))
-        tree, edits, verdict, when = (
-            record["tree"],
-            record["dirty"],
-            record["verdict"],
-            record["time"],
-        )
-        if verdict not in ("pass", "fail") or not (
-            isinstance(when, str) and len(when) < LONGEST_TIME and when.isprintable()
-        ):
-            raise ValueError("not a record of a smoke")
-    except FileNotFoundError:
-        return Row("missing", "smoke", "not run yet")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        record = records.load(layout.smoke_record, _Smoke)
+    except records.DecodeError:
         return Row(
             "missing",
             "smoke",
             f"{layout.relative(layout.smoke_record)} is damaged and proves nothing",
         )
-    if verdict != "pass":
-        return Row("FAIL", "smoke", f"failed {when}")
+    if record is None:
+        return Row("missing", "smoke", "not run yet")
+    if record.verdict != "pass":
+        return Row("FAIL", "smoke", f"failed {record.time}")
     same = (
         observed.stack is not None
-        and observed.stack.tree == tree
-        and plan.edits_digest(layout, observed.stack) == edits
+        and observed.stack.tree == record.tree
+        and plan.edits_digest(layout, observed.stack) == record.dirty
     )
     return Row(
-        "ok" if same else "stale", "smoke", f"passed {when}" + ("" if same else ", on another tree")
+        "ok" if same else "stale",
+        "smoke",
+        f"passed {record.time}" + ("" if same else ", on another tree"),
     )

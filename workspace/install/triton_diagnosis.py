@@ -4,16 +4,15 @@ The rows: the installed Triton, its assemblers, a compiled kernel, shadows and l
 The fixes are in triton_fixes.py.
 """
 
-import json
 import re
 import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -160,10 +159,10 @@ def try_kernel(layout: Layout, settings: Settings, capability: str) -> Kernel:
         ]
         try:
             done = process.capture(argv, env=environment, cwd=Path(folder), timeout_s=PROBE_S)
-            report = json.loads(done.stdout)
+            report = records.decode(done.stdout, dict[str, Any])
         except ToolchainError as exc:
             return Kernel(exc.message, "", "", None)
-        except ValueError:
+        except records.DecodeError:
             last = (done.stderr.strip().splitlines() or [""])[-1]
             status = process.describe_status(done.returncode)
             return Kernel(f"the compiler {status}: {last}", "", "", None)

@@ -7,7 +7,6 @@ everywhere: the wheel contains no times and no paths of this machine.
 
 import base64
 import hashlib
-import json
 import os
 import platform
 import re
@@ -19,14 +18,14 @@ from pathlib import Path, PurePosixPath
 
 from workspace.compile import device_code, tree_files
 from workspace.compile.cmake_inputs import Inputs
-from workspace.core import files, lock
+from workspace.core import files, lock, records
 from workspace.core.console import Console, Step
 from workspace.core.errors import BuildError
 from workspace.core.files import CHUNK_BYTES, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stamp
-from workspace.install.stamp import RECORD, RECORD_SCHEMA, Packed
+from workspace.install.stamp import RECORD, Packed
 from workspace.machine import interpreter
 from workspace.repo import pins
 from workspace.repo.git import Git, command, worktree
@@ -253,9 +252,7 @@ def _metadata(layout: Layout, observed: plan.Observation, packed: Packed) -> dic
     members[f"{info}/METADATA"] = metadata.replace(
         f"\nVersion: {observed.version}\n".encode(), f"\nVersion: {packed.version}\n".encode(), 1
     )
-    members[f"{info}/{RECORD}"] = (
-        json.dumps({"schema": RECORD_SCHEMA, **asdict(packed)}, indent=1, sort_keys=True) + "\n"
-    ).encode()
+    members[f"{info}/{RECORD}"] = records.encode(packed)
     return members
 
 

@@ -7,11 +7,11 @@ import re
 import shlex
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from workspace.core import records
 from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.machine import hardware, interpreter, torch
 from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home, without_user
@@ -379,8 +379,8 @@ def _git_fault(case: Case, url: str) -> str | None:
 def _pinned(pins: Path, name: str) -> str | None:
     """Return a remote's address from the pins; the repo room verifies the rest of them."""
     try:
-        table = tomllib.loads(pins.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError):
+        table = records.parse_toml(pins.read_bytes()).get(name)
+    except (OSError, records.DecodeError):
         return None
     url = table.get("url") if isinstance(table, dict) else None
     return url if isinstance(url, str) else None

@@ -4,7 +4,6 @@ installs in it.
 Every package goes through `install`, whose errors explain a failure of uv in one sentence.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
@@ -397,8 +396,8 @@ def _facts(
             env=settings.child_environment("plain"),
             timeout_s=ANSWER_S,
         )
-        facts = json.loads(done.stdout)
-    except (ToolchainError, ValueError):
+        facts = records.decode(done.stdout, dict[str, str])
+    except (ToolchainError, records.DecodeError):
         return None
     if done.returncode != 0 or facts["level"] != "final":
         return None

@@ -15,12 +15,13 @@ import os
 import pwd
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import records
 from workspace.core.errors import ToolchainError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, torch
@@ -132,7 +133,7 @@ def record(layout: Layout, stack: Stack) -> None:
     for key in (stack.key, stack.library_key):
         path = layout.jit / key / RECORD
         if not path.exists():
-            write_atomic(path, (json.dumps(asdict(stack), indent=1) + "\n").encode())
+            records.write(path, stack)
 
 
 def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...]:
@@ -210,6 +211,14 @@ def _evidence(layout: Layout, cache: Cache, stack: Stack) -> Iterator[str]:
         yield from _older_than_torch(layout, cache.place, stack)
 
 
+@dataclass(frozen=True)
+class _TritonKernel:
+    """What is read here of Triton's description of a kernel."""
+
+    triton_version: str
+    target: dict[str, object]
+
+
 def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
     """Compare the version and target that Triton notes beside each kernel.
 
@@ -222,11 +231,10 @@ def _triton_entries(place: Path, stack: Stack) -> Iterator[str]:
     # A version built from source ends with its commit in one place and not in the other.
     installed = stack.triton.partition("+")[0]
     for path in itertools.islice(place.rglob("*.json"), MOST_READ):
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-        ):
-            facts = json.loads(read_regular(path))
-            version, target = str(facts["triton_version"]).partition("+")[0], facts["target"]
+        # Other files of the folder are no descriptions of kernels.
+        with contextlib.suppress(OSError, KeyError, records.DecodeError):
+            facts = records.decode(read_regular(path), _TritonKernel)
+            version, target = facts.triton_version.partition("+")[0], facts.target
             if version != installed:
                 yield f"written by triton {version}, installed is {stack.triton}"
             elif archs and target["backend"] == "cuda" and str(target["arch"]) not in archs:

@@ -7,18 +7,16 @@ The user's values (shell, then .env) go before a recipe's, and those before defa
 import ast
 import contextlib
 import functools
-import json
 import os
 import re
 import shlex
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import KNOWN
@@ -112,8 +110,9 @@ def removed_names(kind: Literal["variables", "flags"]) -> Mapping[str, Removed]:
 
     removed.toml describes how the list was established.
     """
-    table = tomllib.loads(_REMOVED.read_text(encoding="utf-8"))[kind]
-    return {name: Removed(name, **facts) for name, facts in table.items()}
+    table = records.parse_toml(_REMOVED.read_bytes())[kind]
+    rows = records.convert(table, dict[str, dict[str, Any]])
+    return {name: Removed(name, **facts) for name, facts in rows.items()}
 
 
 def misread_values(
@@ -139,17 +138,15 @@ def misread_values(
         **values,
     }
     try:
-        found = json.loads(process.capture(argv, env=environment, timeout_s=ANSWER_S).stdout)
-        rows = [
-            *((row, True) for row in found["refused"]),
-            *((row, False) for row in found["ignored"]),
-        ]
-        return tuple(
-            Misread(str(row["name"]), shortened(str(row["said"])), is_error)
-            for row, is_error in rows
-        )
-    except (ToolchainError, ValueError, KeyError, TypeError):
+        done = process.capture(argv, env=environment, timeout_s=ANSWER_S)
+        found = records.decode(done.stdout, dict[str, list[dict[str, str]] | None])
+    except (ToolchainError, records.DecodeError):
         return ()
+    return tuple(
+        Misread(row["name"], shortened(row["said"]), is_error)
+        for kind, is_error in (("refused", True), ("ignored", False))
+        for row in found[kind] or ()
+    )
 
 
 def spelled_alike(name: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ files are not fetched again; a broken transfer resumes; a complete model needs n
 
 import ast
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import (
     BuildError,
@@ -235,9 +234,9 @@ def is_complete(folder: Path) -> bool:
 
 def _listed(index: Path) -> list[str]:
     try:
-        document = json.loads(read_regular(index))
-    except (OSError, ValueError, RecursionError):
-        return [index.name + ".damaged"]
+        document = records.load(index, object)
+    except records.DecodeError:
+        return [f"{index.name}.damaged"]
     named = document.get("weight_map") if isinstance(document, dict) else None
     return [str(name) for name in set(named.values())] if isinstance(named, Mapping) else []
 
@@ -368,16 +367,16 @@ def _fetch_from_hub(
         hint=again,
     )
     try:
-        record = json.loads(documents[-1])
+        record = records.decode(documents[-1], dict[str, object])
         error = record["error"]
-    except (IndexError, ValueError, KeyError, TypeError) as exc:
+    except (LookupError, records.DecodeError) as exc:
         raise SourceError(
             f"{recipe.model} could not be fetched: the probe printed no document", hint=again
         ) from exc
-    if error:
+    if isinstance(error, dict):
         message = run_log.redact(str(error.get("said")))
         raise _refusal(recipe, str(error.get("kind")), message, settings, environment, again)
-    return dict(record)
+    return record
 
 
 def _show_progress(line: str, view: Step) -> None:

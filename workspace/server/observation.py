@@ -12,12 +12,13 @@ import re
 import signal
 import ssl
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from workspace.core import records
 from workspace.core.errors import ServeError
-from workspace.core.files import read_regular, write_atomic
+from workspace.core.records import Document
 from workspace.server import process_tree
 
 # A first completion may compile kernels.
@@ -120,8 +121,8 @@ def ask(
     except (OSError, http.client.HTTPException) as exc:
         return Answer(None, None, str(exc) or type(exc).__name__)
     try:
-        return Answer(response.status, json.loads(text), text)
-    except (ValueError, RecursionError):
+        return Answer(response.status, records.parse(text), text)
+    except records.DecodeError:
         return Answer(response.status, None, text)
 
 
@@ -173,7 +174,7 @@ def _message(answer: Answer) -> str:
 
 
 @dataclass(frozen=True)
-class Server:
+class Server(records.Record):
     """A started server with everything by which a later process finds it again."""
 
     place: Path
@@ -189,6 +190,15 @@ class Server:
     # Only the process that started the server holds it; when it closes, the server ends. None in
     # every other process, and for a detached server.
     lifeline: int | None = field(default=None, compare=False)
+
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # The file has the address among its own keys, and no place. State files written by an
+        # older workspace have `keeper` and `mark`.
+        tree = document.get("family")
+        if isinstance(tree, dict) and "keeper" in tree:
+            tree = {**tree, "supervisor_pid": tree["keeper"], "tag": tree.get("mark")}
+        return {**document, "place": Path(), "address": document, "processes": tree}
 
     @property
     def log(self) -> Path:
@@ -206,13 +216,18 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ended(records.Record):
     """End of a server: the front's status as subprocess counts it, negative for a signal;
     `was_requested` if it was stopped from outside.
     """
 
     status: int
     was_requested: bool
+
+    @classmethod
+    def upgrade(cls, document: Document) -> Document:
+        # The supervisor writes the key of the first edition.
+        return {**document, "was_requested": document.get("told")}
 
 
 def find(place: Path) -> Server | None:
@@ -222,36 +237,11 @@ def find(place: Path) -> Server | None:
     """
     path = state(place)
     try:
-        record = json.loads(read_regular(path))
-        return Server(
-            place=place,
-            name=str(record["name"]),
-            address=Address(str(record["host"]), int(record["port"]), bool(record["is_encrypted"])),
-            processes=_process_tree(record["family"]),
-            boot=str(record["boot"]),
-            since=str(record["since"]),
-            grace_s=float(record["grace_s"]),
-            is_ready=bool(record["is_ready"]),
-            shared=tuple(str(name) for name in record["shared"]),
-            facts={str(name): str(text) for name, text in record["facts"].items()},
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        server = records.load(path, Server)
+    except records.DecodeError as exc:
         hint = f"ps -eo pid,sid,args | grep -i vllm    shows what runs; then rm {path}"
         raise ServeError(f"{path} is damaged: the running server is not known", hint=hint) from exc
-
-
-def _process_tree(record: Mapping[str, object]) -> process_tree.ProcessTree:
-    # State files written by an older workspace have `keeper` and `mark`.
-    supervisor = record["supervisor_pid"] if "supervisor_pid" in record else record["keeper"]
-    return process_tree.ProcessTree(
-        int(str(supervisor)),
-        int(str(record["started"])),
-        str(record["tag"] if "tag" in record else record["mark"]),
-        str(record["folder"]),
-        str(record["log"]),
-    )
+    return replace(server, place=place) if server else None
 
 
 def is_alive(server: Server) -> bool:
@@ -268,32 +258,21 @@ def is_alive(server: Server) -> bool:
 
 def how_ended(server: Server) -> Ended | None:
     """Return how a server ended, None if it runs or if its supervisor was killed."""
-    try:
-        record = json.loads(read_regular(ending(server.place, server.processes.tag)))
-        return Ended(int(record["status"]), bool(record["told"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return records.read(ending(server.place, server.processes.tag), Ended)
 
 
 def write(server: Server) -> None:
     """Write the state file of a server, atomically."""
-    tree = server.processes
     record = {
         **{
             name: getattr(server, name)
             for name in ("name", "boot", "since", "grace_s", "is_ready", "shared")
         },
         **asdict(server.address),
-        "family": {
-            "supervisor_pid": tree.supervisor_pid,
-            "started": tree.started,
-            "tag": tree.tag,
-            "folder": tree.folder,
-            "log": tree.log,
-        },
+        "family": asdict(server.processes),
         "facts": dict(server.facts),
     }
-    write_atomic(state(server.place), (json.dumps(record, indent=1) + "\n").encode(), mode=0o600)
+    records.write(state(server.place), record, mode=0o600)
 
 
 def state(place: Path) -> Path:

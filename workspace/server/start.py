@@ -3,13 +3,12 @@ generate, then follow its log or leave it alone.
 """
 
 import hashlib
-import json
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.core import lock
+from workspace.core import lock, records
 from workspace.core.console import Console
 from workspace.core.errors import ServeError, SmokeError, WorkspaceError
 from workspace.core.files import read_regular
@@ -275,16 +274,14 @@ def _recipe(layout: Layout, name: str) -> Recipe:
 def _require_config(folder: Path) -> None:
     path = folder / "config.json"
     try:
-        known = json.loads(read_regular(path))
-    except FileNotFoundError:
+        known = records.load(path, dict[str, object])
+    except records.DecodeError as exc:
+        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
+    if known is None:
         raise ServeError(
             f"{folder} has no config.json: it is no model in Hugging Face's layout",
             hint=f"ls {folder}",
-        ) from None
-    except (OSError, ValueError, RecursionError) as exc:
-        raise ServeError(f"{path} cannot be read: {exc}", hint=f"less {path}") from exc
-    if not isinstance(known, dict):
-        raise ServeError(f"{path} is not a JSON object", hint=f"less {path}")
+        )
 
 
 def _require_usable(folder: Path, line: Command) -> None:
@@ -302,10 +299,8 @@ def _require_usable(folder: Path, line: Command) -> None:
         )
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         try:
-            json.loads(read_regular(path))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as exc:
+            records.load(path, object)
+        except records.DecodeError as exc:
             raise ServeError(
                 f"{path} cannot be read: {exc}",
                 hint=f"less {path}; or -- --tokenizer NAME takes another model's",
@@ -370,8 +365,8 @@ def _explained(
 def _length(folder: Path | None) -> int | None:
     """Return the longest sequence of a model in tokens, None if its configuration has none."""
     try:
-        known = json.loads(read_regular(folder / "config.json")) if folder else {}
-        found = known.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        known = records.load(folder / "config.json", dict[str, object]) if folder else None
+    except records.DecodeError:
         return None
+    found = known.get("max_position_embeddings") if known else None
     return found if isinstance(found, int) else None
