@@ -20,7 +20,7 @@ from typing import TextIO
 from workspace.core import files, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -75,6 +75,12 @@ def load_settings(
     for warning in () if is_quiet else loaded.warnings:
         _warn(warning)
     return loaded
+
+
+def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Settings]:
+    """Return the layout of this clone and the settings of the verb, its flags over all others."""
+    layout = here()
+    return layout, load_settings(layout, flags=flags)
 
 
 def _registered(layout: Layout) -> list[str]:

@@ -14,7 +14,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 
-from workspace.cli import patch, verbs
+from workspace.cli import verbs
 from workspace.core.errors import SettingsError
 
 # The first task with `default=True` is what a bare `inv` or a bare collection name runs.
@@ -33,12 +33,12 @@ TOP_LEVEL = (
 )
 COLLECTIONS = {
     "patch": (
-        patch.status,
-        patch.apply,
-        patch.unapply,
-        patch.export,
-        patch.import_,
-        patch.continue_,
+        verbs.patch_status,
+        verbs.patch_apply,
+        verbs.patch_unapply,
+        verbs.patch_export,
+        verbs.patch_import,
+        verbs.patch_continue,
     ),
     "pin": (verbs.pin_show, verbs.pin_forecast, verbs.pin_bump, verbs.pin_rollback),
     "env": (verbs.env_check, verbs.env_init, verbs.env_export),
