@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from workspace.core import settings
+from workspace.core.child_variables import fitting_jobs
 from workspace.core.errors import SettingsError
 from workspace.core.paths import Layout
 
@@ -247,7 +248,7 @@ def test_outer_git_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_jobs_at_run_time_fit_into_memory_whatever_they_compile(
     cores: int, memory_gib: float, jobs: int
 ) -> None:
-    assert settings.fitting_jobs(cores, memory_gib) == jobs
+    assert fitting_jobs(cores, memory_gib) == jobs
 
 
 def test_run_time_always_has_a_bound_on_compilers_and_a_build_has_its_own(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
 
 
 def _run(predicate: Predicate, trial: Trial) -> Outcome:
-    environment = built_environment(trial.sandbox.layout, trial.settings)
+    environment = built_environment(trial.sandbox.layout, trial.settings, "shell")
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from workspace.core.child_variables import PHASES, Base, Phase, with_given, with_rows
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular
 from workspace.core.known_settings import (
@@ -45,9 +46,6 @@ LARGEST_COUNT = 1_000_000
 _SHOWN = 120
 # A part of a warning, by which the doctor finds the row that it is about.
 UNKNOWN = "is not a known setting"
-# The largest compiler process seen in a build of vLLM for a GB10 (scaled_mm_sm120_fp8, qutlass
-# gemm), GiB, and the share of all memory that compilers may have beside a running model's.
-LARGEST_COMPILER_GIB, COMPILERS_SHARE = 9.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -151,73 +149,67 @@ class Settings:
         """Return a value without secrets and users of addresses, cut to a line or two."""
         return _presentable(text, self.secrets)
 
+    def is_users(self, name: str) -> bool:
+        """Return whether the user sets a variable, in the shell or in .env."""
+        if name in KNOWN:
+            return self.source(name) != "default" and bool(self.text(name))
+        return name in self.passed or name in self.shell
+
     def child_environment(
-        self, phase: Literal["plain", "build", "run"], extra: Mapping[str, str] | None = None
+        self,
+        phase: Phase,
+        given: Mapping[str, str | None] | None = None,
+        *,
+        layout: Layout | None = None,
+        recipe: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Return the environment of a child: the shell's, the settings of its phase, then `extra`.
+        """Return the whole environment of a child of this phase; see core/child_variables.py.
 
-        Variables that point to other interpreters, checkouts or builds are left out. plain: no
-        settings, for uv, git and programs that change nothing; build: what a compiler may see, no
-        secrets; run: the built vLLM.
+        Later sources win: the shell, .env and the settings, the recipe where the user sets nothing,
+        the table, and `given`, in which None removes a variable. Raises ValueError for a given name
+        that no row of the table has, and where a row needs the layout.
         """
-        environment = self._inherited(phase)
-        if phase != "plain":
-            environment |= self._own(phase)
-        return environment | dict(extra or {})
+        base = PHASES[phase][0]
+        environment = self._inherited(base)
+        if base != "plain":
+            environment |= self._own(base)
+        environment |= {
+            name: text for name, text in (recipe or {}).items() if not self.is_users(name)
+        }
+        composed = with_rows(environment, phase, cuda_home=self.path("CUDA_HOME"), layout=layout)
+        return with_given(composed, phase, given or {})
 
-    def _inherited(self, phase: Literal["plain", "build", "run"]) -> dict[str, str]:
-        """Return the variables of the shell that a child of the phase may see."""
+    def _inherited(self, base: Base) -> dict[str, str]:
+        """Return the variables of the shell that a child may see."""
         environment = {
             name: text
             for name, text in self.shell.items()
             if not _FOREIGN.match(name)
             and not _GIT_LOCAL.match(name)
             and name not in KNOWN
-            and (phase == "plain" or is_for(name, phase))
-            and not (phase == "build" and is_secret(name))
+            and (base == "plain" or is_for(name, base))
+            and not (base == "build" and is_secret(name))
         }
         if foreign := self.shell.get("VIRTUAL_ENV"):
             folder = str(Path(foreign) / "bin")
-            environment["PATH"] = _without_entry(environment.get("PATH", ""), folder)
-        if phase != "plain" and (home := self.path("CUDA_HOME")):
-            for name, below in (("PATH", "bin"), ("LD_LIBRARY_PATH", "lib64")):
-                folder = str(home / below)
-                former = _without_entry(environment.get(name, ""), folder, keep_empty=False)
-                environment[name] = os.pathsep.join([folder, *([former] if former else [])])
+            entries = environment.get("PATH", "").split(os.pathsep)
+            environment["PATH"] = os.pathsep.join(entry for entry in entries if entry != folder)
         return environment
 
-    def _own(self, phase: Literal["build", "run"]) -> dict[str, str]:
-        """Return the variables of .env and of the settings that a child of the phase gets."""
-        environment = {
+    def _own(self, base: Literal["build", "run"]) -> dict[str, str]:
+        """Return the variables of .env and of the settings that a child gets."""
+        passed = {
             name: value.text
             for name, value in self.passed.items()
-            if is_for(name, phase)
+            if is_for(name, base)
             and not _FOREIGN.match(name)
-            and (phase == "run" or not is_secret(name))
+            and (base == "run" or not is_secret(name))
         }
-        environment |= {
+        return passed | {
             name: value.text
             for name, value in self.values.items()
-            if value.text and KNOWN[name].phase in (phase, "both")
+            if value.text and KNOWN[name].phase in (base, "both")
         }
-        if phase == "run" and "MAX_JOBS" not in environment:
-            memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-            environment["MAX_JOBS"] = str(fitting_jobs(len(os.sched_getaffinity(0)), memory_gib))
-        return environment
-
-
-def _without_entry(paths: str, folder: str, *, keep_empty: bool = True) -> str:
-    entries = paths.split(os.pathsep)
-    return os.pathsep.join(e for e in entries if e != folder and (e or keep_empty))
-
-
-def fitting_jobs(cores: int, memory_gib: float) -> int:
-    """Return how many compilers of the largest size fit into memory at once.
-
-    FlashInfer gets this number at run time; otherwise it starts one compiler for each core
-    (flashinfer-ai/flashinfer#3634).
-    """
-    return max(1, min(cores, int(memory_gib * COMPILERS_SHARE / LARGEST_COMPILER_GIB)))
 
 
 def is_for(name: str, phase: Literal["build", "run"]) -> bool:

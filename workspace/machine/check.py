@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
@@ -20,7 +21,6 @@ from workspace.core.paths import Layout
 from workspace.core.settings import (
     UNKNOWN,
     Settings,
-    fitting_jobs,
     is_for,
     is_secret,
     is_set_by_the_workspace,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
+from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.machine import hardware, interpreter, torch
 from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home, without_user
 

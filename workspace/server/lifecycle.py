@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
 from workspace.machine import hardware
 from workspace.server import observation, process_tree
@@ -315,7 +316,8 @@ def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.Process
         folder,
         *launch.argv,
     ]
-    environment = {**launch.environment, "TMPDIR": folder, process_tree.TAG: tag}
+    given = {"TMPDIR": folder, process_tree.TAG: tag}
+    environment = with_given(launch.environment, "serve", given)
     try:
         pid = process.apart(argv, env=environment, output=output, inherited=(inherited, lock))
     except BaseException:

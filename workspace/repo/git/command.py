@@ -399,7 +399,7 @@ class Command:
         )
         process.run(
             [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", *places, *args],
-            env=settings.child_environment("plain", git_environment(offline=False) | PATIENCE),
+            env=settings.child_environment("git", git_environment(offline=False) | PATIENCE),
             run_log=run_log,
             on_line=on_line,
             failure=SourceError,

@@ -28,7 +28,7 @@ def advertised(
     its children. Raises SourceError where the remote cannot be reached.
     """
     argv = [executable().GIT_PYTHON_GIT_EXECUTABLE or "git", "ls-remote", "--", url, *names]
-    environment = settings.child_environment("plain", command.git_environment(offline=False))
+    environment = settings.child_environment("git", command.git_environment(offline=False))
     hint = (
         "check the network, or set VLLM_MIRROR (TRITON_MIRROR for Triton) to a copy that can be"
         " reached"
