@@ -40,6 +40,20 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
     [
         (["nonsense"], "error: there is no verb nonsense\nhint: ./scripts/inv --list\n"),
         (
+            ["pin.rollback", "v0.32.0"],
+            (
+                "error: inv pin.rollback takes no argument v0.32.0, and there is no verb of"
+                " that name\nhint: ./scripts/inv pin.rollback --good v0.32.0\n"
+            ),
+        ),
+        (
+            ["bootstrap", "xyzzy"],
+            (
+                "error: inv bootstrap takes no argument xyzzy, and there is no verb of that name\n"
+                "hint: ./scripts/inv --help bootstrap\n"
+            ),
+        ),
+        (
             ["bootstarp"],
             (
                 "error: there is no verb bootstarp\n"

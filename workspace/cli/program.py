@@ -5,6 +5,7 @@ its own exit codes.
 import difflib
 import inspect
 import re
+import shlex
 import sys
 
 import invoke
@@ -187,9 +188,23 @@ class WorkspaceProgram(Program):
         else:
             like = difflib.get_close_matches(typed, list(self.parser.contexts), n=3)
             sentence, more = f"there is no verb {typed}", _LIST
+            # Invoke takes what follows a complete verb for another verb.
+            if verb and not like:
+                sentence = (
+                    f"inv {verb} takes no argument {typed}, and there is no verb of that name"
+                )
+                more = self._typed_as_flag(verb, typed)
         return SettingsError(
             sentence, hint="did you mean {}? {}".format(" or ".join(like), more) if like else more
         )
+
+    def _typed_as_flag(self, verb: str, typed: str) -> str:
+        """Return the verb with its flag for a value, where it has exactly one, else its help."""
+        flags = [flag for flag in self.parser.contexts[verb].args.values() if flag.takes_value]
+        if len(flags) != 1:
+            return f"{_INV} --help {verb}"
+        name = str(flags[0].name).replace("_", "-")
+        return shlex.join([_INV, verb, f"--{name}", typed])
 
 
 def _help_first(argv: list[str]) -> list[str]:
