@@ -1,8 +1,9 @@
 """Write the pages of docs/ that are generated from the code, or compare them with it.
 
 Owns docs/verbs.md, docs/settings-reference.md, docs/children.md, docs/exit-codes.md,
-docs/architecture.svg and the generated part of docs/architecture.md. Runs in the tool environment; `--check` writes nothing and
-exits with 1 where a page is out of date. scripts/docs_site.py builds the site.
+docs/architecture.svg and the generated part of docs/architecture.md. Runs in the tool environment;
+`--check` writes nothing and exits with 1 where a page is out of date. scripts/docs_site.py builds
+the site.
 """
 
 import argparse
@@ -58,6 +59,8 @@ KINDS = {
     "text": "text",
     "path": "path",
     "url": "address",
+    "mirror": "address or folder",
+    "python": "a version of Python 3",
     "count": "whole number, at least 1",
     "switch": "0 or 1",
     "archs": "architectures",

@@ -21,31 +21,28 @@ from workspace.core.known_settings import (
     OF_LIBRARIES,
     RUN_ONLY,
     SETTINGS,
+    TRUE,
     Setting,
+    expands,
+    expected,
 )
 from workspace.core.paths import Layout
 
 Source = Literal["flag", "shell", ".env", "default"]
 
-# Texts that may be a path, and then may begin with ~.
-_EXPANDED = (
-    "KERNELS",
-    "VLLM_MIRROR",
-    "TRITON_MIRROR",
-    "TRITON_DOWNLOADS_MIRROR",
-    "EXTERNALS_MIRROR",
-)
 # Flags whose name differs from that of their setting.
 _FLAGS = {"MAX_JOBS": "jobs"}
 # Valid values of settings without a default.
-_EXAMPLES = {"count": "4", "switch": "0", "archs": "12.1a"}
-_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
-_ARCH = re.compile(r"\d+\.\d+[af]?(\+PTX)?")
-# The longest time-out that poll(2) can count in ms; more than any number of compilers or GiB.
-LARGEST_COUNT = 1_000_000
+_EXAMPLES = {
+    "count": "4",
+    "switch": "0",
+    "archs": "12.1a",
+    "mirror": "https://host/vllm.git",
+    "url": "https://host/simple",
+}
 _SHOWN = 120
-# A part of a warning, by which the doctor finds the row that it is about.
-UNKNOWN = "is not a known setting"
+# Parts of warnings, by which the doctor and env.check find the row that one is about.
+UNKNOWN, AGAIN = "is not a known setting", "is set again in line"
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Settings:
         return self.values[name].source
 
     def switch(self, name: str) -> bool:
-        return self.text(name).lower() in _TRUE
+        return self.text(name).lower() in TRUE
 
     def count(self, name: str) -> int | None:
         return int(self.text(name)) if self.text(name) else None
@@ -106,7 +103,7 @@ class Settings:
         """Downloads shared by all clones of this user (XDG Base Directory Specification)."""
         own = self.path("WORKSPACE_CACHE_DIR")
         base = self.shell.get("XDG_CACHE_HOME")
-        if not own and not base and not _expands("~"):
+        if not own and not base and not expands("~"):
             raise SettingsError(
                 "there is no home folder to keep downloads in: HOME is not set",
                 hint="export WORKSPACE_CACHE_DIR=/a/folder/of/yours",
@@ -271,7 +268,12 @@ def load(
         for name, outer, text in differing
     ]
     warnings += [
-        _unknown(name, written[name][1], known)
+        f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
+        for name, (_, lines) in written.items()
+        for line in lines[:-1]
+    ]
+    warnings += [
+        _unknown(name, written[name][1][-1], known)
         for name in unknown
         if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known)
     ]
@@ -288,7 +290,7 @@ def _value(
     setting: Setting,
     flags: Mapping[str, str | None],
     shell: Mapping[str, str],
-    written: Mapping[str, tuple[str, int]],
+    written: Mapping[str, tuple[str, list[int]]],
     secrets: Iterable[str],
 ) -> Value:
     """Return the value of a setting. Raises SettingsError for a bad one, naming its place."""
@@ -300,14 +302,14 @@ def _value(
     elif name in shell:
         value, place = Value(shell[name], "shell"), f"{name} in the shell"
     elif name in written:
-        text, line = written[name]
+        text, (*_, line) = written[name]
         value, place = Value(text, ".env"), f".env, line {line}: {name}"
     else:
         value, place = Value(setting.default, "default"), name
-    if expected := _expected(setting, value.text):
+    if wanted := expected(setting, value.text):
         shown = "a value" if setting.secret else repr(_presentable(value.text, secrets))
         raise SettingsError(
-            f"{place}: {shown} is not {expected}", hint=_example(setting, is_flag=flag is not None)
+            f"{place}: {shown} is not {wanted}", hint=_example(setting, is_flag=flag is not None)
         )
     return value
 
@@ -347,8 +349,11 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | N
     return found[0] if found else None
 
 
-def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
-    """Return name, value and line of each setting; python-dotenv resolves ${HOME}."""
+def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return name, value and lines of each setting; the last line counts.
+
+    python-dotenv resolves ${HOME}.
+    """
     from dotenv.main import DotEnv
     from dotenv.parser import parse_stream
 
@@ -363,7 +368,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
     except OSError as exc:
         raise SettingsError(f".env cannot be read: {exc.strerror}", hint="ls -l .env") from exc
     text = _dotenv_text(raw)
-    lines: dict[str, int] = {}
+    lines: dict[str, list[int]] = {}
     for binding in parse_stream(io.StringIO(text)):
         line = (
             binding.original.line
@@ -379,7 +384,7 @@ def _read_dotenv(path: Path) -> dict[str, tuple[str, int]]:
                 hint="quote a value that has blanks or #; begin a comment with #",
             )
         if binding.key is not None:
-            lines[binding.key] = line
+            lines.setdefault(binding.key, []).append(line)
     resolved = DotEnv(
         dotenv_path=None, stream=io.StringIO(text), interpolate=True, override=False
     ).dict()
@@ -412,44 +417,6 @@ def _dotenv_text(raw: bytes) -> str:
             f".env, line {raw[: exc.start].count(bytes([10])) + 1} is not UTF-8",
             hint="cp .env.example .env    begins a new one; or write that line again",
         ) from exc
-
-
-def _expected(setting: Setting, text: str) -> str | None:
-    """Return what the value should be, or None where the value is valid."""
-    expected: str | None = None
-    if setting.kind == "choice" and text not in setting.choices:
-        expected = "one of " + ", ".join(choice for choice in setting.choices if choice)
-    elif (
-        setting.kind == "count"
-        and text
-        and not (re.fullmatch(r"[0-9]{1,9}", text) and 0 < int(text) <= LARGEST_COUNT)
-    ):
-        expected = "a whole number of at least 1" + (
-            f" and at most {LARGEST_COUNT}" if re.fullmatch(r"0*[1-9][0-9]*", text) else ""
-        )
-    elif setting.kind == "switch" and text.lower() not in _TRUE | _FALSE:
-        expected = "0 or 1"
-    elif setting.kind == "url" and text and not re.match(r"(https?|file)://\S+$", text):
-        expected = "an address that begins with https:// or file://"
-    elif (
-        setting.kind == "archs"
-        and text
-        and not all(_ARCH.fullmatch(arch) for arch in re.split(r"[ ;,]+", text.strip(" ;,")))
-    ):
-        expected = "architectures such as 12.1a, several with ; between them"
-    elif "\n" in text or "\0" in text:
-        expected = "one line"
-    elif (setting.kind == "path" or setting.name in _EXPANDED) and not _expands(text):
-        expected = "below a home folder that is known here"
-    return expected
-
-
-def _expands(text: str) -> bool:
-    try:
-        Path(text).expanduser()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _presentable(text: str, secrets: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from workspace.core import process
 from workspace.core.child_variables import Phase
 from workspace.core.console import RunLog
-from workspace.core.errors import BuildError, SettingsError, ToolchainError, WorkspaceError
+from workspace.core.errors import BuildError, ToolchainError, WorkspaceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -113,7 +113,7 @@ def choose(
     `wheel_pythons` are the minor versions, such as 3.11, that a local torch wheel fits; they bind
     where one of them is installed. Raises ToolchainError without any supported Python.
     """
-    preferred = _preferred(settings)
+    preferred = settings.text("PYTHON_VERSION")
     choice = foresee(layout, settings, supported=supported, wheel_pythons=wheel_pythons)
     is_bound = (
         choice is not None
@@ -150,7 +150,7 @@ def foresee(
 
     Fetches nothing.
     """
-    preferred = _preferred(settings)
+    preferred = settings.text("PYTHON_VERSION")
     installed = toolchain.installed_pythons(uv(layout), settings)
     there = [found for found in installed if found[0] in supported]
     fitting = [
@@ -450,16 +450,6 @@ def _without_credentials(arguments: Sequence[str]) -> tuple[list[str], dict[str,
                 f"UV_INDEX_{name.upper()}_PASSWORD": unquote(found[3] or ""),
             }
     return shown, secret
-
-
-def _preferred(settings: Settings) -> str:
-    text = settings.text("PYTHON_VERSION")
-    if not re.fullmatch(r"3\.\d+(\.\d+)?", text):
-        raise SettingsError(
-            f"PYTHON_VERSION={text}: not a version such as 3.12",
-            hint="write PYTHON_VERSION=3.12 into .env, or remove the line",
-        )
-    return text
 
 
 def _is_version(version: str, wanted: str) -> bool:
