@@ -100,7 +100,7 @@ def _warn(text: str) -> None:
     console().warn(text)
 
 
-def run(work: Callable[[], None]) -> int:
+def run(work: Callable[[], object]) -> int:
     """Run the work of a verb and return the exit status of the process.
 
     An expected failure is printed with its hint. ^C, SIGTERM and SIGHUP unwind the work, which ends
