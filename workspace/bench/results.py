@@ -7,6 +7,7 @@ damaged, or that a newer workspace wrote, is refused.
 import datetime
 import json
 import math
+import statistics
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -149,7 +150,7 @@ class Record:
 
     def values(self, metric: str) -> tuple[float, ...]:
         """Return one value for each start, the unit of statistics: the median of its samples."""
-        return tuple(metrics.median(start.samples[metric]) for start in self.starts)
+        return tuple(statistics.median(start.samples[metric]) for start in self.starts)
 
 
 def encode(record: Record) -> bytes:
@@ -402,7 +403,7 @@ def measured_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
     spread = f" ± {metrics.variation(values):.1%}" if len(values) > 1 else ""
-    return f"{name} {metrics.median(values):.4g} {metrics.known(name).unit}{spread}"
+    return f"{name} {statistics.median(values):.4g} {metrics.known(name).unit}{spread}"
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:
@@ -419,5 +420,5 @@ def _document(layout: Layout, entry: Entry) -> dict[str, object]:
         "model": record.model,
         "starts": len(record.starts),
         "repeat": record.repeat,
-        "medians": {name: metrics.median(record.values(name)) for name in record.metrics},
+        "medians": {name: statistics.median(record.values(name)) for name in record.metrics},
     }

@@ -343,10 +343,14 @@ def forget_odd_terminal() -> None:
             del os.environ[name]
 
 
+def similar(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> tuple[str, ...]:
+    """Return up to three of the known names that are most like `name`, best first."""
+    return tuple(difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff))
+
+
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
     """Return the known name most like `name`, or None where none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    return next(iter(similar(name, known, cutoff=cutoff)), None)
 
 
 def _read_dotenv(path: Path) -> dict[str, tuple[str, list[int]]]:
@@ -423,6 +427,11 @@ def _presentable(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "****")
     return shortened(re.sub(r"(?<=://)\S*@|\S*:\S*@", "****@", text))
+
+
+def without_user(text: str) -> str:
+    """Return a text without user names and passwords in its URLs, fit to print."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def shortened(text: str) -> str:

@@ -25,6 +25,7 @@ from workspace.core.settings import (
     is_for,
     is_secret,
     is_set_by_the_workspace,
+    similar,
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
@@ -345,7 +346,7 @@ def _unknown_names(case: Case, rows: Mapping[str, Row]) -> Iterator[Finding]:
         if former := run_environment.removed_names("variables").get(name):
             yield Finding(name, f"{former.sentence}; the workspace does not pass it on")
             continue
-        alike = run_environment.spelled_alike(name, known)
+        alike = similar(name, known)
         like = f"did you mean {' or '.join(alike)}?" if alike else "no name is similar"
         is_error = rows[name].source != "shell"
         why = "; export a plugin's variable in the shell" if is_error else ""

@@ -13,8 +13,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
+from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home, without_user
+from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -150,13 +150,6 @@ def misread_values(
         )
     except (ToolchainError, ValueError, KeyError, TypeError):
         return ()
-
-
-def spelled_alike(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return up to three of the names that are most like this one, best first."""
-    import difflib
-
-    return tuple(difflib.get_close_matches(name, list(names), n=3, cutoff=0.75))
 
 
 def _source(layout: Layout) -> Path:

@@ -362,7 +362,10 @@ def _end_by_supervisor(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[int]:
-    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs."""
+    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs.
+
+    filelock unlocks when it releases, for the supervisor too (see core/lock.py).
+    """
     descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
