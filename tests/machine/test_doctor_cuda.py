@@ -75,7 +75,7 @@ def test_driver_with_unknown_output_gives_rows_and_no_traceback(house, gpu):
     smi(house, gpu=gpu, xml="head -c 300 /dev/urandom", apps="echo 'N/A, x'; echo; echo '1,2,3,4'")
     assert {row.state for row in rows(doctor_toolchain.driver, house).values()} <= {"ok", "warn"}
     assert rows(doctor_toolchain.agreement, house)["cuda fit"].state == "warn"
-    assert rows(doctor_toolchain.residents, house)["residents"].state in ("ok", "warn")
+    assert rows(doctor_toolchain.running_programs, house)["running"].state in ("ok", "warn")
     assert rows(doctor_toolchain.archs, house)["arch list"].state == "FAIL"
 
 
@@ -187,7 +187,7 @@ def test_device_cpu_needs_nothing_of_cuda(house):
 
 def test_program_that_holds_the_gpu_is_named_with_the_command_that_shows_it(house):
     smi(house, apps="echo '4242, /usr/bin/python3, [N/A]'")
-    row = rows(doctor_toolchain.residents, house)["residents"]
+    row = rows(doctor_toolchain.running_programs, house)["running"]
     assert row.state == "warn"
     assert "4242 (/usr/bin/python3)" in row.seen
 
@@ -213,7 +213,7 @@ def test_process_that_calls_itself_an_engine_is_found(house):
             # The shell bears its own name until it has become the engine.
             while not Path(f"/proc/{engine.pid}/cmdline").read_bytes().startswith(b"VLLM::"):
                 time.sleep(0.01)
-            found = rows(doctor_toolchain.residents, house)["residents"]
+            found = rows(doctor_toolchain.running_programs, house)["running"]
         finally:
             engine.kill()
     assert found.state == "warn"

@@ -103,7 +103,7 @@ def test_service_that_stops_programs_in_time_is_found_among_those_that_run(house
     shutil.copy("/bin/sleep", tmp_path / "earlyoom")
     with subprocess.Popen([tmp_path / "earlyoom", "60"]) as running:
         try:
-            (row,) = doctor_host.brake(case(house))
+            (row,) = doctor_host.oom_daemon(case(house))
         finally:
             running.kill()
     assert (row.state, row.seen) == ("ok", "earlyoom")

@@ -437,4 +437,5 @@ def _conclude(session: Session, names: Sequence[str], found: Mapping[str, Verdic
         if not verdicts.is_noise and (worse := compare.worse(verdicts.rows))
     ]
     if slow:
-        raise Regression("; ".join(slow), hint=f"the factor is {session.options.factor:.3g}")
+        hint = f"--factor {session.options.factor * 100:.3g}    is the limit, in percent"
+        raise Regression("; ".join(slow), hint=hint)

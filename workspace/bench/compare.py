@@ -93,7 +93,8 @@ def judge_samples(
     reason = (
         f"{needed} starts of each arm would settle it"
         if needed
-        else f"the change equals the factor of {factor:.3g}, more starts will hardly settle it"
+        else f"the change is too near the factor of {factor * 100:.3g}%;"
+        " more starts will hardly settle it"
     )
     return Judgement("inconclusive", ratio, low, high, p, needed, reason)
 
@@ -195,7 +196,7 @@ def show(
     if names := worse(rows):
         raise Regression(
             f"{b.stem} is slower than {a.stem}: {names}",
-            hint=f"./scripts/inv bench.report    plots both; factor {allowed:.3g}",
+            hint=f"./scripts/inv bench.report    plots both; the factor is {allowed * 100:.3g}%",
         )
     if needed := most_needed(rows):
         console.info(
@@ -387,7 +388,7 @@ class OrderEffect:
     def sentence(self) -> str:
         return (
             f"the second of a pair is {self.ratio - 1:+.1%} to the first, p = {self.p_pair:.2g}"
-            f" (Wilcoxon); over time tau = {self.tau:+.2f}, p = {self.p_trend:.2g} (Kendall)"
+            f" (Wilcoxon); trend over time: tau = {self.tau:+.2f}, p = {self.p_trend:.2g} (Kendall)"
         )
 
 

@@ -21,7 +21,7 @@ from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home
 RELEASED_FOR = ("aarch64", "x86_64")
 # Free memory with which a bootstrap and a smoke run comfortably.
 COMFORT_GIB = {"cpu": 4.0, "cuda": 16.0}
-BRAKES = ("earlyoom", "systemd-oomd", "nohang")
+OOM_DAEMONS = ("earlyoom", "systemd-oomd", "nohang")
 INITS = ("systemd", "init")
 LARGEST_PROGRAMS = "ps -eo pid,rss,args --sort=-rss | head"
 # A small page that every package index has.
@@ -98,7 +98,7 @@ def swap(case: Case) -> Iterator[Row]:
         yield Row("ok", "swap", seen, why)
 
 
-def brake(case: Case) -> Iterator[Row]:
+def oom_daemon(case: Case) -> Iterator[Row]:
     """Check that a service stops the largest program before memory runs out.
 
     A Spark freezes instead: the kernel's own out-of-memory killer comes too late.
@@ -106,7 +106,7 @@ def brake(case: Case) -> Iterator[Row]:
     import psutil
 
     names = {program.name for program in case.programs()}
-    found = next((name for name in BRAKES if name[:15] in names), None)
+    found = next((name for name in OOM_DAEMONS if name[:15] in names), None)
     first = next((program.name for program in case.programs() if program.pid == 1), "")
     is_container = first not in INITS
     is_limited = case.host().memory_gib < psutil.virtual_memory().total / hardware.GIB - 0.1
@@ -115,16 +115,16 @@ def brake(case: Case) -> Iterator[Row]:
         " memory freezes"
     )
     if found:
-        yield Row("ok", "brake", found, why)
+        yield Row("ok", "oom daemon", found, why)
     elif is_container and is_limited:
         why = "it stops programs inside before the machine runs out of memory"
-        yield Row("ok", "brake", "the control group's limit", why)
+        yield Row("ok", "oom daemon", "the control group's limit", why)
     elif is_container:
         seen = "no earlyoom or systemd-oomd in this container"
-        yield Row("warn", "brake", seen, why, "sudo apt install earlyoom  # on the host")
+        yield Row("warn", "oom daemon", seen, why, "sudo apt install earlyoom  # on the host")
     else:
         hint = "sudo apt install earlyoom && sudo systemctl enable --now earlyoom"
-        yield Row("warn", "brake", "neither earlyoom nor systemd-oomd runs", why, hint)
+        yield Row("warn", "oom daemon", "neither earlyoom nor systemd-oomd runs", why, hint)
 
 
 def disk(case: Case) -> Iterator[Row]:

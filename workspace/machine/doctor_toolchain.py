@@ -336,8 +336,11 @@ def archs(case: Case) -> Iterator[Row]:
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
     capabilities = arch.known_capabilities(gpu.capability for gpu in case.host().gpus)
-    gpu = f"GPU {' and '.join(capabilities)}" if capabilities else "no GPU here"
-    seen = f"{text or 'not set'}; {gpu}"
+    if capabilities:
+        here = f"GPU {' and '.join(capabilities)}"
+    else:
+        here = "a GPU of unknown capability" if case.host().gpus else "no GPU here"
+    seen = f"{text or 'not set'}; {here}"
     fault = _arch_fault(case, arch.parse(text), capabilities)
     if fault is None:
         yield Row("ok", "arch list", seen, "kernels are compiled for these architectures only")
@@ -371,7 +374,7 @@ def _arch_fault(
     )
 
 
-def residents(case: Case) -> Iterator[Row]:
+def running_programs(case: Case) -> Iterator[Row]:
     """Check which programs hold the GPU, or the memory that a Spark shares with it."""
     serving = {
         program.pid: " ".join(program.argv)[:60].strip()
@@ -384,12 +387,12 @@ def residents(case: Case) -> Iterator[Row]:
     )
     if not found:
         seen = "no vLLM is running" + (", nothing on the GPU" if case.host().gpus else "")
-        yield Row("ok", "residents", seen, why)
+        yield Row("ok", "running", seen, why)
         return
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])
     seen += f" and {len(found) - 4} more" if len(found) > 4 else ""
     pids = " ".join(str(pid) for pid in sorted(serving or found))
-    yield Row("warn", "residents", seen, why, f"kill {pids}" if serving else f"ps -fp '{pids}'")
+    yield Row("warn", "running", seen, why, f"kill {pids}" if serving else f"ps -fp '{pids}'")
 
 
 def _programs_on_gpu(case: Case) -> dict[int, str]:

@@ -188,7 +188,9 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
             f"{server.called}: processes {exc} do not end, even on SIGKILL",
             hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}",
         ) from exc
-    process_tree.remove_shared(shared)
+    ended = str(ending(server.place, server.processes.tag))
+    process_tree.remove_shared(shared | process_tree.recorded_shared(ended))
+    process_tree.forget_shared(ended)
     shutil.rmtree(server.processes.folder, ignore_errors=True)
     _wait_for_port(server.address)
     returned = _settled(before)
