@@ -7,7 +7,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -258,26 +258,25 @@ def load(
         for name, text in unknown.items()
     }
     known = {*KNOWN, *also_known()} if unknown else KNOWN.keys()
-    differing = [
-        (name, shell[name], text)
-        for name, (text, _) in written.items()
-        if name in shell and shell[name] != text
-    ]
-    warnings = [
-        _hidden(name, _presentable(outer, secrets), _presentable(text, secrets))
-        for name, outer, text in differing
-    ]
-    warnings += [
-        f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
-        for name, (_, lines) in written.items()
-        for line in lines[:-1]
-    ]
-    warnings += [
-        _unknown(name, written[name][1][-1], known)
-        for name in unknown
-        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known)
-    ]
-    return Settings(values, passed, shell, tuple(warnings))
+    warnings = tuple(_warnings(shell, written, known, secrets))
+    return Settings(values, passed, shell, warnings)
+
+
+def _warnings(
+    shell: Mapping[str, str],
+    written: Mapping[str, tuple[str, list[int]]],
+    known: Collection[str],
+    secrets: Sequence[str],
+) -> Iterator[str]:
+    """Yield sentences on lines of .env that have no effect, and on unknown names."""
+    for name, (text, lines) in written.items():
+        if name in shell and shell[name] != text:
+            yield _hidden(name, _presentable(shell[name], secrets), _presentable(text, secrets))
+        for line in lines[:-1]:
+            yield f".env, line {line}: {name} {AGAIN} {lines[-1]}, which counts"
+    for name, (_, lines) in written.items():
+        if name not in known and not BUILD_ONLY.match(name) and not _is_of_library(name, known):
+            yield _unknown(name, lines[-1], known)
 
 
 def _is_of_library(name: str, known: Iterable[str]) -> bool:
