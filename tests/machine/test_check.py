@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,16 @@ def test_recipe_with_a_variable_for_builds_is_an_error_and_the_user_goes_before_
     assert (rows["CMAKE_ARGS"].state, rows["CMAKE_ARGS"].source) == ("FAIL", "recipe")
     assert (rows["VLLM_NUMBER"].state, rows["VLLM_NUMBER"].source) == ("ok", ".env")
     assert (rows["VLLM_SWITCH"].state, rows["VLLM_SWITCH"].source) == ("ok", "recipe")
+
+
+def test_repeated_name_is_reported_and_the_hint_removes_the_line_without_effect(
+    house: House,
+) -> None:
+    found = judged(house, "# mine\nNVCC_THREADS=4\nNVCC_THREADS=2\n")["NVCC_THREADS"]
+    assert (found.state, found.hint) == ("warn", "sed -i '2d' .env")
+    assert found.text == ".env, line 2: NVCC_THREADS is set again in line 3, which counts"
+    subprocess.run(["sh", "-c", found.hint], cwd=house.layout.root, check=True)
+    assert house.layout.dotenv.read_text() == "# mine\nNVCC_THREADS=2\n"
 
 
 def test_variable_of_the_shell_that_hides_a_line_is_reported_with_both_values(house: House) -> None:

@@ -126,6 +126,16 @@ def test_variable_of_the_shell_that_hides_a_line_is_reported_with_its_unset(hous
     assert row(doctor_host.settings, house, MAX_JOBS="4").state == "ok"
 
 
+def test_repeated_setting_is_reported_with_the_line_without_effect(house):
+    house.layout.dotenv.write_text("# a remark\nMAX_JOBS=4\nMAX_JOBS=8\n")
+    found = row(doctor_host.settings, house)
+    assert (found.state, found.seen) == (
+        "warn",
+        ".env, line 2: MAX_JOBS is set again in line 3, which counts",
+    )
+    assert found.hint.endswith("+2 .env")
+
+
 def test_misspelt_setting_is_reported_with_its_line(house):
     house.layout.dotenv.write_text("# a remark\nMAX_JOB=4\n")
     found = row(doctor_host.settings, house)

@@ -228,14 +228,14 @@ def test_vocabularies_are_fetched_with_their_hash_if_harmony_needs_them_and_runs
     )
     clone.probe(FETCHED)
     settings = load(clone.layout, environ=clone.shell)
-    assert run_environment.ENCODINGS not in run_environment.run_variables(
-        clone.layout, settings, stack=None
+    assert run_environment.ENCODINGS not in run_environment.built_environment(
+        clone.layout, settings, "fetch", stack=None
     )
     clone.fetch()
     assert sorted(path.name for path in clone.layout.encodings.iterdir()) == sorted(
         run_environment.VOCABULARIES
     )
-    assert run_environment.run_variables(clone.layout, settings, stack=None)[
+    assert run_environment.built_environment(clone.layout, settings, "serve", stack=None)[
         run_environment.ENCODINGS
     ] == str(clone.layout.encodings)
     # A file that was damaged later is fetched again.
@@ -255,8 +255,8 @@ def test_vocabulary_with_another_hash_is_refused_and_runs_do_not_use_it(
     clone.probe(FETCHED)
     with pytest.raises(SourceError, match="sha256"):
         clone.fetch()
-    assert run_environment.ENCODINGS not in run_environment.run_variables(
-        clone.layout, load(clone.layout, environ=clone.shell), stack=None
+    assert run_environment.ENCODINGS not in run_environment.built_environment(
+        clone.layout, load(clone.layout, environ=clone.shell), "serve", stack=None
     )
 
 

@@ -259,7 +259,7 @@ def judge_records(first: Record, second: Record, *, factor: float) -> tuple[Row,
     for name in shared:
         a, b = first.values(name), second.values(name)
         judgement = judge_samples(a, b, better=metrics.known(name).better, factor=factor)
-        rows.append(Row(name, metrics.median(a), metrics.median(b), judgement))
+        rows.append(Row(name, statistics.median(a), statistics.median(b), judgement))
     return tuple(rows)
 
 

@@ -125,10 +125,10 @@ def _number(field: str) -> float | None:
 
 @dataclass(frozen=True)
 class _Times:
-    """Clock ticks so far: `used` of all our cores together, `processes` by process."""
+    """Processor seconds so far: `used` of all our cores together, `processes` by process."""
 
-    used: int
-    processes: Mapping[int, int]
+    used: float
+    processes: Mapping[int, float]
 
 
 def require_idle(
@@ -165,18 +165,18 @@ def observe_others(settings: Settings, *, has_gpu: bool, look_s: float = LOOK_S)
 
 
 def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
-    """Compare two samples of the clock ticks: describe the load that is not ours, if it matters."""
+    """Compare two samples of processor seconds: describe other load than ours, if it matters."""
     before = _times()
     time.sleep(look_s)
     after = _times()
     used = {
-        pid: (ticks - before.processes.get(pid, ticks)) / _TICKS / look_s
-        for pid, ticks in after.processes.items()
+        pid: (seconds - before.processes.get(pid, seconds)) / look_s
+        for pid, seconds in after.processes.items()
         if pid not in ours
     }
     own = sum(after.processes.get(pid, 0) - before.processes.get(pid, 0) for pid in ours)
     cores = len(os.sched_getaffinity(0))
-    load = (after.used - before.used - own) / _TICKS / look_s
+    load = (after.used - before.used - own) / look_s
     if load <= max(LEAST_CORES, cores * MOST_SHARE):
         return []
     top = sorted((pid for pid in used if used[pid] >= LEAST_CORES / 2), key=lambda pid: -used[pid])[
@@ -190,36 +190,38 @@ def _load_of_others(ours: Collection[int], look_s: float) -> list[str]:
 
 
 def _times() -> _Times:
-    """Read proc_stat(5) and proc_pid_stat(5) once."""
+    """Read the seconds of our cores (proc_stat(5)) and of each process once."""
+    import psutil
+
     cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    used = 0
+    used = 0.0
     for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
         name, *numbers = line.split()
         if name in cores:
             user, nice, system, _, _, irq, softirq = map(int, numbers[:7])
-            used += user + nice + system + irq + softirq
-    processes = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
-                processes[int(entry)] = int(fields[11]) + int(fields[12])
+            used += (user + nice + system + irq + softirq) / _TICKS
+    processes = {
+        running.pid: times.user + times.system
+        for running in psutil.process_iter(["cpu_times"])
+        if (times := running.info["cpu_times"])
+    }
     return _Times(used, processes)
 
 
 def _name(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).name()
     return "a process"
 
 
 def _is_vllm(pid: int) -> bool:
     """Return whether a process is a vLLM server, a benchmark, or an engine (by its own title)."""
-    with contextlib.suppress(OSError):
-        argv = [
-            argument.decode(errors="replace")
-            for argument in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        ]
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        argv = psutil.Process(pid).cmdline() or [""]
         if argv[0].startswith("VLLM::"):
             return True
         at = next(

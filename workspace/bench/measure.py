@@ -16,6 +16,7 @@ from workspace.bench.compare import MIN_STARTS
 from workspace.bench.results import Kind, Record, Start
 from workspace.bench.subject import Benchmark, Workload, WorkloadOptions
 from workspace.core import lock, process, records
+from workspace.core.child_variables import with_given
 from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
@@ -235,7 +236,7 @@ def measure_server(
             try:
                 process.run(
                     subject.client(layout, work, result, port=address.port, at=at),
-                    env={**environment, "OPENAI_API_KEY": key or "none"},
+                    env=with_given(environment, "bench", {"OPENAI_API_KEY": key or "none"}),
                     run_log=run_log,
                     cwd=folder,
                     failure=ServeError,

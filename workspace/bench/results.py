@@ -6,6 +6,7 @@ damaged, or that a newer workspace wrote, is refused.
 
 import datetime
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ class Record(records.Record, schema=1):
 
     def values(self, metric: str) -> tuple[float, ...]:
         """Return one value for each start, the unit of statistics: the median of its samples."""
-        return tuple(metrics.median(start.samples[metric]) for start in self.starts)
+        return tuple(statistics.median(start.samples[metric]) for start in self.starts)
 
 
 def encode(record: Record) -> bytes:
@@ -323,7 +324,7 @@ def measured_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
     spread = f" ± {metrics.variation(values):.1%}" if len(values) > 1 else ""
-    return f"{name} {metrics.median(values):.4g} {metrics.known(name).unit}{spread}"
+    return f"{name} {statistics.median(values):.4g} {metrics.known(name).unit}{spread}"
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:
@@ -340,5 +341,5 @@ def _document(layout: Layout, entry: Entry) -> dict[str, object]:
         "model": record.model,
         "starts": len(record.starts),
         "repeat": record.repeat,
-        "medians": {name: metrics.median(record.values(name)) for name in record.metrics},
+        "medians": {name: statistics.median(record.values(name)) for name in record.metrics},
     }

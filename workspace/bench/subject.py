@@ -131,7 +131,7 @@ class Workload:
     engine: tuple[str, ...]
     work: tuple[str, ...]
     recipe: Mapping[str, str]
-    more: Mapping[str, str]
+    given: Mapping[str, str]
     concurrencies: tuple[int, ...] = ()
 
     @property
@@ -166,7 +166,7 @@ def prepare(
             hint="nox -s bench -- latency --model NAME -- --enforce-eager",
         )
     work = _workload(layout, settings, options, run_log=run_log)
-    environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
+    environment = built_environment(layout, settings, "bench", recipe=work.recipe, given=work.given)
     return Benchmark(layout, settings, work, environment)
 
 
@@ -174,15 +174,16 @@ def _workload(
     layout: Layout, settings: Settings, options: WorkloadOptions, *, run_log: RunLog
 ) -> Workload:
     kind, model, engine = options.kind, options.model, options.vllm_args
-    more = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CONFIGURE_LOGGING": "1", "VLLM_NO_USAGE_STATS": "1"}
+    given: dict[str, str] = {}
     recipe: Mapping[str, str] = {}
     place = model
     if model == TINY:
         place = str(models.tiny(layout, settings, run_log=run_log))
         engine = (*_TINY_ENGINE, *engine)
-        more |= _TINY_ENVIRONMENT
+        given |= _TINY_ENVIRONMENT
         # The engine of a server is a process of its own, whatever this variable is.
-        more |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if kind in ("latency", "throughput") else {}
+        if kind in ("latency", "throughput"):
+            given["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     elif model == "smollm2":
         place = str(models.smollm2(layout, settings, run_log=run_log))
         recipe = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
@@ -191,7 +192,7 @@ def _workload(
     work = (_TINY_WORK if model == TINY else _WORK)[kind]
     loads = SWEEP if options.has_sweep else (CONCURRENCY,)
     return Workload(
-        kind, place, model, engine, work, recipe, more, loads if kind == "serve" else ()
+        kind, place, model, engine, work, recipe, given, loads if kind == "serve" else ()
     )
 
 

@@ -40,19 +40,6 @@ _STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skippe
 KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 
-# One process, no compilation, no network, little memory. The user's own shell settings for engines
-# do not apply here.
-ENVIRONMENT: Mapping[str, str] = {
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    **stack_dumps.FAULTS,
-}
-COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
-
-
 # Warm on two cores: 4 s and 16 s. With a cold page cache and kernels that compile at the first
 # start, one start took 123 s.
 TIMEOUT_S = 600.0
@@ -214,11 +201,7 @@ class _Suite:
             try:
                 tested = server_checks.under_test(
                     self._layout,
-                    built_environment(
-                        self._layout,
-                        self._settings,
-                        more={**ENVIRONMENT, **server_checks.ENVIRONMENT},
-                    ),
+                    built_environment(self._layout, self._settings, "smoke-serve"),
                     self._tiny_model("llama"),
                     expected=self._expected,
                     rows=self._offline_rows(),
@@ -361,7 +344,7 @@ class _Suite:
             )
         args = (f"--model=llama={self._tiny_model('llama')}", "--compiled", "--against", str(rows))
         device = ("--device", self._expected.device)
-        answer = self._ask("parity.py", *args, *device, environment=COMPILED)
+        answer = self._ask("parity.py", *args, *device, is_compiled=True)
         return numeric.parity(answer, "llama", name)
 
     def _mxfp4(self) -> Check:
@@ -388,15 +371,13 @@ class _Suite:
             lambda: ask(str(models.smollm2(self._layout, self._settings, run_log=self._run_log)))
         )
 
-    def _ask(self, probe: str, *args: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
+    def _ask(self, probe: str, *args: str, is_compiled: bool = False) -> Answer:
         """Run a probe in a neutral folder, from which nothing can be imported by accident."""
         started, patience_s = time.monotonic(), self._options.timeout_s
-        # The user's settings of torch threads and vLLM caches apply; those in `environment` do not.
-        variables = built_environment(
-            self._layout,
-            self._settings,
-            more={**environment, LIMIT: f"{PROBE_SHARE * patience_s:g}"},
-        )
+        given = {LIMIT: f"{PROBE_SHARE * patience_s:g}"}
+        if is_compiled:
+            given["TORCHDYNAMO_DISABLE"] = "0"
+        variables = built_environment(self._layout, self._settings, "smoke", given=given)
         argv: list[process.Argument] = [
             self._layout.environment_python,
             self._layout.probes / probe,

@@ -22,19 +22,7 @@ from workspace.server.command import built_environment
 
 # Where new files count as changes (repository.differing).
 SOURCES = ("vllm", "tests", "csrc", "cmake")
-# As upstream's own CPU job sets them (.buildkite/scripts/hardware_ci/run-cpu-test.sh), with little
-# memory.
-ENVIRONMENT: Mapping[str, str] = {
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-}
-OFFLINE: Mapping[str, str] = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-}
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # Seconds for one run of pytest: vllm/v1/core, the folder with the most tests for one change, takes
 # minutes on two CPU cores.
 TIMEOUT_S = 7200.0
@@ -262,13 +250,13 @@ class _Runner:
     def _run(
         self, title: str, tree: Path, files: Sequence[str], pytest_args: tuple[str, ...]
     ) -> tuple[upstream_trial.Outcome, ...]:
-        more = {**ENVIRONMENT, **({} if self._options.is_online else OFFLINE)}
+        given = {} if self._options.is_online else dict.fromkeys(OFFLINE, "1")
         # The pin's tree must come before the editable install.
-        more["PYTHONPATH"] = ":".join(
+        given["PYTHONPATH"] = ":".join(
             str(path)
             for path in ((self._site,) if tree == self._layout.vllm else (tree, self._site))
         )
-        variables = built_environment(self._layout, self._settings, more=more)
+        variables = built_environment(self._layout, self._settings, "upstream", given=given)
         place = upstream_trial.Place(
             tree,
             self._layout.environment_python,

@@ -5,7 +5,6 @@ that it writes again with the same content keeps its time, because ninja would c
 """
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -309,11 +308,9 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
 def _run(setup: _Setup, run_log: RunLog) -> str:
     """Run CMake, again with each missing placeholder file that it names; return its output."""
     layout, settings, inputs = setup.layout, setup.settings, setup.inputs
-    path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
     overrides = {name: place for name, place in setup.sources.items() if name.isidentifier()}
     environment = settings.child_environment(
-        "build",
-        {"PATH": os.pathsep.join(path), "VLLM_TARGET_DEVICE": inputs.device, **overrides},
+        "configure", {"VLLM_TARGET_DEVICE": inputs.device, **overrides}, layout=layout
     )
     argv: list[process.Argument] = ["cmake", "-S", inputs.place, "-B", setup.build]
     argv += _arguments(setup)

@@ -23,7 +23,8 @@ from workspace.compile.scheduler import Bounds, MemoryStatus
 from workspace.compile.targets import Reached
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
-from workspace.core.settings import LARGEST_COUNT, Settings
+from workspace.core.known_settings import LARGEST_COUNT
+from workspace.core.settings import Settings
 from workspace.machine import hardware
 from workspace.machine.hardware import Machine
 

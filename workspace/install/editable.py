@@ -91,10 +91,6 @@ def _install(
     environment = {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
-        # Build tools of the environment, such as cmake and ninja, go before the machine's.
-        "PATH": os.pathsep.join(
-            [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
-        ),
         **extra,
     }
     # uv's cache of editable builds ignores these variables: always build again.
@@ -364,11 +360,9 @@ def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _
         layout.vllm,
         "--inside",
     ]
-    environment = settings.child_environment("run", {"VLLM_NO_USAGE_STATS": "1"})
-    interpreter.keep_bytecode(layout, environment)
     done = process.capture(
         argv,
-        env=environment,
+        env=settings.child_environment("verify", layout=layout),
         cwd=folder,
         timeout_s=TIMEOUT_S,
     )

@@ -256,8 +256,9 @@ class Job:
             self._install_editable()
         installed = [target for target in self.project.targets if target.name in names]
         environment = run.settings.child_environment(
-            "build",
+            "compile",
             ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"),
+            layout=layout,
         )
         files = tree_files.install_targets(
             self.folder,

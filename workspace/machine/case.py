@@ -250,11 +250,6 @@ def hub_home(case: Case) -> Path:
     return case.settings.path("HF_HOME") or case.cache_home / "huggingface"
 
 
-def without_user(url: str) -> str:
-    """Return a URL without name and password, fit to print."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", url)
-
-
 def _programs() -> tuple[Program, ...]:
     import psutil
 

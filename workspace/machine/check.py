@@ -13,17 +13,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
 from workspace.core.paths import Layout
 from workspace.core.settings import (
+    AGAIN,
     UNKNOWN,
     Settings,
-    fitting_jobs,
     is_for,
     is_secret,
     is_set_by_the_workspace,
+    similar,
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
@@ -38,6 +40,7 @@ _OF_INTEREST = re.compile(
 )
 _HIDES = re.compile(r"(?P<name>\w+)(=.*)? in the shell hides ", re.DOTALL)
 _UNKNOWN = re.compile(rf"\.env, line \d+: (?P<name>\w+) {UNKNOWN}")
+_REPEATED = re.compile(rf"\.env, line (?P<line>\d+): (?P<name>\w+) {AGAIN}")
 _ON = ("1", "true", "yes", "on")
 # Variables that name a file or folder to read, without those that vLLM creates itself.
 _NAMES_A_FILE = re.compile(r"VLLM_(?!\w*(CACHE|DUMP|RPC|RUST|XLA))\w+_(PATH|FILE|FOLDER)")
@@ -343,7 +346,7 @@ def _unknown_names(case: Case, rows: Mapping[str, Row]) -> Iterator[Finding]:
         if former := run_environment.removed_names("variables").get(name):
             yield Finding(name, f"{former.sentence}; the workspace does not pass it on")
             continue
-        alike = run_environment.spelled_alike(name, known)
+        alike = similar(name, known)
         like = f"did you mean {' or '.join(alike)}?" if alike else "no name is similar"
         is_error = rows[name].source != "shell"
         why = "; export a plugin's variable in the shell" if is_error else ""
@@ -387,20 +390,21 @@ def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
 def _with_reported(settings: Settings, row: Row, *, is_judged: bool) -> Row:
     """Add the command line's own warning of a variable, else the phase that the variable is for.
 
-    The command line warns where the shell hides .env, and of unknown names; for the latter the
-    pinned tree's own answer (`is_judged`) is better.
+    The command line warns where the shell hides .env, and of repeated and unknown names; for the
+    latter the pinned tree's own answer (`is_judged`) is better.
     """
     if row.state != "ok":
         return row
     for warning in settings.warnings:
-        hidden = _HIDES.match(warning)
-        found = hidden or (None if is_judged else _UNKNOWN.match(warning))
+        hidden, repeated = _HIDES.match(warning), _REPEATED.match(warning)
+        found = hidden or repeated or (None if is_judged else _UNKNOWN.match(warning))
         if found and found["name"] == row.name:
+            hint = f"sed -i '{repeated['line']}d' .env" if repeated else _removal(row)
             return replace(
                 row,
                 state="warn",
                 text=re.sub(r"; `unset .*$", "", warning),
-                hint=f"unset {row.name}" if hidden else _removal(row),
+                hint=f"unset {row.name}" if hidden else hint,
                 is_reported=True,
             )
     return row if row.text else replace(row, text=f"for {_phase(row.name)}")

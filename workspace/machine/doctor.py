@@ -16,7 +16,7 @@ from typing import Literal
 from workspace.core.console import NAME_WIDTH, STATE_WIDTH, Console
 from workspace.core.errors import ToolchainError, WorkspaceError
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
+from workspace.core.settings import Settings, without_user
 from workspace.machine import (
     doctor_host,
     doctor_toolchain,
@@ -25,7 +25,7 @@ from workspace.machine import (
     run_environment,
     toolchain,
 )
-from workspace.machine.case import Case, Row, State, without_user
+from workspace.machine.case import Case, Row, State
 from workspace.machine.doctor_toolchain import required_compiler
 
 __all__ = ["CHECKS", "Row", "State", "device", "examine", "preflight", "required_compiler", "show"]

@@ -12,9 +12,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from workspace.core import records
-from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
+from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
+from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home, without_user
+from workspace.machine.case import TIMED_OUT, Case, Place, Row, State, hub_home
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")
@@ -189,7 +190,7 @@ def token(case: Case) -> Iterator[Row]:
 
 
 def settings(case: Case) -> Iterator[Row]:
-    """Check .env for unknown names, and for lines that a variable of the shell hides."""
+    """Check .env for unknown names, repeated names, and lines that the shell hides."""
     for warning in case.settings.warnings:
         seen = re.sub(r"; `unset .*$", "", warning)
         if found := re.search(r"`(unset \w+)`", warning):
@@ -198,7 +199,7 @@ def settings(case: Case) -> Iterator[Row]:
         else:
             line = re.match(r"\.env, line (\d+)", warning)
             hint = f"${{EDITOR:-nano}} +{line[1] if line else 1} .env"
-            yield Row("warn", "settings", seen, "a misspelt name has no effect", hint)
+            yield Row("warn", "settings", seen, "such a line has no effect", hint)
     if not case.settings.warnings:
         exists = case.layout.dotenv.exists()
         seen = "the shell hides no line of .env" if exists else "no .env yet; bootstrap writes one"

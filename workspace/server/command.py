@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from workspace.core import process
+from workspace.core.child_variables import Phase
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.known_settings import KNOWN
@@ -86,7 +86,7 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
     lacks, and scripts/ on PATH. Secrets are left out.
     """
     check.require(layout, settings, console=console)
-    environment = built_environment(layout, settings, for_what="show")
+    environment = built_environment(layout, settings, "shell", is_shown=True)
     for line in lines(layout, environment, settings.shell):
         console.data(line)
     secrets = [
@@ -135,7 +135,7 @@ def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, st
             "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
         )
     check.require(layout, settings, console=console)
-    return built_environment(layout, settings)
+    return built_environment(layout, settings, "shell")
 
 
 @dataclass(frozen=True)
@@ -320,20 +320,23 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
 def built_environment(
     layout: Layout,
     settings: Settings,
+    phase: Phase,
     *,
     recipe: Mapping[str, str] | None = None,
-    more: Mapping[str, str] | None = None,
-    for_what: Literal["start", "show"] = "start",
+    given: Mapping[str, str] | None = None,
+    is_shown: bool = False,
 ) -> dict[str, str]:
-    """Return all environment variables of a vLLM that is to be started or only shown.
+    """Return the environment of a vLLM that is to be started, or with `is_shown` only shown.
 
-    For a start the folders of compiled kernels are recorded as this stack's. `recipe` is a recipe's
-    environment, `more` overrides it. Runs git once, and nvidia-smi if torch is built for CUDA.
+    For a start the folders of compiled kernels are recorded as this stack's. Runs git once, and
+    nvidia-smi if torch is built for CUDA. See run_environment.built_environment.
     """
     stack = jit_caches.observe(layout, settings, tree=tree_oid(layout))
-    if for_what == "start":
+    if not is_shown:
         jit_caches.record(layout, stack)
-    return run_environment.run_variables(layout, settings, stack=stack, recipe=recipe, more=more)
+    return run_environment.built_environment(
+        layout, settings, phase, stack=stack, recipe=recipe, given=given
+    )
 
 
 def tree_oid(layout: Layout) -> str:

@@ -408,8 +408,8 @@ def show_recipes(
             if not as_json:
                 console.row("FAIL", f"{name:<{NAME_WIDTH}}", exc.message)
             continue
-        environment = run_environment.run_variables(
-            layout, settings, stack=None, recipe=recipe.environment
+        environment = run_environment.built_environment(
+            layout, settings, "serve", stack=None, recipe=recipe.environment
         )
         judged = judge(recipe, free, device=device, environment=environment)
         row = _Row(recipe, judged, models.found_weights(layout, settings, recipe))

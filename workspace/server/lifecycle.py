@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
 from workspace.machine import hardware
 from workspace.server import observation, process_tree
@@ -317,7 +318,8 @@ def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.Process
         folder,
         *launch.argv,
     ]
-    environment = {**launch.environment, "TMPDIR": folder, process_tree.TAG: tag}
+    given = {"TMPDIR": folder, process_tree.TAG: tag}
+    environment = with_given(launch.environment, "serve", given)
     try:
         pid = process.apart(argv, env=environment, output=output, inherited=(inherited, lock))
     except BaseException:
@@ -362,7 +364,10 @@ def _end_by_supervisor(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[int]:
-    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs."""
+    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs.
+
+    filelock unlocks when it releases, for the supervisor too (see core/lock.py).
+    """
     descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

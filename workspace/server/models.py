@@ -340,12 +340,8 @@ def _fetch_from_hub(
     layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
 ) -> dict[str, object]:
     """Run the probe that fetches, and return its document. Raises its failure as an error."""
-    environment = run_environment.run_variables(
-        layout,
-        settings,
-        stack=None,
-        recipe=recipe.environment,
-        more={"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    environment = run_environment.built_environment(
+        layout, settings, "fetch", stack=None, recipe=recipe.environment
     )
     argv: list[process.Argument] = [
         layout.environment_python,

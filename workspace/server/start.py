@@ -25,7 +25,6 @@ from workspace.server.recipes import Recipe
 
 # Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
 # model is on this machine.
-USUAL = {"VLLM_NO_USAGE_STATS": "1"}
 # A tokenizer can be made from any of these files.
 _TOKENIZERS = (
     "tokenizer.json",
@@ -91,8 +90,9 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     environment = command.built_environment(
         layout,
         settings,
-        recipe=USUAL | ({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
-        for_what="show" if options.dry_run else "start",
+        "serve",
+        recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
+        is_shown=options.dry_run,
     )
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
@@ -134,8 +134,9 @@ def _check(session: _Session) -> None:
     environment = command.built_environment(
         session.layout,
         session.settings,
-        recipe=USUAL | dict(recipe.environment),
-        for_what="show",
+        "serve",
+        recipe=recipe.environment,
+        is_shown=True,
     )
     _require_memory(
         fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),

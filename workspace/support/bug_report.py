@@ -425,11 +425,11 @@ def _collect_env(layout: Layout, settings: Settings) -> Files:
     """Run vLLM's collect_env, which its maintainers ask for, without secrets in its environment."""
     if not os.access(layout.environment_python, os.X_OK):
         raise ToolchainError("there is no .vllm to run collect_env in", hint=status.BOOTSTRAP)
-    variables = settings.child_environment("run")
-    environment = {name: text for name, text in variables.items() if not is_secret(name)}
-    path = (str(layout.tools / "bin"), str(layout.environment / "bin"), environment.get("PATH", ""))
+    inherited = settings.child_environment("run").get("PATH", "")
     # collect_env runs `uv pip list` and does not check its result.
-    environment |= {"VIRTUAL_ENV": str(layout.environment), "PATH": os.pathsep.join(path)}
+    path = os.pathsep.join([str(layout.tools / "bin"), str(layout.environment / "bin"), inherited])
+    variables = settings.child_environment("report", {"PATH": path}, layout=layout)
+    environment = {name: text for name, text in variables.items() if not is_secret(name)}
     argv = (str(layout.environment_python), "-m", "vllm.collect_env")
     output = _output(
         argv, settings, timeout_s=COLLECT_ENV_S, env=environment, cwd=layout.environment

@@ -265,7 +265,7 @@ class Context:
             for name in KNOWN
             if self.settings.source(name) in ("shell", "flag")
         }
-        return self.settings.child_environment("plain", chosen)
+        return self.settings.child_environment("inv", chosen)
 
     @functools.cached_property
     def python(self) -> Path:

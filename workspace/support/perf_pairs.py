@@ -75,7 +75,7 @@ def installed_again(context: Context) -> Iterator[tuple[Command, Command]]:
     hand = Command(
         argv,
         context.folder,
-        context.settings.child_environment("build", _build_variables(context, observed)),
+        context.settings.child_environment("by-hand", _build_variables(context, observed)),
     )
     # This process holds the lock, so that a bootstrap that finds work stops instead of doing it.
     with lock.hold(layout.lock, verb="nox -s perf"):
@@ -135,7 +135,6 @@ def _by_hand(context: Context, observed: Observation, packed: Path) -> Command:
         "ARCHIVE": str(packed),
         "TAG": observed.pin.tag,
         "PROBE": str(context.layout.probes / "verify.py"),
-        "VLLM_NO_USAGE_STATS": "1",
     }
     # The tools of the built environment are not those of this environment.
     variables["PATH"] = os.pathsep.join(
@@ -146,7 +145,7 @@ def _by_hand(context: Context, observed: Observation, packed: Path) -> Command:
     return Command(
         ("/bin/sh", SCRIPT, *source.arguments, source.requirement),
         hand,
-        context.settings.child_environment("build", variables),
+        context.settings.child_environment("by-hand", variables),
         before=lambda: _make_hand(context, hand, wanted),
     )
 
