@@ -263,7 +263,7 @@ def _judge_values(
         return Outcome("good", evidence, tuple(values))
     judgement = compare.judge_samples(reference, values, better=metric.better, factor=factor)
     evidence = compare.sentence(
-        compare.Row(name, metrics.median(reference), metrics.median(values), judgement)
+        compare.MetricDifference(name, metrics.median(reference), metrics.median(values), judgement)
     )
     if judgement.verdict != "inconclusive":
         return Outcome("bad" if judgement.verdict == "fail" else "good", evidence, tuple(values))

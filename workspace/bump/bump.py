@@ -14,6 +14,7 @@ from workspace.bump import forecast, known_good, promote, staging
 from workspace.bump.staging import BumpSandbox, BumpStart
 from workspace.core import lock
 from workspace.core.console import Console, RunLog
+from workspace.core.console import State as RowState
 from workspace.core.errors import (
     CheckoutError,
     PatchConflict,
@@ -389,7 +390,7 @@ def _with_sandbox_hint(bump_sandbox: BumpSandbox) -> Iterator[None]:
 
 def _smoke(bump_sandbox: BumpSandbox, tree: Git, settings: Settings, console: Console) -> None:
     if known_good.smoke_passed(bump_sandbox.layout, tree.tree("HEAD")):
-        console.row("skipped", "smoke", "has passed on this tree")
+        console.row(RowState.SKIPPED, "smoke", "has passed on this tree")
         return
     with _with_sandbox_hint(bump_sandbox):
         run_smoke(bump_sandbox.layout, settings, console)

@@ -318,7 +318,7 @@ def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bo
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
-        console.warn(f"a start would fail now: {exc.message}; {exc.hint}")
+        console.warn(f"a start would fail now: {exc.message}", hint=exc.hint)
     return str(Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device)
 
 
@@ -339,7 +339,7 @@ def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> 
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:
-        console.warn(f"{judged.sentence}; {judged.hint}")
+        console.warn(judged.sentence, hint=judged.hint)
 
 
 def _drain_s(line: Command) -> float:
