@@ -157,6 +157,11 @@ def test_cells_that_have_no_room_go_to_the_next_line_and_none_is_cut(narrow: Ter
 
 
 def test_hint_is_one_line_on_every_terminal(narrow: Terminal) -> None:
-    hint = "./scripts/inv " + "x" * 60
-    Console(err=narrow).rows([Row(State.FAIL, "disk", "is full", hint=hint)])
-    assert narrow.lines()[-1] == f"                       $ {hint}"
+    hints = ["./scripts/inv " + "x" * length for length in (10, 30, 90)]
+    for hint in hints:
+        Console(err=narrow).rows([Row(State.FAIL, "disk", "is full", hint=hint)])
+    assert narrow.lines()[1::2] == [
+        f"{' ' * 23}$ {hints[0]}",
+        f"    $ {hints[1]}",
+        f"    $ {hints[2]}",
+    ]

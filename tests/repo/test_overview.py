@@ -285,7 +285,8 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     record = json.loads(out.getvalue())
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert (
-        record["next"] == "nothing to do; after commits in vendor/vllm: ./scripts/inv patch.export"
+        record["next"]
+        == "./scripts/inv patch.export    nothing is due; after commits in vendor/vllm"
     )
     write(applied.vllm, {"README": "edited\n"})
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))

@@ -159,6 +159,8 @@ class Console:
         It is never wrapped, so that a person can copy it.
         """
         if hint:
+            if self.width and indent + len(hint) + len("$ ") > self.width:
+                indent = min(indent, _BELOW)
             label = f"{' ' * indent}$" if indent else "hint:"
             self.info(f"{label} {hint}", style="bold" if indent else None)
 

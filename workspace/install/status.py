@@ -84,7 +84,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
             exc.hint or "./scripts/inv patch",
         )
     if all(row.state is State.OK for row in rows):
-        following = f"nothing is due; after a change in vendor/vllm: {following}"
+        following = f"{following}    nothing is due; after a change in vendor/vllm"
     console.show(rows, as_json=as_json, next=following)
     if not as_json:
         console.hint(following)
