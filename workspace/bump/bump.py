@@ -247,10 +247,8 @@ def _repin_same_source(layout: Layout, pin: pins.Pin, new: pins.Pin, run_log: Ru
     pins.save(layout.pins, new)
     _update_series_base(layout)
     staging.set_gitlink(layout, new.commit, run_log=run_log)
-    run_log.console.info(
-        f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}; to commit: git add"
-        " vendor/pins.toml patches/vllm && git commit"
-    )
+    run_log.console.info(f"{pin.tag} is pinned by upstream's own commit now, {new.commit[:12]}")
+    run_log.console.hint("git add vendor/pins.toml patches/vllm && git commit")
 
 
 def _update_series_base(layout: Layout) -> None:

@@ -345,7 +345,5 @@ def _report(bump_sandbox: BumpSandbox, facts: Mapping[str, str], run_log: RunLog
     staging.report_leftovers(layout, facts, console=console)
     # Do not name the submodule's path: the gitlink is staged already, and with the path git may
     # stage the patched commit that is checked out.
-    console.info(
-        "to commit: git add vendor/pins.toml patches/vllm && git commit -F"
-        f" {layout.relative(message_file(layout))}"
-    )
+    message = layout.relative(message_file(layout))
+    console.hint(f"git add vendor/pins.toml patches/vllm && git commit -F {message}")
