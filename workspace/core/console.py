@@ -42,8 +42,8 @@ _NO_BREAK = "\u00a0"
 class State(enum.StrEnum):
     """State of a row, in the order of gravity.
 
-    A verb fails where a row is FAIL, and in no other state: with warn its result is right, and what
-    is missing or stale is made by the next verb.
+    Where rows decide on an exit code, FAIL alone fails the verb: with warn its result is right, and
+    a later verb makes what is missing or stale. A screen that only shows a state exits with 0.
     """
 
     DONE = "done"
@@ -180,9 +180,9 @@ class Console:
 
         Away from a terminal it is one line, which a program can search.
         """
-        if self._rich is None:
+        if self.width is None:
             return [text]
-        room = max(_NARROWEST, self._rich.width - indent)
+        room = max(_NARROWEST, self.width - indent)
         lines = textwrap.wrap(
             _COMMAND.sub(rf"\1{_NO_BREAK}", text),
             room,
@@ -249,7 +249,7 @@ class Console:
             for at, (cell, width) in enumerate(zip(columns, widths, strict=True))
         )
         indent, more = len(head), self.wrapped(text, indent=len(head))
-        if self._rich is not None and max(map(len, more)) + indent > self._rich.width:
+        if self.width and text and max(map(len, more)) + indent > self.width:
             *above, head = self.wrapped(head)
             for line in above:
                 self.info(line)

@@ -79,10 +79,8 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         rows, following = _rows(layout, observed), pins.half_moved(layout) or next_command(observed)
     except PatchDrift as exc:
         # A broken series is one of the faults that this screen shows.
-        rows, following = (
-            (Row(State.FAIL, "patches", exc.message),),
-            exc.hint or "./scripts/inv patch",
-        )
+        rows = (Row(State.FAIL, "patches", exc.message),)
+        following = exc.hint or "./scripts/inv patch"
     if all(row.state is State.OK for row in rows):
         following = f"{following}    nothing is due; after a change in vendor/vllm"
     console.show(rows, as_json=as_json, next=following)
