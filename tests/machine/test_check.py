@@ -12,7 +12,7 @@ from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.machine import check, run_environment
 from workspace.machine.case import Case
-from workspace.machine.check import Row
+from workspace.machine.check import SettingRow
 
 ENVS = """import os
 def choice():
@@ -42,7 +42,7 @@ def judged(
     device: str = "cpu",
     recipe: dict[str, str] | None = None,
     **shell: str,
-) -> dict[str, Row]:
+) -> dict[str, SettingRow]:
     (house.layout.vllm / "vllm").mkdir(parents=True, exist_ok=True)
     (house.layout.vllm / "vllm" / "envs.py").write_text(ENVS)
     house.layout.dotenv.write_text(dotenv)

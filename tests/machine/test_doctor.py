@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.core.console import Console
+from workspace.core.console import Console, Row
 from workspace.core.errors import ToolchainError
 from workspace.machine import doctor, hardware
 from workspace.machine.case import Case
@@ -26,9 +26,7 @@ def tree(house) -> Path:
     return house.layout.vllm
 
 
-def rows(
-    house, settings, *, device="cpu", kernels="precompiled", need=None
-) -> dict[str, doctor.Row]:
+def rows(house, settings, *, device="cpu", kernels="precompiled", need=None) -> dict[str, Row]:
     found = doctor.preflight(
         house.layout,
         settings,
@@ -145,7 +143,7 @@ def test_missing_headers_of_a_python_that_may_be_replaced_are_a_warning_only(hou
 def test_headers_of_the_made_environment_are_those_of_its_base(house, built, tree):
     settings = built()
     row = rows(house, settings, kernels="native")["headers"]
-    assert row.seen.endswith(".".join(str(part) for part in sys.version_info[:3]))
+    assert row.text.endswith(".".join(str(part) for part in sys.version_info[:3]))
 
 
 def test_missing_gpu_fails_for_cuda_with_the_hint_for_a_cpu_build(house, built, tree):
@@ -164,7 +162,7 @@ def test_missing_nvcc_stops_a_native_build_and_only_warns_beside_a_precompiled_w
     assert rows(house, settings, device="cuda")["toolkit"].state == "warn"
     row = rows(house, settings, device="cuda", kernels="native")["toolkit"]
     assert row.state == "FAIL"
-    assert "CUDA_HOME=/nonexistent/cuda" in row.seen
+    assert "CUDA_HOME=/nonexistent/cuda" in row.text
 
 
 def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tree, tmp_path):
@@ -178,14 +176,14 @@ def test_toolkit_of_another_major_version_than_torch_is_not_ok(house, built, tre
         house, house.settings(CUDA_HOME=str(tmp_path / "cuda")), device="cuda", kernels="native"
     )
     assert found["toolkit"].state == "FAIL"
-    assert "12.9" in found["toolkit"].seen
+    assert "12.9" in found["toolkit"].text
 
 
 def test_compiler_must_have_the_version_that_the_tree_requires_for_the_device(house, built, tree):
     settings = built()
     house.program("g++", "echo 12.2.0")
     row = rows(house, settings, kernels="native")["compiler"]
-    assert (row.state, row.seen) == ("FAIL", "g++ 12.2.0")
+    assert (row.state, row.text) == ("FAIL", "g++ 12.2.0")
     assert "CXX=g++-13" in row.hint
     house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580.95.05'")
     assert rows(house, settings, device="cuda", kernels="native")["compiler"].state == "ok"
@@ -273,7 +271,7 @@ def test_check_that_raises_does_not_end_the_others(house):
         yield
 
     def sound(_):
-        yield doctor.Row("ok", "sound", "", "")
+        yield Row("ok", "sound", "", "")
 
     case = Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
     found = doctor.examine(

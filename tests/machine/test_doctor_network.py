@@ -8,8 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import doctor_host
-from workspace.machine.case import Case, Row
+from workspace.machine.case import Case
 
 
 def rows(check, house, *, built=False, **shell) -> dict[str, Row]:
@@ -92,7 +93,7 @@ def test_remote_that_never_answers_costs_the_connect_time_out(house, pinned, sil
         "vllm mirror"
     ]
     assert time.monotonic() - started < 4
-    assert "no answer in 1 s" in found.seen
+    assert "no answer in 1 s" in found.text
 
 
 def test_password_in_a_mirrors_address_is_not_shown(house, pinned, refusing):
@@ -125,12 +126,12 @@ def test_index_that_hangs_or_refuses_is_reported_without_its_password(house, sil
         "no answer in 1 s"
         in rows(doctor_host.index, house, UV_DEFAULT_INDEX=silent, CONNECT_TIMEOUT_S="1")[
             "index"
-        ].seen
+        ].text
     )
     found = rows(doctor_host.index, house, UV_DEFAULT_INDEX=f"http://me:hunter2@{refusing}/simple")[
         "index"
     ]
-    assert "answers 401" in found.seen
+    assert "answers 401" in found.text
     assert "hunter2" not in repr(found)
 
 

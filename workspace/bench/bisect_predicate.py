@@ -256,9 +256,8 @@ def _judge_values(
         )
         return Outcome("good", evidence, tuple(values))
     judgement = compare.judge_samples(reference, values, better=metric.better, factor=factor)
-    evidence = compare.sentence(
-        compare.Row(name, statistics.median(reference), statistics.median(values), judgement)
-    )
+    middle, now = statistics.median(reference), statistics.median(values)
+    evidence = compare.sentence(compare.MetricDifference(name, middle, now, judgement))
     if judgement.verdict != "inconclusive":
         return Outcome("bad" if judgement.verdict == "fail" else "good", evidence, tuple(values))
     if judgement.needed is None or len(values) >= MOST_STARTS:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from workspace.bench import metrics
 from workspace.core import records, settings
-from workspace.core.console import Console, State
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -281,23 +281,23 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
         document = {"schema": 1, "records": [_document(layout, entry) for entry in found]}
         console.data(json.dumps(document, indent=1))
         return
-    for entry in found:
-        if entry.record is None:
-            console.row("FAIL", entry.path.stem, entry.problem)
-        else:
-            state: State = "ok" if entry.record.is_complete else "warn"
-            console.row(state, entry.record.stem, _line(entry.record))
+    console.rows(_row(entry) for entry in found)
     if not found:
         console.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1
-    console.info(
-        f"next: {'./scripts/inv bench.compare A B' if is_pair else './scripts/nox -s bench'}"
-    )
+    console.hint("./scripts/inv bench.compare A B" if is_pair else "./scripts/nox -s bench")
 
 
 def counted_starts(count: int) -> str:
     """Return `1 start` or `2 starts`."""
     return f"{count} {'start' if count == 1 else 'starts'}"
+
+
+def _row(entry: Entry) -> Row:
+    if entry.record is None:
+        return Row(State.FAIL, entry.path.stem, entry.problem)
+    state = State.OK if entry.record.is_complete else State.WARN
+    return Row(state, entry.record.stem, _line(entry.record))
 
 
 def _line(record: Record) -> str:

@@ -123,10 +123,8 @@ def _write_message(layout: Layout, pin: Pin, new: Pin, found: Ahead, *, console:
         f"triton {pin.commit[:12]} → {new.commit[:12]}"
         + (f", {found.commits} commits" if found.commits else "")
     )
-    console.info(
-        "to commit: git add vendor/pins.toml patches/triton && git commit -F"
-        f" {layout.relative(message)}"
-    )
+    shown = layout.relative(message)
+    console.hint(f"git add vendor/pins.toml patches/triton && git commit -F {shown}")
 
 
 def series_names(layout: Layout) -> tuple[str, ...]:

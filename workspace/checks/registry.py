@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import records
-from workspace.core.console import Console
+from workspace.core.console import Console, Row, State
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
@@ -31,6 +31,7 @@ _ORIGIN = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scr
 _SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
 _REBUILD = "./scripts/inv rebuild   # compiles for this machine's GPU"
 Verdict = Literal["pass", "fail", "skipped"]
+_STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
@@ -191,6 +192,10 @@ class Check:
     seconds: float
     # Further problems, if there are more than the evidence names.
     problems: tuple[str, ...] = ()
+
+    @property
+    def row(self) -> Row:
+        return Row(_STATES[self.verdict], self.identifier, self.evidence)
 
     @property
     def meaning(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.checks import http_checks, stack_dumps
-from workspace.checks.http_checks import Reply, Row
+from workspace.checks.http_checks import OfflineAnswer, Reply
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, Expected, judged
 from workspace.core.console import RunLog
@@ -70,7 +70,7 @@ class ServerUnderTest:
     environment: Mapping[str, str]
     address: Address
     version: str
-    rows: tuple[Row, ...]
+    rows: tuple[OfflineAnswer, ...]
     limit_s: float
 
 
@@ -80,7 +80,7 @@ def under_test(
     model: Path,
     *,
     expected: Expected,
-    rows: tuple[Row, ...],
+    rows: tuple[OfflineAnswer, ...],
     limit_s: float,
 ) -> ServerUnderTest:
     """Return the server to start, at a free port.

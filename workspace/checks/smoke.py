@@ -144,13 +144,13 @@ def remove_hook(layout: Layout, *, console: Console) -> None:
     for name, git in _repositories(layout, console):
         hook, kept = (repository.hooks_folder(git)[0] / file for file in (HOOK, KEPT))
         if not _is_ours(hook):
-            console.row("skipped", name, "it has no gate")
+            console.row(State.SKIPPED, name, "it has no gate")
         elif os.path.lexists(kept):
             kept.replace(hook)
-            console.row("done", name, "the gate is removed, your former hook is restored")
+            console.row(State.DONE, name, "the gate is removed, your former hook is restored")
         else:
             hook.unlink()
-            console.row("done", name, "the gate is removed")
+            console.row(State.DONE, name, "the gate is removed")
 
 
 def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
@@ -192,7 +192,7 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
         )
     if len(found) == 1:
         console.row(
-            "missing",
+            State.MISSING,
             "vendor/vllm",
             "there is no checkout yet: ./scripts/inv bootstrap, then ./scripts/inv hook",
         )
@@ -204,7 +204,7 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
     text = "the gate runs before each push"
     if _is_ours(hook):
         if hook.read_text(encoding="utf-8") == script and os.access(hook, os.X_OK):
-            return "ok", name, text
+            return State.OK, name, text
     elif os.path.lexists(hook):
         if os.path.lexists(kept):
             raise SettingsError(
@@ -216,7 +216,7 @@ def _install(name: str, folder: Path, script: str) -> tuple[State, str, str]:
         text = f"{text}; yours is {KEPT} and runs first"
     folder.mkdir(exist_ok=True)
     write_atomic(hook, script.encode(), mode=0o755)
-    return "done", name, text
+    return State.DONE, name, text
 
 
 def _is_ours(hook: Path) -> bool:

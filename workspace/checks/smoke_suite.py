@@ -16,7 +16,7 @@ from workspace.checks import http_checks, numeric, registry, server_checks, stac
 from workspace.checks.registry import Answer, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
 from workspace.core import process, records
-from workspace.core.console import RunLog, State
+from workspace.core.console import RunLog
 from workspace.core.errors import (
     BuildError,
     SmokeError,
@@ -36,7 +36,6 @@ NAME_WIDTH = 22
 LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
 # Shares of the caller's limit: for the probe's own watch, and until the caller dumps its stacks.
 PROBE_SHARE, DUMP_SHARE = 0.8, 0.9
-_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
 
@@ -136,15 +135,12 @@ class _Suite:
 
     def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
         """Show a spinner while `judge` runs, then a row for each verdict."""
-        with self._run_log.console.step(first.ljust(NAME_WIDTH)) as view:
+        with self._run_log.console.step(first, least=NAME_WIDTH) as view:
             done = self._with_stacks(
                 [registry.without_unfounded_skip(check, lacks=self._lacks) for check in judge()]
             )
-            view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
-        for check in done[1:]:
-            self._run_log.console.row(
-                _STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence
-            )
+            view.state, view.reason = done[0].row.state, done[0].evidence
+        self._run_log.console.rows([check.row for check in done[1:]], least=NAME_WIDTH)
         self.checks += done
 
     def _with_stacks(self, done: list[Check]) -> list[Check]:
@@ -362,7 +358,7 @@ class _Suite:
 
         return numeric.mxfp4(_or_problem(ask))
 
-    def _offline_rows(self) -> tuple[http_checks.Row, ...]:
+    def _offline_rows(self) -> tuple[http_checks.OfflineAnswer, ...]:
         """Return the offline engine's answers of the tiny Llama, empty if it has none."""
         return http_checks.offline(numeric.read_rows(self._round("tiny").vllm, "llama"))
 

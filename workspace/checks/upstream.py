@@ -27,7 +27,6 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # minutes on two CPU cores.
 TIMEOUT_S = 7200.0
 NAME_WIDTH = 44
-_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 RECORD = "upstream.json"
 _CHOOSE = (
     "./scripts/nox -s upstream -- --all-of vllm/sampling_params.py    runs the tests that a file"
@@ -187,11 +186,8 @@ def run_tests(
     found = upstream_trial.sort(outcomes, on_the_pin, is_online=options.is_online)
     checks = upstream_trial.checks(selection.reach.tests, selection.decisions, found)
     for check in checks:
-        run_log.console.row(
-            _STATES[check.verdict],
-            f"{check.identifier} ".ljust(NAME_WIDTH),
-            f"{check.evidence}  {check.seconds:.1f} s",
-        )
+        text = f"{check.evidence}  {check.seconds:.1f} s"
+        run_log.console.row(check.row.state, check.identifier, text, least=NAME_WIDTH)
     return Result(checks, found, compared)
 
 
@@ -263,7 +259,7 @@ class _Runner:
             variables,
             upstream_trial.needs_folder(self._layout) / "chosen.txt",
         )
-        with self._run_log.console.step(title.ljust(NAME_WIDTH)) as view:
+        with self._run_log.console.step(title, least=NAME_WIDTH) as view:
             self._run_log.phase(title, view)
             # On the pin our arguments come last and win, else the user's.
             ordered = (
@@ -387,7 +383,7 @@ def _report_selection(selection: Selection, tag: str, console: Console, *, is_li
         show(selection, console)
         return False
     for file in selection.reach.unreached:
-        console.row("skipped", file.path.ljust(NAME_WIDTH), f"reaches no test: {file.why}")
+        console.row(State.SKIPPED, file.path, f"reaches no test: {file.why}", least=NAME_WIDTH)
     if not selection.reach.tests:
         console.info(
             "the change reaches none of upstream's tests; ./scripts/nox -s smoke judges what"
@@ -399,7 +395,7 @@ def _report_selection(selection: Selection, tag: str, console: Console, *, is_li
 def _install_needs(
     layout: Layout, settings: Settings, known: Rules, *, device: str, run_log: RunLog
 ) -> Path:
-    with run_log.console.step("test requirements".ljust(NAME_WIDTH)) as view:
+    with run_log.console.step("test requirements", least=NAME_WIDTH) as view:
         run_log.phase("test requirements", view)
         site, view.reason = upstream_trial.install_needs(
             layout, settings, known, device=device, run_log=run_log

@@ -9,10 +9,8 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -306,13 +304,12 @@ def signal_process(
 
 
 _MINUTE_S = 60.0
-# The width of the screen without a terminal.
-_WIDTH = 120
-_COST_COLUMNS = ("units", "minutes", "peak GiB")
+_HEAD = ("target", "units", "minutes", "peak GiB", "reason")
+_FIGURES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Row:
+class TargetCost:
     """A target: `minutes` of compiler time with the link, `peak_gib` of its largest unit."""
 
     target: str
@@ -329,7 +326,7 @@ class RebuildPlan:
     `guessed` units were never measured.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TargetCost, ...]
     from_precompiled: tuple[str, ...]
     why_not_hybrid: str | None
     units: int
@@ -355,12 +352,7 @@ def work_out(
         compiled |= expected.keys()
         link = {f"{one.target} link": costs.expected(_link(one.target))} if one.units else {}
         everything |= expected | link
-        of_target = (expected | link).values()
-        minutes, peak_gib = (
-            sum(cost.seconds for cost in of_target) / _MINUTE_S,
-            max((cost.peak_gib for cost in of_target), default=0.0),
-        )
-        rows.append(Row(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_complete))
+        rows.append(_target_cost(one, (expected | link).values()))
     replayed = scheduler.simulate(tuple(everything.values()), bounds)
     names = {one.target for one in reached}
     return RebuildPlan(
@@ -382,6 +374,12 @@ def work_out(
     )
 
 
+def _target_cost(one: Reached, expected: Collection[Cost]) -> TargetCost:
+    minutes = sum(cost.seconds for cost in expected) / _MINUTE_S
+    peak_gib = max((cost.peak_gib for cost in expected), default=0.0)
+    return TargetCost(one.target, one.reason, len(one.units), minutes, peak_gib, one.is_complete)
+
+
 def _named(unit: Unit, target: str) -> costs.Unit:
     return costs.unit_at(unit.object) or costs.Unit(target, unit.source)
 
@@ -395,50 +393,14 @@ def show(plan: RebuildPlan, console: Console, *, as_json: bool = False) -> None:
     if as_json:
         console.data(json.dumps({"schema": 1, **asdict(plan)}, indent=1))
         return
-    width = shutil.get_terminal_size((_WIDTH, 0)).columns if console.is_terminal else None
-    for line in (*table(plan.rows, width=width or _WIDTH), *_sentences(plan)):
-        # In a file or a pipe each sentence is one line.
-        for part in (
-            textwrap.wrap(
-                line,
-                width - 1,
-                subsequent_indent="    ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            if width
-            else [line]
-        ):
-            console.info(part)
-
-
-def table(rows: Sequence[Row], *, width: int) -> list[str]:
-    """Return the lines of the screen: reasons are between target and costs if all rows fit into
-    `width` columns, else below their targets.
-    """
-    if not rows:
-        return []
-    first = max(len("target"), *(len(row.target) for row in rows))
-    figures = [(str(row.units), f"{row.minutes:.1f}", f"{row.peak_gib:.1f}") for row in rows]
-    columns = [
-        max(len(title), *(len(line[at]) for line in figures))
-        for at, title in enumerate(_COST_COLUMNS)
-    ]
-    room = width - first - sum(columns) - 2 * (len(columns) + 1) - 1
-    middle = max(len("reason"), *(len(row.reason) for row in rows))
-    is_beside = middle <= room
-
-    def line(target: str, reason: str, cells: Sequence[str]) -> str:
-        between = f"{reason:<{middle}}  " if is_beside else ""
-        right = "  ".join(f"{cell:>{column}}" for cell, column in zip(cells, columns, strict=True))
-        return f"{target:<{first}}  {between}{right}"
-
-    lines = [line("target", "reason", _COST_COLUMNS)]
-    for row, cells in zip(rows, figures, strict=True):
-        lines.append(line(row.target, row.reason, cells))
-        if not is_beside:
-            lines.append(f"  {row.reason}")
-    return lines
+    if plan.rows:
+        lines = [
+            (one.target, str(one.units), f"{one.minutes:.1f}", f"{one.peak_gib:.1f}", one.reason)
+            for one in plan.rows
+        ]
+        console.table([_HEAD, *lines], right=_FIGURES)
+    for sentence in _sentences(plan):
+        console.sentence(sentence)
 
 
 def _sentences(plan: RebuildPlan) -> list[str]:

@@ -7,7 +7,7 @@ After an interruption, the next run resumes from the verified layers.
 from dataclasses import dataclass
 
 from workspace.core import lock
-from workspace.core.console import Console, RunLog
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -51,7 +51,7 @@ def run(
     due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
     if not any(stage.is_due for stage in due):
         if is_part:
-            console.row("skipped", "build", f"vllm {observed.version} is already built")
+            console.row(State.SKIPPED, "build", f"vllm {observed.version} is already built")
             return
         for stage in due:
             _show_skipped(stage, console)
@@ -182,7 +182,7 @@ def _preflight(
 
 def _show_skipped(stage: Stage, console: Console) -> None:
     for name, _ in stage.steps:
-        console.row("skipped", name, stage.reason)
+        console.row(State.SKIPPED, name, stage.reason)
 
 
 def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
@@ -190,6 +190,5 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
         console.warn(f"the kernels are stale: {'; '.join(observed.needs_compilation)}")
     if observed.stack and observed.stack.dirty:
         console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, not changed")
-    console.info(
-        f"{prefix}vllm {observed.version} is in .vllm; next: {status.next_command(observed)}"
-    )
+    console.info(f"{prefix}vllm {observed.version} is in .vllm")
+    console.hint(status.next_command(observed))

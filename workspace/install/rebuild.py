@@ -399,8 +399,8 @@ def run(
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
-        following = status.next_command(plan.observe(layout, settings))
-        console.info(f"{built}; next: {following}")
+        console.sentence(built)
+        console.hint(status.next_command(plan.observe(layout, settings)))
 
 
 def _show_up_to_date(observed: plan.Observation, console: Console) -> None:

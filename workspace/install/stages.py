@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from workspace.core.console import Console, RunLog, Step
+from workspace.core.console import Console, Row, RunLog, State, Step, failed
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp
-from workspace.machine import check, doctor, dotenv, hardware, torch, venv
+from workspace.machine import check, dotenv, hardware, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
@@ -251,19 +251,17 @@ VLLM = (("kernels", fetch_kernels), ("install", install_vllm), ("verify", verify
 CHANGES_TORCH = (".env", "source", "patches", "python", "torch")
 
 
-def require_rows(rows: Sequence[doctor.Row], console: Console, *, what: str) -> None:
+def require_rows(rows: Sequence[Row], console: Console, *, what: str) -> None:
     """Show the rows of a preflight that are not ok. Raises ToolchainError where a row is FAIL.
 
     `what` is the work that needs them: bootstrap or compile.
     """
-    for row in rows:
-        if row.state != "ok":
-            console.row(row.state, row.name, f"{row.seen}: {row.why}", hint=row.hint)
-    if failed := [row for row in rows if row.state == "FAIL"]:
+    console.rows([row for row in rows if row.state is not State.OK])
+    if faults := failed(rows):
         raise ToolchainError(
             f"cannot {what} on this machine:"
-            f" {', '.join(f'{row.name}: {row.seen}' for row in failed)}",
-            hint=failed[0].hint,
+            f" {', '.join(f'{row.name}: {row.text}' for row in faults)}",
+            hint=faults[0].hint,
         )
 
 

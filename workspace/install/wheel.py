@@ -62,10 +62,7 @@ def run(layout: Layout, settings: Settings, *, console: Console, wait: bool = Fa
     console.data(f"{packed.sha256}  {layout.relative(packed.path)}")
     if ".dirty" in packed.path.name:
         console.warn("vendor/vllm has uncommitted edits: the name of the wheel has their digest")
-    console.info(
-        "a clone of the same pin takes its libraries: ./scripts/inv bootstrap --kernels"
-        f" {packed.path}"
-    )
+    console.hint(f"./scripts/inv bootstrap --kernels {packed.path}    in a clone of the same pin")
 
 
 def pack(

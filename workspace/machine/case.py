@@ -1,5 +1,4 @@
-"""The case that the doctor's checks examine: a clone, its settings and its machine, and the row
-that a check returns.
+"""The case that the doctor's checks examine: a clone, its settings and its machine.
 
 A case observes each fact once, whichever check needs it first: checks run in parallel.
 """
@@ -10,15 +9,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 from workspace.core import process
+from workspace.core.console import State
 from workspace.core.errors import ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, interpreter, toolchain, torch
 
-State = Literal["ok", "warn", "FAIL"]
 # For a driver that may hang. A program that must work gets more time, because the machine may be
 # loaded.
 ANSWER_S = 3.0
@@ -28,17 +27,6 @@ KILL_S = 0.5
 TIMED_OUT = (124, 137)
 WITHOUT_GPU = "./scripts/inv bootstrap --device cpu"
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A finding: state, name, what was seen, why it matters, and the command that fixes it."""
-
-    state: State
-    name: str
-    seen: str
-    why: str
-    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ class Case:
     @property
     def missing_state(self) -> State:
         """Return the state of a missing build tool: FAIL for native builds, else warn."""
-        return "FAIL" if self.is_native else "warn"
+        return State.FAIL if self.is_native else State.WARN
 
     @property
     def is_built(self) -> bool:

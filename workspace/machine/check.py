@@ -6,15 +6,14 @@ before anything is loaded; a setting without effect, or one that hides another, 
 """
 
 import functools
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workspace.core.child_variables import fitting_jobs
-from workspace.core.console import Console
+from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
 from workspace.core.paths import Layout
@@ -29,10 +28,9 @@ from workspace.core.settings import (
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
-from workspace.machine.case import Case, State
+from workspace.machine.case import Case
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
-NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10
 # Variables of the shell that concern vLLM although no setting has their name.
 _OF_INTEREST = re.compile(
     r"VLLM_\w+|HF_\w+|HUGGING_FACE_\w+|TRANSFORMERS_\w+|TIKTOKEN_\w+|TRITON_\w+|FLASHINFER_\w+"
@@ -196,20 +194,23 @@ def _torch(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingRow(Row):
     """One setting.
 
-    `value` is safe to print, `text` explains the state, `hint` is the next command; `is_reported`
-    means that the command line has already printed it.
+    `value` is safe to print, `text` explains the state; `is_reported` means that the command line
+    has already printed it.
     """
 
-    state: State
-    name: str
-    value: str
-    source: str
-    text: str
-    hint: str | None = None
+    value: str = ""
+    source: str = ""
     is_reported: bool = False
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return (self.name, self.value, self.source, self.text)
+
+    def record(self) -> dict[str, object]:
+        return super().record() | {"value": self.value, "source": self.source}
 
 
 def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
@@ -218,26 +219,8 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
     Raises SettingsError where a setting stops every verb.
     """
     rows = judge(Case(layout, settings, device=None, kernels=settings.text("KERNELS")))
-    failed = [row for row in rows if row.state == "FAIL"]
-    if as_json:
-        shown = [
-            {name: value for name, value in asdict(row).items() if name != "is_reported"}
-            for row in rows
-        ]
-        console.data(
-            json.dumps(
-                {"schema": 1, "rows": shown, "verdict": "fail" if failed else "pass"}, indent=1
-            )
-        )
-    else:
-        for row in rows:
-            console.row(
-                row.state,
-                f"{row.name:<{NAME_WIDTH}}",
-                f"{row.value:<{VALUE_WIDTH}} {row.source:<{SOURCE_WIDTH}}{row.text}".rstrip(),
-                hint=row.hint,
-            )
-    _stop(failed)
+    console.show(rows, as_json=as_json, verdict="fail" if failed(rows) else "pass")
+    _stop(rows)
 
 
 def require(
@@ -257,12 +240,12 @@ def require(
         Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe
     )
     for row in rows:
-        if row.state == "warn" and not row.is_reported:
-            _warn(console, f"{_called(row)}: {row.text}" + (f"; {row.hint}" if row.hint else ""))
-    _stop([row for row in rows if row.state == "FAIL"])
+        if row.state == State.WARN and not row.is_reported:
+            _warn(console, f"{_called(row)}: {row.text}", row.hint)
+    _stop(rows)
 
 
-def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, ...]:
+def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[SettingRow, ...]:
     """Judge every setting, and every variable that a running vLLM or a build sees.
 
     The settings come first, in their order.
@@ -282,10 +265,10 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
     )
     for finding in findings:
         row = rows[finding.name]
-        if row.state == "ok" or (row.state == "warn" and finding.is_error):
+        if row.state == State.OK or (row.state == State.WARN and finding.is_error):
             rows[finding.name] = replace(
                 row,
-                state="FAIL" if finding.is_error else "warn",
+                state=State.FAIL if finding.is_error else State.WARN,
                 text=settings.masked(finding.message),
                 hint=_removal(row) if finding.hint is None else finding.hint,
                 is_reported=False,
@@ -301,31 +284,34 @@ def judge(case: Case, *, recipe: Mapping[str, str] | None = None) -> tuple[Row, 
     )
 
 
-def _stated(settings: Settings, recipe: Mapping[str, str]) -> Iterator[Row]:
+def _setting(name: str, value: str, source: str, *, text: str = "") -> SettingRow:
+    return SettingRow(State.OK, name, text, value=value, source=source)
+
+
+def _stated(settings: Settings, recipe: Mapping[str, str]) -> Iterator[SettingRow]:
     for setting in SETTINGS:
         value = settings.values[setting.name]
         is_recipes = value.source == "default" and setting.name in recipe
         text, source = (
             (recipe[setting.name], "recipe") if is_recipes else (value.text, value.source)
         )
-        yield Row(
-            "ok",
+        yield _setting(
             setting.name,
             _shown(settings, setting.name, text),
             source,
-            "" if text else setting.meaning,
+            text="" if text else setting.meaning,
         )
     for name, value in settings.passed.items():
-        yield Row("ok", name, _shown(settings, name, value.text), value.source, "")
+        yield _setting(name, _shown(settings, name, value.text), value.source)
     for name, text in recipe.items():
         if name not in KNOWN and name not in settings.passed and name not in settings.shell:
-            yield Row("ok", name, _shown(settings, name, text), "recipe", "")
+            yield _setting(name, _shown(settings, name, text), "recipe")
     for name, text in sorted(settings.shell.items()):
         if name not in KNOWN and name not in settings.passed and _OF_INTEREST.fullmatch(name):
-            yield Row("ok", name, _shown(settings, name, text), "shell", "")
+            yield _setting(name, _shown(settings, name, text), "shell")
 
 
-def _unknown_names(case: Case, rows: Mapping[str, Row]) -> Iterator[Finding]:
+def _unknown_names(case: Case, rows: Mapping[str, SettingRow]) -> Iterator[Finding]:
     """Find names that the pinned tree does not read.
 
     A name of a former release, or in the shell, has no effect; one in .env or a recipe is an error.
@@ -373,7 +359,7 @@ def _misread(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(wrong.name, wrong.message, hint="")
 
 
-def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
+def _out_of_phase(rows: Mapping[str, SettingRow]) -> Iterator[Finding]:
     for name, row in rows.items():
         if row.source == "default":
             continue
@@ -387,13 +373,13 @@ def _out_of_phase(rows: Mapping[str, Row]) -> Iterator[Finding]:
             )
 
 
-def _with_reported(settings: Settings, row: Row, *, is_judged: bool) -> Row:
+def _with_reported(settings: Settings, row: SettingRow, *, is_judged: bool) -> SettingRow:
     """Add the command line's own warning of a variable, else the phase that the variable is for.
 
     The command line warns where the shell hides .env, and of repeated and unknown names; for the
     latter the pinned tree's own answer (`is_judged`) is better.
     """
-    if row.state != "ok":
+    if row.state != State.OK:
         return row
     for warning in settings.warnings:
         hidden, repeated = _HIDES.match(warning), _REPEATED.match(warning)
@@ -402,7 +388,7 @@ def _with_reported(settings: Settings, row: Row, *, is_judged: bool) -> Row:
             hint = f"sed -i '{repeated['line']}d' .env" if repeated else _removal(row)
             return replace(
                 row,
-                state="warn",
+                state=State.WARN,
                 text=re.sub(r"; `unset .*$", "", warning),
                 hint=f"unset {row.name}" if hidden else hint,
                 is_reported=True,
@@ -435,7 +421,7 @@ def _shown(settings: Settings, name: str, text: str) -> str:
     return "set" if is_secret(name) else settings.presentable(text)
 
 
-def _removal(row: Row) -> str:
+def _removal(row: SettingRow) -> str:
     if row.source == "shell":
         return f"unset {row.name}"
     if row.source == ".env":
@@ -443,20 +429,21 @@ def _removal(row: Row) -> str:
     return "remove it from the recipe" if row.source == "recipe" else ""
 
 
-def _called(row: Row) -> str:
+def _called(row: SettingRow) -> str:
     value = "" if row.value in ("set", "unset") else f"={row.value}"
     return f"{row.name}{value} ({row.source})"
 
 
 @functools.cache
-def _warn(console: Console, text: str) -> None:
-    console.warn(text)
+def _warn(console: Console, text: str, hint: str | None) -> None:
+    console.warn(text, hint=hint)
 
 
-def _stop(failed: list[Row]) -> None:
-    if failed:
-        first = failed[0]
-        more = tuple(f"{_called(row)}: {row.text}" for row in failed[1:])
+def _stop(rows: Sequence[SettingRow]) -> None:
+    faults = [row for row in rows if row.state is State.FAIL]
+    if faults:
+        first = faults[0]
+        more = tuple(f"{_called(row)}: {row.text}" for row in faults[1:])
         raise SettingsError(
             f"{_called(first)}: {first.text}", hint=first.hint or "./scripts/inv env", details=more
         )

@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 from workspace.core import process, records
 from workspace.core.child_variables import Phase
+from workspace.core.console import Row, State
 from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches
 from workspace.machine.arch import key
-from workspace.machine.case import Case, Row
+from workspace.machine.case import Case
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0
@@ -209,17 +210,17 @@ def library_path(case: Case) -> Iterator[Row]:
         " version"
     )
     if not text:
-        yield Row("ok", "library path", "not set", why)
+        yield Row(State.OK, "library path", "not set", why)
         return
     # A blank does not separate entries; a semicolon does, as well as a colon.
     entries = re.split(r"[:;]", text)
     faults = dict(_library_faults(case, entries))
     if faults:
         hint = _library_hint(case, entries, faults)
-        yield Row("warn", "library path", "; ".join(faults.values()), why, hint)
+        yield Row(State.WARN, "library path", "; ".join(faults.values()), why, hint)
         return
     folders = f"{len(entries)} folder{'s' if len(entries) > 1 else ''}"
-    yield Row("ok", "library path", f"{folders}, none with a library of torch's", why)
+    yield Row(State.OK, "library path", f"{folders}, none with a library of torch's", why)
 
 
 def _library_faults(case: Case, entries: list[str]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import process
-from workspace.core.console import Console, State
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -40,8 +40,7 @@ STEP, LEAST_SHARE, LEAST_LENGTH = 0.1, 0.05, 256
 WORTHWHILE_GIB = 1.0
 # How many steps were taken already, the flag, and its next value.
 _Step = tuple[int, str, str]
-NAME_WIDTH = 16
-_STATES: dict[Verdict, State] = {"yes": "ok", "after drop-caches": "warn", "no": "warn"}
+_STATES: dict[Verdict, State] = {"yes": State.OK, "after drop-caches": State.WARN, "no": State.WARN}
 _DEVICES = {"cuda": "on the GPU", "cpu": "on the processor"}
 
 
@@ -351,45 +350,37 @@ def _number_or(value: object, otherwise: float) -> float:
         return otherwise
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One recipe of the list; `folder` holds its weights, None if they are not on disk."""
+def _row(recipe: Recipe, fit: Fit, folder: Path | None, *, device: str) -> Row:
+    """Return the row of a recipe; `folder` holds its weights, None if they are not on disk."""
+    if folder:
+        place = f"on disk: {folder}"
+    elif recipe.fetch_gib:
+        place = f"{recipe.fetch_gib:.1f} GiB to fetch"
+    else:
+        place = "made at its first start"
+    if recipe.asks_for_remote_code:
+        place += "; runs code of the model's authors (trust-remote-code)"
+    return Row(
+        _STATES[fit.verdict],
+        recipe.name,
+        f"fits {_DEVICES[device]}: {fit.verdict}; needs {fit.needs_gib:.1f} GiB,"
+        f" {fit.free.available_gib:.1f} GiB are free; {place}",
+        hint=fit.hint if fit.hint and "serve.list" not in fit.hint else None,
+    )
 
-    recipe: Recipe
-    fit: Fit
-    folder: Path | None
 
-    def text(self, device: str) -> str:
-        if self.folder:
-            place = f"on disk: {self.folder}"
-        elif self.recipe.fetch_gib:
-            place = f"{self.recipe.fetch_gib:.1f} GiB to fetch"
-        else:
-            place = "made at its first start"
-        remote = (
-            "; runs code of the model's authors (trust-remote-code)"
-            if self.recipe.asks_for_remote_code
-            else ""
-        )
-        hint = self.fit.hint
-        shown = f"; {hint}" if hint and "serve.list" not in hint else ""
-        return (
-            f"fits {_DEVICES[device]}: {self.fit.verdict}; needs {self.fit.needs_gib:.1f} GiB,"
-            f" {self.fit.free.available_gib:.1f} GiB are free; {place}{remote}{shown}"
-        )
-
-    def record(self) -> dict[str, object]:
-        return {
-            "name": self.recipe.name,
-            "model": self.recipe.model,
-            "summary": self.recipe.summary,
-            "fits": self.fit.verdict,
-            "needs_gib": round(self.fit.needs_gib, 2),
-            "takes_gib": round(self.fit.takes_gib, 2),
-            "on_disk": str(self.folder) if self.folder else None,
-            "fetch_gib": self.recipe.fetch_gib,
-            "hint": self.fit.hint,
-        }
+def _record(recipe: Recipe, fit: Fit, folder: Path | None) -> dict[str, object]:
+    return {
+        "name": recipe.name,
+        "model": recipe.model,
+        "summary": recipe.summary,
+        "fits": fit.verdict,
+        "needs_gib": round(fit.needs_gib, 2),
+        "takes_gib": round(fit.takes_gib, 2),
+        "on_disk": str(folder) if folder else None,
+        "fetch_gib": recipe.fetch_gib,
+        "hint": fit.hint,
+    }
 
 
 def show_recipes(
@@ -400,22 +391,21 @@ def show_recipes(
     free = observe(settings, device=device)
     version = pins.load(layout.pins).vllm.version
     records: list[dict[str, object]] = []
+    rows: list[Row] = []
     for name in recipes.names(layout):
         try:
             recipe = recipes.load(layout, name, version=version)
         except SettingsError as exc:
             records.append({"name": name, "error": exc.message})
-            if not as_json:
-                console.row("FAIL", f"{name:<{NAME_WIDTH}}", exc.message)
+            rows.append(Row(State.FAIL, name, exc.message))
             continue
         environment = run_environment.built_environment(
             layout, settings, "serve", stack=None, recipe=recipe.environment
         )
         judged = judge(recipe, free, device=device, environment=environment)
-        row = _Row(recipe, judged, models.found_weights(layout, settings, recipe))
-        if not as_json:
-            console.row(_STATES[judged.verdict], f"{name:<{NAME_WIDTH}}", row.text(device))
-        records.append(row.record())
+        folder = models.found_weights(layout, settings, recipe)
+        rows.append(_row(recipe, judged, folder, device=device))
+        records.append(_record(recipe, judged, folder))
     if as_json:
         memory = {
             "total_gib": round(free.total_gib, 2),
@@ -424,3 +414,5 @@ def show_recipes(
         }
         document = {"schema": 1, "device": device, "memory": memory, "rows": records}
         console.data(json.dumps(document, indent=1))
+    else:
+        console.rows(rows)

@@ -253,7 +253,7 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
         )
     check.require(layout, settings, console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
-    console.info(f"next: ./scripts/inv serve {name}")
+    console.hint(f"./scripts/inv serve {name}")
 
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:

@@ -127,7 +127,7 @@ def _check(session: _Session) -> None:
     for sentence in (*line.dropped, *line.notes):
         session.console.warn(sentence)
     for note in recipe.notes:
-        session.console.info("\n".join(session.console.wrapped(f"note: {note}")))
+        session.console.sentence(f"note: {note}")
     if not options.dry_run:
         _require_room(session.layout, line)
     free = fit.observe(session.settings, device=session.device)
@@ -184,10 +184,8 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
         console.info(f"ready: {server.address.url}/v1 serves {', '.join(ready.models)}")
         if is_detached:
             is_left = True
-            console.info(
-                "the server runs in the background: ./scripts/inv serve.status, serve.logs,"
-                " serve.stop"
-            )
+            console.info("the server runs in the background")
+            console.hint("./scripts/inv serve.status    or serve.logs, serve.stop")
         else:
             console.info("^C stops it")
             _follow(settings, server, console)
@@ -314,7 +312,7 @@ def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bo
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
-        console.warn(f"a start would fail now: {exc.message}; {exc.hint}")
+        console.warn(f"a start would fail now: {exc.message}", hint=exc.hint)
     return str(Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device)
 
 
@@ -335,7 +333,7 @@ def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> 
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:
-        console.warn(f"{judged.sentence}; {judged.hint}")
+        console.warn(judged.sentence, hint=judged.hint)
 
 
 def _drain_s(line: Command) -> float:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from workspace.core import process
 from workspace.core import settings as core_settings
-from workspace.core.console import Console
+from workspace.core.console import Console, State
 from workspace.core.errors import SettingsError, ToolchainError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.known_settings import KNOWN
@@ -113,7 +113,9 @@ def write(layout: Layout, settings: Settings, *, console: Console) -> Path:
         size = sum(len(content) for content in part.files.values())
         files = f"{len(part.files)} {'file' if len(part.files) == 1 else 'files'}"
         console.row(
-            "warn" if part.lack else "ok", part.name, part.lack or f"{files}, {size / 1024:.1f} KiB"
+            State.WARN if part.lack else State.OK,
+            part.name,
+            part.lack or f"{files}, {size / 1024:.1f} KiB",
         )
     console.info(
         f"{path.stat().st_size / 1024:.0f} KiB; secrets, names, addresses and places are masked"

@@ -410,6 +410,6 @@ def looked_at(context: Context) -> Iterator[Sides]:
     world = _PatchStack(context)
     world.ensure_applied()
     yield (
-        Call(lambda: overview.rows(world.layout, world.pin.name, world.pin, world.observe())),
+        Call(lambda: overview.entries(world.layout, world.pin.name, world.pin, world.observe())),
         world.command("status"),
     )
