@@ -42,7 +42,10 @@ SINGLE_ENTRANCES = {
     "git": "workspace/repo/git/",
     "invoke": "workspace/cli/",
     "nox": "noxfile.py",
+    "pynvml": "workspace/machine/gpu.py",
 }
+# Programs that one module alone may start.
+SINGLE_PROGRAMS = {"nvidia-smi": "workspace/machine/gpu.py"}
 STARTS_A_PROGRAM = re.compile(r"os\.(system|popen|fork|forkpty|exec\w+|spawn\w+|posix_spawn\w*)$")
 # The seam, the program it puts between itself and what it starts, the one that a build puts before
 # each compiler, and the one above a server.
@@ -146,7 +149,27 @@ def wrong_entrances(source: str, path: str) -> list[str]:
         starts = STARTS_A_PROGRAM.match(name) and path not in STARTS_PROGRAMS
         if starts or (READS_THE_ENVIRONMENT.match(name) and path != "workspace/core/settings.py"):
             complaints.append(f"{path} uses {name}")
+    complaints += [
+        f"{path} starts {name}"
+        for name in programs(tree)
+        if SINGLE_PROGRAMS.get(name, path) != path
+    ]
     return complaints
+
+
+def programs(tree: ast.AST) -> Iterator[str]:
+    """Every text that stands first in a list or tuple, as in a command line, or that is searched on
+    PATH.
+    """
+    for node in ast.walk(tree):
+        values: list[ast.expr] = []
+        if isinstance(node, ast.List | ast.Tuple):
+            values = [value for value in node.elts if not isinstance(value, ast.Starred)][:1]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("which"):
+            values = node.args[:1]
+        for value in values:
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value.value
 
 
 def _is_entrance(package: str, path: str) -> bool:
@@ -353,6 +376,10 @@ def test_entrances_parse_in_an_old_python_so_that_they_can_hand_over(name: str) 
         (wrong_entrances, "workspace/install/a.py", "import os\nprint(os.getenv('HOME'))"),
         (wrong_entrances, "workspace/repo/patches.py", "from git import Repo"),
         (wrong_entrances, "workspace/core/a.py", "import invoke"),
+        (wrong_entrances, "workspace/server/a.py", "def f():\n    import pynvml"),
+        (wrong_entrances, "workspace/server/a.py", "run(['timeout', '3'], ['nvidia-smi', '-q'])"),
+        (wrong_entrances, "workspace/server/a.py", "run([*bound, 'nvidia-smi'])"),
+        (wrong_entrances, "workspace/server/a.py", "shutil.which('nvidia-smi', path='')"),
         (wrong_probe, "workspace/probes/a.py", "from workspace.core import files"),
         (wrong_probe, "workspace/probes/a.py", "import requests"),
         (heavy_at_the_top, "workspace/install/a.py", "import rich.console"),
@@ -378,6 +405,8 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
             "if TYPE_CHECKING:\n    import rich\ndef f():\n    import git",
         ),
         (wrong_entrances, "workspace/core/settings.py", "import os\nos.environ"),
+        (wrong_entrances, "workspace/machine/gpu.py", "run(['nvidia-smi', '-q'])"),
+        (wrong_entrances, "workspace/machine/a.py", "hint('nvidia-smi')"),
         (oversized, "workspace/install/a.py", "def f(a, b, c, d, *, e, f): pass"),
         (oversized, "workspace/install/a.py", 'def f():\n    """Doc."""\n' + "    x = 1\n" * 39),
     ],

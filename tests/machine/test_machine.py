@@ -2,7 +2,7 @@ import time
 from pathlib import Path
 
 from workspace.machine import hardware
-from workspace.machine.hardware import Gpu
+from workspace.machine.gpu import Gpu
 
 
 def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(house):
@@ -10,7 +10,7 @@ def test_gpu_with_unified_memory_is_seen_though_its_memory_is_not_available(hous
         "nvidia-smi",
         'case "$*" in *memory*) echo "[N/A]";; *) echo "NVIDIA GB10, 12.1, 580.95.05";; esac',
     )
-    assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
+    assert house.machine().gpus == (Gpu("NVIDIA GB10", "12.1", "580.95.05"),)
 
 
 def test_driver_too_old_for_compute_cap_still_shows_its_gpu(house):
@@ -19,12 +19,12 @@ def test_driver_too_old_for_compute_cap_still_shows_its_gpu(house):
         'case "$*" in *compute_cap*) echo "Field \\"compute_cap\\" is not a valid field to query.";'
         ' exit 2;; *) echo "Old, 470.1";; esac',
     )
-    assert hardware.observe(house.settings()).gpus == (Gpu("Old", None, "470.1"),)
+    assert house.machine().gpus == (Gpu("Old", None, "470.1"),)
 
 
 def test_field_that_the_driver_does_not_report_is_none(house):
     house.program("nvidia-smi", 'echo "NVIDIA X, [N/A], [Not Supported]"')
-    assert hardware.observe(house.settings()).gpus == (Gpu("NVIDIA X", None, None),)
+    assert house.machine().gpus == (Gpu("NVIDIA X", None, None),)
 
 
 def test_failing_driver_is_no_gpu_even_when_it_prints_lines(house):
@@ -33,18 +33,18 @@ def test_failing_driver_is_no_gpu_even_when_it_prints_lines(house):
         'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver.";'
         " exit 9",
     )
-    assert hardware.observe(house.settings()).gpus == ()
+    assert house.machine().gpus == ()
 
 
 def test_driver_that_hangs_and_ignores_signals_is_no_gpu_within_five_seconds(house):
     house.program("nvidia-smi", "trap '' TERM INT; sleep 60; echo 'late, 1.0, 1'")
     started = time.monotonic()
-    assert hardware.observe(house.settings()).gpus == ()
+    assert house.machine().gpus == ()
     assert time.monotonic() - started < 5
 
 
 def test_machine_has_cores_and_no_more_available_than_all_memory(house):
-    host = hardware.observe(house.settings())
+    host = hardware.observe()
     assert host.cores >= 1
     assert 0 < host.available_gib <= host.memory_gib
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.bench.results import Gpu, Kind, Machine, Record, Software, Source
+from workspace.bench import results
+from workspace.bench.results import Kind, Record, Software, Source
 from workspace.core.console import RunLog
 from workspace.core.errors import SettingsError
 from workspace.core.files import sha256
@@ -20,7 +21,8 @@ from workspace.core.paths import Layout
 from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import plan
-from workspace.machine import hardware, interpreter
+from workspace.machine import hardware
+from workspace.machine.case import Machine
 from workspace.repo.git import Git
 from workspace.server import models
 from workspace.server.command import built_environment
@@ -165,7 +167,7 @@ def prepare(
             hint="nox -s bench -- latency --model NAME -- --enforce-eager",
         )
     work = _workload(layout, settings, options, run_log=run_log)
-    environment = built_environment(layout, settings, recipe=work.recipe, more=work.more)
+    environment = built_environment(Machine(layout, settings), recipe=work.recipe, more=work.more)
     return Benchmark(layout, settings, work, environment)
 
 
@@ -274,7 +276,7 @@ def describe(
     layout, settings, work = benchmark.layout, benchmark.settings, benchmark.work
     clone = outer or layout
     redactor = Redactor(hardware.private(clone, settings))
-    installed, machine = interpreter.installed(layout), hardware.observe(settings)
+    installed, machine = observed.machine.packages(), observed.machine
     build = observed.torch
     return Record(
         kind=work.kind,
@@ -282,7 +284,7 @@ def describe(
         time=utc_now(),
         workspace=Git(clone.root).head() if (clone.root / ".git").exists() else None,
         source=_source(layout, observed),
-        machine=_machine(machine),
+        machine=_recorded_machine(machine),
         software=Software(
             vllm=installed.get("vllm", "none"),
             torch=build.version if build else "none",
@@ -332,20 +334,20 @@ def _source(layout: Layout, observed: plan.Observation) -> Source:
     )
 
 
-def _machine(machine: hardware.Machine) -> Machine:
-    processor = _processor()
-    gpus = tuple(Gpu(gpu.name, gpu.capability, gpu.driver) for gpu in machine.gpus)
+def _recorded_machine(machine: Machine) -> results.Machine:
+    host = machine.host()
+    gpus = tuple(results.Gpu(gpu.name, gpu.capability, gpu.driver) for gpu in machine.gpus)
     kind = re.sub(
         r"[^a-z0-9]+",
         "-",
-        (gpus[0].name if gpus else f"{machine.architecture}-{machine.cores}-cores").lower(),
+        (gpus[0].name if gpus else f"{host.architecture}-{host.cores}-cores").lower(),
     ).strip("-")
-    return Machine(
+    return results.Machine(
         f"{kind}-{_machine_digest()}",
-        machine.architecture,
-        processor,
-        machine.cores,
-        round(machine.memory_gib, 1),
+        host.architecture,
+        _processor(),
+        host.cores,
+        round(host.memory_gib, 1),
         gpus,
     )
 

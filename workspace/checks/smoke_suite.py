@@ -25,9 +25,9 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan
-from workspace.machine import hardware, interpreter
+from workspace.machine import interpreter
+from workspace.machine.case import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 
@@ -95,8 +95,7 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
 
 
 def run(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     expected: Expected,
     options: SmokeOptions,
     *,
@@ -110,7 +109,7 @@ def run(
     """
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        suite = _Suite(layout, settings, expected, options, Path(neutral), run_log)
+        suite = _Suite(machine, expected, options, Path(neutral), run_log)
         parts = [suite.binary, suite.kernels, suite.compare]
         parts += [suite.serve, suite.more] if options.level == "full" else []
         for part in parts:
@@ -130,14 +129,14 @@ class _Suite:
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         expected: Expected,
         options: SmokeOptions,
         folder: Path,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._run_log = layout, settings, run_log
+        self._machine, self._run_log = machine, run_log
+        self._layout, self._settings = machine.layout, machine.settings
         self._expected, self._options, self._folder = expected, options, folder
         self._lacks: frozenset[Need] = (
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
@@ -215,8 +214,7 @@ class _Suite:
                 tested = server_checks.under_test(
                     self._layout,
                     built_environment(
-                        self._layout,
-                        self._settings,
+                        self._machine,
                         more={**ENVIRONMENT, **server_checks.ENVIRONMENT},
                     ),
                     self._tiny_model("llama"),
@@ -260,9 +258,7 @@ class _Suite:
         if self._expected.device == "cpu":
             why = "built for the CPU: no library has code for a GPU"
             return Check("binary.cubins", "skipped", why, 0.0)
-        capabilities = tuple(
-            gpu.capability for gpu in hardware.observe(self._settings).gpus if gpu.capability
-        )
+        capabilities = self._machine.capabilities
         archs = self._settings.text("TORCH_CUDA_ARCH_LIST")
         if not capabilities and not archs:
             why = "this machine has no GPU, and TORCH_CUDA_ARCH_LIST is not set"
@@ -393,8 +389,7 @@ class _Suite:
         started, patience_s = time.monotonic(), self._options.timeout_s
         # The user's settings of torch threads and vLLM caches apply; those in `environment` do not.
         variables = built_environment(
-            self._layout,
-            self._settings,
+            self._machine,
             more={**environment, LIMIT: f"{PROBE_SHARE * patience_s:g}"},
         )
         argv: list[process.Argument] = [

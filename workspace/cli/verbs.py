@@ -123,8 +123,9 @@ def status(_: Context, json: bool = False) -> None:
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.install import status as verb
+    from workspace.machine.case import Machine
 
-    verb.show(here, settings, console=main.console(), as_json=json)
+    verb.show(Machine(here, settings), console=main.console(), as_json=json)
 
 
 @task(help={"json": JSON, "offline": "leave out the checks that need the network"})
@@ -133,8 +134,9 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import doctor as verb
+    from workspace.machine.case import Machine
 
-    verb.show(here, settings, console=main.console(), as_json=json, offline=offline)
+    verb.show(Machine(here, settings), console=main.console(), as_json=json, offline=offline)
 
 
 @task(
@@ -230,8 +232,9 @@ def env_check(_: Context, json: bool = False) -> None:
     # The rows hold the warnings.
     settings = main.load_settings(here, is_quiet=True)
     from workspace.machine import check
+    from workspace.machine.case import Machine
 
-    check.show(here, settings, console=main.console(), as_json=json)
+    check.show(Machine(here, settings), console=main.console(), as_json=json)
 
 
 @task(name="init", help={"replace": "also change lines that differ; old ones become comments"})
@@ -240,8 +243,9 @@ def env_init(_: Context, replace: bool = False) -> None:
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import dotenv
+    from workspace.machine.case import Machine
 
-    dotenv.complete(here, settings, console=main.console(), replace=replace)
+    dotenv.complete(Machine(here, settings), console=main.console(), replace=replace)
 
 
 @task(name="export")
@@ -405,9 +409,10 @@ def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
     here = paths.here()
     settings = main.load_settings(here)
+    from workspace.machine.case import Machine
     from workspace.server import fit
 
-    fit.show_recipes(here, settings, console=main.console(), as_json=json)
+    fit.show_recipes(Machine(here, settings), console=main.console(), as_json=json)
 
 
 @task(

@@ -25,7 +25,7 @@ from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.settings import LARGEST_COUNT, Settings
 from workspace.machine import hardware
-from workspace.machine.hardware import Machine
+from workspace.machine.hardware import Host
 
 AUTO = "auto"
 HINT = "./scripts/inv rebuild --jobs auto   # as many as cores and memory allow"
@@ -115,14 +115,14 @@ def _divided(bound: int, threads: int, requested: int, origin: str) -> Jobs:
     )
 
 
-def memory(machine: Machine, *, flag: str | None = None) -> Memory:
+def memory(host: Host, *, flag: str | None = None) -> Memory:
     """Return the memory budget of all compilers together. `flag` is the value of --memory: GiB, or
     `auto`, the default.
 
     Raises SettingsError for an invalid number, and for more memory than the machine, or its control
     group, has.
     """
-    total, available = machine.memory_gib, machine.available_gib
+    total, available = host.memory_gib, host.available_gib
     reserve = min(max(LEAST_RESERVED_GIB, total * RESERVED_SHARE), total / 2)
     if flag is None or flag == AUTO:
         budget = max(LEAST_BUDGET_GIB, available - reserve)
@@ -184,7 +184,6 @@ def visible(units: int, jobs: Jobs) -> int:
 
 
 _PSI = Path("/proc/pressure/memory")
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def memory_status(reserve_gib: float) -> MemoryStatus:
@@ -224,21 +223,12 @@ def kills() -> int:
     return 0
 
 
-def _group_counters() -> tuple[Path, ...]:
-    """Return the files in which version 2, then 1, of control groups counts kills (cgroups(7))."""
-    with contextlib.suppress(OSError):
-        places = dict(
-            line.split(":", 2)[1:]
-            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        )
-        version_2 = [_CGROUPS / places[""].strip("/") / "memory.events"] if "" in places else []
-        version_1 = (
-            [_CGROUPS / "memory" / places["memory"].strip("/") / "memory.oom_control"]
-            if "memory" in places
-            else []
-        )
-        return (*version_2, *version_1)
-    return ()
+def _group_counters() -> Iterator[Path]:
+    """Yield the files in which the control groups of this process count kills (cgroups(7))."""
+    names = {1: "memory.oom_control", 2: "memory.events"}
+    innermost = dict(reversed(list(hardware.control_groups())))
+    for version in sorted(innermost, reverse=True):
+        yield innermost[version] / names[version]
 
 
 _PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / hardware.GIB

@@ -47,7 +47,7 @@ def run(
     """
     pins.require_settled(layout)
     observed = plan.observe(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
+    check.require(observed.machine, console=console, device=observed.device)
     due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
     if not any(stage.is_due for stage in due):
         if is_part:
@@ -62,7 +62,7 @@ def run(
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.info) as held:
-        _preflight(layout, settings, observed, console)
+        _preflight(observed, console)
         with RunLog(
             console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
         ) as run_log:
@@ -159,19 +159,17 @@ def _act(run: stages.Run) -> plan.Observation:
         stages.act(run, stage.steps, reason=stage.reason)
 
 
-def _preflight(
-    layout: Layout, settings: Settings, observed: plan.Observation, console: Console
-) -> None:
+def _preflight(observed: plan.Observation, console: Console) -> None:
     """Stop before any change where the machine lacks what this bootstrap needs."""
     has_environment = observed.environment.state == "ok"
+    machine = observed.machine
     need = {
-        layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
-        settings.cache: NEEDED_CACHE_GIB,
+        machine.layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
+        machine.settings.cache: NEEDED_CACHE_GIB,
     }
     with console.step("preflight") as view:
         rows = doctor.preflight(
-            layout,
-            settings,
+            machine,
             device=observed.device,
             kernels=observed.kernels_wanted.kind,
             need_gib=need,

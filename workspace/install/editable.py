@@ -24,7 +24,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
 from workspace.install.stamp import Library
-from workspace.machine import hardware, interpreter
+from workspace.machine import interpreter
 from workspace.machine.torch import TorchBuild
 from workspace.repo.git import Git, worktree
 
@@ -226,7 +226,7 @@ def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict
     # vLLM asks the driver for its platform: built for a GPU that is elsewhere, it finds none.
     platforms = (
         {observed.device, ""}
-        if observed.device == "cuda" and not hardware.observe(settings).gpus
+        if observed.device == "cuda" and not observed.machine.gpus
         else {observed.device}
     )
     wrong = [

@@ -17,7 +17,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import precompiled, stamp
 from workspace.install.precompiled import Kernels
-from workspace.machine import doctor, hardware, interpreter, torch
+from workspace.machine import interpreter, torch
+from workspace.machine.case import Machine
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
 from workspace.repo.git.command import digest
@@ -58,6 +59,7 @@ class Layer:
 class Observation:
     """The facts on which bootstrap, status and smoke decide; `stack` is None without checkout."""
 
+    machine: Machine
     pin: pins.Pin
     device: Device
     kernels_wanted: Kernels
@@ -72,6 +74,10 @@ class Observation:
     # of staleness that only a compiler can remove.
     changed_sources: tuple[str, ...] = ()
     needs_compilation: tuple[str, ...] = ()
+
+    def again(self) -> "Observation":
+        """Observe the workspace again after a change; the machine itself is the same."""
+        return observe_on(self.machine.reread())
 
     @property
     def version(self) -> str:
@@ -98,15 +104,21 @@ class _Facts:
 
 def observe(layout: Layout, settings: Settings) -> Observation:
     """Observe the whole workspace and change nothing. Raises SettingsError for broken pins."""
+    return observe_on(Machine(layout, settings))
+
+
+def observe_on(machine: Machine) -> Observation:
+    """Observe the whole workspace on a machine that is known already."""
+    layout, settings = machine.layout, machine.settings
     pin = pins.load(layout.pins).vllm
     environment_stamp = stamp.read(layout.stamp("environment"))
     build_stamp = stamp.read(layout.stamp("vllm"))
-    device = _device(settings, environment_stamp)
+    device = _device(machine, environment_stamp)
     current = checkout.observe(layout, pin)
     is_usable = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
-    python = interpreter.describe(layout, settings)
-    build = torch.observe(layout, settings) if python else None
+    python = machine.python()
+    build = machine.torch() if python else None
     git = Git(layout.vllm) if is_usable else None
     facts = _Facts(layout, settings, pin, device, git, python, build)
     environment = _environment(facts, environment_stamp)
@@ -122,6 +134,7 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     kernels, needs_compilation = _kernels(facts, wanted, build_stamp, changed_sources)
     install = _install(facts, build_stamp)
     return Observation(
+        machine,
         pin,
         device,
         wanted,
@@ -148,20 +161,15 @@ def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) ->
     return f"{pin.version}+cu{(build.cuda if build and build.cuda else '13.0').replace('.', '')}"
 
 
-def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
+def _device(machine: Machine, recorded: stamp.Stamp | None) -> Device:
     """Return the device of the flag or setting, else of the environment, else of the machine.
 
     The machine comes last: a query of the driver takes up to a second.
     """
-    if (
-        settings.text("DEVICE") == "auto"
-        and recorded
-        and recorded.inputs.get("device") in ("cpu", "cuda")
-    ):
-        return "cuda" if recorded.inputs["device"] == "cuda" else "cpu"
-    if settings.text("DEVICE") == "auto":
-        return doctor.device(settings, hardware.observe(settings))
-    return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
+    built = recorded.inputs.get("device") if recorded else None
+    if machine.settings.text("DEVICE") == "auto" and built in ("cpu", "cuda"):
+        return "cuda" if built == "cuda" else "cpu"
+    return machine.device
 
 
 def _kernels_wanted(

@@ -14,7 +14,7 @@ from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp
-from workspace.machine import check, doctor, dotenv, hardware, torch, venv
+from workspace.machine import check, doctor, dotenv, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
@@ -38,7 +38,7 @@ class Run:
     is_sandbox: bool = False
 
     def observe(self) -> plan.Observation:
-        return plan.observe(self.layout, self.settings)
+        return self.observed.again()
 
 
 Act = Callable[[Run, Step], None]
@@ -66,7 +66,7 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
 def write_dotenv(run: Run, view: Step) -> None:
     view.reason = (
         "written for this machine:"
-        f" {dotenv.write(run.layout, run.settings, device=run.observed.device)}"
+        f" {dotenv.write(run.observed.machine, device=run.observed.device)}"
     )
 
 
@@ -77,7 +77,8 @@ def make_source(run: Run, view: Step) -> None:
     ).detail
     checkout.protect(run.layout)
     # Only the checkout shows which variables this vLLM reads.
-    check.require(run.layout, run.settings, console=run.run_log.console, device=run.observed.device)
+    observed = run.observed
+    check.require(observed.machine, console=run.run_log.console, device=observed.device)
 
 
 def apply_patches(run: Run, view: Step) -> None:
@@ -170,9 +171,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     inputs = cmake_inputs.observe(
         run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch
     )
-    capabilities = tuple(
-        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-    )
+    capabilities = run.observed.machine.capabilities
     digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
     version = ".".join(observed.python.version.split(".")[:2])
     if why := wheel.fits(packed, inputs, digest, python=version, capabilities=capabilities):
@@ -281,9 +280,7 @@ def check_device_code(
     """
     from workspace.compile import device_code
 
-    capabilities = tuple(
-        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-    )
+    capabilities = run.observed.machine.capabilities
     listed = device_code.list_cubins(
         run.layout, run.settings, [run.layout.vllm / path for path in libraries]
     )

@@ -14,6 +14,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan, stamp
 from workspace.machine import torch
+from workspace.machine.case import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
 
@@ -84,10 +85,11 @@ class Row:
     text: str
 
 
-def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print one row for each layer and the next command; with `as_json`, as JSON on stdout."""
+    layout = machine.layout
     try:
-        observed = plan.observe(layout, settings)
+        observed = plan.observe_on(machine)
         rows, following = _rows(layout, observed), pins.half_moved(layout) or next_command(observed)
     except PatchDrift as exc:
         # A broken series is one of the faults that this screen shows.

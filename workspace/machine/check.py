@@ -16,7 +16,6 @@ from pathlib import Path
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
-from workspace.core.paths import Layout
 from workspace.core.settings import (
     UNKNOWN,
     Settings,
@@ -27,7 +26,7 @@ from workspace.core.settings import (
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
-from workspace.machine.case import Case, State
+from workspace.machine.case import Case, Machine, State
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
 NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10
@@ -85,7 +84,7 @@ def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(name, message, is_error=case.device == "cuda")
     if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
         version = interpreter.installed(case.layout).get("triton", "")
-        capabilities = (gpu.capability for gpu in case.host().gpus if gpu.capability)
+        capabilities = case.machine.capabilities
         newest = max(map(key, capabilities), default=())
         if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
             yield Finding(
@@ -209,12 +208,12 @@ class Row:
     is_reported: bool = False
 
 
-def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print one row a setting, as JSON on stdout for a program.
 
     Raises SettingsError where a setting stops every verb.
     """
-    rows = judge(Case(layout, settings, device=None, kernels=settings.text("KERNELS")))
+    rows = judge(Case(machine))
     failed = [row for row in rows if row.state == "FAIL"]
     if as_json:
         shown = [
@@ -238,8 +237,7 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
 
 
 def require(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     console: Console,
     recipe: Mapping[str, str] | None = None,
@@ -250,9 +248,7 @@ def require(
     `recipe` is the environment of a recipe, `device` the device of the build, where the caller has
     it.
     """
-    rows = judge(
-        Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe
-    )
+    rows = judge(Case(machine, device=device), recipe=recipe)
     for row in rows:
         if row.state == "warn" and not row.is_reported:
             _warn(console, f"{_called(row)}: {row.text}" + (f"; {row.hint}" if row.hint else ""))

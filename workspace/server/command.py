@@ -21,6 +21,7 @@ from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, is_secret
 from workspace.machine import check, jit_caches, run_environment
+from workspace.machine.case import Machine
 from workspace.repo.git import Git
 from workspace.server import flags
 from workspace.server.observation import Address
@@ -85,8 +86,9 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
     """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
     lacks, and scripts/ on PATH. Secrets are left out.
     """
-    check.require(layout, settings, console=console)
-    environment = built_environment(layout, settings, for_what="show")
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    environment = built_environment(machine, for_what="show")
     for line in lines(layout, environment, settings.shell):
         console.data(line)
     secrets = [
@@ -134,8 +136,9 @@ def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, st
         raise ToolchainError(
             "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
         )
-    check.require(layout, settings, console=console)
-    return built_environment(layout, settings)
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    return built_environment(machine)
 
 
 @dataclass(frozen=True)
@@ -318,8 +321,7 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
 
 
 def built_environment(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     recipe: Mapping[str, str] | None = None,
     more: Mapping[str, str] | None = None,
@@ -328,9 +330,10 @@ def built_environment(
     """Return all environment variables of a vLLM that is to be started or only shown.
 
     For a start the folders of compiled kernels are recorded as this stack's. `recipe` is a recipe's
-    environment, `more` overrides it. Runs git once, and nvidia-smi if torch is built for CUDA.
+    environment, `more` overrides it. Runs git once, and asks the driver if torch is built for CUDA.
     """
-    stack = jit_caches.observe(layout, settings, tree=tree_oid(layout))
+    layout, settings = machine.layout, machine.settings
+    stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if for_what == "start":
         jit_caches.record(layout, stack)
     return run_environment.run_variables(layout, settings, stack=stack, recipe=recipe, more=more)
