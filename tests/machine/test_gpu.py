@@ -115,13 +115,14 @@ def test_library_that_cannot_be_loaded_leaves_the_answer_to_the_program(house: H
     folder = house.layout.root.parent / "nvml"
     folder.mkdir()
     (folder / gpu.LIBRARY).write_text("not a library")
-    assert house.machine(LD_LIBRARY_PATH=str(folder)).driver.gpus() == Absent()
+    here = {"LD_LIBRARY_PATH": str(folder), "PATH": str(house.bin)}
+    assert house.machine(**here).driver.gpus() == Absent()
     recorded(house, "echo 'NVIDIA H100, 9.0, 580.95.05'")
-    assert house.machine(LD_LIBRARY_PATH=str(folder)).driver.gpus() == There((H100,))
+    assert house.machine(**here).driver.gpus() == There((H100,))
 
 
 def test_each_answer_of_the_program_is_told_from_the_others(house: House) -> None:
-    assert house.machine().driver.gpus() == Absent()
+    assert house.machine(PATH=str(house.bin)).driver.gpus() == Absent()
     recorded(house, "echo 'Failed to initialize NVML: Unknown Error'; echo 'more'; exit 255")
     assert house.machine().driver.gpus() == Broken("Failed to initialize NVML: Unknown Error")
     recorded(house, "exit 15")

@@ -24,7 +24,6 @@ from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import PROJECTS, Layout
 from workspace.core.settings import Settings, is_secret
-from workspace.machine import interpreter
 
 if TYPE_CHECKING:
     from workspace.core.redaction import Private
@@ -260,6 +259,7 @@ def _refused(sysctl: str, why: str) -> ToolchainError:
 def private(layout: Layout, settings: Settings) -> "Private":
     """Return this machine's and this clone's private names, as far as their files contain them."""
     from workspace.core.redaction import Private
+    from workspace.machine import interpreter
 
     shell = settings.shell
     home = Path(shell.get("HOME") or "/")
