@@ -55,6 +55,15 @@ STARTS_PROGRAMS = {
     "workspace/compile/launcher.py",
     "workspace/server/process_tree.py",
 }
+# The kernel's files; other modules take what they need from psutil or from machine/hardware. The
+# excepted are standard library only, or write a path that is too long for a socket (unix(7)).
+READS_PROC = {
+    "workspace/machine/hardware.py",
+    "workspace/core/guard.py",
+    "workspace/compile/launcher.py",
+    "workspace/compile/scheduler.py",
+    "workspace/server/process_tree.py",
+}
 READS_THE_ENVIRONMENT = re.compile(r"os\.(environ|environb|getenv|getenvb|putenv|unsetenv)$")
 HEAVY = {"requests", "git", "psutil", "rich", "pypi_simple", "torch", "vllm"}
 # What the built environment is sure to have: vLLM's own requirements, and what those require; gguf
@@ -154,7 +163,17 @@ def wrong_entrances(source: str, path: str) -> list[str]:
         for name in programs(tree)
         if SINGLE_PROGRAMS.get(name, path) != path
     ]
+    if path not in READS_PROC:
+        complaints += [f"{path} reads {text}" for text in texts(tree) if text.startswith("/proc")]
     return complaints
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Every text in the code, also a part of an f-string, without docstrings."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            yield str(node.value)
 
 
 def programs(tree: ast.AST) -> Iterator[str]:
@@ -377,6 +396,8 @@ def test_entrances_parse_in_an_old_python_so_that_they_can_hand_over(name: str) 
         (wrong_entrances, "workspace/repo/patches.py", "from git import Repo"),
         (wrong_entrances, "workspace/core/a.py", "import invoke"),
         (wrong_entrances, "workspace/server/a.py", "def f():\n    import pynvml"),
+        (wrong_entrances, "workspace/server/a.py", "open(f'/proc/{pid}/stat')"),
+        (wrong_entrances, "workspace/server/a.py", "Path('/proc/meminfo').read_text()"),
         (wrong_entrances, "workspace/server/a.py", "run(['timeout', '3'], ['nvidia-smi', '-q'])"),
         (wrong_entrances, "workspace/server/a.py", "run([*bound, 'nvidia-smi'])"),
         (wrong_entrances, "workspace/server/a.py", "shutil.which('nvidia-smi', path='')"),
@@ -407,6 +428,8 @@ def test_each_rule_sees_what_breaks_it(rule, path: str, source: str) -> None:
         (wrong_entrances, "workspace/core/settings.py", "import os\nos.environ"),
         (wrong_entrances, "workspace/machine/gpu.py", "run(['nvidia-smi', '-q'])"),
         (wrong_entrances, "workspace/machine/a.py", "hint('nvidia-smi')"),
+        (wrong_entrances, "workspace/machine/a.py", "def f():\n    '/proc/stat says it.'"),
+        (wrong_entrances, "workspace/machine/hardware.py", "Path('/proc/meminfo')"),
         (oversized, "workspace/install/a.py", "def f(a, b, c, d, *, e, f): pass"),
         (oversized, "workspace/install/a.py", 'def f():\n    """Doc."""\n' + "    x = 1\n" * 39),
     ],

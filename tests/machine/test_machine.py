@@ -1,3 +1,4 @@
+import os
 import time
 from pathlib import Path
 
@@ -52,3 +53,22 @@ def test_machine_has_cores_and_no_more_available_than_all_memory(house):
 def test_free_space_of_a_folder_that_is_not_made_yet_is_that_of_its_parent(tmp_path: Path):
     assert abs(hardware.free_gib(tmp_path / "a" / "b") - hardware.free_gib(tmp_path)) < 1
     assert hardware.existing(tmp_path / "a" / "b") == tmp_path
+
+
+def test_processor_has_a_name_and_instruction_sets():
+    name, sets = hardware.processor()
+    assert name.strip()
+    assert sets & {"fpu", "fp", "asimd"}
+
+
+def test_mapped_file_is_named_with_its_inode():
+    mapped = dict(hardware.mapped_files(os.getpid()))
+    libraries = {path: inode for path, inode in mapped.items() if "libc.so" in path}
+    assert libraries
+    assert all(Path(path).stat().st_ino == inode for path, inode in libraries.items())
+    assert list(hardware.mapped_files(2**22 + 1)) == []
+
+
+def test_boot_has_the_same_id_until_the_next_one():
+    assert len(hardware.boot_id()) == 36
+    assert hardware.boot_id() == hardware.boot_id()

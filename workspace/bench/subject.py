@@ -345,7 +345,7 @@ def _recorded_machine(machine: Machine) -> results.Machine:
     return results.Machine(
         f"{kind}-{_machine_digest()}",
         host.architecture,
-        _processor(),
+        hardware.processor()[0],
         host.cores,
         round(host.memory_gib, 1),
         gpus,
@@ -364,18 +364,3 @@ def _machine_digest() -> str:
     return hashlib.sha256(f"vllm workspace {own or platform.node()}".encode()).hexdigest()[
         :NAME_DIGITS
     ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (
-            line.partition(":")[2].strip()
-            for line in lines
-            if line.startswith(("model name", "CPU part", "Hardware"))
-        ),
-        platform.machine(),
-    )

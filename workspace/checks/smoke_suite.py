@@ -26,7 +26,7 @@ from workspace.core.errors import (
 )
 from workspace.core.paths import Layout
 from workspace.install import plan
-from workspace.machine import interpreter
+from workspace.machine import hardware, interpreter
 from workspace.machine.case import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
@@ -361,9 +361,7 @@ class _Suite:
         return numeric.parity(answer, "llama", name)
 
     def _mxfp4(self) -> Check:
-        if self._expected.device == "cpu" and "amx_tile" not in Path("/proc/cpuinfo").read_text(
-            encoding="utf-8", errors="replace"
-        ):
+        if self._expected.device == "cpu" and "amx_tile" not in hardware.processor()[1]:
             why = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
             return Check("parity.gpt-oss", "skipped", why, 0.0)
 

@@ -14,7 +14,6 @@ import signal
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from workspace.compile import costs, scheduler, targets
 from workspace.compile.costs import Cost, Costs
@@ -183,9 +182,6 @@ def visible(units: int, jobs: Jobs) -> int:
     return max(jobs.count, min(units, MOST_VISIBLE))
 
 
-_PSI = Path("/proc/pressure/memory")
-
-
 def memory_status(reserve_gib: float) -> MemoryStatus:
     """Return the memory available beyond `reserve_gib`: of the machine, or of the control group if
     that has less.
@@ -195,43 +191,7 @@ def memory_status(reserve_gib: float) -> MemoryStatus:
     available = float(psutil.virtual_memory().available)
     for limit, used in hardware.memory_limits():
         available = min(available, max(0.0, limit - used))
-    return MemoryStatus(available / hardware.GIB - reserve_gib, _pressure_percent())
-
-
-def _pressure_percent() -> float:
-    """Return the share of the last 10 s in which some task waited for memory; 0 if the kernel does
-    not measure it.
-    """
-    with contextlib.suppress(OSError):
-        if found := re.search(
-            r"^some avg10=([0-9.]+)", _PSI.read_text(encoding="ascii"), re.MULTILINE
-        ):
-            return float(found[1])
-    return 0.0
-
-
-def kills() -> int:
-    """Return how many processes the kernel has killed because memory ran out: in this control group
-    if counted there, else on the machine.
-    """
-    for file in (*_group_counters(), Path("/proc/vmstat")):
-        with contextlib.suppress(OSError):
-            if found := re.search(
-                r"^oom_kill (\d+)$", file.read_text(encoding="ascii"), re.MULTILINE
-            ):
-                return int(found[1])
-    return 0
-
-
-def _group_counters() -> Iterator[Path]:
-    """Yield the files in which the control groups of this process count kills (cgroups(7))."""
-    names = {1: "memory.oom_control", 2: "memory.events"}
-    innermost = dict(reversed(list(hardware.control_groups())))
-    for version in sorted(innermost, reverse=True):
-        yield innermost[version] / names[version]
-
-
-_PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / hardware.GIB
+    return MemoryStatus(available / hardware.GIB - reserve_gib, hardware.pressure_percent())
 
 
 @dataclass(frozen=True)
@@ -244,23 +204,28 @@ class Process:
 
 
 def living() -> dict[int, Process]:
-    """Return all living processes by pid, in one pass (proc_pid_stat(5))."""
+    """Return all living processes by pid, in one pass."""
+    import psutil
+
     found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            # A process may end meanwhile.
-            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
-                state, parent, group, *rest = file.read().rpartition(b")")[2].split()
-                if state not in (b"Z", b"X"):
-                    found[int(entry)] = Process(int(parent), int(group), int(rest[18]) * _PAGE_GIB)
+    for running in psutil.process_iter(["ppid", "status", "memory_info"]):
+        parent, held = running.info["ppid"], running.info["memory_info"]
+        is_over = running.info["status"] in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        # A process may end meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            if held and not is_over:
+                group = os.getpgid(running.pid)
+                found[running.pid] = Process(parent, group, held.rss / hardware.GIB)
     return found
 
 
 def parents(pid: int) -> Iterator[int]:
     """Yield the parent of a process, its parent, and so on."""
-    with contextlib.suppress(OSError):
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
         while pid > 1:
-            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            pid = psutil.Process(pid).ppid()
             yield pid
 
 

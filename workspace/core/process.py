@@ -406,17 +406,16 @@ def _group_lives(group: int) -> bool:
 
     Zombies do not count: in a container, init may never wait for them.
     """
+    import psutil
+
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # proc_pid_stat(5): after the name in brackets come state, parent and group.
-            state, _, its_group = (
-                stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
-            )
-            if int(its_group) == group and state not in "ZX":
+    over = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    for running in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(running.pid) == group and running.status() not in over:
                 return True
     return False
 

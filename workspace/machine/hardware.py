@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 GIB = 1 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+_PROC = Path("/proc")
 # The page cache, and the kernel's cache of names (proc_sys_vm(5)).
 ASSIGNMENT = "vm.drop_caches=3"
 PATIENCE_S = 120.0
@@ -121,7 +121,7 @@ def control_groups() -> Iterator[tuple[int, Path]]:
     this process, the innermost first.
     """
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -132,6 +132,62 @@ def control_groups() -> Iterator[tuple[int, Path]]:
             for folder in (group, *group.parents):
                 if folder.is_relative_to(root):
                     yield (1 if controllers else 2), folder
+
+
+def pressure_percent() -> float:
+    """Return the share of the last 10 s in which some task waited for memory; 0 if the kernel does
+    not measure it.
+    """
+    found = _found(_PROC / "pressure" / "memory", r"^some avg10=([0-9.]+)")
+    return float(found) if found else 0.0
+
+
+def kills() -> int:
+    """Return how many processes the kernel has killed because memory ran out: in this control group
+    if counted there (cgroups(7)), else on the machine.
+    """
+    names = {1: "memory.oom_control", 2: "memory.events"}
+    innermost = dict(reversed(list(control_groups())))
+    counters = [innermost[version] / names[version] for version in (2, 1) if version in innermost]
+    found = (_found(file, r"^oom_kill (\d+)$") for file in (*counters, _PROC / "vmstat"))
+    return next((int(count) for count in found if count), 0)
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """Return the processor's name, as far as the kernel knows it, and its instruction sets."""
+    name = _found(_PROC / "cpuinfo", r"^(?:model name|CPU part|Hardware)[^:]*:\s*(.+?)\s*$")
+    sets = _found(_PROC / "cpuinfo", r"^(?:flags|Features)[^:]*:(.*)$")
+    return name or platform.machine(), frozenset((sets or "").split())
+
+
+def boot_id() -> str:
+    """Return the id of the present boot of this machine."""
+    return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def mapped_files(pid: int) -> Iterator[tuple[str, int]]:
+    """Yield path and inode of each file that a process has mapped (proc_pid_maps(5)).
+
+    psutil reads smaps, for which the kernel walks the pages of every mapping.
+    """
+    with (
+        contextlib.suppress(OSError),
+        (_PROC / str(pid) / "maps").open(encoding="utf-8", errors="replace") as file,
+    ):
+        for line in file:
+            fields = line.rstrip("\n").split(None, 5)
+            if len(fields) == 6:
+                yield fields[5], int(fields[4])
+
+
+def _found(path: Path, pattern: str) -> str | None:
+    """Return what the group of a pattern finds in a file of the kernel; None without the file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def memory_limits() -> Iterator[tuple[float, float]]:
@@ -206,7 +262,7 @@ def read_meminfo() -> Mapping[str, int]:
     The mapping is empty where they cannot be read.
     """
     try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return {}
     rows = [line.split() for line in lines]

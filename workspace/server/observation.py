@@ -18,6 +18,7 @@ from typing import Literal
 
 from workspace.core.errors import ServeError
 from workspace.core.files import read_regular, write_atomic
+from workspace.machine import hardware
 from workspace.server import process_tree
 
 # A first completion may compile kernels.
@@ -202,7 +203,7 @@ class Server:
 
     def members(self) -> set[int]:
         """Return the pids of its running processes, the supervisor included."""
-        return self.processes.members() if self.boot == boot() else set()
+        return self.processes.members() if self.boot == hardware.boot_id() else set()
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def is_alive(server: Server) -> bool:
     """
     reap(server)
     return (
-        server.boot == boot()
+        server.boot == hardware.boot_id()
         and process_tree.started_at(server.processes.supervisor_pid) == server.processes.started
     )
 
@@ -310,11 +311,6 @@ def reap(server: Server) -> None:
     """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(server.processes.supervisor_pid, os.WNOHANG)
-
-
-def boot() -> str:
-    """Return the id of the present boot of this machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 @dataclass(frozen=True)

@@ -337,8 +337,11 @@ def _configures(machine: Machine) -> Files:
 def _versions(machine: Machine) -> Files:
     """Return facts of the machine, and the versions and paths of its programs and packages."""
     release = hardware.read_small(Path("/etc/os-release")).decode("utf-8", "replace")
-    memory = hardware.read_small(Path("/proc/meminfo")).decode().splitlines()
-    memory = [line for line in memory if line.startswith(("Mem", "Swap", "Cached"))]
+    memory = [
+        f"{name}: {kib} kB"
+        for name, kib in hardware.read_meminfo().items()
+        if name.startswith(("Mem", "Swap", "Cached"))
+    ]
     kernel = (
         f"kernel {platform.system()} {platform.release()} {platform.version()}"
         f" {platform.machine()}, {' '.join(platform.libc_ver())}"
