@@ -24,7 +24,7 @@ from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine.case import running_programs
+from workspace.machine.case import Machine, running_programs
 from workspace.machine.doctor_toolchain import is_vllm
 from workspace.machine.gpu import Driver, Sensors
 from workspace.server import lifecycle, observation, process_tree
@@ -82,7 +82,7 @@ def run(layout: Layout, settings: Settings, options: BenchOptions, *, console: C
     from workspace.install.status import require_built
     from workspace.machine import check
 
-    observed = require_built(layout, settings)
+    observed = require_built(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
     # The lock keeps the tree unchanged while it is measured.
     with (

@@ -22,6 +22,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
+from workspace.machine.case import Machine
 from workspace.repo.git import Git, repository
 
 HOOK = "pre-push"
@@ -61,7 +62,7 @@ def smoke(
     from workspace.machine import check
 
     started = time.monotonic()
-    observed = require_built(layout, settings)
+    observed = require_built(Machine(layout, settings))
     check.require(observed.machine, console=console, device=observed.device)
     expected = smoke_suite.expect(layout, observed)
     look = functools.partial(_present_tree, layout, settings)
@@ -171,7 +172,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
                 wait=False,
                 check=True,
             )
-    observed = require_built(layout, settings)
+    observed = require_built(Machine(layout, settings))
     if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
         return

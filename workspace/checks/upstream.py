@@ -359,7 +359,8 @@ def run(
     from workspace.machine import check
 
     started, known = time.monotonic(), upstream_selection.rules()
-    observed = plan.observe(layout, settings) if is_list else require_built(layout, settings)
+    machine = Machine(layout, settings)
+    observed = plan.observe_on(machine) if is_list else require_built(machine)
     if not is_list:
         check.require(observed.machine, console=console, device=observed.device)
     selection = select(layout, observed, options, known)

@@ -89,8 +89,7 @@ class Observation:
 class _Facts:
     """The facts that every layer is compared with."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     pin: pins.Pin
     device: Device
     git: Git | None
@@ -120,7 +119,7 @@ def observe_on(machine: Machine) -> Observation:
     python = machine.python()
     build = machine.torch() if python else None
     git = Git(layout.vllm) if is_usable else None
-    facts = _Facts(layout, settings, pin, device, git, python, build)
+    facts = _Facts(machine, pin, device, git, python, build)
     environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(git, current)
     wanted = _kernels_wanted(settings, pin, device, build_stamp, is_changed=bool(changed_sources))
@@ -232,23 +231,23 @@ def _wheel_kernels(settings: Settings, choice: str) -> Kernels:
 
 def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if facts.python is None:
-        has_folder = facts.layout.environment.exists()
+        has_folder = facts.machine.layout.environment.exists()
         reason = ".vllm holds no working Python" if has_folder else "there is no .vllm"
         return Layer("environment", "missing", (reason,))
     if facts.git is None:
         return Layer("environment", "missing", ("there is no checkout to take requirements from",))
     inputs = {
-        "place": str(facts.layout.environment),
+        "place": str(facts.machine.layout.environment),
         "python": facts.python.version,
         "device": facts.device,
         "requirements": facts.git.digest(REQUIREMENT_FILES),
-        "use existing torch": facts.settings.text("USE_EXISTING_TORCH"),
-        "pre-releases": facts.settings.text("ALLOW_PRERELEASE"),
+        "use existing torch": facts.machine.settings.text("USE_EXISTING_TORCH"),
+        "pre-releases": facts.machine.settings.text("ALLOW_PRERELEASE"),
         "torch": _torch_input(facts.torch) if facts.torch else "none",
     }
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
-    installed = interpreter.installed(facts.layout)
+    installed = facts.machine.packages()
     reasons = _differences(facts.git, recorded, inputs)
     reasons += tuple(
         f"{name} {old} → {installed.get(name, 'none')}"
@@ -275,7 +274,7 @@ def _kernels(
         return Layer("kernels", "missing", (reason,)), ()
     inputs = {"origin": wanted.origin, "device": facts.device, "torch": _torch_input(build)}
     compiled = (
-        compiled_inputs(facts.layout, facts.settings, git, facts.pin, facts.device, build)
+        compiled_inputs(facts.machine, git, facts.pin, facts.device, build)
         if wanted.kind in ("native", "hybrid")
         else {}
     )
@@ -294,7 +293,7 @@ def _kernels(
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
-        if _size(facts.layout.vllm / library.path) != library.size
+        if _size(facts.machine.layout.vllm / library.path) != library.size
     )
     reasons += needs_compilation
     state: State = "stale" if reasons else "ok"
@@ -302,9 +301,7 @@ def _kernels(
     return layer, () if wanted.kind == "native" else needs_compilation
 
 
-def kernel_inputs(
-    layout: Layout, settings: Settings, observed: Observation, *, kind: str
-) -> dict[str, str]:
+def kernel_inputs(observed: Observation, *, kind: str) -> dict[str, str]:
     """Return the inputs of kernels of this kind if they are built now, as a stamp records them.
 
     Raises CheckoutError where there is no torch.
@@ -322,19 +319,13 @@ def kernel_inputs(
         "torch": _torch_input(build),
     }
     if kind in ("native", "hybrid"):
-        inputs |= compiled_inputs(
-            layout, settings, Git(layout.vllm), observed.pin, observed.device, build
-        )
+        git = Git(observed.machine.layout.vllm)
+        inputs |= compiled_inputs(observed.machine, git, observed.pin, observed.device, build)
     return inputs
 
 
 def compiled_inputs(
-    layout: Layout,
-    settings: Settings,
-    git: Git,
-    pin: pins.Pin,
-    device: Device,
-    build: torch.TorchBuild,
+    machine: Machine, git: Git, pin: pins.Pin, device: Device, build: torch.TorchBuild
 ) -> dict[str, str]:
     """Return the inputs of a compilation besides torch and device.
 
@@ -342,13 +333,13 @@ def compiled_inputs(
     """
     from workspace.compile import cmake_inputs
 
-    observed = cmake_inputs.observe(layout, settings, device=device, pin=pin, torch=build)
+    observed = cmake_inputs.observe(machine, device=device, pin=pin, torch=build)
     return {
         "architectures": observed.archs,
         "cuda": observed.cuda,
         "compiler": observed.compiler,
         "build type": observed.build_type,
-        "cmake arguments": settings.text("CMAKE_ARGS"),
+        "cmake arguments": machine.settings.text("CMAKE_ARGS"),
         "compiled sources": git.digest(COMPILED_SOURCES),
     }
 
@@ -359,7 +350,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         reason = "there is no checkout" if git is None else "there is no environment"
         return Layer("install", "missing", (reason,))
     inputs = {
-        "place": str(facts.layout.vllm),
+        "place": str(facts.machine.layout.vllm),
         "metadata": git.digest(METADATA_FILES),
         "version": facts.version,
         "interpreter": python.version,
@@ -367,7 +358,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
     reasons = _differences(git, recorded, inputs)
-    found = interpreter.installed(facts.layout).get("vllm")
+    found = facts.machine.packages().get("vllm")
     if found != facts.version:
         reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)

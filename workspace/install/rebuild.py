@@ -66,11 +66,7 @@ class Job:
             raise BuildError("there is no torch to compile for", hint="./scripts/inv bootstrap")
         self.is_native = observed.kernels_wanted.kind == "native"
         self.inputs: Inputs = cmake_inputs.observe(
-            self.run.layout,
-            self.run.settings,
-            device=observed.device,
-            pin=observed.pin,
-            torch=observed.torch,
+            observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
         )
         self.folder: Path = cmake_inputs.folder(self.run.layout, self.inputs)
 
@@ -162,7 +158,7 @@ class Job:
         sources = externals.provide(layout, settings, needed, others, run_log=run_log, step=view)
         launcher = job_server.install(cmake_inputs.folder(layout, inputs) / "tickets")
         return cmake.configure(
-            layout, settings, inputs, sources, launcher=launcher, run_log=run_log
+            self.run.observed.machine, inputs, sources, launcher=launcher, run_log=run_log
         )
 
     def _reach(self, view: Step) -> tuple[Reached, ...]:
@@ -286,8 +282,6 @@ class Job:
             stages.install_with_wheel(run)
             return
         editable.install_alone(
-            run.layout,
-            run.settings,
             run.observed,
             build={"CARGO_BUILD_JOBS": str(self.jobs.count)},
             run_log=run.run_log,
@@ -297,7 +291,7 @@ class Job:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
         observed = run.observe()
-        verdict = editable.verify(run.layout, run.settings, observed)
+        verdict = editable.verify(observed)
         device_code = (
             stages.check_device_code(
                 run,
@@ -392,7 +386,7 @@ def run(
         with RunLog(
             console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held
         ) as run_log:
-            run = stages.Run(layout, settings, run_log, observed.again(), is_sandbox=is_sandbox)
+            run = stages.Run(run_log, observed.again(), is_sandbox=is_sandbox)
             built = _act(run, options, bounds, is_compiled=is_compiled)
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")

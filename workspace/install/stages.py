@@ -28,14 +28,20 @@ class Run:
     of precompiled files in setup.py.
     """
 
-    layout: Layout
-    settings: Settings
     run_log: RunLog
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
     # What the steps of a rebuild share (rebuild.Job).
     job: object | None = None
     is_sandbox: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return self.observed.machine.layout
+
+    @property
+    def settings(self) -> Settings:
+        return self.observed.machine.settings
 
     def observe(self) -> plan.Observation:
         return self.observed.again()
@@ -169,7 +175,7 @@ def _fitting(run: Run, path: Path) -> str | None:
     if packed is None or observed.torch is None or observed.python is None:
         return None
     inputs = cmake_inputs.observe(
-        run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch
+        observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
     )
     capabilities = run.observed.machine.capabilities
     digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
@@ -195,7 +201,7 @@ def install_vllm(run: Run, view: Step) -> None:
 def install_with_wheel(run: Run) -> None:
     """Install editable with the libraries of the fetched wheel, and check that all were taken."""
     wheel = Path(run.outcome["wheel"])
-    editable.install_with_wheel(run.layout, run.settings, run.observed, wheel, run_log=run.run_log)
+    editable.install_with_wheel(run.observed, wheel, run_log=run.run_log)
     if run.is_sandbox:
         precompiled.complete(wheel, run.layout.vllm)
     precompiled.check_taken(wheel, run.layout.vllm)
@@ -204,7 +210,7 @@ def install_with_wheel(run: Run) -> None:
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
-    verdict = editable.verify(run.layout, run.settings, observed)
+    verdict = editable.verify(observed)
     # Where sources changed since the wheel, the kernels are still those of the wheel: only
     # inv rebuild makes them hybrid.
     kind = (
@@ -224,9 +230,7 @@ def write_stamp(
         "platform": verdict.platform,
         "tree": git.tree("HEAD"),
     }
-    inputs = plan.kernel_inputs(run.layout, run.settings, observed, kind=kind) | (
-        observed.install.inputs or {}
-    )
+    inputs = plan.kernel_inputs(observed, kind=kind) | (observed.install.inputs or {})
     stamp.write(
         run.layout.stamp("vllm"),
         stamp.Stamp(

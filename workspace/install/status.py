@@ -11,7 +11,6 @@ from workspace.core.console import Console, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan, stamp
 from workspace.machine import torch
 from workspace.machine.case import Machine
@@ -109,12 +108,12 @@ def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     console.info(f"next: {following}")
 
 
-def require_built(layout: Layout, settings: Settings) -> plan.Observation:
+def require_built(machine: Machine) -> plan.Observation:
     """Return the state of a built workspace.
 
     Raises SmokeError with the stale layer and the next command.
     """
-    observed = plan.observe(layout, settings)
+    observed = plan.observe_on(machine)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
             raise SmokeError(

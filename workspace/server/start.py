@@ -312,7 +312,7 @@ def _require_usable(folder: Path, line: Command) -> None:
 
 def _device(machine: Machine, console: Console, *, dry_run: bool) -> str:
     try:
-        return str(require_built(machine.layout, machine.settings).device)
+        return str(require_built(machine).device)
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
