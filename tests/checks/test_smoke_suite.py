@@ -17,6 +17,7 @@ from workspace.core.errors import SmokeError
 from workspace.core.paths import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load
+from workspace.machine.case import Machine
 
 # The checks that one process answers.
 FROM_PARITY = {
@@ -163,7 +164,11 @@ class Clone:
         ) as run_log:
             options = smoke_suite.SmokeOptions(level, model, timeout_s, is_fail_fast)
             checks, _ = smoke_suite.run(
-                self.layout, settings, expected, options, run_log=run_log, look=lambda: next(seen)
+                Machine(self.layout, settings),
+                expected,
+                options,
+                run_log=run_log,
+                look=lambda: next(seen),
             )
         return {check.identifier: check for check in checks}
 

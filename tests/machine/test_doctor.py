@@ -8,8 +8,8 @@ import pytest
 
 from workspace.core.console import Console, Row
 from workspace.core.errors import ToolchainError
-from workspace.machine import doctor, hardware
-from workspace.machine.case import Case
+from workspace.machine import doctor, doctor_toolchain, hardware
+from workspace.machine.case import Case, Machine
 
 CMAKE = 'message(FATAL_ERROR\n  "GCC >= 11.3 is required to build vLLM (found ${X}). ")\n'
 CPU_CMAKE = 'message(FATAL_ERROR "X86 backend requires gcc/g++ >= 12.3")\n'
@@ -28,8 +28,7 @@ def tree(house) -> Path:
 
 def rows(house, settings, *, device="cpu", kernels="precompiled", need=None) -> dict[str, Row]:
     found = doctor.preflight(
-        house.layout,
-        settings,
+        Machine(house.layout, settings),
         device=device,
         kernels=kernels,
         need_gib=need or {house.layout.root: 0.001},
@@ -78,7 +77,7 @@ def test_disk_comes_first_and_places_on_one_file_system_share_what_is_free(house
         house.layout.root.parent / "cache" / "not made yet": free * 0.6,
     }
     found = doctor.preflight(
-        house.layout, settings, device="cpu", kernels="precompiled", need_gib=need
+        Machine(house.layout, settings), device="cpu", kernels="precompiled", need_gib=need
     )
     assert (found[0].state, found[0].name) == ("FAIL", "disk")
     assert len([row for row in found if row.name == "disk"]) == 1
@@ -198,16 +197,34 @@ def test_compiler_that_is_missing_stops_a_native_build(house, built, tree):
 
 
 def test_device_is_the_setting_and_otherwise_what_the_driver_shows(house):
-    bare = hardware.Machine("aarch64", 20, 120.0, 100.0, ())
-    spark = hardware.Machine(
-        "aarch64", 20, 120.0, 100.0, (hardware.Gpu("NVIDIA GB10", "12.1", "580"),)
-    )
-    assert (doctor.device(house.settings(), bare), doctor.device(house.settings(), spark)) == (
-        "cpu",
-        "cuda",
-    )
-    assert doctor.device(house.settings(DEVICE="cpu"), spark) == "cpu"
-    assert doctor.device(house.settings(DEVICE="cuda"), bare) == "cuda"
+    assert house.machine().device == "cpu"
+    assert house.machine(DEVICE="cuda").device == "cuda"
+    house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580'")
+    assert house.machine().device == "cuda"
+    assert house.machine(DEVICE="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "seen"),
+    [
+        (
+            "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
+            "FAIL",
+            "Failed to initialize NVML: Driver/library version mismatch",
+        ),
+        ("echo 'No devices were found'", "FAIL", "the driver shows no GPU"),
+        ("sleep 60", "warn", "no answer in 3 s"),
+    ],
+)
+def test_machine_whose_driver_fails_or_is_slow_is_not_taken_for_one_without_a_gpu(
+    house, script, state, seen
+):
+    house.program("nvidia-smi", script)
+    machine = house.machine()
+    assert machine.device == "cuda"
+    (row,) = doctor_toolchain.driver(Case(machine))
+    assert (row.state, row.seen) == (state, seen)
+    assert ("--device cpu" in row.hint) == (state == "FAIL")
 
 
 def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError | None]:
@@ -215,7 +232,10 @@ def shown(house, settings, *, as_json=False) -> tuple[str, str, ToolchainError |
     out, err = io.StringIO(), io.StringIO()
     try:
         doctor.show(
-            house.layout, settings, console=Console(out=out, err=err), as_json=as_json, offline=True
+            Machine(house.layout, settings),
+            console=Console(out=out, err=err),
+            as_json=as_json,
+            offline=True,
         )
     except ToolchainError as exc:
         return out.getvalue(), err.getvalue(), exc
@@ -273,7 +293,7 @@ def test_check_that_raises_does_not_end_the_others(house):
     def sound(_):
         yield Row("ok", "sound", "", "")
 
-    case = Case(house.layout, house.settings(), device="cpu", kernels="precompiled")
+    case = Case(house.machine(), device="cpu", kernels="precompiled")
     found = doctor.examine(
         case, [doctor.Check(hostile, frozenset()), doctor.Check(sound, frozenset())]
     )

@@ -30,8 +30,7 @@ def ccache(house, *, size_kib="1048576", origin="default", **config) -> None:
 def row(house, *, device="cuda", kernels="precompiled", **shell) -> Row:
     (found,) = doctor.ccache(
         Case(
-            house.layout,
-            house.settings(PATH=f"{house.bin}:/bin", **shell),
+            house.machine(PATH=f"{house.bin}:/bin", **shell),
             device=device,
             kernels=kernels,
         )

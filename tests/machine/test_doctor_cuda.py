@@ -43,7 +43,7 @@ def nvcc(house, version="13.0", archs="75 90 100 120 121"):
 
 
 def case(house, *, device="cuda", kernels="native", **shell) -> Case:
-    return Case(house.layout, house.settings(**shell), device=device, kernels=kernels)
+    return Case(house.machine(**shell), device=device, kernels=kernels)
 
 
 def rows(check, *args, **options) -> dict[str, Row]:

@@ -10,9 +10,7 @@ from workspace.machine.case import Case
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:
-    (found,) = check(
-        Case(house.layout, house.settings(**shell), device=device, kernels="precompiled")
-    )
+    (found,) = check(Case(house.machine(**shell), device=device, kernels="precompiled"))
     return found
 
 

@@ -16,9 +16,7 @@ GPU = 'case "$*" in *name,compute_cap*) echo "NVIDIA GB10, 12.1, 580.95";; *) ex
 def init(house: House, *, replace: bool = False, **shell: str) -> tuple[str, str]:
     """Return what is printed on stdout and on stderr."""
     out, err = io.StringIO(), io.StringIO()
-    dotenv.complete(
-        house.layout, house.settings(**shell), console=Console(out=out, err=err), replace=replace
-    )
+    dotenv.complete(house.machine(**shell), console=Console(out=out, err=err), replace=replace)
     return out.getvalue(), err.getvalue()
 
 

@@ -26,6 +26,7 @@ from workspace.core.errors import (
 from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
+from workspace.machine.case import Machine
 from workspace.server import fit, models
 
 FETCHED = """import json, os, pathlib, sys
@@ -108,8 +109,7 @@ def test_model_is_fetched_once_and_then_needs_no_hub(clone: Clone) -> None:
     assert [line.split()[0] for line in clone.output.splitlines()[:2]] == ["skipped", "skipped"]
     out = io.StringIO()
     fit.show_recipes(
-        clone.layout,
-        load(clone.layout, environ=clone.shell),
+        Machine(clone.layout, load(clone.layout, environ=clone.shell)),
         console=Console(out=out, err=out),
         as_json=True,
     )

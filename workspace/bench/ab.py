@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from workspace.bench import ab_trees, compare, conditions, measure, results, subject
+from workspace.bench import ab_trees, compare, measure, results, subject
 from workspace.bench.ab_trees import Hashes, Tree
 from workspace.bench.compare import FACTOR, MIN_STARTS, Judgement, MetricDifference
 from workspace.bench.results import Kind, Record
@@ -96,7 +96,7 @@ def run(layout: Layout, settings: Settings, options: AbOptions, *, console: Cons
     ):
         observed = plan.observe(layout, settings)
         settings = sandboxes.as_built(settings, observed)
-        check.require(layout, settings, console=console, device=observed.device)
+        check.require(observed.machine, console=console, device=observed.device)
         if options.allow_busy:
             console.warn("the load of other programs is measured too (--allow-busy)")
         session = Session(layout, settings, options, run_log)
@@ -291,7 +291,7 @@ def _start(
 ) -> tuple[Record, dict[str, str]]:
     """Start the process of an arm once; return a record of this start and the mapped libraries."""
     has_gpu = bool(arm.fresh.machine.gpus)
-    conditions.require_idle(
+    measure.require_idle(
         session.settings,
         has_gpu=has_gpu,
         allow_busy=session.options.allow_busy,

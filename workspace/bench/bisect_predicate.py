@@ -26,6 +26,7 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
+from workspace.machine.case import Machine
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"
@@ -289,7 +290,7 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
 
 
 def _run(predicate: Predicate, trial: Trial) -> Outcome:
-    environment = built_environment(trial.sandbox.layout, trial.settings, "shell")
+    environment = built_environment(Machine(trial.sandbox.layout, trial.settings), "shell")
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:

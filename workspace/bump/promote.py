@@ -268,8 +268,8 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
     with run_log.console.step("verify") as view:
         try:
             observed = plan.observe(layout, settings)
-            verdict = editable.verify(layout, settings, observed)
-            run = stages.Run(layout, settings, run_log, observed, dict(old.outcome))
+            verdict = editable.verify(observed)
+            run = stages.Run(run_log, observed, dict(old.outcome))
             stages.write_stamp(run, observed, verdict, old.kernels)
             view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
         except BuildError as exc:

@@ -17,7 +17,6 @@ from workspace.core.console import Console, Row, State
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
-from workspace.machine.hardware import Machine
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
@@ -412,7 +411,7 @@ def compose(
     *,
     level: str,
     tree: Tree,
-    machine: Machine,
+    machine: Mapping[str, object],
     parity: Mapping[str, object],
     seconds: float,
 ) -> dict[str, object]:
@@ -440,7 +439,7 @@ def compose(
         },
         "parity": {name: _writable(parity[name]) for name in _MEASURES if name in parity},
         "seconds": round(seconds, 2),
-        "machine": asdict(machine),
+        "machine": machine,
     }
 
 

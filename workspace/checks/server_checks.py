@@ -447,14 +447,10 @@ def _survivors(server: Server, fronts: list[int], patience_s: float) -> tuple[li
 
 
 def _command_of(pid: int) -> str:
+    import psutil
+
     try:
-        command = (
-            Path(f"/proc/{pid}/cmdline")
-            .read_bytes()
-            .replace(b"\0", b" ")
-            .decode("utf-8", errors="replace")
-            .strip()
-        )
-    except OSError:
+        command = " ".join(psutil.Process(pid).cmdline()).strip()
+    except psutil.Error:
         return "ended meanwhile"
     return command[:120] or "no name"

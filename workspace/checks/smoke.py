@@ -22,6 +22,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
+from workspace.machine.case import Machine
 from workspace.repo.git import Git, repository
 
 HOOK = "pre-push"
@@ -58,24 +59,24 @@ def smoke(
     Raises SmokeError if a check fails or nothing is built.
     """
     from workspace.install.status import require_built
-    from workspace.machine import check, hardware
+    from workspace.machine import check
 
     started = time.monotonic()
-    observed = require_built(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
+    observed = require_built(Machine(layout, settings))
+    check.require(observed.machine, console=console, device=observed.device)
     expected = smoke_suite.expect(layout, observed)
     look = functools.partial(_present_tree, layout, settings)
     # The tree must not change while the checks run.
     with locked_run(layout, settings, console, session="smoke") as run_log:
         tree = registry.tree_of(layout, observed)
         checks, parity = smoke_suite.run(
-            layout, settings, expected, options, run_log=run_log, look=look
+            observed.machine, expected, options, run_log=run_log, look=look
         )
         document = registry.compose(
             checks,
             level=options.level,
             tree=tree,
-            machine=hardware.observe(settings),
+            machine=observed.machine.record(),
             parity=parity,
             seconds=time.monotonic() - started,
         )
@@ -171,7 +172,7 @@ def run_hook(layout: Layout, settings: Settings, *, console: Console) -> None:
                 wait=False,
                 check=True,
             )
-    observed = require_built(layout, settings)
+    observed = require_built(Machine(layout, settings))
     if registry.is_record_of(registry.last_record(layout), registry.tree_of(layout, observed)):
         console.info("the smoke has passed on this tree and build")
         return

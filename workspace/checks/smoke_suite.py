@@ -25,9 +25,9 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
+from workspace.machine.case import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 
@@ -81,8 +81,7 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
 
 
 def run(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     expected: Expected,
     options: SmokeOptions,
     *,
@@ -96,7 +95,7 @@ def run(
     """
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        suite = _Suite(layout, settings, expected, options, Path(neutral), run_log)
+        suite = _Suite(machine, expected, options, Path(neutral), run_log)
         parts = [suite.binary, suite.kernels, suite.compare]
         parts += [suite.serve, suite.more] if options.level == "full" else []
         for part in parts:
@@ -116,14 +115,14 @@ class _Suite:
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         expected: Expected,
         options: SmokeOptions,
         folder: Path,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._run_log = layout, settings, run_log
+        self._machine, self._run_log = machine, run_log
+        self._layout, self._settings = machine.layout, machine.settings
         self._expected, self._options, self._folder = expected, options, folder
         self._lacks: frozenset[Need] = (
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
@@ -197,7 +196,7 @@ class _Suite:
             try:
                 tested = server_checks.under_test(
                     self._layout,
-                    built_environment(self._layout, self._settings, "smoke-serve"),
+                    built_environment(self._machine, "smoke-serve"),
                     self._tiny_model("llama"),
                     expected=self._expected,
                     rows=self._offline_rows(),
@@ -239,9 +238,7 @@ class _Suite:
         if self._expected.device == "cpu":
             why = "built for the CPU: no library has code for a GPU"
             return Check("binary.cubins", "skipped", why, 0.0)
-        capabilities = tuple(
-            gpu.capability for gpu in hardware.observe(self._settings).gpus if gpu.capability
-        )
+        capabilities = self._machine.capabilities
         archs = self._settings.text("TORCH_CUDA_ARCH_LIST")
         if not capabilities and not archs:
             why = "this machine has no GPU, and TORCH_CUDA_ARCH_LIST is not set"
@@ -344,9 +341,7 @@ class _Suite:
         return numeric.parity(answer, "llama", name)
 
     def _mxfp4(self) -> Check:
-        if self._expected.device == "cpu" and "amx_tile" not in Path("/proc/cpuinfo").read_text(
-            encoding="utf-8", errors="replace"
-        ):
+        if self._expected.device == "cpu" and "amx_tile" not in hardware.processor()[1]:
             why = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
             return Check("parity.gpt-oss", "skipped", why, 0.0)
 
@@ -373,7 +368,7 @@ class _Suite:
         given = {LIMIT: f"{PROBE_SHARE * patience_s:g}"}
         if is_compiled:
             given["TORCHDYNAMO_DISABLE"] = "0"
-        variables = built_environment(self._layout, self._settings, "smoke", given=given)
+        variables = built_environment(self._machine, "smoke", given=given)
         argv: list[process.Argument] = [
             self._layout.environment_python,
             self._layout.probes / probe,

@@ -16,7 +16,7 @@ from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
-from workspace.machine.hardware import Machine
+from workspace.machine.case import Machine
 from workspace.repo.git import Git, repository
 from workspace.server.command import built_environment
 
@@ -161,8 +161,7 @@ def show(selection: Selection, console: Console) -> None:
 
 
 def run_tests(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     selection: Selection,
     options: UpstreamOptions,
     site: Path,
@@ -173,7 +172,7 @@ def run_tests(
 
     `site` has the test requirements.
     """
-    runner = _Runner(layout, settings, site, options, run_log)
+    runner = _Runner(machine, site, options, run_log)
     outcomes = runner.all_of(selection)
     failed = tuple(outcome for outcome in outcomes if outcome.state == "failed")
     on_the_pin: tuple[upstream_trial.Outcome, ...] | None = None
@@ -196,13 +195,12 @@ class _Runner:
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         site: Path,
         options: UpstreamOptions,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._site = layout, settings, site
+        self._machine, self._layout, self._site = machine, machine.layout, site
         self._options, self._run_log = options, run_log
 
     def all_of(self, selection: Selection) -> tuple[upstream_trial.Outcome, ...]:
@@ -252,7 +250,7 @@ class _Runner:
             str(path)
             for path in ((self._site,) if tree == self._layout.vllm else (tree, self._site))
         )
-        variables = built_environment(self._layout, self._settings, "upstream", given=given)
+        variables = built_environment(self._machine, "upstream", given=given)
         place = upstream_trial.Place(
             tree,
             self._layout.environment_python,
@@ -295,7 +293,6 @@ def compose_record(
     observed: plan.Observation,
     *,
     tree: registry.Tree,
-    machine: Machine,
     seconds: float,
 ) -> dict[str, object]:
     """Return the record; if no test ended by itself, as without a GPU, it is `skipped`."""
@@ -309,7 +306,7 @@ def compose_record(
         result.checks,
         level="upstream",
         tree=tree,
-        machine=machine,
+        machine=observed.machine.record(),
         parity=versions,
         seconds=seconds,
     )
@@ -343,12 +340,13 @@ def run(
     Raises SmokeError if a test fails or nothing is built.
     """
     from workspace.install.status import require_built
-    from workspace.machine import check, hardware
+    from workspace.machine import check
 
     started, known = time.monotonic(), upstream_selection.rules()
-    observed = plan.observe(layout, settings) if is_list else require_built(layout, settings)
+    machine = Machine(layout, settings)
+    observed = plan.observe_on(machine) if is_list else require_built(machine)
     if not is_list:
-        check.require(layout, settings, console=console, device=observed.device)
+        check.require(observed.machine, console=console, device=observed.device)
     selection = select(layout, observed, options, known)
     if not _report_selection(selection, observed.pin.tag, console, is_list=is_list):
         return
@@ -356,7 +354,7 @@ def run(
     with smoke.locked_run(layout, settings, console, session="upstream") as run_log:
         tree = registry.tree_of(layout, observed)
         site = _install_needs(layout, settings, known, device=observed.device, run_log=run_log)
-        result = run_tests(layout, settings, selection, options, site, run_log=run_log)
+        result = run_tests(observed.machine, selection, options, site, run_log=run_log)
         if registry.tree_of(layout, plan.observe(layout, settings)) != tree:
             raise SmokeError(
                 "vendor/vllm changed while the tests ran", hint="./scripts/nox -s upstream"
@@ -367,7 +365,6 @@ def run(
             observed,
             tree=tree,
             seconds=time.monotonic() - started,
-            machine=hardware.observe(settings),
         )
         registry.write_record(layout.state / RECORD, document, console=console, json_file=json_file)
         judge(result, log=layout.relative(run_log.path) if run_log.path else None)

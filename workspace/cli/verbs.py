@@ -119,16 +119,18 @@ def wheel(_: Context, wait: bool = False) -> None:
 def status(_: Context, json: bool = False) -> None:
     """Show what is built, what is stale, what to do next."""
     from workspace.install import status as verb
+    from workspace.machine.case import Machine
 
-    verb.show(*main.opened(), console=main.console(), as_json=json)
+    verb.show(Machine(*main.opened()), console=main.console(), as_json=json)
 
 
 @task(help={"json": JSON, "offline": "leave out the checks that need the network"})
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
     from workspace.machine import doctor as verb
+    from workspace.machine.case import Machine
 
-    verb.show(*main.opened(), console=main.console(), as_json=json, offline=offline)
+    verb.show(Machine(*main.opened()), console=main.console(), as_json=json, offline=offline)
 
 
 @task(
@@ -221,16 +223,18 @@ def env_check(_: Context, json: bool = False) -> None:
     # The rows hold the warnings.
     settings = main.load_settings(here, is_quiet=True)
     from workspace.machine import check
+    from workspace.machine.case import Machine
 
-    check.show(here, settings, console=main.console(), as_json=json)
+    check.show(Machine(here, settings), console=main.console(), as_json=json)
 
 
 @task(name="init", help={"replace": "also change lines that differ; old ones become comments"})
 def env_init(_: Context, replace: bool = False) -> None:
     """Write or complete .env for this machine."""
     from workspace.machine import dotenv
+    from workspace.machine.case import Machine
 
-    dotenv.complete(*main.opened(), console=main.console(), replace=replace)
+    dotenv.complete(Machine(*main.opened()), console=main.console(), replace=replace)
 
 
 @task(name="export")
@@ -369,9 +373,10 @@ def serve_stop(_: Context) -> None:
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
+    from workspace.machine.case import Machine
     from workspace.server import fit
 
-    fit.show_recipes(*main.opened(), console=main.console(), as_json=json)
+    fit.show_recipes(Machine(*main.opened()), console=main.console(), as_json=json)
 
 
 @task(

@@ -12,7 +12,6 @@ import re
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from workspace.compile import costs, scheduler, targets
 from workspace.compile.costs import Cost, Costs
@@ -24,7 +23,7 @@ from workspace.core.errors import SettingsError
 from workspace.core.known_settings import LARGEST_COUNT
 from workspace.core.settings import Settings
 from workspace.machine import hardware
-from workspace.machine.hardware import Machine
+from workspace.machine.hardware import Host
 
 AUTO = "auto"
 HINT = "./scripts/inv rebuild --jobs auto   # as many as cores and memory allow"
@@ -114,14 +113,14 @@ def _divided(bound: int, threads: int, requested: int, origin: str) -> Jobs:
     )
 
 
-def memory(machine: Machine, *, flag: str | None = None) -> Memory:
+def memory(host: Host, *, flag: str | None = None) -> Memory:
     """Return the memory budget of all compilers together. `flag` is the value of --memory: GiB, or
     `auto`, the default.
 
     Raises SettingsError for an invalid number, and for more memory than the machine, or its control
     group, has.
     """
-    total, available = machine.memory_gib, machine.available_gib
+    total, available = host.memory_gib, host.available_gib
     reserve = min(max(LEAST_RESERVED_GIB, total * RESERVED_SHARE), total / 2)
     if flag is None or flag == AUTO:
         budget = max(LEAST_BUDGET_GIB, available - reserve)
@@ -182,10 +181,6 @@ def visible(units: int, jobs: Jobs) -> int:
     return max(jobs.count, min(units, MOST_VISIBLE))
 
 
-_PSI = Path("/proc/pressure/memory")
-_CGROUPS = Path("/sys/fs/cgroup")
-
-
 def memory_status(reserve_gib: float) -> MemoryStatus:
     """Return the memory available beyond `reserve_gib`: of the machine, or of the control group if
     that has less.
@@ -195,52 +190,7 @@ def memory_status(reserve_gib: float) -> MemoryStatus:
     available = float(psutil.virtual_memory().available)
     for limit, used in hardware.memory_limits():
         available = min(available, max(0.0, limit - used))
-    return MemoryStatus(available / hardware.GIB - reserve_gib, _pressure_percent())
-
-
-def _pressure_percent() -> float:
-    """Return the share of the last 10 s in which some task waited for memory; 0 if the kernel does
-    not measure it.
-    """
-    with contextlib.suppress(OSError):
-        if found := re.search(
-            r"^some avg10=([0-9.]+)", _PSI.read_text(encoding="ascii"), re.MULTILINE
-        ):
-            return float(found[1])
-    return 0.0
-
-
-def kills() -> int:
-    """Return how many processes the kernel has killed because memory ran out: in this control group
-    if counted there, else on the machine.
-    """
-    for file in (*_group_counters(), Path("/proc/vmstat")):
-        with contextlib.suppress(OSError):
-            if found := re.search(
-                r"^oom_kill (\d+)$", file.read_text(encoding="ascii"), re.MULTILINE
-            ):
-                return int(found[1])
-    return 0
-
-
-def _group_counters() -> tuple[Path, ...]:
-    """Return the files in which version 2, then 1, of control groups counts kills (cgroups(7))."""
-    with contextlib.suppress(OSError):
-        places = dict(
-            line.split(":", 2)[1:]
-            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        )
-        version_2 = [_CGROUPS / places[""].strip("/") / "memory.events"] if "" in places else []
-        version_1 = (
-            [_CGROUPS / "memory" / places["memory"].strip("/") / "memory.oom_control"]
-            if "memory" in places
-            else []
-        )
-        return (*version_2, *version_1)
-    return ()
-
-
-_PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / hardware.GIB
+    return MemoryStatus(available / hardware.GIB - reserve_gib, hardware.pressure_percent())
 
 
 @dataclass(frozen=True)
@@ -253,23 +203,28 @@ class Process:
 
 
 def living() -> dict[int, Process]:
-    """Return all living processes by pid, in one pass (proc_pid_stat(5))."""
+    """Return all living processes by pid, in one pass."""
+    import psutil
+
     found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            # A process may end meanwhile.
-            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
-                state, parent, group, *rest = file.read().rpartition(b")")[2].split()
-                if state not in (b"Z", b"X"):
-                    found[int(entry)] = Process(int(parent), int(group), int(rest[18]) * _PAGE_GIB)
+    for running in psutil.process_iter(["ppid", "status", "memory_info"]):
+        parent, held = running.info["ppid"], running.info["memory_info"]
+        is_over = running.info["status"] in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        # A process may end meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            if held and not is_over:
+                group = os.getpgid(running.pid)
+                found[running.pid] = Process(parent, group, held.rss / hardware.GIB)
     return found
 
 
 def parents(pid: int) -> Iterator[int]:
     """Yield the parent of a process, its parent, and so on."""
-    with contextlib.suppress(OSError):
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
         while pid > 1:
-            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            pid = psutil.Process(pid).ppid()
             yield pid
 
 

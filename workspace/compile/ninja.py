@@ -331,7 +331,7 @@ def _job_server(work: Work, costs: Costs, history: History) -> job_server.JobSer
         Admission(work.bounds),
         costs,
         memory=job_server.MemoryWatch(
-            lambda: job_limits.memory_status(work.memory.reserve_gib), job_limits.kills
+            lambda: job_limits.memory_status(work.memory.reserve_gib), hardware.kills
         ),
         history=history,
         units=len(work.planned),

@@ -47,8 +47,8 @@ def run(
     """
     pins.require_settled(layout)
     observed = plan.observe(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
-    due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
+    check.require(observed.machine, console=console, device=observed.device)
+    due = stages_of(observed, is_sandbox=is_sandbox)
     if not any(stage.is_due for stage in due):
         if is_part:
             console.row(State.SKIPPED, "build", f"vllm {observed.version} is already built")
@@ -62,21 +62,20 @@ def run(
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.info) as held:
-        _preflight(layout, settings, observed, console)
+        _preflight(observed, console)
         with RunLog(
             console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
         ) as run_log:
-            observed = _act(stages.Run(layout, settings, run_log, observed, is_sandbox=is_sandbox))
+            observed = _act(stages.Run(run_log, observed, is_sandbox=is_sandbox))
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not is_part:
         _close(observed, console, "")
 
 
-def stages_of(
-    layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False
-) -> tuple[Stage, ...]:
+def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[Stage, ...]:
     """Decide for each stage, in their order, whether it is due and why."""
+    layout, settings = observed.machine.layout, observed.machine.settings
     is_written = layout.dotenv.exists()
     environment = observed.environment
     build = tuple(
@@ -136,7 +135,7 @@ def _act(run: stages.Run) -> plan.Observation:
     shown = 0
     while True:
         observed = run.observed = run.observe()
-        due = stages_of(run.layout, run.settings, observed, is_sandbox=run.is_sandbox)
+        due = stages_of(observed, is_sandbox=run.is_sandbox)
         first = next((index for index, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:
@@ -159,19 +158,17 @@ def _act(run: stages.Run) -> plan.Observation:
         stages.act(run, stage.steps, reason=stage.reason)
 
 
-def _preflight(
-    layout: Layout, settings: Settings, observed: plan.Observation, console: Console
-) -> None:
+def _preflight(observed: plan.Observation, console: Console) -> None:
     """Stop before any change where the machine lacks what this bootstrap needs."""
     has_environment = observed.environment.state == "ok"
+    machine = observed.machine
     need = {
-        layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
-        settings.cache: NEEDED_CACHE_GIB,
+        machine.layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
+        machine.settings.cache: NEEDED_CACHE_GIB,
     }
     with console.step("preflight") as view:
         rows = doctor.preflight(
-            layout,
-            settings,
+            machine,
             device=observed.device,
             kernels=observed.kernels_wanted.source.kind,
             need_gib=need,

@@ -25,7 +25,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
 from workspace.install.stamp import Library
-from workspace.machine import hardware, interpreter
+from workspace.machine import interpreter
 from workspace.machine.torch import TorchBuild
 from workspace.repo.git import Git, worktree
 
@@ -37,37 +37,25 @@ _BINARIES = ("vllm/vllm-rs",)
 _NINJA_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
-def install_with_wheel(
-    layout: Layout, settings: Settings, observed: Observation, wheel: Path, *, run_log: RunLog
-) -> None:
+def install_with_wheel(observed: Observation, wheel: Path, *, run_log: RunLog) -> None:
     """Install editable with the libraries of `wheel`. Raises BuildError with the first error."""
     extra = {
         "VLLM_USE_PRECOMPILED": "1",
         "VLLM_PRECOMPILED_WHEEL_LOCATION": str(wheel),
         "CARGO": _NO_CARGO,
     }
-    _install(layout, settings, observed, extra, run_log=run_log)
+    _install(observed, extra, run_log=run_log)
 
 
-def install_alone(
-    layout: Layout,
-    settings: Settings,
-    observed: Observation,
-    *,
-    build: Mapping[str, str],
-    run_log: RunLog,
-) -> None:
+def install_alone(observed: Observation, *, build: Mapping[str, str], run_log: RunLog) -> None:
     """Install editable without libraries, which the caller compiles and installs afterwards.
 
     `build` are variables that limit cargo. The tree's setup.py compiles in a new temporary folder
     each time unless it gets a wheel; so it gets an empty one.
     """
+    path = observed.machine.settings.child_environment("build").get("PATH", "")
     # The frontend in Rust is optional: setuptools-rust leaves it out where there is no cargo.
-    cargo = (
-        {}
-        if shutil.which("cargo", path=settings.child_environment("build").get("PATH", ""))
-        else {"CARGO": _NO_CARGO}
-    )
+    cargo = {} if shutil.which("cargo", path=path) else {"CARGO": _NO_CARGO}
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as folder:
         wheel = Path(folder) / f"vllm-{observed.pin.version}-py3-none-any.whl"
         zipfile.ZipFile(wheel, "w").close()
@@ -77,17 +65,11 @@ def install_alone(
             **build,
             **cargo,
         }
-        _install(layout, settings, observed, extra, run_log=run_log)
+        _install(observed, extra, run_log=run_log)
 
 
-def _install(
-    layout: Layout,
-    settings: Settings,
-    observed: Observation,
-    extra: Mapping[str, str],
-    *,
-    run_log: RunLog,
-) -> None:
+def _install(observed: Observation, extra: Mapping[str, str], *, run_log: RunLog) -> None:
+    layout, settings = observed.machine.layout, observed.machine.settings
     environment = {
         "VLLM_TARGET_DEVICE": observed.device,
         "VLLM_VERSION_OVERRIDE": observed.version,
@@ -292,17 +274,18 @@ class _Report:
     undriven: tuple[str, ...]
 
 
-def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict:
+def verify(observed: Observation) -> Verdict:
     """Import vLLM from a neutral folder and from inside the tree, and load every library.
 
     Libraries load with all symbols bound. Raises BuildError that lists each fault.
     """
+    layout, settings = observed.machine.layout, observed.machine.settings
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         outside, inside = _probe(layout, settings, Path(neutral))
     # vLLM asks the driver for its platform: built for a GPU that is elsewhere, it finds none.
     platforms = (
         {observed.device, ""}
-        if observed.device == "cuda" and not hardware.observe(settings).gpus
+        if observed.device == "cuda" and not observed.machine.gpus
         else {observed.device}
     )
     wrong = [

@@ -16,7 +16,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import precompiled, stamp
 from workspace.install.precompiled import Kernels, KernelSource
-from workspace.machine import doctor, hardware, interpreter, torch
+from workspace.machine import interpreter, torch
+from workspace.machine.case import Machine
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
 from workspace.repo.git.command import digest
@@ -57,6 +58,7 @@ class Layer:
 class Observation:
     """The facts on which bootstrap, status and smoke decide; `stack` is None without checkout."""
 
+    machine: Machine
     pin: pins.Pin
     device: Device
     kernels_wanted: Kernels
@@ -72,6 +74,10 @@ class Observation:
     changed_sources: tuple[str, ...] = ()
     needs_compilation: tuple[str, ...] = ()
 
+    def again(self) -> "Observation":
+        """Observe the workspace again after a change; the machine itself is the same."""
+        return observe_on(self.machine.reread())
+
     @property
     def version(self) -> str:
         """The version of the installed vLLM; `cpu` in it selects the platform (vllm/platforms)."""
@@ -82,8 +88,7 @@ class Observation:
 class _Facts:
     """The facts that every layer is compared with."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     pin: pins.Pin
     device: Device
     git: Git | None
@@ -97,17 +102,23 @@ class _Facts:
 
 def observe(layout: Layout, settings: Settings) -> Observation:
     """Observe the whole workspace and change nothing. Raises SettingsError for broken pins."""
+    return observe_on(Machine(layout, settings))
+
+
+def observe_on(machine: Machine) -> Observation:
+    """Observe the whole workspace on a machine that is known already."""
+    layout, settings = machine.layout, machine.settings
     pin = pins.load(layout.pins).vllm
     environment_stamp = stamp.read(layout.stamp("environment"))
     build_stamp = stamp.read(layout.stamp("vllm"))
-    device = _device(settings, environment_stamp)
+    device = _device(machine, environment_stamp)
     current = checkout.observe(layout, pin)
     is_usable = current.kind in (checkout.Kind.GIT, checkout.Kind.RELEASE)
     stack = patches.observe(layout, "vllm", pin, current) if is_usable else None
-    python = interpreter.describe(layout, settings)
-    build = torch.observe(layout, settings) if python else None
+    python = machine.python()
+    build = machine.torch() if python else None
     git = Git(layout.vllm) if is_usable else None
-    facts = _Facts(layout, settings, pin, device, git, python, build)
+    facts = _Facts(machine, pin, device, git, python, build)
     environment = _environment(facts, environment_stamp)
     changed_sources = _changed_sources(git, current)
     wanted = precompiled.choose(
@@ -123,6 +134,7 @@ def observe(layout: Layout, settings: Settings) -> Observation:
     kernels, needs_compilation = _kernels(facts, wanted, build_stamp, changed_sources)
     install = _install(facts, build_stamp)
     return Observation(
+        machine,
         pin,
         device,
         wanted,
@@ -149,20 +161,15 @@ def version_of(pin: pins.Pin, device: Device, build: torch.TorchBuild | None) ->
     return f"{pin.version}+cu{(build.cuda if build and build.cuda else '13.0').replace('.', '')}"
 
 
-def _device(settings: Settings, recorded: stamp.Stamp | None) -> Device:
+def _device(machine: Machine, recorded: stamp.Stamp | None) -> Device:
     """Return the device of the flag or setting, else of the environment, else of the machine.
 
     The machine comes last: a query of the driver takes up to a second.
     """
-    if (
-        settings.text("DEVICE") == "auto"
-        and recorded
-        and recorded.inputs.get("device") in ("cpu", "cuda")
-    ):
-        return "cuda" if recorded.inputs["device"] == "cuda" else "cpu"
-    if settings.text("DEVICE") == "auto":
-        return doctor.device(settings, hardware.observe(settings))
-    return "cuda" if settings.text("DEVICE") == "cuda" else "cpu"
+    built = recorded.inputs.get("device") if recorded else None
+    if machine.settings.text("DEVICE") == "auto" and built in ("cpu", "cuda"):
+        return "cuda" if built == "cuda" else "cpu"
+    return machine.device
 
 
 def _kept(recorded: stamp.Stamp | None) -> Kernels | None:
@@ -174,23 +181,23 @@ def _kept(recorded: stamp.Stamp | None) -> Kernels | None:
 
 def _environment(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if facts.python is None:
-        has_folder = facts.layout.environment.exists()
+        has_folder = facts.machine.layout.environment.exists()
         reason = ".vllm holds no working Python" if has_folder else "there is no .vllm"
         return Layer("environment", "missing", (reason,))
     if facts.git is None:
         return Layer("environment", "missing", ("there is no checkout to take requirements from",))
     inputs = {
-        "place": str(facts.layout.environment),
+        "place": str(facts.machine.layout.environment),
         "python": facts.python.version,
         "device": facts.device,
         "requirements": facts.git.digest(REQUIREMENT_FILES),
-        "use existing torch": facts.settings.text("USE_EXISTING_TORCH"),
-        "pre-releases": facts.settings.text("ALLOW_PRERELEASE"),
+        "use existing torch": facts.machine.settings.text("USE_EXISTING_TORCH"),
+        "pre-releases": facts.machine.settings.text("ALLOW_PRERELEASE"),
         "torch": _torch_input(facts.torch) if facts.torch else "none",
     }
     if recorded is None:
         return Layer("environment", "missing", ("it was not finished",), inputs)
-    installed = interpreter.installed(facts.layout)
+    installed = facts.machine.packages()
     reasons = _differences(facts.git, recorded, inputs)
     reasons += tuple(
         f"{name} {old} → {installed.get(name, 'none')}"
@@ -218,7 +225,7 @@ def _kernels(
     source = wanted.source
     inputs = {"device": facts.device, "torch": _torch_input(build)}
     compiled = (
-        compiled_inputs(facts.layout, facts.settings, git, facts.pin, facts.device, build)
+        compiled_inputs(facts.machine, git, facts.pin, facts.device, build)
         if source.is_compiled
         else {}
     )
@@ -237,7 +244,7 @@ def _kernels(
     reasons += tuple(
         f"{library.path} changed"
         for library in recorded.libraries
-        if _size(facts.layout.vllm / library.path) != library.size
+        if _size(facts.machine.layout.vllm / library.path) != library.size
     )
     reasons += needs_compilation
     state: State = "stale" if reasons else "ok"
@@ -245,9 +252,7 @@ def _kernels(
     return layer, () if wanted.source.is_native else needs_compilation
 
 
-def kernel_inputs(
-    layout: Layout, settings: Settings, observed: Observation, source: KernelSource
-) -> dict[str, str]:
+def kernel_inputs(observed: Observation, source: KernelSource) -> dict[str, str]:
     """Return the inputs of kernels from this source if they are built now, as a stamp records them.
 
     Raises CheckoutError where there is no torch.
@@ -259,19 +264,13 @@ def kernel_inputs(
         )
     inputs = {"device": observed.device, "torch": _torch_input(build)}
     if source.is_compiled:
-        inputs |= compiled_inputs(
-            layout, settings, Git(layout.vllm), observed.pin, observed.device, build
-        )
+        git = Git(observed.machine.layout.vllm)
+        inputs |= compiled_inputs(observed.machine, git, observed.pin, observed.device, build)
     return inputs
 
 
 def compiled_inputs(
-    layout: Layout,
-    settings: Settings,
-    git: Git,
-    pin: pins.Pin,
-    device: Device,
-    build: torch.TorchBuild,
+    machine: Machine, git: Git, pin: pins.Pin, device: Device, build: torch.TorchBuild
 ) -> dict[str, str]:
     """Return the inputs of a compilation besides torch and device.
 
@@ -279,13 +278,13 @@ def compiled_inputs(
     """
     from workspace.compile import cmake_inputs
 
-    observed = cmake_inputs.observe(layout, settings, device=device, pin=pin, torch=build)
+    observed = cmake_inputs.observe(machine, device=device, pin=pin, torch=build)
     return {
         "architectures": observed.archs,
         "cuda": observed.cuda,
         "compiler": observed.compiler,
         "build type": observed.build_type,
-        "cmake arguments": settings.text("CMAKE_ARGS"),
+        "cmake arguments": machine.settings.text("CMAKE_ARGS"),
         "compiled sources": git.digest(COMPILED_SOURCES),
     }
 
@@ -296,7 +295,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
         reason = "there is no checkout" if git is None else "there is no environment"
         return Layer("install", "missing", (reason,))
     inputs = {
-        "place": str(facts.layout.vllm),
+        "place": str(facts.machine.layout.vllm),
         "metadata": git.digest(METADATA_FILES),
         "version": facts.version,
         "interpreter": python.version,
@@ -304,7 +303,7 @@ def _install(facts: _Facts, recorded: stamp.Stamp | None) -> Layer:
     if recorded is None:
         return Layer("install", "missing", ("no build was finished",), inputs)
     reasons = _differences(git, recorded, inputs)
-    found = interpreter.installed(facts.layout).get("vllm")
+    found = facts.machine.packages().get("vllm")
     if found != facts.version:
         reasons += (f"installed vllm {found or 'none'} → {facts.version}",)
     return Layer("install", "stale" if reasons else "ok", reasons, inputs, recorded)

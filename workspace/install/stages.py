@@ -14,7 +14,7 @@ from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stamp
-from workspace.machine import check, dotenv, hardware, torch, venv
+from workspace.machine import check, dotenv, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
 
@@ -28,8 +28,6 @@ class Run:
     of precompiled files in setup.py.
     """
 
-    layout: Layout
-    settings: Settings
     run_log: RunLog
     observed: plan.Observation
     outcome: dict[str, str] = field(default_factory=dict)
@@ -37,8 +35,16 @@ class Run:
     job: object | None = None
     is_sandbox: bool = False
 
+    @property
+    def layout(self) -> Layout:
+        return self.observed.machine.layout
+
+    @property
+    def settings(self) -> Settings:
+        return self.observed.machine.settings
+
     def observe(self) -> plan.Observation:
-        return plan.observe(self.layout, self.settings)
+        return self.observed.again()
 
 
 Act = Callable[[Run, Step], None]
@@ -66,7 +72,7 @@ def act(run: Run, steps: Steps, *, reason: str = "") -> None:
 def write_dotenv(run: Run, view: Step) -> None:
     view.reason = (
         "written for this machine:"
-        f" {dotenv.write(run.layout, run.settings, device=run.observed.device)}"
+        f" {dotenv.write(run.observed.machine, device=run.observed.device)}"
     )
 
 
@@ -77,7 +83,8 @@ def make_source(run: Run, view: Step) -> None:
     ).detail
     checkout.protect(run.layout)
     # Only the checkout shows which variables this vLLM reads.
-    check.require(run.layout, run.settings, console=run.run_log.console, device=run.observed.device)
+    observed = run.observed
+    check.require(observed.machine, console=run.run_log.console, device=observed.device)
 
 
 def apply_patches(run: Run, view: Step) -> None:
@@ -168,11 +175,9 @@ def _fitting(run: Run, path: Path) -> str | None:
     if packed is None or observed.torch is None or observed.python is None:
         return None
     inputs = cmake_inputs.observe(
-        run.layout, run.settings, device=observed.device, pin=observed.pin, torch=observed.torch
+        observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
     )
-    capabilities = tuple(
-        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-    )
+    capabilities = run.observed.machine.capabilities
     digest = Git(run.layout.vllm).digest(plan.COMPILED_SOURCES)
     version = ".".join(observed.python.version.split(".")[:2])
     if why := wheel.fits(packed, inputs, digest, python=version, capabilities=capabilities):
@@ -196,7 +201,7 @@ def install_vllm(run: Run, view: Step) -> None:
 def install_with_wheel(run: Run) -> None:
     """Install editable with the libraries of the fetched wheel, and check that all were taken."""
     wheel = Path(run.outcome["wheel"])
-    editable.install_with_wheel(run.layout, run.settings, run.observed, wheel, run_log=run.run_log)
+    editable.install_with_wheel(run.observed, wheel, run_log=run.run_log)
     if run.is_sandbox:
         editable.complete(wheel, run.layout.vllm)
     editable.check_taken(wheel, run.layout.vllm)
@@ -205,7 +210,7 @@ def install_with_wheel(run: Run) -> None:
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
-    verdict = editable.verify(run.layout, run.settings, observed)
+    verdict = editable.verify(observed)
     # The source of what was installed: without the stamp, `observed` may want another one. Where
     # compiled sources changed, the kernels are still those of the wheel.
     write_stamp(run, observed, verdict, run.observed.kernels_wanted.source.without_compiler())
@@ -225,9 +230,7 @@ def write_stamp(
         "platform": verdict.platform,
         "tree": git.tree("HEAD"),
     }
-    inputs = plan.kernel_inputs(run.layout, run.settings, observed, source) | (
-        observed.install.inputs or {}
-    )
+    inputs = plan.kernel_inputs(observed, source) | (observed.install.inputs or {})
     stamp.write(
         run.layout.stamp("vllm"),
         stamp.Stamp(
@@ -280,9 +283,7 @@ def check_device_code(
     """
     from workspace.compile import device_code
 
-    capabilities = tuple(
-        gpu.capability for gpu in hardware.observe(run.settings).gpus if gpu.capability
-    )
+    capabilities = run.observed.machine.capabilities
     listed = device_code.list_cubins(
         run.layout, run.settings, [run.layout.vllm / path for path in libraries]
     )

@@ -10,10 +10,10 @@ from workspace.core import records
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import PatchDrift, SmokeError
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan, stamp
 from workspace.install.precompiled import text_of
 from workspace.machine import torch
+from workspace.machine.case import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
 
@@ -74,10 +74,11 @@ BOOTSTRAP = "./scripts/inv bootstrap"
 LONGEST_TIME = 40
 
 
-def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print one row for each layer and the next command; with `as_json`, as JSON on stdout."""
+    layout = machine.layout
     try:
-        observed = plan.observe(layout, settings)
+        observed = plan.observe_on(machine)
         rows, following = _rows(layout, observed), pins.half_moved(layout) or next_command(observed)
     except PatchDrift as exc:
         # A broken series is one of the faults that this screen shows.
@@ -90,12 +91,12 @@ def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool 
         console.hint(following)
 
 
-def require_built(layout: Layout, settings: Settings) -> plan.Observation:
+def require_built(machine: Machine) -> plan.Observation:
     """Return the state of a built workspace.
 
     Raises SmokeError with the stale layer and the next command.
     """
-    observed = plan.observe(layout, settings)
+    observed = plan.observe_on(machine)
     for layer in (observed.environment, observed.kernels, observed.install):
         if layer.state != "ok":
             raise SmokeError(

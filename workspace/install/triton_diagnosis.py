@@ -20,7 +20,7 @@ from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.status import is_met, origin, pairing
 from workspace.machine import arch, dotenv, interpreter, jit_caches, torch, venv
-from workspace.machine.case import Case
+from workspace.machine.case import Case, Machine
 from workspace.machine.dotenv import Verdict
 from workspace.repo.git import Git, repository
 
@@ -80,13 +80,14 @@ class Diagnosis:
 
 def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     """Observe everything and judge it. Raises BuildError where there is no environment."""
-    if interpreter.describe(layout, settings) is None:
+    machine = Machine(layout, settings)
+    if machine.python() is None:
         raise BuildError(
             "there is no environment in .vllm to diagnose",
             hint="./scripts/inv bootstrap",
         )
-    case = Case(layout, settings, device=None, kernels="precompiled")
-    installed, build = torch.observe_triton(layout), torch.observe(layout, settings)
+    case = Case(machine, kernels="precompiled")
+    installed, build = torch.observe_triton(layout), machine.torch()
     is_gpu_torch = build is not None and build.cuda is not None
     paired, capability = torch.paired_triton(layout), dotenv.capability_of(case)
     assemblers = (
@@ -100,10 +101,7 @@ def diagnose(layout: Layout, settings: Settings) -> Diagnosis:
     kernel = try_kernel(layout, settings, capability) if installed else None
     tree, shadow = _tree(layout), shadowing(layout, kernel)
     stale = stale_folders(layout) if tree != jit_caches.NONE else ()
-    capabilities = (
-        tuple(gpu.capability for gpu in case.host().gpus if gpu.capability) if is_gpu_torch else ()
-    )
-    stack = jit_caches.observe(layout, settings, tree=tree, capabilities=capabilities)
+    stack = jit_caches.observe(machine, tree=tree)
     foreign = jit_caches.foreign(layout, settings, stack)
     findings = (
         _installed(layout, installed, build, paired),

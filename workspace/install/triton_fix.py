@@ -116,7 +116,7 @@ def _require_sense(options: FixOptions) -> None:
 
 
 def _limits(settings: Settings, options: FixOptions) -> tuple[Jobs, Memory]:
-    host = hardware.observe(settings)
+    host = hardware.observe()
     return bounds.count(settings, cores=host.cores, flag=options.jobs), bounds.memory(host)
 
 

@@ -16,7 +16,6 @@ from workspace.core.child_variables import fitting_jobs
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import SettingsError
 from workspace.core.known_settings import KNOWN, SETTINGS
-from workspace.core.paths import Layout
 from workspace.core.settings import (
     AGAIN,
     UNKNOWN,
@@ -28,7 +27,7 @@ from workspace.core.settings import (
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
-from workspace.machine.case import Case
+from workspace.machine.case import Case, Machine
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
 # Variables of the shell that concern vLLM although no setting has their name.
@@ -86,7 +85,7 @@ def _assemblers(case: Case, given: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(name, message, is_error=case.device == "cuda")
     if "TRITON_PTXAS_PATH" in given and "TRITON_PTXAS_BLACKWELL_PATH" not in given:
         version = interpreter.installed(case.layout).get("triton", "")
-        capabilities = (gpu.capability for gpu in case.host().gpus if gpu.capability)
+        capabilities = case.machine.capabilities
         newest = max(map(key, capabilities), default=())
         if key(version) >= _SECOND_ASSEMBLER and newest >= _FIRST_GPU_OF_IT:
             yield Finding(
@@ -213,19 +212,18 @@ class SettingRow(Row):
         return super().record() | {"value": self.value, "source": self.source}
 
 
-def show(layout: Layout, settings: Settings, *, console: Console, as_json: bool = False) -> None:
+def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
     """Print one row a setting, as JSON on stdout for a program.
 
     Raises SettingsError where a setting stops every verb.
     """
-    rows = judge(Case(layout, settings, device=None, kernels=settings.text("KERNELS")))
+    rows = judge(Case(machine))
     console.show(rows, as_json=as_json, verdict="fail" if failed(rows) else "pass")
     _stop(rows)
 
 
 def require(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     console: Console,
     recipe: Mapping[str, str] | None = None,
@@ -236,9 +234,7 @@ def require(
     `recipe` is the environment of a recipe, `device` the device of the build, where the caller has
     it.
     """
-    rows = judge(
-        Case(layout, settings, device=device, kernels=settings.text("KERNELS")), recipe=recipe
-    )
+    rows = judge(Case(machine, device=device), recipe=recipe)
     for row in rows:
         if row.state == State.WARN and not row.is_reported:
             _warn(console, f"{_called(row)}: {row.text}", row.hint)

@@ -15,20 +15,18 @@ from typing import Literal
 
 from workspace.core.console import Console, Row, State, failed
 from workspace.core.errors import ToolchainError, WorkspaceError
-from workspace.core.paths import Layout
-from workspace.core.settings import Settings, without_user
+from workspace.core.settings import without_user
 from workspace.machine import (
     doctor_host,
     doctor_toolchain,
     dotenv,
-    hardware,
     run_environment,
     toolchain,
 )
-from workspace.machine.case import Case
+from workspace.machine.case import Case, Machine
 from workspace.machine.doctor_toolchain import required_compiler
 
-__all__ = ["CHECKS", "device", "examine", "preflight", "required_compiler", "show"]
+__all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 
 # The purpose of a check: a bootstrap for a device, compiling kernels, serving. `inv doctor` runs
 # all checks, `network` only without --offline.
@@ -223,17 +221,8 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def device(settings: Settings, host: hardware.Machine) -> Literal["cuda", "cpu"]:
-    """Decide DEVICE=auto: cuda where the driver shows a GPU."""
-    wanted = settings.text("DEVICE")
-    if wanted == "auto":
-        return "cuda" if host.gpus else "cpu"
-    return "cuda" if wanted == "cuda" else "cpu"
-
-
 def preflight(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     *,
     device: str,
     kernels: str,
@@ -248,8 +237,7 @@ def preflight(
     if kernels == "native" and not for_serving:
         wanted.add("native")
     case = Case(
-        layout,
-        settings,
+        machine,
         device=device,
         kernels=kernels,
         places=doctor_host.preflight_places(need_gib),
@@ -280,15 +268,10 @@ def _rows(check: Check, case: Case) -> tuple[Row, ...]:
 
 
 def show(
-    layout: Layout,
-    settings: Settings,
-    *,
-    console: Console,
-    as_json: bool = False,
-    offline: bool = False,
+    machine: Machine, *, console: Console, as_json: bool = False, offline: bool = False
 ) -> None:
     """Print every row, or one JSON document. Raises ToolchainError where a row is FAIL."""
-    case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
+    case = Case(machine)
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
     rows = examine(case, checks)
     if as_json:

@@ -16,7 +16,7 @@ from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
 from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.case import TIMED_OUT, Case, Place, hub_home
+from workspace.machine.case import Case, Place, hub_home
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")
@@ -66,9 +66,7 @@ def cores(case: Case) -> Iterator[Row]:
 
 def memory(case: Case) -> Iterator[Row]:
     """Check the available memory, within the control group's limit where that is tighter."""
-    import psutil
-
-    host, whole_gib = case.host(), psutil.virtual_memory().total / hardware.GIB
+    host, whole_gib = case.host(), hardware.whole_memory_gib()
     comfort_gib = COMFORT_GIB[case.device]
     seen = f"{host.memory_gib:.1f} GiB, {host.available_gib:.1f} GiB available"
     if host.memory_gib < whole_gib - 0.1:
@@ -104,13 +102,11 @@ def oom_daemon(case: Case) -> Iterator[Row]:
 
     A Spark freezes instead: the kernel's own out-of-memory killer comes too late.
     """
-    import psutil
-
     names = {program.name for program in case.programs()}
     found = next((name for name in OOM_DAEMONS if name[:15] in names), None)
     first = next((program.name for program in case.programs() if program.pid == 1), "")
     is_container = first not in INITS
-    is_limited = case.host().memory_gib < psutil.virtual_memory().total / hardware.GIB - 0.1
+    is_limited = case.host().memory_gib < hardware.whole_memory_gib() - 0.1
     why = (
         "it stops the largest program before memory runs out; without it a machine with unified"
         " memory freezes"
@@ -338,7 +334,7 @@ def _torch_fault(case: Case, requirement: str, arguments: tuple[str, ...]) -> st
             extra=haste,
             timeout_s=timeout_s + UV_ANSWER_S,
         )
-    if done is None or done.returncode in TIMED_OUT:
+    if done is None:
         return f"no answer in {timeout_s + UV_ANSWER_S:.0f} s"
     if done.returncode == 0:
         return None
@@ -365,7 +361,7 @@ def _git_fault(case: Case, url: str) -> str | None:
         extra={"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
         timeout_s=timeout_s,
     )
-    if done is None or done.returncode in TIMED_OUT:
+    if done is None:
         return f"no answer in {timeout_s:g} s (CONNECT_TIMEOUT_S)"
     if done.returncode == 0:
         return None

@@ -4,7 +4,6 @@ CMake, ninja, driver, toolkit, architectures, and the programs that hold the GPU
 
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from workspace.core.console import Row, State
 from workspace.core.errors import WorkspaceError
+from workspace.core.process import Absent, Broken, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.case import WITHOUT_GPU, Case
@@ -227,21 +227,27 @@ def driver(case: Case) -> Iterator[Row]:
     if case.device == "cpu":
         yield Row(State.OK, "driver", NOT_NEEDED, "a CPU build needs no driver")
         return
-    gpus = case.host().gpus
-    if not gpus:
-        yield _no_gpu(case)
+    answer, gpus = case.machine.driver.gpus(), case.machine.gpus
+    if not isinstance(answer, There):
+        yield _no_gpu(case, answer)
         return
-    cuda = case.driver_cuda()
+    cuda = case.machine.driver.cuda()
     seen = gpus[0].driver or "unknown version"
     yield Row(
-        State.OK, "driver", seen + (f", supports CUDA {cuda}" if cuda else ""), "nvidia-smi answers"
+        State.OK, "driver", seen + (f", supports CUDA {cuda}" if cuda else ""), "the driver answers"
     )
     counts = Counter((gpu.name, gpu.capability) for gpu in gpus)
     for (name, capability), count in counts.items():
         yield _gpu_row(f"{count} x {name}" if count > 1 else name, capability)
 
 
-def _no_gpu(case: Case) -> Row:
+def _no_gpu(case: Case, answer: Absent | Broken | Slow) -> Row:
+    if isinstance(answer, Slow):
+        # A busy machine answers later: nothing is known to be wrong.
+        seen = f"no answer in {answer.limit_s:g} s"
+        return Row(
+            State.WARN, "driver", seen, "a busy machine or a driver that hangs", "nvidia-smi"
+        )
     # A user who sets the architectures builds for another machine.
     is_intended = bool(case.settings.text("TORCH_CUDA_ARCH_LIST"))
     elsewhere = (
@@ -256,7 +262,7 @@ def _no_gpu(case: Case) -> Row:
     return Row(
         State.WARN if is_intended else State.FAIL,
         "driver",
-        "nvidia-smi shows no GPU",
+        answer.message if isinstance(answer, Broken) else "no NVIDIA driver is installed",
         why,
         f"nvidia-smi  # without a GPU: {WITHOUT_GPU}, or {elsewhere}",
     )
@@ -309,9 +315,9 @@ def agreement(case: Case) -> Iterator[Row]:
 
     A driver supports older CUDA versions, and newer ones of its own major version.
     """
-    if case.device == "cpu" or not case.host().gpus:
+    if case.device == "cpu" or not case.machine.gpus:
         return
-    supported, build, found = case.driver_cuda(), case.torch(), case.toolkit()
+    supported, build, found = case.machine.driver.cuda(), case.torch(), case.toolkit()
     wanted = {}
     if build and build.cuda:
         wanted["torch"] = build.cuda
@@ -320,7 +326,7 @@ def agreement(case: Case) -> Iterator[Row]:
     versions = ", ".join(f"{name} {cuda}" for name, cuda in wanted.items())
     seen = f"driver {supported or 'unknown'}, {versions}"
     if supported is None:
-        why = "nvidia-smi does not report which CUDA the driver supports"
+        why = "the driver does not report which CUDA it supports"
         yield Row(State.WARN, "cuda fit", seen, why, "nvidia-smi")
         return
     newer = [name for name, cuda in wanted.items() if key(cuda)[0] > key(supported)[0]]
@@ -342,17 +348,17 @@ def archs(case: Case) -> Iterator[Row]:
         yield Row(State.OK, "arch list", NOT_NEEDED, "a CPU build has no architectures")
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
-    capabilities = arch.known_capabilities(gpu.capability for gpu in case.host().gpus)
+    capabilities = arch.known_capabilities(case.machine.capabilities)
     if capabilities:
         here = f"GPU {' and '.join(capabilities)}"
     else:
-        here = "a GPU of unknown capability" if case.host().gpus else "no GPU here"
+        here = "a GPU of unknown capability" if case.machine.gpus else "no GPU here"
     seen = f"{text or 'not set'}; {here}"
     fault = _arch_fault(case, arch.parse(text), capabilities)
     if fault is None:
         yield Row(State.OK, "arch list", seen, "kernels are compiled for these architectures only")
         return
-    suggested = dotenv.suggest(case.host(), case.toolkit(), device="cuda")
+    suggested = dotenv.suggest(case.machine, device="cuda")
     wanted = suggested.get("TORCH_CUDA_ARCH_LIST", "12.1a")
     hint = (
         f"export TORCH_CUDA_ARCH_LIST='{wanted}'"
@@ -388,30 +394,19 @@ def running_programs(case: Case) -> Iterator[Row]:
         for program in case.programs()
         if is_vllm(program.argv)
     }
-    found = _programs_on_gpu(case) | serving
+    residents = case.machine.driver.residents() if case.machine.gpus else ()
+    found = {resident.pid: resident.name for resident in residents} | serving
     why = "it holds memory that a build, a smoke or a server needs" + (
         "; on a Spark GPU and CPU share it" if case.device == "cuda" else ""
     )
     if not found:
-        seen = "no vLLM is running" + (", nothing on the GPU" if case.host().gpus else "")
+        seen = "no vLLM is running" + (", nothing on the GPU" if case.machine.gpus else "")
         yield Row(State.OK, "running", seen, why)
         return
     seen = ", ".join(f"{pid} ({name})" for pid, name in sorted(found.items())[:4])
     seen += f" and {len(found) - 4} more" if len(found) > 4 else ""
     pids = " ".join(str(pid) for pid in sorted(serving or found))
     yield Row(State.WARN, "running", seen, why, f"kill {pids}" if serving else f"ps -fp '{pids}'")
-
-
-def _programs_on_gpu(case: Case) -> dict[int, str]:
-    path = case.settings.child_environment("plain").get("PATH", "")
-    program = shutil.which("nvidia-smi", path=path) if case.host().gpus else None
-    if program is None:
-        return {}
-    query = "--query-compute-apps=pid,process_name,used_memory"
-    done = case.ask([program, query, "--format=csv,noheader"])
-    lines = done.stdout.splitlines() if done and done.returncode == 0 else []
-    rows = [[field.strip() for field in line.split(",")] for line in lines]
-    return {int(row[0]): row[1] for row in rows if len(row) == 3 and row[0].isdigit()}
 
 
 def is_vllm(argv: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import hardware, toolchain, torch
+from workspace.machine import torch
 from workspace.machine.arch import (
     USUAL_CAPABILITY,
     key,
@@ -28,26 +28,22 @@ from workspace.machine.arch import (
     suggest_list,
     target_of,
 )
-from workspace.machine.case import Case
+from workspace.machine.case import Case, Machine
 
 KV_CACHE_SHARE = 1 / 6
 _PLAIN = re.compile(r"[\w/.,:;+@%=-]*")
 
 
-def write(layout: Layout, settings: Settings, *, device: str) -> str:
+def write(machine: Machine, *, device: str) -> str:
     """Write `.env`, readable by its owner only, and return its lines as `NAME=value` pairs."""
-    lines = suggest(
-        hardware.observe(settings),
-        toolchain.find_toolkit(settings),
-        device=device,
-        archs=settings.text("TORCH_CUDA_ARCH_LIST"),
-    )
+    archs = machine.settings.text("TORCH_CUDA_ARCH_LIST")
+    lines = suggest(machine, device=device, archs=archs)
     head = (
         "# Settings of this clone; .env.example explains every one. A variable in the shell goes"
         " before a line here.\n"
     )
     write_atomic(
-        layout.dotenv,
+        machine.layout.dotenv,
         (head + "".join(f"{name}={text}\n" for name, text in lines.items())).encode(),
         mode=0o600,
     )
@@ -56,20 +52,19 @@ def write(layout: Layout, settings: Settings, *, device: str) -> str:
     )
 
 
-def suggest(
-    host: hardware.Machine, toolkit: toolchain.Toolkit | None, *, device: str, archs: str = ""
-) -> dict[str, str]:
+def suggest(machine: Machine, *, device: str, archs: str = "") -> dict[str, str]:
     """Decide the lines from the machine.
 
     `archs` is the architecture list of this run; it counts where no GPU reports its capability.
     """
     if device == "cpu":
-        return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, int(host.memory_gib * KV_CACHE_SHARE)))}
+        share_gib = machine.host().memory_gib * KV_CACHE_SHARE
+        return {"VLLM_CPU_KVCACHE_SPACE": str(max(1, int(share_gib)))}
     lines: dict[str, str] = {}
     if device == "cuda":
-        if toolkit:
+        if toolkit := machine.toolkit():
             lines["CUDA_HOME"] = str(toolkit.home)
-        capabilities = sorted({gpu.capability for gpu in host.gpus if gpu.capability})
+        capabilities = sorted(set(machine.capabilities))
         if wanted := suggest_list(capabilities) or archs:
             lines["TORCH_CUDA_ARCH_LIST"] = wanted
     return lines
@@ -252,7 +247,7 @@ def ptxas(case: Case) -> Iterator[Row]:
 
 def capability_of(case: Case) -> str:
     """Return the capability of the first GPU, or a Spark's where no GPU reports its own."""
-    found = known_capabilities(gpu.capability for gpu in case.host().gpus)
+    found = known_capabilities(case.machine.capabilities)
     return found[0] if found else USUAL_CAPABILITY
 
 
@@ -311,17 +306,15 @@ def _unset(case: Case, assembler: Assembler) -> str:
     )
 
 
-def complete(
-    layout: Layout, settings: Settings, *, console: Console, replace: bool = False
-) -> None:
+def complete(machine: Machine, *, console: Console, replace: bool = False) -> None:
     """Write or complete .env and print the difference.
 
     `replace` also changes lines with other values; each old line remains as a comment beside the
     new line. Raises ToolchainError where .env cannot be written.
     """
-    case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
+    case, layout, settings = Case(machine), machine.layout, machine.settings
     if not layout.dotenv.exists():
-        lines = write(layout, settings, device=case.device)
+        lines = write(machine, device=case.device)
         console.row(State.DONE, ".env", f"written for this machine: {lines}")
     written, wanted = settings_module.written(layout), propose(case)
     rows: list[Row] = []
@@ -357,7 +350,7 @@ def propose(case: Case) -> dict[str, str]:
 
     A ptxas is proposed where Triton's own fails for the GPU and the toolkit's works.
     """
-    lines = suggest(case.host(), case.toolkit(), device=case.device)
+    lines = suggest(case.machine, device=case.device)
     return lines | (_assembler(case) if case.device == "cuda" else {})
 
 

@@ -21,6 +21,7 @@ from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, is_secret
 from workspace.machine import check, jit_caches, run_environment
+from workspace.machine.case import Machine
 from workspace.repo.git import Git
 from workspace.server import flags
 from workspace.server.observation import Address
@@ -85,8 +86,9 @@ def export_variables(layout: Layout, settings: Settings, *, console: Console) ->
     """Print lines for `eval "$(inv env.export)"` in sh: variables of a running vLLM that this shell
     lacks, and scripts/ on PATH. Secrets are left out.
     """
-    check.require(layout, settings, console=console)
-    environment = built_environment(layout, settings, "shell", is_shown=True)
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    environment = built_environment(machine, "shell", is_shown=True)
     for line in lines(layout, environment, settings.shell):
         console.data(line)
     secrets = [
@@ -134,8 +136,9 @@ def _ready(layout: Layout, settings: Settings, console: Console) -> dict[str, st
         raise ToolchainError(
             "there is no built environment: .vllm/bin/python is missing", hint=_BOOTSTRAP
         )
-    check.require(layout, settings, console=console)
-    return built_environment(layout, settings, "shell")
+    machine = Machine(layout, settings)
+    check.require(machine, console=console)
+    return built_environment(machine, "shell")
 
 
 @dataclass(frozen=True)
@@ -318,8 +321,7 @@ def _exposed(address: Address, *, has_key: bool, force: bool) -> str:
 
 
 def built_environment(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     phase: Phase,
     *,
     recipe: Mapping[str, str] | None = None,
@@ -329,9 +331,10 @@ def built_environment(
     """Return the environment of a vLLM that is to be started, or with `is_shown` only shown.
 
     For a start the folders of compiled kernels are recorded as this stack's. Runs git once, and
-    nvidia-smi if torch is built for CUDA. See run_environment.built_environment.
+    asks the driver if torch is built for CUDA. See run_environment.built_environment.
     """
-    stack = jit_caches.observe(layout, settings, tree=tree_oid(layout))
+    layout, settings = machine.layout, machine.settings
+    stack = jit_caches.observe(machine, tree=tree_oid(layout))
     if not is_shown:
         jit_caches.record(layout, stack)
     return run_environment.built_environment(

@@ -28,7 +28,6 @@ from workspace.server import observation, process_tree
 from workspace.server.observation import (
     Address,
     Server,
-    boot,
     ending,
     find,
     how_ended,
@@ -281,7 +280,7 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
         launch.name,
         launch.address,
         tree,
-        boot(),
+        hardware.boot_id(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         launch.grace_s,
         facts=launch.facts,

@@ -28,6 +28,7 @@ from workspace.core.files import download, read_regular, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
+from workspace.machine.case import Machine
 from workspace.repo import index, pins
 from workspace.server import recipes
 from workspace.server.recipes import Recipe
@@ -251,7 +252,7 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
         raise ToolchainError(
             "there is no built environment: its huggingface_hub fetches models", hint=_BOOTSTRAP
         )
-    check.require(layout, settings, console=console, recipe=recipe.environment)
+    check.require(Machine(layout, settings), console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
     console.hint(f"./scripts/inv serve {name}")
 

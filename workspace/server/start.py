@@ -16,7 +16,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check
-from workspace.machine.case import Case
+from workspace.machine.case import Case, Machine
 from workspace.machine.hardware import GIB
 from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
 from workspace.server.command import Command
@@ -55,8 +55,7 @@ class ServeOptions:
 class _Session:
     """One call of `inv serve`: its options, and the recipe, command line and device for them."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     console: Console
     options: ServeOptions
     recipe: Recipe
@@ -78,9 +77,10 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         has_key=bool(settings.text("VLLM_API_KEY")),
         force=options.force,
     )
-    check.require(layout, settings, console=console, recipe=recipe.environment)
-    device = _device(layout, settings, console, dry_run=options.dry_run)
-    session = _Session(layout, settings, console, options, recipe, line, device)
+    machine = Machine(layout, settings)
+    check.require(machine, console=console, recipe=recipe.environment)
+    device = _device(machine, console, dry_run=options.dry_run)
+    session = _Session(machine, console, options, recipe, line, device)
     _check(session)
     folder = _find_model(session)
     is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
@@ -88,8 +88,7 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     if folder:
         _require_usable(folder, line)
     environment = command.built_environment(
-        layout,
-        settings,
+        machine,
         "serve",
         recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
         is_shown=options.dry_run,
@@ -129,11 +128,10 @@ def _check(session: _Session) -> None:
     for note in recipe.notes:
         session.console.sentence(f"note: {note}")
     if not options.dry_run:
-        _require_room(session.layout, line)
-    free = fit.observe(session.settings, device=session.device)
+        _require_room(session.machine.layout, line)
+    free = fit.observe(session.machine, device=session.device)
     environment = command.built_environment(
-        session.layout,
-        session.settings,
+        session.machine,
         "serve",
         recipe=recipe.environment,
         is_shown=True,
@@ -150,7 +148,7 @@ def _find_model(session: _Session) -> Path | None:
 
     None on a dry run with missing files.
     """
-    layout, settings, recipe = session.layout, session.settings, session.recipe
+    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
     folder = models.found_weights(layout, settings, recipe)
     if folder is None and session.options.dry_run:
         session.console.info(
@@ -168,7 +166,7 @@ def _find_model(session: _Session) -> Path | None:
 
 
 def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> None:
-    layout, settings, console = session.layout, session.settings, session.console
+    layout, settings, console = session.machine.layout, session.machine.settings, session.console
     is_detached = session.options.detach
     if is_detached:
         # As nohup does: the terminal may close while the model loads.
@@ -199,7 +197,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
 
 
 def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
-    settings = session.settings
+    settings = session.machine.settings
     with session.console.step("start") as view:
         try:
             server, ready = lifecycle.wait_until_ready(
@@ -306,14 +304,14 @@ def _require_usable(folder: Path, line: Command) -> None:
             ) from exc
 
 
-def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bool) -> str:
+def _device(machine: Machine, console: Console, *, dry_run: bool) -> str:
     try:
-        return str(require_built(layout, settings).device)
+        return str(require_built(machine).device)
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
         console.warn(f"a start would fail now: {exc.message}", hint=exc.hint)
-    return str(Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device)
+    return str(Case(machine).device)
 
 
 def _require_room(layout: Layout, line: Command) -> None:
@@ -345,14 +343,16 @@ def _explained(
     session: _Session, server: Server, error: ServeError, folder: Path | None
 ) -> ServeError:
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
-    settings, options = session.settings, session.options
+    settings, options = session.machine.settings, session.options
     ended = how_ended(server)
     reading = observation.read_failure(
         server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint
     if reading.lack:
-        free = fit.observe(settings, device=server.facts["device"])
+        # Another snapshot: the memory is not what it was before the start.
+        now = Machine(session.machine.layout, settings)
+        free = fit.observe(now, device=server.facts["device"])
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )

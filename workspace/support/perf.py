@@ -7,7 +7,7 @@ perf_replay.py prepare them.
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from workspace.core.errors import BuildError, WorkspaceError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine.hardware import Machine
 from workspace.support import perf_pairs, perf_replay
 from workspace.support.perf_measure import (
     Aim,
@@ -237,12 +236,12 @@ class Result:
         return "met" if self.row.aim.is_met(self.comparison) else "missed"
 
 
-def encode(results: Sequence[Result], machine: Machine) -> str:
+def encode(results: Sequence[Result], machine: Mapping[str, object]) -> str:
     """Return the JSON record: times in UTC, durations in ms, ratios and differences of pairs."""
     record = {
         "schema": SCHEMA,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": asdict(machine),
+        "machine": machine,
         "rows": [_row(result) for result in results],
     }
     return json.dumps(record, indent=1, allow_nan=False)
@@ -320,13 +319,13 @@ def run(
     measured, after all other rows are done.
     """
     from workspace.core import files
-    from workspace.machine import hardware
+    from workspace.machine.case import Machine
 
     with files.folder_beside(layout.state / "perf") as folder:
         context = Context(layout, settings, folder)
         results = [_measure(row, context, pairs or row.pairs, console) for row in rows]
     console.table([_HEAD, *(_cells(result) for result in results)], right=range(2, 9))
-    text = encode(results, hardware.observe(settings))
+    text = encode(results, Machine(layout, settings).record())
     for file in (layout.state / RECORD, *([json_file] if json_file else [])):
         write_atomic(file, f"{text}\n".encode())
     console.data(text)

@@ -286,7 +286,7 @@ class Context:
         observed = plan.observe(self.layout, self.settings)
         due = [
             f"{stage.steps[0][0]}: {stage.reason}"
-            for stage in bootstrap.stages_of(self.layout, self.settings, observed)
+            for stage in bootstrap.stages_of(observed)
             if stage.is_due
         ]
         if due:

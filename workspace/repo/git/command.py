@@ -241,23 +241,23 @@ def _remove(paths: Sequence[Path], folder: Path) -> bool:
 
 
 def _is_held(path: Path, folder: Path) -> bool:
-    """Return whether a visible process (proc(5)) has the lock open, or is a git in this repository.
+    """Return whether a visible process has the lock open, or is a git in this repository.
 
     A process of another user is not visible.
     """
     import psutil
 
     place, git_dir = os.path.realpath(folder), os.path.realpath(path.parent)
+    lock = os.path.join(git_dir, path.name)
     for running in psutil.process_iter():
         if running.pid == os.getpid():
             continue
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             if running.name().startswith("git"):
                 cwd = running.cwd()
                 if any(cwd == top or cwd.startswith(f"{top}/") for top in (place, git_dir)):
                     return True
-            lock = os.path.join(git_dir, path.name)
-            if any(opened.path == lock for opened in running.open_files()):
+            if any(file.path == lock for file in running.open_files()):
                 return True
     return False
 
