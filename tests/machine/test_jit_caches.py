@@ -165,6 +165,26 @@ def test_every_part_of_a_stack_has_own_folders_and_a_commit_keeps_those_of_flash
     assert (mine["TRITON_CACHE_DIR"] == theirs["TRITON_CACHE_DIR"]) is (part == "flashinfer")
 
 
+def test_driver_keeps_what_it_compiled_in_one_folder_of_the_clone_and_holds_the_most(house):
+    mine, theirs = (
+        jit_caches.variables(house.layout, house.settings(), stack)
+        for stack in (OURS, Stack(**{**OURS.__dict__, "tree": "another", "torch": "another"}))
+    )
+    assert mine["CUDA_CACHE_PATH"] == str(house.layout.jit / "driver") == theirs["CUDA_CACHE_PATH"]
+    assert mine["CUDA_CACHE_MAXSIZE"] == str(4 * 2**30)
+
+
+def test_driver_cache_of_the_user_stays_and_a_cpu_build_has_none(house):
+    own = jit_caches.variables(house.layout, house.settings(CUDA_CACHE_PATH="/mine"), OURS)
+    assert "CUDA_CACHE_PATH" not in own
+    without = Stack(**{**OURS.__dict__, "architecture": jit_caches.NONE})
+    assert not [
+        name
+        for name in jit_caches.variables(house.layout, house.settings(), without)
+        if name.startswith("CUDA_")
+    ]
+
+
 def test_unreadable_caches_are_no_finding(house):
     place = home(house) / ".triton" / "cache" / "KEY"
     place.mkdir(parents=True)

@@ -20,6 +20,7 @@ from workspace.core.files import copy_files, files_below, read_regular, write_at
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bootstrap, editable, plan, stamp
+from workspace.machine import jit_caches
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -33,12 +34,14 @@ def furnish(outer: Layout, target: Layout, pin: Pin) -> None:
 
     Patches, tree and environment are added by the caller.
     """
-    for shared in (outer.logs, outer.models):
+    driver_caches = [layout.jit / jit_caches.DRIVER_CACHE for layout in (outer, target)]
+    for shared in (outer.logs, outer.models, driver_caches[0]):
         shared.mkdir(parents=True, exist_ok=True)
     target.pins.parent.mkdir(parents=True)
     target.pins.write_bytes(pins.dump(read_regular(outer.pins), pin))
-    target.state.mkdir()
+    target.jit.mkdir(parents=True)
     links = {
+        driver_caches[1]: driver_caches[0],
         target.probes.parent: outer.probes.parent,
         target.tools: outer.tools,
         target.logs: outer.logs,

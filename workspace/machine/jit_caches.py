@@ -29,6 +29,12 @@ Kind = Literal["triton", "flashinfer", "torch compile", "vllm"]
 NONE = "none"
 KEY_DIGITS = 12
 RECORD = "stack.json"
+# The driver's own cache of compiled PTX, below .workspace/jit. The driver keys each entry by the
+# code, the GPU and its own version, so one folder serves every stack.
+DRIVER_CACHE = "driver"
+# The largest size that the driver accepts, 4 GiB (CUDA C++ Programming Guide, CUDA Environment
+# Variables). Its default is 1 GiB, on embedded systems 256 MiB, and it evicts what is older.
+DRIVER_CACHE_BYTES = 4 << 30
 # The folders of compiled code below VLLM_CACHE_ROOT, which also has facts of models and test
 # assets.
 COMPILED_BY_VLLM = ("torch_compile_cache", "deep_gemm", "flashinfer_autotune_cache")
@@ -120,11 +126,15 @@ def variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, 
         "VLLM_CACHE_ROOT": own / "vllm",
         "FLASHINFER_WORKSPACE_BASE": library,
     }
+    found = {name: str(place) for name, place in keyed.items()}
+    if stack.architecture != NONE:
+        found["CUDA_CACHE_PATH"] = str(layout.jit / DRIVER_CACHE)
+        found["CUDA_CACHE_MAXSIZE"] = str(DRIVER_CACHE_BYTES)
     # Triton uses its home only for what has no folder of its own, but a user who sets it means all
     # of Triton's files.
     if _set(settings, "TRITON_HOME"):
-        del keyed["TRITON_CACHE_DIR"]
-    return {name: str(place) for name, place in keyed.items() if not _set(settings, name)}
+        del found["TRITON_CACHE_DIR"]
+    return {name: text for name, text in found.items() if not _set(settings, name)}
 
 
 def record(layout: Layout, stack: Stack) -> None:
