@@ -132,9 +132,11 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
     here = paths.here()
     settings = main.load_settings(here)
+    from workspace.install import status
     from workspace.machine import doctor as verb
 
-    verb.show(here, settings, console=main.console(), as_json=json, offline=offline)
+    more = status.doctor_rows(here)
+    verb.show(here, settings, console=main.console(), as_json=json, offline=offline, more=more)
 
 
 @task(

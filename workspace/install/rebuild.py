@@ -318,7 +318,11 @@ class Job:
 
     def show(self, *, as_json: bool) -> None:
         if self.plan is not None:
-            jobs.show(self.plan, self.run.run_log.console, as_json=as_json)
+            console = self.run.run_log.console
+            jobs.show(self.plan, console, as_json=as_json)
+            sentence = status.driver_sentence(self.run.observed.kernels.recorded)
+            if sentence and not as_json:
+                console.info(sentence)
 
 
 def job_of(run: stages.Run) -> Job:

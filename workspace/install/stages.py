@@ -13,7 +13,7 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, stamp
+from workspace.install import editable, plan, precompiled, stamp, status
 from workspace.machine import check, doctor, dotenv, hardware, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
@@ -211,6 +211,9 @@ def verify_vllm(run: Run, view: Step) -> None:
     kind = (
         "precompiled" if observed.kernels_wanted.kind == "hybrid" else observed.kernels_wanted.kind
     )
+    if observed.device == "cuda":
+        libraries = [library.path for library in verdict.libraries]
+        check_device_code(run, libraries, archs="", not_built=(), is_native=False)
     write_stamp(run, observed, verdict, kind=kind)
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
@@ -292,6 +295,8 @@ def check_device_code(
     rows = (f"{row.library}: {row.state}: {row.sentence}" for row in judged)
     for sentence in (*rows, *left_out.expected):
         run.run_log.write(sentence)
+    if capabilities:
+        run.outcome[status.DRIVER_WORK] = device_code.driver_work(listed, capabilities)
     for sentence in (*left_out.unknown, *(left_out.failures if not is_native else ())):
         run.run_log.console.warn(sentence)
     wrong = [f"{row.library} {row.sentence}" for row in judged if row.state == "wrong"]
@@ -300,7 +305,11 @@ def check_device_code(
     if wrong:
         raise BuildError(
             f"the built libraries lack code for {wanted}: {wrong[0]}",
-            hint="./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST",
+            hint=(
+                "./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST"
+                if archs
+                else "./scripts/inv rebuild --kernels native    compiles for this GPU"
+            ),
             details=tuple(wrong),
         )
     count = sum(row.state == "ok" for row in judged)

@@ -287,11 +287,15 @@ def show(
     console: Console,
     as_json: bool = False,
     offline: bool = False,
+    more: Sequence[Row] = (),
 ) -> None:
-    """Print every row, or one JSON document. Raises ToolchainError where a row is FAIL."""
+    """Print every row, `more` of the built tree last, or one JSON document.
+
+    Raises ToolchainError where a row is FAIL.
+    """
     case = Case(layout, settings, device=None, kernels=settings.text("KERNELS"))
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
-    rows = examine(case, checks)
+    rows = (*examine(case, checks), *more)
     if as_json:
         verdict = max((row.state for row in rows), key=ORDER.index, default="ok")
         report = {"schema": SCHEMA, "rows": [asdict(row) for row in rows], "verdict": verdict}
