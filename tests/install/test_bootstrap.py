@@ -155,3 +155,41 @@ def test_bytecode_newer_than_the_last_sync_is_removed(built: World) -> None:
     os.utime(found[0])
     venv.drop_bytecode(layout, since=layout.stamp("vllm"))
     assert [path for path in found if not path.exists()] == [found[0]]
+
+
+def test_bootstrap_ends_with_a_token_of_the_built_vllm_and_never_repeats_it(built: World) -> None:
+    assert built.first is not None
+    lines = built.first.err.splitlines()
+    assert [line for line in lines if line.startswith("done     first token   on cpu")]
+    record = json.loads(built.layout.stamp("first-token").read_text())
+    assert record["inputs"]["version"] == f"{VERSION}+cpu"
+    again = built.bootstrap()
+    assert "skipped  first token   was generated on cpu" in again.err
+
+
+def test_another_build_generates_its_own_first_token(built: World) -> None:
+    wheel = next(built.layout.root.parent.glob("cache/files/*/*.whl"))
+    ended = built.bootstrap("--kernels", str(wheel))
+    assert "done     first token" in ended.err
+
+
+def test_first_token_is_left_out_on_request_and_made_up_for_by_the_next_bootstrap(
+    built: World,
+) -> None:
+    built.layout.stamp("first-token").unlink()
+    before = built.listing()
+    ended = built.bootstrap("--no-first-token")
+    assert "first token" not in ended.err
+    assert built.listing() == before
+    assert "due: first token" in built.bootstrap().err
+
+
+def test_vllm_that_generates_no_token_is_an_error_with_its_cause(built: World) -> None:
+    built.layout.stamp("first-token").unlink()
+    (built.root / "no-token").write_text("CUDA error: no kernel image is available")
+    sentence = built.run("bootstrap").error(7)
+    assert "no kernel image is available" in sentence
+    assert not built.layout.stamp("first-token").exists()
+    assert built.status()["install"] == "ok"
+    (built.root / "no-token").unlink()
+    built.bootstrap()

@@ -18,6 +18,7 @@ from workspace.core import paths
         "source": "where vendor/vllm comes from: auto, git or release",
         "kernels": "compiled libraries: auto, precompiled, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
+        "first-token": "generate a token on the device as the last step",
         "wait": WAIT,
     }
 )
@@ -27,6 +28,7 @@ def bootstrap(
     source: str | None = None,
     kernels: str | None = None,
     jobs: str | None = None,
+    first_token: bool = True,
     wait: bool = False,
 ) -> None:
     """Make a fresh clone generate text; safe to repeat."""
@@ -36,7 +38,8 @@ def bootstrap(
     )
     from workspace.install import bootstrap as verb
 
-    verb.run(here, settings, console=main.console(), wait=wait)
+    end: verb.End = "token" if first_token else "command"
+    verb.run(here, settings, console=main.console(), wait=wait, end=end)
 
 
 @task(

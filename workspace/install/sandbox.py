@@ -203,7 +203,7 @@ def build_in(
 
     Raises the errors of bootstrap and rebuild.
     """
-    bootstrap.run(layout, settings, console=console, wait=True, is_part=True, is_sandbox=is_sandbox)
+    bootstrap.run(layout, settings, console=console, wait=True, end="part", is_sandbox=is_sandbox)
     if plan.observe(layout, settings).needs_compilation:
         from workspace.install import rebuild
 

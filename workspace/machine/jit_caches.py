@@ -145,6 +145,30 @@ def record(layout: Layout, stack: Stack) -> None:
             write_atomic(path, (json.dumps(asdict(stack), indent=1) + "\n").encode())
 
 
+def written_since(environment: Mapping[str, str], start: float) -> str:
+    """Return what a run with this environment has compiled since a time, such as `Triton 3
+    kernels, the driver 12 MB`; FlashInfer's libraries by name. Empty if nothing is finished yet.
+    """
+
+    def fresh(variable: str, pattern: str) -> list[Path]:
+        place = environment.get(variable)
+        found = Path(place).glob(pattern) if place else ()
+        with contextlib.suppress(OSError):
+            return [path for path in found if path.is_file() and path.stat().st_mtime >= start]
+        return []
+
+    kernels = len(fresh("TRITON_CACHE_DIR", "*/*.json"))
+    libraries = fresh("FLASHINFER_WORKSPACE_BASE", ".cache/flashinfer/*/*/cached_ops/*/build.ninja")
+    names = ", ".join(sorted(path.parent.name for path in libraries)[:3])
+    size = sum(path.stat().st_size for path in fresh("CUDA_CACHE_PATH", "*/*/*"))
+    parts = (
+        f"Triton {kernels} kernels" if kernels else "",
+        f"FlashInfer {names}" if names else "",
+        f"the driver {size / 1e6:.1f} MB" if size else "",
+    )
+    return ", ".join(part for part in parts if part)
+
+
 def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...]:
     """Return each folder that a run of this stack loads from, with and without `variables`."""
     usual = {
