@@ -6,26 +6,29 @@ does not change.
 
 import filecmp
 import json
+import mmap
 import os
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from workspace.core import process
 from workspace.core.console import RunLog
-from workspace.core.errors import BuildError
+from workspace.core.errors import BuildError, ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.plan import Observation
-from workspace.install.stamp import Library
+from workspace.install.stamp import Library, Stamp
 from workspace.machine import hardware, interpreter
 from workspace.machine.torch import TorchBuild
+from workspace.machine.torch import observe as observe_torch
 from workspace.repo.git import Git, worktree
 
 # No program of this name exists: setuptools-rust then reports the optional frontend as not built,
@@ -173,6 +176,8 @@ def _clear(folder: Path, *, top: Path) -> None:
         folder = folder.parent
 
 
+# Kinds of sections and of an entry of the dynamic section (elf(5)).
+_SHT_DYNAMIC, _SHT_DYNSYM, _DT_NEEDED = 6, 11, 1
 # The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
 # took a minute.
 TIMEOUT_S = 600.0
@@ -187,10 +192,16 @@ class Verdict:
     torch: TorchBuild
     libraries: tuple[Library, ...]
     undriven: tuple[str, ...] = ()
+    # The only libraries that changed since the last complete verification, if that is known.
+    changed: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
         """What was verified, in a sentence."""
+        if self.changed:
+            names = ", ".join(Path(path).name.split(".")[0] for path in self.changed)
+            verb, needs = ("load", "need") if len(self.changed) > 1 else ("loads", "needs")
+            return f"{names} {verb}, and {needs} the same symbols as before; nothing else changed"
         count = len(self.libraries) - len(self.undriven)
         loaded = (
             f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
@@ -253,6 +264,132 @@ def verify(layout: Layout, settings: Settings, observed: Observation) -> Verdict
     return Verdict(
         outside.version, outside.platform, outside.torch, outside.libraries, outside.undriven
     )
+
+
+@dataclass(frozen=True)
+class Linked:
+    """A library in the tree: its file's identity, the symbols and libraries that it needs, and its
+    device code."""
+
+    file: tuple[int, int, int]
+    needs: frozenset[str]
+    code: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Before:
+    """The stamp of the last verification, and the libraries as they were before an install."""
+
+    recorded: Stamp
+    libraries: Mapping[str, Linked | None]
+
+
+def before_install(layout: Layout, recorded: Stamp) -> Before:
+    return Before(recorded, _linked(layout, recorded))
+
+
+def _linked(layout: Layout, recorded: Stamp) -> dict[str, Linked | None]:
+    """Return the recorded libraries by path; None for a missing file or a file in unknown form."""
+    from workspace.compile import device_code
+
+    found: dict[str, Linked | None] = {}
+    for path in (library.path for library in recorded.libraries):
+        file = layout.vllm / path
+        try:
+            state = file.stat()
+            identity = (state.st_ino, state.st_size, state.st_mtime_ns)
+            needs = frozenset(_needs(file))
+            found[path] = Linked(identity, needs, device_code.architectures(file))
+        except (OSError, ValueError, struct.error, IndexError):
+            found[path] = None
+    return found
+
+
+def _needs(library: Path) -> Iterator[str]:
+    """Yield the undefined symbols of a 64-bit library, and the libraries that it names (elf(5))."""
+    with (
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view,
+    ):
+        if view[:6] != b"\x7fELF\x02\x01":
+            return
+        (table,), (size, count) = (
+            struct.unpack_from("<Q", view, 40),
+            struct.unpack_from("<HH", view, 58),
+        )
+        headers = [
+            struct.unpack_from("<IIQQQQIIQQ", view, table + at * size) for at in range(count)
+        ]
+
+        def text(link: int, at: int) -> str:
+            start = headers[link][4] + at
+            return view[start : view.find(b"\0", start)].decode()
+
+        for _, kind, _, _, start, length, link, *_ in headers:
+            if kind == _SHT_DYNSYM:
+                for name, _, _, section, _, _ in struct.iter_unpack(
+                    "<IBBHQQ", view[start : start + length]
+                ):
+                    if name and not section:
+                        yield text(link, name)
+            elif kind == _SHT_DYNAMIC:
+                for tag, value in struct.iter_unpack("<qQ", view[start : start + length]):
+                    if tag == _DT_NEEDED:
+                        yield f"library {text(link, value)}"
+
+
+def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdict | None:
+    """Verify only the libraries that changed since the last verification; the caller has found that
+    nothing else changed.
+
+    Return None where that proves too little, and a complete verification is needed: a library is
+    new, missing, does not load, or needs other symbols or holds other device code than before.
+    """
+    recorded, known = before.recorded, before.libraries
+    now = _linked(layout, recorded)
+    changed = tuple(path for path in known if now[path] != known[path])
+    is_alike = all(
+        (was := known[path]) and (new := now[path]) and replace(new, file=was.file) == was
+        for path in changed
+    )
+    torch = next(
+        (top / "torch" for top in interpreter.site_packages(layout) if (top / "torch").is_dir()),
+        None,
+    )
+    if not changed or not is_alike or _compiled(layout) != set(known) or torch is None:
+        return None
+    argv: list[process.Argument] = [layout.environment_python, "-I", "-S"]
+    argv += [layout.probes / "verify.py", layout.vllm, "--torch", torch]
+    for path in changed:
+        argv += ["--only", path]
+    try:
+        environment = settings.child_environment("run")
+        done = process.capture(argv, env=environment, cwd=layout.root, timeout_s=TIMEOUT_S)
+        rows = json.loads(done.stdout)["libraries"] if done.returncode == 0 else []
+    except (ToolchainError, ValueError, KeyError, TypeError):
+        return None
+    fresh = {row["path"]: Library(row["path"], row["size"], row["sha256"]) for row in rows}
+    if set(fresh) != set(changed) or any(row["verdict"] != "ok" for row in rows):
+        return None
+    build = observe_torch(layout, settings)
+    if build is None:
+        return None
+    return Verdict(
+        recorded.outcome["version"],
+        recorded.outcome["platform"],
+        build,
+        tuple(fresh.get(library.path, library) for library in recorded.libraries),
+        changed=changed,
+    )
+
+
+def _compiled(layout: Layout) -> set[str]:
+    """Return every shared library below the tree's package, as probes/verify.py finds them."""
+    return {
+        str(path.relative_to(layout.vllm))
+        for path in (layout.vllm / "vllm").rglob("*.so*")
+        if re.fullmatch(r".+\.so(\.\d+)*", path.name) and path.is_file()
+    }
 
 
 def _judge(

@@ -58,6 +58,8 @@ class Job:
     project: Project = field(default_factory=lambda: Project((), ()))
     reached: tuple[Reached, ...] = ()
     plan: RebuildPlan | None = None
+    # Where nothing but libraries is installed.
+    before: editable.Before | None = None
 
     def __post_init__(self) -> None:
         observed = self.run.observed
@@ -244,6 +246,9 @@ class Job:
         run, layout, observed = self.run, self.run.layout, self.run.observed
         names = [reached.target for reached in self.reached if reached.reason != TARGET_FLAG]
         is_editable_current = self._is_editable_current(names)
+        recorded = observed.kernels.recorded
+        if is_editable_current and recorded:
+            self.before = editable.before_install(layout, recorded)
         stamp.withdraw(layout.stamp("vllm"))
         venv.repair(layout, run.settings, run_log=run.run_log, names=("vllm",))
         if not is_editable_current:
@@ -295,8 +300,10 @@ class Job:
     def verify(self, view: Step) -> None:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
-        observed = run.observe()
-        verdict = editable.verify(run.layout, run.settings, observed)
+        observed, verdict = run.observe(), None
+        if stages.note_python(run) and self.before:
+            verdict = editable.verify_changed(run.layout, run.settings, self.before)
+        verdict = verdict or editable.verify(run.layout, run.settings, observed)
         device_code = (
             stages.check_device_code(
                 run,

@@ -41,6 +41,9 @@ class Run:
         return plan.observe(self.layout, self.settings)
 
 
+# The key in the stamp's outcome: the digest of the Python package that was verified.
+PYTHON = "python package"
+
 Act = Callable[[Run, Step], None]
 Steps = tuple[tuple[str, Act], ...]
 
@@ -205,6 +208,7 @@ def install_with_wheel(run: Run) -> None:
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
+    note_python(run)
     verdict = editable.verify(run.layout, run.settings, observed)
     # Where sources changed since the wheel, the kernels are still those of the wheel: only
     # inv rebuild makes them hybrid.
@@ -216,6 +220,15 @@ def verify_vllm(run: Run, view: Step) -> None:
         check_device_code(run, libraries, archs="", not_built=(), is_native=False)
     write_stamp(run, observed, verdict, kind=kind)
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
+
+
+def note_python(run: Run) -> bool:
+    """Note the content of the Python package for the stamp, and return whether the last
+    verification imported the same. Noted before the import: a later edit counts as a change.
+    """
+    run.outcome[PYTHON] = digest = Git(run.layout.vllm).digest(("vllm",))
+    recorded = run.observed.kernels.recorded
+    return recorded is not None and recorded.outcome.get(PYTHON) == digest
 
 
 def write_stamp(
