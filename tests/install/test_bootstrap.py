@@ -2,11 +2,22 @@
 
 import json
 import os
+import re
 import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
 
 from tests.small.materials import VERSION, Materials, git
 from tests.small.wheels import LIBRARIES, this_machine
 from tests.small.world import World
+from workspace.core.console import Console, Step
+from workspace.install import bootstrap, status
+from workspace.install.stages import Run
 from workspace.machine import venv
 
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
@@ -193,3 +204,36 @@ def test_vllm_that_generates_no_token_is_an_error_with_its_cause(built: World) -
     assert built.status()["install"] == "ok"
     (built.root / "no-token").unlink()
     built.bootstrap()
+
+
+def test_wait_for_the_first_token_is_named_each_time_with_its_stage_and_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bootstrap, "WAIT_LINE_S", 0.02)
+    kernel = tmp_path / "driver" / "a" / "b" / "kernel"
+    kernel.parent.mkdir(parents=True)
+    console = Console(err=sys.stderr)
+    built = SimpleNamespace(outcome={status.DRIVER_WORK: "_vllm_fa2_C (76 of 76 units for 12.1)"})
+    run = SimpleNamespace(
+        run_log=SimpleNamespace(console=console),
+        observed=SimpleNamespace(kernels=SimpleNamespace(recorded=built)),
+    )
+    environment = {"CUDA_CACHE_PATH": str(tmp_path / "driver")}
+    wait = bootstrap._Wait(cast(Run, run), Step("first token"), environment)
+    with wait.shown():
+        wait.read("@ generating a token")
+        kernel.write_bytes(b"x" * 2_000_000)
+        deadline = time.monotonic() + 20
+        shown = ""
+        while "2.0 MB" not in shown and time.monotonic() < deadline:
+            time.sleep(0.02)
+            shown += capsys.readouterr().err
+    assert re.search(
+        r"^first token: generating a token, 0 s; the driver may be compiling _vllm_fa2_C;"
+        r" compiled so far: the driver 2\.0 MB$",
+        shown,
+        re.MULTILINE,
+    )
+    assert wait.error is not None, "no document was printed yet"
+    wait.read('{"schema": 1, "error": null, "token": 7}')
+    assert wait.error is None

@@ -185,6 +185,32 @@ def test_driver_cache_of_the_user_stays_and_a_cpu_build_has_none(house):
     ]
 
 
+def test_what_a_run_has_compiled_is_named_by_its_compiler_and_older_kernels_are_not(tmp_path):
+    start = 1_000_000_000.0
+    files = {
+        "triton/AB/_attention.json": start + 5,
+        "triton/AB/__grp___attention.json": start + 5,
+        "triton/OLD/_attention.json": start - 5,
+        "flashinfer/.cache/flashinfer/0.7.0/121a/cached_ops/sampling/build.ninja": start + 5,
+        "flashinfer/.cache/flashinfer/0.7.0/121a/cached_ops/old/build.ninja": start - 5,
+        "driver/a/b/0123": start + 5,
+        "driver/index": start + 5,
+    }
+    for name, written in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 1_500_000)
+        os.utime(tmp_path / name, (written, written))
+    environment = {
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(tmp_path / "flashinfer"),
+        "CUDA_CACHE_PATH": str(tmp_path / "driver"),
+    }
+    found = jit_caches.written_since(environment, start)
+    assert found == "Triton 1 kernel, FlashInfer sampling, the driver 1.5 MB"
+    assert jit_caches.written_since(environment, start + 60) == ""
+    assert jit_caches.written_since({}, start) == ""
+
+
 def test_unreadable_caches_are_no_finding(house):
     place = home(house) / ".triton" / "cache" / "KEY"
     place.mkdir(parents=True)

@@ -222,6 +222,8 @@ def _generate(run: stages.Run, view: Step) -> None:
     """
     layout, settings, observed = run.layout, run.settings, run.observed
     stamp.withdraw(layout.stamp(FIRST_TOKEN))
+    if sentence := status.driver_sentence(observed.kernels.recorded):
+        run.run_log.console.info(sentence)
     stack = jit_caches.observe(layout, settings, tree=Git(layout.vllm).tree("HEAD"))
     jit_caches.record(layout, stack)
     environment = run_environment.run_variables(
@@ -278,7 +280,8 @@ class _Wait:
         text = f"{self.stage}, {time.time() - self.started:.0f} s"
         built = self.run.observed.kernels.recorded
         if work := built.outcome.get(status.DRIVER_WORK) if built else None:
-            text += f"; the driver compiles PTX at the first use of {work}"
+            names = ", ".join(part.split(" ")[0] for part in work.split("), "))
+            text += f"; the driver may be compiling {names}"
         written = self.written()
         return f"{text}; compiled so far: {written}" if written else text
 

@@ -157,12 +157,13 @@ def written_since(environment: Mapping[str, str], start: float) -> str:
             return [path for path in found if path.is_file() and path.stat().st_mtime >= start]
         return []
 
-    kernels = len(fresh("TRITON_CACHE_DIR", "*/*.json"))
+    # Triton has a folder for each kernel, with several files.
+    kernels = len({path.parent for path in fresh("TRITON_CACHE_DIR", "*/*.json")})
     libraries = fresh("FLASHINFER_WORKSPACE_BASE", ".cache/flashinfer/*/*/cached_ops/*/build.ninja")
     names = ", ".join(sorted(path.parent.name for path in libraries)[:3])
     size = sum(path.stat().st_size for path in fresh("CUDA_CACHE_PATH", "*/*/*"))
     parts = (
-        f"Triton {kernels} kernels" if kernels else "",
+        f"Triton {kernels} {'kernel' if kernels == 1 else 'kernels'}" if kernels else "",
         f"FlashInfer {names}" if names else "",
         f"the driver {size / 1e6:.1f} MB" if size else "",
     )
