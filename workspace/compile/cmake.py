@@ -368,8 +368,8 @@ def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
             folder = setup.sources.get(variable)
             if not folder or not re.search(rf"{re.escape(folder)}(?![\w.-])", error):
                 continue
-            project, cache = f"{external.name} {external.tag[:12]}", setup.settings.cache
-            if Path(folder).is_relative_to(cache):
+            project = f"{external.name} {external.tag[:12]}"
+            if Path(folder).is_relative_to(setup.settings.cache / "externals"):
                 hint = f"rm -rf {folder}    the same command fetches it again"
             elif externals.PLACEHOLDERS in Path(folder).parts:
                 hint = f"export {external.override}=/your/copy    of {project}"

@@ -138,7 +138,11 @@ def variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, 
 
 
 def record(layout: Layout, stack: Stack) -> None:
-    """Write a stack's description beside its folders, once, for a person who reads them."""
+    """Write a stack's description beside its folders, once, for a person who reads them; and make
+    the driver's folder, which it may only fill.
+    """
+    if stack.architecture != NONE:
+        (layout.jit / DRIVER_CACHE).mkdir(parents=True, exist_ok=True)
     for key in (stack.key, stack.library_key):
         path = layout.jit / key / RECORD
         if not path.exists():
