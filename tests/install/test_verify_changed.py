@@ -32,12 +32,12 @@ def layout(tmp_path: Path) -> Layout:
     return made
 
 
-def before(layout: Layout) -> editable.Before:
+def before(layout: Layout, platform: str = "cuda") -> editable.Before:
     found = (
         Library(path, (layout.vllm / path).stat().st_size, files.sha256(layout.vllm / path))
         for path in (KERNELS, OTHER)
     )
-    outcome = {"version": "0.31.0+cu130", "platform": "cuda"}
+    outcome = {"version": "0.31.0+cu130", "platform": platform}
     return editable.before_install(layout, Stamp({}, outcome, libraries=tuple(found)))
 
 
@@ -82,6 +82,12 @@ def test_new_missing_unreadable_or_unchanged_library_needs_the_whole(layout: Lay
     (layout.vllm / KERNELS).write_bytes(b"\x7fELF\x02\x01 and nothing more")
     assert verified(layout, was) is None
     (layout.vllm / KERNELS).unlink()
+    assert verified(layout, was) is None
+
+
+def test_build_that_was_verified_without_a_gpu_needs_the_whole(layout: Layout) -> None:
+    was = before(layout, platform="")
+    replaced(layout.vllm / KERNELS, FATBINS / "sm_120f.fatbin")
     assert verified(layout, was) is None
 
 

@@ -343,7 +343,8 @@ def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdic
     nothing else changed.
 
     Return None where that proves too little, and a complete verification is needed: a library is
-    new, missing, does not load, or needs other symbols or holds other device code than before.
+    new, missing, does not load, or needs other symbols or holds other device code than before; or
+    the last verification saw no GPU.
     """
     recorded, known = before.recorded, before.libraries
     now = _linked(layout, recorded)
@@ -357,6 +358,8 @@ def verify_changed(layout: Layout, settings: Settings, before: Before) -> Verdic
         None,
     )
     if not changed or not is_alike or _compiled(layout) != set(known) or torch is None:
+        return None
+    if not recorded.outcome.get("platform"):
         return None
     argv: list[process.Argument] = [layout.environment_python, "-I", "-S"]
     argv += [layout.probes / "verify.py", layout.vllm, "--torch", torch]
