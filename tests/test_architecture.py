@@ -92,6 +92,7 @@ MOST_PARAMETERS = 6
 # step of the running verb, several facts that no other call takes together.
 MORE_PARAMETERS = {
     "workspace/bench/compare.py:show",
+    "workspace/cli/verbs.py:bootstrap",
     "workspace/cli/verbs.py:rebuild",
     "workspace/compile/job_server.py:__init__",
     "workspace/compile/triton_build.py:build_wheel",

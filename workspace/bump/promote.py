@@ -20,7 +20,7 @@ from workspace.core.errors import BuildError, CheckoutError, PatchDrift
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, sandbox, stages, stamp
+from workspace.install import editable, plan, sandbox, stages, stamp, verify
 from workspace.machine import interpreter, venv
 from workspace.repo import pins, series
 from workspace.repo.git import Git, worktree
@@ -268,7 +268,7 @@ def _stamp(bump_sandbox: BumpSandbox, settings: Settings, run_log: RunLog) -> No
     with run_log.console.step("verify") as view:
         try:
             observed = plan.observe(layout, settings)
-            verdict = editable.verify(observed)
+            verdict = verify.verify(observed)
             run = stages.Run(run_log, observed, dict(old.outcome))
             stages.write_stamp(run, observed, verdict, old.kernels)
             view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"

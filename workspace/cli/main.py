@@ -1,6 +1,6 @@
 """What every command line shares: settings, printed failures, signals and exit codes.
 
-Used by tasks.py and by the sessions of nox. Knows no verb and imports nothing but core.
+Used by tasks.py and by the sessions of nox. Knows no verb; imports core, and the machine for a verb that asks for it.
 """
 
 import contextlib
@@ -15,13 +15,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from workspace.core import files, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
 from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings
+
+if TYPE_CHECKING:
+    from workspace.machine.case import Machine
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Line ends, and the surrogates by which Python represents bytes that are not text.
@@ -81,6 +84,13 @@ def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Setti
     """Return the layout of this clone and the settings of the verb, its flags over all others."""
     layout = here()
     return layout, load_settings(layout, flags=flags)
+
+
+def machine() -> "Machine":
+    """Return the machine of a verb in this clone."""
+    from workspace.machine.case import Machine
+
+    return Machine(*opened())
 
 
 def _registered(layout: Layout) -> list[str]:

@@ -23,6 +23,7 @@ PROJECT = "vllm or triton"
         "source": "where vendor/vllm comes from: auto, git or release",
         "kernels": "compiled libraries: auto, precompiled, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
+        "first-token": "generate a token on the device as the last step",
         "wait": WAIT,
     }
 )
@@ -32,13 +33,15 @@ def bootstrap(
     source: str | None = None,
     kernels: str | None = None,
     jobs: str | None = None,
+    first_token: bool = True,
     wait: bool = False,
 ) -> None:
     """Make a fresh clone generate text; safe to repeat."""
     from workspace.install import bootstrap as verb
 
     flags = {"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
-    verb.run(*main.opened(flags), console=main.console(), wait=wait)
+    end: verb.End = "token" if first_token else "command"
+    verb.run(*main.opened(flags), console=main.console(), wait=wait, end=end)
 
 
 @task(
@@ -119,18 +122,19 @@ def wheel(_: Context, wait: bool = False) -> None:
 def status(_: Context, json: bool = False) -> None:
     """Show what is built, what is stale, what to do next."""
     from workspace.install import status as verb
-    from workspace.machine.case import Machine
 
-    verb.show(Machine(*main.opened()), console=main.console(), as_json=json)
+    verb.show(main.machine(), console=main.console(), as_json=json)
 
 
 @task(help={"json": JSON, "offline": "leave out the checks that need the network"})
 def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     """Check machine, toolchain, GPU, network; print hints."""
+    from workspace.install import status
     from workspace.machine import doctor as verb
-    from workspace.machine.case import Machine
 
-    verb.show(Machine(*main.opened()), console=main.console(), as_json=json, offline=offline)
+    machine = main.machine()
+    more = status.doctor_rows(machine.layout)
+    verb.show(machine, console=main.console(), as_json=json, offline=offline, more=more)
 
 
 @task(
@@ -232,9 +236,8 @@ def env_check(_: Context, json: bool = False) -> None:
 def env_init(_: Context, replace: bool = False) -> None:
     """Write or complete .env for this machine."""
     from workspace.machine import dotenv
-    from workspace.machine.case import Machine
 
-    dotenv.complete(Machine(*main.opened()), console=main.console(), replace=replace)
+    dotenv.complete(main.machine(), console=main.console(), replace=replace)
 
 
 @task(name="export")
@@ -373,10 +376,9 @@ def serve_stop(_: Context) -> None:
 @task(name="list", help={"json": JSON})
 def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
-    from workspace.machine.case import Machine
     from workspace.server import fit
 
-    fit.show_recipes(Machine(*main.opened()), console=main.console(), as_json=json)
+    fit.show_recipes(main.machine(), console=main.console(), as_json=json)
 
 
 @task(

@@ -121,6 +121,8 @@ def _stub(settings: Settings, home: Path, build: Path, *, run_log: RunLog) -> Pa
 # Each try finds at least one more missing file of a placeholder; the tree's CMake files name most
 # of them before.
 MOST_TRIES = 12
+# Of CMake's error in a message.
+LONGEST = 400
 NINJA_FILE = "build.ninja"
 # CMake's messages about kernels, then about external projects, that it does not build.
 _NOT_BUILT = re.compile(
@@ -326,11 +328,11 @@ def _run(setup: _Setup, run_log: RunLog) -> str:
             output = "\n".join(lines)
             absent = externals.complete_placeholder(layout.builds / externals.PLACEHOLDERS, output)
             if not absent or count == MOST_TRIES:
-                raise BuildError(
-                    f"the tree cannot be configured: {_first_error(output) or exc.message}",
-                    hint=_hint(output),
-                    details=exc.details,
-                ) from exc
+                error = _first_error(output)
+                about = _external_error(setup, error) if error else None
+                shown = error[:LONGEST] if error else exc.message
+                message, hint = about or ("the tree cannot be configured", _hint(output))
+                raise BuildError(f"{message}: {shown}", hint=hint, details=exc.details) from exc
             run_log.write(f"created in placeholders: {', '.join(map(str, absent))}")
     raise AssertionError
 
@@ -348,7 +350,28 @@ def _first_error(output: str) -> str | None:
             break
         if line.strip():
             lines.append(line.strip())
-    return " ".join(lines)[:400] + (f" ({found[1]})" if found[1] else "")
+    return " ".join(lines) + (f" ({found[1]})" if found[1] else "")
+
+
+def _external_error(setup: _Setup, error: str) -> tuple[str, str] | None:
+    """Return a message that names the external project whose folder CMake's error is about, with
+    the variable that sets another folder, and a hint; None for any other error.
+    """
+    for external in externals.declared(setup.tree, setup.inputs.device):
+        for variable in dict.fromkeys((external.override, external.variable)):
+            folder = setup.sources.get(variable)
+            if not folder or not re.search(rf"{re.escape(folder)}(?![\w.-])", error):
+                continue
+            project = f"{external.name} {external.tag[:12]}"
+            if Path(folder).is_relative_to(setup.machine.settings.cache / "externals"):
+                hint = f"rm -rf {folder}    the same command fetches it again"
+            elif externals.PLACEHOLDERS in Path(folder).parts:
+                hint = f"export {external.override}=/your/copy    of {project}"
+            else:
+                hint = f"unset {variable}    fetches {project} instead; or complete {folder}"
+            place = externals.shown_source(folder)
+            return f"cannot configure with {external.name} from {place} ({external.override})", hint
+    return None
 
 
 def _hint(output: str) -> str:

@@ -122,6 +122,15 @@ class Costs:
             (*self._history.get(unit.target, ()), *self._table.get(unit.target, ())), unit.source
         )
 
+    def of_target(self, target: str) -> tuple[int, float]:
+        """Return the number of measured units of a target, and the seconds of them and its link;
+        the history counts where it has as many units as the table.
+        """
+        known, table = (rows.get(target, ()) for rows in (self._history, self._table))
+        entries = known if len(known) >= len(table) else table
+        count = sum(entry.source != LINK for entry in entries)
+        return count, sum(entry.seconds for entry in entries)
+
 
 def _by_target(entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
     sorted_out: dict[str, list[Entry]] = {}

@@ -21,8 +21,8 @@ Base = Literal["plain", "build", "run"]
 # fmt: off
 Phase = Literal[
     "plain", "git", "inv", "build", "install", "configure", "compile", "triton", "by-hand",
-    "run", "verify", "report", "shell", "fetch", "serve", "smoke", "smoke-serve", "upstream",
-    "bench",
+    "run", "verify", "first-token", "report", "shell", "fetch", "serve", "smoke", "smoke-serve",
+    "upstream", "bench",
 ]
 # fmt: on
 # What a child of each phase inherits, and the programs of the phase.
@@ -38,6 +38,7 @@ PHASES: Mapping[Phase, tuple[Base, str]] = {
     "by-hand": ("build", "the shell script that `nox -s perf` compares a bootstrap with"),
     "run": ("run", "checks that import torch, compile a kernel or make a small model"),
     "verify": ("run", "the import of the installed vLLM after an install"),
+    "first-token": ("run", "the first token, with which `inv bootstrap` ends"),
     "report": ("run", "vLLM's collect_env in `inv report`, without secrets"),
     "shell": ("run", "`inv run`, `inv shell`, `inv env.export`, a command of `nox -s bisect`"),
     "fetch": ("run", "`inv serve.fetch`"),
@@ -140,7 +141,7 @@ def _of_base(*bases: Base) -> tuple[Phase, ...]:
 
 
 _BUILT: tuple[Phase, ...] = (
-    *("shell", "fetch", "serve", "smoke", "smoke-serve", "upstream", "bench"),
+    *("first-token", "shell", "fetch", "serve", "smoke", "smoke-serve", "upstream", "bench"),
 )
 _COMPILING: tuple[Phase, ...] = ("compile", "triton")
 _SETUP: tuple[Phase, ...] = ("install", "by-hand")
@@ -182,14 +183,16 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("VLLM_NO_USAGE_STATS", "1", "constant", ("serve",),
              "nothing is sent to vLLM's statistics", is_default=True),
     Variable("VLLM_NO_USAGE_STATS", "1", "constant",
-             ("by-hand", "verify", *_SMOKES, "upstream", "bench"),
+             ("by-hand", "verify", "first-token", *_SMOKES, "upstream", "bench"),
              "a test or a measurement sends nothing"),
-    Variable("HF_HUB_OFFLINE", "1", "constant", _SMOKES, "every model of the smoke is on disk"),
-    Variable("VLLM_CPU_KVCACHE_SPACE", "1", "constant", (*_SMOKES, "upstream"), "little memory"),
+    Variable("HF_HUB_OFFLINE", "1", "constant", ("first-token", *_SMOKES),
+             "every model of the smoke is on disk"),
+    Variable("VLLM_CPU_KVCACHE_SPACE", "1", "constant", ("first-token", *_SMOKES, "upstream"),
+             "little memory"),
     Variable("PYTHONFAULTHANDLER", "1", "constant", _SMOKES, "a hung process prints its stacks"),
     Variable("TORCHDYNAMO_DISABLE", "1", "constant", _SMOKES, "nothing is compiled"),
     Variable("TORCHDYNAMO_DISABLE", GIVEN, "verb", ("smoke",), "0 for consistency.compiled"),
-    Variable("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "constant", ("smoke",),
+    Variable("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "constant", ("first-token", "smoke"),
              "a probe is one process"),
     Variable("VLLM_ENABLE_V1_MULTIPROCESSING", "1", "constant", ("smoke-serve",),
              "the engine of a server is a process of its own"),

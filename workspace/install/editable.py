@@ -12,21 +12,15 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError, SourceError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install.plan import Observation
-from workspace.install.stamp import Library
 from workspace.machine import interpreter
-from workspace.machine.torch import TorchBuild
 from workspace.repo.git import Git, worktree
 
 # No program of this name exists: setuptools-rust then reports the optional frontend as not built,
@@ -229,155 +223,3 @@ def _clear(folder: Path, *, top: Path) -> None:
     while folder != top and {entry.name for entry in folder.iterdir()} <= {"__pycache__"}:
         shutil.rmtree(folder)
         folder = folder.parent
-
-
-# The import of vLLM takes 10 s on two cores; with a cold page cache and CUDA libraries of 800 MB it
-# took a minute.
-TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The facts that verify found; `undriven` libraries lack only the GPU's driver."""
-
-    version: str
-    platform: str
-    torch: TorchBuild
-    libraries: tuple[Library, ...]
-    undriven: tuple[str, ...] = ()
-
-    @property
-    def summary(self) -> str:
-        """What was verified, in a sentence."""
-        count = len(self.libraries) - len(self.undriven)
-        loaded = (
-            f"{count} {'library loads' if count == 1 else 'libraries load'} with all symbols bound"
-        )
-        if not self.platform:
-            return f"{loaded}; the platform was not verified without a GPU" + (
-                f", and {len(self.undriven)} libraries need its driver" if self.undriven else ""
-            )
-        return f"on {self.platform}, {loaded}"
-
-
-@dataclass(frozen=True)
-class _Report:
-    """The report of probes/verify.py; `broken` are sentences on libraries that do not load."""
-
-    error: str | None
-    file: Path | None
-    version: str
-    platform: str
-    torch: TorchBuild
-    libraries: tuple[Library, ...]
-    broken: tuple[str, ...]
-    undriven: tuple[str, ...]
-
-
-def verify(observed: Observation) -> Verdict:
-    """Import vLLM from a neutral folder and from inside the tree, and load every library.
-
-    Libraries load with all symbols bound. Raises BuildError that lists each fault.
-    """
-    layout, settings = observed.machine.layout, observed.machine.settings
-    with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        outside, inside = _probe(layout, settings, Path(neutral))
-    # vLLM asks the driver for its platform: built for a GPU that is elsewhere, it finds none.
-    platforms = (
-        {observed.device, ""}
-        if observed.device == "cuda" and not observed.machine.gpus
-        else {observed.device}
-    )
-    wrong = [
-        f"from a neutral folder: {sentence}"
-        for sentence in _judge(outside, layout, observed, platforms)
-    ]
-    wrong += [
-        f"from inside vendor/vllm: {sentence}"
-        for sentence in _judge(inside, layout, observed, platforms)
-    ]
-    wrong += outside.broken
-    if not outside.libraries:
-        wrong.append("the tree holds no compiled library")
-    if wrong:
-        more = f" (and {len(wrong) - 1} more, above)" if len(wrong) > 1 else ""
-        raise BuildError(
-            f"the installed vLLM failed verification: {wrong[0]}{more}",
-            hint=(
-                "./scripts/inv bootstrap installs it again; if the kernels do not fit this torch:"
-                " ./scripts/inv rebuild --kernels native"
-            ),
-            details=tuple(wrong),
-        )
-    return Verdict(
-        outside.version, outside.platform, outside.torch, outside.libraries, outside.undriven
-    )
-
-
-def _judge(
-    report: _Report, layout: Layout, observed: Observation, platforms: Collection[str]
-) -> list[str]:
-    if report.error:
-        return [report.error]
-    wrong = []
-    if report.file is None or not report.file.is_relative_to(layout.vllm.resolve()):
-        wrong.append(f"vllm was imported from {report.file}, not from vendor/vllm")
-    if report.version != observed.version:
-        wrong.append(f"vllm has version {report.version}, expected was {observed.version}")
-    if report.platform not in platforms:
-        wrong.append(
-            f"vllm found the platform {report.platform or 'none'}, built for was {observed.device}"
-        )
-    if observed.torch and report.torch.version != observed.torch.version:
-        wrong.append(
-            f"torch has version {report.torch.version}, installed was {observed.torch.version}"
-        )
-    return wrong
-
-
-def _probe(layout: Layout, settings: Settings, folder: Path) -> tuple[_Report, _Report]:
-    """Run probes/verify.py in `folder` and inside the tree, and return both reports."""
-    argv: list[process.Argument] = [
-        layout.environment_python,
-        layout.probes / "verify.py",
-        layout.vllm,
-        "--inside",
-    ]
-    done = process.capture(
-        argv,
-        env=settings.child_environment("verify", layout=layout),
-        cwd=folder,
-        timeout_s=TIMEOUT_S,
-    )
-    try:
-        record = records.decode(done.stdout, dict[str, Any]) if done.returncode == 0 else None
-    except records.DecodeError:
-        record = None
-    if record is None:
-        raise _failed_import(done)
-    rows, torch = record["libraries"], record["torch"] or {"version": "none", "cuda": None}
-    outside, inside = (
-        _Report(
-            error=imported["error"],
-            file=Path(imported["file"]) if imported["file"] else None,
-            version=str(imported["version"]),
-            platform=str(imported["platform"] or ""),
-            torch=TorchBuild(torch["version"], torch["cuda"]),
-            libraries=tuple(Library(row["path"], row["size"], row["sha256"]) for row in rows),
-            broken=tuple(
-                f"{row['path']}: {row['error']}" for row in rows if row["verdict"] == "broken"
-            ),
-            undriven=tuple(row["path"] for row in rows if row["verdict"] == "no driver"),
-        )
-        for imported in (record, record["inside"])
-    )
-    return outside, inside
-
-
-def _failed_import(done: process.Completed) -> BuildError:
-    last = tuple(done.stderr.strip().splitlines()[-15:])
-    return BuildError(
-        f"the built interpreter {process.describe_status(done.returncode)} while it imported"
-        f" vllm: {last[-1] if last else 'no output'}",
-        details=last,
-    )

@@ -32,7 +32,7 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import BuildError, CheckoutError, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, stages, stamp, status
+from workspace.install import editable, plan, precompiled, stages, stamp, status, verify
 from workspace.install.precompiled import KernelSource, text_of
 from workspace.machine import doctor, venv
 from workspace.machine.case import Machine
@@ -60,6 +60,8 @@ class Job:
     project: Project = field(default_factory=lambda: Project((), ()))
     reached: tuple[Reached, ...] = ()
     plan: RebuildPlan | None = None
+    # Where nothing but libraries is installed.
+    before: verify.Before | None = None
 
     def __post_init__(self) -> None:
         observed = self.run.observed
@@ -247,6 +249,9 @@ class Job:
         run, layout, observed = self.run, self.run.layout, self.run.observed
         names = [reached.target for reached in self.reached if reached.reason != TARGET_FLAG]
         is_editable_current = self._is_editable_current(names)
+        recorded = observed.kernels.recorded
+        if is_editable_current and recorded:
+            self.before = verify.before_install(layout, recorded)
         stamp.withdraw(layout.stamp("vllm"))
         venv.repair(layout, run.settings, run_log=run.run_log, names=("vllm",))
         if not is_editable_current:
@@ -297,8 +302,10 @@ class Job:
     def verify(self, view: Step) -> None:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
-        observed = run.observe()
-        verdict = editable.verify(observed)
+        observed, verdict = run.observe(), None
+        if stages.note_python(run) and self.before:
+            verdict = verify.verify_changed(run.layout, run.settings, self.before)
+        verdict = verdict or verify.verify(observed)
         device_code = (
             stages.check_device_code(
                 run,
@@ -315,7 +322,11 @@ class Job:
 
     def show(self, *, as_json: bool) -> None:
         if self.plan is not None:
-            jobs.show(self.plan, self.run.run_log.console, as_json=as_json)
+            console = self.run.run_log.console
+            jobs.show(self.plan, console, as_json=as_json)
+            sentence = status.driver_sentence(self.run.observed.kernels.recorded)
+            if sentence and not as_json:
+                console.info(sentence)
 
 
 def job_of(run: stages.Run) -> Job:

@@ -19,6 +19,7 @@ from workspace.core.files import copy_files, files_below, read_regular, write_at
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
 from workspace.install import bootstrap, editable, plan, precompiled, stamp
+from workspace.machine import jit_caches
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -32,12 +33,14 @@ def furnish(outer: Layout, target: Layout, pin: Pin) -> None:
 
     Patches, tree and environment are added by the caller.
     """
-    for shared in (outer.logs, outer.models):
+    driver_caches = [layout.jit / jit_caches.DRIVER_CACHE for layout in (outer, target)]
+    for shared in (outer.logs, outer.models, driver_caches[0]):
         shared.mkdir(parents=True, exist_ok=True)
     target.pins.parent.mkdir(parents=True)
     target.pins.write_bytes(pins.dump(read_regular(outer.pins), pin))
-    target.state.mkdir()
+    target.jit.mkdir(parents=True)
     links = {
+        driver_caches[1]: driver_caches[0],
         target.probes.parent: outer.probes.parent,
         target.tools: outer.tools,
         target.logs: outer.logs,
@@ -199,7 +202,7 @@ def build_in(
 
     Raises the errors of bootstrap and rebuild.
     """
-    bootstrap.run(layout, settings, console=console, wait=True, is_part=True, is_sandbox=is_sandbox)
+    bootstrap.run(layout, settings, console=console, wait=True, end="part", is_sandbox=is_sandbox)
     if plan.observe(layout, settings).needs_compilation:
         from workspace.install import rebuild
 

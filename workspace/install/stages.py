@@ -13,7 +13,7 @@ from workspace.core.console import Console, Row, RunLog, State, Step, failed
 from workspace.core.errors import BuildError, SourceError, ToolchainError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, precompiled, stamp
+from workspace.install import editable, plan, precompiled, stamp, status, verify
 from workspace.machine import check, dotenv, torch, venv
 from workspace.repo import checkout, export, patches
 from workspace.repo.git import Git
@@ -46,6 +46,9 @@ class Run:
     def observe(self) -> plan.Observation:
         return self.observed.again()
 
+
+# The key in the stamp's outcome: the digest of the Python package that was verified.
+PYTHON = "python package"
 
 Act = Callable[[Run, Step], None]
 Steps = tuple[tuple[str, Act], ...]
@@ -210,17 +213,30 @@ def install_with_wheel(run: Run) -> None:
 def verify_vllm(run: Run, view: Step) -> None:
     """Verify with the built interpreter, the last step, and write the stamp."""
     observed = run.observe()
-    verdict = editable.verify(observed)
+    note_python(run)
+    verdict = verify.verify(observed)
+    if observed.device == "cuda":
+        libraries = [library.path for library in verdict.libraries]
+        check_device_code(run, libraries, archs="", not_built=(), is_native=False)
     # The source of what was installed: without the stamp, `observed` may want another one. Where
     # compiled sources changed, the kernels are still those of the wheel.
     write_stamp(run, observed, verdict, run.observed.kernels_wanted.source.without_compiler())
     view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}"
 
 
+def note_python(run: Run) -> bool:
+    """Note the content of the Python package for the stamp, and return whether the last
+    verification imported the same. Noted before the import: a later edit counts as a change.
+    """
+    run.outcome[PYTHON] = digest = Git(run.layout.vllm).digest(("vllm",))
+    recorded = run.observed.kernels.recorded
+    return recorded is not None and recorded.outcome.get(PYTHON) == digest
+
+
 def write_stamp(
     run: Run,
     observed: plan.Observation,
-    verdict: editable.Verdict,
+    verdict: verify.Verdict,
     source: precompiled.KernelSource,
 ) -> None:
     """Write the stamp of the verified build: libraries by hash, inputs of kernels and install."""
@@ -292,6 +308,8 @@ def check_device_code(
     rows = (f"{row.library}: {row.state}: {row.sentence}" for row in judged)
     for sentence in (*rows, *left_out.expected):
         run.run_log.write(sentence)
+    if capabilities:
+        run.outcome[status.DRIVER_WORK] = device_code.driver_work(listed, capabilities)
     for sentence in (*left_out.unknown, *(left_out.failures if not is_native else ())):
         run.run_log.console.warn(sentence)
     wrong = [f"{row.library} {row.sentence}" for row in judged if row.state == "wrong"]
@@ -300,7 +318,11 @@ def check_device_code(
     if wrong:
         raise BuildError(
             f"the built libraries lack code for {wanted}: {wrong[0]}",
-            hint="./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST",
+            hint=(
+                "./scripts/inv doctor --offline    judges TORCH_CUDA_ARCH_LIST"
+                if archs
+                else "./scripts/inv rebuild --kernels native    compiles for this GPU"
+            ),
             details=tuple(wrong),
         )
     count = sum(row.state == "ok" for row in judged)

@@ -17,6 +17,13 @@ from workspace.machine.case import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
 
+# The key in the stamp's outcome: the libraries of which this GPU runs only PTX
+# (device_code.driver_work), empty if there are none.
+DRIVER_WORK = "compiled by the driver"
+# The library of vLLM's attention on most GPUs, and what its first calls took on an H200
+# (docs/evidence/gpu.md).
+ATTENTION, ATTENTION_S = "_vllm_fa2_C", 203
+
 
 def origin(layout: Layout, installed: Installed) -> str:
     """Return where a Triton came from; for a Triton that was built here, from which commit."""
@@ -150,10 +157,40 @@ def _rows(layout: Layout, observed: plan.Observation) -> tuple[Row, ...]:
                 layer.why if layer.state != "ok" else texts[layer.name],
             )
         )
+    if sentence := driver_sentence(built):
+        rows.append(Row(State.OK, "first use", sentence))
     if found := triton_row(layout, observed.torch):
         rows.append(found)
     rows.append(_smoke(layout, observed))
     return tuple(rows)
+
+
+def driver_sentence(built: stamp.Stamp | None) -> str | None:
+    """Return which libraries the driver compiles at their first use, and the price; None if none.
+
+    Reads the stamp: to ask the driver would cost each status up to a second.
+    """
+    work = built.outcome.get(DRIVER_WORK) if built else None
+    if not work:
+        return None
+    sentence = f"the driver compiles PTX at the first use of {work}, once, and keeps it"
+    if ATTENTION in work:
+        from workspace.compile import costs, device_code
+
+        units, seconds = costs.Costs(costs.read_table()[0]).of_target(ATTENTION)
+        sentence += (
+            f"; the first attention calls took {ATTENTION_S} s for it on an H200. To compile"
+            f" {ATTENTION} here takes {units} units, {seconds / 60:.0f} compiler-minutes, and does"
+            f" not help: upstream has it for {device_code.LIBRARIES[ATTENTION].archs} only"
+        )
+    return sentence
+
+
+def doctor_rows(layout: Layout) -> tuple[Row, ...]:
+    """Return the doctor's row on code that the driver compiles at its first use."""
+    sentence = driver_sentence(stamp.read(layout.stamp("vllm")))
+    why = "the first request waits for it; inv bootstrap ends with a first token, which compiles it"
+    return (Row(State.OK, "first use", sentence, why),) if sentence else ()
 
 
 def _pin(layout: Layout, observed: plan.Observation) -> Row:

@@ -268,12 +268,20 @@ def _rows(check: Check, case: Case) -> tuple[Row, ...]:
 
 
 def show(
-    machine: Machine, *, console: Console, as_json: bool = False, offline: bool = False
+    machine: Machine,
+    *,
+    console: Console,
+    as_json: bool = False,
+    offline: bool = False,
+    more: Sequence[Row] = (),
 ) -> None:
-    """Print every row, or one JSON document. Raises ToolchainError where a row is FAIL."""
+    """Print every row, `more` of the built tree last, or one JSON document.
+
+    Raises ToolchainError where a row is FAIL.
+    """
     case = Case(machine)
     checks = [check for check in CHECKS if not (offline and "network" in check.purposes)]
-    rows = examine(case, checks)
+    rows = (*examine(case, checks), *more)
     if as_json:
         verdict = max((row.state for row in rows), key=lambda state: state.gravity)
         report = {"schema": SCHEMA, "rows": [_record(row) for row in rows], "verdict": verdict}

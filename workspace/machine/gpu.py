@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
 from workspace.machine import hardware
@@ -94,6 +94,15 @@ class _Report:
     memory: Memory | None
     sensors: tuple[Sensors, ...]
     residents: tuple[Resident, ...]
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """What the child prints: a report, or NVML's error."""
+
+    report: _Report | None
+    error: str = ""
+    is_absent: bool = False
 
 
 class Driver:
@@ -241,20 +250,12 @@ def is_library_there(environment: Mapping[str, str]) -> bool:
 def _decoded(text: str) -> Answer[_Report]:
     """Return the report that the child printed."""
     try:
-        document = json.loads(text)
-        if "error" in document:
-            return Absent() if document["is_absent"] else Broken(document["error"])
-        return There(
-            _Report(
-                document["cuda"],
-                tuple(Gpu(**entry) for entry in document["gpus"]),
-                Memory(**document["memory"]) if document["memory"] else None,
-                tuple(Sensors(**entry) for entry in document["sensors"]),
-                tuple(Resident(**entry) for entry in document["residents"]),
-            )
-        )
-    except (ValueError, TypeError, KeyError):
+        printed = records.decode(text, _Printed)
+    except records.DecodeError:
         return Broken(f"NVML's report cannot be read: {text[:80]}")
+    if printed.report is not None:
+        return There(printed.report)
+    return Absent() if printed.is_absent else Broken(printed.error)
 
 
 def _gpu(reported: dict[str, str]) -> Gpu:
@@ -293,11 +294,11 @@ def print_report() -> None:
 
     try:
         pynvml.nvmlInit()
-        document = asdict(_observe_nvml(pynvml))
+        printed = _Printed(_observe_nvml(pynvml))
     except pynvml.NVMLError as exc:
         is_absent = isinstance(exc, pynvml.NVMLError_LibraryNotFound)
-        document = {"error": str(exc), "is_absent": is_absent}
-    print(json.dumps(document))
+        printed = _Printed(None, str(exc), is_absent)
+    print(json.dumps(asdict(printed)))
 
 
 def _observe_nvml(nvml: ModuleType) -> _Report:

@@ -31,6 +31,12 @@ Kind = Literal["triton", "flashinfer", "torch compile", "vllm"]
 NONE = "none"
 KEY_DIGITS = 12
 RECORD = "stack.json"
+# The driver's own cache of compiled PTX, below .workspace/jit. The driver keys each entry by the
+# code, the GPU and its own version, so one folder serves every stack.
+DRIVER_CACHE = "driver"
+# The largest size that the driver accepts, 4 GiB (CUDA C++ Programming Guide, CUDA Environment
+# Variables). Its default is 1 GiB, on embedded systems 256 MiB, and it evicts what is older.
+DRIVER_CACHE_BYTES = 4 << 30
 # The folders of compiled code below VLLM_CACHE_ROOT, which also has facts of models and test
 # assets.
 COMPILED_BY_VLLM = ("torch_compile_cache", "deep_gemm", "flashinfer_autotune_cache")
@@ -113,19 +119,52 @@ def variables(layout: Layout, settings: Settings, stack: Stack) -> Mapping[str, 
         "VLLM_CACHE_ROOT": own / "vllm",
         "FLASHINFER_WORKSPACE_BASE": library,
     }
+    found = {name: str(place) for name, place in keyed.items()}
+    if stack.architecture != NONE:
+        found["CUDA_CACHE_PATH"] = str(layout.jit / DRIVER_CACHE)
+        found["CUDA_CACHE_MAXSIZE"] = str(DRIVER_CACHE_BYTES)
     # Triton uses its home only for what has no folder of its own, but a user who sets it means all
     # of Triton's files.
     if _set(settings, "TRITON_HOME"):
-        del keyed["TRITON_CACHE_DIR"]
-    return {name: str(place) for name, place in keyed.items() if not _set(settings, name)}
+        del found["TRITON_CACHE_DIR"]
+    return {name: text for name, text in found.items() if not _set(settings, name)}
 
 
 def record(layout: Layout, stack: Stack) -> None:
-    """Write a stack's description beside its folders, once, for a person who reads them."""
+    """Write a stack's description beside its folders, once, for a person who reads them; and make
+    the driver's folder, which it may only fill.
+    """
+    if stack.architecture != NONE:
+        (layout.jit / DRIVER_CACHE).mkdir(parents=True, exist_ok=True)
     for key in (stack.key, stack.library_key):
         path = layout.jit / key / RECORD
         if not path.exists():
             records.write(path, stack)
+
+
+def written_since(environment: Mapping[str, str], start: float) -> str:
+    """Return what a run with this environment has compiled since a time, such as `Triton 3
+    kernels, the driver 12 MB`; FlashInfer's libraries by name. Empty if nothing is finished yet.
+    """
+
+    def fresh(variable: str, pattern: str) -> list[Path]:
+        place = environment.get(variable)
+        found = Path(place).glob(pattern) if place else ()
+        with contextlib.suppress(OSError):
+            return [path for path in found if path.is_file() and path.stat().st_mtime >= start]
+        return []
+
+    # Triton has a folder for each kernel, with several files.
+    kernels = len({path.parent for path in fresh("TRITON_CACHE_DIR", "*/*.json")})
+    libraries = fresh("FLASHINFER_WORKSPACE_BASE", ".cache/flashinfer/*/*/cached_ops/*/build.ninja")
+    names = ", ".join(sorted(path.parent.name for path in libraries)[:3])
+    size = sum(path.stat().st_size for path in fresh("CUDA_CACHE_PATH", "*/*/*"))
+    parts = (
+        f"Triton {kernels} {'kernel' if kernels == 1 else 'kernels'}" if kernels else "",
+        f"FlashInfer {names}" if names else "",
+        f"the driver {size / 1e6:.1f} MB" if size else "",
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def in_use(layout: Layout, settings: Settings, stack: Stack) -> tuple[Cache, ...]:
