@@ -115,16 +115,33 @@ def stage(send: Send, name: str) -> Iterator[None]:
     send({"seconds": {name: round(time.monotonic() - started, 3)}})
 
 
-def forbid_tf32() -> None:
-    """Set full float32 and a fixed order of additions, as far as PyTorch can promise it
-    (pytorch.org, notes/numerical_accuracy).
+def forbid_tf32(*, is_compiled: bool) -> None:
+    """Set full float32, and for an eager engine a fixed order of additions, as far as PyTorch can
+    promise it (pytorch.org, notes/numerical_accuracy).
     """
     import torch
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
+    # use_deterministic_algorithms also sets torch._inductor.config.deterministic (torch 2.13,
+    # torch/__init__.py). In that mode Inductor raises at every benchmark that may change a sum's
+    # order (_inductor/runtime/benchmarking.py, may_ban_benchmarking), and vLLM sets
+    # benchmark_combo_kernel (config/compilation.py), which is such a benchmark. It needs a GPU. A
+    # compiled engine therefore runs as its users run it.
+    torch.use_deterministic_algorithms(not is_compiled, warn_only=True)
+
+
+def require_benchmarks() -> None:
+    """Raise RuntimeError if Inductor would refuse to benchmark. It does so on a GPU only; this
+    check fails on a CPU, too.
+    """
+    from torch._inductor import config
+
+    if getattr(config, "deterministic", False):
+        raise RuntimeError(
+            "Inductor is in its deterministic mode, in which it compiles no engine for a GPU"
+        )
 
 
 class Engine:
@@ -236,9 +253,12 @@ def plain(
     import vllm
 
     with stage(send, "load"):
-        forbid_tf32()
+        forbid_tf32(is_compiled=arguments.compiled)
         texts: list[str] = [row["text"] for row in expected]
         engine = Engine(folder, arguments, texts)
+        if arguments.compiled:
+            # After the load: a vLLM that turns the mode on by itself is found as well.
+            require_benchmarks()
     send({"kernels": libraries_in_use(Path(vllm.__file__).resolve().parents[1])})
     with stage(send, "generate"):
         rows = engine.answer(texts, arguments.tokens)
@@ -291,7 +311,7 @@ def cached(send: Send, folder: str, arguments: Namespace, expected: Rows | None)
     if not expected:
         raise RuntimeError("the plain engine gave no answers to compare with")
     with stage(send, "load"):
-        forbid_tf32()
+        forbid_tf32(is_compiled=arguments.compiled)
         engine = Engine(folder, arguments, [], has_cache=True)
     prompts = [row["prompt"] for row in expected]
     with stage(send, "chunked"):
