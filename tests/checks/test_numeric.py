@@ -6,7 +6,8 @@ import pytest
 
 from workspace.checks import numeric
 from workspace.checks.numeric import MAX_DIFFERENCE
-from workspace.checks.registry import Answer, Check
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check
 
 
 def measured(**changes: object) -> dict:

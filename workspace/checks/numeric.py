@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from workspace.checks.registry import Answer, Check, judged, number, rows, section
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check, judged, number, rows, section
 
 # Nats. Measured with vLLM 0.31.0 on an x86-64 CPU, 5 x 64 tokens, decode and prefill: 2e-5 (Qwen3)
 # to 1e-4 (Llama) for a right build, 0.12 with an attention scale that is off by 1 %, which changed

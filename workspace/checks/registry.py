@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.checks.probe_runs import Answer
 from workspace.core.console import Console
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -212,15 +213,6 @@ class Expected:
     libraries: Mapping[str, tuple[int, str]]
     cuda: str | None = None
     triton: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result of a probe: its document, or in `problem` why there is none."""
-
-    record: Mapping[str, object]
-    problem: str | None
-    seconds: float
 
 
 def libraries(answer: Answer, expected: Expected) -> Check:

@@ -14,7 +14,8 @@ from tests.proof.smoke import test_defects
 from tests.proof.smoke.defects import Defect, replaced
 from tests.proof.smoke.test_defects import seeded
 from workspace.checks import numeric
-from workspace.checks.registry import Answer, Check
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check
 from workspace.checks.smoke_suite import ENVIRONMENT
 from workspace.core.paths import Layout
 
