@@ -224,3 +224,47 @@ def test_memory_and_cores_limit_how_many_probes_run_at_once() -> None:
 
     assert [lanes(20, 100.0), lanes(2, 20.0), lanes(20, 5.0), lanes(1, 100.0)] == [4, 2, 1, 1]
     assert lanes(20, 0.5) == 1
+
+
+COMPILERS = {
+    "triton": """class knobs:
+    class compilation:
+        listener = None
+""",
+    "torch/_dynamo/callback": """START, END = [], []
+on_compile_start, on_compile_end = START.append, END.append
+""",
+}
+COMPILES = """import os
+if os.fork() == 0:
+    from types import SimpleNamespace as N
+    from triton import knobs
+    for is_hit in (True, False):
+        knobs.compilation.listener(src=None, times=N(total=2_500_000), cache_hit=is_hit)
+    import subprocess
+    subprocess.run(["./ninja", "0.3"])
+    subprocess.run(["sleep", "0.3"])
+    os.kill(os.getpid(), 9)
+os.wait()
+print('{"error": null}')
+"""
+
+
+def test_seconds_of_compilers_are_counted_apart_even_in_a_child_that_is_killed(
+    tmp_path: Path,
+) -> None:
+    built = Built(tmp_path)
+    for name, code in COMPILERS.items():
+        file = tmp_path / "packages" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for folder in file.parents[: len(Path(name).parts) - 1]:
+            (folder / "__init__.py").touch()
+        file.write_text(code)
+    (built.folder / "ninja").symlink_to("/bin/sleep")
+    answer = probe_runs.ask(built.program(COMPILES), built.share())
+    assert answer.problem is None
+    assert set(answer.compilers) == {"Triton", "FlashInfer"}
+    assert answer.compilers["Triton"] == 2.5
+    assert answer.compilers["FlashInfer"] >= 0.3
+    again = probe_runs.ask(built.program("print('{}')"), built.share())
+    assert probe_runs.compilation([answer, answer, again])["Triton"] == 5.0

@@ -4,7 +4,7 @@ They also judge a real model by common knowledge, and a parity failure by a seco
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,16 @@ _LIMITS = {"mixtral": 5 * MAX_DIFFERENCE}
 MAX_MEAN_BFLOAT16 = 0.05
 # Nats: a tenth of what parity allows. GPU kernels may add in another order in the next run.
 STEADY = 1e-4
+
+
+def merged(answers: Iterable[Answer]) -> Mapping[str, object]:
+    """Merge the documents of the parity probe for several models into one."""
+    documents = [answer.record for answer in answers]
+    parts = {
+        name: {key: part for one in documents for key, part in section(one, name).items()}
+        for name in ("models", "seconds")
+    }
+    return {**next(filter(None, documents), {}), **parts}
 
 
 def kernels(answer: Answer, group: str) -> Check:

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.core import process
@@ -154,7 +154,7 @@ class Answer:
     """The result of a probe: its document, or in `problem` why there is none.
 
     `stacks` are those of a probe that hung or crashed, `log` its command and its messages if
-    something went wrong.
+    something went wrong, `compilers` the seconds of each compiler that ran in it.
     """
 
     record: Mapping[str, object]
@@ -162,6 +162,7 @@ class Answer:
     seconds: float
     stacks: tuple[str, ...] = ()
     log: tuple[str, ...] = ()
+    compilers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,12 @@ class Program:
 
 @dataclass(frozen=True)
 class _Ended:
-    """The exit status of a forked probe, and the files of its output."""
+    """The exit status of a forked probe, the files of its output, and the seconds of compilers."""
 
     returncode: int
     out: Path
     err: Path
+    compilers: Mapping[str, float]
 
     def read(self) -> Completed:
         texts = (path.read_text("utf-8", errors="replace") for path in (self.out, self.err))
@@ -248,7 +250,8 @@ class SharedImport:
         if status is None:
             return None
         # Without a status the process above the probe was killed.
-        return _Ended(int(status) if status else -signal.SIGKILL, out, err)
+        code, _, compilers = (status or f"-{signal.SIGKILL:d} {{}}").partition(" ")
+        return _Ended(int(code), out, err, json.loads(compilers))
 
 
 def ask(program: Program, shared: SharedImport | None = None) -> Answer:
@@ -280,6 +283,7 @@ def ask(program: Program, shared: SharedImport | None = None) -> Answer:
         return Answer({}, problem, time.monotonic() - started)
     # After the watch: the stacks of a forked probe that hung are complete.
     completed = done.read() if isinstance(done, _Ended) else done
+    compilers = done.compilers if isinstance(done, _Ended) else {}
     record, failure = read(completed)
     failure = timeout_text(program) if watch.has_fired else failure
     stacks: tuple[str, ...] = ()
@@ -287,7 +291,7 @@ def ask(program: Program, shared: SharedImport | None = None) -> Answer:
     if failure or "error" in completed.stdout:
         stacks = watch.stacks(completed.stderr)
         log = (shlex.join(program.argv), *watch.seen, *completed.stderr.splitlines())
-    return Answer(record, failure, time.monotonic() - started, stacks, log)
+    return Answer(record, failure, time.monotonic() - started, stacks, log, compilers)
 
 
 def timeout_text(program: Program) -> str:
@@ -309,6 +313,15 @@ def read(done: Completed) -> tuple[Mapping[str, object], str | None]:
     if not isinstance(record, dict):
         return {}, f"the probe printed no document: {last}"
     return record, None
+
+
+def compilation(answers: Iterable[Answer]) -> Mapping[str, float]:
+    """Return the seconds of each compiler that ran in these probes."""
+    total: dict[str, float] = {}
+    for answer in answers:
+        for name, seconds in answer.compilers.items():
+            total[name] = total.get(name, 0.0) + seconds
+    return total
 
 
 def end_all() -> None:

@@ -35,7 +35,7 @@ Verdict = Literal["pass", "fail", "skipped"]
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds")
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A probe that hangs, dies or prints no document is a failed check of its own and 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +121,7 @@ def run(
         check.identifier for check in suite.checks
     }
     assert not missing, f"no verdict for {missing}"
-    return tuple(suite.checks), suite.document
+    return tuple(suite.checks), {**suite.document, "compilation": suite.compiled}
 
 
 # The checks that an answer decided, with the answer. A part of the smoke has one or more.
@@ -158,6 +158,8 @@ class _Suite:
         self._shared = SharedImport(
             self._program("imports.py", "share", str(folder / "imports.socket"))
         )
+        # Seconds of compilers in each part of the smoke, by its first check.
+        self.compiled: dict[str, Mapping[str, float]] = {}
         self.checks: list[Check] = []
         self.document: Mapping[str, object] = {}
 
@@ -184,6 +186,10 @@ class _Suite:
                 _STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence
             )
         self.checks += done
+        if compilers := probe_runs.compilation([answer for _, answer in found]):
+            self.compiled[first] = compilers
+            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in compilers.items())
+            self._run_log.console.row("ok", "compilation".ljust(NAME_WIDTH), seconds)
         for lines in [answer.log for _, answer in found if answer.log]:
             self._run_log.phase(first)
             for line in lines:
@@ -269,7 +275,7 @@ class _Suite:
         """Judge parity of the tiny models, consistency of one, and which vLLM was imported."""
         answers = {name: future.result() for name, future in engines.items()}
         first = answers["llama"]
-        self.document = _merged(answers.values())
+        self.document = numeric.merged(answers.values())
         # The process that generated the tokens reports its own import; another process would prove
         # less.
         others = (
@@ -428,8 +434,10 @@ class _Suite:
             return [((registry.judged(name, problems, "", 0.0),), _NOTHING)]
         model = _named({"llama": str(self._tiny_model("llama"))})
         args = ("parity.py", *model, "--compiled", "--against", str(rows), *self._device)
-        # Not forked from the shared import, in which decorators found torch.compile disabled.
-        answer = probe_runs.ask(self._program(*args, environment=COMPILED))
+        # Not from the other import, in which decorators found torch.compile disabled.
+        place = str(self._folder / "compiled.socket")
+        shared = SharedImport(self._program("imports.py", "share", place, environment=COMPILED))
+        answer = probe_runs.ask(self._program(*args, environment=COMPILED), shared)
         return [((numeric.parity(answer, "llama", name),), answer)]
 
     def _real(self, folders: Folders) -> _Found:
@@ -476,16 +484,6 @@ class _Suite:
 
 def _named(folders: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"--model={name}={folder}" for name, folder in folders.items())
-
-
-def _merged(answers: Iterable[Answer]) -> Mapping[str, object]:
-    """Merge the documents of the parity probe for several models into one."""
-    documents = [answer.record for answer in answers]
-    parts = {
-        name: {key: part for one in documents for key, part in registry.section(one, name).items()}
-        for name in ("models", "seconds")
-    }
-    return {**next(filter(None, documents), {}), **parts}
 
 
 def _or_problem(make: Callable[[], Mapping[str, str]]) -> Folders:

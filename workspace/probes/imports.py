@@ -11,10 +11,13 @@ import argparse
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from importlib.util import find_spec
 from typing import Any
@@ -57,9 +60,73 @@ def torch_build() -> dict[str, object]:
     }
 
 
+class Compilers:
+    """Seconds for which compilers run at run time, in this process and all that are forked from it.
+
+    torch.compile includes the Triton kernels that it compiles.
+    """
+
+    NAMES = ("Triton", "FlashInfer", "torch.compile")
+
+    def __init__(self) -> None:
+        # In shared memory; two processes that add at the same moment may lose one of the sums.
+        self._seconds = multiprocessing.RawArray("d", len(self.NAMES))
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[self.NAMES.index(name)] += seconds
+
+    def watch(self) -> None:
+        """Measure each compiler that is installed and has the hook known here."""
+        for hook in (self._watch_triton, self._watch_flashinfer, self._watch_torch):
+            with contextlib.suppress(ImportError, AttributeError):
+                hook()
+
+    def _watch_triton(self) -> None:
+        from triton import knobs
+
+        def compiled(*, times: Any, cache_hit: bool, **_: object) -> None:
+            # Microseconds (triton/knobs.py, CompileTimes).
+            self.add("Triton", 0.0 if cache_hit else getattr(times, "total", 0) / 1e6)
+
+        knobs.compilation.listener = compiled
+
+    def _watch_flashinfer(self) -> None:
+        # FlashInfer itself is not imported: it may ask for the GPU, which no parent of a fork may.
+        # It builds with ninja (flashinfer/jit/cpp_ext.py).
+        run = subprocess.run
+
+        def measured(argv: Any, *args: Any, **options: Any) -> Any:
+            started = time.monotonic()
+            try:
+                return run(argv, *args, **options)
+            finally:
+                if isinstance(argv, list) and argv and str(argv[0]).endswith("ninja"):
+                    self.add("FlashInfer", time.monotonic() - started)
+
+        subprocess.run = measured  # type: ignore[assignment]
+
+    def _watch_torch(self) -> None:
+        from torch._dynamo import callback
+
+        started: list[float] = []
+        callback.on_compile_start(lambda _: started.append(time.monotonic()))
+
+        def ended(_: object) -> None:
+            if started:
+                self.add("torch.compile", time.monotonic() - started.pop())
+
+        callback.on_compile_end(ended)
+
+    def document(self) -> dict[str, float]:
+        """Return the seconds of each compiler that ran for a noticeable time."""
+        pairs = zip(self.NAMES, self._seconds, strict=True)
+        return {name: round(seconds, 2) for name, seconds in pairs if seconds >= 0.1}
+
+
 def share(place: str) -> None:
     """Serve at a Unix socket. A connection brings one line with the probe's `argv` and the files
-    `out` and `err`; it gets a line with the probe's pid, then one with its exit status.
+    `out` and `err`; it gets a line with the probe's pid, then one with its exit status and the
+    seconds of compilers as JSON.
 
     The socket appears once vLLM is imported and requests are accepted.
     """
@@ -88,6 +155,8 @@ def attend(connection: socket.socket) -> None:
     """Run the probe of a connection in a child of this process, and report its end."""
     with connection.makefile("rw", encoding="utf-8") as stream:
         request = json.loads(stream.readline())
+        compilers = Compilers()
+        compilers.watch()
         pid = os.fork()
         if pid == 0:
             connection.close()
@@ -97,7 +166,7 @@ def attend(connection: socket.socket) -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         # The smoke may be gone.
         with contextlib.suppress(OSError):
-            stream.write(f"{status}\n")
+            stream.write(f"{status} {json.dumps(compilers.document())}\n")
             stream.flush()
 
 
