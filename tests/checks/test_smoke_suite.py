@@ -385,3 +385,30 @@ def test_failed_checks_are_named_with_the_hint_of_the_first_cause() -> None:
         "binary.load: no",
         "log: .workspace/logs/x.log",
     )
+
+
+def test_fail_fast_ends_the_probes_that_still_run(clone: Clone, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    clone.probe("kernels", "import time; time.sleep(1); raise RuntimeError('seeded')")
+    clone.probe(
+        "parity",
+        f"import os, time\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\ntime.sleep(600)\n",
+    )
+    started = time.monotonic()
+    found = clone.run(timeout_s=120.0, is_fail_fast=True)
+    assert time.monotonic() - started < 60
+    assert found["kernels.norm"].evidence == "the probe exited with 1: RuntimeError: seeded"
+    assert "parity.llama" not in found
+    left = pids.read_text().split() if pids.exists() else []
+    assert not any(is_running(pid) for pid in left)
+
+
+def test_model_whose_probe_dies_takes_no_verdict_of_the_other_along(clone: Clone) -> None:
+    parity = (clone.layout.probes / "parity.py").read_text()
+    clone.probe(
+        "parity",
+        f"import os, sys\n'qwen3=' in str(sys.argv) and os.kill(os.getpid(), 11)\n{parity}",
+    )
+    found = clone.run()
+    assert {name for name, check in found.items() if check.verdict == "fail"} == {"parity.qwen3"}
+    assert "SIGSEGV" in found["parity.qwen3"].evidence
