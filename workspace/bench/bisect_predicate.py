@@ -33,7 +33,7 @@ SMOKE = "smoke"
 # The good end is the reference for all other commits, so it gets twice as many starts as another
 # commit gets at first. No commit gets more than MOST_STARTS.
 REFERENCE_STARTS, MOST_STARTS = 2 * MIN_STARTS, 4 * MIN_STARTS
-# A probe has a shorter timeout of its own (OWN_SHARE in checks/smoke_suite.py). When it or its
+# A probe has a shorter timeout of its own (PROBE_SHARE in checks/probe_runs.py). When it or its
 # caller gives up, this text is in the evidence of every check that the probe was to answer.
 OWN_WATCH, NO_ANSWER = 0.8, "gave no answer in"
 # Exit codes of a command, as in git-bisect(1).

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from workspace.checks.probe_runs import Answer
 from workspace.core import records
 from workspace.core.console import Console, Row, State
 from workspace.core.files import write_atomic
@@ -34,7 +35,7 @@ _STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
-_MEASURES = ("models", "consistency", "device", "gpu", "seconds")
+_MEASURES = ("models", "consistency", "device", "gpu", "seconds", "compilation")
 
 
 @dataclass(frozen=True)
@@ -216,15 +217,6 @@ class Expected:
     libraries: Mapping[str, tuple[int, str]]
     cuda: str | None = None
     triton: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result of a probe: its document, or in `problem` why there is none."""
-
-    record: Mapping[str, object]
-    problem: str | None
-    seconds: float
 
 
 def libraries(answer: Answer, expected: Expected) -> Check:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from workspace.checks import http_checks, stack_dumps
+from workspace.checks import http_checks, probe_runs
 from workspace.checks.http_checks import OfflineAnswer, Reply
 from workspace.checks.numeric import MAX_DIFFERENCE
 from workspace.checks.registry import Check, Expected, judged
@@ -136,7 +136,7 @@ def run(
     except WorkspaceError as exc:
         return failed(exc.message, time.monotonic() - started), ()
     try:
-        with stack_dumps.Watch(
+        with probe_runs.Watch(
             tested.limit_s,
             lambda: server.members() - {server.processes.supervisor_pid},
             environment=tested.environment,
@@ -155,7 +155,7 @@ def run(
 
 
 def _run_checks(
-    server: Server, tested: ServerUnderTest, watch: stack_dumps.Watch
+    server: Server, tested: ServerUnderTest, watch: probe_runs.Watch
 ) -> Iterator[Check]:
     """Yield all verdicts but the last; a dead server gets no further request."""
     started = time.monotonic()
@@ -193,7 +193,7 @@ class _Client:
         self._tested, self._row = tested, tested.rows[0]
         # The answer to the first row, and that to each row alone.
         self._whole, self._texts = "", dict.fromkeys((row.text for row in tested.rows), "")
-        self._patience_s = tested.limit_s + stack_dumps.DUMP_S
+        self._patience_s = tested.limit_s + probe_runs.DUMP_S
         self.judges: Mapping[str, Callable[[], Verdict]] = {
             name: getattr(self, name) for name in CHECKS[1:-1]
         }
@@ -440,7 +440,7 @@ def _survivors(server: Server, fronts: list[int], patience_s: float) -> tuple[li
             for name in sorted(shared)
             if not left and os.path.exists(name)
         ]
-        stack_dumps.end_with_stacks(lambda: left)
+        probe_runs.end_with_stacks(lambda: left)
     finally:
         os.kill(supervisor, signal.SIGCONT)
     return problems, seconds

@@ -1,6 +1,7 @@
 """What every command line shares: settings, printed failures, signals and exit codes.
 
-Used by tasks.py and by the sessions of nox. Knows no verb; imports core, and the machine for a verb that asks for it.
+Used by tasks.py and by the sessions of nox. Knows no verb; imports core, and the machine for a
+verb that asks for it.
 """
 
 import contextlib

@@ -95,12 +95,16 @@ def capture(
     env: Mapping[str, str],
     cwd: Path | None = None,
     timeout_s: float | None = None,
+    on_start: Callable[[int], object] | None = None,
 ) -> Completed:
     """Run a program that changes nothing, and return its output. The caller judges the status.
 
-    Raises ToolchainError where the program is missing or runs longer than `timeout_s` seconds.
+    `on_start` gets the pid of the guard, below which the program runs. Raises ToolchainError where
+    the program is missing or runs longer than `timeout_s` seconds.
     """
     with _started(argv, env=env, cwd=cwd, stderr=subprocess.PIPE) as child:
+        if on_start:
+            on_start(child.pid)
         try:
             out, err = child.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:

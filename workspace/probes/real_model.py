@@ -48,7 +48,12 @@ NOISE = {
 def load(folder: str, device: str) -> "LLM":
     import vllm
 
-    more = {"kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
+    # As in parity.py: the share that must be free at the start, beside other engines.
+    more = (
+        {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1}
+        if device == "cuda"
+        else {}
+    )
     return vllm.LLM(
         model=folder,
         dtype="float32",

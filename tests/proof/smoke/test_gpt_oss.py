@@ -13,7 +13,8 @@ from tests.proof.smoke import test_defects
 from tests.proof.smoke.defects import Defect, replaced
 from tests.proof.smoke.test_defects import seeded
 from workspace.checks import numeric
-from workspace.checks.registry import Answer, Check
+from workspace.checks.probe_runs import Answer
+from workspace.checks.registry import Check
 from workspace.core.paths import Layout
 from workspace.core.settings import load
 
