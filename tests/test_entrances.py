@@ -35,6 +35,14 @@ def test_inv_works_from_any_folder_and_through_a_symlink(ready: Clone, tmp_path:
     ] * 4
 
 
+def test_a_verb_that_needs_no_yaml_and_reads_no_record_does_not_pay_for_them(ready: Clone) -> None:
+    python = ready.root / ".workspace" / "tools" / "bin" / "python"
+    done = ready.run(python, "-X", "importtime", ready.root / "tasks.py", "--list")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "invoke.program" in imported
+    assert not imported & {"yaml", "msgspec"}
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
