@@ -48,6 +48,20 @@ def test_a_verb_that_needs_no_yaml_and_reads_no_record_does_not_pay_for_them(rea
     [
         (["nonsense"], "error: there is no verb nonsense\nhint: ./scripts/inv --list\n"),
         (
+            ["pin.rollback", "v0.32.0"],
+            (
+                "error: inv pin.rollback takes no argument v0.32.0, and there is no verb of"
+                " that name\nhint: ./scripts/inv pin.rollback --good v0.32.0\n"
+            ),
+        ),
+        (
+            ["bootstrap", "xyzzy"],
+            (
+                "error: inv bootstrap takes no argument xyzzy, and there is no verb of that name\n"
+                "hint: ./scripts/inv --help bootstrap\n"
+            ),
+        ),
+        (
             ["bootstarp"],
             (
                 "error: there is no verb bootstarp\n"

@@ -50,7 +50,7 @@ def processes(child: "subprocess.Popen[str]") -> set[int]:
 
 
 def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path: Path) -> None:
-    environment = {"PATH": str(tmp_path), **stack_dumps.FAULTS}
+    environment = {"PATH": str(tmp_path), "PYTHONFAULTHANDLER": "1"}
     with hanging(tmp_path, environment) as child:
         with stack_dumps.Watch(0.05, lambda: processes(child), environment=environment) as watch:
             output = child.communicate(timeout=20)[1]
@@ -63,7 +63,7 @@ def test_every_thread_of_every_process_is_dumped_and_no_process_is_left(tmp_path
 
 
 def test_what_py_spy_sees_counts_and_a_py_spy_that_may_not_look_does_not(tmp_path: Path) -> None:
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **stack_dumps.FAULTS}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONFAULTHANDLER": "1"}
     program = tmp_path / "py-spy"
     for code, expected in ((0, "Thread 7 (idle)"), (1, "Fatal Python error: Aborted")):
         program.write_text(f"#!/bin/sh\necho 'Thread 7 (idle)'; exit {code}\n")

@@ -5,9 +5,9 @@ import os
 import stat
 
 from tests.small.materials import VERSION, Materials, git
-from tests.small.wheels import LIBRARIES, this_machine
+from tests.small.wheels import LIBRARIES, compile_library, this_machine
 from tests.small.world import World
-from workspace.machine import venv
+from workspace.machine import gpu, venv
 
 ROWS = ("pin", "source", "patches", "environment", "kernels", "install")
 
@@ -78,6 +78,25 @@ def test_second_bootstrap_touches_no_file_asks_nobody_and_leaves_no_log(built: W
     assert "nothing to do" in ended.err
     assert built.index.requests == []
     assert ended.out == ""
+
+
+def test_verbs_with_nothing_to_do_do_not_ask_the_gpu(built: World) -> None:
+    folder = built.folder / "driver"
+    folder.mkdir()
+    asked, program = folder / "asked", folder / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\necho "$*" >> "{asked}"\n')
+    program.chmod(0o755)
+    # An NVML that is noticed when it is loaded, and the program beside it.
+    note = f'__attribute__((constructor)) void note(void) {{ fclose(fopen("{asked}", "a")); }}'
+    made = compile_library(folder, "nvml", f"#include <stdio.h>\n{note}\n")
+    (folder / gpu.LIBRARY).write_bytes(made)
+    driver = {"PATH": f"{folder}:{built.env['PATH']}", "LD_LIBRARY_PATH": str(folder)}
+    for verb in ("bootstrap", "rebuild", "status"):
+        ended = built.run(verb, env=driver)
+        assert ended.code == 0, ended.output
+    assert not asked.exists()
+    built.run("doctor", "--offline", env=driver)
+    assert asked.exists()
 
 
 def test_bootstrap_from_git_fetches_the_pin_without_the_history_of_files(

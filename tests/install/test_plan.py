@@ -17,11 +17,7 @@ from workspace.repo.git import Git
 
 def due(observed: plan.Observation, world: World, **flags: str) -> list[str]:
     """Return the first step of each stage that is due."""
-    return [
-        stage.steps[0][0]
-        for stage in bootstrap.stages_of(world.layout, loaded(world, **flags), observed)
-        if stage.is_due
-    ]
+    return [stage.steps[0][0] for stage in bootstrap.stages_of(observed) if stage.is_due]
 
 
 def loaded(world: World, **flags: str) -> settings.Settings:

@@ -65,7 +65,7 @@ def test_only_what_a_change_reaches_is_compiled_and_the_rest_is_the_precompiled(
     precompiled = library(patched, "spinloop")
     output = rebuild(patched, "--jobs", "2")
     assert re.search(r"2 compilers at once: --jobs 2", output)
-    assert "is rebuilt; next: ./scripts/nox -s smoke" in output
+    assert "is rebuilt\nhint: ./scripts/nox -s smoke" in output
     assert answer(patched) == "43"
     assert library(patched, "spinloop") == precompiled
     recorded = stamp.read(patched.layout.stamp("vllm"))
@@ -112,7 +112,7 @@ def test_target_that_was_only_requested_is_compiled_ahead_and_the_precompiled_li
     assert "compiled spinloop in .workspace/build/" in output
     assert "the rest of vllm 0.31.0" in output
     assert "is rebuilt" not in output
-    assert "next: ./scripts/nox -s smoke" in output
+    assert "hint: ./scripts/nox -s smoke" in output
     assert library(built, "spinloop") == precompiled
     assert observed(built).kernels.state == "ok"
 
@@ -121,7 +121,7 @@ def test_requested_target_of_a_stale_native_tree_leaves_the_rest_to_the_next_reb
     patched: World,
 ) -> None:
     output = rebuild(patched, "--kernels", "native", "--target", "spinloop")
-    assert "no library in the tree was changed; next: ./scripts/inv rebuild" in output
+    assert "no library in the tree was changed\nhint: ./scripts/inv rebuild" in output
     assert "up to date" not in output
     assert observed(patched).kernels.state == "stale"
 
@@ -151,7 +151,7 @@ def test_bootstrap_leaves_compilation_to_rebuild_and_names_it(built: World) -> N
     edit(built, ANSWER, "42", "43")
     built.layout.stamp("vllm").unlink()
     ended = built.bootstrap()
-    assert "next: ./scripts/inv rebuild" in ended.err
+    assert "hint: ./scripts/inv rebuild" in ended.err
     assert observed(built).kernels.reasons == (
         f"compiled from the pin's sources, which {ANSWER} differs from",
     )

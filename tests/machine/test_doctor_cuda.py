@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from workspace.core.console import Row
 from workspace.machine import doctor_toolchain
-from workspace.machine.case import Case, Row
+from workspace.machine.case import Case
 
 SMI = """case "$*" in
 *--query-gpu*) echo '{gpu}';;
@@ -42,7 +43,7 @@ def nvcc(house, version="13.0", archs="75 90 100 120 121"):
 
 
 def case(house, *, device="cuda", kernels="native", **shell) -> Case:
-    return Case(house.layout, house.settings(**shell), device=device, kernels=kernels)
+    return Case(house.machine(**shell), device=device, kernels=kernels)
 
 
 def rows(check, *args, **options) -> dict[str, Row]:
@@ -64,8 +65,8 @@ def torch(house, cuda="13.0") -> None:
 def test_gpu_and_driver_are_shown_with_the_cuda_that_the_driver_serves(house):
     smi(house)
     found = rows(doctor_toolchain.driver, house)
-    assert found["driver"].seen == "580.95.05, supports CUDA 13.0"
-    assert (found["gpu"].state, found["gpu"].seen) == ("ok", "NVIDIA GB10, capability 12.1")
+    assert found["driver"].text == "580.95.05, supports CUDA 13.0"
+    assert (found["gpu"].state, found["gpu"].text) == ("ok", "NVIDIA GB10, capability 12.1")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_driver_with_unknown_output_gives_rows_and_no_traceback(house, gpu):
     smi(house, gpu=gpu, xml="head -c 300 /dev/urandom", apps="echo 'N/A, x'; echo; echo '1,2,3,4'")
     assert {row.state for row in rows(doctor_toolchain.driver, house).values()} <= {"ok", "warn"}
     assert rows(doctor_toolchain.agreement, house)["cuda fit"].state == "warn"
-    assert rows(doctor_toolchain.residents, house)["residents"].state in ("ok", "warn")
+    assert rows(doctor_toolchain.running_programs, house)["running"].state in ("ok", "warn")
     assert rows(doctor_toolchain.archs, house)["arch list"].state == "FAIL"
 
 
@@ -187,9 +188,9 @@ def test_device_cpu_needs_nothing_of_cuda(house):
 
 def test_program_that_holds_the_gpu_is_named_with_the_command_that_shows_it(house):
     smi(house, apps="echo '4242, /usr/bin/python3, [N/A]'")
-    row = rows(doctor_toolchain.residents, house)["residents"]
+    row = rows(doctor_toolchain.running_programs, house)["running"]
     assert row.state == "warn"
-    assert "4242 (/usr/bin/python3)" in row.seen
+    assert "4242 (/usr/bin/python3)" in row.text
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_process_that_calls_itself_an_engine_is_found(house):
             # The shell bears its own name until it has become the engine.
             while not Path(f"/proc/{engine.pid}/cmdline").read_bytes().startswith(b"VLLM::"):
                 time.sleep(0.01)
-            found = rows(doctor_toolchain.residents, house)["residents"]
+            found = rows(doctor_toolchain.running_programs, house)["running"]
         finally:
             engine.kill()
     assert found.state == "warn"

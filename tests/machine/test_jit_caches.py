@@ -196,7 +196,8 @@ def test_stack_has_the_versions_in_the_environment(house):
     (packages / "torch" / "version.py").write_text(
         "__version__ = '2.13.0+cu130'\ncuda: str = '13.0'\n"
     )
-    stack = jit_caches.observe(house.layout, house.settings(), tree="abc", capabilities=("12.1",))
+    house.program("nvidia-smi", "echo 'NVIDIA GB10, 12.1, 580'")
+    stack = jit_caches.observe(house.machine(), tree="abc")
     assert stack == Stack("abc", "2.13.0+cu130 CUDA 13.0", "3.7.1", "none", "12.1")
     jit_caches.record(house.layout, stack)
     assert (

@@ -95,6 +95,21 @@ def test_stop_in_the_start_up_where_the_front_loses_the_signal(place: Path) -> N
     is_clean(there)
 
 
+def test_stop_removes_shared_memory_that_no_process_maps_any_more(place: Path) -> None:
+    # The supervisor has ended the engine and is killed before it removes the engine's memory.
+    there = lifecycle.start(place, launch("slow"))
+    until(lambda: len(shared(there.address.port)) == 2)
+    record = Path(f"{observation.ending(place, there.processes.tag)}.shared")
+    until(record.exists)
+    for pid in there.members():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not observation.is_alive(there) and not there.members())
+    assert len(shared(there.address.port)) == 2
+    lifecycle.stop(there)
+    assert not record.exists()
+    is_clean(there)
+
+
 @pytest.mark.parametrize("victim", ["front", "supervisor", "all"])
 @pytest.mark.parametrize("manner", ["", "apart"])
 def test_stop_leaves_nothing_whichever_process_was_killed(

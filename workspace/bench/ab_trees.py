@@ -22,6 +22,7 @@ from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.install import sandbox as sandboxes
 from workspace.install.sandbox import Sandbox
+from workspace.machine import hardware
 from workspace.repo import checkout, pins, series
 from workspace.repo.git import Git, am, worktree
 from workspace.repo.pins import Pin
@@ -259,20 +260,14 @@ class LibraryWatch:
             return
         self._next = time.monotonic() + LOOK_EVERY_S
         for pid in process_tree.below({os.getpid()}, process_tree.living()):
-            with (
-                contextlib.suppress(OSError),
-                open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file,
-            ):
-                for line in file:
-                    self._take(line.rstrip("\n"))
+            for path, inode in hardware.mapped_files(pid):
+                self._take(path, inode)
 
-    def _take(self, line: str) -> None:
-        fields = line.split(None, 5)
-        path = fields[5] if len(fields) == 6 else ""
+    def _take(self, path: str, inode: int) -> None:
         if ".so" not in path:
             return
         if path.startswith(f"{self._tree}/"):
-            self._mapped[path] = int(fields[4])
+            self._mapped[path] = inode
         elif path.startswith(self._others) and not path.startswith(
             f"{os.path.realpath(self._sandbox.layout.root)}/"
         ):

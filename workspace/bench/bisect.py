@@ -40,7 +40,7 @@ VERB = "nox -s bisect"
 # After this many skips in a row a person should look at the cause.
 MOST_SKIPS = 12
 SHOWN = 8
-_STATES: Mapping[Verdict, State] = {"good": "ok", "bad": "FAIL", "skip": "warn"}
+_STATES: Mapping[Verdict, State] = {"good": State.OK, "bad": State.FAIL, "skip": State.WARN}
 
 Attempt = Callable[[str, Role, BisectLog], Outcome]
 

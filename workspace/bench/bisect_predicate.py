@@ -7,6 +7,7 @@ be blamed for a fault that nobody observed.
 import io
 import re
 import shlex
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
+from workspace.machine.case import Machine
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"
@@ -236,7 +238,7 @@ def _measure(name: str, trial: Trial, reference: Sequence[float], view: Step) ->
             if not samples.get(name):
                 kind = benchmark.work.kind
                 return Outcome("skip", f"vllm bench {kind} does not measure {name} here")
-            values.append(metrics.median(samples[name]))
+            values.append(statistics.median(samples[name]))
         outcome = _judge_values(name, values, reference, trial.bounds.factor)
         if outcome is not None:
             return outcome
@@ -250,14 +252,13 @@ def _judge_values(
     metric = metrics.known(name)
     if not reference:
         evidence = (
-            f"{name} {metrics.median(values):.4g} {metric.unit} ±"
+            f"{name} {statistics.median(values):.4g} {metric.unit} ±"
             f" {metrics.variation(values):.1%}, {len(values)} starts"
         )
         return Outcome("good", evidence, tuple(values))
     judgement = compare.judge_samples(reference, values, better=metric.better, factor=factor)
-    evidence = compare.sentence(
-        compare.Row(name, metrics.median(reference), metrics.median(values), judgement)
-    )
+    middle, now = statistics.median(reference), statistics.median(values)
+    evidence = compare.sentence(compare.MetricDifference(name, middle, now, judgement))
     if judgement.verdict != "inconclusive":
         return Outcome("bad" if judgement.verdict == "fail" else "good", evidence, tuple(values))
     if judgement.needed is None or len(values) >= MOST_STARTS:
@@ -289,7 +290,7 @@ def _start(benchmark: Benchmark, trial: Trial) -> Mapping[str, tuple[float, ...]
 
 
 def _run(predicate: Predicate, trial: Trial) -> Outcome:
-    environment = built_environment(trial.sandbox.layout, trial.settings)
+    environment = built_environment(Machine(trial.sandbox.layout, trial.settings), "shell")
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
         done = _run_in_time(predicate.argv, environment, Path(neutral), trial)
     if done is None:

@@ -6,6 +6,7 @@ damaged, or that a newer workspace wrote, is refused.
 
 import datetime
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 
 from workspace.bench import metrics
 from workspace.core import records, settings
-from workspace.core.console import Console, State
+from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
@@ -160,7 +161,7 @@ class Record(records.Record, schema=1):
 
     def values(self, metric: str) -> tuple[float, ...]:
         """Return one value for each start, the unit of statistics: the median of its samples."""
-        return tuple(metrics.median(start.samples[metric]) for start in self.starts)
+        return tuple(statistics.median(start.samples[metric]) for start in self.starts)
 
 
 def encode(record: Record) -> bytes:
@@ -280,23 +281,23 @@ def show_records(layout: Layout, *, console: Console, as_json: bool) -> None:
         document = {"schema": 1, "records": [_document(layout, entry) for entry in found]}
         console.data(json.dumps(document, indent=1))
         return
-    for entry in found:
-        if entry.record is None:
-            console.row("FAIL", entry.path.stem, entry.problem)
-        else:
-            state: State = "ok" if entry.record.is_complete else "warn"
-            console.row(state, entry.record.stem, _line(entry.record))
+    console.rows(_row(entry) for entry in found)
     if not found:
         console.info("there are no records of benchmarks yet")
     is_pair = sum(entry.record is not None for entry in found) > 1
-    console.info(
-        f"next: {'./scripts/inv bench.compare A B' if is_pair else './scripts/nox -s bench'}"
-    )
+    console.hint("./scripts/inv bench.compare A B" if is_pair else "./scripts/nox -s bench")
 
 
 def counted_starts(count: int) -> str:
     """Return `1 start` or `2 starts`."""
     return f"{count} {'start' if count == 1 else 'starts'}"
+
+
+def _row(entry: Entry) -> Row:
+    if entry.record is None:
+        return Row(State.FAIL, entry.path.stem, entry.problem)
+    state = State.OK if entry.record.is_complete else State.WARN
+    return Row(state, entry.record.stem, _line(entry.record))
 
 
 def _line(record: Record) -> str:
@@ -323,7 +324,7 @@ def measured_text(record: Record, name: str) -> str:
     """Return the median of a metric over the starts, with its unit and its variation."""
     values = record.values(name)
     spread = f" ± {metrics.variation(values):.1%}" if len(values) > 1 else ""
-    return f"{name} {metrics.median(values):.4g} {metrics.known(name).unit}{spread}"
+    return f"{name} {statistics.median(values):.4g} {metrics.known(name).unit}{spread}"
 
 
 def _document(layout: Layout, entry: Entry) -> dict[str, object]:
@@ -340,5 +341,5 @@ def _document(layout: Layout, entry: Entry) -> dict[str, object]:
         "model": record.model,
         "starts": len(record.starts),
         "repeat": record.repeat,
-        "medians": {name: metrics.median(record.values(name)) for name in record.metrics},
+        "medians": {name: statistics.median(record.values(name)) for name in record.metrics},
     }

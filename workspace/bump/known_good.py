@@ -18,7 +18,8 @@ from workspace.core.console import Console, RunLog
 from workspace.core.files import copy_files, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.install import editable, plan, stamp
+from workspace.install import editable, plan, precompiled, stamp
+from workspace.install.precompiled import KernelSource
 from workspace.machine import interpreter
 from workspace.repo import checkout, pins
 from workspace.repo.git import Git, worktree
@@ -44,6 +45,12 @@ class KnownGood(records.Record, schema=1):
     recorded: str
     smoke: str
     inputs: Mapping[str, str]
+    kernels: KernelSource | None = None
+
+    @classmethod
+    def upgrade(cls, document: records.Document) -> records.Document:
+        """Return a document of an older edition, whose source of kernels was a text."""
+        return precompiled.upgraded(document)
 
 
 def folder(layout: Layout, name: str) -> Path:
@@ -139,7 +146,11 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
     stamp.withdraw(record_file)
     libraries = {f"library {library.path}": library.sha256 for library in build.libraries}
     inputs = {**(observed.environment.inputs or {}), **build.inputs, **libraries}
-    if before is None or dict(before.inputs) != inputs or not kernels(layout, name).is_dir():
+    if (
+        before is None
+        or (before.inputs, before.kernels) != (inputs, build.kernels)
+        or not kernels(layout, name).is_dir()
+    ):
         _copy_kernels(layout, name)
     _copy_pinned_files(layout, name)
     _write_package_list(layout, name)
@@ -153,6 +164,7 @@ def keep(layout: Layout, observed: plan.Observation, *, run_log: RunLog) -> Know
         recorded=datetime.datetime.now(datetime.UTC).isoformat(),
         smoke=str(smoke_record.last_record(layout).get("time")),
         inputs=inputs,
+        kernels=build.kernels,
     )
     os.sync()
     records.write(record_file, made)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from workspace.core import records
-from workspace.core.console import Console
+from workspace.core.console import Console, Row, State
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.install import plan
-from workspace.machine.hardware import Machine
 
 Level = Literal["quick", "full"]
 # What a machine may lack. A check that is skipped for another reason counts as failed.
@@ -31,6 +30,7 @@ _ORIGIN = "./scripts/inv status   # then: rm .vllm/.workspace/vllm.json && ./scr
 _SERVER = "ls -t .workspace/smoke-server/logs   # the newest is the server's own log"
 _REBUILD = "./scripts/inv rebuild   # compiles for this machine's GPU"
 Verdict = Literal["pass", "fail", "skipped"]
+_STATES = {"pass": State.OK, "fail": State.FAIL, "skipped": State.SKIPPED}
 SCHEMA = 2
 # The parts of the parity probe's document that are worth comparing between days; it omits the
 # tokens.
@@ -191,6 +191,10 @@ class Check:
     seconds: float
     # Further problems, if there are more than the evidence names.
     problems: tuple[str, ...] = ()
+
+    @property
+    def row(self) -> Row:
+        return Row(_STATES[self.verdict], self.identifier, self.evidence)
 
     @property
     def meaning(self) -> str:
@@ -397,10 +401,8 @@ def _built(observed: plan.Observation) -> str:
         for layer in (observed.environment, observed.kernels)
     ]
     # Build time and number of jobs do not describe what was built.
-    parts = [
-        {name: stamp[name] for name in ("inputs", "packages", "libraries")} if stamp else None
-        for stamp in stamps
-    ]
+    names = ("inputs", "kernels", "packages", "libraries")
+    parts = [{name: stamp[name] for name in names} if stamp else None for stamp in stamps]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -409,7 +411,7 @@ def compose(
     *,
     level: str,
     tree: Tree,
-    machine: Machine,
+    machine: Mapping[str, object],
     parity: Mapping[str, object],
     seconds: float,
 ) -> dict[str, object]:
@@ -437,7 +439,7 @@ def compose(
         },
         "parity": {name: _writable(parity[name]) for name in _MEASURES if name in parity},
         "seconds": round(seconds, 2),
-        "machine": asdict(machine),
+        "machine": machine,
     }
 
 

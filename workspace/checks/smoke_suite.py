@@ -16,7 +16,7 @@ from workspace.checks import http_checks, numeric, registry, server_checks, stac
 from workspace.checks.registry import Answer, Check, Expected, Level, Need, chosen
 from workspace.compile import device_code
 from workspace.core import process, records
-from workspace.core.console import RunLog, State
+from workspace.core.console import RunLog
 from workspace.core.errors import (
     BuildError,
     SmokeError,
@@ -25,9 +25,9 @@ from workspace.core.errors import (
     WorkspaceError,
 )
 from workspace.core.paths import Layout
-from workspace.core.settings import Settings
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
+from workspace.machine.case import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 
@@ -36,22 +36,8 @@ NAME_WIDTH = 22
 LIMIT = "WORKSPACE_SMOKE_LIMIT_S"
 # Shares of the caller's limit: for the probe's own watch, and until the caller dumps its stacks.
 PROBE_SHARE, DUMP_SHARE = 0.8, 0.9
-_STATES: Mapping[str, State] = {"pass": "ok", "fail": "FAIL", "skipped": "skipped"}
 KERNELS = ("norm", "activation", "rotary", "attention", "quantized", "moe")
 CONSISTENCY = ("repeat", "batch", "parts", "chunked", "prefix")
-
-# One process, no compilation, no network, little memory. The user's own shell settings for engines
-# do not apply here.
-ENVIRONMENT: Mapping[str, str] = {
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    **stack_dumps.FAULTS,
-}
-COMPILED: Mapping[str, str] = {**ENVIRONMENT, "TORCHDYNAMO_DISABLE": "0"}
-
 
 # Warm on two cores: 4 s and 16 s. With a cold page cache and kernels that compile at the first
 # start, one start took 123 s.
@@ -95,8 +81,7 @@ def expect(layout: Layout, observed: plan.Observation) -> Expected:
 
 
 def run(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     expected: Expected,
     options: SmokeOptions,
     *,
@@ -110,7 +95,7 @@ def run(
     """
     before = look()
     with tempfile.TemporaryDirectory(prefix="vllm-workspace-") as neutral:
-        suite = _Suite(layout, settings, expected, options, Path(neutral), run_log)
+        suite = _Suite(machine, expected, options, Path(neutral), run_log)
         parts = [suite.binary, suite.kernels, suite.compare]
         parts += [suite.serve, suite.more] if options.level == "full" else []
         for part in parts:
@@ -130,14 +115,14 @@ class _Suite:
 
     def __init__(
         self,
-        layout: Layout,
-        settings: Settings,
+        machine: Machine,
         expected: Expected,
         options: SmokeOptions,
         folder: Path,
         run_log: RunLog,
     ) -> None:
-        self._layout, self._settings, self._run_log = layout, settings, run_log
+        self._machine, self._run_log = machine, run_log
+        self._layout, self._settings = machine.layout, machine.settings
         self._expected, self._options, self._folder = expected, options, folder
         self._lacks: frozenset[Need] = (
             frozenset({"gpu", "architectures"}) if expected.device == "cpu" else frozenset()
@@ -149,15 +134,12 @@ class _Suite:
 
     def found(self, judge: Callable[[], tuple[Check, ...]], first: str) -> None:
         """Show a spinner while `judge` runs, then a row for each verdict."""
-        with self._run_log.console.step(first.ljust(NAME_WIDTH)) as view:
+        with self._run_log.console.step(first, least=NAME_WIDTH) as view:
             done = self._with_stacks(
                 [registry.without_unfounded_skip(check, lacks=self._lacks) for check in judge()]
             )
-            view.state, view.reason = _STATES[done[0].verdict], done[0].evidence
-        for check in done[1:]:
-            self._run_log.console.row(
-                _STATES[check.verdict], check.identifier.ljust(NAME_WIDTH), check.evidence
-            )
+            view.state, view.reason = done[0].row.state, done[0].evidence
+        self._run_log.console.rows([check.row for check in done[1:]], least=NAME_WIDTH)
         self.checks += done
 
     def _with_stacks(self, done: list[Check]) -> list[Check]:
@@ -214,11 +196,7 @@ class _Suite:
             try:
                 tested = server_checks.under_test(
                     self._layout,
-                    built_environment(
-                        self._layout,
-                        self._settings,
-                        more={**ENVIRONMENT, **server_checks.ENVIRONMENT},
-                    ),
+                    built_environment(self._machine, "smoke-serve"),
                     self._tiny_model("llama"),
                     expected=self._expected,
                     rows=self._offline_rows(),
@@ -260,9 +238,7 @@ class _Suite:
         if self._expected.device == "cpu":
             why = "built for the CPU: no library has code for a GPU"
             return Check("binary.cubins", "skipped", why, 0.0)
-        capabilities = tuple(
-            gpu.capability for gpu in hardware.observe(self._settings).gpus if gpu.capability
-        )
+        capabilities = self._machine.capabilities
         archs = self._settings.text("TORCH_CUDA_ARCH_LIST")
         if not capabilities and not archs:
             why = "this machine has no GPU, and TORCH_CUDA_ARCH_LIST is not set"
@@ -361,13 +337,11 @@ class _Suite:
             )
         args = (f"--model=llama={self._tiny_model('llama')}", "--compiled", "--against", str(rows))
         device = ("--device", self._expected.device)
-        answer = self._ask("parity.py", *args, *device, environment=COMPILED)
+        answer = self._ask("parity.py", *args, *device, is_compiled=True)
         return numeric.parity(answer, "llama", name)
 
     def _mxfp4(self) -> Check:
-        if self._expected.device == "cpu" and "amx_tile" not in Path("/proc/cpuinfo").read_text(
-            encoding="utf-8", errors="replace"
-        ):
+        if self._expected.device == "cpu" and "amx_tile" not in hardware.processor()[1]:
             why = "vLLM's MXFP4 kernel for CPUs requires AMX, which this CPU lacks"
             return Check("parity.gpt-oss", "skipped", why, 0.0)
 
@@ -379,7 +353,7 @@ class _Suite:
 
         return numeric.mxfp4(_or_problem(ask))
 
-    def _offline_rows(self) -> tuple[http_checks.Row, ...]:
+    def _offline_rows(self) -> tuple[http_checks.OfflineAnswer, ...]:
         """Return the offline engine's answers of the tiny Llama, empty if it has none."""
         return http_checks.offline(numeric.read_rows(self._round("tiny").vllm, "llama"))
 
@@ -388,15 +362,13 @@ class _Suite:
             lambda: ask(str(models.smollm2(self._layout, self._settings, run_log=self._run_log)))
         )
 
-    def _ask(self, probe: str, *args: str, environment: Mapping[str, str] = ENVIRONMENT) -> Answer:
+    def _ask(self, probe: str, *args: str, is_compiled: bool = False) -> Answer:
         """Run a probe in a neutral folder, from which nothing can be imported by accident."""
         started, patience_s = time.monotonic(), self._options.timeout_s
-        # The user's settings of torch threads and vLLM caches apply; those in `environment` do not.
-        variables = built_environment(
-            self._layout,
-            self._settings,
-            more={**environment, LIMIT: f"{PROBE_SHARE * patience_s:g}"},
-        )
+        given = {LIMIT: f"{PROBE_SHARE * patience_s:g}"}
+        if is_compiled:
+            given["TORCHDYNAMO_DISABLE"] = "0"
+        variables = built_environment(self._machine, "smoke", given=given)
         argv: list[process.Argument] = [
             self._layout.environment_python,
             self._layout.probes / probe,

@@ -17,9 +17,6 @@ from workspace.core import process
 from workspace.core.errors import ToolchainError
 from workspace.server import process_tree
 
-# Each Python process that inherits it writes its stacks to stderr at a fatal signal, also deep in C
-# (docs.python.org, faulthandler).
-FAULTS: Mapping[str, str] = {"PYTHONFAULTHANDLER": "1"}
 # Seconds that one process may take to write its stacks.
 DUMP_S = 5.0
 # Most lines of stacks in a record; the log has all of them.

@@ -21,6 +21,7 @@ from typing import Literal
 from workspace.checks.registry import Check, Verdict
 from workspace.checks.upstream_selection import Decision, Reached, Rules
 from workspace.core import process, records
+from workspace.core.child_variables import with_given
 from workspace.core.console import RunLog
 from workspace.core.errors import SmokeError
 from workspace.core.files import write_atomic
@@ -137,7 +138,7 @@ def _run_pytest(
         with _limited(timeout_s):
             process.run(
                 argv,
-                env={**place.variables, "PYTHONPATH": path},
+                env=with_given(place.variables, "upstream", {"PYTHONPATH": path}),
                 cwd=place.tree / "tests",
                 run_log=run_log,
                 failure=SmokeError,

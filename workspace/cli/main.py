@@ -20,7 +20,7 @@ from typing import TextIO
 from workspace.core import files, settings
 from workspace.core.console import Console
 from workspace.core.errors import INTERRUPTED_EXIT_CODE, ToolchainError, WorkspaceError
-from workspace.core.paths import Layout
+from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
@@ -77,6 +77,12 @@ def load_settings(
     return loaded
 
 
+def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Settings]:
+    """Return the layout of this clone and the settings of the verb, its flags over all others."""
+    layout = here()
+    return layout, load_settings(layout, flags=flags)
+
+
 def _registered(layout: Layout) -> list[str]:
     """Return the variables that the pinned tree itself registers (vllm/envs.py)."""
     try:
@@ -94,7 +100,7 @@ def _warn(text: str) -> None:
     console().warn(text)
 
 
-def run(work: Callable[[], None]) -> int:
+def run(work: Callable[[], object]) -> int:
     """Run the work of a verb and return the exit status of the process.
 
     An expected failure is printed with its hint. ^C, SIGTERM and SIGHUP unwind the work, which ends

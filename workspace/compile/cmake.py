@@ -5,7 +5,6 @@ that it writes again with the same content keeps its time, because ninja would c
 """
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from workspace.core import process, records
 from workspace.core.console import RunLog
 from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
-from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import interpreter, toolchain
+from workspace.machine import interpreter
+from workspace.machine.case import Machine
 
 # Folders in which a linker and CMake's FindCUDAToolkit search the driver's library: below a toolkit
 # and in the system.
@@ -46,18 +45,16 @@ _SYSTEM_LIBRARIES = (
 )
 
 
-def toolkit_arguments(
-    layout: Layout, settings: Settings, build: Path, *, run_log: RunLog
-) -> tuple[str, ...]:
+def toolkit_arguments(machine: Machine, build: Path, *, run_log: RunLog) -> tuple[str, ...]:
     """Return CMake arguments for the parts that the toolkit lacks. On a machine without a driver,
     build a stub of its library in `build`.
     """
-    toolkit = toolchain.find_toolkit(settings)
+    toolkit = machine.toolkit()
     if toolkit is None:
         return ()
     wheels = [
         folder
-        for top in interpreter.site_packages(layout)
+        for top in interpreter.site_packages(machine.layout)
         for folder in sorted((top / "nvidia").glob("*"))
         if folder.is_dir()
     ]
@@ -68,7 +65,7 @@ def toolkit_arguments(
     if runtime and not any(_libraries(toolkit.home, "libnvrtc.so")):
         found.append(f"-DCUDA_nvrtc_LIBRARY={runtime}")
     if not any(_libraries(toolkit.home, "libcuda.so")) and not any(_system("libcuda.so")):
-        stub = _stub(settings, toolkit.home, build, run_log=run_log)
+        stub = _stub(machine.settings, toolkit.home, build, run_log=run_log)
         found.append(f"-DCUDA_cuda_driver_LIBRARY={stub}")
     return tuple(found)
 
@@ -186,8 +183,7 @@ def due(build: Path, inputs: Inputs, sources: Mapping[str, str]) -> str | None:
 
 
 def configure(
-    layout: Layout,
-    settings: Settings,
+    machine: Machine,
     inputs: Inputs,
     sources: Mapping[str, str],
     *,
@@ -198,7 +194,8 @@ def configure(
 
     Raises BuildError with CMake's first error; then existing objects stay, and there is no record.
     """
-    setup = _Setup(layout, settings, inputs, sources, folder(layout, inputs), launcher)
+    layout = machine.layout
+    setup = _Setup(machine, inputs, sources, folder(layout, inputs), launcher)
     build, tree = setup.build, setup.tree
     reason = due(build, inputs, sources)
     if reason is None and (known := project.read(build, tree)):
@@ -233,10 +230,9 @@ def configure(
 
 @dataclass(frozen=True)
 class _Setup:
-    """Setup of a configure: clone, inputs, sources, build directory and compiler launcher."""
+    """Setup of a configure: machine, inputs, sources, build directory and compiler launcher."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     inputs: Inputs
     sources: Mapping[str, str]
     build: Path
@@ -255,7 +251,9 @@ def _run_and_restore(
     """
     build, tree = setup.build, setup.tree
     folders = tree_files.package_folders(tree, setup.inputs.device)
-    scratch = setup.layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
+    scratch = (
+        setup.machine.layout.builds / "kept" / hashlib.sha256(str(tree).encode()).hexdigest()[:12]
+    )
     tree_files.bring_back(tree, folders, scratch)
     tree_files.keep(tree, folders, scratch)
     before = tree_files.states(tree, tree_files.sources(tree))
@@ -278,7 +276,7 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
     """Return CMake's arguments, as in setup.py's cmake_build_ext.configure, but without job pools:
     the job server bounds the compilers.
     """
-    layout, settings, inputs = setup.layout, setup.settings, setup.inputs
+    layout, settings, inputs = setup.machine.layout, setup.machine.settings, setup.inputs
     defined = {
         "CMAKE_BUILD_TYPE": inputs.build_type,
         "VLLM_TARGET_DEVICE": inputs.device,
@@ -297,7 +295,7 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
         defined["CMAKE_VERBOSE_MAKEFILE"] = "ON"
     if inputs.device == "cuda":
         defined["NVCC_THREADS"] = inputs.configure["NVCC_THREADS"]
-        if toolkit := toolchain.find_toolkit(settings):
+        if toolkit := setup.machine.toolkit():
             # The toolkit's own folder, whichever script or link to nvcc is first on PATH.
             defined |= {
                 "CMAKE_CUDA_COMPILER": str(toolkit.nvcc),
@@ -308,17 +306,15 @@ def _arguments(setup: _Setup) -> tuple[str, ...]:
 
 def _run(setup: _Setup, run_log: RunLog) -> str:
     """Run CMake, again with each missing placeholder file that it names; return its output."""
-    layout, settings, inputs = setup.layout, setup.settings, setup.inputs
-    path = [str(layout.environment / "bin"), settings.child_environment("build").get("PATH", "")]
+    layout, settings, inputs = setup.machine.layout, setup.machine.settings, setup.inputs
     overrides = {name: place for name, place in setup.sources.items() if name.isidentifier()}
     environment = settings.child_environment(
-        "build",
-        {"PATH": os.pathsep.join(path), "VLLM_TARGET_DEVICE": inputs.device, **overrides},
+        "configure", {"VLLM_TARGET_DEVICE": inputs.device, **overrides}, layout=layout
     )
     argv: list[process.Argument] = ["cmake", "-S", inputs.place, "-B", setup.build]
     argv += _arguments(setup)
     if inputs.device == "cuda":
-        argv += toolkit_arguments(layout, settings, setup.build, run_log=run_log)
+        argv += toolkit_arguments(setup.machine, setup.build, run_log=run_log)
     # The user's own arguments come last and win, as in setup.py.
     argv += settings.text("CMAKE_ARGS").split()
     for count in range(1, MOST_TRIES + 1):

@@ -5,8 +5,6 @@ summary. Percent and remaining time come from expected costs, not from counts.
 import contextlib
 import heapq
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -345,8 +343,8 @@ class Meter:
         )
         self._warn(state, finished)
         found = estimate(self._planned, finished, state, jobs=self._jobs, now=now)
-        if self._console.is_terminal:
-            width = max(_NARROWEST, _columns() - _BESIDE - len(self._step.title))
+        if self._console.width:
+            width = max(_NARROWEST, self._console.width - _BESIDE - len(self._step.title))
             rows = (
                 *filled(figures(found, state), width, lines=3),
                 *filled(units(state), width, lines=2),
@@ -378,10 +376,3 @@ class Meter:
                 f" {state.budget_gib:.1f} GiB instead of {self._budget_gib:.1f}"
             )
         self._budget_gib = state.budget_gib or self._budget_gib
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return 80

@@ -163,6 +163,11 @@ class Download:
         )
 
 
+def is_offline(environment: Mapping[str, str]) -> bool:
+    """Return whether a build of Triton downloads nothing, as its setup.py reads the switch."""
+    return environment.get("TRITON_OFFLINE_BUILD", "").lower() in ("1", "on", "yes", "true", "y")
+
+
 def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[Download, ...]:
     """Return all downloads of a build of this tree into `home`, its TRITON_HOME. Raises
     SettingsError if an offline build lacks a setting.
@@ -170,7 +175,7 @@ def wanted(source: Source, home: Path, environment: Mapping[str, str]) -> tuple[
     root = home / ".triton"
     found = [*_llvm(source, root, environment), *_json(source, root), *_tools(source, root)]
     found = [one for one in found if not environment.get(one.setting)]
-    if environment.get("TRITON_OFFLINE_BUILD", "").lower() in ("1", "on", "yes", "true", "y"):
+    if is_offline(environment):
         missing = [one.setting for one in found if not one.setting.startswith("TRITON_")]
         if missing:
             raise SettingsError(

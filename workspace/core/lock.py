@@ -1,6 +1,8 @@
 """One lock for everything that writes.
 
-The kernel releases a flock when its holder dies, so a dead holder never blocks a verb.
+The kernel releases a flock when its holder dies, so a dead holder never blocks a verb. It is
+fcntl's and not filelock's: a guard inherits the descriptor and holds the lock until the programs of
+a killed verb have ended. filelock unlocks when it releases, which frees the lock for the guard too.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ After an interruption, the next run resumes from the verified layers.
 from dataclasses import dataclass
 
 from workspace.core import lock
-from workspace.core.console import Console, RunLog
+from workspace.core.console import Console, RunLog, State
 from workspace.core.errors import BuildError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
@@ -47,11 +47,11 @@ def run(
     """
     pins.require_settled(layout)
     observed = plan.observe(layout, settings)
-    check.require(layout, settings, console=console, device=observed.device)
-    due = stages_of(layout, settings, observed, is_sandbox=is_sandbox)
+    check.require(observed.machine, console=console, device=observed.device)
+    due = stages_of(observed, is_sandbox=is_sandbox)
     if not any(stage.is_due for stage in due):
         if is_part:
-            console.row("skipped", "build", f"vllm {observed.version} is already built")
+            console.row(State.SKIPPED, "build", f"vllm {observed.version} is already built")
             return
         for stage in due:
             _show_skipped(stage, console)
@@ -62,21 +62,20 @@ def run(
         f" {', '.join(name for stage in due if stage.is_due for name, _ in stage.steps)}"
     )
     with lock.hold(layout.lock, verb="inv bootstrap", wait=wait, on_wait=console.info) as held:
-        _preflight(layout, settings, observed, console)
+        _preflight(observed, console)
         with RunLog(
             console, layout.logs, verb="bootstrap", secrets=settings.secrets, held=held
         ) as run_log:
-            observed = _act(stages.Run(layout, settings, run_log, observed, is_sandbox=is_sandbox))
+            observed = _act(stages.Run(run_log, observed, is_sandbox=is_sandbox))
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not is_part:
         _close(observed, console, "")
 
 
-def stages_of(
-    layout: Layout, settings: Settings, observed: plan.Observation, *, is_sandbox: bool = False
-) -> tuple[Stage, ...]:
+def stages_of(observed: plan.Observation, *, is_sandbox: bool = False) -> tuple[Stage, ...]:
     """Decide for each stage, in their order, whether it is due and why."""
+    layout, settings = observed.machine.layout, observed.machine.settings
     is_written = layout.dotenv.exists()
     environment = observed.environment
     build = tuple(
@@ -85,7 +84,7 @@ def stages_of(
         if reason not in observed.needs_compilation
     )
     steps: stages.Steps = stages.VLLM
-    if observed.kernels_wanted.kind == "native":
+    if observed.kernels_wanted.source.is_native:
         from workspace.install import rebuild
 
         steps = (*rebuild.PLAN, *rebuild.COMPILE, *rebuild.INSTALL)
@@ -136,7 +135,7 @@ def _act(run: stages.Run) -> plan.Observation:
     shown = 0
     while True:
         observed = run.observed = run.observe()
-        due = stages_of(run.layout, run.settings, observed, is_sandbox=run.is_sandbox)
+        due = stages_of(observed, is_sandbox=run.is_sandbox)
         first = next((index for index, stage in enumerate(due) if stage.is_due), len(due))
         for stage in due[shown:first]:
             if stage.steps[0] not in acted:
@@ -159,21 +158,19 @@ def _act(run: stages.Run) -> plan.Observation:
         stages.act(run, stage.steps, reason=stage.reason)
 
 
-def _preflight(
-    layout: Layout, settings: Settings, observed: plan.Observation, console: Console
-) -> None:
+def _preflight(observed: plan.Observation, console: Console) -> None:
     """Stop before any change where the machine lacks what this bootstrap needs."""
     has_environment = observed.environment.state == "ok"
+    machine = observed.machine
     need = {
-        layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
-        settings.cache: NEEDED_CACHE_GIB,
+        machine.layout.root: 1.0 if has_environment else NEEDED_GIB[observed.device],
+        machine.settings.cache: NEEDED_CACHE_GIB,
     }
     with console.step("preflight") as view:
         rows = doctor.preflight(
-            layout,
-            settings,
+            machine,
             device=observed.device,
-            kernels=observed.kernels_wanted.kind,
+            kernels=observed.kernels_wanted.source.kind,
             need_gib=need,
         )
         view.reason = f"{sum(row.state == 'ok' for row in rows)} of {len(rows)} checks ok"
@@ -182,7 +179,7 @@ def _preflight(
 
 def _show_skipped(stage: Stage, console: Console) -> None:
     for name, _ in stage.steps:
-        console.row("skipped", name, stage.reason)
+        console.row(State.SKIPPED, name, stage.reason)
 
 
 def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
@@ -190,6 +187,5 @@ def _close(observed: plan.Observation, console: Console, prefix: str) -> None:
         console.warn(f"the kernels are stale: {'; '.join(observed.needs_compilation)}")
     if observed.stack and observed.stack.dirty:
         console.info(f"{len(observed.stack.dirty)} edited in vendor/vllm: live, not changed")
-    console.info(
-        f"{prefix}vllm {observed.version} is in .vllm; next: {status.next_command(observed)}"
-    )
+    console.info(f"{prefix}vllm {observed.version} is in .vllm")
+    console.hint(status.next_command(observed))

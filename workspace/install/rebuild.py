@@ -33,7 +33,9 @@ from workspace.core.errors import BuildError, CheckoutError, SettingsError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status
-from workspace.machine import doctor, hardware, venv
+from workspace.install.precompiled import KernelSource, text_of
+from workspace.machine import doctor, venv
+from workspace.machine.case import Machine
 from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
 from workspace.repo.patches import State
@@ -63,15 +65,16 @@ class Job:
         observed = self.run.observed
         if observed.torch is None:
             raise BuildError("there is no torch to compile for", hint="./scripts/inv bootstrap")
-        self.is_native = observed.kernels_wanted.kind == "native"
+        self.source: KernelSource = observed.kernels_wanted.source
         self.inputs: Inputs = cmake_inputs.observe(
-            self.run.layout,
-            self.run.settings,
-            device=observed.device,
-            pin=observed.pin,
-            torch=observed.torch,
+            observed.machine, device=observed.device, pin=observed.pin, torch=observed.torch
         )
         self.folder: Path = cmake_inputs.folder(self.run.layout, self.inputs)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether every library is compiled here, also because the wheel does not fit."""
+        return self.source.is_native
 
     @property
     def setup(self) -> str:
@@ -98,8 +101,8 @@ class Job:
             torch=self.inputs.torch,
             archs=self.inputs.archs,
         )
-        self.is_native = self.why_native is not None
         if self.why_native:
+            self.source = precompiled.NATIVE
             view.reason = f"not used: {self.why_native}; everything is compiled here"
         else:
             run.outcome["wheel"] = str(wheel)
@@ -161,7 +164,7 @@ class Job:
         sources = externals.provide(layout, settings, needed, others, run_log=run_log, step=view)
         launcher = job_server.install(cmake_inputs.folder(layout, inputs) / "tickets")
         return cmake.configure(
-            layout, settings, inputs, sources, launcher=launcher, run_log=run_log
+            self.run.observed.machine, inputs, sources, launcher=launcher, run_log=run_log
         )
 
     def _reach(self, view: Step) -> tuple[Reached, ...]:
@@ -172,7 +175,7 @@ class Job:
         base = run.observed.checkout.base
         changed = (
             targets.changed_files(Git(tree), base)
-            if base and run.observed.kernels_wanted.kind == "hybrid"
+            if base and run.observed.kernels_wanted.source.is_hybrid
             else ()
         )
         pinned = (
@@ -250,8 +253,9 @@ class Job:
             self._install_editable()
         installed = [target for target in self.project.targets if target.name in names]
         environment = run.settings.child_environment(
-            "build",
+            "compile",
             ninja.environment(layout, run.settings, self.jobs, self.folder / "tickets" / "ticket"),
+            layout=layout,
         )
         files = tree_files.install_targets(
             self.folder,
@@ -285,8 +289,6 @@ class Job:
             stages.install_with_wheel(run)
             return
         editable.install_alone(
-            run.layout,
-            run.settings,
             run.observed,
             build={"CARGO_BUILD_JOBS": str(self.jobs.count)},
             run_log=run.run_log,
@@ -296,7 +298,7 @@ class Job:
         """Write the stamp once every library loads and has code for the intended GPU."""
         run = self.run
         observed = run.observe()
-        verdict = editable.verify(run.layout, run.settings, observed)
+        verdict = editable.verify(observed)
         device_code = (
             stages.check_device_code(
                 run,
@@ -308,12 +310,7 @@ class Job:
             if observed.device == "cuda"
             else ""
         )
-        stages.write_stamp(
-            run,
-            observed,
-            verdict,
-            kind="native" if self.is_native else observed.kernels_wanted.kind,
-        )
+        stages.write_stamp(run, observed, verdict, self.source)
         view.reason = f"{verdict.version} from vendor/vllm, {verdict.summary}{device_code}"
 
     def show(self, *, as_json: bool) -> None:
@@ -324,7 +321,7 @@ class Job:
 def job_of(run: stages.Run) -> Job:
     """Return the job of a run; if the verb has made none, make one from the settings alone."""
     if not isinstance(run.job, Job):
-        run.job = job = Job(run, *_bounds(run.settings, RebuildOptions()))
+        run.job = job = Job(run, *_bounds(run.observed.machine, RebuildOptions()))
         return job
     return run.job
 
@@ -374,38 +371,37 @@ def run(
             "--json works only with --plan", hint="./scripts/inv rebuild --plan --json"
         )
     has_bounds = options.jobs is not None or options.memory is not None
-    bounds = _bounds(settings, options) if has_bounds else None
-    observed = plan.observe(layout, settings)
+    machine = Machine(layout, settings)
+    bounds = _bounds(machine, options) if has_bounds else None
+    observed = plan.observe_on(machine)
     _require_context(observed, is_sandbox=is_sandbox)
     if options.clean and not options.plan_only:
         _clean(layout, console, wait=wait)
     if not options.targets and observed.kernels.state == observed.install.state == "ok":
         _show_up_to_date(observed, console)
         return
-    bounds = bounds or _bounds(settings, options)
-    is_compiled = bool(options.targets) or observed.kernels_wanted.kind in ("hybrid", "native")
+    bounds = bounds or _bounds(machine, options)
+    is_compiled = bool(options.targets) or observed.kernels_wanted.source.is_compiled
     verb = "inv rebuild --plan" if options.plan_only else "inv rebuild"
     with lock.hold(layout.lock, verb=verb, wait=wait, on_wait=console.info) as held:
-        _preflight(layout, settings, observed, console, is_compiled=is_compiled)
+        _preflight(observed, console, is_compiled=is_compiled)
         with RunLog(
             console, layout.logs, verb="rebuild", secrets=settings.secrets, held=held
         ) as run_log:
-            run = stages.Run(
-                layout, settings, run_log, plan.observe(layout, settings), is_sandbox=is_sandbox
-            )
+            run = stages.Run(run_log, observed.again(), is_sandbox=is_sandbox)
             built = _act(run, options, bounds, is_compiled=is_compiled)
             if run_log.path:
                 console.info(f"log: {layout.relative(run_log.path)}")
     if not options.plan_only:
-        following = status.next_command(plan.observe(layout, settings))
-        console.info(f"{built}; next: {following}")
+        console.sentence(built)
+        console.hint(status.next_command(observed.again()))
 
 
 def _show_up_to_date(observed: plan.Observation, console: Console) -> None:
     recorded = observed.kernels.recorded
     console.info(
         f"nothing to do: the kernels of vllm {observed.version} are up to date"
-        f" ({status.short_origin(recorded) if recorded else ''}); Python files are live"
+        f" ({text_of(recorded.kernels if recorded else None)}); Python files are live"
     )
 
 
@@ -422,8 +418,8 @@ def _clean(layout: Layout, console: Console, *, wait: bool) -> None:
         view.reason = f"{layout.relative(layout.builds)} is removed"
 
 
-def _bounds(settings: Settings, options: RebuildOptions) -> tuple[Jobs, Memory]:
-    host = hardware.observe(settings)
+def _bounds(machine: Machine, options: RebuildOptions) -> tuple[Jobs, Memory]:
+    host, settings = machine.host(), machine.settings
     return jobs.count(settings, cores=host.cores, flag=options.jobs), jobs.memory(
         host, flag=options.memory
     )
@@ -447,20 +443,12 @@ def _require_context(observed: plan.Observation, *, is_sandbox: bool) -> None:
         )
 
 
-def _preflight(
-    layout: Layout,
-    settings: Settings,
-    observed: plan.Observation,
-    console: Console,
-    *,
-    is_compiled: bool,
-) -> None:
+def _preflight(observed: plan.Observation, console: Console, *, is_compiled: bool) -> None:
     rows = doctor.preflight(
-        layout,
-        settings,
+        observed.machine,
         device=observed.device,
         kernels="native" if is_compiled else "precompiled",
-        need_gib={layout.builds: NEEDED_GIB if is_compiled else 1.0},
+        need_gib={observed.machine.layout.builds: NEEDED_GIB if is_compiled else 1.0},
     )
     stages.require_rows(rows, console, what="compile")
 

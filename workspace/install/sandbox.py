@@ -18,7 +18,7 @@ from workspace.core.errors import BuildError, CheckoutError, ToolchainError
 from workspace.core.files import copy_files, files_below, read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, Value
-from workspace.install import bootstrap, editable, plan, stamp
+from workspace.install import bootstrap, editable, plan, precompiled, stamp
 from workspace.repo import moves, pins, series
 from workspace.repo.git import Git, command, worktree
 from workspace.repo.pins import COMMIT, Pin
@@ -181,11 +181,11 @@ def as_built(settings: Settings, observed: plan.Observation) -> Settings:
 
     The device, native kernels and the number of jobs are repeated.
     """
-    values = dict(settings.values)
+    repeated = precompiled.repeated(settings, observed.kernels_wanted.source)
+    values = dict(repeated.values)
     if settings.text("DEVICE") == "auto":
         values["DEVICE"] = Value(observed.device, "flag")
-    if settings.text("KERNELS") == "auto" and observed.kernels_wanted.kind == "native":
-        values["KERNELS"] = Value("native", "flag")
+    if repeated != settings:
         jobs = observed.kernels.recorded.outcome.get("jobs") if observed.kernels.recorded else None
         if jobs and not settings.text("MAX_JOBS"):
             values["MAX_JOBS"] = Value(jobs, "flag")

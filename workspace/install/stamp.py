@@ -7,17 +7,22 @@ was verified. A layer is stale where the recorded inputs differ from today's.
 import contextlib
 import os
 import re
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from workspace.core import records
+from workspace.core.errors import SourceError
 from workspace.core.records import DecodeError, Document
+from workspace.install import precompiled
+from workspace.install.precompiled import DAMAGED, KernelSource
 
+# The record in a wheel of `inv wheel`.
+RECORD = "workspace.json"
+# Bytes of workspace.json: for a release with DeepGEMM for each Python, 20 libraries take 4 KB.
+_LONGEST = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-# The first edition's name for the precompiled wheel.
-_FORMER_NAME = "donor"
-_FORMER_ORIGIN = re.compile(f"(hybrid )?{_FORMER_NAME} (.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Library:
 
 @dataclass(frozen=True)
 class Stamp(records.Record, schema=1):
-    """The record of one layer: its `inputs` and its `outcome`; all values are text.
+    """The record of one layer: its `inputs` and its `outcome`, whose values are text.
 
+    `kernels` is the source of compiled libraries, another input.
     `files` has `mode oid` by path for each input that is a digest over files. It explains what
     changed and decides nothing.
     """
@@ -41,6 +47,7 @@ class Stamp(records.Record, schema=1):
     outcome: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
     libraries: tuple[Library, ...] = ()
+    kernels: KernelSource | None = None
     files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -48,7 +55,7 @@ class Stamp(records.Record, schema=1):
         # Stamps of the first edition have no files.
         if missing := {"outcome", "packages", "libraries"} - document.keys():
             raise DecodeError(f"it lacks {' and '.join(sorted(missing))}")
-        return document
+        return precompiled.upgraded(document)
 
     def validate(self) -> None:
         mappings = (self.inputs, self.outcome, self.packages, *self.files.values())
@@ -57,13 +64,31 @@ class Stamp(records.Record, schema=1):
             raise DecodeError("it has a text or a library that no stamp has")
 
 
+@dataclass(frozen=True)
+class Packed(records.Record, schema=1):
+    """The record workspace.json in a wheel of `inv wheel`.
+
+    `python` is its only Python version, empty for any; `dirty` is a digest of the edits.
+    """
+
+    version: str
+    tag: str
+    commit: str
+    tree: str
+    dirty: str
+    device: str
+    machine: str
+    python: str
+    torch: str
+    digest: str
+    inputs: Mapping[str, str]
+    libraries: tuple[Library, ...]
+    cubins: Mapping[str, tuple[str, ...]]
+
+
 def read(path: Path) -> Stamp | None:
     """Return the stamp, or None where no valid stamp exists: a damaged stamp proves nothing."""
-    stamp = records.read(path, Stamp)
-    if stamp and (origin := _FORMER_ORIGIN.match(stamp.inputs.get("origin", ""))):
-        inputs = {**stamp.inputs, "origin": f"{origin[1] or ''}precompiled {origin[2]}"}
-        return replace(stamp, inputs=inputs)
-    return stamp
+    return records.read(path, Stamp)
 
 
 def _is_text(value: str) -> bool:
@@ -94,3 +119,36 @@ def withdraw(path: Path) -> None:
     """Delete a stamp before its layer is changed; a missing environment has no stamp."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()
+
+
+def read_packed(path: Path) -> Packed | None:
+    """Return the record of a wheel of `inv wheel`, None for any other wheel.
+
+    Raises SourceError for a damaged wheel.
+    """
+    try:
+        return _decode_packed(path)
+    except DAMAGED as exc:
+        raise SourceError(
+            f"{path.name} is not a complete wheel: {exc}",
+            hint="copy it again, or pack it again where it comes from: ./scripts/inv wheel",
+        ) from exc
+
+
+def _decode_packed(path: Path) -> Packed | None:
+    with zipfile.ZipFile(path) as archive:
+        found = [
+            item for item in archive.infolist() if item.filename.endswith(f".dist-info/{RECORD}")
+        ]
+        if not found:
+            return None
+        if found[0].file_size > _LONGEST:
+            raise ValueError(f"{found[0].filename} has {found[0].file_size} bytes")
+        content = archive.read(found[0])
+    try:
+        return records.decode(content, Packed)
+    except records.NewerSchema as exc:
+        raise SourceError(
+            f"{path.name} was packed by another version of the workspace",
+            hint="pack it again: ./scripts/inv wheel",
+        ) from exc

@@ -24,7 +24,8 @@ from workspace.core.errors import ToolchainError
 from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine import hardware, interpreter, torch
+from workspace.machine import interpreter
+from workspace.machine.case import Machine
 
 Kind = Literal["triton", "flashinfer", "torch compile", "vllm"]
 NONE = "none"
@@ -84,22 +85,13 @@ class Foreign:
     last: datetime.datetime
 
 
-def observe(
-    layout: Layout, settings: Settings, *, tree: str, capabilities: tuple[str, ...] | None = None
-) -> Stack:
+def observe(machine: Machine, *, tree: str) -> Stack:
     """Return the stack that `.vllm` runs as.
 
-    `capabilities` of the GPUs, such as 12.1, come from the driver where they are not given; that
-    costs up to a second. Starts no Python.
+    The driver is asked for the GPUs only where torch is built for CUDA. Starts no Python.
     """
-    build = torch.observe(layout, settings)
-    there = interpreter.installed(layout)
-    if capabilities is None:
-        capabilities = (
-            tuple(gpu.capability for gpu in hardware.observe(settings).gpus if gpu.capability)
-            if build and build.cuda
-            else ()
-        )
+    build, there = machine.torch(), machine.packages()
+    capabilities = machine.capabilities if build and build.cuda else ()
     return Stack(
         tree=tree,
         torch=f"{build.version} CUDA {build.cuda or NONE}" if build else NONE,

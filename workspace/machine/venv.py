@@ -223,7 +223,7 @@ def _install_from_sources(
             if index == len(attempts):
                 raise
             source = f"from {' '.join(attempts[index]) or 'the plain index'}"
-            run_log.console.info(f"{exc.message}; next: {source}")
+            run_log.console.info(f"{exc.message}; tried now: {source}")
     return source
 
 

@@ -69,10 +69,6 @@ class Pin:
     archive: Archive | None
     precompiled: Mapping[str, PrecompiledWheel]
 
-    def precompiled_for(self, device: str) -> PrecompiledWheel | None:
-        """Return the wheel for a device on this machine, or None if the pin names none."""
-        return self.precompiled.get(precompiled_key(device))
-
 
 @dataclass(frozen=True)
 class Pins:
@@ -80,13 +76,6 @@ class Pins:
 
     vllm: Pin
     triton: Pin
-
-
-def precompiled_key(device: str) -> str:
-    """Return the key of a device (cpu, cuda) on this machine, such as cpu-aarch64."""
-    import platform
-
-    return f"{device}-{platform.machine()}"
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workspace.core import process
+from workspace.core.child_variables import with_given
 from workspace.core.errors import ServeError
 from workspace.machine import hardware
 from workspace.server import observation, process_tree
 from workspace.server.observation import (
     Address,
     Server,
-    boot,
     ending,
     find,
     how_ended,
@@ -187,7 +187,9 @@ def stop(server: Server, *, at_once: bool = False) -> Stopped:
             f"{server.called}: processes {exc} do not end, even on SIGKILL",
             hint=f"ps -o pid,stat,wchan:30,args -p {str(exc).replace(' ', '')}",
         ) from exc
-    process_tree.remove_shared(shared)
+    ended = str(ending(server.place, server.processes.tag))
+    process_tree.remove_shared(shared | process_tree.recorded_shared(ended))
+    process_tree.forget_shared(ended)
     shutil.rmtree(server.processes.folder, ignore_errors=True)
     _wait_for_port(server.address)
     returned = _settled(before)
@@ -278,7 +280,7 @@ def _start(place: Path, launch: Launch, lock: int, *, is_detached: bool) -> Serv
         launch.name,
         launch.address,
         tree,
-        boot(),
+        hardware.boot_id(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         launch.grace_s,
         facts=launch.facts,
@@ -315,7 +317,8 @@ def _spawn(place: Path, launch: Launch, lock: int) -> tuple[process_tree.Process
         folder,
         *launch.argv,
     ]
-    environment = {**launch.environment, "TMPDIR": folder, process_tree.TAG: tag}
+    given = {"TMPDIR": folder, process_tree.TAG: tag}
+    environment = with_given(launch.environment, "serve", given)
     try:
         pid = process.apart(argv, env=environment, output=output, inherited=(inherited, lock))
     except BaseException:
@@ -360,7 +363,10 @@ def _end_by_supervisor(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[int]:
-    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs."""
+    """Lock the place; the supervisor inherits the lock and keeps it as long as it runs.
+
+    filelock unlocks when it releases, for the supervisor too (see core/lock.py).
+    """
     descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

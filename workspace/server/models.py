@@ -28,6 +28,7 @@ from workspace.core.files import download, read_regular, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
+from workspace.machine.case import Machine
 from workspace.repo import index, pins
 from workspace.server import recipes
 from workspace.server.recipes import Recipe
@@ -251,9 +252,9 @@ def fetch(layout: Layout, settings: Settings, name: str, *, console: Console) ->
         raise ToolchainError(
             "there is no built environment: its huggingface_hub fetches models", hint=_BOOTSTRAP
         )
-    check.require(layout, settings, console=console, recipe=recipe.environment)
+    check.require(Machine(layout, settings), console=console, recipe=recipe.environment)
     fetch_weights(layout, settings, recipe, console=console)
-    console.info(f"next: ./scripts/inv serve {name}")
+    console.hint(f"./scripts/inv serve {name}")
 
 
 def fetch_weights(layout: Layout, settings: Settings, recipe: Recipe, *, console: Console) -> None:
@@ -340,12 +341,8 @@ def _fetch_from_hub(
     layout: Layout, settings: Settings, recipe: Recipe, run_log: RunLog, view: Step
 ) -> dict[str, object]:
     """Run the probe that fetches, and return its document. Raises its failure as an error."""
-    environment = run_environment.run_variables(
-        layout,
-        settings,
-        stack=None,
-        recipe=recipe.environment,
-        more={"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    environment = run_environment.built_environment(
+        layout, settings, "fetch", stack=None, recipe=recipe.environment
     )
     argv: list[process.Argument] = [
         layout.environment_python,

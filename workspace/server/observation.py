@@ -19,6 +19,7 @@ from typing import Literal
 from workspace.core import records
 from workspace.core.errors import ServeError
 from workspace.core.records import Document
+from workspace.machine import hardware
 from workspace.server import process_tree
 
 # A first completion may compile kernels.
@@ -212,7 +213,7 @@ class Server(records.Record):
 
     def members(self) -> set[int]:
         """Return the pids of its running processes, the supervisor included."""
-        return self.processes.members() if self.boot == boot() else set()
+        return self.processes.members() if self.boot == hardware.boot_id() else set()
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def is_alive(server: Server) -> bool:
     """
     reap(server)
     return (
-        server.boot == boot()
+        server.boot == hardware.boot_id()
         and process_tree.started_at(server.processes.supervisor_pid) == server.processes.started
     )
 
@@ -289,11 +290,6 @@ def reap(server: Server) -> None:
     """Collect the supervisor's status if it is a child of this process and has ended."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(server.processes.supervisor_pid, os.WNOHANG)
-
-
-def boot() -> str:
-    """Return the id of the present boot of this machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,35 @@ def remove_shared(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(removed)
 
 
+def record_shared(ended: str, names: Iterable[str]) -> None:
+    """Record, beside the file `ended`, the files in /dev/shm that the server has mapped.
+
+    If the supervisor is killed after the server, no process maps them any more, and only this
+    record names them. An error (a full disk) is dropped: the server still ends.
+    """
+    with contextlib.suppress(OSError):
+        with open(f"{ended}.shared.new", "w", encoding="utf-8") as file:
+            file.write("\n".join(sorted(names)))
+        os.replace(f"{ended}.shared.new", f"{ended}.shared")
+
+
+def recorded_shared(ended: str) -> set[str]:
+    """Return what `record_shared` has recorded, empty if there is no record."""
+    with (
+        contextlib.suppress(OSError),
+        open(f"{ended}.shared", encoding="utf-8", errors="replace") as file,
+    ):
+        return set(file.read().splitlines())
+    return set()
+
+
+def forget_shared(ended: str) -> None:
+    """Remove the record of `record_shared`: the files are removed, or another process has them."""
+    for name in (f"{ended}.shared", f"{ended}.shared.new"):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
 def resident_bytes(pids: Iterable[int]) -> int:
     """Return the memory that processes hold, shared pages counted with each (proc_pid_statm(5))."""
     pages = 0
@@ -251,7 +280,9 @@ def main(
         return below({os.getpid()}, living())
 
     def look() -> None:
-        shared.update(shared_by(find_descendants()))
+        if new := shared_by(find_descendants()) - shared:
+            shared.update(new)
+            record_shared(ended, shared)
 
     statuses: dict[int, int] = {}
     is_requested = watch(child, lifeline, woken, look, statuses)
@@ -260,6 +291,7 @@ def main(
         end(find_descendants, grace_s=grace_s, kill_grace_s=KILL_GRACE_S)
     reap(statuses)
     remove_shared(shared)
+    forget_shared(ended)
     shutil.rmtree(folder, ignore_errors=True)
     status = os.waitstatus_to_exitcode(statuses.get(child, signal.SIGKILL))
     record_end(ended, {"status": status, "told": is_requested, "at": time.time()})

@@ -16,7 +16,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check
-from workspace.machine.case import Case
+from workspace.machine.case import Case, Machine
 from workspace.machine.hardware import GIB
 from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
 from workspace.server.command import Command
@@ -25,7 +25,6 @@ from workspace.server.recipes import Recipe
 
 # Environment of every server unless the user sets another value. HF_HUB_OFFLINE is added if the
 # model is on this machine.
-USUAL = {"VLLM_NO_USAGE_STATS": "1"}
 # A tokenizer can be made from any of these files.
 _TOKENIZERS = (
     "tokenizer.json",
@@ -56,8 +55,7 @@ class ServeOptions:
 class _Session:
     """One call of `inv serve`: its options, and the recipe, command line and device for them."""
 
-    layout: Layout
-    settings: Settings
+    machine: Machine
     console: Console
     options: ServeOptions
     recipe: Recipe
@@ -79,9 +77,10 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
         has_key=bool(settings.text("VLLM_API_KEY")),
         force=options.force,
     )
-    check.require(layout, settings, console=console, recipe=recipe.environment)
-    device = _device(layout, settings, console, dry_run=options.dry_run)
-    session = _Session(layout, settings, console, options, recipe, line, device)
+    machine = Machine(layout, settings)
+    check.require(machine, console=console, recipe=recipe.environment)
+    device = _device(machine, console, dry_run=options.dry_run)
+    session = _Session(machine, console, options, recipe, line, device)
     _check(session)
     folder = _find_model(session)
     is_a_folder = recipe.origin == "built-in" or recipe.model.startswith("/")
@@ -89,10 +88,10 @@ def run(layout: Layout, settings: Settings, options: ServeOptions, *, console: C
     if folder:
         _require_usable(folder, line)
     environment = command.built_environment(
-        layout,
-        settings,
-        recipe=USUAL | ({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
-        for_what="show" if options.dry_run else "start",
+        machine,
+        "serve",
+        recipe=({"HF_HUB_OFFLINE": "1"} if folder else {}) | dict(recipe.environment),
+        is_shown=options.dry_run,
     )
     argv = line.argv(layout, model)
     for text in command.shown(layout, settings, argv, environment):
@@ -127,15 +126,15 @@ def _check(session: _Session) -> None:
     for sentence in (*line.dropped, *line.notes):
         session.console.warn(sentence)
     for note in recipe.notes:
-        session.console.info("\n".join(session.console.wrapped(f"note: {note}")))
+        session.console.sentence(f"note: {note}")
     if not options.dry_run:
-        _require_room(session.layout, line)
-    free = fit.observe(session.settings, device=session.device)
+        _require_room(session.machine.layout, line)
+    free = fit.observe(session.machine, device=session.device)
     environment = command.built_environment(
-        session.layout,
-        session.settings,
-        recipe=USUAL | dict(recipe.environment),
-        for_what="show",
+        session.machine,
+        "serve",
+        recipe=recipe.environment,
+        is_shown=True,
     )
     _require_memory(
         fit.judge(recipe, free, device=session.device, environment=environment, args=line.args),
@@ -149,7 +148,7 @@ def _find_model(session: _Session) -> Path | None:
 
     None on a dry run with missing files.
     """
-    layout, settings, recipe = session.layout, session.settings, session.recipe
+    layout, settings, recipe = session.machine.layout, session.machine.settings, session.recipe
     folder = models.found_weights(layout, settings, recipe)
     if folder is None and session.options.dry_run:
         session.console.info(
@@ -167,7 +166,7 @@ def _find_model(session: _Session) -> Path | None:
 
 
 def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> None:
-    layout, settings, console = session.layout, session.settings, session.console
+    layout, settings, console = session.machine.layout, session.machine.settings, session.console
     is_detached = session.options.detach
     if is_detached:
         # As nohup does: the terminal may close while the model loads.
@@ -183,10 +182,8 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
         console.info(f"ready: {server.address.url}/v1 serves {', '.join(ready.models)}")
         if is_detached:
             is_left = True
-            console.info(
-                "the server runs in the background: ./scripts/inv serve.status, serve.logs,"
-                " serve.stop"
-            )
+            console.info("the server runs in the background")
+            console.hint("./scripts/inv serve.status    or serve.logs, serve.stop")
         else:
             console.info("^C stops it")
             _follow(settings, server, console)
@@ -200,7 +197,7 @@ def _serve(session: _Session, launch: lifecycle.Launch, folder: Path | None) -> 
 
 
 def _wait(session: _Session, server: Server, folder: Path | None) -> tuple[Server, lifecycle.Ready]:
-    settings = session.settings
+    settings = session.machine.settings
     with session.console.step("start") as view:
         try:
             server, ready = lifecycle.wait_until_ready(
@@ -307,14 +304,14 @@ def _require_usable(folder: Path, line: Command) -> None:
             ) from exc
 
 
-def _device(layout: Layout, settings: Settings, console: Console, *, dry_run: bool) -> str:
+def _device(machine: Machine, console: Console, *, dry_run: bool) -> str:
     try:
-        return str(require_built(layout, settings).device)
+        return str(require_built(machine).device)
     except (SmokeError, WorkspaceError) as exc:
         if not dry_run:
             raise
-        console.warn(f"a start would fail now: {exc.message}; {exc.hint}")
-    return str(Case(layout, settings, device=None, kernels=settings.text("KERNELS")).device)
+        console.warn(f"a start would fail now: {exc.message}", hint=exc.hint)
+    return str(Case(machine).device)
 
 
 def _require_room(layout: Layout, line: Command) -> None:
@@ -334,7 +331,7 @@ def _require_memory(judged: fit.Fit, console: Console, *, is_required: bool) -> 
     if judged.verdict == "yes":
         console.info(judged.sentence)
     else:
-        console.warn(f"{judged.sentence}; {judged.hint}")
+        console.warn(judged.sentence, hint=judged.hint)
 
 
 def _drain_s(line: Command) -> float:
@@ -346,14 +343,16 @@ def _explained(
     session: _Session, server: Server, error: ServeError, folder: Path | None
 ) -> ServeError:
     """Return the failure without secrets; if memory was missing, its hint is the next step."""
-    settings, options = session.settings, session.options
+    settings, options = session.machine.settings, session.options
     ended = how_ended(server)
     reading = observation.read_failure(
         server.log, status=ended.status if ended and not ended.was_requested else None
     )
     hint = error.hint
     if reading.lack:
-        free = fit.observe(settings, device=server.facts["device"])
+        # Another snapshot: the memory is not what it was before the start.
+        now = Machine(session.machine.layout, settings)
+        free = fit.observe(now, device=server.facts["device"])
         attempt = fit.Attempt(
             options.name, session.recipe, session.command, _length(folder), detach=options.detach
         )
