@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from workspace.core import process
+from workspace.core import process, records
 from workspace.core.process import Absent, Answer, Broken, Slow, There
 from workspace.core.settings import Settings
 from workspace.machine import hardware
@@ -241,19 +241,11 @@ def is_library_there(environment: Mapping[str, str]) -> bool:
 def _decoded(text: str) -> Answer[_Report]:
     """Return the report that the child printed."""
     try:
-        document = json.loads(text)
+        document = records.decode(text, dict[str, Any])
         if "error" in document:
-            return Absent() if document["is_absent"] else Broken(document["error"])
-        return There(
-            _Report(
-                document["cuda"],
-                tuple(Gpu(**entry) for entry in document["gpus"]),
-                Memory(**document["memory"]) if document["memory"] else None,
-                tuple(Sensors(**entry) for entry in document["sensors"]),
-                tuple(Resident(**entry) for entry in document["residents"]),
-            )
-        )
-    except (ValueError, TypeError, KeyError):
+            return Absent() if document.get("is_absent") else Broken(document["error"])
+        return There(records.convert(document, _Report))
+    except records.DecodeError:
         return Broken(f"NVML's report cannot be read: {text[:80]}")
 
 
