@@ -2,6 +2,7 @@
 `inv env.export`, `inv serve --dry-run`, the probes of the smoke, the process of a benchmark.
 """
 
+import ast
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.small.materials import ROOT
 from tests.small.world import World
 from workspace.core import child_variables
 from workspace.core.child_variables import PHASES, VARIABLES, with_given
@@ -214,3 +216,28 @@ def test_every_row_has_a_kind_a_reason_and_a_name() -> None:
         if not isinstance(row.value, child_variables.Special):
             # The table itself sets one variable a row.
             assert row.names.isidentifier(), row
+
+
+def composed_in_place(source: str) -> list[int]:
+    """Return the lines of calls that compose the environment of a child themselves."""
+    return [
+        node.value.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.keyword) and node.arg == "env"
+        if isinstance(node.value, ast.Dict | ast.DictComp | ast.BinOp)
+    ]
+
+
+def test_no_call_composes_an_environment_itself() -> None:
+    library = ROOT / "workspace"
+    found = {
+        str(path.relative_to(library))
+        for path in library.rglob("*.py")
+        # Git of a checkout has its own variables there.
+        if path.parent != library / "repo" / "git"
+        if composed_in_place(path.read_text(encoding="utf-8"))
+    }
+    # `ninja -n` gets PATH only.
+    assert found == {"compile/targets.py"}
+    assert composed_in_place("run(argv, env=variables | {'A': '1'})") == [1]
+    assert composed_in_place("run(argv, env={**variables, 'A': '1'})") == [1]

@@ -30,8 +30,6 @@ PACKAGE = "vllm"
 # copies them with other imports.
 LINKED = "vllm/vllm_flash_attn/cute"
 _IMPORTS = (b"flash_attn.cute", b"vllm.vllm_flash_attn.cute")
-# With these variables CMake would install elsewhere, or link to the build directory.
-_MISLEADING = ("DESTDIR", "CMAKE_INSTALL_MODE")
 
 # Digest by path below the tree, by target.
 _Installed = dict[str, dict[str, str]]
@@ -112,7 +110,7 @@ def _install(
     prefix.mkdir()
     process.run(
         ["cmake", "--install", build, "--prefix", prefix, "--component", component],
-        env={name: text for name, text in env.items() if name not in _MISLEADING},
+        env=env,
         run_log=run_log,
         failure=BuildError,
         hint="./scripts/inv rebuild --clean",
