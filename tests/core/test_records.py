@@ -75,6 +75,7 @@ def test_a_missing_file_is_absent_without_a_word(
         ("", "no JSON from line 1 on"),
         ('{"schema": 2,\n', "no JSON from line 2 on"),
         ("[" * 100_000, "nested too deeply"),
+        ("1" * 5_000, "digits"),
         ([], "no JSON object"),
         ({"name": "a", "level": "full"}, "schema is missing"),
         ({"schema": True, "name": "a", "level": "full"}, "schema is missing"),

@@ -56,6 +56,9 @@ def parse(text: bytes | str) -> object:
         raise DecodeError(f"it is no JSON from line {exc.lineno} on") from exc
     except UnicodeDecodeError as exc:
         raise DecodeError("it is not UTF-8") from exc
+    except ValueError as exc:
+        # An integer of more digits than Python converts (sys.set_int_max_str_digits).
+        raise DecodeError(str(exc)) from exc
     except RecursionError as exc:
         raise DecodeError("it is nested too deeply") from exc
 

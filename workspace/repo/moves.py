@@ -135,7 +135,7 @@ class _Note(records.Record):
 
     @classmethod
     def upgrade(cls, document: Document) -> Document:
-        return {**document, "source": document.get("from", "")}
+        return {**document, "source": document.get("from") or ""}
 
 
 def move(layout: Layout, project: str, git: Git, target: str, *, run_log: RunLog) -> None:
