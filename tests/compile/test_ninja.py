@@ -124,7 +124,7 @@ def test_second_build_of_a_unit_is_compared_with_the_first(clone: Clone) -> None
     clone.site.write_build(["a"])
     clone.compile(["a"])
     (clone.build / "a.cu").write_text("changed")
-    assert "as in the last build" in clone.compile(["a"]).summary[0]
+    assert "as in the last build" in clone.compile(["a"]).summary[0][-1]
 
 
 def test_first_real_error_is_reported_and_not_the_refused_units(clone: Clone) -> None:

@@ -286,7 +286,7 @@ def test_screen_has_state_first_and_next_command_last_and_json_the_same(applied:
     assert [row["state"] for row in record["rows"]] == ["applied", "applied", "applied"]
     assert (
         record["next"]
-        == "./scripts/inv patch.export    nothing is due; after commits in vendor/vllm"
+        == "./scripts/inv patch.export    after commits in vendor/vllm; nothing is due now"
     )
     write(applied.vllm, {"README": "edited\n"})
     overview.show(applied.layout, applied.settings(), "vllm", console=Console(out=out, err=err))

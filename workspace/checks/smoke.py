@@ -16,7 +16,7 @@ from workspace.checks import registry, smoke_suite
 from workspace.checks.registry import REGISTRY, Check
 from workspace.checks.smoke_suite import SmokeOptions
 from workspace.core import lock
-from workspace.core.console import Console, RunLog, State
+from workspace.core.console import Console, Row, RunLog, State
 from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
@@ -192,11 +192,8 @@ def _repositories(layout: Layout, console: Console) -> list[tuple[str, Git]]:
             hint="git clone gives one; then ./scripts/inv bootstrap",
         )
     if len(found) == 1:
-        console.row(
-            State.MISSING,
-            "vendor/vllm",
-            "there is no checkout yet: ./scripts/inv bootstrap, then ./scripts/inv hook",
-        )
+        hint = "./scripts/inv bootstrap && ./scripts/inv hook"
+        console.rows([Row(State.MISSING, "vendor/vllm", "there is no checkout yet", hint=hint)])
     return found
 
 

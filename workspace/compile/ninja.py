@@ -129,12 +129,12 @@ _FULL_GIB = 0.0625
 
 @dataclass(frozen=True)
 class Compiled:
-    """Result of a run of ninja. `trace` opens in a trace viewer; `summary` has lines to print."""
+    """Result of a run of ninja. `trace` opens in a trace viewer; `summary` is a table."""
 
     finished: tuple[Finished, ...]
     seconds: float
     trace: Path | None
-    summary: tuple[str, ...]
+    summary: tuple[progress.Cells, ...]
 
 
 def find(layout: Layout, settings: Settings) -> Path:

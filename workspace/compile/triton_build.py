@@ -18,7 +18,7 @@ from pathlib import Path
 from workspace.compile import job_server, ninja, triton_sources
 from workspace.compile.costs import unit_at
 from workspace.compile.jobs import Jobs, Memory
-from workspace.compile.progress import Meter
+from workspace.compile.progress import Cells, Meter
 from workspace.compile.triton_sources import FROM_SOURCE, Source, requirements
 from workspace.core import process, records
 from workspace.core.console import RunLog, Step
@@ -45,7 +45,7 @@ class Wheel:
     path: Path
     seconds: float
     units: int
-    summary: tuple[str, ...]
+    summary: tuple[Cells, ...]
 
 
 def install_requirements(

@@ -231,8 +231,7 @@ class Job:
         units = (unit for reached in self.reached for unit in reached.units)
         work = ninja.Work.of_units(self.folder, self.setup, self.jobs, self.memory, units)
         built = ninja.compile(run.layout, run.settings, work, names, run_log=run.run_log, step=view)
-        for sentence in built.summary:
-            run.run_log.console.info(sentence)
+        run.run_log.console.table(built.summary, right=(1, 2))
         run.outcome["jobs"], run.outcome["seconds"] = str(self.jobs.count), f"{built.seconds:.0f}"
         view.reason = f"{len(built.finished)} units, {', '.join(names)}"
 

@@ -92,7 +92,7 @@ def show(machine: Machine, *, console: Console, as_json: bool = False) -> None:
         rows = (Row(State.FAIL, "patches", exc.message),)
         following = exc.hint or "./scripts/inv patch"
     if all(row.state is State.OK for row in rows):
-        following = f"{following}    nothing is due; after a change in vendor/vllm"
+        following = f"{following}    after a change in vendor/vllm; nothing is due now"
     console.show(rows, as_json=as_json, next=following)
     if not as_json:
         console.hint(following)

@@ -258,8 +258,7 @@ def _build(
             layout, settings, tree, jobs=limits[0], memory=limits[1], run_log=run_log, step=view
         )
         view.reason = f"{wheel.units} units, {wheel.path.name}"
-    for line in wheel.summary:
-        run_log.console.info(line)
+    run_log.console.table(wheel.summary, right=(1, 2))
     return tree, wheel
 
 

@@ -79,7 +79,7 @@ def next_command(layout: Layout, pin: Pin, stack: Stack) -> str:
     """Return the command line to type next."""
     path = checkouts.folder_of(layout, pin)
     if stack.state is State.APPLIED:
-        return f"{series.EXPORT}    nothing is due; after commits in {layout.relative(path)}"
+        return f"{series.EXPORT}    after commits in {layout.relative(path)}; nothing is due now"
     if stack.state in (State.UNAPPLIED, State.UNEXPORTED):
         return patches.APPLY if stack.state is State.UNAPPLIED else series.EXPORT
     if stack.head is None and stack.state is State.FOREIGN:
