@@ -28,7 +28,7 @@ from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
 from workspace.machine.case import Machine
-from workspace.server import models
+from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 
 NAME_WIDTH = 22
@@ -150,9 +150,11 @@ class _Suite:
         """End the probes that still run, and the shared import."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         while True:
+            # Again and again: a probe may just have begun.
             probe_runs.end_all()
             if all(future.done() for future in self._begun):
                 return
+            time.sleep(process_tree.POLL_S)
 
     def show(self, first: str, wait: Callable[[], _Found]) -> None:
         """Show a spinner while a part runs, then a row for each verdict."""
