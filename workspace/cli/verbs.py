@@ -23,7 +23,7 @@ PROJECT = "vllm or triton"
         "source": "where vendor/vllm comes from: auto, git or release",
         "kernels": "compiled libraries: auto, precompiled, native, or a wheel file",
         "jobs": "compilers at once, with --kernels native",
-        "first-token": "generate a token on the device as the last step",
+        "no-first-token": "leave out the last step, a first token on the device",
         "wait": WAIT,
     }
 )
@@ -33,14 +33,14 @@ def bootstrap(
     source: str | None = None,
     kernels: str | None = None,
     jobs: str | None = None,
-    first_token: bool = True,
+    no_first_token: bool = False,
     wait: bool = False,
 ) -> None:
     """Make a fresh clone generate text; safe to repeat."""
     from workspace.install import bootstrap as verb
 
     flags = {"DEVICE": device, "SOURCE": source, "KERNELS": kernels, "MAX_JOBS": jobs}
-    end: verb.End = "token" if first_token else "command"
+    end: verb.End = "command" if no_first_token else "token"
     verb.run(*main.opened(flags), console=main.console(), wait=wait, end=end)
 
 

@@ -280,7 +280,7 @@ def _imported(child: Child, error: str | None) -> tuple[Record, str | None]:
     return result.get("value", {}), error
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Print as JSON which vLLM is imported and whether its libraries load."
     )
@@ -303,6 +303,11 @@ def main() -> None:
         help="load only this library of the tree; may be repeated; needs --torch",
     )
     parser.add_argument("--torch", type=Path, help="with --only: the folder of the package torch")
+    return parser
+
+
+def main() -> None:
+    parser = command_line()
     arguments = parser.parse_args()
     tree = arguments.tree.resolve()
     if not (tree / "vllm").is_dir():
