@@ -121,6 +121,11 @@ def test_library_that_cannot_be_loaded_leaves_the_answer_to_the_program(house: H
     assert house.machine(**here).driver.gpus() == There((H100,))
 
 
+def test_nvml_that_crashes_leaves_the_answer_to_the_program(house: House) -> None:
+    recorded(house, "echo 'NVIDIA H100, 9.0, 580.95.05'")
+    assert nvml(house, init="__builtin_trap()").driver.gpus() == There((H100,))
+
+
 def test_each_answer_of_the_program_is_told_from_the_others(house: House) -> None:
     assert house.machine(PATH=str(house.bin)).driver.gpus() == Absent()
     recorded(house, "echo 'Failed to initialize NVML: Unknown Error'; echo 'more'; exit 255")
