@@ -3,7 +3,7 @@
 import pytest
 
 from workspace.machine import doctor
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case, Row
 
 CONFIG = {
     "cache_dir": "",

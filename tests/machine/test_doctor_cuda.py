@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from workspace.machine import doctor_toolchain
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case, Row
 
 SMI = """case "$*" in
 *--query-gpu*) echo '{gpu}';;

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from workspace.machine import doctor_host
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case, Row
 
 
 def rows(check, house, *, built=False, **shell) -> dict[str, Row]:

@@ -5,7 +5,7 @@ sm_121a.
 import pytest
 
 from workspace.machine import dotenv
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case, Row
 
 PTXAS = """if [ "$1" = --version ]; then
 echo 'Cuda compilation tools, release {release}, V{release}.1'

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from workspace.machine import doctor_host, run_environment
-from workspace.machine.case import Case, Row
+from workspace.machine.machine import Case, Row
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:

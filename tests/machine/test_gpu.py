@@ -11,8 +11,8 @@ import pytest
 from tests.machine.conftest import House
 from workspace.core.process import Absent, Broken, Slow, There
 from workspace.machine import doctor, gpu, hardware
-from workspace.machine.case import Machine
 from workspace.machine.gpu import Gpu, Memory, Resident, Sensors
+from workspace.machine.machine import Machine
 
 # The part of nvml.h that an H100 with one process needs.
 NVML = r"""

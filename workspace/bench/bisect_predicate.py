@@ -28,7 +28,7 @@ from workspace.core.errors import SettingsError, SmokeError, ToolchainError, Wor
 from workspace.core.files import read_regular
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"

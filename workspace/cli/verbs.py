@@ -123,7 +123,7 @@ def status(_: Context, json: bool = False) -> None:
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.install import status as verb
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     verb.show(Machine(here, settings), console=main.console(), as_json=json)
 
@@ -134,7 +134,7 @@ def doctor(_: Context, json: bool = False, offline: bool = False) -> None:
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import doctor as verb
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     verb.show(Machine(here, settings), console=main.console(), as_json=json, offline=offline)
 
@@ -232,7 +232,7 @@ def env_check(_: Context, json: bool = False) -> None:
     # The rows hold the warnings.
     settings = main.load_settings(here, is_quiet=True)
     from workspace.machine import check
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     check.show(Machine(here, settings), console=main.console(), as_json=json)
 
@@ -243,7 +243,7 @@ def env_init(_: Context, replace: bool = False) -> None:
     here = paths.here()
     settings = main.load_settings(here)
     from workspace.machine import dotenv
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     dotenv.complete(Machine(here, settings), console=main.console(), replace=replace)
 
@@ -409,7 +409,7 @@ def serve_list(_: Context, json: bool = False) -> None:
     """List recipes: does it fit, is it on disk."""
     here = paths.here()
     settings = main.load_settings(here)
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
     from workspace.server import fit
 
     fit.show_recipes(Machine(here, settings), console=main.console(), as_json=json)

@@ -34,7 +34,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status
 from workspace.machine import doctor, venv
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
 from workspace.repo.patches import State

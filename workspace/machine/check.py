@@ -26,7 +26,7 @@ from workspace.core.settings import (
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
-from workspace.machine.case import Case, Machine, State
+from workspace.machine.machine import Case, Machine, State
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
 NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10

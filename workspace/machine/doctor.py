@@ -22,8 +22,8 @@ from workspace.machine import (
     run_environment,
     toolchain,
 )
-from workspace.machine.case import Case, Machine, Row, State, without_user
 from workspace.machine.doctor_toolchain import required_compiler
+from workspace.machine.machine import Case, Machine, Row, State, without_user
 
 __all__ = ["CHECKS", "Row", "State", "examine", "preflight", "required_compiler", "show"]
 

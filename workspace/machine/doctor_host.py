@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from workspace.core.settings import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.case import Case, Place, Row, State, hub_home, without_user
+from workspace.machine.machine import Case, Place, Row, State, hub_home, without_user
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")

@@ -14,7 +14,7 @@ from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.case import WITHOUT_GPU, Case, Row, State
+from workspace.machine.machine import WITHOUT_GPU, Case, Row, State
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
