@@ -17,7 +17,7 @@ from workspace.core.errors import SmokeError
 from workspace.core.paths import Layout
 from workspace.core.process import Completed
 from workspace.core.settings import load
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 
 # The checks that the processes of one probe answer.
 FROM_PARITY = {

@@ -11,7 +11,7 @@ import pytest
 from tests.compile.trees import Site, put
 from workspace.compile import cmake, cmake_inputs
 from workspace.compile.cmake_inputs import Inputs
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
 

@@ -18,7 +18,7 @@ from workspace.core import settings as settings_module
 from workspace.core.console import Console, RunLog, Step
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 
 TAG = "1" * 40
 LAUNCHER = Path("/usr/bin/env")

@@ -10,7 +10,7 @@ from tests.small.world import World
 from workspace.core import settings
 from workspace.core.errors import SmokeError
 from workspace.install import status
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 
 
 def require_built(world: World) -> None:

@@ -15,7 +15,7 @@ from workspace.core.console import Console, RunLog
 from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings, load
 from workspace.machine import gpu
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 
 UV = shutil.which(
     "uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -11,8 +11,8 @@ from tests.machine.conftest import House
 from workspace.core.console import Console
 from workspace.core.errors import SettingsError
 from workspace.machine import check, run_environment
-from workspace.machine.case import Case, Machine
 from workspace.machine.check import SettingRow
+from workspace.machine.machine import Case, Machine
 
 ENVS = """import os
 def choice():

@@ -9,7 +9,7 @@ import pytest
 from workspace.core.console import Console, Row
 from workspace.core.errors import ToolchainError
 from workspace.machine import doctor, doctor_toolchain, hardware
-from workspace.machine.case import Case, Machine
+from workspace.machine.machine import Case, Machine
 
 CMAKE = 'message(FATAL_ERROR\n  "GCC >= 11.3 is required to build vLLM (found ${X}). ")\n'
 CPU_CMAKE = 'message(FATAL_ERROR "X86 backend requires gcc/g++ >= 12.3")\n'

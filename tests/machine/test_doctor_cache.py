@@ -4,7 +4,7 @@ import pytest
 
 from workspace.core.console import Row
 from workspace.machine import doctor
-from workspace.machine.case import Case
+from workspace.machine.machine import Case
 
 CONFIG = {
     "cache_dir": "",

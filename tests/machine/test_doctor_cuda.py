@@ -9,7 +9,7 @@ import pytest
 
 from workspace.core.console import Row
 from workspace.machine import doctor_toolchain
-from workspace.machine.case import Case
+from workspace.machine.machine import Case
 
 SMI = """case "$*" in
 *--query-gpu*) echo '{gpu}';;

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from workspace.machine import doctor_host, hardware
-from workspace.machine.case import Case, Place, grown
+from workspace.machine.machine import Case, Place, grown
 
 
 def case(house, *, device="cpu", kernels="precompiled", places=None, host=None, **shell) -> Case:

@@ -10,7 +10,7 @@ import pytest
 
 from workspace.core.console import Row
 from workspace.machine import doctor_host
-from workspace.machine.case import Case
+from workspace.machine.machine import Case
 
 
 def rows(check, house, *, built=False, **shell) -> dict[str, Row]:

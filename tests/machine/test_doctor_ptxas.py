@@ -6,7 +6,7 @@ import pytest
 
 from workspace.core.console import Row
 from workspace.machine import dotenv
-from workspace.machine.case import Case
+from workspace.machine.machine import Case
 
 PTXAS = """if [ "$1" = --version ]; then
 echo 'Cuda compilation tools, release {release}, V{release}.1'

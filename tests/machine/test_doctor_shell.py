@@ -6,7 +6,7 @@ import pytest
 
 from workspace.core.console import Row
 from workspace.machine import doctor_host, run_environment
-from workspace.machine.case import Case
+from workspace.machine.machine import Case
 
 
 def row(check, house, *, device="cpu", **shell) -> Row:

@@ -11,8 +11,8 @@ import pytest
 from tests.machine.conftest import House
 from workspace.core.process import Absent, Broken, Slow, There
 from workspace.machine import doctor, gpu, hardware
-from workspace.machine.case import Machine
 from workspace.machine.gpu import Gpu, Memory, Resident, Sensors
+from workspace.machine.machine import Machine
 
 # The part of nvml.h that an H100 with one process needs.
 NVML = r"""
@@ -119,6 +119,11 @@ def test_library_that_cannot_be_loaded_leaves_the_answer_to_the_program(house: H
     assert house.machine(**here).driver.gpus() == Absent()
     recorded(house, "echo 'NVIDIA H100, 9.0, 580.95.05'")
     assert house.machine(**here).driver.gpus() == There((H100,))
+
+
+def test_nvml_that_crashes_leaves_the_answer_to_the_program(house: House) -> None:
+    recorded(house, "echo 'NVIDIA H100, 9.0, 580.95.05'")
+    assert nvml(house, init="__builtin_trap()").driver.gpus() == There((H100,))
 
 
 def test_each_answer_of_the_program_is_told_from_the_others(house: House) -> None:

@@ -26,7 +26,7 @@ from workspace.core.errors import (
 from workspace.core.paths import Layout, here
 from workspace.core.settings import load
 from workspace.machine import run_environment
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.server import fit, models
 
 FETCHED = """import json, os, pathlib, sys

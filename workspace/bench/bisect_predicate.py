@@ -26,7 +26,7 @@ from workspace.core.console import Console, RunLog, Step
 from workspace.core.errors import SettingsError, SmokeError, ToolchainError, WorkspaceError
 from workspace.core.settings import Settings, nearest, shortened
 from workspace.install.sandbox import Sandbox
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.server.command import built_environment
 
 SMOKE = "smoke"

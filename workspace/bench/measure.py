@@ -23,9 +23,9 @@ from workspace.core.console import Console, RunLog
 from workspace.core.errors import ServeError, SettingsError, WorkspaceError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
-from workspace.machine.case import Machine, running_programs
 from workspace.machine.doctor_toolchain import is_vllm
 from workspace.machine.gpu import Driver, Sensors
+from workspace.machine.machine import Machine, running_programs
 from workspace.server import lifecycle, observation, process_tree
 from workspace.server.observation import Address
 

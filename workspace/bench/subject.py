@@ -23,7 +23,7 @@ from workspace.core.settings import Settings, is_secret
 from workspace.install import plan
 from workspace.install.precompiled import text_of
 from workspace.machine import hardware
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 from workspace.server import models
 from workspace.server.command import built_environment

@@ -22,7 +22,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git, repository
 
 HOOK = "pre-push"

@@ -27,7 +27,7 @@ from workspace.core.errors import (
 from workspace.core.paths import Layout
 from workspace.install import plan
 from workspace.machine import hardware, interpreter
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.server import models, process_tree
 from workspace.server.command import built_environment
 

@@ -16,7 +16,7 @@ from workspace.core.errors import CheckoutError, SettingsError, SmokeError
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import plan
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git, repository
 from workspace.server.command import built_environment
 

@@ -25,7 +25,7 @@ from workspace.core.paths import Layout, here
 from workspace.core.settings import Settings
 
 if TYPE_CHECKING:
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
 BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 # Line ends, and the surrogates by which Python represents bytes that are not text.
@@ -89,7 +89,7 @@ def opened(flags: Mapping[str, str | None] | None = None) -> tuple[Layout, Setti
 
 def machine() -> "Machine":
     """Return the machine of a verb in this clone."""
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     return Machine(*opened())
 

@@ -227,7 +227,7 @@ def env_check(_: Context, json: bool = False) -> None:
     # The rows hold the warnings.
     settings = main.load_settings(here, is_quiet=True)
     from workspace.machine import check
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     check.show(Machine(here, settings), console=main.console(), as_json=json)
 

@@ -21,7 +21,7 @@ from workspace.core.errors import BuildError
 from workspace.core.files import read_regular, write_atomic
 from workspace.core.settings import Settings
 from workspace.machine import interpreter
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 
 # Folders in which a linker and CMake's FindCUDAToolkit search the driver's library: below a toolkit
 # and in the system.

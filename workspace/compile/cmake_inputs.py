@@ -21,7 +21,7 @@ from workspace.core import files
 from workspace.core.paths import Layout
 from workspace.core.settings import is_secret
 from workspace.machine import interpreter, toolchain
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.machine.torch import TorchBuild
 from workspace.repo.pins import Pin
 

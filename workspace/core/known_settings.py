@@ -33,7 +33,7 @@ SETTINGS: tuple[Setting, ...] = (
         "choice",
         "auto",
         "workspace",
-        "what vLLM is built for; auto: cuda where a GPU driver answers, else cpu",
+        "what vLLM is built for; auto: cuda where an NVIDIA driver is installed, else cpu",
         ("auto", "cuda", "cpu"),
     ),
     Setting(

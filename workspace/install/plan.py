@@ -17,7 +17,7 @@ from workspace.core.settings import Settings
 from workspace.install import precompiled, stamp
 from workspace.install.precompiled import Kernels, KernelSource
 from workspace.machine import interpreter, torch
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo import checkout, patches, pins
 from workspace.repo.git import Git
 from workspace.repo.git.command import digest

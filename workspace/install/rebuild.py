@@ -35,7 +35,7 @@ from workspace.core.settings import Settings
 from workspace.install import editable, plan, precompiled, stages, stamp, status, verify
 from workspace.install.precompiled import KernelSource, text_of
 from workspace.machine import doctor, venv
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo import moves, pins
 from workspace.repo.git import Git, remotes
 from workspace.repo.patches import State

@@ -13,7 +13,7 @@ from workspace.core.paths import Layout
 from workspace.install import plan, stamp
 from workspace.install.precompiled import text_of
 from workspace.machine import torch
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.machine.torch import Installed, TorchBuild
 from workspace.repo import checkout, overview, patches, pins
 

@@ -20,8 +20,8 @@ from workspace.core.settings import Settings
 from workspace.install import stamp
 from workspace.install.status import is_met, origin, pairing
 from workspace.machine import arch, dotenv, interpreter, jit_caches, torch, venv
-from workspace.machine.case import Case, Machine
 from workspace.machine.dotenv import Verdict
+from workspace.machine.machine import Case, Machine
 from workspace.repo.git import Git, repository
 
 PROBE_S = 300.0

@@ -27,7 +27,7 @@ from workspace.core.settings import (
 )
 from workspace.machine import interpreter, run_environment
 from workspace.machine.arch import key
-from workspace.machine.case import Case, Machine
+from workspace.machine.machine import Case, Machine
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
 
 # Variables of the shell that concern vLLM although no setting has their name.

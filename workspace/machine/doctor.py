@@ -23,8 +23,8 @@ from workspace.machine import (
     run_environment,
     toolchain,
 )
-from workspace.machine.case import Case, Machine
 from workspace.machine.doctor_toolchain import required_compiler
+from workspace.machine.machine import Case, Machine
 
 __all__ = ["CHECKS", "examine", "preflight", "required_compiler", "show"]
 

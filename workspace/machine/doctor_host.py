@@ -16,7 +16,7 @@ from workspace.core.child_variables import LARGEST_COMPILER_GIB, fitting_jobs
 from workspace.core.console import Row, State
 from workspace.core.settings import without_user
 from workspace.machine import hardware, interpreter, torch
-from workspace.machine.case import Case, Place, hub_home
+from workspace.machine.machine import Case, Place, hub_home
 
 # The processors for which PyTorch and the precompiled wheels are released.
 RELEASED_FOR = ("aarch64", "x86_64")

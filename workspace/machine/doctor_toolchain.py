@@ -15,7 +15,7 @@ from workspace.core.errors import WorkspaceError
 from workspace.core.process import Absent, Broken, Slow, There
 from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
 from workspace.machine.arch import OLDEST_CAPABILITY, key
-from workspace.machine.case import WITHOUT_GPU, Case
+from workspace.machine.machine import WITHOUT_GPU, Case
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet

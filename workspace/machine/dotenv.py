@@ -28,7 +28,7 @@ from workspace.machine.arch import (
     suggest_list,
     target_of,
 )
-from workspace.machine.case import Case, Machine
+from workspace.machine.machine import Case, Machine
 
 KV_CACHE_SHARE = 1 / 6
 _PLAIN = re.compile(r"[\w/.,:;+@%=-]*")

@@ -120,21 +120,21 @@ class Driver:
         self.sensors = Once(self._sensors)
 
     def _ask_nvml(self) -> Answer[_Report]:
+        """Ask NVML; absent means that the program is to be asked, also where the child crashes."""
         environment = self._environment()
         if not is_library_there(environment):
             return Absent()
         argv = [sys.executable, "-I", "-c", _CHILD, str(_ROOT)]
         answer = process.output_of(process.ask(argv, env=environment, limit_s=ANSWER_S))
-        return _decoded(answer.value) if isinstance(answer, There) else answer
+        if isinstance(answer, There):
+            return _decoded(answer.value)
+        return answer if isinstance(answer, Slow) else Absent()
 
     def _gpus(self) -> Answer[tuple[Gpu, ...]]:
         """Return the GPUs. A driver that works and shows none is broken."""
         report = self._report()
-        answer = self._listed() if isinstance(report, Absent) else report
-        if not isinstance(answer, There):
-            return answer
-        found = answer.value.gpus if isinstance(answer.value, _Report) else answer.value
-        return There(found) if found else Broken("the driver shows no GPU")
+        answer = There(report.value.gpus) if isinstance(report, There) else self._listed()
+        return Broken("the driver shows no GPU") if answer == There(()) else answer
 
     def _listed(self) -> Answer[tuple[Gpu, ...]]:
         # Drivers before 510 do not support compute_cap and refuse the whole query. Memory is not
@@ -252,7 +252,7 @@ def _decoded(text: str) -> Answer[_Report]:
     try:
         printed = records.decode(text, _Printed)
     except records.DecodeError:
-        return Broken(f"NVML's report cannot be read: {text[:80]}")
+        return Absent()
     if printed.report is not None:
         return There(printed.report)
     return Absent() if printed.is_absent else Broken(printed.error)

@@ -25,7 +25,7 @@ from workspace.core.files import read_regular
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import interpreter
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 
 Kind = Literal["triton", "flashinfer", "torch compile", "vllm"]
 NONE = "none"

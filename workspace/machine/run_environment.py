@@ -25,7 +25,7 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings, shortened
 from workspace.machine import interpreter, jit_caches
 from workspace.machine.arch import key
-from workspace.machine.case import Case
+from workspace.machine.machine import Case
 
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
 ANSWER_S = 20.0

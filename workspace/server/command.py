@@ -21,7 +21,7 @@ from workspace.core.known_settings import KNOWN
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings, is_secret
 from workspace.machine import check, jit_caches, run_environment
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 from workspace.server import flags
 from workspace.server.observation import Address

@@ -15,9 +15,9 @@ from typing import Literal
 from workspace.core.console import Console, Row, State
 from workspace.core.errors import SettingsError
 from workspace.machine import hardware, run_environment
-from workspace.machine.case import Case, Machine
 from workspace.machine.gpu import Resident
 from workspace.machine.hardware import GIB
+from workspace.machine.machine import Case, Machine
 from workspace.repo import pins
 from workspace.server import flags, models, recipes
 from workspace.server.command import Command, replaced, typed

@@ -28,7 +28,7 @@ from workspace.core.files import download, read_regular, sha256
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import check, hardware, interpreter, run_environment
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo import index, pins
 from workspace.server import recipes
 from workspace.server.recipes import Recipe

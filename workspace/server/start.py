@@ -16,8 +16,8 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install.status import require_built
 from workspace.machine import check
-from workspace.machine.case import Case, Machine
 from workspace.machine.hardware import GIB
+from workspace.machine.machine import Case, Machine
 from workspace.server import command, fit, flags, lifecycle, models, observation, recipes
 from workspace.server.command import Command
 from workspace.server.observation import Server, find, how_ended, is_alive

@@ -36,7 +36,7 @@ from workspace.core.redaction import Redactor
 from workspace.core.settings import Settings, is_secret
 from workspace.install import status
 from workspace.machine import doctor, hardware, interpreter
-from workspace.machine.case import Machine
+from workspace.machine.machine import Machine
 from workspace.repo.git import Git
 
 KEPT_REPORTS = 5

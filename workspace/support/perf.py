@@ -319,7 +319,7 @@ def run(
     measured, after all other rows are done.
     """
     from workspace.core import files
-    from workspace.machine.case import Machine
+    from workspace.machine.machine import Machine
 
     with files.folder_beside(layout.state / "perf") as folder:
         context = Context(layout, settings, folder)
