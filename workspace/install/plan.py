@@ -124,12 +124,7 @@ def observe_on(machine: Machine) -> Observation:
     wanted = precompiled.choose(
         settings, pin, device, _kept(build_stamp), is_changed=bool(changed_sources)
     )
-    if wanted.source.is_native or (
-        changed_sources
-        and git
-        and wanted.source.is_wheel_file
-        and _packed_sources(wanted, build_stamp) == git.digest(COMPILED_SOURCES)
-    ):
+    if wanted.source.is_native or _are_packed(changed_sources, git, wanted, build_stamp):
         changed_sources = ()
     kernels, needs_compilation = _kernels(facts, wanted, build_stamp, changed_sources)
     install = _install(facts, build_stamp)
@@ -331,6 +326,18 @@ def _differences(git: Git, recorded: stamp.Stamp, inputs: Mapping[str, str]) -> 
         return sorted(path for path in {*before, *now} if before.get(path) != now.get(path))
 
     return files.differences(recorded.inputs, inputs, changed_files)
+
+
+def _are_packed(
+    changed: tuple[str, ...], git: Git | None, wanted: Kernels, recorded: stamp.Stamp | None
+) -> bool:
+    """Return whether the wheel of `inv wheel` that is wanted was built from these sources."""
+    return bool(
+        changed
+        and git
+        and wanted.source.is_wheel_file
+        and _packed_sources(wanted, recorded) == git.digest(COMPILED_SOURCES)
+    )
 
 
 def _packed_sources(wanted: Kernels, recorded: stamp.Stamp | None) -> str | None:
