@@ -227,7 +227,7 @@ def test_taken_port_is_an_error_and_no_server_is_started(place: Path) -> None:
 def test_crash_in_the_start_up_is_reported_with_its_cause(place: Path) -> None:
     there = lifecycle.start(place, launch("crash"))
     with pytest.raises(
-        ServeError, match=r"exited with 1: torch.OutOfMemoryError: CUDA out of memory\. Tried"
+        ServeError, match=r"exited with 1: the GPU had too little memory: torch\.OutOfMemoryError: "
     ) as caught:
         lifecycle.wait_until_ready(there, timeout_s=20)
     assert caught.value.details[-1] == f"log: {there.log}"

@@ -20,11 +20,11 @@ from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, run_environment
 from workspace.machine.case import Case
+from workspace.machine.failures import Lack
 from workspace.machine.hardware import GIB, GPU_KILL_S, GPU_QUERY_S
 from workspace.repo import pins
 from workspace.server import flags, models, recipes
 from workspace.server.command import Command, replaced, typed
-from workspace.server.observation import Lack
 from workspace.server.recipes import DEFAULT_UTILIZATION, Recipe
 
 Verdict = Literal["yes", "after drop-caches", "no"]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from workspace.core import process
 from workspace.core.errors import ServeError
-from workspace.machine import hardware
+from workspace.machine import failures, hardware
 from workspace.server import observation, process_tree
 from workspace.server.observation import (
     Address,
@@ -147,11 +147,19 @@ def wait_until_ready(
 
 
 def _not_ready(server: Server, problem: str) -> ServeError:
+    reading = failures.read(server.log, status=None)
     return ServeError(
-        f"{server.called} {problem}",
-        hint=f"less {server.log}",
-        details=observation.read_failure(server.log, status=None).tail,
+        f"{server.called} {problem}", hint=_hint(server, reading), details=reading.tail
     )
+
+
+def _hint(server: Server, reading: failures.Reading) -> str:
+    """Return the next command for a failure: the symptom's, else one that shows the log."""
+    typed = server.facts.get("typed")
+    command = reading.symptom and reading.symptom.next_command(
+        name=server.name if typed else None, typed=typed
+    )
+    return command or f"less {server.log}"
 
 
 def stop(server: Server, *, at_once: bool = False) -> Stopped:
@@ -228,12 +236,12 @@ def failure(server: Server) -> ServeError:
     ended = how_ended(server)
     if ended and ended.was_requested:
         return ServeError(f"{server.called} was ended by another process", hint=_STATUS)
-    reading = observation.read_failure(server.log, status=ended.status if ended else None)
+    reading = failures.read(server.log, status=ended.status if ended else None)
     how = process.describe_status(ended.status) if ended else "was killed with its supervisor"
-    why = f": {reading.first}" if reading.first else ""
+    why = f": {reading.sentence}" if reading.sentence else ""
     return ServeError(
         f"{server.called} {how}{why}",
-        hint=f"less {server.log}",
+        hint=_hint(server, reading),
         details=(*reading.tail, f"log: {server.log}"),
     )
 
