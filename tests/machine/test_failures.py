@@ -146,6 +146,14 @@ def test_front_ended_by_a_signal_of_others_lacked_memory(status: int) -> None:
         ("no-config", "model-not-found", None),
         ("no-weights", "weights-missing", None),
         ("no-tokenizer", "tokenizer-missing", None),
+        ("kill-start-6", "process-vanished", "memory"),
+        ("kill-serving-15", "process-vanished", "memory"),
+        ("arch", "architecture-unknown", None),
+        ("cut-weights", "weights-damaged", None),
+        ("hub", "not-on-this-machine", None),
+        ("kv", "little-memory-for-cache", None),
+        ("long", "length-beyond-model", None),
+        ("lora", "adapter-missing", None),
     ],
 )
 def test_cause_is_found_in_logs_of_real_runs(log: str, name: str, lack: str | None) -> None:

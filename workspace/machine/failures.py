@@ -94,6 +94,7 @@ class Symptom:
     flags: str = ""
     speaker: Speaker | None = None
     lack: Lack | None = None
+    is_of_builds: bool = False
     is_report: bool = False
     is_last_resort: bool = False
 
@@ -222,10 +223,11 @@ def judge(lines: Sequence[str], *, status: int | None) -> Reading:
     return Reading(first, symptom.lack if symptom else None, tail, symptom, line.speaker)
 
 
-def find(lines: Sequence[str]) -> tuple[int, Symptom] | None:
+def find_in_build(lines: Sequence[str]) -> tuple[int, Symptom] | None:
     """Return the first line of a compiler's output that shows a known symptom, and the symptom."""
     for index, line in enumerate(lines):
-        if symptom := match(parse(line)):
+        symptom = match(parse(line))
+        if symptom and symptom.is_of_builds:
             return index, symptom
     return None
 
@@ -415,6 +417,7 @@ def _symptom(row: Mapping[str, str]) -> Symptom:
         flags=row.get("flags", ""),
         speaker=next((one for one in speakers if one == row.get("speaker")), None),
         lack=next((one for one in lacks if one == row.get("lack")), None),
+        is_of_builds=bool(row.get("is_of_builds")),
         is_report=bool(row.get("is_report")),
         is_last_resort=bool(row.get("is_last_resort")),
     )
