@@ -244,6 +244,32 @@ def traceback(*exceptions: str, prefix: str = "") -> list[str]:
             "ValueError: no",
         ),
         (
+            # One request failed, long before.
+            [
+                "ERROR:    Exception in ASGI application",
+                *traceback("RuntimeError: Response content longer than Content-Length"),
+                'INFO:     127.0.0.1:36512 - "GET /health HTTP/1.1" 200 OK',
+                FOLLOWS.replace("{}", "{'EngineCore': -9}"),
+            ],
+            "the engine was killed (SIGKILL)",
+        ),
+        (
+            [
+                f"{ENGINE}EngineCore hit an exception: Traceback (most recent call last):",
+                f'{ENGINE}  File "/x/a.py", line 3, in start',
+                f'{ENGINE}    raise ValueError("CUDA out of memory")',
+                f"{ENGINE}ValueError: no",
+            ],
+            "ValueError: no",
+        ),
+        (
+            [
+                "thread '<unnamed>' panicked at 'called `unwrap()` on an `Err`', a.rs:21:50",
+                "stack backtrace:",
+            ],
+            "thread '<unnamed>' panicked at 'called `unwrap()` on an `Err`', a.rs:21:50",
+        ),
+        (
             [
                 f"{ENGINE}ValueError: tried without success",
                 f"{ENGINE.replace('ERROR', 'INFO')}Loading weights took 88 seconds",

@@ -39,11 +39,9 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _GROUP = re.compile(r"\s{0,40}(?:\+[-+ \d]{1,120}$|\+ (?=Exception Group)|\| ?)")
 _QUIET = frozenset({"TRACE", "DEBUG", "INFO"})
 
-_TRACEBACKS = (
-    "Traceback (most recent call last):",
-    "Exception Group Traceback (most recent call last):",
-)
-_BACKGROUND = re.compile(r"Exception (?:in thread|ignored in)\b")
+_TRACEBACK = "Traceback (most recent call last):"
+# Errors of one request, and of a thread, do not end a server.
+_BACKGROUND = re.compile(r"Exception (?:in thread|in ASGI application|ignored in)\b")
 _HANDLING = "During handling of the above exception, another exception occurred:"
 _CHAINS = (_HANDLING, "The above exception was the direct cause of the following exception:")
 _RAISED = re.compile(
@@ -315,7 +313,7 @@ def _messages(parsed: Sequence[Line]) -> Iterator[tuple[int, bool]]:
         text, key = line.text, line.pid
         if line.level in _QUIET or line.place.startswith("dump_input"):
             continue
-        if text.lstrip().startswith(_TRACEBACKS):
+        if text.rstrip().endswith(_TRACEBACK):
             inside.add(key)
             if former.get(key, "") not in _CHAINS:
                 background.discard(key)
@@ -353,7 +351,7 @@ def _with_detail(parsed: Sequence[Line], best: _Candidate) -> str:
     elif _COUNT.search(error) and following:
         detail = next((text for text in below[:5] if "error, " in text), following)
         error = f"{error.rpartition('.')[2]}: {detail}"
-    elif following and ("panicked at" in error or error.startswith("terminate called")):
+    elif following and re.match("thread .* panicked at .*:$|terminate called", error):
         error = f"{error} {following}"
     elif (not best.symptom or best.symptom.is_report) and _REPORTS.search(error):
         error = f"{error} {next((text for text in below if _CARRIED.search(text)), '')}"

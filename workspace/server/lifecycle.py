@@ -147,19 +147,11 @@ def wait_until_ready(
 
 
 def _not_ready(server: Server, problem: str) -> ServeError:
-    reading = failures.read(server.log, status=None)
     return ServeError(
-        f"{server.called} {problem}", hint=_hint(server, reading), details=reading.tail
+        f"{server.called} {problem}",
+        hint=f"less {server.log}",
+        details=failures.read(server.log, status=None).tail,
     )
-
-
-def _hint(server: Server, reading: failures.Reading) -> str:
-    """Return the next command for a failure: the symptom's, else one that shows the log."""
-    typed = server.facts.get("typed")
-    command = reading.symptom and reading.symptom.next_command(
-        name=server.name if typed else None, typed=typed
-    )
-    return command or f"less {server.log}"
 
 
 def stop(server: Server, *, at_once: bool = False) -> Stopped:
@@ -244,6 +236,15 @@ def failure(server: Server) -> ServeError:
         hint=_hint(server, reading),
         details=(*reading.tail, f"log: {server.log}"),
     )
+
+
+def _hint(server: Server, reading: failures.Reading) -> str:
+    """Return the next command for a failure: the symptom's, else one that shows the log."""
+    typed = server.facts.get("typed")
+    command = reading.symptom and reading.symptom.next_command(
+        name=server.name if typed else None, typed=typed
+    )
+    return command or f"less {server.log}"
 
 
 def follow(log: Path) -> Iterator[str | None]:
