@@ -7,6 +7,7 @@ Nothing here raises on any output, and the time is linear in its size.
 
 import functools
 import re
+import shlex
 import signal
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,16 +98,21 @@ class Symptom:
     is_last_resort: bool = False
 
     def next_command(self, *, name: str | None = None, typed: str | None = None) -> str | None:
-        """Return the hint for a server of this `name` that the command `typed` has started.
+        """Return the hint for a server: `name` of its model on the hub or recipe, and the command
+        `typed` that started it.
 
         None if the hint needs one of them that is not known.
         """
         if self.flags:
             joint = " " if typed and " -- " in typed else " -- "
             return f"{typed}{joint}{self.flags}" if typed else None
-        if "{name}" in self.hint:
-            return self.hint.format(name=name) if name else None
-        return self.hint
+        given = {"{name}": shlex.quote(name) if name else None, "{typed}": typed}
+        hint = self.hint
+        for place, value in given.items():
+            if place in hint and value is None:
+                return None
+            hint = hint.replace(place, value or "")
+        return hint
 
 
 @dataclass(frozen=True)

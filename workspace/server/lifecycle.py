@@ -23,7 +23,7 @@ from pathlib import Path
 from workspace.core import process
 from workspace.core.errors import ServeError
 from workspace.machine import failures, hardware
-from workspace.server import observation, process_tree
+from workspace.server import command, observation, process_tree
 from workspace.server.observation import (
     Address,
     Server,
@@ -241,10 +241,11 @@ def failure(server: Server) -> ServeError:
 def _hint(server: Server, reading: failures.Reading) -> str:
     """Return the next command for a failure: the symptom's, else one that shows the log."""
     typed = server.facts.get("typed")
-    command = reading.symptom and reading.symptom.next_command(
-        name=server.name if typed else None, typed=typed
+    is_fetched = bool(typed) and command.folder_of(server.name) is None
+    hint = reading.symptom and reading.symptom.next_command(
+        name=server.name if is_fetched else None, typed=typed
     )
-    return command or f"less {server.log}"
+    return hint or f"less {server.log}"
 
 
 def follow(log: Path) -> Iterator[str | None]:
