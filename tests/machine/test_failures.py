@@ -199,8 +199,8 @@ def test_signal_that_ended_the_engine_is_the_cause(
     ],
 )
 def test_process_that_ended_without_an_error_lacked_memory(line: str) -> None:
-    reading = judge([f"{FRONT}ERROR 06-20 10:12:07 [core_client.py:664] {line}"], status=0)
-    assert reading.lack == "memory"
+    for prefix in (f"{FRONT}ERROR 06-20 10:12:07 [core_client.py:664] ", ENGINE, ""):
+        assert judge([f"{prefix}{line}"], status=0).lack == "memory"
 
 
 def test_error_of_an_engine_goes_before_the_signals_that_follow_from_it() -> None:

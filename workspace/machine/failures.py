@@ -78,6 +78,13 @@ _CARRIED = re.compile(
     r"|died due to signal|^FAILED: "
 )
 _SIGNAL = re.compile(r"-(\d+)\b")
+# Exit statuses of a program that a signal ended, itself or a child of a shell.
+_ENDS = {
+    -signal.SIGKILL: "process-killed",
+    128 + signal.SIGKILL: "process-killed",
+    -signal.SIGTERM: "process-terminated",
+    128 + signal.SIGTERM: "process-terminated",
+}
 
 
 @dataclass(frozen=True)
@@ -344,7 +351,7 @@ def _with_detail(parsed: Sequence[Line], best: _Candidate) -> str:
     """Return the line of the cause with what the lines around it add."""
     line = parsed[best.index]
     error = line.text.strip()
-    above = next((parsed[index].text for index in (best.index - 1,) if index >= 0), "")
+    above = parsed[best.index - 1].text if best.index else ""
     below = [
         other.text.strip()
         for other in parsed[best.index + 1 : best.index + CARRIED_LINES]
@@ -367,10 +374,7 @@ def _with_detail(parsed: Sequence[Line], best: _Candidate) -> str:
 
 def _by_status(status: int | None) -> Symptom | None:
     """Return the symptom of a front that a signal ended, which the workspace did not send."""
-    number = {128 + signal.SIGKILL: -9, 128 + signal.SIGTERM: -15}.get(status or 0, status)
-    name = {-signal.SIGKILL: "process-killed", -signal.SIGTERM: "process-terminated"}.get(
-        number or 0
-    )
+    name = _ENDS.get(status or 0)
     return next((symptom for symptom in symptoms() if symptom.name == name), None)
 
 
