@@ -340,6 +340,26 @@ def test_killed_compiler_of_the_first_start_goes_before_the_exception_that_repor
     assert (reading.lack, reading.symptom and reading.symptom.name) == ("memory", "compiler-killed")
 
 
+@pytest.mark.parametrize(
+    ("prefix", "speaker"),
+    [
+        ("(APIServer pid=1) ERROR 06-20 10:12:07 [core_client.py:664] ", "front"),
+        ("(EngineCore_DP0 pid=79) ERROR 01-12 01:09:14 [core.py:708] ", "engine"),
+        ("(EngineCore pid=8727) (Worker_TP0 pid=8729) ERROR 08-19 18:34:27 [x.py:1] ", "worker"),
+        ("(VllmWorker rank=0 pid=233) ", "worker"),
+        ("(RayWorkerWrapper pid=880, ip=10.53.120.118) ", "worker"),
+        ("\x1b[0;36m(Worker pid=9)\x1b[0;0m [rank0]: ", "worker"),
+        ("ERROR 12-19 01:22:33 engine.py:366] ", None),
+        ("E0226 19:58:00.945000 125 torch/_inductor/select_algorithm.py:2820] ", None),
+        ("", None),
+    ],
+)
+def test_process_that_speaks_is_known_by_its_prefix(prefix: str, speaker: str | None) -> None:
+    reading = judge([f"{prefix}ValueError: no"], status=1)
+    assert (reading.first, reading.speaker) == ("ValueError: no", speaker)
+    assert failures.without_prefix(f"{prefix}ValueError: no") == "ValueError: no"
+
+
 def test_output_of_the_compiler_below_the_exception_names_the_symptom() -> None:
     lines = [
         "triton.runtime.errors.PTXASError: PTXAS error: Internal Triton PTX codegen error",

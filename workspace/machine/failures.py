@@ -26,12 +26,12 @@ LONGEST_SHOWN = 600
 CARRIED_LINES = 80
 
 # What stands before a message: "(EngineCore_DP0 pid=12) ", "ERROR 11-23 20:01:02 ", "[core.py:1] "
-# (vllm/logger.py), "[rank0]: " (torch), "INFO:     " (uvicorn).
+# (vllm/logger.py; before 0.7 "core.py:1] "), "[rank0]: " (torch), "INFO:     " (uvicorn).
 _PROCESS = re.compile(r"\(([A-Za-z_]+)[^()]{0,60}?\bpid=(\d+)[^()]{0,60}\)\s?")
 _LEVEL = re.compile(
     r"(TRACE|DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d \d\d:\d\d:\d\d\s|: {2,})"
 )
-_PLACE = re.compile(r"\[([^\]\s]{1,200}):\d+\]\s?|\[rank\d+\]:\s?")
+_PLACE = re.compile(r"\[?([^\]\s]{1,200}\.\w{1,4}):\d+\]\s?|\[rank\d+\]:\s?")
 # "W1130 15:06:08.237000 18762 torch/x.py:53] " and "[W1130 …] " (glog, torch/_logging).
 _GLOG = re.compile(r"\[?(?:rank\d+\]:\[?)?([IWEF])\d{3,4} \d\d:\d\d:\d\d[^\]]{0,200}\]\s?")
 _GLOG_LEVELS = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "CRITICAL"}
