@@ -20,7 +20,7 @@ from workspace.core.files import write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.install import stamp
-from workspace.machine.toolchain import parse
+from workspace.machine.arch import parse
 from workspace.repo import index, pins
 from workspace.repo.pins import Pin
 

@@ -26,9 +26,9 @@ from workspace.core.settings import (
     is_set_by_the_workspace,
 )
 from workspace.machine import interpreter, run_environment
+from workspace.machine.arch import key
 from workspace.machine.case import Case, State
 from workspace.machine.run_environment import ENCODINGS, missing_vocabularies
-from workspace.machine.toolchain import key
 
 NAME_WIDTH, VALUE_WIDTH, SOURCE_WIDTH = 30, 28, 10
 # Variables of the shell that concern vLLM although no setting has their name.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workspace.core.errors import WorkspaceError
-from workspace.machine import dotenv, interpreter, requirements, toolchain
+from workspace.machine import arch, dotenv, interpreter, requirements, toolchain
+from workspace.machine.arch import OLDEST_CAPABILITY, key
 from workspace.machine.case import WITHOUT_GPU, Case, Row, State
-from workspace.machine.toolchain import OLDEST_CAPABILITY, key
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -335,13 +335,13 @@ def archs(case: Case) -> Iterator[Row]:
         yield Row("ok", "arch list", NOT_NEEDED, "a CPU build has no architectures")
         return
     text = case.settings.text("TORCH_CUDA_ARCH_LIST")
-    capabilities = toolchain.known_capabilities(gpu.capability for gpu in case.host().gpus)
+    capabilities = arch.known_capabilities(gpu.capability for gpu in case.host().gpus)
     if capabilities:
         here = f"GPU {' and '.join(capabilities)}"
     else:
         here = "a GPU of unknown capability" if case.host().gpus else "no GPU here"
     seen = f"{text or 'not set'}; {here}"
-    fault = _arch_fault(case, toolchain.parse(text), capabilities)
+    fault = _arch_fault(case, arch.parse(text), capabilities)
     if fault is None:
         yield Row("ok", "arch list", seen, "kernels are compiled for these architectures only")
         return
@@ -358,17 +358,15 @@ def archs(case: Case) -> Iterator[Row]:
 
 
 def _arch_fault(
-    case: Case, entries: tuple[toolchain.Entry, ...], capabilities: tuple[str, ...]
+    case: Case, entries: tuple[arch.Entry, ...], capabilities: tuple[str, ...]
 ) -> str | None:
     found = case.toolkit()
-    fault = toolchain.fault_of(
-        entries, capabilities, toolkit_version=found.version if found else None
-    )
+    fault = arch.fault_of(entries, capabilities, toolkit_version=found.version if found else None)
     if fault or found is None:
         return fault
     done = case.ask([found.nvcc, "--list-gpu-arch"])
     listing = done.stdout if done and done.returncode == 0 else ""
-    unsupported = toolchain.unsupported(entries, toolchain.archs_of_nvcc(listing))
+    unsupported = arch.unsupported(entries, arch.archs_of_nvcc(listing))
     return (
         f"nvcc {found.version} does not support {' and '.join(unsupported)}"
         if unsupported

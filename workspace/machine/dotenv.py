@@ -21,14 +21,14 @@ from workspace.core.files import read_regular, write_atomic
 from workspace.core.paths import Layout
 from workspace.core.settings import Settings
 from workspace.machine import hardware, toolchain, torch
-from workspace.machine.case import Case, Row
-from workspace.machine.toolchain import (
+from workspace.machine.arch import (
     USUAL_CAPABILITY,
     key,
     known_capabilities,
     suggest_list,
     target_of,
 )
+from workspace.machine.case import Case, Row
 
 KV_CACHE_SHARE = 1 / 6
 _PLAIN = re.compile(r"[\w/.,:;+@%=-]*")
